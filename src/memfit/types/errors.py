@@ -1,0 +1,51 @@
+"""Every error memfit raises on purpose.
+
+::
+
+    MemfitError
+    ├── UserError      the input was wrong: what was given, what is allowed, what to do (exit 2)
+    ├── NothingFits    no allowed plan fits; carries the least memory that would do (exit 3)
+    └── RunError       a child process broke in a way that is no Outcome (exit 1)
+"""
+
+from __future__ import annotations
+
+
+class MemfitError(Exception):
+    """Base class; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(MemfitError):
+    """Wrong input, told in one line: given, allowed, what to do."""
+
+    exit_code = 2
+
+    def __init__(self, given: str, *, allowed: str = "", hint: str = "") -> None:
+        self.given, self.allowed, self.hint = given, allowed, hint
+        parts = [given]
+        if allowed:
+            parts.append(f"allowed: {allowed}")
+        if hint:
+            parts.append(hint)
+        super().__init__("; ".join(parts))
+
+
+class NothingFits(MemfitError):
+    """No plan of the allowed effect classes fits under the cap."""
+
+    exit_code = 3
+
+    def __init__(self, *, cap_bytes: int, least_bytes: int, plan_text: str) -> None:
+        from memfit.types.units import format_bytes
+
+        self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
+        super().__init__(
+            f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the least that would do "
+            f"is {format_bytes(least_bytes)} ({least_bytes} B), with {plan_text}"
+        )
+
+
+class RunError(MemfitError):
+    """A worker ended without telling its outcome."""

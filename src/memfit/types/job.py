@@ -1,0 +1,86 @@
+"""Job: what is trained. A user writes one of these; the built-in jobs are the same thing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    Batch = Mapping[str, torch.Tensor] | torch.Tensor | tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """The science's own measure, with the equivalence margin fixed before anything runs."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    margin: float  # two results closer than this are the same science, in `unit`
+    margin_source: str
+    naive: float  # what the honest naive baseline reaches, in `unit`
+    naive_name: str
+
+    def __post_init__(self) -> None:
+        assert self.margin > 0, "an equivalence margin is a positive number"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerChoice:
+    """The optimizer plain training uses. Techniques may replace the algorithm, not the numbers."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A training job.
+
+    ``build_model()`` returns the module; called inside a fake mode for prediction, so it must not look
+    at parameter values. ``make_batch(step, seed)`` returns the batch of that step: a mapping, tuple or
+    tensor whose tensors have the batch as first dimension; same arguments, same batch.
+    ``loss(model, batch)`` returns the mean loss over the batch's terms; ``loss_terms(batch)`` says how
+    many terms were averaged (default: the batch size), so that accumulated micro-batches weigh right.
+    ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
+    ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
+    ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads.
+    """
+
+    name: str
+    build_model: Callable[[], torch.nn.Module]
+    make_batch: Callable[[int, int], Any]
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
+    batch_size: int
+    steps: int = 40
+    size: str = "tiny"
+    title: str = ""
+    loss_terms: Callable[[Any], int] | None = None
+    evaluate: Callable[[torch.nn.Module], float] | None = None
+    metric: Metric | None = None
+    optimizer: OptimizerChoice = dataclasses.field(default_factory=OptimizerChoice)
+    blocks: str | None = None
+    head: str | None = None
+    tokens_per_batch: int = 0  # for throughput; 0: unknown
+    data_source: str = ""  # provenance and licence, shown in the report
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobRef:
+    """How a child process makes the same Job again: plain data, crosses as JSON.
+
+    ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``None`` keeps the job's own.
+    """
+
+    spec: str
+    size: str | None = None
+    data: str | None = None
+    weights: str | None = None
+    steps: int | None = None
+    batch: int | None = None

@@ -1,0 +1,72 @@
+"""Machine: what the job runs on. Every figure is a Fact with a source and a date, or unknown (None)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """A number somebody published or this machine measured. ``kind``: measured, published or assumed."""
+
+    value: float
+    source: str
+    date: str  # ISO
+    kind: str = "published"
+
+    def __post_init__(self) -> None:
+        assert self.kind in ("measured", "published", "assumed"), self.kind
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator, or this machine's processor as one device."""
+
+    name: str
+    kind: str  # "cpu" or "cuda": whose kernels the trace chooses
+    memory_bytes: Fact
+    bandwidth_bytes_s: Fact | None = None
+    peak_flops: Mapping[str, Fact] = dataclasses.field(default_factory=dict)  # dense, by dtype name
+    power_w: Fact | None = None
+    usd_per_hour: Fact | None = None
+    usd_to_buy: Fact | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the electricity comes from."""
+
+    name: str
+    usd_per_kwh: Fact
+    co2_g_per_kwh: Fact
+    pue_ratio: Fact
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    name: str
+    device: Device
+    device_count: int = 1
+    place: Place | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What was measured on this very machine, passed to cost as a value. Empty means: catalog curves.
+
+    ``op_s`` and ``op_peak_bytes`` map an operator signature to its time alone (seconds) and to the
+    bytes it takes at its own peak, outputs included. ``overhead_s`` is the cost of one operator call
+    of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
+    rate of a large copy.
+    """
+
+    machine: str = ""
+    threads: int = 0
+    overhead_s: float = 0.0
+    flops_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    bandwidth_bytes_s: float = 0.0
+    op_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    op_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    idle_w: float | None = None
+    took_s: float = 0.0

@@ -1,0 +1,92 @@
+"""Plan: which techniques, with which knobs. ``Plan()`` is plain training, and may win."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+
+KnobValue = str | int | float | bool
+
+
+class EffectClass(enum.IntEnum):
+    """What a technique may do to the numbers; decides how equality is proved."""
+
+    E0 = 0  # bitwise equal
+    E1 = 1  # sums reordered: float32 tolerance
+    E2 = 2  # precision changed: equivalence over paired seeds
+    E3 = 3  # algorithm changed: judged by the task metric
+
+    @property
+    def label(self) -> str:
+        return f"E{int(self)}"
+
+
+class Accuracy(enum.StrEnum):
+    """Which effect classes a goal allows."""
+
+    EXACT = "exact"
+    ROUNDING = "rounding"
+    ANY = "any"
+
+    @property
+    def highest(self) -> EffectClass:
+        return {"exact": EffectClass.E0, "rounding": EffectClass.E2, "any": EffectClass.E3}[self.value]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Use:
+    """One technique in use. ``knobs`` are sorted (name, value) pairs."""
+
+    technique: str
+    knobs: tuple[tuple[str, KnobValue], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert list(self.knobs) == sorted(self.knobs), "knobs are kept sorted so equal plans are equal"
+
+    @property
+    def settings(self) -> dict[str, KnobValue]:
+        return dict(self.knobs)
+
+
+def use(technique: str, **knobs: KnobValue) -> Use:
+    """``use("gradient-accumulation", micro_batches=4)``."""
+    return Use(technique=technique, knobs=tuple(sorted(knobs.items())))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Techniques applied to one job, in the registry's order. Equal plans compare and hash equal."""
+
+    uses: tuple[Use, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [u.technique for u in self.uses]
+        assert len(names) == len(set(names)), f"a technique appears twice: {names}"
+        object.__setattr__(self, "uses", tuple(sorted(self.uses)))
+
+    def get(self, technique: str) -> Use | None:
+        return next((u for u in self.uses if u.technique == technique), None)
+
+    def without(self, technique: str) -> Plan:
+        return Plan(uses=tuple(u for u in self.uses if u.technique != technique))
+
+    def with_use(self, added: Use) -> Plan:
+        return Plan(uses=(*self.without(added.technique).uses, added))
+
+    def to_dict(self) -> dict[str, dict[str, KnobValue]]:
+        return {u.technique: u.settings for u in self.uses}
+
+    @property
+    def label(self) -> str:
+        """Short and stable: ``activation-checkpointing(every=1) + bf16-autocast``."""
+        return " + ".join(_label(u) for u in self.uses) or "plain"
+
+    @property
+    def fingerprint(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def _label(u: Use) -> str:
+    inner = ", ".join(f"{k}={v}" for k, v in u.knobs)
+    return f"{u.technique}({inner})" if inner else u.technique

@@ -1,0 +1,277 @@
+"""What came out: estimates before running, measurements after, verdicts, records."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+from memfit.types.launch import RunSpec
+from memfit.types.plan import EffectClass, Plan
+
+
+class OutcomeKind(enum.StrEnum):
+    OK = "ok"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+
+
+class VerdictKind(enum.StrEnum):
+    EQUIVALENT = "equivalent"
+    DIFFERENT = "different"
+    UNDECIDED = "undecided"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A value with the range it should lie in; ``low <= value <= high``."""
+
+    value: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        assert self.low <= self.value <= self.high, f"{self.low} <= {self.value} <= {self.high}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One plan on one machine, before running. None: cannot be known from what the catalog has.
+
+    ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes`` has one peak per phase;
+    ``at_peak_bytes`` splits the instant of the peak by category.
+    """
+
+    plan: Plan
+    allocated_bytes: Interval
+    phase_peak_bytes: Mapping[str, int]
+    at_peak_bytes: Mapping[str, int]
+    by_module_bytes: Mapping[str, int]  # at the peak
+    step_s: Interval | None
+    flops_per_step: int
+    energy_j: float | None = None  # per step
+    energy_boundary: str = ""  # e.g. "package (modelled: power x time)"
+    usd: float | None = None  # per step
+    co2_g: float | None = None  # per step
+    peak_phase: str = ""
+    peak_op: str = ""
+    traced: bool = True  # False: composed from other traces
+    workspace_probed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One run, as its child process measured it. Times in seconds per optimizer step, in order."""
+
+    outcome: OutcomeKind
+    reason: str = ""  # for anything but ok: what happened, in one line
+    steps_done: int = 0
+    peak_bytes: int | None = None  # live tensor bytes, counting allocator over all threads
+    peak_source: str = ""  # "counting allocator" or "torch allocator events"
+    phase_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    phase_rss_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rss_peak_bytes: int | None = None
+    footprint_bytes: int | None = None  # of the process before the limit was set
+    limit_kind: str = ""  # "", "RLIMIT_DATA", "cgroup", "cuda fraction"
+    process_peak_bytes: int | None = None  # what the cap saw above the footprint
+    overhead_ratio: float | None = None  # process_peak_bytes / peak_bytes
+    step_s: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
+    grad_norms: tuple[float, ...] = ()
+    headroom_bytes: tuple[int, ...] = ()  # cap minus the step's peak
+    metric: float | None = None
+    energy_j: float | None = None
+    energy_boundary: str = ""
+    timeline_bytes: tuple[int, ...] = ()  # live bytes over the last step, thinned
+    weights_digest: str = ""  # SHA-256 of the trained parameters
+    wall_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A RunSpec with what was predicted for it and what was measured."""
+
+    spec: RunSpec
+    predicted_peak_bytes: int | None
+    predicted_phase_peak_bytes: Mapping[str, int]
+    predicted_step_s: float | None
+    measurement: Measurement
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Is the candidate the same science as the baseline? ``test`` names the statistical test."""
+
+    kind: VerdictKind
+    effect: EffectClass
+    test: str
+    reason: str
+    metric: str = ""
+    margin: float | None = None
+    difference: float | None = None  # candidate - baseline, mean over pairs
+    low: float | None = None  # 90 % interval of the difference (two one-sided 5 % tests)
+    high: float | None = None
+    pairs: int = 0
+    power: float | None = None  # chance to show equivalence if there is truly no difference
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reproducibility:
+    """``reproducible`` is None when it was not tried."""
+
+    reproducible: bool | None
+    first_differing_step: int | None = None
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What adopting the plan took here. ``attended_minutes`` None: nobody counted, and nobody guesses."""
+
+    commands: int
+    changed_lines: int
+    packages: int
+    installed_mib: float
+    attended_minutes: float | None
+    failed_attempts: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """An append-only row of the store. ``body`` is JSON text; ``kind`` says how to read it."""
+
+    record_id: int
+    poc_id: str
+    kind: str
+    created: str  # ISO, UTC
+    environment: str  # fingerprint digest
+    body: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a technique is in a plan or was left out. ``kind`` is a key of the word catalogs
+    (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_forbidden``,
+    ``left_out_accuracy``, ``left_out_unavailable``); the numbers fill its placeholders."""
+
+    kind: str
+    technique: str
+    saved_bytes: int | None = None  # peak without it minus peak with it
+    time_ratio: float | None = None  # step time with it over without it
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A plan the search kept, with its estimate, whether it fits, and why it looks as it does."""
+
+    estimate: Estimate
+    fits: bool
+    effect: EffectClass
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """``frontier``: no plan in it is beaten in peak, time and effect class at once; by growing peak.
+    ``recommended`` is None when nothing fits. ``considered`` counts distinct plans priced."""
+
+    goal: str
+    cap_bytes: int
+    considered: int
+    baseline: Choice
+    frontier: tuple[Choice, ...]
+    recommended: Choice | None
+    smallest: Choice
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Interaction:
+    """Precision x checkpointing, a 2 x 2 at equal steps. The interaction is
+    both - first - second + neither; zero means the effects simply add up."""
+
+    first: str  # technique names
+    second: str
+    quantity: str  # "peak_bytes", "step_s" or "metric"
+    neither: float
+    first_only: float
+    second_only: float
+    both: float
+
+    @property
+    def interaction(self) -> float:
+        return self.both - self.first_only - self.second_only + self.neither
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PaperRow:
+    """The same job at paper size on one machine of the catalog, plain and recommended."""
+
+    machine: str
+    size: str
+    device_memory_bytes: int
+    plain: Estimate
+    plain_fits: bool
+    recommended: Estimate | None  # None: nothing fits this machine
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """The largest that fits one machine. ``quantity``: "parameters" or "length" (tokens or residues).
+    None: not even the smallest tried fits; ``at_limit``: the largest tried still fits."""
+
+    machine: str
+    quantity: str
+    plain: float | None
+    recommended: float | None
+    plain_label: str = ""
+    recommended_label: str = ""
+    at_limit: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NamedVerdict:
+    name: str  # "recommended" or the ablation's name
+    plan: Plan
+    verdict: Verdict
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Poc:
+    """Everything one proof of concept found. The report and ``--json`` are made from this alone."""
+
+    poc_id: str
+    created: str  # ISO, UTC
+    command: str
+    job_name: str
+    job_title: str
+    job_size: str
+    data_source: str
+    parameter_count: int
+    metric: str
+    metric_unit: str
+    metric_naive: float | None
+    metric_naive_name: str
+    metric_margin_source: str
+    machine: str
+    environment: Mapping[str, str]
+    cap_bytes: int
+    cap_reason: str  # "demonstration: a quarter of the baseline's predicted peak", "asked for", "free now"
+    search: SearchResult
+    runs: tuple[Run, ...]
+    verdicts: tuple[NamedVerdict, ...]
+    interactions: tuple[Interaction, ...]
+    reproducibility: Reproducibility
+    effort: Effort
+    step_time_ratio: float | None = None  # recommended / baseline, median of interleaved pairs
+    predicted_timeline_bytes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    paper: tuple[PaperRow, ...] = ()
+    reach: tuple[Reach, ...] = ()
+    place: str = ""
+    steps_per_run: int = 0
+    notes: tuple[str, ...] = ()  # honest limits of this very PoC
+    took_s: float = 0.0
+    report: str = ""  # path of the HTML file
+    finished: bool = True  # False: a PoC that was interrupted; what is there is still true

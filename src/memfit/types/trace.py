@@ -1,0 +1,79 @@
+"""Trace: what one training step would allocate and compute, seen on fake tensors.
+
+Time inside a trace is a clock that ticks once per allocation, free or operator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class Category(enum.StrEnum):
+    PARAMETER = "parameter"  # and buffers
+    GRADIENT = "gradient"
+    OPTIMIZER_STATE = "optimizer_state"
+    ACTIVATION = "activation"  # made in forward, needed after it
+    TEMPORARY = "temporary"  # lives within one phase
+    INPUT = "input"
+
+
+class Phase(enum.StrEnum):
+    SETUP = "setup"  # model and optimizer are built
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One storage's life, rounded to the device's allocation granularity."""
+
+    start: int  # clock
+    end: int | None  # clock of the free; None: still alive when the trace ended
+    size_bytes: int
+    category: Category
+    phase: Phase  # in which it was made
+    step: int
+    module: str  # dotted path of the module whose forward (or its backward) made it; "" is the root
+    op: str
+    line: str = ""  # "file.py:123" of user code, when asked for
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OpCall:
+    """One operator call. ``signature`` is JSON: enough to run the operator alone on real tensors."""
+
+    clock: int  # just before its outputs exist
+    op: str
+    signature: str
+    phase: Phase
+    step: int
+    module: str
+    dtype: str  # of the arithmetic: "float32", "bfloat16", ...
+    flops: int
+    moved_bytes: int  # inputs read + outputs written
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSpan:
+    phase: Phase
+    step: int
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """``repeat``: of `micro_batches` equal micro-steps only the first few are played; the op stream of
+    the last played one stands for the rest (`repeated_micro_steps` more times, for time and FLOPs)."""
+
+    device: str  # whose kernels were chosen: "cpu", "cuda"
+    steps: int
+    allocations: tuple[Allocation, ...]
+    ops: tuple[OpCall, ...]
+    spans: tuple[PhaseSpan, ...]
+    parameter_count: int
+    trainable_count: int
+    repeated_micro_steps: int = 0
+    assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()

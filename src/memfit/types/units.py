@@ -1,0 +1,57 @@
+"""Sizes, times and money as people write them, converted once at the edge.
+
+Inside memfit everything is SI or bytes and says so in its name: ``_bytes _s _j _w _usd _flops``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from memfit.types.errors import UserError
+
+KIB: Final = 1024
+MIB: Final = 1024**2
+GIB: Final = 1024**3
+
+_UNIT_BYTES: Final = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+    "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40,
+}  # fmt: skip
+_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes to a number of bytes.
+
+    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as Docker and Slurm do.
+    Raises UserError when the text is no positive size.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = match.group(2).lower() if match else None
+    if match is None or unit not in _UNIT_BYTES or float(match.group(1)) <= 0:
+        raise UserError(
+            f"not a memory size: {text!r}",
+            allowed="a positive number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB)",
+            hint="for example 24GiB or 512MiB",
+        )
+    return int(float(match.group(1)) * _UNIT_BYTES[unit])
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Binary units with four significant digits: ``1.234 GiB``."""
+    value, sign = abs(size_bytes), "-" if size_bytes < 0 else ""
+    for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if value >= scale:
+            return f"{sign}{value / scale:.4g} {unit}"
+    return f"{sign}{value:.0f} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people say it: ``12.3 ms``, ``4.56 s``, ``3.2 h``, ``5.1 d``."""
+    for unit, scale in (("d", 86_400.0), ("h", 3_600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e3:.3g} ms"
