@@ -1,0 +1,59 @@
+"""Bitwise comparison of two runs. Steps are counted from 0, as in ``Measurement.losses``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from memfit.types.result import Measurement, OutcomeKind, Reproducibility, Run
+
+
+def first_difference(a: Sequence[float], b: Sequence[float]) -> int | None:
+    """Index of the first entry whose bits differ, or that only one of the two has."""
+    pairs = zip_longest(map(float.hex, map(float, a)), map(float.hex, map(float, b)))
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), None)
+
+
+def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
+    """The same plan and seed twice: losses, gradient norms and trained weights equal to the last bit.
+
+    When only the weights differ, the step named is the last: its update is what differs.
+    """
+    assert run_a.spec.seed == run_b.spec.seed, "reproducibility is asked of one seed"
+    assert run_a.spec.plan == run_b.spec.plan, "reproducibility is asked of one plan"
+    if trouble := _not_comparable(run_a.measurement, run_b.measurement):
+        return Reproducibility(reproducible=None, detail=trouble)
+    found = _first_differing(run_a.measurement, run_b.measurement)
+    if found is None:
+        return Reproducibility(reproducible=True, detail=_what_was_equal(run_a.measurement))
+    step, what = found
+    detail = f"{what} first differs at step {step} (counted from 0)"
+    return Reproducibility(reproducible=False, first_differing_step=step, detail=detail)
+
+
+def _not_comparable(a: Measurement, b: Measurement) -> str:
+    for m in (a, b):
+        if m.outcome is not OutcomeKind.OK:
+            return f"a run ended {m.outcome.value}: {m.reason}"
+        if not m.losses or not m.weights_digest:
+            return "a run recorded no losses or no digest of its weights"
+    return ""
+
+
+def _first_differing(a: Measurement, b: Measurement) -> tuple[int, str] | None:
+    found = [
+        (step, what)
+        for what, x, y in (
+            ("the loss", a.losses, b.losses),
+            ("the gradient norm", a.grad_norms, b.grad_norms),
+        )
+        if (step := first_difference(x, y)) is not None
+    ]
+    if not found and a.weights_digest != b.weights_digest:
+        found = [(len(a.losses) - 1, "the update of the weights")]
+    return min(found, key=lambda f: f[0], default=None)
+
+
+def _what_was_equal(m: Measurement) -> str:
+    norms = ", gradient norms" if m.grad_norms else ""
+    return f"losses{norms} and trained weights bitwise equal over {len(m.losses)} steps"

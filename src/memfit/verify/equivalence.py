@@ -1,0 +1,64 @@
+"""Paired two one-sided tests (TOST): evidence *for* equality within a margin, not lack of evidence against."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+from memfit.types.result import VerdictKind
+from memfit.verify.student import critical_t, tost_power
+
+ALPHA = 0.05  # of each one-sided test; the matching interval is 1 - 2 alpha = 90 %
+MIN_PAIRS = 3  # with two, one number would carry the whole spread
+GOOD_POWER = 0.8  # what `pairs_needed` aims at
+_MOST_PAIRS = 200
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tost:
+    """Mean paired difference, its 90 % interval, and the power at the observed spread."""
+
+    difference: float
+    low: float
+    high: float
+    sd: float
+    pairs: int
+    power: float
+    margin: float
+
+    @property
+    def kind(self) -> VerdictKind:
+        """The interval lies wholly inside the margin, wholly outside, or neither."""
+        if -self.margin < self.low and self.high < self.margin:
+            return VerdictKind.EQUIVALENT
+        if self.low >= self.margin or self.high <= -self.margin:
+            return VerdictKind.DIFFERENT
+        return VerdictKind.UNDECIDED
+
+
+def tost(differences: Sequence[float], *, margin: float) -> Tost:
+    """Schuirmann's test (1987) on paired differences; at least `MIN_PAIRS` of them, all finite.
+
+    Equivalence at level `ALPHA` is the same as the 90 % interval lying inside (-margin, margin).
+    """
+    n = len(differences)
+    assert n >= MIN_PAIRS, f"{n} pairs"
+    ordered = sorted(differences)  # so that the order of the seeds cannot move the last bit
+    mean, sd = statistics.fmean(ordered), statistics.stdev(ordered)
+    half = critical_t(n - 1, alpha=ALPHA) * sd / math.sqrt(n)
+    power = tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)
+    return Tost(
+        difference=mean, low=mean - half, high=mean + half, sd=sd, pairs=n, power=power, margin=margin
+    )
+
+
+def pairs_needed(*, margin: float, sd: float) -> int | None:
+    """Least number of pairs with a power of `GOOD_POWER` at this spread; None beyond 200."""
+    choices = range(MIN_PAIRS, _MOST_PAIRS + 1)
+    at = bisect.bisect_left(
+        choices, GOOD_POWER, key=lambda n: tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)
+    )
+    return choices[at] if at < len(choices) else None
