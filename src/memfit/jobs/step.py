@@ -1,0 +1,138 @@
+"""The one training step. The trace runs it on fake tensors, the worker on real ones; there is no other.
+
+::
+
+    step = TrainingStep(job, plan, device="cpu")
+    loss, grad_norm = step.run(batch, on_phase)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memfit.techniques.base import OptimizerLike, Workbench
+from memfit.techniques.optimizers import StepInBackward, default_optimizer
+from memfit.techniques.registry import check, in_order
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.trace import Phase
+
+OnPhase = Callable[[Phase], None]
+
+
+def _ignore(phase: Phase) -> None:
+    """Nobody is watching."""
+
+
+class TrainingStep:
+    """A model with a plan applied, its optimizer, and the step they make together.
+
+    Raises UserError when the plan's techniques clash, miss a package, or do not suit the job.
+    """
+
+    def __init__(self, job: Job, plan: Plan, *, device: str = "cpu") -> None:
+        check(plan)
+        model = job.build_model()
+        model.train()
+        bench = Workbench(
+            job=job, model=model, device=device, make_optimizer=default_optimizer(job.optimizer, device)
+        )
+        for technique, use in in_order(plan):
+            technique.apply(bench, use.settings)
+        self.job, self.bench, self.model = job, bench, model
+        self.optimizer: OptimizerLike = (
+            StepInBackward(bench) if bench.step_in_backward else bench.make_optimizer(bench.trainable())
+        )
+
+    def run(
+        self, batch: Any, on_phase: OnPhase = _ignore, *, micro_batches_played: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; (mean loss, gradient norm) as detached scalar tensors.
+
+        ``micro_batches_played`` stops after that many micro-batches, for a trace that knows the rest
+        to be alike.
+        """
+        parts = split(batch, self.bench.micro_batches)
+        terms = [self._terms(part) for part in parts]
+        total = sum(terms)
+        loss_sum: torch.Tensor | None = None
+        for part, share in list(zip(parts, terms, strict=True))[:micro_batches_played]:
+            loss = self._micro_step(part, share / total, on_phase)
+            loss_sum = loss if loss_sum is None else loss_sum + loss
+        assert loss_sum is not None
+        on_phase(Phase.OPTIMIZER)
+        norm = self._grad_norm()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, norm
+
+    def _micro_step(self, part: Any, share: float, on_phase: OnPhase) -> torch.Tensor:
+        on_phase(Phase.FORWARD)
+        with self._contexts():
+            loss = self.job.loss(self.model, part)
+            _must_be_loss(loss)
+            weighted = loss * share if share != 1.0 else loss
+        on_phase(Phase.BACKWARD)
+        weighted.backward()  # type: ignore[no-untyped-call]
+        return weighted.detach().float()
+
+    @contextlib.contextmanager
+    def _contexts(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for context in self.bench.forward_contexts:
+                stack.enter_context(context())
+            yield
+
+    def _terms(self, part: Any) -> int:
+        return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
+
+    def _grad_norm(self) -> torch.Tensor:
+        if isinstance(self.optimizer, StepInBackward):
+            return torch.stack(self.optimizer.square_norms).sum().sqrt()
+        norms = [torch.linalg.vector_norm(p.grad) for p in self.bench.trainable() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(norms).float())
+
+
+def _must_be_loss(loss: object) -> None:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            got = "a scalar tensor that does not depend on any trainable parameter"
+        raise UserError(
+            f"the job's loss(model, batch) returned {got[:120]}",
+            allowed="a scalar tensor that depends on the model's parameters",
+        )
+
+
+def batch_length(batch: Any) -> int:
+    """Size of the first dimension of the batch's first tensor."""
+    tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > 0]
+    if not tensors:
+        raise UserError("the job's batch holds no tensor", allowed="a tensor, or a mapping or tuple of tensors")
+    return int(tensors[0].shape[0])
+
+
+def split(batch: Any, parts: int) -> Sequence[Any]:
+    """Micro-batches as views along the first dimension; tensors of other lengths are shared whole."""
+    if parts == 1:
+        return [batch]
+    length = batch_length(batch)
+    if parts > length:
+        raise UserError(f"{parts} micro-batches from a batch of {length}", allowed=f"at most {length}")
+    sizes = [length // parts + (i < length % parts) for i in range(parts)]
+    starts = [sum(sizes[:i]) for i in range(parts)]
+
+    def cut(value: Any, start: int, size: int) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
+        return value.narrow(0, start, size) if whole else value
+
+    return [
+        _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)  # type: ignore[misc]
+        for start, size in zip(starts, sizes, strict=True)
+    ]

@@ -1,0 +1,108 @@
+"""The shape every technique has, and the workbench it changes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.types.job import Job
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """A technique's setting: a positive integer of any size, or one of ``choices``."""
+
+    name: str
+    default: KnobValue
+    doc: str
+    choices: tuple[KnobValue, ...] = ()
+    minimum: int = 1
+
+    @property
+    def allowed(self) -> str:
+        if self.choices:
+            return ", ".join(str(c) for c in self.choices)
+        return f"an integer of at least {self.minimum}"
+
+    def accepts(self, value: object) -> bool:
+        if self.choices:
+            return any(value == c and type(value) is type(c) for c in self.choices)
+        return isinstance(value, int) and not isinstance(value, bool) and value >= self.minimum
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What the search may try with: the numbers a technique needs to propose settings."""
+
+    batch_size: int
+    block_count: int
+    has_head: bool
+    vocabulary: int  # outputs of the head; 0: no head
+    device: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """``slot``: at most one technique of a slot is in a plan. ``needs``: packages beyond memfit's own.
+    ``forbids``: names of techniques or slots it cannot be combined with. ``order``: when it is applied.
+    ``settings(space)``: the knob settings worth searching, besides leaving the technique out.
+    """
+
+    name: str
+    summary: str
+    effect: EffectClass
+    apply: Callable[[Workbench, Mapping[str, KnobValue]], None]
+    settings: Callable[[Space], Iterable[Mapping[str, KnobValue]]]
+    order: int
+    slot: str = ""
+    knobs: tuple[Knob, ...] = ()
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Packages this technique needs that are not installed."""
+        return tuple(p for p in self.needs if importlib.util.find_spec(p) is None)
+
+
+class OptimizerLike(Protocol):
+    """What the step needs of an optimizer."""
+
+    def step(self) -> Any: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    @property
+    def state(self) -> Any: ...
+
+
+MakeOptimizer = Callable[[list["torch.nn.Parameter"]], OptimizerLike]
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Workbench:
+    """The one training step under construction; techniques change it in their order.
+
+    ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors lie: a prediction for CUDA is
+    traced on fake CPU tensors. ``forward_contexts`` surround forward and loss of each micro-batch.
+    """
+
+    job: Job
+    model: torch.nn.Module
+    device: str
+    make_optimizer: MakeOptimizer
+    micro_batches: int = 1
+    forward_contexts: list[Context] = dataclasses.field(default_factory=list)
+    step_in_backward: bool = False
+    on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
+
+    def trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]

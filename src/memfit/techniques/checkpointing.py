@@ -1,0 +1,105 @@
+"""Activation checkpointing: blocks keep their inputs only and run again in backward (Chen et al. 2016).
+
+``activation-checkpointing(every=k)`` recomputes every k-th block; ``selective-checkpointing`` recomputes
+inside every block all operators but the expensive ones its policy keeps. Bitwise equal (E0): the random
+state is restored before the second forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.blocks import find_blocks
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _wrap(block: torch.nn.Module, **options: Any) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inner: Callable[..., Any] = block.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]
+
+
+def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    _, blocks = find_blocks(bench.model, bench.job.blocks)
+    for index, block in enumerate(blocks):
+        if index % int(settings["every"]) == 0:
+            _wrap(block)
+
+
+def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    kept = list(_kept_operators(str(settings["keep"])))
+    _, blocks = find_blocks(bench.model, bench.job.blocks)
+    for block in blocks:
+        _wrap(block, context_fn=functools.partial(create_selective_checkpoint_contexts, kept))
+
+
+def _kept_operators(policy: str) -> Iterable[Any]:
+    """Operators whose outputs are kept. ``attention``: the fused kernels, whose recomputation costs most
+    per byte; ``matmul``: every dense product as well."""
+    import torch
+
+    aten: Any = torch.ops.aten
+    yield aten._scaled_dot_product_flash_attention_for_cpu.default
+    yield aten._scaled_dot_product_flash_attention.default
+    yield aten._scaled_dot_product_efficient_attention.default
+    yield aten._scaled_dot_product_cudnn_attention.default
+    if policy == "matmul":
+        yield from (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
+
+
+def _every(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"every": k} for k in (1, 2, 3) if k == 1 or k < space.block_count]
+
+
+def _policies(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"keep": "attention"}, {"keep": "matmul"}] if space.block_count else []
+
+
+def _every_with_blocks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return _every(space) if space.block_count else []
+
+
+FULL = Technique(
+    name="activation-checkpointing",
+    summary="keep only the inputs of blocks and compute their insides again in backward",
+    effect=EffectClass.E0,
+    apply=_apply_full,
+    settings=_every_with_blocks,
+    order=50,
+    slot="recomputation",
+    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1 is all"),),
+)
+
+SELECTIVE = Technique(
+    name="selective-checkpointing",
+    summary="recompute cheap operators of every block, keep the expensive ones",
+    effect=EffectClass.E0,
+    apply=_apply_selective,
+    settings=_policies,
+    order=50,
+    slot="recomputation",
+    knobs=(
+        Knob(
+            name="keep",
+            default="attention",
+            doc="which outputs stay in memory",
+            choices=("attention", "matmul"),
+        ),
+    ),
+)

@@ -1,0 +1,33 @@
+"""Micro-batches with gradient accumulation: the batch is trained in `micro_batches` parts.
+
+Activations shrink by that factor; gradients are summed in another order (E1). Each part's mean loss is
+weighted by its share of the loss terms, so padding does not bias the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.plan import EffectClass, KnobValue
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    bench.micro_batches = int(settings["micro_batches"])
+
+
+def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    divisors = (n for n in range(2, space.batch_size + 1) if space.batch_size % n == 0)
+    return [{"micro_batches": n} for n in divisors]
+
+
+TECHNIQUE = Technique(
+    name="gradient-accumulation",
+    summary="train the batch in micro-batches and add up their gradients",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_settings,
+    order=80,
+    knobs=(Knob(name="micro_batches", default=2, doc="parts the batch is cut into", minimum=2),),
+    forbids=("optimizer-in-backward",),
+)

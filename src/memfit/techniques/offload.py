@@ -1,0 +1,102 @@
+"""Saved-tensor offload: what backward needs is written to disk (or host memory) and read back (E0)."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.plan import EffectClass, KnobValue
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    minimum = int(settings["minimum_kib"]) * 1024
+    if settings["to"] == "host":
+        from torch.autograd.graph import save_on_cpu
+
+        bench.forward_contexts.append(lambda: save_on_cpu(pin_memory=False))
+        return
+    spool = DiskSpool(bench, minimum)
+    bench.forward_contexts.append(spool.hooks)
+
+
+class DiskSpool:
+    """Keeps saved tensors of at least ``minimum_bytes`` in files of a temporary folder.
+
+    Parameters stay where they are: they are in memory anyway. Under fake tensors nothing is written,
+    but storages come and go in the same order.
+    """
+
+    def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
+        self.bench, self.minimum_bytes, self.count = bench, minimum_bytes, 0
+        self.folder = tempfile.TemporaryDirectory(prefix="memfit-offload-")
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        from torch.autograd.graph import saved_tensors_hooks
+
+        self.resident = {p.untyped_storage()._cdata for p in self.bench.model.parameters()}
+        with saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    def _pack(self, tensor: Any) -> Any:
+        small = tensor.untyped_storage().nbytes() < self.minimum_bytes
+        if small or tensor.untyped_storage()._cdata in self.resident or not tensor.is_contiguous():
+            return tensor
+        self.count += 1
+        return _Parked(tensor, Path(self.folder.name) / str(self.count))
+
+    def _unpack(self, parked: Any) -> Any:
+        return parked.restore() if isinstance(parked, _Parked) else parked
+
+
+class _Parked:
+    """A tensor on disk: raw bytes, shape and dtype."""
+
+    def __init__(self, tensor: Any, path: Path) -> None:
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        self.shape, self.dtype, self.path = tensor.shape, tensor.dtype, path
+        self.fake = isinstance(tensor, FakeTensor)
+        if not self.fake:
+            import torch
+
+            tensor.detach().view(-1).view(torch.uint8).numpy().tofile(path)
+
+    def restore(self) -> Any:
+        import numpy
+        import torch
+
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if not self.fake:
+            flat = tensor.view(-1).view(torch.uint8).numpy()
+            with self.path.open("rb") as file:
+                file.readinto(memoryview(flat))
+            assert isinstance(flat, numpy.ndarray)
+        return tensor
+
+    def __del__(self) -> None:
+        if not self.fake:
+            self.path.unlink(missing_ok=True)
+
+
+def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    where = "disk" if space.device == "cpu" else "host"
+    return [{"to": where, "minimum_kib": 64}]
+
+
+TECHNIQUE = Technique(
+    name="activation-offload",
+    summary="move what backward needs out of memory after forward and back when it is its turn",
+    effect=EffectClass.E0,
+    apply=_apply,
+    settings=_settings,
+    order=90,
+    knobs=(
+        Knob(name="to", default="disk", doc="where saved tensors wait", choices=("disk", "host")),
+        Knob(name="minimum_kib", default=64, doc="smaller tensors stay"),
+    ),
+)

@@ -1,0 +1,199 @@
+"""Optimizers: AdamW as torch would run it, 8-bit AdamW, Adafactor, SGD, and stepping inside backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from memfit.techniques.base import MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.job import OptimizerChoice
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+
+def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
+    """Plain training's optimizer. ``foreach`` is what torch itself picks on the device: on for CUDA, off
+    for CPU; said explicitly because a CUDA prediction is traced on CPU tensors."""
+    makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
+    if choice.name not in makers:
+        raise UserError(f"unknown optimizer {choice.name!r}", allowed=", ".join(makers))
+    return functools.partial(makers[choice.name], choice, device)
+
+
+def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    import torch
+
+    kind = torch.optim.Adam if choice.name == "adam" else torch.optim.AdamW
+    made = kind(
+        params,
+        lr=choice.learning_rate,
+        betas=choice.betas,
+        eps=choice.eps,
+        weight_decay=choice.weight_decay,
+        foreach=device == "cuda",
+    )
+    return cast(OptimizerLike, made)
+
+
+def _sgd(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    import torch
+
+    # Adam's rate is per unit of gradient sign; plain SGD wants a larger one. The factor is a
+    # convention (as in E3 it is judged by the metric), not a claim.
+    rate = choice.learning_rate * (100.0 if choice.name != "sgd" else 1.0)
+    made = torch.optim.SGD(
+        params, lr=rate, momentum=0.9, weight_decay=choice.weight_decay, foreach=device == "cuda"
+    )
+    return cast(OptimizerLike, made)
+
+
+def _adafactor(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    import torch
+
+    made = torch.optim.Adafactor(
+        params, lr=choice.learning_rate, weight_decay=choice.weight_decay, foreach=False
+    )
+    return cast(OptimizerLike, made)
+
+
+def _adamw8bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    import bitsandbytes as bnb
+
+    made = bnb.optim.AdamW8bit(
+        params,
+        lr=choice.learning_rate,
+        betas=choice.betas,
+        eps=choice.eps,
+        weight_decay=choice.weight_decay,
+    )
+    return cast(OptimizerLike, made)
+
+
+def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
+    """AdamW whose bf16 parameter updates are rounded up or down at random in proportion (torchao)."""
+
+    def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
+        return EagerStep(params, choice)
+
+    return make
+
+
+class EagerStep:
+    """torchao's AdamW with its compiled update run eagerly: the compiler costs tens of seconds and a C++
+    tool chain on the first step, and the result is the same arithmetic."""
+
+    def __init__(self, params: list[torch.nn.Parameter], choice: OptimizerChoice) -> None:
+        from torchao.optim import _AdamW
+
+        self.inner = _AdamW(
+            params,
+            lr=choice.learning_rate,
+            betas=choice.betas,
+            eps=choice.eps,
+            weight_decay=choice.weight_decay,
+            bf16_stochastic_round=True,
+        )
+
+    def step(self) -> None:
+        import torch
+
+        with torch.compiler.set_stance("force_eager"):
+            self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+
+def _apply_in_backward(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    bench.step_in_backward = True
+
+
+class StepInBackward:
+    """One optimizer per parameter, stepped as soon as its gradient is complete, which is then freed.
+
+    At most a few gradients exist at once. ``square_norms`` collects what the gradient norm needs.
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.square_norms: list[torch.Tensor] = []
+        self.optimizers: dict[torch.nn.Parameter, OptimizerLike] = {}
+        self.params = bench.trainable()
+        for param in self.params:
+            self.optimizers[param] = bench.make_optimizer([param])
+            param.register_post_accumulate_grad_hook(self._step_one)  # type: ignore[arg-type]
+
+    def _step_one(self, param: torch.nn.Parameter) -> None:
+        import torch
+
+        if self.bench.on_gradient is not None:
+            self.bench.on_gradient(param)
+        assert param.grad is not None
+        self.square_norms.append(torch.linalg.vector_norm(param.grad).square())
+        self.optimizers[param].step()
+        param.grad = None
+
+    def step(self) -> None:
+        """Everything is done already."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.square_norms.clear()
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        for optimizer in self.optimizers.values():
+            merged.update(optimizer.state)
+        return merged
+
+
+def _replace(maker: Any) -> Any:
+    def apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+        bench.make_optimizer = functools.partial(maker, bench.job.optimizer, bench.device)
+
+    return apply
+
+
+def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{}]
+
+
+def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **more: Any) -> Technique:
+    return Technique(
+        name=name, summary=summary, effect=effect, apply=_replace(maker), settings=_once,
+        order=40, slot="optimizer", **more,
+    )  # fmt: skip
+
+
+ADAMW_8BIT = _technique(
+    "adamw-8bit",
+    "AdamW with its two moments in 8 bits (Dettmers et al. 2022)",
+    EffectClass.E2,
+    _adamw8bit,
+    needs=("bitsandbytes",),
+    forbids=("bf16-parameters",),
+)
+ADAFACTOR = _technique(
+    "adafactor",
+    "second moments factored into rows and columns, no first moment (Shazeer and Stern 2018)",
+    EffectClass.E3,
+    _adafactor,
+)
+SGD = _technique("sgd", "SGD with momentum: one moment instead of two", EffectClass.E3, _sgd)
+IN_BACKWARD = Technique(
+    name="optimizer-in-backward",
+    summary="step each parameter as soon as its gradient is complete, then free the gradient",
+    effect=EffectClass.E0,
+    apply=_apply_in_backward,
+    settings=_once,
+    order=85,
+    forbids=("gradient-accumulation",),
+)

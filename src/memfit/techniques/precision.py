@@ -1,0 +1,135 @@
+"""Precision: bf16 autocast, and bf16 parameters with an fp32 master copy or stochastic rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, MakeOptimizer, OptimizerLike, Space, Technique, Workbench
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _apply_autocast(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
+
+    # The tensors' own device: a CUDA prediction is traced on CPU tensors, whose cast list differs
+    # in a few reductions only.
+    device = next(bench.model.parameters()).device.type
+    bench.forward_contexts.append(lambda: torch.autocast(device, dtype=torch.bfloat16))
+
+
+def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
+
+    bench.model.to(torch.bfloat16)
+    bench.forward_contexts.append(lambda: _bf16_inputs(bench.model))
+    if settings["rounding"] == "master":
+        inner = bench.make_optimizer
+        bench.make_optimizer = lambda params: MasterWeights(params, inner)
+    else:
+        from memfit.techniques.optimizers import stochastic_adamw
+
+        bench.make_optimizer = stochastic_adamw(bench.job.optimizer)
+
+
+class _bf16_inputs:
+    """Casts floating-point tensors that enter the model while the context is open."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.handle = self.model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+
+
+def _cast_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    import torch
+    from torch.utils import _pytree
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.to(torch.bfloat16) if floating else value
+
+    return _pytree.tree_map(cast, args), _pytree.tree_map(cast, kwargs)
+
+
+class MasterWeights:
+    """fp32 master copies beside bf16 parameters (Micikevicius et al. 2018, section 3.1).
+
+    Each parameter's gradient is widened, stepped and freed before the next, so the transient is one
+    parameter's, not the model's.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], make: MakeOptimizer) -> None:
+        import torch
+
+        self.params = params
+        self.masters = [torch.nn.Parameter(p.detach().float(), requires_grad=True) for p in params]
+        self.inner: list[OptimizerLike] = [make([m]) for m in self.masters]
+
+    def step(self) -> None:
+        import torch
+
+        for param, master, inner in zip(self.params, self.masters, self.inner, strict=True):
+            if param.grad is None:
+                continue
+            master.grad = param.grad.float()
+            inner.step()
+            master.grad = None
+            with torch.no_grad():
+                param.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for param in self.params:
+            param.grad = None
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {m: {"master": m} for m in self.masters}
+        for master, inner in zip(self.masters, self.inner, strict=True):
+            merged[master] = {**merged[master], **inner.state.get(master, {})}
+        return merged
+
+
+def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{}]
+
+
+def _roundings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"rounding": "master"}, {"rounding": "stochastic"}]
+
+
+AUTOCAST = Technique(
+    name="bf16-autocast",
+    summary="matrix products and activations in bfloat16, parameters and optimizer in float32",
+    effect=EffectClass.E2,
+    apply=_apply_autocast,
+    settings=_once,
+    order=70,
+    slot="precision",
+)
+
+PARAMETERS = Technique(
+    name="bf16-parameters",
+    summary="parameters, gradients and activations in bfloat16",
+    effect=EffectClass.E2,
+    apply=_apply_parameters,
+    settings=_roundings,
+    order=75,
+    slot="precision",
+    knobs=(
+        Knob(
+            name="rounding",
+            default="master",
+            doc="how small updates survive: an fp32 master copy, or stochastic rounding without one",
+            choices=("master", "stochastic"),
+        ),
+    ),
+    forbids=("qlora",),
+)

@@ -1,0 +1,103 @@
+"""Every technique, what goes with what, and plans checked against both."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from memfit.techniques import (
+    adapters,
+    checkpointing,
+    chunked_loss,
+    gradient_accumulation,
+    offload,
+    optimizers,
+    precision,
+)
+from memfit.techniques.base import Technique
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue, Plan, Use, use
+
+TECHNIQUES: Mapping[str, Technique] = {
+    t.name: t
+    for t in (
+        gradient_accumulation.TECHNIQUE,
+        precision.AUTOCAST,
+        precision.PARAMETERS,
+        checkpointing.FULL,
+        checkpointing.SELECTIVE,
+        chunked_loss.TECHNIQUE,
+        optimizers.ADAMW_8BIT,
+        optimizers.ADAFACTOR,
+        optimizers.SGD,
+        optimizers.IN_BACKWARD,
+        adapters.LORA,
+        adapters.QLORA,
+        offload.TECHNIQUE,
+    )
+}
+
+
+def technique(name: str) -> Technique:
+    """Raises UserError with the closest names when there is no such technique."""
+    if name not in TECHNIQUES:
+        close = difflib.get_close_matches(name, TECHNIQUES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"unknown technique {name!r}", allowed=", ".join(TECHNIQUES), hint=hint)
+    return TECHNIQUES[name]
+
+
+def make_use(name: str, settings: Mapping[str, object]) -> Use:
+    """A Use with defaults filled in. Unknown knobs and values out of range are UserErrors."""
+    found = technique(name)
+    knobs = {k.name: k for k in found.knobs}
+    for key, value in settings.items():
+        if key not in knobs:
+            close = difflib.get_close_matches(key, knobs, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else ""
+            allowed = ", ".join(knobs) or "none"
+            raise UserError(f"unknown setting {key!r} of technique {name!r}", allowed=allowed, hint=hint)
+        if not knobs[key].accepts(value):
+            raise UserError(f"{name}: {key} is {value!r}", allowed=knobs[key].allowed)
+    filled: dict[str, KnobValue] = {k.name: k.default for k in found.knobs}
+    filled.update({k: v for k, v in settings.items() if isinstance(v, str | int | float | bool)})
+    return use(name, **filled)
+
+
+def conflict(plan: Plan) -> str | None:
+    """Why these techniques cannot be used together, or None."""
+    used = [technique(u.technique) for u in plan.uses]
+    for i, one in enumerate(used):
+        for other in used[i + 1 :]:
+            if one.slot and one.slot == other.slot:
+                return f"{one.name} and {other.name} both set the {one.slot}"
+            if _forbids(one, other) or _forbids(other, one):
+                return f"{one.name} cannot be combined with {other.name}"
+    return None
+
+
+def _forbids(one: Technique, other: Technique) -> bool:
+    return other.name in one.forbids or bool(other.slot and other.slot in one.forbids)
+
+
+def check(plan: Plan) -> Plan:
+    """The plan itself. Raises UserError where techniques clash or a package is missing."""
+    if (clash := conflict(plan)) is not None:
+        raise UserError(f"impossible plan: {clash}", hint="take one of them out")
+    for u in plan.uses:
+        if missing := technique(u.technique).missing:
+            raise UserError(
+                f"{u.technique} needs {', '.join(missing)}, which is not installed",
+                hint=f"pip install {' '.join(missing)}",
+            )
+    return plan
+
+
+def effect_of(plan: Plan) -> EffectClass:
+    """The strongest effect any technique of the plan has on the numbers; E0 for the plain plan."""
+    return max((technique(u.technique).effect for u in plan.uses), default=EffectClass.E0)
+
+
+def in_order(plan: Plan) -> list[tuple[Technique, Use]]:
+    """Techniques in the order they are applied."""
+    return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)

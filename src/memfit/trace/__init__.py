@@ -1,0 +1,1 @@
+"""Stage 1: the one training step on fake tensors, seen by a ledger of storages."""

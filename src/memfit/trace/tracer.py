@@ -1,0 +1,129 @@
+"""``trace(job, plan)``: run the training step on fake tensors and keep what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+
+from memfit.jobs.step import TrainingStep
+from memfit.trace.lens import Lens
+from memfit.trace.ledger import Ledger
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.trace import Category, Phase, Trace
+
+_PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
+
+
+def trace(job: Job, plan: Plan, *, device: str = "cpu", steps: int = 2, lines: bool = False) -> Trace:
+    """Two steps by default, so that optimizer state made in the first is there in the second.
+
+    ``device`` chooses kernels and rounding ("cpu" or "cuda"). Raises UserError where the plan does not
+    suit the job, and where the job's own code fails, naming its line.
+    """
+    batch = job.make_batch(0, 0)
+    gc.collect()
+    with _fake_world() as fake, Lens(device), Ledger(device, lines=lines) as ledger:
+        step = TrainingStep(job, plan, device=device)
+        _label_state(ledger, step)
+        inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+        ledger.label(inputs, Category.INPUT)
+        played = _play(ledger, step, inputs, steps)
+    allocations, ops, spans = ledger.finish()
+    params = list(step.model.parameters())
+    return Trace(
+        device=device,
+        steps=steps,
+        allocations=allocations,
+        ops=ops,
+        spans=spans,
+        parameter_count=sum(p.numel() for p in params),
+        trainable_count=sum(p.numel() for p in params if p.requires_grad),
+        repeated_micro_steps=step.bench.micro_batches - played,
+        assumptions=tuple(ledger.assumptions),
+    )
+
+
+def _play(ledger: Ledger, step: TrainingStep, inputs: Any, steps: int) -> int:
+    """Run the steps; the number of micro-batches played in each."""
+    played = min(step.bench.micro_batches, _PLAYED_MICRO_BATCHES)
+    step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
+    ledger.modules.watch(step.model)
+    try:
+        for _ in range(steps):
+            outputs = step.run(inputs, _marker(ledger, step), micro_batches_played=played)
+            del outputs
+            _label_state(ledger, step)
+            ledger.phase(Phase.SETUP)
+            ledger.next_step()
+    finally:
+        ledger.modules.close()
+    return played
+
+
+def _marker(ledger: Ledger, step: TrainingStep) -> Any:
+    def mark(phase: Phase) -> None:
+        if ledger.current is Phase.BACKWARD:
+            ledger.label([p.grad for p in step.bench.trainable()], Category.GRADIENT)
+        ledger.phase(phase)
+
+    return mark
+
+
+def _label_state(ledger: Ledger, step: TrainingStep) -> None:
+    """Optimizer state first: fp32 masters are parameters to torch, but state to everyone else."""
+    state = [v for values in step.optimizer.state.values() for v in _pytree.tree_leaves(values)]
+    ledger.label(state, Category.OPTIMIZER_STATE)
+    ledger.label([*step.model.parameters(), *step.model.buffers()], Category.PARAMETER)
+
+
+@contextlib.contextmanager
+def _fake_world() -> Iterator[FakeTensorMode]:
+    """Fake tensors, with code that asks whether it is being traced taking its ordinary branch."""
+    with contextlib.ExitStack() as stack:
+        for target in ("transformers.utils.import_utils.is_tracing", "transformers.masking_utils.is_tracing"):
+            with contextlib.suppress(ImportError, AttributeError):
+                stack.enter_context(mock.patch(target, lambda *a, **k: False))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def _apply_without_swap() -> Any:
+    """``Module._apply`` for fake tensors, which torch wants to swap in place and cannot. Parameters are
+    replaced instead; tied ones stay tied."""
+    seen: dict[int, tuple[Any, torch.nn.Parameter]] = {}
+    depth = 0
+
+    def replaced(param: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
+        if id(param) not in seen:
+            with torch.no_grad():
+                applied = fn(param)
+            same = applied is param or applied.untyped_storage()._cdata == param.untyped_storage()._cdata
+            fresh = param if same else torch.nn.Parameter(applied, param.requires_grad)
+            seen[id(param)] = (param, fresh)
+        return seen[id(param)][1]
+
+    def apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+        nonlocal depth
+        depth += 1
+        for child in module.children() if recurse else ():
+            child._apply(fn)
+        for key, param in module._parameters.items():
+            if param is not None:
+                module._parameters[key] = replaced(param, fn)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = fn(buffer)
+        depth -= 1
+        if depth == 0:
+            seen.clear()
+        return module
+
+    return apply
