@@ -1,0 +1,8 @@
+"""7. What happened stays: an append-only SQLite file of Records, each with its environment."""
+
+from __future__ import annotations
+
+from memfit.store.database import Store, default_path
+from memfit.store.environment import digest, fingerprint
+
+__all__ = ["Store", "default_path", "digest", "fingerprint"]

@@ -1,0 +1,172 @@
+"""The store: one SQLite file to which rows are only ever added.
+
+Each append is one transaction that is on disk when the call returns, so a process killed at any moment
+leaves every finished append readable. The rollback journal is used and not WAL: WAL needs memory shared
+between all who open the file, which network home folders do not give. Connections live for one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from memfit import wire
+from memfit.store.environment import digest, fingerprint
+from memfit.types.errors import UserError
+from memfit.types.result import Record
+
+APPLICATION_ID: Final = 0x6D666974  # "mfit", in the file's header: says whose file this is
+SCHEMA_VERSION: Final = 1
+_WAIT_S: Final = 30.0  # for another process's append
+_OTHER: Final = "choose another file with --store"
+
+_TABLES: Final = (
+    """CREATE TABLE record (
+        record_id INTEGER PRIMARY KEY AUTOINCREMENT,
+        poc_id TEXT NOT NULL, kind TEXT NOT NULL, created TEXT NOT NULL,
+        environment TEXT NOT NULL REFERENCES environment (digest), body TEXT NOT NULL)""",
+    "CREATE TABLE environment (digest TEXT PRIMARY KEY, body TEXT NOT NULL)",
+    "CREATE INDEX record_by_poc ON record (poc_id, kind)",
+)
+_GUARD: Final = """CREATE TRIGGER {table}_keeps_on_{event} BEFORE {event} ON {table} {condition}
+    BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END"""
+_KEYS: Final = {"record": "record_id", "environment": "digest"}
+
+
+def default_path() -> Path:
+    """``memfit.sqlite3`` in the user's data folder (``XDG_DATA_HOME`` or what the system has for it)."""
+    import platformdirs
+
+    return platformdirs.user_data_path("memfit", appauthor=False) / "memfit.sqlite3"
+
+
+class Store:
+    """Append-only Records in the file `path`, made when missing.
+
+    Raises UserError when the file cannot be made, opened or written, or belongs to something else.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or default_path()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the store's folder: {error}", hint=_OTHER) from error
+        with self._connection() as connection:
+            if self._is_new(connection):
+                self._lay_out(connection)
+
+    def append(self, poc_id: str, kind: str, body: Any) -> Record:
+        """Add one row, `body` as JSON by ``wire.dumps``, and return it once it is on disk."""
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        name, environment = self._environment
+        text = wire.dumps(body)
+        with self._connection() as connection, _transaction(connection):
+            connection.execute(
+                "INSERT INTO environment SELECT ?1, ?2 WHERE ?1 NOT IN (SELECT digest FROM environment)",
+                (name, json.dumps(dict(environment))),
+            )
+            record_id = connection.execute(
+                "INSERT INTO record (poc_id, kind, created, environment, body) VALUES (?, ?, ?, ?, ?)",
+                (poc_id, kind, created, name, text),
+            ).lastrowid
+        assert record_id is not None
+        return Record(
+            record_id=record_id, poc_id=poc_id, kind=kind, created=created, environment=name, body=text
+        )
+
+    def records(self, poc_id: str | None = None, kind: str | None = None) -> tuple[Record, ...]:
+        """Rows in the order they were added, all or those of one PoC, one kind, or both."""
+        rows = self._rows(
+            "SELECT record_id, poc_id, kind, created, environment, body FROM record "
+            "WHERE (?1 IS NULL OR poc_id = ?1) AND (?2 IS NULL OR kind = ?2) ORDER BY record_id",
+            poc_id,
+            kind,
+        )
+        names = ("record_id", "poc_id", "kind", "created", "environment", "body")
+        return tuple(Record(**dict(zip(names, row, strict=True))) for row in rows)
+
+    def poc_ids(self) -> tuple[str, ...]:
+        """Every PoC that has a row, oldest first."""
+        rows = self._rows("SELECT poc_id FROM record GROUP BY poc_id ORDER BY min(record_id)")
+        return tuple(poc_id for (poc_id,) in rows)
+
+    def latest_poc_id(self) -> str | None:
+        """The PoC begun last; None when the store is empty."""
+        return next(reversed(self.poc_ids()), None)
+
+    def environment(self, name: str) -> Mapping[str, str]:
+        """The whole fingerprint behind a Record's ``environment`` digest."""
+        rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
+        if not rows:
+            raise UserError(f"the store {self.path} has no environment {name!r}")
+        return wire.loads(dict[str, str], rows[0][0], what="environment")
+
+    @functools.cached_property
+    def _environment(self) -> tuple[str, Mapping[str, str]]:
+        seen = fingerprint()
+        return digest(seen), seen
+
+    def _rows(self, query: str, *arguments: str | None) -> list[Any]:
+        with self._connection() as connection:
+            return connection.execute(query, arguments).fetchall()
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with contextlib.closing(
+                sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
+            ) as connection:
+                connection.execute("PRAGMA synchronous = FULL")
+                yield connection
+        except sqlite3.Error as error:
+            raise UserError(f"the store {self.path} cannot be used: {error}", hint=_OTHER) from error
+
+    def _is_new(self, connection: sqlite3.Connection) -> bool:
+        """False for a memfit store, True for an empty file; anything else is refused."""
+        application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
+        if application == APPLICATION_ID and version == SCHEMA_VERSION:
+            return False
+        if application == APPLICATION_ID:
+            raise UserError(
+                f"the store {self.path} has schema version {version}",
+                allowed=f"version {SCHEMA_VERSION}",
+                hint=f"update memfit, or {_OTHER}",
+            )
+        if application or connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise UserError(f"{self.path} is a database, but not a store of memfit's", hint=_OTHER)
+        return True
+
+    def _lay_out(self, connection: sqlite3.Connection) -> None:
+        with _transaction(connection):
+            if not self._is_new(connection):
+                return  # another process was first
+            for statement in (*_TABLES, *_guards()):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        yield
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _guards() -> Iterator[str]:
+    """Triggers against UPDATE, DELETE, and the INSERT OR REPLACE that deletes without saying so."""
+    for table, key in _KEYS.items():
+        taken = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
+        for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", taken)):
+            yield _GUARD.format(table=table, event=event, condition=condition)

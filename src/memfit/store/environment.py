@@ -1,0 +1,85 @@
+"""What a result depended on besides memfit's input. Reads versions from metadata: torch is never loaded.
+
+The only file that reads environment variables; they are recorded, and change nothing here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+PACKAGES: Final = ("memfit", "torch", "transformers", "peft", "torchao", "bitsandbytes", "numpy")
+VARIABLES: Final = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
+)  # fmt: skip
+_UNKNOWN: Final = "unknown"
+
+
+def fingerprint() -> Mapping[str, str]:
+    """Interpreter, system, processor, memory, package versions, thread settings. Unknown stays unknown.
+
+    No host name, user name or path: a record can be given away.
+    """
+    return _software() | _hardware() | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
+
+
+def digest(environment: Mapping[str, str]) -> str:
+    """Sixteen hexadecimal digits; equal for equal environments, whatever their order."""
+    text = json.dumps(dict(environment), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _software() -> dict[str, str]:
+    system = {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "libc": " ".join(platform.libc_ver()).strip() or _UNKNOWN,
+    }
+    return system | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _hardware() -> dict[str, str]:
+    import psutil
+
+    return {
+        "processor": _processor(Path("/proc/cpuinfo")),
+        "cores": f"{psutil.cpu_count(logical=False) or _UNKNOWN} physical, {os.cpu_count() or _UNKNOWN} logical",
+        "ram_bytes": str(psutil.virtual_memory().total),
+        "accelerators": ", ".join(_nvidia_models(Path("/proc/driver/nvidia/gpus"))) or "none seen",
+    }
+
+
+def _processor(cpuinfo: Path) -> str:
+    """Linux says it in /proc/cpuinfo; elsewhere Python's own word, which is coarse."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or _UNKNOWN
+
+
+def _nvidia_models(folder: Path) -> list[str]:
+    """The driver lists each GPU it drives in a folder of its own."""
+    texts = [_read(file) for file in sorted(folder.glob("*/information"))]
+    return [
+        found[1].strip() for text in texts if (found := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))
+    ]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
