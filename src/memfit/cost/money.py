@@ -1,0 +1,86 @@
+"""Energy, money and CO2 of one step, from the facts of a machine. Unknown in, unknown (None) out.
+
+energy [J] = board power [W] x step time [s] x devices: an upper bound, boundary "board (modelled: power x
+time)"; the host beside the accelerators is not in it. Electricity and CO2 count the whole site:
+energy x PUE, with 3.6e6 J in a kWh. CO2 is that of the electricity; making the hardware is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from memfit.types.machine import Machine, Place
+
+J_PER_KWH: Final = 3.6e6
+S_PER_HOUR: Final = 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bill:
+    """One step's bill. None: a fact it needs is unknown."""
+
+    energy_j: float | None  # at the devices, before PUE
+    electricity_usd: float | None
+    rental_usd: float | None
+    usd: float | None
+    co2_g: float | None
+
+
+def energy_j(power_w: float | None, step_s: float | None, *, devices: int = 1) -> float | None:
+    """Joules that `devices` draw at `power_w` watts each during `step_s` seconds."""
+    if power_w is None or step_s is None:
+        return None
+    return power_w * step_s * devices
+
+
+def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
+    """kWh at the meter of the site: energy x PUE."""
+    if place is None or energy_j is None:
+        return None
+    return energy_j / J_PER_KWH * place.pue_ratio.value
+
+
+def electricity_usd(place: Place | None, energy_j: float | None) -> float | None:
+    kwh = site_kwh(place, energy_j)
+    return None if place is None or kwh is None else kwh * place.usd_per_kwh.value
+
+
+def rental_usd(machine: Machine, step_s: float | None) -> float | None:
+    """What the machine costs to rent for `step_s` seconds, all its devices."""
+    hourly = machine.device.usd_per_hour
+    if hourly is None or step_s is None:
+        return None
+    return hourly.value * machine.device_count * step_s / S_PER_HOUR
+
+
+def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> float | None:
+    """Electricity, plus rental where the catalog has a rental price. None where electricity is unknown.
+
+    A rental price has the provider's own electricity in it, so for a rented machine this is a little
+    high (a few percent); `Bill` keeps the two parts apart.
+    """
+    electricity, rental = electricity_usd(machine.place, energy_j), rental_usd(machine, step_s)
+    if electricity is None or (rental is None and machine.device.usd_per_hour is not None):
+        return None
+    return electricity + (rental or 0.0)
+
+
+def co2_g(place: Place | None, energy_j: float | None) -> float | None:
+    """Grams of CO2 equivalent of the electricity."""
+    kwh = site_kwh(place, energy_j)
+    return None if place is None or kwh is None else kwh * place.co2_g_per_kwh.value
+
+
+def bill(machine: Machine, *, step_s: float | None, measured_j: float | None = None) -> Bill:
+    """One step on the whole machine; `measured_j` (of all devices) replaces power x time."""
+    power = machine.device.power_w
+    modelled_j = energy_j(power.value if power else None, step_s, devices=machine.device_count)
+    joules = measured_j if measured_j is not None else modelled_j
+    return Bill(
+        energy_j=joules,
+        electricity_usd=electricity_usd(machine.place, joules),
+        rental_usd=rental_usd(machine, step_s),
+        usd=usd(machine, energy_j=joules, step_s=step_s),
+        co2_g=co2_g(machine.place, joules),
+    )
