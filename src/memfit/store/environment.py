@@ -56,9 +56,10 @@ def _version(package: str) -> str:
 def _hardware() -> dict[str, str]:
     import psutil
 
+    physical, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
     return {
         "processor": _processor(Path("/proc/cpuinfo")),
-        "cores": f"{psutil.cpu_count(logical=False) or _UNKNOWN} physical, {os.cpu_count() or _UNKNOWN} logical",
+        "cores": f"{physical or _UNKNOWN} physical, {logical or _UNKNOWN} logical",
         "ram_bytes": str(psutil.virtual_memory().total),
         "accelerators": ", ".join(_nvidia_models(Path("/proc/driver/nvidia/gpus"))) or "none seen",
     }

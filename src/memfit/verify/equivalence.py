@@ -1,4 +1,4 @@
-"""Paired two one-sided tests (TOST): evidence *for* equality within a margin, not lack of evidence against."""
+"""Paired two one-sided tests (TOST): evidence *for* equality, not the lack of any against it."""
 
 from __future__ import annotations
 

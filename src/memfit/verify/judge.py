@@ -113,8 +113,8 @@ def _beyond_tolerance(pairs: Pairs) -> str:
         if beyond := float32.first_beyond(a.measurement.losses, b.measurement.losses):
             step, difference = beyond
             return (
-                f"seed {a.spec.seed}: losses differ by {difference:.1e} at step {step} (counted from 0), more "
-                f"than reordered float32 sums explain ({float32.tolerance(step):.1e})"
+                f"seed {a.spec.seed}: losses differ by {difference:.1e} at step {step} (counted from 0), "
+                f"more than reordered float32 sums explain ({float32.tolerance(step):.1e})"
             )
     return ""
 

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Sets up and checks everything: style, types, layers, tests with coverage. bash scripts/check.sh [pytest options]
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+install all,dev
+
+# The report is looked at in a real browser, in Japanese too. Without them those tests are skipped, and counted.
+if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing Chromium and a Japanese font for the report's tests"
+    { apt-get update && apt-get install -y --no-install-recommends chromium fonts-noto-cjk g++; } >/dev/null ||
+        echo "   could not be installed: those tests will be skipped" >&2
+fi
+
+export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
+
+say "ruff"; ruff check . && ruff format --check .
+say "mypy"; mypy
+say "import-linter"; lint-imports --no-cache
+say "pytest"
+exec python -m pytest -n auto --cov --cov-fail-under=90 -rs "$@"

@@ -1,0 +1,44 @@
+"""For every test: one thread, no network, the same examples each time, types checked at run time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+# Before torch or memfit is imported: torch reads the first once, beartype hooks imports.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
+from hypothesis import settings
+
+# Not the rooms that handle tensors: a checking wrapper holds its arguments and so changes what is measured.
+_DATA_ROOMS = (
+    "types", "catalog", "cost", "search", "engines", "run", "verify", "store", "report", "export", "wire",
+    "pipeline", "cli",
+)  # fmt: skip
+beartype_packages(
+    tuple(f"memfit.{room}" for room in _DATA_ROOMS),
+    conf=BeartypeConf(is_pep484_tower=True),  # an int is a float, as for mypy
+)
+
+settings.register_profile("memfit", deadline=None, derandomize=True)
+settings.load_profile("memfit")
+
+_connect = socket.socket.connect
+
+
+def _connect_here_only(self: socket.socket, address: Any) -> None:
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        raise RuntimeError(f"a test reached for the network: {address}")
+    _connect(self, address)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", _connect_here_only)
+        yield

@@ -1,0 +1,217 @@
+"""What holds for the whole house, read from its source and its imports."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import memfit
+import memfit.types
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src" / "memfit"
+FILES = sorted(SRC.rglob("*.py"))
+WITHOUT_TORCH = (
+    "types", "catalog", "cost", "search", "engines", "run", "verify", "store", "report", "export",
+)  # fmt: skip
+
+# Who may read environment variables: one file records them, and one hands them on to a child process.
+READS_ENVIRONMENT = {"store/environment.py", "run/child.py"}
+
+# Numbers that count or compare and so have no unit. Anything else says its unit last in its name.
+UNITS = (
+    "_bytes", "_s", "_j", "_w", "_usd", "_flops", "_tokens", "_steps", "_ratio", "_g", "_mib",
+    "_minutes", "_per_hour", "_per_kwh", "_per_batch", "_per_step", "_to_buy", "_count",
+)  # fmt: skip
+DIMENSIONLESS = {
+    # counts and indices
+    "batch", "batch_size", "changed_lines", "commands", "considered", "failed_attempts",
+    "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed", "step",
+    "steps", "steps_done", "steps_per_run", "threads",
+    # ticks of the trace's clock
+    "clock", "start", "end",
+    # pure numbers
+    "betas", "eps", "grad_norms", "learning_rate", "losses", "power", "weight_decay",
+    # in the unit that stands beside them (Metric.unit, Fact's field, Interaction.quantity, Reach.quantity)
+    "margin", "naive", "metric", "metric_naive", "difference", "low", "high", "value",
+    "neither", "first_only", "second_only", "both", "plain", "recommended",
+    # the unit itself
+    "flops", "usd",
+}  # fmt: skip
+
+
+def modules(room: str = "") -> list[str]:
+    parts = [p.relative_to(SRC.parent).with_suffix("").parts for p in FILES]
+    names = (".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts)
+    start = f"memfit.{room}" if room else "memfit"
+    return sorted(n for n in names if n == start or n.startswith(f"{start}."))
+
+
+def nouns() -> list[type]:
+    def inside() -> Iterator[ModuleType]:
+        for info in pkgutil.iter_modules(memfit.types.__path__):
+            yield importlib.import_module(f"memfit.types.{info.name}")
+
+    found = {c for module in inside() for _, c in inspect.getmembers(module, inspect.isclass)}
+    return sorted(filter(dataclasses.is_dataclass, found), key=lambda c: c.__name__)
+
+
+# --- what importing loads
+
+
+@pytest.mark.parametrize("statement", ["import memfit", "from memfit.cli import main"])
+def test_importing_memfit_loads_nothing_heavy(statement: str) -> None:
+    heavy = ("torch", "transformers", "numpy", "pydantic", "jinja2")
+    code = f"import sys; {statement}; print([m for m in {heavy} if m in sys.modules])"
+    assert _python(code) == "[]"
+
+
+def test_the_rooms_of_arithmetic_and_text_never_load_torch() -> None:
+    names = [name for room in WITHOUT_TORCH for name in modules(room)]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules:\n"
+        "        sys.exit(f'{name} loaded torch')"
+    )
+    assert _python(code) == ""
+
+
+def test_every_module_imports_without_the_extras() -> None:
+    code = (
+        "import importlib, sys\n"
+        "for name in ('bitsandbytes', 'torchao', 'peft'):\n"
+        "    sys.modules[name] = None\n"
+        f"for name in {[n for n in modules() if not n.endswith('__main__')]}:\n"
+        "    importlib.import_module(name)"
+    )
+    assert _python(code) == ""
+
+
+def _python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+# --- nouns
+
+
+@pytest.mark.parametrize("noun", nouns(), ids=lambda c: c.__name__)
+def test_nouns_are_frozen_slotted_and_keyword_only(noun: type) -> None:
+    parameters = noun.__dataclass_params__  # type: ignore[attr-defined]
+    assert parameters.frozen
+    assert "__slots__" in vars(noun)
+    assert all(field.kw_only for field in dataclasses.fields(noun))
+    assert "__dict__" not in dir(noun)
+
+
+@pytest.mark.parametrize("noun", nouns(), ids=lambda c: c.__name__)
+def test_numbers_say_their_unit(noun: type) -> None:
+    numbers = [f.name for f in dataclasses.fields(noun) if _is_number(str(f.type))]
+    nameless = [n for n in numbers if n not in DIMENSIONLESS and not n.endswith(UNITS)]
+    assert not nameless, f"{noun.__name__}: give {nameless} a unit, or list them as dimensionless"
+
+
+def _is_number(annotation: str) -> bool:
+    names = {n.id for n in ast.walk(ast.parse(annotation)) if isinstance(n, ast.Name)}
+    return bool(names & {"int", "float", "Interval", "Fact"}) and "Callable" not in names
+
+
+# --- source
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for file in FILES:
+        yield file.relative_to(SRC).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def found(wanted: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+    for name, tree in trees():
+        yield from ((name, node) for node in ast.walk(tree) if isinstance(node, wanted))
+
+
+def test_the_environment_is_read_in_one_file() -> None:
+    readers = {
+        name
+        for name, node in found(ast.Attribute)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "getenv")
+        and ast.unparse(node.value) == "os"
+    }
+    assert readers <= READS_ENVIRONMENT
+
+
+def test_only_the_watcher_of_child_processes_catches_everything() -> None:
+    wide = {
+        f"{name}:{node.lineno}"
+        for name, node in found(ast.ExceptHandler)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        and not (isinstance(last := node.body[-1], ast.Raise) and last.exc is None)  # cleans up, passes it on
+    }
+    assert not {place for place in wide if not place.startswith(("run/", "worker/"))}
+
+
+def test_nothing_is_global() -> None:
+    assert not [name for name, _ in found(ast.Global)]
+
+
+def test_files_and_functions_are_short() -> None:
+    long_files = {str(f.relative_to(SRC)) for f in FILES if len(f.read_text().splitlines()) > 400}
+    assert not long_files
+    lengths = {f"{name}:{f.lineno} {f.name}": _length(f) for name, f in functions()}
+    assert not {where: n for where, n in lengths.items() if n > 60}
+    assert statistics.median(lengths.values()) <= 10
+
+
+def test_functions_take_few_arguments() -> None:
+    counts = {
+        f"{name} {f.name}": len([*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs])
+        for name, f in functions()
+    }
+    assert not {where for where, n in counts.items() if n > 8}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for name, node in found(ast.AST):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node
+
+
+def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of the body, docstring excluded."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+# --- packaging
+
+
+def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("memfit-*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    ours = {p for p in SRC.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {p.relative_to(SRC.parent).as_posix() for p in ours} <= packed
+
+
+def test_the_version_is_said_once() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == memfit.__version__

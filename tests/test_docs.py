@@ -1,0 +1,77 @@
+"""What README and docs say is so: commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def console_lines(text: str) -> list[list[str]]:
+    blocks = re.findall(r"^```(?:console|bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def memfit_commands() -> list[str]:
+    named = {words[1] for words in console_lines(README) if words[0] == "memfit" and len(words) > 1}
+    return sorted(named | set(re.findall(r"^\| `memfit ([a-z]+)", README, re.MULTILINE)))
+
+
+def test_the_first_code_block_comes_early_and_holds_the_two_commands() -> None:
+    first = README.split("```")[1]
+    assert README[: README.index("```")].count("\n") < 30
+    scripts = [words for words in console_lines(f"```{first}```\n") if words[0] == "bash"]
+    assert len(scripts) == 2
+    for words in scripts:
+        subprocess.run(["bash", "-n", ROOT / words[1]], check=True)
+
+
+def test_readme_tells_its_limits() -> None:
+    assert re.search(r"^## Limits$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", memfit_commands())
+def test_every_command_of_the_readme_has_help(command: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "memfit", command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert command in run.stdout
+
+
+def options() -> list[tuple[str, str]]:
+    lines = [w for w in console_lines(README) if w[0] == "memfit" and len(w) > 1]
+    return sorted({(w[1], part.split("=")[0]) for w in lines for part in w if part.startswith("--")})
+
+
+@pytest.mark.parametrize(("command", "option"), options())
+def test_every_option_of_the_readme_exists(command: str, option: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "memfit", command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert option in run.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+def test_every_dependency_is_justified_in_the_readme() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [d for name in ("lowbit", "lora") for d in project["optional-dependencies"][name]]
+    names = [re.split(r"[<>=!~\[ ]", d)[0] for d in project["dependencies"] + extras]
+    assert not [n for n in names if f"| `{n}` |" not in README]
