@@ -1,0 +1,1 @@
+"""Memory, energy and the memory cap, read inside the process that trains."""

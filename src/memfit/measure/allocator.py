@@ -1,0 +1,197 @@
+"""The counting CPU allocator: the truth about live tensor bytes, over all threads.
+
+A small shared library (counting_allocator.cpp) wraps torch's CPU allocator. It is compiled once per
+torch, source and compiler, in about a second, and kept in the user's cache folder. Bytes are rounded
+up to 64 per storage, torch's alignment on CPU. What existed before the install is never counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import platformdirs
+import torch
+
+from memfit.types.errors import MemfitError
+
+_SOURCE: Final = Path(__file__).with_name("counting_allocator.cpp")
+_COMPILERS: Final = ("g++", "clang++", "c++")
+_BUILD_LIMIT_S: Final = 120.0
+
+
+class AllocatorUnavailable(MemfitError):
+    """The counting allocator cannot be built or installed here; the text says why."""
+
+
+class Counts(NamedTuple):
+    allocations: int
+    frees: int
+    alive: int
+
+
+class Event(NamedTuple):
+    """One allocation (positive) or free (negative)."""
+
+    delta_bytes: int
+    time_ns: int  # monotonic clock
+    thread: int  # operating system's thread id
+
+
+class Log(NamedTuple):
+    """Every allocation and free between start_log and stop_log, in the order in which they counted."""
+
+    start_bytes: int  # live when the log began
+    events: tuple[Event, ...]
+
+    @property
+    def deltas_bytes(self) -> tuple[int, ...]:
+        return tuple(e.delta_bytes for e in self.events)
+
+    def timeline_bytes(self, points: int) -> tuple[int, ...]:
+        """Live bytes after each event, thinned to at most `points`."""
+        return thin(accumulate(self.deltas_bytes, initial=self.start_bytes), points)
+
+
+def thin(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
+    """At most `points` values: the highest of each run of neighbours, so that the peak stays."""
+    values = tuple(live_bytes)
+    per_point = -(-len(values) // points) or 1
+    return tuple(max(values[i : i + per_point]) for i in range(0, len(values), per_point))
+
+
+def available() -> str | None:
+    """None when the allocator can be used (it is then built), else the reason in one line."""
+    try:
+        _build()
+    except AllocatorUnavailable as error:
+        return str(error)
+    return None
+
+
+class CountingAllocator:
+    """Handle on the process's one counting allocator. Raises AllocatorUnavailable where it cannot be built.
+
+    Everything is counted from `install()` until the process ends, so install it before the model is built.
+    """
+
+    source = "counting allocator"
+
+    def __init__(self) -> None:
+        self._library = _load(_build())
+
+    def install(self) -> None:
+        if not self._library.memfit_install():
+            raise AllocatorUnavailable("torch's CPU allocator in place cannot be wrapped")
+
+    def live_bytes(self) -> int:
+        return int(self._library.memfit_live())
+
+    def peak_bytes(self) -> int:
+        """Highest live bytes since the install or the last reset_peak."""
+        return int(self._library.memfit_peak())
+
+    def reset_peak(self) -> None:
+        """The peak becomes what is live now."""
+        self._library.memfit_reset_peak()
+
+    def counts(self) -> Counts:
+        out = (ctypes.c_int64 * 3)()
+        self._library.memfit_counts(out)
+        return Counts(*out)
+
+    def start_log(self) -> None:
+        self._log_start_bytes = int(self._library.memfit_start_log())
+
+    def stop_log(self) -> Log:
+        """The log since start_log. Raises MemoryError when the cap left no room to keep it."""
+        length = int(self._library.memfit_stop_log())
+        if length < 0:
+            raise MemoryError("no memory was left for the log of allocations")
+        out = (ctypes.c_int64 * (3 * length))()
+        self._library.memfit_read_log(out, length)
+        events = tuple(Event(*out[i : i + 3]) for i in range(0, 3 * length, 3))
+        return Log(self._log_start_bytes, events)
+
+    def watch_data(self, on: bool) -> None:
+        """Keep (or stop keeping) the highest VmData seen after each allocation of 64 KiB or more."""
+        self._library.memfit_watch_data(int(on))
+
+    def data_peak_bytes(self) -> int:
+        """Highest data segment, stack included, since watch_data(True); 0 when never watched."""
+        return int(self._library.memfit_data_peak())
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise AllocatorUnavailable(f"the counting allocator does not load: {error}") from error
+    for name in ("live", "peak", "start_log", "stop_log", "data_peak"):
+        getattr(library, f"memfit_{name}").restype = ctypes.c_int64
+    library.memfit_read_log.argtypes = (ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
+    return library
+
+
+def _build() -> Path:
+    """Path of the library, compiled if the cache has none. Raises AllocatorUnavailable."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise AllocatorUnavailable(f"no C++ compiler found ({', '.join(_COMPILERS)})")
+    command = _command(compiler)
+    target = _cache_path(command)
+    if not target.exists():
+        _compile(command, target)
+    return target
+
+
+def _command(compiler: str) -> tuple[str, ...]:
+    torch_dir = Path(torch.__file__).parent
+    undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
+    return (
+        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", *undefined, f"-I{torch_dir / 'include'}",
+        str(_SOURCE),
+        f"-L{torch_dir / 'lib'}", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}",
+    )  # fmt: skip
+
+
+def _cache_path(command: tuple[str, ...]) -> Path:
+    """One file per torch, source, compiler and flags."""
+    compiler_stat = Path(command[0]).stat()
+    parts = (torch.__version__, *command, str(compiler_stat.st_size), str(compiler_stat.st_mtime_ns))
+    digest = hashlib.sha256("\0".join(parts).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
+    return platformdirs.user_cache_path("memfit") / f"counting_allocator-{digest}.so"
+
+
+def _compile(command: tuple[str, ...], target: Path) -> None:
+    """Compile beside `target` and rename, so that two processes building at once do no harm."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    except OSError as error:
+        raise AllocatorUnavailable(f"the cache folder cannot be written: {error}") from error
+    os.close(handle)
+    try:
+        subprocess.run(
+            (*command, "-o", draft), check=True, capture_output=True, text=True, timeout=_BUILD_LIMIT_S
+        )
+        Path(draft).replace(target)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise AllocatorUnavailable(f"the counting allocator does not compile: {_why(error)}") from error
+    finally:
+        Path(draft).unlink(missing_ok=True)
+
+
+def _why(error: Exception) -> str:
+    """The compiler's first error line, else the error itself."""
+    lines = str(getattr(error, "stderr", None) or "").splitlines()
+    return next((line for line in lines if "error" in line), str(error))

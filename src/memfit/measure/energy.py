@@ -1,0 +1,111 @@
+"""Energy counters of the hardware: RAPL for the processor package, NVML for a GPU board."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any, Final
+
+_POWERCAP: Final = Path("/sys/class/powercap")
+_NO_METER: Final = (None, "")
+
+
+class EnergyMeter:
+    """Energy between start() and stop(), with the boundary it was measured at.
+
+    The CPU's boundary is the package (cores and caches of every socket, without DRAM, disks and power
+    supply), a GPU's the board. The counters count everything that runs there, not only this process.
+    """
+
+    def __init__(self, device: str = "cpu", *, powercap: Path = _POWERCAP) -> None:
+        self._board = _board(device) if device.startswith("cuda") else None
+        self._zones = () if device.startswith("cuda") else _zones(powercap)
+        self._started: tuple[int | None, ...] = ()
+
+    def start(self) -> None:
+        self._started = self._read()
+
+    def stop(self) -> tuple[float | None, str]:
+        """(joules, boundary) since start(), or (None, "") where there is no meter that can be read."""
+        before, after = self._started, self._read()
+        if not after or len(before) != len(after):
+            return _NO_METER
+        if self._board is not None:
+            (first,), (last,) = before, after
+            return _NO_METER if first is None or last is None else ((last - first) / 1e3, "board (NVML)")
+        spent_uj = [zone.spent_uj(b, a) for zone, b, a in zip(self._zones, before, after, strict=True)]
+        joules = sum(s for s in spent_uj if s is not None) / 1e6
+        return _NO_METER if None in spent_uj else (joules, "package (RAPL)")
+
+    def _read(self) -> tuple[int | None, ...]:
+        if self._board is not None:
+            return (self._board.energy_mj(),)
+        return tuple(zone.energy_uj() for zone in self._zones)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Zone:
+    """One package in /sys/class/powercap; its counter wraps at `range_uj`."""
+
+    path: Path
+    range_uj: int
+
+    def energy_uj(self) -> int | None:
+        return _int(self.path / "energy_uj")
+
+    def spent_uj(self, before: int | None, after: int | None) -> int | None:
+        """Right as long as the counter wrapped at most once (262 kJ: 20 minutes at 200 W)."""
+        if before is None or after is None:
+            return None
+        return after - before if after >= before else after - before + self.range_uj
+
+
+def _zones(powercap: Path) -> tuple[_Zone, ...]:
+    """The package zones: `intel-rapl:0`, also on AMD. Subzones such as core and dram lie within or beside."""
+    found = []
+    for path in sorted(powercap.glob("intel-rapl:*")):
+        range_uj = _int(path / "max_energy_range_uj")
+        if path.name.count(":") == 1 and _text(path / "name").startswith("package") and range_uj:
+            found.append(_Zone(path=path, range_uj=range_uj))
+    return tuple(found)
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text().strip()
+    return ""
+
+
+def _int(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text.isdigit() else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Board:
+    nvml: Any
+    handle: Any
+
+    def energy_mj(self) -> int | None:
+        try:
+            return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
+        except self.nvml.NVMLError:
+            return None  # before Volta there is no such counter
+
+
+def _board(device: str) -> _Board | None:
+    """NVML's handle on torch's `device`, found by UUID: NVML does not know CUDA_VISIBLE_DEVICES."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    import torch
+
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    try:
+        nvml.nvmlInit()
+        return _Board(nvml=nvml, handle=nvml.nvmlDeviceGetHandleByUUID(uuid))
+    except nvml.NVMLError:
+        return None
