@@ -12,8 +12,9 @@ fi
 
 export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
 
-say "ruff"; ruff check . && ruff format --check .
+say "ruff"; ruff check .; ruff format --check .
 say "mypy"; mypy
 say "import-linter"; lint-imports --no-cache
 say "pytest"
-exec python -m pytest -n auto --cov --cov-fail-under=90 -rs "$@"
+if [ $# -gt 0 ]; then exec python -m pytest -n auto "$@"; fi # a selection says nothing about coverage
+exec python -m pytest -n auto --cov --cov-fail-under=90

@@ -28,5 +28,6 @@ python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 install() {
     say "installing memfit[$1] (the first time takes minutes: torch is large)"
     python -m pip install --disable-pip-version-check -e ".[$1]" |
-        awk '/^ *(Downloading|Building|Installing collected)/ { print "   " $1 " " $2 " " $3; fflush() }' >&2
+        awk '/^ *Downloading/ { sub(/-(py|cp)[0-9].*/, "", $2); print "   " $2 " " $3 " " $4; fflush() }
+             /^Installing collected/ { print "   unpacking"; fflush() }' >&2
 }

@@ -114,6 +114,13 @@ def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
         assert [json.loads(r.body)["i"] for r in Store(path).records(name)] == list(range(10))
 
 
+def test_laying_out_a_store_that_another_process_has_just_made_changes_nothing(store: Store) -> None:
+    record = store.append("poc", "run", {})
+    with store._connection() as connection:
+        store._lay_out(connection)
+    assert store.records() == (record,)
+
+
 # --- files that are no store
 
 

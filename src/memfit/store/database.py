@@ -106,7 +106,7 @@ class Store:
         rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
         if not rows:
             raise UserError(f"the store {self.path} has no environment {name!r}")
-        return wire.loads(dict[str, str], rows[0][0], what="environment")
+        return dict(json.loads(rows[0][0]))
 
     @functools.cached_property
     def _environment(self) -> tuple[str, Mapping[str, str]]:
