@@ -11,7 +11,6 @@ Every other line is ignored; standard error is kept for the reason when the chil
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -44,7 +43,17 @@ CHILD_ENV: Final[Mapping[str, str]] = {
 }
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
-_PR_SET_PDEATHSIG: Final = 1
+_ASK: Final = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: holds across exec
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has died")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
+"""
 _VMSTAT: Final = Path("/proc/vmstat")
 
 
@@ -57,12 +66,7 @@ def run(config: LaunchConfig, *, on_event: Callable[[Event], None]) -> Measureme
     with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        try:
-            watch = _Watch(config, folder, errors)
-        except OSError as error:
-            return Measurement(
-                outcome=OutcomeKind.FAILED, reason=f"cannot start {config.argv[0]}: {error.strerror}"
-            )
+        watch = _Watch(config, folder, errors)
         try:
             watch.follow(on_event)
         finally:
@@ -82,13 +86,12 @@ class _Watch:
         self._losses: list[float] = []
         self._result: object = None
         self._process = subprocess.Popen(
-            [part.replace("{dir}", folder) for part in config.argv],
+            _dying_with_parent([part.replace("{dir}", folder) for part in config.argv]),
             env={**os.environ, **CHILD_ENV, **config.env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,  # one process group, killed as one
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509 (one system call, looked up before the fork)
         )
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
@@ -223,15 +226,9 @@ def _machine_oom_kills() -> int:
     return 0
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """To run in the child before its program starts: when this process dies in any way, so does the child."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # looked up before the fork
+def _dying_with_parent(argv: Sequence[str]) -> list[str]:
+    """`argv`, started so that Linux kills it when this process dies in any way.
 
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it died in between
-
-    return ask
+    A program that asks and then becomes argv, as Python between fork and exec is unsafe with threads.
+    """
+    return [sys.executable, "-I", "-S", "-c", _ASK, str(os.getpid()), *argv]
