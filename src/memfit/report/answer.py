@@ -1,0 +1,103 @@
+"""The answer in three sentences: does plain training fit, does the recommended plan, is it the same science.
+
+Each sentence says what was seen; where nothing was seen, what is predicted; where neither, that.
+"""
+
+from __future__ import annotations
+
+from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted
+from memfit.report.pool import ok_runs, peak_bytes
+from memfit.types.result import NamedVerdict, Poc, Run, Verdict
+
+
+def answer(poc: Poc) -> tuple[Sentence, ...]:
+    return (_plain(poc), _recommended(poc), _science(poc))
+
+
+def _plain(poc: Poc) -> Sentence:
+    cap = assumed(poc.cap_bytes, "bytes")
+    capped = [r for r in _runs(poc, "baseline") if r.spec.cap_bytes is not None]
+    need = peak_bytes(_runs(poc, "baseline"))
+    needs = measured(need, "bytes") if need else _predicted_peak(poc)
+    if not capped:
+        key = "answer.plain.predicted_fits" if poc.search.baseline.fits else "answer.plain.predicted_oom"
+        return Sentence(key=key, values={"cap": cap, "peak": _predicted_peak(poc)})
+    outcome = capped[0].measurement.outcome
+    values: dict[str, Figure | str | Sentence] = {"cap": cap, "peak": needs}
+    return Sentence(key=f"answer.plain.{outcome}", values=values)
+
+
+def _predicted_peak(poc: Poc) -> Figure:
+    return predicted(poc.search.baseline.estimate.allocated_bytes.value, "bytes")
+
+
+def _runs(poc: Poc, role: str) -> list[Run]:
+    return [run for run in poc.runs if run.spec.role == role]
+
+
+def _recommended(poc: Poc) -> Sentence:
+    best = poc.search.recommended
+    if best is None:
+        least = predicted(poc.search.smallest.estimate.allocated_bytes.value, "bytes")
+        cap = assumed(poc.cap_bytes, "bytes")
+        return Sentence(key="answer.plan.none", values={"cap": cap, "least": least})
+    plan = best.estimate.plan.label
+    runs = _runs(poc, "recommended")
+    peak = peak_bytes(runs)
+    if peak is not None:
+        return _measured_plan(poc, plan, peak)
+    if runs:
+        outcome = Sentence(key=f"outcome.{runs[-1].measurement.outcome}")
+        return Sentence(key="answer.plan.broke", values={"plan": plan, "outcome": outcome})
+    guess = predicted(best.estimate.allocated_bytes.value, "bytes")
+    return Sentence(key="answer.plan.predicted", values={"plan": plan, "peak": guess})
+
+
+def _measured_plan(poc: Poc, plan: str, peak: int) -> Sentence:
+    base = peak_bytes(_runs(poc, "baseline"))
+    capped = any(r.spec.cap_bytes is not None for r in ok_runs(_runs(poc, "recommended")))
+    values: dict[str, Figure | str | Sentence] = {"plan": plan, "peak": measured(peak, "bytes")}
+    if base is None or poc.step_time_ratio is None:
+        return Sentence(key="answer.plan.measured_alone", values=values)
+    values["share"] = measured(100 * peak / base, "percent")
+    values["ratio"] = measured(poc.step_time_ratio, "ratio")
+    return Sentence(key="answer.plan.measured" if capped else "answer.plan.measured_uncapped", values=values)
+
+
+def _science(poc: Poc) -> Sentence:
+    again = _reproducible(poc)
+    named = next((n for n in poc.verdicts if n.name == "recommended"), None)
+    if named is None:
+        return Sentence(key="answer.science.missing", values={"reproducible": again})
+    verdict = named.verdict
+    if verdict.difference is None or verdict.margin is None:
+        return Sentence(key=f"answer.science.{verdict.kind}", values={"reproducible": again})
+    values = {**_interval(named, poc.metric_unit), "reproducible": again}
+    return Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
+
+
+def _interval(named: NamedVerdict, unit: str) -> dict[str, Figure | str | Sentence]:
+    verdict: Verdict = named.verdict
+
+    def bound(value: float | None) -> Figure:
+        return Figure(value=value, unit=apart(unit), mark=Mark.MEASURED, signed=True)
+
+    return {
+        "metric": verdict.metric,
+        "difference": bound(verdict.difference),
+        "low": bound(verdict.low),
+        "high": bound(verdict.high),
+        "margin": assumed(verdict.margin, apart(unit)),
+        "pairs": str(verdict.pairs),
+    }
+
+
+def _reproducible(poc: Poc) -> Sentence:
+    found = poc.reproducibility
+    if found.reproducible is None:
+        return Sentence(key="answer.reproducible.missing")
+    if found.reproducible:
+        return Sentence(key="answer.reproducible.yes")
+    if found.first_differing_step is None:
+        return Sentence(key="answer.reproducible.no")
+    return Sentence(key="answer.reproducible.no_step", values={"step": str(found.first_differing_step)})

@@ -1,0 +1,232 @@
+"""The report's charts as inline SVG, drawn by hand.
+
+A few kilobytes each where plotly's script is 4 MB, no script at all, print and dark mode come from the
+page's own style. An SVG is as wide as its box: x is in percent of the width and y in pixels, so that text
+keeps its size on a telephone; only the paths live in a nested picture that is stretched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Final
+
+HEIGHT: Final = 260  # px of a plot's area
+WIDE: Final = 1000  # the stretched picture's own width
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """``scale`` is the unit in which ticks are round: 2**20 for MiB."""
+
+    title: str
+    low: float
+    high: float
+    scale: float = 1.0
+    text: Callable[[float], str] = "{:g}".format
+
+    def ticks(self, count: int = 7) -> list[float]:
+        """About `count` round values inside the axis."""
+        low, high = self.low / self.scale, self.high / self.scale
+        step = _round_step((high - low) / count)
+        first = math.ceil(low / step - 1e-9)
+        last = math.floor(high / step + 1e-9)
+        return [i * step * self.scale for i in range(first, last + 1)]
+
+    def share(self, value: float) -> float:
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """``css`` names the role that colours it. Stepped lines hold each value until the next."""
+
+    css: str
+    points: Sequence[tuple[float, float]]
+    area: bool = False
+    stepped: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Dot:
+    css: str
+    x: float
+    y: float
+    hint: str  # shown on hover
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A straight line across the plot, at an x or at a y."""
+
+    value: float
+    label: str
+    vertical: bool = False
+
+
+def axis(
+    title: str,
+    *,
+    values: Sequence[float],
+    zero: bool = True,
+    scale: float = 1.0,
+    text: Callable[[float], str] = "{:g}".format,
+) -> Axis:
+    """An axis that holds all finite values with a little air above, from zero or with air below."""
+    finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    top, bottom = max(finite), 0.0 if zero else min(finite)
+    air = 0.08 * (top - bottom) or abs(top) or 1.0
+    return Axis(title=title, low=bottom if zero else bottom - air, high=top + air, scale=scale, text=text)
+
+
+def plot(
+    chart_id: str,
+    *,
+    title: str,
+    description: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[Line] = (),
+    dots: Sequence[Dot] = (),
+    rules: Sequence[Rule] = (),
+) -> str:
+    """One chart as SVG text. All words come escaped out of here, whoever wrote them."""
+    parts = [_grid(x, y), _stretched([_path(line, x, y) for line in lines])]
+    parts += [_rule(rule, x, y) for rule in rules]
+    parts += [_dot(dot, x, y) for dot in dots]
+    return (
+        f'<svg class="plot" role="img" aria-labelledby="{chart_id}-t {chart_id}-d" height="{HEIGHT}">'
+        f'<title id="{chart_id}-t">{escape(title)}</title>'
+        f'<desc id="{chart_id}-d">{escape(description)}</desc>'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def bar(
+    value: float | None,
+    *,
+    full: float,
+    css: str,
+    marker: float | None = None,
+    rule: float | None = None,
+    whole: bool = True,
+) -> str:
+    """A bar against `full`, with a tick for the predicted value and a line for a limit. Its numbers stand
+    beside it as text, so it is hidden from screen readers. Not `whole`: predicted only, drawn hollow."""
+    style = css if whole else f"{css} hollow"
+    box = f'<rect class="{style}" x="0" y="3" height="14" width="{_pct((value or 0) / full)}"/>'
+    tick = _upright("tick", marker, full, 0, 20)
+    limit = _upright("limit", rule, full, -4, 24)
+    track = '<rect class="track" x="0" y="3" height="14" width="100%"/>'
+    return f'<svg class="bar" aria-hidden="true" height="20">{track}{box}{tick}{limit}</svg>'
+
+
+def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> str:
+    """(low, value, high) in units of the margin, on a strip from -reach to reach with the margin shaded."""
+    low, value, high = (_pct((b + reach) / (2 * reach)) for b in bounds)
+    left, right = _pct((reach - 1) / (2 * reach)), _pct((reach + 1) / (2 * reach))
+    return (
+        '<svg class="interval" aria-hidden="true" height="34">'
+        f'<rect class="band" x="{left}" y="0" width="{_pct(1 / reach)}" height="34"/>'
+        f'<line class="edge" x1="{left}" x2="{left}" y1="0" y2="34"/>'
+        f'<line class="edge" x1="{right}" x2="{right}" y1="0" y2="34"/>'
+        '<line class="zero" x1="50%" x2="50%" y1="0" y2="34"/>'
+        f'<g class="{css}"><line class="whisker" x1="{low}" x2="{high}" y1="17" y2="17"/>'
+        f'<line class="whisker" x1="{low}" x2="{low}" y1="11" y2="23"/>'
+        f'<line class="whisker" x1="{high}" x2="{high}" y1="11" y2="23"/>'
+        f'<circle cx="{value}" cy="17" r="5.5"/></g></svg>'
+    )
+
+
+def _round_step(rough: float) -> float:
+    """The next of 1, 2, 2.5, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+
+
+def _pct(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _px(share: float) -> str:
+    return f"{HEIGHT * (1 - share):.1f}"
+
+
+def _upright(css: str, value: float | None, full: float, top: int, bottom: int) -> str:
+    if value is None:
+        return ""
+    place = _pct(value / full)
+    return f'<line class="{css}" x1="{place}" x2="{place}" y1="{top}" y2="{bottom}"/>'
+
+
+def _grid(x: Axis, y: Axis) -> str:
+    across = "".join(
+        f'<line class="grid" x1="0" x2="100%" y1="{_px(y.share(v))}" y2="{_px(y.share(v))}"/>'
+        f'<text class="y" x="-10" y="{_px(y.share(v))}" dy=".35em">{escape(y.text(v))}</text>'
+        for v in y.ticks()
+    )
+    below = "".join(
+        f'<text class="x" x="{_pct(x.share(v))}" y="{HEIGHT + 20}">{escape(x.text(v))}</text>'
+        for v in x.ticks(4)
+    )
+    base = f'<line class="base" x1="0" x2="100%" y1="{HEIGHT}" y2="{HEIGHT}"/>'
+    titles = (
+        f'<text class="title" x="-82" y="-24">{escape(y.title)}</text>'
+        f'<text class="title end" x="100%" y="{HEIGHT + 42}">{escape(x.title)}</text>'
+    )
+    return across + below + base + titles
+
+
+def _stretched(paths: Sequence[str]) -> str:
+    return (
+        f'<svg width="100%" height="{HEIGHT}" viewBox="0 0 {WIDE} {HEIGHT}" preserveAspectRatio="none">'
+        f"{''.join(paths)}</svg>"
+    )
+
+
+def _path(line: Line, x: Axis, y: Axis) -> str:
+    """Values that are not finite break the line."""
+    if not line.points:
+        return ""
+    step = "H" if line.stepped else ""
+    text, pen_up = "", True
+    for px, py in line.points:
+        if not math.isfinite(py):
+            pen_up = True
+            continue
+        at_x, at_y = f"{WIDE * x.share(px):.1f}", _px(y.share(py))
+        text += f"M{at_x},{at_y}" if pen_up else f"{step}{at_x}V{at_y}" if step else f"L{at_x},{at_y}"
+        pen_up = False
+    if line.area:
+        left, right = (WIDE * x.share(line.points[i][0]) for i in (0, -1))
+        text += f"L{right:.1f},{HEIGHT}L{left:.1f},{HEIGHT}Z"
+    return f'<path class="{"area" if line.area else "line"} {line.css}" d="{text}"/>'
+
+
+def _rule(rule: Rule, x: Axis, y: Axis) -> str:
+    label = escape(rule.label)
+    if rule.vertical:
+        at = _pct(x.share(rule.value))
+        side = "start" if x.share(rule.value) < 0.6 else "end"
+        return (
+            f'<line class="limit" x1="{at}" x2="{at}" y1="0" y2="{HEIGHT}"/>'
+            f'<text class="rule {side}" x="{at}" y="-6">{label}</text>'
+        )
+    at = _px(y.share(rule.value))
+    return (
+        f'<line class="limit" x1="0" x2="100%" y1="{at}" y2="{at}"/>'
+        f'<text class="rule end" x="100%" y="{at}" dy="-6">{label}</text>'
+    )
+
+
+def _dot(dot: Dot, x: Axis, y: Axis) -> str:
+    share = x.share(dot.x)
+    cx, cy, side = _pct(share), _px(y.share(dot.y)), "start" if share < 0.6 else "end"
+    label = (
+        f'<text class="name {side}" x="{cx}" y="{cy}" dy="22">{escape(dot.label)}</text>' if dot.label else ""
+    )
+    circle = f'<circle class="{dot.css}" cx="{cx}" cy="{cy}" r="6"><title>{escape(dot.hint)}</title></circle>'
+    return circle + label

@@ -1,0 +1,116 @@
+"""A number with its unit and where it comes from, and the one place where it becomes text."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from typing import Final
+
+from memfit.report.words import Words
+from memfit.types.units import format_bytes, format_seconds
+
+
+class Mark(enum.StrEnum):
+    """How a number is known. A number made of several takes the weakest of their marks."""
+
+    MEASURED = "measured"  # read or counted in this PoC
+    PREDICTED = "predicted"  # computed before running
+    ASSUMED = "assumed"  # chosen beforehand, or published by somebody and not checked here
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, points, or the
+    metric's own unit. ``value`` is None where nothing is known."""
+
+    value: float | None
+    unit: str
+    mark: Mark
+    signed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sentence:
+    """A key of the word catalogs with what fills it: figures, text of others, or further sentences."""
+
+    key: str
+    values: Mapping[str, Figure | str | Sentence] = dataclasses.field(default_factory=dict)
+
+
+def measured(value: float | None, unit: str) -> Figure:
+    return Figure(value=value, unit=unit, mark=Mark.MEASURED)
+
+
+def predicted(value: float | None, unit: str) -> Figure:
+    return Figure(value=value, unit=unit, mark=Mark.PREDICTED)
+
+
+def assumed(value: float | None, unit: str) -> Figure:
+    return Figure(value=value, unit=unit, mark=Mark.ASSUMED)
+
+
+_SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {
+    "j": ((3.6e6, "kWh"), (3.6e3, "Wh"), (1.0, "J"), (1e-3, "mJ")),
+    "g": ((1e6, "t"), (1e3, "kg"), (1.0, "g"), (1e-3, "mg"), (1e-6, "µg")),
+    "parameters": ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+}
+
+
+# ratio and points are words of a language: figure_text adds them
+_SUFFIXES: Final = {"": "", "ratio": "", "points": "", "percent": " %", "percentage points": " %"}
+
+
+def apart(unit: str) -> str:
+    """The unit of a difference: two percentages are so many points apart."""
+    return "points" if unit in ("%", "percentage points") else unit
+
+
+def number_text(value: float, unit: str) -> str:
+    """``(2048, "bytes")`` to ``2 KiB``. Three significant digits unless the unit asks for more."""
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit == "s":
+        return format_seconds(value)
+    if unit == "usd":
+        return f"${_plain(value, 3)}" if value >= 1e-6 or value == 0 else f"${value:.1e}"
+    if unit in _SCALES:
+        return _scaled(value, _SCALES[unit])
+    if unit == "count":
+        return f"{value:,.0f}" if float(value).is_integer() else _plain(value, 3)
+    digits = 2 if abs(value) < 1 else 3
+    return f"{_plain(value, digits)}{_SUFFIXES.get(unit, f' {unit}')}"
+
+
+def figure_text(figure: Figure, words: Words) -> str:
+    """The figure as text; an unknown one says in words that it is not known."""
+    if figure.value is None or not math.isfinite(figure.value):
+        return words.get(f"missing.{figure.mark}")
+    sign = "+" if figure.signed and figure.value > 0 else ""
+    text = (sign + number_text(figure.value, figure.unit)).replace("-", "\u2212")
+    return words.get(f"unit.{figure.unit}", value=text) if figure.unit in ("ratio", "points") else text
+
+
+def sentence_text(sentence: Sentence, words: Words) -> str:
+    return words.get(sentence.key, **{k: _value_text(v, words) for k, v in sentence.values.items()})
+
+
+def _value_text(value: Figure | str | Sentence, words: Words) -> str:
+    if isinstance(value, Figure):
+        return figure_text(value, words)
+    return value if isinstance(value, str) else sentence_text(value, words)
+
+
+def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:
+    scale, name = next((s for s in scales if abs(value) >= s[0]), scales[-1])
+    return f"{_plain(value / scale, 3)} {name}".rstrip()
+
+
+def _plain(value: float, digits: int) -> str:
+    """`digits` significant digits, never in exponent form: ``0.00012``, ``1,230``."""
+    value = float(f"{value:.{digits - 1}e}")
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{min(decimals, 9)}f}"

@@ -1,0 +1,131 @@
+"""One self-contained HTML file from a Poc: no script, no network, every number marked with its provenance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memfit.report import charts, drawing
+from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured
+from memfit.report.rows import PocView
+from memfit.report.view import poc_view
+from memfit.report.words import Words, load_words
+from memfit.types.result import Poc
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+def write_html(poc: Poc, path: Path, *, lang: str) -> Path:
+    """Write the report and return its path. The file appears whole or not at all.
+
+    Raises UserError for a language without a catalog; OSError when the folder cannot be written.
+    """
+    text = render_html(poc, lang=lang)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def render_html(poc: Poc, *, lang: str) -> str:
+    import jinja2
+
+    words = load_words(lang)
+    view = poc_view(poc)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("template.html.j2")
+    return template.render(view=view, poc=poc, words=words, **_helpers(words), **_drawings(view, words))
+
+
+def _asset(name: str) -> str:
+    return resources.files("memfit.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _helpers(words: Words) -> Mapping[str, Callable[..., Any]]:
+    """What the template may call: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence."""
+    from markupsafe import Markup, escape
+
+    def num(figure: Figure) -> Markup:
+        text = figure_text(figure, words)
+        if figure.value is None:
+            return Markup('<span class="missing">{}</span>').format(text)
+        mark = words.get(f"mark.{figure.mark}")
+        return Markup(
+            '<span class="num {0}">{1}<i class="tag" role="img" aria-label="{2}" title="{2}"></i></span>'
+        ).format(figure.mark, text, mark)
+
+    def t(key: str, **values: object) -> Markup:
+        shown = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
+        return Markup(escape(words.texts[key])).format(**shown)
+
+    def named(key: str, value: object) -> object:
+        plan = key in ("plan", "technique")
+        return Markup('<span class="plan">{}</span>').format(value) if plan else value
+
+    def say(sentence: Sentence) -> Markup:
+        return t(sentence.key, **{k: _shown(v) for k, v in sentence.values.items()})
+
+    def _shown(value: object) -> object:
+        return say(value) if isinstance(value, Sentence) else value
+
+    def style() -> Markup:
+        return Markup(_asset("style.css"))
+
+    def moment(iso: str) -> str:
+        """``2026-03-01T09:30:00+00:00`` as people write it."""
+        return iso[:16].replace("T", " ") + " UTC" if iso.endswith("+00:00") else iso
+
+    return {
+        "t": t,
+        "num": num,
+        "moment": moment,
+        "say": say,
+        "style": style,
+        "assumed": assumed,
+        "counted": measured,
+    }
+
+
+def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
+    from markupsafe import Markup
+
+    def bar(value: Figure, full: float, **options: Any) -> Markup:
+        return Markup(charts.bar(value.value, full=full, **options))
+
+    def interval(bounds: tuple[float, float, float], reach: float, css: str) -> Markup:
+        return Markup(charts.interval(bounds, reach=reach, css=css))
+
+    return {
+        "timeline_plot": Markup(drawing.timeline_plot(view.timelines, cap=view.cap, words=words)),
+        "pareto_plot": Markup(drawing.pareto_plot(view, words)),
+        "loss_plot": Markup(drawing.loss_plot(view.losses, words)),
+        "bar": bar,
+        "interval": interval,
+        "largest": largest,
+        "forest_reach": _forest_reach(view),
+    }
+
+
+def largest(*figures: Figure) -> float:
+    """The scale that bars share."""
+    return max((f.value for f in figures if f.value is not None), default=1.0) or 1.0
+
+
+def _forest_reach(view: PocView) -> float:
+    """Half the width of the interval strips, in margins: all of one scale, the margin always inside."""
+    widest = max((max(map(abs, v.in_margins)) for v in view.verdicts if v.in_margins), default=1.0)
+    return 1.1 * max(1.3, widest)

@@ -1,0 +1,42 @@
+"""Runs of one plan taken together: the largest peak, the median of the runs' median steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from memfit.types.result import Measurement, OutcomeKind, Run
+
+WARM_UP_STEPS: Final = 2
+
+
+def median_step_s(measurement: Measurement) -> float | None:
+    """Without the first steps, which warm caches; of all steps where there are no others."""
+    steady = measurement.step_s[WARM_UP_STEPS:] or measurement.step_s
+    return statistics.median(steady) if steady else None
+
+
+def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one role and plan together: baseline, ablations by falling peak, recommended. An ablation
+    that is one of the other two again is left out."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.spec.role, run.spec.plan.fingerprint), []).append(run)
+    ends = {plan for role, plan in groups if role != "ablation"}
+    kept = [g for (role, plan), g in groups.items() if role != "ablation" or plan not in ends]
+    place = {"baseline": 0, "ablation": 1, "recommended": 2}
+    return sorted(kept, key=lambda g: (place.get(g[0].spec.role, 1), -(peak_bytes(g) or 0)))
+
+
+def ok_runs(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if run.measurement.outcome is OutcomeKind.OK]
+
+
+def peak_bytes(runs: Iterable[Run]) -> int | None:
+    return max((r.measurement.peak_bytes for r in ok_runs(runs) if r.measurement.peak_bytes), default=None)
+
+
+def step_s(runs: Iterable[Run]) -> float | None:
+    medians = [step for run in ok_runs(runs) if (step := median_step_s(run.measurement)) is not None]
+    return statistics.median(medians) if medians else None

@@ -1,0 +1,213 @@
+"""The tables and series of the report, as plain data: figures with their provenance, no words, no markup."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from memfit.report.figures import Figure, Mark, Sentence
+from memfit.types.result import Poc
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """One run. ``peak_error`` and ``step_error``: predicted against measured, % of measured."""
+
+    name: str
+    role: str
+    plan: str
+    seed: int
+    capped: bool
+    outcome: str
+    reason: str
+    predicted_peak: Figure
+    peak: Figure
+    peak_error: Figure
+    predicted_step: Figure
+    step: Figure
+    step_error: Figure
+    metric: Figure
+    process_peak: Figure
+    overhead: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRow:
+    role: str
+    plan: str
+    phase: str
+    predicted: Figure
+    measured: Figure
+    error: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """One plan of the ladder, over all its completed runs. ``share``: its peak, % of the baseline's."""
+
+    role: str
+    plan: str
+    predicted_peak: Figure
+    peak: Figure
+    share: Figure
+    predicted_step: Figure
+    step: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceRow:
+    """What one run of ``steps`` steps takes: the figure of one step times the steps."""
+
+    role: str
+    plan: str
+    steps: int
+    time: Figure
+    energy: Figure
+    boundary: str
+    money: Figure
+    carbon: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Live bytes over one step, first value at its start and last at its end."""
+
+    role: str
+    mark: Mark
+    values: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LossCurve:
+    role: str
+    seed: int
+    values: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRow:
+    """A plan of the search. ``low`` and ``high``: where its peak should lie."""
+
+    plan: str
+    effect: str
+    fits: bool
+    recommended: bool
+    peak: Figure
+    low: Figure
+    high: Figure
+    step: Figure
+    reasons: tuple[Sentence, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictRow:
+    """Bounds are in the metric's unit; ``*_margins`` are the same in units of the margin, for drawing."""
+
+    name: str
+    plan: str
+    kind: str
+    effect: str
+    test: str
+    reason: str
+    metric: str
+    difference: Figure
+    low: Figure
+    high: Figure
+    margin: Figure
+    pairs: int
+    power: Figure
+    in_margins: tuple[float, float, float] | None  # low, difference, high
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class InteractionTable:
+    first: str
+    second: str
+    quantity: str
+    neither: Figure
+    first_only: Figure
+    second_only: Figure
+    both: Figure
+    interaction: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PaperSide:
+    """The plan on that machine. Energy, money and carbon are those of 1,000 steps."""
+
+    plan: str
+    fits: bool
+    peak: Figure
+    step: Figure
+    energy: Figure
+    boundary: str
+    money: Figure
+    carbon: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PaperView:
+    machine: str
+    size: str
+    memory: Figure
+    plain: PaperSide
+    recommended: PaperSide | None
+    note: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReachRow:
+    machine: str
+    quantity: str
+    plain: Figure
+    plain_label: str
+    recommended: Figure
+    recommended_label: str
+    factor: Figure
+    at_limit: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SearchView:
+    goal: str
+    considered: int
+    cap: Figure
+    baseline: ChoiceRow
+    frontier: tuple[ChoiceRow, ...]
+    recommended: ChoiceRow | None
+    smallest: ChoiceRow
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateView:
+    """Where every byte of the peak is: (name, bytes, % of the peak), largest first; phases in order."""
+
+    plan: str
+    peak: Figure
+    low: Figure
+    high: Figure
+    step: Figure
+    flops: Figure
+    peak_phase: str
+    peak_op: str
+    categories: tuple[tuple[str, Figure, Figure], ...]
+    phases: tuple[tuple[str, Figure, Figure], ...]
+    modules: tuple[tuple[str, Figure, Figure], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PocView:
+    poc: Poc
+    answer: tuple[Sentence, ...]
+    cap: Figure
+    runs: tuple[RunRow, ...]
+    phases: tuple[tuple[PhaseRow, ...], ...]
+    timelines: tuple[Timeline, ...]
+    ladder: tuple[Rung, ...]
+    search: SearchView
+    interactions: tuple[InteractionTable, ...]
+    losses: tuple[LossCurve, ...]
+    naive: Figure
+    verdicts: tuple[VerdictRow, ...]
+    resources: tuple[ResourceRow, ...]
+    paper: tuple[PaperView, ...]
+    reach: tuple[ReachRow, ...]

@@ -1,0 +1,208 @@
+"""The findings in a terminal: short tables, words from the catalogs, nobody's text read as markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from memfit.report.figures import Figure, Sentence, figure_text, measured, predicted, sentence_text
+from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
+from memfit.report.view import estimate_view, poc_view, search_view
+from memfit.report.words import Words, load_words
+from memfit.types.result import Effort, Estimate, Poc, SearchResult
+
+_STYLES: Final = {
+    "ok": "green", "equivalent": "green", "oom": "red", "failed": "red", "different": "red",
+    "timeout": "yellow", "undecided": "yellow",
+}  # fmt: skip
+MOST_MODULES: Final = 15
+Parts = Sequence[tuple[str, Figure, Figure]]
+
+
+def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
+    """The answer, every run, the verdicts, the effort, the report's path. UserError for a bad `lang`."""
+    words, view = load_words(lang), poc_view(poc)
+    if not poc.finished:
+        console.print(Text(words.get("page.unfinished"), style="yellow"))
+    for sentence in view.answer:
+        console.print(Text(sentence_text(sentence, words).strip(), style="bold"))
+    if view.runs:
+        console.print(_run_table(view.runs, poc.metric, words))
+        _print_failures(view.runs, console, words)
+    _print_verdicts(view.verdicts, console, words)
+    console.print(Text(_effort(poc.effort, words)))
+    for note in poc.notes:
+        console.print(Text(note, style="dim"))
+    took = words.get("terminal.took", took=_text(measured(poc.took_s, "s"), words))
+    report = words.get("terminal.report", path=poc.report) if poc.report else ""
+    console.print(Text(f"{report}  ({took})" if report else took))
+
+
+def print_search(result: SearchResult, *, console: Console, lang: str) -> None:
+    """The frontier, the recommended line, and the reasons. Raises UserError for an unknown `lang`."""
+    words, view = load_words(lang), search_view(result)
+    cap = _text(view.cap, words)
+    goal = words.name("goal", view.goal)
+    title = words.get("terminal.search", goal=goal, cap=cap, considered=view.considered)
+    console.print(Text(title, style="bold"))
+    console.print(Text(_plain_line(view, cap, words)))
+    if view.frontier:
+        console.print(_frontier(view.frontier, words))
+    if view.recommended is None:
+        least = _text(view.smallest.peak, words)
+        text = words.get("terminal.no_plan", cap=cap, least=least, plan=view.smallest.plan)
+        console.print(Text(text, style="red"))
+        return
+    console.print(Text(words.get("terminal.recommended", plan=view.recommended.plan), style="bold green"))
+    for reason in view.recommended.reasons:
+        console.print(_reason(reason, words))
+
+
+def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
+    """Where every byte of the peak is. Raises UserError for an unknown `lang`."""
+    words, view = load_words(lang), estimate_view(estimate)
+    peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
+    console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))
+    console.print(Text(words.get("terminal.peak_line", peak=peak, low=low, high=high, step=step)))
+    if view.peak_phase and view.peak_op:
+        phase = words.name("phase", view.peak_phase)
+        console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
+    categories = [(words.name("category", name), size, share) for name, size, share in view.categories]
+    phases = [(words.name("phase", name), size, share) for name, size, share in view.phases]
+    for column, parts in (
+        ("category", categories), ("phase", phases), ("module", _few_modules(view.modules, words)),
+    ):  # fmt: skip
+        if parts:
+            console.print(_shares(words.get(f"column.{column}"), parts, words))
+
+
+def _text(figure: Figure, words: Words) -> str:
+    return figure_text(figure, words)
+
+
+def _table(columns: Iterable[str], *, left: int = 1) -> Table:
+    """The first `left` columns are text and may fold, the rest are numbers and may not."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        text = index < left
+        table.add_column(Text(name), justify="left" if text else "right", overflow="fold", no_wrap=not text)
+    return table
+
+
+def _run_table(rows: Sequence[RunRow], metric: str, words: Words) -> Table:
+    guess, seen = words.get("mark.predicted"), words.get("mark.measured")
+    peak, step = words.get("column.peak_short"), words.get("column.step_short")
+    run, outcome, error = (words.get(f"column.{name}") for name in ("run", "outcome", "error"))
+    numbers = (f"{peak}\n{guess}", f"{peak}\n{seen}", error, f"{step}\n{seen}")
+    table = _table([run, outcome, *numbers, metric or words.get("column.metric")], left=2)
+    for row in rows:
+        table.add_row(*_run_cells(row, words))
+    return table
+
+
+def _run_cells(row: RunRow, words: Words) -> list[Text]:
+    name = words.name("run", row.name) if f"run.{row.name}" in words.texts else words.name("role", row.role)
+    if row.role == "ablation":
+        name = _folded(row.plan)
+    capped = words.get("capped.yes" if row.capped else "capped.no")
+    outcome = Text(words.get(f"outcome.{row.outcome}"), style=_STYLES.get(row.outcome, ""))
+    figures = (row.predicted_peak, row.peak, row.peak_error, row.step, row.metric)
+    cells = [Text("–" if f.value is None and row.outcome != "ok" else _text(f, words)) for f in figures]
+    return [Text(words.get("terminal.run", name=name, capped=capped, seed=row.seed)), outcome, *cells]
+
+
+def _folded(plan: str) -> str:
+    """One technique a line."""
+    return plan.replace(" + ", "\n+ ")
+
+
+def _print_failures(rows: Sequence[RunRow], console: Console, words: Words) -> None:
+    for row in rows:
+        if row.reason:
+            outcome = words.get(f"outcome.{row.outcome}")
+            console.print(Text(f"{row.plan} #{row.seed}, {outcome}: {row.reason}", style="dim"))
+
+
+def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) -> None:
+    if not rows:
+        return
+    console.print(Text(words.get("terminal.verdicts"), style="bold"))
+    for row in rows:
+        line = Text("  ")
+        line.append(words.get(f"verdict.{row.kind}"), style=_STYLES[row.kind])
+        effect = words.get(f"effect.{row.effect}")
+        line.append("  " + words.get("terminal.verdict", plan=row.plan, effect=row.effect, meaning=effect))
+        console.print(line)
+        detail = row.reason if row.in_margins is None else _verdict_line(row, words)
+        console.print(Padding(Text(detail, style="dim"), (0, 0, 0, 4)))
+
+
+def _verdict_line(row: VerdictRow, words: Words) -> str:
+    names = ("difference", "low", "high", "margin", "power")
+    figures = {name: _text(getattr(row, name), words) for name in names}
+    return words.get("text.verdict_line", metric=row.metric, pairs=row.pairs, **figures)
+
+
+def _effort(effort: Effort, words: Words) -> str:
+    return words.get(
+        "terminal.effort",
+        commands=effort.commands,
+        lines=effort.changed_lines,
+        packages=effort.packages,
+        installed=_text(measured(effort.installed_mib, "MiB"), words),
+        failed=effort.failed_attempts,
+    )
+
+
+def _plain_line(view: SearchView, cap: str, words: Words) -> str:
+    plain = view.baseline
+    fits = words.get("text.fits" if plain.fits else "text.does_not_fit")
+    peak, step = _text(plain.peak, words), _text(plain.step, words)
+    return words.get("terminal.baseline", peak=peak, step=step, fits=fits, cap=cap)
+
+
+def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
+    mark = words.get("mark.predicted")
+    peak, time = (f"{words.get(f'column.{name}_short')}\n{mark}" for name in ("peak", "step"))
+    table = _table(
+        [words.get("column.plan"), words.get("column.effect"), words.get("column.fits"), peak, time], left=3
+    )
+    for row in rows:
+        effect = f"{row.effect} {words.get(f'effect.{row.effect}')}"
+        fits = words.get("text.fits" if row.fits else "text.does_not_fit")
+        name = ("* " if row.recommended else "") + _folded(row.plan)
+        cells = (name, effect, fits, _text(row.peak, words), _text(row.step, words))
+        style = "bold green" if row.recommended else "" if row.fits else "dim"
+        table.add_row(*map(Text, cells), style=style)
+    return table
+
+
+def _reason(reason: Sentence, words: Words) -> Padding:
+    sign, style = ("+", "") if reason.key == "reason.saves" else ("-", "dim")
+    return Padding(Text(f"{sign} {sentence_text(reason, words).strip()}", style=style), (0, 0, 0, 2))
+
+
+def _few_modules(parts: Parts, words: Words) -> Parts:
+    """The largest modules by name, the others as one line; the root module has no path of its own."""
+    named = [(name or words.get("text.root"), size, share) for name, size, share in parts]
+    rest = named[MOST_MODULES:]
+    if not rest:
+        return named
+    size = predicted(sum(size.value or 0 for _, size, _ in rest), "bytes")
+    share = predicted(sum(share.value or 0 for _, _, share in rest), "percent")
+    label = words.get("terminal.more_modules", count=len(rest))
+    return [*named[:MOST_MODULES], (label, size, share)]
+
+
+def _shares(title: str, parts: Parts, words: Words) -> Table:
+    mark = words.get("mark.predicted")
+    table = _table([title, f"{words.get('column.memory')}\n{mark}", words.get("column.share")])
+    for name, size, share in parts:
+        table.add_row(Text(name), Text(_text(size, words)), Text(_text(share, words)))
+    return table

@@ -1,0 +1,369 @@
+"""Poc to plain tables and series: numbers with their provenance, no words and no markup.
+
+A run that did not end well has no measured figures worth comparing, so only its outcome is told. Runs of
+one plan are pooled where a table has one line a plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from memfit.report.answer import answer
+from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted
+from memfit.report.pool import by_plan, median_step_s, ok_runs, peak_bytes, step_s
+from memfit.report.rows import (
+    ChoiceRow,
+    EstimateView,
+    InteractionTable,
+    LossCurve,
+    PaperSide,
+    PaperView,
+    PhaseRow,
+    PocView,
+    ReachRow,
+    ResourceRow,
+    Rung,
+    RunRow,
+    SearchView,
+    Timeline,
+    VerdictRow,
+)
+from memfit.types.result import (
+    Choice,
+    Estimate,
+    Interaction,
+    OutcomeKind,
+    PaperRow,
+    Poc,
+    Reach,
+    Reason,
+    Run,
+    SearchResult,
+    Verdict,
+)
+
+MAX_POINTS: Final = 600  # of one timeline: about one a pixel
+
+
+def poc_view(poc: Poc) -> PocView:
+    """Everything the report shows. Nothing in `poc` has to be there: missing parts are empty or None."""
+    groups = by_plan(poc.runs)
+    return PocView(
+        poc=poc,
+        answer=answer(poc),
+        cap=assumed(poc.cap_bytes, "bytes"),
+        runs=tuple(_run_row(run, poc.metric_unit) for run in poc.runs),
+        phases=tuple(rows for runs in groups if (rows := _phase_rows(runs))),
+        timelines=_timelines(poc),
+        ladder=_ladder(groups),
+        search=search_view(poc.search),
+        interactions=tuple(_interaction(i, poc.metric_unit) for i in poc.interactions),
+        losses=_losses(poc.runs),
+        naive=assumed(poc.metric_naive, poc.metric_unit),
+        verdicts=tuple(_verdict(n.name, n.plan.label, n.verdict, poc.metric_unit) for n in poc.verdicts),
+        resources=tuple(_resources(runs, _estimates(poc.search)) for runs in groups),
+        paper=tuple(_paper(row) for row in poc.paper),
+        reach=tuple(_reach(row) for row in poc.reach),
+    )
+
+
+def search_view(result: SearchResult) -> SearchView:
+    best = result.recommended
+
+    def row(choice: Choice) -> ChoiceRow:
+        return _choice(choice, recommended=best is not None and choice.estimate.plan == best.estimate.plan)
+
+    return SearchView(
+        goal=result.goal,
+        considered=result.considered,
+        cap=assumed(result.cap_bytes, "bytes"),
+        baseline=row(result.baseline),
+        frontier=tuple(row(choice) for choice in result.frontier),
+        recommended=row(best) if best else None,
+        smallest=row(result.smallest),
+    )
+
+
+def estimate_view(estimate: Estimate) -> EstimateView:
+    peak = estimate.allocated_bytes
+    return EstimateView(
+        plan=estimate.plan.label,
+        peak=predicted(peak.value, "bytes"),
+        low=predicted(peak.low, "bytes"),
+        high=predicted(peak.high, "bytes"),
+        step=predicted(estimate.step_s.value if estimate.step_s else None, "s"),
+        flops=predicted(estimate.flops_per_step, "count"),
+        peak_phase=estimate.peak_phase,
+        peak_op=estimate.peak_op,
+        categories=_shares(_largest(estimate.at_peak_bytes), peak.value),
+        phases=_shares(estimate.phase_peak_bytes.items(), peak.value),
+        modules=_shares(_largest(estimate.by_module_bytes), peak.value),
+    )
+
+
+def _largest(parts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(parts.items(), key=lambda item: -item[1])
+
+
+def _shares(parts: Iterable[tuple[str, int]], whole: float) -> tuple[tuple[str, Figure, Figure], ...]:
+    return tuple(
+        (name, predicted(size, "bytes"), predicted(100 * size / whole if whole else None, "percent"))
+        for name, size in parts
+    )
+
+
+def _error(guess: float | None, truth: float | None) -> Figure:
+    """Predicted minus measured, % of measured. It stands on a measurement, so it is marked as one."""
+    known = guess is not None and truth
+    value = 100 * (guess - truth) / truth if known and guess is not None and truth else None
+    return Figure(value=value, unit="percent", mark=Mark.MEASURED, signed=True)
+
+
+def _run_row(run: Run, metric_unit: str) -> RunRow:
+    spec, m = run.spec, run.measurement
+    ok = m.outcome is OutcomeKind.OK
+    peak, step = (m.peak_bytes, median_step_s(m)) if ok else (None, None)
+    return RunRow(
+        name=spec.name,
+        role=spec.role,
+        plan=spec.plan.label,
+        seed=spec.seed,
+        capped=spec.cap_bytes is not None,
+        outcome=m.outcome.value,
+        reason=m.reason,
+        predicted_peak=predicted(run.predicted_peak_bytes, "bytes"),
+        peak=measured(peak, "bytes"),
+        peak_error=_error(run.predicted_peak_bytes, peak),
+        predicted_step=predicted(run.predicted_step_s, "s"),
+        step=measured(step, "s"),
+        step_error=_error(run.predicted_step_s, step),
+        metric=measured(m.metric if ok else None, metric_unit),
+        process_peak=measured(m.process_peak_bytes, "bytes"),
+        overhead=measured(m.overhead_ratio, "ratio"),
+    )
+
+
+def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
+    """One run stands for its plan: phases of equal plans have equal peaks."""
+    run = next((r for r in ok_runs(runs) if r.measurement.phase_peak_bytes), runs[0])
+    seen, guessed = run.measurement.phase_peak_bytes, run.predicted_phase_peak_bytes
+    return tuple(
+        PhaseRow(
+            role=run.spec.role,
+            plan=run.spec.plan.label,
+            phase=phase,
+            predicted=predicted(guessed.get(phase), "bytes"),
+            measured=measured(seen.get(phase), "bytes"),
+            error=_error(guessed.get(phase), seen.get(phase)),
+        )
+        for phase in dict.fromkeys([*guessed, *seen])
+    )
+
+
+def _ladder(groups: Sequence[Sequence[Run]]) -> tuple[Rung, ...]:
+    base = next((peak_bytes(g) for g in groups if g[0].spec.role == "baseline"), None)
+    return tuple(_rung(group, base) for group in groups)
+
+
+def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
+    first, peak = runs[0], peak_bytes(runs)
+    return Rung(
+        role=first.spec.role,
+        plan=first.spec.plan.label,
+        predicted_peak=predicted(first.predicted_peak_bytes, "bytes"),
+        peak=measured(peak, "bytes"),
+        share=measured(100 * peak / base_bytes if peak and base_bytes else None, "percent"),
+        predicted_step=predicted(first.predicted_step_s, "s"),
+        step=measured(step_s(runs), "s"),
+    )
+
+
+def thin(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
+    """At most `most` values; each bin keeps its largest, so that no peak is lost."""
+    if len(values) <= most:
+        return tuple(values)
+    edges = [i * len(values) // most for i in range(most + 1)]
+    return tuple(max(values[a:b]) for a, b in itertools.pairwise(edges))
+
+
+def _timelines(poc: Poc) -> tuple[Timeline, ...]:
+    found: list[Timeline] = []
+    for role in ("baseline", "recommended"):
+        runs = [r for r in poc.runs if r.spec.role == role]
+        seen = next((r.measurement.timeline_bytes for r in ok_runs(runs) if r.measurement.timeline_bytes), ())
+        known = poc.predicted_timeline_bytes
+        guessed = next((known[r.spec.name] for r in runs if known.get(r.spec.name)), known.get(role, ()))
+        if seen:
+            found.append(Timeline(role=role, mark=Mark.MEASURED, values=thin(seen)))
+        if guessed:
+            found.append(Timeline(role=role, mark=Mark.PREDICTED, values=thin(guessed)))
+    return tuple(found)
+
+
+def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
+    """One curve a role and seed: the same seed under another cap is the same training."""
+    curves: dict[tuple[str, int], LossCurve] = {}
+    for run in ok_runs(runs):
+        spec, losses = run.spec, run.measurement.losses
+        if spec.role in ("baseline", "recommended") and losses:
+            curve = LossCurve(role=spec.role, seed=spec.seed, values=losses)
+            curves.setdefault((spec.role, spec.seed), curve)
+    return tuple(curves.values())
+
+
+def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
+    estimate = choice.estimate
+    peak = estimate.allocated_bytes
+    return ChoiceRow(
+        plan=estimate.plan.label,
+        effect=choice.effect.label,
+        fits=choice.fits,
+        recommended=recommended,
+        peak=predicted(peak.value, "bytes"),
+        low=predicted(peak.low, "bytes"),
+        high=predicted(peak.high, "bytes"),
+        step=predicted(estimate.step_s.value if estimate.step_s else None, "s"),
+        reasons=tuple(map(_reason, choice.reasons)),
+    )
+
+
+def _reason(reason: Reason) -> Sentence:
+    """What the technique does to the peak is a saving or its opposite, and is said as such."""
+    saved = reason.saved_bytes
+    costs = reason.kind == "saves" and saved is not None and saved < 0
+    change = Figure(
+        value=None if saved is None else -saved, unit="bytes", mark=Mark.PREDICTED, signed=not costs
+    )
+    return Sentence(
+        key="reason.costs" if costs else f"reason.{reason.kind}",
+        values={
+            "technique": reason.technique,
+            "saved": predicted(saved, "bytes"),
+            "change": change,
+            "time": predicted(reason.time_ratio, "ratio"),
+            "detail": reason.detail,
+        },
+    )
+
+
+def _verdict(name: str, plan: str, verdict: Verdict, unit: str) -> VerdictRow:
+    bounds = (verdict.low, verdict.difference, verdict.high)
+    margin = verdict.margin
+    scaled = [b / margin for b in bounds if b is not None and margin]
+    low, difference, high = (
+        Figure(value=b, unit=apart(unit), mark=Mark.MEASURED, signed=True) for b in bounds
+    )
+    return VerdictRow(
+        name=name,
+        plan=plan,
+        kind=verdict.kind.value,
+        effect=verdict.effect.label,
+        test=verdict.test,
+        reason=verdict.reason,
+        metric=verdict.metric,
+        difference=difference,
+        low=low,
+        high=high,
+        margin=assumed(margin, apart(unit)),
+        pairs=verdict.pairs,
+        power=predicted(None if verdict.power is None else 100 * verdict.power, "percent"),
+        in_margins=(scaled[0], scaled[1], scaled[2]) if len(scaled) == 3 else None,
+    )
+
+
+def _interaction(table: Interaction, metric_unit: str) -> InteractionTable:
+    unit = {"peak_bytes": "bytes", "step_s": "s"}.get(table.quantity, metric_unit)
+    return InteractionTable(
+        first=table.first,
+        second=table.second,
+        quantity=table.quantity,
+        neither=measured(table.neither, unit),
+        first_only=measured(table.first_only, unit),
+        second_only=measured(table.second_only, unit),
+        both=measured(table.both, unit),
+        interaction=Figure(value=table.interaction, unit=apart(unit), mark=Mark.MEASURED, signed=True),
+    )
+
+
+def _estimates(search: SearchResult) -> dict[str, Estimate]:
+    choices = [search.smallest, search.baseline, *search.frontier]
+    choices += [search.recommended] if search.recommended else []
+    return {c.estimate.plan.fingerprint: c.estimate for c in choices}
+
+
+def _times(value: float | None, count: int) -> float | None:
+    return None if value is None else value * count
+
+
+def _resources(runs: Sequence[Run], estimates: Mapping[str, Estimate]) -> ResourceRow:
+    first = runs[0]
+    steps, estimate = first.spec.steps, estimates.get(first.spec.plan.fingerprint)
+    one_step_s = step_s(runs)
+    time = measured(_times(one_step_s, steps), "s")
+    if one_step_s is None:
+        time = predicted(_times(first.predicted_step_s, steps), "s")
+    energy, boundary = _energy(runs, estimate)
+    return ResourceRow(
+        role=first.spec.role,
+        plan=first.spec.plan.label,
+        steps=steps,
+        time=time,
+        energy=energy,
+        boundary=boundary,
+        money=predicted(_times(estimate.usd, steps) if estimate else None, "usd"),
+        carbon=predicted(_times(estimate.co2_g, steps) if estimate else None, "g"),
+    )
+
+
+def _energy(runs: Sequence[Run], estimate: Estimate | None) -> tuple[Figure, str]:
+    """What a meter read over the run, else the estimate. A boundary that says it is modelled is no meter."""
+    read = [r.measurement for r in ok_runs(runs) if r.measurement.energy_j is not None]
+    if read:
+        joules = statistics.median(m.energy_j for m in read if m.energy_j is not None)
+        mark = Mark.PREDICTED if "model" in read[0].energy_boundary else Mark.MEASURED
+        return Figure(value=joules, unit="j", mark=mark), read[0].energy_boundary
+    per_step = estimate.energy_j if estimate else None
+    return predicted(_times(per_step, runs[0].spec.steps), "j"), estimate.energy_boundary if estimate else ""
+
+
+def _paper(row: PaperRow) -> PaperView:
+    best = row.recommended
+    return PaperView(
+        machine=row.machine,
+        size=row.size,
+        memory=assumed(row.device_memory_bytes, "bytes"),
+        plain=_paper_side(row.plain, row.plain_fits),
+        recommended=_paper_side(best, fits=True) if best else None,
+        note=row.note,
+    )
+
+
+def _paper_side(estimate: Estimate, fits: bool) -> PaperSide:
+    return PaperSide(
+        plan=estimate.plan.label,
+        fits=fits,
+        peak=predicted(estimate.allocated_bytes.value, "bytes"),
+        step=predicted(estimate.step_s.value if estimate.step_s else None, "s"),
+        energy=predicted(_times(estimate.energy_j, 1000), "j"),
+        boundary=estimate.energy_boundary,
+        money=predicted(_times(estimate.usd, 1000), "usd"),
+        carbon=predicted(_times(estimate.co2_g, 1000), "g"),
+    )
+
+
+def _reach(row: Reach) -> ReachRow:
+    unit = "parameters" if row.quantity == "parameters" else "count"
+    factor = row.recommended / row.plain if row.plain and row.recommended else None
+    return ReachRow(
+        machine=row.machine,
+        quantity=row.quantity,
+        plain=predicted(row.plain, unit),
+        plain_label=row.plain_label,
+        recommended=predicted(row.recommended, unit),
+        recommended_label=row.recommended_label,
+        factor=predicted(factor, "ratio"),
+        at_limit=row.at_limit,
+    )

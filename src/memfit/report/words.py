@@ -1,0 +1,49 @@
+"""The words of the report, apart from its numbers: one catalog a language, same keys, same placeholders."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, Final
+
+from memfit.types.errors import UserError
+
+LANGUAGES: Final = ("en", "ja")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``."""
+
+    lang: str
+    texts: Mapping[str, str]
+
+    def get(self, key: str, **placeholders: object) -> str:
+        """The text of `key`, filled. Raises KeyError for a key or placeholder that is not there."""
+        return self.texts[key].format(**placeholders)
+
+    def name(self, group: str, value: str) -> str:
+        """The word for a name that other rooms made (a phase, a category), or the name itself."""
+        return self.texts.get(f"{group}.{value}", value.replace("_", " "))
+
+    def all(self, group: str) -> tuple[str, ...]:
+        """Every text under a group, in the catalog's order."""
+        return tuple(text for key, text in self.texts.items() if key.startswith(f"{group}."))
+
+
+def load_words(lang: str) -> Words:
+    """Raises UserError for a language without a catalog."""
+    if lang not in LANGUAGES:
+        raise UserError(f"no such language: {lang!r}", allowed=", ".join(LANGUAGES))
+    text = resources.files("memfit.report").joinpath("words", f"{lang}.toml").read_text(encoding="utf-8")
+    return Words(lang=lang, texts=dict(_flatten(tomllib.loads(text))))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

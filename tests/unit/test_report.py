@@ -1,0 +1,475 @@
+"""The report tells what a Poc holds, in both languages, whatever is missing and whoever wrote the texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import string
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_fixture import (
+    BOTH,
+    CAP,
+    PEAKS,
+    PLAIN,
+    RECOMMENDED,
+    estimate,
+    full_poc,
+    losses,
+    minimal_poc,
+    search,
+    timeline,
+)
+from rich.console import Console
+
+from memfit import wire
+from memfit.report import charts, terminal
+from memfit.report.answer import answer
+from memfit.report.figures import Figure, Mark, apart, figure_text, measured, predicted, sentence_text
+from memfit.report.html import render_html, write_html
+from memfit.report.view import poc_view, search_view, thin
+from memfit.report.words import LANGUAGES, load_words
+from memfit.types.errors import UserError
+from memfit.types.result import OutcomeKind, Poc, Reason, VerdictKind
+from memfit.types.units import GIB, MIB
+
+EN = load_words("en")
+REASONS = (
+    "saves",
+    "left_out_slower",
+    "left_out_not_needed",
+    "left_out_forbidden",
+    "left_out_accuracy",
+    "left_out_unavailable",
+    "left_out_does_not_fit",
+)
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Collects text, tags and attributes, and checks that tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.texts))
+
+
+def placeholders(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def said(poc: Poc) -> list[str]:
+    return [sentence_text(sentence, EN) for sentence in answer(poc)]
+
+
+def shown(lang: str = "en", width: int = 200) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=width, color_system=None), out
+
+
+def test_every_language_has_the_same_keys_and_placeholders() -> None:
+    for lang in LANGUAGES:
+        other = load_words(lang)
+        assert list(other.texts) == list(EN.texts)
+        for key, text in EN.texts.items():
+            assert placeholders(other.texts[key]) == placeholders(text), key
+
+
+def test_japanese_is_japanese() -> None:
+    """Every text has a Japanese character, but for signs and formulas."""
+    plain = {key for key, text in load_words("ja").texts.items() if not re.search(r"[぀-ヿ一-鿿]", text)}
+    assert plain <= {"column.carbon", "text.effect_note", "terminal.verdict"}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_every_reason_of_the_search_has_words(kind: str) -> None:
+    assert f"reason.{kind}" in EN.texts
+
+
+def test_unknown_language_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'fr'.*allowed: en, ja"):
+        write_html(full_poc(), tmp_path / "r.html", lang="fr")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError):
+        terminal.print_poc(full_poc(), console=Console(file=io.StringIO()), lang="fr")
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (328 * MIB, "bytes", "328 MiB"),
+        (0.6, "s", "600 ms"),
+        (7_400_000, "parameters", "7.40 M"),
+        (0.000288, "usd", "$0.000288"),
+        (4.2e-8, "usd", "$4.2e\u221208"),
+        (600.0, "j", "600 J"),
+        (7200.0, "j", "2.00 Wh"),
+        (0.06, "g", "60.0 mg"),
+        (1234, "count", "1,234"),
+        (1.31, "ratio", "1.31×"),
+        (-0.0999999, "percent", "\u22120.10 %"),
+        (67.2, "percentage points", "67.2 %"),
+        (0.1, apart("percentage points"), "0.10 points"),
+        (0.1, apart("nats"), "0.10 nats"),
+        (0.0, "", "0"),
+    ],
+)
+def test_numbers_as_people_write_them(value: float, unit: str, text: str) -> None:
+    assert figure_text(measured(value, unit), EN) == text
+
+
+def test_unknown_figures_say_so() -> None:
+    assert figure_text(measured(None, "bytes"), EN) == "not measured"
+    assert figure_text(predicted(float("nan"), "s"), EN) == "not predicted"
+    assert figure_text(Figure(value=2.0, unit="percent", mark=Mark.MEASURED, signed=True), EN) == "+2.00 %"
+
+
+def test_the_answer_in_three_sentences() -> None:
+    first, second, third = said(full_poc())
+    assert "does not fit" in first
+    assert "328 MiB" in first
+    assert "fits: under the cap it peaked at 246.1 MiB, 18.7 % of plain training's peak, at 1.31×" in second
+    assert "unchanged" in third
+    assert "\u22120.62 points to +0.82 points, 3 paired seeds" in third
+    assert "±2.00 points" in third
+    assert "bitwise equal" in third
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [("ok", "Plain training fits"), ("timeout", "ran out of time"), ("failed", "failed")],
+)
+def test_the_answer_follows_the_capped_baseline(outcome: str, words: str) -> None:
+    poc = full_poc()
+    capped = poc.runs[0]
+    ended = dataclasses.replace(capped.measurement, outcome=OutcomeKind(outcome))
+    poc = dataclasses.replace(poc, runs=(dataclasses.replace(capped, measurement=ended), *poc.runs[1:]))
+    assert words in said(poc)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (VerdictKind.EQUIVALENT, "is unchanged:"),
+        (VerdictKind.DIFFERENT, "is changed"),
+        (VerdictKind.UNDECIDED, "undecided"),
+    ],
+)
+def test_the_answer_never_claims_more_than_the_verdict(kind: VerdictKind, words: str) -> None:
+    poc = full_poc()
+    for bare in (False, True):
+        verdict = dataclasses.replace(poc.verdicts[0].verdict, kind=kind)
+        verdict = dataclasses.replace(verdict, margin=None, difference=None) if bare else verdict
+        named = dataclasses.replace(poc.verdicts[0], verdict=verdict)
+        sentence = said(dataclasses.replace(poc, verdicts=(named,)))[2]
+        assert words.rstrip(":") in sentence
+        if kind is not VerdictKind.EQUIVALENT:
+            assert "science is unchanged:" not in sentence
+
+
+def test_the_answer_without_a_completed_recommendation() -> None:
+    poc = full_poc()
+    assert "was not measured" in said(dataclasses.replace(poc, runs=poc.runs[:1]))[1]
+    oom = [
+        dataclasses.replace(r, measurement=poc.runs[0].measurement)
+        for r in poc.runs
+        if r.spec.role == "recommended"
+    ]
+    assert "did not complete: out of memory" in said(dataclasses.replace(poc, runs=tuple(oom)))[1]
+    assert "no comparison" in said(dataclasses.replace(poc, step_time_ratio=None))[1]
+
+
+@pytest.mark.parametrize(
+    ("reproducible", "step", "words"),
+    [
+        (False, 7, "first differed at step 7"),
+        (False, None, "different results"),
+        (None, None, "not measured"),
+    ],
+)
+def test_reproducibility_is_told(reproducible: bool | None, step: int | None, words: str) -> None:
+    poc = full_poc()
+    found = dataclasses.replace(poc.reproducibility, reproducible=reproducible, first_differing_step=step)
+    poc = dataclasses.replace(poc, reproducibility=found)
+    assert words in said(poc)[2]
+    Page(render_html(poc, lang="en"))
+
+
+def test_view_compares_predicted_with_measured() -> None:
+    view = poc_view(full_poc())
+    capped, plain = view.runs[0], view.runs[1]
+    assert (capped.outcome, capped.peak.value, capped.peak_error.value) == ("oom", None, None)
+    assert plain.peak_error.value == pytest.approx(100 * (1 / 1.0004 - 1), rel=1e-3)
+    assert plain.step.value == pytest.approx(0.6)
+    assert plain.step_error.value == pytest.approx(4.0)
+    assert (plain.predicted_peak.mark, plain.peak.mark, view.cap.mark) == ("predicted", "measured", "assumed")
+
+
+def test_ladder_falls_from_plain_to_recommended() -> None:
+    ladder = poc_view(full_poc()).ladder
+    assert [r.role for r in ladder] == ["baseline", "ablation", "ablation", "ablation", "recommended"]
+    peaks = [r.peak.value or 0 for r in ladder]
+    assert peaks == sorted(peaks, reverse=True)
+    assert ladder[-1].share.value == pytest.approx(18.75)
+
+
+def test_an_ablation_that_is_the_recommendation_is_one_rung() -> None:
+    poc = full_poc()
+    again = dataclasses.replace(poc.runs[2], spec=dataclasses.replace(poc.runs[2].spec, role="ablation"))
+    assert len(poc_view(dataclasses.replace(poc, runs=(*poc.runs, again))).ladder) == 5
+
+
+def test_a_run_takes_the_step_figure_times_the_steps() -> None:
+    plain = poc_view(full_poc()).resources[0]
+    assert plain.time.value == pytest.approx(40 * 0.6)
+    assert plain.energy.value == pytest.approx(40 * 25 * 0.6)
+    assert (plain.time.mark, plain.energy.mark, plain.money.mark) == ("measured", "predicted", "predicted")
+
+
+@pytest.mark.parametrize(
+    ("boundary", "mark"), [("package (RAPL)", "measured"), ("package (modelled: power x time)", "predicted")]
+)
+def test_energy_is_measured_only_by_a_meter(boundary: str, mark: str) -> None:
+    poc = full_poc()
+    run = poc.runs[1]
+    read = dataclasses.replace(run.measurement, energy_j=812.0, energy_boundary=boundary)
+    row = poc_view(dataclasses.replace(poc, runs=(dataclasses.replace(run, measurement=read),))).resources[0]
+    assert (row.energy.value, row.energy.mark, row.boundary) == (812.0, mark, boundary)
+
+
+def test_savings_that_are_none_are_not_called_savings() -> None:
+    best = search().frontier[0]
+    worse = Reason(kind="saves", technique="bf16-autocast", saved_bytes=-3 * MIB, time_ratio=0.8)
+    choice = dataclasses.replace(best, reasons=(worse,))
+    found = search_view(dataclasses.replace(search(), recommended=choice)).recommended
+    assert found is not None
+    assert sentence_text(found.reasons[0], EN).startswith("bf16-autocast takes 3 MiB more, at 0.80×")
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=3000), st.integers(1, 700))
+def test_thinning_keeps_the_peak_and_the_limit(values: list[int], most: int) -> None:
+    thinned = thin(values, most)
+    assert max(thinned) == max(values)
+    assert len(thinned) <= max(most, 1)
+
+
+@given(st.floats(0, 1e12), st.floats(1e-3, 1e12), st.sampled_from([1.0, 1024.0, float(MIB), float(GIB)]))
+def test_ticks_are_few_round_and_inside(low: float, width: float, scale: float) -> None:
+    axis = charts.Axis(title="", low=low, high=low + width * scale, scale=scale)
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 9
+    slack = 1e-6 * (axis.high - axis.low) + 1e-9 * axis.high
+    assert all(axis.low - slack <= t <= axis.high + slack for t in ticks)
+
+
+def test_a_loss_that_is_not_finite_breaks_the_line_and_nothing_else() -> None:
+    axis = charts.axis("loss", values=[1.0, float("nan"), 2.0, float("inf")], zero=False)
+    assert (axis.low, axis.high) == (pytest.approx(0.92), pytest.approx(2.08))
+    line = charts.Line(css="baseline", points=[(0, 1.0), (1, float("nan")), (2, 2.0)])
+    steps = charts.Axis(title="step", low=0, high=2)
+    svg = charts.plot("c", title="t", description="d", x=steps, y=axis, lines=[line])
+    assert "nan" not in svg
+    assert svg.count("M") == 2
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+@pytest.mark.parametrize("poc", [full_poc(), minimal_poc()], ids=["full", "minimal"])
+def test_html_is_one_file_that_loads_nothing(poc: Poc, lang: str, tmp_path: Path) -> None:
+    path = write_html(poc, tmp_path / "deep" / "r.html", lang=lang)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    attributes = dict(page.tags)
+    assert attributes["html"] == {"lang": lang}
+    assert not [t for t, _ in page.tags if t in ("script", "img", "iframe", "object")]
+    loaded = [v or "" for _, a in page.tags for k, v in a.items() if k in ("src", "href", "xlink:href")]
+    assert all(v.startswith(("#", "data:")) for v in loaded)
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert [p.name for p in path.parent.iterdir()] == ["r.html"]
+    assert len(text) < 300_000
+
+
+def test_html_holds_the_key_numbers_with_their_provenance() -> None:
+    text = render_html(full_poc(), lang="en")
+    page = Page(text)
+    for number in ("1.282 GiB", "246.1 MiB", "18.7 %", "1.31×", "+4.00 %", "67.2 %", "131 GiB", "3.17×"):
+        assert number in page.text
+    marks = {m for m in Mark if f'<span class="num {m}">' in text}
+    assert marks == set(Mark)
+    assert '<span class="num measured">246.1 MiB<i class="tag" role="img" aria-label="measured"' in text
+    assert '<span class="num assumed">328 MiB<i class="tag" role="img" aria-label="assumed"' in text
+    drawn = [a for t, a in page.tags if t == "svg" and a.get("role") == "img"]
+    assert [a["aria-labelledby"] for a in drawn] == [
+        "timeline-t timeline-d",
+        "pareto-t pareto-d",
+        "losses-t losses-d",
+    ]
+
+
+def test_html_ids_are_unique_and_links_lead_somewhere() -> None:
+    page = Page(render_html(full_poc(), lang="ja"))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = {(a["href"] or "")[1:] for t, a in page.tags if t == "a"}
+    assert targets <= set(ids)
+
+
+def test_unfinished_poc_says_what_is_missing() -> None:
+    page = Page(render_html(minimal_poc(), lang="en"))
+    assert "was interrupted" in page.text
+    for words in ("No run has finished yet", "No memory timeline was kept", "Not measured", "not recorded"):
+        assert words in page.text
+
+
+@pytest.mark.parametrize("cut", range(1, 11))
+def test_a_poc_killed_at_any_run_renders(cut: int) -> None:
+    poc = full_poc()
+    poc = dataclasses.replace(poc, runs=poc.runs[:cut], verdicts=(), interactions=(), finished=False)
+    Page(render_html(poc, lang="ja"))
+
+
+def test_a_stored_poc_renders_as_the_fresh_one() -> None:
+    poc = full_poc()
+    stored = wire.loads(Poc, wire.dumps(poc))
+    assert render_html(stored, lang="en") == render_html(poc, lang="en")
+
+
+def test_a_machine_without_known_speed_has_no_times() -> None:
+    poc = minimal_poc()
+    unknown = dataclasses.replace(
+        poc.search.baseline,
+        estimate=estimate(PLAIN, 2 * GIB, None),
+        reasons=(Reason(kind="saves", technique="x"),),
+    )
+    found = dataclasses.replace(poc.search, baseline=unknown, frontier=(unknown,), recommended=unknown)
+    rows = tuple(dataclasses.replace(row, plain=unknown.estimate) for row in full_poc().paper)
+    page = Page(render_html(dataclasses.replace(poc, search=found, paper=rows), lang="en"))
+    assert "step not predicted" in page.text
+    assert "x saves not predicted at not predicted the step time" in page.text
+
+
+def test_hostile_texts_are_shown_not_run() -> None:
+    evil = "<script>alert(1)</script>{0}[red]"
+    poc = full_poc()
+    run = dataclasses.replace(
+        poc.runs[0], measurement=dataclasses.replace(poc.runs[0].measurement, reason=evil)
+    )
+    poc = dataclasses.replace(
+        poc,
+        job_title=evil,
+        machine=evil,
+        metric=evil,
+        cap_reason=evil,
+        notes=(evil,),
+        environment={evil: evil},
+        runs=(run, *poc.runs[1:]),
+    )
+    text = render_html(poc, lang="en")
+    page = Page(text)
+    assert "script" not in {t for t, _ in page.tags}
+    assert page.text.count(evil) >= 6
+    console, out = shown()
+    terminal.print_poc(poc, console=console, lang="en")
+    assert evil in out.getvalue()
+
+
+def test_an_old_report_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.html"
+    path.write_text("old", encoding="utf-8")
+
+    def full_disk(*_: object, **__: object) -> Path:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_html(full_poc(), path, lang="en")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_terminal_summary(lang: str) -> None:
+    console, out = shown()
+    terminal.print_poc(dataclasses.replace(full_poc(), report="/home/me/r.html"), console=console, lang=lang)
+    terminal.print_poc(minimal_poc(), console=console, lang=lang)
+    text = out.getvalue()
+    for part in (
+        "1.282 GiB",
+        "246.1 MiB",
+        "1.31",
+        "67.2 %",
+        "/home/me/r.html",
+        "18.0 MiB in encoder.layer.3",
+    ):
+        assert part in text
+    assert load_words(lang).get("verdict.undecided") in text
+    assert load_words(lang).get("page.unfinished") in text
+
+
+def test_terminal_plan_marks_the_recommended_line() -> None:
+    console, out = shown()
+    terminal.print_search(search(), console=console, lang="en")
+    text = out.getvalue()
+    starred = [line for line in text.splitlines() if line.strip().startswith("*")]
+    assert len(starred) == 1
+    assert "412 priced" in text
+    assert "+ bf16-autocast saves 148 MiB at 0.87× the step time" in text
+    assert "- qlora is left out" in text
+
+
+def test_terminal_plan_when_nothing_fits() -> None:
+    console, out = shown()
+    terminal.print_search(
+        dataclasses.replace(search(), recommended=None, cap_bytes=MIB), console=console, lang="en"
+    )
+    assert "No allowed plan fits 1 MiB. The least that would do: 246 MiB" in out.getvalue()
+
+
+def test_terminal_explain_adds_up() -> None:
+    console, out = shown()
+    many = {f"layer.{i}": MIB for i in range(20)}
+    found = dataclasses.replace(estimate(BOTH, 40 * MIB), by_module_bytes={"": 20 * MIB, **many})
+    terminal.print_estimate(found, console=console, lang="en")
+    text = out.getvalue()
+    assert re.search(r"activations +20 MiB +50\.0 %", text)
+    assert re.search(r"\(model itself\) +20 MiB +50\.0 %", text)
+    assert re.search(r"6 smaller modules together +6 MiB +15\.0 %", text)
+    assert "The peak is in the backward phase, at aten::mm." in text
+
+
+def test_fixture_is_consistent() -> None:
+    """The hand-made PoC obeys what the real one promises."""
+    poc = full_poc()
+    assert poc.cap_bytes == CAP == PEAKS[PLAIN] // 4
+    assert PEAKS[RECOMMENDED] <= CAP
+    assert max(timeline(PEAKS[PLAIN])) == pytest.approx(PEAKS[PLAIN])
+    assert sum(losses(0)[-4:]) < sum(losses(0)[:4])

@@ -1,0 +1,158 @@
+"""The report in a real browser: nothing overflows, nothing is empty, nothing complains."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixture import full_poc, minimal_poc
+
+from memfit.report.html import write_html
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
+)
+pytestmark = [
+    pytest.mark.web,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
+]
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+# Elements that stick out of the page although no scrolling box of theirs holds them.
+OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return (box.right > innerWidth + 0.5 || box.left < -0.5) && box.width > 1 && !e.closest(".scroll");
+}).map(e => e.tagName + "." + (e.className.baseVal ?? e.className))"""
+EMPTY_CHARTS = """() => [...document.querySelectorAll("svg:not(svg svg)")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return box.width < 100 || box.height < 15;
+}).length"""
+# Two characters of one width that differ have been drawn from a font that knows them, not as two equal boxes.
+DRAWS_JAPANESE = """() => {
+  const pixels = (text) => {
+    const canvas = Object.assign(document.createElement("canvas"), {width: 40, height: 40});
+    const pen = canvas.getContext("2d");
+    pen.font = "30px " + getComputedStyle(document.body).fontFamily;
+    pen.fillText(text, 2, 32);
+    return pen.getImageData(0, 0, 40, 40).data.join();
+  };
+  return new Set(["測", "習", "プ"].map(pixels)).size === 3;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        found = play.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("reports")
+    pocs = {"full": full_poc(), "minimal": minimal_poc()}
+    return {
+        f"{name}-{lang}": write_html(poc, folder / f"{name}-{lang}.html", lang=lang)
+        for name, poc in pocs.items()
+        for lang in ("en", "ja")
+    }
+
+
+@pytest.fixture
+def opened(
+    browser: Any, reports: dict[str, Path], request: pytest.FixtureRequest
+) -> Iterator[tuple[Any, list[str]]]:
+    """The page at (name, width, colour scheme) with every detail unfolded, and what the console said."""
+    name, width, scheme = request.param
+    said: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on(
+        "request",
+        lambda wanted: None if wanted.url.startswith(("file:", "data:")) else said.append(wanted.url),
+    )
+    page.goto(reports[name].as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    yield page, said
+    page.close()
+
+
+EVERY = [
+    (f"{name}-{lang}", width, scheme)
+    for name in ("full", "minimal")
+    for lang in ("en", "ja")
+    for width in (1280, 390)
+    for scheme in ("light", "dark")
+]
+
+
+@pytest.mark.parametrize("opened", EVERY, indirect=True, ids=lambda p: "-".join(map(str, p)))
+def test_page_is_whole(opened: tuple[Any, list[str]]) -> None:
+    page, said = opened
+    assert said == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    assert page.evaluate(OVERFLOWING) == []
+    assert page.evaluate(EMPTY_CHARTS) == 0
+
+
+@pytest.mark.parametrize("opened", [("full-ja", 390, "light")], indirect=True, ids=str)
+def test_japanese_is_drawn(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    assert page.evaluate("document.documentElement.lang") == "ja"
+    assert "学習結果は変わりません" in page.inner_text("#answer")
+    if not page.evaluate(DRAWS_JAPANESE):
+        pytest.skip("no Japanese font on this machine")
+
+
+@pytest.mark.parametrize("opened", [("full-en", 1280, "light")], indirect=True, ids=str)
+def test_charts_show_what_they_should(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    visible = "e => { const b = e.getBoundingClientRect(); return b.width > 300 && b.height > 200 }"
+    for chart in ("timeline", "losses"):
+        svg = page.query_selector(f'svg[aria-labelledby^="{chart}"]')
+        assert svg is not None
+        assert svg.evaluate(visible)
+    # filled areas are measured, lines on them predicted, for both plans
+    assert len(page.query_selector_all("#timeline .area.measured")) == 2
+    assert len(page.query_selector_all("#timeline .line.predicted")) == 2
+    assert len(page.query_selector_all("#search circle.ring")) == 5
+    assert len(page.query_selector_all("#losses path.line")) == 6
+    assert page.query_selector("#timeline .limit") is not None
+
+
+@pytest.mark.parametrize(
+    "opened", [("full-en", 1280, "light"), ("full-en", 1280, "dark")], indirect=True, ids=str
+)
+def test_text_has_contrast(opened: tuple[Any, list[str]]) -> None:
+    """WCAG AA: 4.5 to 1 for the ink, the soft ink and the chips on what they stand on."""
+    page, _ = opened
+    ratios = page.evaluate("""() => {
+      const style = getComputedStyle(document.documentElement);
+      const light = (name) => {
+        const hex = style.getPropertyValue(name).trim();
+        const parts = [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16) / 255);
+        const [r, g, b] = parts.map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const pairs = [
+        ["--ink", "--paper"], ["--soft", "--paper"], ["--soft", "--card"], ["--limit", "--paper"],
+        ["--recommended", "--paper"], ["--good", "--good-bg"], ["--bad", "--bad-bg"], ["--open", "--open-bg"],
+      ];
+      return pairs.map(([a, b]) => {
+        const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+        return [a, (x + 0.05) / (y + 0.05)];
+      });
+    }""")
+    assert [name for name, ratio in ratios if ratio < 4.5] == []
