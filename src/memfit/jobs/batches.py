@@ -1,0 +1,49 @@
+"""What the built-in jobs share in making batches and in evaluating."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    Array = np.ndarray[Any, Any]
+
+
+def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:
+    """Which of ``count`` examples step ``step`` uses, shape ``(batch_size,)``. Every epoch is a new
+    permutation drawn from (seed, epoch); a batch may reach over the end of an epoch."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // count
+    orders = {e: np.random.default_rng((seed, int(e))).permutation(count) for e in np.unique(epochs)}
+    return np.array([orders[e][p % count] for e, p in zip(epochs, places, strict=True)])
+
+
+def step_rng(step: int, seed: int) -> np.random.Generator:
+    """Random numbers of one step, independent of the order of examples."""
+    return np.random.default_rng((seed, step, 1))
+
+
+def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """Copies in torch's own memory: what lies in numpy's would escape every count of tensor bytes."""
+    import torch
+
+    return {name: torch.tensor(array) for name, array in arrays.items()}
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients, restored afterwards; yields where batches must lie."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)

@@ -1,0 +1,114 @@
+"""Protein sequences from FASTA files, read strictly: the first thing that is wrong is told with its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from memfit.types.errors import UserError
+
+RESIDUES: Final = "ACDEFGHIKLMNPQRSTVWY"
+_AMBIGUOUS: Final = "BJOUXZ"  # IUPAC: Asx, Leu or Ile, pyrrolysine, selenocysteine, any, Glx
+STATES: Final = "HEC"  # helix, strand, coil
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Protein:
+    """``states`` is "" or one of H, E, C per residue."""
+
+    name: str
+    sequence: str
+    states: str = ""
+
+
+def read_text(path: str) -> str:
+    """The file's text, unpacked where it ends in ``.gz``. Raises UserError if unreadable or empty."""
+    try:
+        raw = Path(path).read_bytes()
+        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty")
+    return text
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def read_fasta(path: str) -> list[Protein]:
+    """Sequences of a FASTA file, upper case, one final ``*`` dropped. Raises UserError naming file, line
+    and character for anything that is not an amino-acid letter, and for records without a sequence."""
+    proteins = []
+    for line_number, name, lines in _records(path):
+        if not lines:
+            raise UserError(f"{path} line {line_number}: {name!r} has no sequence")
+        proteins.append(Protein(name=name, sequence=_sequence(path, lines)))
+    return proteins
+
+
+def read_labelled(path: str) -> list[Protein]:
+    """Proteins with their secondary structure, three lines each::
+
+        >name
+        MKTAYIAKQR
+        CCHHHHHHCC
+
+    Raises UserError naming file and line, also where the two lines differ in length.
+    """
+    proteins = []
+    for line_number, name, lines in _records(path):
+        if len(lines) != 2:
+            raise UserError(
+                f"{path} line {line_number}: {name!r} is followed by {len(lines)} lines",
+                allowed="one line of sequence and one of H, E, C of the same length",
+            )
+        sequence, states = _sequence(path, lines[:1]), _checked(path, *lines[1], STATES, "a state")
+        if len(sequence) != len(states):
+            raise UserError(
+                f"{path} line {lines[1][0]}: {len(states)} states for {len(sequence)} residues of {name!r}"
+            )
+        proteins.append(Protein(name=name, sequence=sequence, states=states))
+    return proteins
+
+
+def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
+    """(line of the header, name, numbered lines that follow), blank lines left out."""
+    header: tuple[int, str] | None = None
+    body: list[tuple[int, str]] = []
+    for number, raw in enumerate(read_text(path).splitlines(), start=1):
+        line = raw.strip()
+        if line.startswith(">"):
+            if header:
+                yield *header, body
+            header, body = (number, (line[1:].split() or [f"line {number}"])[0]), []
+        elif line and header is None:
+            raise UserError(f"{path} line {number}: a FASTA file starts with '>', not {line[:20]!r}")
+        elif line:
+            body.append((number, line))
+    if header:
+        yield *header, body
+
+
+def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
+    *first, (number, last) = lines
+    whole = [*first, (number, last.removesuffix("*"))]
+    return "".join(_checked(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in whole)
+
+
+def _checked(path: str, number: int, line: str, alphabet: str, what: str) -> str:
+    upper = line.upper()
+    for column, letter in enumerate(upper, start=1):
+        if letter not in alphabet:
+            raise UserError(
+                f"{path} line {number}, column {column}: {line[column - 1]!r} is not {what}",
+                allowed=f"the letters {alphabet}",
+            )
+    return upper

@@ -1,0 +1,149 @@
+"""``hf:PATH_OR_NAME``: any Hugging Face configuration, from a local folder or bundled with transformers.
+
+Nothing is fetched: a name is a model type that transformers knows (its default configuration), a path is a
+folder with ``config.json``. Weights are random unless ``--weights`` names a folder. Tokens are random: such
+a job is for memory and speed, so it has no metric.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from memfit.jobs.batches import as_tensors, step_rng
+from memfit.types.errors import UserError
+from memfit.types.job import Job, OptimizerChoice
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX: Final = "hf:"
+SIZES: Final = ("tiny", "paper")
+_TINY_LENGTH, _PAPER_LENGTH = 128, 2048
+_BATCH_SIZE: Final = 4
+_ENDINGS: Final = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "classification",
+}
+
+
+def make(
+    name: str,
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+) -> Job:
+    """The job of ``hf:name``. ``tiny`` is 128 tokens, ``paper`` the model's own length up to 2,048.
+
+    Raises UserError for an unknown name, a broken ``config.json``, or an architecture without a causal,
+    masked or classification head.
+    """
+    if data is not None:
+        raise UserError(f"{PREFIX}{name} trains on random tokens and takes no --data")
+    config = read_config(name)
+    task, batch_size = task_of(config, name), batch or _BATCH_SIZE
+    longest = int(getattr(config, "max_position_embeddings", None) or _PAPER_LENGTH)
+    length = min(longest, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH)
+    return Job(
+        name=PREFIX + name,
+        title=f"{type(config).__name__.removesuffix('Config')} ({task})",
+        size=size,
+        build_model=lambda: _build(config, task, weights),
+        make_batch=lambda step, seed: _batch(config, task, (batch_size, length), (step, seed)),
+        loss=lambda model, part: model(**part).loss,
+        batch_size=batch_size,
+        tokens_per_batch=batch_size * length,
+        optimizer=OptimizerChoice(learning_rate=1e-4),
+        data_source="random tokens",
+    )
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a folder or of a model type."""
+    from transformers import CONFIG_MAPPING
+
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        config = _from_folder(folder)
+    elif name in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[name]()
+    else:
+        close = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
+        raise UserError(
+            f"no Hugging Face configuration {name!r}",
+            allowed="a folder with config.json, or a model type that transformers knows, "
+            f"such as {', '.join(close or ('gpt2', 'llama', 'bert'))}",
+        )
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # keys and values are kept for generation, not for training
+    return config
+
+
+def _from_folder(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
+
+
+def task_of(config: Any, name: str) -> str:
+    """By the configuration's own architecture, else the first head that transformers has for its type."""
+    for architecture in getattr(config, "architectures", None) or ():
+        for ending, task in _ENDINGS.items():
+            if architecture.endswith(ending):
+                return task
+    for task, auto in _auto_models().items():
+        if type(config) in auto._model_mapping:
+            return task
+    raise UserError(
+        f"{PREFIX}{name} ({type(config).__name__}) has no head memfit can train",
+        allowed="architectures with a masked-LM, causal-LM or sequence-classification head",
+    )
+
+
+def _auto_models() -> Mapping[str, Any]:
+    """Masked first: bidirectional models have a causal head too, the other way round they do not."""
+    import transformers
+
+    return {
+        "masked-lm": transformers.AutoModelForMaskedLM,
+        "causal-lm": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+    }
+
+
+def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
+    from memfit.jobs.weights import load_weights
+
+    model: torch.nn.Module = _auto_models()[task].from_config(config)
+    if weights:
+        load_weights(model, weights, may_miss=("classifier", "score") if task == "classification" else ())
+    return model
+
+
+def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """``input_ids`` (batch, length) and ``labels`` as the head wants them."""
+    rng = step_rng(*at)
+    pad = getattr(config, "pad_token_id", None)
+    tokens = rng.integers(0, config.vocab_size, size=shape)
+    tokens[tokens == pad] = 0 if pad != 0 else 1  # padding would make lengths, and classifiers' rows, uneven
+    if task == "classification":
+        return as_tensors({"input_ids": tokens, "labels": rng.integers(0, config.num_labels, size=shape[0])})
+    labels = tokens if task == "causal-lm" else _some(tokens, rng)
+    return as_tensors({"input_ids": tokens, "labels": labels})
+
+
+def _some(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """15 % of each row, the same number in every row, so that micro-batches weigh alike."""
+    order = rng.random(tokens.shape).argsort(axis=1)
+    return np.where(order < max(1, round(0.15 * tokens.shape[1])), tokens, -100)

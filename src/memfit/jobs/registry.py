@@ -1,0 +1,83 @@
+"""From a JobRef to a Job, and what there is to choose from. Loads no torch before a job's model is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from memfit.jobs import char_lm, huggingface, protein_lm, protein_ss
+from memfit.jobs.user import load_user_job
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+
+DEFAULT: Final = protein_ss.NAME
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltIn:
+    """``make(size=, data=, weights=, batch=)`` returns the Job."""
+
+    name: str
+    title: str
+    sizes: tuple[str, ...]
+    data_source: str
+    make: Callable[..., Job]
+
+
+_BUILT_IN: Final[Mapping[str, BuiltIn]] = {
+    room.NAME: BuiltIn(
+        name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
+    )
+    for room in (protein_ss, protein_lm, char_lm)
+}
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_BUILT_IN)
+
+
+def describe() -> tuple[BuiltIn, ...]:
+    return tuple(_BUILT_IN.values())
+
+
+def load(ref: JobRef) -> Job:
+    """The job that ``ref`` names, with its size, data, weights, batch and steps.
+
+    Raises UserError for an unknown job or size, numbers below one, and whatever is wrong with the files.
+    """
+    for name, value in (("steps", ref.steps), ("batch", ref.batch)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}", allowed="a whole number of at least 1")
+    job = _make(ref)
+    return job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
+
+
+def _make(ref: JobRef) -> Job:
+    given = {"size": ref.size, "data": ref.data, "weights": ref.weights, "batch": ref.batch}
+    options = {name: value for name, value in given.items() if value is not None}
+    if ref.spec.startswith(huggingface.PREFIX):
+        _check_size(ref, huggingface.SIZES)
+        return huggingface.make(ref.spec.removeprefix(huggingface.PREFIX), **options)  # type: ignore[arg-type]
+    if ref.spec in _BUILT_IN:
+        _check_size(ref, _BUILT_IN[ref.spec].sizes)
+        return _BUILT_IN[ref.spec].make(**options)
+    if ":" in ref.spec:
+        return load_user_job(ref.spec, options)
+    close = difflib.get_close_matches(ref.spec, names(), n=1)
+    raise UserError(
+        f"unknown job {ref.spec!r}",
+        allowed=f"{', '.join(names())}, path.py:attribute or hf:PATH_OR_NAME",
+        hint=f"did you mean {close[0]}?" if close else "",
+    )
+
+
+def _check_size(ref: JobRef, sizes: tuple[str, ...]) -> None:
+    if ref.size is not None and ref.size not in sizes:
+        close = difflib.get_close_matches(ref.size, sizes, n=1)
+        raise UserError(
+            f"unknown size {ref.size!r} of {ref.spec}",
+            allowed=", ".join(sizes),
+            hint=f"did you mean {close[0]}?" if close else "",
+        )

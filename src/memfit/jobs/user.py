@@ -1,0 +1,112 @@
+"""``path.py:attribute``: the user's own Job, or a function that returns one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+
+
+def load_user_job(spec: str, options: dict[str, Any]) -> Job:
+    """``options`` (size, data, weights, batch; those that were given) go to a function that takes them.
+
+    Raises UserError for a missing file or attribute, for what is no Job, for an option that nothing takes,
+    and for any error in the user's own code, with its place.
+    """
+    path, _, name = spec.rpartition(":")
+    module = _run_file(Path(path), spec)
+    found = _attribute(module, name, path)
+    if isinstance(found, Job) and not options:
+        return found
+    if isinstance(found, Job):
+        raise UserError(
+            f"{spec} is a finished Job and takes no --{next(iter(options))}",
+            hint=f"make {name} a function with the arguments {', '.join(options)} that returns the Job",
+        )
+    if not callable(found):
+        raise UserError(
+            f"{spec} is a {type(found).__name__}", allowed="a memfit.Job or a function returning one"
+        )
+    return _call(found, options, spec)
+
+
+def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
+    try:
+        inspect.signature(function).bind(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
+            allowed="a function whose arguments are among size, data, weights, batch, with defaults",
+        ) from error
+    job = _guarded(lambda: function(**options), spec)
+    if not isinstance(job, Job):
+        raise UserError(f"{spec}() returned a {type(job).__name__}", allowed="a memfit.Job")
+    return job
+
+
+def _run_file(path: Path, spec: str) -> ModuleType:
+    """Import under a name of its own; the file's folder is on the path meanwhile, as for a script."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}", hint="a job of your own is given as path.py:attribute")
+    resolved = path.resolve()
+    name = f"memfit_user_{hashlib.sha256(str(resolved).encode()).hexdigest()[:12]}"
+    place = importlib.util.spec_from_file_location(name, resolved)
+    if place is None or place.loader is None:
+        raise UserError(f"{path} is no Python file", allowed="a file ending in .py")
+    module, loader = importlib.util.module_from_spec(place), place.loader
+    sys.modules[name] = module  # dataclasses and pickle look their module up
+    sys.path.insert(0, str(resolved.parent))
+    try:
+        _guarded(lambda: loader.exec_module(module), spec)
+    finally:
+        sys.path.remove(str(resolved.parent))
+    return module
+
+
+def _guarded(action: Any, spec: str) -> Any:
+    """Any error of the user's code becomes one line with the last place in it."""
+    try:
+        return action()
+    except UserError:
+        raise
+    except Exception as error:  # the user's code: anything may come out of it
+        folder = Path(spec.rpartition(":")[0]).resolve().parent
+        frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)
+        ]
+        at = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
+        told = error.msg if isinstance(error, SyntaxError) else str(error)
+        message = (told.splitlines() or [""])[0]
+        raise UserError(f"{spec} failed: {type(error).__name__}: {message}{at}") from error
+
+
+def _syntax_place(error: BaseException) -> str:
+    return f" at {error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else ""
+
+
+def _attribute(module: ModuleType, name: str, path: str) -> Any:
+    if hasattr(module, name) and name:
+        return getattr(module, name)
+    jobs = [n for n, v in vars(module).items() if _job_like(n, v, module)]
+    close = difflib.get_close_matches(name, jobs, n=1)
+    raise UserError(
+        f"{path} has no attribute {name!r}",
+        allowed=", ".join(jobs) or "none: the file defines no memfit.Job and no function",
+        hint=f"did you mean {close[0]}?" if close else "",
+    )
+
+
+def _job_like(name: str, value: Any, module: ModuleType) -> bool:
+    if name.startswith("_"):
+        return False
+    own_function = inspect.isfunction(value) and value.__module__ == module.__name__
+    return isinstance(value, Job) or own_function

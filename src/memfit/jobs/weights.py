@@ -1,0 +1,97 @@
+"""Trained weights from a folder of safetensors into a model, strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_INDEX: Final = "model.safetensors.index.json"
+
+
+def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ...] = ()) -> None:
+    """Copy ``model.safetensors`` (or the shards its index names) into the model's parameters, one tensor at
+    a time. Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing.
+
+    Every parameter must be there, except those whose names start with one of ``may_miss`` (a new task's
+    head); what the model has no use for is ignored. Does nothing under fake tensors, which hold no values:
+    weights change no size. Raises UserError for a missing folder, a missing parameter or another shape.
+    """
+    from torch._guards import detect_fake_mode
+
+    stored = _stored(Path(folder))
+    if detect_fake_mode() is not None:
+        return
+    sources = {id(p): (p, name) for name, p in _names(model) for name in _aliases(name) if name in stored}
+    missing = [n for n, p in model.named_parameters() if id(p) not in sources and not n.startswith(may_miss)]
+    if not sources or missing:
+        raise UserError(
+            f"{folder} holds {'none' if not sources else 'not all'} of the model's parameters"
+            + (f": {len(missing)} missing, first {missing[0]}" if sources else ""),
+            allowed="weights saved from the same architecture and size",
+        )
+    for param, name in sources.values():
+        _copy(param, stored[name], name)
+
+
+def _names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    yield from model.named_parameters(remove_duplicate=False)
+
+
+def _aliases(name: str) -> Iterator[str]:
+    """The names files use for it: an encoder saved alone has no prefix, and Hugging Face still writes
+    TensorFlow's gamma and beta for some layer norms."""
+    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    for spelling in {name, old}:
+        yield from {spelling, spelling.removeprefix("esm.")}
+
+
+def _stored(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    if not folder.is_dir():
+        raise UserError(f"no such folder of weights: {folder}", allowed="a folder with model.safetensors")
+    if (folder / _INDEX).is_file():
+        return {name: folder / file for name, file in _index(folder / _INDEX).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"no safetensors in {folder}", allowed=f"model.safetensors or {_INDEX} with its shards"
+        )
+    return {name: file for file in files for name in _open(file).keys()}  # noqa: SIM118 - not a mapping
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        names = json.loads(path.read_text("utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no index of safetensors: {error}") from error
+    return dict(names)
+
+
+def _open(file: Path) -> Any:
+    import safetensors
+
+    try:
+        return safetensors.safe_open(str(file), framework="pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def _copy(param: torch.nn.Parameter, file: Path, name: str) -> None:
+    import torch
+
+    value = _open(file).get_tensor(name)
+    if value.shape != param.shape:
+        raise UserError(
+            f"{name} in {file} has shape {tuple(value.shape)}",
+            allowed=f"{tuple(param.shape)}, the model's",
+            hint="choose the --size the weights were saved from",
+        )
+    with torch.no_grad():
+        param.copy_(value)

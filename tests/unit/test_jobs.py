@@ -1,0 +1,558 @@
+"""The built-in jobs, the user's own, and how their inputs are refused."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.jobs import char_lm, esm, fasta, protein_lm, protein_ss, registry
+from memfit.jobs.batches import epoch_indices
+from memfit.jobs.step import TrainingStep
+from memfit.jobs.weights import load_weights
+from memfit.techniques.blocks import find_blocks, find_head
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.plan import Plan
+
+BUILT_IN = ("protein-ss", "protein-lm", "char-lm")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(spec: str, **options: Any) -> Job:
+    return registry.load(JobRef(spec=spec, **options))
+
+
+def refusal(spec: str, **options: Any) -> str:
+    """The one line a wrong request is answered with."""
+    with pytest.raises(UserError) as caught:
+        load(spec, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run, in order; asking a fake tensor for its device is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith("prim."):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(job: Job, *, fake: bool) -> list[str]:
+    batch = job.make_batch(0, 0)
+    if not fake:
+        model = job.build_model()
+        with Operators() as seen:
+            job.loss(model, batch).backward()
+        return seen.names
+    with FakeTensorMode() as mode:
+        model = job.build_model()
+        batch = _pytree.tree_map_only(torch.Tensor, mode.from_tensor, batch)
+        with Operators() as seen:
+            job.loss(model, batch).backward()
+    return seen.names
+
+
+# -- every built-in job ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_batch_depends_on_step_and_seed_alone(name: str) -> None:
+    job, again = load(name, batch=3), load(name, batch=3)
+    first = job.make_batch(4, 7)
+    other = again.make_batch(4, 7)
+    assert first.keys() == other.keys()
+    assert all(torch.equal(first[k], other[k]) for k in first)
+    assert all(t.shape[0] == 3 for t in first.values())
+    for step, seed in ((5, 7), (4, 8)):
+        assert any(not torch.equal(first[k], job.make_batch(step, seed)[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_fake_and_real_steps_are_the_same_operators(name: str) -> None:
+    job = load(name, batch=2)
+    real = operators_of_a_step(job, fake=False)
+    assert len(real) > 100
+    assert operators_of_a_step(job, fake=True) == real
+
+
+def test_a_batch_without_padding_takes_the_same_path() -> None:
+    """Hugging Face drops a mask of ones; the jobs must not, or the memory would depend on the data."""
+    job = load("protein-ss", batch=2)
+    model, batch = job.build_model(), job.make_batch(0, 0)
+    no_padding = torch.ones_like(batch["valid"])
+    with Operators() as padded:
+        model(batch["features"], batch["valid"])
+    with Operators() as full:
+        model(batch["features"], no_padding)
+    assert padded.names == full.names
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_loss_is_the_mean_over_loss_terms(name: str) -> None:
+    """Two halves weighted by their terms give the loss of the whole."""
+    torch.manual_seed(0)
+    job = load(name, batch=4)
+    model = job.build_model()
+    whole = job.make_batch(0, 0)
+    halves = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2)]
+    assert job.loss_terms is not None
+    terms = [job.loss_terms(h) for h in halves]
+    with torch.no_grad():
+        weighted = sum(float(job.loss(model, h)) * n for h, n in zip(halves, terms, strict=True)) / sum(terms)
+        assert weighted == pytest.approx(float(job.loss(model, whole)), rel=1e-5)
+    assert sum(terms) == job.loss_terms(whole)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_an_untrained_model_is_no_better_than_naive(name: str) -> None:
+    torch.manual_seed(0)
+    job = load(name)
+    assert job.evaluate is not None
+    assert job.metric is not None
+    model = job.build_model()
+    value = job.evaluate(model)
+    assert model.training, "evaluation gives the model back as it was"
+    better = value > job.metric.naive + job.metric.margin
+    assert not (better if job.metric.higher_is_better else value < job.metric.naive - job.metric.margin)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_loss_falls(name: str) -> None:
+    torch.manual_seed(0)
+    job = load(name, batch=8)
+    step = TrainingStep(job, Plan())
+    losses = [float(step.run(job.make_batch(i, 0))[0]) for i in range(12)]
+    assert np.mean(losses[-3:]) < losses[0] - 0.02
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_blocks_and_head_are_where_the_job_says(name: str) -> None:
+    job = load(name)
+    with FakeTensorMode():
+        model = job.build_model()
+    path, blocks = find_blocks(model, job.blocks)
+    assert (path, len(blocks)) == (job.blocks, 4)
+    assert find_blocks(model)[0] == path, "the default finds the same"
+    assert find_head(model, job.head)[0] == find_head(model)[0] == job.head
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "millions"),
+    [
+        ("protein-ss", "paper", 650),
+        ("protein-lm", "3B", 2839),
+        ("char-lm", "124M", 163),
+        ("protein-lm", "8M", 7.5),
+    ],
+)
+def test_published_sizes_have_the_published_number_of_parameters(
+    name: str, size: str, millions: float
+) -> None:
+    """ESM-2's own counts; GPT-2 small is 124 M and 38.6 M more for the head that is not tied."""
+    with FakeTensorMode():
+        model = load(name, size=size).build_model()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_every_parameter_is_trained() -> None:
+    """A parameter without gradient would be state and traffic for nothing."""
+    for name in BUILT_IN:
+        job = load(name, batch=2)
+        model = job.build_model()
+        job.loss(model, job.make_batch(0, 0)).backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_describing_the_jobs_loads_no_torch() -> None:
+    code = (
+        "import sys; from memfit.jobs import registry; registry.describe(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert registry.names() == BUILT_IN
+
+
+# -- the data -------------------------------------------------------------------------------------------
+
+
+def test_built_in_chains_are_split_without_a_chain_on_both_sides() -> None:
+    with np.load(Path(protein_ss.__file__).parent / "data" / "pdb_ss.npz") as kept:
+        names, count = kept["pdb_chain"], int(kept["n_train"])
+        assert len(kept["residue"]) == len(kept["state"]) == kept["length"].sum() == 234_380
+    assert (count, len(names)) == (2000, 2500)
+    assert not set(names[:count]) & set(names[count:])
+
+
+def test_q3_counts_right_residues_and_naive_is_the_training_majority() -> None:
+    chains = protein_ss.Chains(
+        offset=np.array([0, 3, 5, 9]),
+        features=np.zeros((9, 41), np.uint8),
+        state=np.array([1, 1, 0, 2, 1, 1, 2, 2, 1]),  # training: strand 3 of 5; test: 1 2 2 1
+        train_count=2,
+        source="",
+    )
+    assert protein_ss.metric(chains, 8).naive == 50.0
+    assert protein_ss.metric(chains, 3).naive == pytest.approx(100 / 3), "only what is scored counts"
+    assert protein_ss.q3(AlwaysThird(), chains, 8, 2) == 50.0
+    assert load("protein-ss").metric.naive == pytest.approx(38.2, abs=0.05)  # type: ignore[union-attr]
+
+
+class AlwaysThird(torch.nn.Module):
+    """Says coil everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor([0.0, 0.0, 1.0]))
+
+    def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return self.bias.expand(*valid.shape, 3)
+
+
+def test_features_are_residue_and_profile_and_padding_is_silent() -> None:
+    batch = load("protein-ss", batch=16).make_batch(0, 0)
+    features, valid = batch["features"], batch["valid"]
+    assert features.shape == (16, 128, 41)
+    assert torch.equal(features[..., :21].sum(-1), valid.float())
+    assert (features[..., 21:].sum(-1)[valid] - 1).abs().max() < 0.1, "a profile is a distribution"
+    assert features[~valid].abs().max() == 0
+    assert torch.equal(batch["state"] == -100, ~valid)
+
+
+@given(count=st.integers(1, 50), batch=st.integers(1, 20), seed=st.integers(0, 9))
+def test_every_example_comes_once_an_epoch(count: int, batch: int, seed: int) -> None:
+    steps = -(-2 * count // batch)
+    drawn = np.concatenate([epoch_indices(count, batch, step=s, seed=seed) for s in range(steps)])
+    assert sorted(drawn[:count]) == sorted(drawn[count : 2 * count]) == list(range(count))
+
+
+def test_masking_is_fifteen_percent_and_the_rest_is_untouched() -> None:
+    batch = {k: v.numpy() for k, v in load("protein-lm", batch=64).make_batch(0, 0).items()}
+    tokens, labels, valid = batch["tokens"], batch["labels"], batch["valid"]
+    asked = labels >= 0
+    residues = valid.sum() - 2 * len(tokens)  # without start and end
+    assert asked.sum() / residues == pytest.approx(0.15, abs=0.003)
+    assert not asked[tokens == 0].any()
+    assert (tokens == 32)[asked].mean() == pytest.approx(0.8, abs=0.03)
+    assert (tokens == labels)[asked].mean() == pytest.approx(0.1 + 0.1 / 20, abs=0.03)
+    assert not (tokens == 32)[~asked].any()
+
+
+def test_tokens_are_those_of_esm2() -> None:
+    assert protein_lm.encode("LAGXJ").tolist() == [4, 5, 6, 24, 24]
+    from transformers.models.esm.configuration_esm import get_default_vocab_list
+
+    published = get_default_vocab_list()
+    assert [published[i] for i in protein_lm.encode(fasta.RESIDUES)] == list(fasta.RESIDUES)
+    assert (published[esm.PAD], published[esm.MASK]) == ("<pad>", "<mask>")
+
+
+def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
+    class Uniform(torch.nn.Module):
+        def __init__(self, vocabulary: int) -> None:
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.zeros(vocabulary))
+
+        def forward(self, tokens: torch.Tensor, valid: object = None) -> torch.Tensor:
+            return self.logits.expand(*tokens.shape, -1)
+
+    sequences = protein_lm.read_sequences(None)
+    assert protein_lm.held_out_nats(Uniform(33), sequences, 64, 50) == pytest.approx(math.log(33), rel=1e-5)
+    text = char_lm.read(None, 256)
+    assert char_lm.bits_per_byte(Uniform(256), text.test, 256, 16) == pytest.approx(8, rel=1e-5)
+
+
+# -- the user's files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (">a\nMKV\n>b\nMK1L\n", "line 4, column 3: '1' is not an amino acid"),
+        (">a\nMKV\nM-V\n", "line 3, column 2: '-'"),
+        (">a\nMKV\n>empty\n\n>c\nMK\n", "line 3: 'empty' has no sequence"),
+        ("MKV\n", "line 1: a FASTA file starts with '>'"),
+        ("\n \n", "is empty"),
+        (">only\nMKV\n", "holds 1 sequence"),
+    ],
+)
+def test_a_broken_fasta_is_refused_with_its_place(tmp_path: Path, text: str, place: str) -> None:
+    file = tmp_path / "proteins.fasta"
+    file.write_text(text)
+    message = refusal("protein-lm", data=str(file))
+    assert place in message
+    assert str(file) in message
+
+
+def test_a_fasta_is_read_whole(tmp_path: Path) -> None:
+    file = tmp_path / "x.fasta.gz"
+    file.write_bytes(gzip.compress(b">one two\nmkv\nLL*\n\n>b\r\nXU\r\n"))
+    assert fasta.read_fasta(str(file)) == [
+        fasta.Protein(name="one", sequence="MKVLL"),
+        fasta.Protein(name="b", sequence="XU"),
+    ]
+    file.write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="cannot read"):
+        fasta.read_fasta(str(file))
+    plain = tmp_path / "latin.fasta"
+    plain.write_bytes(b">a\nMK\xe9\n")
+    assert "not UTF-8" in refusal("protein-lm", data=str(plain))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (">a\nMKV\nHEC\n>b\nMKV\nHE\n", "line 6: 2 states for 3 residues of 'b'"),
+        (">a\nMKV\nHEX\n>b\nMK\nHE\n", "line 3, column 3: 'X' is not a state"),
+        (">a\nMKV\n", "line 1: 'a' is followed by 1 lines"),
+        (">a\nMKV\nHEC\n", "holds 1 chain"),
+    ],
+)
+def test_broken_labels_are_refused_with_their_place(tmp_path: Path, text: str, place: str) -> None:
+    file = tmp_path / "labelled.fasta"
+    file.write_text(text)
+    assert place in refusal("protein-ss", data=str(file))
+
+
+def test_labelled_chains_of_the_user_train_and_are_cropped(tmp_path: Path) -> None:
+    file = tmp_path / "labelled.fasta"
+    file.write_text("".join(f">c{i}\n{'MKVX' * 40}\n{'HECC' * 40}\n" for i in range(5)))
+    job = load("protein-ss", data=str(file), batch=2)
+    batch = job.make_batch(0, 0)
+    assert batch["valid"].all(), "160 residues fill 128"
+    assert job.metric is not None
+    assert job.metric.naive == 50.0  # C is half of every chain
+    assert batch["features"][..., 20].mean() == pytest.approx(0.25), "X is the 21st residue"
+    assert str(file) in job.data_source
+
+
+def test_text_of_the_user(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("abcd" * 1000)
+    job = load("char-lm", data=str(file), batch=2)
+    assert job.metric is not None
+    assert job.metric.naive == pytest.approx(2, abs=0.1)  # four letters alike: two bits
+    batch = job.make_batch(0, 0)
+    assert torch.equal(batch["tokens"][:, 1:], batch["next"][:, :-1])
+    file.write_text("abcd")
+    assert "has 4 bytes" in refusal("char-lm", data=str(file))
+    assert "cannot read" in refusal("char-lm", data=str(tmp_path / "absent.txt"))
+
+
+# -- names, sizes, numbers ------------------------------------------------------------------------------
+
+
+def test_wrong_names_get_suggestions() -> None:
+    assert "did you mean protein-ss?" in refusal("protien-ss")
+    assert "did you mean 650M?" in refusal("protein-ss", size="650m")
+    assert "gpt2" in refusal("hf:gtp2")
+    assert "at least 1" in refusal("protein-ss", batch=0)
+    assert "at least 1" in refusal("protein-ss", steps=-3)
+
+
+def test_steps_and_batch_are_the_users() -> None:
+    job = load("protein-ss", steps=7, batch=5)
+    assert (job.steps, job.batch_size, job.tokens_per_batch) == (7, 5, 5 * 128)
+
+
+# -- weights --------------------------------------------------------------------------------------------
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    for name in BUILT_IN:
+        torch.manual_seed(1)
+        saved = load(name).build_model()
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({n: p.detach().clone() for n, p in saved.named_parameters()}, folder / "model.safetensors")
+        loaded = load(name, weights=str(folder)).build_model()
+        assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_hugging_face_esm2_checkpoint_loads_into_both_protein_jobs(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    size = esm.EsmSize(layers=4, width=128, heads=4, length=128, batch_size=2)
+    checkpoint = esm._masked_lm(size)
+    checkpoint.save_pretrained(tmp_path, max_shard_size="1MB")
+    assert (tmp_path / "model.safetensors.index.json").exists(), "the case with shards"
+    for name in ("protein-lm", "protein-ss"):
+        model = load(name, weights=str(tmp_path)).build_model()
+        wanted = checkpoint.esm.encoder.state_dict()
+        got = model.esm.encoder.state_dict()  # type: ignore[union-attr]
+        assert all(torch.equal(wanted[k], got[k]) for k in wanted)
+
+
+def test_wrong_weights_are_refused(tmp_path: Path) -> None:
+    job = load("char-lm", weights=str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="no such folder of weights"):
+        job.build_model()
+    model = torch.nn.Linear(2, 3)
+    with pytest.raises(UserError, match="no safetensors"):
+        load_weights(model, str(tmp_path))
+    save_file({"weight": torch.zeros(3, 5), "bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"weight in .* has shape \(3, 5\); allowed: \(3, 2\)"):
+        load_weights(model, str(tmp_path))
+    save_file({"bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="1 missing, first weight"):
+        load_weights(model, str(tmp_path))
+    save_file({"other": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="none of the model's parameters"):
+        load_weights(model, str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot read"):
+        load_weights(model, str(tmp_path))
+
+
+def test_weights_wait_for_the_real_run(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "model.safetensors")
+    with FakeTensorMode():
+        load_weights(torch.nn.Linear(2, 3), str(tmp_path))
+    real = torch.nn.Linear(2, 3)
+    load_weights(real, str(tmp_path))
+    assert real.weight.eq(1).all()
+
+
+# -- Hugging Face and the user's own --------------------------------------------------------------------
+
+SMALL = (
+    '{"model_type": "%s", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, '
+    '"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40%s}'
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "terms_per_row"),
+    [
+        ("llama", ', "num_key_value_heads": 2', 40),
+        ("bert", "", 6),
+        ("bert", ', "architectures": ["BertForSequenceClassification"]', None),
+    ],
+)
+def test_a_local_configuration_trains(
+    tmp_path: Path, kind: str, extra: str, terms_per_row: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(SMALL % (kind, extra))
+    job = load(f"hf:{tmp_path}", batch=3)
+    step = TrainingStep(job, Plan())
+    batch = job.make_batch(0, 0)
+    assert batch["input_ids"].shape == (3, 40), "no longer than the model's positions"
+    loss, norm = step.run(batch)
+    assert loss.isfinite()
+    assert norm > 0
+    if terms_per_row is not None:
+        assert (batch["labels"] >= 0).sum(1).tolist() == [terms_per_row] * 3
+
+
+def test_a_bundled_configuration_builds_without_network() -> None:
+    job = load("hf:gpt2")
+    with FakeTensorMode():
+        model = job.build_model()
+        path, blocks = find_blocks(model, job.blocks)
+    assert (path, len(blocks)) == ("transformer.h", 12)
+    assert job.make_batch(0, 0)["input_ids"].shape == (4, 128)
+    assert load("hf:gpt2", size="paper").tokens_per_batch == 4 * 1024
+
+
+def test_configurations_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{not json")
+    assert "config.json" in refusal(f"hf:{tmp_path}")
+    assert "has no head memfit can train" in refusal("hf:clip")
+    assert "no --data" in refusal("hf:gpt2", data="x")
+    assert "unknown size" in refusal("hf:gpt2", size="8M")
+
+
+OWN = """
+import torch
+from memfit.types.job import Job
+from helper_beside import WIDTH
+
+def build():
+    return torch.nn.Linear(WIDTH, 1)
+
+def make(size="small", batch=4):
+    return Job(name=size, build_model=build, make_batch=lambda step, seed: torch.ones(batch, WIDTH),
+               loss=lambda model, x: model(x).mean(), batch_size=batch)
+
+job = make()
+number = 3
+
+def broken():
+    return 1 / 0
+
+def wrong():
+    return "a string"
+
+def needs(x):
+    return make()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "helper_beside.py").write_text("WIDTH = 5\n")
+    (tmp_path / "mine.py").write_text(OWN)
+    return str(tmp_path / "mine.py")
+
+
+def test_a_job_of_ones_own(own: str) -> None:
+    job = load(f"{own}:job", steps=3)
+    assert (job.name, job.steps) == ("small", 3)
+    TrainingStep(job, Plan()).run(job.make_batch(0, 0))
+    made = load(f"{own}:make", size="big", batch=2)
+    assert (made.name, made.batch_size) == ("big", 2)
+    assert str(Path(own).parent) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("attribute", "said"),
+    [
+        ("jib", "has no attribute 'jib'; allowed: build, make, job, broken, wrong, needs; did you mean job?"),
+        ("", "has no attribute ''"),
+        ("number", "is a int; allowed: a memfit.Job or a function returning one"),
+        ("broken", "failed: ZeroDivisionError: division by zero at "),
+        ("wrong", "returned a str; allowed: a memfit.Job"),
+        ("needs", "cannot be called with no arguments"),
+    ],
+)
+def test_what_is_no_job_is_refused(own: str, attribute: str, said: str) -> None:
+    assert said in refusal(f"{own}:{attribute}")
+
+
+def test_errors_of_the_users_file_name_their_line(own: str, tmp_path: Path) -> None:
+    assert refusal(f"{own}:broken").endswith("mine.py:17")
+    assert "no such file" in refusal(f"{tmp_path}/absent.py:job")
+    file = tmp_path / "bad.py"
+    file.write_text("x = 1\nimport surely_not_there\n")
+    assert refusal(f"{file}:job").endswith(
+        "ModuleNotFoundError: No module named 'surely_not_there' at " + f"{file}:2"
+    )
+    file.write_text("x = (\n")
+    assert f"SyntaxError: '(' was never closed at {file}:1" in refusal(f"{file}:job")
+    assert "takes no --size" in refusal(f"{own}:job", size="big")
+    assert "cannot be called with data" in refusal(f"{own}:make", data="x")
