@@ -1,0 +1,100 @@
+"""The commands in one list, and what every ending of one becomes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Final, cast
+
+import typer
+import typer.main
+
+from memfit import __version__
+from memfit.cli import doctor, explain, jobs, plan, poc, report, run, techniques
+from memfit.cli.options import grouped
+from memfit.cli.output import emit, one_of
+from memfit.types.errors import MemfitError
+
+INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
+# typer carries its own copy of click in newer releases; this is the UsageError of whichever it uses.
+_USAGE_ERROR: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+app = typer.Typer(
+    name="memfit",
+    help="Fit the training of a PyTorch model into the memory you have: predict, prove, report.",
+    epilog="Start with `memfit doctor`, then `memfit poc`.",
+    invoke_without_command=True,
+    rich_markup_mode=None,  # plain help loads no rich
+    add_completion=False,
+)
+for _name, _function in (
+    ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
+    ("report", report.report), ("jobs", jobs.jobs), ("techniques", techniques.techniques),
+    ("doctor", doctor.doctor),
+):  # fmt: skip
+    app.command(_name)(grouped(_function))
+
+
+@app.callback()
+def _top(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"memfit {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+    else:
+        return
+    raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Broken invariants keep their traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    try:
+        _known_command(given)
+        code = typer.main.get_command(app).main(given, prog_name="memfit", standalone_mode=False)
+    except MemfitError as error:
+        return _fail(str(error), error.exit_code, as_json)
+    except _USAGE_ERROR as error:
+        return _fail(_usage(error), 2, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # `memfit plan | head`: nobody reads on, and the interpreter's last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if as_json:
+            _fail(f"{type(error).__name__}: {error}", 1, as_json)
+        raise
+    if code == INTERRUPTED:
+        return _fail("interrupted; what was recorded is kept", INTERRUPTED, as_json)
+    return int(code or 0)
+
+
+def _known_command(given: Sequence[str]) -> None:
+    """Raises UserError with the nearest command; the options before a command take no values."""
+    first = next((word for word in given if not word.startswith("-")), None)
+    if first is not None:
+        one_of("command", first, (c.name for c in app.registered_commands if c.name))
+
+
+def _usage(error: BaseException) -> str:
+    """The parser's message in one line, with where to read on."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "memfit"
+    text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())
+    return f"{text.rstrip('.')}; see `{where} --help`"
+
+
+def _fail(message: str, exit_code: int, as_json: bool) -> int:
+    line = " ".join(message.split())
+    print(f"memfit: {line}", file=sys.stderr)
+    if as_json:
+        emit({"error": {"message": line, "exit_code": exit_code}})
+    return exit_code

@@ -1,0 +1,24 @@
+"""``memfit jobs``: what can be trained without writing anything."""
+
+from __future__ import annotations
+
+from memfit.cli.options import JsonOptions
+from memfit.cli.output import emit, print_table
+from memfit.cli.quiet import quiet_libraries
+
+
+def jobs(output: JsonOptions) -> None:
+    """List the built-in jobs and their sizes."""
+    quiet_libraries()
+    from memfit.jobs.registry import DEFAULT, describe
+
+    found = describe()
+    if output.json:
+        kept = ("name", "title", "sizes", "data_source")
+        emit({"default": DEFAULT, "jobs": [{key: getattr(job, key) for key in kept} for job in found]})
+        return
+    print_table(
+        ("job", "sizes", "what is trained, on what"),
+        ((job.name, ", ".join(job.sizes), f"{job.title}\n{job.data_source}") for job in found),
+    )
+    print("Your own: FILE.py:NAME, a Job in a Python file, or hf:PATH_OR_NAME, a Hugging Face configuration.")

@@ -1,0 +1,127 @@
+"""Options that several commands share, as dataclasses whose fields typer reads as parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """What is trained."""
+
+    job: Annotated[
+        str, typer.Argument(metavar="JOB", help="A built-in job, FILE.py:NAME, or hf:PATH_OR_NAME.")
+    ] = "protein-ss"
+    size: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The job's size; `memfit jobs` lists them.")
+    ] = None
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Your data in the job's format.")] = None
+    weights: Annotated[str | None, typer.Option(metavar="DIR", help="Start from these safetensors.")] = None
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of one run.")] = None
+    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Samples per optimizer step.")] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GoalOptions:
+    """What a plan should achieve."""
+
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The memory to fit, for example 24GiB. Default on a CPU: a quarter of what plain training "
+            "needs, as a demonstration.",
+        ),
+    ] = None
+    goal: Annotated[
+        str, typer.Option(metavar="fastest|smallest|cheapest|greenest", help="Which plan is best.")
+    ] = "fastest"
+    accuracy: Annotated[
+        str,
+        typer.Option(
+            metavar="exact|rounding|any",
+            help="What a plan may do to the numbers: nothing, other rounding, or another algorithm too.",
+        ),
+    ] = "rounding"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HereOptions:
+    """Where the electricity comes from, and how much of this machine is used."""
+
+    place: Annotated[str, typer.Option(metavar="PLACE", help="Whose power: a country, or world.")] = "world"
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all.")] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MachineOptions:
+    """For which machine a plan is made."""
+
+    on: Annotated[
+        str,
+        typer.Option(metavar="MACHINE", help="this, a device such as H100-SXM or 8xH100-SXM, or FILE.toml."),
+    ] = "this"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WhichOptions:
+    """Which plan; plain training when neither is given."""
+
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="A plan file, as `memfit plan --save` writes it.")
+    ] = None
+    recommended: Annotated[
+        bool, typer.Option("--recommended", help="The plan that `memfit plan` recommends.")
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """Where records are kept."""
+
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The store. Default: in your data folder.")
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageOptions:
+    """In which language the result is told."""
+
+    lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JsonOptions:
+    """Whether the result is for a machine."""
+
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
+
+
+def grouped(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` takes option dataclasses; typer is shown one parameter for each of their fields."""
+    nouns = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
+    shown = [parameter for noun in nouns.values() for parameter in _parameters(noun)]
+
+    def command(**given: Any) -> None:
+        function(**{n: t(**{f.name: given[f.name] for f in dataclasses.fields(t)}) for n, t in nouns.items()})
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in shown}
+    return command
+
+
+def _parameters(noun: Any) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(noun, include_extras=True)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=f.default)
+        for f in dataclasses.fields(noun)
+    ]

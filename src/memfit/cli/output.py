@@ -1,0 +1,57 @@
+"""What a command says: text on a console, or one JSON object."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    import rich.console
+
+_PIPE_COLUMNS = 120  # rich assumes 80 where there is no terminal, too few for the tables
+
+
+def emit(value: Any) -> None:
+    """One JSON object on standard output."""
+    from memfit import wire
+
+    print(wire.dumps(value, indent=2))
+
+
+def console() -> rich.console.Console:
+    """Standard output, in colour where it is a terminal."""
+    from rich.console import Console
+
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)
+
+
+def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
+    """`given`, when it is allowed. Raises UserError with the nearest value otherwise."""
+    names = tuple(map(str, allowed))
+    if given in names:
+        return given
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(names), hint=hint)
+
+
+def language(given: str) -> str:
+    """Asked for before anything long begins. Raises UserError."""
+    from memfit.report.words import LANGUAGES
+
+    return one_of("--lang", given, LANGUAGES)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console().print(table)

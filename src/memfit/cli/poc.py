@@ -1,0 +1,71 @@
+"""``memfit poc``: predict, search, train, judge and report, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memfit.cli.options import (
+    GoalOptions,
+    HereOptions,
+    JobOptions,
+    JsonOptions,
+    LanguageOptions,
+    StoreOptions,
+)
+from memfit.cli.output import console, emit, language
+from memfit.cli.progress import Bars
+from memfit.cli.request import request, writable
+from memfit.types.result import OutcomeKind, Poc
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PocOptions:
+    seeds: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Pairs of runs behind the verdict; fewer than 3 decide nothing."
+        ),
+    ] = 3
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The HTML report. Default: beside the store.")
+    ] = None
+
+
+def poc(
+    job: JobOptions, goal: GoalOptions, own: PocOptions, here: HereOptions, store: StoreOptions,
+    lang: LanguageOptions, output: JsonOptions,
+) -> None:  # fmt: skip
+    """Predict, search, train, judge and report, on this machine."""
+    words = language(lang.lang)
+    path = writable(own.out) if own.out is not None else None
+    asked = request(job, goal, here)
+    from memfit.store import Store
+
+    records = Store(store.store)
+    with Bars(words) as progress:
+        from memfit import pipeline
+
+        found = pipeline.poc(
+            asked, store=records, seeds=own.seeds, steps=job.steps, report_path=path, lang=words,
+            command=shlex.join(["memfit", *sys.argv[1:]]), progress=progress,
+        )  # fmt: skip
+    _tell(found, lang=words, as_json=output.json)
+    if not any(r.measurement.outcome is OutcomeKind.OK for r in found.runs if r.spec.role == "recommended"):
+        raise typer.Exit(1)
+
+
+def _tell(found: Poc, *, lang: str, as_json: bool) -> None:
+    if as_json:
+        from memfit.cli.views import poc_view
+
+        emit(poc_view(found))
+    else:
+        from memfit.report.terminal import print_poc
+
+        print_poc(found, lang=lang, console=console())

@@ -1,0 +1,39 @@
+"""``memfit report``: the HTML file of a proof of concept that is in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memfit.cli.options import JsonOptions, LanguageOptions, StoreOptions
+from memfit.cli.output import emit, language
+from memfit.cli.quiet import quiet_libraries
+from memfit.cli.request import writable
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions:
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The HTML file. Default: memfit-ID.LANG.html here.")
+    ] = None
+    poc: Annotated[
+        str | None, typer.Option(metavar="ID", help="Which proof of concept. Default: the last.")
+    ] = None
+
+
+def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+    """Write the HTML report of a recorded proof of concept."""
+    words = language(lang.lang)
+    path = writable(own.out) if own.out is not None else None
+    quiet_libraries()
+    from memfit import pipeline
+    from memfit.store import Store
+
+    written = pipeline.report(Store(store.store), poc_id=own.poc, path=path, lang=words)
+    if output.json:
+        emit({"report": str(written)})
+    else:
+        print(written)

@@ -1,0 +1,84 @@
+"""Options to what the pipeline asks for. Loads the planner, and torch with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memfit.cli.options import GoalOptions, HereOptions, JobOptions, WhichOptions
+from memfit.cli.output import one_of
+from memfit.cli.progress import Bars
+from memfit.cli.quiet import quiet_libraries
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.machine import Machine
+from memfit.types.plan import Accuracy, Plan
+from memfit.types.units import parse_bytes
+
+if TYPE_CHECKING:
+    import memfit.planning
+
+
+def request(
+    job: JobOptions, goal: GoalOptions, here: HereOptions, on: str = "this"
+) -> memfit.planning.Request:
+    """What is cheap to check is checked before torch is loaded. Raises UserError."""
+    cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
+    accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
+    machine = machine_of(on, here.place)
+    quiet_libraries()
+    from memfit.planning import Request
+    from memfit.search.choose import Objective
+
+    return Request(
+        job=JobRef(
+            spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
+        ),
+        machine=machine,
+        cap_bytes=cap_bytes,
+        goal=Objective(one_of("--goal", goal.goal, Objective)),
+        accuracy=accuracy,
+        threads=here.threads or 0,
+    )
+
+
+def machine_of(on: str, place: str) -> Machine:
+    """``this``, a device of the catalog, several of one, or a machine file. Raises UserError."""
+    from memfit import catalog
+    from memfit.measure.here import this_machine
+
+    if on == "this":
+        return this_machine(place)
+    return catalog.from_toml(on) if on.endswith(".toml") else catalog.machine(on, place)
+
+
+def plan_file(which: WhichOptions) -> Plan | None:
+    """The plan of the file; plain training without one; None for the recommended. Raises UserError."""
+    if which.plan is None:
+        return None if which.recommended else Plan()
+    if which.recommended:
+        raise UserError("--plan and --recommended both choose the plan", hint="leave one of them out")
+    quiet_libraries()
+    from memfit.techniques.planfile import read_plan
+
+    return read_plan(which.plan)
+
+
+def recommended_plan(asked: memfit.planning.Request, progress: Bars) -> Plan:
+    """Raises NothingFits."""
+    from memfit import pipeline
+
+    choice = pipeline.search(asked, progress).result.recommended
+    assert choice is not None, "search raises NothingFits otherwise"
+    return choice.estimate.plan
+
+
+def writable(path: Path, *, overwrite: bool = True) -> Path:
+    """Found out before the work, not after it. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", hint="give a file name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}", hint="make it first")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} is there already", hint="--force overwrites it")
+    return path

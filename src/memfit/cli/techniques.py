@@ -1,0 +1,49 @@
+"""``memfit techniques``: what a plan can be made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memfit.cli.options import JsonOptions
+from memfit.cli.output import emit, print_table
+from memfit.cli.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    import memfit.techniques.base
+
+
+def techniques(output: JsonOptions) -> None:
+    """List what a plan can be made of."""
+    quiet_libraries()
+    from memfit.techniques.registry import TECHNIQUES
+
+    if output.json:
+        emit({"techniques": [view(t) for t in TECHNIQUES.values()]})
+        return
+    print_table(("technique", "effect", "what it does, settings, needs"), map(row, TECHNIQUES.values()))
+    print("E0 bitwise equal; E1 sums in another order; E2 other rounding; E3 another algorithm")
+
+
+def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
+    return {
+        "name": technique.name,
+        "what": technique.summary,
+        "effect": technique.effect.label,
+        "knobs": {
+            k.name: {"default": k.default, "allowed": k.allowed, "what": k.doc} for k in technique.knobs
+        },
+        "needs": list(technique.needs),
+        "forbids": list(technique.forbids),
+        "installed": not technique.missing,
+    }
+
+
+def row(technique: memfit.techniques.base.Technique) -> tuple[str, ...]:
+    missing = technique.missing
+    needs = [f"needs {p}{', which is missing' if p in missing else ''}" for p in technique.needs]
+    about = "; ".join([*map(_knob, technique.knobs), *needs])
+    return technique.name, technique.effect.label, "\n".join(filter(None, (technique.summary, about)))
+
+
+def _knob(knob: memfit.techniques.base.Knob) -> str:
+    return f"{knob.name}: {knob.allowed}"

@@ -1,0 +1,113 @@
+"""Results as the plain data that ``--json`` prints. The names are kept stable."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from memfit import wire
+from memfit.types.plan import Plan
+from memfit.types.result import Choice, Estimate, Measurement, Poc, Run, SearchResult
+
+View = Mapping[str, Any]
+
+
+def plan_view(plan: Plan) -> View:
+    return {"plan": plan.to_dict(), "label": plan.label}
+
+
+def estimate_view(estimate: Estimate) -> View:
+    """The estimate with its plan as technique -> knobs."""
+    return wire.to_plain(estimate) | plan_view(estimate.plan)  # type: ignore[no-any-return]
+
+
+def choice_view(choice: Choice) -> View:
+    plain = wire.to_plain(choice.estimate)
+    return {
+        **plan_view(choice.estimate.plan),
+        "effect": choice.effect.label,
+        "fits": choice.fits,
+        "estimate": {name: value for name, value in plain.items() if name != "plan"},
+        "reasons": wire.to_plain(choice.reasons),
+    }
+
+
+def search_view(result: SearchResult) -> View:
+    """``recommended`` is null when nothing fits; then ``smallest`` is the least that would do."""
+    return {
+        "recommended": choice_view(result.recommended) if result.recommended else None,
+        "frontier": [choice_view(c) for c in result.frontier],
+        "baseline": choice_view(result.baseline),
+        "smallest": choice_view(result.smallest),
+        "cap_bytes": result.cap_bytes,
+        "goal": result.goal,
+        "considered": result.considered,
+    }
+
+
+def step_s(measurement: Measurement) -> float | None:
+    """Median step without the first two, which warm caches."""
+    steady = measurement.step_s[2:] or measurement.step_s
+    return statistics.median(steady) if steady else None
+
+
+def run_view(run: Run) -> View:
+    spec, seen = run.spec, run.measurement
+    return {
+        "name": spec.name,
+        "role": spec.role,
+        **plan_view(spec.plan),
+        "capped": spec.cap_bytes is not None,
+        "cap_bytes": spec.cap_bytes,
+        "seed": spec.seed,
+        "steps": spec.steps,
+        "outcome": seen.outcome.value,
+        "reason": seen.reason,
+        "predicted_peak_bytes": run.predicted_peak_bytes,
+        "measured_peak_bytes": seen.peak_bytes,
+        "peak_source": seen.peak_source,
+        "predicted_phase_peak_bytes": dict(run.predicted_phase_peak_bytes),
+        "phase_peak_bytes": dict(seen.phase_peak_bytes),
+        "predicted_step_s": run.predicted_step_s,
+        "step_s": step_s(seen),
+        "losses": list(seen.losses),
+        "grad_norms": list(seen.grad_norms),
+        "metric": seen.metric,
+        "limit_kind": seen.limit_kind,
+        "overhead_ratio": seen.overhead_ratio,
+        "energy_j": seen.energy_j,
+        "energy_boundary": seen.energy_boundary,
+        "wall_s": seen.wall_s,
+    }
+
+
+def poc_view(poc: Poc) -> View:
+    """``verdict`` is the recommended plan's; null before it was judged."""
+    verdicts = {named.name: wire.to_plain(named.verdict) for named in poc.verdicts}
+    search = search_view(poc.search)
+    return {
+        "poc_id": poc.poc_id,
+        "finished": poc.finished,
+        "job": poc.job_name,
+        "size": poc.job_size,
+        "machine": poc.machine,
+        "cap_bytes": poc.cap_bytes,
+        "cap_reason": poc.cap_reason,
+        "runs": [run_view(run) for run in poc.runs],
+        "recommended": search["recommended"],
+        "frontier": search["frontier"],
+        "verdict": verdicts["recommended"]["kind"] if "recommended" in verdicts else None,
+        "verdicts": verdicts,
+        "reproducible": poc.reproducibility.reproducible,
+        "reproducibility": wire.to_plain(poc.reproducibility),
+        "step_time_ratio": poc.step_time_ratio,
+        "metric_name": poc.metric,
+        "metric_unit": poc.metric_unit,
+        "metric_naive": poc.metric_naive,
+        "interactions": [wire.to_plain(i) | {"interaction": i.interaction} for i in poc.interactions],
+        "effort": wire.to_plain(poc.effort),
+        "notes": list(poc.notes),
+        "took_s": poc.took_s,
+        "report": poc.report,
+    }

@@ -1,0 +1,442 @@
+"""The command line as a person or a script meets it: exit codes, one-line errors, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import report_fixture as fixture
+
+import memfit
+from memfit.cli import doctor, main, views
+from memfit.cli.options import GoalOptions
+from memfit.cli.output import one_of
+from memfit.cli.progress import Bars
+from memfit.cli.quiet import quiet_libraries
+from memfit.types.errors import NothingFits, RunError, UserError
+from memfit.types.job import JobRef
+from memfit.types.plan import Accuracy, Plan, use
+from memfit.types.result import Measurement, OutcomeKind, Poc, Run
+
+POC: Poc = fixture.full_poc()
+COMMANDS = ("poc", "plan", "explain", "run", "report", "jobs", "techniques", "doctor")
+
+
+class FakePipeline(SimpleNamespace):
+    """Answers with the hand-made results and keeps what it was asked."""
+
+    asked: dict[str, Any]
+
+    def search(self, request: Any, progress: Any) -> Any:
+        self.asked = {"request": request}
+        progress("search", 0, 2, "plain")
+        return SimpleNamespace(result=POC.search)
+
+    def explain(self, request: Any, plan: Plan, progress: Any) -> Any:
+        self.asked = {"request": request, "plan": plan}
+        return POC.search.baseline.estimate
+
+    def run_plan(self, request: Any, plan: Plan, **rest: Any) -> Run:
+        self.asked = {"request": request, "plan": plan, **rest}
+        return POC.runs[0]
+
+    def poc(self, request: Any, **rest: Any) -> Poc:
+        self.asked = {"request": request, **rest}
+        return POC
+
+    def report(self, store: Any, **rest: Any) -> Path:
+        self.asked = {"store": store, **rest}
+        return Path("memfit-x.html")
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
+    fake = FakePipeline()
+    monkeypatch.setitem(sys.modules, "memfit.pipeline", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(memfit, "pipeline", fake, raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return fake
+
+
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Run a command line; exit code, standard output, standard error."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+# --- help
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, time; begun = time.perf_counter(); from memfit.cli import main\n"
+        "code = main(['--help']); took_s = time.perf_counter() - begun\n"
+        "heavy = [m for m in ('torch', 'numpy', 'rich', 'pydantic', 'transformers') if m in sys.modules]\n"
+        "print(code, heavy, took_s, file=sys.stderr)"
+    )
+    took_s = []
+    for _ in range(3):  # the least of three: other processes may hold the machine
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        exit_code, heavy, seconds = child.stderr.split()
+        assert (exit_code, heavy) == ("0", "[]")
+        took_s.append(float(seconds))
+    assert min(took_s) < 0.3
+    assert all(f"  {command}" in child.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options(command: str, ask: Ask) -> None:
+    code, out, err = ask(command, "--help")
+    assert (code, err) == (0, "")
+    assert "--json" in out
+
+
+def test_no_command_is_a_request_for_help(ask: Ask) -> None:
+    assert ask() == ask("--help")
+    assert ask("--version") == (0, f"memfit {memfit.__version__}\n", "")
+
+
+def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
+    import typing
+
+    from memfit.search.choose import Objective
+
+    hints = typing.get_type_hints(GoalOptions, include_extras=True)
+    assert hints["goal"].__metadata__[0].metavar == "|".join(Objective)
+    assert hints["accuracy"].__metadata__[0].metavar == "|".join(Accuracy)
+
+
+# --- the user's mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("pln", "did you mean 'plan'?"),
+        ("poc --sedes 3", "--seeds"),
+        ("plan --steps 0", "--steps"),
+        ("plan --batch many", "--batch"),
+        ("plan --threads -1", "--threads"),
+        ("poc --seeds 0", "--seeds"),
+        ("run --seed -1", "--seed"),
+        ("plan --memory 12parsecs", "not a memory size: '12parsecs'"),
+        ("plan --goal fastst", "did you mean 'fastest'?"),
+        ("plan --accuracy roundng", "did you mean 'rounding'?"),
+        ("poc --lang jp", "did you mean 'ja'?"),
+        ("plan --on H10", "H100-SXM"),
+        ("plan --on nowhere.toml", "nowhere.toml: No such file"),
+        ("plan --place atlantis", "atlantis"),
+        ("explain --plan missing.yaml", "missing.yaml: No such file"),
+        ("run --plan missing.yaml --recommended", "--plan and --recommended"),
+        ("plan --save no/such/folder.yaml", "there is no folder no/such"),
+        ("poc --out no/such/folder.html", "there is no folder no/such"),
+        ("report --out .", "is a folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(
+    line: str, told: str, ask: Ask, pipeline: FakePipeline
+) -> None:
+    code, out, err = ask(*line.split())
+    assert code == 2
+    assert out == ""
+    assert told in err
+    assert err.startswith("memfit: ")
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_with_json_is_also_one_object(ask: Ask, pipeline: FakePipeline) -> None:
+    for line in ("plan --memory 12parsecs --json", "plan --json --stepps 3", "plam --json"):
+        code, out, err = ask(*line.split())
+        error = json.loads(out)["error"]
+        assert (code, error["exit_code"]) == (2, 2)
+        assert err == f"memfit: {error['message']}\n"
+
+
+def test_an_unknown_key_in_a_plan_is_named(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("techniqes: {}\n")
+    code, _, err = ask("explain", "--plan", str(file))
+    assert code == 2
+    assert "did you mean 'techniques'?" in err
+
+
+def test_a_plan_is_not_overwritten_unasked(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("mine")
+    assert ask("plan", "--save", str(file))[0] == 2
+    assert file.read_text() == "mine"
+    assert ask("plan", "--save", str(file), "--force")[0] == 0
+    assert "techniques:" in file.read_text()
+
+
+def test_one_of_only_suggests_what_is_near() -> None:
+    assert one_of("--goal", "fastest", ["fastest"]) == "fastest"
+    with pytest.raises(UserError) as caught:
+        one_of("--goal", "zzz", ["fastest"])
+    assert "did you mean" not in str(caught.value)
+
+
+# --- other endings
+
+
+def _raise(error: BaseException) -> Callable[..., Any]:
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return function
+
+
+def test_nothing_fits_is_exit_code_three_with_the_least(ask: Ask, pipeline: FakePipeline) -> None:
+    pipeline.search = _raise(NothingFits(cap_bytes=1024, least_bytes=4096, plan_text="plain"))
+    code, out, err = ask("plan", "--json")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (3, 3)
+    assert "4096 B" in err.splitlines()[-1]
+
+
+def test_a_broken_run_is_exit_code_one(ask: Ask, pipeline: FakePipeline) -> None:
+    pipeline.search = _raise(RunError("the worker broke"))
+    assert ask("plan")[0] == 1
+
+
+def test_a_broken_invariant_keeps_its_traceback(
+    ask: Ask, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.search = _raise(ZeroDivisionError("inside"))
+    with pytest.raises(ZeroDivisionError):
+        ask("plan", "--json")
+    assert json.loads(capsys.readouterr().out) == {
+        "error": {"message": "ZeroDivisionError: inside", "exit_code": 1}
+    }
+
+
+def test_an_interruption_is_one_line(ask: Ask, pipeline: FakePipeline) -> None:
+    pipeline.poc = _raise(KeyboardInterrupt())  # type: ignore[method-assign]
+    code, _, err = ask("poc")
+    assert code == 130
+    assert err.splitlines()[-1].startswith("memfit: interrupted")
+
+
+# --- what the pipeline is asked
+
+
+def test_options_become_the_request(ask: Ask, pipeline: FakePipeline, tmp_path: Path) -> None:
+    line = (
+        "plan protein-ss --size 8M --batch 4 --steps 7 --memory 1.5GiB --goal smallest --accuracy any "
+        "--on 8xH100-SXM --place japan --threads 2"
+    )
+    assert ask(*line.split())[0] == 0
+    request = pipeline.asked["request"]
+    assert request.job == JobRef(spec="protein-ss", size="8M", batch=4, steps=7)
+    assert (request.cap_bytes, request.goal, request.accuracy) == (1536 * 2**20, "smallest", "any")
+    assert (request.machine.device_count, request.machine.place.name, request.threads) == (8, "japan", 2)
+
+
+def test_the_poc_is_asked_with_its_store_and_command(
+    ask: Ask, pipeline: FakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memfit", "poc", "--seeds", "5"])
+    assert ask("poc", "--seeds", "5", "--store", str(tmp_path / "s.sqlite3"))[0] == 0
+    assert pipeline.asked["store"].path == tmp_path / "s.sqlite3"
+    assert (pipeline.asked["seeds"], pipeline.asked["command"]) == (5, "memfit poc --seeds 5")
+    assert pipeline.asked["request"].is_here
+
+
+def test_explain_and_run_take_plain_a_file_or_the_recommended(
+    ask: Ask, pipeline: FakePipeline, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("techniques: {bf16-autocast: {}}\n")
+    for words, plan in (
+        ([], Plan()),
+        (["--plan", str(file)], Plan(uses=(use("bf16-autocast"),))),
+        (["--recommended"], fixture.RECOMMENDED),
+    ):
+        assert ask("explain", *words)[0] == 0
+        assert pipeline.asked["plan"] == plan
+
+
+@pytest.mark.parametrize(
+    ("words", "capped"),
+    [("", False), ("--memory 1GiB", True), ("--memory 1GiB --no-capped", False), ("--capped", True)],
+)
+def test_a_run_is_capped_when_memory_is_given(
+    words: str, capped: bool, ask: Ask, pipeline: FakePipeline
+) -> None:
+    ask("run", *words.split())
+    assert pipeline.asked["capped"] is capped
+
+
+def test_a_run_that_did_not_end_well_is_exit_code_one(ask: Ask, pipeline: FakePipeline) -> None:
+    assert POC.runs[0].measurement.outcome is OutcomeKind.OOM
+    code, out, _ = ask("run")
+    assert code == 1
+    assert "oom under" in out
+
+
+def test_results_are_printed_in_the_language_asked_for(ask: Ask, pipeline: FakePipeline) -> None:
+    for command in ("plan", "explain", "poc"):
+        english, japanese = ask(command)[1], ask(command, "--lang", "ja")[1]
+        assert english != japanese
+        assert any("\u3040" <= sign <= "\u30ff" for sign in japanese)  # kana
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("command", ["poc", "plan", "explain", "run", "report", "jobs", "techniques"])
+def test_json_is_one_object_and_progress_is_elsewhere(command: str, ask: Ask, pipeline: FakePipeline) -> None:
+    _, out, _ = ask(command, "--json")
+    assert isinstance(json.loads(out), dict)
+
+
+def test_the_plan_view_has_each_plan_beside_its_estimate() -> None:
+    view = views.search_view(POC.search)
+    best, expected = view["recommended"], POC.search.recommended
+    assert expected is not None
+    assert best["plan"] == fixture.RECOMMENDED.to_dict()
+    assert (
+        best["estimate"]["allocated_bytes"]["value"] == POC.search.recommended.estimate.allocated_bytes.value
+    )
+    assert "plan" not in best["estimate"]
+    assert best["fits"] is True
+    assert best["effect"] == "E2"
+    assert best["reasons"][0]["kind"] == "saves"
+    assert len(view["frontier"]) == len(POC.search.frontier)
+    assert view["cap_bytes"] == fixture.CAP
+
+
+def test_the_poc_view_keeps_its_names() -> None:
+    view = views.poc_view(POC)
+    promised = {"cap_bytes", "runs", "verdict", "reproducible", "effort", "report"}
+    assert promised <= set(view)
+    of_run = {
+        "name", "role", "capped", "seed", "outcome", "predicted_peak_bytes", "measured_peak_bytes",
+        "predicted_step_s", "step_s", "losses", "metric",
+    }  # fmt: skip
+    assert all(of_run <= set(run) for run in view["runs"])
+    first = view["runs"][0]
+    assert (first["role"], first["capped"], first["outcome"]) == ("baseline", True, "oom")
+    named = {v.name: v.verdict.kind.value for v in POC.verdicts}
+    assert view["verdict"] == named["recommended"]
+    assert json.loads(json.dumps(view)) == view
+
+
+@pytest.mark.parametrize(
+    ("times_s", "median_s"), [((), None), ((9.0,), 9.0), ((9.0, 8.0), 8.5), ((9.0, 8.0, 1.0, 2.0, 3.0), 2.0)]
+)
+def test_the_step_time_leaves_out_the_first_two(times_s: tuple[float, ...], median_s: float | None) -> None:
+    assert views.step_s(Measurement(outcome=OutcomeKind.OK, step_s=times_s)) == median_s
+
+
+# --- progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+    now_s = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+
+    def sleep(seconds: float) -> None:
+        now_s[0] += seconds
+
+    return sleep  # type: ignore[return-value]
+
+
+def test_without_a_terminal_progress_is_a_line_a_stage_and_one_every_few_seconds(
+    clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Bars("en") as progress:
+        for done in range(100):
+            progress("search", done, 100, "plain")
+            clock(0.11)
+        progress("run", 0, 4, "baseline")
+        progress("run", 0, 4, "baseline: evaluate")
+        progress("run", 0, 4, "baseline")
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert sum("plain" in line for line in lines) == 3  # at 0, 5 and 10 of 11 seconds
+    assert sum("baseline" in line for line in lines) == 2  # two runs, each told once
+
+
+# --- doctor
+
+
+def test_the_doctor_knows_the_extras_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for package, extra in doctor.EXTRAS.items():
+        assert any(requirement.startswith(package) for requirement in extras[extra])
+
+
+def test_the_doctor_imports_packages_for_real_and_goes_on_after_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memfit_broken.py").write_text("raise RuntimeError('half installed')")
+    (tmp_path / "memfit_fatal.py").write_text("import os\nos._exit(7)")
+    (tmp_path / "memfit_sound.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names = ["memfit_broken", "memfit_sound", "memfit_fatal"]
+    assert dict(doctor.broken_imports(names)) == {
+        "memfit_broken": "RuntimeError: half installed",
+        "memfit_fatal": "exit code 7",
+    }
+
+
+def test_the_doctor_says_what_a_missing_package_keeps_from_working() -> None:
+    packages = doctor.packages({"no-such-package-here": "lowbit"})
+    assert [(p.ok, p.fix) for p in packages] == [(False, "pip install 'memfit[lowbit]'")]
+    missing = [doctor.Check(name="peft", ok=False, detail="not installed", fix="pip install 'memfit[lora]'")]
+    usable = {t.name: t for t in doctor.techniques(missing)}
+    assert usable["bf16-autocast"].ok
+    assert not usable["lora"].ok
+    assert usable["lora"].fix == "pip install 'memfit[lora]'"
+
+
+def test_the_doctor_does_without_everything_optional(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("torch", "memfit.measure.allocator", "memfit.measure.memory"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    code, out, _ = ask("doctor", "--json", "--store", str(tmp_path / "s.sqlite3"))
+    found = json.loads(out)
+    assert code == 0
+    assert set(found) == {"machine", "tools", "packages", "techniques", "files"}
+    assert not any(package["ok"] for package in found["packages"])
+
+
+def test_the_doctor_reads_well_in_a_terminal(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "packages", lambda extras: [])
+    code, out, _ = ask("doctor")
+    assert code == 0
+    for word in ("machine", "memory cap", "energy meter", "activation-checkpointing", "store"):
+        assert word in out
+
+
+# --- quiet
+
+
+def test_only_the_known_chatter_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    quiet_libraries()
+    logging.getLogger("torchao").warning("Failed to load _C_mxfp8.so: wrong processor")
+    logging.getLogger("torchao").warning("something is really wrong")
+    assert [r.getMessage() for r in caplog.records] == ["something is really wrong"]
