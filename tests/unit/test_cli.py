@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -232,6 +235,15 @@ def test_an_interruption_is_one_line(ask: Ask, pipeline: FakePipeline) -> None:
     assert err.splitlines()[-1].startswith("memfit: interrupted")
 
 
+def test_a_reader_that_stops_reading_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "memfit", "--version"]
+    child = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (child.returncode, child.stderr) == (1, b"")
+
+
 # --- what the pipeline is asked
 
 
@@ -373,6 +385,26 @@ def test_without_a_terminal_progress_is_a_line_a_stage_and_one_every_few_seconds
     assert out == ""
     assert sum("plain" in line for line in lines) == 3  # at 0, 5 and 10 of 11 seconds
     assert sum("baseline" in line for line in lines) == 2  # two runs, each told once
+
+
+def test_on_a_terminal_every_finished_stage_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with Bars("en") as progress:
+        progress("search", 9, 10, "[/not markup]")
+        for done, name in ((10, "baseline"), (4, "recommended")):
+            progress("run", 0, 10, name)
+            progress("run", done, 10, name)
+            progress("run", 0, 10, f"{name}: evaluate")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "✓ searching plans" in text
+    assert "✓ training baseline  " in text
+    assert "• training recommended 4/10" in text  # it ended early, and the line says so
 
 
 # --- doctor

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _known_command(given)
         code = typer.main.get_command(app).main(given, prog_name="memfit", standalone_mode=False)
+        sys.stdout.flush()
     except MemfitError as error:
         return _fail(str(error), error.exit_code, as_json)
     except _USAGE_ERROR as error:

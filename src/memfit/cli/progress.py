@@ -98,7 +98,7 @@ class Bars:
         if self._live is not None:
             self._live.update(
                 self._live.task_ids[-1],
-                completed=stage.done,
+                completed=max(stage.done - 0.01, 0),  # a full bar would stop its clock
                 total=stage.total or None,
                 count=stage.count,
                 detail=_short(stage.detail),

@@ -86,4 +86,4 @@ def _beside(predicted: float | None, measured: float, text: Callable[[float], st
     told = f"{text(measured)} measured"
     if predicted is None or not measured:
         return told
-    return f"{told}, {text(predicted)} predicted ({100 * (predicted / measured - 1):+.2f} %)"
+    return f"{told}, {text(predicted)} predicted ({round(100 * (predicted / measured - 1), 2) + 0:+.2f} %)"
