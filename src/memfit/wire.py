@@ -31,13 +31,13 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """JSON text. Not-a-number and infinity become null: JSON has no word for them."""
+    """JSON text. Not-a-number and infinity become the strings "nan" and "inf", which `loads` reads back."""
     return json.dumps(_finite(to_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
+        return str(value)
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

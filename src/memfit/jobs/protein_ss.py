@@ -62,7 +62,7 @@ def make(
         loss_terms=lambda part: int(part["valid"].sum()),
         evaluate=lambda model: q3(model, chains, shape.length, batch_size),
         metric=metric(chains, shape.length),
-        optimizer=OptimizerChoice(learning_rate=1e-3 if size == "tiny" else 1e-4),
+        optimizer=OptimizerChoice(learning_rate=5e-4 if size == "tiny" else 1e-4),
         batch_size=batch_size,
         tokens_per_batch=batch_size * shape.length,
         blocks="esm.encoder.layer",

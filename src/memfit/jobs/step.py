@@ -51,12 +51,17 @@ class TrainingStep:
         )
 
     def run(
-        self, batch: Any, on_phase: OnPhase = _ignore, *, micro_batches_played: int | None = None
+        self,
+        batch: Any,
+        on_phase: OnPhase = _ignore,
+        *,
+        micro_batches_played: int | None = None,
+        update: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; (mean loss, gradient norm) as detached scalar tensors.
 
         ``micro_batches_played`` stops after that many micro-batches, for a trace that knows the rest
-        to be alike.
+        to be alike; ``update=False`` leaves the optimizer's own step out.
         """
         parts = split(batch, self.bench.micro_batches)
         terms = [self._terms(part) for part in parts]
@@ -68,9 +73,15 @@ class TrainingStep:
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
         norm = self._grad_norm()
-        self.optimizer.step()
+        if update:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum, norm
+
+    def close(self) -> None:
+        """Let go of everything that hooks hold in a circle; the step is not used again."""
+        if isinstance(self.optimizer, StepInBackward):
+            self.optimizer.close()
 
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase) -> torch.Tensor:
         on_phase(Phase.FORWARD)
@@ -79,7 +90,7 @@ class TrainingStep:
             _must_be_loss(loss)
             weighted = loss * share if share != 1.0 else loss
         on_phase(Phase.BACKWARD)
-        weighted.backward()  # type: ignore[no-untyped-call]
+        weighted.backward()
         return weighted.detach().float()
 
     @contextlib.contextmanager
@@ -96,7 +107,8 @@ class TrainingStep:
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
         norms = [torch.linalg.vector_norm(p.grad) for p in self.bench.trainable() if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(norms).float())
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
+        return total
 
 
 def _must_be_loss(loss: object) -> None:
@@ -114,7 +126,9 @@ def batch_length(batch: Any) -> int:
     """Size of the first dimension of the batch's first tensor."""
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > 0]
     if not tensors:
-        raise UserError("the job's batch holds no tensor", allowed="a tensor, or a mapping or tuple of tensors")
+        raise UserError(
+            "the job's batch holds no tensor", allowed="a tensor, or a mapping or tuple of tensors"
+        )
     return int(tensors[0].shape[0])
 
 

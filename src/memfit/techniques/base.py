@@ -103,6 +103,7 @@ class Workbench:
     forward_contexts: list[Context] = dataclasses.field(default_factory=list)
     step_in_backward: bool = False
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
+    on_offload: Callable[[int], None] | None = None  # and here: bytes that leave memory
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

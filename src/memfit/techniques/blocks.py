@@ -24,7 +24,9 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
             allowed="an nn.ModuleList or nn.Sequential of two or more modules of one class",
             hint="name its module path in Job(blocks=...)",
         )
-    return max(found, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1])))
+    return max(
+        found, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1]))
+    )
 
 
 def _repeats(module: torch.nn.Module) -> bool:
@@ -41,7 +43,9 @@ def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     except AttributeError:
         children = []
     if not children:
-        raise UserError(f"the model has no blocks at {path!r}", allowed=", ".join(_containers(model)) or "none")
+        raise UserError(
+            f"the model has no blocks at {path!r}", allowed=", ".join(_containers(model)) or "none"
+        )
     return children
 
 

@@ -30,7 +30,7 @@ def _wrap(block: torch.nn.Module, **options: Any) -> None:
             return inner(*args, **kwargs)
         return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:

@@ -17,6 +17,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if settings["to"] == "host":
         from torch.autograd.graph import save_on_cpu
 
+        # On a CPU target the saved tensors are in host memory already.
         bench.forward_contexts.append(lambda: save_on_cpu(pin_memory=False))
         return
     spool = DiskSpool(bench, minimum)
@@ -47,6 +48,8 @@ class DiskSpool:
         if small or tensor.untyped_storage()._cdata in self.resident or not tensor.is_contiguous():
             return tensor
         self.count += 1
+        if self.bench.on_offload is not None:
+            self.bench.on_offload(tensor.numel() * tensor.element_size())
         return _Parked(tensor, Path(self.folder.name) / str(self.count))
 
     def _unpack(self, parked: Any) -> Any:
@@ -67,15 +70,13 @@ class _Parked:
             tensor.detach().view(-1).view(torch.uint8).numpy().tofile(path)
 
     def restore(self) -> Any:
-        import numpy
         import torch
 
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if not self.fake:
-            flat = tensor.view(-1).view(torch.uint8).numpy()
+            flat: Any = tensor.view(-1).view(torch.uint8).numpy()
             with self.path.open("rb") as file:
                 file.readinto(memoryview(flat))
-            assert isinstance(flat, numpy.ndarray)
         return tensor
 
     def __del__(self) -> None:

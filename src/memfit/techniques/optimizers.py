@@ -126,10 +126,15 @@ class StepInBackward:
         self.bench = bench
         self.square_norms: list[torch.Tensor] = []
         self.optimizers: dict[torch.nn.Parameter, OptimizerLike] = {}
-        self.params = bench.trainable()
-        for param in self.params:
+        self.handles: list[Any] = []
+        for param in bench.trainable():
             self.optimizers[param] = bench.make_optimizer([param])
-            param.register_post_accumulate_grad_hook(self._step_one)  # type: ignore[arg-type]
+            self.handles.append(param.register_post_accumulate_grad_hook(self._step_one))
+
+    def close(self) -> None:
+        """Take the hooks off: parameter, hook and optimizer hold each other otherwise."""
+        for handle in self.handles:
+            handle.remove()
 
     def _step_one(self, param: torch.nn.Parameter) -> None:
         import torch

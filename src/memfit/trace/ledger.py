@@ -7,12 +7,14 @@ alignment; 512 B on CUDA, the caching allocator's smallest block).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
@@ -41,7 +43,7 @@ class Ledger(TorchDispatchMode):
     """Enter inside a FakeTensorMode. ``phase()`` marks the step's phases; ``label()`` names storages."""
 
     def __init__(self, device: str, *, lines: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.granularity_bytes = GRANULARITY_BYTES[device]
         self.lines = lines
         self.clock = 0
@@ -52,6 +54,7 @@ class Ledger(TorchDispatchMode):
         self.spans: list[PhaseSpan] = []
         self.assumptions: dict[str, None] = {}
         self.modules = ModuleStack()
+        self.offloaded_bytes = 0
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
 
@@ -71,23 +74,36 @@ class Ledger(TorchDispatchMode):
                 for inner in plain_tensors(tensor):
                     self._note(inner, category.value).category = category
 
+    def note_real(self, tensor: torch.Tensor, op: str) -> None:
+        """A tensor that never passes the dispatcher."""
+        self._note(tensor, op)
+
+    def note_offload(self, size_bytes: int) -> None:
+        self.offloaded_bytes += size_bytes
+
     # -- what torch does ----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(is_traceable_wrapper_subclass(t) for t in _pytree.tree_leaves((args, kwargs))):
-            return NotImplemented  # its inner operators come here one by one
         kwargs = kwargs or {}
+        inputs = tensors_in(args, kwargs)
+        if any(type(t) is not FakeTensor and is_traceable_wrapper_subclass(t) for t in inputs):
+            return NotImplemented  # its inner operators come here one by one
         if func is _ITEM:
             return self._answer(args[0])
         before = self.clock
         self.clock += 1
         out = func(*args, **kwargs)
         name = str(func)
-        for tensor in _pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor, name)
-        self._record(func, name, before, args, kwargs, out)
+        outputs = tensors_in(out)
+        for tensor in outputs:
+            self._note(tensor, name)
+        if not _is_view(func):
+            self._record(func, name, before, (args, kwargs, out), inputs + outputs)
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard costs more than the bookkeeping
 
     def _answer(self, tensor: torch.Tensor) -> bool | int | float:
         """``.item()`` has no value under fake tensors. True, 1 and 1.0 keep ordinary code going."""
@@ -95,7 +111,9 @@ class Ledger(TorchDispatchMode):
         if self.current in (Phase.OPTIMIZER, Phase.SETUP):
             return answer  # an optimizer reads its own step count
         where = user_line()
-        self.assumptions[f".item() on {tensor.dtype} answered {answer}" + (f" at {where}" if where else "")] = None
+        self.assumptions[
+            f".item() on {tensor.dtype} answered {answer}" + (f" at {where}" if where else "")
+        ] = None
         return answer
 
     def _note(self, tensor: torch.Tensor, op: str) -> _Life:
@@ -122,9 +140,8 @@ class Ledger(TorchDispatchMode):
 
         return died
 
-    def _record(self, func: Any, name: str, clock: int, args: Any, kwargs: Any, out: Any) -> None:
-        if _is_view(func):
-            return
+    def _record(self, func: Any, name: str, clock: int, call: Any, tensors: list[torch.Tensor]) -> None:
+        args, kwargs, out = call
         count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
         self.ops.append(
             OpCall(
@@ -134,9 +151,9 @@ class Ledger(TorchDispatchMode):
                 phase=self.current,
                 step=self.step,
                 module=self.modules.name(self.current),
-                dtype=_dtype(args, out),
+                dtype=_dtype(tensors),
                 flops=int(count(*args, **kwargs, out_val=out)) if count else 0,
-                moved_bytes=moved_bytes(args, kwargs, out),
+                moved_bytes=moved_bytes(tensors),
             )
         )
 
@@ -235,12 +252,30 @@ def _is_view(func: Any) -> bool:
     return bool(func.is_view) or func in _NO_WORK
 
 
-def _dtype(args: Any, out: Any) -> str:
+def tensors_in(*values: Any) -> list[torch.Tensor]:
+    """Tensors among arguments, in order; a hand-made walk because this runs for every operator."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
+
+
+def _dtype(tensors: list[torch.Tensor]) -> str:
     """The dtype the arithmetic runs in: the first floating input's, else the first output's."""
-    for tensor in _pytree.tree_leaves((args, out)):
-        if isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-            return str(tensor.dtype).removeprefix("torch.")
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return _name(tensor.dtype)
     return "int64"
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:

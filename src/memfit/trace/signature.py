@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 
 
 def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
@@ -18,7 +18,7 @@ def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return {"t": [list(value.shape), list(value.stride()), str(value.dtype)[6:]]}
+        return {"t": [*_sizes(value), _dtype_name(value.dtype)]}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
@@ -32,11 +32,19 @@ def _plain(value: Any) -> Any:
     return {"other": str(value)}
 
 
-def moved_bytes(args: Any, kwargs: Any, out: Any) -> int:
-    """Bytes of the tensors read and written, each argument once; broadcast ones by their storage."""
+def _sizes(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
+    return list(tensor.shape), list(tensor.stride())
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype)[6:]
+
+
+def moved_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the tensors read and written; broadcast ones by their storage."""
     total = 0
-    for tensor in _pytree.tree_leaves((args, kwargs, out)):
-        if isinstance(tensor, torch.Tensor):
-            size_bytes = tensor.numel() * tensor.element_size()
-            total += min(size_bytes, tensor.untyped_storage().nbytes())
+    for tensor in tensors:
+        size_bytes = tensor.numel() * tensor.element_size()
+        total += min(size_bytes, tensor.untyped_storage().nbytes())
     return total

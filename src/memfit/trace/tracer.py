@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -13,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
 from memfit.jobs.step import TrainingStep
-from memfit.trace.lens import Lens
 from memfit.trace.ledger import Ledger
+from memfit.trace.lens import Lens
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
@@ -22,20 +21,30 @@ from memfit.types.trace import Category, Phase, Trace
 _PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
 
 
-def trace(job: Job, plan: Plan, *, device: str = "cpu", steps: int = 2, lines: bool = False) -> Trace:
+def trace(
+    job: Job,
+    plan: Plan,
+    *,
+    device: str = "cpu",
+    steps: int = 2,
+    played: int = _PLAYED_MICRO_BATCHES,
+    update: bool = True,
+    lines: bool = False,
+) -> Trace:
     """Two steps by default, so that optimizer state made in the first is there in the second.
 
-    ``device`` chooses kernels and rounding ("cpu" or "cuda"). Raises UserError where the plan does not
-    suit the job, and where the job's own code fails, naming its line.
+    Of many micro-batches only the first ``played`` are run; ``update=False`` leaves out the optimizer's
+    step, for who wants forward and backward only. ``device`` chooses kernels and rounding ("cpu" or
+    "cuda"). Raises UserError where the plan does not suit the job.
     """
     batch = job.make_batch(0, 0)
-    gc.collect()
-    with _fake_world() as fake, Lens(device), Ledger(device, lines=lines) as ledger:
+    ledger = Ledger(device, lines=lines)
+    with _fake_world() as fake, _random_states(ledger), _lens(device), ledger:
         step = TrainingStep(job, plan, device=device)
         _label_state(ledger, step)
         inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
         ledger.label(inputs, Category.INPUT)
-        played = _play(ledger, step, inputs, steps)
+        done = _play(ledger, step, inputs, steps=steps, most=played, update=update)
     allocations, ops, spans = ledger.finish()
     params = list(step.model.parameters())
     return Trace(
@@ -46,19 +55,31 @@ def trace(job: Job, plan: Plan, *, device: str = "cpu", steps: int = 2, lines: b
         spans=spans,
         parameter_count=sum(p.numel() for p in params),
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
-        repeated_micro_steps=step.bench.micro_batches - played,
+        repeated_micro_steps=step.bench.micro_batches - done,
+        offloaded_bytes=ledger.offloaded_bytes // steps,
         assumptions=tuple(ledger.assumptions),
     )
 
 
-def _play(ledger: Ledger, step: TrainingStep, inputs: Any, steps: int) -> int:
+def _lens(device: str) -> contextlib.AbstractContextManager[Any]:
+    return Lens() if device == "cuda" else contextlib.nullcontext()
+
+
+def fake_model(job: Job) -> torch.nn.Module:
+    """The job's model without memory for its parameters, to look at its structure."""
+    with _fake_world():
+        return job.build_model()
+
+
+def _play(ledger: Ledger, step: TrainingStep, inputs: Any, *, steps: int, most: int, update: bool) -> int:
     """Run the steps; the number of micro-batches played in each."""
-    played = min(step.bench.micro_batches, _PLAYED_MICRO_BATCHES)
+    played = min(step.bench.micro_batches, most)
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
+    step.bench.on_offload = ledger.note_offload
     ledger.modules.watch(step.model)
     try:
         for _ in range(steps):
-            outputs = step.run(inputs, _marker(ledger, step), micro_batches_played=played)
+            outputs = step.run(inputs, _marker(ledger, step), micro_batches_played=played, update=update)
             del outputs
             _label_state(ledger, step)
             ledger.phase(Phase.SETUP)
@@ -93,6 +114,18 @@ def _fake_world() -> Iterator[FakeTensorMode]:
                 stack.enter_context(mock.patch(target, lambda *a, **k: False))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def _random_states(ledger: Ledger) -> Any:
+    """The generator's state is a real tensor made below the dispatcher; each checkpointed block keeps one."""
+    inner = torch.get_rng_state
+
+    def noted() -> torch.Tensor:
+        state = inner()
+        ledger.note_real(state, "get_rng_state")
+        return state
+
+    return mock.patch.object(torch, "get_rng_state", noted)
 
 
 def _apply_without_swap() -> Any:

@@ -58,7 +58,7 @@ class Calibration:
     ``op_s`` and ``op_peak_bytes`` map an operator signature to its time alone (seconds) and to the
     bytes it takes at its own peak, outputs included. ``overhead_s`` is the cost of one operator call
     of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
-    rate of a large copy.
+    rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back.
     """
 
     machine: str = ""
@@ -66,6 +66,7 @@ class Calibration:
     overhead_s: float = 0.0
     flops_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bandwidth_bytes_s: float = 0.0
+    disk_bytes_s: float = 0.0
     op_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     op_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     idle_w: float | None = None

@@ -76,4 +76,5 @@ class Trace:
     parameter_count: int
     trainable_count: int
     repeated_micro_steps: int = 0
+    offloaded_bytes: int = 0  # written out in the played part of one step, and read back
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()

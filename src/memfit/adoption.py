@@ -1,0 +1,66 @@
+"""What adopting a plan took here: counted, not guessed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from memfit.store.database import Store
+from memfit.techniques.registry import technique
+from memfit.types.job import JobRef
+from memfit.types.plan import Plan
+from memfit.types.result import Effort, OutcomeKind, Run
+
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_THEIRS = frozenset({"torch", "numpy"})  # whoever trains has these already
+
+
+def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort:
+    """One command; the lines of the user's own job file; packages beside torch with their size on disk;
+    runs that failed and PoCs that were interrupted. Attended minutes are the user's to say."""
+    packages = _closure(["memfit", *(p for u in plan.uses for p in technique(u.technique).needs)])
+    broken = sum(r.measurement.outcome in (OutcomeKind.FAILED, OutcomeKind.TIMEOUT) for r in runs)
+    unfinished = {r.poc_id for r in store.records(kind="begin")} - {
+        r.poc_id for r in store.records(kind="poc")
+    }
+    current = {store.latest_poc_id()} if runs else set()
+    return Effort(
+        commands=1,
+        changed_lines=_job_lines(ref),
+        packages=len(packages),
+        installed_mib=round(sum(_size_mib(p) for p in packages), 1),
+        attended_minutes=None,
+        failed_attempts=broken + len(unfinished - current),
+    )
+
+
+def _job_lines(ref: JobRef) -> int:
+    """Non-blank lines of the user's job file; a built-in job changes nobody's code."""
+    path = Path(ref.spec.rpartition(":")[0])
+    if path.suffix != ".py" or not path.is_file():
+        return 0
+    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _closure(roots: Sequence[str]) -> set[str]:
+    """Installed distributions the roots need, directly or not, without torch's own family."""
+    found: set[str] = set()
+    queue = list(roots)
+    while queue:
+        name = queue.pop().lower().replace("_", "-")
+        if name in found or name in _THEIRS:
+            continue
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        queue += [m.group() for r in requires if "extra ==" not in r and (m := _NAME.match(r))]
+    return found
+
+
+def _size_mib(name: str) -> float:
+    files = importlib.metadata.files(name) or []
+    return sum(f.size or 0 for f in files) / 2**20

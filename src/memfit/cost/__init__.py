@@ -1,0 +1,1 @@
+"""Stage 2: arithmetic only. (Trace, Machine, Calibration) to an Estimate; nothing here loads torch."""

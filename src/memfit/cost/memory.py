@@ -1,0 +1,120 @@
+"""From a trace to memory: the level of live bytes over the clock, its peak, and who holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy
+
+from memfit.types.machine import Calibration
+from memfit.types.trace import Allocation, OpCall, Phase, Trace
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryProfile:
+    """Peak live bytes of the whole trace and of each phase, with what is alive at the peak."""
+
+    peak_bytes: int
+    phase_peak_bytes: Mapping[str, int]
+    at_peak_bytes: Mapping[str, int]
+    by_module_bytes: Mapping[str, int]
+    peak_phase: str
+    peak_op: str
+    workspace_probed: bool  # the peak lies inside a kernel whose own workspace was probed
+
+
+def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(clock, live bytes from that clock on), sorted by clock; each clock value occurs once."""
+    clock = [a.start for a in trace.allocations] + [a.end for a in trace.allocations if a.end is not None]
+    change = [a.size_bytes for a in trace.allocations]
+    change += [-a.size_bytes for a in trace.allocations if a.end is not None]
+    order = numpy.argsort(numpy.array(clock, dtype=numpy.int64), kind="stable")
+    return (
+        numpy.array(clock, dtype=numpy.int64)[order],
+        numpy.cumsum(numpy.array(change, dtype=numpy.int64)[order]),
+    )
+
+
+def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
+    """Levels between operators, and inside those operators whose own peak was probed."""
+    clock, live = levels(trace)
+    phase_peak, peaks = Counter[str](), []
+    for span in trace.spans:
+        first, last = numpy.searchsorted(clock, (span.start, span.end))
+        if last > first:
+            top = first + int(numpy.argmax(live[first:last]))
+            peaks.append((int(live[top]), int(clock[top]), str(span.phase), "", False))
+        before = int(live[first - 1]) if first else 0
+        phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], before, *(p[0] for p in peaks[-1:]))
+    for op, inside in _inside(trace, clock, live, calibration):
+        peaks.append((inside, op.clock, str(op.phase), op.op, True))
+        phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], inside)
+    # A probe that finds no more than the outputs says nothing new: ties go to the level.
+    top_bytes, at, phase, op_name, probed = max(peaks, key=lambda p: (p[0], not p[4]))
+    alive = [a for a in trace.allocations if a.start <= at and (a.end is None or a.end > at)]
+    categories = _sum_by(alive, lambda a: str(a.category))
+    modules = _sum_by(alive, lambda a: a.module)
+    if (inside_op := top_bytes - sum(categories.values())) > 0:
+        categories["workspace"] = inside_op
+    return MemoryProfile(
+        peak_bytes=top_bytes,
+        phase_peak_bytes=dict(phase_peak),
+        at_peak_bytes=categories,
+        by_module_bytes=modules,
+        peak_phase=phase,
+        peak_op=op_name or _op_at(trace, at),
+        workspace_probed=probed,
+    )
+
+
+def _inside(
+    trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, calibration: Calibration
+) -> Iterator[tuple[OpCall, int]]:
+    """(operator, live bytes at its own peak) for operators with a probe."""
+    for op in trace.ops:
+        own = calibration.op_peak_bytes.get(op.signature)
+        if own is not None:
+            index = int(numpy.searchsorted(clock, op.clock, side="right")) - 1
+            yield op, (int(live[index]) if index >= 0 else 0) + own
+
+
+def _sum_by(alive: list[Allocation], key: Callable[[Allocation], str]) -> dict[str, int]:
+    total = Counter[str]()
+    for a in alive:
+        total[key(a)] += a.size_bytes
+    return dict(total.most_common())
+
+
+def _op_at(trace: Trace, at: int) -> str:
+    return next((a.op for a in trace.allocations if a.start == at), "")
+
+
+def state_bytes(trace: Trace) -> int:
+    """Optimizer state alive when the trace ends."""
+    return sum(
+        a.size_bytes for a in trace.allocations if a.end is None and str(a.category) == "optimizer_state"
+    )
+
+
+def timeline(trace: Trace, points: int) -> tuple[int, ...]:
+    """Live bytes over the last step, thinned to at most ``points`` by keeping each stretch's maximum."""
+    clock, live = levels(trace)
+    last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
+    first, end = numpy.searchsorted(clock, (last[0].start, last[-1].end))
+    stretch = live[first:end]
+    per_point = -(-len(stretch) // points) or 1
+    return tuple(int(stretch[i : i + per_point].max()) for i in range(0, len(stretch), per_point))
+
+
+def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
+    """(operator, how often) of one whole step: the last traced one, with the micro-steps that were not
+    played counted on the last one that was."""
+    ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
+    forwards = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is Phase.FORWARD]
+    last_micro = forwards[-1].start if forwards else 0
+    again = trace.repeated_micro_steps
+    return tuple(
+        (op, 1 + again if op.clock >= last_micro and op.phase is not Phase.OPTIMIZER else 1) for op in ops
+    )

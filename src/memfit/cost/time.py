@@ -1,0 +1,95 @@
+"""From a trace to time: every operator on the device's roofline, with what calibration measured.
+
+An operator's time is, in this order: what was measured for its very signature; the roofline
+max(FLOPs / rate, bytes / bandwidth) divided by the efficiency measured for the same operator and dtype
+at the nearest amount of work; the plain roofline at an assumed efficiency. Each call also costs the
+measured overhead of autograd and Python. (Williams et al. 2009.)
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from memfit.types.machine import Calibration, Device
+from memfit.types.trace import OpCall
+
+ASSUMED_EFFICIENCY_RATIO = 0.6  # of dense peak, where nothing was measured; marked assumed in reports
+ASSUMED_OVERHEAD_S = 5e-6  # one kernel launch
+ASSUMED_LINK_BYTES_S = 12e9  # pinned copies over PCIe 4.0 x16 under load
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TimeModel:
+    """``curves``: (op, dtype) to sorted [(log of roofline seconds, efficiency)]."""
+
+    calibration: Calibration
+    flops_s: Mapping[str, float]
+    bandwidth_bytes_s: float
+    overhead_s: float
+    efficiency_ratio: float
+    offload_bytes_s: float
+    curves: Mapping[tuple[str, str], list[tuple[float, float]]]
+
+    def roofline_s(self, op: OpCall) -> float:
+        rate = self.flops_s.get(op.dtype) or self.flops_s.get("float32") or math.inf
+        return max(op.flops / rate, op.moved_bytes / self.bandwidth_bytes_s)
+
+    def op_s(self, op: OpCall) -> float:
+        """Seconds of one call."""
+        measured = self.calibration.op_s.get(op.signature)
+        if measured is not None:
+            return measured + self.overhead_s
+        ideal_s = self.roofline_s(op)
+        return ideal_s / self._efficiency(op, ideal_s) + self.overhead_s
+
+    def _efficiency(self, op: OpCall, ideal_s: float) -> float:
+        curve = self.curves.get((op.op, op.dtype)) or self.curves.get((op.op, "float32"))
+        if not curve or ideal_s <= 0:
+            return self.efficiency_ratio
+        at = math.log(ideal_s)
+        index = bisect.bisect_left(curve, (at, 0.0))
+        if index == 0:
+            return curve[0][1]
+        if index == len(curve):
+            return curve[-1][1]
+        (x0, y0), (x1, y1) = curve[index - 1], curve[index]
+        return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if x1 > x0 else y0
+
+    def total_s(self, ops: Iterable[tuple[OpCall, int]]) -> float:
+        return sum(self.op_s(op) * times for op, times in ops)
+
+
+def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] = ()) -> TimeModel | None:
+    """``seen``: operators whose signatures calibration measured, to learn efficiencies from.
+
+    None where neither calibration nor catalog knows bandwidth or compute of the device.
+    """
+    rates = dict(calibration.flops_s) or {k: f.value for k, f in device.peak_flops.items()}
+    catalog_bandwidth = device.bandwidth_bytes_s.value if device.bandwidth_bytes_s else 0.0
+    bandwidth = calibration.bandwidth_bytes_s or catalog_bandwidth
+    if not rates or not bandwidth:
+        return None
+    calibrated = bool(calibration.flops_s)
+    bare = TimeModel(
+        calibration=calibration,
+        flops_s=rates,
+        bandwidth_bytes_s=bandwidth,
+        overhead_s=calibration.overhead_s if calibrated else ASSUMED_OVERHEAD_S,
+        efficiency_ratio=1.0 if calibrated else ASSUMED_EFFICIENCY_RATIO,
+        offload_bytes_s=calibration.disk_bytes_s or ASSUMED_LINK_BYTES_S,
+        curves={},
+    )
+    return dataclasses.replace(bare, curves=_curves(bare, seen))
+
+
+def _curves(model: TimeModel, seen: Iterable[OpCall]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    points: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for op in {o.signature: o for o in seen}.values():
+        measured, ideal_s = model.calibration.op_s.get(op.signature), model.roofline_s(op)
+        if measured and ideal_s > 0:
+            points[op.op, op.dtype][math.log(ideal_s)] = ideal_s / measured
+    return {key: sorted(curve.items()) for key, curve in points.items()}

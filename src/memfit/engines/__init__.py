@@ -1,0 +1,1 @@
+"""Stage 4a: a plan as the text an engine is started with. No engine is imported here."""

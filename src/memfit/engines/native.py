@@ -1,0 +1,44 @@
+"""Native PyTorch: memfit's own worker, one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from memfit import wire
+from memfit.types.launch import LaunchConfig, RunSpec
+
+
+def render(spec: RunSpec) -> LaunchConfig:
+    """The very process that is run; `export` writes the same."""
+    return LaunchConfig(
+        engine="native",
+        argv=(sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
+        env=_threads(spec.threads),
+        files={"run.json": wire.dumps(spec, indent=2)},
+        spec=spec,
+    )
+
+
+def render_calibration(
+    spec: RunSpec, signatures: Sequence[str], *, budget_s: float, packages: Sequence[str] = ()
+) -> LaunchConfig:
+    """Probes operators in the same environment as the runs. ``spec`` gives threads and time limit."""
+    request = {
+        "signatures": list(signatures),
+        "budget_s": budget_s,
+        "threads": spec.threads,
+        "packages": list(packages),
+    }
+    return LaunchConfig(
+        engine="native",
+        argv=(sys.executable, "-m", "memfit.worker", "calibrate", "{dir}/request.json"),
+        env=_threads(spec.threads),
+        files={"request.json": json.dumps(request)},
+        spec=spec,
+    )
+
+
+def _threads(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads)} if threads else {}

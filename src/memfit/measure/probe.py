@@ -1,0 +1,145 @@
+"""Calibration: operators run alone on this machine, for their time and for the memory inside them.
+
+An operator's own peak (outputs included) cannot be seen on fake tensors where a kernel takes scratch
+memory; running it once on real tensors of the same shapes shows it. Both figures are labelled
+calibration wherever they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from memfit.measure.memory import PeakCounter
+from memfit.types.machine import Calibration
+
+_REPEATS = 5
+_OP_LIMIT_S = 0.1  # no single operator may eat the budget
+_MATMUL_SIZE = 1024
+_COPY_BYTES = 64 * 2**20
+
+
+def calibrate(signatures: Iterable[str], *, budget_s: float, counter: PeakCounter) -> Calibration:
+    """Probe the machine's rates, then the signatures in order until ``budget_s`` is spent."""
+    begun = time.perf_counter()
+    rates = {str(d).removeprefix("torch."): _matmul_flops_s(d) for d in (torch.float32, torch.bfloat16)}
+    bandwidth, overhead_s = _copy_bytes_s(), _overhead_s()
+    op_s: dict[str, float] = {}
+    op_peak: dict[str, int] = {}
+    for signature in signatures:
+        if time.perf_counter() - begun > budget_s:
+            break
+        if (found := probe(signature, counter)) is not None:
+            op_s[signature], op_peak[signature] = found
+    return Calibration(
+        threads=torch.get_num_threads(),
+        overhead_s=overhead_s,
+        flops_s=rates,
+        bandwidth_bytes_s=bandwidth,
+        disk_bytes_s=_disk_bytes_s(),
+        op_s=op_s,
+        op_peak_bytes=op_peak,
+        took_s=time.perf_counter() - begun,
+    )
+
+
+def probe(signature: str, counter: PeakCounter) -> tuple[float, int] | None:
+    """(seconds of one call, bytes at its own peak); None where the operator cannot be run alone."""
+    try:
+        name, args, kwargs = json.loads(signature)
+        call, inputs = _operator(name), (_real(args), {k: _real(v) for k, v in kwargs.items()})
+        with torch.no_grad():
+            before = counter.live_bytes()
+            counter.reset_peak()
+            call(*inputs[0], **inputs[1])
+            peak = counter.peak_bytes() - before
+            return _best_s(lambda: call(*inputs[0], **inputs[1])), peak
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return None  # an argument that JSON cannot carry, or values the kernel refuses
+
+
+def _best_s(call: Callable[[], Any]) -> float:
+    """Shortest of a few calls: other work on the machine only ever adds time."""
+    taken: list[float] = []
+    while len(taken) < _REPEATS and sum(taken) < _OP_LIMIT_S:
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _operator(name: str) -> Any:
+    space, packet, overload = name.split(".") if name.count(".") == 2 else ("", "", "")
+    return getattr(getattr(getattr(torch.ops, space), packet), overload)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_real(v) for v in value]
+    if isinstance(value, dict):
+        if "t" in value:
+            return _tensor(*value["t"])
+        if "torch" in value:
+            return getattr(torch, value["torch"])
+        if "device" in value:
+            return torch.device(value["device"])
+        raise ValueError(f"cannot be made again: {value}")
+    return value
+
+
+def _tensor(shape: list[int], stride: list[int], dtype_name: str) -> torch.Tensor:
+    """Small random numbers; zeros for integers, which are valid indices everywhere; true for masks."""
+    dtype = getattr(torch, dtype_name)
+    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    if dtype == torch.bool:
+        return tensor.fill_(True)
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return tensor.zero_()
+    if any(s == 0 for s in stride) and tensor.numel():
+        return tensor.as_strided([1], [1]).fill_(0.5).as_strided(shape, stride)
+    return tensor.uniform_(0.1, 1.0) if dtype.is_floating_point else tensor.fill_(0.5)
+
+
+def _matmul_flops_s(dtype: torch.dtype) -> float:
+    n = _MATMUL_SIZE
+    left, right, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
+    torch.mm(left, right, out=out)
+    return 2 * n**3 / _best_s(lambda: torch.mm(left, right, out=out))
+
+
+def _copy_bytes_s() -> float:
+    source = torch.ones(_COPY_BYTES // 4)
+    target = torch.empty_like(source).copy_(source)
+    return 2 * _COPY_BYTES / _best_s(lambda: target.copy_(source))
+
+
+def _disk_bytes_s() -> float:
+    """Write a temporary file and read it back, as activation offload does: through the page cache."""
+    data: Any = torch.ones(_COPY_BYTES // 4).numpy()
+    with tempfile.TemporaryFile() as file:
+        start = time.perf_counter()
+        data.tofile(file)
+        file.seek(0)
+        file.readinto(memoryview(data))
+        return 2 * _COPY_BYTES / (time.perf_counter() - start)
+
+
+def _overhead_s() -> float:
+    """What autograd and Python add to one operator of no size, forward and backward averaged."""
+    x, calls = torch.ones(1, requires_grad=True), 200
+    factor = torch.ones(1)
+
+    def chain() -> None:
+        y = x
+        for _ in range(calls):
+            y = y * factor
+        y.backward()
+
+    chain()
+    alone_s = _best_s(lambda: torch.mul(factor, factor))
+    return max(0.0, _best_s(chain) / (2 * calls) - alone_s)

@@ -1,0 +1,324 @@
+"""The story in order: trace, cost, search, run, measure, verify, record, report. Stages meet only here."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from memfit import outlook, wire
+from memfit.adoption import effort
+from memfit.cost.memory import timeline
+from memfit.engines import native
+from memfit.measure import here
+from memfit.planning import Planning, Progress, Request, make_pricer, search
+from memfit.report.html import write_html
+from memfit.run.child import run
+from memfit.search.choose import Objective
+from memfit.store.database import Store
+from memfit.store.environment import fingerprint
+from memfit.techniques.registry import check, effect_of
+from memfit.types.errors import UserError
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan, use
+from memfit.types.result import (
+    Estimate,
+    Interaction,
+    Measurement,
+    NamedVerdict,
+    OutcomeKind,
+    Poc,
+    Reproducibility,
+    Run,
+    Verdict,
+    VerdictKind,
+)
+from memfit.verify import reproducibility, verdict
+
+__all__ = ["Objective", "Planning", "Progress", "Request", "explain", "poc", "report", "run_plan", "search"]
+
+BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
+_TIMELINE_POINTS = 400
+_PRECISION, _CHECKPOINTING = use("bf16-autocast"), use("activation-checkpointing", every=1)
+
+
+def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
+    """Where every MiB of ``plan`` goes, before running it."""
+    progress("trace", 0, 0, plan.label)
+    _, pricer = make_pricer(request)
+    return pricer.whole(check(plan))
+
+
+def run_plan(
+    request: Request, plan: Plan, *, seed: int, steps: int | None, capped: bool, progress: Progress
+) -> Run:
+    """Train one plan for real, with its prediction beside the measurement."""
+    estimate = explain(request, plan, progress)
+    spec = RunSpec(
+        name=plan.label, role="run", job=request.job, plan=plan, seed=seed,
+        steps=steps or make_pricer(request)[0].steps,
+        cap_bytes=_own_cap(request, estimate) if capped else None,
+        threads=request.threads or here.threads(),
+    )  # fmt: skip
+    return _run(spec, estimate, progress)
+
+
+def _own_cap(request: Request, estimate: Estimate) -> int:
+    from memfit.planning import needed_bytes
+
+    return request.cap_bytes or needed_bytes(estimate, request.machine)
+
+
+def poc(
+    request: Request,
+    *,
+    store: Store,
+    seeds: int,
+    steps: int | None,
+    report_path: Path | None,
+    lang: str,
+    command: str,
+    progress: Progress,
+) -> Poc:
+    """The proof of concept: predict, search, train baseline, recommendation and ablations, judge, report.
+
+    Every run is in the store as soon as it ends. Raises NothingFits, UserError.
+    """
+    begun = time.perf_counter()
+    planning = search(request, progress)
+    story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
+    found = story.begin()
+    for spec in story.specs():
+        found = story.add_run(found, spec)
+    progress("outlook", 0, 0, "")
+    found = story.conclude(found)
+    path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = dataclasses.replace(found, took_s=time.perf_counter() - begun, report=str(path))
+    write_html(found, path, lang=lang)
+    store.append(found.poc_id, "poc", found)
+    return found
+
+
+def report(store: Store, *, poc_id: str | None, path: Path | None, lang: str) -> Path:
+    """Write the HTML of a stored PoC, the latest by default; an interrupted one shows what there is."""
+    wanted = poc_id or store.latest_poc_id()
+    if wanted is None:
+        raise UserError(f"the store {store.path} is empty", hint="run `memfit poc` first")
+    found = stored_poc(store, wanted)
+    path = path or Path(f"memfit-{wanted}.{lang}.html")
+    return write_html(found, path, lang=lang)
+
+
+def stored_poc(store: Store, poc_id: str) -> Poc:
+    """The finished PoC, or the beginning of an unfinished one with the runs it got."""
+    if finished := store.records(poc_id, "poc"):
+        return wire.loads(Poc, finished[-1].body, what=f"record {finished[-1].record_id}")
+    started = store.records(poc_id, "begin")
+    if not started:
+        raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")
+    runs = tuple(wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, "run"))
+    return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
+
+
+def _run(spec: RunSpec, estimate: Estimate, progress: Progress) -> Run:
+    def listen(event: Mapping[str, object]) -> None:
+        if event["event"] == "step":
+            progress("run", int(str(event["step"])) + 1, spec.steps, spec.name)
+        elif event["event"] == "stage":
+            progress("run", 0, spec.steps, f"{spec.name}: {event['stage']}")
+
+    progress("run", 0, spec.steps, spec.name)
+    return Run(
+        spec=spec,
+        predicted_peak_bytes=int(estimate.allocated_bytes.value),
+        predicted_phase_peak_bytes=estimate.phase_peak_bytes,
+        predicted_step_s=estimate.step_s.value if estimate.step_s else None,
+        measurement=run(native.render(spec), on_event=listen),
+    )
+
+
+@dataclasses.dataclass(kw_only=False)
+class _Story:
+    """The runs of a PoC and what follows from them."""
+
+    planning: Planning
+    store: Store
+    seeds: int
+    steps: int
+    command: str
+    progress: Progress
+
+    @property
+    def recommended(self) -> Plan:
+        choice = self.planning.result.recommended
+        assert choice is not None, "search raises NothingFits otherwise"
+        return choice.estimate.plan
+
+    def begin(self) -> Poc:
+        job, result, request = self.planning.job, self.planning.result, self.planning.request
+        metric = job.metric
+        found = Poc(
+            poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=self.command,
+            job_name=job.name,
+            job_title=job.title or job.name,
+            job_size=job.size,
+            data_source=job.data_source,
+            parameter_count=self.planning.pricer.trace(Plan()).parameter_count,
+            metric=metric.name if metric else "",
+            metric_unit=metric.unit if metric else "",
+            metric_naive=metric.naive if metric else None,
+            metric_naive_name=metric.naive_name if metric else "",
+            metric_margin_source=metric.margin_source if metric else "",
+            machine=request.machine.name,
+            environment=fingerprint(),
+            cap_bytes=self.planning.cap_bytes,
+            cap_reason=self.planning.cap_reason,
+            search=result,
+            runs=(),
+            verdicts=(),
+            interactions=(),
+            reproducibility=Reproducibility(reproducible=None),
+            effort=effort(request.job, self.recommended, (), self.store),
+            predicted_timeline_bytes={
+                name: timeline(self.planning.pricer.trace(plan), _TIMELINE_POINTS)
+                for name, plan in ((BASELINE, Plan()), (RECOMMENDED, self.recommended))
+            },
+            place=request.machine.place.name if request.machine.place else "",
+            steps_per_run=self.steps,
+            finished=False,
+        )
+        self.store.append(found.poc_id, "begin", found)
+        return found
+
+    def specs(self) -> Iterator[RunSpec]:
+        """Baseline under the cap; baseline and recommendation in turn over the seeds, so that both see
+        the same noise; the recommendation again for reproducibility; ablations; the 2 x 2."""
+        yield self._spec(BASELINE, BASELINE, Plan(), seed=0, capped=True)
+        for seed in range(self.seeds):
+            yield self._spec(BASELINE, BASELINE, Plan(), seed=seed)
+            yield self._spec(RECOMMENDED, RECOMMENDED, self.recommended, seed=seed, capped=True)
+        yield self._spec("recommended again", RECOMMENDED, self.recommended, seed=0, capped=True)
+        seen = {Plan(), self.recommended}
+        for name, plan in self._ablations():
+            if plan not in seen:
+                seen.add(plan)
+                yield self._spec(name, ABLATION, plan, seed=0)
+
+    def _ablations(self) -> Iterator[tuple[str, Plan]]:
+        for used in self.recommended.uses:
+            yield f"without {used.technique}", self.recommended.without(used.technique)
+        yield "precision only", Plan(uses=(_PRECISION,))
+        if self.planning.pricer.space.block_count:
+            yield "checkpointing only", Plan(uses=(_CHECKPOINTING,))
+            yield "precision and checkpointing", Plan(uses=(_PRECISION, _CHECKPOINTING))
+
+    def _spec(self, name: str, role: str, plan: Plan, *, seed: int, capped: bool = False) -> RunSpec:
+        return RunSpec(
+            name=name,
+            role=role,
+            job=self.planning.request.job,
+            plan=plan,
+            seed=seed,
+            steps=self.steps,
+            cap_bytes=self.planning.cap_bytes if capped else None,
+            threads=self.planning.request.threads or here.threads(),
+            timeline=seed == 0,
+        )
+
+    def add_run(self, found: Poc, spec: RunSpec) -> Poc:
+        done = _run(spec, self.planning.pricer.whole(spec.plan), self.progress)
+        self.store.append(found.poc_id, "run", done)
+        return dataclasses.replace(found, runs=(*found.runs, done))
+
+    def conclude(self, found: Poc) -> Poc:
+        runs = found.runs
+        plain = [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None]
+        chosen = [r for r in runs if r.spec.name == RECOMMENDED]
+        again = [r for r in runs if r.spec.name == "recommended again"]
+        return dataclasses.replace(
+            found,
+            verdicts=tuple(self._verdicts(plain, chosen, runs)),
+            interactions=tuple(self._interactions(runs)),
+            reproducibility=reproducibility(chosen[0], again[0]),
+            effort=effort(self.planning.request.job, self.recommended, runs, self.store),
+            step_time_ratio=_paired_ratio(plain, chosen),
+            paper=outlook.paper_rows(self.planning, self.progress),
+            reach=outlook.reach(self.planning, self.progress),
+            finished=True,
+        )
+
+    def _verdicts(
+        self, plain: Sequence[Run], chosen: Sequence[Run], runs: Sequence[Run]
+    ) -> Iterator[NamedVerdict]:
+        metric = self.planning.job.metric
+
+        def named(name: str, base: Sequence[Run], other: Sequence[Run]) -> NamedVerdict:
+            plan = other[0].spec.plan
+            judged = verdict(base, other, effect=effect_of(plan), metric=metric)
+            return NamedVerdict(name=name, plan=plan, verdict=judged)
+
+        if self.recommended.uses:
+            yield named(RECOMMENDED, plain, chosen)
+        else:
+            same = Verdict(
+                kind=VerdictKind.EQUIVALENT, effect=effect_of(Plan()), test="identity",
+                reason="the recommendation is plain training itself",
+            )  # fmt: skip
+            yield NamedVerdict(name=RECOMMENDED, plan=Plan(), verdict=same)
+        for other in (r for r in runs if r.spec.role == ABLATION):
+            yield named(other.spec.name, plain[:1], [other])
+
+    def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
+        """Precision x checkpointing on seed 0, wherever all four corners ran."""
+        uses = ((), (_PRECISION,), (_CHECKPOINTING,), (_PRECISION, _CHECKPOINTING))
+        corners = [Plan(uses=corner) for corner in uses]
+        cells = [_corner(runs, plan) for plan in corners]
+        for quantity, value in _QUANTITIES.items():
+            values = [value(c.measurement) if c else None for c in cells]
+            if all(v is not None for v in values):
+                neither, first, second, both = (float(v) for v in values if v is not None)
+                yield Interaction(
+                    first=_PRECISION.technique, second=_CHECKPOINTING.technique, quantity=quantity,
+                    neither=neither, first_only=first, second_only=second, both=both,
+                )  # fmt: skip
+
+
+def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
+    return next(
+        (
+            r
+            for r in runs
+            if r.spec.plan == plan and r.spec.seed == 0 and r.measurement.outcome is OutcomeKind.OK
+        ),
+        None,
+    )
+
+
+def median_step_s(measurement: Measurement) -> float | None:
+    """Median step time without the first two steps, which warm caches."""
+    steady = measurement.step_s[2:] or measurement.step_s
+    return statistics.median(steady) if steady else None
+
+
+_QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
+    "peak_bytes": lambda m: m.peak_bytes,
+    "step_s": median_step_s,
+    "metric": lambda m: m.metric,
+}
+
+
+def _paired_ratio(plain: Sequence[Run], chosen: Sequence[Run]) -> float | None:
+    """Median over seeds of recommended / baseline step time, each pair run one after the other."""
+    ratios = []
+    for one, other in zip(plain, chosen, strict=False):
+        base, new = median_step_s(one.measurement), median_step_s(other.measurement)
+        if base and new:
+            ratios.append(new / base)
+    return statistics.median(ratios) if ratios else None

@@ -1,0 +1,246 @@
+"""Trace, cost and search, in that order: from a job and a machine to a recommended plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from memfit import wire
+from memfit.engines import native
+from memfit.jobs.registry import load
+from memfit.measure import here
+from memfit.pricing import Pricer, signatures_by_weight
+from memfit.run.child import run
+from memfit.search.choose import Objective, best, decide, frontier, score
+from memfit.search.space import plans, usable
+from memfit.techniques.base import Space
+from memfit.techniques.blocks import find_blocks, find_head
+from memfit.types.errors import NothingFits, RunError, UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration, Machine
+from memfit.types.plan import Accuracy, Plan, use
+from memfit.types.result import Estimate, Reason, SearchResult
+
+FINALISTS = 14
+_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
+
+# What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
+CPU_HEADROOM_RATIO, CPU_HEADROOM_BYTES = 1.05, 2 * 2**20
+# Context, libraries and fragmentation on a CUDA device until reserved memory is predicted: assumed.
+CUDA_HEADROOM_RATIO, CUDA_HEADROOM_BYTES = 1.06, 1 * 2**30
+
+Progress = Callable[[str, int, int, str], None]
+"""(stage, done, total, detail): called often; total 0 means unknown."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for. ``cap_bytes`` None: a quarter of the baseline's peak on a CPU (a
+    demonstration), the memory of the device elsewhere."""
+
+    job: JobRef
+    machine: Machine
+    cap_bytes: int | None = None
+    goal: Objective = Objective.FASTEST
+    accuracy: Accuracy = Accuracy.ROUNDING
+    threads: int = 0
+
+    @property
+    def is_here(self) -> bool:
+        return self.machine.device.name == "this machine"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Planning:
+    """A finished search with everything needed to price one more plan the same way."""
+
+    request: Request
+    job: Job
+    pricer: Pricer
+    cap_bytes: int
+    cap_reason: str
+    result: SearchResult
+
+
+def space_of(job: Job, device: str) -> Space:
+    """Counts blocks and outputs on a model built without memory."""
+    from memfit.trace.tracer import fake_model
+
+    model = fake_model(job)
+    try:
+        blocks = len(find_blocks(model, job.blocks)[1])
+    except UserError:
+        if job.blocks is not None:
+            raise
+        blocks = 0
+    try:
+        vocabulary = find_head(model, job.head)[1].out_features
+    except UserError:
+        if job.head is not None:
+            raise
+        vocabulary = 0
+    return Space(
+        batch_size=job.batch_size,
+        block_count=blocks,
+        has_head=vocabulary > 0,
+        vocabulary=vocabulary,
+        device=device,
+    )
+
+
+def make_pricer(request: Request) -> tuple[Job, Pricer]:
+    job = load(request.job)
+    return job, Pricer(job=job, machine=request.machine, space=space_of(job, request.machine.device.kind))
+
+
+def search(request: Request, progress: Progress) -> Planning:
+    """Raises NothingFits with the least memory that would do."""
+    progress("trace", 0, 0, "plain training")
+    job, pricer = make_pricer(request)
+    plain = pricer.whole(Plan())
+    cap_bytes, cap_reason = _cap(request, plain)
+    if request.is_here:
+        _calibrate(pricer, request, progress)
+    fits = fits_under(cap_bytes, request.machine)
+    estimates, considered, left_out = _price(pricer, request, fits, progress)
+    result = decide(
+        estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
+        left_out=left_out, price=pricer.whole,
+    )  # fmt: skip
+    if result.recommended is None:
+        least = result.smallest.estimate
+        raise NothingFits(
+            cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label
+        )
+    return Planning(
+        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
+    )
+
+
+def _cap(request: Request, plain: Estimate) -> tuple[int, str]:
+    if request.cap_bytes is not None:
+        return request.cap_bytes, "asked for"
+    if request.machine.device.kind == "cpu":
+        reason = "demonstration: a quarter of the baseline's predicted peak"
+        return int(plain.allocated_bytes.value / 4), reason
+    return int(request.machine.device.memory_bytes.value), "the device's memory"
+
+
+def needed_bytes(estimate: Estimate, machine: Machine) -> int:
+    """The cap this plan asks for: its tensors and what the process or device takes beside them."""
+    cpu = machine.device.kind == "cpu"
+    ratio = CPU_HEADROOM_RATIO if cpu else CUDA_HEADROOM_RATIO
+    fixed = CPU_HEADROOM_BYTES if cpu else CUDA_HEADROOM_BYTES
+    return int(estimate.allocated_bytes.value * ratio) + fixed
+
+
+def fits_under(cap_bytes: int, machine: Machine) -> Callable[[Estimate], bool]:
+    return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes
+
+
+def _price(
+    pricer: Pricer, request: Request, fits: Callable[[Estimate], bool], progress: Progress
+) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
+    """Sketch every plan, trace the best whole, and calibrate once more on what those need."""
+    techniques, left_out = usable(pricer.space, request.accuracy)
+    every = list(plans(pricer.space, techniques))
+    sketches = []
+    for index, plan in enumerate(every):
+        progress("search", index, len(every), plan.label)
+        sketches.append(pricer.sketch(plan))
+    chosen = finalists(sketches, fits, request.goal)
+    for index, plan in enumerate(chosen):
+        progress("finalists", index, len(chosen), plan.label)
+        pricer.trace(plan)
+    if request.is_here:
+        _calibrate(pricer, request, progress, plans=chosen)
+    return [pricer.whole(plan) for plan in chosen], len(every), left_out
+
+
+def finalists(
+    sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int = FINALISTS
+) -> list[Plan]:
+    """The plain plan, the best by the goal that fit, the smallest, and the frontier, without repeats."""
+    fitting = sorted((e for e in sketches if fits(e)), key=lambda e: (score(e, goal), e.plan.fingerprint))
+    smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
+    edge = frontier(sketches)
+    step = max(1, len(edge) // 4)
+    picked = [
+        Plan(),
+        *(e.plan for e in fitting[: most - 6]),
+        smallest[0].plan,
+        *(e.plan for e in edge[::step]),
+    ]
+    winner = best(fitting, goal)
+    if winner is not None:
+        picked.insert(1, winner.plan)
+    return list(dict.fromkeys(picked))[: most + 2]
+
+
+# -- calibration ----------------------------------------------------------------------------------
+
+
+def _calibrate(pricer: Pricer, request: Request, progress: Progress, plans: list[Plan] | None = None) -> None:
+    """Probe the operators that matter in a child process, and merge with what is known."""
+    from memfit.cost.memory import step_ops
+
+    first = plans is None
+    chosen = _representatives(pricer) if plans is None else plans
+    ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
+    wanted = [s for s in signatures_by_weight(ops) if s not in pricer.calibration.op_s]
+    progress("calibrate", 0, 0, f"{len(wanted)} operators")
+    fresh = probe_here(request, wanted, _FIRST_BUDGET_S if first else _SECOND_BUDGET_S)
+    pricer.recalibrate(_merged(pricer.calibration, fresh))
+
+
+def _representatives(pricer: Pricer) -> list[Plan]:
+    """Plans whose operators span the search: whole batch and single samples, both precisions."""
+    batch = pricer.space.batch_size
+    single = [use("gradient-accumulation", micro_batches=batch)] if batch > 1 else []
+    middle = [use("gradient-accumulation", micro_batches=4)] if batch > 4 and batch % 4 == 0 else []
+    mixed = use("bf16-autocast")
+    return [
+        Plan(),
+        Plan(uses=(mixed,)),
+        *(Plan(uses=(u,)) for u in middle + single),
+        *(Plan(uses=(mixed, u)) for u in middle + single),
+    ]
+
+
+def probe_here(request: Request, signatures: list[str], budget_s: float) -> Calibration:
+    found: list[Calibration] = []
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["event"] == "calibration":
+            found.append(wire.loads(Calibration, wire.dumps(event["calibration"]), what="calibration"))
+
+    spec = RunSpec(
+        name="calibration", role="calibration", job=request.job, plan=Plan(), seed=0, steps=0,
+        threads=request.threads or here.threads(), timeout_s=120.0,
+    )  # fmt: skip
+    packages = ["bitsandbytes"] if any('"bitsandbytes.' in s for s in signatures) else []
+    outcome = run(
+        native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages), on_event=listen
+    )
+    if not found:
+        raise RunError(f"calibration did not finish: {outcome.reason or outcome.outcome.value}")
+    return found[0]
+
+
+def _merged(old: Calibration, new: Calibration) -> Calibration:
+    """Newer operator figures win; the machine's rates are the better of both (noise only slows)."""
+    rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
+    overheads = [c.overhead_s for c in (old, new) if c.flops_s]
+    return dataclasses.replace(
+        new,
+        machine="this machine",
+        flops_s=rates,
+        disk_bytes_s=max(old.disk_bytes_s, new.disk_bytes_s),
+        bandwidth_bytes_s=max(old.bandwidth_bytes_s, new.bandwidth_bytes_s),
+        overhead_s=min(overheads),
+        op_s={**old.op_s, **new.op_s},
+        op_peak_bytes={**old.op_peak_bytes, **new.op_peak_bytes},
+        took_s=old.took_s + new.took_s,
+    )

@@ -1,0 +1,240 @@
+"""Pricing plans: exact by tracing them whole, or quick by composing traces of their parts.
+
+A search asks for hundreds of plans that share their parts. What forward and backward take above the
+resident bytes depends on precision, recomputation and micro-batch, not on the optimizer; the optimizer's
+phase depends on precision and adapters, not on recomputation; micro-batches lie on a line between the
+smallest and the largest; blocks repeat. ``sketch`` adds up such parts, ``whole`` traces the plan itself.
+The best sketches are always traced whole before anything is recommended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy
+
+from memfit.cost.estimate import around, estimate, modelled_boundary
+from memfit.cost.memory import levels, step_ops
+from memfit.cost.money import bill
+from memfit.cost.time import TimeModel, time_model
+from memfit.techniques.base import Space
+from memfit.techniques.registry import technique
+from memfit.trace.compose import with_blocks
+from memfit.trace.tracer import trace
+from memfit.types.job import Job
+from memfit.types.machine import Calibration, Machine
+from memfit.types.plan import Plan, use
+from memfit.types.result import Estimate
+from memfit.types.trace import Category, OpCall, Phase, Trace
+
+_ACCUMULATION = "gradient-accumulation"
+_FEW_BLOCKS = 4  # models with at most this many blocks are not worth cutting
+_SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
+
+# The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
+_RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED, _GRADIENTS, _FLOPS, _MICRO_S, _STEP_S = range(9)
+_ENTRIES = 9
+_OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
+
+
+_Key = tuple[Plan, int, int, str]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pricer:
+    """Prices plans of one job on one machine. Traces are kept; a new calibration re-prices them."""
+
+    job: Job
+    machine: Machine
+    space: Space
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    model: TimeModel | None = None
+    traces: dict[Plan, Trace] = dataclasses.field(default_factory=dict)
+    parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
+    vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recalibrate(self.calibration)
+
+    @property
+    def device(self) -> str:
+        return self.machine.device.kind
+
+    def recalibrate(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.model = time_model(self.machine.device, calibration, self.seen())
+
+    def seen(self) -> list[OpCall]:
+        """Distinct operators of every trace so far."""
+        ops = {op.signature: op for t in self.traces.values() for op in t.ops}
+        return list(ops.values())
+
+    def trace(self, plan: Plan) -> Trace:
+        if plan not in self.traces:
+            self.traces[plan] = trace(self.job, plan, device=self.device)
+        return self.traces[plan]
+
+    # -- exact ----------------------------------------------------------------------------------------
+
+    def whole(self, plan: Plan) -> Estimate:
+        return estimate(
+            self.trace(plan), plan, machine=self.machine, calibration=self.calibration, model=self.model
+        )
+
+    # -- quick ----------------------------------------------------------------------------------------
+
+    def sketch(self, plan: Plan) -> Estimate:
+        """Composed from parts. Peaks are upper bounds in between, as a maximum of lines lies below its
+        chord."""
+        batch = self.space.batch_size
+        used = plan.get(_ACCUMULATION)
+        micros = int(used.settings["micro_batches"]) if used else 1
+        core = _core(plan)
+        share = (1 / micros - 1 / batch) / (1 - 1 / batch) if batch > 1 else 1.0
+        vector = numpy.zeros(_ENTRIES)
+        if share > 0:
+            vector += share * self._vector(core)
+        if share < 1:
+            vector += (1 - share) * self._vector(_accumulated(core, batch))
+        optimizer = self._vector(_accumulated(_optimizer_only(plan), batch), steps=2)
+        vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
+        if plan.get("activation-offload"):
+            vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
+            vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s if self.model else 0.0
+        if plan.get("optimizer-in-backward"):
+            vector[_BACKWARD] -= vector[_GRADIENTS]
+            vector[_OPTIMIZER] = vector[_RESIDENT]
+        return self._priced(plan, vector, micros)
+
+    def _priced(self, plan: Plan, vector: numpy.ndarray, micros: int = 1) -> Estimate:
+        resident = vector[_RESIDENT]
+        peaks = {
+            "forward": int(resident + vector[_FORWARD]),
+            "backward": int(resident + vector[_BACKWARD]),
+            "optimizer": int(vector[_OPTIMIZER]),
+        }
+        phase = max(peaks, key=lambda p: peaks[p])
+        step_s = float(micros * vector[_MICRO_S] + vector[_STEP_S]) if self.model else None
+        cost = bill(self.machine, step_s=step_s)
+        return Estimate(
+            plan=plan,
+            allocated_bytes=around(peaks[phase], _SKETCH_MEMORY_RATIO),
+            phase_peak_bytes=peaks,
+            at_peak_bytes={},
+            by_module_bytes={},
+            step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            flops_per_step=int(micros * vector[_FLOPS]),
+            energy_j=cost.energy_j,
+            energy_boundary=modelled_boundary(self.machine),
+            usd=cost.usd,
+            co2_g=cost.co2_g,
+            peak_phase=phase,
+            traced=False,
+        )
+
+    def _cut(self, plan: Plan) -> tuple[int, int] | None:
+        """Two smaller block counts to extrapolate from, or None for a model too small to cut."""
+        recompute = plan.get("activation-checkpointing")
+        period = int(recompute.settings["every"]) if recompute else 1
+        few, more = max(2, period), max(2, period) + period
+        return (few, more) if self.space.block_count > max(_FEW_BLOCKS, more) else None
+
+    def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
+        cut = self._cut(plan)
+        if cut is None:
+            return self._measured(plan, 0, steps)
+        few, more = (self._measured(plan, n, steps) for n in cut)
+        whole: numpy.ndarray = few + (more - few) * ((self.space.block_count - cut[0]) / (cut[1] - cut[0]))
+        return whole
+
+    def _measured(self, plan: Plan, blocks: int, steps: int) -> numpy.ndarray:
+        key = (plan, blocks, steps, self.machine.name)
+        if key not in self.vectors:
+            raw = (plan, blocks, steps, "")
+            if raw not in self.parts:
+                job = with_blocks(self.job, blocks) if blocks else self.job
+                self.parts[raw] = _digested(
+                    trace(job, plan, device=self.device, steps=steps, played=2, update=steps > 1)
+                )
+            memory, micro, rest, micros = self.parts[raw]
+            seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro, rest)]
+            self.vectors[key] = numpy.array([*memory, seconds[0] / micros, seconds[1]])
+        return self.vectors[key]
+
+
+Weighted = list[tuple[OpCall, int]]
+
+
+def _digested(traced: Trace) -> tuple[list[float], Weighted, Weighted, int]:
+    """(memory entries, operators of all micro-steps, operators of the optimizer, micro-steps).
+
+    Forward and backward are counted above what is alive when the last step begins. Equal operators are
+    kept once with their count, so that many traces can be remembered.
+    """
+    clock, live = levels(traced)
+    last = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
+    base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)])
+    tops = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
+    for span in last:
+        first, end = numpy.searchsorted(clock, (span.start, span.end))
+        tops[span.phase] = max(tops[span.phase], int(live[first:end].max()) if end > first else 0)
+    ops = step_ops(traced)
+    micros = max(1, sum(s.phase is Phase.FORWARD for s in last)) + traced.repeated_micro_steps
+    micro = _gathered((o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER)
+    rest = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
+    gradients = [a.size_bytes for a in traced.allocations if a.category is Category.GRADIENT and not a.step]
+    saved = [
+        a.size_bytes for a in traced.allocations
+        if a.category is Category.ACTIVATION and a.start >= last[0].start and a.size_bytes >= _OFFLOADED_BYTES
+    ]  # fmt: skip
+    memory = [
+        int(live[-1]),
+        tops[Phase.FORWARD] - base,
+        tops[Phase.BACKWARD] - base,
+        tops[Phase.OPTIMIZER],
+        sum(saved) / max(1, min(2, micros)),
+        sum(gradients) - max(gradients, default=0),
+        sum(o.flops * n for o, n in micro) / micros,
+    ]
+    return memory, micro, rest, micros
+
+
+def _gathered(ops: Iterable[tuple[OpCall, int]]) -> Weighted:
+    total: dict[str, int] = {}
+    example: dict[str, OpCall] = {}
+    for op, times in ops:
+        total[op.signature] = total.get(op.signature, 0) + times
+        example[op.signature] = op
+    return [(example[s], n) for s, n in total.items()]
+
+
+def _accumulated(plan: Plan, micros: int) -> Plan:
+    return plan.with_use(use(_ACCUMULATION, micro_batches=micros)) if micros > 1 else plan
+
+
+def _core(plan: Plan) -> Plan:
+    """What decides forward and backward, with the job's own optimizer: how bf16 parameters are rounded,
+    offload and stepping in backward are priced on top."""
+    aside = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
+    kept = [u for u in plan.uses if technique(u.technique).slot != "optimizer" and u.technique not in aside]
+    core = Plan(uses=tuple(kept))
+    return core.with_use(use("bf16-parameters", rounding="master")) if core.get("bf16-parameters") else core
+
+
+def _optimizer_only(plan: Plan) -> Plan:
+    """What decides the optimizer's phase: its own technique, parameter precision, adapters."""
+    names = {"bf16-parameters", "lora", "qlora"}
+    return Plan(
+        uses=tuple(u for u in plan.uses if u.technique in names or technique(u.technique).slot == "optimizer")
+    )
+
+
+def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
+    """Operator signatures, those with most work in a step first (at nominal rates: 100 GFLOP/s, 10 GB/s)."""
+    weight: dict[str, float] = {}
+    for op, times in ops:
+        nominal_s = max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
+        weight[op.signature] = weight.get(op.signature, 0.0) + nominal_s * times
+    return sorted(weight, key=lambda s: -weight[s])

@@ -1,0 +1,151 @@
+"""From priced plans to an answer: the frontier, the recommendation, and the reasons for both."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from memfit.search.space import complexity
+from memfit.techniques.registry import effect_of
+from memfit.types.plan import Plan
+from memfit.types.result import Choice, Estimate, Reason, SearchResult
+
+# Plans closer than this in the objective are equally good; the milder and simpler one is taken.
+TIE_RATIO = 0.02
+
+
+class Objective(enum.StrEnum):
+    FASTEST = "fastest"
+    SMALLEST = "smallest"
+    CHEAPEST = "cheapest"
+    GREENEST = "greenest"
+
+
+def score(estimate: Estimate, goal: Objective) -> float:
+    """Smaller is better; what a plan costs in the goal's own unit. Unknown figures fall back to time,
+    to which money and carbon are proportional on one device."""
+    time_s = estimate.step_s.value if estimate.step_s else math.inf
+    if goal is Objective.SMALLEST:
+        return estimate.allocated_bytes.value
+    if goal is Objective.CHEAPEST:
+        return estimate.usd if estimate.usd is not None else time_s
+    if goal is Objective.GREENEST:
+        return estimate.co2_g if estimate.co2_g is not None else time_s
+    return time_s
+
+
+def best(estimates: Iterable[Estimate], goal: Objective) -> Estimate | None:
+    """The best estimate by the goal; among those within TIE_RATIO the mildest, simplest, smallest."""
+    pool = list(estimates)
+    if not pool:
+        return None
+    limit = min(score(e, goal) for e in pool) * (1 + TIE_RATIO)
+    near = [e for e in pool if score(e, goal) <= limit]
+    return min(near, key=lambda e: (complexity(e.plan), score(e, goal), e.plan.fingerprint))
+
+
+def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Estimates that none other beats in peak, time and effect class at once, by growing peak."""
+    kept = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
+    return sorted(
+        kept, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
+    )
+
+
+def _merits(e: Estimate) -> tuple[float, float, int, int, str]:
+    return (
+        e.allocated_bytes.value, score(e, Objective.FASTEST), *complexity(e.plan), e.plan.fingerprint
+    )  # fmt: skip
+
+
+def _dominates(one: Estimate, other: Estimate) -> bool:
+    a, b = _merits(one), _merits(other)
+    no_worse = all(x <= y for x, y in zip(a[:3], b[:3], strict=True))
+    return no_worse and (a[:3] != b[:3] or a[3:] < b[3:])
+
+
+def decide(
+    estimates: Sequence[Estimate],
+    *,
+    goal: Objective,
+    cap_bytes: int,
+    considered: int,
+    fits: Callable[[Estimate], bool],
+    left_out: tuple[Reason, ...],
+    price: Callable[[Plan], Estimate],
+) -> SearchResult:
+    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons."""
+    plain = next(e for e in estimates if not e.plan.uses)
+    winner = best([e for e in estimates if fits(e)], goal)
+    smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
+
+    def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
+        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
+
+    kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [plain]
+    unique = {e.plan: e for e in ([winner] if winner else []) + kept}
+    ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
+    recommended = None
+    if winner is not None:
+        why = (*saved_by(winner, price), *_why_not(winner, estimates, fits, goal), *left_out)
+        recommended = choice(winner, why)
+    return SearchResult(
+        goal=goal.value,
+        cap_bytes=cap_bytes,
+        considered=considered,
+        baseline=choice(plain),
+        frontier=tuple(
+            recommended if recommended and e is winner else choice(e, saved_by(e, price)) for e in ordered
+        ),
+        recommended=recommended,
+        smallest=choice(smallest),
+    )
+
+
+def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
+    """For each technique of the plan: what its removal alone would cost in memory and gain in time."""
+    reasons = []
+    for use in estimate.plan.uses:
+        without = price(estimate.plan.without(use.technique))
+        reasons.append(
+            Reason(
+                kind="saves",
+                technique=use.technique,
+                saved_bytes=int(without.allocated_bytes.value - estimate.allocated_bytes.value),
+                time_ratio=_ratio(estimate, without),
+            )
+        )
+    return tuple(sorted(reasons, key=lambda r: -(r.saved_bytes or 0)))
+
+
+def _ratio(one: Estimate, other: Estimate) -> float | None:
+    if one.step_s is None or other.step_s is None or not other.step_s.value:
+        return None
+    return one.step_s.value / other.step_s.value
+
+
+def _why_not(
+    winner: Estimate, estimates: Sequence[Estimate], fits: Callable[[Estimate], bool], goal: Objective
+) -> tuple[Reason, ...]:
+    """Techniques that were priced but are not in the winner: the best plan that has them, compared."""
+    used = {u.technique for u in winner.plan.uses}
+    others = sorted({u.technique for e in estimates for u in e.plan.uses} - used)
+    reasons = []
+    for name in others:
+        rivals = [e for e in estimates if e.plan.get(name) and fits(e)]
+        if not rivals:
+            reasons.append(Reason(kind="left_out_does_not_fit", technique=name))
+            continue
+        rival = min(rivals, key=lambda e: (score(e, goal), complexity(e.plan)))
+        slower = score(rival, goal) > score(winner, goal) * (1 + TIE_RATIO)
+        reasons.append(
+            Reason(
+                kind="left_out_slower" if slower else "left_out_not_needed",
+                technique=name,
+                saved_bytes=int(winner.allocated_bytes.value - rival.allocated_bytes.value),
+                time_ratio=_ratio(rival, winner),
+                detail=rival.plan.label,
+            )
+        )
+    return tuple(reasons)

@@ -1,0 +1,170 @@
+"""The promise of logits, and the chunked cross-entropy that keeps it; loaded with torch, when applied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+_RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as")
+
+
+class LazyLogits:
+    """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, until somebody needs its numbers.
+
+    No tensor subclass: the object answers for the shape, follows reshapes, and gives the real logits to
+    whatever else is asked of it.
+    """
+
+    def __init__(self, hidden: torch.Tensor, head: torch.nn.Linear, chunks: int) -> None:
+        self.hidden, self.head, self.chunks = hidden, head, chunks
+        self.shape = torch.Size((*hidden.shape[:-1], head.out_features))
+        self.dtype, self.device, self.requires_grad = hidden.dtype, hidden.device, True
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._moved("__getitem__", (index,), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in _RESHAPES:
+            return lambda *args, **kwargs: self._moved(name, args, kwargs)
+        return getattr(_materialize(self), name)
+
+    def _moved(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        lazy = _reshape(self, name, args, kwargs)
+        return lazy if lazy is not None else getattr(_materialize(self), name)(*args, **kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("input")
+        if func is functional.cross_entropy and isinstance(first, LazyLogits) and _plain(args, kwargs):
+            rest = {k: v for k, v in kwargs.items() if k not in ("input", *_NO_EFFECT)}
+            return _cross_entropy(first, *args[1:], **rest)
+        return func(*_materialize(args), **_materialize(kwargs))
+
+
+_NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
+
+
+def _plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    known = {"input", "target", "ignore_index", "reduction"}
+    return len(args) <= 2 and all(
+        k in known or (k in _NO_EFFECT and v == _NO_EFFECT[k]) for k, v in kwargs.items()
+    )
+
+
+def _materialize(value: Any) -> Any:
+    if isinstance(value, LazyLogits):
+        return functional.linear(value.hidden, value.head.weight, value.head.bias)
+    if isinstance(value, tuple | list):
+        return type(value)(_materialize(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _materialize(v) for k, v in value.items()}
+    return value
+
+
+def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) -> LazyLogits | None:
+    """The same promise over reshaped hidden states, or None where the last dimension is touched."""
+    hidden, vocabulary = lazy.hidden, lazy.head.out_features
+    if name in ("float", "to", "type_as", "contiguous"):
+        return lazy  # the loss is taken in float32 anyway
+    if name == "__getitem__":
+        index = args[0] if isinstance(args[0], tuple) else (args[0],)
+        if any(i is None for i in index) or (Ellipsis in index and index[-1] != slice(None)):
+            return None
+        if Ellipsis not in index and len(index) > hidden.dim() - 1 and index[-1] != slice(None):
+            return None
+        return LazyLogits(hidden[index], lazy.head, lazy.chunks)
+    shape = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
+    if name == "flatten":
+        keeps_last = args == (0, 1) or (kwargs.get("start_dim", 0), kwargs.get("end_dim", -1)) == (0, 1)
+        return LazyLogits(hidden.flatten(0, 1), lazy.head, lazy.chunks) if keeps_last else None
+    if not shape or shape[-1] not in (vocabulary, -1) or (shape[-1] == -1 and _leading(shape, lazy) is None):
+        return None
+    return LazyLogits(hidden.reshape(*shape[:-1], hidden.shape[-1]), lazy.head, lazy.chunks)
+
+
+def _leading(shape: Any, lazy: LazyLogits) -> int | None:
+    """Number of rows if ``shape[:-1]`` covers exactly the promise's rows, else None."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= int(size)
+    return rows if rows == lazy.hidden.numel() // lazy.hidden.shape[-1] else None
+
+
+def _cross_entropy(
+    lazy: LazyLogits, target: torch.Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> torch.Tensor:
+    if reduction not in ("mean", "sum"):
+        logits = _materialize(lazy)
+        return functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+    hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
+    weight, bias = lazy.head.weight, lazy.head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight = (t.to(torch.get_autocast_dtype(hidden.device.type)) for t in (hidden, weight))
+    return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]
+        hidden, weight, bias, target.reshape(-1), lazy.chunks, ignore_index, reduction
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Inputs: hidden (rows, width), weight (vocabulary, width), bias or None, target (rows,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Any, weight: Any, bias: Any, target: Any, chunks: int, ignore: int, reduction: str
+    ) -> torch.Tensor:
+        terms = (target != ignore).sum().clamp(min=1) if reduction == "mean" else None
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        rows = -(-hidden.shape[0] // chunks)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            loss, slope = _loss_and_slope(functional.linear(hidden[part], weight, bias), target[part], ignore)
+            total += loss
+            torch.mm(slope.to(weight.dtype), weight, out=grad_hidden[part])
+            grad_weight += slope.to(hidden.dtype).t() @ hidden[part]
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+            del slope
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, terms)
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        return total / terms if terms is not None else total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        grad_hidden, grad_weight, grad_bias, terms = ctx.saved_tensors
+        scale = grads[0] / terms if terms is not None else grads[0]
+        weight_dtype, bias_dtype = ctx.dtypes
+        # In place: nobody else holds these buffers, and copies would double them.
+        grad_hidden.mul_(scale)
+        out_weight = grad_weight.mul_(scale).to(weight_dtype)
+        out_bias = grad_bias.mul_(scale).to(bias_dtype) if grad_bias is not None else None
+        return grad_hidden, out_weight, out_bias, None, None, None, None
+
+
+def _loss_and_slope(
+    logits: torch.Tensor, target: torch.Tensor, ignore: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy of a chunk and its derivative by the logits, float32 (rows, vocabulary)."""
+    valid = target != ignore
+    index = target.where(valid, 0).unsqueeze(1)
+    log_probability = functional.log_softmax(logits.float(), dim=-1)
+    loss = -(log_probability.gather(1, index).squeeze(1) * valid).sum()
+    slope = log_probability.exp_()
+    slope.scatter_add_(1, index, slope.new_full((), -1.0).expand(index.shape))
+    return loss, slope.mul_(valid.unsqueeze(1))

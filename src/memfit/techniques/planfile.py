@@ -1,0 +1,74 @@
+"""A plan as a YAML file that a person reads and edits; unknown keys are errors.
+
+::
+
+    techniques:
+      activation-checkpointing: {every: 1}
+      bf16-autocast: {}
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from memfit.techniques.registry import check, make_use
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.plan import Plan
+
+_KEYS = ("techniques", "note")
+
+
+def read_plan(path: Path) -> Plan:
+    """Raises UserError naming every problem of the file at once."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())[:160]}") from error
+    return parse_plan(data, what=str(path))
+
+
+def parse_plan(data: object, *, what: str) -> Plan:
+    if not isinstance(data, dict):
+        raise UserError(f"{what} holds no mapping", allowed=f"a mapping with the keys {', '.join(_KEYS)}")
+    problems = [_unknown(key) for key in data if key not in _KEYS]
+    techniques = data.get("techniques") or {}
+    if not isinstance(techniques, dict):
+        problems.append("techniques is no mapping of technique names to settings")
+        techniques = {}
+    uses = []
+    for name, settings in techniques.items():
+        try:
+            uses.append(make_use(str(name), _settings(settings)))
+        except MemfitError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"{what}: {'. '.join(problems)}")
+    return check(Plan(uses=tuple(uses)))
+
+
+def _settings(value: object) -> dict[str, object]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"settings are {value!r}", allowed="a mapping such as {every: 1}")
+    return {str(k): v for k, v in value.items()}
+
+
+def _unknown(key: object) -> str:
+    close = difflib.get_close_matches(str(key), _KEYS, n=1)
+    suggestion = f", did you mean {close[0]!r}?" if close else ""
+    return f"unknown key {key!r} (allowed: {', '.join(_KEYS)}{suggestion})"
+
+
+def plan_text(plan: Plan, *, note: str = "") -> str:
+    """The YAML text that `read_plan` reads back as the same plan."""
+    import yaml
+
+    data: dict[str, object] = {"note": note} if note else {}
+    data["techniques"] = plan.to_dict()
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,26 @@
+"""Probe operators in a process of their own, where the counting allocator sees nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from memfit.types.result import Measurement, OutcomeKind
+from memfit.worker.events import tell
+
+
+def main(path: Path) -> None:
+    import torch
+
+    from memfit.measure.memory import peak_counter
+    from memfit.measure.probe import calibrate
+
+    request = json.loads(path.read_text())
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    for package in request["packages"]:
+        __import__(package)  # registers its operators
+    counter = peak_counter()
+    result = calibrate(request["signatures"], budget_s=request["budget_s"], counter=counter)
+    tell("calibration", calibration=result)
+    tell("result", measurement=Measurement(outcome=OutcomeKind.OK))

@@ -1,0 +1,243 @@
+"""One training run, measured: warm up, set the cap, train, evaluate, tell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memfit import wire
+from memfit.types.errors import MemfitError
+from memfit.types.launch import RunSpec
+from memfit.types.result import Measurement, OutcomeKind
+from memfit.types.trace import Phase
+from memfit.worker.events import tell
+
+if TYPE_CHECKING:
+    from memfit.jobs.step import TrainingStep
+    from memfit.measure.limit import MemoryLimit
+    from memfit.measure.memory import PeakCounter
+    from memfit.types.job import Job
+
+TIMELINE_POINTS = 400
+
+
+class NonFinite(Exception):
+    """The loss or the gradient norm stopped being a number."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Gauge:
+    """What one run has measured so far."""
+
+    counter: PeakCounter
+    base_bytes: int
+    phase: str = "setup"
+    peak_bytes: int = 0
+    step_peak_bytes: int = 0
+    phase_peaks: dict[str, int] = dataclasses.field(default_factory=dict)
+    phase_rss: dict[str, int] = dataclasses.field(default_factory=dict)
+    step_s: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    grad_norms: list[float] = dataclasses.field(default_factory=list)
+    headroom: list[int] = dataclasses.field(default_factory=list)
+    timeline: tuple[int, ...] = ()
+
+    def turn(self, phase: str) -> None:
+        """The phase that ends now gets the peaks since it began."""
+        from memfit.measure.memory import reset_rss_peak, rss_peak_bytes
+
+        peak = self.counter.peak_bytes() - self.base_bytes
+        self.peak_bytes = max(self.peak_bytes, peak)
+        self.step_peak_bytes = max(self.step_peak_bytes, peak)
+        for table, value in ((self.phase_peaks, peak), (self.phase_rss, rss_peak_bytes())):
+            table[self.phase] = max(table.get(self.phase, 0), value)
+        self.phase = phase
+        self.counter.reset_peak()
+        reset_rss_peak()
+
+
+def main(path: Path) -> None:
+    spec = wire.loads(RunSpec, path.read_text(), what="run specification")
+    try:
+        measurement = _run(spec)
+    except MemfitError as error:
+        measurement = Measurement(outcome=OutcomeKind.FAILED, reason=str(error))
+    tell("result", measurement=measurement)
+
+
+def _run(spec: RunSpec) -> Measurement:
+    import torch
+
+    from memfit.jobs.registry import load
+    from memfit.measure.memory import peak_counter
+
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    counter = peak_counter()
+    job = load(spec.job)
+    tell("stage", stage="warm-up")
+    _warm_up(job, spec)
+    begun = time.perf_counter()
+    gauge = _Gauge(counter, counter.live_bytes())
+    counter.reset_peak()
+    with _cap(spec, counter) as limit:
+        measurement = _guarded(job, spec, gauge, limit)
+    return dataclasses.replace(measurement, wall_s=time.perf_counter() - begun)
+
+
+def _warm_up(job: Job, spec: RunSpec) -> None:
+    """A step of the same kind on as few samples as there are micro-batches, so that kernels, thread
+    stacks and caches exist before the footprint is read."""
+    import torch
+
+    from memfit.jobs.step import TrainingStep, batch_length, split
+
+    batch = job.make_batch(0, spec.seed)
+    torch.manual_seed(spec.seed)
+    step = TrainingStep(job, spec.plan)
+    few = split(batch, max(1, batch_length(batch) // step.bench.micro_batches))[0]
+    for _ in range(2):
+        step.run(few)
+    step.close()
+    del step, batch, few
+    gc.collect()
+
+
+@contextlib.contextmanager
+def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
+    if spec.cap_bytes is None:
+        yield None
+        return
+    from memfit.measure.limit import MemoryLimit
+
+    limit = MemoryLimit(spec.cap_bytes, counter=counter)
+    limit.apply()
+    try:
+        yield limit
+    finally:
+        limit.lift()
+
+
+def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
+    """Train and evaluate; running out of memory and non-finite numbers are outcomes."""
+    from memfit.measure.energy import EnergyMeter
+    from memfit.measure.limit import is_oom_error
+
+    outcome, reason, metric, digest = OutcomeKind.OK, "", None, ""
+    meter = EnergyMeter()
+    meter.start()
+    energy: tuple[float | None, str] = (None, "")
+    try:
+        step = _train(job, spec, gauge)
+        energy = meter.stop()
+        if spec.evaluate and job.evaluate is not None:
+            tell("stage", stage="evaluate")
+            metric = job.evaluate(step.model)
+        digest = _digest(step.model)
+        step.close()
+    except NonFinite as error:
+        outcome, reason = OutcomeKind.FAILED, str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_oom_error(error):
+            raise
+        gauge.turn(gauge.phase)
+        outcome = OutcomeKind.OOM
+        reason = f"out of memory in {gauge.phase} of step {len(gauge.losses)}"
+    return _measurement(spec, gauge, limit, outcome, reason, energy, metric, digest)
+
+
+def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
+    import torch
+
+    from memfit.jobs.step import TrainingStep
+
+    torch.manual_seed(spec.seed)
+    step = TrainingStep(job, spec.plan)
+    for index in range(spec.steps):
+        batch = job.make_batch(index, spec.seed)
+        gauge.turn("between")
+        _one_step(step, batch, index, spec, gauge)
+        del batch
+    return step
+
+
+def _one_step(step: TrainingStep, batch: Any, index: int, spec: RunSpec, gauge: _Gauge) -> None:
+    last = index == spec.steps - 1
+    log = getattr(gauge.counter, "start_log", None) if spec.timeline and last else None
+    if log is not None:
+        log()
+    gauge.step_peak_bytes = 0
+    start = time.perf_counter()
+
+    def mark(phase: Phase) -> None:
+        gauge.turn(str(phase))
+
+    loss, norm = step.run(batch, mark)
+    values = float(loss), float(norm)
+    gauge.step_s.append(time.perf_counter() - start)
+    gauge.turn("between")
+    if log is not None:
+        recorded = gauge.counter.stop_log()  # type: ignore[attr-defined]
+        gauge.timeline = tuple(v - gauge.base_bytes for v in recorded.timeline_bytes(TIMELINE_POINTS))
+    gauge.losses.append(values[0])
+    gauge.grad_norms.append(values[1])
+    if spec.cap_bytes is not None:
+        gauge.headroom.append(spec.cap_bytes - gauge.step_peak_bytes)
+    tell("step", step=index, steps=spec.steps, loss=values[0], peak_bytes=gauge.peak_bytes)
+    for name, value in zip(("loss", "gradient norm"), values, strict=True):
+        if not math.isfinite(value):
+            raise NonFinite(f"{name} is {value} at step {index}")
+
+
+def _digest(model: Any) -> str:
+    """SHA-256 over the trained parameters' bytes, in the order of their names."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, param in sorted(model.named_parameters()):
+        total.update(name.encode())
+        total.update(param.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _measurement(
+    spec: RunSpec,
+    gauge: _Gauge,
+    limit: MemoryLimit | None,
+    outcome: OutcomeKind,
+    reason: str,
+    energy: tuple[float | None, str],
+    metric: float | None,
+    digest: str,
+) -> Measurement:
+    used = limit.used_bytes() if limit is not None else None
+    phases = {k: v for k, v in gauge.phase_peaks.items() if k != "between"}
+    return Measurement(
+        outcome=outcome,
+        reason=reason,
+        steps_done=len(gauge.losses),
+        peak_bytes=gauge.peak_bytes,
+        peak_source=gauge.counter.source,
+        phase_peak_bytes=phases,
+        phase_rss_bytes={k: v for k, v in gauge.phase_rss.items() if k != "between"},
+        rss_peak_bytes=max(gauge.phase_rss.values(), default=None),
+        footprint_bytes=limit.footprint_bytes if limit is not None else None,
+        limit_kind=limit.kind if limit is not None else "",
+        process_peak_bytes=used,
+        overhead_ratio=used / gauge.peak_bytes if used and gauge.peak_bytes else None,
+        step_s=tuple(gauge.step_s),
+        losses=tuple(gauge.losses),
+        grad_norms=tuple(gauge.grad_norms),
+        headroom_bytes=tuple(gauge.headroom),
+        metric=metric,
+        energy_j=energy[0],
+        energy_boundary=energy[1],
+        timeline_bytes=gauge.timeline,
+        weights_digest=digest,
+    )
