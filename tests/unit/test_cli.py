@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -359,32 +359,28 @@ def test_the_step_time_leaves_out_the_first_two(times_s: tuple[float, ...], medi
 # --- progress
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
-    now_s = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
-
-    def sleep(seconds: float) -> None:
-        now_s[0] += seconds
-
-    return sleep  # type: ignore[return-value]
-
-
-def test_without_a_terminal_progress_is_a_line_a_stage_and_one_every_few_seconds(
-    clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+def test_without_a_terminal_long_stages_get_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Bars("en") as progress:
-        for done in range(100):
-            progress("search", done, 100, "plain")
-            clock(0.11)
-        progress("run", 0, 4, "baseline")
-        progress("run", 0, 4, "baseline: evaluate")
-        progress("run", 0, 4, "baseline")
+    for name, seconds in (
+        ("_TICK_S", 0.005),
+        ("_SILENT_S", 0.1),
+        ("_STAGE_S", 0.05),
+        ("_LINE_EVERY_S", 0.25),
+    ):
+        monkeypatch.setattr(f"memfit.cli.progress.{name}", seconds)
+    with Bars("en") as bars:
+        bars("search", 0, 9, "plain")  # over at once, in the silent beginning: no line
+        bars("run", 0, 4, "baseline")
+        bars("run", 3, 4, "baseline")
+        time.sleep(0.45)  # one line at 0.1 s and one 0.25 s later
+        bars("run", 0, 4, "baseline: evaluate")
+        bars("run", 0, 4, "recommended")
+        time.sleep(0.15)  # a line after 0.05 s
     out, err = capsys.readouterr()
-    lines = err.splitlines()
     assert out == ""
-    assert sum("plain" in line for line in lines) == 3  # at 0, 5 and 10 of 11 seconds
-    assert sum("baseline" in line for line in lines) == 2  # two runs, each told once
+    told = [line.partition(" (")[0] for line in err.splitlines()]
+    assert told == ["training 3/4 baseline"] * 2 + ["training 0/4 recommended"]
 
 
 def test_on_a_terminal_every_finished_stage_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -12,21 +13,24 @@ from memfit.types.units import format_seconds
 
 if TYPE_CHECKING:
     import rich.console
-    import rich.progress
 
-_LINE_EVERY_S: Final = 5.0
+_TICK_S: Final = 0.25
+_SILENT_S: Final = 3.0  # a command that is over by then, or a mistake told by then, needs no progress
+_STAGE_S: Final = 1.0  # shorter stages are not worth a line
+_LINE_EVERY_S: Final = 10.0
 _DETAIL_COLUMNS: Final = 60
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Stage:
-    """One stage under way. ``total`` 0: nobody knows how much there is to do."""
+    """One stage under way. ``total`` 0: nobody knows how much there is to do. ``title`` is for people."""
 
     name: str
+    title: str
     done: int
     total: int
     detail: str
-    begun_s: float
+    begun_s: float = dataclasses.field(default_factory=time.monotonic)
 
     def gives_way_to(self, name: str, done: int, total: int, detail: str) -> bool:
         """Another stage begins, or the same from its start; ``baseline: evaluate`` still is that run."""
@@ -42,21 +46,16 @@ class _Stage:
         return f"{self.done}/{self.total}" if self.total else ""
 
     @property
-    def what(self) -> str:
-        return _short(self.detail.partition(": ")[0])
+    def age_s(self) -> float:
+        return time.monotonic() - self.begun_s
 
 
 class Bars:
-    """The pipeline's progress callback, shown until the ``with`` block ends.
-
-    On a terminal the present stage is a live bar and every finished one leaves a line; elsewhere a
-    stage is told when it begins and then every few seconds while it moves.
-    """
+    """The pipeline's progress callback, shown until the ``with`` block ends."""
 
     def __init__(self, lang: str) -> None:
         self._lang = lang
         self._stage: _Stage | None = None
-        self._told_s = 0.0
 
     def __enter__(self) -> Self:
         from rich.console import Console
@@ -65,87 +64,108 @@ class Bars:
 
         self._words = load_words(self._lang)
         console = Console(file=sys.stderr, highlight=False)
-        self._live = _live(console) if console.is_terminal else None
-        if self._live is not None:
-            self._live.start()
+        self._display: _Bar | _Lines = _Bar(console) if console.is_terminal else _Lines()
         self("load", 0, 0, "")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._finish(well=kind is None)
-        if self._live is not None:
-            self._live.stop()
+        if self._stage is not None:
+            self._display.end(self._stage, well=kind is None)
+        self._display.close()
 
     def __call__(self, stage: str, done: int, total: int, detail: str) -> None:
-        now_s = time.monotonic()
         current = self._stage
         if current is None or current.gives_way_to(stage, done, total, detail):
-            self._finish()
-            self._stage = current = _Stage(name=stage, done=done, total=total, detail=detail, begun_s=now_s)
-            self._begin(current)
+            if current is not None:
+                self._display.end(current, well=True)
+            title = self._words.name("stage", stage)
+            self._stage = current = _Stage(name=stage, title=title, done=done, total=total, detail=detail)
+            self._display.begin(current)
         current.done, current.total = max(current.done, done), total or current.total
         current.detail = detail
-        self._show(current, now_s)
+        self._display.update(current)
 
-    def _begin(self, stage: _Stage) -> None:
-        self._told_s = 0.0
-        if self._live is not None:
-            self._live.add_task(self._name(stage), total=stage.total or None, detail="", count="")
 
-    def _show(self, stage: _Stage, now_s: float) -> None:
-        if self._live is not None:
-            self._live.update(
-                self._live.task_ids[-1],
-                completed=max(stage.done - 0.01, 0),  # a full bar would stop its clock
-                total=stage.total or None,
-                count=stage.count,
-                detail=_short(stage.detail),
-            )
-        elif now_s - self._told_s >= _LINE_EVERY_S:
-            self._told_s = now_s
-            since_s = now_s - stage.begun_s
-            since = f"({format_seconds(since_s)})" if since_s >= 1 else ""
-            words = (self._name(stage), stage.count, _short(stage.detail), since)
-            print(*filter(None, words), file=sys.stderr, flush=True)
+class _Bar:
+    """The present stage is a live bar; a finished one leaves a line if it was long or countable."""
 
-    def _finish(self, *, well: bool = True) -> None:
-        """On a terminal the bar becomes a line: the stage, how far it came if not to its end, its time."""
-        stage = self._stage
-        if self._live is None or stage is None:
-            return
-        self._live.remove_task(self._live.task_ids[-1])
-        took_s = time.monotonic() - stage.begun_s
-        if took_s < 1 and stage.total == 0:
-            return
-        self._live.console.print(self._finished(stage, took_s, whole=well and stage.complete))
+    def __init__(self, console: rich.console.Console) -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    def _finished(self, stage: _Stage, took_s: float, *, whole: bool) -> object:
+        self._live = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._live.start()
+
+    def begin(self, stage: _Stage) -> None:
+        self._live.add_task(stage.title, total=stage.total or None, detail="", count="")
+
+    def update(self, stage: _Stage) -> None:
+        self._live.update(
+            self._live.task_ids[-1],
+            completed=max(stage.done - 0.01, 0),  # a full bar would stop its clock
+            total=stage.total or None,
+            count=stage.count,
+            detail=_short(stage.detail),
+        )
+
+    def end(self, stage: _Stage, *, well: bool) -> None:
         from rich.text import Text
 
+        self._live.remove_task(self._live.task_ids[-1])
+        if stage.age_s < _STAGE_S and stage.total == 0:
+            return
+        whole = well and stage.complete
+        run = _short(stage.detail.partition(": ")[0]) if stage.name == "run" else ""
+        words = " ".join(filter(None, (stage.title, run, "" if whole else stage.count)))
         sign = ("✓ ", "green") if whole else ("• ", "yellow")
-        what = stage.what if stage.name == "run" else ""
-        words = (self._name(stage), what, "" if whole else stage.count)
-        return Text.assemble(sign, " ".join(filter(None, words)), (f"  {format_seconds(took_s)}", "dim"))
+        self._live.console.print(Text.assemble(sign, words, (f"  {format_seconds(stage.age_s)}", "dim")))
 
-    def _name(self, stage: _Stage) -> str:
-        return self._words.name("stage", stage.name)
+    def close(self) -> None:
+        self._live.stop()
 
 
-def _live(console: rich.console.Console) -> rich.progress.Progress:
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+class _Lines:
+    """A stage is told when it has lasted a second, and again every few seconds until it ends."""
 
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        console=console,
-        transient=True,
-    )
+    def __init__(self) -> None:
+        self._stage: _Stage | None = None
+        self._silent_until_s = self._next_s = time.monotonic() + _SILENT_S
+        self._closed = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+
+    def begin(self, stage: _Stage) -> None:
+        self._next_s = max(self._silent_until_s, time.monotonic() + _STAGE_S)
+        self._stage = stage
+
+    def update(self, stage: _Stage) -> None:
+        pass  # the ticker looks at the stage itself
+
+    def end(self, stage: _Stage, *, well: bool) -> None:
+        self._stage = None
+
+    def close(self) -> None:
+        self._closed.set()
+        self._ticker.join()
+
+    def _tick(self) -> None:
+        while not self._closed.wait(_TICK_S):
+            stage, now_s = self._stage, time.monotonic()
+            if stage is not None and now_s >= self._next_s:
+                self._next_s = now_s + _LINE_EVERY_S
+                since = f"({format_seconds(stage.age_s)})"
+                words = (stage.title, stage.count, _short(stage.detail), since)
+                print(*filter(None, words), file=sys.stderr, flush=True)
 
 
 def _short(text: str) -> str:
