@@ -80,8 +80,8 @@ class TrainingStep:
 
     def close(self) -> None:
         """Let go of everything that hooks hold in a circle; the step is not used again."""
-        if isinstance(self.optimizer, StepInBackward):
-            self.optimizer.close()
+        for close in self.bench.closers:
+            close()
 
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase) -> torch.Tensor:
         on_phase(Phase.FORWARD)
@@ -147,6 +147,6 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
         return value.narrow(0, start, size) if whole else value
 
     return [
-        _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)  # type: ignore[misc]
+        _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)
         for start, size in zip(starts, sizes, strict=True)
     ]

@@ -2,15 +2,18 @@
 
 What the process holds by then (interpreter, libraries, kernel caches) is its footprint and stays outside;
 `cap_bytes` is what it may take above it. For the cap to see what tensors hold, freed blocks must go
-back to the system: start the process with memfit.run.child.CHILD_ENV.
+back to the system: start the process with memfit.run.child.CHILD_ENV. Which limit, and why:
+docs/decisions/002-memory-cap.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import resource
-from typing import Protocol
+from typing import Final, Protocol
 
 from memfit.measure.allocator import CountingAllocator
 from memfit.measure.cgroup import Group
@@ -20,9 +23,11 @@ from memfit.types.errors import MemfitError
 
 __all__ = ["MemoryLimit", "is_oom_error"]
 
+_PROBE_BYTES: Final = 32 * 1024**2
+
 
 class MemoryLimit:
-    """A cap of `cap_bytes` above the footprint. `kind`: "cgroup", "RLIMIT_DATA" or "cuda fraction".
+    """A cap of `cap_bytes` above the footprint. `kind`: "RLIMIT_DATA", "cgroup" or "cuda fraction".
 
     `counter`, when it is the counting allocator, lets RLIMIT_DATA know its own peak. Raises MemfitError
     where the system has no such limit.
@@ -65,16 +70,30 @@ class _Cap(Protocol):
 
 
 def _cpu_cap(cap_bytes: int, counter: PeakCounter | None) -> _Cap:
+    if _data_limit_holds():
+        return _DataLimit(counter if isinstance(counter, CountingAllocator) else None)
     group = Group.of(os.getpid())
     if group is not None:
-        try:
+        with contextlib.suppress(OSError):  # not allowed after all
             group.make(cap_bytes)
             return _Cgroup(group)
-        except OSError:
-            pass  # not allowed after all
-    if data_bytes() is None:
-        raise MemfitError("this system has no /proc: a hard memory cap is not possible here")
-    return _DataLimit(counter if isinstance(counter, CountingAllocator) else None)
+    raise MemfitError("no hard memory cap is possible here: neither RLIMIT_DATA nor a control group works")
+
+
+def _data_limit_holds() -> bool:
+    """Tried out: kernels before Linux 4.7 and some sandboxes let a mapping pass RLIMIT_DATA."""
+    held = data_bytes()
+    if held is None:
+        return False
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + _PROBE_BYTES, before[1]))
+    try:
+        mmap.mmap(-1, 2 * _PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    return False
 
 
 class _DataLimit:

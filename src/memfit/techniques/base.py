@@ -103,6 +103,7 @@ class Workbench:
     forward_contexts: list[Context] = dataclasses.field(default_factory=list)
     step_in_backward: bool = False
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
+    closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     on_offload: Callable[[int], None] | None = None  # and here: bytes that leave memory
 
     def trainable(self) -> list[torch.nn.Parameter]:

@@ -143,7 +143,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del slope
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, terms)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
-        return total / terms if terms is not None else total
+        mean: torch.Tensor = total / terms if terms is not None else total
+        return mean
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

@@ -28,7 +28,8 @@ class Nf4Linear(torch.nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: torch.Tensor = _Nf4Product.apply(x, self.packed, self.state)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        bias: torch.Tensor | None = self.bias
+        return out if bias is None else out + bias.to(out.dtype)
 
 
 class _Nf4Product(torch.autograd.Function):

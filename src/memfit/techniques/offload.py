@@ -34,6 +34,7 @@ class DiskSpool:
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes, self.count = bench, minimum_bytes, 0
         self.folder = tempfile.TemporaryDirectory(prefix="memfit-offload-")
+        bench.closers.append(self.folder.cleanup)
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:

@@ -127,6 +127,7 @@ class StepInBackward:
         self.square_norms: list[torch.Tensor] = []
         self.optimizers: dict[torch.nn.Parameter, OptimizerLike] = {}
         self.handles: list[Any] = []
+        bench.closers.append(self.close)
         for param in bench.trainable():
             self.optimizers[param] = bench.make_optimizer([param])
             self.handles.append(param.register_post_accumulate_grad_hook(self._step_one))

@@ -223,7 +223,7 @@ class ModuleStack:
                 self._by_node[torch._C._autograd._get_sequence_nr()] = name
             return name
         if phase is Phase.BACKWARD:
-            node = torch._C._current_autograd_node()
+            node: Any = torch._C._current_autograd_node()
             return self._by_node.get(node._sequence_nr(), "") if node is not None else ""
         return ""
 

@@ -86,6 +86,7 @@ def _play(ledger: Ledger, step: TrainingStep, inputs: Any, *, steps: int, most: 
             ledger.next_step()
     finally:
         ledger.modules.close()
+        step.close()
     return played
 
 

@@ -1,0 +1,224 @@
+"""Predicted against measured peaks, a matrix of jobs and techniques; the truth is the counting allocator."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.cost.memory import memory_profile
+from memfit.jobs.registry import load
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator, available
+from memfit.measure.probe import probe
+from memfit.techniques.registry import TECHNIQUES, technique
+from memfit.trace.tracer import trace
+from memfit.types.job import Job, JobRef
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, Use, use
+from memfit.types.trace import Phase, Trace
+
+pytestmark = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
+
+WORST_RATIO = 0.005
+
+
+class _Wide(nn.Module):
+    """Few tokens, many parameters: what optimizers, adapters and 4-bit weights are for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 256)
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)) for _ in range(3)]
+        )
+        self.head = nn.Linear(256, 2048)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def _wide_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return {
+        "x": torch.randn(8, 16, generator=generator),
+        "y": torch.randint(0, 2048, (8,), generator=generator),
+    }
+
+
+def _wide_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["x"]), batch["y"])
+
+
+WIDE = Job(
+    name="wide", build_model=_Wide, make_batch=_wide_batch, loss=_wide_loss, batch_size=8, blocks="blocks"
+)
+
+
+class _Words(nn.Module):
+    """A vocabulary far wider than the model: what the chunked loss is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4096, 32)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(2)])
+        self.head = nn.Linear(32, 4096)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def _words_batch(step: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 4096, (8, 65), generator=torch.Generator().manual_seed(1000 * seed + step))
+
+
+def _words_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens[:, :-1])
+    return functional.cross_entropy(logits.reshape(-1, 4096), tokens[:, 1:].reshape(-1))
+
+
+WORDS = Job(
+    name="words", build_model=_Words, make_batch=_words_batch, loss=_words_loss, batch_size=8, blocks="blocks"
+)
+
+
+def _built_in(spec: str, batch: int) -> Job:
+    return dataclasses.replace(load(JobRef(spec=spec, batch=batch)), steps=2)
+
+
+JOBS = {
+    "wide": lambda: WIDE,
+    "words": lambda: WORDS,
+    "protein-ss": lambda: _built_in("protein-ss", 8),
+    "protein-lm": lambda: _built_in("protein-lm", 4),
+    "char-lm": lambda: _built_in("char-lm", 8),
+}
+ACCUMULATE = use("gradient-accumulation", micro_batches=4)
+AUTOCAST = use("bf16-autocast")
+MASTER = use("bf16-parameters", rounding="master")
+STOCHASTIC = use("bf16-parameters", rounding="stochastic")
+FULL = use("activation-checkpointing", every=1)
+SECOND = use("activation-checkpointing", every=2)
+ATTENTION = use("selective-checkpointing", keep="attention")
+MATMUL = use("selective-checkpointing", keep="matmul")
+CHUNKED = use("chunked-cross-entropy", chunks=4)
+SMALL_ADAM = use("adamw-8bit")
+IN_BACKWARD = use("optimizer-in-backward")
+LORA, QLORA = use("lora", rank=4), use("qlora", rank=4)
+DISK = use("activation-offload", to="disk", minimum_kib=4)
+
+MATRIX: list[tuple[str, tuple[Use, ...]]] = [
+    *((name, ()) for name in JOBS),
+    *(("protein-ss", (u,)) for u in (ACCUMULATE, AUTOCAST, MASTER, FULL, SECOND, ATTENTION, MATMUL, DISK)),
+    ("protein-ss", (AUTOCAST, FULL, SMALL_ADAM)),
+    ("protein-ss", (ACCUMULATE, AUTOCAST, MATMUL)),
+    *(("words", (u,)) for u in (CHUNKED, ACCUMULATE)),
+    ("words", (CHUNKED, AUTOCAST)),
+    *(
+        ("wide", (u,))
+        for u in (SMALL_ADAM, use("adafactor"), use("sgd"), IN_BACKWARD, LORA, QLORA, MASTER, STOCHASTIC)
+    ),
+    ("wide", (IN_BACKWARD, SMALL_ADAM)),
+    *(("protein-lm", (u,)) for u in (FULL, AUTOCAST)),
+    ("protein-lm", (ACCUMULATE, FULL, AUTOCAST)),
+    *(("char-lm", (u,)) for u in (ACCUMULATE, FULL, AUTOCAST)),
+    ("char-lm", (AUTOCAST, MATMUL, SMALL_ADAM)),
+]
+
+
+@pytest.fixture(scope="module")
+def counter() -> Iterator[CountingAllocator]:
+    torch.set_num_threads(1)
+    counting = CountingAllocator()
+    counting.install()
+    yield counting
+
+
+def _missing(uses: tuple[Use, ...]) -> str:
+    return ", ".join(p for u in uses for p in technique(u.technique).missing)
+
+
+def measured(job: Job, plan: Plan, counter: CountingAllocator) -> dict[str, int]:
+    """Highest live bytes of each phase over two real steps; "peak" over everything."""
+    gc.collect()
+    base, peaks, now = counter.live_bytes(), {}, ["setup"]
+
+    def turn(phase: str) -> None:
+        peaks[now[0]] = max(peaks.get(now[0], 0), counter.peak_bytes() - base)
+        counter.reset_peak()
+        now[0] = phase
+
+    counter.reset_peak()
+    torch.manual_seed(0)
+    step = TrainingStep(job, plan)
+    for index in range(2):
+        turn("between")
+        batch = job.make_batch(index, 0)
+        turn("between")
+        step.run(batch, lambda phase: turn(str(phase)))
+        turn("between")
+        del batch
+    step.close()
+    peaks["peak"] = max(peaks.values())
+    return peaks
+
+
+def probed(traced: Trace, counter: CountingAllocator) -> Calibration:
+    """Scratch memory inside kernels, one operator at a time."""
+    found = {s: probe(s, counter) for s in {op.signature for op in traced.ops}}
+    return Calibration(op_peak_bytes={s: f[1] for s, f in found.items() if f is not None})
+
+
+@pytest.mark.parametrize(
+    ("name", "uses"), MATRIX, ids=lambda v: v if isinstance(v, str) else Plan(uses=v).label
+)
+def test_predicted_peak_is_measured_peak(
+    name: str, uses: tuple[Use, ...], counter: CountingAllocator
+) -> None:
+    if missing := _missing(uses):
+        pytest.skip(f"not installed: {missing}")
+    job, plan = JOBS[name](), Plan(uses=uses)
+    traced = trace(job, plan)
+    profile = memory_profile(traced, probed(traced, counter))
+    truth = measured(job, plan, counter)
+    assert profile.peak_bytes == pytest.approx(truth["peak"], rel=WORST_RATIO)
+    for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER):
+        assert profile.phase_peak_bytes[phase] == pytest.approx(truth[phase], rel=WORST_RATIO), phase
+
+
+LOWERS = {
+    "gradient-accumulation": ("protein-ss", ACCUMULATE),
+    "bf16-autocast": ("protein-ss", AUTOCAST),
+    "bf16-parameters": ("protein-ss", MASTER),
+    "activation-checkpointing": ("protein-ss", FULL),
+    "selective-checkpointing": ("protein-ss", MATMUL),
+    "chunked-cross-entropy": ("words", CHUNKED),
+    "adamw-8bit": ("wide", SMALL_ADAM),
+    "adafactor": ("wide", use("adafactor")),
+    "sgd": ("wide", use("sgd")),
+    "optimizer-in-backward": ("wide", IN_BACKWARD),
+    "lora": ("wide", LORA),
+    "qlora": ("wide", QLORA),
+    "activation-offload": ("protein-ss", DISK),
+}
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_every_technique_lowers_a_peak_somewhere(name: str, counter: CountingAllocator) -> None:
+    job_name, used = LOWERS[name]
+    if missing := _missing((used,)):
+        pytest.skip(f"not installed: {missing}")
+    job = JOBS[job_name]()
+    plain = measured(job, Plan(), counter)["peak"]
+    assert measured(job, Plan(uses=(used,)), counter)["peak"] < 0.97 * plain
