@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,14 @@ from memfit.measure import allocator, cgroup, memory
 from memfit.measure.allocator import AllocatorUnavailable, available, thin
 from memfit.measure.cgroup import Group
 from memfit.measure.energy import EnergyMeter
+from memfit.measure.limit import MemoryLimit
 from memfit.measure.oom import is_oom_error, is_oom_text
 from memfit.run.child import CHILD_ENV
+from memfit.types.errors import MemfitError
 
 needs_compiler = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 MIB = 2**20
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA needs Linux")
 
 
 def child(code: str, *, env: dict[str, str] | None = None) -> Any:
@@ -293,7 +297,7 @@ train(512, 2)                              # the warm-up step of the same kind
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA needs Linux")
+@LINUX
 @pytest.mark.parametrize(("ratio", "fits"), [(1.5, False), (1.02, False), (0.9, True)])
 def test_a_child_that_takes_more_than_its_cap_runs_out_of_memory(ratio: float, fits: bool) -> None:
     out = child(
@@ -315,7 +319,7 @@ if out == "oom":
 
 
 @needs_compiler
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA needs Linux")
+@LINUX
 def test_the_cap_sees_little_more_than_the_tensors() -> None:
     """The overhead above tensor bytes is at most 4 %: training passes at 1.04 x its peak, not at 0.99 x."""
     out = child(
@@ -419,6 +423,96 @@ def test_no_group_without_delegation(why: str, tmp_path: Path, monkeypatch: pyte
     if why in ("version 1", "top"):
         own.write_text("0::/\n" if why == "top" else "4:memory:/x\n")
     assert cgroup.Group.of(77, root=tmp_path, own=own) is None
+
+
+def test_the_cap_by_control_group_enters_reads_its_peak_and_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tree(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    group = Group.of(os.getpid(), root=tmp_path, own=own)
+    assert group is not None
+    monkeypatch.setattr(Group, "of", lambda _: group)
+    monkeypatch.setattr("memfit.measure.limit._data_limit_holds", lambda: False)
+    limit = MemoryLimit(3 * MIB)
+    assert (limit.kind, limit.footprint_bytes) == ("cgroup", None)
+    limit.apply()
+    assert (group.path / "memory.max").read_text() == str(3 * MIB)
+    assert (group.path / "cgroup.procs").read_text() == str(os.getpid())
+    assert limit.footprint_bytes is not None
+    assert limit.footprint_bytes > MIB
+    assert limit.used_bytes() is None  # before Linux 5.19
+    (group.path / "memory.peak").write_text("4096")
+    limit.lift()
+    (group.path / "memory.peak").write_text("9999")
+    assert limit.used_bytes() == 4096  # as it was when the cap was lifted
+    assert (group.home / "cgroup.procs").read_text() == str(os.getpid())
+
+
+@LINUX
+def test_rlimit_data_comes_first_and_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    assert MemoryLimit(MIB).kind == "RLIMIT_DATA"
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before  # trying leaves nothing behind
+    monkeypatch.setattr(Group, "of", lambda _: None)
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)  # a kernel that takes it and does nothing
+    with pytest.raises(MemfitError, match="no hard memory cap is possible here"):
+        MemoryLimit(MIB)
+
+
+def test_where_no_limit_works_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(path=tmp_path / "memfit-1", home=tmp_path, pid=1)
+    monkeypatch.setattr("memfit.measure.limit.data_bytes", lambda: None)  # no /proc
+    monkeypatch.setattr(Group, "of", lambda _: group)
+    group.path.mkdir()  # the name is taken
+    with pytest.raises(MemfitError, match="neither RLIMIT_DATA nor a control group"):
+        MemoryLimit(MIB)
+    group.path.rmdir()
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError))
+    with pytest.raises(MemfitError, match="neither RLIMIT_DATA nor a control group"):
+        MemoryLimit(MIB)
+    assert not group.path.exists()  # nothing half-made stays
+
+
+class FakeCuda:
+    """What torch.cuda is asked, on a board of 100 GB that holds 4 GB for this process."""
+
+    reserved, allocated, fraction = 4 * 10**9, 3 * 10**9, 1.0
+
+    def empty_cache(self) -> None: ...
+
+    def reset_peak_memory_stats(self, _: str) -> None: ...
+
+    def memory_reserved(self, _: str) -> int:
+        return self.reserved
+
+    max_memory_reserved = memory_reserved
+
+    def memory_allocated(self, _: str) -> int:
+        return self.allocated
+
+    max_memory_allocated = memory_allocated
+
+    def get_device_properties(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=100 * 10**9)
+
+    def set_per_process_memory_fraction(self, fraction: float, _: str) -> None:
+        self.fraction = fraction
+
+
+def test_the_cap_on_a_gpu_is_a_fraction_above_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr("torch.cuda", cuda)
+    counter = memory.peak_counter("cuda:0")
+    assert counter.source == "torch CUDA allocator"
+    assert (counter.live_bytes(), counter.peak_bytes()) == (3 * 10**9, 3 * 10**9)
+    limit = MemoryLimit(20 * 10**9, device="cuda:0", counter=counter)
+    limit.apply()
+    assert (limit.kind, limit.footprint_bytes) == ("cuda fraction", 4 * 10**9)
+    assert cuda.fraction == pytest.approx(0.24)
+    cuda.reserved = 9 * 10**9
+    limit.lift()
+    assert (limit.used_bytes(), cuda.fraction) == (5 * 10**9, 1.0)
 
 
 # --- energy
