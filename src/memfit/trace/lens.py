@@ -23,6 +23,11 @@ class Lens(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is torch.Tensor.backward:
+            # The mode is off inside its own handler; recomputation in backward must see it too.
+            tensor, *rest = args
+            with self:
+                return torch.autograd.backward(tensor, *rest, **kwargs)
         return func(*args, **kwargs)
 
 
