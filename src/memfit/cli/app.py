@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if as_json:
-            _fail(f"{type(error).__name__}: {error}", 1, as_json)
+            _fail(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1, as_json)
         raise
     if code == INTERRUPTED:
         return _fail("interrupted; what was recorded is kept", INTERRUPTED, as_json)

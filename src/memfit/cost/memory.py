@@ -46,6 +46,8 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
         if last > first:
             top = first + int(numpy.argmax(live[first:last]))
             peaks.append((int(live[top]), int(clock[top]), str(span.phase), "", False))
+        if span.phase is Phase.SETUP and span.start:
+            continue  # between steps nothing is built
         before = int(live[first - 1]) if first else 0
         phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], before, *(p[0] for p in peaks[-1:]))
     for op, inside in _inside(trace, clock, live, calibration):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+EVALUATED_AT_ONCE: Final = 8  # evaluation must not need more memory than a capped training step
 
 if TYPE_CHECKING:
     import torch

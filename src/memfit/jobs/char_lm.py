@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import as_tensors, evaluating, step_rng
+from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, evaluating, step_rng
 from memfit.jobs.fasta import read_text
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
@@ -137,8 +137,9 @@ def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: 
     """Mean cross-entropy in bits over the first windows of the held-out text."""
     starts, total = _test_starts(text, length), 0.0
     with evaluating(model) as device:
-        for first in range(0, len(starts), batch_size):
-            arrays = _windows(text, starts[first : first + batch_size], length)
+        few = min(batch_size, EVALUATED_AT_ONCE)
+        for first in range(0, len(starts), few):
+            arrays = _windows(text, starts[first : first + few], length)
             part = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
             total += float(_cross_entropy(model, part, reduction="sum"))
     return total / (len(starts) * length * math.log(2))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import as_tensors, epoch_indices, evaluating, step_rng
+from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, step_rng
 from memfit.jobs.fasta import read_fasta
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
@@ -151,8 +151,9 @@ def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[di
     """The same masks every time, whatever the batch size."""
     rng = np.random.default_rng(_TEST_SEED)
     whole = _masked(list(sequences.test), length, rng)
-    starts = range(0, len(sequences.test), batch_size)
-    return [{name: array[i : i + batch_size] for name, array in whole.items()} for i in starts]
+    few = min(batch_size, EVALUATED_AT_ONCE)
+    starts = range(0, len(sequences.test), few)
+    return [{name: array[i : i + few] for name, array in whole.items()} for i in starts]
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import as_tensors, epoch_indices, evaluating, step_rng
+from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, step_rng
 from memfit.jobs.fasta import RESIDUES, STATES, read_labelled
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
@@ -163,7 +163,8 @@ def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> 
     right = seen = 0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
-        for picked in np.array_split(test, -(-len(test) // batch_size)):
+        few = min(batch_size, EVALUATED_AT_ONCE)
+        for picked in np.array_split(test, -(-len(test) // few)):
             packed = _pack(chains, picked, np.zeros_like(picked), length)
             part = {name: tensor.to(device) for name, tensor in packed.items()}
             best = model(part["features"], part["valid"]).argmax(-1)

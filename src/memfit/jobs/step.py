@@ -85,7 +85,7 @@ class TrainingStep:
 
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase) -> torch.Tensor:
         on_phase(Phase.FORWARD)
-        with self._contexts():
+        with self.contexts():
             loss = self.job.loss(self.model, part)
             _must_be_loss(loss)
             weighted = loss * share if share != 1.0 else loss
@@ -94,7 +94,8 @@ class TrainingStep:
         return weighted.detach().float()
 
     @contextlib.contextmanager
-    def _contexts(self) -> Iterator[None]:
+    def contexts(self) -> Iterator[None]:
+        """What the plan puts around a forward pass, in evaluation as in training."""
         with contextlib.ExitStack() as stack:
             for context in self.bench.forward_contexts:
                 stack.enter_context(context())

@@ -47,6 +47,7 @@ class _Gauge:
     grad_norms: list[float] = dataclasses.field(default_factory=list)
     headroom: list[int] = dataclasses.field(default_factory=list)
     timeline: tuple[int, ...] = ()
+    used_bytes: int | None = None  # of the cap, by training alone
 
     def turn(self, phase: str) -> None:
         """The phase that ends now gets the peaks since it began."""
@@ -92,20 +93,19 @@ def _run(spec: RunSpec) -> Measurement:
 
 
 def _warm_up(job: Job, spec: RunSpec) -> None:
-    """A step of the same kind on as few samples as there are micro-batches, so that kernels, thread
-    stacks and caches exist before the footprint is read."""
+    """Steps of one micro-batch of the run's own shape, so that kernels, their caches and thread stacks
+    exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference)."""
     import torch
 
-    from memfit.jobs.step import TrainingStep, batch_length, split
+    from memfit.jobs.step import TrainingStep
 
     batch = job.make_batch(0, spec.seed)
     torch.manual_seed(spec.seed)
     step = TrainingStep(job, spec.plan)
-    few = split(batch, max(1, batch_length(batch) // step.bench.micro_batches))[0]
     for _ in range(2):
-        step.run(few)
+        step.run(batch, micro_batches_played=1)
     step.close()
-    del step, batch, few
+    del step, batch
     gc.collect()
 
 
@@ -136,9 +136,11 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
     try:
         step = _train(job, spec, gauge)
         energy = meter.stop()
+        gauge.used_bytes = limit.used_bytes() if limit is not None else None
         if spec.evaluate and job.evaluate is not None:
             tell("stage", stage="evaluate")
-            metric = job.evaluate(step.model)
+            with step.contexts():
+                metric = job.evaluate(step.model)
         digest = _digest(step.model)
         step.close()
     except NonFinite as error:
@@ -216,7 +218,7 @@ def _measurement(
     metric: float | None,
     digest: str,
 ) -> Measurement:
-    used = limit.used_bytes() if limit is not None else None
+    used = gauge.used_bytes or (limit.used_bytes() if limit is not None else None)
     phases = {k: v for k, v in gauge.phase_peaks.items() if k != "between"}
     return Measurement(
         outcome=outcome,
