@@ -15,13 +15,26 @@ class LazyLogits:
     """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, until somebody needs its numbers.
 
     No tensor subclass: the object answers for the shape, follows reshapes, and gives the real logits to
-    whatever else is asked of it.
+    whatever else is asked of it. Once made they are kept, so that what is done to them in place stays.
     """
 
-    def __init__(self, hidden: torch.Tensor, head: torch.nn.Linear, chunks: int) -> None:
-        self.hidden, self.head, self.chunks = hidden, head, chunks
+    def __init__(
+        self, hidden: torch.Tensor, head: torch.nn.Linear, chunks: int, *, cast: torch.dtype | None = None
+    ) -> None:
+        self.hidden, self.head, self.chunks, self.cast = hidden, head, chunks, cast
         self.shape = torch.Size((*hidden.shape[:-1], head.out_features))
-        self.dtype, self.device, self.requires_grad = hidden.dtype, hidden.device, True
+        self.dtype, self.device, self.requires_grad = cast or hidden.dtype, hidden.device, True
+        self.made: torch.Tensor | None = None
+
+    def with_hidden(self, hidden: torch.Tensor) -> LazyLogits:
+        return LazyLogits(hidden, self.head, self.chunks, cast=self.cast)
+
+    def make(self) -> torch.Tensor:
+        """The real logits."""
+        if self.made is None:
+            logits = functional.linear(self.hidden, self.head.weight, self.head.bias)
+            self.made = logits if self.cast is None else logits.to(self.cast)
+        return self.made
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -37,11 +50,11 @@ class LazyLogits:
             raise AttributeError(name)
         if name in _RESHAPES:
             return lambda *args, **kwargs: self._moved(name, args, kwargs)
-        return getattr(_materialize(self), name)
+        return getattr(self.make(), name)
 
     def _moved(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        lazy = _reshape(self, name, args, kwargs)
-        return lazy if lazy is not None else getattr(_materialize(self), name)(*args, **kwargs)
+        lazy = _reshape(self, name, args, kwargs) if self.made is None else None
+        return lazy if lazy is not None else getattr(self.make(), name)(*args, **kwargs)
 
     @classmethod
     def __torch_function__(
@@ -49,25 +62,46 @@ class LazyLogits:
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else kwargs.get("input")
-        if func is functional.cross_entropy and isinstance(first, LazyLogits) and _plain(args, kwargs):
+        if func is functional.cross_entropy and isinstance(first, LazyLogits) and _plain(first, args, kwargs):
             rest = {k: v for k, v in kwargs.items() if k not in ("input", *_NO_EFFECT)}
             return _cross_entropy(first, *args[1:], **rest)
         return func(*_materialize(args), **_materialize(kwargs))
 
 
+def _on_real_logits(name: str) -> Any:
+    def act(self: LazyLogits, *args: Any) -> Any:
+        return getattr(self.make(), name)(*_materialize(args))
+
+    return act
+
+
+# Python looks operators up on the class, past __getattr__.
+for _name in (
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __matmul__ __neg__ "
+    "__lt__ __le__ __gt__ __ge__ __setitem__ __len__"
+).split():
+    setattr(LazyLogits, _name, _on_real_logits(_name))
+
+
 _NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
 
 
-def _plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Class indices against rows of logits, nothing else asked for. (With more dimensions the classes
+    would lie along the second.)"""
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
     known = {"input", "target", "ignore_index", "reduction"}
-    return len(args) <= 2 and all(
-        k in known or (k in _NO_EFFECT and v == _NO_EFFECT[k]) for k, v in kwargs.items()
+    return (
+        rows
+        and len(args) <= 2
+        and all(k in known or (k in _NO_EFFECT and v == _NO_EFFECT[k]) for k, v in kwargs.items())
     )
 
 
 def _materialize(value: Any) -> Any:
     if isinstance(value, LazyLogits):
-        return functional.linear(value.hidden, value.head.weight, value.head.bias)
+        return value.make()
     if isinstance(value, tuple | list):
         return type(value)(_materialize(v) for v in value)
     if isinstance(value, dict):
@@ -79,21 +113,36 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
     """The same promise over reshaped hidden states, or None where the last dimension is touched."""
     hidden, vocabulary = lazy.hidden, lazy.head.out_features
     if name in ("float", "to", "type_as", "contiguous"):
-        return lazy  # the loss is taken in float32 anyway
+        return _cast(lazy, name, args, kwargs)
     if name == "__getitem__":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
-        if any(i is None for i in index) or (Ellipsis in index and index[-1] != slice(None)):
-            return None
-        if Ellipsis not in index and len(index) > hidden.dim() - 1 and index[-1] != slice(None):
-            return None
-        return LazyLogits(hidden[index], lazy.head, lazy.chunks)
+        return lazy.with_hidden(hidden[index]) if _keeps_last(index, hidden.dim()) else None
     shape = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
     if name == "flatten":
         keeps_last = args == (0, 1) or (kwargs.get("start_dim", 0), kwargs.get("end_dim", -1)) == (0, 1)
-        return LazyLogits(hidden.flatten(0, 1), lazy.head, lazy.chunks) if keeps_last else None
+        return lazy.with_hidden(hidden.flatten(0, 1)) if keeps_last else None
     if not shape or shape[-1] not in (vocabulary, -1) or (shape[-1] == -1 and _leading(shape, lazy) is None):
         return None
-    return LazyLogits(hidden.reshape(*shape[:-1], hidden.shape[-1]), lazy.head, lazy.chunks)
+    return lazy.with_hidden(hidden.reshape(*shape[:-1], hidden.shape[-1]))
+
+
+def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits:
+    """Only the real logits change their dtype: the loss of chunks is taken in float32 anyway."""
+    given = {"float": (torch.float32,), "type_as": (getattr(args[0], "dtype", None) if args else None,)}
+    found = [d for d in given.get(name, (*args, *kwargs.values())) if isinstance(d, torch.dtype)]
+    return LazyLogits(lazy.hidden, lazy.head, lazy.chunks, cast=found[0]) if found else lazy
+
+
+def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
+    """Does this index leave the vocabulary whole and last?"""
+    if any(i is None for i in index):
+        return False
+    whole = isinstance(index[-1], slice) and index[-1] == slice(None)
+    if any(i is Ellipsis for i in index):
+        return whole
+    masks = [i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
+    covered = len(index) + sum(m.dim() - 1 for m in masks)
+    return covered < dims or (whole and covered == dims)
 
 
 def _leading(shape: Any, lazy: LazyLogits) -> int | None:
@@ -108,8 +157,9 @@ def _cross_entropy(
     lazy: LazyLogits, target: torch.Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
     if reduction not in ("mean", "sum"):
-        logits = _materialize(lazy)
-        return functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+        return functional.cross_entropy(
+            lazy.make(), target, ignore_index=ignore_index, reduction=reduction
+        )
     hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
     weight, bias = lazy.head.weight, lazy.head.bias
     if torch.is_autocast_enabled(hidden.device.type):
