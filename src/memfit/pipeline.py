@@ -94,7 +94,6 @@ def poc(
     found = story.begin()
     for spec in story.specs():
         found = story.add_run(found, spec)
-    progress("outlook", 0, 0, "")
     found = story.conclude(found)
     path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +190,8 @@ class _Story:
                 for name, plan in ((BASELINE, Plan()), (RECOMMENDED, self.recommended))
             },
             place=request.machine.place.name if request.machine.place else "",
+            paper=outlook.paper_rows(self.planning, self.progress),
+            reach=outlook.reach(self.planning, self.progress),
             steps_per_run=self.steps,
             finished=False,
         )
@@ -249,8 +250,6 @@ class _Story:
             reproducibility=reproducibility(chosen[0], again[0]),
             effort=effort(self.planning.request.job, self.recommended, runs, self.store),
             step_time_ratio=_paired_ratio(plain, chosen),
-            paper=outlook.paper_rows(self.planning, self.progress),
-            reach=outlook.reach(self.planning, self.progress),
             finished=True,
         )
 

@@ -119,8 +119,9 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
         return lazy.with_hidden(hidden[index]) if _keeps_last(index, hidden.dim()) else None
     shape = args[0] if args and isinstance(args[0], tuple | list | torch.Size) else args
     if name == "flatten":
-        keeps_last = args == (0, 1) or (kwargs.get("start_dim", 0), kwargs.get("end_dim", -1)) == (0, 1)
-        return lazy.with_hidden(hidden.flatten(0, 1)) if keeps_last else None
+        start, end = (*args, *(kwargs.get(k, d) for k, d in (("start_dim", 0), ("end_dim", -1))[len(args) :]))
+        last = end % hidden.dim() == hidden.dim() - 1
+        return None if last else lazy.with_hidden(hidden.flatten(start, end))
     if not shape or shape[-1] not in (vocabulary, -1) or (shape[-1] == -1 and _leading(shape, lazy) is None):
         return None
     return lazy.with_hidden(hidden.reshape(*shape[:-1], hidden.shape[-1]))

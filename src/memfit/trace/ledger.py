@@ -11,6 +11,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from memfit.trace.signature import describe, moved_bytes
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan
 
 GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}
+_NOT_THE_USERS = (f"{Path(__file__).parents[1]}/", "/torch/", "/lib/python3", "<")
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
@@ -241,7 +243,7 @@ def user_line() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path: str = frame.f_code.co_filename
-        own = any(part in path for part in ("/torch/", "/memfit/", "/lib/python3", "<"))
+        own = any(part in path for part in _NOT_THE_USERS)
         if not own or "/site-packages/transformers/models/" in path:
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back

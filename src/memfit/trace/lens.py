@@ -7,7 +7,10 @@ kernels whose saved tensors differ.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional
@@ -23,12 +26,25 @@ class Lens(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if func is torch.Tensor.backward:
-            # The mode is off inside its own handler; recomputation in backward must see it too.
-            tensor, *rest = args
-            with self:
-                return torch.autograd.backward(tensor, *rest, **kwargs)
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def device_lens(device: str) -> Iterator[None]:
+    """The lens over forward and over what backward recomputes: torch takes function modes off before its
+    autograd engine runs. Nothing for "cpu"."""
+    if device == "cpu":
+        yield
+        return
+    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    lens = Lens()
+
+    def run_under_lens(*args: Any, **kwargs: Any) -> Any:
+        with lens:
+            return engine(*args, **kwargs)
+
+    with lens, mock.patch.object(torch.autograd, "_engine_run_backward", run_under_lens):
+        yield
 
 
 def _attention(

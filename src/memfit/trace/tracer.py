@@ -13,7 +13,7 @@ from torch.utils import _pytree
 
 from memfit.jobs.step import TrainingStep
 from memfit.trace.ledger import Ledger
-from memfit.trace.lens import Lens
+from memfit.trace.lens import device_lens
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
@@ -39,7 +39,7 @@ def trace(
     """
     batch = job.make_batch(0, 0)
     ledger = Ledger(device, lines=lines)
-    with _fake_world() as fake, _random_states(ledger), _lens(device), ledger:
+    with _fake_world() as fake, _random_states(ledger), device_lens(device), ledger:
         step = TrainingStep(job, plan, device=device)
         _label_state(ledger, step)
         inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
@@ -59,10 +59,6 @@ def trace(
         offloaded_bytes=ledger.offloaded_bytes // steps,
         assumptions=tuple(ledger.assumptions),
     )
-
-
-def _lens(device: str) -> contextlib.AbstractContextManager[Any]:
-    return Lens() if device == "cuda" else contextlib.nullcontext()
 
 
 def fake_model(job: Job) -> torch.nn.Module:
