@@ -77,10 +77,10 @@ def _on_real_logits(name: str) -> Any:
 
 # Python looks operators up on the class, past __getattr__.
 for _name in (
-    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __matmul__ __neg__ "
-    "__lt__ __le__ __gt__ __ge__ __setitem__ __len__"
-).split():
-    setattr(LazyLogits, _name, _on_real_logits(_name))
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul", "neg",
+    "lt", "le", "gt", "ge", "setitem", "len",
+):  # fmt: skip
+    setattr(LazyLogits, f"__{_name}__", _on_real_logits(f"__{_name}__"))
 
 
 _NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
@@ -158,9 +158,7 @@ def _cross_entropy(
     lazy: LazyLogits, target: torch.Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
     if reduction not in ("mean", "sum"):
-        return functional.cross_entropy(
-            lazy.make(), target, ignore_index=ignore_index, reduction=reduction
-        )
+        return functional.cross_entropy(lazy.make(), target, ignore_index=ignore_index, reduction=reduction)
     hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
     weight, bias = lazy.head.weight, lazy.head.bias
     if torch.is_autocast_enabled(hidden.device.type):

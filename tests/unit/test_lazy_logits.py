@@ -1,0 +1,173 @@
+"""A promise of logits gives the numbers of the logits, whatever is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from memfit.techniques.lazy_logits import LazyLogits
+
+ROWS, LENGTH, WIDTH, VOCABULARY = 3, 7, 5, 11
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def labels() -> torch.Tensor:
+    found = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    found[0, 2:] = -100
+    found[2, 0] = 3
+    return found
+
+
+def both(loss: Loss, *, bias: bool = True, chunks: int = 4) -> list[list[torch.Tensor]]:
+    """[loss, gradients of hidden, weight, bias] with real logits and with the promise."""
+    results = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        hidden = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
+        head = nn.Linear(WIDTH, VOCABULARY, bias=bias)
+        value = loss(LazyLogits(hidden, head, chunks) if lazy else head(hidden), labels())
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in (hidden, *head.parameters()))])
+    return results
+
+
+def cross_entropy(**options: Any) -> Loss:
+    return lambda logits, target: functional.cross_entropy(
+        logits.view(-1, VOCABULARY), target.view(-1), **options
+    )
+
+
+def shifted(logits: Any, target: torch.Tensor) -> torch.Tensor:
+    """As Hugging Face's causal models take their loss."""
+    moved = logits.float()[..., :-1, :].contiguous()
+    return functional.cross_entropy(moved.view(-1, moved.size(-1)), target[..., 1:].reshape(-1))
+
+
+KEPT: dict[str, Loss] = {
+    "mean": cross_entropy(),
+    "sum": cross_entropy(reduction="sum"),
+    "ignore_index": lambda logits, target: cross_entropy(ignore_index=3)(logits, target.clamp(min=0)),
+    "module": lambda logits, target: nn.CrossEntropyLoss()(logits.flatten(0, 1), target.flatten()),
+    "by name": lambda logits, target: functional.cross_entropy(
+        input=logits.reshape((ROWS * LENGTH, -1)), target=target.flatten()
+    ),
+    "flatten to the last": lambda logits, target: functional.cross_entropy(
+        logits.flatten(end_dim=-2), target.flatten()
+    ),
+    "causal": shifted,
+    "mask": lambda logits, target: functional.cross_entropy(logits[target != -100], target[target != -100]),
+    "one row": lambda logits, target: functional.cross_entropy(logits[1], target[1]),
+    "last place": lambda logits, target: functional.cross_entropy(logits[:, 0, :], target[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_chunks_give_torchs_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LazyLogits, "make", lambda self: pytest.fail("the logits were made whole"))
+    for real, lazy in zip(*both(KEPT[name]), strict=True):
+        assert_close(lazy, real)
+
+
+@pytest.mark.parametrize("chunks", [2, 5, 21, 100])
+def test_any_number_of_chunks_and_no_bias(chunks: int) -> None:
+    for real, lazy in zip(*both(cross_entropy(), bias=False, chunks=chunks), strict=True):
+        assert_close(lazy, real)
+
+
+def test_where_every_label_is_ignored_the_loss_is_zero_and_not_a_division_by_zero() -> None:
+    head = nn.Linear(WIDTH, VOCABULARY)
+    lazy = LazyLogits(torch.ones(4, WIDTH, requires_grad=True), head, 2)
+    value = functional.cross_entropy(lazy, torch.full((4,), -100))
+    value.backward()
+    assert value == 0
+    assert not head.weight.grad.any()
+
+
+def set_in_place(logits: Any, target: torch.Tensor) -> torch.Tensor:
+    logits[..., 0] = 0.0
+    return logits.square().mean()
+
+
+def scaled_in_place(logits: Any, target: torch.Tensor) -> torch.Tensor:
+    logits.div_(2.0)
+    return functional.cross_entropy(logits.view(-1, VOCABULARY), target.view(-1))
+
+
+MADE: dict[str, Loss] = {
+    "softmax": lambda logits, target: logits.softmax(-1).square().mean(),
+    "torch function": lambda logits, target: torch.logsumexp(logits, dim=-1).mean(),
+    "stacked": lambda logits, target: torch.cat([logits, logits]).square().mean(),
+    "scaled": lambda logits, target: cross_entropy()(30 * torch.tanh(logits / 30), target),
+    "compared": lambda logits, target: (logits * (logits > 0)).sum(),
+    "classes second": lambda logits, target: functional.cross_entropy(logits.transpose(1, 2), target),
+    "more dimensions": lambda logits, target: functional.cross_entropy(
+        logits[:, :VOCABULARY], torch.zeros(ROWS, VOCABULARY, dtype=torch.long)
+    ),
+    "soft targets": lambda logits, target: functional.cross_entropy(
+        logits.flatten(0, 1), torch.full((ROWS * LENGTH, VOCABULARY), 1 / VOCABULARY)
+    ),
+    "smoothing": cross_entropy(label_smoothing=0.1),
+    "weights": cross_entropy(weight=torch.linspace(1, 2, VOCABULARY)),
+    "no reduction": lambda logits, target: cross_entropy(reduction="none")(logits, target).sum(),
+    "a class": lambda logits, target: logits[..., 2].square().mean(),
+    "some classes": lambda logits, target: logits[:, :, :4].square().mean(),
+    "new dimension": lambda logits, target: logits[None].square().mean(),
+    "mask and class": lambda logits, target: logits[target != -100, 2].square().mean(),
+    "all in one": lambda logits, target: logits.view(-1).square().mean(),
+    "flattened whole": lambda logits, target: logits.flatten().square().mean(),
+    "rows of other widths": lambda logits, target: logits.view(-1, ROWS).square().mean(),
+    "set in place": set_in_place,
+    "scaled in place": scaled_in_place,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_anything_else_gets_the_real_logits(name: str) -> None:
+    for real, lazy in zip(*both(MADE[name]), strict=True):
+        assert_close(lazy, real)
+
+
+def test_the_promise_answers_for_the_shape_without_making_anything() -> None:
+    lazy = LazyLogits(torch.ones(ROWS, LENGTH, WIDTH), nn.Linear(WIDTH, VOCABULARY), 2)
+    assert (lazy.shape, lazy.size(1), lazy.dim()) == ((ROWS, LENGTH, VOCABULARY), LENGTH, 3)
+    assert lazy.made is None
+    assert len(lazy) == ROWS
+    with pytest.raises(AttributeError):
+        lazy.__no_such_thing__  # noqa: B018 - asking is the test
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda lazy: lazy.float(),
+        lambda lazy: lazy.to(torch.float32),
+        lambda lazy: lazy.to(dtype=torch.float32),
+        lambda lazy: lazy.type_as(torch.ones(1)),
+    ],
+)
+def test_widened_logits_are_wide_when_they_are_made(cast: Callable[[Any], Any]) -> None:
+    head = nn.Linear(WIDTH, VOCABULARY).bfloat16()
+    hidden = torch.ones(4, WIDTH, dtype=torch.bfloat16)
+    wide = cast(LazyLogits(hidden, head, 2))
+    assert wide.dtype == torch.float32
+    assert_close(wide.softmax(-1), head(hidden).float().softmax(-1), rtol=0, atol=0)
+    assert LazyLogits(hidden, head, 2).to("cpu").softmax(-1).dtype == torch.bfloat16
+
+
+def test_under_autocast_the_products_are_bfloat16_and_the_loss_float32() -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(WIDTH, VOCABULARY), torch.randn(8, WIDTH, requires_grad=True)
+    target = torch.arange(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        lazy = functional.cross_entropy(LazyLogits(hidden, head, 3), target)
+        real = functional.cross_entropy(head(hidden).float(), target)
+    lazy.backward()
+    assert lazy.dtype == torch.float32
+    assert_close(lazy, real, rtol=1e-2, atol=1e-2)
+    assert head.weight.grad.dtype == torch.float32

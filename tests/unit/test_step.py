@@ -1,0 +1,133 @@
+"""The one training step: micro-batches, their weights, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import regression, words, words_terms
+from torch import nn
+from torch.testing import assert_close
+
+from memfit.jobs.step import TrainingStep, batch_length, split
+from memfit.types.errors import UserError
+from memfit.types.job import Job, OptimizerChoice
+from memfit.types.plan import Plan, use
+from memfit.types.trace import Phase
+
+
+@given(length=st.integers(1, 30), parts=st.integers(1, 30))
+def test_law_micro_batches_cover_the_batch_evenly(length: int, parts: int) -> None:
+    batch = {"x": torch.arange(length), "pair": (torch.arange(length), "kept"), "scale": torch.tensor(2.0)}
+    if parts > length:
+        with pytest.raises(UserError, match=f"at most {length}"):
+            split(batch, parts)
+        return
+    cut = split(batch, parts)
+    sizes = [batch_length(part) for part in cut]
+    assert len(cut) == parts
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.cat([part["x"] for part in cut]).tolist() == list(range(length))
+    assert all(part["pair"][1] == "kept" for part in cut)
+    assert all(part["scale"].item() == 2.0 for part in cut)
+
+
+def test_micro_batches_are_views_and_other_lengths_are_shared() -> None:
+    x, table = torch.arange(6), torch.arange(4)
+    first, second = split((x, table), 2)
+    assert second[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert first[1] is second[1] is table
+
+
+def test_a_batch_without_tensors_is_refused() -> None:
+    with pytest.raises(UserError, match="holds no tensor"):
+        batch_length({"text": "ACDE", "scale": torch.tensor(1.0)})
+
+
+def first_gradients(job: Job, plan: Plan) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """(loss, gradient norm, gradients): with plain SGD at rate 1 the first update is minus the gradient."""
+    job = dataclasses.replace(job, optimizer=OptimizerChoice(name="sgd", learning_rate=1.0))
+    torch.manual_seed(0)
+    step = TrainingStep(job, plan)
+    for module in step.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # parts of a batch draw other masks than the whole
+    before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    loss, norm = step.run(job.make_batch(0, 0))
+    return float(loss), float(norm), {n: before[n] - p.detach() for n, p in step.model.named_parameters()}
+
+
+@pytest.mark.parametrize("micros", [2, 3, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch_despite_padding(micros: int) -> None:
+    loss, norm, gradients = first_gradients(words(), Plan())
+    plan = Plan(uses=(use("gradient-accumulation", micro_batches=micros),))
+    parts_loss, parts_norm, parts = first_gradients(words(), plan)
+    assert parts_loss == pytest.approx(loss, rel=1e-6)
+    assert parts_norm == pytest.approx(norm, rel=1e-5)
+    assert_close(parts, gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_without_the_number_of_terms_padding_would_bias_the_sum() -> None:
+    """The test above can fail: rows are padded unequally."""
+    plan = Plan(uses=(use("gradient-accumulation", micro_batches=2),))
+    right, _, _ = first_gradients(words(), Plan())
+    wrong, _, _ = first_gradients(dataclasses.replace(words(), loss_terms=None), plan)
+    assert abs(wrong - right) > 1e-4 * right
+
+
+def test_the_gradient_norm_is_that_of_all_parameters_together() -> None:
+    for plan in (Plan(), Plan(uses=(use("optimizer-in-backward"),))):
+        _, norm, gradients = first_gradients(words(), plan)
+        expected = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        assert norm == pytest.approx(expected, rel=1e-4)
+
+
+def test_phases_come_in_order_once_a_micro_batch() -> None:
+    seen: list[Phase] = []
+    step = TrainingStep(words(), Plan(uses=(use("gradient-accumulation", micro_batches=4),)))
+    step.run(step.job.make_batch(0, 0), seen.append, micro_batches_played=2)
+    micro = [Phase.FORWARD, Phase.BACKWARD]
+    assert seen == [*micro, *micro, Phase.OPTIMIZER]
+
+
+def test_without_update_the_weights_stay_and_the_gradients_go() -> None:
+    step = TrainingStep(words(), Plan())
+    before = [p.detach().clone() for p in step.model.parameters()]
+    step.run(step.job.make_batch(0, 0), update=False)
+    assert all(torch.equal(p, b) for p, b in zip(step.model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda net, batch: net(batch[0]), r"a tensor of shape \(32, 4\)"),
+        (lambda net, batch: 0.5, r"returned 0\.5"),
+        (lambda net, batch: batch[0].mean(), "does not depend on any trainable parameter"),
+    ],
+)
+def test_what_is_no_loss_is_refused_with_what_came(wrong: Any, said: str) -> None:
+    job = dataclasses.replace(regression(), loss=wrong)
+    with pytest.raises(UserError, match=said):
+        TrainingStep(job, Plan()).run(job.make_batch(0, 0))
+
+
+def test_more_micro_batches_than_rows_are_refused() -> None:
+    step = TrainingStep(words(), Plan(uses=(use("gradient-accumulation", micro_batches=9),)))
+    with pytest.raises(UserError, match="9 micro-batches from a batch of 8"):
+        step.run(step.job.make_batch(0, 0))
+
+
+def test_an_impossible_plan_never_becomes_a_step() -> None:
+    clash = Plan(uses=(use("sgd"), use("adafactor")))
+    with pytest.raises(UserError, match="impossible plan"):
+        TrainingStep(words(), clash)
+
+
+def test_the_rows_of_the_test_job_are_padded_unequally() -> None:
+    assert [words_terms(part) for part in split(words().make_batch(0, 0), 8)] == [12 - i for i in range(8)]

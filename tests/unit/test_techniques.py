@@ -1,0 +1,411 @@
+"""The table of techniques, plans as files, and what each technique does to the numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tiny import VOCABULARY, WIDTH, Words, words
+from torch import nn
+from torch.testing import assert_close
+
+from memfit.jobs.step import TrainingStep
+from memfit.techniques.base import Space, Workbench
+from memfit.techniques.blocks import find_blocks, find_head
+from memfit.techniques.optimizers import default_optimizer
+from memfit.techniques.planfile import parse_plan, plan_text, read_plan
+from memfit.techniques.precision import MasterWeights
+from memfit.techniques.registry import (
+    TECHNIQUES,
+    check,
+    conflict,
+    effect_of,
+    in_order,
+    make_use,
+    technique,
+)
+from memfit.types.errors import UserError
+from memfit.types.job import OptimizerChoice
+from memfit.types.plan import EffectClass, Plan, Use, use
+
+SPACE = Space(batch_size=8, block_count=3, has_head=True, vocabulary=VOCABULARY, device="cpu")
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+# --- the table
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("bf16-autocas", {}, "did you mean 'bf16-autocast'?"),
+        ("zzz", {}, "allowed: gradient-accumulation"),
+        ("activation-checkpointing", {"evry": 1}, "did you mean 'every'?"),
+        ("bf16-autocast", {"every": 1}, "allowed: none"),
+        ("activation-checkpointing", {"every": 0}, "an integer of at least 1"),
+        ("gradient-accumulation", {"micro_batches": 1}, "an integer of at least 2"),
+        ("gradient-accumulation", {"micro_batches": True}, "an integer of at least 2"),
+        ("gradient-accumulation", {"micro_batches": 2.0}, "an integer of at least 2"),
+        ("selective-checkpointing", {"keep": "everything"}, "allowed: attention, matmul"),
+    ],
+)
+def test_a_wrong_name_or_setting_is_told_with_what_is_allowed(
+    name: str, settings: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        make_use(name, settings)
+
+
+def test_settings_left_out_have_their_defaults() -> None:
+    assert make_use("activation-offload", {"to": "host"}).settings == {"to": "host", "minimum_kib": 64}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("bf16-autocast", "bf16-parameters"),  # one slot
+        ("activation-checkpointing", "selective-checkpointing"),
+        ("gradient-accumulation", "optimizer-in-backward"),  # forbidden by name
+        ("qlora", "bf16-parameters"),
+        ("chunked-cross-entropy", "lora"),
+    ],
+)
+def test_what_clashes_is_refused_in_either_order(one: str, other: str) -> None:
+    for names in ((one, other), (other, one)):
+        plan = Plan(uses=tuple(make_use(n, {}) for n in names))
+        clash = conflict(plan)
+        assert clash is not None
+        assert one in clash
+        assert other in clash
+        with pytest.raises(UserError, match="take one of them out"):
+            check(plan)
+
+
+def test_forbidding_is_said_on_one_side_and_holds_on_both() -> None:
+    for found in TECHNIQUES.values():
+        for name in found.forbids:
+            pair = Plan(uses=(make_use(found.name, {}), make_use(name, {})))
+            assert conflict(pair), f"{found.name} forbids {name}, which is no technique's name"
+
+
+def test_a_missing_package_is_told_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert technique("adamw-8bit").missing == ("bitsandbytes",)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        check(Plan(uses=(use("adamw-8bit"),)))
+
+
+def test_a_plan_is_as_strong_as_its_strongest_technique() -> None:
+    assert effect_of(Plan()) is EffectClass.E0
+    assert effect_of(Plan(uses=(use("sgd"), use("bf16-autocast")))) is EffectClass.E3
+
+
+def test_techniques_are_applied_in_their_order_whatever_the_plans() -> None:
+    names = ("bf16-autocast", "activation-checkpointing", "lora")
+    plan = Plan(uses=tuple(make_use(n, {}) for n in names))
+    assert [t.name for t, _ in in_order(plan)] == ["lora", "activation-checkpointing", "bf16-autocast"]
+
+
+def test_every_setting_proposed_is_one_a_user_may_write() -> None:
+    for found in TECHNIQUES.values():
+        for device in ("cpu", "cuda"):
+            space = Space(batch_size=8, block_count=5, has_head=True, vocabulary=1000, device=device)
+            for settings in found.settings(space):
+                assert make_use(found.name, settings).settings == settings
+
+
+def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
+    bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
+    proposed = {t.name for t in TECHNIQUES.values() if list(t.settings(bare))}
+    assert not proposed & {
+        "gradient-accumulation", "activation-checkpointing", "selective-checkpointing",
+        "chunked-cross-entropy", "lora", "qlora",
+    }  # fmt: skip
+    assert [s["micro_batches"] for s in technique("gradient-accumulation").settings(SPACE)] == [2, 4, 8]
+
+
+# --- plans as files
+
+
+def settings_of(name: str) -> st.SearchStrategy[dict[str, object]]:
+    knobs = technique(name).knobs
+    return st.fixed_dictionaries(
+        {k.name: st.sampled_from(k.choices) if k.choices else st.integers(k.minimum, 10**6) for k in knobs}
+    )
+
+
+INSTALLED = [n for n in TECHNIQUES if not technique(n).missing]
+# Plain data: a noun made inside a strategy is checked by beartype, which draws random numbers of its own.
+DRAWN = st.lists(st.sampled_from(INSTALLED), unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({n: settings_of(n) for n in names})
+)
+
+
+@given(DRAWN, st.text(max_size=20))
+def test_law_a_plan_written_and_read_is_the_same_plan(drawn: dict[str, dict[str, object]], note: str) -> None:
+    import yaml
+
+    plan = Plan(uses=tuple(make_use(name, settings) for name, settings in drawn.items()))
+    assume(conflict(plan) is None)
+    assert parse_plan(yaml.safe_load(plan_text(plan, note=note)), what="plan") == plan
+
+
+def test_a_plan_file_is_read_with_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("note: mine\ntechniques:\n  bf16-autocast:\n  activation-checkpointing: {every: 2}\n")
+    expected = Plan(uses=(use("bf16-autocast"), use("activation-checkpointing", every=2)))
+    assert read_plan(path) == expected
+    path.write_text("techniques:\n")
+    assert read_plan(path) == Plan()
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("technique: {}\ntechniques: {bf16: {}, activation-checkpointing: {evry: 2}, sgd: 3}\n")
+    with pytest.raises(UserError) as told:
+        read_plan(path)
+    for part in ("'technique'", "did you mean 'techniques'", "'bf16'", "'evry'", "settings are 3"):
+        assert part in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b\n", "holds no mapping"),
+        ("techniques: [sgd]\n", "techniques is no mapping"),
+        ("techniques: {sgd: [\n", "is no YAML"),
+        ("techniques: {sgd: {}, adafactor: {}}\n", "both set the optimizer"),
+    ],
+)
+def test_a_broken_file_is_told_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_plan(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the plan"):
+        read_plan(tmp_path / "none.yaml")
+
+
+# --- what they do to the numbers
+
+
+def trained(*uses: Use, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of some real steps, dropout and padding included, and the weights they lead to."""
+    torch.manual_seed(0)
+    step = TrainingStep(words(), Plan(uses=uses))
+    losses = [float(step.run(step.job.make_batch(i, 0))[0]) for i in range(steps)]
+    weights = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    step.close()
+    return losses, weights
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        use("activation-checkpointing", every=1),
+        use("activation-checkpointing", every=2),
+        use("selective-checkpointing", keep="attention"),
+        use("selective-checkpointing", keep="matmul"),
+        use("activation-offload", to="disk", minimum_kib=1),
+        use("activation-offload", to="host", minimum_kib=1),
+        use("optimizer-in-backward"),
+    ],
+    ids=lambda u: Plan(uses=(u,)).label,
+)
+def test_exact_techniques_change_no_bit(used: Use) -> None:
+    losses, weights = trained(used)
+    plain_losses, plain_weights = trained()
+    assert technique(used.technique).effect is EffectClass.E0
+    assert losses == plain_losses
+    assert all(torch.equal(weights[n], plain_weights[n]) for n in plain_weights)
+
+
+def test_chunks_reorder_sums_and_nothing_else() -> None:
+    losses, weights = trained(use("chunked-cross-entropy", chunks=3))
+    plain_losses, plain_weights = trained()
+    assert losses == pytest.approx(plain_losses, rel=1e-6)
+    assert_close(weights, plain_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        use("bf16-autocast"),
+        use("bf16-parameters", rounding="master"),
+        pytest.param(use("bf16-parameters", rounding="stochastic"), marks=needs("torchao")),
+        pytest.param(use("adamw-8bit"), marks=needs("bitsandbytes")),
+    ],
+    ids=lambda u: Plan(uses=(u,)).label,
+)
+def test_lower_precision_stays_close_and_is_not_the_same(used: Use) -> None:
+    losses, _ = trained(used)
+    plain, _ = trained()
+    assert losses == pytest.approx(plain, rel=0.02)
+    if used.technique != "adamw-8bit":  # tensors this small keep their state in 32 bits
+        assert losses != plain
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd"])
+def test_another_optimizer_starts_at_the_same_loss_and_then_goes_its_own_way(name: str) -> None:
+    losses, _ = trained(use(name))
+    plain, _ = trained()
+    assert losses[0] == plain[0]
+    assert losses[1:] != plain[1:]
+
+
+@pytest.mark.parametrize("name", ["lora", pytest.param("qlora", marks=needs("bitsandbytes"))])
+@needs("peft")
+def test_adapters_leave_the_blocks_alone_and_train_the_rest(name: str) -> None:
+    torch.manual_seed(0)
+    step = TrainingStep(words(), Plan(uses=(use(name, rank=2),)))
+    trainable = {n for n, p in step.model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    for index in range(2):  # the second matrix of a pair starts at zero: the first learns a step later
+        step.run(step.job.make_batch(index, 0))
+    changed = {n for n, p in step.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == trainable
+    assert all("lora_" in n or not n.startswith("blocks.") for n in trainable)
+    # rank 2 beside each of 3 x (16 -> 64 -> 16), then embedding and head with bias
+    assert sum(before[n].numel() for n in trainable) == 3 * 2 * 2 * (16 + 64) + 512 * 16 + 512 * 17
+
+
+@needs("bitsandbytes")
+def test_four_bits_are_close_and_a_quarter_of_half_precision() -> None:
+    from memfit.techniques.nf4 import Nf4Linear
+
+    torch.manual_seed(0)
+    dense = nn.Linear(256, 128)
+    small = Nf4Linear(dense)
+    x = torch.randn(64, 256, requires_grad=True)
+    out, truth = small(x), dense(x)
+    error = (out - truth).detach()
+    assert small.packed.numel() * small.packed.element_size() == 256 * 128 // 2
+    # NormalFloat's levels lie about 0.1 standard deviations apart in the middle
+    assert float(error.norm() / truth.detach().norm()) < 0.15
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    (true_slope,) = torch.autograd.grad(truth.sum(), x)
+    assert float((slope - true_slope).norm() / true_slope.norm()) < 0.15
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small(x).dtype == torch.bfloat16
+    assert Nf4Linear(nn.Linear(64, 64, bias=False))(torch.ones(1, 64)).shape == (1, 64)
+
+
+def test_offload_writes_what_backward_needs_and_leaves_no_file(tmp_path: Path, monkeypatch: Any) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    step = TrainingStep(words(), Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),)))
+    written: list[int] = []
+    step.bench.on_offload = written.append
+    step.run(step.job.make_batch(0, 0))
+    assert 8 * 12 * 64 * 4 in written  # the wide activation inside a block
+    assert min(written) >= 1024
+    assert list(tmp_path.rglob("*/*")) == []
+    step.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_masters_keep_updates_that_bfloat16_would_lose() -> None:
+    """1 - 100 x 1e-3 = 0.9; in bfloat16 alone 1 - 0.001 rounds back to 1 each time."""
+
+    def sgd(params: list[nn.Parameter]) -> torch.optim.SGD:
+        return torch.optim.SGD(params, lr=1e-3)
+
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    frozen = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    masters = MasterWeights([weight, frozen], sgd)
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        masters.step()
+        masters.zero_grad()
+    assert weight.grad is None
+    assert_close(weight, torch.full((4,), 0.9, dtype=torch.bfloat16), rtol=0, atol=0)
+    assert torch.equal(frozen, torch.ones_like(frozen))
+    assert all(state["master"].dtype == torch.float32 for state in masters.state.values())
+
+
+def test_floating_inputs_enter_a_bfloat16_model_as_bfloat16() -> None:
+    from tiny import regression
+
+    torch.manual_seed(0)
+    step = TrainingStep(regression(), Plan(uses=(use("bf16-parameters", rounding="master"),)))
+    loss, _ = step.run(step.job.make_batch(0, 0))
+    assert torch.isfinite(loss)
+    assert not step.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plain_training_has_the_jobs_own_optimizer(name: str, device: str) -> None:
+    make = default_optimizer(OptimizerChoice(name=name, learning_rate=0.5), device)
+    made: Any = make([nn.Parameter(torch.ones(2))])
+    assert type(made).__name__.lower() == name
+    assert made.param_groups[0]["lr"] == 0.5
+    if name != "adafactor":
+        assert made.param_groups[0]["foreach"] is (device == "cuda")
+
+
+def test_an_optimizer_nobody_knows() -> None:
+    with pytest.raises(UserError, match="allowed: adamw, adam, sgd, adafactor"):
+        default_optimizer(OptimizerChoice(name="lion"), "cpu")
+
+
+# --- where blocks and head are
+
+
+def test_blocks_are_the_heaviest_repetition() -> None:
+    path, blocks = find_blocks(Words())
+    assert (path, len(blocks)) == ("blocks", 3)
+    assert find_blocks(Words(), "blocks.0.inner")[0] == "blocks.0.inner"
+
+
+def test_without_blocks_or_at_a_wrong_path_the_user_is_told() -> None:
+    with pytest.raises(UserError, match="no repeated blocks"):
+        find_blocks(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="no blocks at 'layers'; allowed: blocks"):
+        find_blocks(Words(), "layers")
+    with pytest.raises(UserError, match="no blocks at 'head'"):
+        find_blocks(Words(), "head")
+    with pytest.raises(UserError, match="allowed: none"):
+        find_blocks(nn.Linear(2, 2), "layers")
+
+
+def test_the_head_is_found_by_path_by_output_embeddings_or_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = nn.Linear(2, 3)
+
+        def get_output_embeddings(self) -> nn.Linear:
+            return self.projection
+
+    assert find_head(Words(), "head")[0] == "head"
+    assert find_head(Words())[1].in_features == WIDTH
+    assert find_head(Named())[0] == "projection"
+    with pytest.raises(UserError, match=r"no nn\.Linear at 'embed'"):
+        find_head(Words(), "embed")
+    with pytest.raises(UserError, match="no output projection"):
+        find_head(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_chunked_head_is_an_ordinary_one_in_evaluation() -> None:
+    job, model = words(), Words()
+    bench = Workbench(
+        job=job, model=model, device="cpu", make_optimizer=default_optimizer(job.optimizer, "cpu")
+    )
+    technique("chunked-cross-entropy").apply(bench, {"chunks": 2})
+    technique("activation-checkpointing").apply(bench, {"every": 1})
+    model.eval()
+    assert isinstance(model(job.make_batch(0, 0)["tokens"]), torch.Tensor)

@@ -1,0 +1,313 @@
+"""What one step on fake tensors tells: every byte of a network small enough to work out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny import BATCH, LENGTH, VOCABULARY, WIDTH, Block, regression, words
+from torch import nn
+from torch.nn import functional
+
+from memfit.cost.memory import levels, memory_profile
+from memfit.trace.compose import with_blocks
+from memfit.trace.ledger import GRANULARITY_BYTES
+from memfit.trace.tracer import fake_model, trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, Use, use
+from memfit.types.trace import Allocation, Category, Phase, Trace
+
+# 8 -> 16 -> 4 in float32: weights 512 and 256 B, biases 64 and 16 B (rounded to 64)
+PARAMETER_BYTES = 512 + 64 + 256 + 64
+
+
+def by_category(found: Trace, step: int | None = None) -> dict[str, int]:
+    total = Counter[str]()
+    for a in found.allocations:
+        if step is None or a.step == step:
+            total[a.category] += a.size_bytes
+    return dict(total)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Trace:
+    return trace(regression(), Plan())
+
+
+# --- categories
+
+
+def test_parameters_gradients_and_optimizer_state_are_those_on_paper(plain: Trace) -> None:
+    assert plain.parameter_count == plain.trainable_count == 8 * 16 + 16 + 16 * 4 + 4
+    assert by_category(plain)[Category.PARAMETER] == PARAMETER_BYTES
+    assert by_category(plain, 1)[Category.GRADIENT] == PARAMETER_BYTES
+    # AdamW: two moments and a step count (4 B, rounded to 64) for each of 4 tensors, made once
+    assert by_category(plain, 0)[Category.OPTIMIZER_STATE] == 2 * PARAMETER_BYTES + 4 * 64
+    assert Category.OPTIMIZER_STATE not in by_category(plain, 1)
+
+
+def test_activations_are_what_backward_needs_and_inputs_are_the_batch(plain: Trace) -> None:
+    # ReLU keeps its output (32 x 16), the loss the prediction (32 x 4), and the loss itself lives on
+    assert by_category(plain, 1)[Category.ACTIVATION] == 32 * 16 * 4 + 32 * 4 * 4 + 64
+    assert by_category(plain)[Category.INPUT] == 32 * 8 * 4 + 32 * 4 * 4
+
+
+def test_parameters_and_state_stay_and_all_else_is_freed(plain: Trace) -> None:
+    alive = {a.category for a in plain.allocations if a.end is None}
+    assert alive <= {Category.PARAMETER, Category.OPTIMIZER_STATE, Category.INPUT}
+    _, live = levels(plain)
+    inputs = 32 * 8 * 4 + 32 * 4 * 4
+    assert live[-1] in (3 * PARAMETER_BYTES + 4 * 64, 3 * PARAMETER_BYTES + 4 * 64 + inputs)
+
+
+def test_cuda_rounds_every_storage_to_512_bytes() -> None:
+    found = trace(regression(), Plan(), device="cuda")
+    assert all(a.size_bytes % 512 == 0 for a in found.allocations)
+    assert by_category(found)[Category.PARAMETER] == 4 * 512
+    assert GRANULARITY_BYTES == {"cpu": 64, "cuda": 512}
+
+
+def test_phases_follow_each_other_without_a_gap(plain: Trace) -> None:
+    assert [s.phase for s in plain.spans if s.step == 1 and s.phase is not Phase.SETUP] == [
+        Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER,
+    ]  # fmt: skip
+    assert all(one.end == other.start for one, other in zip(plain.spans, plain.spans[1:], strict=False))
+    assert all(a.end is None or a.end > a.start for a in plain.allocations)
+
+
+# --- modules, operators
+
+
+def test_storages_belong_to_the_module_that_made_them(plain: Trace) -> None:
+    forward = {a.op: a.module for a in plain.allocations if a.step == 1 and a.phase is Phase.FORWARD}
+    assert forward["aten.relu.default"] == "1"
+    gradients = [a for a in plain.allocations if a.category is Category.GRADIENT and a.step == 1]
+    owner = {a.size_bytes: a.module for a in gradients}
+    assert owner[512] == "0"
+    assert owner[256] == "2"
+
+
+def test_work_of_a_product_is_two_operations_a_multiplication(plain: Trace) -> None:
+    products = [o for o in plain.ops if o.step == 1 and o.flops]
+    forward = sum(o.flops for o in products if o.phase is Phase.FORWARD)
+    backward = sum(o.flops for o in products if o.phase is Phase.BACKWARD)
+    first, second = 2 * 32 * 8 * 16, 2 * 32 * 16 * 4
+    assert forward == first + second
+    assert backward == first + 2 * second  # nobody needs the gradient of the input
+
+
+def test_moved_bytes_are_inputs_and_outputs_once(plain: Trace) -> None:
+    relu = next(o for o in plain.ops if o.op == "aten.relu.default")
+    assert (relu.moved_bytes, relu.dtype) == (2 * 32 * 16 * 4, "float32")
+
+
+def test_user_lines_are_told_when_asked_for() -> None:
+    found = trace(regression(), Plan(), lines=True)
+    assert any(a.line.startswith("tiny.py:") for a in found.allocations)
+    assert all(not a.line for a in trace(regression(), Plan()).allocations)
+
+
+# --- micro-batches
+
+
+def test_of_many_equal_micro_steps_three_are_played() -> None:
+    found = trace(words(), Plan(uses=(use("gradient-accumulation", micro_batches=8),)))
+    forwards = [s for s in found.spans if s.step == 1 and s.phase is Phase.FORWARD]
+    assert (len(forwards), found.repeated_micro_steps) == (3, 5)
+
+
+def test_forward_and_backward_only() -> None:
+    found = trace(words(), Plan(), steps=1, update=False)
+    assert Category.OPTIMIZER_STATE not in by_category(found)
+
+
+# --- the same step, whatever the plan
+
+
+def peaks(job: Job, *uses: Use) -> dict[str, int]:
+    profile = memory_profile(trace(job, Plan(uses=uses)), Calibration())
+    return {**profile.phase_peak_bytes, "peak": profile.peak_bytes}
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [(), (use("activation-checkpointing", every=1),), (use("bf16-autocast"),)],
+    ids=lambda u: Plan(uses=u).label,
+)
+def test_blocks_add_up_exactly(uses: tuple[Use, ...]) -> None:
+    two, three, five = (peaks(with_blocks(words(5), n), *uses) for n in (2, 3, 5))
+    for phase in ("forward", "backward", "optimizer"):
+        assert two[phase] + 3 * (three[phase] - two[phase]) == five[phase], phase
+
+
+def test_a_cut_model_keeps_its_first_blocks() -> None:
+    assert len(fake_model(with_blocks(words(5), 2)).blocks) == 2
+    assert peaks(with_blocks(words(5), 5)) == peaks(words(5))
+
+
+def test_a_recomputed_block_keeps_its_input_and_the_state_of_the_generator() -> None:
+    plain, found = (
+        trace(words(), Plan()),
+        trace(words(), Plan(uses=(use("activation-checkpointing", every=1),))),
+    )
+    states = [a for a in found.allocations if a.op == "get_rng_state" and a.step == 1]
+    states = [a for a in states if a.phase is Phase.FORWARD]  # backward takes its own beside them
+    assert [a.size_bytes for a in states] == [5056] * 3
+    wide = BATCH * LENGTH * 4 * WIDTH * 4  # inside a block, 4 x WIDTH
+
+    def kept_wide(t: Trace) -> int:
+        return sum(a.category is Category.ACTIVATION and a.size_bytes == wide for a in t.allocations)
+
+    assert kept_wide(plain) > 0
+    assert kept_wide(found) == 0
+
+
+def test_stepping_in_backward_frees_each_gradient_before_the_next_but_one() -> None:
+    def most_at_once(t: Trace) -> int:
+        grads = [a for a in t.allocations if a.category is Category.GRADIENT and a.step == 1]
+        return max(sum(_alive(a, at.start) for a in grads) for at in grads)
+
+    assert most_at_once(trace(words(), Plan())) == len(list(fake_model(words()).parameters()))
+    assert most_at_once(trace(words(), Plan(uses=(use("optimizer-in-backward"),)))) <= 4
+
+
+def _alive(a: Allocation, at: int) -> bool:
+    return a.start <= at and (a.end is None or a.end > at)
+
+
+def test_offloaded_bytes_are_counted() -> None:
+    found = trace(words(), Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),)))
+    wide = BATCH * LENGTH * 4 * WIDTH * 4
+    assert found.offloaded_bytes >= 3 * 2 * wide  # before and after GELU in each of three blocks
+    assert trace(words(), Plan()).offloaded_bytes == 0
+
+
+@pytest.mark.parametrize("precision", [(), (use("bf16-parameters", rounding="master"),)])
+def test_tied_weights_are_one_storage_before_and_after_a_change_of_dtype(precision: tuple[Use, ...]) -> None:
+    tied, free = trace(words(tied=True), Plan(uses=precision)), trace(words(), Plan(uses=precision))
+    assert free.parameter_count - tied.parameter_count == VOCABULARY * WIDTH
+    size = VOCABULARY * WIDTH * (2 if precision else 4)
+
+    def tables(t: Trace) -> int:
+        kept = (a for a in t.allocations if a.category is Category.PARAMETER and a.end is None)
+        return sum(a.size_bytes == size for a in kept)
+
+    assert (tables(tied), tables(free)) == (1, 2)
+
+
+def test_buffers_change_their_dtype_with_the_model() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).double().float()
+
+    found = trace(regression(build), Plan())
+    kept = [a for a in found.allocations if a.category is Category.PARAMETER and a.end is None]
+    # two Linears as before, weight and bias of the norm, running mean, variance and the count of batches
+    assert sum(a.size_bytes for a in kept) == PARAMETER_BYTES + 5 * 64
+
+
+# --- what a trace cannot know
+
+
+def test_item_is_answered_and_the_answer_is_told() -> None:
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        difference = model(batch[0]) - batch[1]
+        scale = difference.detach().abs().max().item()
+        count = int(torch.ones(3, dtype=torch.long).sum().item())
+        return difference.square().mean() * scale / count if (batch[0] > 0).any() else difference.sum()
+
+    found = trace(dataclasses.replace(regression(), loss=loss), Plan())
+    assert len(found.assumptions) == 3
+    answers = " ".join(found.assumptions)
+    for said in ("torch.float32 answered 1.0 at test_trace.py:", "int64 answered 1 ", "bool answered True"):
+        assert said in answers
+
+
+def test_a_plan_that_does_not_suit_the_job_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="no repeated blocks"):
+        trace(
+            regression(lambda: nn.Sequential(nn.Linear(8, 4))),
+            Plan(uses=(use("activation-checkpointing", every=1),)),
+        )
+
+
+def test_the_world_outside_is_as_before() -> None:
+    before = nn.Module._apply, torch.get_rng_state
+    trace(regression(), Plan())
+    assert (nn.Module._apply, torch.get_rng_state) == before
+    assert type(torch.ones(1)) is torch.Tensor
+
+
+# --- through the lens of another device
+
+HEADS, QUERIES, DIM = 2, 128, 16
+
+
+class Attention(nn.Module):
+    def __init__(self, mask: torch.Tensor | None, kv_heads: int) -> None:
+        super().__init__()
+        self.mask, self.kv_heads = mask, kv_heads
+        self.inner = nn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        keys = x[:, : self.kv_heads]
+        return functional.scaled_dot_product_attention(
+            x, keys, keys, attn_mask=self.mask, enable_gqa=self.kv_heads != HEADS
+        )
+
+
+def attention(mask: torch.Tensor | None = None, kv_heads: int = HEADS) -> Job:
+    return Job(
+        name="attention",
+        build_model=lambda: Attention(mask, kv_heads),
+        make_batch=lambda step, seed: torch.ones(1, HEADS, QUERIES, DIM),
+        loss=lambda model, x: model(x).float().square().mean(),
+        batch_size=1,
+    )
+
+
+def kernels(found: Trace) -> set[str]:
+    return {o.op.split(".")[1] for o in found.ops if "scaled_dot_product" in o.op}
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+def test_half_precision_attention_on_cuda_is_flash_and_saves_no_square(kv_heads: int) -> None:
+    found = trace(attention(kv_heads=kv_heads), Plan(uses=(use("bf16-autocast"),)), device="cuda")
+    assert kernels(found) == {
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
+    }  # fmt: skip
+    assert all(a.size_bytes < HEADS * QUERIES * QUERIES * 2 for a in found.allocations)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(1, 1, QUERIES, QUERIES, dtype=torch.bool), torch.zeros(QUERIES, QUERIES)]
+)
+def test_with_a_mask_it_is_the_memory_efficient_kernel(mask: torch.Tensor) -> None:
+    found = trace(attention(mask), Plan(), device="cuda")
+    assert kernels(found) == {
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"
+    }  # fmt: skip
+
+
+def test_in_single_precision_too() -> None:
+    assert "_scaled_dot_product_efficient_attention" in kernels(trace(attention(), Plan(), device="cuda"))
+
+
+def test_on_the_cpu_nothing_is_sent_elsewhere_and_the_work_is_counted() -> None:
+    found = trace(attention(), Plan())
+    assert kernels(found) == {
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    }
+    work = {o.op: o.flops for o in found.ops if "flash" in o.op}
+    forward = 2 * 2 * HEADS * QUERIES * QUERIES * DIM  # two products
+    assert sorted(work.values()) == [forward, forward * 5 // 2]
+
+
+def test_block_is_what_the_arithmetic_above_says() -> None:
+    assert Block().inner[1].out_features == 4 * WIDTH
