@@ -101,7 +101,8 @@ def _tensor(shape: list[int], stride: list[int], dtype_name: str) -> torch.Tenso
     if not dtype.is_floating_point and not dtype.is_complex:
         return tensor.zero_()
     if any(s == 0 for s in stride) and tensor.numel():
-        return tensor.as_strided([1], [1]).fill_(0.5).as_strided(shape, stride)
+        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor.as_strided([stored], [1]).fill_(0.5).as_strided(shape, stride)
     return tensor.uniform_(0.1, 1.0) if dtype.is_floating_point else tensor.fill_(0.5)
 
 

@@ -1,0 +1,287 @@
+"""From hand-made traces to bytes and seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.cost.estimate import estimate, modelled_boundary, offload_s
+from memfit.cost.memory import levels, memory_profile, state_bytes, step_ops, timeline
+from memfit.cost.time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
+from memfit.types.machine import Calibration, Device, Fact, Machine
+from memfit.types.plan import Plan
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
+
+ACTIVATION, TEMPORARY, STATE = Category.ACTIVATION, Category.TEMPORARY, Category.OPTIMIZER_STATE
+
+
+def held(start: int, end: int | None, size: int, category: Category = ACTIVATION, **more: Any) -> Allocation:
+    fields = {"phase": Phase.FORWARD, "step": 0, "module": "", "op": f"op{start}", **more}
+    return Allocation(start=start, end=end, size_bytes=size, category=category, **fields)
+
+
+def op(clock: int, *, phase: Phase = Phase.FORWARD, **more: Any) -> OpCall:
+    fields = {
+        "op": "aten.mm.default", "signature": f"s{clock}", "step": 0, "module": "", "dtype": "float32",
+        "flops": 0, "moved_bytes": 0, **more,
+    }  # fmt: skip
+    return OpCall(clock=clock, phase=phase, **fields)
+
+
+def spans(*ends: int, step: int = 0) -> tuple[PhaseSpan, ...]:
+    """Setup, forward, backward, optimizer, ending at these clocks."""
+    starts = (0, *ends)
+    return tuple(
+        PhaseSpan(phase=phase, step=step, start=start, end=end)
+        for phase, start, end in zip(Phase, starts, ends, strict=False)
+    )
+
+
+def made(*allocations: Allocation, **more: Any) -> Trace:
+    fields = {"ops": (), "spans": spans(10, 20, 30, 40), "steps": 1, **more}
+    return Trace(device="cpu", allocations=allocations, parameter_count=0, trainable_count=0, **fields)
+
+
+SMALL = made(
+    held(1, None, 100, Category.PARAMETER, phase=Phase.SETUP, module="a"),
+    held(11, 25, 40, module="a"),
+    held(12, 14, 30, TEMPORARY, module="b"),
+    held(21, 24, 50, TEMPORARY, module="b"),
+    held(31, None, 60, STATE, phase=Phase.OPTIMIZER),
+    ops=(op(20, signature="known"), op(32, phase=Phase.OPTIMIZER, signature="unknown")),
+)
+
+
+# --- memory
+
+
+def test_levels_rise_and_fall_at_each_tick() -> None:
+    clock, live = levels(SMALL)
+    assert clock.tolist() == [1, 11, 12, 14, 21, 24, 25, 31]
+    assert live.tolist() == [100, 140, 170, 140, 190, 140, 100, 160]
+
+
+def test_the_peak_is_split_by_category_and_module() -> None:
+    profile = memory_profile(SMALL, Calibration())
+    assert profile.peak_bytes == 190
+    assert (profile.peak_phase, profile.peak_op) == ("backward", "op21")
+    assert profile.at_peak_bytes == {"parameter": 100, "activation": 40, "temporary": 50}
+    assert profile.by_module_bytes == {"a": 140, "b": 50}
+    assert profile.phase_peak_bytes == {"setup": 100, "forward": 170, "backward": 190, "optimizer": 160}
+    assert not profile.workspace_probed
+
+
+def test_a_phase_in_which_nothing_is_made_has_what_was_there_before() -> None:
+    quiet = made(held(1, None, 100), held(15, None, 7), spans=spans(10, 20, 30, 40))
+    assert memory_profile(quiet, Calibration()).phase_peak_bytes == {
+        "setup": 100, "forward": 107, "backward": 107, "optimizer": 107,
+    }  # fmt: skip
+
+
+def test_scratch_memory_inside_a_kernel_is_added_where_the_kernel_runs() -> None:
+    # at clock 20 there are 140 B; the kernel takes 60 at its own peak
+    profile = memory_profile(SMALL, Calibration(op_peak_bytes={"known": 60, "elsewhere": 10**9}))
+    assert profile.peak_bytes == 200
+    assert profile.workspace_probed
+    assert profile.peak_op == "aten.mm.default"
+    assert profile.at_peak_bytes == {"parameter": 100, "activation": 40, "workspace": 60}
+    assert profile.phase_peak_bytes["forward"] == 200
+
+
+def test_a_probe_that_finds_only_the_outputs_changes_nothing() -> None:
+    plain = memory_profile(SMALL, Calibration())
+    assert memory_profile(SMALL, Calibration(op_peak_bytes={"known": 50})).peak_op == plain.peak_op
+
+
+def test_optimizer_state_at_the_end() -> None:
+    assert state_bytes(SMALL) == 60
+
+
+@given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60), points=st.integers(1, 20))
+def test_law_thinning_keeps_the_peak(sizes: list[int], points: int) -> None:
+    lives = [held(11 + 2 * i, 12 + 2 * i, size) for i, size in enumerate(sizes)]
+    found = made(*lives, spans=spans(10, 200, 201, 202))
+    thinned = timeline(found, points)
+    assert max(thinned) == max(sizes)
+    assert len(thinned) <= points
+
+
+def test_the_timeline_is_the_last_step_without_what_follows() -> None:
+    second = tuple(
+        dataclasses.replace(s, step=1, start=s.start + 40, end=s.end + 40) for s in SMALL.spans[1:]
+    )
+    later = (held(55, 56, 1, step=1), held(95, None, 10**6, step=1))
+    found = dataclasses.replace(
+        SMALL, steps=2, spans=SMALL.spans + second, allocations=SMALL.allocations + later
+    )
+    assert timeline(found, 100) == (161, 160)
+
+
+# --- operators of a step
+
+
+def test_micro_steps_that_were_not_played_count_on_the_last_that_was() -> None:
+    first, last = Phase.FORWARD, Phase.BACKWARD
+    twice = (
+        PhaseSpan(phase=Phase.SETUP, step=0, start=0, end=1),
+        *(
+            PhaseSpan(phase=p, step=0, start=s, end=s + 10)
+            for p, s in ((first, 1), (last, 11), (first, 21), (last, 31), (Phase.OPTIMIZER, 41))
+        ),
+    )
+    ops = (
+        op(0, phase=Phase.SETUP), op(2), op(12, phase=last), op(22), op(32, phase=last),
+        op(42, phase=Phase.OPTIMIZER),
+    )  # fmt: skip
+    found = made(ops=ops, spans=twice, repeated_micro_steps=5)
+    assert [(o.clock, times) for o, times in step_ops(found)] == [(2, 1), (12, 1), (22, 6), (32, 6), (42, 1)]
+
+
+# --- time
+
+GIGA = 1e9
+
+
+def fact(value: float) -> Fact:
+    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
+
+
+def device(flops: float | None = 100 * GIGA, bandwidth: float | None = 10 * GIGA) -> Device:
+    return Device(
+        name="test", kind="cuda", memory_bytes=fact(2**30),
+        bandwidth_bytes_s=fact(bandwidth) if bandwidth else None,
+        peak_flops={"float32": fact(flops)} if flops else {},
+    )  # fmt: skip
+
+
+CALIBRATED = Calibration(flops_s={"float32": 100 * GIGA}, bandwidth_bytes_s=10 * GIGA, overhead_s=1e-6)
+
+
+def model(calibration: Calibration = CALIBRATED, *seen: OpCall) -> TimeModel:
+    found = time_model(device(), calibration, seen)
+    assert found is not None
+    return found
+
+
+def test_without_rates_there_is_no_time() -> None:
+    assert time_model(device(bandwidth=None), Calibration()) is None
+    assert time_model(device(flops=None), Calibration()) is None
+
+
+def test_an_operator_takes_the_longer_of_arithmetic_and_memory() -> None:
+    compute, memory = op(1, flops=int(GIGA), moved_bytes=1000), op(2, flops=1000, moved_bytes=int(GIGA))
+    assert model().op_s(compute) == pytest.approx(0.01 + 1e-6)
+    assert model().op_s(memory) == pytest.approx(0.1 + 1e-6)
+
+
+def test_catalog_rates_are_taken_at_an_assumed_efficiency() -> None:
+    found = model(Calibration())
+    expected = 0.01 / ASSUMED_EFFICIENCY_RATIO + ASSUMED_OVERHEAD_S
+    assert found.op_s(op(1, flops=int(GIGA))) == pytest.approx(expected)
+
+
+def test_a_dtype_without_a_rate_runs_at_that_of_float32_and_one_without_both_by_its_bytes() -> None:
+    assert model().roofline_s(op(1, flops=int(GIGA), dtype="bfloat16")) == pytest.approx(0.01)
+    halves = dataclasses.replace(model(), flops_s={"bfloat16": GIGA})
+    assert halves.roofline_s(op(1, flops=int(GIGA), moved_bytes=10)) == pytest.approx(1e-9)
+
+
+def test_what_was_measured_wins() -> None:
+    calibration = dataclasses.replace(CALIBRATED, op_s={"s1": 0.5})
+    assert model(calibration).op_s(op(1, flops=int(GIGA))) == pytest.approx(0.5 + 1e-6)
+
+
+def test_between_two_measurements_efficiency_lies_on_the_line_over_the_logarithm_of_work() -> None:
+    """1e-4 s ideal took 4e-4 (25 %), 1e-2 s ideal took 2e-2 (50 %): 1e-3 s runs at 37.5 %."""
+    small, large = op(1, flops=10**7), op(2, flops=10**9)
+    calibration = dataclasses.replace(CALIBRATED, op_s={"s1": 4e-4, "s2": 2e-2})
+    found = model(calibration, small, large)
+    assert found.op_s(op(3, flops=10**8)) == pytest.approx(1e-3 / 0.375 + 1e-6)
+    # beyond the ends: as at the end
+    assert found.op_s(op(3, flops=10**6)) == pytest.approx(1e-5 / 0.25 + 1e-6)
+    assert found.op_s(op(3, flops=10**10)) == pytest.approx(0.1 / 0.5 + 1e-6)
+    # another dtype borrows float32's curve, another operator has none, no work has no efficiency
+    assert found.op_s(op(3, flops=10**8, dtype="bfloat16")) == pytest.approx(1e-3 / 0.375 + 1e-6)
+    assert found.op_s(op(3, flops=10**8, op="aten.bmm.default")) == pytest.approx(1e-3 + 1e-6)
+    assert found.op_s(op(3)) == 1e-6
+
+
+WORK = st.lists(st.tuples(st.integers(0, 10**12), st.integers(0, 10**10)), min_size=1, max_size=5)
+
+
+@given(work=WORK, faster=st.floats(1, 100), wider=st.floats(1, 100))
+def test_law_a_faster_device_is_never_slower(
+    work: list[tuple[int, int]], faster: float, wider: float
+) -> None:
+    ops = [(op(i, flops=f, moved_bytes=b), 2) for i, (f, b) in enumerate(work)]
+    slow = time_model(device(), Calibration())
+    fast = time_model(device(100 * GIGA * faster, 10 * GIGA * wider), Calibration())
+    assert slow is not None
+    assert fast is not None
+    assert fast.total_s(ops) <= slow.total_s(ops) * (1 + 1e-12)
+
+
+# --- estimates
+
+
+def machine(kind: str = "cuda", power_w: float | None = 100.0) -> Machine:
+    return Machine(
+        name="test",
+        device=dataclasses.replace(device(), kind=kind, power_w=fact(power_w) if power_w else None),
+    )
+
+
+def test_an_estimate_adds_operators_and_prices_the_step() -> None:
+    traced = dataclasses.replace(
+        SMALL, ops=(op(12, flops=10**9), op(35, phase=Phase.OPTIMIZER, moved_bytes=10**9))
+    )
+    found = estimate(traced, Plan(), machine=machine(), calibration=CALIBRATED, model=model())
+    assert found.step_s is not None
+    assert found.step_s.value == pytest.approx(0.01 + 0.1 + 2e-6)
+    assert found.energy_j == pytest.approx(100.0 * found.step_s.value)
+    assert found.flops_per_step == 10**9
+    assert (found.allocated_bytes.value, found.peak_phase, found.traced) == (190, "backward", True)
+    assert found.usd is None
+
+
+def test_without_rates_time_and_energy_stay_unknown() -> None:
+    found = estimate(SMALL, Plan(), machine=machine(), calibration=Calibration(), model=None)
+    assert (found.step_s, found.energy_j) == (None, None)
+
+
+def test_a_calibrated_estimate_is_the_narrower() -> None:
+    def width(calibration: Calibration) -> float:
+        traced = dataclasses.replace(SMALL, ops=(op(12, flops=10**9),))
+        found = estimate(traced, Plan(), machine=machine(), calibration=calibration, model=model(calibration))
+        assert found.step_s is not None
+        return (found.step_s.high - found.step_s.low) / found.step_s.value
+
+    assert width(CALIBRATED) < width(Calibration())
+
+
+@given(value=st.floats(0, 1e15), ratio=st.floats(0, 1))
+def test_law_an_interval_holds_its_value(value: float, ratio: float) -> None:
+    from memfit.cost.estimate import around
+
+    found = around(value, ratio)
+    assert 0 <= found.low <= found.value <= found.high
+    assert math.isfinite(found.high)
+
+
+def test_offload_is_written_and_read_once_a_micro_step() -> None:
+    slow_disk = dataclasses.replace(CALIBRATED, disk_bytes_s=1e6)
+    once = made(offloaded_bytes=10**6)
+    assert offload_s(once, model(slow_disk)) == pytest.approx(2.0)
+    again = dataclasses.replace(once, repeated_micro_steps=3)  # one of four was played
+    assert offload_s(again, model(slow_disk)) == pytest.approx(8.0)
+    assert offload_s(made(), model()) == 0
+
+
+def test_the_boundary_says_what_energy_covers() -> None:
+    assert modelled_boundary(machine("cpu")).startswith("package")
+    assert modelled_boundary(machine("cuda")).startswith("board")

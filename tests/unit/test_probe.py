@@ -1,0 +1,112 @@
+"""Operators run alone from their signatures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from memfit.measure import probe as room
+from memfit.measure.probe import calibrate, probe
+from memfit.trace.signature import describe
+
+
+class Counter:
+    """Counts as torch would if every storage were one of these: fed by hand."""
+
+    source = "test"
+
+    def __init__(self) -> None:
+        self.live = 100
+
+    def live_bytes(self) -> int:
+        return self.live
+
+    def peak_bytes(self) -> int:
+        return self.live + 64
+
+    def reset_peak(self) -> None:
+        """Nothing was counted yet."""
+
+
+def signature(name: str, *args: Any, **kwargs: Any) -> str:
+    return describe(name, args, kwargs)
+
+
+RUNNABLE = [
+    signature("aten.mm.default", torch.ones(4, 8), torch.ones(8, 2)),
+    signature("aten.add.Tensor", torch.ones(3), torch.ones(3), alpha=2),
+    signature("aten.cat.default", [torch.ones(2), torch.ones(3)]),
+    signature("aten._to_copy.default", torch.ones(2), dtype=torch.bfloat16, device=torch.device("cpu")),
+    signature("aten.embedding.default", torch.ones(5, 2), torch.tensor([[4, 1]])),
+    signature("aten.gather.default", torch.ones(5, 2), 0, torch.tensor([[4, 1]])),
+    signature("aten.masked_fill.Scalar", torch.ones(4), torch.tensor([True, False, True, True]), 0.0),
+    signature("aten.mul.Tensor", torch.ones(1, 3).expand(4, 3), torch.ones(4, 3).t().t()),
+    signature("aten.abs.default", torch.ones(2, dtype=torch.complex64)),
+]
+
+
+@pytest.mark.parametrize("text", RUNNABLE, ids=lambda text: json.loads(text)[0])
+def test_a_signature_is_enough_to_run_the_operator(text: str) -> None:
+    found = probe(text, Counter())
+    assert found is not None
+    seconds, peak = found
+    assert seconds > 0
+    assert peak == 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        signature("aten.no_such.default", torch.ones(1)),
+        signature("nonsense", torch.ones(1)),
+        signature("aten.mm.default", torch.ones(4, 8), torch.ones(4, 8)),
+        signature("aten.mm.default", torch.ones(4, 8), object()),
+    ],
+)
+def test_what_cannot_be_run_alone_is_none(text: str) -> None:
+    assert probe(text, Counter()) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.int64, 0), (torch.bool, True), (torch.uint8, 0), (torch.complex64, 0.5)]
+)
+def test_made_up_values_are_valid_everywhere(dtype: torch.dtype, value: float) -> None:
+    name = str(dtype).removeprefix("torch.")
+    assert (room._tensor([2, 3], [3, 1], name) == value).all()
+
+
+def test_shape_and_strides_are_kept() -> None:
+    made = room._tensor([4, 3], [1, 4], "float32")
+    assert (made.shape, made.stride()) == ((4, 3), (1, 4))
+    assert 0.1 <= float(made.min()) <= float(made.max()) <= 1.0
+    wide = room._tensor([1000, 3], [0, 1], "float32")
+    assert wide.untyped_storage().nbytes() == 3 * 4
+    assert (wide == wide[0, 0]).all()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_MATMUL_SIZE", 64)
+    monkeypatch.setattr(room, "_COPY_BYTES", 2**16)
+
+
+@pytest.mark.usefixtures("quick")
+def test_calibration_measures_rates_and_the_operators_asked_for() -> None:
+    texts = [RUNNABLE[0], signature("aten.no_such.default"), RUNNABLE[1]]
+    found = calibrate(texts, budget_s=60.0, counter=Counter())
+    assert set(found.op_s) == set(found.op_peak_bytes) == {RUNNABLE[0], RUNNABLE[1]}
+    assert set(found.flops_s) == {"float32", "bfloat16"}
+    assert min(*found.flops_s.values(), found.bandwidth_bytes_s, found.disk_bytes_s) > 0
+    assert found.overhead_s >= 0
+    assert found.threads == torch.get_num_threads()
+
+
+@pytest.mark.usefixtures("quick")
+def test_calibration_stops_when_its_time_is_over() -> None:
+    found = calibrate(RUNNABLE, budget_s=0.0, counter=Counter())
+    assert found.op_s == {}
+    assert found.flops_s

@@ -1,0 +1,246 @@
+"""The search: what is allowed, what is kept, what is taken, and the reasons."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.search.choose import TIE_RATIO, Objective, best, decide, frontier, score
+from memfit.search.space import complexity, plans, usable
+from memfit.techniques.base import Space
+from memfit.techniques.registry import conflict, effect_of
+from memfit.types.plan import Accuracy, EffectClass, Plan, use
+from memfit.types.result import Estimate, Interval, Reason
+
+SPACE = Space(batch_size=4, block_count=4, has_head=True, vocabulary=1000, device="cpu")
+EVERY_PLAN = [
+    Plan(),
+    Plan(uses=(use("activation-checkpointing", every=1),)),
+    Plan(uses=(use("gradient-accumulation", micro_batches=2),)),
+    Plan(uses=(use("bf16-autocast"),)),
+    Plan(uses=(use("sgd"),)),
+    Plan(uses=(use("bf16-autocast"), use("activation-checkpointing", every=1))),
+    Plan(uses=(use("bf16-autocast"), use("gradient-accumulation", micro_batches=2))),
+]
+PLAIN, CHECKPOINTED, ACCUMULATED, MIXED, SGD, BOTH, MIXED_ACCUMULATED = EVERY_PLAN
+
+
+def priced(plan: Plan, peak: float, time_s: float | None = 1.0, **more: Any) -> Estimate:
+    def exact(value: float) -> Interval:
+        return Interval(value=value, low=value, high=value)
+
+    return Estimate(
+        plan=plan, allocated_bytes=exact(peak), phase_peak_bytes={}, at_peak_bytes={}, by_module_bytes={},
+        step_s=None if time_s is None else exact(time_s), flops_per_step=0, **more,
+    )  # fmt: skip
+
+
+# --- space
+
+
+def names(accuracy: Accuracy, space: Space = SPACE) -> set[str]:
+    return {t.name for t in usable(space, accuracy)[0]}
+
+
+def test_a_goal_allows_the_effects_it_says_and_names_what_it_leaves_out() -> None:
+    allowed, left_out = usable(SPACE, Accuracy.EXACT)
+    assert {t.effect for t in allowed} == {EffectClass.E0}
+    reasons = {r.technique: r for r in left_out}
+    assert reasons["bf16-autocast"].kind == "left_out_accuracy"
+    assert reasons["bf16-autocast"].detail == "exact"
+    assert names(Accuracy.EXACT) < names(Accuracy.ROUNDING) < names(Accuracy.ANY)
+    assert "sgd" not in names(Accuracy.ROUNDING)
+
+
+def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    allowed, left_out = usable(SPACE, Accuracy.ANY)
+    missing = {r.technique: r.detail for r in left_out if r.kind == "left_out_unavailable"}
+    assert missing == {"adamw-8bit": "bitsandbytes", "lora": "peft", "qlora": "peft, bitsandbytes"}
+    assert not missing.keys() & {t.name for t in allowed}
+
+
+def test_what_the_job_has_no_place_for_is_not_tried() -> None:
+    bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
+    assert not names(Accuracy.ANY, bare) & {"gradient-accumulation", "activation-checkpointing", "lora"}
+
+
+def test_plans_are_all_combinations_that_do_not_clash_plain_first() -> None:
+    found = list(plans(SPACE, usable(SPACE, Accuracy.ROUNDING)[0]))
+    assert found[0] == Plan()
+    assert len(set(found)) == len(found)
+    assert all(conflict(p) is None for p in found)
+    assert set(EVERY_PLAN) - {SGD} <= set(found)
+
+
+def test_the_number_of_plans_is_the_product_of_choices_minus_clashes() -> None:
+    kept = [
+        t for t in usable(SPACE, Accuracy.ROUNDING)[0]
+        if t.name in ("gradient-accumulation", "optimizer-in-backward", "activation-checkpointing")
+    ]  # fmt: skip
+    # accumulation (none, 2, 4) x checkpointing (none, 1, 2, 3) x in backward (no, yes), but not with 2 and 4
+    assert len(list(plans(SPACE, kept))) == 3 * 4 * 2 - 2 * 4
+
+
+# --- frontier
+
+ESTIMATES = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 5)),
+    min_size=1, max_size=7, unique_by=lambda t: t[0],
+)  # fmt: skip
+
+
+def at_least_as_good(one: Estimate, other: Estimate) -> bool:
+    return (
+        one.allocated_bytes.value <= other.allocated_bytes.value
+        and score(one, Objective.FASTEST) <= score(other, Objective.FASTEST)
+        and effect_of(one.plan) <= effect_of(other.plan)
+    )
+
+
+@given(ESTIMATES)
+def test_law_nothing_kept_is_beaten_and_everything_dropped_is(drawn: list[tuple[int, int, int]]) -> None:
+    estimates = [priced(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
+    kept = frontier(estimates)
+    dropped = [e for e in estimates if e not in kept]
+    assert kept
+    for one in kept:
+        assert not any(at_least_as_good(o, one) for o in kept if o is not one)
+    assert all(any(at_least_as_good(o, e) for o in kept) for e in dropped)
+    peaks = [e.allocated_bytes.value for e in kept]
+    assert peaks == sorted(peaks)
+
+
+def test_without_times_the_frontier_is_by_memory_and_effect() -> None:
+    found = frontier([priced(PLAIN, 10, None), priced(CHECKPOINTED, 5, None), priced(MIXED, 7, None)])
+    assert [e.plan for e in found] == [CHECKPOINTED]
+
+
+# --- best
+
+
+@given(ESTIMATES, st.integers(1, 5), st.sampled_from(list(Objective)))
+def test_law_a_looser_cap_is_never_worse(drawn: list[Any], cap: int, goal: Objective) -> None:
+    estimates = [priced(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
+
+    def reached(limit: int) -> float:
+        found = best([e for e in estimates if e.allocated_bytes.value <= limit], goal)
+        return float("inf") if found is None else score(found, goal)
+
+    assert reached(cap + 1) <= reached(cap) * (1 + TIE_RATIO)
+
+
+def test_within_a_tie_the_milder_and_simpler_plan_is_taken() -> None:
+    close = [priced(BOTH, 5, 1.0), priced(MIXED, 5, 1.01), priced(ACCUMULATED, 5, 1.015)]
+    found = best(close, Objective.FASTEST)
+    assert found is not None
+    assert found.plan == ACCUMULATED  # E1 before E2
+    found = best(close[:2], Objective.FASTEST)
+    assert found is not None
+    assert found.plan == MIXED  # one technique before two
+    clear = best([*close, priced(SGD, 5, 0.5)], Objective.FASTEST)
+    assert clear is not None
+    assert clear.plan == SGD
+
+
+def test_of_nothing_there_is_no_best() -> None:
+    assert best([], Objective.SMALLEST) is None
+
+
+def test_each_goal_has_its_own_figure_and_falls_back_to_time() -> None:
+    one = priced(PLAIN, 10, 2.0, usd=3.0, co2_g=4.0)
+    assert [score(one, g) for g in Objective] == [2.0, 10, 3.0, 4.0]
+    bare = priced(PLAIN, 10, 2.0)
+    assert [score(bare, g) for g in (Objective.CHEAPEST, Objective.GREENEST)] == [2.0, 2.0]
+    assert score(priced(PLAIN, 10, None), Objective.FASTEST) == float("inf")
+
+
+def test_complexity_is_effect_first() -> None:
+    assert complexity(PLAIN) == (0, 0)
+    assert complexity(CHECKPOINTED) < complexity(ACCUMULATED) < complexity(MIXED) < complexity(BOTH)
+
+
+# --- decide
+
+PRICES = {
+    PLAIN: priced(PLAIN, 100, 1.0),
+    CHECKPOINTED: priced(CHECKPOINTED, 60, 1.3),
+    ACCUMULATED: priced(ACCUMULATED, 50, 1.1),
+    MIXED: priced(MIXED, 60, 0.8),
+    SGD: priced(SGD, 90, 0.9),
+    BOTH: priced(BOTH, 40, 1.0),
+}
+
+
+def decided(cap: int, goal: Objective = Objective.FASTEST, *left_out: Reason) -> Any:
+    return decide(
+        list(PRICES.values()), goal=goal, cap_bytes=cap, considered=99, left_out=left_out,
+        fits=lambda e: e.allocated_bytes.value <= cap, price=PRICES.__getitem__,
+    )  # fmt: skip
+
+
+def test_the_winner_says_what_each_technique_saves() -> None:
+    found = decided(45).recommended
+    assert found.estimate.plan == BOTH
+    assert (found.fits, found.effect) == (True, EffectClass.E2)
+    saves = {r.technique: (r.saved_bytes, r.time_ratio) for r in found.reasons if r.kind == "saves"}
+    # without autocast: 60 B and 1.3 s; without checkpointing: 60 B and 0.8 s
+    assert saves["bf16-autocast"] == (20, pytest.approx(1.0 / 1.3))
+    assert saves["activation-checkpointing"] == (20, pytest.approx(1.0 / 0.8))
+
+
+def test_it_says_why_each_other_technique_is_not_in_it() -> None:
+    why = Reason(kind="left_out_accuracy", technique="lora", detail="rounding")
+    found = decided(70, Objective.FASTEST, why).recommended
+    assert found.estimate.plan == MIXED
+    kinds = {r.technique: r for r in found.reasons if r.kind != "saves"}
+    assert kinds["sgd"].kind == "left_out_does_not_fit"
+    assert kinds["gradient-accumulation"].kind == "left_out_slower"
+    assert kinds["gradient-accumulation"].time_ratio == pytest.approx(1.1 / 0.8)
+    assert kinds["gradient-accumulation"].saved_bytes == 10
+    assert kinds["activation-checkpointing"].detail == BOTH.label  # the best plan that has it
+    assert kinds["lora"] == why
+    small = decided(1000, Objective.SMALLEST).recommended
+    assert {r.kind for r in small.reasons if r.technique == "sgd"} == {"left_out_slower"}
+
+
+def test_equally_good_but_not_simpler_is_not_needed() -> None:
+    same = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40)}
+    found = decide(
+        list(same.values()), goal=Objective.FASTEST, cap_bytes=60, considered=2, left_out=(),
+        fits=lambda e: True, price=same.__getitem__,
+    )  # fmt: skip
+    assert found.recommended is not None
+    assert found.recommended.estimate.plan == PLAIN
+    assert [r.kind for r in found.recommended.reasons] == ["left_out_not_needed"]
+
+
+def test_the_frontier_shows_what_fits_and_always_plain_and_the_smallest() -> None:
+    found = decided(55)
+    shown = [c.estimate.plan for c in found.frontier]
+    assert shown == [BOTH, ACCUMULATED, PLAIN]
+    assert [c.fits for c in found.frontier] == [True, True, False]
+    assert found.baseline.estimate.plan == PLAIN
+    assert (found.goal, found.cap_bytes, found.considered) == ("fastest", 55, 99)
+    assert any(c is found.recommended for c in found.frontier)
+
+
+def test_where_nothing_fits_there_is_no_recommendation_but_the_smallest() -> None:
+    found = decided(10)
+    assert found.recommended is None
+    assert found.smallest.estimate.plan == BOTH
+    assert not found.smallest.fits
+
+
+def test_without_times_a_reason_has_no_ratio() -> None:
+    prices = {PLAIN: priced(PLAIN, 100, None), CHECKPOINTED: priced(CHECKPOINTED, 40, None)}
+    found = decide(
+        list(prices.values()), goal=Objective.SMALLEST, cap_bytes=50, considered=2, left_out=(),
+        fits=lambda e: e.allocated_bytes.value <= 50, price=prices.__getitem__,
+    )  # fmt: skip
+    assert found.recommended is not None
+    assert [(r.saved_bytes, r.time_ratio) for r in found.recommended.reasons] == [(60, None)]

@@ -1,0 +1,137 @@
+"""Sizes and times as people write them, nouns as JSON, and the child's command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit import wire
+from memfit.engines import native
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan, use
+from memfit.types.result import Interval, Measurement, OutcomeKind
+from memfit.types.units import GIB, MIB, format_bytes, format_seconds, parse_bytes
+
+# --- units
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("80 GB", 80 * 10**9),
+        ("512m", 512 * 2**20),
+        ("1.5k", 1536),
+        ("7", 7),
+        ("7 B", 7),
+        (" 2 tib ", 2**41),
+        ("0.5TB", 5 * 10**11),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "0 GiB", "1 GiX", "1e9", "1,5 GiB", "GiB"])
+def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UserError, match="for example 24GiB"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 2**50))
+def test_law_a_size_told_is_the_size_to_four_digits(size: int) -> None:
+    assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=1e-3)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40))
+def test_law_a_minus_changes_nothing_else(one: int, other: int) -> None:
+    assert format_bytes(-one - 1) == "-" + format_bytes(one + 1)
+    assert format_bytes(one + other) == format_bytes(float(one + other))
+
+
+def test_sizes_and_times_have_the_unit_that_fits() -> None:
+    sizes = [format_bytes(n) for n in (0, 1023, 1024, 1.5 * MIB, 24 * GIB, 2**41)]
+    assert sizes == ["0 B", "1023 B", "1 KiB", "1.5 MiB", "24 GiB", "2 TiB"]
+    times = [format_seconds(s) for s in (0.0123, 0.9, 4.56, 119, 120, 7200, 11520, 5.1 * 86400)]
+    assert times == ["12.3 ms", "900 ms", "4.56 s", "119 s", "2 min", "2 h", "3.2 h", "5.1 d"]
+
+
+# --- wire
+
+NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@given(losses=st.lists(NUMBERS, max_size=5), reason=st.text(max_size=20), peak=st.none() | st.integers(0))
+def test_law_a_measurement_crosses_as_it_is(losses: list[float], reason: str, peak: int | None) -> None:
+    sent = Measurement(outcome=OutcomeKind.OK, losses=tuple(losses), reason=reason, peak_bytes=peak)
+    text = wire.dumps(sent)
+    got = wire.loads(Measurement, text)
+    assert [repr(x) for x in got.losses] == [repr(x) for x in losses]  # nan is not equal to itself
+    assert dataclasses.replace(got, losses=()) == dataclasses.replace(sent, losses=())
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_nested_nouns_enums_and_numbers_keep_their_kinds() -> None:
+    plan = Plan(
+        uses=(use("gradient-accumulation", micro_batches=4), use("bf16-parameters", rounding="master"))
+    )
+    spec = RunSpec(name="x", role="run", job=JobRef(spec="a.py:job", steps=3), plan=plan, seed=1, steps=2)
+    assert wire.loads(RunSpec, wire.dumps(spec)) == spec
+    assert wire.loads(Interval, '{"value": "inf", "low": 0, "high": "inf"}').value == math.inf
+    assert json.loads(wire.dumps({"nested": [math.nan, -math.inf, 1]})) == {"nested": ["nan", "-inf", 1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"outcome": "ok", "losses": [1, "x"]}', "losses.1"),
+        ('{"outcome": "fine"}', "outcome"),
+        ("{}", "outcome"),
+        ("not json", "the whole text"),
+    ],
+)
+def test_a_broken_record_names_its_place(text: str, place: str) -> None:
+    with pytest.raises(UserError, match=f"record 7 is broken at {place}"):
+        wire.loads(Measurement, text, what="record 7")
+
+
+def test_nothing_fits_says_the_least_that_would_do() -> None:
+    error = NothingFits(cap_bytes=MIB, least_bytes=3 * GIB, plan_text="bf16-autocast")
+    assert str(error) == (
+        "no allowed plan fits 1 MiB (1048576 B); the least that would do is 3 GiB (3221225472 B), "
+        "with bf16-autocast"
+    )
+    assert error.exit_code == 3
+
+
+# --- the child's command line
+
+SPEC = RunSpec(
+    name="x", role="run", job=JobRef(spec="protein-ss"), plan=Plan(uses=(use("bf16-autocast"),)), seed=3,
+    steps=2, threads=2, cap_bytes=MIB,
+)  # fmt: skip
+
+
+def test_the_child_reads_the_very_specification_it_was_given() -> None:
+    config = native.render(SPEC)
+    assert wire.loads(RunSpec, config.files["run.json"]) == SPEC == config.spec
+    assert config.argv == (sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json")
+    assert config.env == {"OMP_NUM_THREADS": "2"}
+    assert native.render(dataclasses.replace(SPEC, threads=0)).env == {}
+
+
+def test_calibration_is_asked_with_its_signatures_and_budget() -> None:
+    config = native.render_calibration(SPEC, ["a", "b"], budget_s=1.5, packages=["bitsandbytes"])
+    request = json.loads(config.files["request.json"])
+    assert request == {
+        "signatures": ["a", "b"], "budget_s": 1.5, "threads": 2, "packages": ["bitsandbytes"],
+    }  # fmt: skip
+    assert config.argv[3:] == ("calibrate", "{dir}/request.json")
