@@ -1,0 +1,288 @@
+"""The child: what one run measures and tells, and how it ends. Once for real, the rest in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit import wire
+from memfit.engines import native
+from memfit.jobs.registry import load
+from memfit.measure import allocator, limit, memory
+from memfit.run.child import run
+from memfit.trace.tracer import trace
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan, use
+from memfit.types.result import Measurement, OutcomeKind
+from memfit.worker import calibrate, train
+
+JOB = '''
+"""A network whose largest tensors are megabytes, so that a cap can be told from the noise beside it."""
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.types.job import Job, Metric
+
+METRIC = Metric(name="error", unit="1", higher_is_better=False, margin=0.5, margin_source="a test",
+                naive=1.0, naive_name="zero")
+
+
+def batch(step, seed):
+    torch.manual_seed(1000 * seed + step)
+    x = torch.randn(64, 32)
+    return x, x[:, :4]
+
+
+def make(explode_at=None, kind=float("nan"), width=256, metric=True):
+    calls = [0]
+
+    def loss(model, both):
+        calls[0] += 1
+        value = functional.mse_loss(model(both[0]), both[1])
+        if explode_at is not None and calls[0] == explode_at:
+            if isinstance(kind, BaseException):
+                raise kind
+            return value * kind
+        return value
+
+    def evaluate(model):
+        with torch.no_grad():
+            x, y = batch(10**6, 0)
+            return float(functional.mse_loss(model(x), y))
+
+    def build():
+        blocks = [nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(3)]
+        return nn.Sequential(nn.Linear(32, width), nn.Sequential(*blocks), nn.Linear(width, 4))
+
+    return Job(name="own", build_model=build, make_batch=batch, loss=loss, batch_size=64, blocks="1", steps=3,
+               evaluate=evaluate if metric else None, metric=METRIC if metric else None)
+
+
+def job():
+    return make()
+
+
+def large():
+    return make(width=1024)
+
+
+def broken():
+    return make(explode_at=4)  # two calls warm up, so this is step 1
+
+
+def endless():
+    return make(explode_at=4, kind=float("inf"))
+
+
+def full():
+    return make(explode_at=4, kind=MemoryError())
+
+
+def mistaken():
+    return make(explode_at=4, kind=RuntimeError("shapes do not fit"))
+
+
+def unevaluated():
+    return make(metric=False)
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(JOB)
+    return str(path)
+
+
+def spec(own: str, attribute: str = "job", **more: Any) -> RunSpec:
+    fields = {"plan": Plan(), "seed": 0, "steps": 3, "threads": 1, **more}
+    return RunSpec(name="x", role="run", job=JobRef(spec=f"{own}:{attribute}"), **fields)
+
+
+# --- in this process, with counters of the test's own
+
+
+class Log:
+    def timeline_bytes(self, points: int) -> tuple[int, ...]:
+        return (105, 110, 107)
+
+
+class Counter:
+    """Live bytes stand at 100; each reading of the peak is one higher than the last."""
+
+    source = "test"
+
+    def __init__(self) -> None:
+        self.reads = 100
+
+    def live_bytes(self) -> int:
+        return 100
+
+    def peak_bytes(self) -> int:
+        self.reads += 1
+        return self.reads
+
+    def reset_peak(self) -> None:
+        """Readings only grow here."""
+
+    def start_log(self) -> None:
+        """The last step begins."""
+
+    def stop_log(self) -> Log:
+        return Log()
+
+
+class Limit:
+    kind, footprint_bytes = "test", 7
+
+    def __init__(self, cap_bytes: int, **more: object) -> None:
+        self.lifted = False
+
+    def apply(self) -> None:
+        assert not self.lifted
+
+    def lift(self) -> None:
+        self.lifted = True
+
+    def used_bytes(self) -> int:
+        return 1000
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``told(spec)``: (measurement, events) of a run in this process."""
+    monkeypatch.setattr(memory, "peak_counter", Counter)
+    monkeypatch.setattr(limit, "MemoryLimit", Limit)
+
+    def ask(asked: RunSpec) -> tuple[Measurement, list[dict[str, Any]]]:
+        path = tmp_path / "run.json"
+        path.write_text(wire.dumps(asked))
+        train.main(path)
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        result = events.pop()
+        assert result["event"] == "result"
+        return wire.loads(Measurement, json.dumps(result["measurement"])), events
+
+    return ask
+
+
+def test_a_run_tells_every_step_and_ends_with_what_it_measured(own: str, told: Any) -> None:
+    found, events = told(spec(own, timeline=True))
+    steps = [e for e in events if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [0, 1, 2]
+    assert [e["loss"] for e in steps] == list(found.losses)
+    assert [e["stage"] for e in events if e["event"] == "stage"] == ["warm-up", "evaluate"]
+    assert (found.outcome, found.steps_done, found.reason) == (OutcomeKind.OK, 3, "")
+    assert len(found.step_s) == len(found.grad_norms) == 3
+    assert set(found.phase_peak_bytes) == {"setup", "forward", "backward", "optimizer"}
+    assert found.peak_bytes is not None
+    assert found.peak_bytes >= max(found.phase_peak_bytes.values())
+    assert found.timeline_bytes == (5, 10, 7)  # above what was alive before the run
+    assert found.metric is not None
+    assert (found.limit_kind, found.headroom_bytes, found.overhead_ratio) == ("", (), None)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(own: str, told: Any) -> None:
+    one, again, other = (told(spec(own, seed=s))[0] for s in (0, 0, 1))
+    assert (one.losses, one.weights_digest, one.metric) == (again.losses, again.weights_digest, again.metric)
+    assert one.weights_digest != other.weights_digest
+
+
+def test_under_a_cap_each_step_says_what_is_left(own: str, told: Any) -> None:
+    found, _ = told(spec(own, cap_bytes=10**6, evaluate=False))
+    assert (found.limit_kind, found.footprint_bytes, found.process_peak_bytes) == ("test", 7, 1000)
+    assert found.overhead_ratio == pytest.approx(1000 / found.peak_bytes)
+    assert len(found.headroom_bytes) == 3
+    assert 10**6 - found.peak_bytes <= min(found.headroom_bytes) < 10**6
+    assert found.metric is None
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("broken", "nan"), ("endless", "inf")])
+def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
+    attribute: str, value: str, own: str, told: Any
+) -> None:
+    found, _ = told(spec(own, attribute))
+    assert found.outcome is OutcomeKind.FAILED
+    assert found.reason == f"loss is {value} at step 1"
+    assert found.steps_done == 2
+    assert found.metric is None
+
+
+def test_out_of_memory_is_an_outcome_with_its_place(own: str, told: Any) -> None:
+    found, _ = told(spec(own, "full"))
+    assert found.outcome is OutcomeKind.OOM
+    assert found.reason == "out of memory in forward of step 1"
+    assert len(found.losses) == 1
+
+
+def test_any_other_error_is_a_crash(own: str, told: Any) -> None:
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        told(spec(own, "mistaken"))
+
+
+def test_the_users_mistake_is_a_failed_run_with_the_reason(own: str, told: Any) -> None:
+    found, events = told(spec(own, "nothing"))
+    assert found.outcome is OutcomeKind.FAILED
+    assert "has no attribute 'nothing'" in found.reason
+    assert events == []
+
+
+def test_a_job_without_a_metric_is_not_evaluated(own: str, told: Any) -> None:
+    found, events = told(spec(own, "unevaluated", threads=0))
+    assert found.metric is None
+    assert [e["stage"] for e in events if e["event"] == "stage"] == ["warm-up"]
+
+
+def test_calibration_tells_its_rates_and_that_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from memfit.measure import probe
+
+    monkeypatch.setattr(memory, "peak_counter", Counter)
+    monkeypatch.setattr(probe, "_MATMUL_SIZE", 64)
+    monkeypatch.setattr(probe, "_COPY_BYTES", 2**16)
+    path = tmp_path / "request.json"
+    for threads in (0, 1):
+        path.write_text(
+            json.dumps({"threads": threads, "packages": ["math"], "signatures": [], "budget_s": 1})
+        )
+        calibrate.main(path)
+        rates, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+        assert rates["calibration"]["flops_s"]["float32"] > 0
+        assert result["measurement"]["outcome"] == "ok"
+
+
+# --- as a child, with the real counters
+
+
+def ended(asked: RunSpec) -> Measurement:
+    return run(native.render(asked), on_event=lambda event: None)
+
+
+@pytest.mark.skipif(allocator.available() is not None, reason="no counting allocator")
+def test_the_peak_of_a_real_child_is_the_predicted_one(own: str) -> None:
+    from memfit.cost.memory import memory_profile
+    from memfit.types.machine import Calibration
+
+    plan = Plan(uses=(use("activation-checkpointing", every=1),))
+    asked = spec(own, plan=plan)
+    found = ended(asked)
+    predicted = memory_profile(trace(load(asked.job), plan), Calibration()).peak_bytes
+    assert (found.outcome, found.reason) == (OutcomeKind.OK, "")
+    assert found.peak_bytes == pytest.approx(predicted, rel=0.005)
+    assert found.peak_source == "counting allocator"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a memory cap")
+def test_a_cap_below_the_peak_ends_a_real_child_out_of_memory(own: str) -> None:
+    # three blocks of 1024 x 1024 in float32 with gradients and two moments: 48 MiB and more
+    found = ended(dataclasses.replace(spec(own, "large"), cap_bytes=24 * 2**20))
+    assert found.outcome is OutcomeKind.OOM
+    assert "out of memory" in found.reason
