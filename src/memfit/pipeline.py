@@ -64,7 +64,7 @@ def run_plan(
         cap_bytes=_own_cap(request, estimate) if capped else None,
         threads=request.threads or here.threads(),
     )  # fmt: skip
-    return _run(spec, estimate, progress)
+    return _run(spec, estimate, progress, plan.label)
 
 
 def _own_cap(request: Request, estimate: Estimate) -> int:
@@ -92,8 +92,9 @@ def poc(
     planning = search(request, progress)
     story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
     found = story.begin()
-    for spec in story.specs():
-        found = story.add_run(found, spec)
+    specs = list(story.specs())
+    for index, spec in enumerate(specs):
+        found = story.add_run(found, spec, f"{spec.name} ({index + 1} of {len(specs)})")
     found = story.conclude(found)
     path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,14 +125,14 @@ def stored_poc(store: Store, poc_id: str) -> Poc:
     return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
 
 
-def _run(spec: RunSpec, estimate: Estimate, progress: Progress) -> Run:
+def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str) -> Run:
     def listen(event: Mapping[str, object]) -> None:
         if event["event"] == "step":
-            progress("run", int(str(event["step"])) + 1, spec.steps, spec.name)
+            progress("run", int(str(event["step"])) + 1, spec.steps, label)
         elif event["event"] == "stage":
-            progress("run", 0, spec.steps, f"{spec.name}: {event['stage']}")
+            progress("run", 0, spec.steps, f"{label}: {event['stage']}")
 
-    progress("run", 0, spec.steps, spec.name)
+    progress("run", 0, spec.steps, label)
     return Run(
         spec=spec,
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
@@ -233,8 +234,8 @@ class _Story:
             timeline=seed == 0,
         )
 
-    def add_run(self, found: Poc, spec: RunSpec) -> Poc:
-        done = _run(spec, self.planning.pricer.whole(spec.plan), self.progress)
+    def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
+        done = _run(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
         self.store.append(found.poc_id, "run", done)
         return dataclasses.replace(found, runs=(*found.runs, done))
 

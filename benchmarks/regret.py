@@ -1,0 +1,164 @@
+"""How far is the recommended plan from the fastest that fits, found by measuring?
+
+    python benchmarks/regret.py [--plans 24] [--rounds 2] [--steps 8]   measure, append records, write the page
+    python benchmarks/regret.py --page                                  write the page from the records only
+
+Plans are drawn evenly over the predicted order of all plans that fit, the recommendation and plain
+training added; they are measured in interleaved rounds, so that all see the same noise. Every number in
+the page comes from benchmarks/records/regret.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from memfit.engines import native
+from memfit.measure import here
+from memfit.pipeline import median_step_s
+from memfit.planning import Planning, Request, fits_under, search
+from memfit.run.child import run
+from memfit.search.choose import Objective, score
+from memfit.search.space import plans, usable
+from memfit.store.environment import fingerprint
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Accuracy, Plan
+from memfit.types.units import format_bytes
+
+RECORDS = Path(__file__).parent / "records" / "regret.jsonl"
+PAGE = Path(__file__).parent / "regret.md"
+
+
+def main() -> None:
+    options = _options()
+    if not options.page:
+        with RECORDS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(measure(options), ensure_ascii=False) + "\n")
+    PAGE.write_text(page([json.loads(line) for line in RECORDS.read_text().splitlines()]), encoding="utf-8")
+    print(PAGE.read_text())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--job", default="protein-ss")
+    parser.add_argument("--plans", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--cap-ratio", type=float, default=0.25, help="of the plain plan's predicted peak")
+    parser.add_argument("--page", action="store_true")
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    request = Request(job=JobRef(spec=options.job), machine=here.this_machine("world"))
+    planning = search(request, lambda *stage: None)
+    if options.cap_ratio != 0.25:
+        plain = planning.result.baseline.estimate.allocated_bytes.value
+        request = Request(job=request.job, machine=request.machine, cap_bytes=int(plain * options.cap_ratio))
+        planning = search(request, lambda *stage: None)
+    assert planning.result.recommended is not None
+    chosen = drawn(planning, options.plans)
+    rows = {plan: {"plan": plan.label, "step_s": [], "outcome": "ok"} for plan in chosen}
+    for round_ in range(options.rounds):
+        for index, plan in enumerate(chosen):
+            print(
+                f"round {round_ + 1}/{options.rounds}, plan {index + 1}/{len(chosen)}: {plan.label}",
+                flush=True,
+            )
+            _measure_one(planning, plan, options.steps, rows[plan])
+    for plan in chosen:
+        estimate = planning.pricer.whole(plan)
+        rows[plan]["predicted_peak_bytes"] = int(estimate.allocated_bytes.value)
+        rows[plan]["predicted_step_s"] = estimate.step_s.value if estimate.step_s else None
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "job": options.job,
+        "cap_bytes": planning.cap_bytes,
+        "goal": "fastest",
+        "recommended": planning.result.recommended.estimate.plan.label,
+        "considered": planning.result.considered,
+        "environment": dict(fingerprint()),
+        "rows": list(rows.values()),
+    }
+
+
+def drawn(planning: Planning, count: int) -> list[Plan]:
+    """The recommendation, plain training and an even draw over the predicted order of what fits."""
+    techniques, _ = usable(planning.pricer.space, Accuracy.ROUNDING)
+    sketches = [planning.pricer.sketch(p) for p in plans(planning.pricer.space, techniques)]
+    fits = fits_under(planning.cap_bytes, planning.request.machine)
+    order = sorted((e for e in sketches if fits(e)), key=lambda e: score(e, Objective.FASTEST))
+    # Half from the fastest quarter, where regret is decided, half from everywhere.
+    near, step = order[: max(1, len(order) // 4)], max(1, len(order) // (count // 2))
+    picked = near[:: max(1, len(near) // (count // 2))] + order[::step]
+    assert planning.result.recommended is not None
+    first = [planning.result.recommended.estimate.plan, Plan()]
+    return list(dict.fromkeys([*first, *(e.plan for e in picked)]))[: count + 2]
+
+
+def _measure_one(planning: Planning, plan: Plan, steps: int, row: dict[str, Any]) -> None:
+    spec = RunSpec(
+        name=plan.label, role="benchmark", job=planning.request.job, plan=plan, seed=0, steps=steps,
+        threads=here.threads(), evaluate=False,
+    )  # fmt: skip
+    measured = run(native.render(spec), on_event=lambda event: None)
+    row["outcome"] = measured.outcome.value
+    row["measured_peak_bytes"] = measured.peak_bytes
+    if (step_s := median_step_s(measured)) is not None:
+        row["step_s"].append(step_s)
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    parts = [
+        "# Regret: the recommended plan against the fastest measured one that fits",
+        "Generated by `python benchmarks/regret.py` from `benchmarks/records/regret.jsonl`; do not edit.",
+        ("Shared machines are noisy: compare times within one record only. A plan fits when its measured "
+        "tensor peak is at most the cap. Times are medians of steps after the first two, then of rounds."),
+    ]
+    return "\n\n".join([*parts, *(_section(r) for r in records)]) + "\n"
+
+
+def _section(record: dict[str, Any]) -> str:
+    rows = [r for r in record["rows"] if r["outcome"] == "ok" and r["step_s"]]
+    for row in rows:
+        row["median_s"] = statistics.median(row["step_s"])
+    fitting = [r for r in rows if r["measured_peak_bytes"] <= record["cap_bytes"]]
+    best = min(fitting, key=lambda r: r["median_s"])
+    chosen = next(r for r in rows if r["plan"] == record["recommended"])
+    errors = [abs(r["predicted_step_s"] / r["median_s"] - 1) for r in rows]
+    memory = [abs(r["predicted_peak_bytes"] / r["measured_peak_bytes"] - 1) for r in rows]
+    lines = [
+        f"## {record['job']}, {record['created']}",
+        f"- {record['environment'].get('cpu', 'unknown processor')}, torch {record['environment'].get('torch')}",
+        (f"- cap {format_bytes(record['cap_bytes'])}; {record['considered']} plans considered, "
+        f"{len(rows)} measured, {len(fitting)} of them fit"),
+        (f"- recommended: {chosen['plan']}, {chosen['median_s']:.3f} s; fastest that fits: {best['plan']}, "
+        f"{best['median_s']:.3f} s; **regret {100 * (chosen['median_s'] / best['median_s'] - 1):.1f} %**"),
+        (f"- predicted step time: median error {100 * statistics.median(errors):.1f} %, worst "
+        f"{100 * max(errors):.1f} %; predicted peak: worst {100 * max(memory):.3f} %"),
+        "",
+        "| plan | fits | peak measured | peak error | step measured | spread | step predicted |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    return "\n".join(
+        [*lines, *(_row(r, record["cap_bytes"]) for r in sorted(rows, key=lambda r: r["median_s"]))]
+    )
+
+
+def _row(row: dict[str, Any], cap_bytes: int) -> str:
+    spread = (max(row["step_s"]) - min(row["step_s"])) / row["median_s"]
+    error = row["predicted_peak_bytes"] / row["measured_peak_bytes"] - 1
+    return (
+        f"| {row['plan']} | {'yes' if row['measured_peak_bytes'] <= cap_bytes else 'no'} "
+        f"| {format_bytes(row['measured_peak_bytes'])} | {100 * error:+.3f} % | {row['median_s']:.3f} s "
+        f"| {100 * spread:.0f} % | {row['predicted_step_s']:.3f} s |"
+    )
+
+
+if __name__ == "__main__":
+    main()
