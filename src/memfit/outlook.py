@@ -19,7 +19,7 @@ from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import PaperRow, Reach
 
-MACHINES = ("RTX 4090", "A100-80GB-SXM", "H100-SXM")
+MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
 # What is searched at paper size: the techniques that move memory most, at one setting each.
 _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing", "adamw-8bit")
 

@@ -160,7 +160,7 @@ def test_each_goal_has_its_own_figure_and_falls_back_to_time() -> None:
 
 
 def test_complexity_is_effect_first() -> None:
-    assert complexity(PLAIN) == (0, 0)
+    assert complexity(PLAIN) == (0, 0, 0)
     assert complexity(CHECKPOINTED) < complexity(ACCUMULATED) < complexity(MIXED) < complexity(BOTH)
 
 

@@ -12,7 +12,7 @@ from memfit.types.plan import Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 # Plans closer than this in the objective are equally good; the milder and simpler one is taken.
-TIE_RATIO = 0.02
+TIE_RATIO = 0.03
 
 
 class Objective(enum.StrEnum):
@@ -53,7 +53,7 @@ def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
     )
 
 
-def _merits(e: Estimate) -> tuple[float, float, int, int, str]:
+def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
     return (
         e.allocated_bytes.value, score(e, Objective.FASTEST), *complexity(e.plan), e.plan.fingerprint
     )  # fmt: skip

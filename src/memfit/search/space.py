@@ -43,6 +43,10 @@ def _uses(technique: Technique, space: Space) -> list[Use]:
     return [make_use(technique.name, s) for s in settings]
 
 
-def complexity(plan: Plan) -> tuple[int, int]:
-    """Plans are preferred by this when they are otherwise as good: milder effect, fewer techniques."""
-    return int(effect_of(plan)), len(plan.uses)
+_PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
+
+
+def complexity(plan: Plan) -> tuple[int, int, int]:
+    """Plans are preferred by this when they are otherwise as good: milder effect, fewer techniques, and
+    those that come first in the table, where the customary ones stand."""
+    return int(effect_of(plan)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)
