@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -138,11 +137,11 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
 
 
 @pytest.fixture(scope="module")
-def counter() -> Iterator[CountingAllocator]:
+def counter() -> CountingAllocator:
     torch.set_num_threads(1)
     counting = CountingAllocator()
     counting.install()
-    yield counting
+    return counting
 
 
 def _missing(uses: tuple[Use, ...]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy
 
 from memfit.types.machine import Calibration
+from memfit.types.series import thin_phases
 from memfit.types.trace import Allocation, OpCall, Phase, Trace
 
 
@@ -101,13 +102,17 @@ def state_bytes(trace: Trace) -> int:
 
 
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:
-    """Live bytes over the last step, thinned to at most ``points`` by keeping each stretch's maximum."""
+    """Live bytes over one whole step, the last: every forward, backward and optimizer phase gets the same
+    number of points (the maxima of its stretches), so that a measured step lines up. Micro-steps that
+    were not played repeat the last one that was."""
     clock, live = levels(trace)
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
-    first, end = numpy.searchsorted(clock, (last[0].start, last[-1].end))
-    stretch = live[first:end]
-    per_point = -(-len(stretch) // points) or 1
-    return tuple(int(stretch[i : i + per_point].max()) for i in range(0, len(stretch), per_point))
+    micro, rest = [s for s in last if s.phase is not Phase.OPTIMIZER], last[-1:]
+    stretches = []
+    for span in (*micro, *micro[-2:] * trace.repeated_micro_steps, *rest):
+        first, end = numpy.searchsorted(clock, (span.start, span.end))
+        stretches.append([int(v) for v in live[max(0, first - 1) : end]])
+    return thin_phases(stretches, points)
 
 
 def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:

@@ -174,11 +174,16 @@ def _one_step(step: TrainingStep, batch: Any, index: int, spec: RunSpec, gauge: 
     log = getattr(gauge.counter, "start_log", None) if spec.timeline and last else None
     if log is not None:
         log()
+        begun = _event_count(gauge.counter)
     gauge.step_peak_bytes = 0
     start = time.perf_counter()
 
+    turns: list[int] = []
+
     def mark(phase: Phase) -> None:
         gauge.turn(str(phase))
+        if log is not None:
+            turns.append(_event_count(gauge.counter))
 
     loss, norm = step.run(batch, mark)
     values = float(loss), float(norm)
@@ -186,7 +191,7 @@ def _one_step(step: TrainingStep, batch: Any, index: int, spec: RunSpec, gauge: 
     gauge.turn("between")
     if log is not None:
         recorded = gauge.counter.stop_log()  # type: ignore[attr-defined]
-        gauge.timeline = tuple(v - gauge.base_bytes for v in recorded.timeline_bytes(TIMELINE_POINTS))
+        gauge.timeline = _timeline(recorded, [t - begun for t in turns], gauge.base_bytes)
     gauge.losses.append(values[0])
     gauge.grad_norms.append(values[1])
     if spec.cap_bytes is not None:
@@ -195,6 +200,21 @@ def _one_step(step: TrainingStep, batch: Any, index: int, spec: RunSpec, gauge: 
     for name, value in zip(("loss", "gradient norm"), values, strict=True):
         if not math.isfinite(value):
             raise NonFinite(f"{name} is {value} at step {index}")
+
+
+def _event_count(counter: Any) -> int:
+    counts = counter.counts()
+    return int(counts.allocations + counts.frees)
+
+
+def _timeline(recorded: Any, turns: list[int], base_bytes: int) -> tuple[int, ...]:
+    """Live bytes by phase, thinned as the prediction's timeline is."""
+    from itertools import accumulate, pairwise
+
+    from memfit.types.series import thin_phases
+
+    live = [v - base_bytes for v in accumulate(recorded.deltas_bytes, initial=recorded.start_bytes)]
+    return thin_phases([live[a : b + 1] for a, b in pairwise([*turns, len(live)])], TIMELINE_POINTS)
 
 
 def _digest(model: Any) -> str:
