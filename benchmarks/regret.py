@@ -142,8 +142,8 @@ def _section(record: dict[str, Any]) -> str:
             f"{len(rows)} measured, {len(fitting)} of them fit"
         ),
         (
-            f"- recommended: {chosen['plan']}, {chosen['median_s']:.3f} s; fastest that fits: {best['plan']}, "
-            f"{best['median_s']:.3f} s; **regret {100 * (chosen['median_s'] / best['median_s'] - 1):.1f} %**"
+            f"- recommended: {chosen['plan']}, {chosen['median_s']:.3f} s; "
+            f"fastest that fits: {best['plan']}, {best['median_s']:.3f} s; **regret {100 * (chosen['median_s'] / best['median_s'] - 1):.1f} %**"
         ),
         (
             f"- predicted step time: median error {100 * statistics.median(errors):.1f} %, worst "
