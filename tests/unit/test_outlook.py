@@ -1,0 +1,119 @@
+"""Beyond this machine, with jobs of known size in place of the published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import regression, words
+from torch import nn
+
+from memfit import catalog, outlook
+from memfit.search.choose import Objective
+from memfit.types.job import Job, JobRef
+from memfit.types.plan import Accuracy
+
+WIDTH, OUTPUTS = 1000, {"650M": 10**5, "3B": 2 * 10**6, "15B": 2 * 10**7}  # 0.1, 2 and 20 billion weights
+
+
+def sized(ref: JobRef) -> Job:
+    """Wide enough to fill accelerators; on fake tensors nothing is."""
+    if ref.size not in OUTPUTS:
+        return words(2)
+    outputs = OUTPUTS[ref.size]
+    return dataclasses.replace(
+        regression(lambda: nn.Sequential(nn.Linear(8, WIDTH), nn.Linear(WIDTH, outputs, bias=False))),
+        loss=lambda model, batch: model(batch[0][:1]).square().mean(),
+        size=ref.size,
+    )
+
+
+def planning(accuracy: Accuracy = Accuracy.EXACT) -> Any:
+    request = SimpleNamespace(
+        job=JobRef(spec="protein-ss", size="tiny", batch=2, steps=3),
+        machine=SimpleNamespace(place=None),
+        accuracy=accuracy,
+        goal=Objective.FASTEST,
+    )
+    return SimpleNamespace(request=request)
+
+
+@pytest.fixture(autouse=True)
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[JobRef]:
+    asked: list[JobRef] = []
+
+    def load(ref: JobRef) -> Job:
+        asked.append(ref)
+        return sized(ref)
+
+    monkeypatch.setattr(outlook, "load", load)
+    monkeypatch.setattr(
+        outlook, "sizes", lambda spec: ("tiny", "paper", *OUTPUTS) if spec == "protein-ss" else ()
+    )
+    return asked
+
+
+def quiet(stage: str, done: int, total: int, detail: str) -> None:
+    """Nobody watches."""
+
+
+def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> None:
+    rows = outlook.paper_rows(planning(Accuracy.ROUNDING), quiet)
+    assert tuple(r.machine for r in rows) == outlook.MACHINES
+    assert jobs == [JobRef(spec="protein-ss", size="paper")]  # the tiny batch and steps are not the paper's
+    for row in rows:
+        assert row.device_memory_bytes == catalog.machine(row.machine, "world").device.memory_bytes.value
+        assert row.plain_fits  # kilobytes
+        assert row.plain.step_s is not None
+        assert row.recommended is not None
+        assert not row.recommended.traced
+
+
+def test_what_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
+    monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
+    (row,) = outlook.paper_rows(planning(), quiet)
+    assert (row.plain_fits, row.recommended, row.size) == (False, None, "15B")
+
+
+def test_a_job_without_published_sizes_has_no_outlook() -> None:
+    own = planning()
+    own.request.job = JobRef(spec="own.py:job")
+    assert outlook.paper_rows(own, quiet) == ()
+    assert outlook.reach(own, quiet) == ()
+
+
+def test_reach_is_the_largest_size_that_fits() -> None:
+    """AdamW in float32 takes at least 16 B a weight: 2 billion are 32 GB, 20 billion 320 GB."""
+    rows = {r.machine: r for r in outlook.reach(planning(), quiet)}
+    card, server = rows["RTX-4090"], rows["A100-80GB-SXM"]
+    assert (card.plain_label, server.plain_label) == ("650M", "3B")
+    assert card.plain == 8 * WIDTH + WIDTH + WIDTH * 10**5
+    assert server.plain == 8 * WIDTH + WIDTH + WIDTH * 2 * 10**6
+    assert not any(r.at_limit for r in rows.values())
+    assert all((r.recommended or 0) >= (r.plain or 0) for r in rows.values())
+
+
+def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
+    monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
+    (row,) = outlook.reach(planning(), quiet)
+    assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)
+
+
+def test_where_the_largest_fits_it_is_said_to_be_the_limit_of_what_was_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outlook, "MACHINES", ("H100-SXM",))
+    monkeypatch.setattr(outlook, "load", lambda ref: words())
+    (row,) = outlook.reach(planning(Accuracy.ROUNDING), quiet)
+    assert row.at_limit
+    assert row.plain_label == row.recommended_label == "15B"
+
+
+def test_published_sizes_are_those_of_the_built_in_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert "paper" in outlook.sizes("protein-ss")
+    assert outlook.sizes("own.py:job") == ()

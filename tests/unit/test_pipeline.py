@@ -1,0 +1,266 @@
+"""The whole story on a job of the user's own, and what is left of an interrupted one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit import pipeline, planning, wire
+from memfit.cost.memory import memory_profile
+from memfit.measure import here
+from memfit.pipeline import Objective, Request, explain, poc, report, run_plan, stored_poc
+from memfit.search import space
+from memfit.search.choose import score
+from memfit.store.database import Store
+from memfit.techniques.registry import TECHNIQUES
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.machine import Calibration
+from memfit.types.plan import Accuracy, Plan, use
+from memfit.types.result import Measurement, OutcomeKind, Poc, Run, VerdictKind
+from memfit.types.units import MIB
+
+# Activations of 2 MiB each weigh far more than the weights; four blocks keep two of them each.
+JOB = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.types.job import Job, Metric
+
+
+def batch(step, seed):
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    x = torch.randn(64, 64, 16, generator=generator)
+    return x, x[..., :1]
+
+
+def evaluate(model):
+    with torch.no_grad():
+        x, y = batch(10**6, 0)
+        return float(functional.mse_loss(model(x[:1]), y[:1]))
+
+
+def build():
+    blocks = [nn.Sequential(nn.Linear(128, 128), nn.GELU()) for _ in range(4)]
+    return nn.Sequential(nn.Linear(16, 128), nn.Sequential(*blocks), nn.Linear(128, 1))
+
+
+job = Job(name="own", build_model=build, make_batch=batch, batch_size=64, blocks="1", evaluate=evaluate,
+          loss=lambda model, both: functional.mse_loss(model(both[0]), both[1]),
+          metric=Metric(name="error", unit="1", higher_is_better=False, margin=1.0, margin_source="a test",
+                        naive=1.0, naive_name="zero"))
+"""
+
+
+Whole = tuple[Poc, Store, list[str]]
+
+
+def quiet(stage: str, done: int, total: int, detail: str) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_text(JOB)
+    return Request(
+        job=JobRef(spec=f"{path}:job"), machine=here.this_machine("world"), cap_bytes=19 * MIB,
+        accuracy=Accuracy.EXACT, goal=Objective.FASTEST, threads=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_techniques() -> Iterator[None]:
+    """All of them are tried elsewhere; each costs traces."""
+    names = ("activation-checkpointing", "optimizer-in-backward", "bf16-autocast")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(space, "TECHNIQUES", {name: TECHNIQUES[name] for name in names})
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(
+    request_: Request, few_techniques: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Poc, Store, list[str]]:
+    """One PoC for all tests of this file: its children are real."""
+    stages: list[str] = []
+    store = Store(tmp_path_factory.mktemp("store") / "store.sqlite3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_FIRST_BUDGET_S", 0.2)
+        patch.setattr(planning, "_SECOND_BUDGET_S", 0.2)
+        patch.setattr(planning, "FINALISTS", 4)
+        found = poc(
+            request_, store=store, seeds=1, steps=4, report_path=None, lang="en", command="memfit poc",
+            progress=lambda stage, done, total, detail: stages.append(stage),
+        )  # fmt: skip
+    return found, store, stages
+
+
+def test_the_recommendation_trains_where_plain_training_cannot(whole: Whole) -> None:
+    found, _, stages = whole
+    capped = {r.spec.role: r.measurement for r in found.runs if r.spec.cap_bytes is not None}
+    assert capped["baseline"].outcome is OutcomeKind.OOM
+    assert (capped["recommended"].outcome, capped["recommended"].reason) == (OutcomeKind.OK, "")
+    assert len(capped["recommended"].losses) == 4
+    assert (found.finished, found.cap_reason, found.steps_per_run) == (True, "asked for", 4)
+    assert {"trace", "search", "calibrate", "finalists", "run"} <= set(stages)
+
+
+def test_what_was_predicted_was_measured(whole: Whole) -> None:
+    done = [r for r in whole[0].runs if r.measurement.outcome is OutcomeKind.OK]
+    assert len(done) >= 4
+    for run in done:
+        assert run.measurement.peak_bytes == pytest.approx(run.predicted_peak_bytes, rel=0.01), run.spec.name
+    assert set(whole[0].predicted_timeline_bytes) == {"baseline", "recommended"}
+
+
+def test_an_exact_plan_is_proved_bit_for_bit_and_reproducible(whole: Whole) -> None:
+    found = whole[0]
+    verdicts = {v.name: v.verdict.kind for v in found.verdicts}
+    assert verdicts["recommended"] is VerdictKind.EQUIVALENT
+    assert found.reproducibility.reproducible is True
+    assert found.step_time_ratio is not None
+    assert {i.quantity for i in found.interactions} == {"peak_bytes", "step_s", "metric"}
+
+
+def test_everything_is_in_the_store_and_the_report_is_written(whole: Whole) -> None:
+    found, store, _ = whole
+    kinds = [r.kind for r in store.records(found.poc_id)]
+    assert kinds == ["begin", *["run"] * len(found.runs), "poc"]
+    assert stored_poc(store, found.poc_id) == wire.loads(Poc, wire.dumps(found))
+    assert "<html" in Path(found.report).read_text(encoding="utf-8")
+
+
+def test_a_report_is_made_again_in_the_other_language(whole: Whole, tmp_path: Path) -> None:
+    _, store, _ = whole
+    path = report(store, poc_id=None, path=tmp_path / "again.html", lang="ja")
+    assert 'lang="ja"' in path.read_text(encoding="utf-8")
+
+
+def test_an_interrupted_poc_shows_the_runs_it_got(whole: Whole, tmp_path: Path) -> None:
+    found, store, _ = whole
+    begin = wire.loads(Poc, store.records(found.poc_id, "begin")[0].body)
+    cut = Store(tmp_path / "cut.sqlite3")
+    cut.append("cut", "begin", begin)
+    for run in found.runs[:2]:
+        cut.append("cut", "run", run)
+    left = stored_poc(cut, "cut")
+    assert not left.finished
+    assert [r.spec for r in left.runs] == [r.spec for r in found.runs[:2]]
+    assert report(cut, poc_id="cut", path=tmp_path / "cut.html", lang="en").stat().st_size > 10_000
+
+
+def test_there_must_be_something_to_report(tmp_path: Path) -> None:
+    store = Store(tmp_path / "empty.sqlite3")
+    with pytest.raises(UserError, match="is empty; run `memfit poc` first"):
+        report(store, poc_id=None, path=None, lang="en")
+    with pytest.raises(UserError, match=r"no PoC 'x' in .*; allowed: none"):
+        stored_poc(store, "x")
+
+
+def test_the_frontier_of_the_poc_is_in_order_and_its_recommendation_the_best_that_fits(whole: Whole) -> None:
+    found = whole[0].search
+    peaks = [c.estimate.allocated_bytes.value for c in found.frontier]
+    assert peaks == sorted(peaks)
+    assert found.recommended is not None
+    fitting = [score(c.estimate, Objective.FASTEST) for c in found.frontier if c.fits]
+    assert score(found.recommended.estimate, Objective.FASTEST) <= min(fitting) * 1.02
+
+
+# --- one plan
+
+
+def test_explain_is_the_whole_trace_of_one_plan(request_: Request) -> None:
+    plan = Plan(uses=(use("activation-checkpointing", every=1),))
+    found = explain(request_, plan, quiet)
+    _, pricer = planning.make_pricer(request_)
+    assert found.allocated_bytes.value == memory_profile(pricer.trace(plan), Calibration()).peak_bytes
+    with pytest.raises(UserError, match="impossible plan"):
+        explain(request_, Plan(uses=(use("sgd"), use("adafactor"))), quiet)
+
+
+@pytest.mark.parametrize("capped", [False, True])
+def test_one_run_has_its_prediction_beside_it(
+    capped: bool, request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[RunSpec] = []
+    seen: list[tuple[str, int, int, str]] = []
+
+    def child(config: LaunchConfig, *, on_event: Any) -> Measurement:
+        given.append(config.spec)
+        on_event({"event": "stage", "stage": "warm-up"})
+        on_event({"event": "step", "step": 0})
+        on_event({"event": "other"})
+        return Measurement(outcome=OutcomeKind.OK)
+
+    monkeypatch.setattr(pipeline, "run", child)
+    free = dataclasses.replace(request_, cap_bytes=None)
+    found = run_plan(
+        free, Plan(), seed=3, steps=None, capped=capped,
+        progress=lambda *told: seen.append(told),
+    )  # fmt: skip
+    (spec,) = given
+    assert (spec.seed, spec.steps, spec.plan) == (3, 40, Plan())
+    assert found.predicted_peak_bytes is not None
+    if capped:
+        assert spec.cap_bytes == int(found.predicted_peak_bytes * 1.05) + 2 * MIB
+    else:
+        assert spec.cap_bytes is None
+    assert [t[1] for t in seen if t[0] == "run"] == [0, 0, 1]
+
+
+def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        planning, "probe_here", lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9)
+    )
+    monkeypatch.setattr(pipeline, "run", lambda *a, **k: pytest.fail("something ran"))
+    store = Store(tmp_path / "store.sqlite3")
+    with pytest.raises(NothingFits):
+        poc(
+            dataclasses.replace(request_, cap_bytes=MIB), store=store, seeds=1, steps=1, report_path=None,
+            lang="en", command="", progress=quiet,
+        )  # fmt: skip
+    assert store.records() == ()
+
+
+# --- what follows from runs
+
+
+def ran(times_s: tuple[float, ...]) -> Run:
+    spec = RunSpec(name="x", role="run", job=JobRef(spec="x"), plan=Plan(), seed=0, steps=1)
+    return Run(
+        spec=spec, predicted_peak_bytes=None, predicted_phase_peak_bytes={}, predicted_step_s=None,
+        measurement=Measurement(outcome=OutcomeKind.OK, step_s=times_s),
+    )  # fmt: skip
+
+
+def test_step_times_are_compared_pair_by_pair() -> None:
+    plain = [ran((9.0, 9.0, 1.0)), ran((9.0, 9.0, 2.0)), ran((9.0, 9.0, 4.0))]
+    chosen = [ran((9.0, 9.0, 2.0)), ran((9.0, 9.0, 3.0)), ran((9.0, 9.0, 4.0))]
+    assert pipeline._paired_ratio(plain, chosen) == 1.5  # of 2, 1.5 and 1
+    assert pipeline._paired_ratio(plain[:1], [ran(())]) is None
+
+
+def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Request, tmp_path: Path) -> None:
+    found = whole[0]
+    _, pricer = planning.make_pricer(request_)
+    result = dataclasses.replace(found.search, recommended=found.search.baseline)
+    finished = planning.Planning(
+        request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=result
+    )
+    story = pipeline._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
+    judged = list(story._verdicts([], [], []))
+    assert [(v.name, v.verdict.test, v.verdict.kind) for v in judged] == [
+        ("recommended", "identity", VerdictKind.EQUIVALENT)
+    ]
+    names = [s.name for s in story.specs()]
+    assert names[:4] == ["baseline", "baseline", "recommended", "recommended again"]
+    assert list(story._interactions([])) == []
