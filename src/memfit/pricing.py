@@ -27,15 +27,17 @@ from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
 from memfit.types.result import Estimate
-from memfit.types.trace import Category, OpCall, Phase, Trace
+from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
 
 _ACCUMULATION = "gradient-accumulation"
 _FEW_BLOCKS = 4  # models with at most this many blocks are not worth cutting
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
-_RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED, _GRADIENTS, _FLOPS, _MICRO_S, _STEP_S = range(9)
-_ENTRIES = 9
+_RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED = range(5)
+_FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # as in a later micro-batch, beside the gradients of the earlier ones
+_STEPPED, _FLOPS, _MICRO_S, _STEP_S = range(7, 11)  # the first: backward with the optimizer stepping inside
+_ENTRIES = 11
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
 
 
@@ -96,16 +98,17 @@ class Pricer:
         vector = numpy.zeros(_ENTRIES)
         if share > 0:
             vector += share * self._vector(core)
+            if micros > 1:
+                vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
         if share < 1:
             vector += (1 - share) * self._vector(_accumulated(core, batch))
         optimizer = self._vector(_accumulated(_optimizer_only(plan), batch), steps=2)
         vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
+        if plan.get("optimizer-in-backward"):
+            vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
         if plan.get("activation-offload"):
             vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
             vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s if self.model else 0.0
-        if plan.get("optimizer-in-backward"):
-            vector[_BACKWARD] -= vector[_GRADIENTS]
-            vector[_OPTIMIZER] = vector[_RESIDENT]
         return self._priced(plan, vector, micros)
 
     def _priced(self, plan: Plan, vector: numpy.ndarray, micros: int = 1) -> Estimate:
@@ -176,15 +179,12 @@ def _digested(traced: Trace) -> tuple[list[float], Weighted, Weighted, int]:
     clock, live = levels(traced)
     last = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
     base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)])
-    tops = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
-    for span in last:
-        first, end = numpy.searchsorted(clock, (span.start, span.end))
-        tops[span.phase] = max(tops[span.phase], int(live[first:end].max()) if end > first else 0)
+    tops = _tops(traced, last)
     ops = step_ops(traced)
     micros = max(1, sum(s.phase is Phase.FORWARD for s in last)) + traced.repeated_micro_steps
     micro = _gathered((o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER)
     rest = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
-    gradients = [a.size_bytes for a in traced.allocations if a.category is Category.GRADIENT and not a.step]
+    again, stepped = (tops, tops) if micros > 1 else _with_gradients_moved(traced, last)
     saved = [
         a.size_bytes for a in traced.allocations
         if a.category is Category.ACTIVATION and a.start >= last[0].start and a.size_bytes >= _OFFLOADED_BYTES
@@ -195,10 +195,41 @@ def _digested(traced: Trace) -> tuple[list[float], Weighted, Weighted, int]:
         tops[Phase.BACKWARD] - base,
         tops[Phase.OPTIMIZER],
         sum(saved) / max(1, min(2, micros)),
-        sum(gradients) - max(gradients, default=0),
+        again[Phase.FORWARD] - base,
+        again[Phase.BACKWARD] - base,
+        stepped[Phase.BACKWARD] - base,
         sum(o.flops * n for o, n in micro) / micros,
     ]
     return memory, micro, rest, micros
+
+
+def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
+    """Highest live bytes of each phase within the spans."""
+    clock, live = levels(traced)
+    tops = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
+    for span in spans:
+        first, end = numpy.searchsorted(clock, (span.start, span.end))
+        tops[span.phase] = max(tops[span.phase], int(live[first:end].max()) if end > first else 0)
+    return tops
+
+
+def _with_gradients_moved(traced: Trace, last: list[PhaseSpan]) -> tuple[dict[Phase, int], dict[Phase, int]]:
+    """`_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward): what an
+    earlier micro-batch left is there from the start, and for a moment beside what is added to it; what is
+    stepped at once is freed at once, after AdamW's two temporaries of the parameter's size."""
+    grads = [
+        a
+        for a in traced.allocations
+        if a.category is Category.GRADIENT and a.start >= last[0].start and a.end
+    ]
+    earlier = [dataclasses.replace(g, start=last[0].start, end=g.start + 1) for g in grads]
+    freed = [dataclasses.replace(g, start=g.start + 1, size_bytes=-g.size_bytes) for g in grads]
+    temporary = [dataclasses.replace(g, end=g.start + 1, size_bytes=2 * g.size_bytes) for g in grads]
+    again, stepped = (
+        dataclasses.replace(traced, allocations=(*traced.allocations, *more))
+        for more in (earlier, [*freed, *temporary])
+    )
+    return _tops(again, last), _tops(stepped, last)
 
 
 def _gathered(ops: Iterable[tuple[OpCall, int]]) -> Weighted:

@@ -1,0 +1,266 @@
+"""Sketches are composed from parts: held against traces of the whole plan."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from tiny import regression, words
+
+from memfit import planning, pricing
+from memfit.cost.memory import step_ops
+from memfit.planning import Request, finalists, fits_under, needed_bytes, space_of
+from memfit.pricing import Pricer, signatures_by_weight
+from memfit.search.choose import Objective
+from memfit.types.errors import NothingFits, RunError, UserError
+from memfit.types.job import JobRef
+from memfit.types.machine import Calibration, Device, Fact, Machine
+from memfit.types.plan import Accuracy, Plan, Use, use
+from memfit.types.result import Measurement, OutcomeKind
+
+BLOCKS = 6
+
+
+def fact(value: float) -> Fact:
+    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
+
+
+CPU = Machine(
+    name="test",
+    device=Device(
+        name="test", kind="cpu", memory_bytes=fact(2**30), bandwidth_bytes_s=fact(1e9),
+        peak_flops={"float32": fact(1e10)}, power_w=fact(10.0),
+    ),
+)  # fmt: skip
+CUDA = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, kind="cuda"))
+
+
+def quiet(stage: str, done: int, total: int, detail: str) -> None:
+    """Nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def pricer() -> Pricer:
+    job = words(BLOCKS)
+    return Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
+
+
+FULL, MIXED = use("activation-checkpointing", every=1), use("bf16-autocast")
+
+
+def micro(parts: int) -> Use:
+    return use("gradient-accumulation", micro_batches=parts)
+
+
+PLANS = [
+    (), (FULL,), (use("activation-checkpointing", every=2),), (MIXED,), (micro(8),), (micro(2),),
+    (micro(4), MIXED), (micro(4), FULL), (use("sgd"),), (use("bf16-parameters", rounding="master"),),
+    (use("optimizer-in-backward"),), (use("selective-checkpointing", keep="matmul"),),
+    (use("chunked-cross-entropy", chunks=8),),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("uses", PLANS, ids=lambda u: Plan(uses=u).label)
+def test_a_sketch_is_close_and_never_much_too_low(uses: tuple[Use, ...], pricer: Pricer) -> None:
+    plan = Plan(uses=uses)
+    sketch, whole = pricer.sketch(plan), pricer.whole(plan)
+    ratio = sketch.allocated_bytes.value / whole.allocated_bytes.value
+    assert 0.98 <= ratio <= 1.10, ratio
+    assert (sketch.traced, whole.traced) == (False, True)
+    assert sketch.step_s is not None
+    assert whole.step_s is not None
+    assert sketch.step_s.value == pytest.approx(whole.step_s.value, rel=0.15)
+    assert sketch.flops_per_step == pytest.approx(whole.flops_per_step, rel=0.05)
+
+
+def test_plain_training_is_sketched_to_one_storage(pricer: Pricer) -> None:
+    sketch, whole = pricer.sketch(Plan()), pricer.whole(Plan())
+    for phase in ("forward", "backward", "optimizer"):
+        assert sketch.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], abs=64)
+
+
+def test_offload_takes_what_is_saved_out_and_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pricing, "_OFFLOADED_BYTES", 1024)  # everything here is smaller than the default
+    job = words(BLOCKS)
+    found = Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
+    plan = Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),))
+    plain, sketch = found.sketch(Plan()), found.sketch(plan)
+    assert sketch.phase_peak_bytes["forward"] < plain.phase_peak_bytes["forward"]
+    assert sketch.phase_peak_bytes["optimizer"] == plain.phase_peak_bytes["optimizer"]
+    assert sketch.step_s is not None
+    assert plain.step_s is not None
+    assert sketch.step_s.value > plain.step_s.value
+
+
+def test_parts_are_traced_once_and_shared_between_machines(
+    pricer: Pricer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pricer.sketch(Plan(uses=(micro(2),)))
+    monkeypatch.setattr(pricing, "trace", lambda *a, **k: pytest.fail("traced again"))
+    other = Pricer(
+        job=pricer.job, space=pricer.space, parts=pricer.parts,
+        machine=dataclasses.replace(CPU, name="faster", device=dataclasses.replace(
+            CPU.device, peak_flops={"float32": fact(1e13)}, bandwidth_bytes_s=fact(1e12))),
+    )  # fmt: skip
+    slow, fast = pricer.sketch(Plan(uses=(micro(4),))), other.sketch(Plan(uses=(micro(4),)))
+    assert fast.allocated_bytes == slow.allocated_bytes
+    assert fast.step_s is not None
+    assert slow.step_s is not None
+    assert fast.step_s.value < slow.step_s.value
+
+
+def test_a_batch_of_one_and_an_unknown_speed() -> None:
+    job = dataclasses.replace(regression(), batch_size=1)
+    unknown = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, peak_flops={}))
+    found = Pricer(job=job, machine=unknown, space=space_of(job, "cpu"))
+    sketch = found.sketch(Plan(uses=(use("activation-offload", to="disk", minimum_kib=64),)))
+    assert sketch.step_s is None
+    assert sketch.allocated_bytes.value > 0
+
+
+def test_a_new_calibration_prices_the_same_traces_again(pricer: Pricer) -> None:
+    before = pricer.whole(Plan())
+    some = next(op for op in pricer.seen() if op.op == "aten.addmm.default")
+    rates = Calibration(flops_s={"float32": 1e10}, bandwidth_bytes_s=1e9, op_s={some.signature: 100.0})
+    try:
+        pricer.recalibrate(rates)
+        after = pricer.whole(Plan())
+    finally:
+        pricer.recalibrate(Calibration())
+    assert after.step_s is not None
+    assert after.step_s.value > 100
+    assert pricer.whole(Plan()) == before
+
+
+def test_the_heaviest_operators_are_probed_first(pricer: Pricer) -> None:
+    ops = step_ops(pricer.trace(Plan()))
+    weights = {op.signature: max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6) for op, _ in ops}
+    order = signatures_by_weight(ops)
+    assert set(order) == set(weights)
+    total = {s: sum(weights[s] * n for op, n in ops if op.signature == s) for s in order}
+    assert [total[s] for s in order] == sorted(total.values(), reverse=True)
+
+
+# --- the space, caps and finalists
+
+
+def test_the_space_is_read_off_the_model() -> None:
+    space = space_of(words(BLOCKS), "cpu")
+    assert (space.block_count, space.batch_size, space.vocabulary, space.has_head) == (BLOCKS, 8, 512, True)
+    bare = space_of(regression(), "cuda")
+    assert (bare.block_count, bare.has_head, bare.device) == (0, False, "cuda")
+
+
+@pytest.mark.parametrize("wrong", [{"blocks": "layers"}, {"head": "projection"}])
+def test_a_wrong_path_in_the_job_is_told(wrong: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"layers|projection"):
+        space_of(dataclasses.replace(words(), **wrong), "cpu")
+
+
+def test_a_cap_must_hold_what_lies_beside_the_tensors(pricer: Pricer) -> None:
+    found = pricer.whole(Plan())
+    peak = found.allocated_bytes.value
+    assert needed_bytes(found, CPU) == int(peak * 1.05) + 2 * 2**20
+    assert needed_bytes(found, CUDA) == int(peak * 1.06) + 2**30
+    assert fits_under(needed_bytes(found, CPU), CPU)(found)
+    assert not fits_under(needed_bytes(found, CPU) - 1, CPU)(found)
+
+
+def test_finalists_are_plain_the_best_and_the_smallest_without_repeats(pricer: Pricer) -> None:
+    sketches = [pricer.sketch(Plan(uses=uses)) for uses in PLANS]
+    smallest = min(sketches, key=lambda e: e.allocated_bytes.value)
+    fastest = min(sketches, key=lambda e: e.step_s.value if e.step_s else 0.0)
+    chosen = finalists(sketches, lambda e: True, Objective.FASTEST, 8)
+    assert chosen[0] == Plan()
+    assert {smallest.plan, fastest.plan} <= set(chosen)
+    assert len(set(chosen)) == len(chosen) <= 10
+    none_fit = finalists(sketches, lambda e: False, Objective.FASTEST, 8)
+    assert smallest.plan in none_fit
+
+
+# --- the search as a whole, on a machine that is not here
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, machine: Machine = CPU, cap_bytes: int | None = None) -> Request:
+    monkeypatch.setattr(planning, "load", lambda ref: words(2))
+    monkeypatch.setattr(planning, "FINALISTS", 3)
+    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
+    return Request(
+        job=JobRef(spec="words"), machine=machine, cap_bytes=cap_bytes, accuracy=Accuracy.EXACT,
+        goal=Objective.SMALLEST,
+    )  # fmt: skip
+
+
+def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+    plain = Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")).whole(Plan())
+    cap = int(plain.allocated_bytes.value * 0.95)
+    found = planning.search(asked(monkeypatch, cap_bytes=cap), lambda stage, *rest: stages.append(stage))
+    assert found.cap_reason == "asked for"
+    assert found.result.recommended is not None
+    best = found.result.recommended.estimate
+    assert best.traced
+    assert needed_bytes(best, CPU) <= cap < needed_bytes(plain, CPU)
+    assert set(stages) == {"trace", "search", "finalists"}
+    assert {r.technique for r in found.result.recommended.reasons if r.kind == "left_out_accuracy"} >= {"sgd"}
+
+
+def test_without_a_cap_a_processor_gets_a_quarter_and_nothing_fits_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(NothingFits) as told:
+        planning.search(asked(monkeypatch), quiet)
+    assert 0 < told.value.cap_bytes < told.value.least_bytes
+    request = asked(
+        monkeypatch,
+        dataclasses.replace(CUDA, device=dataclasses.replace(CUDA.device, memory_bytes=fact(2**34))),
+    )
+    found = planning.search(request, quiet)
+    assert (found.cap_bytes, found.cap_reason) == (2**34, "the device's memory")
+
+
+# --- calibration by a child
+
+
+def here(monkeypatch: pytest.MonkeyPatch, told: Calibration | None) -> Request:
+    def child(config: object, *, on_event: object) -> Measurement:
+        if told is None:
+            return Measurement(outcome=OutcomeKind.FAILED, reason="it broke")
+        assert callable(on_event)
+        on_event({"event": "stage", "stage": "other"})
+        on_event({"event": "calibration", "calibration": told})
+        return Measurement(outcome=OutcomeKind.OK)
+
+    monkeypatch.setattr(planning, "run", child)
+    device = dataclasses.replace(CPU.device, name="this machine")
+    return asked(monkeypatch, dataclasses.replace(CPU, device=device), cap_bytes=2**30)
+
+
+def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = Calibration(
+        flops_s={"float32": 1e9}, bandwidth_bytes_s=1e8, op_s={"s": 1.0}, overhead_s=1e-6, took_s=1.0
+    )
+    found = planning.search(here(monkeypatch, told), quiet).pricer.calibration
+    assert found.machine == "this machine"
+    assert found.flops_s == {"float32": 1e9}
+    assert found.took_s == 2.0  # asked twice
+    slower = dataclasses.replace(
+        told, flops_s={"float32": 5e8, "bfloat16": 1e9}, op_s={"s": 2.0, "t": 1.0}, overhead_s=2e-6
+    )
+    merged = planning._merged(found, slower)
+    assert merged.flops_s == {"float32": 1e9, "bfloat16": 1e9}
+    assert (merged.overhead_s, merged.op_s) == (1e-6, {"s": 2.0, "t": 1.0})
+
+
+def test_a_calibration_that_breaks_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="it broke"):
+        planning.search(here(monkeypatch, None), quiet)
+
+
+def test_representatives_span_batch_and_precision(pricer: Pricer) -> None:
+    labels = {p.label for p in planning._representatives(pricer)}
+    assert {"plain", "bf16-autocast", "gradient-accumulation(micro_batches=8)"} <= labels
+    alone = dataclasses.replace(pricer, space=dataclasses.replace(pricer.space, batch_size=1))
+    assert [p.label for p in planning._representatives(alone)] == ["plain", "bf16-autocast"]
