@@ -143,7 +143,8 @@ def _section(record: dict[str, Any]) -> str:
         ),
         (
             f"- recommended: {chosen['plan']}, {chosen['median_s']:.3f} s; "
-            f"fastest that fits: {best['plan']}, {best['median_s']:.3f} s; **regret {100 * (chosen['median_s'] / best['median_s'] - 1):.1f} %**"
+            f"fastest that fits: {best['plan']}, {best['median_s']:.3f} s; "
+            f"**regret {100 * (chosen['median_s'] / best['median_s'] - 1):.1f} %**"
         ),
         (
             f"- predicted step time: median error {100 * statistics.median(errors):.1f} %, worst "
