@@ -171,8 +171,8 @@ def metric(sequences: Sequences, length: int) -> Metric:
     """Cross-entropy, with the training residues' frequencies (plus one each) as the naive model."""
     counts = np.bincount(np.concatenate(sequences.train), minlength=33)[_FIRST : _FIRST + len(_LETTERS)] + 1
     log_share = np.log(counts / counts.sum())
-    (whole,) = _test_batches(sequences, length, len(sequences.test))
-    asked = whole["labels"][whole["labels"] >= 0]
+    parts = _test_batches(sequences, length, len(sequences.test))
+    asked = np.concatenate([part["labels"][part["labels"] >= 0] for part in parts])
     return Metric(
         name="masked cross-entropy",
         unit="nats",
