@@ -18,6 +18,7 @@ from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, use
 from memfit.types.result import Interval, Measurement, OutcomeKind
+from memfit.types.series import thin_phases
 from memfit.types.units import GIB, MIB, format_bytes, format_seconds, parse_bytes
 
 # --- units
@@ -62,6 +63,23 @@ def test_sizes_and_times_have_the_unit_that_fits() -> None:
     assert sizes == ["0 B", "1023 B", "1 KiB", "1.5 MiB", "24 GiB", "2 TiB"]
     times = [format_seconds(s) for s in (0.0123, 0.9, 4.56, 119, 120, 7200, 11520, 5.1 * 86400)]
     assert times == ["12.3 ms", "900 ms", "4.56 s", "119 s", "2 min", "2 h", "3.2 h", "5.1 d"]
+
+
+# --- series
+
+
+@given(
+    stretches=st.lists(st.lists(st.integers(0, 10**12), max_size=50), min_size=1, max_size=6),
+    points=st.integers(1, 60),
+)
+def test_law_each_stretch_gets_as_many_points_and_keeps_its_peak(
+    stretches: list[list[int]], points: int
+) -> None:
+    each = max(2, points // len(stretches))
+    thinned, full = thin_phases(stretches, points), [s for s in stretches if s]
+    assert len(thinned) == each * len(full)
+    for index, stretch in enumerate(full):
+        assert max(thinned[index * each : (index + 1) * each]) == max(stretch)
 
 
 # --- wire

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,8 +111,9 @@ def spec(own: str, attribute: str = "job", **more: Any) -> RunSpec:
 
 
 class Log:
-    def timeline_bytes(self, points: int) -> tuple[int, ...]:
-        return (105, 110, 107)
+    """Live bytes above the 100 of before: 0, then 5, 15 and 12."""
+
+    start_bytes, deltas_bytes = 100, (5, 10, -3)
 
 
 class Counter:
@@ -120,7 +122,7 @@ class Counter:
     source = "test"
 
     def __init__(self) -> None:
-        self.reads = 100
+        self.reads, self.events = 100, 0
 
     def live_bytes(self) -> int:
         return 100
@@ -131,6 +133,11 @@ class Counter:
 
     def reset_peak(self) -> None:
         """Readings only grow here."""
+
+    def counts(self) -> SimpleNamespace:
+        """One event between two questions."""
+        self.events += 1
+        return SimpleNamespace(allocations=self.events, frees=0)
 
     def start_log(self) -> None:
         """The last step begins."""
@@ -184,7 +191,9 @@ def test_a_run_tells_every_step_and_ends_with_what_it_measured(own: str, told: A
     assert set(found.phase_peak_bytes) == {"setup", "forward", "backward", "optimizer"}
     assert found.peak_bytes is not None
     assert found.peak_bytes >= max(found.phase_peak_bytes.values())
-    assert found.timeline_bytes == (5, 10, 7)  # above what was alive before the run
+    # forward saw 5 and 15 above what was alive before the run, backward 15 and 12, the optimizer 12
+    thirds = [set(found.timeline_bytes[i : i + 133]) for i in (0, 133, 266)]
+    assert thirds == [{5, 15}, {15, 12}, {12}]
     assert found.metric is not None
     assert (found.limit_kind, found.headroom_bytes, found.overhead_ratio) == ("", (), None)
 
