@@ -14,19 +14,21 @@ from memfit import catalog, outlook
 from memfit.search.choose import Objective
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy
+from memfit.types.result import Reach
 
 WIDTH, OUTPUTS = 1000, {"650M": 10**5, "3B": 2 * 10**6, "15B": 2 * 10**7}  # 0.1, 2 and 20 billion weights
+LENGTH_OUTPUTS = {"paper@1024": 10**5, "paper@2048": 2 * 10**6}  # what grows with it fills memory likewise
 
 
 def sized(ref: JobRef) -> Job:
     """Wide enough to fill accelerators; on fake tensors nothing is."""
-    if ref.size not in OUTPUTS:
+    outputs = OUTPUTS.get(ref.size or "", LENGTH_OUTPUTS.get(ref.size or ""))
+    if outputs is None:
         return words(2)
-    outputs = OUTPUTS[ref.size]
     return dataclasses.replace(
         regression(lambda: nn.Sequential(nn.Linear(8, WIDTH), nn.Linear(WIDTH, outputs, bias=False))),
         loss=lambda model, batch: model(batch[0][:1]).square().mean(),
-        size=ref.size,
+        size=ref.size or "",
     )
 
 
@@ -49,6 +51,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[JobRef]:
         return sized(ref)
 
     monkeypatch.setattr(outlook, "load", load)
+    monkeypatch.setattr(outlook, "LENGTHS", (1024, 2048))
     monkeypatch.setattr(
         outlook, "sizes", lambda spec: ("tiny", "paper", *OUTPUTS) if spec == "protein-ss" else ()
     )
@@ -57,6 +60,10 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[JobRef]:
 
 def quiet(stage: str, done: int, total: int, detail: str) -> None:
     """Nobody watches."""
+
+
+def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, Reach]:
+    return {r.machine: r for r in outlook.reach(planning(accuracy), quiet) if r.quantity == quantity}
 
 
 def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> None:
@@ -87,7 +94,7 @@ def test_a_job_without_published_sizes_has_no_outlook() -> None:
 
 def test_reach_is_the_largest_size_that_fits() -> None:
     """AdamW in float32 takes at least 16 B a weight: 2 billion are 32 GB, 20 billion 320 GB."""
-    rows = {r.machine: r for r in outlook.reach(planning(), quiet)}
+    rows = reached("parameters")
     card, server = rows["RTX-4090"], rows["A100-80GB-SXM"]
     assert (card.plain_label, server.plain_label) == ("650M", "3B")
     assert card.plain == 8 * WIDTH + WIDTH + WIDTH * 10**5
@@ -96,10 +103,19 @@ def test_reach_is_the_largest_size_that_fits() -> None:
     assert all((r.recommended or 0) >= (r.plain or 0) for r in rows.values())
 
 
+def test_reach_in_length_is_of_one_sample_at_the_papers_size(jobs: list[JobRef]) -> None:
+    rows = reached("length")
+    assert (rows["RTX-4090"].plain, rows["A100-80GB-SXM"].plain) == (1024, 2048)
+    assert (rows["RTX-4090"].at_limit, rows["A100-80GB-SXM"].at_limit) == (False, True)
+    lengths = [j for j in jobs if j.size in LENGTH_OUTPUTS]
+    assert {j.batch for j in lengths} == {1}
+    assert len(lengths) == 2  # loaded once, whatever the number of machines
+
+
 def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
     monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
-    (row,) = outlook.reach(planning(), quiet)
+    (row,) = reached("parameters").values()
     assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)
 
 
@@ -108,7 +124,7 @@ def test_where_the_largest_fits_it_is_said_to_be_the_limit_of_what_was_tried(
 ) -> None:
     monkeypatch.setattr(outlook, "MACHINES", ("H100-SXM",))
     monkeypatch.setattr(outlook, "load", lambda ref: words())
-    (row,) = outlook.reach(planning(Accuracy.ROUNDING), quiet)
+    (row,) = reached("parameters", Accuracy.ROUNDING).values()
     assert row.at_limit
     assert row.plain_label == row.recommended_label == "15B"
 
