@@ -6,7 +6,7 @@ Nothing here is run; every figure is composed from traces of the real model with
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from memfit import catalog
@@ -20,6 +20,8 @@ from memfit.types.plan import Plan, Use, use
 from memfit.types.result import PaperRow, Reach
 
 MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
+LENGTHS = tuple(1024 * 2**k for k in range(8))  # 1,024 to 131,072
+_FULL_LENGTH = ("650M", "3B", "15B", "124M", "1.3B")
 # What is searched at paper size: the techniques that move memory most, at one setting each.
 _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing", "adamw-8bit")
 
@@ -86,34 +88,22 @@ def _one_setting(plan: Plan) -> bool:
 
 
 def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
-    """The largest published size that fits each machine, plain and with the tightest allowed plan."""
-    # Sizes below the paper's are cut to the data at hand; only those at full length compare.
-    every = sizes(planning.request.job.spec)
-    names = [s for s in every if s in ("650M", "3B", "15B", "124M", "1.3B")]
-    if not names:
-        return ()
-    table: dict[str, list[Pricer]] = {}
-
-    def fitting(index: int, plan_of: str) -> str | None:
-        """The largest size on machine ``index``; sizes grow, so the first that does not fit ends it."""
-        largest = None
-        for size in names:
-            progress("outlook", 0, 0, f"{size} on {MACHINES[index]}")
-            if size not in table:
-                table[size] = _pricers(planning, _sized(planning.request.job, size))
-            pricer = table[size][index]
-            plan = Plan() if plan_of == "plain" else _tightest(planning, pricer)
-            if not fits_under(int(pricer.machine.device.memory_bytes.value), pricer.machine)(
-                pricer.sketch(plan)
-            ):
-                break
-            largest = size
-        return largest
-
+    """The largest model and the longest input that fit each machine, plain and with the tightest allowed
+    plan. Sizes below the paper's are cut to the data at hand; only those at full length compare."""
+    job = planning.request.job
+    models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
+    inputs = {}
+    if "paper" in sizes(job.spec):
+        inputs = {str(n): dataclasses.replace(_sized(job, f"paper@{n}"), batch=1) for n in LENGTHS}
     rows = []
-    for index, machine in enumerate(MACHINES):
-        plain, tight = fitting(index, "plain"), fitting(index, "tight")
-        rows.append(_reach_row(machine, plain, tight, names, table, index))
+    for quantity, ladder in (
+        ("parameters", _Ladder(planning, models)),
+        ("length", _Ladder(planning, inputs)),
+    ):
+        for index, machine in enumerate(MACHINES if ladder.rungs else ()):
+            progress("outlook", 0, 0, f"{quantity} on {machine}")
+            plain, tight = ladder.highest(index, tight=False), ladder.highest(index, tight=True)
+            rows.append(_reach_row(machine, quantity, plain, tight, ladder, index))
     return tuple(rows)
 
 
@@ -121,25 +111,49 @@ def _sized(ref: JobRef, size: str) -> JobRef:
     return dataclasses.replace(ref, size=size, batch=None, steps=None, data=None, weights=None)
 
 
-def _reach_row(
-    machine: str,
-    plain: str | None,
-    tight: str | None,
-    names: Sequence[str],
-    table: dict[str, list[Pricer]],
-    index: int,
-) -> Reach:
-    def parameters(size: str | None) -> float | None:
-        return None if size is None else float(_count(table[size][index]))
+@dataclasses.dataclass(kw_only=False)
+class _Ladder:
+    """Ever larger versions of a job, smallest first; each is loaded once for all machines."""
 
+    planning: Planning
+    rungs: Mapping[str, JobRef]
+    loaded: dict[str, list[Pricer]] = dataclasses.field(default_factory=dict)
+
+    def pricer(self, name: str, index: int) -> Pricer:
+        if name not in self.loaded:
+            self.loaded[name] = _pricers(self.planning, self.rungs[name])
+        return self.loaded[name][index]
+
+    def highest(self, index: int, *, tight: bool) -> str | None:
+        """The last rung that fits machine ``index``; the first that does not ends the climb."""
+        found = None
+        for name in self.rungs:
+            pricer = self.pricer(name, index)
+            plan = _tightest(self.planning, pricer) if tight else Plan()
+            fits = fits_under(int(pricer.machine.device.memory_bytes.value), pricer.machine)
+            if not fits(pricer.sketch(plan)):
+                break
+            found = name
+        return found
+
+
+def _reach_row(
+    machine: str, quantity: str, plain: str | None, tight: str | None, ladder: _Ladder, index: int
+) -> Reach:
+    def amount(name: str | None) -> float | None:
+        if name is None:
+            return None
+        return float(name) if quantity == "length" else float(_count(ladder.pricer(name, index)))
+
+    label = "paper" if quantity == "length" else None
     return Reach(
         machine=machine,
-        quantity="parameters",
-        plain=parameters(plain),
-        recommended=parameters(tight),
-        plain_label=plain or "",
-        recommended_label=tight or "",
-        at_limit=tight == names[-1],
+        quantity=quantity,
+        plain=amount(plain),
+        recommended=amount(tight),
+        plain_label=label or plain or "",
+        recommended_label=label or tight or "",
+        at_limit=tight == list(ladder.rungs)[-1],
     )
 
 

@@ -23,6 +23,7 @@ from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import check, effect_of
 from memfit.types.errors import UserError
+from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, use
 from memfit.types.result import (
@@ -89,9 +90,9 @@ def poc(
     Every run is in the store as soon as it ends. Raises NothingFits, UserError.
     """
     begun = time.perf_counter()
-    planning = search(request, progress)
+    planning = search(request, progress, must_run=True)
     story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
-    found = story.begin()
+    found = story.begin(request)
     specs = list(story.specs())
     for index, spec in enumerate(specs):
         found = story.add_run(found, spec, f"{spec.name} ({index + 1} of {len(specs)})")
@@ -159,7 +160,7 @@ class _Story:
         assert choice is not None, "search raises NothingFits otherwise"
         return choice.estimate.plan
 
-    def begin(self) -> Poc:
+    def begin(self, asked: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         metric = job.metric
         found = Poc(
@@ -194,6 +195,7 @@ class _Story:
             paper=outlook.paper_rows(self.planning, self.progress),
             reach=outlook.reach(self.planning, self.progress),
             steps_per_run=self.steps,
+            notes=_notes(request.job, asked.job),
             finished=False,
         )
         self.store.append(found.poc_id, "begin", found)
@@ -288,6 +290,17 @@ class _Story:
                     first=_PRECISION.technique, second=_CHECKPOINTING.technique, quantity=quantity,
                     neither=neither, first_only=first, second_only=second, both=both,
                 )  # fmt: skip
+
+
+def _notes(used: JobRef, asked: JobRef) -> tuple[str, ...]:
+    """What the reader must know about this very PoC."""
+    if used == asked:
+        return ()
+    note = (
+        "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
+        f"the verdict included, is for a batch of {used.batch}."
+    )
+    return (note,)
 
 
 def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:

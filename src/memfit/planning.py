@@ -95,11 +95,14 @@ def make_pricer(request: Request) -> tuple[Job, Pricer]:
     return job, Pricer(job=job, machine=request.machine, space=space_of(job, request.machine.device.kind))
 
 
-def search(request: Request, progress: Progress) -> Planning:
-    """Raises NothingFits with the least memory that would do."""
+def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
+    """Raises NothingFits with the least memory that would do. ``must_run`` makes the batch as small as
+    plain training needs to run on this machine at all; the returned request has it."""
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
     plain = pricer.whole(Plan())
+    if request.is_here and must_run:
+        request, job, pricer, plain = _runnable(request, job, pricer, plain)
     cap_bytes, cap_reason = _cap(request, plain)
     if request.is_here:
         _calibrate(pricer, request, progress)
@@ -117,6 +120,19 @@ def search(request: Request, progress: Progress) -> Planning:
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
     )
+
+
+def _runnable(
+    request: Request, job: Job, pricer: Pricer, plain: Estimate
+) -> tuple[Request, Job, Pricer, Estimate]:
+    """The same with the batch halved until plain training fits what is free now."""
+    free = here.free_bytes()
+    while needed_bytes(plain, request.machine) > free and job.batch_size > 1:
+        smaller = dataclasses.replace(request.job, batch=job.batch_size // 2)
+        request = dataclasses.replace(request, job=smaller)
+        job, pricer = make_pricer(request)
+        plain = pricer.whole(Plan())
+    return request, job, pricer, plain
 
 
 def _cap(request: Request, plain: Estimate) -> tuple[int, str]:

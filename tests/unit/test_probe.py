@@ -66,6 +66,7 @@ def test_a_signature_is_enough_to_run_the_operator(text: str) -> None:
         signature("aten.mm.default", torch.ones(4, 8), torch.ones(4, 8)),
         signature("aten.mm.default", torch.ones(4, 8), object()),
     ],
+    ids=["no json", "no operator", "no name", "wrong shapes", "no tensor"],
 )
 def test_what_cannot_be_run_alone_is_none(text: str) -> None:
     assert probe(text, Counter()) is None

@@ -41,11 +41,18 @@ class Text:
 
 
 def make(
-    *, size: str = "tiny", data: str | None = None, weights: str | None = None, batch: int | None = None
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
 ) -> Job:
     """The job at one of SIZES. ``data``: a text file. The larger sizes keep GPT-2's vocabulary, whose
     memory is what they are for; their tokens are bytes all the same."""
     shape = _shape(size)
+    if length is not None:
+        shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
     batch_size = batch or shape.batch_size
     text = read(data, shape.length)
     return Job(

@@ -45,10 +45,17 @@ class Sequences:
 
 
 def make(
-    *, size: str = "tiny", data: str | None = None, weights: str | None = None, batch: int | None = None
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
 ) -> Job:
     """The job at one of SIZES. ``data``: a FASTA file."""
     shape = _shape(size)
+    if length is not None:
+        shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
     batch_size = batch or shape.batch_size
     sequences = read_sequences(data)
     return Job(

@@ -46,10 +46,17 @@ class Chains:
 
 
 def make(
-    *, size: str = "tiny", data: str | None = None, weights: str | None = None, batch: int | None = None
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
 ) -> Job:
     """The job at one of SIZES. ``data``: a file of ``>name / sequence / HEC states`` records."""
     shape = _shape(size)
+    if length is not None:
+        shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
     batch_size = batch or shape.batch_size
     chains = user_chains(data) if data else built_in_chains()
     return Job(

@@ -13,6 +13,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 
 DEFAULT: Final = protein_ss.NAME
+MOST_TOKENS: Final = 262_144
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,8 @@ def load(ref: JobRef) -> Job:
 
 
 def _make(ref: JobRef) -> Job:
-    given = {"size": ref.size, "data": ref.data, "weights": ref.weights, "batch": ref.batch}
+    ref, length = _split_length(ref)
+    given = {"size": ref.size, "data": ref.data, "weights": ref.weights, "batch": ref.batch, "length": length}
     options = {name: value for name, value in given.items() if value is not None}
     if ref.spec.startswith(huggingface.PREFIX):
         _check_size(ref, huggingface.SIZES)
@@ -71,6 +73,19 @@ def _make(ref: JobRef) -> Job:
         allowed=f"{', '.join(names())}, path.py:attribute or hf:PATH_OR_NAME",
         hint=f"did you mean {close[0]}?" if close else "",
     )
+
+
+def _split_length(ref: JobRef) -> tuple[JobRef, int | None]:
+    """``650M@4096`` is size 650M at 4,096 tokens or residues, for the built-in jobs."""
+    size, at, length = (ref.size or "").partition("@")
+    if not at:
+        return ref, None
+    if ref.spec not in _BUILT_IN or not length.isdigit() or not 16 <= int(length) <= MOST_TOKENS:
+        raise UserError(
+            f"size {ref.size!r} of {ref.spec}",
+            allowed=f"SIZE@LENGTH with 16 to {MOST_TOKENS} tokens, for {', '.join(names())}",
+        )
+    return dataclasses.replace(ref, size=size), int(length)
 
 
 def _check_size(ref: JobRef, sizes: tuple[str, ...]) -> None:

@@ -1,0 +1,46 @@
+"""SIZE@LENGTH of built-in jobs, and a batch that plain training can run here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from memfit import planning
+from memfit.jobs.registry import load
+from memfit.measure import here
+from memfit.planning import Request, make_pricer
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.plan import Plan
+
+
+@pytest.mark.parametrize("spec", ["protein-ss", "protein-lm", "char-lm"])
+def test_a_length_makes_batches_of_that_length(spec: str) -> None:
+    job = load(JobRef(spec=spec, size="tiny@64", batch=2))
+    assert job.size == "tiny@64"
+    first = next(iter(job.make_batch(0, 0).values()))
+    assert first.shape[:2] == (2, 64)
+
+
+@pytest.mark.parametrize("size", ["tiny@", "tiny@x", "tiny@0", "tiny@999999999", "huge@64"])
+def test_odd_lengths_are_refused(size: str) -> None:
+    with pytest.raises(UserError, match="size"):
+        load(JobRef(spec="protein-ss", size=size))
+
+
+def test_a_user_job_has_no_length() -> None:
+    with pytest.raises(UserError, match="SIZE@LENGTH"):
+        load(JobRef(spec="hf:gpt2", size="tiny@64"))
+
+
+def test_the_batch_is_halved_until_plain_training_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(job=JobRef(spec="protein-ss", batch=8), machine=here.this_machine("world"))
+    job, pricer = make_pricer(request)
+    plain = pricer.whole(Plan())
+    need = planning.needed_bytes(plain, request.machine)
+    monkeypatch.setattr(here, "free_bytes", lambda: need // 2)
+    smaller, job, _, estimate = planning._runnable(request, job, pricer, plain)
+    assert smaller.job == dataclasses.replace(request.job, batch=job.batch_size)
+    assert job.batch_size in (2, 4)
+    assert planning.needed_bytes(estimate, request.machine) <= need // 2
