@@ -5,6 +5,7 @@ Nothing here is run; every figure is composed from traces of the real model with
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -125,16 +126,17 @@ class _Ladder:
         return self.loaded[name][index]
 
     def highest(self, index: int, *, tight: bool) -> str | None:
-        """The last rung that fits machine ``index``; the first that does not ends the climb."""
-        found = None
-        for name in self.rungs:
-            pricer = self.pricer(name, index)
-            plan = _tightest(self.planning, pricer) if tight else Plan()
-            fits = fits_under(int(pricer.machine.device.memory_bytes.value), pricer.machine)
-            if not fits(pricer.sketch(plan)):
-                break
-            found = name
-        return found
+        """The last rung that fits machine ``index``, by halving: what does not fit is below nothing that
+        does. None where not even the first fits."""
+        names = list(self.rungs)
+        below = bisect.bisect_left(names, True, key=lambda name: not self._fits(name, index, tight=tight))
+        return names[below - 1] if below else None
+
+    def _fits(self, name: str, index: int, *, tight: bool) -> bool:
+        pricer = self.pricer(name, index)
+        plan = _tightest(self.planning, pricer) if tight else Plan()
+        fits = fits_under(int(pricer.machine.device.memory_bytes.value), pricer.machine)
+        return fits(pricer.sketch(plan))
 
 
 def _reach_row(
