@@ -16,6 +16,7 @@ from memfit.planning import Planning, Progress, fits_under, space_of
 from memfit.pricing import Pricer
 from memfit.search.choose import best
 from memfit.search.space import plans, usable
+from memfit.techniques.base import Space
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import PaperRow, Reach
@@ -52,10 +53,14 @@ def _pricers(planning: Planning, ref: JobRef) -> list[Pricer]:
     job = load(ref)
     place = planning.request.machine.place
     shared: dict[Any, Any] = {}
+    spaces: dict[str, Space] = {}
     made = []
     for name in MACHINES:
         machine = catalog.machine(name, place.name if place else "world")
-        pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
+        kind = machine.device.kind
+        if kind not in spaces:
+            spaces[kind] = space_of(job, kind)
+        pricer = Pricer(job=job, machine=machine, space=spaces[kind])
         pricer.parts = shared
         made.append(pricer)
     return made

@@ -82,7 +82,7 @@ def _shape(size: str) -> EsmSize:
     from memfit.jobs.esm import PUBLISHED, EsmSize
 
     if size == "tiny":
-        return EsmSize(layers=4, width=128, heads=4, length=128, batch_size=32)
+        return EsmSize(layers=4, width=128, heads=4, length=128, batch_size=24)
     shape = PUBLISHED["650M" if size == "paper" else size]
     # The chains at hand have at most 128 residues; 1,024 is what ESM-2 was trained at, to plan with.
     return shape.with_length(128, 32) if size in ("8M", "35M", "150M") else shape
