@@ -136,7 +136,7 @@ def _section(record: dict[str, Any]) -> str:
     memory = [abs(r["predicted_peak_bytes"] / r["measured_peak_bytes"] - 1) for r in rows]
     lines = [
         f"## {record['job']}, {record['created']}",
-        f"- {record['environment'].get('cpu', 'unknown')}, torch {record['environment'].get('torch')}",
+        f"- {record['environment'].get('processor', 'unknown')}, torch {record['environment'].get('torch')}",
         (
             f"- cap {format_bytes(record['cap_bytes'])}; {record['considered']} plans considered, "
             f"{len(rows)} measured, {len(fitting)} of them fit"
