@@ -15,7 +15,7 @@ from memfit.adoption import effort
 from memfit.cost.memory import timeline
 from memfit.engines import native
 from memfit.measure import here
-from memfit.planning import Planning, Progress, Request, make_pricer, search
+from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
 from memfit.report.html import write_html
 from memfit.run.child import run
 from memfit.search.choose import Objective
@@ -51,7 +51,10 @@ def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
     """Where every MiB of ``plan`` goes, before running it."""
     progress("trace", 0, 0, plan.label)
     _, pricer = make_pricer(request)
-    return pricer.whole(check(plan))
+    pricer.trace(check(plan))
+    if request.is_here:
+        calibrate(pricer, request, progress, plans=[plan])
+    return pricer.whole(plan)
 
 
 def run_plan(
@@ -94,6 +97,7 @@ def poc(
     story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
     found = story.begin(request)
     specs = list(story.specs())
+    calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
     for index, spec in enumerate(specs):
         found = story.add_run(found, spec, f"{spec.name} ({index + 1} of {len(specs)})")
     found = story.conclude(found)

@@ -105,7 +105,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         request, job, pricer, plain = _runnable(request, job, pricer, plain)
     cap_bytes, cap_reason = _cap(request, plain)
     if request.is_here:
-        _calibrate(pricer, request, progress)
+        calibrate(pricer, request, progress)
     fits = fits_under(cap_bytes, request.machine)
     estimates, considered, left_out = _price(pricer, request, fits, progress)
     result = decide(
@@ -171,7 +171,7 @@ def _price(
         progress("finalists", index, len(chosen), plan.label)
         pricer.trace(plan)
     if request.is_here:
-        _calibrate(pricer, request, progress, plans=chosen)
+        calibrate(pricer, request, progress, plans=chosen)
     return [pricer.whole(plan) for plan in chosen], len(every), left_out
 
 
@@ -198,7 +198,7 @@ def finalists(
 # -- calibration ----------------------------------------------------------------------------------
 
 
-def _calibrate(pricer: Pricer, request: Request, progress: Progress, plans: list[Plan] | None = None) -> None:
+def calibrate(pricer: Pricer, request: Request, progress: Progress, plans: list[Plan] | None = None) -> None:
     """Probe the operators that matter in a child process, and merge with what is known."""
     from memfit.cost.memory import step_ops
 

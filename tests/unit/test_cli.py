@@ -468,3 +468,24 @@ def test_only_the_known_chatter_is_dropped(caplog: pytest.LogCaptureFixture) -> 
     logging.getLogger("torchao").warning("Failed to load _C_mxfp8.so: wrong processor")
     logging.getLogger("torchao").warning("something is really wrong")
     assert [r.getMessage() for r in caplog.records] == ["something is really wrong"]
+
+
+BROKEN = """
+from memfit import Job
+job = Job(name="x", build_model=lambda: {}["zz"], make_batch=lambda s, d: (), loss=max, batch_size=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [("raise SystemExit(0)", "SystemExit: 0"), (BROKEN, "KeyError: 'zz'")],
+    ids=["exits", "fails"],
+)
+def test_errors_of_the_users_own_code_are_one_line(
+    body: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(body)
+    assert main(["explain", f"{tmp_path / 'own.py'}:job"]) == 2
+    err = capfd.readouterr().err
+    assert told in err
+    assert len(err.strip().splitlines()) == 1

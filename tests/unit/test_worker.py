@@ -231,9 +231,11 @@ def test_out_of_memory_is_an_outcome_with_its_place(own: str, told: Any) -> None
     assert len(found.losses) == 1
 
 
-def test_any_other_error_is_a_crash(own: str, told: Any) -> None:
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        told(spec(own, "mistaken"))
+def test_an_error_in_the_users_loss_is_a_failed_run_with_its_place(own: str, told: Any) -> None:
+    found, _ = told(spec(own, "mistaken"))
+    assert found.outcome is OutcomeKind.FAILED
+    assert "RuntimeError: shapes do not fit" in found.reason
+    assert ".py:" in found.reason
 
 
 def test_the_users_mistake_is_a_failed_run_with_the_reason(own: str, told: Any) -> None:

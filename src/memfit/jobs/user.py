@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -26,7 +27,7 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     module = _run_file(Path(path), spec)
     found = _attribute(module, name, path)
     if isinstance(found, Job) and not options:
-        return found
+        return _told(found, spec)
     if isinstance(found, Job):
         raise UserError(
             f"{spec} is a finished Job and takes no --{next(iter(options))}",
@@ -37,6 +38,9 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
             f"{spec} is a {type(found).__name__}", allowed="a memfit.Job or a function returning one"
         )
     return _call(found, options, spec)
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 
 def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
@@ -50,7 +54,25 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     job = _guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):
         raise UserError(f"{spec}() returned a {type(job).__name__}", allowed="a memfit.Job")
-    return job
+    return _told(job, spec)
+
+
+def _told(job: Job, spec: str) -> Job:
+    """The job with its own functions guarded: their errors are the user's to read, in one line."""
+
+    def guarded(function: Any) -> Any:
+        if function is None:
+            return None
+        return lambda *args, **kwargs: _guarded(lambda: function(*args, **kwargs), spec)
+
+    return dataclasses.replace(
+        job,
+        build_model=guarded(job.build_model),
+        make_batch=guarded(job.make_batch),
+        loss=guarded(job.loss),
+        loss_terms=guarded(job.loss_terms),
+        evaluate=guarded(job.evaluate),
+    )
 
 
 def _run_file(path: Path, spec: str) -> ModuleType:
@@ -76,9 +98,11 @@ def _guarded(action: Any, spec: str) -> Any:
     """Any error of the user's code becomes one line with the last place in it."""
     try:
         return action()
-    except UserError:
+    except (UserError, MemoryError):
         raise
-    except Exception as error:  # the user's code: anything may come out of it
+    except (Exception, SystemExit) as error:  # the user's code: anything may come out of it
+        if any(text in str(error) for text in _OUT_OF_MEMORY):
+            raise  # an outcome of the run, not a mistake
         folder = Path(spec.rpartition(":")[0]).resolve().parent
         frames = [
             f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)

@@ -43,7 +43,7 @@ def parse_plan(data: object, *, what: str) -> Plan:
     uses = []
     for name, settings in techniques.items():
         try:
-            uses.append(make_use(str(name), _settings(settings)))
+            uses.append(make_use(str(name), _settings(str(name), settings)))
         except MemfitError as error:
             problems.append(str(error))
     if problems:
@@ -51,11 +51,11 @@ def parse_plan(data: object, *, what: str) -> Plan:
     return check(Plan(uses=tuple(uses)))
 
 
-def _settings(value: object) -> dict[str, object]:
+def _settings(name: str, value: object) -> dict[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"settings are {value!r}", allowed="a mapping such as {every: 1}")
+        raise UserError(f"{name}: settings are {value!r}", allowed="a mapping such as {knob: value}, or {}")
     return {str(k): v for k, v in value.items()}
 
 
