@@ -19,8 +19,8 @@ from typing import Any
 
 from memfit.engines import native
 from memfit.measure import here
-from memfit.pipeline import median_step_s
 from memfit.planning import Planning, Request, fits_under, search
+from memfit.report.pool import median_step_s
 from memfit.run.child import run
 from memfit.search.choose import Objective, score
 from memfit.search.space import plans, usable

@@ -17,6 +17,7 @@ from memfit.engines import native
 from memfit.measure import here
 from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
 from memfit.report.html import write_html
+from memfit.report.pool import median_step_s
 from memfit.run.child import run
 from memfit.search.choose import Objective
 from memfit.store.database import Store
@@ -316,12 +317,6 @@ def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
         ),
         None,
     )
-
-
-def median_step_s(measurement: Measurement) -> float | None:
-    """Median step time without the first two steps, which warm caches."""
-    steady = measurement.step_s[2:] or measurement.step_s
-    return statistics.median(steady) if steady else None
 
 
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
