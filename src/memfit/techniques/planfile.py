@@ -5,6 +5,7 @@
     techniques:
       activation-checkpointing: {every: 1}
       bf16-autocast: {}
+    ranks: 8        # processes of one device each; 1 when left out
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from memfit.techniques.registry import check, make_use
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.plan import Plan
 
-_KEYS = ("techniques", "note")
+_KEYS = ("techniques", "ranks", "note")
 
 
 def read_plan(path: Path) -> Plan:
@@ -40,6 +41,9 @@ def parse_plan(data: object, *, what: str) -> Plan:
     if not isinstance(techniques, dict):
         problems.append("techniques is no mapping of technique names to settings")
         techniques = {}
+    ranks = data.get("ranks", 1)
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        problems.append(f"ranks is {ranks!r} (allowed: an integer of at least 1)")
     uses = []
     for name, settings in techniques.items():
         try:
@@ -48,7 +52,7 @@ def parse_plan(data: object, *, what: str) -> Plan:
             problems.append(str(error))
     if problems:
         raise UserError(f"{what}: {'. '.join(problems)}")
-    return check(Plan(uses=tuple(uses)))
+    return check(Plan(uses=tuple(uses), ranks=ranks))
 
 
 def _settings(name: str, value: object) -> dict[str, object]:
@@ -71,4 +75,6 @@ def plan_text(plan: Plan, *, note: str = "") -> str:
 
     data: dict[str, object] = {"note": note} if note else {}
     data["techniques"] = plan.to_dict()
+    if plan.ranks > 1:
+        data["ranks"] = plan.ranks
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

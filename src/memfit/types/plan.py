@@ -56,23 +56,26 @@ def use(technique: str, **knobs: KnobValue) -> Use:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Techniques applied to one job, in the registry's order. Equal plans compare and hash equal."""
+    """Techniques applied to one job, in the registry's order, on ``ranks`` processes of one device each.
+    Equal plans compare and hash equal."""
 
     uses: tuple[Use, ...] = ()
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         names = [u.technique for u in self.uses]
         assert len(names) == len(set(names)), f"a technique appears twice: {names}"
+        assert self.ranks >= 1, f"{self.ranks} ranks"
         object.__setattr__(self, "uses", tuple(sorted(self.uses)))
 
     def get(self, technique: str) -> Use | None:
         return next((u for u in self.uses if u.technique == technique), None)
 
     def without(self, technique: str) -> Plan:
-        return Plan(uses=tuple(u for u in self.uses if u.technique != technique))
+        return dataclasses.replace(self, uses=tuple(u for u in self.uses if u.technique != technique))
 
     def with_use(self, added: Use) -> Plan:
-        return Plan(uses=(*self.without(added.technique).uses, added))
+        return dataclasses.replace(self, uses=(*self.without(added.technique).uses, added))
 
     def to_dict(self) -> dict[str, dict[str, KnobValue]]:
         return {u.technique: u.settings for u in self.uses}
@@ -80,11 +83,12 @@ class Plan:
     @property
     def label(self) -> str:
         """Short and stable: ``activation-checkpointing(every=1) + bf16-autocast``."""
-        return " + ".join(_label(u) for u in self.uses) or "plain"
+        techniques = " + ".join(_label(u) for u in self.uses) or "plain"
+        return f"{techniques} on {self.ranks} ranks" if self.ranks > 1 else techniques
 
     @property
     def fingerprint(self) -> str:
-        return json.dumps(self.to_dict(), sort_keys=True)
+        return json.dumps(self.to_dict(), sort_keys=True) + (f" x{self.ranks}" if self.ranks > 1 else "")
 
 
 def _label(u: Use) -> str:

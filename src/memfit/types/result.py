@@ -58,6 +58,12 @@ class Estimate:
     peak_op: str = ""
     traced: bool = True  # False: composed from other traces
     workspace_probed: bool = False
+    reserved_bytes: Interval | None = None  # by the caching allocator; None: this device has none
+    device_bytes: Interval | None = None  # reserved and all that lies outside the allocator
+    device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # context, libraries
+    host_bytes: Interval | None = None  # host memory the plan takes on purpose (offload, pinned copies)
+    oom_probability: float | None = None  # against the memory the estimate was made for
+    rank: int = 0  # the rank with the highest peak, of those that differ
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class Allocation:
     module: str  # dotted path of the module whose forward (or its backward) made it; "" is the root
     op: str
     line: str = ""  # "file.py:123" of user code, when asked for
+    stream: str = ""  # "" is the compute stream; else e.g. "all-gather": its own pool in the CUDA allocator
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,3 +79,6 @@ class Trace:
     repeated_micro_steps: int = 0
     offloaded_bytes: int = 0  # written out in the played part of one step, and read back
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
+    rank: int = 0  # the one traced, of `ranks`
+    ranks: int = 1
+    communicators: tuple[tuple[str, int], ...] = ()  # (name, ranks in it) of every process group in use
