@@ -18,6 +18,7 @@ from torch.utils import _pytree
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
 from memfit.techniques.registry import check, in_order
+from memfit.techniques.world import World, layout
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -36,13 +37,22 @@ class TrainingStep:
     Raises UserError when the plan's techniques clash, miss a package, or do not suit the job.
     """
 
-    def __init__(self, job: Job, plan: Plan, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        device: str = "cpu",
+        world: World | None = None,
+        on_ddp: Callable[[Any], None] | None = None,
+    ) -> None:
         check(plan)
         model = job.build_model()
         model.train()
         bench = Workbench(
-            job=job, model=model, device=device, make_optimizer=default_optimizer(job.optimizer, device)
-        )
+            job=job, model=model, device=device, make_optimizer=default_optimizer(job.optimizer, device),
+            world=world or World(layout=layout(plan)), on_ddp=on_ddp,
+        )  # fmt: skip
         for technique, use in in_order(plan):
             technique.apply(bench, use.settings)
         self.job, self.bench, self.model = job, bench, model
@@ -57,18 +67,23 @@ class TrainingStep:
         *,
         micro_batches_played: int | None = None,
         update: bool = True,
+        terms_per_rank: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; (mean loss, gradient norm) as detached scalar tensors.
+        """One optimizer step on this rank's batch; (its share of the mean loss, gradient norm) as detached
+        scalar tensors.
 
-        ``micro_batches_played`` stops after that many micro-batches, for a trace that knows the rest
-        to be alike; ``update=False`` leaves the optimizer's own step out.
+        ``micro_batches_played`` plays that many micro-batches, the last among them, for a trace that
+        knows the rest to be alike; ``update=False`` leaves the optimizer's own step out.
+        ``terms_per_rank`` is the mean of loss terms over data-parallel ranks, as `local` returns it.
         """
         parts = split(batch, self.bench.micro_batches)
         terms = [self._terms(part) for part in parts]
-        total = sum(terms)
+        total = terms_per_rank or sum(terms)
         loss_sum: torch.Tensor | None = None
-        for part, share in list(zip(parts, terms, strict=True))[:micro_batches_played]:
-            loss = self._micro_step(part, share / total, on_phase)
+        for index in played(len(parts), micro_batches_played):
+            for tell in self.bench.before_micro_batch:
+                tell(index == len(parts) - 1)
+            loss = self._micro_step(parts[index], terms[index] / total, on_phase)
             loss_sum = loss if loss_sum is None else loss_sum + loss
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
@@ -78,6 +93,15 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         return loss_sum, norm
 
+    def local(self, batch: Any) -> tuple[Any, float]:
+        """(this data-parallel rank's part of the whole batch as tensors of its own, mean terms per rank)."""
+        world = self.bench.world
+        if world.layout.data == 1:
+            return batch, float(self._terms(batch))
+        part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
+        own = _pytree.tree_map_only(torch.Tensor, torch.clone, part)
+        return own, self._terms(batch) / world.layout.data
+
     def close(self) -> None:
         """Let go of everything that hooks hold in a circle; the step is not used again."""
         for close in self.bench.closers:
@@ -86,7 +110,7 @@ class TrainingStep:
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase) -> torch.Tensor:
         on_phase(Phase.FORWARD)
         with self.contexts():
-            loss = self.job.loss(self.model, part)
+            loss = self.job.loss(self.bench.call or self.model, part)
             _must_be_loss(loss)
             weighted = loss * share if share != 1.0 else loss
         on_phase(Phase.BACKWARD)
@@ -107,7 +131,10 @@ class TrainingStep:
     def _grad_norm(self) -> torch.Tensor:
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
-        norms = [torch.linalg.vector_norm(p.grad) for p in self.bench.trainable() if p.grad is not None]
+        grads = [p.grad for p in self.bench.trainable() if p.grad is not None]
+        if self.bench.world.mesh is not None:
+            return global_norm(grads, self.bench.world)
+        norms = [torch.linalg.vector_norm(g) for g in grads]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
         return total
 
@@ -121,6 +148,37 @@ def _must_be_loss(loss: object) -> None:
             f"the job's loss(model, batch) returned {got[:120]}",
             allowed="a scalar tensor that depends on the model's parameters",
         )
+
+
+def global_norm(grads: Sequence[torch.Tensor], world: World) -> torch.Tensor:
+    """The norm over all ranks: squares of local shards, summed along the mesh dimensions over which each
+    gradient is sharded, and along the pipeline, whose stages hold different parameters."""
+    from torch.distributed.tensor import DTensor
+
+    squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for grad in grads:
+        meshes: tuple[Any, ...] = ()
+        if isinstance(grad, DTensor):
+            mesh = grad.device_mesh
+            meshes = tuple(mesh.get_group(i) for i, p in enumerate(grad.placements) if p.is_shard())
+            grad = grad.to_local()
+        squares.setdefault(meshes, []).append(torch.linalg.vector_norm(grad).float().square())
+    total = torch.zeros(())
+    for groups, values in squares.items():
+        part = torch.stack(values).sum()
+        for group in groups:
+            torch.distributed.all_reduce(part, group=group)
+        total = total + part
+    if (stages := world.sub("pipeline")) is not None:
+        torch.distributed.all_reduce(total, group=stages.get_group())
+    return total.sqrt()
+
+
+def played(count: int, most: int | None) -> list[int]:
+    """Which of ``count`` micro-batches to run when ``most`` are enough: the first, and the last."""
+    if most is None or most >= count:
+        return list(range(count))
+    return [*range(most - 1), count - 1]
 
 
 def batch_length(batch: Any) -> int:

@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from memfit.techniques.world import Layout, World
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -92,18 +93,24 @@ class Workbench:
     """The one training step under construction; techniques change it in their order.
 
     ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors lie: a prediction for CUDA is
-    traced on fake CPU tensors. ``forward_contexts`` surround forward and loss of each micro-batch.
+    traced on fake CPU tensors. ``forward_contexts`` surround forward and loss of each micro-batch;
+    ``before_micro_batch`` is told whether the micro-batch is the step's last. ``call`` is what the job's
+    loss gets as its model, where that is not the model itself.
     """
 
     job: Job
     model: torch.nn.Module
     device: str
     make_optimizer: MakeOptimizer
+    world: World = dataclasses.field(default_factory=lambda: World(layout=Layout()))
+    call: Any = None
     micro_batches: int = 1
+    before_micro_batch: list[Callable[[bool], None]] = dataclasses.field(default_factory=list)
     forward_contexts: list[Context] = dataclasses.field(default_factory=list)
     step_in_backward: bool = False
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step
     on_offload: Callable[[int], None] | None = None  # and here: bytes that leave memory
 
     def trainable(self) -> list[torch.nn.Parameter]:

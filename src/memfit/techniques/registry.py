@@ -9,6 +9,7 @@ from memfit.techniques import (
     adapters,
     checkpointing,
     chunked_loss,
+    data_parallel,
     gradient_accumulation,
     offload,
     optimizers,
@@ -34,6 +35,8 @@ TECHNIQUES: Mapping[str, Technique] = {
         adapters.LORA,
         adapters.QLORA,
         offload.TECHNIQUE,
+        data_parallel.DDP,
+        data_parallel.FSDP2,
     )
 }
 

@@ -24,7 +24,9 @@ from memfit.trace.signature import describe, moved_bytes
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan
 
 GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}
-_NOT_THE_USERS = (f"{Path(__file__).parents[1]}/", "/torch/", "/lib/python3", "<")
+_PACKAGE = f"{Path(__file__).parents[1]}/"
+_STEP = f"{_PACKAGE}jobs/step.py"  # whoever calls the training step wrote none of its tensors
+_NOT_THE_USERS = (_PACKAGE, "/torch/", "/lib/python3", "<")
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
@@ -59,6 +61,7 @@ class Ledger(TorchDispatchMode):
         self.offloaded_bytes = 0
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
+        self._line_of_node: dict[int, str] = {}
 
     # -- what the step tells ------------------------------------------------------------------------
 
@@ -126,12 +129,22 @@ class Ledger(TorchDispatchMode):
             return known[1]
         size_bytes = -(-storage.nbytes() // self.granularity_bytes) * self.granularity_bytes
         module = self.modules.name(self.current)
-        line = user_line() if self.lines else ""
+        line = self._line() if self.lines else ""
         life = _Life(self.clock, size_bytes, self.current, self.step, module, op, line)
         self.clock += 1
         self.lives.append(life)
         self._known[key] = (weakref.ref(storage, self._death(key, life)), life)
         return life
+
+    def _line(self) -> str:
+        """In backward, the line whose forward made the autograd node that runs."""
+        line = user_line()
+        if self.current is Phase.FORWARD:
+            self._line_of_node.setdefault(newest_node(), line)
+        elif not line and self.current is Phase.BACKWARD:
+            node: Any = torch._C._current_autograd_node()
+            line = self._line_of_node.get(node._sequence_nr(), "") if node is not None else ""
+        return line
 
     def _death(self, key: int, life: _Life) -> Callable[[Any], None]:
         def died(_: Any) -> None:
@@ -222,7 +235,7 @@ class ModuleStack:
         if self._stack:
             name = self._stack[-1]
             if phase is Phase.FORWARD:
-                self._by_node[torch._C._autograd._get_sequence_nr()] = name
+                self._by_node.setdefault(newest_node(), name)
             return name
         if phase is Phase.BACKWARD:
             node: Any = torch._C._current_autograd_node()
@@ -230,21 +243,26 @@ class ModuleStack:
         return ""
 
 
+def newest_node() -> int:
+    """Sequence number of the autograd node made last: the one whose operator is at work, in forward."""
+    return torch._C._autograd._get_sequence_nr() - 1
+
+
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold the bytes: a wrapper subclass's inner ones, else the tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [t for name in names for t in plain_tensors(getattr(tensor, name))]
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
 
 
 def user_line() -> str:
-    """``file.py:12`` of the innermost frame outside torch, memfit and the standard library."""
+    """``file.py:12`` of the innermost frame outside torch, memfit and the standard library; of memfit, a
+    built-in job's own code counts. Empty where the training step itself or the optimizer allocates."""
     frame: Any = sys._getframe(1)
-    while frame is not None:
-        path: str = frame.f_code.co_filename
+    while frame is not None and (path := frame.f_code.co_filename) != _STEP:
         own = any(part in path for part in _NOT_THE_USERS)
-        if not own or "/site-packages/transformers/models/" in path:
+        if not own or path.startswith(f"{_PACKAGE}jobs/") or "/site-packages/transformers/models/" in path:
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

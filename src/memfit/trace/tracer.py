@@ -14,6 +14,7 @@ from torch.utils import _pytree
 from memfit.jobs.step import TrainingStep
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
+from memfit.trace.ranks import communicators, fake_ranks, ready_for_fakes
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
@@ -30,21 +31,29 @@ def trace(
     played: int = _PLAYED_MICRO_BATCHES,
     update: bool = True,
     lines: bool = False,
+    rank: int = 0,
 ) -> Trace:
     """Two steps by default, so that optimizer state made in the first is there in the second.
 
     Of many micro-batches only the first ``played`` are run; ``update=False`` leaves out the optimizer's
     step, for who wants forward and backward only. ``device`` chooses kernels and rounding ("cpu" or
-    "cuda"). Raises UserError where the plan does not suit the job.
+    "cuda"). ``rank`` is the one to watch of the plan's ranks, on a fake process group of that size.
+    Raises UserError where the plan does not suit the job.
     """
     batch = job.make_batch(0, 0)
     ledger = Ledger(device, lines=lines)
-    with _fake_world() as fake, _random_states(ledger), device_lens(device), ledger:
-        step = TrainingStep(job, plan, device=device)
+    with (
+        fake_ranks(plan, rank) as world, _fake_world() as fake, _random_states(ledger), device_lens(device),
+        ledger,
+    ):  # fmt: skip
+        step = TrainingStep(job, plan, device=device, world=world, on_ddp=ready_for_fakes)
         _label_state(ledger, step)
-        inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+        part, terms = step.local(batch)
+        inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
         ledger.label(inputs, Category.INPUT)
-        done = _play(ledger, step, inputs, steps=steps, most=played, update=update)
+        del part
+        done = _play(ledger, step, (inputs, terms), steps=steps, most=played, update=update)
+        groups = communicators()
     allocations, ops, spans = ledger.finish()
     params = list(step.model.parameters())
     return Trace(
@@ -58,6 +67,9 @@ def trace(
         repeated_micro_steps=step.bench.micro_batches - done,
         offloaded_bytes=ledger.offloaded_bytes // steps,
         assumptions=tuple(ledger.assumptions),
+        rank=rank,
+        ranks=plan.ranks,
+        communicators=groups,
     )
 
 
@@ -67,15 +79,18 @@ def fake_model(job: Job) -> torch.nn.Module:
         return job.build_model()
 
 
-def _play(ledger: Ledger, step: TrainingStep, inputs: Any, *, steps: int, most: int, update: bool) -> int:
+def _play(ledger: Ledger, step: TrainingStep, given: tuple[Any, float], *, steps: int, most: int, update: bool) -> int:
     """Run the steps; the number of micro-batches played in each."""
+    inputs, terms = given
     played = min(step.bench.micro_batches, most)
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = ledger.note_offload
     ledger.modules.watch(step.model)
     try:
         for _ in range(steps):
-            outputs = step.run(inputs, _marker(ledger, step), micro_batches_played=played, update=update)
+            outputs = step.run(
+                inputs, _marker(ledger, step), micro_batches_played=played, update=update, terms_per_rank=terms
+            )
             del outputs
             _label_state(ledger, step)
             ledger.phase(Phase.SETUP)

@@ -1,0 +1,164 @@
+"""Data parallelism: the same model on every rank (DDP), or each rank keeping a shard of it (FSDP2, HSDP).
+
+DDP averages gradients in buckets while backward runs (Li et al. 2020); FSDP2 gathers each block's
+parameters just before they are used and scatters its gradients (Rajbhandari et al. 2020, ZeRO-3;
+torch.distributed.fsdp.fully_shard).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.blocks import find_blocks
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+_SYNC = Knob(
+    name="sync",
+    default="every",
+    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients wait)",
+    choices=("every", "last"),
+)
+
+
+def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = bench.world.sub("replicate")
+    if mesh is None:
+        return
+    wrapped = DistributedDataParallel(
+        bench.model,
+        process_group=mesh.get_group(),
+        bucket_cap_mb=int(settings["bucket_mib"]),
+        gradient_as_bucket_view=bool(settings["bucket_view"]),
+    )
+    bench.call = _Forwarding(wrapped)
+    if bench.on_ddp is not None:
+        bench.on_ddp(wrapped)
+    if settings["sync"] == "last":
+
+        def choose(last: bool) -> None:
+            wrapped.require_backward_grad_sync = last
+
+        bench.before_micro_batch.append(choose)
+
+
+class _Forwarding:
+    """Calls go through DDP, attributes to the model inside, so that a job's loss need not know."""
+
+    def __init__(self, wrapped: torch.nn.Module) -> None:
+        self._wrapped = wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped.module, name)
+
+
+def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
+    if mesh is None:
+        return
+    offload = CPUOffloadPolicy(pin_memory=bench.device == "cuda") if settings["offload"] else OffloadPolicy()
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": bool(settings["reshard"]),
+        "mp_policy": _precision(str(settings["precision"])),
+        "offload_policy": offload,
+    }
+    groups = [fully_shard(block, **options) for block in _blocks(bench)]
+    root: Any = fully_shard(bench.model, **options)
+    _prefetch(groups, int(settings["prefetch"]))
+
+    def choose(last: bool) -> None:
+        root.set_is_last_backward(last)
+        if settings["sync"] == "last":
+            root.set_requires_gradient_sync(last)
+
+    bench.before_micro_batch.append(choose)
+
+
+def _with_context(bench: Workbench) -> Any:
+    """Parameters are sharded over data and context ranks together; replicas stay a dimension apart."""
+    flat = bench.world.flat("shard", "context")
+    if bench.world.layout.replicate > 1:
+        raise UserError(
+            "fsdp2 with replicas and context-parallel together", hint="leave one of them out: not supported yet"
+        )
+    return flat
+
+
+def _blocks(bench: Workbench) -> list[Any]:
+    try:
+        return find_blocks(bench.model, bench.job.blocks)[1]
+    except UserError:
+        if bench.job.blocks is not None:
+            raise
+        return []  # the whole model is one group
+
+
+def _precision(name: str) -> Any:
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if name == "as-is":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def _prefetch(groups: list[Any], depth: int) -> None:
+    """Beyond the one group that torch prefetches on its own in backward."""
+    if depth <= 1:
+        return
+    for i, group in enumerate(groups):
+        group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + depth])
+        group.set_modules_to_backward_prefetch(groups[max(0, i - depth) : i][::-1])
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+DDP = Technique(
+    name="ddp",
+    summary="the same model on every rank, gradients averaged in buckets",
+    effect=EffectClass.E1,
+    apply=_apply_ddp,
+    settings=_nothing,
+    order=90,
+    slot="data-parallel",
+    knobs=(
+        Knob(name="bucket_mib", default=25, doc="MiB of gradients reduced together"),
+        Knob(name="bucket_view", default=True, doc="gradients are views of buckets", choices=(True, False)),
+        _SYNC,
+    ),
+    forbids=("optimizer-in-backward",),
+)
+
+FSDP2 = Technique(
+    name="fsdp2",
+    summary="each rank keeps a shard of parameters, gradients and optimizer state (ZeRO-3; HSDP by replicas)",
+    effect=EffectClass.E1,
+    apply=_apply_fsdp2,
+    settings=_nothing,
+    order=90,
+    slot="data-parallel",
+    knobs=(
+        Knob(name="reshard", default=True, doc="free gathered parameters after forward", choices=(True, False)),
+        Knob(name="precision", default="as-is", doc="dtype of gathered parameters", choices=("as-is", "bf16")),
+        Knob(name="prefetch", default=1, doc="groups gathered ahead"),
+        Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
+        Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
+        _SYNC,
+    ),
+    forbids=("optimizer-in-backward", "bf16-autocast"),
+)

@@ -1,0 +1,94 @@
+"""A fake process group of the plan's real size, so that one process can trace any rank of any world."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils import _pytree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.techniques.world import World, make_world
+from memfit.types.errors import MemfitError
+from memfit.types.plan import Plan
+
+
+@contextlib.contextmanager
+def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
+    """The world of ``plan`` as ``rank`` sees it; collectives return at once. Enter outside fake tensors:
+    a device mesh holds real numbers. Raises UserError where degrees and ranks disagree, MemfitError where
+    this process has a process group already."""
+    if plan.ranks == 1:
+        yield make_world(plan, rank=0, device="cpu")
+        return
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise MemfitError("a plan of several ranks cannot be traced while a process group is initialised here")
+    dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
+    try:
+        with _without_values():
+            yield make_world(plan, rank=rank, device="cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """DDP compares and broadcasts values of parameters when it starts; fake tensors have none."""
+    from torch.nn.parallel import distributed
+
+    with mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True):
+        yield
+
+
+class _RealIntegers(TorchDispatchMode):
+    """DDP lists its buckets in int32 tensors that it reads in C++: those are made for real."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        makes = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
+        if makes or (tensors and all(type(t) is torch.Tensor for t in tensors)):
+            with no_dispatch():  # type: ignore[no-untyped-call]
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def ready_for_fakes(wrapped: Any) -> None:
+    """Two things that DDP asks of real tensors. Its reduction wants a value of the collective's future,
+    which on a fake process group is None: a hook does the same. Its buckets are listed in integers."""
+    enter = wrapped._pre_forward
+
+    def pre_forward(*args: Any, **kwargs: Any) -> Any:
+        with _RealIntegers():
+            return enter(*args, **kwargs)
+
+    wrapped._pre_forward = pre_forward
+    ranks = wrapped.process_group.size()
+
+    def reduce(group: Any, bucket: Any) -> Any:
+        buffer = bucket.buffer().div_(ranks)
+        torch.distributed.all_reduce(buffer, group=group)
+        done: torch.futures.Future[Any] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    # torch reads the annotations, which here are text.
+    reduce.__annotations__ = {"bucket": torch.distributed.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+    wrapped.register_comm_hook(wrapped.process_group, reduce)
+
+
+def communicators() -> tuple[tuple[str, int], ...]:
+    """(name, ranks) of the process groups this rank is in, the default one first."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return ()
+    groups = dist.distributed_c10d._world.pg_group_ranks
+    return tuple((dist.distributed_c10d._get_process_group_name(g), len(r)) for g, r in groups.items())
