@@ -110,6 +110,29 @@ def test_user_lines_are_told_when_asked_for() -> None:
     found = trace(regression(), Plan(), lines=True)
     assert any(a.line.startswith("tiny.py:") for a in found.allocations)
     assert all(not a.line for a in trace(regression(), Plan()).allocations)
+    assert all(a.line for a in found.allocations if a.phase is Phase.FORWARD)
+    assert not any(a.line for a in found.allocations if a.phase is Phase.OPTIMIZER)  # nobody's own line
+
+
+def test_backward_has_the_module_and_line_of_the_forward_it_undoes() -> None:
+    found = trace(words(blocks=1), Plan(), lines=True)
+    first = [a for a in found.allocations if a.phase is Phase.BACKWARD and a.step == 1][:5]
+    assert [(a.op.split(".")[1], a.module) for a in first] == [
+        ("ones_like", ""), ("nll_loss_backward", ""), ("_log_softmax_backward_data", ""),
+        ("mm", "head"), ("mm", "head"),
+    ]  # fmt: skip
+    forward = {a.line for a in found.allocations if a.phase is Phase.FORWARD and a.module == "head"}
+    assert {a.line for a in first[3:]} == forward
+
+
+def test_parameters_gradients_and_state_belong_to_the_module_that_holds_the_parameter() -> None:
+    found = trace(words(blocks=1), Plan())
+    for category, copies in ((Category.PARAMETER, 1), (Category.GRADIENT, 1), (Category.OPTIMIZER_STATE, 2)):
+        sizes = [
+            a.size_bytes for a in found.allocations
+            if a.category is category and a.module == "head" and a.step == 0 and a.size_bytes > 64
+        ]  # fmt: skip
+        assert sorted(sizes) == sorted([VOCABULARY * WIDTH * 4, VOCABULARY * 4] * copies)
 
 
 # --- micro-batches

@@ -72,12 +72,15 @@ class Ledger(TorchDispatchMode):
     def next_step(self) -> None:
         self.step += 1
 
-    def label(self, value: Any, category: Category) -> None:
-        """Name the storages of every tensor in ``value``; births that nobody saw are noted now."""
+    def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
+        """Name the storages of every tensor in ``value``, and whose they are; births that nobody saw are
+        noted now."""
         for tensor in _pytree.tree_leaves(value):
             if isinstance(tensor, torch.Tensor):
                 for inner in plain_tensors(tensor):
-                    self._note(inner, category.value).category = category
+                    life = self._note(inner, category.value)
+                    life.category = category
+                    life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> None:
         """A tensor that never passes the dispatcher."""

@@ -79,7 +79,9 @@ def fake_model(job: Job) -> torch.nn.Module:
         return job.build_model()
 
 
-def _play(ledger: Ledger, step: TrainingStep, given: tuple[Any, float], *, steps: int, most: int, update: bool) -> int:
+def _play(
+    ledger: Ledger, step: TrainingStep, given: tuple[Any, float], *, steps: int, most: int, update: bool
+) -> int:
     """Run the steps; the number of micro-batches played in each."""
     inputs, terms = given
     played = min(step.bench.micro_batches, most)
@@ -89,7 +91,11 @@ def _play(ledger: Ledger, step: TrainingStep, given: tuple[Any, float], *, steps
     try:
         for _ in range(steps):
             outputs = step.run(
-                inputs, _marker(ledger, step), micro_batches_played=played, update=update, terms_per_rank=terms
+                inputs,
+                _marker(ledger, step),
+                micro_batches_played=played,
+                update=update,
+                terms_per_rank=terms,
             )
             del outputs
             _label_state(ledger, step)
@@ -112,9 +118,11 @@ def _marker(ledger: Ledger, step: TrainingStep) -> Any:
 
 def _label_state(ledger: Ledger, step: TrainingStep) -> None:
     """Optimizer state first: fp32 masters are parameters to torch, but state to everyone else."""
-    state = [v for values in step.optimizer.state.values() for v in _pytree.tree_leaves(values)]
-    ledger.label(state, Category.OPTIMIZER_STATE)
-    ledger.label([*step.model.parameters(), *step.model.buffers()], Category.PARAMETER)
+    owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
+    for param, state in step.optimizer.state.items():
+        ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)))
+    for name, tensor in (*step.model.named_parameters(), *step.model.named_buffers()):
+        ledger.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 
 
 @contextlib.contextmanager
