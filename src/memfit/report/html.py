@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.report import charts, drawing
+from memfit.report.files import write_whole
 from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured
 from memfit.report.rows import PocView
 from memfit.report.view import poc_view
@@ -26,20 +26,19 @@ def write_html(poc: Poc, path: Path, *, lang: str) -> Path:
     """
     text = render_html(poc, lang=lang)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return write_whole(path, text.encode())
 
 
 def render_html(poc: Poc, *, lang: str) -> str:
-    import jinja2
-
     words = load_words(lang)
     view = poc_view(poc)
+    return render("template.html.j2", words, view=view, poc=poc, **_drawings(view, words))
+
+
+def render(template: str, words: Words, **values: Any) -> str:
+    """One of this room's templates with the helpers that all of them may call."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
         autoescape=True,
@@ -47,8 +46,7 @@ def render_html(poc: Poc, *, lang: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    template = environment.get_template("template.html.j2")
-    return template.render(view=view, poc=poc, words=words, **_helpers(words), **_drawings(view, words))
+    return environment.get_template(template).render(words=words, **_helpers(words), **values)
 
 
 def _asset(name: str) -> str:
@@ -82,8 +80,8 @@ def _helpers(words: Words) -> Mapping[str, Callable[..., Any]]:
     def _shown(value: object) -> object:
         return say(value) if isinstance(value, Sentence) else value
 
-    def style() -> Markup:
-        return Markup(_asset("style.css"))
+    def asset(name: str) -> Markup:
+        return Markup(_asset(name))
 
     def moment(iso: str) -> str:
         """``2026-03-01T09:30:00+00:00`` as people write it."""
@@ -94,7 +92,7 @@ def _helpers(words: Words) -> Mapping[str, Callable[..., Any]]:
         "num": num,
         "moment": moment,
         "say": say,
-        "style": style,
+        "asset": asset,
         "assumed": assumed,
         "counted": measured,
     }
