@@ -12,10 +12,12 @@ from pathlib import Path
 
 from memfit import outlook, wire
 from memfit.adoption import effort
-from memfit.cost.memory import timeline
+from memfit.cost.memory import memory_profile, timeline, with_workspace
 from memfit.engines import native
 from memfit.measure import here
 from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
+from memfit.pricing import Pricer
+from memfit.report.explain import Explained
 from memfit.report.html import write_html
 from memfit.report.pool import median_step_s
 from memfit.run.child import run
@@ -23,6 +25,7 @@ from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import check, effect_of
+from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -41,7 +44,10 @@ from memfit.types.result import (
 )
 from memfit.verify import reproducibility, verdict
 
-__all__ = ["Objective", "Planning", "Progress", "Request", "explain", "poc", "report", "run_plan", "search"]
+__all__ = [
+    "Objective", "Planning", "Progress", "Request", "anatomy", "explain", "poc", "report", "run_plan",
+    "search",
+]  # fmt: skip
 
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
@@ -50,12 +56,30 @@ _PRECISION, _CHECKPOINTING = use("bf16-autocast"), use("activation-checkpointing
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
     """Where every MiB of ``plan`` goes, before running it."""
-    progress("trace", 0, 0, plan.label)
-    _, pricer = make_pricer(request)
-    pricer.trace(check(plan))
+    return anatomy(request, [plan], progress)[0].estimate
+
+
+def anatomy(
+    request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
+) -> tuple[Explained, ...]:
+    """Each plan's estimate beside its whole trace; ``lines`` finds the user's line of each allocation."""
+    job, pricer = make_pricer(request)
+    for plan in plans:
+        progress("trace", 0, 0, plan.label)
+        if lines:
+            pricer.traces[plan] = trace(job, check(plan), device=pricer.device, lines=True)
+        else:
+            pricer.trace(check(plan))
     if request.is_here:
-        calibrate(pricer, request, progress, plans=[plan])
-    return pricer.whole(plan)
+        calibrate(pricer, request, progress, plans=list(plans))
+    return tuple(_explained(pricer, plan) for plan in plans)
+
+
+def _explained(pricer: Pricer, plan: Plan) -> Explained:
+    traced = pricer.trace(plan)
+    profile = memory_profile(traced, pricer.calibration)
+    whole = with_workspace(traced, profile)
+    return Explained(estimate=pricer.whole(plan), trace=whole, peak_clock=profile.peak_clock)
 
 
 def run_plan(

@@ -10,7 +10,7 @@ import numpy
 
 from memfit.types.machine import Calibration
 from memfit.types.series import thin_phases
-from memfit.types.trace import Allocation, OpCall, Phase, Trace
+from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,7 @@ class MemoryProfile:
     by_module_bytes: Mapping[str, int]
     peak_phase: str
     peak_op: str
+    peak_clock: int
     workspace_probed: bool  # the peak lies inside a kernel whose own workspace was probed
 
 
@@ -60,7 +61,7 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     categories = _sum_by(alive, lambda a: str(a.category))
     modules = _sum_by(alive, lambda a: a.module)
     if (inside_op := top_bytes - sum(categories.values())) > 0:
-        categories["workspace"] = inside_op
+        categories[str(Category.WORKSPACE)] = inside_op
     return MemoryProfile(
         peak_bytes=top_bytes,
         phase_peak_bytes=dict(phase_peak),
@@ -68,8 +69,24 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
         by_module_bytes=modules,
         peak_phase=phase,
         peak_op=op_name or _op_at(trace, at),
+        peak_clock=at,
         workspace_probed=probed,
     )
+
+
+def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
+    """The trace with what a kernel takes inside at the peak as an allocation of its own, so that its
+    highest level is the predicted peak."""
+    at = profile.peak_clock
+    op = next((o for o in trace.ops if o.clock == at), None)
+    size_bytes = profile.at_peak_bytes.get(str(Category.WORKSPACE), 0)
+    if op is None or not size_bytes:
+        return trace
+    inside = Allocation(
+        start=at, end=at + 1, size_bytes=size_bytes, category=Category.WORKSPACE, phase=op.phase,
+        step=op.step, module=op.module, op=op.op,
+    )  # fmt: skip
+    return dataclasses.replace(trace, allocations=(*trace.allocations, inside))
 
 
 def _inside(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.report import charts, drawing
-from memfit.report.files import write_whole
 from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured
+from memfit.report.files import write_whole
 from memfit.report.rows import PocView
 from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words

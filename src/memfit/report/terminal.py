@@ -86,7 +86,7 @@ def _text(figure: Figure, words: Words) -> str:
     return figure_text(figure, words)
 
 
-def _table(columns: Iterable[str], *, left: int = 1) -> Table:
+def new_table(columns: Iterable[str], *, left: int = 1) -> Table:
     """The first `left` columns are text and may fold, the rest are numbers and may not."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
@@ -100,7 +100,7 @@ def _run_table(rows: Sequence[RunRow], metric: str, words: Words) -> Table:
     peak, step = words.get("column.peak_short"), words.get("column.step_short")
     run, outcome, error = (words.get(f"column.{name}") for name in ("run", "outcome", "error"))
     numbers = (f"{peak}\n{guess}", f"{peak}\n{seen}", error, f"{step}\n{seen}")
-    table = _table([run, outcome, *numbers, metric or words.get("column.metric")], left=2)
+    table = new_table([run, outcome, *numbers, metric or words.get("column.metric")], left=2)
     for row in rows:
         table.add_row(*_run_cells(row, words))
     return table
@@ -170,7 +170,7 @@ def _plain_line(view: SearchView, cap: str, words: Words) -> str:
 def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
     mark = words.get("mark.predicted")
     peak, time = (f"{words.get(f'column.{name}_short')}\n{mark}" for name in ("peak", "step"))
-    table = _table(
+    table = new_table(
         [words.get("column.plan"), words.get("column.effect"), words.get("column.fits"), peak, time], left=3
     )
     for row in rows:
@@ -202,7 +202,7 @@ def _few_modules(parts: Parts, words: Words) -> Parts:
 
 def _shares(title: str, parts: Parts, words: Words) -> Table:
     mark = words.get("mark.predicted")
-    table = _table([title, f"{words.get('column.memory')}\n{mark}", words.get("column.share")])
+    table = new_table([title, f"{words.get('column.memory')}\n{mark}", words.get("column.share")])
     for name, size, share in parts:
         table.add_row(Text(name), Text(_text(size, words)), Text(_text(share, words)))
     return table

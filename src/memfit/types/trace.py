@@ -16,6 +16,7 @@ class Category(enum.StrEnum):
     ACTIVATION = "activation"  # made in forward, needed after it
     TEMPORARY = "temporary"  # lives within one phase
     INPUT = "input"
+    WORKSPACE = "workspace"  # inside a kernel while it runs; seen by probing the operator alone
 
 
 class Phase(enum.StrEnum):

@@ -1,0 +1,157 @@
+"""What a traced step keeps alive, instant by instant, and why two plans differ: plain data, no words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from memfit.report.figures import Figure, Sentence, predicted
+from memfit.types.result import Estimate
+from memfit.types.trace import Allocation, Trace
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Explained:
+    """A plan's estimate beside the trace it was made from. The highest level of the trace is the
+    estimate's peak, at ``peak_clock``."""
+
+    estimate: Estimate
+    trace: Trace
+    peak_clock: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Contributor:
+    """Allocations alive together that one operator of one module made, on one line of user code. Equal
+    blocks are one: ``layers.*.mlp``."""
+
+    category: str
+    module: str
+    op: str
+    line: str
+    size_bytes: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mover:
+    """What holds more or fewer bytes at the second plan's peak than at the first's."""
+
+    category: str
+    module: str
+    op: str
+    first_bytes: int
+    second_bytes: int
+
+    @property
+    def change_bytes(self) -> int:
+        return self.second_bytes - self.first_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Of two plans of one job. Categories and movers add up to the difference of the peaks exactly."""
+
+    first: Estimate
+    second: Estimate
+    by_category_bytes: Mapping[str, int]  # second - first at their peaks, largest change first
+    by_phase_bytes: Mapping[str, int]  # second - first of each phase's own peak
+    movers: tuple[Mover, ...]
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def change_bytes(self) -> int:
+        return int(self.second.allocated_bytes.value) - int(self.first.allocated_bytes.value)
+
+
+def events(trace: Trace) -> list[tuple[int, int, Allocation]]:
+    """(clock, bytes more or fewer, allocation) in order; at one instant, what is freed goes first."""
+    births = [(a.start, a.size_bytes, a) for a in trace.allocations]
+    deaths = [(a.end, -a.size_bytes, a) for a in trace.allocations if a.end is not None]
+    return sorted([*births, *deaths], key=lambda e: (e[0], e[1]))
+
+
+def alive(trace: Trace, clock: int) -> Iterator[Allocation]:
+    return (a for a in trace.allocations if a.start <= clock and (a.end is None or a.end > clock))
+
+
+def op_name(op: str) -> str:
+    """``aten.mm.default`` as people say it: ``mm``."""
+    return op.removeprefix("aten.").removesuffix(".default")
+
+
+def contributors(explained: Explained) -> tuple[Contributor, ...]:
+    """What is alive at the peak, largest first; the sizes add up to the peak."""
+    size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    for a in alive(explained.trace, explained.peak_clock):
+        key = (str(a.category), _folded(a.module), op_name(a.op), a.line)
+        size[key] += a.size_bytes
+        count[key] += 1
+    return tuple(
+        Contributor(category=c, module=m, op=o, line=n, size_bytes=total, count=count[c, m, o, n])
+        for (c, m, o, n), total in size.most_common()
+    )
+
+
+def difference(first: Explained, second: Explained) -> Difference:
+    one, other = first.estimate, second.estimate
+    sides = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
+    for side, explained in zip(sides, (first, second), strict=True):
+        for c in contributors(explained):
+            side[c.category, c.module, c.op] += c.size_bytes
+    movers = [
+        Mover(category=c, module=m, op=o, first_bytes=sides[0][c, m, o], second_bytes=sides[1][c, m, o])
+        for c, m, o in {**sides[0], **sides[1]}
+    ]
+    found = Difference(
+        first=one,
+        second=other,
+        by_category_bytes=_changes(one.at_peak_bytes, other.at_peak_bytes),
+        by_phase_bytes=_changes(one.phase_peak_bytes, other.phase_peak_bytes),
+        movers=tuple(sorted((m for m in movers if m.change_bytes), key=lambda m: -abs(m.change_bytes))),
+        sentences=(),
+    )
+    return dataclasses.replace(found, sentences=tuple(_sentences(found)))
+
+
+def _folded(module: str) -> str:
+    return _INDEX.sub("*", module)
+
+
+def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    every = {name: second.get(name, 0) - first.get(name, 0) for name in {**first, **second}}
+    return dict(sorted(every.items(), key=lambda item: -abs(item[1])))
+
+
+def _sentences(found: Difference) -> Iterator[Sentence]:
+    """Each plan's peak, how far apart they are, and what moved most: by category, by phase, by operator."""
+    for name, estimate in (("A", found.first), ("B", found.second)):
+        peak = predicted(estimate.allocated_bytes.value, "bytes")
+        phase = Sentence(key=f"phase.{estimate.peak_phase}")
+        plan, op = estimate.plan.label, op_name(estimate.peak_op)
+        yield Sentence(
+            key="explain.peak", values={"name": name, "plan": plan, "peak": peak, "phase": phase, "op": op}
+        )
+    before = found.first.allocated_bytes.value
+    share = predicted(100 * abs(found.change_bytes) / before, "percent")
+    yield _change("total", found.change_bytes, share=share)
+    for kind, parts in (("category", found.by_category_bytes), ("phase", found.by_phase_bytes)):
+        name, change_bytes = next(iter(parts.items()), ("", 0))
+        if change_bytes:
+            yield _change(kind, change_bytes, name=Sentence(key=f"{kind}.{name}"))
+    for top in found.movers[:1]:
+        yield _change(
+            "mover", top.change_bytes, name=Sentence(key=f"category.{top.category}"), op=top.op,
+            module=top.module or Sentence(key="text.root"),
+            first=predicted(top.first_bytes, "bytes"), second=predicted(top.second_bytes, "bytes"),
+        )  # fmt: skip
+
+
+def _change(kind: str, change_bytes: int, **values: Figure | str | Sentence) -> Sentence:
+    way = "more" if change_bytes > 0 else "less" if change_bytes else "same"
+    size = predicted(abs(change_bytes), "bytes")
+    return Sentence(key=f"explain.{kind}_{way}", values={**values, "change": size})

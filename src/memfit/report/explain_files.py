@@ -1,0 +1,208 @@
+"""The traced step for other people's viewers: PyTorch's memory snapshot and Chrome's trace events."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Final
+
+from memfit.report.explain import Explained, events, op_name
+from memfit.types.trace import Allocation, Trace
+
+Event = dict[str, Any]
+
+_PROTOCOL: Final = 4  # the newest pickle that PyTorch's viewer reads
+_FIRST_ADDRESS: Final = 1 << 40  # each stream has an address space of this size
+_PHASES, _MODULES = 1, 2  # threads of the Chrome trace
+
+
+def snapshot(explained: Explained) -> bytes:
+    """The pickle of ``torch.cuda.memory._snapshot()``, for ``python -m torch.cuda._memory_viz`` and
+    pytorch.org/memory_viz. One segment a stream; the addresses do not overlap but are not those of the
+    caching allocator. Times are clock ticks; a frame tells operator and line, module, phase and category."""
+    trace = explained.trace
+    streams = dict.fromkeys(a.stream for a in trace.allocations)
+    spaces = {s: _Space(address=(i + 1) * _FIRST_ADDRESS) for i, s in enumerate(streams)}
+    at: dict[int, int] = {}
+    frames: dict[int, list[Event]] = {}
+    actions: list[Event] = []
+    for clock, change_bytes, a in events(trace):
+        if not a.size_bytes:
+            continue
+        born, key = change_bytes > 0, id(a)
+        if born:
+            at[key], frames[key] = spaces[a.stream].take(a.size_bytes), _frames(a)
+        event = {"addr": at[key], "size": a.size_bytes, "frames": frames[key], "time_us": clock}
+        event["stream"] = list(streams).index(a.stream)
+        actions += [
+            {"action": x, **event} for x in (("alloc",) if born else ("free_requested", "free_completed"))
+        ]
+        if not born:
+            spaces[a.stream].give(at.pop(key), a.size_bytes)
+    left = [(at[id(a)], a, frames[id(a)]) for a in trace.allocations if id(a) in at]
+    segments = [
+        _segment(space, index, sorted((x for x in left if x[1].stream == name), key=lambda x: x[0]))
+        for index, (name, space) in enumerate(spaces.items())
+    ]
+    asked = [
+        {"action": "segment_alloc", "addr": s["address"], "size": s["total_size"], "stream": s["stream"],
+         "frames": [], "time_us": 0}
+        for s in segments
+    ]  # fmt: skip
+    return pickle.dumps({"segments": segments, "device_traces": [[*asked, *actions]]}, protocol=_PROTOCOL)
+
+
+@dataclasses.dataclass(slots=True)
+class _Space:
+    """Addresses of one stream: the smallest hole that holds the size, else the end grows."""
+
+    address: int
+    total_bytes: int = 0
+    holes: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (size, address), sorted
+    starts: dict[int, int] = dataclasses.field(default_factory=dict)  # address -> end of the hole there
+    ends: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def take(self, size_bytes: int) -> int:
+        index = bisect.bisect_left(self.holes, (size_bytes, 0))
+        if index == len(self.holes):
+            self.total_bytes += size_bytes
+            return self.address + self.total_bytes - size_bytes
+        start = self.holes[index][1]
+        end = self._close(start)
+        if end > start + size_bytes:
+            self._open(start + size_bytes, end)
+        return start
+
+    def give(self, start: int, size_bytes: int) -> None:
+        end = start + size_bytes
+        if start in self.ends:
+            start = self.ends[start]
+            self._close(start)
+        if end in self.starts:
+            end = self._close(end)
+        self._open(start, end)
+
+    def _open(self, start: int, end: int) -> None:
+        bisect.insort(self.holes, (end - start, start))
+        self.starts[start], self.ends[end] = end, start
+
+    def _close(self, start: int) -> int:
+        end = self.starts.pop(start)
+        del self.ends[end], self.holes[bisect.bisect_left(self.holes, (end - start, start))]
+        return end
+
+
+def _frames(a: Allocation) -> list[Event]:
+    file, _, line = a.line.rpartition(":")
+    return [
+        {"name": op_name(a.op), "filename": file or "operator", "line": int(line or 0)},
+        {"name": a.module or "model", "filename": "module", "line": 0},
+        {"name": f"{a.category} made in {a.phase}, step {a.step + 1}", "filename": "memfit", "line": 0},
+    ]
+
+
+def _segment(space: _Space, stream: int, left: list[tuple[int, Allocation, list[Event]]]) -> Event:
+    """The stream's segment as the trace leaves it: what is alive, and the gaps between."""
+    blocks: list[Event] = []
+    end = space.address
+
+    def gap(until: int) -> None:
+        if until > end:
+            size = until - end
+            blocks.append(
+                {"address": end, "size": size, "requested_size": 0, "state": "inactive", "frames": []}
+            )
+
+    for address, a, frames in left:
+        gap(address)
+        block = {"address": address, "size": a.size_bytes, "requested_size": a.size_bytes}
+        blocks.append({**block, "state": "active_allocated", "frames": frames})
+        end = address + a.size_bytes
+    gap(space.address + space.total_bytes)
+    active = sum(a.size_bytes for _, a, _ in left)
+    return {
+        "device": 0, "address": space.address, "total_size": space.total_bytes, "allocated_size": active,
+        "active_size": active, "requested_size": active, "stream": stream, "segment_type": "large",
+        "segment_pool_id": (0, 0), "is_expandable": False, "frames": [], "blocks": blocks,
+    }  # fmt: skip
+
+
+def chrome_trace(explained: Explained) -> bytes:
+    """Chrome's trace-event JSON, for ui.perfetto.dev: a counter of live bytes for each category and all
+    together, the phases, the modules and operators inside them, and the peak. A tick of the trace's clock
+    is shown as a microsecond."""
+    trace, estimate = explained.trace, explained.estimate
+    name = f"memfit: {estimate.plan.label}"
+    found: list[Event] = [_named("process_name", 0, name), _named("thread_name", _PHASES, "phases")]
+    found += [_named("thread_name", _MODULES, "modules and operators"), *_counters(trace)]
+    found += [
+        _slice(f"{s.phase}, step {s.step + 1}", s.start, s.end, _PHASES, {})
+        for s in trace.spans
+        if s.end > s.start
+    ]
+    found += _module_slices(trace)
+    peak = {
+        "bytes": int(estimate.allocated_bytes.value),
+        "phase": estimate.peak_phase,
+        "op": estimate.peak_op,
+    }
+    found.append(
+        {
+            "ph": "i",
+            "s": "p",
+            "name": "peak",
+            "ts": explained.peak_clock,
+            "pid": 0,
+            "tid": _PHASES,
+            "args": peak,
+        }
+    )
+    about = {
+        "made by": "memfit explain",
+        "clock": "one tick, shown as 1 us, for each operator, allocation and free: an order, not time",
+    }
+    whole = {"traceEvents": found, "displayTimeUnit": "ms", "otherData": about}
+    return json.dumps(whole, separators=(",", ":")).encode()
+
+
+def _named(kind: str, thread: int, name: str) -> Event:
+    return {"ph": "M", "name": kind, "pid": 0, "tid": thread, "args": {"name": name}}
+
+
+def _slice(name: str, start: int, end: int, thread: int, args: Event) -> Event:
+    return {"ph": "X", "name": name, "ts": start, "dur": end - start, "pid": 0, "tid": thread, "args": args}
+
+
+def _counters(trace: Trace) -> Iterator[Event]:
+    live = Counter[str]()
+    for clock, change_bytes, a in events(trace):
+        for name in (str(a.category), "live bytes"):
+            live[name] += change_bytes
+            yield {"ph": "C", "name": name, "ts": clock, "pid": 0, "args": {"bytes": live[name]}}
+
+
+def _module_slices(trace: Trace) -> Iterator[Event]:
+    """Operators inside the modules whose forward, or its backward, they are part of; a module's slice
+    lasts as long as the operators one after another are inside it."""
+    opened: list[tuple[str, int]] = []  # (name, start) from the outermost
+    ends = {s.end for s in trace.spans}
+    bounds = sorted(ends)
+    for op, after in pairwise([*trace.ops, None]):
+        assert op is not None
+        limit = bounds[min(bisect.bisect_right(bounds, op.clock), len(bounds) - 1)]
+        end = min(after.clock, limit) if after else limit
+        path = op.module.split(".") if op.module else []
+        while opened and [n for n, _ in opened] != path[: len(opened)]:
+            name, start = opened.pop()
+            yield _slice(name, start, op.clock, _MODULES, {})
+        opened += [(n, op.clock) for n in path[len(opened) :]]
+        args = {"flops": op.flops, "moved_bytes": op.moved_bytes, "dtype": op.dtype}
+        yield _slice(op_name(op.op), op.clock, end, _MODULES, args)
+        while opened and (after is None or after.clock >= limit):
+            name, start = opened.pop()
+            yield _slice(name, start, end, _MODULES, {})

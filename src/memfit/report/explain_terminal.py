@@ -1,0 +1,76 @@
+"""Explanations in a terminal: the instant of the peak, and why two plans differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from rich.console import Console
+from rich.text import Text
+
+from memfit.report.explain import Contributor, Difference, Explained, Mover, contributors
+from memfit.report.figures import Figure, Mark, figure_text, predicted, sentence_text
+from memfit.report.terminal import new_table, print_estimate
+from memfit.report.words import Words, load_words
+
+MOST: Final = 15
+Row = tuple[list[str], list[Figure]]
+
+
+def print_explained(explained: Explained, *, console: Console, lang: str) -> None:
+    """The estimate, then what is alive at its peak. Raises UserError for an unknown `lang`."""
+    words, found = load_words(lang), contributors(explained)
+    print_estimate(explained.estimate, console=console, lang=lang)
+    rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in found[:MOST]]
+    if rest := found[MOST:]:
+        label = words.get("explain.more", count=len(rest))
+        total = _sizes(sum(c.size_bytes for c in rest), sum(c.count for c in rest))
+        rows.append(([label, "", "", ""], total))
+    console.print(Text(words.get("explain.contributors"), style="bold"))
+    _print(("category", "module", "op", "line"), ("memory", "count"), rows, console=console, words=words)
+
+
+def print_difference(found: Difference, *, console: Console, lang: str) -> None:
+    """Sentences, then the bytes. Raises UserError for an unknown `lang`."""
+    words = load_words(lang)
+    console.print(Text(words.get("explain.difference"), style="bold"))
+    for sentence in found.sentences:
+        console.print(Text(sentence_text(sentence, words)))
+    for kind, first, second, changes in (
+        ("category", found.first.at_peak_bytes, found.second.at_peak_bytes, found.by_category_bytes),
+        ("phase", found.first.phase_peak_bytes, found.second.phase_peak_bytes, found.by_phase_bytes),
+    ):
+        rows = [
+            ([words.name(kind, name)], _changes(first.get(name, 0), second.get(name, 0))) for name in changes
+        ]
+        _print((kind,), ("first", "second", "change"), rows, console=console, words=words)
+    console.print(Text(words.get("explain.movers"), style="bold"))
+    movers = [(_who(m, words), _changes(m.first_bytes, m.second_bytes)) for m in found.movers[:MOST]]
+    if rest := found.movers[MOST:]:
+        label = words.get("explain.more", count=len(rest))
+        total = _changes(sum(m.first_bytes for m in rest), sum(m.second_bytes for m in rest))
+        movers.append(([label, "", ""], total))
+    _print(("category", "module", "op"), ("first", "second", "change"), movers, console=console, words=words)
+
+
+def _who(part: Contributor | Mover, words: Words) -> list[str]:
+    return [words.name("category", part.category), part.module or words.get("text.root"), part.op]
+
+
+def _sizes(size_bytes: int, count: int) -> list[Figure]:
+    return [predicted(size_bytes, "bytes"), predicted(count, "count")]
+
+
+def _changes(first_bytes: int, second_bytes: int) -> list[Figure]:
+    change = Figure(value=second_bytes - first_bytes, unit="bytes", mark=Mark.PREDICTED, signed=True)
+    return [predicted(first_bytes, "bytes"), predicted(second_bytes, "bytes"), change]
+
+
+def _print(
+    texts: Sequence[str], numbers: Sequence[str], rows: Sequence[Row], *, console: Console, words: Words
+) -> None:
+    columns = [words.get(f"column.{name}") for name in (*texts, *numbers)]
+    table = new_table(columns, left=len(texts))
+    for cells, figures in rows:
+        table.add_row(*map(Text, [*cells, *(figure_text(f, words) for f in figures)]))
+    console.print(table)
