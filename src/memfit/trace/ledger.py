@@ -6,28 +6,30 @@ alignment; 512 B on CUDA, the caching allocator's smallest block).
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
-import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils.flop_counter import flop_registry
 
+from memfit.trace.guesses import Guesses
+from memfit.trace.lines import ModuleStack, newest_node, running_node, user_line
 from memfit.trace.signature import describe, moved_bytes
+from memfit.types.errors import UserError
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan
 
 GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}
-_PACKAGE = f"{Path(__file__).parents[1]}/"
-_STEP = f"{_PACKAGE}jobs/step.py"  # whoever calls the training step wrote none of its tensors
-_NOT_THE_USERS = (_PACKAGE, "/torch/", "/lib/python3", "<")
-_ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 @dataclasses.dataclass(slots=True)
@@ -39,14 +41,35 @@ class _Life:
     module: str
     op: str
     line: str
+    node: int  # sequence number of the autograd node at work in backward
     end: int | None = None
     category: Category | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fact:
+    """What is always true of an operator; ``silent`` ones do no work and make no storage."""
+
+    name: str
+    silent: bool
+    resizes: bool
+    count: Callable[..., int] | None  # of floating-point operations
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Work:
+    """What equal calls of an operator share."""
+
+    signature: str
+    dtype: str
+    flops: int
+    moved_bytes: int
 
 
 class Ledger(TorchDispatchMode):
     """Enter inside a FakeTensorMode. ``phase()`` marks the step's phases; ``label()`` names storages."""
 
-    def __init__(self, device: str, *, lines: bool = False) -> None:
+    def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity_bytes = GRANULARITY_BYTES[device]
         self.lines = lines
@@ -54,13 +77,16 @@ class Ledger(TorchDispatchMode):
         self.step = 0
         self.current = Phase.SETUP
         self.lives: list[_Life] = []
-        self.ops: list[OpCall] = []
         self.spans: list[PhaseSpan] = []
-        self.assumptions: dict[str, None] = {}
         self.modules = ModuleStack()
+        self.guesses = guesses or Guesses()
         self.offloaded_bytes = 0
+        self.paused = False
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
+        self._calls: list[tuple[int, str, _Work, Phase, int, str]] = []
+        self._works: dict[Any, _Work] = {}
+        self._sole = sole_counts()
         self._line_of_node: dict[int, str] = {}
 
     # -- what the step tells ------------------------------------------------------------------------
@@ -78,65 +104,122 @@ class Ledger(TorchDispatchMode):
         for tensor in _pytree.tree_leaves(value):
             if isinstance(tensor, torch.Tensor):
                 for inner in plain_tensors(tensor):
-                    life = self._note(inner, category.value)
+                    life = self.note_real(inner, category.value)
                     life.category = category
                     life.module = life.module if module is None else module
 
-    def note_real(self, tensor: torch.Tensor, op: str) -> None:
+    def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
         """A tensor that never passes the dispatcher."""
-        self._note(tensor, op)
+        return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, size_bytes: int) -> None:
         self.offloaded_bytes += size_bytes
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has grown or shrunk in place: the old block's life ends, the new one's begins."""
+        known = self._known.get(storage._cdata)
+        size_bytes = self._rounded(storage.nbytes())
+        if known is None or known[0]() is None or known[1].size_bytes == size_bytes:
+            return
+        reference, old = known
+        # As torch does it: the new block is there before the contents move and the old one goes.
+        life = self._born(size_bytes, old.op, old.module, old.category)
+        self._end(old)
+        self._known[storage._cdata] = (reference, life)
 
     # -- what torch does ----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = tensors_in(args, kwargs)
-        if any(type(t) is not FakeTensor and is_traceable_wrapper_subclass(t) for t in inputs):
+        if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # its inner operators come here one by one
+        if self.paused:
+            return func(*args, **kwargs)
+        fact = _fact(func)
+        if fact.silent:
+            out = func(*args, **kwargs)
+            if func in _MAKERS:
+                self._note(out, fact.name, self.modules.name(self.current))
+            return out
         if func is _ITEM:
-            return self._answer(args[0])
+            return self.guesses.item(args[0], told=self.current not in (Phase.OPTIMIZER, Phase.SETUP))
+        module = self.modules.name(self.current)
+        owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
+        module = module or (owners[0] if len(owners) == 1 else "")
         before = self.clock
         self.clock += 1
-        out = func(*args, **kwargs)
-        name = str(func)
+        if func is _ADD and self.current is Phase.BACKWARD and self._accumulates(*args, **kwargs):
+            out = args[0]
+        else:
+            out = self.guesses.call(func, args, kwargs)
         outputs = tensors_in(out)
-        for tensor in outputs:
-            self._note(tensor, name)
-        if not _is_view(func):
-            self._record(func, name, before, (args, kwargs, out), inputs + outputs)
+        each = len(owners) == len(outputs) > 1
+        for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
+            self._note(tensor, fact.name, owners[i] if each else module)
+            if fact.resizes:
+                self.resized(tensor.untyped_storage())
+        self.guesses.scratch.clear()
+        key = (func, _key(args), _key(kwargs) if kwargs else ())
+        work = self._works.get(key)
+        if work is None:
+            work = self._works[key] = _work(fact, args, kwargs, out, tensors_in(args, kwargs) + outputs)
+        self._calls.append((before, fact.name, work, self.current, self.step, module))
         return out
+
+    def _owners(self, args: Any) -> list[str]:
+        """Whose the first argument is, or each of a list's: outside forward and backward what an operator
+        makes belongs to the module of the parameter it works on."""
+        first = args[0] if args else None
+        tensors = first if isinstance(first, list | tuple) else [first]
+        return [self._owner(t) for t in tensors if isinstance(t, torch.Tensor)]
+
+    def _owner(self, tensor: torch.Tensor) -> str:
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return known[1].module if known is not None else ""
+
+    def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
+        """``build`` without a record of it: its tensors are noted when they are labelled."""
+
+        def quietly() -> torch.nn.Module:
+            self.paused = True
+            try:
+                return build()
+            finally:
+                self.paused = False
+
+        return quietly
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the guard costs more than the bookkeeping
 
-    def _answer(self, tensor: torch.Tensor) -> bool | int | float:
-        """``.item()`` has no value under fake tensors. True, 1 and 1.0 keep ordinary code going."""
-        answer = True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
-        if self.current in (Phase.OPTIMIZER, Phase.SETUP):
-            return answer  # an optimizer reads its own step count
-        where = user_line()
-        self.assumptions[
-            f".item() on {tensor.dtype} answered {answer}" + (f" at {where}" if where else "")
-        ] = None
-        return answer
+    def _accumulates(self, held: Any, more: Any, **kwargs: Any) -> bool:
+        """Whether this sum is the autograd engine adding one gradient to another that only it holds. It
+        then adds in place (torch/csrc/autograd/input_buffer.cpp), though never with fake tensors.
 
-    def _note(self, tensor: torch.Tensor, op: str) -> _Life:
-        storage = tensor.untyped_storage()
+        The engine's sum has a first term that an earlier node made, or this node for two edges to one
+        place; a formula's own sums start from what the formula made.
+        """
+        if kwargs or torch.is_grad_enabled() or not isinstance(more, torch.Tensor):
+            return False
+        storage = held.untyped_storage()
+        counts = held._use_count(), torch._C._storage_Use_Count(storage._cdata)
+        dense = held.numel() * held.element_size() == storage.nbytes()
+        node: Any = torch._C._current_autograd_node()
+        known = self._known.get(storage._cdata)
+        if counts != self._sole or not dense or node is None or known is None:
+            return False
+        twice = len(set(node.next_functions)) < len(node.next_functions)
+        return twice or known[1].node != running_node()
+
+    def _note(self, tensor: torch.Tensor, op: str, module: str) -> _Life:
+        storage = strided_storage(tensor)
         key = storage._cdata
         known = self._known.get(key)
         if known is not None and known[0]() is not None:
             return known[1]
-        size_bytes = -(-storage.nbytes() // self.granularity_bytes) * self.granularity_bytes
-        module = self.modules.name(self.current)
-        line = self._line() if self.lines else ""
-        life = _Life(self.clock, size_bytes, self.current, self.step, module, op, line)
-        self.clock += 1
-        self.lives.append(life)
-        self._known[key] = (weakref.ref(storage, self._death(key, life)), life)
+        life = self._born(self._rounded(storage.nbytes()), op, module)
+        self._known[key] = (weakref.ref(storage, self._death(key)), life)
         return life
 
     def _line(self) -> str:
@@ -145,35 +228,34 @@ class Ledger(TorchDispatchMode):
         if self.current is Phase.FORWARD:
             self._line_of_node.setdefault(newest_node(), line)
         elif not line and self.current is Phase.BACKWARD:
-            node: Any = torch._C._current_autograd_node()
-            line = self._line_of_node.get(node._sequence_nr(), "") if node is not None else ""
+            line = self._line_of_node.get(running_node(), "")
         return line
 
-    def _death(self, key: int, life: _Life) -> Callable[[Any], None]:
-        def died(_: Any) -> None:
-            life.end = self.clock
-            self.clock += 1
-            if (known := self._known.get(key)) is not None and known[1] is life:
+    def _rounded(self, size_bytes: int) -> int:
+        return -(-size_bytes // self.granularity_bytes) * self.granularity_bytes
+
+    def _born(self, size_bytes: int, op: str, module: str, category: Category | None = None) -> _Life:
+        line = self._line() if self.lines else ""
+        node = running_node() if self.current is Phase.BACKWARD else 0
+        life = _Life(
+            self.clock, size_bytes, self.current, self.step, module, op, line, node, category=category
+        )
+        self.clock += 1
+        self.lives.append(life)
+        return life
+
+    def _end(self, life: _Life) -> None:
+        life.end = self.clock
+        self.clock += 1
+
+    def _death(self, key: int) -> Callable[[Any], None]:
+        def died(reference: Any) -> None:
+            known = self._known.get(key)
+            if known is not None and known[0] is reference:
+                self._end(known[1])
                 del self._known[key]
 
         return died
-
-    def _record(self, func: Any, name: str, clock: int, call: Any, tensors: list[torch.Tensor]) -> None:
-        args, kwargs, out = call
-        count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
-        self.ops.append(
-            OpCall(
-                clock=clock,
-                op=name,
-                signature=describe(name, args, kwargs),
-                phase=self.current,
-                step=self.step,
-                module=self.modules.name(self.current),
-                dtype=_dtype(tensors),
-                flops=int(count(*args, **kwargs, out_val=out)) if count else 0,
-                moved_bytes=moved_bytes(tensors),
-            )
-        )
 
     # -- what comes out -----------------------------------------------------------------------------
 
@@ -186,13 +268,11 @@ class Ledger(TorchDispatchMode):
 
     def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
         self._close_span()
-        ends = {s.end for s in self.spans}
-        bounds = sorted(ends)
-        return tuple(self._allocation(x, bounds) for x in self.lives), tuple(self.ops), tuple(self.spans)
+        bounds = sorted({s.end for s in self.spans})
+        ops = tuple(_op_call(*call) for call in self._calls)
+        return tuple(self._allocation(x, bounds) for x in self.lives), ops, tuple(self.spans)
 
     def _allocation(self, life: _Life, bounds: list[int]) -> Allocation:
-        import bisect
-
         category = life.category
         if category is None:
             index = bisect.bisect_right(bounds, life.start)
@@ -206,51 +286,6 @@ class Ledger(TorchDispatchMode):
         )  # fmt: skip
 
 
-class ModuleStack:
-    """Which module is at work: the forward stack, and in backward the module whose forward made the
-    autograd node that runs (by its sequence number)."""
-
-    def __init__(self) -> None:
-        self._stack: list[str] = []
-        self._by_node: dict[int, str] = {}
-        self._handles: list[Any] = []
-
-    def watch(self, model: torch.nn.Module) -> None:
-        names = {id(m): n for n, m in model.named_modules()}
-
-        def enter(module: torch.nn.Module, args: Any) -> None:
-            if id(module) in names:
-                self._stack.append(names[id(module)])
-
-        def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
-            if id(module) in names and self._stack:
-                self._stack.pop()
-
-        hooks = torch.nn.modules.module
-        self._handles.append(hooks.register_module_forward_pre_hook(enter))
-        self._handles.append(hooks.register_module_forward_hook(leave, always_call=True))
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def name(self, phase: Phase) -> str:
-        if self._stack:
-            name = self._stack[-1]
-            if phase is Phase.FORWARD:
-                self._by_node.setdefault(newest_node(), name)
-            return name
-        if phase is Phase.BACKWARD:
-            node: Any = torch._C._current_autograd_node()
-            return self._by_node.get(node._sequence_nr(), "") if node is not None else ""
-        return ""
-
-
-def newest_node() -> int:
-    """Sequence number of the autograd node made last: the one whose operator is at work, in forward."""
-    return torch._C._autograd._get_sequence_nr() - 1
-
-
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold the bytes: a wrapper subclass's inner ones, else the tensor itself."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -259,20 +294,72 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
 
 
-def user_line() -> str:
-    """``file.py:12`` of the innermost frame outside torch, memfit and the standard library; of memfit, a
-    built-in job's own code counts. Empty where the training step itself or the optimizer allocates."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and (path := frame.f_code.co_filename) != _STEP:
-        own = any(part in path for part in _NOT_THE_USERS)
-        if not own or path.startswith(f"{_PACKAGE}jobs/") or "/site-packages/transformers/models/" in path:
-            return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Raises UserError for layouts whose bytes are not one storage."""
+    if tensor.layout is torch.strided:
+        return tensor.untyped_storage()
+    where = user_line()
+    raise UserError(
+        f"a {str(tensor.layout)[6:]} tensor" + (f" at {where}" if where else ""),
+        allowed="dense tensors",
+        hint="sparse gradients come from nn.Embedding(sparse=True); take that out",
+    )
 
 
-def _is_view(func: Any) -> bool:
-    return bool(func.is_view) or func in _NO_WORK
+@functools.cache
+def sole_counts() -> tuple[int, int]:
+    """References to a tensor and to its storage, as a dispatch mode sees them, when the autograd engine
+    alone holds the tensor: seen on ``x * x``, whose two gradients meet."""
+    seen: list[tuple[int, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is _ADD:
+                storage = args[0].untyped_storage()
+                seen.append((args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.enable_grad(), Watch():  # type: ignore[no-untyped-call]
+        root = torch.ones(2, requires_grad=True).sin()
+        (root * root).sum().backward()
+    return seen[0]
+
+
+@functools.cache
+def _fact(func: Any) -> _Fact:
+    count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
+    silent = bool(func.is_view) or func in _MAKERS or func in _NO_WORK
+    return _Fact(
+        str(func), silent, "resize" in func._schema.name or func._schema.name.endswith("set_"), count
+    )
+
+
+def _work(fact: _Fact, args: Any, kwargs: Any, out: Any, tensors: list[torch.Tensor]) -> _Work:
+    return _Work(
+        signature=describe(fact.name, args, kwargs),
+        dtype=_dtype(tensors),
+        flops=int(fact.count(*args, **kwargs, out_val=out)) if fact.count else 0,
+        moved_bytes=moved_bytes(tensors),
+    )
+
+
+def _op_call(clock: int, name: str, work: _Work, phase: Phase, step: int, module: str) -> OpCall:
+    return OpCall(
+        clock=clock, op=name, signature=work.signature, phase=phase, step=step, module=module,
+        dtype=work.dtype, flops=work.flops, moved_bytes=work.moved_bytes,
+    )  # fmt: skip
+
+
+def _key(value: Any) -> Any:
+    """Equal for arguments of equal shapes, strides, dtypes and plain values. This runs for every operator."""
+    kind = type(value)
+    if kind is FakeTensor or isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype, value.untyped_storage().nbytes())
+    if kind is tuple or isinstance(value, list | tuple):
+        return tuple([_key(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, _key(v)) for k, v in value.items()])
+    return value if kind is int or value is None else (kind, str(value))
 
 
 def tensors_in(*values: Any) -> list[torch.Tensor]:
@@ -317,4 +404,7 @@ _EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
 }
-_NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default, _ATEN.empty.memory_format})
+_ITEM = _ATEN._local_scalar_dense.default
+_ADD = _ATEN.add.Tensor
+_NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default})
+_MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # storage, but no work

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -12,9 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
 from memfit.jobs.step import TrainingStep
+from memfit.techniques.base import Workbench
+from memfit.trace.compose import with_blocks
+from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
-from memfit.trace.ranks import communicators, fake_ranks, ready_for_fakes
+from memfit.trace.ranks import GlooScratch, communicators, fake_ranks, ready_for_fakes
+from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
@@ -32,21 +38,26 @@ def trace(
     update: bool = True,
     lines: bool = False,
     rank: int = 0,
+    blocks: int | None = None,
 ) -> Trace:
     """Two steps by default, so that optimizer state made in the first is there in the second.
 
     Of many micro-batches only the first ``played`` are run; ``update=False`` leaves out the optimizer's
     step, for who wants forward and backward only. ``device`` chooses kernels and rounding ("cpu" or
     "cuda"). ``rank`` is the one to watch of the plan's ranks, on a fake process group of that size.
+    ``blocks`` keeps that many of the model's repeated blocks; building it is then not watched.
     Raises UserError where the plan does not suit the job.
     """
     batch = job.make_batch(0, 0)
-    ledger = Ledger(device, lines=lines)
+    ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
     with (
-        fake_ranks(plan, rank) as world, _fake_world() as fake, _random_states(ledger), device_lens(device),
-        ledger,
+        _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
+        _random_states(ledger), _resizes(ledger), device_lens(device), ledger,
+        GlooScratch() if plan.ranks > 1 and device == "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
-        step = TrainingStep(job, plan, device=device, world=world, on_ddp=ready_for_fakes)
+        step = TrainingStep(
+            _cut(job, blocks, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
+        )
         _label_state(ledger, step)
         part, terms = step.local(batch)
         inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
@@ -66,7 +77,7 @@ def trace(
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
         repeated_micro_steps=step.bench.micro_batches - done,
         offloaded_bytes=ledger.offloaded_bytes // steps,
-        assumptions=tuple(ledger.assumptions),
+        assumptions=tuple(ledger.guesses.assumptions),
         rank=rank,
         ranks=plan.ranks,
         communicators=groups,
@@ -107,6 +118,17 @@ def _play(
     return played
 
 
+def _cut(job: Job, blocks: int | None, ledger: Ledger) -> Job:
+    if blocks is None:
+        return job
+    return dataclasses.replace(job, build_model=ledger.unseen(with_blocks(job, blocks).build_model))
+
+
+def _begin(ledger: Ledger, bench: Workbench) -> None:
+    bench.on_ddp = ready_for_fakes
+    _label_model(ledger, bench.model)
+
+
 def _marker(ledger: Ledger, step: TrainingStep) -> Any:
     def mark(phase: Phase) -> None:
         if ledger.current is Phase.BACKWARD:
@@ -121,7 +143,11 @@ def _label_state(ledger: Ledger, step: TrainingStep) -> None:
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
     for param, state in step.optimizer.state.items():
         ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)))
-    for name, tensor in (*step.model.named_parameters(), *step.model.named_buffers()):
+    _label_model(ledger, step.model)
+
+
+def _label_model(ledger: Ledger, model: torch.nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         ledger.label(tensor, Category.PARAMETER, module=name.rpartition(".")[0])
 
 
@@ -146,6 +172,34 @@ def _random_states(ledger: Ledger) -> Any:
         return state
 
     return mock.patch.object(torch, "get_rng_state", noted)
+
+
+def _resizes(ledger: Ledger) -> Any:
+    """Storages resized below the dispatcher, as FSDP2 frees and refills its parameters."""
+    inner = torch.UntypedStorage.resize_
+
+    def noted(storage: torch.UntypedStorage, size: int) -> Any:
+        out = inner(storage, size)
+        ledger.resized(storage)
+        return out
+
+    return mock.patch.object(torch.UntypedStorage, "resize_", noted)
+
+
+@contextlib.contextmanager
+def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
+    """Where a step fails after a value was guessed, the guess is the likely reason; the user can mend it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        guessed = list(ledger.guesses.assumptions)
+        if not guessed:
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(
+            f"the step does not run on fake tensors: {reason[:200]}",
+            hint=f"memfit had to guess ({guessed[-1]}); give a better value in Job(bound=...)",
+        ) from error
 
 
 def _apply_without_swap() -> Any:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+Bound = int | float | Mapping[str, int | float]
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,6 +53,10 @@ class Job:
     ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
     ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
     ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads.
+    ``bound`` is for shapes that depend on data, which no prediction can know: how many elements (an
+    integer) or what share of the possible ones (a float) ``nonzero``, ``masked_select``, a boolean index,
+    ``unique`` and the like give; one number, or by operator name or line (``{"model.py:12": 4096}``).
+    At a line, or under "item", it answers ``.item()`` too; for a condition, how often it is true.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Job:
     blocks: str | None = None
     head: str | None = None
     tokens_per_batch: int = 0  # for throughput; 0: unknown
+    bound: Bound | None = None
     data_source: str = ""  # provenance and licence, shown in the report
 
 

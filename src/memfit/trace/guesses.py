@@ -1,0 +1,201 @@
+"""What fake tensors cannot know: values read out of them, and shapes that depend on values.
+
+A job gives bounds for these (``Job.bound``); without one, ``.item()`` gets a harmless answer and a
+data-dependent shape is the user's to bound. Everything assumed is told in ``assumptions``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from memfit.trace.lines import user_line
+from memfit.types.errors import UserError
+from memfit.types.job import Bound
+
+_LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never ends
+
+
+class Guesses:
+    """Answers for one trace. ``scratch`` holds what an operator made inside itself until the ledger has
+    seen it."""
+
+    def __init__(self, bound: Bound | None = None) -> None:
+        self.bound = bound
+        self.assumptions: dict[str, None] = {}
+        self.scratch: list[torch.Tensor] = []
+        self._asked: Counter[str] = Counter()
+
+    def item(self, tensor: torch.Tensor, *, told: bool) -> bool | int | float:
+        """A value for ``.item()``: the bound of its line (or of "item"), else True, 1 or 1.0, which keep
+        ordinary code going. An optimizer reads its own step count, which is not ``told``.
+
+        A bool's bound says how often the line hears True before it hears False. Raises UserError where a
+        line without one goes on asking."""
+        truth = tensor.dtype == torch.bool
+        if not told:
+            return True if truth else 1.0 if tensor.dtype.is_floating_point else 1
+        where = user_line()
+        found = self._given("item", where)
+        self._asked[where] += 1
+        if found is None and self._asked[where] > _LOOP_LIMIT:
+            raise UserError(
+                f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
+                allowed="Job(bound={" + repr(where or "item") + ": how often it runs})",
+            )
+        answer: bool | int | float = 1.0 if tensor.dtype.is_floating_point else 1
+        if truth:
+            answer = found is None or self._asked[where] % (int(found) + 1) != 0
+        elif found is not None:
+            answer = found if tensor.dtype.is_floating_point else int(found)
+        if not (truth and found):
+            self._tell(f".item() on {tensor.dtype} answered {answer}", where)
+        return answer
+
+    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The operator on fake tensors, with bounds for what depends on data."""
+        if func in _SHAPED:
+            return _SHAPED[func](self, *args, **kwargs)
+        if func in _INDEXED and any(_is_mask(i) for i in args[1]):
+            args = self._masks_counted(func, args)
+        try:
+            return func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            raise _unbounded(func.overloadpacket.__name__, user_line()) from None
+
+    def size(self, op: str, most: int, *, default: float | None = None) -> int:
+        """Elements that ``op`` gives, of ``most`` possible ones. Raises UserError without a bound."""
+        where = user_line()
+        found = self._given(op, where)
+        if found is None and isinstance(self.bound, int | float):
+            found = self.bound
+        if found is None:
+            found = default
+        if found is None:
+            raise _unbounded(op, where)
+        size = math.ceil(found * most) if isinstance(found, float) else found
+        self._tell(f"{op} gave {size} of {most} elements", where)
+        return size
+
+    def _given(self, op: str, where: str) -> int | float | None:
+        return self.bound.get(where, self.bound.get(op)) if isinstance(self.bound, Mapping) else None
+
+    def _tell(self, what: str, where: str) -> None:
+        self.assumptions[what + (f" at {where}" if where else "")] = None
+
+    def _masks_counted(self, func: Any, args: Any) -> Any:
+        """Boolean indices as the kernel turns them into positions: one ``nonzero`` each."""
+        reads = func is _ATEN.index.Tensor
+        if not reads and args[2].numel() == 1:
+            return args  # one value for all is a masked fill
+        indices: list[Any] = []
+        for index in args[1]:
+            if _is_mask(index):
+                size = self.size("nonzero", index.numel(), default=None if reads else 1.0)
+                self.scratch.append(torch.empty(size, index.dim(), dtype=torch.int64))
+                indices += self.scratch[-1].unbind(1)
+            else:
+                indices.append(index)
+        return (args[0], indices, *args[2:]) if reads else args
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _unbounded(op: str, where: str) -> UserError:
+    key = where or op
+    return UserError(
+        f"{op}" + (f" at {where}" if where else "") + " has a size that depends on the data",
+        allowed=f"Job(bound={{{key!r}: N}}), N elements or a share such as 0.5",
+    )
+
+
+def _nonzero(self: Guesses, x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(self.size("nonzero", x.numel()), x.dim(), dtype=torch.int64)
+
+
+def _masked_select(self: Guesses, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    most = math.prod(torch.broadcast_shapes(x.shape, mask.shape))
+    return x.new_empty(self.size("masked_select", most))
+
+
+def _unique(
+    self: Guesses,
+    x: torch.Tensor,
+    sorted: bool = True,  # noqa: A002 - torch's name
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    size = self.size("unique", x.numel())
+    long = [
+        x.new_empty(n, dtype=torch.int64) for n in (x.shape if return_inverse else 0, size * return_counts)
+    ]
+    return (x.new_empty(size), *long)
+
+
+def _unique_consecutive(
+    self: Guesses, x: torch.Tensor, return_inverse: bool = False, return_counts: bool = False, dim: Any = None
+) -> tuple[torch.Tensor, ...]:
+    if dim is not None:
+        return _unique_dim(self, x, dim, True, return_inverse, return_counts)
+    return _unique(self, x, True, return_inverse, return_counts)
+
+
+def _unique_dim(
+    self: Guesses,
+    x: torch.Tensor,
+    dim: int,
+    sorted: bool = True,  # noqa: A002 - torch's name
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    size = self.size("unique", x.shape[dim])
+    shape = list(x.shape)
+    inverse = x.new_empty(shape[dim] * return_inverse, dtype=torch.int64)
+    shape[dim] = size
+    return x.new_empty(shape), inverse, x.new_empty(size * return_counts, dtype=torch.int64)
+
+
+def _bincount(self: Guesses, x: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
+    size = max(minlength, self.size("bincount", x.numel(), default=0.0 if minlength else None))
+    return torch.empty(size, dtype=torch.int64 if weights is None else weights.dtype)
+
+
+def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any = None) -> torch.Tensor:
+    size = output_size if output_size is not None else self.size("repeat_interleave", repeats.numel())
+    return repeats.new_empty(size)
+
+
+def _equal(self: Guesses, *args: Any, **kwargs: Any) -> bool:
+    self._tell("equal answered True", user_line())
+    return True
+
+
+_ATEN: Any = torch.ops.aten
+_INDEXED = frozenset(
+    {
+        _ATEN.index.Tensor,
+        _ATEN.index_put.default,
+        _ATEN.index_put_.default,
+        _ATEN._index_put_impl_.default,
+        _ATEN._unsafe_index_put.default,
+    }
+)
+_SHAPED: dict[Any, Callable[..., Any]] = {
+    _ATEN.nonzero.default: _nonzero,
+    _ATEN.masked_select.default: _masked_select,
+    _ATEN._unique2.default: _unique,
+    _ATEN._unique.default: _unique,
+    _ATEN.unique_consecutive.default: _unique_consecutive,
+    _ATEN.unique_dim.default: _unique_dim,
+    _ATEN.bincount.default: _bincount,
+    _ATEN.repeat_interleave.Tensor: _repeat_interleave,
+    _ATEN.equal.default: _equal,
+    _ATEN.allclose.default: _equal,
+}
