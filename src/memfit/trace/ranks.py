@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -29,7 +29,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise MemfitError("a plan of several ranks cannot be traced while a process group is initialised here")
+        raise MemfitError(
+            "a plan of several ranks cannot be traced while a process group is initialised here"
+        )
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
         with _without_values():
@@ -45,6 +47,41 @@ def _without_values() -> Iterator[None]:
 
     with mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True):
         yield
+
+
+class GlooScratch(TorchDispatchMode):
+    """What gloo's collectives take inside on CPU tensors, one after the other, each freed at once: flat
+    outputs of a gather, a copy of what is reduced and scattered. Enter inside the ledger, which then sees
+    them. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = _GLOO_SCRATCH.get(func)
+        out = func(*args, **(kwargs or {}))
+        if rule is not None:
+            for tensors in rule(args, out):
+                size_bytes = sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(tensors))
+                torch.empty(size_bytes, dtype=torch.uint8)
+        return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here
+
+
+def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:
+    """By operator: its arguments and output -> groups of tensors; each group's bytes are taken in turn."""
+    c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
+    return {
+        c10d._allgather_base_.default: lambda args, out: (args[0], args[0]),
+        c10d.allgather_.default: lambda args, out: (args[0], args[0]),
+        c10d._reduce_scatter_base_.default: lambda args, out: (args[1],),
+        c10d.scatter_.default: lambda args, out: (args[1],) if args[1] else (),
+        functional.all_gather_into_tensor.default: lambda args, out: (args[0], out),
+        functional.reduce_scatter_tensor.default: lambda args, out: (args[0],),
+    }
+
+
+_GLOO_SCRATCH = _gloo_rules()
 
 
 class _RealIntegers(TorchDispatchMode):
@@ -80,7 +117,10 @@ def ready_for_fakes(wrapped: Any) -> None:
         return done
 
     # torch reads the annotations, which here are text.
-    reduce.__annotations__ = {"bucket": torch.distributed.GradBucket, "return": torch.futures.Future[torch.Tensor]}
+    reduce.__annotations__ = {
+        "bucket": torch.distributed.GradBucket,
+        "return": torch.futures.Future[torch.Tensor],
+    }
     wrapped.register_comm_hook(wrapped.process_group, reduce)
 
 
