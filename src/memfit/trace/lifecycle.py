@@ -1,0 +1,273 @@
+"""Peaks around the steady step: loading, the first step, evaluation, saving, resuming; bytes on disk.
+
+Everything runs on fake tensors as a training script would run it: the job's model, `TrainingStep`, torch's
+own state dicts and its own file writer. Only reading a file is played: each stored storage is made once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, cast
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from memfit.jobs.step import TrainingStep, split
+from memfit.trace.copies import FakeCopies
+from memfit.trace.ledger import Ledger, plain_tensors
+from memfit.trace.lens import device_lens
+from memfit.trace.tracer import _PLAYED_MICRO_BATCHES, _fake_world, _random_states
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.trace import Category
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LifecyclePeak:
+    """Highest live tensor bytes during one event. ``host_bytes``: what a device with memory of its own needs
+    beside it; 0 for a CPU, whose memory is one."""
+
+    event: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Lifecycle:
+    """``peaks`` in the order of a training script; ``checkpoint_bytes``: files that torch.save writes, for
+    the ``model``, the ``optimizer`` and, where some parameters are frozen, the ``trainable`` ones alone."""
+
+    peaks: tuple[LifecyclePeak, ...]
+    checkpoint_bytes: Mapping[str, int]
+
+    def peak(self, event: str) -> LifecyclePeak:
+        return next(p for p in self.peaks if p.event == event)
+
+
+def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
+    """Peaks of one process (``plan.ranks`` is 1). Events, each ending with what it was for in place:
+
+    ``load``: plain model, ``torch.load`` to its device, ``load_state_dict``; ``load-mmap``: the file mapped
+    and not read; ``load-assign``: model built on the meta device, ``assign=True``; ``load-via-host``:
+    ``map_location="cpu"``, only where host and device differ. ``build``: model, plan and optimizer.
+    ``first-step`` makes the optimizer's state, ``steady-step`` finds it. ``evaluate``: forward and loss of
+    one micro-batch without gradients. ``save``; ``save-async``: beside a copy that training may outrun.
+    ``resume``, ``resume-via-host``: a fresh step, then model and optimizer from one file.
+    """
+    batch = job.make_batch(0, 0)
+    peaks, sizes = _training(job, plan, batch, device)
+    ways = ["resume"] if device == "cpu" else ["resume", "resume-via-host"]
+    resumed = [_resuming(job, plan, batch, device, way) for way in ways]
+    return Lifecycle(peaks=(*_loading(job, device), *peaks, *resumed), checkpoint_bytes=sizes)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Watch:
+    """A ledger read one event at a time, device and host apart."""
+
+    ledger: Ledger
+    mark: int = 0
+    aside: dict[int, str] = dataclasses.field(default_factory=dict)  # id of a life -> "host" or "nowhere"
+
+    def begin(self) -> None:
+        self.mark = self.ledger.clock
+
+    def end(self, event: str) -> LifecyclePeak:
+        device, host = self._highest(""), self._highest("host")
+        if self.ledger.granularity_bytes == 64:  # a CPU
+            device, host = self._highest("", "host"), 0
+        self.begin()
+        return LifecyclePeak(event=event, device_bytes=device, host_bytes=host)
+
+    @contextlib.contextmanager
+    def made(self, place: str) -> Iterator[None]:
+        """Storages made meanwhile lie in `place`, not on the device."""
+        first = len(self.ledger.lives)
+        yield
+        self.aside.update((id(life), place) for life in self.ledger.lives[first:])
+
+    def _highest(self, *places: str) -> int:
+        lives = [x for x in self.ledger.lives if self.aside.get(id(x), "") in places]
+        lives = [x for x in lives if x.end is None or x.end > self.mark]
+        changes = [(max(x.start, self.mark), x.size_bytes) for x in lives]
+        changes += [(x.end, -x.size_bytes) for x in lives if x.end is not None]
+        return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0])), default=0)
+
+
+@contextlib.contextmanager
+def _watched(device: str) -> Iterator[tuple[_Watch, Any]]:
+    ledger = Ledger(device)
+    with _fake_world() as fake, _random_states(ledger), device_lens(device), ledger:
+        yield _Watch(ledger=ledger), fake
+
+
+def _loading(job: Job, device: str) -> list[LifecyclePeak]:
+    """Ways to begin from a checkpoint of the plain model."""
+    peaks = []
+    places = {"load": "", "load-mmap": "nowhere", "load-via-host": "host", "load-assign": ""}
+    if device == "cpu":
+        del places["load-via-host"]
+    for way, place in places.items():
+        with _watched(device) as (watch, _):
+            model = job.build_model()
+            stored = model.state_dict()
+            if way == "load-assign":
+                watch.aside.update(_lives_of(watch.ledger, stored))
+                watch.begin()
+            with watch.made(place):
+                loaded = _loaded(stored)
+            model.load_state_dict(loaded, assign=way == "load-assign")
+            peaks.append(watch.end(way))
+    return peaks
+
+
+def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[LifecyclePeak], Mapping[str, int]]:
+    with _watched(device) as (watch, fake):
+        step = TrainingStep(job, plan, device=device)
+        peaks = [watch.end("build")]
+        inputs = _fake(batch, fake)
+        watch.ledger.label(inputs, Category.INPUT)
+        for event in ("first-step", "steady-step"):
+            step.run(inputs, micro_batches_played=_PLAYED_MICRO_BATCHES)
+            peaks.append(watch.end(event))
+        peaks.append(_evaluated(step, inputs, watch))
+        peaks += _saved(step, watch)
+        sizes = _sizes(step)
+        step.close()
+    return peaks, sizes
+
+
+def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
+    step.model.eval()
+    with torch.no_grad(), step.contexts():
+        step.job.loss(step.model, split(inputs, step.bench.micro_batches)[0])
+    step.model.train()
+    return watch.end("evaluate")
+
+
+def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
+    """torch.save takes one storage after the other to the host; an asynchronous save copies all first."""
+    state = _state(step)
+    if watch.ledger.granularity_bytes != 64:
+        for tensor in _pytree.tree_leaves(state):
+            with watch.made("host"):
+                _loaded(tensor)
+    peaks = [watch.end("save")]
+    with watch.made("host"):
+        copy = _loaded(state)
+    peaks.append(watch.end("save-async"))
+    del copy
+    return peaks
+
+
+def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
+    with _watched(device) as (watch, fake):
+        stepped = TrainingStep(job, plan, device=device)
+        stepped.run(_fake(batch, fake), micro_batches_played=1)
+        state = _state(stepped)
+        watch.aside.update(_lives_of(watch.ledger, state))
+        stepped.close()
+        watch.begin()
+        fresh = TrainingStep(job, plan, device=device)
+        with watch.made("host" if way == "resume-via-host" else ""):
+            stored = _loaded(state)
+        fresh.model.load_state_dict(stored["model"])
+        # On a device the optimizer moves what it is given; on fake CPU tensors that move is this copy.
+        states = _loaded(stored["optimizer"]) if way == "resume-via-host" else stored["optimizer"]
+        with FakeCopies():
+            for optimizer, saved in zip(_optimizers(fresh.optimizer), states, strict=True):
+                optimizer.load_state_dict(saved)
+        peak = watch.end(way)
+        fresh.close()
+    return peak
+
+
+def _fake(batch: Any, fake: Any) -> Any:
+    return _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+
+
+def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Torch's optimizers inside the step's own: one per parameter, or behind master weights."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [optimizer]
+    inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "inner", [])
+    parts = inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
+    return [found for part in parts for found in _optimizers(part)]
+
+
+def _state(step: TrainingStep) -> dict[str, Any]:
+    """What a script saves: the model's state, every optimizer's, and fp32 masters where there are any."""
+    masters = getattr(step.optimizer, "masters", [])
+    return {
+        "model": step.model.state_dict(),
+        "optimizer": [o.state_dict() for o in _optimizers(step.optimizer)],
+        "masters": [m.detach() for m in masters],
+    }
+
+
+def _loaded(state: Any) -> Any:
+    """As torch.load would make it: every distinct storage once, tensors as views of theirs."""
+    made: dict[int, torch.Tensor] = {}
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        if is_traceable_wrapper_subclass(tensor):
+            return tensor.detach().clone()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in made:
+            made[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+        typed = made[storage._cdata].view(tensor.dtype)
+        return typed.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    return _pytree.tree_map_only(torch.Tensor, one, state)
+
+
+def _lives_of(ledger: Ledger, state: Any) -> dict[int, str]:
+    """The state's own storages, as lying nowhere."""
+    tensors = [t for t in _pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
+    keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
+    return {id(ledger._known[k][1]): "nowhere" for k in keys if k in ledger._known}
+
+
+def _sizes(step: TrainingStep) -> Mapping[str, int]:
+    state = _state(step)
+    sizes = {
+        "model": file_bytes(state["model"]),
+        "optimizer": file_bytes([state["optimizer"], *state["masters"]]),
+    }
+    trainable = {n: p.detach() for n, p in step.model.named_parameters() if p.requires_grad}
+    if len(trainable) < sum(1 for _ in step.model.parameters()):
+        sizes["trainable"] = file_bytes(trainable)
+    return sizes
+
+
+class _Counted:
+    """A file that keeps its length only."""
+
+    def __init__(self) -> None:
+        self.at, self.length_bytes = 0, 0
+
+    def write(self, data: Any) -> int:
+        return self.seek(len(data), 1) and len(data)
+
+    def seek(self, to: int, whence: int = 0) -> int:
+        self.at = self.at + to if whence == 1 else to
+        self.length_bytes = max(self.length_bytes, self.at)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def flush(self) -> None:
+        """Nothing is kept."""
+
+
+def file_bytes(state: Any) -> int:
+    """The file torch.save writes of fake tensors, by its own writer with the data skipped."""
+    file = _Counted()
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(state, cast(IO[bytes], file))
+    return file.length_bytes
