@@ -7,7 +7,10 @@ import dataclasses
 import gc
 import hashlib
 import math
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
     from memfit.jobs.step import TrainingStep
     from memfit.measure.limit import MemoryLimit
     from memfit.measure.memory import PeakCounter
+    from memfit.techniques.world import World
     from memfit.types.job import Job
+    from memfit.types.plan import Plan
 
 TIMELINE_POINTS = 400
 
@@ -37,6 +42,7 @@ class _Gauge:
 
     counter: PeakCounter
     base_bytes: int
+    world: World
     phase: str = "setup"
     peak_bytes: int = 0
     step_peak_bytes: int = 0
@@ -82,17 +88,36 @@ def _run(spec: RunSpec) -> Measurement:
         torch.set_num_threads(spec.threads)
     counter = peak_counter()
     job = load(spec.job)
-    tell("stage", stage="warm-up")
-    _warm_up(job, spec)
-    begun = time.perf_counter()
-    gauge = _Gauge(counter, counter.live_bytes())
-    counter.reset_peak()
-    with _cap(spec, counter) as limit:
-        measurement = _guarded(job, spec, gauge, limit)
+    with joined(spec.plan) as world:
+        tell("stage", stage="warm-up")
+        _warm_up(job, spec, world)
+        begun = time.perf_counter()
+        gauge = _Gauge(counter, counter.live_bytes(), world)
+        counter.reset_peak()
+        with _cap(spec, counter) as limit:
+            measurement = _guarded(job, spec, gauge, limit)
     return dataclasses.replace(measurement, wall_s=time.perf_counter() - begun)
 
 
-def _warm_up(job: Job, spec: RunSpec) -> None:
+@contextlib.contextmanager
+def joined(plan: Plan) -> Iterator[World]:
+    """The plan's world, joined over gloo by the variables that torchrun sets; at once on one rank."""
+    import torch.distributed as dist
+
+    from memfit.techniques.world import make_world
+
+    if plan.ranks == 1:
+        yield make_world(plan, rank=0, device="cpu")
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    dist.init_process_group("gloo")
+    try:
+        yield make_world(plan, rank=dist.get_rank(), device="cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def _warm_up(job: Job, spec: RunSpec, world: World) -> None:
     """Steps of one micro-batch of the run's own shape, so that kernels, their caches and thread stacks
     exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference)."""
     import torch
@@ -101,11 +126,12 @@ def _warm_up(job: Job, spec: RunSpec) -> None:
 
     batch = job.make_batch(0, spec.seed)
     torch.manual_seed(spec.seed)
-    step = TrainingStep(job, spec.plan)
+    step = TrainingStep(job, spec.plan, world=world)
+    part, terms = step.local(batch)
     for _ in range(2):
-        step.run(batch, micro_batches_played=1)
+        step.run(part, micro_batches_played=1, terms_per_rank=terms)
     step.close()
-    del step, batch
+    del step, batch, part
     gc.collect()
 
 
@@ -160,16 +186,16 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     from memfit.jobs.step import TrainingStep
 
     torch.manual_seed(spec.seed)
-    step = TrainingStep(job, spec.plan)
+    step = TrainingStep(job, spec.plan, world=gauge.world)
     for index in range(spec.steps):
-        batch = job.make_batch(index, spec.seed)
+        given = step.local(job.make_batch(index, spec.seed))
         gauge.turn("between")
-        _one_step(step, batch, index, spec, gauge)
-        del batch
+        _one_step(step, given, index, spec, gauge)
+        del given
     return step
 
 
-def _one_step(step: TrainingStep, batch: Any, index: int, spec: RunSpec, gauge: _Gauge) -> None:
+def _one_step(step: TrainingStep, given: tuple[Any, float], index: int, spec: RunSpec, gauge: _Gauge) -> None:
     last = index == spec.steps - 1
     log = getattr(gauge.counter, "start_log", None) if spec.timeline and last else None
     if log is not None:
@@ -185,7 +211,7 @@ def _one_step(step: TrainingStep, batch: Any, index: int, spec: RunSpec, gauge: 
         if log is not None:
             turns.append(_event_count(gauge.counter))
 
-    loss, norm = step.run(batch, mark)
+    loss, norm = step.run(given[0], mark, terms_per_rank=given[1])
     values = float(loss), float(norm)
     gauge.step_s.append(time.perf_counter() - start)
     gauge.turn("between")
@@ -224,7 +250,8 @@ def _digest(model: Any) -> str:
     total = hashlib.sha256()
     for name, param in sorted(model.named_parameters()):
         total.update(name.encode())
-        total.update(param.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        local = getattr(param, "to_local", lambda p=param: p)()  # of a sharded parameter, this rank's shard
+        total.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

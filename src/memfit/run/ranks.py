@@ -1,0 +1,49 @@
+"""One child a rank: the same launch started as many times as its plan has ranks, joined over gloo."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from memfit.run.child import Event, run
+from memfit.types.launch import LaunchConfig
+from memfit.types.result import Measurement
+
+
+def run_ranks(
+    config: LaunchConfig, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
+) -> tuple[Measurement, ...]:
+    """Every rank's Measurement, by rank; ``on_event(rank, event)`` is called from one thread a rank.
+
+    A rank that dies leaves the others waiting in a collective: they end when gloo notices the closed
+    connection, at the latest at the run's own time limit.
+    """
+    ranks, port = config.spec.plan.ranks, free_port()
+
+    def one(rank: int) -> Measurement:
+        env = {**config.env, **rank_env(rank, ranks, port)}
+        return run(dataclasses.replace(config, env=env), on_event=lambda event: on_event(rank, event))
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return tuple(pool.map(one, range(ranks)))
+
+
+def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
