@@ -1,6 +1,13 @@
-"""``memfit explain``: where every MiB of a plan goes, before running it."""
+"""``memfit explain``: where every MiB of a plan goes, or why two plans differ, before running them."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from memfit.cli.options import (
     GoalOptions,
@@ -13,28 +20,126 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
-from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.cli.request import plan_file, recommended_plan, request, writable
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+if TYPE_CHECKING:
+    from memfit.report.explain import Difference, Explained
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainOptions:
+    """Which plans are compared, and which files are written."""
+
+    plans: Annotated[
+        list[str] | None, typer.Argument(metavar="[A.yaml B.yaml]", help="Why do these two plans differ?")
+    ] = None
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A treemap and a timeline, in one HTML file.")
+    ] = None
+    snapshot: Annotated[
+        Path | None, typer.Option(metavar="FILE.pickle", help="For PyTorch's memory viewer.")
+    ] = None
+    perfetto: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="A Chrome trace, for ui.perfetto.dev.")
+    ] = None
+    lines: Annotated[bool, typer.Option(help="Find the line of your code that made each allocation.")] = True
 
 
 def explain(
-    job: JobOptions, which: WhichOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions,
-    lang: LanguageOptions, output: JsonOptions,
+    job: JobOptions, more: ExplainOptions, which: WhichOptions, goal: GoalOptions, on: MachineOptions,
+    here: HereOptions, lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
-    """Show where every MiB goes, before running it."""
+    """Show where every MiB goes, or why two plans differ, before running."""
     words = language(lang.lang)
-    plan = plan_file(which)
+    job, files = _plan_files(job, more)
+    plans = _plans(files, more, which)
     asked = request(job, goal, here, on.on)
     with Bars(words) as progress:
         from memfit import pipeline
 
-        if plan is None:
-            plan = recommended_plan(asked, progress)
-        estimate = pipeline.explain(asked, plan, progress)
-    if output.json:
+        found = pipeline.anatomy(
+            asked, plans or [recommended_plan(asked, progress)], progress, lines=more.lines
+        )
+    if len(found) == 1:
+        _one(found[0], more, lang=words, job=job.job, as_json=output.json)
+    else:
+        _two(found[0], found[1], lang=words, as_json=output.json)
+
+
+def _plan_files(job: JobOptions, more: ExplainOptions) -> tuple[JobOptions, list[str]]:
+    """``explain A.yaml B.yaml`` leaves the job out."""
+    files = list(more.plans or ())
+    if job.job.endswith((".yaml", ".yml")):
+        return dataclasses.replace(job, job=JobOptions().job), [job.job, *files]
+    return job, files
+
+
+def _plans(files: list[str], more: ExplainOptions, which: WhichOptions) -> list[Plan]:
+    """Empty for the recommended plan. Raises UserError."""
+    written = [path for path in (more.html, more.snapshot, more.perfetto) if path]
+    for path in written:
+        writable(path)
+    if len(files) > 2:
+        raise UserError(f"{len(files)} plan files", allowed="one, or two to compare")
+    if files and (which.plan or which.recommended):
+        raise UserError("plan files are given twice", hint="leave out --plan and --recommended")
+    if len(files) == 2 and written:
+        raise UserError(
+            "--html, --snapshot and --perfetto show one plan", hint="leave them out to compare two"
+        )
+    chosen = [WhichOptions(plan=Path(file)) for file in files] or [which]
+    return [plan for plan in map(plan_file, chosen) if plan is not None]
+
+
+def _one(found: Explained, more: ExplainOptions, *, lang: str, job: str, as_json: bool) -> None:
+    from memfit.report import explain_files, explain_html
+    from memfit.report.explain import contributors
+    from memfit.report.files import write_whole
+
+    wanted: tuple[tuple[Path | None, Callable[[], bytes]], ...] = (
+        (more.html, lambda: explain_html.render_explained(found, job=job, lang=lang).encode()),
+        (more.snapshot, lambda: explain_files.snapshot(found)),
+        (more.perfetto, lambda: explain_files.chrome_trace(found)),
+    )
+    for path, data in [(path, make()) for path, make in wanted if path]:  # all are made before one is written
+        write_whole(path, data)
+    if as_json:
         from memfit.cli.views import estimate_view
 
-        emit(estimate_view(estimate))
+        emit({**estimate_view(found.estimate), "contributors": contributors(found)})
     else:
-        from memfit.report.terminal import print_estimate
+        from memfit.report.explain_terminal import print_explained
 
-        print_estimate(estimate, lang=words, console=console())
+        print_explained(found, console=console(), lang=lang)
+
+
+def _two(first: Explained, second: Explained, *, lang: str, as_json: bool) -> None:
+    from memfit.report.explain import difference
+
+    found = difference(first, second)
+    if as_json:
+        emit(_difference_view(found, lang))
+    else:
+        from memfit.report.explain_terminal import print_difference
+
+        print_difference(found, console=console(), lang=lang)
+
+
+def _difference_view(found: Difference, lang: str) -> dict[str, Any]:
+    from memfit.cli.views import estimate_view
+    from memfit.report.figures import sentence_text
+    from memfit.report.words import load_words
+    from memfit.wire import to_plain
+
+    words = load_words(lang)
+    return {
+        "first": estimate_view(found.first),
+        "second": estimate_view(found.second),
+        "change_bytes": found.change_bytes,
+        "by_category_bytes": found.by_category_bytes,
+        "by_phase_bytes": found.by_phase_bytes,
+        "movers": [{**to_plain(m), "change_bytes": m.change_bytes} for m in found.movers],
+        "sentences": [sentence_text(s, words) for s in found.sentences],
+    }

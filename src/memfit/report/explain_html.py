@@ -1,0 +1,121 @@
+"""A treemap and a timeline of a traced step: one HTML file, its own script, nothing from the network."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections import Counter
+from collections.abc import Hashable
+from itertools import pairwise
+from typing import Any, Final
+
+from memfit.report.explain import Explained, events, op_name
+from memfit.report.figures import figure_text, predicted
+from memfit.report.html import render
+from memfit.report.words import Words, load_words
+from memfit.types.trace import Category, Phase
+
+MOST_BYTES: Final = 1_800_000  # of the data in the page
+_POINTS: Final = (3000, 1500, 750, 375, 180, 90)
+_STACK: Final = (
+    Category.PARAMETER, Category.OPTIMIZER_STATE, Category.INPUT, Category.GRADIENT, Category.ACTIVATION,
+    Category.TEMPORARY, Category.WORKSPACE,
+)  # fmt: skip
+
+
+def render_explained(explained: Explained, *, job: str, lang: str) -> str:
+    """The page's text. Raises UserError for a language without a catalog."""
+    words, estimate = load_words(lang), explained.estimate
+    return render(
+        "explain.html.j2", words, job=job, estimate=estimate, trace=explained.trace,
+        op=op_name(estimate.peak_op),
+        peak=figure_text(predicted(estimate.allocated_bytes.value, "bytes"), words), stack=_STACK,
+        data=_data(explained, words),
+        count=f"{len(explained.trace.allocations):,}",
+    )  # fmt: skip
+
+
+def _data(explained: Explained, words: Words) -> str:
+    """JSON that is safe inside a script element, with as many instants as fit `MOST_BYTES`."""
+    own = {k.removeprefix("explain."): v for k, v in words.texts.items() if k.startswith("explain.")}
+    names = {str(x): words.name("category", x) for x in Category} | {
+        str(x): words.name("phase", x) for x in Phase
+    }
+    said = {**own, **names, "root": words.get("text.root")}
+    for points in _POINTS:
+        found = {"words": said, "lang": words.lang, "stack": _STACK, **series(explained, points)}
+        text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+        if len(text.encode()) <= MOST_BYTES:
+            break
+    return text
+
+
+def series(explained: Explained, points: int) -> dict[str, Any]:
+    """What is alive at chosen instants, exactly: the highest of each of ``points`` stretches, the peak and
+    the beginnings of phases. A row is alive from instant ``first`` (kept as the difference to the row
+    before) for ``length`` instants; equal rows are one with a ``count``; sizes are in ``unit`` bytes."""
+    trace = explained.trace
+    clocks = _instants(explained, points)
+    rows: Counter[tuple[int, int, int, int]] = Counter()  # (first, length, group, size) -> how many
+    groups, modules, ops, lines = _Table(), _Table(), _Table(), _Table()
+    for a in trace.allocations:
+        first = bisect.bisect_left(clocks, a.start)
+        end = len(clocks) if a.end is None else bisect.bisect_left(clocks, a.end)
+        if end > first and a.size_bytes:
+            group = (
+                _STACK.index(a.category),
+                _path(modules, a.module),
+                ops.index(op_name(a.op)),
+                lines.index(a.line),
+            )
+            rows[first, end - first, groups.index(group), a.size_bytes] += 1
+    ordered = sorted(rows)
+    starts = [0, *(r[0] for r in ordered)]
+    return {
+        "clock": clocks,
+        "peak": clocks.index(explained.peak_clock),
+        "end": max((s.end for s in trace.spans), default=clocks[-1]),
+        "spans": [(s.phase, s.step, s.start, s.end) for s in trace.spans],
+        "modules": list(modules.places),  # (index of the parent + 1, name)
+        "ops": list(ops.places),
+        "lines": list(lines.places),
+        "groups": list(groups.places),
+        "first": [b - a for a, b in pairwise(starts)],
+        "length": [r[1] for r in ordered],
+        "group": [r[2] for r in ordered],
+        "bytes": [r[3] for r in ordered],
+        "count": [rows[r] for r in ordered],
+    }
+
+
+class _Table:
+    """Distinct values in the order they came."""
+
+    def __init__(self) -> None:
+        self.places: dict[Hashable, int] = {}
+
+    def index(self, value: Hashable) -> int:
+        return self.places.setdefault(value, len(self.places))
+
+
+def _path(modules: _Table, module: str) -> int:
+    """The place of a dotted path in a tree of names, from 1; the root is 0."""
+    place = 0
+    for name in module.split(".") if module else ():
+        place = modules.index((place, name)) + 1
+    return place
+
+
+def _instants(explained: Explained, points: int) -> list[int]:
+    trace = explained.trace
+    level, at = 0, Counter[int]()
+    for clock, change_bytes, _ in events(trace):
+        level += change_bytes
+        at[clock] = level
+    width = max(1.0, (max(at) + 1) / points)
+    highest: dict[int, int] = {}
+    for clock, height in at.items():
+        stretch = int(clock / width)
+        if stretch not in highest or height > at[highest[stretch]]:
+            highest[stretch] = clock
+    return sorted({*highest.values(), explained.peak_clock, *(s.start for s in trace.spans)})
