@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit import wire
+from memfit.cost.footprint import ASSUMED_RESERVED_RATIO
 from memfit.engines import native
 from memfit.jobs.registry import load
 from memfit.measure import here
@@ -28,8 +29,8 @@ _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seco
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
 CPU_HEADROOM_RATIO, CPU_HEADROOM_BYTES = 1.05, 2 * 2**20
-# Context, libraries and fragmentation on a CUDA device until reserved memory is predicted: assumed.
-CUDA_HEADROOM_RATIO, CUDA_HEADROOM_BYTES = 1.06, 1 * 2**30
+# Context and libraries on an accelerator of which the catalog does not know them: assumed.
+UNKNOWN_DEVICE_BYTES = 1 * 2**30
 
 Progress = Callable[[str, int, int, str], None]
 """(stage, done, total, detail): called often; total 0 means unknown."""
@@ -145,11 +146,16 @@ def _cap(request: Request, plain: Estimate) -> tuple[int, str]:
 
 
 def needed_bytes(estimate: Estimate, machine: Machine) -> int:
-    """The cap this plan asks for: its tensors and what the process or device takes beside them."""
-    cpu = machine.device.kind == "cpu"
-    ratio = CPU_HEADROOM_RATIO if cpu else CUDA_HEADROOM_RATIO
-    fixed = CPU_HEADROOM_BYTES if cpu else CUDA_HEADROOM_BYTES
-    return int(estimate.allocated_bytes.value * ratio) + fixed
+    """The cap this plan asks for: its tensors and what the process or device takes beside them. Of a traced
+    plan on a known accelerator the upper end of its range; a sketch already is an upper bound."""
+    allocated_bytes = estimate.allocated_bytes.value
+    if machine.device.kind == "cpu":
+        return int(allocated_bytes * CPU_HEADROOM_RATIO) + CPU_HEADROOM_BYTES
+    if (whole := estimate.device_bytes) is not None:
+        return int(whole.high if estimate.traced else whole.value)
+    reserved = estimate.reserved_bytes
+    reserved_bytes = reserved.value if reserved else allocated_bytes * ASSUMED_RESERVED_RATIO
+    return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
 
 
 def fits_under(cap_bytes: int, machine: Machine) -> Callable[[Estimate], bool]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 
 from memfit.cost.estimate import around, estimate, modelled_boundary
+from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.money import bill
 from memfit.cost.time import TimeModel, time_model
@@ -56,6 +57,7 @@ class Pricer:
     traces: dict[Plan, Trace] = dataclasses.field(default_factory=dict)
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
+    reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
 
     def __post_init__(self) -> None:
         self.recalibrate(self.calibration)
@@ -81,9 +83,12 @@ class Pricer:
     # -- exact ----------------------------------------------------------------------------------------
 
     def whole(self, plan: Plan) -> Estimate:
-        return estimate(
+        found = estimate(
             self.trace(plan), plan, machine=self.machine, calibration=self.calibration, model=self.model
         )
+        if plan == Plan() and found.reserved_bytes is not None:
+            self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
+        return found
 
     # -- quick ----------------------------------------------------------------------------------------
 
@@ -121,9 +126,11 @@ class Pricer:
         phase = max(peaks, key=lambda p: peaks[p])
         step_s = float(micros * vector[_MICRO_S] + vector[_STEP_S]) if self.model else None
         cost = bill(self.machine, step_s=step_s)
+        allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
+        memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
         return Estimate(
             plan=plan,
-            allocated_bytes=around(peaks[phase], _SKETCH_MEMORY_RATIO),
+            allocated_bytes=allocated,
             phase_peak_bytes=peaks,
             at_peak_bytes={},
             by_module_bytes={},
@@ -135,6 +142,10 @@ class Pricer:
             co2_g=cost.co2_g,
             peak_phase=phase,
             traced=False,
+            reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes,
+            device_parts_bytes=memory.device_parts_bytes,
+            oom_probability=memory.oom_probability,
         )
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:

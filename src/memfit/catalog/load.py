@@ -13,7 +13,10 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Machine, Place
 
 _BRANDS: Final = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct)\b")
-_DEVICE_FACTS: Final = ("memory_bytes", "bandwidth_bytes_s", "power_w", "usd_per_hour", "usd_to_buy")
+_DEVICE_FACTS: Final = (
+    "memory_bytes", "bandwidth_bytes_s", "power_w", "usd_per_hour", "usd_to_buy", "context_bytes",
+    "kernels_bytes", "blas_workspace_bytes", "nccl_channels", "nccl_multicast_channels",
+)  # fmt: skip
 _COUNTED: Final = re.compile(r"\s*(?:(\d+)\s*[xX*×]\s*)?(\S.*?)\s*")
 
 
@@ -72,8 +75,9 @@ def _table(file: str) -> dict[str, Any]:
 
 @functools.cache
 def _device(name: str) -> Device:
-    table = _table("gpus.toml")
-    row, sources = table["devices"][name], table["sources"]
+    table, libraries = _table("gpus.toml"), _table("libraries.toml")
+    sources = table["sources"] | libraries["sources"]
+    row = table["devices"][name] | libraries["devices"].get(name, {})
     return Device(
         name=name,
         kind=row["kind"],
@@ -92,8 +96,10 @@ def _place(name: str) -> Place:
 
 
 def _fact(row: list[Any], sources: dict[str, dict[str, str]]) -> Fact:
-    value, key = row
-    return Fact(value=float(value), **sources[key])
+    """``[value, source]`` or ``[value, source, low, high]``."""
+    value, key, *bounds = row
+    low, high = map(float, bounds) if bounds else (None, None)
+    return Fact(value=float(value), low=low, high=high, **sources[key])
 
 
 def _find(given: str, *, what: str, table: dict[str, Any]) -> str:

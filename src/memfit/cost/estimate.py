@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from memfit.cost.device import with_workspaces
+from memfit.cost.footprint import footprint
 from memfit.cost.memory import memory_profile, step_ops
 from memfit.cost.money import bill
 from memfit.cost.time import TimeModel
@@ -10,8 +12,9 @@ from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
 from memfit.types.trace import Phase, Trace
 
-# Half-widths of the intervals. Memory: the worst error of the test matrix (tests/engines), doubled.
-# Time: calibrated operators add up to within this; catalog rooflines are rough.
+# Half-widths of the intervals. Memory: the worst error of the test matrix (tests/engines), doubled; those of
+# reserved and device memory are told in cost/footprint.py. Time: calibrated operators add up to within
+# this; catalog rooflines are rough.
 MEMORY_RATIO = 0.01
 CALIBRATED_TIME_RATIO = 0.25
 CATALOG_TIME_RATIO = 0.60
@@ -20,15 +23,18 @@ CATALOG_TIME_RATIO = 0.60
 def estimate(
     trace: Trace, plan: Plan, *, machine: Machine, calibration: Calibration, model: TimeModel | None
 ) -> Estimate:
-    """Peak allocated bytes, seconds, joules, money and carbon of one optimizer step of ``plan``."""
+    """Peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``."""
+    trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
+    allocated = around(profile.peak_bytes, MEMORY_RATIO)
+    memory = footprint(trace, allocated, machine)
     ops = step_ops(trace)
     step_s = model.total_s(ops) + offload_s(trace, model) if model is not None else None
     spread = CALIBRATED_TIME_RATIO if calibration.flops_s else CATALOG_TIME_RATIO
     cost = bill(machine, step_s=step_s)
     return Estimate(
         plan=plan,
-        allocated_bytes=around(profile.peak_bytes, MEMORY_RATIO),
+        allocated_bytes=allocated,
         phase_peak_bytes=profile.phase_peak_bytes,
         at_peak_bytes=profile.at_peak_bytes,
         by_module_bytes=profile.by_module_bytes,
@@ -41,6 +47,12 @@ def estimate(
         peak_phase=profile.peak_phase,
         peak_op=profile.peak_op,
         workspace_probed=profile.workspace_probed,
+        reserved_bytes=memory.reserved_bytes,
+        device_bytes=memory.device_bytes,
+        device_parts_bytes=memory.device_parts_bytes,
+        host_bytes=memory.host_bytes,
+        oom_probability=memory.oom_probability,
+        rank=trace.rank,
     )
 
 

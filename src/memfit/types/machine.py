@@ -8,12 +8,15 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """A number somebody published or this machine measured. ``kind``: measured, published or assumed."""
+    """A number somebody published or this machine measured. ``kind``: measured, published or assumed.
+    ``low`` and ``high``, where given, are the range it is said or assumed to lie in."""
 
     value: float
     source: str
     date: str  # ISO
     kind: str = "published"
+    low: float | None = None
+    high: float | None = None
 
     def __post_init__(self) -> None:
         assert self.kind in ("measured", "published", "assumed"), self.kind
@@ -31,6 +34,11 @@ class Device:
     power_w: Fact | None = None
     usd_per_hour: Fact | None = None
     usd_to_buy: Fact | None = None
+    context_bytes: Fact | None = None  # of one process's CUDA context, before any kernel is loaded
+    kernels_bytes: Fact | None = None  # code a training step loads; None: in context_bytes
+    blas_workspace_bytes: Fact | None = None  # of one BLAS handle, through PyTorch's allocator
+    nccl_channels: Fact | None = None  # of one communicator, for collectives
+    nccl_multicast_channels: Fact | None = None  # NVLink SHARP; None: the device has none
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,143 @@
+"""What lies on a device beside tensors: BLAS workspaces inside the caching allocator; the CUDA context and
+NCCL's buffers outside of it. Every number is a Fact of the catalog with a range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from memfit.types.machine import Device, Fact
+from memfit.types.result import Interval
+from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace
+from memfit.types.units import KIB, MIB
+
+# One NCCL connection, as src/transport/p2p.cc and src/init.cc (nccl@5067397) size it by default: the
+# receiver has a buffer for each protocol (Simple 4 MiB; LL 8 x 512 x 8 lines of 16 B; LL128 120 x 640 x 8
+# words of 8 B) and 8 KiB of flags, the sender its flags, both rounded up to CUDA's pages of 2 MiB:
+# 10 and 2 MiB, which are the two sizes that nccl#1685 counts on an H100.
+_PAGE_BYTES: Final = 2 * MIB
+_BUFFERS_BYTES: Final = 4 * MIB + 8 * 512 * 8 * 16 + 120 * 640 * 8 * 8 + 8 * KIB
+CONNECTION_BYTES: Final = -(-_BUFFERS_BYTES // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
+# NVLink SHARP (src/transport/nvls.cc): 8 steps of 128 KiB, up and down, a channel and a rank of the node.
+_MULTICAST_BYTES: Final = 2 * 8 * 128 * KIB
+_NODE_RANKS: Final = 8
+
+_BLAS_OPS: Final = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "addmv",
+    "mv",
+    "dot",
+    "_grouped_mm",
+    "_scaled_mm",
+    "linear",
+)
+BLAS_WORKSPACE: Final = "BLAS workspace"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """Device memory that the caching allocator does not see. ``total`` None: a part of it is unknown."""
+
+    total_bytes: Interval | None
+    parts_bytes: Mapping[str, int]
+
+
+def with_workspaces(trace: Trace, device: Device) -> Trace:
+    """The trace with the workspaces that PyTorch allocates at the first matrix product of each of its
+    threads (forward and optimizer run in the caller's, backward in autograd's: one BLAS handle each,
+    aten/src/ATen/cuda/CublasHandlePool.cpp) and keeps. They go through the caching allocator."""
+    size = device.blas_workspace_bytes
+    if size is None:
+        return trace
+    first: dict[bool, OpCall] = {}
+    for op in trace.ops:
+        if _base_name(op.op) in _BLAS_OPS:
+            first.setdefault(op.phase is Phase.BACKWARD, op)
+    made = tuple(_workspace(op, int(size.value)) for op in first.values())
+    return dataclasses.replace(trace, allocations=(*trace.allocations, *made))
+
+
+def _base_name(op: str) -> str:
+    """``aten.addmm.default`` to ``addmm``."""
+    parts = op.split(".")
+    return parts[1] if len(parts) > 1 else op
+
+
+def _workspace(op: OpCall, size_bytes: int) -> Allocation:
+    """Made inside the operator, after its output: on the same tick, and behind it in the trace."""
+    return Allocation(
+        start=op.clock + 1, end=None, size_bytes=size_bytes, category=Category.WORKSPACE, phase=op.phase,
+        step=op.step, module=op.module, op=BLAS_WORKSPACE,
+    )  # fmt: skip
+
+
+def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Outside:
+    """Context and communication buffers of one process on ``device``."""
+    parts: dict[str, Interval | None] = {"context": interval_of(device.context_bytes)}
+    if device.kernels_bytes is not None:
+        parts["kernels"] = interval_of(device.kernels_bytes)
+    groups = [ranks for _, ranks in communicators if ranks > 1]
+    if groups:
+        parts["nccl"] = added(nccl_bytes(device, ranks) for ranks in groups)
+    known = {name: int(part.value) for name, part in parts.items() if part is not None}
+    return Outside(total_bytes=added(parts.values()), parts_bytes=known)
+
+
+def nccl_bytes(device: Device, ranks: int) -> Interval | None:
+    """One communicator of ``ranks``. Low: only rings were ever used (NCCL connects an algorithm at its first
+    use since 2.22). Value: one more algorithm, trees with one neighbour, as between two ranks; a device with
+    NVLink SHARP has its multicast buffers in their place. High: trees with two neighbours, and those."""
+    channels = interval_of(device.nccl_channels)
+    if channels is None:
+        return None
+    multicast = _MULTICAST_BYTES * min(ranks, _NODE_RANKS) * _count(device.nccl_multicast_channels)
+    second = multicast or channels.value * CONNECTION_BYTES
+    return Interval(
+        value=channels.value * CONNECTION_BYTES + second,
+        low=channels.low * CONNECTION_BYTES,
+        high=channels.high * CONNECTION_BYTES * 3 + multicast,
+    )
+
+
+def _count(fact: Fact | None) -> float:
+    return fact.value if fact is not None else 0.0
+
+
+def interval_of(fact: Fact | None) -> Interval | None:
+    """A Fact with its range; one without a range is exact."""
+    if fact is None:
+        return None
+    low = fact.value if fact.low is None else fact.low
+    return Interval(value=fact.value, low=low, high=fact.value if fact.high is None else fact.high)
+
+
+def added(parts: Iterable[Interval | None]) -> Interval | None:
+    """Ranges add up end to end: what makes one part large may make another so. None with an unknown part."""
+    known = list(parts)
+    if any(part is None for part in known):
+        return None
+    return Interval(
+        value=sum(p.value for p in known if p),
+        low=sum(p.low for p in known if p),
+        high=sum(p.high for p in known if p),
+    )
+
+
+def exceeds_probability(amount: Interval, limit: float) -> float:
+    """P(amount > limit), with the interval read as the central 95 % of a split normal distribution: the
+    mode at its value, a spread of its own on either side (Wallis 2014), each weighted by its width."""
+    below, above = ((amount.value - amount.low) / 1.96, (amount.high - amount.value) / 1.96)
+    if below + above == 0:
+        return float(amount.value > limit)
+    side = below if limit < amount.value else above
+    if side == 0:
+        return 0.0 if limit >= amount.value else 1.0
+    tail = math.erfc(abs(limit - amount.value) / side / math.sqrt(2)) / 2
+    share = 2 * side / (below + above) * tail
+    return share if limit >= amount.value else 1 - share

@@ -1,0 +1,217 @@
+"""Device memory beside tensors, against published measurements and by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit import catalog
+from memfit.cost.device import (
+    BLAS_WORKSPACE,
+    CONNECTION_BYTES,
+    exceeds_probability,
+    nccl_bytes,
+    outside,
+    with_workspaces,
+)
+from memfit.cost.footprint import footprint, late, sketched
+from memfit.types.machine import Device, Fact, Machine
+from memfit.types.result import Interval
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
+
+MIB, GIB = 2**20, 2**30
+A100 = catalog.machine("A100-80GB-SXM")
+
+
+def op(clock: int, name: str, phase: Phase, step: int = 0) -> OpCall:
+    return OpCall(
+        clock=clock, op=name, signature="", phase=phase, step=step, module="", dtype="float32", flops=0,
+        moved_bytes=0,
+    )  # fmt: skip
+
+
+def life(start: int, end: int | None, size: int) -> Allocation:
+    return Allocation(
+        start=start, end=end, size_bytes=size, category=Category.TEMPORARY, phase=Phase.FORWARD, step=0,
+        module="", op="",
+    )  # fmt: skip
+
+
+def traced(allocations: list[Allocation], ops: list[OpCall] | None = None, offloaded: int = 0) -> Trace:
+    return Trace(
+        device="cuda", steps=1, allocations=tuple(allocations), ops=tuple(ops or ()),
+        spans=(PhaseSpan(phase=Phase.FORWARD, step=0, start=0, end=10),), parameter_count=0,
+        trainable_count=0, offloaded_bytes=offloaded,
+    )  # fmt: skip
+
+
+def exactly(value: float) -> Interval:
+    return Interval(value=value, low=value, high=value)
+
+
+# -- BLAS workspaces ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size_mib"), [("A100-80GB-SXM", 8.125), ("H100-SXM", 32), ("MI300X", 128)])
+def test_one_blas_workspace_a_thread(name: str, size_mib: float) -> None:
+    """Forward and optimizer share one; backward has its own; both stay. An H100's snapshot shows two of
+    32 MiB (pytorch#144397)."""
+    ops = [
+        op(0, "aten.relu.default", Phase.FORWARD), op(2, "aten.addmm.default", Phase.FORWARD),
+        op(4, "aten.mm.default", Phase.BACKWARD), op(6, "aten.mm.default", Phase.BACKWARD),
+        op(8, "aten.bmm.default", Phase.OPTIMIZER),
+    ]  # fmt: skip
+    made = with_workspaces(traced([], ops), catalog.device(name)).allocations
+    assert [(a.start, a.end, a.size_bytes, a.op) for a in made] == [
+        (3, None, size_mib * MIB, BLAS_WORKSPACE), (5, None, size_mib * MIB, BLAS_WORKSPACE),
+    ]  # fmt: skip
+
+
+def test_no_matrix_product_no_workspace_and_none_on_a_processor() -> None:
+    assert (
+        with_workspaces(traced([], [op(0, "aten.add.Tensor", Phase.FORWARD)]), A100.device).allocations == ()
+    )
+    processor = Device(name="cpu", kind="cpu", memory_bytes=Fact(value=2**34, source="", date=""))
+    products = traced([], [op(0, "aten.mm.default", Phase.FORWARD)])
+    assert with_workspaces(products, processor) is products
+
+
+# -- NCCL and context, against what others measured ---------------------------------------------------
+
+
+def test_a_connection_is_the_two_allocations_nccl_logs() -> None:
+    """10,485,760 and 2,097,152 bytes (nccl#1685)."""
+    assert CONNECTION_BYTES == 10_485_760 + 2_097_152
+
+
+def test_communicators_lie_where_they_were_measured() -> None:
+    """On 4 A100: 544 MB for two ranks, 688 for more (nccl#964). On 8 H100, context and first communicator
+    before an all-to-all: 1.06 GB (nccl#1685)."""
+    two = nccl_bytes(A100.device, 2)
+    assert two is not None
+    assert two.low < 544 * MIB < two.high
+    assert two.low < 688 * MIB < two.high
+    assert two.value == pytest.approx(544 * MIB, rel=0.1)
+    first = outside(catalog.device("H100-SXM"), (("world", 8),)).total_bytes
+    assert first is not None
+    assert first.low < 1.06e9 < first.high
+
+
+@given(st.lists(st.integers(1, 64), max_size=6))
+def test_every_communicator_adds_and_one_rank_needs_none(ranks: list[int]) -> None:
+    groups = [(str(i), n) for i, n in enumerate(ranks)]
+    total, alone = (outside(A100.device, g).total_bytes for g in (groups, ()))
+    assert total is not None
+    assert alone is not None
+    each = sum(n.value for r in ranks if r > 1 and (n := nccl_bytes(A100.device, r)))
+    assert total.value == alone.value + each
+
+
+def test_every_nvidia_device_has_its_rows_and_what_is_unknown_stays_unknown() -> None:
+    """The context grows with the multiprocessors: 40 on a T4 to 148 on a B200."""
+    parts = {name: outside(catalog.device(name)).parts_bytes for name in catalog.device_names()}
+    assert [name for name, found in parts.items() if "context" not in found] == ["MI300X"]
+    assert parts["T4"]["context"] < parts["A100-80GB-SXM"]["context"] < parts["B200"]["context"]
+    assert outside(catalog.device("MI300X")).total_bytes is None
+    for name in catalog.device_names():
+        for field in dataclasses.fields(Device):
+            fact = getattr(catalog.device(name), field.name)
+            if isinstance(fact, Fact) and fact.low is not None and fact.high is not None:
+                assert fact.low <= fact.value <= fact.high, (name, field.name)
+
+
+# -- probability --------------------------------------------------------------------------------------
+
+
+def test_the_range_is_the_central_95_percent() -> None:
+    even = Interval(value=10, low=8, high=12)
+    assert exceeds_probability(even, 10) == pytest.approx(0.5)
+    assert exceeds_probability(even, 12) == pytest.approx(0.025, abs=1e-4)
+    assert exceeds_probability(even, 8) == pytest.approx(0.975, abs=1e-4)
+    # A longer upper side holds its share of the weight: 3 to 1.
+    assert exceeds_probability(Interval(value=10, low=9, high=13), 10) == pytest.approx(0.75)
+    assert exceeds_probability(exactly(10), 10) == 0.0
+    assert exceeds_probability(exactly(10), 9.9) == 1.0
+
+
+@given(st.floats(1, 50), st.floats(0, 20), st.floats(0, 20), st.floats(1, 100), st.floats(0, 10))
+def test_more_memory_never_fails_more_often(
+    value: float, under: float, over: float, limit: float, more: float
+) -> None:
+    amount = Interval(value=value, low=value - under, high=value + over)
+    less, greater = (exceeds_probability(amount, x) for x in (limit, limit + more))
+    assert 0 <= greater <= less + 1e-12 <= 1 + 1e-12
+    assert not math.isnan(less)
+
+
+# -- the three numbers --------------------------------------------------------------------------------
+
+# 30 GiB live, then 20 GiB freed, then 25 GiB asked for, which the free 20 do not hold: 75 GiB are reserved.
+STRANDED = [life(0, None, 30 * GIB), life(1, 2, 20 * GIB), life(3, None, 25 * GIB)]
+
+
+def test_allocated_reserved_and_device_by_hand() -> None:
+    found = footprint(traced(STRANDED), exactly(55 * GIB), A100)
+    assert found.reserved_bytes is not None
+    assert found.device_bytes is not None
+    assert found.reserved_bytes.value == 75 * GIB
+    assert found.reserved_bytes.low >= 55 * GIB
+    beside = outside(A100.device)
+    assert beside.total_bytes is not None
+    assert found.device_bytes.value == 75 * GIB + beside.total_bytes.value
+    assert found.device_parts_bytes == {"reserved": 75 * GIB, **beside.parts_bytes}
+    assert found.oom_probability == pytest.approx(0, abs=1e-6)  # 79 GiB are there
+
+
+def test_what_can_be_given_back_is_no_reason_to_fail() -> None:
+    """75 GiB reserved do not fit 60, but the cached 20 are given back first, and 55 do."""
+
+    def on(memory: int) -> float | None:
+        room = dataclasses.replace(A100.device.memory_bytes, value=float(memory))
+        machine = dataclasses.replace(A100, device=dataclasses.replace(A100.device, memory_bytes=room))
+        return footprint(traced(STRANDED), exactly(55 * GIB), machine).oom_probability
+
+    roomy, tight, small = on(60 * GIB), on(55 * GIB), on(50 * GIB)
+    assert roomy is not None
+    assert roomy < 0.05
+    assert tight is not None
+    assert tight > 0.5
+    assert small is not None
+    assert small > 0.999
+
+
+def test_a_processor_has_one_number() -> None:
+    processor = Device(name="cpu", kind="cpu", memory_bytes=Fact(value=2**34, source="", date=""))
+    machine = Machine(name="cpu", device=processor)
+    for found in (
+        footprint(traced(STRANDED), exactly(55 * GIB), machine),
+        sketched(exactly(GIB), machine, reserved_ratio=1.1),
+    ):
+        assert (found.reserved_bytes, found.device_bytes, found.oom_probability) == (None, None, None)
+
+
+def test_an_unknown_context_leaves_the_device_unknown_but_not_reserved() -> None:
+    found = footprint(traced(STRANDED), exactly(55 * GIB), catalog.machine("MI300X"))
+    assert found.reserved_bytes is not None
+    assert (found.device_bytes, found.oom_probability) == (None, None)
+
+
+def test_offloaded_bytes_lie_in_host_memory() -> None:
+    """Pinned copies are rounded up to a power of two: up to twice their size."""
+    found = footprint(traced(STRANDED, offloaded=3 * GIB), exactly(55 * GIB), A100)
+    assert found.host_bytes == Interval(value=3 * GIB, low=3 * GIB, high=6 * GIB)
+    assert footprint(traced(STRANDED), exactly(55 * GIB), A100).host_bytes is None
+
+
+@given(st.lists(st.integers(-1, 5), max_size=40), st.integers(0, 16))
+def test_late_frees_keep_every_allocation_in_order(sizes: list[int], by: int) -> None:
+    events = [(i, size, "") for i, size in enumerate(sizes)]
+    moved = late(events, by)
+    assert sorted(moved) == sorted(events)
+    assert [e for e in moved if e[1] >= 0] == [e for e in events if e[1] >= 0]
+    for before, after in ((events.index(e), moved.index(e)) for e in events if e[1] < 0):
+        assert before - by <= after <= before + by  # others may pass it, itself it moves by at most `by`
