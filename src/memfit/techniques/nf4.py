@@ -9,16 +9,19 @@ import torch
 
 class Nf4Linear(torch.nn.Module):
     """A frozen Linear whose weight is stored in 4-bit NormalFloat with one float32 scale per 64 weights,
-    and widened for each product, in forward and again in backward.
+    and widened for each product, in forward and again in backward. ``double``: the scales are kept in 8 bits,
+    with one float32 per 256 of them (Dettmers et al. 2023).
 
     Not bitsandbytes' own layer: its parameter class cannot exist on fake tensors; its kernels can.
     """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, *, double: bool = False) -> None:
         import bitsandbytes as bnb
 
         super().__init__()
-        packed, self.state = bnb.functional.quantize_4bit(linear.weight.detach(), quant_type="nf4")
+        packed, self.state = bnb.functional.quantize_4bit(
+            linear.weight.detach(), quant_type="nf4", compress_statistics=double
+        )
         self.register_buffer("packed", packed)
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features

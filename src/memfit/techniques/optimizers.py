@@ -19,9 +19,20 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
     """Plain training's optimizer. ``foreach`` is what torch itself picks on the device: on for CUDA, off
     for CPU; said explicitly because a CUDA prediction is traced on CPU tensors."""
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
+    if choice.make is not None:
+        return functools.partial(_own, choice.make, device)
     if choice.name not in makers:
         raise UserError(f"unknown optimizer {choice.name!r}", allowed=", ".join(makers))
     return functools.partial(makers[choice.name], choice, device)
+
+
+def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    """The user's optimizer; where it left ``foreach`` open, what torch would pick on the device."""
+    made = make(params)
+    for group in getattr(made, "param_groups", []):
+        if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+    return made
 
 
 def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
@@ -35,6 +46,20 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
         eps=choice.eps,
         weight_decay=choice.weight_decay,
         foreach=device == "cuda",
+    )
+    return cast(OptimizerLike, made)
+
+
+def _fused_adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    import torch
+
+    made = torch.optim.AdamW(
+        params,
+        lr=choice.learning_rate,
+        betas=choice.betas,
+        eps=choice.eps,
+        weight_decay=choice.weight_decay,
+        fused=True,
     )
     return cast(OptimizerLike, made)
 
@@ -60,6 +85,12 @@ def _adafactor(choice: OptimizerChoice, device: str, params: list[torch.nn.Param
     return cast(OptimizerLike, made)
 
 
+def _adamw4bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    from torchao.optim import AdamW4bit
+
+    return EagerStep(AdamW4bit(params, **_numbers(choice)))
+
+
 def _adamw8bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
     import bitsandbytes as bnb
 
@@ -77,26 +108,28 @@ def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
     """AdamW whose bf16 parameter updates are rounded up or down at random in proportion (torchao)."""
 
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
-        return EagerStep(params, choice)
+        from torchao.optim import _AdamW
+
+        return EagerStep(_AdamW(params, **_numbers(choice), bf16_stochastic_round=True))
 
     return make
 
 
+def _numbers(choice: OptimizerChoice) -> dict[str, Any]:
+    return {
+        "lr": choice.learning_rate,
+        "betas": choice.betas,
+        "eps": choice.eps,
+        "weight_decay": choice.weight_decay,
+    }
+
+
 class EagerStep:
-    """torchao's AdamW with its compiled update run eagerly: the compiler costs tens of seconds and a C++
+    """One of torchao's optimizers with its compiled update run eagerly: the compiler costs tens of seconds and a C++
     tool chain on the first step, and the result is the same arithmetic."""
 
-    def __init__(self, params: list[torch.nn.Parameter], choice: OptimizerChoice) -> None:
-        from torchao.optim import _AdamW
-
-        self.inner = _AdamW(
-            params,
-            lr=choice.learning_rate,
-            betas=choice.betas,
-            eps=choice.eps,
-            weight_decay=choice.weight_decay,
-            bf16_stochastic_round=True,
-        )
+    def __init__(self, inner: OptimizerLike) -> None:
+        self.inner = inner
 
     def step(self) -> None:
         import torch
@@ -172,10 +205,14 @@ def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
     return [{}]
 
 
+def _not_searched(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # for predictions of runs that use it
+
+
 def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **more: Any) -> Technique:
     return Technique(
-        name=name, summary=summary, effect=effect, apply=_replace(maker), settings=_once,
-        order=40, slot="optimizer", **more,
+        name=name, summary=summary, effect=effect, apply=_replace(maker), order=40, slot="optimizer",
+        **{"settings": _once, **more},
     )  # fmt: skip
 
 
@@ -186,6 +223,22 @@ ADAMW_8BIT = _technique(
     _adamw8bit,
     needs=("bitsandbytes",),
     forbids=("bf16-parameters",),
+)
+ADAMW_4BIT = _technique(
+    "adamw-4bit",
+    "AdamW with its two moments in 4 bits (Li et al. 2023)",
+    EffectClass.E3,
+    _adamw4bit,
+    settings=_not_searched,
+    needs=("torchao",),
+    forbids=("bf16-parameters",),
+)
+ADAMW_FUSED = _technique(
+    "adamw-fused",
+    "AdamW's update in one kernel: no temporaries",
+    EffectClass.E1,
+    _fused_adamw,
+    settings=_not_searched,
 )
 ADAFACTOR = _technique(
     "adafactor",

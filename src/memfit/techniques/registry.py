@@ -29,6 +29,8 @@ TECHNIQUES: Mapping[str, Technique] = {
         checkpointing.SELECTIVE,
         chunked_loss.TECHNIQUE,
         optimizers.ADAMW_8BIT,
+        optimizers.ADAMW_4BIT,
+        optimizers.ADAMW_FUSED,
         optimizers.ADAFACTOR,
         optimizers.SGD,
         optimizers.IN_BACKWARD,

@@ -1,14 +1,21 @@
 """The device lens: kernels the target device would choose, while tensors are fake CPU ones.
 
-For CUDA, attention goes to the flash kernel (half precision, no mask) or the memory-efficient one, as
-torch's own dispatcher does (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp), instead of the CPU
-kernels whose saved tensors differ.
+For CUDA:
+
+- attention goes to the flash kernel (half precision, no mask) or the memory-efficient one, as torch's own
+  dispatcher does (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp);
+- dropout keeps one byte an element (``native_dropout``), where the CPU keeps a mask of the input's type;
+- under autocast, the functions of CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h); the
+  CPU's list is another, and leaves most of them in half precision;
+- ``softmax(dtype=float32)`` of a half-precision tensor is one kernel, without a float32 copy of its input;
+- layer normalisation keeps its statistics in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,12 +27,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Lens(TorchFunctionMode):
-    """Sends attention to the CUDA kernels' fake implementations."""
+    """Sends calls to what CUDA would run, as far as the fake implementations of CUDA's kernels go."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+        found = _KERNELS.get(func)
+        if found is not None:
+            return found(*args, **kwargs)
+        if func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            return _widened(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -83,3 +93,93 @@ def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> 
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    if not training or p == 0.0 or inplace or not input.requires_grad:
+        return functional.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _softmax(
+    kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """One kernel from half to float32 where that is what was asked for; autocast asks for it as well."""
+    tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = dtype or torch.float32
+    if tensor.dtype in _HALF and dtype == torch.float32 and dim is not None:
+        if kernel is torch._softmax:
+            return torch._softmax(tensor, dim, True)
+        return _HalfToFloat.apply(tensor)  # type: ignore[no-any-return,no-untyped-call]
+    return whole(tensor, dim, dtype=dtype)
+
+
+def _softmax_arguments(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, int | None, torch.dtype | None]:
+    return input, dim, _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
+
+
+class _HalfToFloat(torch.autograd.Function):
+    """log_softmax of half precision into float32: its output is kept, its gradient is half again. Without
+    values: the kernel's own fake implementation knows float16 only."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(tensor, dtype=torch.float32)
+        ctx.save_for_backward(out)
+        ctx.dtype = tensor.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (out,) = ctx.saved_tensors
+        return torch.empty_like(out, dtype=ctx.dtype)
+
+
+def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call in float32: half-precision tensors are cast, autocast is off inside."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+            return value.float()
+        return type(value)(wide(v) for v in value) if isinstance(value, list | tuple) else value
+
+    with torch.autocast("cpu", enabled=False):
+        return func(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
+
+
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.dropout: _dropout,
+    **{
+        f: functools.partial(_softmax, torch._softmax, torch.softmax)
+        for f in (functional.softmax, torch.softmax, torch.Tensor.softmax)
+    },
+    **{
+        f: functools.partial(_softmax, torch._log_softmax, torch.log_softmax)
+        for f in (functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax)
+    },
+}
+_NAMES = (
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow norm cumprod cumsum "
+    "dist renorm logsumexp prod sum"
+).split()
+_FUNCTIONS = (
+    "layer_norm group_norm rms_norm cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div "
+    "cosine_similarity cosine_embedding_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss "
+    "multi_margin_loss soft_margin_loss triplet_margin_loss multilabel_margin_loss gaussian_nll_loss softplus "
+    "softmin binary_cross_entropy_with_logits"
+).split()
+_IN_FLOAT32 = frozenset(
+    getattr(home, name)
+    for home, names in ((torch, _NAMES), (torch.Tensor, _NAMES), (functional, _FUNCTIONS))
+    for name in names
+    if hasattr(home, name)
+) | frozenset({torch.layer_norm, torch.group_norm, torch.rms_norm, torch.Tensor.__pow__})

@@ -1,0 +1,115 @@
+"""From the last hidden states to a loss, as each code base does it: where logits turn float32, what a
+training loop still holds when backward starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+Batch = dict[str, torch.Tensor]
+
+
+class Loss:
+    """``kind``: "chunked" (litgpt's fine-tuning: head and loss over 128 positions at a time), "plain" (logits
+    in their own type), "float" (titan: one float32 copy), "shift-12" and "shift-14" (Hugging Face before
+    and from 4.46: a float32 copy, its shifted copy; then also the half-precision logits), "fused-linear"
+    (Liger: a few rows of logits at a time), "fast" (unsloth's kernel: gradients overwrite the logits).
+    Chunks and outputs that the loop's variables hold stay until the next step overwrites them."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.held: Any = None
+        self.last: torch.Tensor | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        hidden = model(batch["tokens"])
+        loss: torch.Tensor = getattr(self, "_" + self.kind.replace("-", "_"))(
+            _head(model), hidden, batch["targets"]
+        )
+        self.last = loss if self.kind in ("chunked", "plain") else None  # a variable of the training loop
+        return loss
+
+    def _chunked(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        chunks = [head(part) for part in hidden.split(128, dim=1)]
+        self.held = chunks
+        terms = [
+            functional.cross_entropy(c.reshape(-1, c.shape[-1]), t.reshape(-1), reduction="none")
+            for c, t in zip(chunks, targets.split(128, dim=1), strict=True)
+        ]
+        return torch.cat(terms).sum() / targets.numel()
+
+    def _plain(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.held = logits = head(hidden)
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _float(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets.flatten())
+
+    def _shift_12(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float()
+        return functional.cross_entropy(_shifted(logits), targets[:, 1:].flatten())
+
+    def _shift_14(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        wide = logits.float()
+        return functional.cross_entropy(_shifted(wide), targets[:, 1:].flatten())
+
+    def _fast(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float()
+        return _Overwriting.apply(_shifted(logits))  # type: ignore[no-any-return,no-untyped-call]
+
+    def _fused_linear(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = head.weight  # type: ignore[assignment]
+        return FusedLinear.apply(hidden.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _head(model: nn.Module) -> nn.Module:
+    return model.head  # type: ignore[return-value]
+
+
+def _shifted(logits: torch.Tensor) -> torch.Tensor:
+    return logits[..., :-1, :].contiguous().view(-1, logits.shape[-1])
+
+
+class _Overwriting(torch.autograd.Function):
+    """Keeps logits and one float32 per row; the gradient is written over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, logits.new_empty(logits.shape[0], dtype=torch.float32))
+        return logits.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0]
+
+
+class FusedLinear(torch.autograd.Function):
+    """Head and loss together, rows in chunks so that a chunk's logits are about as large as the hidden
+    states; the gradients are computed in forward (Liger kernel's fused_linear_cross_entropy_forward)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows, width = hidden.shape
+        parts = -(-weight.shape[0] // width)
+        chunk = 1 << max(0, (-(-rows // parts) - 1).bit_length())
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        losses = hidden.new_zeros(rows, dtype=torch.float32)
+        for start in range(0, rows, chunk):
+            part = hidden[start : start + chunk]
+            logits = part @ weight.t()
+            wide = logits.float()
+            grad_hidden[start : start + chunk] = wide.to(logits.dtype) @ weight
+            if grad_weight is not None:
+                grad_weight += wide.to(logits.dtype).t() @ part
+            del logits, wide
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return (*ctx.saved_tensors, None)

@@ -1,0 +1,84 @@
+"""From a setup to a job: the model its source trained, on a batch of the size it says."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+from published.adapters import LinearMaker, freeze
+from published.arch import Arch
+from published.decoder import HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
+from published.losses import Loss
+from published.rows import Setup
+
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+
+_DIALECTS = {
+    "litgpt": LITGPT,
+    "thunder": LITGPT,
+    "titan": TITAN,
+    "tune": TUNE,
+    "hf": HUGGING_FACE,
+    "liger": LIGER,
+}
+
+
+def job_of(setup: Setup) -> Job:
+    """Raises UserError where the row leaves out a size, or names a model that is not expressed here."""
+    if setup.arch is None:
+        raise UserError("the row and the public configurations do not say how large the model is")
+    if not setup.length or not setup.micro_batch:
+        raise UserError("the row gives no sequence length or no micro-batch")
+    if setup.code not in _DIALECTS:
+        raise UserError(f"models of {setup.code} are not expressed yet")
+    return decoder_job(setup, setup.arch, _DIALECTS[setup.code], Loss(_loss_kind(setup)))
+
+
+def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
+    samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
+
+    def build() -> torch.nn.Module:
+        with default_dtype(setup.parameters):
+            linear = LinearMaker(setup.lora, (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim))
+            return freeze(Decoder(arch, dialect, linear, setup.length), setup.lora)
+
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
+        return {"tokens": tokens, "targets": tokens.clone()}
+
+    return Job(
+        name=setup.id, build_model=build, make_batch=batch, loss=loss, batch_size=samples,
+        blocks="blocks", head="head", loss_terms=lambda part: int(part["tokens"].shape[0]),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _loss_kind(setup: Setup) -> str:
+    text = " ".join(setup.row.get(c, "") for c in ("software", "notes", "extra_arch")).lower()
+    if setup.code == "litgpt":
+        return "chunked"
+    if setup.code == "thunder":
+        return "plain"
+    if setup.code in ("titan", "tune"):
+        return "float"
+    if re.search(r"liger|fused linear|chunked nll", text) and "fast ce" not in text.replace(
+        "fast ce, rope", ""
+    ):
+        return "fused-linear"
+    if "fast ce" in text:
+        return "fast"
+    version = re.search(r"transformers\s*~?(\d+)\.(\d+)", text)
+    recent = version is not None and (int(version[1]), int(version[2])) >= (4, 46)
+    return "shift-14" if recent else "shift-12"

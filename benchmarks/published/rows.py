@@ -1,0 +1,269 @@
+"""A row of the file read into what memfit can express. Free text is matched by what it says, not by its row."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from published.adapters import Lora
+from published.arch import Arch, arch_of
+
+GIB = 2**30
+_UNITS = {"gib": GIB, "mib": 2**20, "bytes": 1, "gb(1e9)": 10**9, "mb(1e6)": 10**6}
+# Where a source only says "GB" or "MB": tools print powers of two under these names more often than not.
+_UNSURE = {"gb(base?)": GIB, "mb(base?)": 2**20, "gb": GIB, "mb": 2**20}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """``kind``: "allocated", "reserved", "device" (context and libraries included) or "resident" (after
+    forward). ``sure``: the unit is stated."""
+
+    kind: str
+    size_bytes: float
+    sure: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One run as its source describes it. ``code``: whose implementation. ``parameters``, ``compute``: dtypes;
+    ``sharding``: "", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"; ``recompute``: "", "full",
+    "operators", or "every-k"; ``optimizer``: "adamw", "adamw-8bit", "adamw-4bit", "adafactor", ..."""
+
+    row: Mapping[str, str]
+    code: str
+    arch: Arch | None
+    measured: Measured | None
+    length: int
+    micro_batch: int
+    micro_batches: int
+    parameters: str
+    compute: str
+    float8: bool
+    optimizer: str
+    fused: bool
+    lora: Lora | None
+    sharding: str
+    reshard: bool
+    recompute: str
+    compiled: bool
+    ranks: Mapping[str, int]  # dp, tp, pp, vp, cp, ep
+    sequence_parallel: bool
+    offload: frozenset[str]
+
+    @property
+    def id(self) -> str:
+        return self.row["id"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
+
+
+def setup_of(row: Mapping[str, str]) -> Setup:
+    code = _code(row)
+    precision, sharding = row["precision"].lower(), _sharding(row)
+    parameters, compute = _dtypes(precision, code, sharding)
+    micro = _number(row["micro_batch"])
+    data = _number(row["dp"]) or max(1, _number(row["n_gpus"]) or 1)
+    return Setup(
+        row=row, code=code, arch=_arch(row, code), measured=_measured(row),
+        length=_number(row["seq_len"]), micro_batch=micro,
+        micro_batches=_number(row["grad_accum"]) or _accumulated(row, micro, data),
+        parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
+        optimizer=_optimizer(row["optimizer"].lower()), fused=_fused(row, code),
+        lora=_lora(row, code), sharding=sharding, reshard=not re.search(r"zero-?2|reshard_after_forward false", row["zero_fsdp"].lower()),
+        recompute=_recompute(row["act_ckpt"].lower()), compiled=row["compile"].lower()[:1] == "y",
+        ranks={k: _number(row[k]) or 1 for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
+        sequence_parallel=row["sp"].lower()[:1] == "y", offload=_offload(row["offload"].lower()),
+    )  # fmt: skip
+
+
+def _arch(row: Mapping[str, str], code: str) -> Arch | None:
+    """litgpt keeps the head apart from the embedding unless it is asked to tie them."""
+    arch = arch_of(row)
+    return dataclasses.replace(arch, tied=False) if arch and code in ("litgpt", "thunder") else arch
+
+
+def _number(text: str) -> int:
+    """The first whole number of a text; 0 where there is none."""
+    found = re.match(r"\s*(\d[\d,]*)", text or "")
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def _accumulated(row: Mapping[str, str], micro: int, data: int) -> int:
+    whole = _number(row["global_batch"])
+    return max(1, whole // (micro * data)) if whole and micro else 1
+
+
+_CODES: tuple[tuple[str, str], ...] = (
+    (r"evoformer|extra-msa|alphafold|openfold|uni-?fold", "evoformer"),
+    (r"torchtitan", "titan"),
+    (r"torchtune", "tune"),
+    (r"thunder", "thunder"),
+    (r"litgpt", "litgpt"),
+    (r"timm|\bvit\b|vit-", "vision"),
+    (r"simumax|megatron|nemo|transformer[- ]engine|\bte\b|internevo|bloom|korthikanti", "megatron"),
+    (r"liger|foak", "liger"),
+    (
+        r"hf trainer|transformers|hugging ?face|\btrl\b|qwen|axolotl|llama-?factory|fms|peft|deepspeed|zero study",
+        "hf",
+    ),
+)
+
+
+def _code(row: Mapping[str, str]) -> str:
+    """The most telling columns first; a plain decoder of Hugging Face's kind where nothing is said."""
+    for columns in (("model", "group"), ("software", "source", "notes"), ("optimizer", "extra_arch")):
+        text = " ".join(row.get(c, "") for c in columns).lower()
+        for pattern, code in _CODES:
+            if re.search(pattern, text) and not (code == "hf" and columns[0] == "model"):
+                return "liger" if code == "hf" and re.search(r"liger|foak", text) else code
+    return "hf"
+
+
+def _sharding(row: Mapping[str, str]) -> str:
+    text = row["zero_fsdp"].lower()
+    if found := re.search(r"zero-?([0123])", text):
+        named = f"zero{found[1]}" if found[1] != "0" else ""
+        return "fsdp2" if "fsdp" in text else named
+    if "fsdp1" in text or ("fsdp" in text and "fsdp2" not in text and "full_shard" in text):
+        return "fsdp1"
+    if "fsdp" in text:
+        return "fsdp2"
+    if "distributed optimizer" in text:
+        return "zero1"
+    data = _number(row["dp"]) or _number(row["n_gpus"])
+    return "ddp" if "ddp" in text or data > 1 else ""
+
+
+def _dtypes(precision: str, code: str, sharding: str) -> tuple[str, str]:
+    """(parameters' dtype, dtype of the arithmetic)."""
+    half = "float16" if re.search(r"fp16|float16", precision) and "bf16" not in precision else "bfloat16"
+    if re.search(r"^\s*(fp32|float32|tf32)", precision):
+        return "float32", "float32"
+    if sharding == "fsdp1" and re.search(r"fp32 master|upcast", precision):
+        return "float32", half
+    if re.search(r"true|pure|full|bf16 param|bf16 base|params and states", precision):
+        return half, half
+    if re.search(r"amp|mixed|mp\b|fp32 param|master", precision) or code == "titan":
+        return "float32", half
+    if code in ("evoformer", "hf", "liger", "megatron", "thunder", "litgpt", "tune"):
+        return half, half
+    return "float32", half
+
+
+def _optimizer(text: str) -> str:
+    if "adafactor" in text:
+        return "adafactor"
+    if "lion" in text and "adamw" not in text:
+        return "lion"
+    for bits in ("8", "4"):
+        if re.search(rf"{bits}-?bit", text):
+            return f"adamw-{bits}bit"
+    if re.search(r"\bsgd\b", text):
+        return "sgd"
+    return "paged-adamw" if "paged" in text else "adamw"
+
+
+def _fused(row: Mapping[str, str], code: str) -> bool:
+    """torchtitan's configurations of 2024 and later say fused; its first ones and most others do not."""
+    text = f"{row['optimizer']}".lower()
+    if "foreach default" in text and "fused" in text:
+        return code == "titan"
+    return "fused" in text
+
+
+_ROLES: Mapping[str, tuple[str, ...]] = {
+    "query": ("q",), "key": ("k",), "value": ("v",), "projection": ("o",), "mlp": ("gate", "up", "down"),
+    "head": ("head",), "q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "c_attn": ("q", "k", "v"),
+    "attn c_proj": ("o",), "w1": ("gate",), "w2": ("up",), "q_proj": ("q",), "k_proj": ("k",),
+    "v_proj": ("v",), "o_proj": ("o",), "gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",),
+    "output": ("head",), "all linear": ("q", "k", "v", "o", "gate", "up", "down"),
+    "all-linear": ("q", "k", "v", "o", "gate", "up", "down"), "attention": ("q", "k", "v", "o"),
+}  # fmt: skip
+
+
+def _lora(row: Mapping[str, str], code: str) -> Lora | None:
+    text = f"{row['lora']} {row['method']}".lower()
+    if "lora" not in row["method"].lower() and not row["lora"]:
+        return None
+    rank = re.search(r"\br\s*=?\s*(\d+)", text)
+    words = re.sub(r"\(.*?\)", "", row["lora"].lower())
+    targets = {
+        r for word, roles in _ROLES.items() if re.search(rf"(?<![\w-]){word}(?![\w-])", words) for r in roles
+    }
+    base = "nf4" if re.search(r"nf4|fp4|int4|4-?bit|qlora", text) else ""
+    return Lora(
+        rank=int(rank[1]) if rank else 8,
+        targets=frozenset(targets or {"q", "v"}),
+        dropout=0.05 if code == "litgpt" else 0.0,
+        base=base,
+        double=bool(base) and code != "tune" and (code != "litgpt" or "dq" in text),
+        keeps_input=bool(base) and _holds_inputs(row, code),
+        adapter_dtype="float32" if "fp32 adapter" in row["precision"].lower() else "",
+        style="litgpt" if code in ("litgpt", "thunder") else "peft",
+    )
+
+
+def _holds_inputs(row: Mapping[str, str], code: str) -> bool:
+    """bitsandbytes before 0.43.2 (its release notes); litgpt of 2023 and 2024 asked for 0.41 and 0.42."""
+    version = re.search(r"(?:bnb|bitsandbytes)\s*(\d+)\.(\d+)\.(\d+)", row["software"].lower())
+    if version is None:
+        return code == "litgpt"
+    return (int(version[1]), int(version[2]), int(version[3])) < (0, 43, 2)
+
+
+def _recompute(text: str) -> str:
+    if found := re.search(r"every (\d+)", text):
+        return f"every-{found[1]}"
+    if re.search(r"selective.*(op|operator)", text):
+        return "operators"
+    if "selective" in text:
+        return "attention"
+    if re.search(r"full|per.*block|\by(es)?\b|recompute", text) and not text.startswith("none"):
+        return "full"
+    return ""
+
+
+def _offload(text: str) -> frozenset[str]:
+    kinds = {
+        "optimizer": "optimizer",
+        "param": "parameters",
+        "grad": "gradients",
+        "activation": "activations",
+    }
+    return frozenset(v for k, v in kinds.items() if k in text)
+
+
+def _measured(row: Mapping[str, str]) -> Measured | None:
+    unit = row["mem_unit"].lower()
+    sure = unit in _UNITS
+    value = re.match(r"[\d.]+", row["mem_value"])
+    if row["mem_gib"]:
+        size = float(row["mem_gib"]) * GIB
+    elif value and unit in _UNSURE | _UNITS:
+        size = float(value[0]) * (_UNITS | _UNSURE)[unit]
+    else:
+        return None
+    return Measured(kind=_kind(row["mem_metric"].lower()), size_bytes=size, sure=sure)
+
+
+def _kind(metric: str) -> str:
+    for pattern, kind in (
+        (r"resident after", "resident"),
+        (r"nvidia-smi|nvml", "device"),
+        (r"reserved", "reserved"),
+        (r"alloc|active", "allocated"),
+    ):
+        if re.search(pattern, metric):
+            return kind
+    return "unstated"
+
+
+def setups(rows: Iterable[Mapping[str, str]]) -> list[Setup]:
+    return [setup_of(r) for r in rows]
