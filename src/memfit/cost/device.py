@@ -73,7 +73,7 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
     """Made inside the operator, after its output: on the same tick, and behind it in the trace."""
     return Allocation(
         start=op.clock + 1, end=None, size_bytes=size_bytes, category=Category.WORKSPACE, phase=op.phase,
-        step=op.step, module=op.module, op=BLAS_WORKSPACE,
+        step=op.step, module="", op=BLAS_WORKSPACE,
     )  # fmt: skip
 
 

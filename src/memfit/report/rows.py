@@ -192,6 +192,9 @@ class EstimateView:
     categories: tuple[tuple[str, Figure, Figure], ...]
     phases: tuple[tuple[str, Figure, Figure], ...]
     modules: tuple[tuple[str, Figure, Figure], ...]
+    further: tuple[tuple[str, Figure, Figure, Figure], ...] = ()  # (kind of memory, value, low, high)
+    device_parts: tuple[tuple[str, Figure, Figure], ...] = ()
+    oom: Figure | None = None  # % chance that it does not fit
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,13 +70,21 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
     console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))
     console.print(Text(words.get("terminal.peak_line", peak=peak, low=low, high=high, step=step)))
+    for kind, *figures in view.further:
+        value, low, high = (_text(f, words) for f in figures)
+        name = words.name("memory", kind)
+        console.print(Text(words.get("terminal.memory_line", name=name, value=value, low=low, high=high)))
+    if view.oom is not None:
+        console.print(Text(words.get("terminal.oom_line", chance=_text(view.oom, words))))
     if view.peak_phase and view.peak_op:
         phase = words.name("phase", view.peak_phase)
         console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
     categories = [(words.name("category", name), size, share) for name, size, share in view.categories]
     phases = [(words.name("phase", name), size, share) for name, size, share in view.phases]
+    device = [(words.name("memory", name), size, share) for name, size, share in view.device_parts]
     for column, parts in (
         ("category", categories), ("phase", phases), ("module", _few_modules(view.modules, words)),
+        ("device", device),
     ):  # fmt: skip
         if parts:
             console.print(_shares(words.get(f"column.{column}"), parts, words))

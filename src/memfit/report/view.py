@@ -88,7 +88,7 @@ def search_view(result: SearchResult) -> SearchView:
 
 
 def estimate_view(estimate: Estimate) -> EstimateView:
-    peak = estimate.allocated_bytes
+    peak, chance = estimate.allocated_bytes, estimate.oom_probability
     return EstimateView(
         plan=estimate.plan.label,
         peak=predicted(peak.value, "bytes"),
@@ -101,6 +101,22 @@ def estimate_view(estimate: Estimate) -> EstimateView:
         categories=_shares(_largest(estimate.at_peak_bytes), peak.value),
         phases=_shares(estimate.phase_peak_bytes.items(), peak.value),
         modules=_shares(_largest(estimate.by_module_bytes), peak.value),
+        further=_further(estimate),
+        device_parts=_shares(estimate.device_parts_bytes.items(), sum(estimate.device_parts_bytes.values())),
+        oom=None if chance is None else predicted(100 * chance, "percent"),
+    )
+
+
+def _further(estimate: Estimate) -> tuple[tuple[str, Figure, Figure, Figure], ...]:
+    kinds = {
+        "reserved": estimate.reserved_bytes,
+        "device": estimate.device_bytes,
+        "host": estimate.host_bytes,
+    }
+    return tuple(
+        (name, predicted(i.value, "bytes"), predicted(i.low, "bytes"), predicted(i.high, "bytes"))
+        for name, i in kinds.items()
+        if i is not None
     )
 
 
