@@ -24,12 +24,24 @@ from memfit.cli.options import GoalOptions
 from memfit.cli.output import one_of
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
+from memfit.report.explain import Explained
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Accuracy, Plan, use
 from memfit.types.result import Measurement, OutcomeKind, Poc, Run
+from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 POC: Poc = fixture.full_poc()
+TRACE = Trace(
+    device="cpu", steps=1, ops=(), parameter_count=1, trainable_count=1,
+    spans=(PhaseSpan(phase=Phase.FORWARD, step=0, start=0, end=9),),
+    allocations=(
+        Allocation(
+            start=1, end=None, size_bytes=64, category=Category.ACTIVATION, phase=Phase.FORWARD, step=0,
+            module="head", op="aten.mm.default", line="mine.py:3",
+        ),
+    ),
+)  # fmt: skip
 COMMANDS = ("poc", "plan", "explain", "run", "report", "jobs", "techniques", "doctor")
 
 
@@ -43,9 +55,9 @@ class FakePipeline(SimpleNamespace):
         progress("search", 0, 2, "plain")
         return SimpleNamespace(result=POC.search)
 
-    def explain(self, request: Any, plan: Plan, progress: Any) -> Any:
-        self.asked = {"request": request, "plan": plan}
-        return POC.search.baseline.estimate
+    def anatomy(self, request: Any, plans: Any, progress: Any, **rest: Any) -> Any:
+        self.asked = {"request": request, "plan": plans[0], "plans": plans, **rest}
+        return [Explained(estimate=POC.search.baseline.estimate, trace=TRACE, peak_clock=1) for _ in plans]
 
     def run_plan(self, request: Any, plan: Plan, **rest: Any) -> Run:
         self.asked = {"request": request, "plan": plan, **rest}
@@ -146,6 +158,10 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("plan --on nowhere.toml", "nowhere.toml: No such file"),
         ("plan --place atlantis", "atlantis"),
         ("explain --plan missing.yaml", "missing.yaml: No such file"),
+        ("explain a.yaml b.yaml c.yaml", "3 plan files"),
+        ("explain a.yaml b.yaml --html x.html", "show one plan"),
+        ("explain a.yaml --recommended", "plan files are given twice"),
+        ("explain --snapshot no/such/folder.pickle", "there is no folder no/such"),
         ("run --plan missing.yaml --recommended", "--plan and --recommended"),
         ("plan --save no/such/folder.yaml", "there is no folder no/such"),
         ("poc --out no/such/folder.html", "there is no folder no/such"),
@@ -281,6 +297,36 @@ def test_explain_and_run_take_plain_a_file_or_the_recommended(
     ):
         assert ask("explain", *words)[0] == 0
         assert pipeline.asked["plan"] == plan
+
+
+def test_explain_writes_the_files_asked_for_and_names_lines(
+    ask: Ask, pipeline: FakePipeline, tmp_path: Path
+) -> None:
+    page, pickled, chrome = (tmp_path / name for name in ("a.html", "b.pickle", "c.json"))
+    words = ("--html", str(page), "--snapshot", str(pickled), "--perfetto", str(chrome), "--json")
+    code, out, _ = ask("explain", *words)
+    assert code == 0
+    assert json.loads(out)["contributors"][0]["line"] == "mine.py:3"
+    assert page.read_text().startswith("<!doctype html>")
+    assert pickled.read_bytes()[:2] == b"\x80\x04"
+    assert json.loads(chrome.read_text())["traceEvents"]
+    assert pipeline.asked["lines"]
+    ask("explain", "--no-lines")
+    assert not pipeline.asked["lines"]
+
+
+def test_two_plan_files_are_compared_with_or_without_a_job(
+    ask: Ask, pipeline: FakePipeline, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    one.write_text("techniques: {}\n")
+    other.write_text("techniques: {bf16-autocast: {}}\n")
+    for words, job in (([], "protein-ss"), (["char-lm"], "char-lm")):
+        code, out, _ = ask("explain", *words, str(one), str(other), "--json")
+        assert (code, pipeline.asked["request"].job.spec) == (0, job)
+        assert pipeline.asked["plans"] == [Plan(), Plan(uses=(use("bf16-autocast"),))]
+        assert json.loads(out)["change_bytes"] == 0
+    assert ask("explain", str(one), str(other))[1].startswith("Why they differ")
 
 
 @pytest.mark.parametrize(

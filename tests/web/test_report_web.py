@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, minimal_poc
 
+from memfit.report.explain import Explained
+from memfit.report.explain_html import render_explained
 from memfit.report.html import write_html
+from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
@@ -62,11 +65,36 @@ def browser() -> Iterator[Any]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     pocs = {"full": full_poc(), "minimal": minimal_poc()}
-    return {
+    for lang in ("en", "ja"):
+        page = render_explained(explained(), job="words", lang=lang)
+        (folder / f"explain-{lang}.html").write_text(page, encoding="utf-8")
+    return {f"explain-{lang}": folder / f"explain-{lang}.html" for lang in ("en", "ja")} | {
         f"{name}-{lang}": write_html(poc, folder / f"{name}-{lang}.html", lang=lang)
         for name, poc in pocs.items()
         for lang in ("en", "ja")
     }
+
+
+def explained() -> Explained:
+    """Parameters, then three blocks whose activations are freed in reverse."""
+    kib, made = 1024, []
+    for block in range(3):
+        about = {
+            "step": 0,
+            "module": f"blocks.{block}.mlp",
+            "op": "aten.mm.default",
+            "line": f"my.py:{block}",
+        }
+        state = {"category": Category.PARAMETER, "phase": Phase.SETUP, **about}
+        saved = {"category": Category.ACTIVATION, "phase": Phase.FORWARD, **about}
+        made.append(Allocation(start=block, end=None, size_bytes=100 * kib, **state))
+        made.append(Allocation(start=10 + block, end=29 - block, size_bytes=400 * kib, **saved))
+    spans = ((Phase.SETUP, 0, 10), (Phase.FORWARD, 10, 20), (Phase.BACKWARD, 20, 30))
+    trace = Trace(
+        device="cpu", steps=1, allocations=tuple(made), ops=(), parameter_count=1, trainable_count=1,
+        spans=tuple(PhaseSpan(phase=p, step=0, start=a, end=b) for p, a, b in spans),
+    )  # fmt: skip
+    return Explained(estimate=full_poc().search.baseline.estimate, trace=trace, peak_clock=12)
 
 
 @pytest.fixture
@@ -91,7 +119,7 @@ def opened(
 
 EVERY = [
     (f"{name}-{lang}", width, scheme)
-    for name in ("full", "minimal")
+    for name in ("full", "minimal", "explain")
     for lang in ("en", "ja")
     for width in (1280, 390)
     for scheme in ("light", "dark")
@@ -156,3 +184,62 @@ def test_text_has_contrast(opened: tuple[Any, list[str]]) -> None:
       });
     }""")
     assert [name for name, ratio in ratios if ratio < 4.5] == []
+
+
+ONE = pytest.mark.parametrize("opened", [("explain-en", 1280, "light")], indirect=True, ids=str)
+
+
+@ONE
+def test_explain_opens_at_the_peak_and_shows_any_instant(opened: tuple[Any, list[str]]) -> None:
+    page, said = opened
+    assert page.inner_text("#now") == "forward · step 1 · tick 12 · 1.465 MiB"  # 300 + 1200 KiB
+    assert "1.172 MiB · 80.0 %" in page.inner_text("#legend")
+    page.focus("#plot")
+    page.keyboard.press("Home")
+    assert page.inner_text("#now").endswith("100 KiB")
+    assert "activations" not in page.inner_text("#rows")
+    page.click("#to-peak")
+    box = page.locator("#plot").bounding_box()
+    page.mouse.click(box["x"] + 76 + (box["width"] - 86) * 28.5 / 30, box["y"] + 200)
+    assert page.inner_text("#now") == "backward · step 1 · tick 28 · 700 KiB"
+    assert said == []
+
+
+@ONE
+def test_explain_zooms_by_wheel_drag_and_double_click(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    labels = "() => [...document.querySelectorAll('#plot text.x')].map(e => e.textContent)"
+    whole = page.evaluate(labels)
+    assert {"setup", "forward", "backward"} <= set(whole)
+    box = page.locator("#plot").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 200)
+    for _ in range(9):
+        page.mouse.wheel(0, -100)
+    page.wait_for_function(f"!({labels})().includes('backward')")
+    for _ in range(4):
+        page.mouse.move(box["x"] + 1100, box["y"] + 200)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 100, box["y"] + 200, steps=4)
+        page.mouse.up()
+    assert "backward" in page.evaluate(labels)
+    assert page.inner_text("#now").startswith("forward")  # a drag selects nothing
+    page.mouse.dblclick(box["x"] + 600, box["y"] + 200)
+    assert page.evaluate(labels) == whole
+
+
+@ONE
+def test_explain_goes_into_the_map_and_back(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    tiles = "() => [...document.querySelectorAll('.tile')].map(e => e.getAttribute('aria-label'))"
+    assert any(
+        "activations › blocks › 2 › mlp" in text and "400 KiB" in text for text in page.evaluate(tiles)
+    )
+    page.locator(".tile", has_text="parameters").first.click(position={"x": 8, "y": 6})
+    assert page.inner_text("#crumbs").replace("\n", " ").startswith("everything › parameters and buffers")
+    assert not any("activations" in text for text in page.evaluate(tiles))
+    page.click("#crumbs button")
+    assert any("activations" in text for text in page.evaluate(tiles))
+    share = page.evaluate("""() => { const map = document.getElementById("map").getBoundingClientRect();
+      const tile = document.querySelector(".tile.c-activation").getBoundingClientRect();
+      return tile.width * tile.height / map.width / map.height }""")
+    assert share == pytest.approx(0.8, abs=0.01)  # area is bytes

@@ -25,7 +25,7 @@ from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
-    from memfit.report.explain import Difference, Explained
+    import memfit.report.explain
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,9 @@ def _plans(files: list[str], more: ExplainOptions, which: WhichOptions) -> list[
     return [plan for plan in map(plan_file, chosen) if plan is not None]
 
 
-def _one(found: Explained, more: ExplainOptions, *, lang: str, job: str, as_json: bool) -> None:
+def _one(
+    found: memfit.report.explain.Explained, more: ExplainOptions, *, lang: str, job: str, as_json: bool
+) -> None:
     from memfit.report import explain_files, explain_html
     from memfit.report.explain import contributors
     from memfit.report.files import write_whole
@@ -115,7 +117,13 @@ def _one(found: Explained, more: ExplainOptions, *, lang: str, job: str, as_json
         print_explained(found, console=console(), lang=lang)
 
 
-def _two(first: Explained, second: Explained, *, lang: str, as_json: bool) -> None:
+def _two(
+    first: memfit.report.explain.Explained,
+    second: memfit.report.explain.Explained,
+    *,
+    lang: str,
+    as_json: bool,
+) -> None:
     from memfit.report.explain import difference
 
     found = difference(first, second)
@@ -127,7 +135,7 @@ def _two(first: Explained, second: Explained, *, lang: str, as_json: bool) -> No
         print_difference(found, console=console(), lang=lang)
 
 
-def _difference_view(found: Difference, lang: str) -> dict[str, Any]:
+def _difference_view(found: memfit.report.explain.Difference, lang: str) -> dict[str, Any]:
     from memfit.cli.views import estimate_view
     from memfit.report.figures import sentence_text
     from memfit.report.words import load_words

@@ -105,7 +105,7 @@ function drawPlot() {
   plot.setAttribute("aria-valuetext", `${where(now)}: ${bytes(TOTAL[now])}`);
 }
 function look(from, to) {
-  const width = Math.min(D.end, Math.max(20, to - from));
+  const width = Math.min(D.end, Math.max(8, to - from));
   from = Math.max(0, Math.min(D.end - width, from));
   view = [from, from + width]; drawPlot();
 }
@@ -143,10 +143,17 @@ plot.addEventListener("pointermove", (e) => {
   const parts = C.map((c, k) => [LEVEL[k][hover], W[c]]).filter((p) => p[0]).reverse();
   tip([where(hover), `${W.total} ${bytes(TOTAL[hover])}`, ...parts.map(([n, name]) => `${name} ${bytes(n)}`)].join("\n"), e.clientX, e.clientY);
 });
-plot.addEventListener("pointerup", (e) => { if (grip && !grip.moved) select(nearest(e.clientX)); grip = null; plot.classList.remove("moving"); });
+let last = { t: -1e9, x: 0 }; // a click redraws the plot, after which browsers send no double click
+plot.addEventListener("pointerup", (e) => {
+  plot.classList.remove("moving");
+  const still = grip && !grip.moved, twice = e.timeStamp - last.t < 400 && Math.abs(e.clientX - last.x) < 8;
+  grip = null;
+  if (!still) return;
+  if (twice) look(0, D.end); else select(nearest(e.clientX));
+  last = { t: twice ? -1e9 : e.timeStamp, x: e.clientX };
+});
 plot.addEventListener("pointercancel", () => { grip = null; plot.classList.remove("moving"); });
 plot.addEventListener("pointerleave", () => { hover = null; tip(""); drawPlot(); });
-plot.addEventListener("dblclick", () => look(0, D.end));
 plot.addEventListener("keydown", (e) => {
   const far = e.shiftKey ? Math.max(1, Math.round(N / 50)) : 1;
   const act = {
