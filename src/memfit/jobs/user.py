@@ -27,7 +27,7 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     module = _run_file(Path(path), spec)
     found = _attribute(module, name, path)
     if isinstance(found, Job) and not options:
-        return _told(found, spec)
+        return told(found, spec)
     if isinstance(found, Job):
         raise UserError(
             f"{spec} is a finished Job and takes no --{next(iter(options))}",
@@ -51,27 +51,27 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
             f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
             allowed="a function whose arguments are among size, data, weights, batch, with defaults",
         ) from error
-    job = _guarded(lambda: function(**options), spec)
+    job = guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):
         raise UserError(f"{spec}() returned a {type(job).__name__}", allowed="a memfit.Job")
-    return _told(job, spec)
+    return told(job, spec)
 
 
-def _told(job: Job, spec: str) -> Job:
+def told(job: Job, spec: str) -> Job:
     """The job with its own functions guarded: their errors are the user's to read, in one line."""
 
-    def guarded(function: Any) -> Any:
+    def spoken(function: Any) -> Any:
         if function is None:
             return None
-        return lambda *args, **kwargs: _guarded(lambda: function(*args, **kwargs), spec)
+        return lambda *args, **kwargs: guarded(lambda: function(*args, **kwargs), spec)
 
     return dataclasses.replace(
         job,
-        build_model=guarded(job.build_model),
-        make_batch=guarded(job.make_batch),
-        loss=guarded(job.loss),
-        loss_terms=guarded(job.loss_terms),
-        evaluate=guarded(job.evaluate),
+        build_model=spoken(job.build_model),
+        make_batch=spoken(job.make_batch),
+        loss=spoken(job.loss),
+        loss_terms=spoken(job.loss_terms),
+        evaluate=spoken(job.evaluate),
     )
 
 
@@ -88,13 +88,13 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look their module up
     sys.path.insert(0, str(resolved.parent))
     try:
-        _guarded(lambda: loader.exec_module(module), spec)
+        guarded(lambda: loader.exec_module(module), spec)
     finally:
         sys.path.remove(str(resolved.parent))
     return module
 
 
-def _guarded(action: Any, spec: str) -> Any:
+def guarded(action: Any, spec: str) -> Any:
     """Any error of the user's code becomes one line with the last place in it."""
     try:
         return action()
@@ -105,7 +105,9 @@ def _guarded(action: Any, spec: str) -> Any:
             raise  # an outcome of the run, not a mistake
         folder = Path(spec.rpartition(":")[0]).resolve().parent
         frames = [
-            f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if Path(f.filename).is_relative_to(folder) and "site-packages" not in f.filename
         ]
         at = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else _syntax_place(error)
         told = error.msg if isinstance(error, SyntaxError) else str(error)

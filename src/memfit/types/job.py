@@ -32,13 +32,17 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerChoice:
-    """The optimizer plain training uses. Techniques may replace the algorithm, not the numbers."""
+    """The optimizer plain training uses. Techniques may replace the algorithm, not the numbers.
+
+    ``make(params)`` builds an optimizer of the user's own instead; ``name`` is then only what it is called.
+    """
 
     name: str = "adamw"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    make: Callable[[list[torch.nn.Parameter]], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
