@@ -36,6 +36,7 @@ UNITS = (
     "_minutes", "_per_hour", "_per_kwh", "_per_batch", "_per_step", "_to_buy", "_count",
 )  # fmt: skip
 DIMENSIONLESS = {
+    "nccl_channels", "nccl_multicast_channels", "oom_probability", "rank", "ranks", "communicators",
     # counts and indices
     "batch", "batch_size", "changed_lines", "commands", "considered", "failed_attempts",
     "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed", "step",
