@@ -36,6 +36,11 @@ def main() -> None:
         except UserError as error:
             print(f"{setup.id:32} {row['quality']} {setup.measured.kind:10} refused: {error}", flush=True)
             continue
+        except Exception as error:
+            import traceback
+            traceback.print_exc(limit=-4)
+            print(f"{setup.id:32} BUG {type(error)} {str(error)[:200]}", flush=True)
+            continue
         measured = setup.measured.size_bytes
         error = found.allocated_bytes / measured - 1
         print(

@@ -23,19 +23,21 @@ MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (role, inputs, output
 class Dialect:
     """``norm``: "whole" (float32 until the weight is applied), "early" (back to the input's type before the
     weight), "fused" (one kernel). ``rope``: "half" (x * cos + rotate_half(x) * sin), "complex" (float32
-    pairs). ``attention``: "sdpa" or "flash" (the flash-attn package: keys and values are not repeated)."""
+    pairs), "in-place" (one kernel that overwrites its input). ``attention``: "sdpa" or "flash" (the flash-attn package: keys and values are not repeated)."""
 
     norm: str
     rope: str
     attention: str
     fused_qkv: bool
+    fused_mlp: bool = False
 
 
 LITGPT = Dialect(norm="whole", rope="half", attention="sdpa", fused_qkv=True)
 TITAN = Dialect(norm="early", rope="complex", attention="sdpa", fused_qkv=False)
 TUNE = Dialect(norm="early", rope="complex", attention="sdpa", fused_qkv=False)
 HUGGING_FACE = Dialect(norm="early", rope="half", attention="flash", fused_qkv=False)
-LIGER = Dialect(norm="fused", rope="half", attention="flash", fused_qkv=False)
+LIGER = Dialect(norm="fused", rope="in-place", attention="flash", fused_qkv=False, fused_mlp=True)
+FOAK = Dialect(norm="fused", rope="in-place", attention="flash", fused_qkv=False)
 
 
 class RmsNorm(nn.Module):
@@ -74,12 +76,24 @@ def make_norm(arch: Arch, dialect: Dialect, width: int) -> nn.Module:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) -> torch.Tensor:
     """``x`` (batch, heads, length, dim); cos and sin (length, dim), or complex (length, dim / 2)."""
+    if kind == "in-place":
+        return _InPlace.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     if kind == "complex":
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(3).type_as(x)
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return ((x * cos) + (turned * sin)).to(x.dtype)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0]
 
 
 class Attention(nn.Module):
@@ -181,7 +195,7 @@ class Block(nn.Module):
         if not arch.shared_norm:
             self.norm_2 = make_norm(arch, dialect, arch.hidden)
         sparse = arch.moe is not None and index >= arch.moe.dense_layers
-        kind = LigerMlp if dialect.norm == "fused" and arch.mlp == "swiglu" else Mlp
+        kind = LigerMlp if dialect.fused_mlp and arch.mlp == "swiglu" else Mlp
         self.mlp = Experts(arch, linear) if sparse else kind(arch, linear, arch.ffn)
         if arch.post_norms:
             self.norm_3 = make_norm(arch, dialect, arch.hidden)
@@ -229,11 +243,14 @@ class Experts(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``forward`` gives the last hidden states; the head belongs to the loss, whose form varies most."""
+    """``finish(head, hidden, targets)`` is what the code base does with the last hidden states inside the
+    model's own forward: logits, chunks of them, or the loss itself."""
 
-    def __init__(self, arch: Arch, dialect: Dialect, linear: MakeLinear, length: int) -> None:
+    def __init__(
+        self, arch: Arch, dialect: Dialect, linear: MakeLinear, length: int, finish: Callable[..., Any]
+    ) -> None:
         super().__init__()
-        self.arch = arch
+        self.arch, self.finish = arch, finish
         self.embed = nn.Embedding(arch.vocab, arch.hidden)
         if arch.learned_positions:
             self.position = nn.Embedding(length, arch.hidden)
@@ -249,7 +266,7 @@ class Decoder(nn.Module):
         self.register_buffer("cos", torch.empty(length, width, dtype=torch.float32), persistent=False)
         self.register_buffer("sin", torch.empty(length, width, dtype=torch.float32), persistent=False)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
         x = self.embed(tokens)
         if self.arch.learned_positions:
             x = x + self.position(torch.arange(tokens.shape[1]))
@@ -257,4 +274,4 @@ class Decoder(nn.Module):
             x = self.norm_embed(x)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.finish(self.head, self.norm(x), targets)

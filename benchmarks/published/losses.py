@@ -21,53 +21,56 @@ class Loss:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.held: Any = None
-        self.last: torch.Tensor | None = None
+        self.held: Any = None  # by variables of the training loop
+        self.inside = getattr(self, "_inside_" + kind.replace("-", "_"), self._inside_logits)
+        self.outside = getattr(self, "_outside_" + kind.replace("-", "_"), lambda loss, targets: loss)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        hidden = model(batch["tokens"])
-        loss: torch.Tensor = getattr(self, "_" + self.kind.replace("-", "_"))(
-            _head(model), hidden, batch["targets"]
-        )
-        self.last = loss if self.kind in ("chunked", "plain") else None  # a variable of the training loop
+        result = model(batch["tokens"], batch["targets"])
+        if self.kind in ("chunked", "plain"):
+            self.held = result
+        loss: torch.Tensor = self.outside(result, batch["targets"])
+        if self.kind in ("chunked", "plain"):
+            self.held = (result, loss)
         return loss
 
-    def _chunked(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        chunks = [head(part) for part in hidden.split(128, dim=1)]
-        self.held = chunks
+    def _inside_logits(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return head(hidden)  # type: ignore[no-any-return]
+
+    def _inside_chunked(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> Any:
+        return [head(part) for part in hidden.split(128, dim=1)]
+
+    def _outside_chunked(self, chunks: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         terms = [
             functional.cross_entropy(c.reshape(-1, c.shape[-1]), t.reshape(-1), reduction="none")
             for c, t in zip(chunks, targets.split(128, dim=1), strict=True)
         ]
         return torch.cat(terms).sum() / targets.numel()
 
-    def _plain(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        self.held = logits = head(hidden)
+    def _outside_plain(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def _float(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(head(hidden).flatten(0, 1).float(), targets.flatten())
+    def _outside_float(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def _shift_12(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _inside_shift_12(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head(hidden).float()
         return functional.cross_entropy(_shifted(logits), targets[:, 1:].flatten())
 
-    def _shift_14(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _inside_shift_14(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head(hidden)
         wide = logits.float()
         return functional.cross_entropy(_shifted(wide), targets[:, 1:].flatten())
 
-    def _fast(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _inside_fast(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head(hidden).float()
         return _Overwriting.apply(_shifted(logits))  # type: ignore[no-any-return,no-untyped-call]
 
-    def _fused_linear(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _inside_fused_linear(
+        self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
         return FusedLinear.apply(hidden.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _head(model: nn.Module) -> nn.Module:
-    return model.head  # type: ignore[return-value]
 
 
 def _shifted(logits: torch.Tensor) -> torch.Tensor:

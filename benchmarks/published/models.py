@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from published.adapters import LinearMaker, freeze
 from published.arch import Arch
-from published.decoder import HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
+from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
 from published.losses import Loss
 from published.rows import Setup
 
@@ -17,13 +17,9 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 
 _DIALECTS = {
-    "litgpt": LITGPT,
-    "thunder": LITGPT,
-    "titan": TITAN,
-    "tune": TUNE,
-    "hf": HUGGING_FACE,
-    "liger": LIGER,
-}
+    "litgpt": LITGPT, "thunder": LITGPT, "titan": TITAN, "tune": TUNE, "hf": HUGGING_FACE, "liger": LIGER,
+    "foak": FOAK,
+}  # fmt: skip
 
 
 def job_of(setup: Setup) -> Job:
@@ -43,7 +39,7 @@ def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
     def build() -> torch.nn.Module:
         with default_dtype(setup.parameters):
             linear = LinearMaker(setup.lora, (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim))
-            return freeze(Decoder(arch, dialect, linear, setup.length), setup.lora)
+            return freeze(Decoder(arch, dialect, linear, setup.length, loss.inside), setup.lora)
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
@@ -66,7 +62,7 @@ def default_dtype(name: str) -> Iterator[None]:
 
 
 def _loss_kind(setup: Setup) -> str:
-    text = " ".join(setup.row.get(c, "") for c in ("software", "notes", "extra_arch")).lower()
+    text = " ".join(setup.row.get(c, "") for c in ("notes", "extra_arch", "method")).lower()
     if setup.code == "litgpt":
         return "chunked"
     if setup.code == "thunder":
@@ -79,6 +75,6 @@ def _loss_kind(setup: Setup) -> str:
         return "fused-linear"
     if "fast ce" in text:
         return "fast"
-    version = re.search(r"transformers\s*~?(\d+)\.(\d+)", text)
+    version = re.search(r"transformers\s*~?(\d+)\.(\d+)", setup.row["software"].lower())
     recent = version is not None and (int(version[1]), int(version[2])) >= (4, 46)
     return "shift-14" if recent else "shift-12"

@@ -29,6 +29,8 @@ def plan_of(setup: Setup) -> Plan:
     if setup.micro_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=setup.micro_batches))
     if (
+        setup.lora is not None and setup.lora.adapter_dtype == "float32"
+    ) or (
         setup.parameters == "float32"
         and setup.compute != "float32"
         and setup.sharding not in ("fsdp1", "fsdp2")
@@ -39,6 +41,9 @@ def plan_of(setup: Setup) -> Plan:
         uses.append(use("activation-checkpointing", every=every))
     if setup.recompute == "operators":
         uses.append(use("selective-checkpointing", keep="matmul"))
+    if setup.compiled:
+        whole = setup.code in ("thunder", "vision", "litgpt") and setup.ranks["dp"] == 1
+        uses.append(use("compile", scope="model" if whole else "blocks"))
     if setup.optimizer in ("adamw-8bit", "adamw-4bit", "adafactor", "sgd"):
         uses.append(use(setup.optimizer))
     elif setup.fused and setup.optimizer == "adamw":
@@ -82,6 +87,6 @@ def of_trace(traced: Trace) -> Prediction:
     for span in traced.spans:
         first, last = clock.searchsorted((span.start, span.end))
         top = int(live[max(0, first - 1) : last].max(initial=0))
-        if span.phase is not Phase.SETUP and top > best:
+        if span.phase is not Phase.SETUP and span.step == traced.steps - 1 and top > best:
             best, phase = top, f"{span.phase} {span.step}"
     return Prediction(allocated_bytes=best, phase=phase)

@@ -108,7 +108,6 @@ _CODES: tuple[tuple[str, str], ...] = (
     (r"litgpt", "litgpt"),
     (r"timm|\bvit\b|vit-", "vision"),
     (r"simumax|megatron|nemo|transformer[- ]engine|\bte\b|internevo|bloom|korthikanti", "megatron"),
-    (r"liger|foak", "liger"),
     (
         r"hf trainer|transformers|hugging ?face|\btrl\b|qwen|axolotl|llama-?factory|fms|peft|deepspeed|zero study",
         "hf",
@@ -122,8 +121,15 @@ def _code(row: Mapping[str, str]) -> str:
         text = " ".join(row.get(c, "") for c in columns).lower()
         for pattern, code in _CODES:
             if re.search(pattern, text) and not (code == "hf" and columns[0] == "model"):
-                return "liger" if code == "hf" and re.search(r"liger|foak", text) else code
+                return _kernels(row["notes"].lower()) if code == "hf" else code
     return "hf"
+
+
+def _kernels(notes: str) -> str:
+    """Hugging Face's modules, or what replaces them: all of Liger's kernels, or fms-acceleration's."""
+    if "foak" in notes:
+        return "foak"
+    return "liger" if re.search(r"liger", notes) else "hf"
 
 
 def _sharding(row: Mapping[str, str]) -> str:
@@ -152,7 +158,7 @@ def _dtypes(precision: str, code: str, sharding: str) -> tuple[str, str]:
         return half, half
     if re.search(r"amp|mixed|mp\b|fp32 param|master", precision) or code == "titan":
         return "float32", half
-    if code in ("evoformer", "hf", "liger", "megatron", "thunder", "litgpt", "tune"):
+    if code in ("evoformer", "hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
         return half, half
     return "float32", half
 

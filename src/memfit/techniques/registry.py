@@ -9,10 +9,12 @@ from memfit.techniques import (
     adapters,
     checkpointing,
     chunked_loss,
+    compiled,
     data_parallel,
     gradient_accumulation,
     offload,
     optimizers,
+    pipeline,
     precision,
 )
 from memfit.techniques.base import Technique
@@ -28,6 +30,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         checkpointing.FULL,
         checkpointing.SELECTIVE,
         chunked_loss.TECHNIQUE,
+        compiled.TECHNIQUE,
         optimizers.ADAMW_8BIT,
         optimizers.ADAMW_4BIT,
         optimizers.ADAMW_FUSED,
@@ -39,6 +42,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         offload.TECHNIQUE,
         data_parallel.DDP,
         data_parallel.FSDP2,
+        pipeline.TECHNIQUE,
     )
 }
 

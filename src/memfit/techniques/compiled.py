@@ -1,0 +1,56 @@
+"""``torch.compile`` as memory sees it: which tensors the compiler keeps for backward, and which it never makes.
+
+The joint graph of forward and backward is traced and cut by torch's own partitioner (a minimum cut over what
+must be kept, torch._functorch.partitioners); each side then runs as kernels: products, convolutions and
+attention one by one, and what lies between them fused, so that only values that leave a fused group take
+memory, as in Inductor (which also writes into an input of the same size that dies there). The arithmetic is
+the eager one; nothing is compiled for this device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.blocks import find_blocks
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from memfit.techniques.graphs import Region
+
+    graphs: dict[Any, Any] = {}  # equal blocks share one
+    modules: list[torch.nn.Module] = [bench.model]
+    if settings["scope"] == "blocks":
+        _, modules = find_blocks(bench.model, bench.job.blocks)
+    for module in modules:
+        region = Region(module, graphs)
+        module.forward = _calling(region, module.forward)
+
+
+def _calling(region: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return region(*args, **kwargs)
+
+    return forward
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # for predictions of runs that use it
+
+
+TECHNIQUE = Technique(
+    name="compile",
+    summary="torch.compile: fused kernels, and only what a minimum cut keeps for backward",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=45,  # inside recomputation
+    knobs=(Knob(name="scope", default="blocks", doc="what is one graph", choices=("blocks", "model")),),
+)
