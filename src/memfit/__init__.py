@@ -1,9 +1,33 @@
 """memfit fits the training of large models into the memory you have.
 
-The nouns a job of your own needs are here; they load no torch.
+The nouns a job of your own needs are here, and predictions for your own code; torch is loaded when the
+first of the latter is asked for.
 """
 
-from memfit.types.job import Job, Metric, OptimizerChoice
+from __future__ import annotations
 
-__all__ = ["Job", "Metric", "OptimizerChoice"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.job import Job, Metric, OptimizerChoice
+from memfit.types.plan import Plan
+
+if TYPE_CHECKING:
+    from memfit.api import Prediction, assert_fits, estimate, from_trainer
+
+__all__ = [
+    "Job", "MemfitError", "Metric", "OptimizerChoice", "Plan", "Prediction", "UserError", "assert_fits",
+    "estimate", "from_trainer",
+]  # fmt: skip
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("memfit.api"), name)
+    raise AttributeError(f"module 'memfit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,9 +18,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.jobs.step import TrainingStep, split
 from memfit.trace.copies import FakeCopies
+from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger, plain_tensors
 from memfit.trace.lens import device_lens
-from memfit.trace.tracer import _PLAYED_MICRO_BATCHES, _fake_world, _random_states
+from memfit.trace.tracer import (
+    _PLAYED_MICRO_BATCHES,
+    _fake_world,
+    _guesses_blamed,
+    _label_model,
+    _label_state,
+    _random_states,
+    _resizes,
+)
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category
@@ -99,9 +108,12 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _watched(device: str) -> Iterator[tuple[_Watch, Any]]:
-    ledger = Ledger(device)
-    with _fake_world() as fake, _random_states(ledger), device_lens(device), ledger:
+def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
+    ledger = Ledger(device, guesses=Guesses(job.bound))
+    with (
+        _guesses_blamed(ledger), _fake_world() as fake, _random_states(ledger), _resizes(ledger),
+        device_lens(device), ledger,
+    ):  # fmt: skip
         yield _Watch(ledger=ledger), fake
 
 
@@ -112,8 +124,9 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
     if device == "cpu":
         del places["load-via-host"]
     for way, place in places.items():
-        with _watched(device) as (watch, _):
+        with _watched(job, device) as (watch, _):
             model = job.build_model()
+            _label_model(watch.ledger, model)
             stored = model.state_dict()
             if way == "load-assign":
                 watch.aside.update(_lives_of(watch.ledger, stored))
@@ -126,13 +139,15 @@ def _loading(job: Job, device: str) -> list[LifecyclePeak]:
 
 
 def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[LifecyclePeak], Mapping[str, int]]:
-    with _watched(device) as (watch, fake):
+    with _watched(job, device) as (watch, fake):
         step = TrainingStep(job, plan, device=device)
+        _label_state(watch.ledger, step)
         peaks = [watch.end("build")]
         inputs = _fake(batch, fake)
         watch.ledger.label(inputs, Category.INPUT)
         for event in ("first-step", "steady-step"):
             step.run(inputs, micro_batches_played=_PLAYED_MICRO_BATCHES)
+            _label_state(watch.ledger, step)
             peaks.append(watch.end(event))
         peaks.append(_evaluated(step, inputs, watch))
         peaks += _saved(step, watch)
@@ -165,14 +180,16 @@ def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
 
 
 def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> LifecyclePeak:
-    with _watched(device) as (watch, fake):
+    with _watched(job, device) as (watch, fake):
         stepped = TrainingStep(job, plan, device=device)
+        _label_state(watch.ledger, stepped)
         stepped.run(_fake(batch, fake), micro_batches_played=1)
         state = _state(stepped)
         watch.aside.update(_lives_of(watch.ledger, state))
         stepped.close()
         watch.begin()
         fresh = TrainingStep(job, plan, device=device)
+        _label_state(watch.ledger, fresh)
         with watch.made("host" if way == "resume-via-host" else ""):
             stored = _loaded(state)
         fresh.model.load_state_dict(stored["model"])

@@ -1,0 +1,261 @@
+"""``memfit.estimate`` and ``memfit.assert_fits``: predictions in the user's own code.
+
+::
+
+    import memfit
+    found = memfit.estimate(model, batch, optimizer="adamw", machine="H100-SXM")
+    found.allocated_bytes.value, found.fits
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from memfit.given import job_of, machine_of, plan_of
+from memfit.planning import fits_under, needed_bytes, space_of
+from memfit.pricing import Pricer
+from memfit.trace.lifecycle import Lifecycle, lifecycle
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.job import Job
+from memfit.types.machine import Machine
+from memfit.types.plan import Plan, Use, use
+from memfit.types.result import Estimate, Interval
+from memfit.types.units import format_bytes, parse_bytes
+
+_CHEAP_BYTES = 64 * 2**30  # models above this are not searched for a plan that would fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One training step before running it. Bytes are intervals; None: this machine has no such memory, or
+    the catalog does not know enough."""
+
+    estimate: Estimate
+    job: Job
+    machine: Machine
+    cap_bytes: int
+    pricer: Pricer = dataclasses.field(repr=False)
+
+    @property
+    def plan(self) -> Plan:
+        return self.estimate.plan
+
+    @property
+    def allocated_bytes(self) -> Interval:
+        """Peak of live tensor bytes."""
+        return self.estimate.allocated_bytes
+
+    @property
+    def reserved_bytes(self) -> Interval | None:
+        return self.estimate.reserved_bytes
+
+    @property
+    def device_bytes(self) -> Interval | None:
+        return self.estimate.device_bytes
+
+    @property
+    def host_bytes(self) -> Interval | None:
+        return self.estimate.host_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether ``cap_bytes`` is enough, with what the process or device needs beside the tensors."""
+        return fits_under(self.cap_bytes, self.machine)(self.estimate)
+
+    @property
+    def by_category(self) -> Mapping[str, int]:
+        """Bytes alive at the peak."""
+        return self.estimate.at_peak_bytes
+
+    @property
+    def by_module(self) -> Mapping[str, int]:
+        """Bytes alive at the peak, by module path."""
+        return self.estimate.by_module_bytes
+
+    @property
+    def by_phase(self) -> Mapping[str, int]:
+        """Peak bytes of each phase."""
+        return self.estimate.phase_peak_bytes
+
+    @functools.cached_property
+    def lifecycle(self) -> Lifecycle:
+        """Peaks of loading, first step, evaluation, saving and resuming; traced when first asked for."""
+        if self.plan.ranks > 1:
+            raise UserError("lifecycle peaks are predicted for one process", hint="take a plan of 1 rank")
+        return lifecycle(self.job, self.plan, device=self.machine.device.kind)
+
+    @property
+    def checkpoint_bytes(self) -> Mapping[str, int]:
+        """Files that ``torch.save`` writes for the model and the optimizer."""
+        return self.lifecycle.checkpoint_bytes
+
+    def explain(self) -> str:
+        """Where every byte of the peak is, as text."""
+        from rich.console import Console
+
+        from memfit.report.terminal import print_estimate
+
+        text = io.StringIO()
+        print_estimate(self.estimate, console=Console(file=text, width=110), lang="en")
+        return text.getvalue()
+
+    def __str__(self) -> str:
+        allocated = self.allocated_bytes
+        kinds = (("reserved", self.reserved_bytes), ("device", self.device_bytes), ("host", self.host_bytes))
+        more = "".join(f", {name} {format_bytes(v.value)}" for name, v in kinds if v is not None)
+        return (
+            f"{self.job.name}, {self.plan.label}: allocated {format_bytes(allocated.value)} "
+            f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){more}; peak in "
+            f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
+            f"{format_bytes(self.cap_bytes)} of {self.machine.name}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<memfit.Prediction {self}>"
+
+    def _repr_html_(self) -> str:
+        from memfit.report.notebook import estimate_html
+
+        return estimate_html(
+            self.estimate,
+            title=self.job.name,
+            machine=self.machine.name,
+            cap_bytes=self.cap_bytes,
+            fits=self.fits,
+        )
+
+
+def estimate(
+    model: Any,
+    batch: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
+    plan: Any = None,
+    machine: Any = None,
+) -> Prediction:
+    """Predict one training step of ``model`` on ``batch``; nothing is run and nothing given is changed.
+
+    ``model``: a module, a function that builds one, or a Job. ``batch``: a tensor, mapping or tuple, or a
+    function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
+    model's own. ``optimizer``: a name, an optimizer of this model, or a function of parameters; AdamW by
+    default. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file. ``machine``: a name
+    of the catalog such as ``"8xH100-SXM"``; this machine by default. Raises UserError.
+    """
+    job = job_of(model, batch, loss=loss, optimizer=optimizer)
+    return _predicted(job, plan_of(plan), machine_of(machine))
+
+
+def _predicted(job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None) -> Prediction:
+    with _quiet():
+        pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
+        found = pricer.whole(plan)
+    cap = cap_bytes or int(machine.device.memory_bytes.value)
+    return Prediction(estimate=found, job=job, machine=machine, cap_bytes=cap, pricer=pricer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own log of a failing operator: the UserError says it in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def from_trainer(trainer: Any, machine: Any = None) -> Prediction:
+    """The step that a Hugging Face ``Trainer`` would run: its model, a batch of its loader for each
+    accumulated micro-batch, its loss and optimizer, and its ``TrainingArguments`` as a plan. Call it before
+    ``trainer.train()``. Raises UserError for arguments that no plan expresses."""
+    import torch
+    from torch.utils import _pytree
+
+    args = trainer.args
+    if args.fp16:
+        raise UserError("TrainingArguments(fp16=True)", hint="memfit has bf16=True, which needs no scaler")
+    uses = [use("bf16-autocast")] if args.bf16 else []
+    if args.gradient_checkpointing:
+        uses.append(use("activation-checkpointing", every=1))
+    micro_batches = args.gradient_accumulation_steps
+    if micro_batches > 1:
+        uses.append(use("gradient-accumulation", micro_batches=micro_batches))
+    with torch.random.fork_rng(devices=[]):
+        part = dict(next(iter(trainer.get_train_dataloader())))
+    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * micro_batches), part)
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    return estimate(
+        trainer.model,
+        batch,
+        loss=trainer.compute_loss,
+        optimizer=lambda params: kind(params, **settings),
+        plan=Plan(uses=tuple(uses)),
+        machine=machine,
+    )
+
+
+def assert_fits(
+    model: Any,
+    memory: str | int,
+    *,
+    batch: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
+    plan: Any = None,
+    machine: Any = None,
+) -> Prediction:
+    """For tests: the prediction, if the step fits ``memory`` ("24GiB" or bytes). ``model`` and the rest are
+    as for `estimate`; a Job or a Prediction needs no batch. Raises AssertionError telling the peak, its
+    phase and largest contributors, and a plan that would fit where one is quickly found."""
+    cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
+    if isinstance(model, Prediction):
+        found = dataclasses.replace(model, cap_bytes=cap_bytes)
+    else:
+        job = job_of(model, batch, loss=loss, optimizer=optimizer)
+        found = _predicted(job, plan_of(plan), machine_of(machine), cap_bytes)
+    if not found.fits:
+        raise AssertionError(_why_not(found))
+    return found
+
+
+def _why_not(found: Prediction) -> str:
+    guess = found.estimate
+    need = needed_bytes(guess, found.machine)
+    smaller = next((p for p in _smaller(found) if p.fits), None)
+    over = f"{format_bytes(need - found.cap_bytes)} more than {format_bytes(found.cap_bytes)}"
+    peak = f"peak of {format_bytes(guess.allocated_bytes.value)} in tensors"
+    lines = [
+        f"{found.job.name}, {found.plan.label}: needs {format_bytes(need)} on {found.machine.name}, {over}",
+        f"{peak}, in {guess.peak_phase} at {guess.peak_op}",
+        f"alive then: {_largest(guess.at_peak_bytes)}",
+        f"by module: {_largest(guess.by_module_bytes)}",
+    ]
+    if smaller is not None:
+        least = format_bytes(needed_bytes(smaller.estimate, found.machine))
+        lines.append(f"would fit: {smaller.plan.label} ({least})")
+    return "\n".join(lines)
+
+
+def _largest(parts: Mapping[str, int]) -> str:
+    few = sorted(parts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{name.replace('_', ' ') or 'the model itself'} {format_bytes(n)}" for name, n in few)
+
+
+def _smaller(found: Prediction) -> Iterator[Prediction]:
+    """The plan with ever more techniques that keep the algorithm, those that cost least first."""
+    if found.allocated_bytes.value > _CHEAP_BYTES:
+        return
+    plan, batch = found.plan, found.job.batch_size
+    added: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1)]
+    added += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
+    for one in added:
+        with contextlib.suppress(MemfitError):  # it does not go with the plan or suit the model
+            more = plan_of(plan.with_use(one))
+            yield dataclasses.replace(found, estimate=found.pricer.whole(more))
+            plan = more

@@ -1,0 +1,290 @@
+"""Predictions in the user's own code: what may be given, what stays untouched, what a mistake says."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional
+
+import memfit
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator, available
+from memfit.types.plan import use
+
+X, Y = torch.randn(32, 8), torch.randint(0, 4, (32,))
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def job(**changes: Any) -> memfit.Job:
+    given: dict[str, Any] = {
+        "name": "net", "build_model": net, "make_batch": lambda step, seed: (X, Y), "batch_size": 32,
+        "loss": lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]),
+    }  # fmt: skip
+    return memfit.Job(**given | changes)
+
+
+LOSSES: dict[str, Any] = {
+    "of model and batch": lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]),
+    "of output and batch": lambda output, batch: functional.cross_entropy(output, batch[1]),
+    "of output and target": lambda logits, target: functional.cross_entropy(logits, target=target),
+    "torch's function": functional.cross_entropy,
+    "torch's module": nn.CrossEntropyLoss(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_every_form_of_loss_is_the_jobs_loss(loss: Any) -> None:
+    assert memfit.estimate(net(), (X, Y), loss).estimate == memfit.estimate(job()).estimate
+
+
+@pytest.mark.parametrize("model", [net, net()], ids=["function", "module"])
+@pytest.mark.parametrize("batch", [(X, Y), [X, Y], lambda: (X, Y)], ids=["tuple", "list", "function"])
+def test_functions_are_as_good_as_what_they_return(model: Any, batch: Any) -> None:
+    found = memfit.estimate(model, batch, nn.CrossEntropyLoss())
+    assert found.allocated_bytes == memfit.estimate(job()).allocated_bytes
+
+
+class _Names(nn.Module):
+    """Takes a mapping's values by name, and returns its own loss in one of the customary ways."""
+
+    def __init__(self, wrap: Callable[..., Any]) -> None:
+        super().__init__()
+        self.inner, self.wrap = net(), wrap
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        logits = self.inner(x)
+        return self.wrap(functional.cross_entropy(logits, labels), logits)
+
+
+class _Output:
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loss, logits: _Output(loss),
+        lambda loss, logits: {"logits": logits, "loss": loss},
+        lambda loss, logits: (loss, logits),
+        lambda loss, logits: (logits, loss),
+    ],
+    ids=["attribute", "mapping", "first", "second"],
+)
+def test_a_models_own_loss_is_found(wrap: Callable[..., Any]) -> None:
+    found = memfit.estimate(_Names(wrap), {"x": X, "labels": Y, "length": torch.ones(32)})
+    plain = memfit.estimate(job()).by_phase
+    assert found.by_phase["backward"] == pytest.approx(plain["backward"], abs=256)  # `length` is an input too
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [
+        ("adamw", 2), ("sgd", 1), (torch.optim.SGD, 0), (lambda p: torch.optim.Adagrad(p, lr=0.1), 1),
+        (memfit.OptimizerChoice(name="adam"), 2),
+    ],
+    ids=["adamw", "sgd", "class", "function", "choice"],
+)  # fmt: skip
+def test_state_is_that_of_the_optimizer_given(optimizer: Any, moments: int) -> None:
+    found = memfit.estimate(net(), (X, Y), nn.CrossEntropyLoss(), optimizer)
+    state = found.lifecycle.peak("save").device_bytes - 896 - 1280  # parameters and batch, by hand
+    assert state // 896 == moments
+
+
+def test_an_optimizer_of_this_model_keeps_its_numbers_and_groups() -> None:
+    model = net()
+    moment = 512 + 64  # of the one layer it holds
+    kept = 256 + 64  # the other's gradients: no optimizer sets them to None
+    frozen_head = torch.optim.SGD([{"params": model[0].parameters(), "momentum": 0.9}], lr=0.1)
+    found = memfit.estimate(model, (X, Y), nn.CrossEntropyLoss(), frozen_head)
+    assert found.lifecycle.peak("save").device_bytes == 896 + 1280 + moment + kept
+
+
+def test_nothing_given_is_changed() -> None:
+    model = net().double().eval()
+    seen: list[Any] = []
+    model.register_forward_hook(lambda module, args, out: seen.append(module is model))
+    functional.cross_entropy(model(X.double()), Y).backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    seen.clear()
+    weights, grads = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()]
+    pointers = [p.data_ptr() for p in model.parameters()]
+    random = torch.get_rng_state()
+    batch = (X.double(), Y)
+    memfit.estimate(model, batch, nn.CrossEntropyLoss(), optimizer, {"bf16-parameters": {}})
+    memfit.estimate(lambda: model, batch, nn.CrossEntropyLoss(), optimizer="sgd")
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(g, p.grad) for g, p in zip(grads, model.parameters(), strict=True))
+    assert pointers == [p.data_ptr() for p in model.parameters()]
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not model.training
+    assert not optimizer.state
+    assert not any(seen)  # the hook ran on copies only
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_tied_weights_buffers_and_plain_tensors_are_copied_once() -> None:
+    model = tiny.Words(tied=True)
+    model.table = torch.ones(1000)
+    assert memfit.estimate(model, tiny.words_batch(0, 0), tiny.words_loss).allocated_bytes == (
+        memfit.estimate(lambda: model, tiny.words_batch(0, 0), tiny.words_loss).allocated_bytes
+    )
+
+
+def test_a_model_on_the_meta_device_is_predicted_as_if_it_had_memory() -> None:
+    with torch.device("meta"):
+        model = net()
+    assert (
+        memfit.estimate(model, (X, Y), nn.CrossEntropyLoss()).by_phase["optimizer"]
+        == (memfit.estimate(job()).by_phase["optimizer"])
+    )
+
+
+PLANS: dict[str, Any] = {
+    "plan": memfit.Plan(uses=(use("gradient-accumulation", micro_batches=4),)),
+    "techniques": {"gradient-accumulation": {"micro_batches": 4}},
+    "file's keys": {"techniques": {"gradient-accumulation": {"micro_batches": 4}}},
+    "text": "gradient-accumulation: {micro_batches: 4}",
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_every_form_of_plan_is_the_same_plan(plan: Any, tmp_path: Path) -> None:
+    found = memfit.estimate(job(), plan=plan)
+    assert found.plan == PLANS["plan"]
+    (tmp_path / "plan.yaml").write_text(PLANS["text"].join(("techniques: {", "}")))
+    assert memfit.estimate(job(), plan=str(tmp_path / "plan.yaml")).estimate == found.estimate
+
+
+@pytest.mark.parametrize("name", ["8xH100-SXM", "A100-80GB", "H100-SXM"])
+def test_a_machine_of_the_catalog_has_its_own_memory(name: str) -> None:
+    found = memfit.estimate(job(), machine=name)
+    assert found.fits
+    assert found.cap_bytes > 70 * 2**30
+    assert found.device_bytes is not None
+    assert found.device_bytes.value >= found.reserved_bytes.value >= found.allocated_bytes.value
+
+
+def _replaced() -> nn.Module:
+    model = net()
+    inner = model.forward
+    model.forward = functools.partial(inner)
+    return model
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no model": ({"model": "gpt2"}, "the model is a str"),
+    "no batch": ({"batch": None}, "holds no tensor"),
+    "a loader": ({"batch": torch.utils.data.DataLoader([1])}, "next(iter(loader))"),
+    "no loss": ({"loss": 3}, "the loss is a int"),
+    "unknown optimizer": ({"optimizer": "adamx"}, "unknown optimizer 'adamx'"),
+    "no optimizer": ({"optimizer": 3}, "the optimizer is a int"),
+    "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of this model"),
+    "unknown technique": ({"plan": {"bf16-autocas": {}}}, "did you mean 'bf16-autocast'"),
+    "broken text": ({"plan": "a: ["}, "no YAML"),
+    "unknown machine": ({"machine": "H10"}, "unknown device"),
+    "no machine": ({"machine": 8}, "the machine is a int"),
+    "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step failed: RuntimeError"),
+    "not a module": ({"model": lambda: 3}, "returned a int"),
+    "raises": ({"batch": lambda: 1 // 0}, "ZeroDivisionError"),
+    "names": ({"batch": {"a": X}}, "takes none of the batch's a"),
+    "closure": ({"model": _replaced()}, "cannot be copied"),
+    "job and batch": ({"model": job()}, "a Job has its own batch"),
+}
+
+
+@pytest.mark.parametrize(("given", "told"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_told_in_one_line(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(memfit.UserError) as error:
+        memfit.estimate(**{"model": net(), "batch": (X, Y), "loss": nn.CrossEntropyLoss()} | given)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_result_tells_itself() -> None:
+    found = memfit.estimate(job(), machine="H100-SXM")
+    assert found.allocated_bytes.low <= found.allocated_bytes.value <= found.allocated_bytes.high
+    assert sum(found.by_category.values()) == found.allocated_bytes.value
+    assert sum(found.by_module.values()) == found.allocated_bytes.value
+    assert max(found.by_phase.values()) == found.allocated_bytes.value
+    assert "fits" in str(found)
+    assert repr(found).startswith("<memfit.Prediction net, plain: allocated ")
+    page = found._repr_html_()
+    assert page.count("<tr>") == 4  # header, allocated, reserved, device
+    assert "light-dark(" in page
+    assert "optimizer state" in found.explain()
+    assert found.checkpoint_bytes["optimizer"] > found.checkpoint_bytes["model"]
+
+
+def test_html_escapes_what_the_user_named() -> None:
+    assert "<script>" not in memfit.estimate(job(name="<script>"))._repr_html_()
+
+
+def test_assert_fits_passes_or_tells_what_would() -> None:
+    wide = tiny.words(blocks=6)
+    need = memfit.assert_fits(wide, "24GiB").allocated_bytes.value
+    limit = int(1.05 * 0.6 * need) + 2 * 2**20
+    with pytest.raises(AssertionError) as error:
+        memfit.assert_fits(wide, limit)
+    text = str(error.value)
+    assert all(part in text for part in ("peak of", "alive then:", "by module:"))
+    suggested = text.rpartition("would fit: ")[2].partition(" (")[0]
+    assert suggested.startswith(("activation-checkpointing", "bf16-autocast"))
+    with pytest.raises(AssertionError, match="more than 1 B"):
+        memfit.assert_fits(net(), 1, batch=(X, Y), loss=nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"bf16": True, "gradient_accumulation_steps": 2},
+        {"optim": "adafactor"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["plain", "bf16 x 2", "adafactor", "checkpointing"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_trainers_step_is_as_measured(arguments: dict[str, Any], tmp_path: Path) -> None:
+    if (why := available()) is not None:
+        pytest.skip(f"no counting allocator: {why}")
+    pytest.importorskip("accelerate")
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    from hf_trainer import make_trainer
+
+    counter = CountingAllocator()
+    counter.install()
+    gc.collect()
+    before = counter.live_bytes()
+    trainer = make_trainer(str(tmp_path), **arguments)
+    found = memfit.from_trainer(trainer)
+    gc.collect()
+    counter.reset_peak()
+    trainer.train()
+    measured = counter.peak_bytes() - before
+    assert found.allocated_bytes.value == pytest.approx(measured, rel=0.01)
+
+
+def test_a_job_from_a_module_trains_on_real_tensors_too() -> None:
+    """Outside a fake mode the job builds a real copy, so that what was predicted can be run."""
+    from memfit.given import job_of
+
+    model = net()
+    step = TrainingStep(job_of(model, (X, Y), loss=nn.CrossEntropyLoss()), memfit.Plan())
+    before = model[0].weight.clone()
+    step.run((X, Y))
+    assert torch.equal(before, model[0].weight)
+    assert not torch.equal(before, step.model[0].weight)
