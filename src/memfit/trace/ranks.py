@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memfit.techniques.world import World, make_world
 from memfit.types.errors import MemfitError
@@ -34,7 +34,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
         )
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
-        with _without_values():
+        with _without_values(), _unseen_propagation():
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
@@ -47,6 +47,20 @@ def _without_values() -> Iterator[None]:
 
     with mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True):
         yield
+
+
+def _unseen_propagation() -> Any:
+    """DTensor works out the shapes of an operator's results on fake tensors of its own, once per operator
+    and shapes: no memory, and nothing a ledger should see."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    inner = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(self: ShardingPropagator, op_schema: Any) -> Any:
+        with _disable_current_modes():
+            return inner(self, op_schema)
+
+    return mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate)
 
 
 class GlooScratch(TorchDispatchMode):
