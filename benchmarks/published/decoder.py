@@ -32,7 +32,7 @@ class Dialect:
     fused_mlp: bool = False
 
 
-LITGPT = Dialect(norm="whole", rope="half", attention="sdpa", fused_qkv=True)
+LITGPT = Dialect(norm="early", rope="half", attention="sdpa", fused_qkv=True)
 TITAN = Dialect(norm="early", rope="complex", attention="sdpa", fused_qkv=False)
 TUNE = Dialect(norm="early", rope="complex", attention="sdpa", fused_qkv=False)
 HUGGING_FACE = Dialect(norm="early", rope="half", attention="flash", fused_qkv=False)

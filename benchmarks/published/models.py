@@ -12,6 +12,7 @@ from published.arch import Arch
 from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
 from published.losses import Loss
 from published.rows import Setup
+from published.vision import vit_job
 
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -26,6 +27,8 @@ def job_of(setup: Setup) -> Job:
     """Raises UserError where the row leaves out a size, or names a model that is not expressed here."""
     if setup.arch is None:
         raise UserError("the row and the public configurations do not say how large the model is")
+    if setup.code == "vision":
+        return vit_job(setup, setup.arch)
     if not setup.length or not setup.micro_batch:
         raise UserError("the row gives no sequence length or no micro-batch")
     if setup.code not in _DIALECTS:
