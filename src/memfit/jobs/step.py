@@ -44,15 +44,18 @@ class TrainingStep:
         *,
         device: str = "cpu",
         world: World | None = None,
-        on_ddp: Callable[[Any], None] | None = None,
+        on_built: Callable[[Workbench], None] = lambda bench: None,
     ) -> None:
+        """``on_built`` sees the workbench with the plain model, before any technique changes it."""
         check(plan)
         model = job.build_model()
         model.train()
         bench = Workbench(
             job=job, model=model, device=device, make_optimizer=default_optimizer(job.optimizer, device),
-            world=world or World(layout=layout(plan)), on_ddp=on_ddp,
+            world=world or World(layout=layout(plan)),
+            first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
         )  # fmt: skip
+        on_built(bench)
         for technique, use in in_order(plan):
             technique.apply(bench, use.settings)
         self.job, self.bench, self.model = job, bench, model
@@ -81,9 +84,8 @@ class TrainingStep:
         total = terms_per_rank or sum(terms)
         loss_sum: torch.Tensor | None = None
         for index in played(len(parts), micro_batches_played):
-            for tell in self.bench.before_micro_batch:
-                tell(index == len(parts) - 1)
-            loss = self._micro_step(parts[index], terms[index] / total, on_phase)
+            last = index == len(parts) - 1
+            loss = self._micro_step(parts[index], terms[index] / total, on_phase, last=last)
             loss_sum = loss if loss_sum is None else loss_sum + loss
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
@@ -107,15 +109,25 @@ class TrainingStep:
         for close in self.bench.closers:
             close()
 
-    def _micro_step(self, part: Any, share: float, on_phase: OnPhase) -> torch.Tensor:
+    def _micro_step(self, part: Any, share: float, on_phase: OnPhase, *, last: bool) -> torch.Tensor:
+        if self.bench.pipeline is not None:
+            parts = split(part, self.bench.pipeline.micro_batches)
+            terms = [self._terms(p) for p in parts]
+            pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
+            return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=last)
+        for tell in self.bench.before_micro_batch:
+            tell(last)
         on_phase(Phase.FORWARD)
-        with self.contexts():
-            loss = self.job.loss(self.bench.call or self.model, part)
-            _must_be_loss(loss)
-            weighted = loss * share if share != 1.0 else loss
+        weighted = self._weighted(self.bench.call or self.model, part, share)
         on_phase(Phase.BACKWARD)
         weighted.backward()
         return weighted.detach().float()
+
+    def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
+        with self.contexts():
+            loss = self.job.loss(model, part)
+            _must_be_loss(loss)
+            return loss * share if share != 1.0 else loss
 
     @contextlib.contextmanager
     def contexts(self) -> Iterator[None]:
@@ -131,7 +143,8 @@ class TrainingStep:
     def _grad_norm(self) -> torch.Tensor:
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
-        grads = [p.grad for p in self.bench.trainable() if p.grad is not None]
+        counted = (p for p in self.bench.trainable() if id(p) not in self.bench.counted_elsewhere)
+        grads = [p.grad for p in counted if p.grad is not None]
         if self.bench.world.mesh is not None:
             return global_norm(grads, self.bench.world)
         norms = [torch.linalg.vector_norm(g) for g in grads]

@@ -14,6 +14,7 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
+    from memfit.techniques.stages import Pipeline
     from memfit.types.job import Job
 
 
@@ -95,7 +96,9 @@ class Workbench:
     ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors lie: a prediction for CUDA is
     traced on fake CPU tensors. ``forward_contexts`` surround forward and loss of each micro-batch;
     ``before_micro_batch`` is told whether the micro-batch is the step's last. ``call`` is what the job's
-    loss gets as its model, where that is not the model itself.
+    loss gets as its model, where that is not the model itself. ``first_part(n)``: the first of n equal parts
+    of a batch. ``pipeline`` runs forward and backward where the plan has stages; ``ddp`` is DDP's wrapper;
+    ``counted_elsewhere`` are ids of tied parameters whose gradient another stage counts in the norm.
     """
 
     job: Job
@@ -108,6 +111,10 @@ class Workbench:
     before_micro_batch: list[Callable[[bool], None]] = dataclasses.field(default_factory=list)
     forward_contexts: list[Context] = dataclasses.field(default_factory=list)
     step_in_backward: bool = False
+    first_part: Callable[[int], Any] = lambda parts: None
+    pipeline: Pipeline | None = None
+    ddp: Any = None
+    counted_elsewhere: set[int] = dataclasses.field(default_factory=set)
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step

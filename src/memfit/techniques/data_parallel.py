@@ -38,7 +38,7 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         bucket_cap_mb=int(settings["bucket_mib"]),
         gradient_as_bucket_view=bool(settings["bucket_view"]),
     )
-    bench.call = _Forwarding(wrapped)
+    bench.call, bench.ddp = _Forwarding(wrapped), wrapped
     if bench.on_ddp is not None:
         bench.on_ddp(wrapped)
     if settings["sync"] == "last":
