@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from published.megatron import rank_jobs
 from published.models import job_of
 from published.rows import Setup
 
@@ -74,11 +75,21 @@ def _sharding(setup: Setup) -> list[object]:
 
 
 def predict(setup: Setup) -> Prediction:
+    if setup.code == "megatron" and setup.arch is not None:
+        return max(
+            (of_trace(trace(job, _recomputed(setup), device="cuda")) for job in rank_jobs(setup, setup.arch)),
+            key=lambda p: p.allocated_bytes,
+        )
     for name in ("tp", "pp", "cp", "ep"):
         if setup.ranks[name] > 1:
             raise UserError(f"{name} {setup.ranks[name]} is not expressed yet")
     traced = trace(job_of(setup), plan_of(setup), device="cuda", played=2)
     return of_trace(traced)
+
+
+def _recomputed(setup: Setup) -> Plan:
+    full = use("activation-checkpointing", every=1)
+    return Plan(uses=(full,) if setup.recompute == "full" else ())
 
 
 def of_trace(traced: Trace) -> Prediction:

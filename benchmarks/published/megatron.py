@@ -1,0 +1,467 @@
+"""One rank of a Megatron-LM run: its own slice of the weights, the tensors that Transformer Engine's (or, for
+fp16 runs before it, Megatron's own) modules keep, and the buffers of Megatron's optimizer.
+
+Weights are buffers and their gradients go straight into the float32 gradient buffer (gradient accumulation
+fusion), so autograd sees activations only. Read from megatron/core (transformer, tensor_parallel,
+distributed, optimizer) and transformer_engine/pytorch (module/layernorm_linear.py, attention).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from published.arch import Arch, Moe
+from published.rows import Setup
+from torch import nn
+
+from memfit.types.job import Job
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What one rank works on. ``length``: of a sequence on this rank before sequence parallelism splits it."""
+
+    length: int
+    batch: int
+    tensor: int
+    sequence_parallel: bool
+    context: int
+    experts_here: int
+    flash: bool
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensors between tensor-parallel parts."""
+        whole = self.length * self.batch
+        return whole // self.tensor if self.sequence_parallel else whole
+
+    @property
+    def whole_rows(self) -> int:
+        return self.length * self.batch
+
+
+class Weight(nn.Module):
+    """A weight, and the one scrap tensor of its shape that stands for its gradient (TE's get_dummy_wgrad)."""
+
+    def __init__(self, outputs: int, inputs: int, *, norm: bool = False, scraps: dict[Any, Any]) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(outputs, inputs))
+        self.norm, self.scraps = norm, scraps
+
+    def scrap(self) -> None:
+        key = tuple(self.weight.shape)
+        if key not in self.scraps:
+            self.scraps[key] = torch.empty_like(self.weight)  # type: ignore[arg-type]
+
+
+class _Linear(torch.autograd.Function):
+    """(Normalise,) gather along the sequence, multiply; backward gathers again for the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: Weight, shape: Shape, gather: bool, scatter: bool) -> torch.Tensor:
+        ctx.layer, ctx.shape, ctx.gather, ctx.scatter = layer, shape, gather, scatter
+        given = torch.empty_like(x) if layer.norm else x
+        statistics = x.new_empty(x.shape[0], dtype=torch.float32) if layer.norm else None
+        ctx.save_for_backward(x, given, statistics)
+        total = x.new_empty(shape.whole_rows, x.shape[1]) if gather else given
+        out = total @ layer.weight.t()
+        del total
+        return out.new_empty(shape.rows, out.shape[1]) if scatter else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, given, _ = ctx.saved_tensors
+        layer, shape = ctx.layer, ctx.shape
+        grad = grads[0].new_empty(shape.whole_rows, grads[0].shape[1]) if ctx.scatter else grads[0]
+        total = given.new_empty(shape.whole_rows, given.shape[1]) if ctx.gather else given
+        out = grad @ layer.weight
+        layer.scrap()
+        del total
+        if ctx.gather:
+            out = x.new_empty(x.shape)
+        return (torch.empty_like(x) if layer.norm else out), None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """Fused attention: query, key, value, output and one float32 per head and row are kept. ``apart``: the
+    output is exchanged between context-parallel ranks, and kept from before as well."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool) -> torch.Tensor:
+        out = q.new_empty(q.shape[0], width)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[0], heads, dtype=torch.float32))
+        return torch.empty_like(out) if apart else out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None
+
+
+class _Split(torch.autograd.Function):
+    """Rotated query and key and a contiguous value, all new; the fused projection is let go of."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: torch.Tensor, *widths: int) -> Any:
+        ctx.width = mixed.shape[1]
+        return tuple(mixed.new_empty(mixed.shape[0], w) for w in widths)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return (grads[0].new_empty(grads[0].shape[0], ctx.width), *[None] * len(grads))
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(wide)
+        return wide.new_empty(wide.shape[0], wide.shape[1] // 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+class _Gelu(_Swiglu):
+    @staticmethod
+    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(wide)
+        return torch.empty_like(wide)
+
+
+class _Vocabulary(torch.autograd.Function):
+    """Head and cross-entropy over this rank's part of the vocabulary. ``fused``: TE's kernel writes the
+    gradient over the logits; otherwise a float32 copy becomes softmax and gradient in place."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, layer: Weight, shape: Shape, fused: bool) -> torch.Tensor:
+        ctx.layer, ctx.shape = layer, shape
+        gather = shape.sequence_parallel and shape.tensor > 1
+        total = hidden.new_empty(shape.whole_rows, hidden.shape[1]) if gather else hidden
+        logits = total @ layer.weight.t()
+        kept = logits if fused else logits.float()
+        ctx.kept = kept
+        ctx.save_for_backward(hidden)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (hidden,) = ctx.saved_tensors
+        shape, layer = ctx.shape, ctx.layer
+        grad = ctx.kept.to(hidden.dtype)
+        ctx.kept = None
+        out = grad @ layer.weight
+        wasted = torch.empty_like(layer.weight)  # Megatron's own linear makes this one each time
+        if shape.sequence_parallel and shape.tensor > 1:
+            out = torch.empty_like(hidden)
+        del wasted
+        return out, None, None, None
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, layer: Weight, shape: Shape) -> torch.Tensor:
+        ctx.layer = layer
+        whole = layer.weight.new_empty(shape.whole_rows, layer.weight.shape[1])
+        return whole.new_empty(shape.rows, whole.shape[1]) if shape.rows != shape.whole_rows else whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        dense = torch.empty_like(ctx.layer.weight)  # then added to the float32 buffer
+        del dense
+        return grads[0].new_empty(1), None, None
+
+
+class _Sent(torch.autograd.Function):
+    """A stage's output goes to the next stage and is let go of; its gradient arrives in a new buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+        ctx.shape, ctx.dtype = out.shape, out.dtype
+        return out.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0].new_empty(ctx.shape, dtype=ctx.dtype)
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, shape: Shape, width: int) -> torch.Tensor:
+        return anchor.new_empty(shape.rows, width, dtype=shape.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0].new_empty(1, dtype=torch.float32), None, None
+
+
+class _Experts(torch.autograd.Function):
+    """Tokens permuted and exchanged, grouped products of the local experts, and back: what the all-to-all
+    dispatcher with fused permutation and TE's grouped linear keep."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, up: Weight, down: Weight, routed: int) -> torch.Tensor:
+        ctx.up, ctx.down = up, down
+        permuted = x.new_empty(routed, x.shape[1])
+        arrived = torch.empty_like(permuted)
+        del permuted
+        wide = x.new_empty(routed, up.weight.shape[0])
+        act = x.new_empty(routed, down.weight.shape[1])
+        out = torch.empty_like(arrived)
+        ctx.save_for_backward(arrived, wide, act, out)
+        back = torch.empty_like(out)
+        result = torch.empty_like(x)
+        del back
+        ctx.rows = x.shape
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        arrived, wide, act, out = ctx.saved_tensors
+        grad = torch.empty_like(out)
+        there = torch.empty_like(grad)
+        del grad
+        inner = torch.empty_like(act)
+        ctx.down.scrap()
+        del there
+        outer = torch.empty_like(wide)
+        del inner
+        home = torch.empty_like(arrived)
+        ctx.up.scrap()
+        del outer, home
+        return grads[0].new_empty(ctx.rows), None, None, None
+
+
+class Layer(nn.Module):
+    def __init__(self, arch: Arch, shape: Shape, sparse: bool, scraps: dict[Any, Any]) -> None:
+        super().__init__()
+        self.arch, self.shape = arch, shape
+        tensor = shape.tensor
+        self.query = arch.heads * arch.head_dim // tensor
+        self.key = max(1, arch.kv_heads // tensor) * arch.head_dim
+        self.gates = 2 if arch.mlp == "swiglu" else 1
+        make: Any = lambda o, i, **k: Weight(o, i, scraps=scraps, **k)  # noqa: E731
+        if arch.mla:
+            self._latent(make)
+        else:
+            self.qkv = make(self.query + 2 * self.key, arch.hidden, norm=True)
+            self.out = make(arch.hidden, self.query)
+        self.moe: Moe | None = arch.moe if sparse else None
+        if self.moe is None:
+            self.up = make(self.gates * arch.ffn // tensor, arch.hidden, norm=True)
+            self.down = make(arch.hidden, arch.ffn // tensor)
+            return
+        self.norm = make(1, arch.hidden)
+        self.router = make(self.moe.experts, arch.hidden)
+        self.experts_up = nn.ModuleList(make(2 * self.moe.ffn, arch.hidden) for _ in range(shape.experts_here))
+        self.experts_down = nn.ModuleList(make(arch.hidden, self.moe.ffn) for _ in range(shape.experts_here))
+        if self.moe.shared_ffn:
+            self.up = make(2 * self.moe.shared_ffn // tensor, arch.hidden)
+            self.down = make(arch.hidden, self.moe.shared_ffn // tensor)
+
+    def _latent(self, make: Any) -> None:
+        mla, arch, heads = self.arch.mla, self.arch, self.arch.heads // self.shape.tensor
+        assert mla is not None
+        self.norm_in = make(1, arch.hidden)
+        self.query_down = make(mla.q_rank, arch.hidden)
+        self.query_up = make(heads * (mla.nope + mla.rope), mla.q_rank, norm=True)
+        self.key_down = make(mla.kv_rank + mla.rope, arch.hidden)
+        self.key_up = make(heads * (mla.nope + mla.value), mla.kv_rank, norm=True)
+        self.out = make(arch.hidden, heads * mla.value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended = self._attend_latent(x) if self.arch.mla else self._attend(x)
+        x = x + attended
+        return x + self._feed(x)
+
+    def _linear(self, x: torch.Tensor, layer: Weight, *, gather: bool = False, scatter: bool = False) -> torch.Tensor:
+        parallel = self.shape.sequence_parallel and self.shape.tensor > 1
+        out: torch.Tensor = _Linear.apply(x, layer, self.shape, gather and parallel, scatter and parallel)
+        return out
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self._linear(x, self.qkv, gather=True)
+        q, k, v = _Split.apply(mixed, self.query, self.key, self.key)
+        del mixed
+        return self._linear(self._core(q, k, v, self.query), self.out, scatter=True)
+
+    def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int) -> torch.Tensor:
+        heads = self.arch.heads // self.shape.tensor
+        if self.shape.flash:
+            out: torch.Tensor = _Attention.apply(q, k, v, heads, width, self.shape.context > 1)
+            return out
+        return _unfused(q, k, v, heads, self.shape)
+
+    def _attend_latent(self, x: torch.Tensor) -> torch.Tensor:
+        mla, heads = self.arch.mla, self.arch.heads // self.shape.tensor
+        assert mla is not None
+        normed = _Normed.apply(x)
+        query = self._linear(self._linear(normed, self.query_down), self.query_up, gather=True)
+        latent = self._linear(normed, self.key_down)
+        pair = self._linear(latent[:, : mla.kv_rank].contiguous(), self.key_up, gather=True)
+        q = _Split.apply(query, heads * (mla.nope + mla.rope))[0]
+        k, v = _Split.apply(pair, heads * (mla.nope + mla.rope), heads * mla.value)
+        del query, pair, latent, normed
+        return self._linear(self._core(q, k, v, heads * mla.value), self.out, scatter=True)
+
+    def _feed(self, x: torch.Tensor) -> torch.Tensor:
+        if self.moe is None:
+            return self._dense(x)
+        normed = _Normed.apply(x)
+        scores = normed.float()  # the router's input, in float32
+        routed = math.ceil(self.shape.rows * self.moe.top_k)
+        out: torch.Tensor = _Experts.apply(normed, self._joined("experts_up"), self._joined("experts_down"), routed)
+        del scores
+        return out + self._dense(normed) if self.moe.shared_ffn else out
+
+    def _joined(self, name: str) -> Weight:
+        return getattr(self, name)[0]  # type: ignore[no-any-return]
+
+    def _dense(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self._linear(x, self.up, gather=True)
+        act = (_Swiglu if self.gates == 2 else _Gelu).apply(wide)
+        del wide
+        return self._linear(act, self.down, scatter=True)
+
+
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[0], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, shape: Shape) -> torch.Tensor:
+    """Scores, softmax and dropout as tensors: two of half precision and a mask a score are kept."""
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.view(shape.length, shape.batch * heads, -1).transpose(0, 1)
+
+    scores = split(q) @ split(k).transpose(1, 2)
+    weights = torch.softmax(scores, dim=-1)
+    del scores
+    dropped = torch.native_dropout(weights, 0.1, True)[0]
+    return (dropped @ split(v)).transpose(0, 1).reshape(q.shape[0], -1)
+
+
+class Rank(nn.Module):
+    """A pipeline stage of one rank, with parameters, gradients and optimizer state as Megatron lays them out."""
+
+    def __init__(self, arch: Arch, shape: Shape, stage: Stage) -> None:
+        super().__init__()
+        self.shape, self.stage, self.width = shape, stage, arch.hidden
+        scraps: dict[Any, Any] = {}
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        vocab = -(-arch.vocab // (128 * shape.tensor)) * 128
+        if stage.first:
+            self.embed = Weight(vocab, arch.hidden, scraps=scraps)
+        dense = arch.moe.dense_layers if arch.moe else arch.layers
+        self.blocks = nn.ModuleList(
+            Layer(arch, shape, index >= dense and arch.moe is not None, scraps) for index in stage.layers
+        )
+        if stage.last:
+            self.head = Weight(vocab, arch.hidden, scraps=scraps)
+        stage.claim(self)
+
+    def forward(self) -> torch.Tensor:
+        x = _Embed.apply(self.anchor, self.embed, self.shape) if self.stage.first else _Received.apply(self.anchor, self.shape, self.width)
+        for block in self.blocks:
+            x = block(x)
+        if not self.stage.last:
+            return _Sent.apply(x)  # type: ignore[no-any-return]
+        return _Vocabulary.apply(_Normed.apply(x), self.head, self.shape, self.stage.fused_loss)  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """``layers`` of one chunk; ``chunks`` on this rank, of which ``in_flight`` micro-batches wait for their
+    backward. ``shards``, ``expert_shards``: over how many ranks the optimizer's state is split."""
+
+    layers: range
+    chunks: int
+    in_flight: int
+    first: bool
+    last: bool
+    fused_loss: bool
+    shards: int
+    expert_shards: int
+    grad_bytes: int
+
+    def claim(self, model: Rank) -> None:
+        """Gradient buffer, float32 master and the two moments."""
+        dense = expert = 0
+        for name, buffer in list(model.named_buffers()):
+            if "experts_" in name:
+                expert += buffer.numel()
+            else:
+                dense += buffer.numel()
+        blocks = sum(b.numel() for n, b in model.named_buffers() if n.startswith("blocks"))
+        more = (self.chunks - 1) * blocks  # the other chunks of an interleaved schedule
+        model.register_buffer("other_chunks", torch.empty(more))
+        grads = torch.empty((dense + more + expert) * self.grad_bytes, dtype=torch.uint8)
+        model.register_buffer("gradients", grads)
+        own = -(-(dense + more) // self.shards) + -(-expert // self.expert_shards)
+        model.register_buffer("optimizer_state", torch.empty(3 * own, dtype=torch.float32))
+
+
+def stages_of(setup: Setup, arch: Arch) -> list[Stage]:
+    """First and last pipeline stage; one where there is no pipeline."""
+    degree, virtual = setup.ranks["pp"], setup.ranks["vp"]
+    each = -(-arch.layers // (degree * virtual))
+    data = setup.ranks["dp"] * setup.ranks["cp"]
+    zero = setup.sharding in ("zero1", "zero2")
+    text = f"{setup.row['notes']} {setup.row['attn_impl']}".lower()
+    found = []
+    for rank in sorted({0, degree - 1}):
+        warmup = (degree - rank - 1) * 2 + (virtual - 1) * degree if virtual > 1 else degree - rank - 1
+        found.append(
+            Stage(
+                layers=range(rank * each, min(arch.layers, (rank + 1) * each)), chunks=virtual,
+                in_flight=min(warmup + 1, setup.micro_batches * virtual), first=rank == 0,
+                last=rank == degree - 1, fused_loss="ce fusion" in text, shards=data if zero else 1,
+                expert_shards=max(1, data // setup.ranks["ep"]) if zero else 1, grad_bytes=4,
+            )
+        )  # fmt: skip
+    return found
+
+
+def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
+    """A job for each rank that differs."""
+    dtype = getattr(torch, setup.compute)
+    attention = setup.row["attn_impl"].lower()
+    shape = Shape(
+        length=setup.length // setup.ranks["cp"], batch=setup.micro_batch, tensor=setup.ranks["tp"],
+        sequence_parallel=setup.sequence_parallel, context=setup.ranks["cp"],
+        experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
+        flash="unfused" not in attention, dtype=dtype,
+    )  # fmt: skip
+    return [_job(setup, arch, shape, stage) for stage in stages_of(setup, arch)]
+
+
+def _job(setup: Setup, arch: Arch, shape: Shape, stage: Stage) -> Job:
+    waiting: list[torch.Tensor] = []
+
+    def build() -> nn.Module:
+        from published.models import default_dtype
+
+        with default_dtype(str(shape.dtype).removeprefix("torch.")):
+            return Rank(arch, shape, stage)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        waiting.clear()
+        waiting.extend(model() for _ in range(stage.in_flight - 1))
+        out: torch.Tensor = model()
+        return out
+
+    return Job(
+        name=setup.id, build_model=build, make_batch=lambda step, seed: torch.zeros(1, 1, dtype=torch.int64),
+        loss=loss, batch_size=1, blocks="blocks",
+    )  # fmt: skip
