@@ -42,7 +42,7 @@ TRACE = Trace(
         ),
     ),
 )  # fmt: skip
-COMMANDS = ("poc", "plan", "explain", "run", "report", "jobs", "techniques", "doctor")
+COMMANDS = ("poc", "plan", "explain", "run", "lengths", "report", "jobs", "techniques", "doctor")
 
 
 class FakePipeline(SimpleNamespace):

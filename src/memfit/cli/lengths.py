@@ -1,0 +1,112 @@
+"""``memfit lengths``: what the lengths in real data mean for memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memfit.cli.options import JsonOptions, MachineOptions
+from memfit.cli.output import emit, print_table
+from memfit.cli.quiet import quiet_libraries
+from memfit.cli.request import machine_of
+from memfit.types.job import JobRef
+from memfit.types.plan import Plan
+from memfit.types.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import memfit.lengths
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LengthOptions:
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="One length a line, or .fasta[.gz], .csv or .npz."),
+    ]
+    job: Annotated[
+        str, typer.Option(metavar="JOB", help="A built-in job, FILE.py:NAME, or hf:PATH_OR_NAME.")
+    ] = "protein-lm"
+    size: Annotated[str | None, typer.Option(metavar="NAME", help="The job's size.")] = None
+    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Sequences per optimizer step.")] = (
+        None
+    )
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="For example 24GiB. Default: the machine's.")
+    ] = None
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="A plan file. Default: plain training.")
+    ] = None
+    column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which column of a .csv or array of an .npz.")
+    ] = None
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Longer sequences are cut to this.")
+    ] = None
+    extra_tokens: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Special tokens added to each sequence.")
+    ] = 0
+
+
+def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> None:
+    """Tell what the lengths in your data mean for memory.
+
+    The peak by padded length, the chance to run out per step and per epoch, the batch to try first, and
+    which way of batching saves most.
+    """
+    cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
+    machine = machine_of(on.on, "world")
+    quiet_libraries()
+    import memfit.lengths as house
+    from memfit.jobs.registry import load, names
+    from memfit.techniques.planfile import read_plan
+
+    values = house.read_lengths(options.file, column=options.column) + options.extra_tokens
+    values = values.clip(max=options.max_length) if options.max_length else values
+    size = options.size
+    if options.job in names() and "@" not in (size or ""):
+        size = f"{size or 'tiny'}@{max(16, int(values.max()))}"  # positions for the longest
+    job = load(JobRef(spec=options.job, size=size, batch=options.batch))
+    found = house.report(
+        job, values, batch=options.batch or job.batch_size, machine=machine,
+        plan=read_plan(options.plan) if options.plan else Plan(),
+        cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
+    )  # fmt: skip
+    if output.json:
+        emit(found)
+    else:
+        _print(found)
+
+
+def _print(found: memfit.lengths.LengthReport) -> None:
+    print(f"{found.sequences} sequences, {found.batch} a step, the longest {found.longest}")
+    print_table(("padded length", "predicted peak"), _sizes(found.curve_bytes.items()))
+    print_table(("random batches", "predicted peak"), _sizes(found.quantile_bytes.items()))
+    worst = max(abs(h.error_ratio) for h in found.held_out)
+    print(f"on {len(found.held_out)} shapes that were not fitted: off by at most {worst:.2%}")
+    fits = f"up to length {found.fits_up_to}" if found.fits_up_to else "at no length of the data"
+    print(
+        f"fits {format_bytes(found.cap_bytes)} {fits}, with {format_bytes(found.margin_bytes)} beside tensors"
+    )
+    print(f"chance to run out: {found.oom_per_step:.3g} a step, {found.oom_per_epoch:.3g} an epoch")
+    print(
+        f"try first the sequences {', '.join(map(str, found.first[:8]))}{' ...' if found.batch > 8 else ''}"
+    )
+    print_table(
+        ("batching", "highest peak", "fits", "steps", "padding", "attention wasted"),
+        (
+            (
+                b.name, format_bytes(b.peak_bytes), "yes" if b.fits else "no", str(b.steps),
+                f"{b.wasted_ratio:.1%}", f"{b.attention_wasted_ratio:.1%}",
+            )
+            for b in found.batchings
+        ),
+    )  # fmt: skip
+    print(f"{found.best} saves most")
+
+
+def _sizes(pairs: Iterable[tuple[object, int]]) -> Iterable[tuple[str, str]]:
+    return ((str(name), format_bytes(size)) for name, size in pairs)
