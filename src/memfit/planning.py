@@ -264,5 +264,6 @@ def _merged(old: Calibration, new: Calibration) -> Calibration:
         overhead_s=min(overheads),
         op_s={**old.op_s, **new.op_s},
         op_peak_bytes={**old.op_peak_bytes, **new.op_peak_bytes},
+        op_kept_bytes={**old.op_kept_bytes, **new.op_kept_bytes},
         took_s=old.took_s + new.took_s,
     )

@@ -41,6 +41,7 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     """Levels between operators, and inside those operators whose own peak was probed."""
+    trace = _with_kept(trace, calibration)
     clock, live = levels(trace)
     phase_peak, peaks = Counter[str](), []
     for span in trace.spans:
@@ -87,6 +88,24 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
         step=op.step, module=op.module, op=op.op,
     )  # fmt: skip
     return dataclasses.replace(trace, allocations=(*trace.allocations, inside))
+
+
+def _with_kept(trace: Trace, calibration: Calibration) -> Trace:
+    """Workspaces that forward hands to backward, empty on fake tensors, in the size that a probe found."""
+    if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
+        return trace
+    empty = {(a.op, a.start): a for a in trace.allocations if not a.size_bytes}
+    sizes: dict[int, int] = {}
+    for op in trace.ops:
+        kept = calibration.op_kept_bytes.get(op.signature)
+        starts = [start for name, start in empty if name == op.op and start > op.clock]
+        if kept and starts:
+            sizes[min(starts)] = kept
+    allocations = (
+        dataclasses.replace(a, size_bytes=sizes[a.start]) if a.start in sizes else a
+        for a in trace.allocations
+    )
+    return dataclasses.replace(trace, allocations=tuple(allocations))
 
 
 def _inside(

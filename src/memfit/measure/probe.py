@@ -11,13 +11,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from memfit.measure.memory import PeakCounter
 from memfit.types.machine import Calibration
 
+_RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
 _REPEATS = 5
 _OP_LIMIT_S = 0.1  # no single operator may eat the budget
 _MATMUL_SIZE = 1024
@@ -31,11 +32,14 @@ def calibrate(signatures: Iterable[str], *, budget_s: float, counter: PeakCounte
     bandwidth, overhead_s = _copy_bytes_s(), _overhead_s()
     op_s: dict[str, float] = {}
     op_peak: dict[str, int] = {}
+    op_kept: dict[str, int] = {}
     for signature in signatures:
         if time.perf_counter() - begun > budget_s:
             break
         if (found := probe(signature, counter)) is not None:
-            op_s[signature], op_peak[signature] = found
+            op_s[signature], op_peak[signature] = found.seconds, found.peak_bytes
+            if found.kept_bytes:
+                op_kept[signature] = found.kept_bytes
     return Calibration(
         threads=torch.get_num_threads(),
         overhead_s=overhead_s,
@@ -44,23 +48,56 @@ def calibrate(signatures: Iterable[str], *, budget_s: float, counter: PeakCounte
         disk_bytes_s=_disk_bytes_s(),
         op_s=op_s,
         op_peak_bytes=op_peak,
+        op_kept_bytes=op_kept,
         took_s=time.perf_counter() - begun,
     )
 
 
-def probe(signature: str, counter: PeakCounter) -> tuple[float, int] | None:
-    """(seconds of one call, bytes at its own peak); None where the operator cannot be run alone."""
+class Probed(NamedTuple):
+    """One operator alone: the time of a call, the bytes at its own peak, and those of them that are a
+    kernel's workspace for backward, whose size fake tensors do not know."""
+
+    seconds: float
+    peak_bytes: int
+    kept_bytes: int = 0
+
+
+def probe(signature: str, counter: PeakCounter) -> Probed | None:
+    """None where the operator cannot be run alone."""
     try:
-        name, args, kwargs = json.loads(signature)
-        call, inputs = _operator(name), (_real(args), {k: _real(v) for k, v in kwargs.items()})
-        with torch.no_grad():
-            before = counter.live_bytes()
-            counter.reset_peak()
-            call(*inputs[0], **inputs[1])
-            peak = counter.peak_bytes() - before
-            return _best_s(lambda: call(*inputs[0], **inputs[1])), peak
+        call, args, kwargs = ready(signature)
+        before = counter.live_bytes()
+        counter.reset_peak()
+        out = call(*args, **kwargs)  # no input asks for a gradient; kernels that look see training
+        peak = counter.peak_bytes() - before
+        kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
+        del out
+        return Probed(_best_s(lambda: call(*args, **kwargs)), peak, kept)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
         return None  # an argument that JSON cannot carry, or values the kernel refuses
+
+
+def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """(operator, real arguments, keyword arguments), to be called."""
+    name, args, kwargs = json.loads(signature)
+    inputs = [_real(a) for a in args]
+    if name == _RNN_BACKWARD:
+        inputs = _after_forward(inputs)
+    return _operator(name), inputs, {k: _real(v) for k, v in kwargs.items()}
+
+
+def _after_forward(inputs: list[Any]) -> list[Any]:
+    """oneDNN's recurrent backward reads the workspace that its forward wrote; anything else crashes it."""
+    *tensors, reverse, mode, hidden, layers, biases, train, both, sizes, first, _ = inputs
+    out, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
+        *tensors[:7], reverse, sizes, mode, hidden, layers, biases, both, first, train
+    )
+    ends = (reverse, mode, hidden, layers, biases, train, both, sizes, first, workspace)
+    return [*tensors[:7], out, hy, cy, *tensors[10:], *ends]
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    return [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
 
 
 def _best_s(call: Callable[[], Any]) -> float:

@@ -1,23 +1,31 @@
 """What fake tensors cannot know: values read out of them, and shapes that depend on values.
 
-A job gives bounds for these (``Job.bound``); without one, ``.item()`` gets a harmless answer and a
-data-dependent shape is the user's to bound. Everything assumed is told in ``assumptions``.
+What the batch alone decides is taken from its values (`shadows`). For the rest a job gives bounds
+(``Job.bound``); without one, ``.item()`` gets a harmless answer and a data-dependent shape is the user's
+to bound. Everything assumed is told in ``assumptions``.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    unset_fake_temporarily,
+)
 
 from memfit.trace.lines import user_line
+from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
+_REJECTIONS = 16  # answers of True to one line of one call before it hears False
 _LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never ends
 
 
@@ -27,19 +35,24 @@ class Guesses:
 
     def __init__(self, bound: Bound | None = None) -> None:
         self.bound = bound
+        self.shadows = Shadows()
         self.assumptions: dict[str, None] = {}
         self.scratch: list[torch.Tensor] = []
         self._asked: Counter[str] = Counter()
+        self._loop: tuple[int, int, int] = (0, 0, 0)
 
-    def item(self, tensor: torch.Tensor, *, told: bool) -> bool | int | float:
-        """A value for ``.item()``: the bound of its line (or of "item"), else True, 1 or 1.0, which keep
-        ordinary code going. An optimizer reads its own step count, which is not ``told``.
+    def item(self, tensor: torch.Tensor, *, told: bool, value: Any = None) -> bool | int | float:
+        """A value for ``.item()``: what the batch says (``value``), the bound of its line (or of "item"),
+        else True, 1 or 1.0, which keep ordinary code going. What the optimizer and the model's
+        construction ask is not ``told``.
 
         A bool's bound says how often the line hears True before it hears False. Raises UserError where a
         line without one goes on asking."""
-        truth = tensor.dtype == torch.bool
+        truth, floating = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         if not told:
-            return True if truth else 1.0 if tensor.dtype.is_floating_point else 1
+            if value is not None:
+                return value  # type: ignore[no-any-return]
+            return not self._rejects() if truth else 1.0 if floating else 1
         where = user_line()
         found = self._given("item", where)
         self._asked[where] += 1
@@ -48,14 +61,26 @@ class Guesses:
                 f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
                 allowed="Job(bound={" + repr(where or "item") + ": how often it runs})",
             )
-        answer: bool | int | float = 1.0 if tensor.dtype.is_floating_point else 1
+        answer: bool | int | float = 1.0 if floating else 1
         if truth:
             answer = found is None or self._asked[where] % (int(found) + 1) != 0
         elif found is not None:
-            answer = found if tensor.dtype.is_floating_point else int(found)
+            answer = found if floating else int(found)
+        if found is None and value is not None:
+            answer, source = value, ", as in the first batch"
+        else:
+            source = ""
         if not (truth and found):
-            self._tell(f".item() on {tensor.dtype} answered {answer}", where)
+            self._tell(f".item() on {tensor.dtype} answered {answer}{source}", where)
         return answer
+
+    def _rejects(self) -> bool:
+        """Whether one call asks the same line again and again: initialisers that draw until all is in
+        range, such as trunc_normal_, must come to an end."""
+        frame = sys._getframe(3)  # past item and the dispatcher
+        place, count = (id(frame), frame.f_lineno), self._loop[2]
+        self._loop = (*place, count + 1 if self._loop[:2] == place else 0)
+        return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """The operator on fake tensors, with bounds for what depends on data."""
@@ -68,18 +93,22 @@ class Guesses:
         except (DynamicOutputShapeException, DataDependentOutputException):
             raise _unbounded(func.overloadpacket.__name__, user_line()) from None
 
-    def size(self, op: str, most: int, *, default: float | None = None) -> int:
-        """Elements that ``op`` gives, of ``most`` possible ones. Raises UserError without a bound."""
+    def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
+        """Elements that ``op`` gives, of ``most`` possible ones: the bound, else ``count`` of the values
+        that decide. Raises UserError where there is neither."""
         where = user_line()
         found = self._given(op, where)
         if found is None and isinstance(self.bound, int | float):
             found = self.bound
+        source = ""
         if found is None:
-            found = default
-        if found is None:
-            raise _unbounded(op, where)
+            real = self.shadows.of(decided)
+            if real is None:
+                raise _unbounded(op, where)
+            with torch.no_grad(), unset_fake_temporarily():
+                found, source = int(count(real)), ", as in the first batch"
         size = math.ceil(found * most) if isinstance(found, float) else found
-        self._tell(f"{op} gave {size} of {most} elements", where)
+        self._tell(f"{op} gave {size} of {most} elements{source}", where)
         return size
 
     def _given(self, op: str, where: str) -> int | float | None:
@@ -96,12 +125,12 @@ class Guesses:
         indices: list[Any] = []
         for index in args[1]:
             if _is_mask(index):
-                size = self.size("nonzero", index.numel(), default=None if reads else 1.0)
+                size = self.size("nonzero", index.numel(), index, torch.count_nonzero)
                 self.scratch.append(torch.empty(size, index.dim(), dtype=torch.int64))
                 indices += self.scratch[-1].unbind(1)
             else:
                 indices.append(index)
-        return (args[0], indices, *args[2:]) if reads else args
+        return (args[0], indices, *args[2:])
 
 
 def _is_mask(index: Any) -> bool:
@@ -109,34 +138,33 @@ def _is_mask(index: Any) -> bool:
 
 
 def _unbounded(op: str, where: str) -> UserError:
-    key = where or op
     return UserError(
-        f"{op}" + (f" at {where}" if where else "") + " has a size that depends on the data",
-        allowed=f"Job(bound={{{key!r}: N}}), N elements or a share such as 0.5",
+        op + (f" at {where}" if where else "") + " has a size that depends on the data",
+        allowed=f"Job(bound={{{where or op!r}: N}}), N elements or a share such as 0.5",
     )
 
 
 def _nonzero(self: Guesses, x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(self.size("nonzero", x.numel()), x.dim(), dtype=torch.int64)
+    size = self.size("nonzero", x.numel(), x, torch.count_nonzero)
+    return torch.empty(size, x.dim(), dtype=torch.int64)
 
 
 def _masked_select(self: Guesses, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     most = math.prod(torch.broadcast_shapes(x.shape, mask.shape))
-    return x.new_empty(self.size("masked_select", most))
+    times = most // max(1, mask.numel())
+    return x.new_empty(self.size("masked_select", most, mask, lambda real: real.count_nonzero() * times))
 
 
 def _unique(
     self: Guesses,
     x: torch.Tensor,
-    sorted: bool = True,  # noqa: A002 - torch's name
+    ordered: bool = True,
     return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    size = self.size("unique", x.numel())
-    long = [
-        x.new_empty(n, dtype=torch.int64) for n in (x.shape if return_inverse else 0, size * return_counts)
-    ]
-    return (x.new_empty(size), *long)
+    size = self.size("unique", x.numel(), x, lambda real: real.unique().numel())
+    shapes = (x.shape if return_inverse else 0, size * return_counts)
+    return (x.new_empty(size), *(x.new_empty(n, dtype=torch.int64) for n in shapes))
 
 
 def _unique_consecutive(
@@ -151,11 +179,11 @@ def _unique_dim(
     self: Guesses,
     x: torch.Tensor,
     dim: int,
-    sorted: bool = True,  # noqa: A002 - torch's name
+    ordered: bool = True,
     return_inverse: bool = False,
     return_counts: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    size = self.size("unique", x.shape[dim])
+    size = self.size("unique", x.shape[dim], x, lambda real: real.unique(dim=dim).shape[dim])
     shape = list(x.shape)
     inverse = x.new_empty(shape[dim] * return_inverse, dtype=torch.int64)
     shape[dim] = size
@@ -163,13 +191,14 @@ def _unique_dim(
 
 
 def _bincount(self: Guesses, x: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
-    size = max(minlength, self.size("bincount", x.numel(), default=0.0 if minlength else None))
-    return torch.empty(size, dtype=torch.int64 if weights is None else weights.dtype)
+    size = max(minlength, self.size("bincount", x.numel(), x, lambda real: real.max() + 1))
+    return torch.empty(size, dtype=torch.int64 if weights is None else torch.float64)
 
 
 def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any = None) -> torch.Tensor:
-    size = output_size if output_size is not None else self.size("repeat_interleave", repeats.numel())
-    return repeats.new_empty(size)
+    if output_size is None:
+        output_size = self.size("repeat_interleave", repeats.numel(), repeats, torch.sum)
+    return repeats.new_empty(output_size)
 
 
 def _equal(self: Guesses, *args: Any, **kwargs: Any) -> bool:

@@ -7,29 +7,31 @@ alignment; 512 B on CUDA, the caching allocator's smallest block).
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
-from torch.utils.flop_counter import flop_registry
 
+from memfit.trace import operators
 from memfit.trace.guesses import Guesses
 from memfit.trace.lines import ModuleStack, newest_node, running_node, user_line
-from memfit.trace.signature import describe, moved_bytes
+from memfit.trace.operators import tensors_in
+from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
-from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan
-
-GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
 
 @dataclasses.dataclass(slots=True)
@@ -46,32 +48,12 @@ class _Life:
     category: Category | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Fact:
-    """What is always true of an operator; ``silent`` ones do no work and make no storage."""
-
-    name: str
-    silent: bool
-    resizes: bool
-    count: Callable[..., int] | None  # of floating-point operations
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Work:
-    """What equal calls of an operator share."""
-
-    signature: str
-    dtype: str
-    flops: int
-    moved_bytes: int
-
-
 class Ledger(TorchDispatchMode):
     """Enter inside a FakeTensorMode. ``phase()`` marks the step's phases; ``label()`` names storages."""
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.granularity_bytes = GRANULARITY_BYTES[device]
+        self.device = device
         self.lines = lines
         self.clock = 0
         self.step = 0
@@ -79,13 +61,16 @@ class Ledger(TorchDispatchMode):
         self.lives: list[_Life] = []
         self.spans: list[PhaseSpan] = []
         self.modules = ModuleStack()
+        self.shadows = Shadows()
         self.guesses = guesses or Guesses()
+        self.guesses.shadows = self.shadows
         self.offloaded_bytes = 0
         self.paused = False
+        self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
-        self._calls: list[tuple[int, str, _Work, Phase, int, str]] = []
-        self._works: dict[Any, _Work] = {}
+        self._calls: list[tuple[int, str, operators.Work, Phase, int, str]] = []
+        self._works: dict[Any, operators.Work] = {}
         self._sole = sole_counts()
         self._line_of_node: dict[int, str] = {}
 
@@ -94,6 +79,7 @@ class Ledger(TorchDispatchMode):
     def phase(self, phase: Phase) -> None:
         self._close_span()
         self.current = phase
+        self.shadows.on = self.shadows.seeded and phase is not Phase.OPTIMIZER
 
     def next_step(self) -> None:
         self.step += 1
@@ -118,7 +104,7 @@ class Ledger(TorchDispatchMode):
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage has grown or shrunk in place: the old block's life ends, the new one's begins."""
         known = self._known.get(storage._cdata)
-        size_bytes = self._rounded(storage.nbytes())
+        size_bytes = storage.nbytes()
         if known is None or known[0]() is None or known[1].size_bytes == size_bytes:
             return
         reference, old = known
@@ -135,23 +121,46 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # its inner operators come here one by one
         if self.paused:
             return func(*args, **kwargs)
-        fact = _fact(func)
+        if (
+            FakeTensor not in types
+            and func is not operators.LIFT
+            and any(isinstance(a, torch.Tensor) for a in args)
+        ):
+            with no_dispatch():
+                return func(*args, **kwargs)  # real tensors, such as a device mesh, have values to look at
+        values = self.shadows.compute(func, args, kwargs) if self.shadows.may_follow(args) else None
+        if func is operators.ITEM:
+            told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
+            return self.guesses.item(args[0], told=told, value=values)
+        fact = operators.fact(func)
         if fact.silent:
             out = func(*args, **kwargs)
-            if func in _MAKERS:
+            if func in operators.MAKERS:
                 self._note(out, fact.name, self.modules.name(self.current))
-            return out
-        if func is _ITEM:
-            return self.guesses.item(args[0], told=self.current not in (Phase.OPTIMIZER, Phase.SETUP))
+        else:
+            out = self._watched(func, fact, args, kwargs)
+        if values is not None and func not in operators.MAKERS:
+            self.shadows.attach(out, values)
+        return out
+
+    def _watched(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any) -> Any:
+        """An operator that works: its outputs' storages and its cost go on record."""
         module = self.modules.name(self.current)
         owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
         module = module or (owners[0] if len(owners) == 1 else "")
         before = self.clock
         self.clock += 1
-        if func is _ADD and self.current is Phase.BACKWARD and self._accumulates(*args, **kwargs):
-            out = args[0]
+        if (
+            func in operators.IN_PLACE
+            and self._solely_held(args[0])
+            and self._in_place(func, *args, **kwargs)
+        ):
+            func, out = operators.IN_PLACE[func], args[0]
+            fact = operators.fact(func)
         else:
             out = self.guesses.call(func, args, kwargs)
+            if func in operators.WIDE_LOSSES:
+                self._widen(args[0], args[1], out)
         outputs = tensors_in(out)
         each = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
@@ -159,10 +168,12 @@ class Ledger(TorchDispatchMode):
             if fact.resizes:
                 self.resized(tensor.untyped_storage())
         self.guesses.scratch.clear()
-        key = (func, _key(args), _key(kwargs) if kwargs else ())
+        key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
         work = self._works.get(key)
         if work is None:
-            work = self._works[key] = _work(fact, args, kwargs, out, tensors_in(args, kwargs) + outputs)
+            work = self._works[key] = operators.work(
+                fact, args, kwargs, out, tensors_in(args, kwargs) + outputs
+            )
         self._calls.append((before, fact.name, work, self.current, self.step, module))
         return out
 
@@ -171,46 +182,71 @@ class Ledger(TorchDispatchMode):
         makes belongs to the module of the parameter it works on."""
         first = args[0] if args else None
         tensors = first if isinstance(first, list | tuple) else [first]
-        return [self._owner(t) for t in tensors if isinstance(t, torch.Tensor)]
+        return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
 
-    def _owner(self, tensor: torch.Tensor) -> str:
-        known = self._known.get(tensor.untyped_storage()._cdata)
-        return known[1].module if known is not None else ""
+    def owner(self, tensor: torch.Tensor) -> str:
+        """The module a tensor belongs to, as far as is known."""
+        known = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
+        return known[0][1].module if known and known[0] is not None else ""
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
         """``build`` without a record of it: its tensors are noted when they are labelled."""
 
         def quietly() -> torch.nn.Module:
-            self.paused = True
-            try:
+            with self.pause():
                 return build()
-            finally:
-                self.paused = False
 
         return quietly
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing inside is recorded."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the guard costs more than the bookkeeping
 
-    def _accumulates(self, held: Any, more: Any, **kwargs: Any) -> bool:
-        """Whether this sum is the autograd engine adding one gradient to another that only it holds. It
-        then adds in place (torch/csrc/autograd/input_buffer.cpp), though never with fake tensors.
+    def _widen(self, given: torch.Tensor, wanted: torch.Tensor, loss: torch.Tensor) -> None:
+        """A loss reduced to a number stays in the storage of its unreduced self, made from another as large
+        (aten/src/ATen/native/Loss.cpp)."""
+        elements = math.prod(torch.broadcast_shapes(given.shape, wanted.shape))
+        if loss.dim() == 0 and elements > 1:
+            loss.untyped_storage().resize_(elements * loss.element_size())
+            self.guesses.scratch.append(loss.new_empty(elements))
 
-        The engine's sum has a first term that an earlier node made, or this node for two edges to one
-        place; a formula's own sums start from what the formula made.
+    def _solely_held(self, tensor: Any) -> bool:
+        """Whether one place in torch's own code holds this tensor and its storage, all of it."""
+        storage = tensor.untyped_storage()
+        counts = tensor._use_count() - self.modes_above, torch._C._storage_Use_Count(storage._cdata)
+        return counts == self._sole and tensor.numel() * tensor.element_size() == storage.nbytes()
+
+    def _in_place(self, func: Any, held: Any, more: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether torch writes in place here where tensors are plain, though never with fake ones:
+
+        - the bias of a linear layer (aten/src/ATen/native/Linear.cpp);
+        - a derivative's formula into zeros it has just made (areAnyTensorSubclassLike in
+          torch/csrc/autograd/FunctionsManual.cpp);
+        - one gradient added to another that only the autograd engine holds (input_buffer.cpp there). Its
+          first term was made by an earlier node, or by this one for two edges to one place; a formula's
+          own sums start from what the formula made.
         """
-        if kwargs or torch.is_grad_enabled() or not isinstance(more, torch.Tensor):
+        known = self._known.get(held.untyped_storage()._cdata)
+        if known is None or (func is operators.ADD and (kwargs or not isinstance(more, torch.Tensor))):
             return False
-        storage = held.untyped_storage()
-        counts = held._use_count(), torch._C._storage_Use_Count(storage._cdata)
-        dense = held.numel() * held.element_size() == storage.nbytes()
+        if func is operators.ADD and more.dim() == 1 and held.dim() > 2 and known[1].op == "aten.mm.default":
+            return True
         node: Any = torch._C._current_autograd_node()
-        known = self._known.get(storage._cdata)
-        if counts != self._sole or not dense or node is None or known is None:
+        if self.current is not Phase.BACKWARD or torch.is_grad_enabled() or node is None:
             return False
-        twice = len(set(node.next_functions)) < len(node.next_functions)
-        return twice or known[1].node != running_node()
+        this_node = known[1].node == running_node()
+        if func is not operators.ADD:
+            return this_node and "zeros" in known[1].op
+        return not this_node or len(set(node.next_functions)) < len(node.next_functions)
 
     def _note(self, tensor: torch.Tensor, op: str, module: str) -> _Life:
         storage = strided_storage(tensor)
@@ -218,7 +254,7 @@ class Ledger(TorchDispatchMode):
         known = self._known.get(key)
         if known is not None and known[0]() is not None:
             return known[1]
-        life = self._born(self._rounded(storage.nbytes()), op, module)
+        life = self._born(storage.nbytes(), op, module)
         self._known[key] = (weakref.ref(storage, self._death(key)), life)
         return life
 
@@ -230,9 +266,6 @@ class Ledger(TorchDispatchMode):
         elif not line and self.current is Phase.BACKWARD:
             line = self._line_of_node.get(running_node(), "")
         return line
-
-    def _rounded(self, size_bytes: int) -> int:
-        return -(-size_bytes // self.granularity_bytes) * self.granularity_bytes
 
     def _born(self, size_bytes: int, op: str, module: str, category: Category | None = None) -> _Life:
         line = self._line() if self.lines else ""
@@ -269,7 +302,7 @@ class Ledger(TorchDispatchMode):
     def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
         self._close_span()
         bounds = sorted({s.end for s in self.spans})
-        ops = tuple(_op_call(*call) for call in self._calls)
+        ops = tuple(operators.op_call(*call) for call in self._calls)
         return tuple(self._allocation(x, bounds) for x in self.lives), ops, tuple(self.spans)
 
     def _allocation(self, life: _Life, bounds: list[int]) -> Allocation:
@@ -281,8 +314,9 @@ class Ledger(TorchDispatchMode):
             saved = life.phase is Phase.FORWARD and outlives
             category = Category.ACTIVATION if saved else Category.TEMPORARY
         return Allocation(
-            start=life.start, end=life.end, size_bytes=life.size_bytes, category=category, phase=life.phase,
-            step=life.step, module=life.module, op=life.op, line=life.line,
+            start=life.start, end=life.end, size_bytes=rounded(life.size_bytes, self.device),
+            category=category, phase=life.phase, step=life.step, module=life.module, op=life.op,
+            line=life.line, requested_bytes=life.size_bytes,
         )  # fmt: skip
 
 
@@ -314,7 +348,7 @@ def sole_counts() -> tuple[int, int]:
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is _ADD:
+            if func is operators.ADD:
                 storage = args[0].untyped_storage()
                 seen.append((args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)))
             return func(*args, **(kwargs or {}))
@@ -323,88 +357,3 @@ def sole_counts() -> tuple[int, int]:
         root = torch.ones(2, requires_grad=True).sin()
         (root * root).sum().backward()
     return seen[0]
-
-
-@functools.cache
-def _fact(func: Any) -> _Fact:
-    count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
-    silent = bool(func.is_view) or func in _MAKERS or func in _NO_WORK
-    return _Fact(
-        str(func), silent, "resize" in func._schema.name or func._schema.name.endswith("set_"), count
-    )
-
-
-def _work(fact: _Fact, args: Any, kwargs: Any, out: Any, tensors: list[torch.Tensor]) -> _Work:
-    return _Work(
-        signature=describe(fact.name, args, kwargs),
-        dtype=_dtype(tensors),
-        flops=int(fact.count(*args, **kwargs, out_val=out)) if fact.count else 0,
-        moved_bytes=moved_bytes(tensors),
-    )
-
-
-def _op_call(clock: int, name: str, work: _Work, phase: Phase, step: int, module: str) -> OpCall:
-    return OpCall(
-        clock=clock, op=name, signature=work.signature, phase=phase, step=step, module=module,
-        dtype=work.dtype, flops=work.flops, moved_bytes=work.moved_bytes,
-    )  # fmt: skip
-
-
-def _key(value: Any) -> Any:
-    """Equal for arguments of equal shapes, strides, dtypes and plain values. This runs for every operator."""
-    kind = type(value)
-    if kind is FakeTensor or isinstance(value, torch.Tensor):
-        return (value.shape, value.stride(), value.dtype, value.untyped_storage().nbytes())
-    if kind is tuple or isinstance(value, list | tuple):
-        return tuple([_key(v) for v in value])
-    if isinstance(value, dict):
-        return tuple([(k, _key(v)) for k, v in value.items()])
-    return value if kind is int or value is None else (kind, str(value))
-
-
-def tensors_in(*values: Any) -> list[torch.Tensor]:
-    """Tensors among arguments, in order; a hand-made walk because this runs for every operator."""
-    found: list[torch.Tensor] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += tensors_in(*value)
-        elif isinstance(value, dict):
-            found += tensors_in(*value.values())
-    return found
-
-
-def _dtype(tensors: list[torch.Tensor]) -> str:
-    """The dtype the arithmetic runs in: the first floating input's, else the first output's."""
-    for tensor in tensors:
-        if tensor.is_floating_point() or tensor.is_complex():
-            return _name(tensor.dtype)
-    return "int64"
-
-
-@functools.cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
-    """Two products of (queries x keys x head dim) per head; shapes (batch, heads, length, dim)."""
-    batch, heads, queries, dim = query.shape
-    return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
-
-
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
-    """Five products in backward (the scores again, then dV, dP, dQ, dK)."""
-    return _attention_flops(query, key, value) * 5 // 2
-
-
-_ATEN: Any = torch.ops.aten
-_EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
-}
-_ITEM = _ATEN._local_scalar_dense.default
-_ADD = _ATEN.add.Tensor
-_NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default})
-_MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # storage, but no work

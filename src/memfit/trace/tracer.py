@@ -15,7 +15,7 @@ from torch.utils import _pytree
 
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import Workbench
-from memfit.trace.compose import with_blocks
+from memfit.techniques.blocks import find_blocks
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
@@ -25,6 +25,7 @@ from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
 
+CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 _PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
 
 
@@ -50,18 +51,23 @@ def trace(
     """
     batch = job.make_batch(0, 0)
     ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
+    scratch = plan.ranks > 1 and device == "cpu"
+    ledger.modes_above = int(scratch)
     with (
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
-        _random_states(ledger), _resizes(ledger), device_lens(device), ledger,
-        GlooScratch() if plan.ranks > 1 and device == "cpu" else contextlib.nullcontext(),
+        _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
+        GlooScratch() if scratch else contextlib.nullcontext(),
     ):  # fmt: skip
         step = TrainingStep(
             _cut(job, blocks, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
         )
         _label_state(ledger, step)
+        if any(_compiled(m) for m in step.model.modules()):
+            ledger.guesses.assumptions["modules under torch.compile keep what eager code keeps"] = None
         part, terms = step.local(batch)
         inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
         ledger.label(inputs, Category.INPUT)
+        ledger.shadows.seed(inputs, part)
         del part
         done = _play(ledger, step, (inputs, terms), steps=steps, most=played, update=update)
         groups = communicators()
@@ -82,6 +88,10 @@ def trace(
         ranks=plan.ranks,
         communicators=groups,
     )
+
+
+def _compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def fake_model(job: Job) -> torch.nn.Module:
@@ -121,7 +131,19 @@ def _play(
 def _cut(job: Job, blocks: int | None, ledger: Ledger) -> Job:
     if blocks is None:
         return job
-    return dataclasses.replace(job, build_model=ledger.unseen(with_blocks(job, blocks).build_model))
+
+    def build() -> torch.nn.Module:
+        return keep_blocks(job.build_model(), job.blocks, blocks)
+
+    return dataclasses.replace(job, build_model=ledger.unseen(build))
+
+
+def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:
+    """The model with its first ``count`` blocks."""
+    container = model.get_submodule(find_blocks(model, path)[0])
+    assert isinstance(container, CONTAINERS)
+    del container[count:]
+    return model
 
 
 def _begin(ledger: Ledger, bench: Workbench) -> None:
@@ -132,7 +154,8 @@ def _begin(ledger: Ledger, bench: Workbench) -> None:
 def _marker(ledger: Ledger, step: TrainingStep) -> Any:
     def mark(phase: Phase) -> None:
         if ledger.current is Phase.BACKWARD:
-            ledger.label([p.grad for p in step.bench.trainable()], Category.GRADIENT)
+            for name, param in step.model.named_parameters():
+                ledger.label(param.grad, Category.GRADIENT, module=name.rpartition(".")[0])
         ledger.phase(phase)
 
     return mark
@@ -142,7 +165,7 @@ def _label_state(ledger: Ledger, step: TrainingStep) -> None:
     """Optimizer state first: fp32 masters are parameters to torch, but state to everyone else."""
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
     for param, state in step.optimizer.state.items():
-        ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)))
+        ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or ledger.owner(param))
     _label_model(ledger, step.model)
 
 
@@ -159,6 +182,7 @@ def _fake_world() -> Iterator[FakeTensorMode]:
             with contextlib.suppress(ImportError, AttributeError):
                 stack.enter_context(mock.patch(target, lambda *a, **k: False))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
@@ -184,6 +208,22 @@ def _resizes(ledger: Ledger) -> Any:
         return out
 
     return mock.patch.object(torch.UntypedStorage, "resize_", noted)
+
+
+@contextlib.contextmanager
+def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
+    """DTensor learns the shapes of results from fake tensors of the whole, unsharded shape."""
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    name = "_propagate_tensor_meta_non_cached"
+    inner = getattr(ShardingPropagator, name)
+
+    def quietly(*args: Any, **kwargs: Any) -> Any:
+        with ledger.pause():
+            return inner(*args, **kwargs)
+
+    with mock.patch.object(ShardingPropagator, name, quietly):
+        yield
 
 
 @contextlib.contextmanager

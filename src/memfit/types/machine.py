@@ -77,5 +77,6 @@ class Calibration:
     disk_bytes_s: float = 0.0
     op_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     op_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace handed to backward
     idle_w: float | None = None
     took_s: float = 0.0

@@ -26,6 +26,15 @@ class Phase(enum.StrEnum):
     OPTIMIZER = "optimizer"
 
 
+GRANULARITY_BYTES = {"cpu": 64, "cuda": 512}  # c10's alignment; the caching allocator's smallest block
+
+
+def rounded(size_bytes: int, device: str) -> int:
+    """What the device's allocator takes for a request."""
+    step = GRANULARITY_BYTES[device]
+    return -(-size_bytes // step) * step
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
     """One storage's life, rounded to the device's allocation granularity."""
@@ -39,6 +48,7 @@ class Allocation:
     module: str  # dotted path of the module whose forward (or its backward) made it; "" is the root
     op: str
     line: str = ""  # "file.py:123" of user code, when asked for
+    requested_bytes: int = 0  # before rounding
     stream: str = ""  # "" is the compute stream; else e.g. "all-gather": its own pool in the CUDA allocator
 
 

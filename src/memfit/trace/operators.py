@@ -1,0 +1,132 @@
+"""What is known of operators beforehand: which do no work, which count how many operations, which torch
+runs in place where tensors are plain."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import flop_registry
+
+from memfit.trace.signature import describe, moved_bytes
+from memfit.types.trace import OpCall, Phase
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fact:
+    """What is always true of an operator; ``silent`` ones do no work and make no storage."""
+
+    name: str
+    silent: bool
+    resizes: bool
+    count: Callable[..., int] | None  # of floating-point operations
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """What equal calls of an operator share."""
+
+    signature: str
+    dtype: str
+    flops: int
+    moved_bytes: int
+
+
+@functools.cache
+def fact(func: Any) -> Fact:
+    count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
+    silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
+    return Fact(str(func), silent, "resize" in func._schema.name or func._schema.name.endswith("set_"), count)
+
+
+def work(of: Fact, args: Any, kwargs: Any, out: Any, tensors: list[torch.Tensor]) -> Work:
+    return Work(
+        signature=describe(of.name, args, kwargs),
+        dtype=_dtype(tensors),
+        flops=int(of.count(*args, **kwargs, out_val=out)) if of.count else 0,
+        moved_bytes=moved_bytes(tensors),
+    )
+
+
+def op_call(clock: int, name: str, shared: Work, phase: Phase, step: int, module: str) -> OpCall:
+    return OpCall(
+        clock=clock, op=name, signature=shared.signature, phase=phase, step=step, module=module,
+        dtype=shared.dtype, flops=shared.flops, moved_bytes=shared.moved_bytes,
+    )  # fmt: skip
+
+
+def key(value: Any) -> Any:
+    """Equal for arguments of equal shapes, strides, dtypes and plain values. This runs for every operator."""
+    kind = type(value)
+    if kind is FakeTensor or isinstance(value, torch.Tensor):
+        return (value.shape, value.stride(), value.dtype, value.untyped_storage().nbytes())
+    if kind is tuple or isinstance(value, list | tuple):
+        return tuple([key(v) for v in value])
+    if isinstance(value, dict):
+        return tuple([(k, key(v)) for k, v in value.items()])
+    return value if kind is int or value is None else (kind, str(value))
+
+
+def tensors_in(*values: Any) -> list[torch.Tensor]:
+    """Tensors among arguments, in order; a hand-made walk because this runs for every operator."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
+
+
+def _dtype(tensors: list[torch.Tensor]) -> str:
+    """The dtype the arithmetic runs in: the first floating input's, else the first output's."""
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return _name(tensor.dtype)
+    return "int64"
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+    """Two products of (queries x keys x head dim) per head; shapes (batch, heads, length, dim)."""
+    batch, heads, queries, dim = query.shape
+    return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+    """Five products in backward (the scores again, then dV, dP, dQ, dK)."""
+    return _attention_flops(query, key, value) * 5 // 2
+
+
+_ATEN: Any = torch.ops.aten
+_EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
+}
+ITEM = _ATEN._local_scalar_dense.default
+ADD = _ATEN.add.Tensor
+IN_PLACE = {
+    ADD: _ATEN.add_.Tensor,
+    _ATEN.index_put.default: _ATEN.index_put_.default,
+    _ATEN.index_add.default: _ATEN.index_add_.default,
+    _ATEN.scatter_add.default: _ATEN.scatter_add_.default,
+    _ATEN.scatter.src: _ATEN.scatter_.src,
+    _ATEN.scatter.value: _ATEN.scatter_.value,
+    _ATEN.put.default: _ATEN.put_.default,
+}
+WIDE_LOSSES = frozenset(
+    {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
+)
+LIFT = _ATEN.lift_fresh.default
+_NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default, torch.ops.prim.device.default})
+MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # storage, but no work
