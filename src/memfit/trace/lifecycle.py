@@ -87,7 +87,7 @@ class _Watch:
 
     def end(self, event: str) -> LifecyclePeak:
         device, host = self._highest(""), self._highest("host")
-        if self.ledger.granularity_bytes == 64:  # a CPU
+        if self.ledger.device == "cpu":
             device, host = self._highest("", "host"), 0
         self.begin()
         return LifecyclePeak(event=event, device_bytes=device, host_bytes=host)
@@ -167,7 +167,7 @@ def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
 def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
     """torch.save takes one storage after the other to the host; an asynchronous save copies all first."""
     state = _state(step)
-    if watch.ledger.granularity_bytes != 64:
+    if watch.ledger.device != "cpu":
         for tensor in _pytree.tree_leaves(state):
             with watch.made("host"):
                 _loaded(tensor)

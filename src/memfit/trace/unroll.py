@@ -1,0 +1,286 @@
+"""A deep model's trace from two shallow ones: the events of one middle block repeated as often as needed.
+
+Every allocation, free and operator of a trace happens while some block is at work, or none. A trace with
+``k`` blocks becomes one with ``n`` by repeating what happens in its middle block wherever that block occurs
+(built, forward, backward, each optimizer operator), with the storages it refers to renumbered. That this is
+right for the model, plan and rank at hand is not assumed but checked: the trace with ``k`` blocks unrolled
+by one period must equal the trace with that many, event for event. Sizes that depend on the depth (a stack
+of all gradient norms, a flat buffer) are put on the line through the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
+
+_ALLOCATE, _FREE, _OPERATE = range(3)
+
+
+@dataclasses.dataclass(slots=True)
+class _Event:
+    kind: int
+    block: int | None  # at work; None: outside the blocks
+    index: int  # into the trace's allocations or ops
+    clock: int
+
+
+_Runs = list[tuple[int | None, list[_Event]]]
+
+
+@dataclasses.dataclass(slots=True)
+class _Chapter:
+    """The events of one span, as runs of one block each."""
+
+    span: PhaseSpan
+    runs: _Runs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an allocation was born: enough to find its like in another block."""
+
+    chapter: int
+    block: int | None
+    occurrence: int  # of that block's runs in the chapter
+    offset: int  # in the run
+
+
+class Mismatch(Exception):
+    """The shallow traces do not differ by one repeated block. The message says where."""
+
+
+def unroll(shallow: Trace, deeper: Trace, *, path: str, period: int, blocks: int, count: int) -> Trace:
+    """The trace with ``count`` blocks at module ``path`` from those with ``blocks`` of them and with one
+    period more. ``period``: blocks that repeat together, of which ``count - blocks`` is a multiple.
+
+    Raises Mismatch where unrolling does not give the deeper trace.
+    """
+    assert (count - blocks) % period == 0, (blocks, period, count)
+    once = _Unrolled(shallow, path, period, blocks, blocks + period)
+    growth = _growth(once, deeper)
+    whole = _Unrolled(shallow, path, period, blocks, count)
+    times = (count - blocks) // period
+    grown = [
+        _grown(a, times * growth[o], shallow.device) if o in growth else a
+        for a, o in zip(whole.trace.allocations, whole.origin, strict=True)
+    ]
+    line = {
+        name: getattr(shallow, name) + times * (getattr(deeper, name) - getattr(shallow, name))
+        for name in ("parameter_count", "trainable_count", "offloaded_bytes")
+    }
+    return dataclasses.replace(whole.trace, allocations=tuple(grown), **line)
+
+
+def _grown(a: Allocation, more_bytes: int, device: str) -> Allocation:
+    requested = a.requested_bytes + more_bytes
+    return dataclasses.replace(a, requested_bytes=requested, size_bytes=rounded(requested, device))
+
+
+def _growth(made: _Unrolled, true: Trace) -> dict[int, int]:
+    """Bytes by which allocations outside the blocks grow with each period, by shallow index. Raises
+    Mismatch where anything else differs."""
+    mine, true = made.trace, _canonical(true)
+    if len(mine.allocations) != len(true.allocations):
+        raise Mismatch(f"{len(true.allocations)} allocations where {len(mine.allocations)} were expected")
+    if [(o.clock, o.op) for o in mine.ops] != [(o.clock, o.op) for o in true.ops]:
+        raise Mismatch("operators come in another order")
+    growth = {}
+    for origin, one, other in zip(made.origin, mine.allocations, true.allocations, strict=True):
+        if (one.start, one.end, one.op) != (other.start, other.end, other.op):
+            raise Mismatch(f"{other.op} in {other.module or 'the model'} lives at another time")
+        if one.requested_bytes != other.requested_bytes:
+            if made.born[origin].block is not None:
+                raise Mismatch(f"{other.op} in {other.module} has another size")
+            growth[origin] = other.requested_bytes - one.requested_bytes
+    return growth
+
+
+def _events(trace: Trace, tag: Callable[[str], int | None]) -> list[_Event]:
+    events = []
+    for i, a in enumerate(trace.allocations):
+        block = tag(a.module)
+        events.append(_Event(_ALLOCATE, block, i, a.start))
+        if a.end is not None:
+            events.append(_Event(_FREE, block, i, a.end))
+    events += [_Event(_OPERATE, tag(o.module), i, o.clock) for i, o in enumerate(trace.ops)]
+    return sorted(events, key=lambda e: e.clock)
+
+
+def _canonical(trace: Trace) -> Trace:
+    """The same trace with frees in a row in the order of births."""
+    events, ends = _events(trace, lambda module: None), {}
+    clocks = [e.clock for e in events]
+    ordered = [e for group in _groups(events) for e in group]
+    for clock, event in zip(clocks, ordered, strict=True):
+        if event.kind == _FREE:
+            ends[event.index] = clock
+    return dataclasses.replace(
+        trace,
+        allocations=tuple(dataclasses.replace(a, end=ends.get(i)) for i, a in enumerate(trace.allocations)),
+    )
+
+
+class _Unrolled:
+    """One shallow trace made deeper; ``origin[i]`` is the shallow allocation that new allocation i copies."""
+
+    def __init__(self, shallow: Trace, path: str, period: int, few: int, count: int) -> None:
+        self.shallow, self.prefix, self.period = shallow, f"{path}.", period
+        self.few, self.extra = -(-few // period), (count - few) // period
+        self.middle = self.few // 2
+        self.chapters = list(self._chapters())
+        self.born = self._births()
+        self.origin: list[int] = []
+        self.trace = self._write()
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def _tag(self, module: str) -> int | None:
+        """Which period of blocks a module path lies in."""
+        if not module.startswith(self.prefix):
+            return None
+        number = module[len(self.prefix) :].partition(".")[0]
+        return int(number) // self.period if number.isdecimal() else None
+
+    def _chapters(self) -> Iterator[_Chapter]:
+        events = _events(self.shallow, self._tag)
+        first = 0
+        for span in self.shallow.spans:
+            last = first
+            while last < len(events) and events[last].clock < span.end:
+                last += 1
+            yield _Chapter(span, self._runs(events[first:last], span.phase))
+            first = last
+
+    def _runs(self, events: list[_Event], phase: Phase) -> _Runs:
+        """Frees happen in the block at work, or outside the blocks. Where a list is freed at once, each belongs
+        to the block of what is freed."""
+        positional = phase in (Phase.FORWARD, Phase.BACKWARD)
+        runs: _Runs = []
+        for group in _groups(events):
+            at_work = runs[-1][0] if runs else None
+            listed = len({e.block for e in group} - {None}) > 1 and (at_work is None or not positional)
+            for event in group:
+                block = event.block if event.kind != _FREE or listed else at_work
+                if not runs or block != runs[-1][0]:
+                    runs.append((block, []))
+                runs[-1][1].append(event)
+        return _joined(runs)
+
+    def _births(self) -> dict[int, _Place]:
+        born = {}
+        for c, chapter in enumerate(self.chapters):
+            seen: dict[int | None, int] = {}
+            for block, events in chapter.runs:
+                occurrence = seen[block] = seen.get(block, -1) + 1
+                for offset, event in enumerate(events):
+                    if event.kind == _ALLOCATE:
+                        born[event.index] = _Place(c, block, occurrence, offset)
+        return born
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def _write(self) -> Trace:
+        allocations: list[Allocation] = []
+        ops: list[OpCall] = []
+        spans: list[PhaseSpan] = []
+        made: dict[_Place, int] = {}  # new place -> new index
+        clock = 0
+        for c, chapter in enumerate(self.chapters):
+            began = clock
+            seen: dict[int | None, int] = {}
+            for template, block, events in self._expanded(chapter):
+                occurrence = seen[block] = seen.get(block, -1) + 1
+                for offset, event in enumerate(events):
+                    if event.kind == _ALLOCATE:
+                        made[_Place(c, block, occurrence, offset)] = len(allocations)
+                        allocations.append(self._moved(event.index, template, block, clock))
+                        self.origin.append(event.index)
+                    elif event.kind == _FREE:
+                        target = made.get(self._like(self.born[event.index], template, block))
+                        if target is None or allocations[target].end is not None:
+                            raise Mismatch("a block frees what no other block has")
+                        allocations[target] = dataclasses.replace(allocations[target], end=clock)
+                    else:
+                        op = self.shallow.ops[event.index]
+                        module = self._renamed(op.module, template, block)
+                        ops.append(dataclasses.replace(op, clock=clock, module=module))
+                    clock += 1
+            spans.append(dataclasses.replace(chapter.span, start=began, end=clock))
+        return dataclasses.replace(
+            self.shallow, allocations=tuple(allocations), ops=tuple(ops), spans=tuple(spans)
+        )
+
+    def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
+        """(block in the shallow trace, block in the deep one, events), copies of the middle in the direction
+        in which blocks follow each other there."""
+        order = [b for b, _ in chapter.runs if b is not None]
+        place = 0
+        for block, events in chapter.runs:
+            if block is None:
+                yield None, None, events
+                continue
+            copies = [block]
+            if block > self.middle:
+                copies = [block + self.extra]
+            elif block == self.middle:
+                after = order[place + 1] if place + 1 < len(order) else None
+                before = order[place - 1] if place else None
+                ascending = after == block + 1 or before == block - 1
+                copies = list(range(block, block + self.extra + 1))[:: 1 if ascending else -1]
+            place += 1
+            for copy in copies:
+                yield block, copy, events
+
+    def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
+        """The allocation that stands to ``block`` as the one born at ``place`` stands to ``template``."""
+        if place.block is None:
+            return place
+        if template is None or block is None:
+            moved = place.block + (self.extra if place.block > self.middle else 0)
+        else:
+            moved = place.block + block - template
+        return dataclasses.replace(place, block=moved)
+
+    def _moved(self, index: int, template: int | None, block: int | None, clock: int) -> Allocation:
+        a = self.shallow.allocations[index]
+        module = self._renamed(a.module, template, block)
+        return dataclasses.replace(a, start=clock, end=None, module=module)
+
+    def _renamed(self, module: str, template: int | None, block: int | None) -> str:
+        tag = self._tag(module)
+        if tag is None or template is None or block is None or block == template:
+            return module
+        number, dot, rest = module[len(self.prefix) :].partition(".")
+        return f"{self.prefix}{int(number) + (block - template) * self.period}{dot}{rest}"
+
+
+def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
+    """Frees in a row together, in the order of their births: a cache may empty itself in any order."""
+    frees: list[_Event] = []
+    for event in events:
+        if event.kind == _FREE:
+            frees.append(event)
+            continue
+        if frees:
+            yield sorted(frees, key=lambda e: e.index)
+            frees = []
+        yield [event]
+    if frees:
+        yield sorted(frees, key=lambda e: e.index)
+
+
+def _joined(runs: _Runs) -> _Runs:
+    """What happens inside a block or between neighbouring ones without a name of its own follows the first."""
+    joined: _Runs = []
+    for i, (block, events) in enumerate(runs):
+        between = block is None and 0 < i < len(runs) - 1
+        before, after = (runs[i - 1][0], runs[i + 1][0]) if between else (None, None)
+        if before is not None and after is not None and abs(before - after) <= 1:
+            block = before
+        if joined and joined[-1][0] == block and block is not None:
+            joined[-1][1].extend(events)
+        else:
+            joined.append((block, events))
+    return joined

@@ -1,0 +1,121 @@
+"""Unrolled traces are the traces of the whole model, event for event."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.cost.memory import memory_profile
+from memfit.trace.compose import deep_trace
+from memfit.trace.tracer import trace
+from memfit.trace.unroll import Mismatch, unroll
+from memfit.types.job import Job
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, use
+from memfit.types.trace import Trace
+
+DEPTH = 20
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 48), nn.Linear(48, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Deep(nn.Module):
+    def __init__(self, *, uneven: bool = False, collect: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(DEPTH))
+        self.uneven, self.collect = uneven, collect
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, kept = self.embed(tokens), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if self.uneven and i == 4:
+                x = torch.cat([x, x], 1)
+            if self.collect:
+                kept.append(x)
+        return self.head(torch.stack(kept).mean(0) if self.collect else x) * 1.0  # no view, for FSDP2's sake
+
+
+def job(**model: bool) -> Job:
+    return Job(
+        name="deep", build_model=lambda: Deep(**model), batch_size=4,
+        make_batch=lambda step, seed: torch.zeros(4, 8, dtype=torch.long),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )  # fmt: skip
+
+
+def fsdp2(**knobs: object) -> Plan:
+    settings = {
+        "reshard": True, "precision": "bf16", "prefetch": 1, "replicas": 1, "offload": False, "sync": "every",
+    }  # fmt: skip
+    return Plan(ranks=2, uses=(use("fsdp2", **{**settings, **knobs}),))  # type: ignore[arg-type]
+
+
+PLANS = [
+    Plan(),
+    Plan(uses=(use("activation-checkpointing", every=1),)),
+    Plan(uses=(use("activation-checkpointing", every=2), use("bf16-autocast"))),
+    Plan(uses=(use("gradient-accumulation", micro_batches=4), use("bf16-parameters", rounding="master"))),
+    Plan(uses=(use("sgd"), use("selective-checkpointing", keep="matmul"))),
+    fsdp2(),
+    fsdp2(reshard=False, precision="as-is"),
+]
+
+
+def same(one: Trace, other: Trace) -> bool:
+    """Frees in a row may change places: a cache empties itself in the order of a hash table."""
+
+    def births(t: Trace) -> list[tuple[int, int, str, str]]:
+        return [(a.start, a.size_bytes, a.op, a.module) for a in t.allocations]
+
+    peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (one, other)]
+    return births(one) == births(other) and peaks[0] == peaks[1] and one.spans == other.spans
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
+def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trace(job(), plan, device=device, blocks=DEPTH)
+    depths = []
+
+    def watched(*args: object, blocks: int | None = None, **options: object) -> Trace:
+        depths.append(blocks)
+        return trace(*args, blocks=blocks, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("memfit.trace.compose.tracer.trace", watched)
+    deep = deep_trace(job(), plan, device=device)
+    assert None not in depths, "it fell back to tracing the whole model"
+    assert same(deep, whole)
+    assert deep.parameter_count == whole.parameter_count
+    assert [(o.clock, o.op) for o in deep.ops] == [(o.clock, o.op) for o in whole.ops]
+
+
+def test_sizes_that_grow_with_depth_are_on_the_line() -> None:
+    whole = trace(job(collect=True), Plan(), blocks=DEPTH)
+    few, more = (trace(job(collect=True), Plan(), blocks=n) for n in (4, 5))
+    deep = unroll(few, more, path="blocks", period=1, blocks=4, count=DEPTH)
+    stacked = [
+        [a.size_bytes for a in t.allocations if "stack" in a.op or "cat" in a.op] for t in (deep, whole)
+    ]
+    assert stacked[0] == stacked[1] and max(stacked[0]) == DEPTH * 4 * 8 * 16 * 4
+
+
+def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
+    uneven = job(uneven=True)
+    few, more = (trace(uneven, Plan(), blocks=n) for n in (4, 5))
+    with pytest.raises(Mismatch):
+        unroll(few, more, path="blocks", period=1, blocks=4, count=DEPTH)
+    one_by_one = dataclasses.replace(uneven, build_model=lambda: nn.Linear(3, 3), blocks=None)
+    batch = dataclasses.replace(one_by_one, make_batch=lambda step, seed: torch.zeros(4, 3))
+    assert same(deep_trace(batch, Plan()), trace(batch, Plan()))
