@@ -1,0 +1,169 @@
+"""Small jobs for the distributed benchmark: no dropout, so that any number of ranks gives one loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.types.job import Job
+
+VOCABULARY, LENGTH, BATCH = 1024, 64, 8
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (x.shape[0], x.shape[1], self.heads, -1)
+        q, k, v = (t.view(shape).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, width // 32)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Gpt(nn.Module):
+    def __init__(self, width: int, blocks: int, *, tied: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def _tokens(step: int, seed: int) -> torch.Tensor:
+    """Shape (batch, length + 1)."""
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
+
+
+def _next_token(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens[:, :-1])
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _language_model(name: str, width: int, blocks: int, *, tied: bool = False) -> Job:
+    return Job(
+        name=name, build_model=lambda: Gpt(width, blocks, tied=tied), make_batch=_tokens, loss=_next_token,
+        batch_size=BATCH, blocks="blocks", head="head",
+    )  # fmt: skip
+
+
+def gpt() -> Job:
+    return _language_model("gpt", 128, 4)
+
+
+def gpt_wide() -> Job:
+    """Parameters outweigh activations: the peak lies where they are gathered and reduced."""
+    return _language_model("gpt_wide", 384, 3)
+
+
+def gpt_tied() -> Job:
+    return _language_model("gpt_tied", 128, 4, tied=True)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(x + self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x))))))
+
+
+class ConvNet(nn.Module):
+    """BatchNorm has buffers, which DDP broadcasts before every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.blocks = nn.ModuleList([Residual(64) for _ in range(4)])
+        self.head = nn.Linear(64, 100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def _images(step: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return {
+        "image": torch.randn(BATCH, 3, 16, 16, generator=generator),
+        "label": torch.randint(0, 100, (BATCH,), generator=generator),
+    }
+
+
+def convnet() -> Job:
+    return Job(
+        name="convnet", build_model=ConvNet, make_batch=_images,
+        loss=lambda model, batch: functional.cross_entropy(model(batch["image"]), batch["label"]),
+        batch_size=BATCH, blocks="blocks", head="head",
+    )  # fmt: skip
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(37, width)
+        self.blocks = nn.ModuleList(
+            [
+                nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+                for _ in range(3)
+            ]
+        )
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def _points(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return torch.randn(64, 37, generator=generator), torch.randn(64, 8, generator=generator)
+
+
+def _regression(name: str, width: int) -> Job:
+    return Job(
+        name=name, build_model=lambda: Mlp(width), make_batch=_points,
+        loss=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]),
+        batch_size=64, blocks="blocks", head="head",
+    )  # fmt: skip
+
+
+def mlp() -> Job:
+    """No kernel here takes scratch memory: the whole sequence of allocations can be told."""
+    return _regression("mlp", 512)
+
+
+def mlp_odd() -> Job:
+    """Odd sizes, which no number of ranks divides: shards are padded."""
+    return _regression("mlp_odd", 513)
