@@ -57,6 +57,7 @@ def job_of(model: Any, batch: Any = None, *, loss: Any = None, optimizer: Any = 
         if batch is not None or loss is not None or optimizer is not None:
             raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
         return model
+    model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager one inside
     build = _build_of(model)
     value = _batch_of(batch)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
