@@ -163,19 +163,25 @@ def _must_be_loss(loss: object) -> None:
         )
 
 
+def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """(process groups over which it is sharded, this rank's shard). Partial sums, as norms have that work
+    on a slice of the sequence, are added up first."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(grad, DTensor):
+        return (), grad
+    whole = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    mesh, kinds = grad.device_mesh, whole.placements
+    return tuple(mesh.get_group(i) for i, p in enumerate(kinds) if not p.is_replicate()), whole.to_local()
+
+
 def global_norm(grads: Sequence[torch.Tensor], world: World) -> torch.Tensor:
     """The norm over all ranks: squares of local shards, summed along the mesh dimensions over which each
     gradient is sharded, and along the pipeline, whose stages hold different parameters."""
-    from torch.distributed.tensor import DTensor
-
     squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for grad in grads:
-        meshes: tuple[Any, ...] = ()
-        if isinstance(grad, DTensor):
-            mesh = grad.device_mesh
-            meshes = tuple(mesh.get_group(i) for i, p in enumerate(grad.placements) if p.is_shard())
-            grad = grad.to_local()
-        squares.setdefault(meshes, []).append(torch.linalg.vector_norm(grad).float().square())
+        groups, own = _own_part(grad)
+        squares.setdefault(groups, []).append(torch.linalg.vector_norm(own).float().square())
     total = torch.zeros(())
     for groups, values in squares.items():
         part = torch.stack(values).sum()

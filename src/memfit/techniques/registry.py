@@ -16,6 +16,7 @@ from memfit.techniques import (
     optimizers,
     pipeline,
     precision,
+    tensor_parallel,
 )
 from memfit.techniques.base import Technique
 from memfit.types.errors import UserError
@@ -42,6 +43,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         offload.TECHNIQUE,
         data_parallel.DDP,
         data_parallel.FSDP2,
+        tensor_parallel.TECHNIQUE,
         pipeline.TECHNIQUE,
     )
 }

@@ -217,6 +217,7 @@ _INDEXED = frozenset(
     }
 )
 _SHAPED: dict[Any, Callable[..., Any]] = {
+    torch.ops._c10d_functional.wait_tensor.default: lambda self, x: x,  # fakes give a new tensor
     _ATEN.nonzero.default: _nonzero,
     _ATEN.masked_select.default: _masked_select,
     _ATEN._unique2.default: _unique,

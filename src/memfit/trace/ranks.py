@@ -42,10 +42,21 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _without_values() -> Iterator[None]:
-    """DDP compares and broadcasts values of parameters when it starts; fake tensors have none."""
+    """DDP compares and broadcasts values of parameters when it starts; fake tensors have none. A device
+    mesh, which parts of meshes are too, looks for its rank in a real tensor."""
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import distributed
 
-    with mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True):
+    inner = DeviceMesh.__init__
+
+    def init(self: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            inner(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True),
+        mock.patch.object(DeviceMesh, "__init__", init),
+    ):
         yield
 
 

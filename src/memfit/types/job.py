@@ -80,6 +80,7 @@ class Job:
     tokens_per_batch: int = 0  # for throughput; 0: unknown
     bound: Bound | None = None
     data_source: str = ""  # provenance and licence, shown in the report
+    tensor_parallel: Mapping[str, str] | None = None  # module pattern -> "colwise" | "rowwise"; None: found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

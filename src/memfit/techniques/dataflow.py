@@ -1,0 +1,203 @@
+"""Which Linear layers of a block feed which, seen on fake tensors: what tensor parallelism must know.
+
+A Linear fed by the block's own input can be cut by columns (outputs), one fed by such a Linear by rows
+(inputs), so that a pair needs one collective (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+COLWISE, ROWWISE = "colwise", "rowwise"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """A module at work and the very tensors it was given, by position or keyword."""
+
+    name: str
+    given: tuple[tuple[int | str, torch.Tensor], ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Fed:
+    """A Linear with its role, and what was seen of it."""
+
+    role: str
+    input: torch.Tensor
+    within: tuple[_Call, ...]  # modules of the block that were at work, outermost first; itself last
+    output_dims: int
+    parts: int = 1  # equal parts its output is cut into at once: a fused query, key and value has 3
+    reaches_rows: bool = False
+
+
+class Flow(TorchDispatchMode):
+    """``linears`` by name, in the order they ran; ``views`` are the shapes that outputs of columns were
+    given, such as (heads, head dim); ``inside`` are other modules with parameters that saw such outputs,
+    by the number of dimensions of what they saw."""
+
+    def __init__(self, roles: Mapping[str, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.roles = roles
+        self.linears: dict[str, Fed] = {}
+        self.views: list[tuple[str, tuple[int, ...]]] = []
+        self.inside: dict[str, int] = {}
+        self._stack: list[_Call] = []
+        self._used: list[tuple[torch.Tensor, str]] = []
+
+    def gather_at(self, name: str) -> tuple[str, int | str]:
+        """(module, argument) where the input of this Linear can be gathered for all that need it: the
+        outermost one given that very tensor and using it for nothing but Linears cut by columns."""
+        fed = self.linears[name]
+        for call in fed.within:
+            used = any(t is fed.input and _in(at, call.name) for t, at in self._used)
+            place = next((key for key, t in call.given if t is fed.input), None)
+            if place is not None and not used:
+                return call.name, place
+        return name, 0
+
+    def watch(self, model: nn.Module, blocks: Iterable[str]) -> None:
+        paths = tuple(blocks)
+        for name, module in model.named_modules():
+            if not any(_in(name, path) for path in paths):
+                continue
+            module.register_forward_pre_hook(self._entering(name, name in paths), with_kwargs=True)
+            module.register_forward_hook(self._leaving(name, name == paths[-1]))
+
+    def _entering(self, name: str, block: bool) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [(k, t) for k, t in (*enumerate(args), *kwargs.items()) if isinstance(t, torch.Tensor)]
+            for _, tensor in given if block else ():
+                _mark(tensor, frozenset(), None)
+            self._stack.append(_Call(name, tuple(given)))
+            first = given[0][1] if given else None
+            if first is None:
+                return
+            if isinstance(module, nn.Linear):
+                self._see(name, first)
+            elif _sources(first) and any(True for _ in module.parameters(recurse=False)):
+                self.inside[name] = first.dim()
+
+        return enter
+
+    def _see(self, name: str, given: torch.Tensor) -> None:
+        columns = [s for s in _sources(given) if self.linears[s].role == COLWISE]
+        role = self.roles.get(name, "") if self.roles else (ROWWISE if columns else COLWISE)
+        self.linears.setdefault(name, Fed(role, given, tuple(self._stack), given.dim()))
+        if role == ROWWISE:
+            for source in columns:
+                self.linears[source].reaches_rows = True
+        if role != COLWISE:
+            self._used.append((given, name))
+
+    def _leaving(self, name: str, last: bool) -> Any:
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._stack.pop()
+            if isinstance(module, nn.Linear) and name in self.linears:
+                columns = self.linears[name].role == COLWISE
+                _mark(out, frozenset([name] if columns else ()), (name, out.shape[-1]) if columns else None)
+            if last:
+                raise _Done
+
+        return leave
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1  # any way through the blocks will do
+        out = func(*args, **(kwargs or {}))
+        given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        at = self._stack[-1].name if self._stack else ""
+        if at not in self.linears:
+            self._used += [(t, at) for t in given]
+        # Integers, such as a router's choice of experts, carry no features.
+        found = frozenset[str]().union(*(_sources(t) for t in given if t.is_floating_point()))
+        for tensor in _pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                _mark(tensor, found, self._cut(func, given[0], out) if given else None)
+        return out
+
+    def _cut(self, func: Any, given: torch.Tensor, out: Any) -> tuple[str, int] | None:
+        """What is left of a Linear's output when it is cut along its features or given another shape."""
+        origin: tuple[str, int] | None = getattr(given, "_memfit_origin", None)
+        if origin is None or func.overloadpacket.__name__ not in (
+            "split",
+            "split_with_sizes",
+            "view",
+            "_unsafe_view",
+        ):
+            return None
+        name, width = origin
+        if not isinstance(out, torch.Tensor):
+            widths = {t.shape[-1] for t in out}
+            if len(widths) == 1 and given.shape[-1] == width:
+                self.linears[name].parts = len(out)
+                return name, widths.pop()
+            return None
+        if out.shape[-1] == width:
+            return origin
+        tail = _tail(out.shape, width)
+        if len(tail) > 2 and tail[0] <= 3:
+            self.linears[name].parts = tail[0]
+        self.views.append((name, tail))
+        return None
+
+
+class _Done(Exception):
+    """The last block has run; nothing after it is of interest."""
+
+
+def observe(
+    job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
+) -> Flow:
+    """The flow through the blocks of a copy of ``model`` whose tensors hold no values; ``shrink(copy)``
+    may change that copy first. Nothing of it reaches modes that are active outside."""
+    flow = Flow(roles)
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():  # type: ignore[no-untyped-call]
+        held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
+        copied = copy.deepcopy(model, held)
+        if shrink is not None:
+            shrink(copied)
+        batch = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, job.make_batch(0, 0))
+        flow.watch(copied, blocks)
+        try:
+            with flow:
+                job.loss(copied, batch)
+        except _Done:
+            pass
+    return flow
+
+
+def _valueless(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _mark(tensor: Any, sources: frozenset[str], origin: tuple[str, int] | None) -> None:
+    tensor._memfit_sources, tensor._memfit_origin = sources, origin
+
+
+def _sources(tensor: torch.Tensor) -> frozenset[str]:
+    found: frozenset[str] = getattr(tensor, "_memfit_sources", frozenset())
+    return found
+
+
+def _in(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
+
+
+def _tail(shape: torch.Size, width: int) -> tuple[int, ...]:
+    """The last dimensions that together hold ``width`` features."""
+    for start in range(len(shape) - 1, -1, -1):
+        if math.prod(shape[start:]) == width:
+            return tuple(shape[start:])
+    return tuple(shape)
