@@ -143,8 +143,9 @@ class TrainingStep:
     def _grad_norm(self) -> torch.Tensor:
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
-        counted = (p for p in self.bench.trainable() if id(p) not in self.bench.counted_elsewhere)
-        grads = [p.grad for p in counted if p.grad is not None]
+        elsewhere = self.bench.counted_elsewhere
+        named = self.model.named_parameters()
+        grads = [p.grad for name, p in named if p.grad is not None and name not in elsewhere]
         if self.bench.world.mesh is not None:
             return global_norm(grads, self.bench.world)
         norms = [torch.linalg.vector_norm(g) for g in grads]

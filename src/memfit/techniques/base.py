@@ -98,7 +98,7 @@ class Workbench:
     ``before_micro_batch`` is told whether the micro-batch is the step's last. ``call`` is what the job's
     loss gets as its model, where that is not the model itself. ``first_part(n)``: the first of n equal parts
     of a batch. ``pipeline`` runs forward and backward where the plan has stages; ``ddp`` is DDP's wrapper;
-    ``counted_elsewhere`` are ids of tied parameters whose gradient another stage counts in the norm.
+    ``counted_elsewhere`` are names of tied parameters whose gradient another stage counts in the norm.
     """
 
     job: Job
@@ -114,7 +114,7 @@ class Workbench:
     first_part: Callable[[int], Any] = lambda parts: None
     pipeline: Pipeline | None = None
     ddp: Any = None
-    counted_elsewhere: set[int] = dataclasses.field(default_factory=set)
+    counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step

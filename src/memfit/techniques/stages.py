@@ -91,10 +91,10 @@ class Pipeline:
             p.requires_grad and min(self.chain.uses[n]) < first for n, p in self.bench.model.named_parameters()
         )
 
-    def _find_shared(self) -> list[tuple[torch.nn.Parameter, Any]]:
-        """(parameter, group of the ranks that hold it) of tied parameters on several ranks. Ranks but the
-        first leave them out of the gradient norm."""
-        found, groups = [], dict[tuple[int, ...], Any]()
+    def _find_shared(self) -> dict[str, Any]:
+        """Parameter name -> group of the ranks that hold it, of tied parameters on several ranks. Ranks but
+        the first leave them out of the gradient norm."""
+        found, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
         everyone = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
             holders = sorted({self.rank_of[s] for s in self.rank_of if self.chain.uses[name] & self._positions(s)})
@@ -104,9 +104,9 @@ class Pipeline:
             ranks = tuple(everyone[h] for h in holders)
             if ranks not in groups:
                 groups[ranks] = self.group if len(ranks) == len(everyone) else _group(ranks)
-            found.append((param, groups[ranks]))
+            found[name] = groups[ranks]
             if here != holders[0]:
-                self.bench.counted_elsewhere.add(id(param))
+                self.bench.counted_elsewhere.add(name)
         return found
 
     def _cut(self) -> None:
@@ -230,8 +230,8 @@ class Pipeline:
             raise
         finally:
             self.now, self._pieces = -1, ()
-        for param, group in self._shared if last else ():
-            grad: Any = param.grad
+        for name, group in self._shared.items() if last else ():
+            grad: Any = self.bench.model.get_parameter(name).grad
             dist.all_reduce(grad.to_local() if hasattr(grad, "to_local") else grad, group=group)
         total = torch.stack(losses).detach().float().sum() if losses else torch.zeros((), device=self.device)
         dist.all_reduce(total, group=self.group)
@@ -313,6 +313,12 @@ class _Stage(PipelineStage):
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         self._pipeline.before_backward(counts=False)
         return super().backward_weight_one_chunk(*args, **kwargs)
+
+    def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(1)  # shapes are known everywhere: no need to ask the other stages
+
+    def _warmup_backward_result(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(1)
 
     @property
     def _pipeline(self) -> Pipeline:
