@@ -153,6 +153,7 @@ def test_a_model_on_the_meta_device_is_predicted_as_if_it_had_memory() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on loading its compiler
 def test_a_compiled_module_is_predicted_as_the_module_inside() -> None:
     model = net()
     found = memfit.estimate(torch.compile(model), (X, Y), nn.CrossEntropyLoss())

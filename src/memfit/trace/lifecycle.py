@@ -32,7 +32,7 @@ from memfit.trace.tracer import (
 )
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.types.trace import Category
+from memfit.types.trace import Category, rounded
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +102,9 @@ class _Watch:
     def _highest(self, *places: str) -> int:
         lives = [x for x in self.ledger.lives if self.aside.get(id(x), "") in places]
         lives = [x for x in lives if x.end is None or x.end > self.mark]
-        changes = [(max(x.start, self.mark), x.size_bytes) for x in lives]
-        changes += [(x.end, -x.size_bytes) for x in lives if x.end is not None]
+        sizes = [rounded(x.size_bytes, self.ledger.device) for x in lives]
+        changes = [(max(x.start, self.mark), size) for x, size in zip(lives, sizes, strict=True)]
+        changes += [(x.end, -size) for x, size in zip(lives, sizes, strict=True) if x.end is not None]
         return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda c: c[0])), default=0)
 
 
@@ -143,7 +144,7 @@ def _training(job: Job, plan: Plan, batch: Any, device: str) -> tuple[list[Lifec
         step = TrainingStep(job, plan, device=device)
         _label_state(watch.ledger, step)
         peaks = [watch.end("build")]
-        inputs = _fake(batch, fake)
+        inputs = _fake(batch, fake, watch.ledger)
         watch.ledger.label(inputs, Category.INPUT)
         for event in ("first-step", "steady-step"):
             step.run(inputs, micro_batches_played=_PLAYED_MICRO_BATCHES)
@@ -183,7 +184,7 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
     with _watched(job, device) as (watch, fake):
         stepped = TrainingStep(job, plan, device=device)
         _label_state(watch.ledger, stepped)
-        stepped.run(_fake(batch, fake), micro_batches_played=1)
+        stepped.run(_fake(batch, fake, watch.ledger), micro_batches_played=1)
         state = _state(stepped)
         watch.aside.update(_lives_of(watch.ledger, state))
         stepped.close()
@@ -203,8 +204,10 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
     return peak
 
 
-def _fake(batch: Any, fake: Any) -> Any:
-    return _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+def _fake(batch: Any, fake: Any, ledger: Ledger) -> Any:
+    inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+    ledger.shadows.seed(inputs, batch)
+    return inputs
 
 
 def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
