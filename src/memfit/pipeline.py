@@ -25,7 +25,6 @@ from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import check, effect_of
-from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -63,23 +62,22 @@ def anatomy(
     request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
 ) -> tuple[Explained, ...]:
     """Each plan's estimate beside its whole trace; ``lines`` finds the user's line of each allocation."""
-    job, pricer = make_pricer(request)
+    _, pricer = make_pricer(request)
+    pricer.lines = lines
     for plan in plans:
         progress("trace", 0, 0, plan.label)
-        if lines:
-            pricer.traces[plan] = trace(job, check(plan), device=pricer.device, lines=True)
-        else:
-            pricer.trace(check(plan))
+        pricer.whole(check(plan))
     if request.is_here:
         calibrate(pricer, request, progress, plans=list(plans))
     return tuple(_explained(pricer, plan) for plan in plans)
 
 
 def _explained(pricer: Pricer, plan: Plan) -> Explained:
-    traced = pricer.trace(plan)
+    estimate = pricer.whole(plan)
+    traced = pricer.trace(plan, estimate.rank)
     profile = memory_profile(traced, pricer.calibration)
     whole = with_workspace(traced, profile)
-    return Explained(estimate=pricer.whole(plan), trace=whole, peak_clock=profile.peak_clock)
+    return Explained(estimate=estimate, trace=whole, peak_clock=profile.peak_clock)
 
 
 def run_plan(

@@ -22,7 +22,8 @@ from memfit.cost.money import bill
 from memfit.cost.time import TimeModel, time_model
 from memfit.techniques.base import Space
 from memfit.techniques.registry import technique
-from memfit.trace.compose import with_blocks
+from memfit.techniques.world import layout
+from memfit.trace.compose import deep_trace, with_blocks
 from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -54,7 +55,8 @@ class Pricer:
     space: Space
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     model: TimeModel | None = None
-    traces: dict[Plan, Trace] = dataclasses.field(default_factory=dict)
+    lines: bool = False  # whether traces know the user's line of each allocation
+    traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # of a plan's rank
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
     reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
@@ -75,16 +77,25 @@ class Pricer:
         ops = {op.signature: op for t in self.traces.values() for op in t.ops}
         return list(ops.values())
 
-    def trace(self, plan: Plan) -> Trace:
-        if plan not in self.traces:
-            self.traces[plan] = trace(self.job, plan, device=self.device)
-        return self.traces[plan]
+    def trace(self, plan: Plan, rank: int = 0) -> Trace:
+        if (plan, rank) not in self.traces:
+            options = {"device": self.device, "lines": self.lines, "rank": rank}
+            self.traces[plan, rank] = deep_trace(self.job, plan, **options)
+        return self.traces[plan, rank]
 
     # -- exact ----------------------------------------------------------------------------------------
 
     def whole(self, plan: Plan) -> Estimate:
+        """Of the rank that takes most."""
+        return max(self.each_rank(plan), key=lambda e: e.allocated_bytes.value)
+
+    def each_rank(self, plan: Plan) -> list[Estimate]:
+        """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
+        return [self._of_rank(plan, rank) for rank in layout(plan).distinct_ranks()]
+
+    def _of_rank(self, plan: Plan, rank: int) -> Estimate:
         found = estimate(
-            self.trace(plan), plan, machine=self.machine, calibration=self.calibration, model=self.model
+            self.trace(plan, rank), plan, machine=self.machine, calibration=self.calibration, model=self.model
         )
         if plan == Plan() and found.reserved_bytes is not None:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value

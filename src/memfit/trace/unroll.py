@@ -154,8 +154,8 @@ class _Unrolled:
             first = last
 
     def _runs(self, events: list[_Event], phase: Phase) -> _Runs:
-        """Frees happen in the block at work, or outside the blocks. Where a list is freed at once, each belongs
-        to the block of what is freed."""
+        """Frees happen in the block at work, or outside the blocks. Where a list is freed at once, each
+        belongs to the block of what is freed."""
         positional = phase in (Phase.FORWARD, Phase.BACKWARD)
         runs: _Runs = []
         for group in _groups(events):
@@ -272,13 +272,13 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
 
 
 def _joined(runs: _Runs) -> _Runs:
-    """What happens inside a block or between neighbouring ones without a name of its own follows the first."""
+    """What has no name inside a block, or between neighbouring ones, follows what came before."""
     joined: _Runs = []
-    for i, (block, events) in enumerate(runs):
-        between = block is None and 0 < i < len(runs) - 1
+    for i, (own, events) in enumerate(runs):
+        between = own is None and 0 < i < len(runs) - 1
         before, after = (runs[i - 1][0], runs[i + 1][0]) if between else (None, None)
-        if before is not None and after is not None and abs(before - after) <= 1:
-            block = before
+        near = before is not None and after is not None and abs(before - after) <= 1
+        block = before if near else own
         if joined and joined[-1][0] == block and block is not None:
             joined[-1][1].extend(events)
         else:
