@@ -41,7 +41,7 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     """Levels between operators, and inside those operators whose own peak was probed."""
-    trace = _with_kept(trace, calibration)
+    trace = with_kept(trace, calibration)
     clock, live = levels(trace)
     phase_peak, peaks = Counter[str](), []
     for span in trace.spans:
@@ -90,7 +90,7 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
     return dataclasses.replace(trace, allocations=(*trace.allocations, inside))
 
 
-def _with_kept(trace: Trace, calibration: Calibration) -> Trace:
+def with_kept(trace: Trace, calibration: Calibration) -> Trace:
     """Workspaces that forward hands to backward, empty on fake tensors, in the size that a probe found."""
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace

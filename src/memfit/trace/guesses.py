@@ -146,7 +146,7 @@ def _unbounded(op: str, where: str) -> UserError:
 
 def _nonzero(self: Guesses, x: torch.Tensor) -> torch.Tensor:
     size = self.size("nonzero", x.numel(), x, torch.count_nonzero)
-    return torch.empty(size, x.dim(), dtype=torch.int64)
+    return torch.empty(x.dim(), size, dtype=torch.int64).t()  # column by column, as the kernel lays it out
 
 
 def _masked_select(self: Guesses, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,9 @@ from memfit.types.errors import UserError
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
 
+_PRODUCT = ("aten.bmm.default", "aten.mm.default")  # of attention's scores, of a linear layer
+
+
 @dataclasses.dataclass(slots=True)
 class _Life:
     start: int
@@ -228,7 +231,8 @@ class Ledger(TorchDispatchMode):
     def _in_place(self, func: Any, held: Any, more: Any, *args: Any, **kwargs: Any) -> bool:
         """Whether torch writes in place here where tensors are plain, though never with fake ones:
 
-        - the bias of a linear layer (aten/src/ATen/native/Linear.cpp);
+        - the bias of a linear layer (aten/src/ATen/native/Linear.cpp), the mask onto attention's scores
+          (transformers/attention.cpp there);
         - a derivative's formula into zeros it has just made (areAnyTensorSubclassLike in
           torch/csrc/autograd/FunctionsManual.cpp);
         - one gradient added to another that only the autograd engine holds (input_buffer.cpp there). Its
@@ -238,8 +242,8 @@ class Ledger(TorchDispatchMode):
         known = self._known.get(held.untyped_storage()._cdata)
         if known is None or (func is operators.ADD and (kwargs or not isinstance(more, torch.Tensor))):
             return False
-        if func is operators.ADD and more.dim() == 1 and held.dim() > 2 and known[1].op == "aten.mm.default":
-            return True
+        if func is operators.ADD and held.dim() > 2 and known[1].op == _PRODUCT[more.dim() == 1]:
+            return torch.broadcast_shapes(held.shape, more.shape) == held.shape
         node: Any = torch._C._current_autograd_node()
         if self.current is not Phase.BACKWARD or torch.is_grad_enabled() or node is None:
             return False

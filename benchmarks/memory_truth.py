@@ -1,0 +1,374 @@
+"""Predicted against measured memory of real training steps: architectures x techniques, one process.
+
+    python benchmarks/memory_truth.py [--csv FILE] [--json FILE]   measure, record, write the page
+    python benchmarks/memory_truth.py --only NAME ...              some architectures; nothing is recorded
+    python benchmarks/memory_truth.py --page                       the page from the records only
+
+A prediction is a trace on fake tensors plus the peaks of kernels run alone ("probe"); beside it stands the
+same without any probe. The truth is the counting CPU allocator over all threads, in a child process that
+never traces. Every number in the page comes from benchmarks/records/memory_truth.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import FIRST_SET, SECOND_SET
+from sequences import first_difference, predicted_sequence
+
+from memfit.cost.memory import memory_profile
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator
+from memfit.measure.probe import Probed, probe
+from memfit.store.environment import fingerprint
+from memfit.trace.tracer import trace
+from memfit.types.job import Job
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, Use, use
+from memfit.types.trace import Trace
+from memfit.types.units import format_bytes
+
+RECORDS = Path(__file__).parent / "records" / "memory_truth.jsonl"
+PAGE = Path(__file__).parent / "memory_truth.md"
+STEPS = 2
+PHASES = ("forward", "backward", "optimizer")
+SEQUENCE_BYTES = 64  # blocks this small are numbers wrapped as tensors; compared apart
+
+AUTOCAST, MASTER = use("bf16-autocast"), use("bf16-parameters", rounding="master")
+STOCHASTIC = use("bf16-parameters", rounding="stochastic")
+FULL, SECOND = use("activation-checkpointing", every=1), use("activation-checkpointing", every=2)
+MATMUL, ATTENTION = (use("selective-checkpointing", keep=k) for k in ("matmul", "attention"))
+CHUNKED, SMALL = use("chunked-cross-entropy", chunks=4), use("adamw-8bit")
+ADAFACTOR, SGD, INSIDE = use("adafactor"), use("sgd"), use("optimizer-in-backward")
+LORA, QLORA = use("lora", rank=4), use("qlora", rank=4)
+DISK = use("activation-offload", to="disk", minimum_kib=16)
+
+
+def parts(count: int) -> Use:
+    return use("gradient-accumulation", micro_batches=count)
+
+
+_SEQUENCES = "the last step's whole sequence of allocations and frees, against the allocator's log"
+_LEGEND = (
+    "`*` the peak lies inside a kernel whose scratch memory was probed. Sequence: number of events and whether "
+    "they are equal as traced (=), with the scratch memory of probed kernels put in (~), either with frees "
+    "between two allocations in any order ('), or not. Blocks of 64 B (a Python number made a tensor, a step "
+    "count) are left out of it."
+)
+_SIGNS = {
+    "as traced": "=",
+    "as traced, frees in any order": "='",
+    "probed": "~",
+    "probed, frees in any order": "~'",
+}
+
+# Beside plain training, which every architecture has.
+PLANS: dict[str, tuple[tuple[Use, ...], ...]] = {
+    "esm": ((AUTOCAST,), (FULL,), (MATMUL,), (parts(3),), (DISK,), (AUTOCAST, FULL, SMALL)),
+    "gpt2": ((AUTOCAST,), (FULL,), (CHUNKED,), (INSIDE,), (ADAFACTOR,), (CHUNKED, AUTOCAST, FULL)),
+    "llama-gqa": ((MASTER,), (FULL,), (CHUNKED,), (parts(2),), (LORA,), (QLORA, AUTOCAST)),
+    "bert-dropout": ((AUTOCAST,), (FULL,), (parts(3), AUTOCAST), (ATTENTION,)),
+    "t5": ((FULL,), (ADAFACTOR,), (AUTOCAST,)),
+    "vit": ((AUTOCAST,), (SECOND,), (SGD,)),
+    "resnet": ((FULL,), (SGD,), (parts(4),)),
+    "unet": ((FULL,), (INSIDE,)),
+    "conv3d": ((ADAFACTOR,),),
+    "lstm": ((SGD,), (parts(2),)),
+    "gru": ((SMALL,),),
+    "mamba-scan": ((FULL,), (MASTER,)),
+    "tied-embedding": ((CHUNKED,), (parts(4),), (STOCHASTIC,), (SMALL, INSIDE), (ADAFACTOR,)),
+    "custom-function": ((FULL,), (AUTOCAST,), (MATMUL,), (DISK,)),
+    "compiled-aot-eager": ((SGD,),),
+    "gnn-radius": ((SGD,),),
+    "force-field": ((INSIDE,),),
+    "fno": ((FULL,), (SGD,)),
+    "evoformer": ((FULL,), (AUTOCAST,), (AUTOCAST, FULL)),
+    "moe-dense": ((FULL,), (AUTOCAST,), (MASTER,)),
+    "moe-index": ((FULL,), (SMALL,)),
+    "multi-input": ((AUTOCAST,), (parts(4),)),
+    "swin": ((FULL,), (AUTOCAST,)),
+    "perceiver": ((AUTOCAST,),),
+    "convnext": ((AUTOCAST,),),
+    "set-transformer": ((FULL,),),
+    "graph-transformer": ((AUTOCAST,),),
+    "mlp-mixer": ((FULL,),),
+}
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    if options.measure:
+        print(json.dumps(measured(options.measure)))
+        return
+    if not options.page:
+        record = run(options.only)
+        _write(record["rows"], options)
+        if options.only:
+            print(_table(record["rows"]))
+            return
+        with RECORDS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    PAGE.write_text(page(json.loads(RECORDS.read_text().splitlines()[-1])), encoding="utf-8")
+    print(PAGE.read_text())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures; nothing is recorded")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--measure", metavar="NAME", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def cases(name: str) -> list[Plan]:
+    return [Plan(uses=uses) for uses in ((), *PLANS.get(name, ()))]
+
+
+def jobs(only: Sequence[str] | None) -> list[tuple[Job, str]]:
+    """(job, why it counts as new); a first-set job counts as known."""
+    known = [(make(), "") for make in FIRST_SET]
+    new = [(make(), told) for make, told in SECOND_SET]
+    return [pair for pair in known + new if not only or pair[0].name in only]
+
+
+# --- the truth, in a child process
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    counter = CountingAllocator()
+    counter.install()
+    job = next(j for j, _ in jobs([name]))
+    _one(job, Plan(), counter)  # kernels set up their caches once
+    return [_guarded(job, plan, counter) for plan in cases(name)]
+
+
+def _guarded(job: Job, plan: Plan, counter: CountingAllocator) -> dict[str, Any]:
+    try:
+        return _one(job, plan, counter)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def _one(job: Job, plan: Plan, counter: CountingAllocator) -> dict[str, Any]:
+    """Highest live bytes of each phase over the steps, and the last step's whole sequence."""
+    gc.collect()
+    base, peaks, now, marks = counter.live_bytes(), {}, ["setup"], []
+
+    def turn(phase: str) -> None:
+        peaks[now[0]] = max(peaks.get(now[0], 0), counter.peak_bytes() - base)
+        counter.reset_peak()
+        now[0] = phase
+        marks.append(sum(counter.counts()[:2]))
+
+    counter.reset_peak()
+    torch.manual_seed(0)
+    step = TrainingStep(job, plan)
+    for index in range(STEPS):
+        turn("between")
+        batch = job.make_batch(index, 0)
+        turn("between")
+        marks.clear()
+        begun = sum(counter.counts()[:2])
+        counter.start_log()
+        outputs = step.run(batch, lambda phase: turn(str(phase)))
+        log = counter.stop_log().deltas_bytes
+        turn("between")
+        del batch, outputs
+    step.close()
+    return {"peaks": {**peaks, "peak": max(peaks.values())}, "sequence": log[marks[0] - begun :]}
+
+
+# --- the prediction
+
+
+def run(only: Sequence[str] | None) -> dict[str, Any]:
+    counter = CountingAllocator()
+    counter.install()
+    probes: dict[str, Probed | None] = {}
+    rows: list[dict[str, Any]] = []
+    begun = time.perf_counter()
+    for job, new in jobs(only):
+        command = [sys.executable, "-W", "ignore", __file__, "--measure", job.name]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        predictions = [_predicted(job, plan, probes, counter) for plan in cases(job.name)]
+        out, _ = child.communicate()
+        truths = json.loads(out.splitlines()[-1]) if child.returncode == 0 else []
+        truths += [{"error": f"the child ended with {child.returncode}"}] * (len(predictions) - len(truths))
+        for plan, predicted, truth in zip(cases(job.name), predictions, truths, strict=True):
+            rows.append(_row(job, plan, predicted, truth, new))
+            print(_line(rows[-1]), flush=True)
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "took_s": round(time.perf_counter() - begun),
+        "environment": dict(fingerprint()),
+        "rows": rows,
+    }
+
+
+def _predicted(
+    job: Job, plan: Plan, probes: dict[str, Probed | None], counter: CountingAllocator
+) -> tuple[Trace, Calibration]:
+    traced = trace(job, plan, steps=STEPS, played=99)
+    wanted = {op.signature for op in traced.ops}
+    probes.update({s: probe(s, counter) for s in wanted - probes.keys()})
+    found = {s: p for s in wanted if (p := probes[s]) is not None}
+    return traced, Calibration(
+        op_peak_bytes={s: p.peak_bytes for s, p in found.items()},
+        op_kept_bytes={s: p.kept_bytes for s, p in found.items() if p.kept_bytes},
+    )
+
+
+def _row(
+    job: Job, plan: Plan, predicted: tuple[Trace, Calibration], truth: dict[str, Any], new: str
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"architecture": job.name, "plan": plan.label, "new": new}
+    if "error" in truth:
+        return {**row, "error": truth["error"]}
+    traced, calibration = predicted
+    probed, bare = memory_profile(traced, calibration), memory_profile(traced, Calibration())
+    peaks, real = truth["peaks"], truth["sequence"]
+    sequences = {
+        "as traced": predicted_sequence(traced, None),
+        "probed": predicted_sequence(traced, calibration),
+    }
+    compared = [
+        (
+            f"{name}{'' if strictly else _LOOSE}",
+            first_difference(sequence, real, above=SEQUENCE_BYTES, strictly=strictly),
+        )
+        for name, sequence in sequences.items()
+        for strictly in (True, False)
+    ]
+    return {
+        **row,
+        "measured_bytes": peaks["peak"],
+        "predicted_bytes": probed.peak_bytes,
+        "without_probe_bytes": bare.peak_bytes,
+        "error_ratio": probed.peak_bytes / peaks["peak"] - 1,
+        "without_probe_ratio": bare.peak_bytes / peaks["peak"] - 1,
+        "probed": probed.peak_bytes != bare.peak_bytes,
+        "phases": {p: probed.phase_peak_bytes[p] / peaks[p] - 1 for p in PHASES},
+        "events": sum(abs(d) > SEQUENCE_BYTES for d in real),
+        "sequence": next((name for name, difference in compared if difference is None), "differs"),
+        "first_difference": str(compared[-1][1] or ""),
+        "assumptions": list(traced.assumptions),
+    }
+
+
+# --- tables
+
+
+def summary(rows: Iterable[dict[str, Any]], field: str = "error_ratio") -> str:
+    errors = [r[field] for r in rows]
+    under = [e for e in errors if e < 0]
+    return (
+        f"{len(errors)} rows: median {_percent(statistics.median(map(abs, errors)))}, worst "
+        f"{_percent(max(map(abs, errors)))}, worst underestimate {_percent(min(*errors, 0.0))}, "
+        f"P(under) {len(under)}/{len(errors)}, by more than 0.05 %: {sum(e < -0.0005 for e in errors)}"
+    )
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.3f} %"
+
+
+def page(record: dict[str, Any]) -> str:
+    rows = [r for r in record["rows"] if "error" not in r]
+    failed = [r for r in record["rows"] if "error" in r]
+    new = [r for r in rows if r["new"]]
+    environment = record["environment"]
+    kinds, apart = Counter(r["sequence"] for r in rows), [r for r in rows if r["sequence"] == "differs"]
+    phases = [abs(e) for r in rows for e in r["phases"].values()]
+    where = f"{environment.get('processor', 'unknown processor')}, torch {environment.get('torch')}"
+    lines = [
+        "# Memory truth: predicted and measured peaks of real steps, one process",
+        "",
+        "Generated by `python benchmarks/memory_truth.py` from `benchmarks/records/memory_truth.jsonl`.",
+        "",
+        f"{record['created']}, {where}, {record['took_s']} s for all rows.",
+        "",
+        f"- **{len({r['architecture'] for r in rows})} architectures, {summary(rows)}**",
+        f"- without probing any kernel: {summary(rows, 'without_probe_ratio')}",
+        f"- architectures written after the tracer, in their first run: {summary(new)}",
+        f"- phases of all rows: median {_percent(statistics.median(phases))}, worst {_percent(max(phases))}",
+        f"- {_SEQUENCES}: " + ", ".join(f"{name} {count}" for name, count in kinds.most_common()),
+        f"- rows that could not be measured: {len(failed)}",
+        *(f"  - {r['architecture']} {r['plan']}: {r['error']}" for r in failed),
+        "",
+        _LEGEND,
+        "",
+        _table(rows),
+        "",
+        "## Where sequences differ first",
+        "",
+        *(
+            f"- {r['architecture']}, {r['plan']}: {r['first_difference']}"
+            for r in rows
+            if r["sequence"] == "differs"
+        ),
+        "",
+        "## Written after the tracer",
+        "",
+        *(f"- {r['architecture']}: {r['new']}" for r in new if r["plan"] == "plain"),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(rows: Iterable[dict[str, Any]]) -> str:
+    head = (
+        "| architecture | plan | measured | predicted | error | without probe | forward | backward "
+        "| optimizer | sequence |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+    return "\n".join([head, *(_line(r) for r in rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    start = f"| {row['architecture']}{' (new)' if row['new'] else ''} | {row['plan']} | "
+    if "error" in row:
+        return start + row["error"] + " |"
+    sign = _SIGNS.get(row["sequence"], "differs")
+    phases = " | ".join(f"{100 * row['phases'][p]:+.3f} %" for p in PHASES)
+    return (
+        f"{start}{format_bytes(row['measured_bytes'])} | {format_bytes(row['predicted_bytes'])} | "
+        f"{100 * row['error_ratio']:+.3f} %{' *' if row['probed'] else ''} | "
+        f"{100 * row['without_probe_ratio']:+.3f} % | {phases} | {row['events']} {sign} |"
+    )
+
+
+def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    if options.csv:
+        fields = (
+            "architecture",
+            "plan",
+            "measured_bytes",
+            "predicted_bytes",
+            "error_ratio",
+            "without_probe_ratio",
+        )
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, fields, extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
