@@ -63,17 +63,13 @@ def parts(count: int) -> Use:
 
 _SEQUENCES = "the last step's whole sequence of allocations and frees, against the allocator's log"
 _LEGEND = (
-    "`*` the peak lies inside a kernel whose scratch memory was probed. Sequence: number of events and whether "
+    "`*` the peak lies inside a kernel whose scratch memory was probed. Sequence: number of events, whether "
     "they are equal as traced (=), with the scratch memory of probed kernels put in (~), either with frees "
     "between two allocations in any order ('), or not. Blocks of 64 B (a Python number made a tensor, a step "
     "count) are left out of it."
 )
-_SIGNS = {
-    "as traced": "=",
-    "as traced, frees in any order": "='",
-    "probed": "~",
-    "probed, frees in any order": "~'",
-}
+_LOOSE = ", frees in any order"
+_SIGNS = {"as traced": "=", f"as traced{_LOOSE}": "='", "probed": "~", f"probed{_LOOSE}": "~'"}
 
 # Beside plain training, which every architecture has.
 PLANS: dict[str, tuple[tuple[Use, ...], ...]] = {
@@ -317,11 +313,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "## Where sequences differ first",
         "",
-        *(
-            f"- {r['architecture']}, {r['plan']}: {r['first_difference']}"
-            for r in rows
-            if r["sequence"] == "differs"
-        ),
+        *(f"- {r['architecture']}, {r['plan']}: {r['first_difference']}" for r in apart),
         "",
         "## Written after the tracer",
         "",

@@ -33,7 +33,6 @@ from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
-
 _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # of attention's scores, of a linear layer
 
 
@@ -49,6 +48,8 @@ class _Life:
     node: int  # sequence number of the autograd node at work in backward
     end: int | None = None
     category: Category | None = None
+
+_DEVICE: Any = torch.ops.prim.device.default
 
 
 class Ledger(TorchDispatchMode):
@@ -119,6 +120,8 @@ class Ledger(TorchDispatchMode):
     # -- what torch does ----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device  # autograd asks at every turn, and all fake tensors know
         kwargs = kwargs or {}
         if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # its inner operators come here one by one
