@@ -10,6 +10,7 @@ import torch
 from published.adapters import LinearMaker, freeze
 from published.arch import Arch
 from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
+from published.evoformer import stack_job
 from published.losses import Loss
 from published.rows import Setup
 from published.vision import vit_job
@@ -25,6 +26,8 @@ _DIALECTS = {
 
 def job_of(setup: Setup) -> Job:
     """Raises UserError where the row leaves out a size, or names a model that is not expressed here."""
+    if setup.code == "evoformer":
+        return stack_job(setup)
     if setup.arch is None:
         raise UserError("the row and the public configurations do not say how large the model is")
     if setup.code == "vision":

@@ -158,7 +158,9 @@ def _dtypes(precision: str, code: str, sharding: str) -> tuple[str, str]:
         return half, half
     if re.search(r"amp|mixed|mp\b|fp32 param|master", precision) or code == "titan":
         return "float32", half
-    if code in ("evoformer", "hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
+    if code == "evoformer":
+        return half, half
+    if code in ( "hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
         return half, half
     return "float32", half
 
