@@ -79,6 +79,7 @@ def row(job: str, ranks: int, *, rounding: float = 1e-5, sequence: bool = False,
 
 FOUR = {"micro_batches": 4}
 BF16 = {"precision": "bf16"}
+BUCKET = {"reduce_bucket_elements": 1_000_000}
 ROWS = (
     row("gpt", 2, ddp={}),
     row("gpt", 2, ddp={"bucket_view": False}),
@@ -111,6 +112,18 @@ ROWS = (
     row("mlp", 4, fsdp2={"replicas": 2}, sequence=True),
     row("gpt_wide", 4, fsdp2={"replicas": 2}),
     row("gpt", 4, fsdp2={"replicas": 2, **BF16}, rounding=2e-2),
+    row("mlp", 2, zero={"stage": 1, **BUCKET}, sequence=True),
+    row("mlp", 2, zero={"stage": 2, **BUCKET}, sequence=True),
+    row("mlp", 2, zero={"stage": 3, **BUCKET}, sequence=True),
+    row("gpt", 2, zero={"stage": 1, **BUCKET}, gradient_accumulation=FOUR),
+    row("gpt", 2, zero={"stage": 2, "overlap": True, **BUCKET}, gradient_accumulation=FOUR),
+    row("gpt_wide", 2, zero={"stage": 2, **BUCKET, **BF16}, rounding=2e-2),
+    row("gpt_wide", 2, zero={"stage": 2, "offload": "optimizer", **BUCKET}),
+    row("gpt_wide", 2, zero={"stage": 3, **BUCKET, **BF16}, rounding=2e-2),
+    row("gpt_wide", 2, zero={"stage": 3, "live_elements": 1_000_000, "prefetch_elements": 500_000, **BUCKET}),
+    row("gpt", 2, zero={"stage": 3, **BUCKET}, activation_checkpointing={}, gradient_accumulation=FOUR),
+    row("mlp_odd", 3, zero={"stage": 3, **BUCKET}),
+    row("gpt_tied", 4, zero={"stage": 2, **BUCKET}),
 )
 
 

@@ -111,7 +111,10 @@ class TrainingStep:
 
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase, *, last: bool) -> torch.Tensor:
         if self.bench.pipeline is not None:
-            parts = split(part, self.bench.pipeline.micro_batches)
+            count, length = self.bench.pipeline.micro_batches, batch_length(part)
+            if length % count:
+                raise UserError(f"{count} pipeline micro-batches of {length} samples", allowed="equal parts")
+            parts = split(part, count)
             terms = [self._terms(p) for p in parts]
             pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
             return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=last)
@@ -141,6 +144,8 @@ class TrainingStep:
         return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
 
     def _grad_norm(self) -> torch.Tensor:
+        if self.bench.grad_norm is not None:
+            return self.bench.grad_norm()
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
         elsewhere = self.bench.counted_elsewhere

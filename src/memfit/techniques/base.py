@@ -119,6 +119,9 @@ class Workbench:
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step
     on_offload: Callable[[int], None] | None = None  # and here: bytes that leave memory
+    # and here: tensors made meanwhile lie in "host" memory, in a stream's pool, or ("") where the model is
+    place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
+    grad_norm: Callable[[], torch.Tensor] | None = None  # where gradients are not in the parameters
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

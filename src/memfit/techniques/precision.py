@@ -25,7 +25,7 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
     import torch
 
     bench.model.to(torch.bfloat16)
-    bench.forward_contexts.append(lambda: _Bf16Inputs(bench.model))
+    bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
     if settings["rounding"] == "master":
         inner = bench.make_optimizer
         bench.make_optimizer = lambda params: MasterWeights(params, inner)
@@ -35,7 +35,7 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
         bench.make_optimizer = stochastic_adamw(bench.job.optimizer)
 
 
-class _Bf16Inputs:
+class Bf16Inputs:
     """Casts floating-point tensors that enter the model while the context is open."""
 
     def __init__(self, model: torch.nn.Module) -> None:

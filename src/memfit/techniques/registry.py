@@ -17,6 +17,7 @@ from memfit.techniques import (
     pipeline,
     precision,
     tensor_parallel,
+    zero,
 )
 from memfit.techniques.base import Technique
 from memfit.types.errors import UserError
@@ -43,6 +44,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         offload.TECHNIQUE,
         data_parallel.DDP,
         data_parallel.FSDP2,
+        zero.TECHNIQUE,
         tensor_parallel.TECHNIQUE,
         pipeline.TECHNIQUE,
     )
