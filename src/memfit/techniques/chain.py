@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(is_traceable_wrapper_subclass_type(kind) and kind is not _FAKE for kind in types):
+        if any(kind is not _FAKE and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
         if func is _ITEM:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
@@ -164,7 +164,7 @@ class _Recorder(TorchDispatchMode):
         hooks = torch.nn.modules.module
         handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
         for index, block in enumerate(self.blocks):
-            block._compiled_call_impl = self._around(index, block)  # type: ignore[assignment]
+            block._compiled_call_impl = self._around(index, block)
         try:
             yield
         finally:
@@ -185,7 +185,7 @@ class _Recorder(TorchDispatchMode):
                 }
             )
             self.position = index
-            out = block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            out = block._call_impl(*args, **kwargs)
             self.returns.append(holes(out))
             self.position = index + (1 if index == len(self.blocks) - 1 else 0.5)
             return out

@@ -36,7 +36,7 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-class StageEnd(Exception):  # noqa: N818 - nothing went wrong
+class StageEnd(Exception):
     """What the stage hands to the next one."""
 
     def __init__(self, carried: tuple[torch.Tensor, ...]) -> None:
@@ -88,7 +88,8 @@ class Pipeline:
         """Whether a parameter before the stage is trained, so that its input needs a gradient."""
         first = self.bounds[stage][0]
         return any(
-            p.requires_grad and min(self.chain.uses[n]) < first for n, p in self.bench.model.named_parameters()
+            p.requires_grad and min(self.chain.uses[n]) < first
+            for n, p in self.bench.model.named_parameters()
         )
 
     def _find_shared(self) -> dict[str, Any]:
@@ -97,7 +98,9 @@ class Pipeline:
         found, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
         everyone = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
-            holders = sorted({self.rank_of[s] for s in self.rank_of if self.chain.uses[name] & self._positions(s)})
+            holders = sorted(
+                {self.rank_of[s] for s in self.rank_of if self.chain.uses[name] & self._positions(s)}
+            )
             here = self.rank_of[self.stages[0]]
             if len(holders) < 2 or here not in holders or not param.requires_grad:
                 continue
@@ -117,20 +120,20 @@ class Pipeline:
             for key in [k for k in module._parameters if f"{name}.{k}".lstrip(".") in gone]:
                 _drop(module, key, module._parameters)
         for index, block in enumerate(chain.blocks):
-            block._compiled_call_impl = self._route(index, block)  # type: ignore[assignment]
+            block._compiled_call_impl = self._route(index, block)
             if index not in here:
                 for module in block.modules():
                     for key in list(module._buffers):
                         _drop(module, key, module._buffers)
         for name, returns in chain.before.items():
             module = model.get_submodule(name)
-            module._compiled_call_impl = self._route_early(module, returns)  # type: ignore[assignment]
-        model.forward = self._until_end(model.forward)  # type: ignore[method-assign]
+            module._compiled_call_impl = self._route_early(module, returns)
+        model.forward = self._until_end(model.forward)
 
     def _route(self, index: int, block: torch.nn.Module) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.now < 0:
-                return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+                return block._call_impl(*args, **kwargs)
             first, end = self.bounds[self.now]
             if index < first:
                 return filled(self.chain.returns[index], self.device)
@@ -143,7 +146,7 @@ class Pipeline:
                     leaves[at] = tensor
                 args, kwargs = _pytree.tree_unflatten(leaves, spec)
             del leaves
-            return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return block._call_impl(*args, **kwargs)
 
         return call
 
@@ -151,7 +154,7 @@ class Pipeline:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.now > 0:
                 return filled(returns, self.device)
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return module._call_impl(*args, **kwargs)
 
         return call
 
@@ -278,7 +281,8 @@ class _Whole:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bench = self._pipeline.bench
-        out = (bench.call or bench.model)(*args, **kwargs)
+        call = bench.call or bench.model
+        out = call(*args, **kwargs)
         if self._pipeline.ended:
             raise StageEnd(out)
         return out
@@ -353,7 +357,9 @@ def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
 def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
     """(first block, end) of each stage, sizes differing by one at most, larger ones first."""
     if stages > blocks:
-        raise UserError(f"{stages} pipeline stages of a model with {blocks} blocks", allowed=f"at most {blocks}")
+        raise UserError(
+            f"{stages} pipeline stages of a model with {blocks} blocks", allowed=f"at most {blocks}"
+        )
     sizes = [blocks // stages + (s < blocks % stages) for s in range(stages)]
     return [(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(stages)]
 
