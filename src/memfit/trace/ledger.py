@@ -48,6 +48,7 @@ class _Life:
     node: int  # sequence number of the autograd node at work in backward
     end: int | None = None
     category: Category | None = None
+    place: str = ""
 
 _DEVICE: Any = torch.ops.prim.device.default
 
@@ -70,6 +71,7 @@ class Ledger(TorchDispatchMode):
         self.guesses.shadows = self.shadows
         self.offloaded_bytes = 0
         self.paused = False
+        self.place = ""  # where tensors are made: "" with the model, "host", or another stream's pool
         self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
@@ -213,6 +215,21 @@ class Ledger(TorchDispatchMode):
         finally:
             self.paused = before
 
+    @contextlib.contextmanager
+    def placed(self, place: str) -> Iterator[None]:
+        """What is made inside lies there."""
+        before, self.place = self.place, place
+        try:
+            yield
+        finally:
+            self.place = before
+
+    def move(self, value: Any, place: str) -> None:
+        """The storages of every tensor in ``value`` have lain there from the start."""
+        for tensor in tensors_in(value):
+            for inner in plain_tensors(tensor):
+                self.note_real(inner, "").place = place
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and the guard costs more than the bookkeeping
@@ -278,8 +295,9 @@ class Ledger(TorchDispatchMode):
         line = self._line() if self.lines else ""
         node = running_node() if self.current is Phase.BACKWARD else 0
         life = _Life(
-            self.clock, size_bytes, self.current, self.step, module, op, line, node, category=category
-        )
+            self.clock, size_bytes, self.current, self.step, module, op, line, node, category=category,
+            place=self.place,
+        )  # fmt: skip
         self.clock += 1
         self.lives.append(life)
         return life
@@ -323,7 +341,7 @@ class Ledger(TorchDispatchMode):
         return Allocation(
             start=life.start, end=life.end, size_bytes=rounded(life.size_bytes, self.device),
             category=category, phase=life.phase, step=life.step, module=life.module, op=life.op,
-            line=life.line, requested_bytes=life.size_bytes,
+            line=life.line, requested_bytes=life.size_bytes, stream=life.place,
         )  # fmt: skip
 
 
