@@ -121,6 +121,7 @@ class Workbench:
     on_offload: Callable[[int], None] | None = None  # and here: bytes that leave memory
     # and here: tensors made meanwhile lie in "host" memory, in a stream's pool, or ("") where the model is
     place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
+    gradients_on: str = ""  # a place too
     grad_norm: Callable[[], torch.Tensor] | None = None  # where gradients are not in the parameters
 
     def trainable(self) -> list[torch.nn.Parameter]:

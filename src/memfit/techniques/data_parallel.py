@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.base import Knob, OptimizerLike, Space, Technique, Workbench
 from memfit.techniques.blocks import find_blocks
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
@@ -18,6 +18,7 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
+_YES_NO = (True, False)
 _SYNC = Knob(
     name="sync",
     default="every",
@@ -63,20 +64,25 @@ class _Forwarding:
 
 
 def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
     if mesh is None:
         return
-    offload = CPUOffloadPolicy(pin_memory=bench.device == "cuda") if settings["offload"] else OffloadPolicy()
+    pinned = bench.device == "cuda" and torch._guards.active_fake_mode() is None  # fakes cannot be pinned
+    offload = CPUOffloadPolicy(pin_memory=pinned) if settings["offload"] else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": bool(settings["reshard"]),
         "mp_policy": _precision(str(settings["precision"])),
         "offload_policy": offload,
     }
-    groups = [fully_shard(block, **options) for block in _blocks(bench)]
-    root: Any = fully_shard(bench.model, **options)
+    with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
+        groups = [fully_shard(block, **options) for block in _blocks(bench)]
+        root: Any = fully_shard(bench.model, **options)
+    if settings["offload"]:
+        _optimize_on_host(bench)
     _prefetch(groups, int(settings["prefetch"]))
 
     def choose(last: bool) -> None:
@@ -87,12 +93,30 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.before_micro_batch.append(choose)
 
 
+def _optimize_on_host(bench: Workbench) -> None:
+    make = bench.make_optimizer
+
+    def placed(params: list[torch.nn.Parameter]) -> OptimizerLike:
+        optimizer = make(params)
+        step = optimizer.step
+
+        def on_host() -> None:
+            with bench.place("host"):
+                step()
+
+        optimizer.step = on_host  # type: ignore[method-assign]
+        return optimizer
+
+    bench.make_optimizer, bench.gradients_on = placed, "host"
+
+
 def _with_context(bench: Workbench) -> Any:
     """Parameters are sharded over data and context ranks together; replicas stay a dimension apart."""
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
-            "fsdp2 with replicas and context-parallel together", hint="leave one of them out: not supported yet"
+            "fsdp2 with replicas and context-parallel together",
+            hint="leave one of them out: not supported yet",
         )
     return flat
 
@@ -153,8 +177,8 @@ FSDP2 = Technique(
     order=90,
     slot="data-parallel",
     knobs=(
-        Knob(name="reshard", default=True, doc="free gathered parameters after forward", choices=(True, False)),
-        Knob(name="precision", default="as-is", doc="dtype of gathered parameters", choices=("as-is", "bf16")),
+        Knob(name="reshard", default=True, doc="free gathered parameters after forward", choices=_YES_NO),
+        Knob(name="precision", default="as-is", doc="of gathered parameters", choices=("as-is", "bf16")),
         Knob(name="prefetch", default=1, doc="groups gathered ahead"),
         Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
         Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),

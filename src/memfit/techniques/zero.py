@@ -91,7 +91,9 @@ class Reducing:
         """In float64, one gradient at a time, as DeepSpeed takes it."""
         import torch
 
-        total = torch.stack([torch.linalg.vector_norm(g.double()) for g in grads]).square().sum().float()
+        with self.bench.place(self.state_on):
+            norms = [torch.linalg.vector_norm(g.double()) for g in grads]
+        total = torch.stack(norms).square().sum().float()
         torch.distributed.all_reduce(total, group=self.group)
         return total.sqrt()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -12,9 +13,10 @@ from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memfit.techniques.world import World, make_world
+from memfit.techniques.world import World, layout, make_world
 from memfit.types.errors import MemfitError
 from memfit.types.plan import Plan
+from memfit.types.trace import Allocation
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
         )
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
-        with _without_values(), _unseen_propagation():
+        with _without_values():
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
@@ -58,20 +60,6 @@ def _without_values() -> Iterator[None]:
         mock.patch.object(DeviceMesh, "__init__", init),
     ):
         yield
-
-
-def _unseen_propagation() -> Any:
-    """DTensor works out the shapes of an operator's results on fake tensors of its own, once per operator
-    and shapes: no memory, and nothing a ledger should see."""
-    from torch.distributed.tensor._sharding_prop import ShardingPropagator
-
-    inner = ShardingPropagator._propagate_tensor_meta_non_cached
-
-    def propagate(self: ShardingPropagator, op_schema: Any) -> Any:
-        with _disable_current_modes():
-            return inner(self, op_schema)
-
-    return mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate)
 
 
 class GlooScratch(TorchDispatchMode):
@@ -120,6 +108,41 @@ class _RealIntegers(TorchDispatchMode):
             with no_dispatch():  # type: ignore[no-untyped-call]
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def builds_on_host(plan: Plan, device: str) -> bool:
+    """Whether the whole model is made in host memory, and the accelerator gets this rank's shards or, under
+    ZeRO 1 and 2, the bf16 copy."""
+    uses = {u.technique: u.settings for u in plan.uses}
+    zero = uses.get("zero", {})
+    sharded = "fsdp2" in uses or zero.get("stage") == 3 or zero.get("precision") == "bf16"
+    return device != "cpu" and sharded and layout(plan).shard > 1
+
+
+@contextlib.contextmanager
+def streams(placed: Callable[[str], Any]) -> Iterator[None]:
+    """FSDP2 gathers and reduces on streams of its own, each with its own pool in the CUDA allocator; the CPU
+    streams that it gets in a trace are given names, and what is made on them is ``placed`` there."""
+    numbers = itertools.count(1)
+
+    class Stream(torch.cpu.Stream):
+        def __init__(self, priority: int = -1) -> None:
+            self.name = f"stream {next(numbers)}"
+
+    def enter(stream: Any) -> Any:
+        return placed(stream.name) if isinstance(stream, Stream) else contextlib.nullcontext()
+
+    with mock.patch.multiple(torch.cpu, Stream=Stream, stream=enter):
+        yield
+
+
+def without_host(allocations: Sequence[Allocation]) -> tuple[tuple[Allocation, ...], int]:
+    """(the device's allocations, highest bytes of those in host memory)."""
+    host = [a for a in allocations if a.stream == "host"]
+    events = [(a.start, a.requested_bytes) for a in host]
+    events += [(a.end, -a.requested_bytes) for a in host if a.end is not None]
+    peak = max(itertools.accumulate(size for _, size in sorted(events)), default=0)
+    return tuple(a for a in allocations if a.stream != "host"), peak
 
 
 def ready_for_fakes(wrapped: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +20,15 @@ from memfit.techniques.blocks import find_blocks
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
-from memfit.trace.ranks import GlooScratch, communicators, fake_ranks, ready_for_fakes
+from memfit.trace.ranks import (
+    GlooScratch,
+    builds_on_host,
+    communicators,
+    fake_ranks,
+    ready_for_fakes,
+    streams,
+    without_host,
+)
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -57,11 +66,15 @@ def trace(
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
         GlooScratch() if scratch else contextlib.nullcontext(),
+        streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
+        ledger.place = "host" if builds_on_host(plan, device) else ""
         step = TrainingStep(
             _cut(job, blocks, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
         )
+        ledger.place = ""
         _label_state(ledger, step)
+        ledger.move(list(step.model.buffers()), "")
         if any(_compiled(m) for m in step.model.modules()):
             ledger.guesses.assumptions["modules under torch.compile keep what eager code keeps"] = None
         part, terms = step.local(batch)
@@ -72,6 +85,7 @@ def trace(
         done = _play(ledger, step, (inputs, terms), steps=steps, most=played, update=update)
         groups = communicators()
     allocations, ops, spans = ledger.finish()
+    allocations, host_peak_bytes = without_host(allocations)
     params = list(step.model.parameters())
     return Trace(
         device=device,
@@ -87,6 +101,7 @@ def trace(
         rank=rank,
         ranks=plan.ranks,
         communicators=groups,
+        host_peak_bytes=host_peak_bytes,
     )
 
 
@@ -148,6 +163,8 @@ def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.n
 
 def _begin(ledger: Ledger, bench: Workbench) -> None:
     bench.on_ddp = ready_for_fakes
+    if ledger.device != "cpu":
+        bench.place = ledger.placed
     _label_model(ledger, bench.model)
 
 
@@ -156,6 +173,8 @@ def _marker(ledger: Ledger, step: TrainingStep) -> Any:
         if ledger.current is Phase.BACKWARD:
             for name, param in step.model.named_parameters():
                 ledger.label(param.grad, Category.GRADIENT, module=name.rpartition(".")[0])
+                if ledger.device != "cpu" and step.bench.gradients_on:
+                    ledger.move(param.grad, step.bench.gradients_on)
         ledger.phase(phase)
 
     return mark
@@ -183,6 +202,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
                 stack.enter_context(mock.patch(target, lambda *a, **k: False))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy asks
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 

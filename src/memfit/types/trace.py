@@ -92,4 +92,5 @@ class Trace:
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
     rank: int = 0  # the one traced, of `ranks`
     ranks: int = 1
+    host_peak_bytes: int = 0  # of tensors that lie in host memory beside the device; not in `allocations`
     communicators: tuple[tuple[str, int], ...] = ()  # (name, ranks in it) of every process group in use
