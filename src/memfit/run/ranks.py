@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -31,7 +32,7 @@ def run_ranks(
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank of one machine."""
+    """What torchrun tells a rank of one machine, and gloo's interface: the loopback."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -39,6 +40,7 @@ def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }
 
 

@@ -285,7 +285,7 @@ class ZeroTwo(Reducing):
             else:
                 self.master.grad = None
             self.part.copy_(self.master)
-        torch.distributed.all_gather_into_tensor(self.flat, self.part, group=self.group)
+        self.group._allgather_base(self.flat, self.part).wait()
 
     @property
     def state(self) -> dict[Any, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.distributed.distributed_c10d import ReduceScatterOptions
 from torch.utils import _pytree
 
 from memfit.techniques.zero import Reducing
@@ -94,7 +95,7 @@ class ZeroThree(Reducing):
             whole = torch.cat(pieces)
         whole.div_(self.ranks)
         own = whole.chunk(self.ranks)[self.rank]
-        torch.distributed.reduce_scatter_tensor(own, whole, group=self.group)
+        self.group._reduce_scatter_base(own, whole, ReduceScatterOptions()).wait()
         for param, part in zip(pending, own.split(sizes), strict=True):
             kept = self.shards.of(param, self.grads)
             _ = kept.copy_(part) if self.fresh else kept.add_(part)
@@ -227,7 +228,7 @@ class Shards:
         flat = torch.empty(count * self.ranks, dtype=self.flat.dtype)
         own = flat.chunk(self.ranks)[self.group.rank()]
         torch.cat([self.of(p) for p in params], out=own)
-        work = torch.distributed.all_gather_into_tensor(flat, own, group=self.group, async_op=True)
+        work = self.group._allgather_base(flat, own)
         flight = Flight(params, flat, work)
         self.flying.update(dict.fromkeys(params, flight))
 

@@ -7,8 +7,6 @@ import dataclasses
 import gc
 import hashlib
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,7 +107,6 @@ def joined(plan: Plan) -> Iterator[World]:
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     dist.init_process_group("gloo")
     try:
         yield make_world(plan, rank=dist.get_rank(), device="cpu")
