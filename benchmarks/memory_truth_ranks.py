@@ -124,6 +124,18 @@ ROWS = (
     row("gpt", 2, zero={"stage": 3, **BUCKET}, activation_checkpointing={}, gradient_accumulation=FOUR),
     row("mlp_odd", 3, zero={"stage": 3, **BUCKET}),
     row("gpt_tied", 4, zero={"stage": 2, **BUCKET}),
+    row("gpt", 2, pipeline={"schedule": "gpipe"}),
+    row("gpt", 2, pipeline={}),
+    row("gpt", 2, pipeline={"schedule": "interleaved", "virtual": 2}),
+    row("gpt", 2, pipeline={"schedule": "zero-bubble"}),
+    row("gpt_tied", 2, pipeline={"schedule": "zero-bubble-v", "virtual": 2}),
+    row("gpt_tied", 4, pipeline={"stages": 4}),
+    row("gpt", 2, pipeline={}, activation_checkpointing={}),
+    row("gpt", 2, pipeline={}, bf16_autocast={}, rounding=2e-2),
+    row("gpt", 2, pipeline={"micro_batches": 2}, gradient_accumulation={"micro_batches": 2}),
+    row("gpt", 4, pipeline={}, ddp={}),
+    row("gpt", 4, pipeline={}, fsdp2={}),
+    row("gpt", 4, pipeline={"schedule": "interleaved", "virtual": 2}, fsdp2={"sync": "last"}),
 )
 
 

@@ -258,8 +258,8 @@ def _in_flight(plan: Plan, rank: int) -> float:
     traced = trace(JOBS["gpt"], plan, rank=rank, steps=1)
     inside = (a for a in traced.allocations if a.module.startswith("blocks.") and a.module.count(".") > 1)
     kept = [a for a in inside if a.category is Category.ACTIVATION]
-    first = next(s for s in traced.spans if s.phase is Phase.FORWARD)
-    one = sum(a.size_bytes for a in kept if first.start <= a.start < first.end)
+    spans = [s for s in traced.spans if s.phase is Phase.FORWARD]
+    one = next(size for s in spans if (size := sum(a.size_bytes for a in kept if s.start <= a.start < s.end)))
     changes = [(a.start, a.size_bytes) for a in kept] + [(a.end, -a.size_bytes) for a in kept]
     return max(itertools.accumulate(size for _, size in sorted(changes))) / one
 
@@ -315,7 +315,7 @@ class _Sums(_Skip):
         (_Skip, _plan(2), "not a chain"),
         (_Sums, _plan(2), "not a chain"),
         (None, _plan(2, micro_batches=3), "equal parts"),
-        (None, _plan(8), "at most 4 stages"),
+        (None, _plan(8), "at most 4$"),
         (None, _plan(2, "interleaved"), "virtual=2 or more"),
         (None, _plan(4, "zero-bubble", ddp={}, stages=2), "data-parallel"),
     ],

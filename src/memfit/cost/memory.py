@@ -46,13 +46,14 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
     phase_peak, peaks = Counter[str](), []
     for span in trace.spans:
         first, last = numpy.searchsorted(clock, (span.start, span.end))
+        highest = int(live[first - 1]) if first else 0  # what it starts with
         if last > first:
             top = first + int(numpy.argmax(live[first:last]))
             peaks.append((int(live[top]), int(clock[top]), str(span.phase), "", False))
+            highest = max(highest, int(live[top]))
         if span.phase is Phase.SETUP and span.start:
             continue  # between steps nothing is built
-        before = int(live[first - 1]) if first else 0
-        phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], before, *(p[0] for p in peaks[-1:]))
+        phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], highest)
     for op, inside in _inside(trace, clock, live, calibration):
         peaks.append((inside, op.clock, str(op.phase), op.op, True))
         phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], inside)

@@ -216,6 +216,7 @@ class Pipeline:
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
         self._backwards_left = len(pieces) * len(self.stages)
         losses: list[torch.Tensor] = []
+        mark(Phase.FORWARD)  # the first time, buffers to receive into are made
         for stage in getattr(self._schedule, "_stages", None) or [self._schedule._stage]:
             stage.has_backward = True
             stage.clear_runtime_states()
