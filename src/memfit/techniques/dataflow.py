@@ -152,8 +152,9 @@ class Flow(TorchDispatchMode):
         return None
 
 
-class _Done(Exception):
-    """The last block has run; nothing after it is of interest."""
+class _Done(BaseException):
+    """The last block has run; nothing after it is of interest. No error of the job's own code, which is
+    guarded against every Exception."""
 
 
 def observe(
