@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
@@ -97,7 +98,12 @@ class TrainingStep:
 
     def local(self, batch: Any) -> tuple[Any, float]:
         """(this data-parallel rank's part of the whole batch as tensors of its own, mean terms per rank)."""
-        world = self.bench.world
+        world, cut = self.bench.world, self.bench.slices
+        if cut is not None:
+            with _disable_current_modes():  # labels are counted, in a trace too
+                parts = [s for part in split(batch, world.layout.data) for s in cut(part)]
+                index = world.layout.data_index(world.rank) * world.layout.context + world.index("context")
+                return parts[index], sum(self._terms(p) for p in parts) / len(parts)
         if world.layout.data == 1:
             return batch, float(self._terms(batch))
         part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
@@ -141,7 +147,11 @@ class TrainingStep:
             yield
 
     def _terms(self, part: Any) -> int:
-        return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
+        return self.job.loss_terms(part) if self.job.loss_terms else self._default_terms(part)
+
+    def _default_terms(self, part: Any) -> int:
+        found = self.bench.loss_terms(part)
+        return batch_length(part) if found is None else found
 
     def _grad_norm(self) -> torch.Tensor:
         if self.bench.grad_norm is not None:

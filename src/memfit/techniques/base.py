@@ -115,6 +115,9 @@ class Workbench:
     pipeline: Pipeline | None = None
     ddp: Any = None
     counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
+    # A batch cut along its sequence, one part a context rank, and the labels that count in such a part.
+    slices: Callable[[Any], list[Any]] | None = None
+    loss_terms: Callable[[Any], int | None] = lambda part: None
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step

@@ -30,7 +30,7 @@ _SYNC = Knob(
 def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
-    mesh = bench.world.sub("replicate")
+    mesh = bench.world.flat("replicate", "context")
     if mesh is None:
         return
     wrapped = DistributedDataParallel(

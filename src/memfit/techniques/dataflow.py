@@ -163,7 +163,7 @@ def observe(
     """The flow through the blocks of a copy of ``model`` whose tensors hold no values; ``shrink(copy)``
     may change that copy first. Nothing of it reaches modes that are active outside."""
     flow = Flow(roles)
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():  # type: ignore[no-untyped-call]
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
         copied = copy.deepcopy(model, held)
         if shrink is not None:

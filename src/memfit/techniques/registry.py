@@ -9,6 +9,7 @@ from memfit.techniques import (
     adapters,
     checkpointing,
     chunked_loss,
+    context_parallel,
     compiled,
     data_parallel,
     gradient_accumulation,
@@ -46,6 +47,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         data_parallel.FSDP2,
         zero.TECHNIQUE,
         tensor_parallel.TECHNIQUE,
+        context_parallel.TECHNIQUE,
         pipeline.TECHNIQUE,
     )
 }

@@ -254,6 +254,7 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
         raise UserError(
             "tensor-parallel with vocabulary and chunked-cross-entropy", hint="leave one of them out"
         )
+    _must_divide(f"the vocabulary of {name}", head.out_features, mesh.size())
     tables = [
         n for n, m in model.named_modules()
         if isinstance(m, torch.nn.Embedding) and m.num_embeddings == head.out_features
@@ -294,5 +295,5 @@ TECHNIQUE = Technique(
             choices=("whole", "gathered", "parallel-loss"),
         ),
     ),
-    forbids=("lora", "qlora"),
+    forbids=("lora", "qlora", "ddp", "zero", "torch-compile"),  # beside it fsdp2, whose replicas are what DDP is
 )
