@@ -50,6 +50,7 @@ class _Life:
     category: Category | None = None
     place: str = ""
 
+
 _DEVICE: Any = torch.ops.prim.device.default
 
 
@@ -160,7 +161,7 @@ class Ledger(TorchDispatchMode):
         self.clock += 1
         if (
             func in operators.IN_PLACE
-            and self._solely_held(args[0])
+            and self._solely_held(args[0], spare=int(func is not operators.ADD))
             and self._in_place(func, *args, **kwargs)
         ):
             func, out = operators.IN_PLACE[func], args[0]
@@ -242,11 +243,13 @@ class Ledger(TorchDispatchMode):
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
 
-    def _solely_held(self, tensor: Any) -> bool:
-        """Whether one place in torch's own code holds this tensor and its storage, all of it."""
+    def _solely_held(self, tensor: Any, spare: int) -> bool:
+        """Whether one place in torch's own code holds this tensor and its storage, all of it; ``spare``
+        more may, for a formula that has just asked whether it is a subclass."""
         storage = tensor.untyped_storage()
-        counts = tensor._use_count() - self.modes_above, torch._C._storage_Use_Count(storage._cdata)
-        return counts == self._sole and tensor.numel() * tensor.element_size() == storage.nbytes()
+        held = tensor._use_count() - self.modes_above - self._sole[0]
+        alone = 0 <= held <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
+        return alone and tensor.numel() * tensor.element_size() == storage.nbytes()
 
     def _in_place(self, func: Any, held: Any, more: Any, *args: Any, **kwargs: Any) -> bool:
         """Whether torch writes in place here where tensors are plain, though never with fake ones:
@@ -263,7 +266,7 @@ class Ledger(TorchDispatchMode):
         if known is None or (func is operators.ADD and (kwargs or not isinstance(more, torch.Tensor))):
             return False
         if func is operators.ADD and held.dim() > 2 and known[1].op == _PRODUCT[more.dim() == 1]:
-            return torch.broadcast_shapes(held.shape, more.shape) == held.shape
+            return bool(torch.broadcast_shapes(held.shape, more.shape) == held.shape)
         node: Any = torch._C._current_autograd_node()
         if self.current is not Phase.BACKWARD or torch.is_grad_enabled() or node is None:
             return False

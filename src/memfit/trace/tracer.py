@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 
 from memfit.jobs.step import TrainingStep
@@ -202,8 +201,7 @@ def _fake_world() -> Iterator[FakeTensorMode]:
                 stack.enter_context(mock.patch(target, lambda *a, **k: False))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copy.deepcopy asks
+        stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
@@ -261,6 +259,18 @@ def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
             f"the step does not run on fake tensors: {reason[:200]}",
             hint=f"memfit had to guess ({guessed[-1]}); give a better value in Job(bound=...)",
         ) from error
+
+
+def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+    """Torch's own copies a fake tensor's attributes too, its fake mode among them, and memory breaks."""
+    if id(tensor) not in memo:
+        with torch.no_grad():
+            fresh = tensor.detach().clone()
+        wanted = tensor.requires_grad
+        parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(fresh, wanted) if parameter else fresh.requires_grad_(wanted)
+    copied: torch.Tensor = memo[id(tensor)]
+    return copied
 
 
 def _apply_without_swap() -> Any:

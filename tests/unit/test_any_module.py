@@ -1,0 +1,319 @@
+"""Any module: a trace's whole sequence of allocations against the counting allocator's, for what torch does
+otherwise with plain tensors than with fake ones, and what depends on the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import regression
+from torch import nn
+from torch.nn import functional
+
+from memfit.cost.memory import memory_profile, with_kept
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator, available
+from memfit.measure.probe import probe
+from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, Use, use
+from memfit.types.trace import Phase, Trace
+
+counted = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
+SMALL_BYTES = 64  # a Python number as a tensor, a step count
+
+
+def job(forward: Callable[..., torch.Tensor], *shape: int, **more: Any) -> Job:
+    """A module with two weights whose ``forward(self, x)`` is the case; the loss is a mean of squares."""
+
+    class Case(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+            self.table = nn.Embedding(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return forward(self, x)
+
+    return Job(
+        name="case",
+        build_model=Case,
+        make_batch=lambda step, seed: torch.rand(
+            shape or (40, 32), generator=torch.Generator().manual_seed(step)
+        ),
+        loss=lambda model, x: (model(x) * model(x)).mean() if more.get("twice") else model(x).square().mean(),
+        batch_size=(shape or (40, 32))[0],
+        bound=more.get("bound"),
+    )
+
+
+def predicted(found: Trace) -> list[int]:
+    """Sizes of the last step's allocations and frees (negative) in order, small ones left out."""
+    spans = [s for s in found.spans if s.step == found.steps - 1 and s.phase is not Phase.SETUP]
+    events = [(a.start, a.size_bytes) for a in found.allocations]
+    events += [(a.end, -a.size_bytes) for a in found.allocations if a.end is not None]
+    inside = sorted(e for e in events if spans[0].start <= e[0] < spans[-1].end)
+    return [size for _, size in inside if abs(size) > SMALL_BYTES]
+
+
+def measured(case: Job, plan: Plan = Plan()) -> list[int]:  # noqa: B008 - frozen
+    counter = CountingAllocator()
+    counter.install()
+    gc.collect()
+    step = TrainingStep(case, plan)
+    for index in range(2):
+        batch = case.make_batch(index, 0)
+        marks: list[int] = []
+        begun = sum(counter.counts()[:2])
+        counter.start_log()
+        step.run(batch, lambda phase, m=marks: m.append(sum(counter.counts()[:2])))  # type: ignore[misc]
+        log = counter.stop_log().deltas_bytes
+    step.close()
+    return [d for d in log[marks[0] - begun :] if abs(d) > SMALL_BYTES]
+
+
+# --- sequences, whole
+
+
+def residual(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    return h + torch.tanh(h)
+
+
+def squared(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    return h * h
+
+
+def strided_linear(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer on a transposed input takes another way than on a contiguous one."""
+    return m.first(m.second(x).transpose(0, 1))
+
+
+def gathered(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    return (
+        h.gather(0, torch.arange(32).expand(8, 32)) + h[torch.arange(8)] + h.index_select(0, torch.arange(8))
+    )
+
+
+def largest(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.first(x).max(0).values + m.second(x).min(0).values
+
+
+def complex_numbers(m: Any, x: torch.Tensor) -> torch.Tensor:
+    one, other = (torch.view_as_complex(h.view(-1, 16, 2)) for h in (m.first(x), m.second(x)))
+    return torch.view_as_real(3.0 * one + other)
+
+
+def on_views(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    h[:, :16].mul_(2.0)
+    h[4:8] = m.second(x)[4:8]
+    return h.view(-1, 8)
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x * x
+
+
+def custom(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return _Cube.apply(m.first(x)) + m.second(x)
+
+
+def hooked(m: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.to(torch.float64), lambda t: t.to(torch.float32)
+    ):
+        return torch.exp(m.first(x))
+
+
+def copied(m: Any, x: torch.Tensor) -> torch.Tensor:
+    import copy
+
+    frozen = copy.deepcopy(m.second)
+    return m.first(x) + frozen(x).detach()
+
+
+def slope(m: Any, x: torch.Tensor) -> torch.Tensor:
+    place = x.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.sin(m.first(place)).sum(), place, create_graph=True)
+    return gradient
+
+
+def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """As FSDP2 frees what it has gathered and takes room for it again."""
+    room = torch.zeros(64, 32)
+    room.untyped_storage().resize_(0)
+    h = m.first(x)
+    room.untyped_storage().resize_(64 * 32 * 4)
+    return h + room[:1]
+
+
+CASES: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...]], ...] = (
+    (residual, ()), (squared, ()), (strided_linear, (8, 16, 32)), (gathered, ()), (largest, ()),
+    (on_views, ()), (complex_numbers, ()), (custom, ()), (hooked, ()), (copied, ()), (slope, ()),
+    (resized, ()),
+)  # fmt: skip
+
+
+@counted
+@pytest.mark.parametrize(("forward", "shape"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_the_whole_sequence_is_the_allocators(forward: Callable[..., Any], shape: tuple[int, ...]) -> None:
+    case = job(forward, *shape)
+    assert predicted(trace(case, Plan())) == measured(case)
+
+
+@counted
+@pytest.mark.parametrize("used", [use("sgd"), use("gradient-accumulation", micro_batches=2)])
+def test_and_under_a_plan(used: Use) -> None:
+    case, plan = job(residual), Plan(uses=(used,))
+    assert predicted(trace(case, plan)) == measured(case, plan)
+
+
+# --- the batch decides
+
+
+def by_mask(m: Any, x: torch.Tensor) -> torch.Tensor:
+    chosen = x[:, 0] > 0.5
+    return m.first(x)[chosen] + m.second(x)[chosen]
+
+
+def by_values(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.first(x[(x[:, 0] > 0.5).nonzero()[:, 0]]) if (x >= 0).all() else m.second(x)
+
+
+@pytest.mark.parametrize("forward", [by_mask, by_values])
+def test_what_the_batch_decides_is_taken_from_it(forward: Any) -> None:
+    case = job(forward)
+    chosen = int((case.make_batch(0, 0)[:, 0] > 0.5).sum())
+    found = trace(case, Plan())
+    assert 0 < chosen < 40
+    assert any(f"nonzero gave {chosen} of 40 elements, as in the first batch" in a for a in found.assumptions)
+    assert any(a.size_bytes == chosen * 32 * 4 for a in found.allocations)
+
+
+# --- a parameter decides: a bound, or one line
+
+
+def by_weights(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    return h[h[:, 0] > 0]
+
+
+@pytest.mark.parametrize(("bound", "rows"), [(17, 17), (0.25, 10), ({"nonzero": 3}, 3)])
+def test_a_bound_is_the_size_of_what_depends_on_weights(bound: Any, rows: int) -> None:
+    found = trace(job(by_weights, bound=bound), Plan())
+    assert any(f"nonzero gave {rows} of 40" in a for a in found.assumptions)
+    assert any(a.op == "aten.index.Tensor" and a.size_bytes == rows * 32 * 4 for a in found.allocations)
+
+
+@pytest.mark.parametrize(
+    ("forward", "op"),
+    [
+        (by_weights, "nonzero"),
+        (lambda m, x: m.first(x).masked_select(m.second(x) > 0), "masked_select"),
+        (lambda m, x: m.first(x)[(m.second(x) > 0).sum(1).unique().clamp(max=39)], "unique"),
+        (lambda m, x: m.first(x).repeat_interleave((m.second(x)[:, 0] > 0).long(), 0), "repeat_interleave"),
+    ],
+)
+def test_without_one_the_operator_and_the_line_are_named(forward: Any, op: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"{op} at test_any_module.py:\d+ has a size that depends on the data.*bound"
+    ):
+        trace(job(forward), Plan())
+
+
+def until_small(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    while h.abs().max() > 0.1:
+        h = torch.tanh(h)
+    return h
+
+
+def test_a_loop_on_values_ends_in_one_line_or_after_as_many_rounds_as_are_given() -> None:
+    with pytest.raises(
+        UserError, match=r"a loop on .item\(\) at test_any_module.py:\d+ does not end"
+    ) as caught:
+        trace(job(until_small), Plan())
+    line = str(caught.value).split(" at ")[1].split()[0]
+    found = trace(job(until_small, bound={line: 5}), Plan(), steps=1)
+    assert sum(o.op == "aten.tanh.default" for o in found.ops) == 5
+
+
+def test_where_a_guess_breaks_the_step_the_guess_is_named() -> None:
+    def split(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.first(x)
+        return torch.cat(h.split((h > 0).sum(0)[:2].tolist()))
+
+    with pytest.raises(UserError, match=r"does not run on fake tensors: .*split.*guess.*item"):
+        trace(job(split), Plan())
+
+
+def test_initialisers_that_draw_until_all_is_in_range_end() -> None:
+    def build() -> nn.Module:
+        net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        nn.init.trunc_normal_(net[0].weight)
+        return net
+
+    assert trace(regression(build), Plan()).parameter_count == 8 * 16 + 16 + 16 * 4 + 4
+
+
+def test_sparse_gradients_are_told_in_one_line() -> None:
+    def sparse(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(torch.arange(8), m.table.weight, sparse=True)
+
+    with pytest.raises(UserError, match="sparse"):
+        trace(job(sparse), Plan())
+
+
+# --- what kernels keep to themselves
+
+
+@counted
+def test_a_recurrent_layers_workspace_is_probed_forward_and_backward() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.LSTM(16, 32, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)[0]
+
+    case = dataclasses.replace(
+        job(residual, 4, 24, 16), build_model=Recurrent, loss=lambda model, x: model(x).square().mean()
+    )
+    counter = CountingAllocator()
+    counter.install()
+    found = trace(case, Plan())
+    signatures = {o.signature for o in found.ops if "mkldnn_rnn_layer" in o.op}
+    if not signatures:
+        pytest.skip("this torch has no oneDNN recurrent kernels")
+    probed = {s: p for s in signatures if (p := probe(s, counter)) is not None}
+    assert probed.keys() == signatures
+    calibration = Calibration(
+        op_peak_bytes={s: p.peak_bytes for s, p in probed.items()},
+        op_kept_bytes={s: p.kept_bytes for s, p in probed.items() if p.kept_bytes},
+    )
+    kept = sum(a.size_bytes for a in with_kept(found, calibration).allocations if a.step == 1)
+    assert (
+        kept - sum(a.size_bytes for a in found.allocations if a.step == 1)
+        in calibration.op_kept_bytes.values()
+    )
+    assert (
+        memory_profile(found, calibration).peak_bytes > 1.2 * memory_profile(found, Calibration()).peak_bytes
+    )
