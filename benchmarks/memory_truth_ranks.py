@@ -124,9 +124,16 @@ ROWS = (
     row("gpt", 2, zero={"stage": 3, **BUCKET}, activation_checkpointing={}, gradient_accumulation=FOUR),
     row("mlp_odd", 3, zero={"stage": 3, **BUCKET}),
     row("gpt_tied", 4, zero={"stage": 2, **BUCKET}),
+    row("gpt", 2, tensor_parallel={}),
+    row("gpt_wide", 2, tensor_parallel={"sequence": True}),
+    row("gpt_wide", 2, tensor_parallel={"vocabulary": "parallel-loss"}),
+    row("gpt_wide", 4, tensor_parallel={}, fsdp2={}),
+    row("gpt", 2, context_parallel={}),
+    row("gpt", 4, context_parallel={}, fsdp2={}),
     row("gpt", 2, pipeline={"schedule": "gpipe"}),
     row("gpt", 2, pipeline={}),
     row("gpt", 2, pipeline={"schedule": "interleaved", "virtual": 2}),
+    row("gpt", 4, pipeline={"micro_batches": 2}, ddp={}),
     row("gpt", 2, pipeline={"schedule": "zero-bubble"}),
     row("gpt_tied", 2, pipeline={"schedule": "zero-bubble-v", "virtual": 2}),
     row("gpt_tied", 4, pipeline={"stages": 4}),
@@ -334,15 +341,15 @@ def page(records: list[dict[str, Any]]) -> str:
     peaks = [abs(e) for r in records for (_, phase), e in errors(r).items() if phase == "peak"]
     environment = records[-1]["environment"]
     inside, equal = (sum(r[k] for r in records) for k in ("in_collective", "losses_equal"))
-    facts = (
-        f"{environment.get('processor', 'unknown')}, torch {environment.get('torch')}, gloo, a process a rank",
+    facts: tuple[str, ...] = (
+        f"{environment.get('processor')}, torch {environment.get('torch')}, gloo, a process a rank",
         f"{len(records)} configurations; each error is that of the worst rank",
         f"peaks: median {_percent(statistics.median(peaks))}, worst {_percent(max(peaks))}",
-        f"every phase on every rank: median {_percent(statistics.median(every))}, worst {_percent(max(every))}",
+        f"phases of ranks: median {_percent(statistics.median(every))}, worst {_percent(max(every))}",
         f"{inside} peaks lie inside a collective, which is then named",
         f"{equal} of {len(records)} train with the loss of one process",
-        "sequence: allocations and frees of two steps on all ranks, and how many differ from the allocator's "
-        f"own log; scalars of {SCALAR_BYTES} B that operators make of Python numbers are left out",
+        "sequence: allocations and frees of two steps on all ranks that trace and allocator do not share",
+        f"(those of {SCALAR_BYTES} B and less, scalars inside operators, are left out)",
     )
     columns = (
         "configuration|measured peak|peak|setup|forward|backward|optimizer|where|loss ratio - 1|sequence"

@@ -334,5 +334,5 @@ TECHNIQUE = Technique(
         Knob(name="live_elements", default=1_000_000_000, doc="stage 3: gathered parameters kept for reuse"),
         Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: gathered ahead"),
     ),
-    forbids=("optimizer-in-backward", "precision"),
+    forbids=("optimizer-in-backward", "bf16-autocast", "bf16-parameters"),
 )
