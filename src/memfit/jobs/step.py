@@ -159,10 +159,11 @@ class TrainingStep:
         if isinstance(self.optimizer, StepInBackward):
             return torch.stack(self.optimizer.square_norms).sum().sqrt()
         elsewhere = self.bench.counted_elsewhere
-        named = self.model.named_parameters()
-        grads = [p.grad for name, p in named if p.grad is not None and name not in elsewhere]
+        named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        own = [g for n, g in named.items() if n in self.bench.own_parameters]
+        grads = [g for n, g in named.items() if n not in elsewhere | self.bench.own_parameters]
         if self.bench.world.mesh is not None:
-            return global_norm(grads, self.bench.world)
+            return global_norm(grads, self.bench.world, own=own)
         norms = [torch.linalg.vector_norm(g) for g in grads]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
         return total
@@ -191,13 +192,20 @@ def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
     return tuple(mesh.get_group(i) for i, p in enumerate(kinds) if not p.is_replicate()), whole.to_local()
 
 
-def global_norm(grads: Sequence[torch.Tensor], world: World) -> torch.Tensor:
+def global_norm(
+    grads: Sequence[torch.Tensor], world: World, *, own: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """The norm over all ranks: squares of local shards, summed along the mesh dimensions over which each
-    gradient is sharded, and along the pipeline, whose stages hold different parameters."""
+    gradient is sharded, and along the pipeline, whose stages hold different parameters. ``own`` are of
+    parameters that every data-parallel rank has others of."""
     squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for grad in grads:
-        groups, own = _own_part(grad)
-        squares.setdefault(groups, []).append(torch.linalg.vector_norm(own).float().square())
+        groups, part = _own_part(grad)
+        squares.setdefault(groups, []).append(torch.linalg.vector_norm(part).float().square())
+    if own:
+        data: Any = world.sub("replicate", "shard")
+        values = squares.setdefault((data.get_group(),), [])
+        values += [torch.linalg.vector_norm(g).float().square() for g in own]
     total = torch.zeros(())
     for groups, values in squares.items():
         part = torch.stack(values).sum()

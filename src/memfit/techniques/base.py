@@ -115,6 +115,8 @@ class Workbench:
     pipeline: Pipeline | None = None
     ddp: Any = None
     counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
+    # Names of parameters that every data-parallel rank has others of: nothing is averaged there.
+    own_parameters: set[str] = dataclasses.field(default_factory=set)
     # A batch cut along its sequence, one part a context rank, and the labels that count in such a part.
     slices: Callable[[Any], list[Any]] | None = None
     loss_terms: Callable[[Any], int | None] = lambda part: None

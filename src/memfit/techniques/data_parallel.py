@@ -33,6 +33,7 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     mesh = bench.world.flat("replicate", "context")
     if mesh is None:
         return
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
     wrapped = DistributedDataParallel(
         bench.model,
         process_group=mesh.get_group(),
@@ -77,6 +78,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         "reshard_after_forward": bool(settings["reshard"]),
         "mp_policy": _precision(str(settings["precision"])),
         "offload_policy": offload,
+        "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
     }
     with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
         groups = [fully_shard(block, **options) for block in _blocks(bench)]

@@ -9,9 +9,10 @@ from memfit.techniques import (
     adapters,
     checkpointing,
     chunked_loss,
-    context_parallel,
     compiled,
+    context_parallel,
     data_parallel,
+    expert_parallel,
     gradient_accumulation,
     offload,
     optimizers,
@@ -48,6 +49,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         zero.TECHNIQUE,
         tensor_parallel.TECHNIQUE,
         context_parallel.TECHNIQUE,
+        expert_parallel.TECHNIQUE,
         pipeline.TECHNIQUE,
     )
 }

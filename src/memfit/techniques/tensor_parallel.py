@@ -295,5 +295,5 @@ TECHNIQUE = Technique(
             choices=("whole", "gathered", "parallel-loss"),
         ),
     ),
-    forbids=("lora", "qlora", "ddp", "zero", "torch-compile"),  # beside it fsdp2, whose replicas are what DDP is
+    forbids=("lora", "qlora", "ddp", "zero", "compile"),  # beside it fsdp2, whose replicas are what DDP is
 )

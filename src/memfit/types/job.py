@@ -82,6 +82,7 @@ class Job:
     data_source: str = ""  # provenance and licence, shown in the report
     tensor_parallel: Mapping[str, str] | None = None  # module pattern -> "colwise" | "rowwise"; None: found
     sequence_dim: int = 1  # of the batch's tensors, for what cuts the sequence
+    experts: str | None = None  # pattern of modules called with (tokens, chosen experts, weights)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,178 @@
+"""Expert parallelism: the experts of each mixture are dealt to the data-parallel ranks, tokens travel to them.
+
+A mixture's experts are one module called with ``(tokens (N, width), chosen (N, k), weights (N, k))`` that
+returns ``(N, width)``: ``Job.experts`` names such modules. It holds its experts in an ``nn.ModuleList``, each
+called with tokens, or as Hugging Face does in ``gate_up_proj`` and ``down_proj``, one slice an expert.
+Every expert takes the same number of tokens from every rank, its capacity: ``capacity_percent`` of an even
+share. Tokens beyond it are dropped (Lepikhin et al. 2020, arXiv 2006.16668), so memory does not depend on
+the router.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+_GROUPED = ("gate_up_proj", "down_proj")  # (experts, 2 x inner, width) and (experts, width, inner)
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    ranks, mesh = bench.world.layout.data, bench.world.sub("replicate", "shard")
+    if mesh is None or mesh.ndim > 1 or int(settings["degree"]) != ranks:
+        raise UserError(
+            f"expert-parallel of degree {settings['degree']} on {ranks} data-parallel ranks",
+            allowed=f"degree={ranks}, and one dimension of data parallelism",
+        )
+    group = mesh.get_group()
+    for name in _mixtures(bench):
+        module = bench.model.get_submodule(name)
+        experts = _deal(module, name, bench.world.layout.data_index(bench.world.rank), ranks)
+        travel = _Travel(
+            group=group, ranks=ranks, experts=experts.total,
+            capacity_percent=int(settings["capacity_percent"]), run=experts.run,
+        )  # fmt: skip
+        module.forward = travel.forward
+        for own, param in module.named_parameters():
+            bench.own_parameters.add(f"{name}.{own}")
+            # Their gradients hold the terms of every rank, where the others' are averaged over ranks.
+            param.register_hook(lambda grad: grad / ranks)
+
+
+def _mixtures(bench: Workbench) -> list[str]:
+    """Names of the modules that hold experts. Raises UserError where there are none."""
+    names = [name for name, _ in bench.model.named_modules()]
+    if (pattern := bench.job.experts) is not None:
+        found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
+    else:
+        found = [n for n in names if _is_grouped(bench.model.get_submodule(n))]
+    if not found:
+        raise UserError(
+            "expert-parallel finds no experts in the model" + (f" at {pattern!r}" if pattern else ""),
+            hint='name them in Job(experts="blocks.*.experts")',
+        )
+    return found
+
+
+def _is_grouped(module: torch.nn.Module) -> bool:
+    held = dict(module.named_parameters(recurse=False))
+    return tuple(held) == _GROUPED and all(p.dim() == 3 for p in held.values()) and hasattr(module, "act_fn")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Dealt:
+    """``run(tokens (own experts, n, width))`` -> the same shape; of ``total`` experts in the mixture."""
+
+    total: int
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
+    """Leave only this rank's experts in the module. Raises UserError where they are not as described."""
+    import torch
+
+    lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]
+    grouped = _is_grouped(module)
+    total = module.gate_up_proj.shape[0] if grouped else len(lists[0][1]) if len(lists) == 1 else 0
+    if not total or (not grouped and len(list(module.named_children())) > 1):
+        raise UserError(
+            f"{name} is no module of experts",
+            allowed="one nn.ModuleList, or gate_up_proj, down_proj and act_fn",
+        )
+    if total % ranks:
+        raise UserError(f"{total} experts of {name} on {ranks} ranks", allowed=f"a divisor of {total}")
+    own = slice(rank * (total // ranks), (rank + 1) * (total // ranks))
+    if grouped:
+        for param in _GROUPED:
+            kept = getattr(module, param).detach()[own].clone()
+            setattr(module, param, torch.nn.Parameter(kept))
+        return _Dealt(total=total, run=lambda tokens: _gated(module, tokens))
+    path, experts = lists[0]
+    kept_list = torch.nn.ModuleList(list(experts)[own])
+    setattr(module, path, kept_list)
+    return _Dealt(
+        total=total, run=lambda tokens: torch.stack([e(t) for e, t in zip(kept_list, tokens, strict=True)])
+    )
+
+
+def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """(experts, n, width): down(act(gate) * up) of each."""
+    import torch
+
+    gate, up = torch.bmm(tokens, module.gate_up_proj.to(tokens.dtype).mT).chunk(2, dim=-1)
+    return torch.bmm(module.act_fn(gate) * up, module.down_proj.to(tokens.dtype).mT)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Travel:
+    """Tokens to their experts' ranks and back."""
+
+    group: Any
+    ranks: int
+    experts: int
+    capacity_percent: int
+    run: Callable[[torch.Tensor], torch.Tensor]
+
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """In place of the mixture's own; every rank brings as many tokens."""
+        import torch
+
+        choices, width = chosen.shape[-1], tokens.shape[-1]
+        capacity = math.ceil(chosen.numel() * self.capacity_percent / (100 * self.experts))
+        by_expert, order = chosen.reshape(-1).sort(stable=True)
+        slots = self._slots(by_expert, capacity)
+        sent = tokens.new_zeros(self.experts * capacity + 1, width)  # the last row takes what is dropped
+        sent = sent.index_copy(0, slots, tokens[order // choices])[:-1]
+        here = self._swap(sent).view(self.ranks, -1, capacity, width).transpose(0, 1)
+        done = self.run(here.flatten(1, 2)).view(-1, self.ranks, capacity, width).transpose(0, 1)
+        back = self._swap(done.reshape(-1, width))
+        back = torch.cat([back, back.new_zeros(1, width)])[slots]
+        weighted = back * weights.reshape(-1)[order].unsqueeze(-1).to(back.dtype)
+        return torch.zeros_like(tokens).index_add(0, order // choices, weighted)
+
+    def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Rows of the sent tokens, for choices sorted by expert: first come, first served."""
+        import torch
+
+        numbers = torch.arange(by_expert.numel(), device=by_expert.device)
+        counts = torch.zeros(self.experts, dtype=torch.int64, device=by_expert.device)
+        counts = counts.scatter_add(0, by_expert, torch.ones_like(by_expert))
+        place = numbers - (counts.cumsum(0) - counts)[by_expert]
+        return torch.where(place < capacity, by_expert * capacity + place, self.experts * capacity)
+
+    def _swap(self, rows: torch.Tensor) -> torch.Tensor:
+        """Equal parts to every rank, in the order of ranks; its own inverse."""
+        import torch
+        from torch.distributed._functional_collectives import all_to_all_single
+
+        part = [rows.shape[0] // self.ranks] * self.ranks
+        swapped: torch.Tensor = all_to_all_single(rows.contiguous(), part, part, self.group)
+        return torch.ops._c10d_functional.wait_tensor(swapped)  # type: ignore[no-any-return]
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="expert-parallel",
+    summary="the experts of each mixture are dealt to the data-parallel ranks",
+    effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped
+    apply=_apply,
+    settings=_nothing,
+    order=47,
+    knobs=(
+        Knob(name="degree", default=2, doc="ranks that share the experts: all data-parallel ones"),
+        Knob(name="capacity_percent", default=125, doc="tokens an expert takes, of an even share"),
+    ),
+    forbids=("tensor-parallel", "context-parallel", "pipeline", "zero", "lora", "qlora", "compile"),
+)
