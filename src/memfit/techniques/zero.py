@@ -246,7 +246,8 @@ class ZeroTwo(Reducing):
         with torch.no_grad():
             if not self.reduce_early:
                 for param in self.params:
-                    self._add(param)
+                    if param.grad is not None:
+                        self._add(param)
             self._reduce()
             fresh = (
                 []
@@ -334,5 +335,12 @@ TECHNIQUE = Technique(
         Knob(name="live_elements", default=1_000_000_000, doc="stage 3: gathered parameters kept for reuse"),
         Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: gathered ahead"),
     ),
-    forbids=("optimizer-in-backward", "bf16-autocast", "bf16-parameters"),
+    forbids=(
+        "optimizer-in-backward",
+        "bf16-autocast",
+        "bf16-parameters",
+        "tensor-parallel",
+        "context-parallel",
+        "pipeline",
+    ),
 )
