@@ -5,6 +5,7 @@ The file is also the program that each rank runs.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -206,8 +207,14 @@ def _id(case: Any) -> str:
     return f"{case[0]}-{case[1].label}"
 
 
+@functools.cache
+def _alone(name: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of one process's steps."""
+    return _measure(JOBS[name], Plan(), None, None)["told"]
+
+
 def _trains_as_one_process(case: tuple[str, Plan], found: list[dict[str, Any]]) -> None:
-    alone = _measure(JOBS[case[0]], Plan(), None, None)["told"]
+    alone = _alone(case[0])
     ranks = [f["told"] for f in found]
     for step, (loss, norm) in enumerate(alone):
         mean = sum(told[step][0] for told in ranks) / len(ranks)
@@ -318,8 +325,9 @@ class _Sums(_Skip):
         (None, _plan(8), "at most 4$"),
         (None, _plan(2, "interleaved"), "virtual=2 or more"),
         (None, _plan(4, "zero-bubble", ddp={}, stages=2), "data-parallel"),
+        (None, _plan(4, "interleaved", 2, ddp={}), "allowed: fsdp2"),
     ],
-    ids=["skip", "sum-between", "uneven", "too-many-stages", "virtual", "zero-bubble-ddp"],
+    ids=["skip", "sum-between", "uneven", "too-many-stages", "virtual", "zero-bubble-ddp", "interleaved-ddp"],
 )
 def test_what_cannot_be_cut_is_said(model: Any, plan: Plan, word: str) -> None:
     job = JOBS["gpt"]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.world import Layout
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -31,20 +32,26 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from memfit.techniques.stages import Pipeline
 
     schedule, virtual = str(settings["schedule"]), int(settings["virtual"])
-    _check(schedule, virtual, data=bench.world.layout.data)
+    _check(schedule, virtual, bench.world.layout)
     bench.pipeline = Pipeline(
         bench, schedule=schedule, virtual=virtual, micro_batches=int(settings["micro_batches"])
     )
 
 
-def _check(schedule: str, virtual: int, *, data: int) -> None:
+def _check(schedule: str, virtual: int, layout: Layout) -> None:
     low, high = _VIRTUAL[schedule]
     if not low <= virtual <= high:
         allowed = f"virtual={low}" + ("" if high == low else " or more")
         raise UserError(f"pipeline schedule {schedule!r} with virtual={virtual}", allowed=allowed)
-    if schedule.startswith("zero-bubble") and data > 1:
+    if virtual > 1 and layout.replicate > 1 and layout.shard == 1:
         raise UserError(
-            f"pipeline schedule {schedule!r} over {data} data-parallel ranks",
+            f"ddp with {virtual} pipeline stages on a rank",
+            allowed="fsdp2",
+            hint="DDP waits for every parameter's gradient, and each backward brings one stage's",
+        )
+    if schedule.startswith("zero-bubble") and layout.data > 1:
+        raise UserError(
+            f"pipeline schedule {schedule!r} over {layout.data} data-parallel ranks",
             allowed="gpipe, 1f1b, interleaved",
             hint="torch's split backward passes the hooks of data parallelism by",
         )
