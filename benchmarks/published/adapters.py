@@ -1,4 +1,4 @@
-"""Linear layers with low-rank adapters beside them, as litgpt and peft write them, on a plain or 4-bit base."""
+"""Linear layers with low-rank adapters beside them, as litgpt and peft write them; plain or 4-bit base."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from published.arch import Arch
 from torch import nn
 from torch.nn import functional
+
+from published.arch import Arch
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (role, inputs, outputs, bias)
 
@@ -23,7 +24,8 @@ MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (role, inputs, output
 class Dialect:
     """``norm``: "whole" (float32 until the weight is applied), "early" (back to the input's type before the
     weight), "fused" (one kernel). ``rope``: "half" (x * cos + rotate_half(x) * sin), "complex" (float32
-    pairs), "in-place" (one kernel that overwrites its input). ``attention``: "sdpa" or "flash" (the flash-attn package: keys and values are not repeated)."""
+    pairs), "in-place" (one kernel that overwrites its input). ``attention``: "sdpa" or "flash" (the
+    flash-attn package: keys and values are not repeated)."""
 
     norm: str
     rope: str

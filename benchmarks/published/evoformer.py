@@ -1,6 +1,6 @@
 """AlphaFold 2's Evoformer stack as OpenFold writes it, and with the fused kernels of FastFold and Uni-Fold.
 
-Shapes: MSA representation (batch, sequences, residues, c_m), pair representation (batch, residues, residues, c_z).
+Shapes: MSA representation (batch, sequences, residues, c_m), pair (batch, residues, residues, c_z).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import re
 from typing import Any
 
 import torch
-from published.rows import Setup
 from torch import nn
 from torch.nn import functional
 
 from memfit.types.errors import UserError
 from memfit.types.job import Job
+from published.rows import Setup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +162,11 @@ class EvoformerBlock(nn.Module):
         super().__init__()
         c_m, c_z = fold.c_m, fold.c_z
         head_m, head_z = max(8, c_m // fold.msa_heads), max(8, c_z // fold.pair_heads)
-        self.norm_row, self.norm_column, self.norm_pair = nn.LayerNorm(c_m), nn.LayerNorm(c_m), nn.LayerNorm(c_z)
+        self.norm_row, self.norm_column, self.norm_pair = (
+            nn.LayerNorm(c_m),
+            nn.LayerNorm(c_m),
+            nn.LayerNorm(c_z),
+        )
         self.row_bias = nn.Linear(c_z, fold.msa_heads, bias=False)
         self.row = GatedAttention(c_m, head_m, fold.msa_heads, fold.fused)
         self.column: nn.Module = (
@@ -175,7 +179,9 @@ class EvoformerBlock(nn.Module):
         self.multiply = nn.ModuleList(TriangleMultiplication(fold, outgoing) for outgoing in (True, False))
         self.norms = nn.ModuleList(nn.LayerNorm(c_z) for _ in range(2))
         self.biases = nn.ModuleList(nn.Linear(c_z, fold.pair_heads, bias=False) for _ in range(2))
-        self.attend = nn.ModuleList(GatedAttention(c_z, head_z, fold.pair_heads, fold.fused) for _ in range(2))
+        self.attend = nn.ModuleList(
+            GatedAttention(c_z, head_z, fold.pair_heads, fold.fused) for _ in range(2)
+        )
 
     def forward(
         self, m: torch.Tensor, z: torch.Tensor, msa_mask: torch.Tensor, pair_mask: torch.Tensor
@@ -262,8 +268,8 @@ def _fold(setup: Setup) -> Fold:
     if "chunk" in f"{text} {setup.row['act_ckpt']}".lower():
         raise UserError("chunked attention is not expressed: the chunk size is not in the row")
     return Fold(
-        **sizes, msa_heads=number(r"(\d+) msa heads|heads (\d+)", 8), pair_heads=number(r"(\d+) pair heads", 4),
-        outer=number(r"outer-product c (\d+)", 32), fused=bool(re.search(r"fastfold|uni-?fold\b", notes.split(";")[0])),
+        **sizes, msa_heads=number(r"(\d+) msa heads|heads (\d+)", 8),
+        pair_heads=number(r"(\d+) pair heads", 4), outer=number(r"outer-product c (\d+)", 32),
+        fused=bool(re.search(r"fastfold|uni-?fold\b", notes.split(";")[0])),
         global_columns="extra" in setup.row["model"].lower(),
     )  # fmt: skip
-

@@ -13,7 +13,8 @@ Batch = dict[str, torch.Tensor]
 
 
 class Loss:
-    """``kind``: "chunked" (litgpt's fine-tuning: head and loss over 128 positions at a time), "plain" (logits
+    """``kind``: "hidden" (no head), "float-held" (titan's first: float32 from the model, held through
+    backward), "chunked" (litgpt's fine-tuning: head and loss over 128 positions at a time), "plain" (logits
     in their own type), "float" (titan: one float32 copy), "shift-12" and "shift-14" (Hugging Face before
     and from 4.46: a float32 copy, its shifted copy; then also the half-precision logits), "fused-linear"
     (Liger: a few rows of logits at a time), "fast" (unsloth's kernel: gradients overwrite the logits).
@@ -37,6 +38,10 @@ class Loss:
     def _inside_logits(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return head(hidden)  # type: ignore[no-any-return]
 
+    def _inside_hidden(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.held = hidden
+        return hidden.sum()
+
     def _inside_chunked(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> Any:
         return [head(part) for part in hidden.split(128, dim=1)]
 
@@ -48,6 +53,15 @@ class Loss:
         return torch.cat(terms).sum() / targets.numel()
 
     def _outside_plain(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _inside_float_held(
+        self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        return head(hidden).float()  # type: ignore[no-any-return]
+
+    def _outside_float_held(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.held = logits
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _outside_float(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,16 +13,16 @@ import math
 from typing import Any
 
 import torch
-from published.arch import Arch, Moe
-from published.rows import Setup
 from torch import nn
 
 from memfit.types.job import Job
+from published.arch import Arch, Moe
+from published.rows import Setup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What one rank works on. ``length``: of a sequence on this rank before sequence parallelism splits it."""
+    """What one rank works on. ``length``: of a sequence here, before sequence parallelism splits it."""
 
     length: int
     batch: int
@@ -62,7 +62,9 @@ class _Linear(torch.autograd.Function):
     """(Normalise,) gather along the sequence, multiply; backward gathers again for the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Weight, shape: Shape, gather: bool, scatter: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Weight, shape: Shape, gather: bool, scatter: bool
+    ) -> torch.Tensor:
         ctx.layer, ctx.shape, ctx.gather, ctx.scatter = layer, shape, gather, scatter
         given = torch.empty_like(x) if layer.norm else x
         statistics = x.new_empty(x.shape[0], dtype=torch.float32) if layer.norm else None
@@ -91,7 +93,9 @@ class _Attention(torch.autograd.Function):
     output is exchanged between context-parallel ranks, and kept from before as well."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool
+    ) -> torch.Tensor:
         out = q.new_empty(q.shape[0], width)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[0], heads, dtype=torch.float32))
         return torch.empty_like(out) if apart else out
@@ -257,7 +261,9 @@ class Layer(nn.Module):
             return
         self.norm = make(1, arch.hidden)
         self.router = make(self.moe.experts, arch.hidden)
-        self.experts_up = nn.ModuleList(make(2 * self.moe.ffn, arch.hidden) for _ in range(shape.experts_here))
+        self.experts_up = nn.ModuleList(
+            make(2 * self.moe.ffn, arch.hidden) for _ in range(shape.experts_here)
+        )
         self.experts_down = nn.ModuleList(make(arch.hidden, self.moe.ffn) for _ in range(shape.experts_here))
         if self.moe.shared_ffn:
             self.up = make(2 * self.moe.shared_ffn // tensor, arch.hidden)
@@ -278,7 +284,9 @@ class Layer(nn.Module):
         x = x + attended
         return x + self._feed(x)
 
-    def _linear(self, x: torch.Tensor, layer: Weight, *, gather: bool = False, scatter: bool = False) -> torch.Tensor:
+    def _linear(
+        self, x: torch.Tensor, layer: Weight, *, gather: bool = False, scatter: bool = False
+    ) -> torch.Tensor:
         parallel = self.shape.sequence_parallel and self.shape.tensor > 1
         out: torch.Tensor = _Linear.apply(x, layer, self.shape, gather and parallel, scatter and parallel)
         return out
@@ -314,7 +322,9 @@ class Layer(nn.Module):
         normed = _Normed.apply(x)
         scores = normed.float()  # the router's input, in float32
         routed = math.ceil(self.shape.rows * self.moe.top_k)
-        out: torch.Tensor = _Experts.apply(normed, self._joined("experts_up"), self._joined("experts_down"), routed)
+        out: torch.Tensor = _Experts.apply(
+            normed, self._joined("experts_up"), self._joined("experts_down"), routed
+        )
         del scores
         return out + self._dense(normed) if self.moe.shared_ffn else out
 
@@ -353,7 +363,7 @@ def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, shap
 
 
 class Rank(nn.Module):
-    """A pipeline stage of one rank, with parameters, gradients and optimizer state as Megatron lays them out."""
+    """A pipeline stage of one rank; parameters, gradients and state as Megatron lays them out."""
 
     def __init__(self, arch: Arch, shape: Shape, stage: Stage) -> None:
         super().__init__()
@@ -372,7 +382,11 @@ class Rank(nn.Module):
         stage.claim(self)
 
     def forward(self) -> torch.Tensor:
-        x = _Embed.apply(self.anchor, self.embed, self.shape) if self.stage.first else _Received.apply(self.anchor, self.shape, self.width)
+        x = (
+            _Embed.apply(self.anchor, self.embed, self.shape)
+            if self.stage.first
+            else _Received.apply(self.anchor, self.shape, self.width)
+        )
         for block in self.blocks:
             x = block(x)
         if not self.stage.last:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 
 import torch
+
+from memfit.types.errors import UserError
+from memfit.types.job import Job
 from published.adapters import LinearMaker, freeze
 from published.arch import Arch
 from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
@@ -14,9 +18,6 @@ from published.evoformer import stack_job
 from published.losses import Loss
 from published.rows import Setup
 from published.vision import vit_job
-
-from memfit.types.errors import UserError
-from memfit.types.job import Job
 
 _DIALECTS = {
     "litgpt": LITGPT, "thunder": LITGPT, "titan": TITAN, "tune": TUNE, "hf": HUGGING_FACE, "liger": LIGER,
@@ -28,10 +29,17 @@ def job_of(setup: Setup) -> Job:
     """Raises UserError where the row leaves out a size, or names a model that is not expressed here."""
     if setup.code == "evoformer":
         return stack_job(setup)
+    if setup.arch is not None and setup.row["scope"] == "activation_only" and not setup.arch.vocab:
+        setup = dataclasses.replace(setup, arch=dataclasses.replace(setup.arch, vocab=1024))
+        return decoder_job(setup, setup.arch, _DIALECTS["hf"], Loss("hidden"))
     if setup.arch is None:
         raise UserError("the row and the public configurations do not say how large the model is")
+    if re.search(r"\bbert\b|bert-|roberta", setup.row["model"].lower()):
+        return bert_job(setup, setup.arch)
     if setup.code == "vision":
         return vit_job(setup, setup.arch)
+    if not setup.arch.vocab:
+        raise UserError("the row gives no vocabulary size")
     if not setup.length or not setup.micro_batch:
         raise UserError("the row gives no sequence length or no micro-batch")
     if setup.code not in _DIALECTS:
@@ -39,12 +47,34 @@ def job_of(setup: Setup) -> Job:
     return decoder_job(setup, setup.arch, _DIALECTS[setup.code], Loss(_loss_kind(setup)))
 
 
+def bert_job(setup: Setup, arch: Arch) -> Job:
+    """transformers' own encoder with a classification head, attention written out."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
+    config = BertConfig(
+        vocab_size=arch.vocab, hidden_size=arch.hidden, num_hidden_layers=arch.layers,
+        num_attention_heads=arch.heads, intermediate_size=arch.ffn, attn_implementation="eager",
+        max_position_embeddings=max(512, setup.length),
+    )  # fmt: skip
+
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
+        return {"input_ids": tokens, "labels": torch.zeros(samples, dtype=torch.int64)}
+
+    return Job(
+        name=setup.id, build_model=lambda: BertForSequenceClassification(config), make_batch=batch,
+        loss=lambda model, part: model(**part).loss, batch_size=samples, blocks="bert.encoder.layer",
+    )  # fmt: skip
+
+
 def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
 
     def build() -> torch.nn.Module:
         with default_dtype(setup.parameters):
-            linear = LinearMaker(setup.lora, (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim))
+            sizes = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim)
+            linear = LinearMaker(setup.lora, sizes)
             return freeze(Decoder(arch, dialect, linear, setup.length, loss.inside), setup.lora)
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
@@ -74,7 +104,8 @@ def _loss_kind(setup: Setup) -> str:
     if setup.code == "thunder":
         return "plain"
     if setup.code in ("titan", "tune"):
-        return "float"
+        first = re.search(r"\b(jan|feb|mar|apr)[a-z]*\b.*2024", setup.row["software"].lower())
+        return "float-held" if first else "float"
     if re.search(r"liger|fused linear|chunked nll", text) and "fast ce" not in text.replace(
         "fast ce, rope", ""
     ):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import re
 from typing import Any
 
-from published.megatron import rank_jobs
-from published.models import job_of
-from published.rows import Setup
-
+from memfit.catalog.load import device
+from memfit.cost.allocator import Settings, replay
+from memfit.cost.device import outside, with_workspaces
 from memfit.cost.memory import levels
 from memfit.trace.compose import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
+from memfit.types.machine import Device
 from memfit.types.plan import Plan, use
 from memfit.types.trace import Phase, Trace
+from published.megatron import rank_jobs
+from published.models import job_of
+from published.rows import Setup
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +30,7 @@ class Prediction:
 
     allocated_bytes: int
     phase: str
+    resident_bytes: int = 0  # kept for backward when forward ends
     reserved_bytes: int | None = None
     device_bytes: int | None = None
 
@@ -33,9 +39,7 @@ def plan_of(setup: Setup) -> Plan:
     uses = []
     if setup.micro_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=setup.micro_batches))
-    if (
-        setup.lora is not None and setup.lora.adapter_dtype == "float32"
-    ) or (
+    if (setup.lora is not None and setup.lora.adapter_dtype == "float32") or (
         setup.parameters == "float32"
         and setup.compute != "float32"
         and setup.sharding not in ("fsdp1", "fsdp2")
@@ -45,7 +49,8 @@ def plan_of(setup: Setup) -> Plan:
         every = int(setup.recompute.rpartition("-")[2]) if "-" in setup.recompute else 1
         uses.append(use("activation-checkpointing", every=every))
     if setup.recompute == "operators":
-        uses.append(use("selective-checkpointing", keep="matmul"))
+        keep = "every-second-matmul" if setup.code == "titan" else "matmul"
+        uses.append(use("selective-checkpointing", keep=keep))
     if setup.compiled:
         whole = setup.code in ("thunder", "vision", "litgpt") and setup.ranks["dp"] == 1
         uses.append(use("compile", scope="model" if whole else "blocks"))
@@ -53,8 +58,15 @@ def plan_of(setup: Setup) -> Plan:
         uses.append(use(setup.optimizer))
     elif setup.fused and setup.optimizer == "adamw":
         uses.append(use("adamw-fused"))
+    elif setup.optimizer == "adamw" and _before_foreach(setup):
+        uses.append(use("adamw-single"))
     uses += _sharding(setup)
     return Plan(uses=tuple(uses), ranks=setup.ranks["dp"])
+
+
+def _before_foreach(setup: Setup) -> bool:
+    """torch took foreach as its default on CUDA in 2.0 (March 2023)."""
+    return bool(re.search(r"torch 1\.|20(19|20|21|22)\b", setup.row["software"].lower()))
 
 
 def _sharding(setup: Setup) -> list[object]:
@@ -83,7 +95,20 @@ _PARTS = 4  # of a phase's span: a peak lies near its start or its end
 
 
 def predict(setup: Setup) -> Prediction:
-    """Raises UserError with the reason where the row cannot be expressed."""
+    """Raises UserError with the reason where the row cannot be expressed, or contradicts itself: a run that
+    was measured did fit its card."""
+    found = _predicted(setup)
+    card = float(setup.row["gpu_mem_gb"] or 0) * 2**30
+    if card and found.allocated_bytes > card:
+        raise UserError(
+            f"as the row states it the run takes {found.allocated_bytes / 2**30:.1f} GiB, more than its card"
+        )
+    return found
+
+
+def _predicted(setup: Setup) -> Prediction:
+    if setup.float8 and setup.code != "megatron" and not setup.recompute:
+        raise UserError("which float8 casts the compiler keeps for backward is not expressed")
     if setup.code == "megatron" and setup.arch is not None:
         plan = _recomputed(setup)
         jobs = rank_jobs(setup, setup.arch)
@@ -97,20 +122,33 @@ def predict(setup: Setup) -> Prediction:
 def _of(setup: Setup, job: Job, plan: Plan) -> Prediction:
     options: dict[str, Any] = {"device": "cuda", "played": 2, "update": setup.row["scope"] == "train_step"}
     if _is_line(setup, plan):
-        return _on_a_line(job, plan, int(setup.row["layers"] or 0), options)
-    return of_trace(deep_trace(job, plan, **options))
+        return _on_a_line(setup, job, plan, options)
+    return of_trace(setup, deep_trace(job, plan, **options))
 
 
 def _is_line(setup: Setup, plan: Plan) -> bool:
-    """Whether only peaks are extrapolated: one graph over all blocks has no events of single blocks."""
+    """Whether only peaks are extrapolated: one graph over all blocks has no events of single blocks, and
+    compiled blocks free at other times. The allocator's replay wants every event."""
     compiled = plan.get("compile")
     whole = compiled is not None and compiled.settings["scope"] == "model"
-    return (whole or setup.code == "evoformer") and int(setup.row["layers"] or 0) > _FEW_BLOCKS + 1
+    replayed = setup.measured is not None and setup.measured.kind in ("reserved", "device")
+    peaks_only = compiled is not None and not replayed
+    return (whole or peaks_only or setup.code == "evoformer") and _count(setup) > _FEW_BLOCKS + 1
 
 
-def _on_a_line(job: Job, plan: Plan, count: int, options: dict[str, Any]) -> Prediction:
-    few, more = (_tops(trace(job, plan, blocks=n, **options)) for n in (_FEW_BLOCKS, _FEW_BLOCKS + 1))
-    whole = {key: few[key] + (count - _FEW_BLOCKS) * (more[key] - few[key]) for key in few}
+def _count(setup: Setup) -> int:
+    return setup.arch.layers if setup.arch else _number_of(setup.row["layers"])
+
+
+def _number_of(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def _on_a_line(setup: Setup, job: Job, plan: Plan, options: dict[str, Any]) -> Prediction:
+    card, times = _card(setup.row["gpu"]), _count(setup) - _FEW_BLOCKS
+    found = [trace(job, plan, blocks=n, **options) for n in (_FEW_BLOCKS, _FEW_BLOCKS + 1)]
+    few, more = (_tops(with_workspaces(t, card) if card else t) for t in found)
+    whole = {key: few[key] + times * (more[key] - few[key]) for key in few}
     where = max(whole, key=lambda key: whole[key])
     return Prediction(allocated_bytes=whole[where], phase=where[0])
 
@@ -130,10 +168,46 @@ def _tops(traced: Trace) -> dict[tuple[str, int], int]:
     return tops
 
 
-def of_trace(traced: Trace) -> Prediction:
-    tops = _tops(traced)
+def of_trace(setup: Setup, traced: Trace) -> Prediction:
+    """Of a whole trace: the allocator can be replayed, and what lies beside it added."""
+    card = _card(setup.row["gpu"])
+    seen = with_workspaces(traced, card) if card else traced
+    tops = _tops(seen)
     where = max(tops, key=lambda key: tops[key])
-    return Prediction(allocated_bytes=tops[where], phase=where[0])
+    played = replay(seen.allocations, Settings(expandable_segments=_expandable(setup)))
+    beside = outside(card, traced.communicators).total_bytes if card else None
+    return Prediction(
+        allocated_bytes=tops[where],
+        phase=where[0],
+        resident_bytes=_resident(seen),
+        reserved_bytes=played.reserved_peak_bytes,
+        device_bytes=played.reserved_peak_bytes + int(beside.value) if beside else None,
+    )
+
+
+def _resident(traced: Trace) -> int:
+    """Made in the last step's forward and alive when it ends."""
+    span = next(s for s in traced.spans if s.phase is Phase.FORWARD and s.step == traced.steps - 1)
+    return sum(
+        a.size_bytes
+        for a in traced.allocations
+        if span.start <= a.start < span.end and (a.end is None or a.end >= span.end)
+    )
+
+
+def _card(name: str) -> Device | None:
+    """The catalog's card of that name, or None. China's A800 and H800 have slower links, nothing else."""
+    known = name.replace("A800", "A100").replace("H800", "H100")
+    for spelled in (known, known.split("-")[0] + "-SXM", known.split("-")[0]):
+        with contextlib.suppress(UserError):
+            return device(spelled)
+    return None
+
+
+def _expandable(setup: Setup) -> bool:
+    """torchtitan's launcher has asked for expandable segments since late 2024 (run_train.sh)."""
+    early = re.search(r"mar-apr 2024|mid-2024", setup.row["software"].lower())
+    return "expandable segments on" in setup.row["notes"].lower() or (setup.code == "titan" and not early)
 
 
 def _recomputed(setup: Setup) -> Plan:

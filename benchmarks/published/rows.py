@@ -1,4 +1,4 @@
-"""A row of the file read into what memfit can express. Free text is matched by what it says, not by its row."""
+"""A row of the file read into what memfit can express, by what its free text says."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """One run as its source describes it. ``code``: whose implementation. ``parameters``, ``compute``: dtypes;
+    """One run as its source describes it. ``code``: whose modules. ``parameters``, ``compute``: dtypes;
     ``sharding``: "", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"; ``recompute``: "", "full",
     "operators", or "every-k"; ``optimizer``: "adamw", "adamw-8bit", "adamw-4bit", "adafactor", ..."""
 
@@ -76,7 +76,8 @@ def setup_of(row: Mapping[str, str]) -> Setup:
         micro_batches=_number(row["grad_accum"]) or _accumulated(row, micro, data),
         parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
         optimizer=_optimizer(row["optimizer"].lower()), fused=_fused(row, code),
-        lora=_lora(row, code), sharding=sharding, reshard=not re.search(r"zero-?2|reshard_after_forward false", row["zero_fsdp"].lower()),
+        lora=_lora(row, code), sharding=sharding,
+        reshard=not re.search(r"zero-?2|reshard_after_forward false", row["zero_fsdp"].lower()),
         recompute=_recompute(row["act_ckpt"].lower()), compiled=row["compile"].lower()[:1] == "y",
         ranks={k: _number(row[k]) or 1 for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
         sequence_parallel=row["sp"].lower()[:1] == "y", offload=_offload(row["offload"].lower()),
@@ -109,7 +110,7 @@ _CODES: tuple[tuple[str, str], ...] = (
     (r"timm|\bvit\b|vit-", "vision"),
     (r"simumax|megatron|nemo|transformer[- ]engine|\bte\b|internevo|bloom|korthikanti", "megatron"),
     (
-        r"hf trainer|transformers|hugging ?face|\btrl\b|qwen|axolotl|llama-?factory|fms|peft|deepspeed|zero study",
+        r"hf trainer|transformers|hugging ?face|\btrl\b|qwen|axolotl|llama-?factory|fms|peft|deepspeed",
         "hf",
     ),
 )
@@ -160,7 +161,7 @@ def _dtypes(precision: str, code: str, sharding: str) -> tuple[str, str]:
         return "float32", half
     if code == "evoformer":
         return half, half
-    if code in ( "hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
+    if code in ("hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
         return half, half
     return "float32", half
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import torch
-from published.arch import Arch
-from published.rows import Setup
 from torch import nn
 from torch.nn import functional
 
 from memfit.types.errors import UserError
 from memfit.types.job import Job
+from published.arch import Arch
+from published.rows import Setup
 
 
 class VitBlock(nn.Module):

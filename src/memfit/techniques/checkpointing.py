@@ -43,10 +43,30 @@ def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    kept = list(_kept_operators(str(settings["keep"])))
+    policy = str(settings["keep"])
+    kept = list(_kept_operators(policy))
     _, blocks = find_blocks(bench.model, bench.job.blocks)
     for block in blocks:
-        _wrap(block, context_fn=functools.partial(create_selective_checkpoint_contexts, kept))
+        if policy == "every-second-matmul":
+            _wrap(block, context_fn=lambda: create_selective_checkpoint_contexts(_every_second(kept)))
+        else:
+            _wrap(block, context_fn=functools.partial(create_selective_checkpoint_contexts, kept))
+
+
+def _every_second(kept: list[Any]) -> Callable[..., Any]:
+    """torchtitan's policy: of the products of one call only every second is kept, the first, the third..."""
+    import torch
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    seen = {True: 0, False: 0}  # by whether it is the recomputation
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        product = op is torch.ops.aten.mm.default
+        seen[context.is_recompute] += product
+        save = op in kept and not (product and seen[context.is_recompute] % 2 == 0)
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
 
 
 def _kept_operators(policy: str) -> Iterable[Any]:
@@ -59,7 +79,7 @@ def _kept_operators(policy: str) -> Iterable[Any]:
     yield aten._scaled_dot_product_flash_attention.default
     yield aten._scaled_dot_product_efficient_attention.default
     yield aten._scaled_dot_product_cudnn_attention.default
-    if policy == "matmul":
+    if policy != "attention":
         yield from (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 
 
@@ -99,7 +119,7 @@ SELECTIVE = Technique(
             name="keep",
             default="attention",
             doc="which outputs stay in memory",
-            choices=("attention", "matmul"),
+            choices=("attention", "matmul", "every-second-matmul"),
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""``torch.compile`` as memory sees it: which tensors the compiler keeps for backward, and which it never makes.
+"""``torch.compile`` as memory sees it: which tensors it keeps for backward, and which it never makes.
 
 The joint graph of forward and backward is traced and cut by torch's own partitioner (a minimum cut over what
 must be kept, torch._functorch.partitioners); each side then runs as kernels: products, convolutions and

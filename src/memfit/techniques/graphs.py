@@ -24,7 +24,17 @@ _EXTERN = frozenset(
 )  # fmt: skip
 _VIEWS = (_ATEN.reshape, _ATEN._unsafe_view)
 _REDUCTIONS = frozenset(
-    {_ATEN.sum, _ATEN.mean, _ATEN.amax, _ATEN.amin, _ATEN.var_mean, _ATEN.max, _ATEN.min, _ATEN.argmax, _ATEN.any}
+    {
+        _ATEN.sum,
+        _ATEN.mean,
+        _ATEN.amax,
+        _ATEN.amin,
+        _ATEN.var_mean,
+        _ATEN.max,
+        _ATEN.min,
+        _ATEN.argmax,
+        _ATEN.any,
+    }
 )
 
 
@@ -45,7 +55,7 @@ class Region:
         if key not in self.graphs:
             call = self._functional(tuple(state), leaves, places, spec)
             self.graphs[key] = Pair(call, tensors)
-        outs = _Run.apply(self.graphs[key], *tensors)
+        outs = _Run.apply(self.graphs[key], *tensors)  # type: ignore[no-untyped-call]
         return outs[0] if self.graphs[key].single else outs
 
     def _functional(self, names: tuple[str, ...], leaves: list[Any], places: list[int], spec: Any) -> Any:
@@ -152,7 +162,9 @@ class Schedule:
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         self.result: Any = next(n for n in graph.nodes if n.op == "output").args[0]
-        self.attributes = {n: getattr(graph.owning_module, n.target) for n in graph.nodes if n.op == "get_attr"}
+        self.attributes = {
+            n: getattr(graph.owning_module, n.target) for n in graph.nodes if n.op == "get_attr"
+        }
         groups = _groups(graph)
         self.kernels = _ordered(graph, groups)
         self.uses = Counter(n for k in self.kernels for n in k.inputs)
@@ -322,10 +334,9 @@ def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
         return False  # its parts leave, one by one
     for user in node.users:
         if user in groups:
-            if groups[user] != group:
-                return True
-        elif user.op == "output" or _from_extern(user):
-            return True
-        elif _leaves(user, group, groups):
+            outside = groups[user] != group
+        else:
+            outside = user.op == "output" or _from_extern(user) or _leaves(user, group, groups)
+        if outside:
             return True
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memfit.techniques.base import MakeOptimizer, OptimizerLike, Space, Technique, Workbench
@@ -58,18 +58,16 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
     return cast(OptimizerLike, made)
 
 
-def _fused_adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    import torch
+def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
+    """``kernel``: "fused" (one kernel), "single" (a parameter after the other: torch before 2.0)."""
 
-    made = torch.optim.AdamW(
-        params,
-        lr=choice.learning_rate,
-        betas=choice.betas,
-        eps=choice.eps,
-        weight_decay=choice.weight_decay,
-        fused=True,
-    )
-    return cast(OptimizerLike, made)
+    def make(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
+        import torch
+
+        fused = True if kernel == "fused" else None
+        return cast(OptimizerLike, torch.optim.AdamW(params, **_numbers(choice), fused=fused, foreach=False))
+
+    return make
 
 
 def _sgd(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
@@ -133,8 +131,8 @@ def _numbers(choice: OptimizerChoice) -> dict[str, Any]:
 
 
 class EagerStep:
-    """One of torchao's optimizers with its compiled update run eagerly: the compiler costs tens of seconds and a C++
-    tool chain on the first step, and the result is the same arithmetic."""
+    """One of torchao's optimizers with its compiled update run eagerly: the compiler costs tens of seconds
+    and a C++ tool chain on the first step, and the result is the same arithmetic."""
 
     def __init__(self, inner: OptimizerLike) -> None:
         self.inner = inner
@@ -245,7 +243,14 @@ ADAMW_FUSED = _technique(
     "adamw-fused",
     "AdamW's update in one kernel: no temporaries",
     EffectClass.E1,
-    _fused_adamw,
+    _adamw_in("fused"),
+    settings=_not_searched,
+)
+ADAMW_SINGLE = _technique(
+    "adamw-single",
+    "AdamW one parameter at a time: temporaries of the largest parameter only",
+    EffectClass.E0,
+    _adamw_in("single"),
     settings=_not_searched,
 )
 ADAFACTOR = _technique(

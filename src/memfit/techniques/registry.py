@@ -38,6 +38,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         optimizers.ADAMW_8BIT,
         optimizers.ADAMW_4BIT,
         optimizers.ADAMW_FUSED,
+        optimizers.ADAMW_SINGLE,
         optimizers.ADAFACTOR,
         optimizers.SGD,
         optimizers.IN_BACKWARD,

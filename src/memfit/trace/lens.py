@@ -96,7 +96,10 @@ def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> 
 
 
 def _dropout(
-    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    input: torch.Tensor,  # noqa: A002 - torch's own name
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
 ) -> torch.Tensor:
     if not training or p == 0.0 or inplace or not input.requires_grad:
         return functional.dropout(input, p, training, inplace)
@@ -118,9 +121,9 @@ def _softmax(
 
 
 def _softmax_arguments(
-    input: torch.Tensor,
+    input: torch.Tensor,  # noqa: A002 - torch's own name
     dim: int | None = None,
-    _stacklevel: int | None = None,
+    _stacklevel: int | torch.dtype | None = None,  # torch.softmax has the dtype in its place
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, int | None, torch.dtype | None]:
     return input, dim, _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
@@ -168,15 +171,17 @@ _KERNELS: dict[Any, Callable[..., Any]] = {
     },
 }
 _NAMES = (
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow norm cumprod cumsum "
-    "dist renorm logsumexp prod sum"
-).split()
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal",
+    "rsqrt", "sinh", "tan", "pow", "norm", "cumprod", "cumsum", "dist", "renorm", "logsumexp", "prod",
+    "sum",
+)  # fmt: skip
 _FUNCTIONS = (
-    "layer_norm group_norm rms_norm cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div "
-    "cosine_similarity cosine_embedding_loss poisson_nll_loss hinge_embedding_loss margin_ranking_loss "
-    "multi_margin_loss soft_margin_loss triplet_margin_loss multilabel_margin_loss gaussian_nll_loss softplus "
-    "softmin binary_cross_entropy_with_logits"
-).split()
+    "layer_norm", "group_norm", "rms_norm", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
+    "smooth_l1_loss", "huber_loss", "kl_div", "cosine_similarity", "cosine_embedding_loss",
+    "poisson_nll_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss",
+    "soft_margin_loss", "triplet_margin_loss", "multilabel_margin_loss", "gaussian_nll_loss", "softplus",
+    "softmin", "binary_cross_entropy_with_logits",
+)  # fmt: skip
 _IN_FLOAT32 = frozenset(
     getattr(home, name)
     for home, names in ((torch, _NAMES), (torch.Tensor, _NAMES), (functional, _FUNCTIONS))

@@ -1,0 +1,83 @@
+"""What CUDA's kernels keep for backward, by hand, against what the lens makes fake CPU tensors keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from memfit.trace.lens import device_lens
+
+_SHAPE = (4, 8, 16)
+_COUNT = 4 * 8 * 16
+
+
+def _kept_bytes(
+    call: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, *, autocast: bool = False
+) -> int:
+    """Bytes of distinct storages that autograd holds, the input's own apart."""
+    kept: dict[int, int] = {}
+    with FakeTensorMode(), device_lens("cuda"):
+        x = torch.empty(_SHAPE, dtype=dtype, requires_grad=True)
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata != x.untyped_storage()._cdata:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        ):
+            out = call(x)
+        assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_dropout_keeps_one_byte_an_element() -> None:
+    assert _kept_bytes(lambda x: functional.dropout(x, 0.1), torch.bfloat16) == _COUNT
+
+
+def test_softmax_into_float32_keeps_its_output_only() -> None:
+    assert (
+        _kept_bytes(lambda x: functional.softmax(x, dim=-1, dtype=torch.float32), torch.bfloat16)
+        == 4 * _COUNT
+    )
+    assert (
+        _kept_bytes(lambda x: functional.log_softmax(x, dim=-1, dtype=torch.float32), torch.bfloat16)
+        == 4 * _COUNT
+    )
+
+
+def test_autocast_normalises_in_float32() -> None:
+    """A float32 copy of the input and two statistics a row; the CPU's autocast would stay in bfloat16."""
+    kept = _kept_bytes(lambda x: functional.layer_norm(x, (16,)), torch.bfloat16, autocast=True)
+    assert kept == 4 * _COUNT + 2 * 4 * (_COUNT // 16)
+
+
+def test_autocast_softmax_gives_float32() -> None:
+    with FakeTensorMode(), device_lens("cuda"), torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
+        assert torch.softmax(x, dim=-1).dtype == torch.float32
+        assert x.sum().dtype == torch.float32
+        assert (x**2).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_attention_keeps_no_matrix_of_scores(dtype: torch.dtype) -> None:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        heads = x.unsqueeze(1)
+        return functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+    out_and_statistics = 2 * _COUNT + 4 * 4 * 8
+    assert _kept_bytes(attend, dtype) == pytest.approx(out_and_statistics, abs=64)  # and a few random numbers
+
+
+def test_without_a_lens_nothing_changes() -> None:
+    with FakeTensorMode(), device_lens("cpu"), torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
+        assert torch.softmax(x, dim=-1).dtype == torch.bfloat16
