@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,6 +23,8 @@ from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
     import torch
+
+    from memfit.techniques.gathered_attention import Across
 
 _SHIFTS = ("ForCausalLM", "LMHeadModel")  # Hugging Face models whose loss moves labels by one
 _IGNORED = -100  # label that counts for nothing, as in torch's cross-entropy
@@ -56,6 +58,32 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     bench.slices = slices
     bench.loss_terms = _terms
+    bench.before_micro_batch.append(_averaging(bench, across))
+
+
+def _averaging(bench: Workbench, across: Across) -> Callable[[bool], None]:
+    """Where no data-parallel technique takes care of it, each gradient is averaged as soon as it is there."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    done = False
+
+    def average(grad: torch.Tensor) -> torch.Tensor:
+        own = grad.to_local() if isinstance(grad, DTensor) else grad
+        mean = across.sum(own).div_(across.ranks)
+        if not isinstance(grad, DTensor):
+            return mean
+        mesh, kinds = grad.device_mesh, grad.placements
+        return DTensor.from_local(mean, mesh, kinds, run_check=False, shape=grad.shape, stride=grad.stride())
+
+    def start(last: bool) -> None:
+        nonlocal done
+        if not done and bench.ddp is None and not isinstance(bench.model, FSDPModule):
+            for param in bench.trainable():
+                param.register_hook(average)
+        done = True
+
+    return start
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:

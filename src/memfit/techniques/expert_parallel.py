@@ -1,4 +1,4 @@
-"""Expert parallelism: the experts of each mixture are dealt to the data-parallel ranks, tokens travel to them.
+"""Expert parallelism: experts of each mixture are dealt to the data-parallel ranks, tokens travel to them.
 
 A mixture's experts are one module called with ``(tokens (N, width), chosen (N, k), weights (N, k))`` that
 returns ``(N, width)``: ``Job.experts`` names such modules. It holds its experts in an ``nn.ModuleList``, each

@@ -56,6 +56,11 @@ class Across:
         whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
         return tuple(_COMM.wait_tensor(whole).chunk(self.ranks))
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor, alike on every rank."""
+        summed: torch.Tensor = _COMM.wait_tensor(_COMM.all_reduce(tensor, "sum", self.group))
+        return summed
+
     def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sum, of tensors stacked in the order of ranks along dimension 0."""
         part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)

@@ -77,11 +77,6 @@ def layout(plan: Plan) -> Layout:
         raise UserError(
             f"{plan.ranks} ranks cannot be split into {parts}", allowed=f"a multiple of {model_ranks} ranks"
         )
-    if degrees.get("context", 1) > 1 and not any(plan.get(t) for t in (*_REPLICATED, *_SHARDED)):
-        raise UserError(
-            "context-parallel ranks see different tokens, and nothing adds up their gradients",
-            allowed=f"a data-parallel technique beside it: {', '.join((*_REPLICATED, *_SHARDED))}",
-        )
     replicate, shard = _data_degrees(plan, data)
     return Layout(replicate=replicate, shard=shard, **degrees)
 
