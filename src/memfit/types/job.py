@@ -57,6 +57,9 @@ class Job:
     ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
     ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
     ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads.
+    For plans of several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut where
+    watching them is not enough; ``experts`` names modules called with (tokens, chosen experts, weights);
+    context parallelism cuts ``sequence_dim`` and wants inputs and targets aligned in the batch.
     ``bound`` is for shapes that depend on data, which no prediction can know: how many elements (an
     integer) or what share of the possible ones (a float) ``nonzero``, ``masked_select``, a boolean index,
     ``unique`` and the like give; one number, or by operator name or line (``{"model.py:12": 4096}``).
