@@ -4,7 +4,7 @@
     python benchmarks/memory_truth_ranks.py --page           the page from the records only
 
 Every rank is a process of its own, joined over gloo; the counting allocator in it is the truth. A thread
-of gloo may hold a finished collective's tensors until it is scheduled again, so each row runs eight times
+of gloo may hold a finished collective's tensors until it is scheduled again, so each row runs six times
 and the lowest peak of each phase counts; the record keeps all. Every
 number in the page comes from benchmarks/records/memory_truth_ranks.jsonl, of each row the last record.
 """
@@ -36,7 +36,7 @@ from memfit.measure.probe import probe
 from memfit.run.ranks import free_port, rank_env
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import Layout, World
+from memfit.techniques.world import Layout, World, make_world
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration
@@ -48,7 +48,7 @@ from memfit.worker.train import joined
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "records" / "memory_truth_ranks.jsonl", HERE / "memory_truth_ranks.md"
 PHASES = tuple(str(p) for p in Phase)
-STEPS, RUNS, LIMIT_S = 3, 8, 300.0
+STEPS, RUNS, LIMIT_S = 3, 6, 120.0
 WHOLE = 64  # micro-batches: play them all
 SCALAR_BYTES = 64  # operators make 0-dim tensors of Python numbers and free them at once; no trace sees them
 
@@ -79,6 +79,7 @@ def row(job: str, ranks: int, *, rounding: float = 1e-5, sequence: bool = False,
 
 FOUR = {"micro_batches": 4}
 BF16 = {"precision": "bf16"}
+EVERY_TOKEN = {"capacity_percent": 400}  # none is dropped, so the loss is that of one process
 BUCKET = {"reduce_bucket_elements": 1_000_000}
 ROWS = (
     row("gpt", 2, ddp={}),
@@ -128,6 +129,8 @@ ROWS = (
     row("gpt_wide", 2, tensor_parallel={"sequence": True}),
     row("gpt_wide", 2, tensor_parallel={"vocabulary": "parallel-loss"}),
     row("gpt_wide", 4, tensor_parallel={}, fsdp2={}),
+    row("moe", 2, expert_parallel=EVERY_TOKEN, ddp={}),
+    row("moe", 2, expert_parallel=EVERY_TOKEN, fsdp2={}),
     row("gpt", 2, context_parallel={}),
     row("gpt", 4, context_parallel={}, fsdp2={}),
     row("gpt", 2, pipeline={"schedule": "gpipe"}),
@@ -150,76 +153,103 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--page", action="store_true")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("RANKS", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [r for r in ROWS if options.only in r.name]
     if options.child:
-        path, name = options.child
-        _child(next(r for r in ROWS if r.name == name), Path(path))
+        ranks, path = options.child
+        _child([r for r in rows if r.plan.ranks == int(ranks)], Path(path))
         return
     if not options.page:
-        torch.set_num_threads(1)
-        counter = CountingAllocator()
-        counter.install()
-        for each in (r for r in ROWS if options.only in r.name):
-            with RECORDS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record := measure(each, counter), ensure_ascii=False) + "\n")
-            print(f"{_line(record)}", flush=True)
+        truth = Truth()
+        for ranks in sorted({r.plan.ranks for r in rows}):
+            truth.measure([r for r in rows if r.plan.ranks == ranks], options.only)
     PAGE.write_text(page(_last_records()), encoding="utf-8")
 
 
-def measure(one: Row, counter: CountingAllocator) -> dict[str, Any]:
-    job, ranks = load(one.ref), range(one.plan.ranks)
-    traces = [trace(job, one.plan, rank=r, played=WHOLE) for r in ranks]
-    profiles = [memory_profile(t, _probed(t, counter)) for t in traces]
-    told = _on_ranks(one)
-    measured = [{k: min(run[k] for run in rank["runs"]) for k in rank["runs"][0]} for rank in told]
-    losses = [statistics.fmean(step) for step in zip(*(rank["losses"] for rank in told), strict=True)]
-    alone = _once(job, Plan(), World(layout=Layout()), counter)[1]
-    top = max(ranks, key=lambda r: measured[r]["peak"])
-    op = _op_at(traces[top], profiles[top].peak_clock)
-    return {
-        "name": one.name,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": dict(fingerprint()),
-        "predicted": [{**p.phase_peak_bytes, "peak": p.peak_bytes} for p in profiles],
-        "measured": measured,
-        "runs": [rank["runs"] for rank in told],
-        "peak_phase": profiles[top].peak_phase,
-        "peak_op": op,
-        "in_collective": op.startswith(("c10d", "_c10d_functional")),
-        "loss_ratio": max(abs(a / b - 1) for a, b in zip(losses, alone, strict=True)),
-        "losses_equal": all(abs(a - b) <= one.rounding * abs(b) for a, b in zip(losses, alone, strict=True)),
-        "sequence": _compared(traces, [rank["logs"] for rank in told]) if one.sequence else None,
-    }
+class Truth:
+    """Measures rows and records them; what rows share is found once."""
+
+    def __init__(self) -> None:
+        self.counter = CountingAllocator()
+        self.counter.install()
+        self.probes: dict[str, int | None] = {}
+        self.losses: dict[str, list[float]] = {}
+
+    def measure(self, rows: list[Row], only: str) -> None:
+        for one, told in zip(rows, _on_ranks(rows, only), strict=True):
+            record = self.record(one, told)
+            with RECORDS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            print(_line(record), flush=True)
+
+    def record(self, one: Row, told: list[dict[str, Any]]) -> dict[str, Any]:
+        """``told``: what `_child` found on every rank."""
+        job, ranks = load(one.ref), range(one.plan.ranks)
+        traces = [trace(job, one.plan, rank=r, played=WHOLE) for r in ranks]
+        profiles = [memory_profile(t, self.probed(t)) for t in traces]
+        measured = [{k: min(run[k] for run in rank["runs"]) for k in rank["runs"][0]} for rank in told]
+        losses = [statistics.fmean(step) for step in zip(*(rank["losses"] for rank in told), strict=True)]
+        if one.job not in self.losses:
+            self.losses[one.job] = _once(job, Plan(), World(layout=Layout()), self.counter)[1]
+        ratio = max(abs(a / b - 1) for a, b in zip(losses, self.losses[one.job], strict=True))
+        top = max(ranks, key=lambda r: measured[r]["peak"])
+        op = _op_at(traces[top], profiles[top].peak_clock)
+        return {
+            "name": one.name,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "environment": dict(fingerprint()),
+            "predicted": [{**p.phase_peak_bytes, "peak": p.peak_bytes} for p in profiles],
+            "measured": measured,
+            "runs": [rank["runs"] for rank in told],
+            "peak_phase": profiles[top].peak_phase,
+            "peak_op": op,
+            "in_collective": op.startswith(("c10d", "_c10d_functional")),
+            "loss_ratio": ratio,
+            "losses_equal": ratio <= one.rounding,
+            "sequence": _compared(traces, [rank["logs"] for rank in told]) if one.sequence else None,
+        }
+
+    def probed(self, traced: Trace) -> Calibration:
+        """Scratch memory inside kernels, one operator at a time; collectives cannot be run alone."""
+        signatures = {op.signature for op in traced.ops if "c10d" not in op.op}
+        for signature in signatures - self.probes.keys():
+            found = probe(signature, self.counter)
+            self.probes[signature] = None if found is None else found[1]
+        known = {s: peak for s in signatures if (peak := self.probes[s]) is not None}
+        return Calibration(op_peak_bytes=known)
 
 
-def _on_ranks(one: Row) -> list[dict[str, Any]]:
-    """What `_child` found on every rank."""
-    port, children = free_port(), []
+def _on_ranks(rows: list[Row], only: str) -> list[list[dict[str, Any]]]:
+    """Of every row what `_child` found on every rank. All rows have as many ranks, which live for all."""
+    ranks, port, children = rows[0].plan.ranks, free_port(), []
     with tempfile.TemporaryDirectory() as folder:
-        for rank in range(one.plan.ranks):
-            env = {**os.environ, **rank_env(rank, one.plan.ranks, port), "OMP_NUM_THREADS": "1"}
-            argv = [sys.executable, __file__, "--child", f"{folder}/{rank}", one.name]
+        for rank in range(ranks):
+            env = {**os.environ, **rank_env(rank, ranks, port), "OMP_NUM_THREADS": "1"}
+            argv = [sys.executable, __file__, "--only", only, "--child", str(ranks), f"{folder}/{rank}"]
             children.append(subprocess.Popen(argv, env=env))
         try:
             for child in children:
-                assert child.wait(LIMIT_S) == 0, f"{one.name}: a rank failed"
+                assert child.wait(LIMIT_S * len(rows)) == 0, "a rank failed"
         finally:
             for child in children:
                 child.kill()
-        return [json.loads(Path(f"{folder}/{r}").read_text()) for r in range(one.plan.ranks)]
+        told = [map(json.loads, Path(f"{folder}/{r}").read_text().splitlines()) for r in range(ranks)]
+        return [list(row) for row in zip(*told, strict=True)]
 
 
-def _child(one: Row, path: Path) -> None:
-    """One rank: warm up, then measure."""
-    torch.set_num_threads(1)
+def _child(rows: list[Row], path: Path) -> None:
+    """One rank: of every row a run to warm up, then those measured."""
     counter = CountingAllocator()
     counter.install()
-    job = load(one.ref)
-    with joined(one.plan) as world:
-        runs = [_once(job, one.plan, world, counter) for _ in range(1 + RUNS)][1:]
-        logs = [_logged(job, one.plan, world, counter) for _ in range(RUNS * one.sequence)]
-    path.write_text(json.dumps({"runs": [r[0] for r in runs], "losses": runs[0][1], "logs": logs}))
+    with joined(rows[0].plan) as first, path.open("w") as file:
+        for one in rows:
+            job, world = load(one.ref), make_world(one.plan, rank=first.rank, device="cpu")
+            runs = [_once(job, one.plan, world, counter) for _ in range(1 + RUNS)][1:]
+            logs = [_logged(job, one.plan, world, counter) for _ in range(RUNS * one.sequence)]
+            told = {"runs": [r[0] for r in runs], "losses": runs[0][1], "logs": logs}
+            file.write(json.dumps(told) + "\n")
 
 
 def _once(
@@ -261,12 +291,6 @@ def _logged(job: Job, plan: Plan, world: World, counter: CountingAllocator) -> l
     log = counter.stop_log()
     step.close()
     return [d for d in log.deltas_bytes if abs(d) > SCALAR_BYTES]
-
-
-def _probed(traced: Trace, counter: CountingAllocator) -> Calibration:
-    """Scratch memory inside kernels, one operator at a time; collectives cannot be run alone."""
-    found = {s: probe(s, counter) for s in {op.signature for op in traced.ops if "c10d" not in op.op}}
-    return Calibration(op_peak_bytes={s: f[1] for s, f in found.items() if f is not None})
 
 
 def _op_at(traced: Trace, clock: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -36,11 +38,43 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Experts(nn.Module):
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(
+            [nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)) for _ in range(count)]
+        )
+
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Every expert on every token; what it was not chosen for counts nothing."""
+        shares = [(weights * (chosen == i)).sum(-1, keepdim=True) for i in range(len(self.members))]
+        return sum(
+            (m(tokens) * w for m, w in zip(self.members, shares, strict=True)), torch.zeros_like(tokens)
+        )
+
+
+class MixtureBlock(Block):
+    """Two of four experts for each token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.router = nn.Linear(width, 4)
+        self.mlp = Experts(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        tokens = self.norm2(x).flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2)
+        return x + self.mlp(tokens, chosen, weights).view_as(x)
+
+
 class Gpt(nn.Module):
-    def __init__(self, width: int, blocks: int, *, tied: bool) -> None:
+    def __init__(
+        self, width: int, blocks: int, *, tied: bool, block: Callable[[int], nn.Module] = Block
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, width)
-        self.blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.blocks = nn.ModuleList([block(width) for _ in range(blocks)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         if tied:
@@ -82,6 +116,13 @@ def gpt_wide() -> Job:
 
 def gpt_tied() -> Job:
     return _language_model("gpt_tied", 128, 4, tied=True)
+
+
+def moe() -> Job:
+    return Job(
+        name="moe", build_model=lambda: Gpt(128, 3, tied=False, block=MixtureBlock), make_batch=_tokens,
+        loss=_next_token, batch_size=BATCH, blocks="blocks", head="head", experts="blocks.*.mlp",
+    )  # fmt: skip
 
 
 class Residual(nn.Module):
