@@ -39,8 +39,8 @@ DIMENSIONLESS = {
     "nccl_channels", "nccl_multicast_channels", "oom_probability", "rank", "ranks", "communicators",
     # counts and indices
     "batch", "batch_size", "changed_lines", "commands", "considered", "failed_attempts",
-    "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed", "sequence_dim", "step",
-    "steps", "steps_done", "steps_per_run", "threads",
+    "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed",
+    "sequence_dim", "step", "steps", "steps_done", "steps_per_run", "threads",
     # ticks of the trace's clock
     "clock", "start", "end",
     # pure numbers
