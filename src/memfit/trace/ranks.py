@@ -105,7 +105,7 @@ class _RealIntegers(TorchDispatchMode):
         tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         makes = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
         if makes or (tensors and all(type(t) is torch.Tensor for t in tensors)):
-            with no_dispatch():  # type: ignore[no-untyped-call]
+            with no_dispatch():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -151,7 +151,7 @@ def ready_for_fakes(wrapped: Any) -> None:
     enter = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:
-        with _RealIntegers():
+        with _RealIntegers():  # type: ignore[no-untyped-call]
             return enter(*args, **kwargs)
 
     wrapped._pre_forward = pre_forward
@@ -166,7 +166,7 @@ def ready_for_fakes(wrapped: Any) -> None:
 
     # torch reads the annotations, which here are text.
     reduce.__annotations__ = {
-        "bucket": torch.distributed.GradBucket,
+        "bucket": torch._C._distributed_c10d.GradBucket,
         "return": torch.futures.Future[torch.Tensor],
     }
     wrapped.register_comm_hook(wrapped.process_group, reduce)

@@ -57,14 +57,13 @@ def trace(
     ``blocks`` keeps that many of the model's repeated blocks; building it is then not watched.
     Raises UserError where the plan does not suit the job.
     """
-    batch = job.make_batch(0, 0)
     ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device == "cpu"
     ledger.modes_above = int(scratch)
     with (
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
-        GlooScratch() if scratch else contextlib.nullcontext(),
+        GlooScratch() if scratch else contextlib.nullcontext(),  # type: ignore[no-untyped-call]
         streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
         ledger.place = "host" if builds_on_host(plan, device) else ""
