@@ -80,6 +80,18 @@ def test_any_number_of_chunks_and_no_bias(chunks: int) -> None:
         assert_close(lazy, real)
 
 
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_theirs() -> None:
+    found = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        hidden = torch.randn(ROWS, LENGTH, WIDTH, requires_grad=True)
+        head = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(requires_grad=False)
+        cross_entropy()(LazyLogits(hidden, head, 4) if lazy else head(hidden), labels()).backward()
+        assert head.weight.grad is None
+        found.append(hidden.grad)
+    assert_close(*found)
+
+
 def test_where_every_label_is_ignored_the_loss_is_zero_and_not_a_division_by_zero() -> None:
     head = nn.Linear(WIDTH, VOCABULARY)
     lazy = LazyLogits(torch.ones(4, WIDTH, requires_grad=True), head, 2)

@@ -177,7 +177,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         terms = (target != ignore).sum().clamp(min=1) if reduction == "mean" else None
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
         total = hidden.new_zeros((), dtype=torch.float32)
         rows = -(-hidden.shape[0] // chunks)
@@ -186,7 +186,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, slope = _loss_and_slope(functional.linear(hidden[part], weight, bias), target[part], ignore)
             total += loss
             torch.mm(slope.to(weight.dtype), weight, out=grad_hidden[part])
-            grad_weight += slope.to(hidden.dtype).t() @ hidden[part]
+            if grad_weight is not None:
+                grad_weight += slope.to(hidden.dtype).t() @ hidden[part]
             if grad_bias is not None:
                 grad_bias += slope.sum(0)
             del slope
@@ -202,7 +203,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         # In place: nobody else holds these buffers, and copies would double them.
         grad_hidden.mul_(scale)
-        out_weight = grad_weight.mul_(scale).to(weight_dtype)
+        out_weight = grad_weight.mul_(scale).to(weight_dtype) if grad_weight is not None else None
         out_bias = grad_bias.mul_(scale).to(bias_dtype) if grad_bias is not None else None
         return grad_hidden, out_weight, out_bias, None, None, None, None
 
