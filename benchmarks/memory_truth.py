@@ -301,7 +301,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"- **{len({r['architecture'] for r in rows})} architectures, {summary(rows)}**",
         f"- without probing any kernel: {summary(rows, 'without_probe_ratio')}",
-        f"- architectures written after the tracer, in their first run: {summary(new)}",
+        f"- architectures written after the tracer (below: what their first run showed): {summary(new)}",
         f"- phases of all rows: median {_percent(statistics.median(phases))}, worst {_percent(max(phases))}",
         f"- {_SEQUENCES}: " + ", ".join(f"{name} {count}" for name, count in kinds.most_common()),
         f"- rows that could not be measured: {len(failed)}",

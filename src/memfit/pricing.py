@@ -195,12 +195,15 @@ Weighted = list[tuple[OpCall, int]]
 def _digested(traced: Trace) -> tuple[list[float], Weighted, Weighted, int]:
     """(memory entries, operators of all micro-steps, operators of the optimizer, micro-steps).
 
-    Forward and backward are counted above what is alive when the last step begins. Equal operators are
-    kept once with their count, so that many traces can be remembered.
+    Forward and backward are counted above what is alive when the last step begins, without its batch.
+    Equal operators are kept once with their count, so that many traces can be remembered.
     """
     clock, live = levels(traced)
     last = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
-    base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)])
+    inputs = sum(
+        a.size_bytes for a in traced.allocations if a.category is Category.INPUT and a.step == last[0].step
+    )
+    base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)]) - inputs
     tops = _tops(traced, last)
     ops = step_ops(traced)
     micros = max(1, sum(s.phase is Phase.FORWARD for s in last)) + traced.repeated_micro_steps

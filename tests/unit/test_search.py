@@ -60,7 +60,9 @@ def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     allowed, left_out = usable(SPACE, Accuracy.ANY)
     missing = {r.technique: r.detail for r in left_out if r.kind == "left_out_unavailable"}
-    assert missing == {"adamw-8bit": "bitsandbytes", "lora": "peft", "qlora": "peft, bitsandbytes"}
+    assert missing == {
+        "adamw-8bit": "bitsandbytes", "adamw-4bit": "torchao", "lora": "peft", "qlora": "peft, bitsandbytes",
+    }  # fmt: skip
     assert not missing.keys() & {t.name for t in allowed}
 
 

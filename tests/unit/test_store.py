@@ -37,7 +37,7 @@ def test_what_is_appended_is_read_back_in_order(store: Store) -> None:
     assert store.records("poc-a") == (first, third)
     assert store.records(kind="run") == (first, second)
     assert store.records("poc-a", "verdict") == (third,)
-    assert json.loads(third.body) == {"uses": [{"technique": "bf16-autocast", "knobs": []}]}
+    assert json.loads(third.body) == {"uses": [{"technique": "bf16-autocast", "knobs": []}], "ranks": 1}
     assert first.created <= second.created <= third.created
 
 

@@ -54,7 +54,7 @@ def test_activations_are_what_backward_needs_and_inputs_are_the_batch(plain: Tra
     # ReLU keeps its output (32 x 16), the loss the prediction (32 x 4); the loss itself lives on, in the
     # storage of its unreduced self (seen with the counting allocator)
     assert by_category(plain, 1)[Category.ACTIVATION] == 32 * 16 * 4 + 2 * (32 * 4 * 4)
-    assert by_category(plain)[Category.INPUT] == 32 * 8 * 4 + 32 * 4 * 4
+    assert by_category(plain, 1)[Category.INPUT] == 32 * 8 * 4 + 32 * 4 * 4
 
 
 def test_parameters_and_state_stay_and_all_else_is_freed(plain: Trace) -> None:

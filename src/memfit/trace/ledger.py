@@ -170,6 +170,8 @@ class Ledger(TorchDispatchMode):
             out = self.guesses.call(func, args, kwargs)
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
+            elif func in operators.NORMS:
+                _float_statistics(func, args, out, self.device)
         outputs = tensors_in(out)
         each = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
@@ -354,6 +356,17 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
     inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
+
+
+def _float_statistics(func: Any, args: Any, out: Any, device: str) -> None:
+    """Means and deviations of half-precision input are float32 beside float32 weights (is_mixed_type in
+    aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA but for groups; fake ones have the
+    input's type."""
+    mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
+    wide = mixed or (device != "cpu" and func is not operators.GROUP_NORM)
+    for statistic in out[1:]:
+        if wide and args[0].element_size() == 2 and statistic.element_size() == 2:
+            statistic.untyped_storage().resize_(4 * statistic.numel())
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:

@@ -127,6 +127,8 @@ IN_PLACE = {
 WIDE_LOSSES = frozenset(
     {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
 )
+GROUP_NORM = _ATEN.native_group_norm.default
+NORMS = frozenset({_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default})
 LIFT = _ATEN.lift_fresh.default
 _NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default, torch.ops.prim.device.default})
 MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # storage, but no work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import Workbench
@@ -75,12 +76,9 @@ def trace(
         ledger.move(list(step.model.buffers()), "")
         if any(_compiled(m) for m in step.model.modules()):
             ledger.guesses.assumptions["modules under torch.compile keep what eager code keeps"] = None
-        part, terms = step.local(batch)
-        inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
-        ledger.label(inputs, Category.INPUT)
-        ledger.shadows.seed(inputs, part)
-        del part
-        done = _play(ledger, step, (inputs, terms), steps=steps, most=played, update=update)
+        done = _play(
+            ledger, step, partial(_given, ledger, fake, step), steps=steps, most=played, update=update
+        )
         groups = communicators()
     allocations, ops, spans = ledger.finish()
     allocations, host_peak_bytes = without_host(allocations)
@@ -113,17 +111,29 @@ def fake_model(job: Job) -> torch.nn.Module:
         return job.build_model()
 
 
+def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
+    """(fake inputs, terms per rank) of a step: its own batch, as lengths and graphs differ from one to the
+    next."""
+    with _disable_current_modes():
+        batch = step.job.make_batch(index, 0)
+    part, terms = step.local(batch)
+    inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
+    ledger.label(inputs, Category.INPUT)
+    ledger.shadows.seed(inputs, part)
+    return inputs, terms
+
+
 def _play(
-    ledger: Ledger, step: TrainingStep, given: tuple[Any, float], *, steps: int, most: int, update: bool
+    ledger: Ledger, step: TrainingStep, given: Callable[[int], Any], *, steps: int, most: int, update: bool
 ) -> int:
     """Run the steps; the number of micro-batches played in each."""
-    inputs, terms = given
     played = min(step.bench.micro_batches, most)
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = ledger.note_offload
     ledger.modules.watch(step.model)
     try:
-        for _ in range(steps):
+        for index in range(steps):
+            inputs, terms = given(index)
             outputs = step.run(
                 inputs,
                 _marker(ledger, step),
@@ -131,9 +141,9 @@ def _play(
                 update=update,
                 terms_per_rank=terms,
             )
-            del outputs
-            _label_state(ledger, step)
             ledger.phase(Phase.SETUP)
+            del outputs, inputs
+            _label_state(ledger, step)
             ledger.next_step()
     finally:
         ledger.modules.close()
