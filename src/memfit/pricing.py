@@ -23,8 +23,8 @@ from memfit.cost.time import TimeModel, time_model
 from memfit.techniques.base import Space
 from memfit.techniques.registry import technique
 from memfit.techniques.world import layout
-from memfit.trace.compose import deep_trace, with_blocks
-from memfit.trace.tracer import trace
+from memfit.trace.compose import deep_trace
+from memfit.trace.tracer import trace, with_blocks
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
@@ -79,8 +79,8 @@ class Pricer:
 
     def trace(self, plan: Plan, rank: int = 0) -> Trace:
         if (plan, rank) not in self.traces:
-            options = {"device": self.device, "lines": self.lines, "rank": rank}
-            self.traces[plan, rank] = deep_trace(self.job, plan, **options)
+            traced = deep_trace(self.job, plan, rank=rank, device=self.device, lines=self.lines)
+            self.traces[plan, rank] = traced
         return self.traces[plan, rank]
 
     # -- exact ----------------------------------------------------------------------------------------

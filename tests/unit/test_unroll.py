@@ -10,8 +10,8 @@ from torch import nn
 
 from memfit.cost.memory import memory_profile
 from memfit.trace.compose import deep_trace
-from memfit.trace.tracer import trace
-from memfit.trace.unroll import Mismatch, unroll
+from memfit.trace.tracer import trace, with_blocks
+from memfit.trace.unroll import Blocks, Mismatch, canonical, unroll
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use
@@ -86,36 +86,39 @@ def same(one: Trace, other: Trace) -> bool:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
 def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trace(job(), plan, device=device, blocks=DEPTH)
+    whole = canonical(trace(with_blocks(job(), DEPTH), plan, device=device))
     depths = []
 
-    def watched(*args: object, blocks: int | None = None, **options: object) -> Trace:
-        depths.append(blocks)
-        return trace(*args, blocks=blocks, **options)  # type: ignore[arg-type]
+    def watched(job: Job, plan: Plan, **options: object) -> Trace:
+        depths.append(getattr(job.build_model, "count", None))
+        return trace(job, plan, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("memfit.trace.compose.tracer.trace", watched)
     deep = deep_trace(job(), plan, device=device)
     assert None not in depths, "it fell back to tracing the whole model"
     assert same(deep, whole)
     assert deep.parameter_count == whole.parameter_count
+    assert deep.host_peak_bytes == whole.host_peak_bytes
     assert [(o.clock, o.op) for o in deep.ops] == [(o.clock, o.op) for o in whole.ops]
 
 
 def test_sizes_that_grow_with_depth_are_on_the_line() -> None:
-    whole = trace(job(collect=True), Plan(), blocks=DEPTH)
-    few, more = (trace(job(collect=True), Plan(), blocks=n) for n in (4, 5))
-    deep = unroll(few, more, path="blocks", period=1, blocks=4, count=DEPTH)
+    whole = trace(with_blocks(job(collect=True), DEPTH), Plan())
+    few, more = (trace(with_blocks(job(collect=True), n), Plan()) for n in (4, 5))
+    given, wanted = (Blocks(path="blocks", first=0, count=n) for n in (4, DEPTH))
+    deep = unroll(few, more, given, wanted)
     stacked = [
         [a.size_bytes for a in t.allocations if "stack" in a.op or "cat" in a.op] for t in (deep, whole)
     ]
-    assert stacked[0] == stacked[1] and max(stacked[0]) == DEPTH * 4 * 8 * 16 * 4
+    assert stacked[0] == stacked[1]
+    assert max(stacked[0]) == DEPTH * 4 * 8 * 16 * 4
 
 
 def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
     uneven = job(uneven=True)
-    few, more = (trace(uneven, Plan(), blocks=n) for n in (4, 5))
+    few, more = (trace(with_blocks(uneven, n), Plan()) for n in (4, 5))
     with pytest.raises(Mismatch):
-        unroll(few, more, path="blocks", period=1, blocks=4, count=DEPTH)
+        unroll(few, more, *(Blocks(path="blocks", first=0, count=n) for n in (4, DEPTH)))
     one_by_one = dataclasses.replace(uneven, build_model=lambda: nn.Linear(3, 3), blocks=None)
     batch = dataclasses.replace(one_by_one, make_batch=lambda step, seed: torch.zeros(4, 3))
-    assert same(deep_trace(batch, Plan()), trace(batch, Plan()))
+    assert same(*(canonical(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))

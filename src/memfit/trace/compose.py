@@ -1,4 +1,4 @@
-"""Deep models from shallow traces: jobs with fewer blocks, and whole traces made of them."""
+"""Whole traces of deep models and long pipelines, made of traces of shallow and short ones."""
 
 from __future__ import annotations
 
@@ -6,49 +6,145 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.utils import _pytree
 
+from memfit.jobs.step import batch_length
 from memfit.techniques.blocks import find_blocks
+from memfit.techniques.world import layout
 from memfit.trace import tracer
-from memfit.trace.unroll import Mismatch, unroll
+from memfit.trace.unroll import Blocks, Mismatch, unroll
 from memfit.types.errors import UserError
 from memfit.types.job import Job
-from memfit.types.plan import Plan
-from memfit.types.trace import Trace
+from memfit.types.plan import Plan, use
+from memfit.types.trace import Category, Phase, Trace
 
 _TRIES = 3  # one block deeper each time
 
 
-def with_blocks(job: Job, count: int) -> Job:
-    """The same job whose model keeps its first ``count`` blocks only."""
-    return dataclasses.replace(
-        job, build_model=lambda: tracer.keep_blocks(job.build_model(), job.blocks, count)
-    )
-
-
-def deep_trace(job: Job, plan: Plan, **options: Any) -> Trace:
+def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
     """`trace` of a model with many equal blocks at the cost of a few: two shallow traces are unrolled, and
-    their own agreement is the proof that this may be done. A model that is not so is traced whole."""
+    their own agreement is the proof that this may be done. A model that is not so is traced whole.
+
+    Of a pipeline (GPipe, 1F1B) the stage of ``rank`` is traced in a shorter pipeline with few
+    micro-batches, and what a micro-batch keeps is there as often as micro-batches are in flight.
+    """
     found = _repeated(job)
     if found is None:
-        return tracer.trace(job, plan, **options)
+        return tracer.trace(job, plan, rank=rank, **options)
     path, count = found
+    line = shortened(job, plan, rank)
+    if line is None:
+        return tracer.trace(job, plan, rank=rank, **options)
+    local = count // line.stages + (line.stage < count % line.stages)
+    first = line.stage * (count // line.stages) + min(line.stage, count % line.stages)
     period = _period(plan)
     few = _first_depth(plan, period)
-    few += (count - few) % period
+    few += (local - few) % period
+    wanted = Blocks(path=path, first=first, count=local, period=period)
     kept: dict[int, Trace] = {}
     for blocks in range(few, few + _TRIES * period, period):
-        if count < 2 * blocks + 2 * period:
+        if (2 * blocks + period) * line.short_micros >= local * line.micros:
             break  # tracing it whole is as quick
         for depth in (blocks, blocks + period):
             if depth not in kept:
-                kept[depth] = tracer.trace(job, plan, blocks=depth, **options)
+                kept[depth] = line.trace(depth, **options)
+        given = Blocks(path=path, first=line.short_stage * blocks, count=blocks, period=period)
         try:
-            return unroll(
-                kept[blocks], kept[blocks + period], path=path, period=period, blocks=blocks, count=count
-            )
+            return line.filled(unroll(kept[blocks], kept[blocks + period], given, wanted))
         except Mismatch:
             continue
-    return tracer.trace(job, plan, **options)
+    return tracer.trace(job, plan, rank=rank, **options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A stage of a pipeline, and the shorter pipeline that it is traced in. One stage: no pipeline."""
+
+    job: Job
+    plan: Plan
+    rank: int
+    stages: int = 1
+    stage: int = 0
+    short_job: Job
+    short_plan: Plan
+    short_rank: int
+    short_stages: int = 1
+    short_stage: int = 0
+    micros: int = 1
+    short_micros: int = 1
+    missing: int = 0  # micro-batches in flight beyond those traced
+
+    def trace(self, depth: int, **options: Any) -> Trace:
+        """With ``depth`` blocks on every stage."""
+        job = tracer.with_blocks(self.short_job, depth * self.short_stages)
+        return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
+
+    def filled(self, trace: Trace) -> Trace:
+        """With what the missing micro-batches keep: as much as the second one, for as long."""
+        more = []
+        for step in range(trace.steps if self.missing else 0):
+            forwards = [s for s in trace.spans if s.step == step and s.phase is Phase.FORWARD]
+            born = range(forwards[1].start, forwards[1].end)
+            more += [
+                a for a in trace.allocations
+                if a.start in born and a.category is Category.ACTIVATION and a.end is not None
+            ] * self.missing  # fmt: skip
+        return dataclasses.replace(
+            trace, allocations=(*trace.allocations, *more), rank=self.rank, ranks=self.plan.ranks
+        )
+
+
+_IN_FLIGHT = 3  # micro-batches that a shortened pipeline keeps
+
+
+def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
+    """None where the schedule's micro-batches in flight are not those of a shorter pipeline."""
+    used, place = plan.get("pipeline"), layout(plan)
+    if used is None:
+        return Line(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
+    stages, micros = place.pipeline, int(used.settings["micro_batches"])
+    schedule = used.settings["schedule"]
+    accumulated = plan.get("gradient-accumulation")
+    parts = place.data * micros * (int(accumulated.settings["micro_batches"]) if accumulated else 1)
+    if schedule not in ("gpipe", "1f1b") or job.batch_size % parts:
+        return None
+    per_stage = plan.ranks // stages
+    stage = rank // per_stage
+    flying = micros if schedule == "gpipe" else min(micros, stages - stage)
+    kept = min(flying, _IN_FLIGHT)
+    short_stage = min(stage, 1)
+    short_stages = short_stage + (kept if schedule == "1f1b" else 1 + (stage < stages - 1))
+    short_stages = max(short_stages, 2)
+    short_micros = min(micros, max(short_stages, kept + 2 * (schedule == "1f1b")))
+    knobs = {**used.settings, "stages": short_stages, "micro_batches": short_micros}
+    return Line(
+        job=job,
+        plan=plan,
+        rank=rank,
+        stages=stages,
+        stage=stage,
+        short_job=_first_rows(job, job.batch_size // micros * short_micros),
+        short_plan=dataclasses.replace(
+            plan.with_use(use("pipeline", **knobs)), ranks=per_stage * short_stages
+        ),
+        short_rank=short_stage * per_stage + rank % per_stage,
+        short_stages=short_stages,
+        short_stage=short_stage,
+        micros=micros,
+        short_micros=short_micros,
+        missing=flying - kept,
+    )
+
+
+def _first_rows(job: Job, rows: int) -> Job:
+    def make(step: int, seed: int) -> Any:
+        batch = job.make_batch(step, seed)
+        length = batch_length(batch)
+        return _pytree.tree_map_only(
+            torch.Tensor, lambda t: t[:rows] if t.dim() and t.shape[0] == length else t, batch
+        )
+
+    return dataclasses.replace(job, make_batch=make, batch_size=rows)
 
 
 def _repeated(job: Job) -> tuple[str, int] | None:
@@ -73,4 +169,5 @@ def _period(plan: Plan) -> int:
 def _first_depth(plan: Plan, period: int) -> int:
     """The first and the last block may differ from those between; prefetching makes more of them differ."""
     sharded = plan.get("fsdp2")
-    return (4 + int(sharded.settings["prefetch"]) if sharded else 3) * period
+    ahead = int(sharded.settings["prefetch"]) if sharded else 0
+    return (3, 4, 8, 10)[min(ahead, 3)] * period

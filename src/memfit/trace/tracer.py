@@ -48,14 +48,12 @@ def trace(
     update: bool = True,
     lines: bool = False,
     rank: int = 0,
-    blocks: int | None = None,
 ) -> Trace:
     """Two steps by default, so that optimizer state made in the first is there in the second.
 
     Of many micro-batches only the first ``played`` are run; ``update=False`` leaves out the optimizer's
     step, for who wants forward and backward only. ``device`` chooses kernels and rounding ("cpu" or
     "cuda"). ``rank`` is the one to watch of the plan's ranks, on a fake process group of that size.
-    ``blocks`` keeps that many of the model's repeated blocks; building it is then not watched.
     Raises UserError where the plan does not suit the job.
     """
     ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
@@ -69,7 +67,7 @@ def trace(
     ):  # fmt: skip
         ledger.place = "host" if builds_on_host(plan, device) else ""
         step = TrainingStep(
-            _cut(job, blocks, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
+            _unwatched(job, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
         )
         ledger.place = ""
         _label_state(ledger, step)
@@ -151,14 +149,26 @@ def _play(
     return played
 
 
-def _cut(job: Job, blocks: int | None, ledger: Ledger) -> Job:
-    if blocks is None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class FirstBlocks:
+    """Builds the job's model with its first ``count`` blocks. A trace does not watch it built."""
+
+    job: Job
+    count: int
+
+    def __call__(self) -> torch.nn.Module:
+        return keep_blocks(self.job.build_model(), self.job.blocks, self.count)
+
+
+def with_blocks(job: Job, count: int) -> Job:
+    """The same job whose model keeps its first ``count`` blocks only."""
+    return dataclasses.replace(job, build_model=FirstBlocks(job, count))
+
+
+def _unwatched(job: Job, ledger: Ledger) -> Job:
+    if not isinstance(job.build_model, FirstBlocks):
         return job
-
-    def build() -> torch.nn.Module:
-        return keep_blocks(job.build_model(), job.blocks, blocks)
-
-    return dataclasses.replace(job, build_model=ledger.unseen(build))
+    return dataclasses.replace(job, build_model=ledger.unseen(job.build_model))
 
 
 def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:

@@ -51,26 +51,61 @@ class Mismatch(Exception):
     """The shallow traces do not differ by one repeated block. The message says where."""
 
 
-def unroll(shallow: Trace, deeper: Trace, *, path: str, period: int, blocks: int, count: int) -> Trace:
-    """The trace with ``count`` blocks at module ``path`` from those with ``blocks`` of them and with one
-    period more. ``period``: blocks that repeat together, of which ``count - blocks`` is a multiple.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """``count`` blocks of the model at module ``path``, from number ``first`` on; ``period`` of them repeat
+    together."""
+
+    path: str
+    first: int
+    count: int
+    period: int = 1
+
+    def period_of(self, module: str) -> int | None:
+        """Which of the periods a module path lies in."""
+        if not module.startswith(f"{self.path}."):
+            return None
+        number = module[len(self.path) + 1 :].partition(".")[0]
+        return (int(number) - self.first) // self.period if number.isdecimal() else None
+
+    def moved(self, module: str, first: int, periods: int) -> str:
+        """The module path in a model where these blocks begin at ``first``, some periods later."""
+        number, dot, rest = module[len(self.path) + 1 :].partition(".")
+        return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
+
+
+def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:
+    """The trace with the ``wanted`` blocks from one with the ``given`` and one with a period more.
 
     Raises Mismatch where unrolling does not give the deeper trace.
     """
-    assert (count - blocks) % period == 0, (blocks, period, count)
-    once = _Unrolled(shallow, path, period, blocks, blocks + period)
-    growth = _growth(once, deeper)
-    whole = _Unrolled(shallow, path, period, blocks, count)
-    times = (count - blocks) // period
+    assert (wanted.count - given.count) % given.period == 0, (given, wanted)
+    middle, growth = _middle(shallow, deeper, given)
+    whole = _Unrolled(shallow, given, wanted, middle)
+    times = whole.extra
     grown = [
         _grown(a, times * growth[o], shallow.device) if o in growth else a
         for a, o in zip(whole.trace.allocations, whole.origin, strict=True)
     ]
     line = {
         name: getattr(shallow, name) + times * (getattr(deeper, name) - getattr(shallow, name))
-        for name in ("parameter_count", "trainable_count", "offloaded_bytes")
+        for name in ("parameter_count", "trainable_count", "offloaded_bytes", "host_peak_bytes")
     }
     return dataclasses.replace(whole.trace, allocations=tuple(grown), **line)
+
+
+def _middle(shallow: Trace, deeper: Trace, given: Blocks) -> tuple[int, dict[int, int]]:
+    """A block whose repetition gives the deeper trace, with what grows besides: the first and the last, and
+    those that look ahead to them, may be different."""
+    reason = "fewer than three periods"
+    true, periods = canonical(deeper), -(-given.count // given.period)
+    more = dataclasses.replace(given, count=given.count + given.period)
+    for middle in sorted(range(1, periods - 1), key=lambda m: abs(2 * m - periods)):
+        try:
+            return middle, _growth(_Unrolled(shallow, given, more, middle), true)
+        except Mismatch as mismatch:
+            reason = str(mismatch)
+    raise Mismatch(reason)
 
 
 def _grown(a: Allocation, more_bytes: int, device: str) -> Allocation:
@@ -81,7 +116,7 @@ def _grown(a: Allocation, more_bytes: int, device: str) -> Allocation:
 def _growth(made: _Unrolled, true: Trace) -> dict[int, int]:
     """Bytes by which allocations outside the blocks grow with each period, by shallow index. Raises
     Mismatch where anything else differs."""
-    mine, true = made.trace, _canonical(true)
+    mine = made.trace
     if len(mine.allocations) != len(true.allocations):
         raise Mismatch(f"{len(true.allocations)} allocations where {len(mine.allocations)} were expected")
     if [(o.clock, o.op) for o in mine.ops] != [(o.clock, o.op) for o in true.ops]:
@@ -108,50 +143,51 @@ def _events(trace: Trace, tag: Callable[[str], int | None]) -> list[_Event]:
     return sorted(events, key=lambda e: e.clock)
 
 
-def _canonical(trace: Trace) -> Trace:
-    """The same trace with frees in a row in the order of births."""
-    events, ends = _events(trace, lambda module: None), {}
-    clocks = [e.clock for e in events]
-    ordered = [e for group in _groups(events) for e in group]
-    for clock, event in zip(clocks, ordered, strict=True):
-        if event.kind == _FREE:
-            ends[event.index] = clock
+def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tuple[PhaseSpan, list[_Event]]]:
+    first = 0
+    for span in spans:
+        last = first
+        while last < len(events) and events[last].clock < span.end:
+            last += 1
+        yield span, events[first:last]
+        first = last
+
+
+def canonical(trace: Trace) -> Trace:
+    """The same trace with clocks counted anew and frees in a row, within a phase, in the order of births."""
+    starts, ends, clocks = dict[int, int](), dict[int, int](), dict[int, int]()
+    tables = {_ALLOCATE: starts, _FREE: ends, _OPERATE: clocks}
+    spans, clock = [], 0
+    for span, events in _spanned(_events(trace, lambda module: None), trace.spans):
+        began = clock
+        for event in (e for group in _groups(events) for e in group):
+            tables[event.kind][event.index] = clock
+            clock += 1
+        spans.append(dataclasses.replace(span, start=began, end=clock))
     return dataclasses.replace(
         trace,
-        allocations=tuple(dataclasses.replace(a, end=ends.get(i)) for i, a in enumerate(trace.allocations)),
+        spans=tuple(spans),
+        allocations=tuple(
+            dataclasses.replace(a, start=starts[i], end=ends.get(i)) for i, a in enumerate(trace.allocations)
+        ),
+        ops=tuple(dataclasses.replace(o, clock=clocks[i]) for i, o in enumerate(trace.ops)),
     )
 
 
 class _Unrolled:
     """One shallow trace made deeper; ``origin[i]`` is the shallow allocation that new allocation i copies."""
 
-    def __init__(self, shallow: Trace, path: str, period: int, few: int, count: int) -> None:
-        self.shallow, self.prefix, self.period = shallow, f"{path}.", period
-        self.few, self.extra = -(-few // period), (count - few) // period
-        self.middle = self.few // 2
-        self.chapters = list(self._chapters())
+    def __init__(self, shallow: Trace, given: Blocks, wanted: Blocks, middle: int) -> None:
+        self.shallow, self.given, self.first, self.middle = shallow, given, wanted.first, middle
+        self.periods = -(-given.count // given.period)
+        self.extra = (wanted.count - given.count) // given.period
+        events = _spanned(_events(shallow, given.period_of), shallow.spans)
+        self.chapters = [_Chapter(span, self._runs(own, span.phase)) for span, own in events]
         self.born = self._births()
         self.origin: list[int] = []
         self.trace = self._write()
 
     # -- reading ------------------------------------------------------------------------------------
-
-    def _tag(self, module: str) -> int | None:
-        """Which period of blocks a module path lies in."""
-        if not module.startswith(self.prefix):
-            return None
-        number = module[len(self.prefix) :].partition(".")[0]
-        return int(number) // self.period if number.isdecimal() else None
-
-    def _chapters(self) -> Iterator[_Chapter]:
-        events = _events(self.shallow, self._tag)
-        first = 0
-        for span in self.shallow.spans:
-            last = first
-            while last < len(events) and events[last].clock < span.end:
-                last += 1
-            yield _Chapter(span, self._runs(events[first:last], span.phase))
-            first = last
 
     def _runs(self, events: list[_Event], phase: Phase) -> _Runs:
         """Frees happen in the block at work, or outside the blocks. Where a list is freed at once, each
@@ -237,7 +273,8 @@ class _Unrolled:
         """The allocation that stands to ``block`` as the one born at ``place`` stands to ``template``."""
         if place.block is None:
             return place
-        if template is None or block is None:
+        far = template is not None and 2 * abs(place.block - template) > self.periods - 1
+        if template is None or block is None or far:  # far: from the one end to the other
             moved = place.block + (self.extra if place.block > self.middle else 0)
         else:
             moved = place.block + block - template
@@ -249,11 +286,14 @@ class _Unrolled:
         return dataclasses.replace(a, start=clock, end=None, module=module)
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
-        tag = self._tag(module)
-        if tag is None or template is None or block is None or block == template:
+        own = self.given.period_of(module)
+        if own is None:
             return module
-        number, dot, rest = module[len(self.prefix) :].partition(".")
-        return f"{self.prefix}{int(number) + (block - template) * self.period}{dot}{rest}"
+        if template is None or block is None:
+            later = self.extra if own > self.middle else 0
+        else:
+            later = block - template
+        return self.given.moved(module, self.first, later)
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
