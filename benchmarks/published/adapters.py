@@ -36,13 +36,14 @@ class LinearMaker:
         self.query_size, self.key_size = head_sizes
 
     def __call__(self, role: str, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        base: nn.Module = nn.Linear(inputs, outputs, bias=bias)
+        linear = nn.Linear(inputs, outputs, bias=bias)
         if self.lora is None:
-            return base
+            return linear
+        base: nn.Module = linear
         adapted = role in self.lora.targets or (role == "qkv" and self.lora.targets & {"q", "k", "v"})
         # bitsandbytes' users leave the head alone; litgpt's replaces every Linear
         if self.lora.base and (role != "head" or self.lora.style == "litgpt"):
-            base = _quantised(base, self.lora)
+            base = _quantised(linear, self.lora)
         if not adapted:
             return base
         if role == "qkv":
@@ -51,7 +52,11 @@ class LinearMaker:
         return Adapter(base, self.lora, inputs, outputs)
 
 
-def _quantised(linear: nn.Module, lora: Lora) -> nn.Module:
+def _quantised(linear: nn.Linear, lora: Lora) -> nn.Module:
+    """Lightning's layer is quantised from float16 (its bitsandbytes precision plugin), so that a bfloat16
+    product widens twice."""
+    if lora.style == "litgpt":
+        linear.weight = nn.Parameter(linear.weight.detach().half())
     kind = KeepingNf4Linear if lora.keeps_input else Nf4Linear
     return kind(linear, double=lora.double)  # type: ignore[arg-type]
 

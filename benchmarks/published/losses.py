@@ -14,24 +14,30 @@ Batch = dict[str, torch.Tensor]
 
 class Loss:
     """``kind``: "hidden" (no head), "float-held" (titan's first: float32 from the model, held through
-    backward), "chunked" (litgpt's fine-tuning: head and loss over 128 positions at a time), "plain" (logits
-    in their own type), "float" (titan: one float32 copy), "shift-12" and "shift-14" (Hugging Face before
+    backward), "chunked" (litgpt with adapters: head and loss over 128 positions at a time), "split" (litgpt
+    without: one head, its shifted logits copied, the loss over 128 rows at a time), "plain" (logits in their
+    own type), "float" (titan: one float32 copy), "shift-12" and "shift-14" (Hugging Face before
     and from 4.46: a float32 copy, its shifted copy; then also the half-precision logits), "fused-linear"
     (Liger: a few rows of logits at a time), "fast" (unsloth's kernel: gradients overwrite the logits).
-    Chunks and outputs that the loop's variables hold stay until the next step overwrites them."""
+    Chunks and outputs that the loop's variables hold stay until the next step overwrites them; ``alone``:
+    what the step before holds does not count, its samples were much shorter."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, alone: bool = False) -> None:
+        self.kind, self.alone = kind, alone
         self.held: Any = None  # by variables of the training loop
         self.inside = getattr(self, "_inside_" + kind.replace("-", "_"), self._inside_logits)
         self.outside = getattr(self, "_outside_" + kind.replace("-", "_"), lambda loss, targets: loss)
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        if self.alone:
+            self.held = None
         result = model(batch["tokens"], batch["targets"])
-        if self.kind in ("chunked", "plain"):
+        if self.kind in ("chunked", "split"):
+            result = _widened(result)
+        if self.kind in ("chunked", "split", "plain"):
             self.held = result
         loss: torch.Tensor = self.outside(result, batch["targets"])
-        if self.kind in ("chunked", "plain"):
+        if self.kind in ("chunked", "split", "plain"):
             self.held = (result, loss)
         return loss
 
@@ -49,6 +55,14 @@ class Loss:
         terms = [
             functional.cross_entropy(c.reshape(-1, c.shape[-1]), t.reshape(-1), reduction="none")
             for c, t in zip(chunks, targets.split(128, dim=1), strict=True)
+        ]
+        return torch.cat(terms).sum() / targets.numel()
+
+    def _outside_split(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = logits[:, :-1].reshape(-1, logits.shape[-1])
+        terms = [
+            functional.cross_entropy(c, t, reduction="none")
+            for c, t in zip(rows.split(128), targets[:, 1:].reshape(-1).split(128), strict=True)
         ]
         return torch.cat(terms).sum() / targets.numel()
 
@@ -85,6 +99,12 @@ class Loss:
     ) -> torch.Tensor:
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
         return FusedLinear.apply(hidden.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _widened(logits: Any) -> Any:
+    """Lightning Fabric turns what a half-precision module returns into the default type (its precision
+    plugins' ``convert_output``)."""
+    return [c.float() for c in logits] if isinstance(logits, list) else logits.float()
 
 
 def _shifted(logits: torch.Tensor) -> torch.Tensor:

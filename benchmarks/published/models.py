@@ -44,7 +44,8 @@ def job_of(setup: Setup) -> Job:
         raise UserError("the row gives no sequence length or no micro-batch")
     if setup.code not in _DIALECTS:
         raise UserError(f"models of {setup.code} are not expressed yet")
-    return decoder_job(setup, setup.arch, _DIALECTS[setup.code], Loss(_loss_kind(setup)))
+    loss = Loss(_loss_kind(setup), alone="longest example stated" in setup.row["notes"].lower())
+    return decoder_job(setup, setup.arch, _DIALECTS[setup.code], loss)
 
 
 def bert_job(setup: Setup, arch: Arch) -> Job:
@@ -100,7 +101,7 @@ def default_dtype(name: str) -> Iterator[None]:
 def _loss_kind(setup: Setup) -> str:
     text = " ".join(setup.row.get(c, "") for c in ("notes", "extra_arch", "method")).lower()
     if setup.code == "litgpt":
-        return "chunked"
+        return "chunked" if setup.lora else "split"
     if setup.code == "thunder":
         return "plain"
     if setup.code in ("titan", "tune"):

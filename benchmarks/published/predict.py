@@ -15,7 +15,6 @@ from memfit.cost.memory import levels
 from memfit.trace.compose import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
-from memfit.types.job import Job
 from memfit.types.machine import Device
 from memfit.types.plan import Plan, use
 from memfit.types.trace import Phase, Trace
@@ -111,29 +110,35 @@ def _predicted(setup: Setup) -> Prediction:
         raise UserError("which float8 casts the compiler keeps for backward is not expressed")
     if setup.code == "megatron" and setup.arch is not None:
         plan = _recomputed(setup)
-        jobs = rank_jobs(setup, setup.arch)
-        return max((_of(setup, job, plan) for job in jobs), key=lambda p: p.allocated_bytes)
+        traces = [deep_trace(job, plan, device="cuda") for job in rank_jobs(setup, setup.arch)]
+        return max((of_trace(setup, t) for t in traces), key=lambda p: p.allocated_bytes)
     for name in ("tp", "pp", "cp", "ep"):
         if setup.ranks[name] > 1:
             raise UserError(f"{name} {setup.ranks[name]} is not expressed yet")
-    return _of(setup, job_of(setup), plan_of(setup))
+    return _of(setup, plan_of(setup))
 
 
-def _of(setup: Setup, job: Job, plan: Plan) -> Prediction:
+def _of(setup: Setup, plan: Plan) -> Prediction:
     options: dict[str, Any] = {"device": "cuda", "played": 2, "update": setup.row["scope"] == "train_step"}
     if _is_line(setup, plan):
-        return _on_a_line(setup, job, plan, options)
-    return of_trace(setup, deep_trace(job, plan, **options))
+        return _on_a_line(setup, plan, options)
+    return of_trace(setup, deep_trace(job_of(setup), plan, **options))
 
 
 def _is_line(setup: Setup, plan: Plan) -> bool:
-    """Whether only peaks are extrapolated: one graph over all blocks has no events of single blocks, and
-    compiled blocks free at other times. The allocator's replay wants every event."""
+    """Whether only peaks are extrapolated. The allocator's replay wants every event instead, where blocks
+    have events of their own: one compiled graph over all of them, or the Evoformer's two streams, do not."""
     compiled = plan.get("compile")
     whole = compiled is not None and compiled.settings["scope"] == "model"
-    replayed = setup.measured is not None and setup.measured.kind in ("reserved", "device")
-    peaks_only = compiled is not None and not replayed
-    return (whole or peaks_only or setup.code == "evoformer") and _count(setup) > _FEW_BLOCKS + 1
+    replayed = setup.measured is not None and setup.measured.kind in ("reserved", "device", "resident")
+    return (whole or not replayed or setup.code == "evoformer") and _count(setup) > _FEW_BLOCKS + _period(
+        plan
+    )
+
+
+def _period(plan: Plan) -> int:
+    recompute = plan.get("activation-checkpointing")
+    return int(recompute.settings["every"]) if recompute else 1
 
 
 def _count(setup: Setup) -> int:
@@ -144,13 +149,21 @@ def _number_of(text: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _on_a_line(setup: Setup, job: Job, plan: Plan, options: dict[str, Any]) -> Prediction:
-    card, times = _card(setup.row["gpu"]), _count(setup) - _FEW_BLOCKS
-    found = [trace(job, plan, blocks=n, **options) for n in (_FEW_BLOCKS, _FEW_BLOCKS + 1)]
+def _on_a_line(setup: Setup, plan: Plan, options: dict[str, Any]) -> Prediction:
+    """Peaks grow by as much with every further period of blocks."""
+    card, period = _card(setup.row["gpu"]), _period(plan)
+    depths = (_FEW_BLOCKS, _FEW_BLOCKS + period)
+    found = [trace(job_of(_with_layers(setup, n)), plan, **options) for n in depths]
     few, more = (_tops(with_workspaces(t, card) if card else t) for t in found)
-    whole = {key: few[key] + times * (more[key] - few[key]) for key in few}
+    times = (_count(setup) - _FEW_BLOCKS) / period
+    whole = {key: int(few[key] + times * (more[key] - few[key])) for key in few}
     where = max(whole, key=lambda key: whole[key])
     return Prediction(allocated_bytes=whole[where], phase=where[0])
+
+
+def _with_layers(setup: Setup, count: int) -> Setup:
+    arch = dataclasses.replace(setup.arch, layers=count) if setup.arch else None
+    return dataclasses.replace(setup, arch=arch, row={**setup.row, "layers": str(count)})
 
 
 def _tops(traced: Trace) -> dict[tuple[str, int], int]:
