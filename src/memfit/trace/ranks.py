@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,23 +63,60 @@ def _without_values() -> Iterator[None]:
         yield
 
 
+_LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=False)
+
+
+@contextlib.contextmanager
+def late() -> Iterator[None]:
+    """Traces made inside this take gloo's collectives at their latest: what one of them holds stays until
+    the group's next. gloo runs them on threads of its own, so that memory on CPU ranks may be anything from
+    what a trace says to what it says here."""
+    token = _LATE.set(True)
+    try:
+        yield
+    finally:
+        _LATE.reset(token)
+
+
 class GlooScratch(TorchDispatchMode):
     """What gloo's collectives take inside on CPU tensors, one after the other, each freed at once: flat
     outputs of a gather, a copy of what is reduced and scattered. Enter inside the ledger, which then sees
     them. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._late = _LATE.get()
+        self._held: dict[str, Any] = {}  # by process group, where collectives are late
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _GLOO_SCRATCH.get(func)
         out = func(*args, **(kwargs or {}))
-        if rule is not None:
-            for tensors in rule(args, out):
-                size_bytes = sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(tensors))
-                torch.empty(size_bytes, dtype=torch.uint8)
+        groups = rule(args, out) if rule is not None else ()
+        sizes = [sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(g)) for g in groups]
+        for size_bytes in sizes:
+            torch.empty(size_bytes, dtype=torch.uint8)
+        if self._late and (group := _group_of(func, args)):
+            kept = torch.empty(max(sizes), dtype=torch.uint8) if sizes else None
+            self._held[group] = (args, out, kept)
         return out
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here
+
+
+_COLLECTIVES = ("c10d", "_c10d_functional")
+_TWO_ALONE = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")  # not on gloo's threads
+
+
+def _group_of(func: Any, args: Any) -> str:
+    """Name of the process group over which it is a collective; "" where it is none."""
+    if func.namespace not in _COLLECTIVES or func.name() in _TWO_ALONE:
+        return ""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return str(torch.distributed.ProcessGroup.unbox(arg).group_name)
+    return next((a for a in args[1:] if isinstance(a, str) and a.isdigit()), "")
 
 
 def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:

@@ -62,7 +62,7 @@ def trace(
     with (
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
-        GlooScratch() if scratch else contextlib.nullcontext(),  # type: ignore[no-untyped-call]
+        GlooScratch() if scratch else contextlib.nullcontext(),
         streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
         ledger.place = "host" if builds_on_host(plan, device) else ""
