@@ -41,10 +41,6 @@ class Hole:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def zeros(self, device: torch.device) -> torch.Tensor:
-        """Of one element's memory."""
-        return torch.zeros((), dtype=self.dtype, device=device).expand(self.shape)
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
@@ -106,6 +102,8 @@ class _Recorder(TorchDispatchMode):
         self._called: dict[str, list[Any]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], _FAKE):
+            return args[0].fake_device
         kwargs = kwargs or {}
         if any(kind is not _FAKE and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
@@ -208,9 +206,21 @@ def holes(value: Any) -> Any:
     return _pytree.tree_map_only(torch.Tensor, lambda t: Hole(tuple(t.shape), t.dtype), value)
 
 
-def filled(value: Any, device: torch.device) -> Any:
-    """The same structure with holes as zeros that take no memory."""
-    return _pytree.tree_map_only(Hole, lambda hole: hole.zeros(device), value)
+class Zeros:
+    """Fills holes with zeros that take no memory: views of one element for each dtype."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._elements: dict[torch.dtype, torch.Tensor] = {}
+
+    def fill(self, value: Any) -> Any:
+        """The same structure with holes as zeros."""
+        return _pytree.tree_map_only(Hole, self._like, value)
+
+    def _like(self, hole: Hole) -> torch.Tensor:
+        if hole.dtype not in self._elements:
+            self._elements[hole.dtype] = torch.zeros((), dtype=hole.dtype, device=self._device)
+        return self._elements[hole.dtype].expand(hole.shape)
 
 
 @contextlib.contextmanager

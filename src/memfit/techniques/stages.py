@@ -20,7 +20,7 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.utils import _pytree
 
 from memfit.techniques.base import Workbench
-from memfit.techniques.chain import Hole, filled, record_chain
+from memfit.techniques.chain import Hole, Zeros, record_chain
 from memfit.types.errors import UserError
 from memfit.types.trace import Phase
 
@@ -65,6 +65,7 @@ class Pipeline:
         rank = bench.world.index("pipeline")
         self.stages = [s for s in range(count) if self.rank_of[s] == rank]
         self.device = next(bench.model.parameters()).device
+        self.zeros = Zeros(self.device)
         self.now = -1  # the stage at work
         self.received: tuple[torch.Tensor, ...] = ()
         self.ended = False
@@ -136,7 +137,7 @@ class Pipeline:
                 return block._call_impl(*args, **kwargs)
             first, end = self.bounds[self.now]
             if index < first:
-                return filled(self.chain.returns[index], self.device)
+                return self.zeros.fill(self.chain.returns[index])
             carried = self.chain.carried[index]
             leaves, spec = _pytree.tree_flatten((args, kwargs))
             if index >= end:
@@ -153,7 +154,7 @@ class Pipeline:
     def _route_early(self, module: torch.nn.Module, returns: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.now > 0:
-                return filled(returns, self.device)
+                return self.zeros.fill(returns)
             return module._call_impl(*args, **kwargs)
 
         return call

@@ -96,7 +96,9 @@ def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:
 def _replicas(use: Use, data: int) -> tuple[int, int]:
     replicas = int(use.settings.get("replicas", 1))
     if data % replicas:
-        raise UserError(f"{replicas} replicas over {data} data-parallel ranks", allowed=f"a divisor of {data}")
+        raise UserError(
+            f"{replicas} replicas over {data} data-parallel ranks", allowed=f"a divisor of {data}"
+        )
     return replicas, data // replicas
 
 

@@ -16,7 +16,7 @@ from memfit.trace.unroll import Blocks, Mismatch, unroll
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan, use
-from memfit.types.trace import Category, Phase, Trace
+from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 _TRIES = 3  # one block deeper each time
 
@@ -73,6 +73,7 @@ class Line:
     micros: int = 1
     short_micros: int = 1
     missing: int = 0  # micro-batches in flight beyond those traced
+    drained: int = 1  # the traced micro-batch that they end with, which is not the last
 
     def trace(self, depth: int, **options: Any) -> Trace:
         """With ``depth`` blocks on every stage."""
@@ -80,21 +81,30 @@ class Line:
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:
-        """With what the missing micro-batches keep: as much as the second one, for as long."""
+        """With what the missing micro-batches keep: made with what the second one keeps, and there until
+        the pipeline drains."""
         more = []
         for step in range(trace.steps if self.missing else 0):
             forwards = [s for s in trace.spans if s.step == step and s.phase is Phase.FORWARD]
-            born = range(forwards[1].start, forwards[1].end)
-            more += [
-                a for a in trace.allocations
-                if a.start in born and a.category is Category.ACTIVATION and a.end is not None
-            ] * self.missing  # fmt: skip
+            first, last = (_kept(trace, forwards[i]) for i in (1, self.drained))
+            if [a.size_bytes for a in first] != [a.size_bytes for a in last]:
+                raise Mismatch("micro-batches keep different bytes")
+            pairs = zip(first, last, strict=True)
+            more += [dataclasses.replace(a, end=b.end) for a, b in pairs] * self.missing
         return dataclasses.replace(
             trace, allocations=(*trace.allocations, *more), rank=self.rank, ranks=self.plan.ranks
         )
 
 
-_IN_FLIGHT = 3  # micro-batches that a shortened pipeline keeps
+def _kept(trace: Trace, forward: PhaseSpan) -> list[Allocation]:
+    """What a micro-batch's forward keeps for its backward."""
+    return [
+        a for a in trace.allocations
+        if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is Category.ACTIVATION
+    ]  # fmt: skip
+
+
+_IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches that a shortened pipeline keeps
 
 
 def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
@@ -106,12 +116,12 @@ def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
     schedule = used.settings["schedule"]
     accumulated = plan.get("gradient-accumulation")
     parts = place.data * micros * (int(accumulated.settings["micro_batches"]) if accumulated else 1)
-    if schedule not in ("gpipe", "1f1b") or job.batch_size % parts:
+    if schedule not in _IN_FLIGHT or job.batch_size % parts:
         return None
     per_stage = plan.ranks // stages
     stage = rank // per_stage
     flying = micros if schedule == "gpipe" else min(micros, stages - stage)
-    kept = min(flying, _IN_FLIGHT)
+    kept = min(flying, _IN_FLIGHT[schedule])
     short_stage = min(stage, 1)
     short_stages = short_stage + (kept if schedule == "1f1b" else 1 + (stage < stages - 1))
     short_stages = max(short_stages, 2)
@@ -133,6 +143,7 @@ def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
         micros=micros,
         short_micros=short_micros,
         missing=flying - kept,
+        drained=1 if schedule == "gpipe" else 2,
     )
 
 

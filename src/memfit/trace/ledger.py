@@ -129,7 +129,7 @@ class Ledger(TorchDispatchMode):
         if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # its inner operators come here one by one
         if self.paused:
-            return func(*args, **kwargs)
+            return operators.built(func, args, kwargs)
         if (
             FakeTensor not in types
             and func is not operators.LIFT
@@ -143,7 +143,8 @@ class Ledger(TorchDispatchMode):
             return self.guesses.item(args[0], told=told, value=values)
         fact = operators.fact(func)
         if fact.silent:
-            out = func(*args, **kwargs)
+            out = operators.view(func, args, kwargs)
+            out = func(*args, **kwargs) if out is None else out
             if func in operators.MAKERS:
                 self._note(out, fact.name, self.modules.name(self.current))
         else:
@@ -185,7 +186,8 @@ class Ledger(TorchDispatchMode):
             work = self._works[key] = operators.work(
                 fact, args, kwargs, out, tensors_in(args, kwargs) + outputs
             )
-        self._calls.append((before, fact.name, work, self.current, self.step, module))
+        if self.place != "host" or self.current is not Phase.SETUP:  # building there is not the device's work
+            self._calls.append((before, fact.name, work, self.current, self.step, module))
         return out
 
     def _owners(self, args: Any) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils.flop_counter import flop_registry
 
 from memfit.trace.signature import describe, moved_bytes
@@ -41,6 +41,24 @@ def fact(func: Any) -> Fact:
     count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
     silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
     return Fact(str(func), silent, "resize" in func._schema.name or func._schema.name.endswith("set_"), count)
+
+
+def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
+    """A view of one fake tensor in half the time that the fake mode takes; None for anything else."""
+    if func not in _VIEWS or kwargs or type(args[0]) is not FakeTensor or args[0].constant is not None:
+        return None
+    mode = args[0].fake_mode
+    with in_kernel_invocation_manager(mode):
+        out = func(*args)
+    return FakeTensor(mode, out, args[0].fake_device)
+
+
+def built(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator of a build that nobody watches: values of fake parameters need no initialising."""
+    if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
+        return args[0]
+    found = view(func, args, kwargs)
+    return func(*args, **kwargs) if found is None else found
 
 
 def work(of: Fact, args: Any, kwargs: Any, out: Any, tensors: list[torch.Tensor]) -> Work:
@@ -130,5 +148,13 @@ WIDE_LOSSES = frozenset(
 GROUP_NORM = _ATEN.native_group_norm.default
 NORMS = frozenset({_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default})
 LIFT = _ATEN.lift_fresh.default
+_VIEWS = frozenset(
+    {_ATEN.view.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.slice.Tensor, _ATEN.as_strided.default,
+     _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.permute.default, _ATEN.select.int,
+     _ATEN.detach.default, _ATEN.alias.default}
+)  # fmt: skip
+_INITIALISERS = frozenset(
+    {_ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.fill_.Scalar, _ATEN.zero_.default}
+)
 _NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default, torch.ops.prim.device.default})
 MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # storage, but no work
