@@ -132,7 +132,8 @@ class Attention(nn.Module):
         turned = int(self.arch.rotary * self.arch.head_dim) if self.arch.rotary < 1 else self.arch.head_dim
         if self.dialect.rope == "half" and self.dialect.fused_qkv:
             part = rotate(x[..., :turned], cos, sin, "half")
-            return torch.cat((part, x[..., turned:]), dim=-1)  # copies even when nothing is left over
+            # Copies even when nothing is left over; compilers of 2024 did not see that it was empty.
+            return torch.cat((part, x[..., turned:]), dim=-1).contiguous()
         if turned == self.arch.head_dim:
             return rotate(x, cos, sin, self.dialect.rope)
         return torch.cat((rotate(x[..., :turned], cos, sin, "half"), x[..., turned:]), dim=-1)

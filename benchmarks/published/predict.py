@@ -51,8 +51,7 @@ def plan_of(setup: Setup) -> Plan:
         keep = "every-second-matmul" if setup.code == "titan" else "matmul"
         uses.append(use("selective-checkpointing", keep=keep))
     if setup.compiled:
-        whole = setup.code in ("thunder", "vision", "litgpt") and setup.ranks["dp"] == 1
-        uses.append(use("compile", scope="model" if whole else "blocks"))
+        uses.append(use("compile", scope=_graphs(setup)))
     if setup.optimizer in ("adamw-8bit", "adamw-4bit", "adafactor", "sgd"):
         uses.append(use(setup.optimizer))
     elif setup.fused and setup.optimizer == "adamw":
@@ -61,6 +60,13 @@ def plan_of(setup: Setup) -> Plan:
         uses.append(use("adamw-single"))
     uses += _sharding(setup)
     return Plan(uses=tuple(uses), ranks=setup.ranks["dp"])
+
+
+def _graphs(setup: Setup) -> str:
+    """torchtitan and torchtune compile blocks; others the model, which the hooks of sharding break up."""
+    if setup.code not in ("thunder", "vision", "litgpt"):
+        return "blocks"
+    return "model" if setup.ranks["dp"] == 1 else "parts"
 
 
 def _before_foreach(setup: Setup) -> bool:
@@ -78,6 +84,7 @@ def _sharding(setup: Setup) -> list[object]:
                 "fsdp2",
                 precision=precision,
                 reshard=setup.reshard,
+                units="parts" if setup.code == "thunder" else "blocks",
                 prefetch=1,
                 replicas=1,
                 offload=False,
@@ -85,7 +92,8 @@ def _sharding(setup: Setup) -> list[object]:
             )
         ]
     if setup.sharding == "ddp":
-        return [use("ddp", bucket_mib=25, bucket_view=True, sync="every")]
+        mib = 256 if setup.code == "thunder" else 25  # the benchmark's own default; torch's
+        return [use("ddp", bucket_mib=mib, bucket_view=False, sync="every")]
     raise UserError(f"{setup.sharding} is not expressed yet")
 
 

@@ -137,7 +137,7 @@ def _sharding(row: Mapping[str, str]) -> str:
     text = row["zero_fsdp"].lower()
     if found := re.search(r"zero-?([0123])", text):
         named = f"zero{found[1]}" if found[1] != "0" else ""
-        return "fsdp2" if "fsdp" in text else named
+        return ("fsdp2" if "fsdp2" in text else "fsdp1") if "fsdp" in text else named
     if "fsdp1" in text or ("fsdp" in text and "fsdp2" not in text and "full_shard" in text):
         return "fsdp1"
     if "fsdp" in text:

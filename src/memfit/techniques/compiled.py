@@ -26,8 +26,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     graphs: dict[Any, Any] = {}  # equal blocks share one
     modules: list[torch.nn.Module] = [bench.model]
-    if settings["scope"] == "blocks":
-        _, modules = find_blocks(bench.model, bench.job.blocks)
+    if settings["scope"] != "model":
+        path, modules = find_blocks(bench.model, bench.job.blocks)
+        if settings["scope"] == "parts":
+            modules += [m for n, m in bench.model.named_children() if n != path.partition(".")[0]]
     for module in modules:
         region = Region(module, graphs)
         module.forward = _calling(region, module.forward)
@@ -52,5 +54,12 @@ TECHNIQUE = Technique(
     apply=_apply,
     settings=_nothing,
     order=45,  # inside recomputation
-    knobs=(Knob(name="scope", default="blocks", doc="what is one graph", choices=("blocks", "model")),),
+    knobs=(
+        Knob(
+            name="scope",
+            default="blocks",
+            doc="what is one graph; parts: blocks, and what lies beside them",
+            choices=("blocks", "parts", "model"),
+        ),
+    ),
 )

@@ -81,7 +81,8 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
     }
     with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
-        groups = [fully_shard(block, **options) for block in _blocks(bench)]
+        apart = _blocks(bench) + (_beside(bench) if settings.get("units") == "parts" else [])
+        groups = [fully_shard(module, **options) for module in apart]
         root: Any = fully_shard(bench.model, **options)
     if settings["offload"]:
         _optimize_on_host(bench)
@@ -130,6 +131,16 @@ def _blocks(bench: Workbench) -> list[Any]:
         if bench.job.blocks is not None:
             raise
         return []  # the whole model is one group
+
+
+def _beside(bench: Workbench) -> list[Any]:
+    """The root's own modules that have parameters and hold no blocks: embedding, last norm, head."""
+    inside = {m for block in _blocks(bench) for m in block.modules()}
+    return [
+        m
+        for m in bench.model.children()
+        if next(m.parameters(), None) is not None and not inside & set(m.modules())
+    ]
 
 
 def _precision(name: str) -> Any:
@@ -183,6 +194,7 @@ FSDP2 = Technique(
         Knob(name="precision", default="as-is", doc="of gathered parameters", choices=("as-is", "bf16")),
         Knob(name="prefetch", default=1, doc="groups gathered ahead"),
         Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
+        Knob(name="units", default="blocks", doc="gathered apart", choices=("blocks", "parts")),
         Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
         _SYNC,
     ),
