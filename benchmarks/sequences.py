@@ -104,10 +104,11 @@ def alone(signature: str) -> tuple[int, ...] | None:
     try:
         call, args, kwargs = ready(signature)
         counter.start_log()
-        out = call(*args, **kwargs)
-        deltas = counter.stop_log().deltas_bytes
+        try:
+            out = call(*args, **kwargs)
+        finally:
+            log = counter.stop_log()
         del out
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
-        counter.stop_log()
         return None
-    return deltas
+    return log.deltas_bytes

@@ -203,8 +203,24 @@ def test_what_the_batch_decides_is_taken_from_it(forward: Any) -> None:
     chosen = int((case.make_batch(0, 0)[:, 0] > 0.5).sum())
     found = trace(case, Plan())
     assert 0 < chosen < 40
-    assert any(f"nonzero gave {chosen} of 40 elements, as in the first batch" in a for a in found.assumptions)
+    assert any(f"nonzero gave {chosen} of 40 elements, as in the batch" in a for a in found.assumptions)
     assert any(a.size_bytes == chosen * 32 * 4 for a in found.allocations)
+
+
+def test_lengths_of_labels_decide_what_an_alignment_keeps() -> None:
+    """CTC keeps a state for every letter of the longest label, every gap and instant, and has as many in
+    backward."""
+
+    def loss(m: Any, x: torch.Tensor) -> torch.Tensor:
+        found = m.first(x).view(10, 4, 32).log_softmax(-1)
+        lengths = (x[:4, 0] > 0.5) + 2
+        return functional.ctc_loss(found, x[:4, :5].long() + 1, torch.full((4,), 10), lengths)
+
+    case = dataclasses.replace(job(by_mask), loss=loss)
+    found = trace(case, Plan())
+    longest = 2 + int((case.make_batch(1, 0)[:4, 0] > 0.5).any())
+    states = [a for a in found.allocations if a.requested_bytes == 4 * 10 * (2 * longest + 1) * 4 and a.step]
+    assert [str(a.phase) for a in states] == ["forward", "backward"]
 
 
 # --- a parameter decides: a bound, or one line

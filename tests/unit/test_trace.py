@@ -247,7 +247,7 @@ def test_item_is_answered_and_the_answer_is_told() -> None:
     answers = " ".join(found.assumptions)
     for said in (
         "torch.float32 answered 1.0 at test_trace.py:",
-        "int64 answered 3, as in the first batch",
+        "int64 answered 3, as in the batch",
         "bool answered True",
     ):
         assert said in answers

@@ -67,7 +67,7 @@ class Guesses:
         elif found is not None:
             answer = found if floating else int(found)
         if found is None and value is not None:
-            answer, source = value, ", as in the first batch"
+            answer, source = value, ", as in the batch"
         else:
             source = ""
         if not (truth and found):
@@ -81,6 +81,10 @@ class Guesses:
         place, count = (id(frame), frame.f_lineno), self._loop[2]
         self._loop = (*place, count + 1 if self._loop[:2] == place else 0)
         return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
+
+    def decides(self, func: Any) -> bool:
+        """Whether more than its arguments' shapes says what the operator gives."""
+        return func in _SHAPED or func in _INDEXED
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """The operator on fake tensors, with bounds for what depends on data."""
@@ -106,7 +110,7 @@ class Guesses:
             if real is None:
                 raise _unbounded(op, where)
             with torch.no_grad(), unset_fake_temporarily():
-                found, source = int(count(real)), ", as in the first batch"
+                found, source = int(count(real)), ", as in the batch"
         size = math.ceil(found * most) if isinstance(found, float) else found
         self._tell(f"{op} gave {size} of {most} elements{source}", where)
         return size
@@ -201,6 +205,25 @@ def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any
     return repeats.new_empty(output_size)
 
 
+def _ctc_loss(
+    self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One state for every letter and every gap between them, at every instant (LossCTC.cpp)."""
+    most = targets.shape[1] if targets.dim() == 2 else targets.numel()
+    states = 2 * self.size("ctc_loss", most, lengths, torch.max) + 1
+    alpha = log_probs.new_empty(log_probs.shape[1], log_probs.shape[0], states)
+    return log_probs.new_empty(log_probs.shape[1]), alpha
+
+
+def _ctc_loss_backward(
+    self: Guesses, grad: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any,
+    lengths: Any, likelihood: torch.Tensor, log_alpha: torch.Tensor, *rest: Any,
+) -> torch.Tensor:  # fmt: skip
+    self.scratch.append(torch.empty_like(log_alpha))
+    return torch.empty_like(log_probs)
+
+
 def _equal(self: Guesses, *args: Any, **kwargs: Any) -> bool:
     self._tell("equal answered True", user_line())
     return True
@@ -226,6 +249,9 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     _ATEN.unique_dim.default: _unique_dim,
     _ATEN.bincount.default: _bincount,
     _ATEN.repeat_interleave.Tensor: _repeat_interleave,
+    _ATEN._ctc_loss.Tensor: _ctc_loss,
+    _ATEN._ctc_loss_backward.default: _ctc_loss_backward,
+    _ATEN._ctc_loss_backward.Tensor: _ctc_loss_backward,
     _ATEN.equal.default: _equal,
     _ATEN.allclose.default: _equal,
 }
