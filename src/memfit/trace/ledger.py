@@ -45,7 +45,7 @@ class _Life:
     module: str
     op: str
     line: str
-    node: int  # sequence number of the autograd node at work in backward
+    node: int  # sequence number of the autograd node at work, in forward too where that takes gradients
     end: int | None = None
     category: Category | None = None
     place: str = ""
@@ -78,6 +78,7 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
         self._calls: list[tuple[int, str, operators.Work, Phase, int, str]] = []
         self._works: dict[Any, operators.Work] = {}
+        self._made: dict[Any, operators.Fresh | None] = {}
         self._sole = sole_counts()
         self._line_of_node: dict[int, str] = {}
 
@@ -160,15 +161,22 @@ class Ledger(TorchDispatchMode):
         module = module or (owners[0] if len(owners) == 1 else "")
         before = self.clock
         self.clock += 1
+        key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
         if (
             func in operators.IN_PLACE
             and self._solely_held(args[0], spare=int(func is not operators.ADD))
             and self._in_place(func, *args, **kwargs)
         ):
             func, out = operators.IN_PLACE[func], args[0]
-            fact = operators.fact(func)
+            fact, key = operators.fact(func), (func, *key[1:])
         else:
-            out = self.guesses.call(func, args, kwargs)
+            made = self._made.get(key)
+            if made is not None:
+                out = made.make()
+            else:
+                out = self.guesses.call(func, args, kwargs)
+                if key not in self._made and not self.guesses.decides(func):
+                    self._made[key] = operators.fresh(func, tensors_in(args, kwargs), out)
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
             elif func in operators.NORMS:
@@ -180,7 +188,6 @@ class Ledger(TorchDispatchMode):
             if fact.resizes:
                 self.resized(tensor.untyped_storage())
         self.guesses.scratch.clear()
-        key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
         work = self._works.get(key)
         if work is None:
             work = self._works[key] = operators.work(
@@ -260,8 +267,8 @@ class Ledger(TorchDispatchMode):
 
         - the bias of a linear layer (aten/src/ATen/native/Linear.cpp), the mask onto attention's scores
           (transformers/attention.cpp there);
-        - a derivative's formula into zeros it has just made (areAnyTensorSubclassLike in
-          torch/csrc/autograd/FunctionsManual.cpp);
+        - a derivative's formula into zeros it has just made, or into the probabilities of logits
+          (areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp);
         - one gradient added to another that only the autograd engine holds (input_buffer.cpp there). Its
           first term was made by an earlier node, or by this one for two edges to one place; a formula's
           own sums start from what the formula made.
@@ -272,11 +279,16 @@ class Ledger(TorchDispatchMode):
         if func is operators.ADD and held.dim() > 2 and known[1].op == _PRODUCT[more.dim() == 1]:
             return bool(torch.broadcast_shapes(held.shape, more.shape) == held.shape)
         node: Any = torch._C._current_autograd_node()
-        if self.current is not Phase.BACKWARD or torch.is_grad_enabled() or node is None:
+        if node is None:
             return False
         this_node = known[1].node == running_node()
+        if func in operators.OF_LOGITS:
+            formula = this_node and not torch.is_grad_enabled() and "sigmoid" in known[1].op
+            return formula and "CrossEntropyWithLogits" in node.name()
         if func is not operators.ADD:
             return this_node and "zeros" in known[1].op
+        if self.current is not Phase.BACKWARD or torch.is_grad_enabled():
+            return False
         return not this_node or len(set(node.next_functions)) < len(node.next_functions)
 
     def _note(self, tensor: torch.Tensor, op: str, module: str) -> _Life:
@@ -300,7 +312,7 @@ class Ledger(TorchDispatchMode):
 
     def _born(self, size_bytes: int, op: str, module: str, category: Category | None = None) -> _Life:
         line = self._line() if self.lines else ""
-        node = running_node() if self.current is Phase.BACKWARD else 0
+        node = running_node() if self.current in (Phase.FORWARD, Phase.BACKWARD) else 0
         life = _Life(
             self.clock, size_bytes, self.current, self.step, module, op, line, node, category=category,
             place=self.place,

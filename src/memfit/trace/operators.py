@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils.flop_counter import flop_registry
 
 from memfit.trace.signature import describe, moved_bytes
@@ -53,6 +53,47 @@ def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
     return FakeTensor(mode, out, args[0].fake_device)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fresh:
+    """What an operator makes whenever its arguments have these shapes: new tensors of known layout."""
+
+    mode: FakeTensorMode
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
+    several: bool
+
+    def make(self) -> Any:
+        with in_kernel_invocation_manager(self.mode):
+            made = [
+                (torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+                for size, stride, dtype, device in self.layouts
+            ]
+        out = tuple(FakeTensor(self.mode, meta, device) for meta, device in made)
+        return out if self.several else out[0]
+
+
+def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
+    """None where the outputs are not wholly new, or where more than shapes decides them."""
+    made = out if isinstance(out, tuple) else (out,)
+    if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
+        return None
+    old = {t.untyped_storage()._cdata for t in given}
+    if not made or not all(type(t) is FakeTensor and t.constant is None and _plain(t) for t in made):
+        return None
+    new = {t.untyped_storage()._cdata for t in made}
+    if new & old or len(new) < len(made) or any(getattr(t, "constant", None) is not None for t in given):
+        return None
+    layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in made)
+    return Fresh(made[0].fake_mode, layouts, isinstance(out, tuple))
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.storage_offset() or tensor.is_conj() or tensor.is_neg():
+        return False
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    elements = last + 1 if tensor.numel() else 0
+    return tensor.untyped_storage().nbytes() == elements * tensor.element_size()
+
+
 def built(func: Any, args: Any, kwargs: Any) -> Any:
     """An operator of a build that nobody watches: values of fake parameters need no initialising."""
     if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
@@ -81,7 +122,8 @@ def key(value: Any) -> Any:
     """Equal for arguments of equal shapes, strides, dtypes and plain values. This runs for every operator."""
     kind = type(value)
     if kind is FakeTensor or isinstance(value, torch.Tensor):
-        return (value.shape, value.stride(), value.dtype, value.untyped_storage().nbytes())
+        storage = value.untyped_storage()
+        return (value.shape, value.stride(), value.dtype, value.device, storage.nbytes())
     if kind is tuple or isinstance(value, list | tuple):
         return tuple([key(v) for v in value])
     if isinstance(value, dict):
@@ -141,7 +183,10 @@ IN_PLACE = {
     _ATEN.scatter.src: _ATEN.scatter_.src,
     _ATEN.scatter.value: _ATEN.scatter_.value,
     _ATEN.put.default: _ATEN.put_.default,
+    _ATEN.sub.Tensor: _ATEN.sub_.Tensor,
+    _ATEN.mul.Tensor: _ATEN.mul_.Tensor,
 }
+OF_LOGITS = frozenset({_ATEN.sub.Tensor, _ATEN.mul.Tensor})  # these in one formula only
 WIDE_LOSSES = frozenset(
     {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
 )
