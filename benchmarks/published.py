@@ -1,9 +1,11 @@
 """Memory of published training runs, predicted from their descriptions and compared with what was measured.
 
-    python benchmarks/published.py --csv FILE [--json] [--page FILE] [--only REGEX] [--jobs N]
+    python benchmarks/published.py --csv FILE [--json] [--record] [--only REGEX] [--jobs N]
+    python benchmarks/published.py --page                 the page from the last record
 
-Prints a line per row (id, quality, metric, measured and predicted GiB, error) and the summary. ``--json``
-prints both as JSON instead. Rows that cannot be expressed are refused with the reason.
+Prints a line per row (id, quality, mem_metric, measured and predicted GiB, error) and the summary. ``--json``
+prints both as JSON instead. Rows that cannot be expressed are refused with the reason. ``--record`` adds the
+run to benchmarks/records/published.jsonl and writes benchmarks/published.md from it.
 """
 
 from __future__ import annotations
@@ -11,65 +13,114 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import datetime
 import json
 import multiprocessing
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from published.page import HEADER, in_words, line, page
 from published.rows import read
-from published.score import Scored, line, page, score, summaries
+from published.score import Scored, score, summaries
+
+from memfit.store.environment import fingerprint
+from memfit.types.errors import UserError
+
+_HERE = Path(__file__).parent
+RECORDS, PAGE = _HERE / "records" / "published.jsonl", _HERE / "published.md"
 
 
-def main() -> None:
+def main() -> int:
     args = _arguments()
-    rows = [r for r in read(args.csv) if re.search(args.only, r["id"])]
+    try:
+        if args.page:
+            _write_page()
+            return 0
+        rows = [r for r in read(args.csv) if re.search(args.only, r["id"])]
+        if not rows:
+            raise UserError(f"no row's id matches {args.only!r}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    begun = time.perf_counter()
+    scored = _all(rows, args)
+    results = {
+        "unit": "GiB",
+        "rows": [s.as_row() for s in scored],
+        "summary": [dataclasses.asdict(s) for s in summaries(scored)],
+    }
+    if args.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(*map(in_words, summaries(scored)), sep="\n")
+    if args.record:
+        _record(results, time.perf_counter() - begun, args)
+    return 0
+
+
+def _all(rows: Sequence[dict[str, str]], args: argparse.Namespace) -> list[Scored]:
     scored = []
+    if not args.json:
+        print(HEADER)
     for found in _scored(rows, args.jobs):
         scored.append(found)
         if not args.json:
             print(line(found), flush=True)
-    if args.json:
-        rows_out = [{**dataclasses.asdict(s), "error": s.error} for s in scored]
-        whole = [dataclasses.asdict(s) for s in summaries(scored)]
-        print(json.dumps({"rows": rows_out, "summary": whole}, indent=1))
-    else:
-        for s in summaries(scored):
-            print(
-                f"{s.name}: {s.predicted} of {s.rows} predicted"
-                + _errors(s.median, s.median_of_sources, s.worst)
-            )
-    if args.page:
-        args.page.write_text(page(scored, "python benchmarks/published.py --csv published.csv"))
+    return scored
 
 
-def _errors(median: float | None, sources: float | None, worst: float | None) -> str:
-    if median is None or sources is None or worst is None:
-        return ""
-    return f", median error {median:.1%}, median of sources' medians {sources:.1%}, worst {worst:.1%}"
-
-
-def _scored(rows: list[dict[str, str]], jobs: int) -> Iterator[Scored]:
+def _scored(rows: Sequence[dict[str, str]], jobs: int) -> Iterator[Scored]:
     if jobs == 1:
-        yield from (s for s in map(score, rows) if s is not None)
+        yield from map(score, rows)
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        yield from (s for s in pool.map(score, rows) if s is not None)
+        yield from pool.map(score, rows)
+
+
+def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) -> None:
+    about = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "took_s": round(took_s),
+        "command": f"python benchmarks/published.py --csv {args.csv.name} --record",
+        "environment": dict(fingerprint()),
+    }
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**about, **results}) + "\n")
+    _write_page()
+
+
+def _write_page() -> None:
+    if not RECORDS.exists():
+        raise UserError(f"no record yet in {RECORDS}", hint="run with --csv FILE --record first")
+    PAGE.write_text(page(json.loads(RECORDS.read_text(encoding="utf-8").splitlines()[-1])), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--csv", type=Path, required=True, help="a file with the columns of published.csv")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a file with the columns of published.csv")
     parser.add_argument("--json", action="store_true", help="print rows and summary as JSON")
-    parser.add_argument("--page", type=Path, help="write the page with every row here")
-    parser.add_argument("--only", default="", help="rows whose id matches this pattern")
+    parser.add_argument("--record", action="store_true", help="add a record, and write the page from it")
+    parser.add_argument("--page", action="store_true", help="write the page from the last record only")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose id matches this pattern")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.csv is None and not args.page:
+        parser.error("--csv FILE is needed")
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only {args.only!r} is no pattern: {error}")
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,11 +16,11 @@ from memfit.trace.compose import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.machine import Device
-from memfit.types.plan import Plan, use
+from memfit.types.plan import Plan, Use, use
 from memfit.types.trace import Phase, Trace
 from published.megatron import rank_jobs
 from published.models import job_of
-from published.rows import Setup
+from published.rows import Setup, card_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Prediction:
 
 
 def plan_of(setup: Setup) -> Plan:
-    uses = []
+    uses: list[Use] = []
     if setup.micro_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=setup.micro_batches))
     if (setup.lora is not None and setup.lora.adapter_dtype == "float32") or (
@@ -74,7 +74,7 @@ def _before_foreach(setup: Setup) -> bool:
     return bool(re.search(r"torch 1\.|20(19|20|21|22)\b", setup.row["software"].lower()))
 
 
-def _sharding(setup: Setup) -> list[object]:
+def _sharding(setup: Setup) -> list[Use]:
     if setup.ranks["dp"] == 1:
         return []
     if setup.sharding in ("fsdp1", "fsdp2"):
@@ -105,7 +105,7 @@ def predict(setup: Setup) -> Prediction:
     """Raises UserError with the reason where the row cannot be expressed, or contradicts itself: a run that
     was measured did fit its card."""
     found = _predicted(setup)
-    card = float(setup.row["gpu_mem_gb"] or 0) * 2**30
+    card = card_bytes(setup.row)
     if card and found.allocated_bytes > card:
         raise UserError(
             f"as the row states it the run takes {found.allocated_bytes / 2**30:.1f} GiB, more than its card"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from memfit.types.errors import UserError
 from published.adapters import Lora
 from published.arch import Arch, arch_of
 
@@ -59,9 +60,32 @@ class Setup:
         return self.row["id"]
 
 
+COLUMNS = (
+    "id", "group", "scope", "quality", "model", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn",
+    "vocab", "tied_emb", "moe", "extra_arch", "method", "lora", "gpu", "gpu_mem_gb", "n_gpus", "dp",
+    "zero_fsdp", "tp", "pp", "vp", "cp", "ep", "sp", "precision", "optimizer", "seq_len", "micro_batch",
+    "grad_accum", "global_batch", "act_ckpt", "compile", "attn_impl", "offload", "mem_value", "mem_unit",
+    "mem_gib", "mem_metric", "software", "source", "notes",
+)  # fmt: skip
+
+
 def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{k: (v or "").strip() for k, v in row.items() if k} for row in csv.DictReader(file)]
+    """Rows with every column that is looked at. Raises UserError, once, for a file that is not so."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            rows = [{k: (v or "").strip() for k, v in r.items() if isinstance(k, str)} for r in table]
+            columns = tuple(table.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot read {path}: {what}", hint="give a CSV file in UTF-8") from None
+    if not columns:
+        raise UserError(f"{path} is empty", hint="a header and one run a line are expected")
+    if missing := [c for c in COLUMNS if c not in columns]:
+        raise UserError(f"{path} has no column {', '.join(missing)}", hint="see the columns of published.csv")
+    if not rows:
+        raise UserError(f"{path} has no rows", hint="one run a line below the header")
+    return rows
 
 
 def setup_of(row: Mapping[str, str]) -> Setup:
@@ -254,7 +278,8 @@ def _measured(row: Mapping[str, str]) -> Measured | None:
     sure = unit in _UNITS
     value = re.match(r"[\d.]+", row["mem_value"])
     if row["mem_gib"]:
-        size = float(row["mem_gib"]) * GIB
+        sure = True
+        size = _decimal(row, "mem_gib") * GIB
     elif value and unit in _UNSURE | _UNITS:
         size = float(value[0]) * (_UNITS | _UNSURE)[unit]
     else:
@@ -274,5 +299,13 @@ def _kind(metric: str) -> str:
     return "unstated"
 
 
-def setups(rows: Iterable[Mapping[str, str]]) -> list[Setup]:
-    return [setup_of(r) for r in rows]
+def _decimal(row: Mapping[str, str], column: str) -> float:
+    try:
+        return float(row[column] or 0)
+    except ValueError:
+        raise UserError(f"{column} is no number: {row[column]!r}") from None
+
+
+def card_bytes(row: Mapping[str, str]) -> float:
+    """0 where the row does not say."""
+    return _decimal(row, "gpu_mem_gb") * GIB

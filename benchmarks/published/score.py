@@ -1,67 +1,101 @@
-"""Rows beside their predictions: errors, the summary, and the page."""
+"""Rows beside their predictions, and how large the errors are."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import statistics
-import tomllib
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from memfit.types.errors import UserError
 from published.predict import predict
-from published.rows import GIB, Measured, Setup, setup_of
+from published.rows import GIB, Setup, card_bytes, setup_of
 
-_FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it
+FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """``predicted_bytes`` None: refused, for ``reason``. ``compared``: which of the three numbers."""
+    """``predicted_bytes`` None: refused, for ``reason``. ``measured_bytes`` None: no memory was published.
+    ``compared``: which of the predicted numbers is the source's own."""
 
     id: str
     source: str
     quality: str
     metric: str
-    compared: str
-    measured_bytes: float
-    predicted_bytes: float | None
-    reason: str
-    full: bool  # the measured number is within 6 % of the card
-    sure: bool
+    compared: str = ""
+    measured_bytes: float | None = None
+    predicted_bytes: float | None = None
+    reason: str = ""
+    full: bool = False  # the measured number is within 6 % of the card
+    sure: bool = True  # of the measured number's unit
+    reference: bool = False  # a paper's formula, not a measurement
 
     @property
     def error(self) -> float | None:
-        return self.predicted_bytes / self.measured_bytes - 1 if self.predicted_bytes else None
+        if self.predicted_bytes is None or not self.measured_bytes:
+            return None
+        return self.predicted_bytes / self.measured_bytes - 1
+
+    def as_row(self) -> dict[str, Any]:
+        """Sizes in GiB."""
+        return {
+            "id": self.id, "quality": self.quality, "mem_metric": self.metric,
+            "measured": _gib(self.measured_bytes), "predicted": _gib(self.predicted_bytes),
+            "error": self.error, "compared": self.compared, "reason": self.reason, "source": self.source,
+            "card_full": self.full, "unit_sure": self.sure, "reference": self.reference,
+        }  # fmt: skip
 
 
-def score(row: dict[str, str]) -> Scored | None:
-    """None: the row has no memory that was measured."""
-    setup = setup_of(row)
-    if setup.measured is None or row["scope"] == "analytic_reference":
-        return None
-    predicted, compared, reason = None, setup.measured.kind, ""
-    try:
-        predicted, compared = _number(setup, setup.measured)
-    except UserError as error:
-        reason = str(error)
-    card = float(row["gpu_mem_gb"] or 0)
-    return Scored(
-        id=setup.id, source=row["group"], quality=row["quality"], metric=row["mem_metric"], compared=compared,
-        measured_bytes=setup.measured.size_bytes, predicted_bytes=predicted, reason=reason,
-        full=bool(card) and setup.measured.size_bytes > _FULL_RATIO * card * GIB, sure=setup.measured.sure,
+def _gib(size_bytes: float | None) -> float | None:
+    return None if size_bytes is None else size_bytes / GIB
+
+
+def score(row: Mapping[str, str]) -> Scored:
+    """One row can be odd in ways that nobody foresaw: it is then refused, and the others go on."""
+    found = Scored(
+        id=row["id"], source=row["group"], quality=row["quality"], metric=row["mem_metric"],
+        reference=row["scope"] == "analytic_reference",
     )  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _scored(row, found)
+    except UserError as error:
+        return dataclasses.replace(found, reason=str(error))
+    except Exception as error:  # noqa: BLE001
+        first = str(error).strip().partition("\n")[0]
+        return dataclasses.replace(found, reason=f"failed: {type(error).__name__}: {first}"[:200])
 
 
-def _number(setup: Setup, measured: Measured) -> tuple[float, str]:
+def _scored(row: Mapping[str, str], found: Scored) -> Scored:
+    setup = setup_of(row)
+    measured, card = setup.measured, card_bytes(row)
+    if measured is not None:
+        full = bool(card) and measured.size_bytes > FULL_RATIO * card
+        found = dataclasses.replace(
+            found, compared=measured.kind, measured_bytes=measured.size_bytes, full=full, sure=measured.sure
+        )
+    if found.reference:
+        return dataclasses.replace(found, reason="a paper's formula, not a measurement")
+    try:
+        predicted, compared = _number(setup)
+    except UserError as error:
+        return dataclasses.replace(found, reason=str(error))
+    return dataclasses.replace(found, predicted_bytes=predicted, compared=compared)
+
+
+def _number(setup: Setup) -> tuple[float, str]:
     """The number of a prediction that the source's own metric is, and its name."""
     found = predict(setup)
-    if measured.kind == "resident":
+    kind = setup.measured.kind if setup.measured else "allocated"
+    if kind == "resident":
         return found.resident_bytes, "resident"
-    if measured.kind == "device" and found.device_bytes:
+    if kind == "device" and found.device_bytes:
         return found.device_bytes, "device"
-    if measured.kind in ("device", "reserved") and found.reserved_bytes:
+    if kind in ("device", "reserved") and found.reserved_bytes:
         return found.reserved_bytes, "reserved"
     return found.allocated_bytes * _times_counted(setup), "allocated"
 
@@ -84,83 +118,33 @@ class Summary:
     worst: float | None
 
 
+def _allocated(s: Scored) -> bool:
+    return bool(re.search("alloc|active", s.metric.lower()))
+
+
+_GROUPS: tuple[tuple[str, Callable[[Scored], bool]], ...] = (
+    ("allocated, quality A", lambda s: _allocated(s) and s.quality == "A"),
+    ("allocated, all", _allocated),
+    (
+        "reserved and nvidia-smi below 94 % of the card",
+        lambda s: bool(re.search("reserved|nvidia-smi|nvml", s.metric.lower())) and not s.full and s.sure,
+    ),
+    ("all with a measurement", lambda s: True),
+)
+
+
 def summaries(scored: Sequence[Scored]) -> list[Summary]:
-    exact = [s for s in scored if s.compared == "allocated" and "alloc" in s.metric.lower() + _active(s)]
-    beside = [s for s in scored if s.compared in ("reserved", "device")]
-    return [
-        _summary("allocated, quality A", [s for s in exact if s.quality == "A"]),
-        _summary("allocated, all", exact),
-        _summary(
-            "reserved and nvidia-smi below 94 % of the card", [s for s in beside if not s.full and s.sure]
-        ),
-        _summary("all with a measurement", scored),
-    ]
-
-
-def _active(scored: Scored) -> str:
-    return " alloc" if "active" in scored.metric.lower() else ""
+    known = [s for s in scored if s.measured_bytes and not s.reference]
+    return [_summary(name, [s for s in known if belongs(s)]) for name, belongs in _GROUPS]
 
 
 def _summary(name: str, scored: Sequence[Scored]) -> Summary:
-    errors = {s.id: abs(s.error) for s in scored if s.error is not None}
-    sources = {s.source for s in scored}
-    each = [
-        statistics.median(found)
-        for source in sources
-        if (found := [errors[s.id] for s in scored if s.source == source and s.id in errors])
-    ]
+    errors = [(s.source, abs(s.error)) for s in scored if s.error is not None]
+    sources = sorted({source for source, _ in errors})
+    each = [statistics.median(e for source, e in errors if source == one) for one in sources]
     return Summary(
         name=name, rows=len(scored), predicted=len(errors),
-        median=statistics.median(errors.values()) if errors else None,
+        median=statistics.median(e for _, e in errors) if errors else None,
         median_of_sources=statistics.median(each) if each else None,
-        worst=max(errors.values(), default=None),
+        worst=max((e for _, e in errors), default=None),
     )  # fmt: skip
-
-
-def line(s: Scored) -> str:
-    """``id, quality, mem_metric, measured, predicted, error``."""
-    if s.error is None or s.predicted_bytes is None:
-        return f"{s.id:32} {s.quality} {s.compared:10} {s.measured_bytes / GIB:8.2f}  refused: {s.reason}"
-    numbers = f"{s.measured_bytes / GIB:8.2f} {s.predicted_bytes / GIB:8.2f} {s.error:+7.1%}"
-    return f"{s.id:32} {s.quality} {s.compared:10} {numbers}" + (" (card full)" if s.full else "")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def page(scored: Iterable[Scored], command: str) -> str:
-    """Caveats first, then the summary, then every row with what explains a large error."""
-    scored = list(scored)
-    why = tomllib.loads((Path(__file__).parent / "why.toml").read_text())
-    lines = ["# Published training runs", "", why["caveats"].strip(), "", f"Command: `{command}`", ""]
-    lines += [
-        "| rows | measured | predicted | median error | median of sources | worst |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for s in summaries(scored):
-        numbers = " | ".join(map(_percent, (s.median, s.median_of_sources, s.worst)))
-        lines.append(f"| {s.name} | {s.rows} | {s.predicted} | {numbers} |")
-    lines += [
-        "",
-        "| id | quality | metric | measured GiB | predicted GiB | error | why |",
-        "|---|---|---|--:|--:|--:|---|",
-    ]
-    for s in scored:
-        predicted = f"{s.predicted_bytes / GIB:.2f}" if s.predicted_bytes else "-"
-        error = f"{s.error:+.1%}" if s.error is not None else "refused"
-        reason = s.reason or _why(s, why["rows"])
-        measured = f"{s.measured_bytes / GIB:.2f}" + ("" if s.sure else " (unit unsure)")
-        lines.append(
-            f"| {s.id} | {s.quality} | {s.compared} | {measured} | {predicted} | {error} | {reason} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _why(s: Scored, rows: dict[str, str]) -> str:
-    """What is known about this row or its source, where the error is above 3 %."""
-    if s.error is None or abs(s.error) < 0.03:
-        return ""
-    if s.full:
-        return "the allocator's cache fills the card: an upper bound only"
-    return next((text for start, text in rows.items() if s.id.startswith(start)), "not known")
