@@ -53,9 +53,10 @@ def job(forward: Callable[..., torch.Tensor], *shape: int, **more: Any) -> Job:
     )
 
 
-def predicted(found: Trace) -> list[int]:
+def predicted(found: Trace, first: Phase = Phase.FORWARD) -> list[int]:
     """Sizes of the last step's allocations and frees (negative) in order, small ones left out."""
-    spans = [s for s in found.spans if s.step == found.steps - 1 and s.phase is not Phase.SETUP]
+    phases = list(Phase)[list(Phase).index(first) :]
+    spans = [s for s in found.spans if s.step == found.steps - 1 and s.phase in phases]
     events = [(a.start, a.size_bytes) for a in found.allocations]
     events += [(a.end, -a.size_bytes) for a in found.allocations if a.end is not None]
     inside = sorted(e for e in events if spans[0].start <= e[0] < spans[-1].end)
@@ -155,6 +156,18 @@ def slope(m: Any, x: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
+def curved(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A derivative's formula with a graph of its own writes in place as well."""
+    place = x.detach().clone().requires_grad_()
+    chosen = torch.sin(m.first(place))[torch.arange(8)]
+    (gradient,) = torch.autograd.grad(chosen.square().sum(), place, create_graph=True)
+    return gradient
+
+
+def logits(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return functional.binary_cross_entropy_with_logits(m.first(x), x, reduction="none")
+
+
 def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
     """As FSDP2 frees what it has gathered and takes room for it again."""
     room = torch.zeros(64, 32)
@@ -167,7 +180,7 @@ def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
 CASES: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...]], ...] = (
     (residual, ()), (squared, ()), (strided_linear, (8, 16, 32)), (gathered, ()), (largest, ()),
     (on_views, ()), (complex_numbers, ()), (custom, ()), (hooked, ()), (copied, ()), (slope, ()),
-    (resized, ()),
+    (curved, ()), (resized, ()),
 )  # fmt: skip
 
 
@@ -183,6 +196,22 @@ def test_the_whole_sequence_is_the_allocators(forward: Callable[..., Any], shape
 def test_and_under_a_plan(used: Use) -> None:
     case, plan = job(residual), Plan(uses=(used,))
     assert predicted(trace(case, plan)) == measured(case, plan)
+
+
+@counted
+def test_a_formula_writes_over_the_probabilities_of_logits() -> None:
+    """The loss itself takes scratch memory in forward, which a trace does not see."""
+    case = job(logits)
+    expected = predicted(trace(case, Plan()), Phase.BACKWARD)
+    assert expected == measured(case)[-len(expected) :]
+
+
+def test_norms_of_half_precision_keep_float32_statistics_and_give_half_gradients() -> None:
+    case = job(lambda m, x: functional.layer_norm(m.first(x), (32,), m.first.bias))
+    found = trace(case, Plan(uses=(use("bf16-autocast"),)), steps=1)
+    made = [(a.op.split(".")[1], a.requested_bytes) for a in found.allocations if "layer_norm" in a.op]
+    assert made[:3] == [("native_layer_norm", 40 * 32 * 2), *[("native_layer_norm", 40 * 4)] * 2]
+    assert made[3] == ("native_layer_norm_backward", 40 * 32 * 2)
 
 
 # --- the batch decides

@@ -180,7 +180,7 @@ class Ledger(TorchDispatchMode):
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
             elif func in operators.NORMS:
-                _float_statistics(func, args, out, self.device)
+                out = _of_kernels_types(func, args, out, self.device)
         outputs = tensors_in(out)
         each = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
@@ -372,15 +372,19 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
 
 
-def _float_statistics(func: Any, args: Any, out: Any, device: str) -> None:
-    """Means and deviations of half-precision input are float32 beside float32 weights (is_mixed_type in
-    aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA but for groups; fake ones have the
-    input's type."""
+def _of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
+    """What a normalisation gives. In half precision means and deviations are float32 beside float32 weights
+    (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA but for groups; the
+    input's gradient, where one is asked for, is of the input's type. Fake ones are all there, of one type."""
+    if func in operators.NORM_GRADIENTS:
+        same = out[0] is not None and out[0].dtype == args[1].dtype
+        wanted = args[-1][0]
+        return out if same and wanted else (torch.empty_like(args[1]) if wanted else None, *out[1:])
     mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
     wide = mixed or (device != "cpu" and func is not operators.GROUP_NORM)
-    for statistic in out[1:]:
-        if wide and args[0].element_size() == 2 and statistic.element_size() == 2:
-            statistic.untyped_storage().resize_(4 * statistic.numel())
+    if not wide or args[0].element_size() != 2:
+        return out
+    return (out[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in out[1:]))
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:

@@ -191,7 +191,13 @@ WIDE_LOSSES = frozenset(
     {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
 )
 GROUP_NORM = _ATEN.native_group_norm.default
-NORMS = frozenset({_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default})
+NORM_GRADIENTS = frozenset(
+    {
+        _ATEN.native_layer_norm_backward.default, _ATEN.native_group_norm_backward.default,
+        _ATEN.native_batch_norm_backward.default,
+    }
+)  # fmt: skip
+NORMS = NORM_GRADIENTS | {_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default}
 LIFT = _ATEN.lift_fresh.default
 _VIEWS = frozenset(
     {_ATEN.view.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.slice.Tensor, _ATEN.as_strided.default,
