@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from architectures import FIRST_SET, SECOND_SET
 from later_architectures import THIRD_SET
-from sequences import first_difference, predicted_sequence
+from sequences import equal_but_for_scratch, first_difference, predicted_sequence
 
 from memfit.cost.memory import memory_profile
 from memfit.jobs.step import TrainingStep
@@ -66,6 +66,9 @@ def parts(count: int) -> Use:
 
 _THIRD = "third set"
 _SEQUENCES = "the last step's whole sequence of allocations and frees, against the allocator's log"
+_UNPROBED = (
+    "equal without running any kernel, memory that lives inside one operator left out of the allocator's log"
+)
 _LEGEND = (
     "`*` the peak lies inside a kernel whose scratch memory was probed. Sequence: number of events, whether "
     "they are equal as traced (=), with the scratch memory of probed kernels put in (~), either with frees "
@@ -293,6 +296,7 @@ def _row(
         "events": sum(abs(d) > SEQUENCE_BYTES for d in real),
         "sequence": next((name for name, difference in compared if difference is None), "differs"),
         "first_difference": str(compared[-1][1] or ""),
+        "equal_without_probe": equal_but_for_scratch(sequences["as traced"], real, above=SEQUENCE_BYTES),
         "assumptions": list(traced.assumptions),
     }
 
@@ -334,6 +338,7 @@ def page(record: dict[str, Any], first: dict[str, Any] | None) -> str:
         f"- architectures written after the tracer (below: what their first run showed): {summary(new)}",
         f"- phases of all rows: median {_percent(statistics.median(phases))}, worst {_percent(max(phases))}",
         f"- {_SEQUENCES}: " + ", ".join(f"{name} {count}" for name, count in kinds.most_common()),
+        f"- {_UNPROBED}: {sum(r.get('equal_without_probe', False) for r in rows)}",
         f"- rows that could not be measured: {len(failed)}",
         *(f"  - {r['architecture']} {r['plan']}: {r['error']}" for r in failed),
         "",

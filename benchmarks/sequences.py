@@ -50,6 +50,35 @@ def first_difference(
     return None
 
 
+_MOST_SCRATCH, _MOST_WAYS = 6, 5000
+
+
+def equal_but_for_scratch(predicted: Sequence[Event], measured: Sequence[int], *, above: int = 0) -> bool:
+    """Whether the sequences are equal once memory that lives inside one operator is left out of the measured
+    one: blocks taken and given back while nothing but that operator's own results is made. No kernel is run
+    to know them. Every way of telling scratch from results is followed."""
+    ours = [e for e in predicted if abs(e[0]) > above]
+    ways: set[tuple[int, tuple[int, ...], str]] = {(0, (), "")}  # (matched, open scratch, by which operator)
+    for delta in measured:
+        if abs(delta) <= above:
+            continue
+        found = set()
+        for at, scratch, who in ways:
+            size, op = ours[at] if at < len(ours) else (0, "")
+            if size == delta and (not scratch or (delta > 0 and who in ("", op))):
+                found.add((at + 1, scratch, op if scratch else ""))
+            if delta > 0 and len(scratch) < _MOST_SCRATCH:
+                found.add((at, tuple(sorted((*scratch, delta))), who))
+            if -delta in scratch:
+                rest = list(scratch)
+                rest.remove(-delta)
+                found.add((at, tuple(rest), who if rest else ""))
+        ways = found
+        if not ways or len(ways) > _MOST_WAYS:
+            return False
+    return any(at == len(ours) and not scratch for at, scratch, _ in ways)
+
+
 def predicted_sequence(trace: Trace, calibration: Calibration | None) -> list[Event]:
     """The last step's events in order. With a calibration, operators that take scratch memory inside
     themselves are run alone once, and what they do stands where they are called."""
