@@ -136,7 +136,11 @@ _GLOO_SCRATCH = _gloo_rules()
 
 
 class _RealIntegers(TorchDispatchMode):
-    """DDP lists its buckets in int32 tensors that it reads in C++: those are made for real."""
+    """DDP lists its buckets in int32 tensors that it reads in C++: those are made for real, and noted."""
+
+    def __init__(self, note: Callable[[torch.Tensor, str], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -144,7 +148,10 @@ class _RealIntegers(TorchDispatchMode):
         makes = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
         if makes or (tensors and all(type(t) is torch.Tensor for t in tensors)):
             with no_dispatch():
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+            if isinstance(out, torch.Tensor):
+                self._note(out, str(func))
+            return out
         return func(*args, **kwargs)
 
 
@@ -183,13 +190,14 @@ def without_host(allocations: Sequence[Allocation]) -> tuple[tuple[Allocation, .
     return tuple(a for a in allocations if a.stream != "host"), peak
 
 
-def ready_for_fakes(wrapped: Any) -> None:
+def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
     """Two things that DDP asks of real tensors. Its reduction wants a value of the collective's future,
-    which on a fake process group is None: a hook does the same. Its buckets are listed in integers."""
+    which on a fake process group is None: a hook does the same. Its buckets are listed in integers, of
+    which ``note`` is told."""
     enter = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:
-        with _RealIntegers():  # type: ignore[no-untyped-call]
+        with _RealIntegers(note):
             return enter(*args, **kwargs)
 
     wrapped._pre_forward = pre_forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -180,9 +181,10 @@ def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.n
 
 
 def _begin(ledger: Ledger, bench: Workbench) -> None:
-    bench.on_ddp = ready_for_fakes
+    bench.on_ddp = partial(ready_for_fakes, note=ledger.note_real)
     if ledger.device != "cpu":
         bench.place = ledger.placed
+    bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
     _label_model(ledger, bench.model)
 
 
@@ -295,16 +297,17 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
 def _apply_without_swap() -> Any:
     """``Module._apply`` for fake tensors, which torch wants to swap in place and cannot. Parameters are
     replaced instead; tied ones stay tied."""
-    seen: dict[int, tuple[Any, torch.nn.Parameter]] = {}
+    seen: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
     depth = 0
 
     def replaced(param: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
-        if id(param) not in seen:
+        known = seen.get(id(param))
+        if known is None or known[0]() is not param:  # the old one goes, and its number to another
             with torch.no_grad():
                 applied = fn(param)
             same = applied is param or applied.untyped_storage()._cdata == param.untyped_storage()._cdata
             fresh = param if same else torch.nn.Parameter(applied, param.requires_grad)
-            seen[id(param)] = (param, fresh)
+            seen[id(param)] = (weakref.ref(param), fresh)
         return seen[id(param)][1]
 
     def apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
