@@ -87,15 +87,15 @@ class Gpt(nn.Module):
         return self.head(self.norm(x))
 
 
-def _tokens(step: int, seed: int) -> torch.Tensor:
-    """Shape (batch, length + 1)."""
+def _tokens(step: int, seed: int) -> dict[str, torch.Tensor]:
+    """Shapes (batch, length); each label is the next token."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
-    return torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
+    text = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
+    return {"input_ids": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
 
 
-def _next_token(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    logits = model(tokens[:, :-1])
-    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+def _next_token(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
 
 
 def _language_model(name: str, width: int, blocks: int, *, tied: bool = False) -> Job:

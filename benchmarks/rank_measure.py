@@ -1,0 +1,131 @@
+"""What one rank of the distributed benchmark measures: every allocation and free of whole trainings.
+
+A collective runs on a thread of gloo while the program goes on, and that thread may hold tensors, its own
+or those it was given, after the program has been told that it is done. How long is the operating system's
+choice. A settled repeat asks it to let gloo's threads go first; the others take things as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator, Log
+from memfit.techniques.world import World
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.trace import Phase
+
+STEPS = 3
+_RUNS, _SENDS = "pt_gloo_runloop", "gloo_tcp_loop"  # names of gloo's threads
+Mark = tuple[int, str]  # (events so far, phase that begins)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    """One training. ``peaks``: highest live bytes by phase, and "peak" over all. ``inside``: a block that a
+    thread of gloo takes for its collective reaches the peak. ``second_step``: its allocations and frees."""
+
+    settled: bool
+    peaks: dict[str, int]
+    inside: bool
+    losses: list[float]
+    second_step: list[int]
+
+
+def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, settle: bool = False) -> Repeat:
+    with gloo_first(settle) as ask:
+        ask()
+        gc.collect()
+        base, begun, losses = counter.live_bytes(), _events(counter), list[float]()
+        marks, steps = list[Mark](), list[tuple[int, int]]()
+
+        def turn(phase: str) -> int:
+            marks.append((_events(counter) - begun, phase))
+            return marks[-1][0]
+
+        def on_phase(phase: Phase) -> None:
+            turn(str(phase))
+
+        torch.manual_seed(0)
+        counter.start_log()
+        turn("setup")
+        step = TrainingStep(job, plan, world=world)
+        settled = ask()  # building made groups with threads of their own
+        for index in range(STEPS):
+            turn("between")
+            part, terms = step.local(job.make_batch(index, 0))
+            first = turn("between")
+            loss, norm = step.run(part, on_phase, terms_per_rank=terms)
+            steps.append((first, turn("between")))
+            losses.append(float(loss))
+            del part, loss, norm
+        log = counter.stop_log()
+        step.close()
+    live = [v - base for v in itertools.accumulate(log.deltas_bytes, initial=log.start_bytes)]
+    peaks = phase_peaks(live, marks)
+    return Repeat(
+        settled=settled, peaks=peaks, inside=_highest_of_gloo(log, live) == peaks["peak"], losses=losses,
+        second_step=list(log.deltas_bytes[slice(*steps[1])]),
+    )  # fmt: skip
+
+
+def phase_peaks(live: Sequence[int], marks: Sequence[Mark]) -> dict[str, int]:
+    """``live``: bytes before the first event and after each. A phase starts with what is there."""
+    found: dict[str, int] = {}
+    ends = [at for at, _ in marks[1:]] + [len(live) - 1]
+    for (at, phase), end in zip(marks, ends, strict=True):
+        found[str(phase)] = max(found.get(str(phase), 0), *live[at : end + 1])
+    del found["between"]
+    return {**found, "peak": max(found.values())}
+
+
+def _highest_of_gloo(log: Log, live: Sequence[int]) -> int:
+    """Highest live bytes just after an allocation by a thread of gloo."""
+    threads, after = set(_gloo_threads(_RUNS)), zip(log.events, live[1:], strict=True)
+    return max((level for e, level in after if e.thread in threads and e.delta_bytes > 0), default=0)
+
+
+def _events(counter: CountingAllocator) -> int:
+    counts = counter.counts()
+    return counts.allocations + counts.frees
+
+
+def _gloo_threads(*names: str) -> list[int]:
+    """Of this process, by the names that torch and gloo give them; none where the system does not tell."""
+    tasks = Path("/proc/self/task")
+    if not tasks.exists():
+        return []
+    return [int(t.name) for t in tasks.iterdir() if (t / "comm").read_text().strip() in names]
+
+
+@contextlib.contextmanager
+def gloo_first(settle: bool) -> Iterator[Callable[[], bool]]:
+    """A function that asks the system to run gloo's threads, those there are by now, whenever they can, and
+    says whether it agreed."""
+
+    def ask() -> bool:
+        threads = _gloo_threads(_RUNS, _SENDS)
+        return settle and bool(threads) and all(_scheduled(t, os.SCHED_FIFO, 1) for t in threads)
+
+    try:
+        yield ask
+    finally:
+        for thread in _gloo_threads(_RUNS, _SENDS) if settle else ():
+            _scheduled(thread, os.SCHED_OTHER, 0)
+
+
+def _scheduled(thread: int, policy: int, priority: int) -> bool:
+    try:
+        os.sched_setscheduler(thread, policy, os.sched_param(priority))
+    except OSError:
+        return False
+    return True
