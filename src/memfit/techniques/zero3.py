@@ -46,6 +46,8 @@ class ZeroThree(Reducing):
             self.master = torch.nn.Parameter(own.detach().float())
             torch.zeros_like(self.master)
             self.grads = torch.zeros_like(own)
+        bench.on_kept(self.shards.flat, "parameter")
+        bench.on_kept(self.grads, "gradient")
         self.inner = make([self.master])
         with bench.place(""):
             self.buffer = torch.empty(self.limit, dtype=own.dtype)

@@ -185,6 +185,7 @@ def _begin(ledger: Ledger, bench: Workbench) -> None:
     if ledger.device != "cpu":
         bench.place = ledger.placed
     bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
+    bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
     _label_model(ledger, bench.model)
 
 
