@@ -435,8 +435,8 @@ def test_interleaving_costs_a_part_of_a_stage_more() -> None:
 
 # --- other cuts
 @functools.cache
-def cut(name: str, degree: int, **settings: Any) -> Trace:
-    size = GptSize(layers=2, width=64, heads=4, length=32, vocabulary=512, batch_size=4)
+def cut(name: str, degree: int, layers: int = 2, **settings: Any) -> Trace:
+    size = GptSize(layers=layers, width=64, heads=4, length=32, vocabulary=512, batch_size=4)
     uses = (make_use(name, {"degree": degree, **settings}),) if degree > 1 else ()
     return trace(gpt(size), Plan(uses=uses, ranks=degree), device="cuda", steps=1)
 
@@ -449,6 +449,25 @@ def test_a_vocabulary_in_parallel_cuts_the_logits(degree: int) -> None:
     assert whole in [a.requested_bytes for a in cut("tensor-parallel", 1).allocations]
     assert whole // degree in sizes
     assert whole not in sizes
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize(("sequence", "whole", "shared"), [(False, 4, 12), (True, 2, 14)])
+def test_tensor_parallelism_leaves_the_inputs_of_norms_and_products_whole(
+    degree: int, sequence: bool, whole: int, shared: int
+) -> None:
+    """s b h (10 + 24 / t) without the dropout that this layer has not and in float32: (4 + 12 / t) elements.
+    In sequence parallel PyTorch keeps the two gathered inputs that Megatron gathers again. Beside them 16 B a
+    token of statistics, 4 B a head and token of the attention, 1 KiB of its random state."""
+    kept_by = [
+        live(traced, span(traced, Phase.BACKWARD).start, Category.ACTIVATION)
+        for layers in (3, 2)
+        for traced in [cut("tensor-parallel", degree, layers, sequence=sequence)]
+    ]
+    tokens, share = 4 * 32, 1 / degree if sequence else 1
+    elements = 4 * 64 * (whole + shared / degree)
+    expected = tokens * (elements + 16 * share + 4 * 4 / degree) + 1024
+    assert kept_by[0] - kept_by[1] == pytest.approx(expected, abs=4 * 512)  # four small ones are rounded
 
 
 @pytest.mark.parametrize("degree", [2, 4])
