@@ -23,7 +23,7 @@ from memfit.cost.time import TimeModel, time_model
 from memfit.techniques.base import Space
 from memfit.techniques.registry import technique
 from memfit.techniques.world import layout
-from memfit.trace.compose import deep_trace
+from memfit.trace.compose import deep_traces
 from memfit.trace.tracer import trace, with_blocks
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -78,10 +78,13 @@ class Pricer:
         return list(ops.values())
 
     def trace(self, plan: Plan, rank: int = 0) -> Trace:
-        if (plan, rank) not in self.traces:
-            traced = deep_trace(self.job, plan, rank=rank, device=self.device, lines=self.lines)
-            self.traces[plan, rank] = traced
+        self._trace(plan, [rank])
         return self.traces[plan, rank]
+
+    def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
+        new = [rank for rank in ranks if (plan, rank) not in self.traces]
+        made = deep_traces(self.job, plan, new, device=self.device, lines=self.lines) if new else ()
+        self.traces |= {(plan, rank): traced for rank, traced in zip(new, made, strict=True)}
 
     # -- exact ----------------------------------------------------------------------------------------
 
@@ -91,7 +94,9 @@ class Pricer:
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
-        return [self._of_rank(plan, rank) for rank in layout(plan).distinct_ranks()]
+        ranks = layout(plan).distinct_ranks()
+        self._trace(plan, ranks)
+        return [self._of_rank(plan, rank) for rank in ranks]
 
     def _of_rank(self, plan: Plan, rank: int) -> Estimate:
         found = estimate(

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from memfit.cost.memory import memory_profile
-from memfit.trace.compose import deep_trace
+from memfit.cost.memory import memory_profile, step_ops
+from memfit.trace.compose import deep_trace, deep_traces
 from memfit.trace.tracer import trace, with_blocks
 from memfit.trace.unroll import Blocks, Mismatch, canonical, unroll
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
-from memfit.types.plan import Plan, use
+from memfit.types.plan import KnobValue, Plan, Use, use
 from memfit.types.trace import Trace
 
 DEPTH = 20
@@ -122,3 +122,23 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
     one_by_one = dataclasses.replace(uneven, build_model=lambda: nn.Linear(3, 3), blocks=None)
     batch = dataclasses.replace(one_by_one, make_batch=lambda step, seed: torch.zeros(4, 3))
     assert same(*(canonical(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))
+
+
+@pytest.mark.parametrize(
+    "used", [(), (use("activation-checkpointing", every=1),)], ids=["plain", "recomputed"]
+)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(schedule: str, used: tuple[Use, ...]) -> None:
+    settings: dict[str, KnobValue] = {"stages": 4, "micro_batches": 12, "schedule": schedule, "virtual": 1}
+    plan = Plan(ranks=4, uses=(*used, use("pipeline", **settings)))
+    many = dataclasses.replace(
+        job(), batch_size=12, make_batch=lambda step, seed: torch.zeros(12, 8, dtype=torch.long)
+    )
+    ranks = (0, 1, 3)
+    for rank, deep in zip(ranks, deep_traces(many, plan, ranks, device="cuda"), strict=True):
+        whole = trace(many, plan, rank=rank, device="cuda")
+        assert len(deep.ops) < len(whole.ops), "it fell back to tracing the whole pipeline"
+        peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (deep, whole)]
+        assert peaks[0] == peaks[1], rank
+        flops = [sum(op.flops * n for op, n in step_ops(t)) for t in (deep, whole)]
+        assert flops[0] == flops[1], rank

@@ -23,7 +23,9 @@ CATALOG_TIME_RATIO = 0.60
 def estimate(
     trace: Trace, plan: Plan, *, machine: Machine, calibration: Calibration, model: TimeModel | None
 ) -> Estimate:
-    """Peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``."""
+    """Peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``. Communication and
+    waiting are not priced, so of several ranks only memory is told."""
+    model = model if trace.ranks == 1 else None
     trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
     allocated = around(profile.peak_bytes, MEMORY_RATIO)

@@ -10,7 +10,7 @@ import numpy
 
 from memfit.types.machine import Calibration
 from memfit.types.series import thin_phases
-from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     micro, rest = [s for s in last if s.phase is not Phase.OPTIMIZER], last[-1:]
     stretches = []
-    for span in (*micro, *micro[-2:] * trace.repeated_micro_steps, *rest):
+    for span in (*micro, *_last_micro_step(trace) * trace.repeated_micro_steps, *rest):
         first, end = numpy.searchsorted(clock, (span.start, span.end))
         stretches.append([int(v) for v in live[max(0, first - 1) : end]])
     return thin_phases(stretches, points)
@@ -156,9 +156,12 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     """(operator, how often) of one whole step: the last traced one, with the micro-steps that were not
     played counted on the last one that was."""
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
-    forwards = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is Phase.FORWARD]
-    last_micro = forwards[-1].start if forwards else 0
-    again = trace.repeated_micro_steps
-    return tuple(
-        (op, 1 + again if op.clock >= last_micro and op.phase is not Phase.OPTIMIZER else 1) for op in ops
-    )
+    micro, again = _last_micro_step(trace), trace.repeated_micro_steps
+    return tuple((op, 1 + again if any(s.start <= op.clock < s.end for s in micro) else 1) for op in ops)
+
+
+def _last_micro_step(trace: Trace) -> tuple[PhaseSpan, ...]:
+    """Its forward and its backward; between them those of others may lie, in a pipeline."""
+    last = [s for s in trace.spans if s.step == trace.steps - 1]
+    phases = [[s for s in last if s.phase is phase][-1:] for phase in (Phase.FORWARD, Phase.BACKWARD)]
+    return (*phases[0], *phases[1])

@@ -34,12 +34,13 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
-    wrapped = DistributedDataParallel(
-        bench.model,
-        process_group=mesh.get_group(),
-        bucket_cap_mb=int(settings["bucket_mib"]),
-        gradient_as_bucket_view=bool(settings["bucket_view"]),
-    )
+    with bench.place(""):  # its buckets lie on the device
+        wrapped = DistributedDataParallel(
+            bench.model,
+            process_group=mesh.get_group(),
+            bucket_cap_mb=int(settings["bucket_mib"]),
+            gradient_as_bucket_view=bool(settings["bucket_view"]),
+        )
     bench.call, bench.ddp = _Forwarding(wrapped), wrapped
     if bench.on_ddp is not None:
         bench.on_ddp(wrapped)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from memfit.types.errors import UserError
@@ -57,10 +56,11 @@ class Layout:
         return place["replicate"] * self.shard + place["shard"]
 
     def distinct_ranks(self) -> tuple[int, ...]:
-        """One rank of each kind: the first of every pipeline stage. Along the other dimensions rank 0 has
-        the largest shard, and the rest do the same."""
+        """One rank of each kind: the first of the first, the second and the last pipeline stage; those
+        between differ from the second only in keeping fewer micro-batches. Along the other dimensions rank
+        0 has the largest shard, and the rest do the same."""
         per_stage = self.ranks // self.pipeline
-        return tuple(stage * per_stage for stage in range(self.pipeline))
+        return tuple(per_stage * stage for stage in sorted({0, min(1, self.pipeline - 1), self.pipeline - 1}))
 
 
 def layout(plan: Plan) -> Layout:
@@ -161,8 +161,3 @@ def _mesh_of_own_groups(
         for name in names
     ]
     return DeviceMesh.from_group(groups, "cpu", mesh=grid, mesh_dim_names=names)
-
-
-def trace_ranks(plan: Plan) -> Iterable[int]:
-    """Ranks worth tracing: one of each kind."""
-    return layout(plan).distinct_ranks()

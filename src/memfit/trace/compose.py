@@ -3,163 +3,112 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 
-from memfit.jobs.step import batch_length
 from memfit.techniques.blocks import find_blocks
-from memfit.techniques.world import layout
 from memfit.trace import tracer
+from memfit.trace.parallel import side_by_side
+from memfit.trace.shortened import Line, shortened
 from memfit.trace.unroll import Blocks, Mismatch, unroll
 from memfit.types.errors import UserError
 from memfit.types.job import Job
-from memfit.types.plan import Plan, use
-from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
+from memfit.types.plan import Plan
+from memfit.types.trace import Trace
 
 _TRIES = 3  # one block deeper each time
+_LARGE = 500_000_000  # parameters from which on two processes are quicker than one
 
 
 def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
-    """`trace` of a model with many equal blocks at the cost of a few: two shallow traces are unrolled, and
+    """`deep_traces` of one rank."""
+    return deep_traces(job, plan, [rank], **options)[0]
+
+
+def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
+    """`trace` of models with many equal blocks at the cost of a few: two shallow traces are unrolled, and
     their own agreement is the proof that this may be done. A model that is not so is traced whole.
 
-    Of a pipeline (GPipe, 1F1B) the stage of ``rank`` is traced in a shorter pipeline with few
-    micro-batches, and what a micro-batch keeps is there as often as micro-batches are in flight.
+    Of a pipeline (GPipe, 1F1B) the stage of a rank is traced in a shorter pipeline with few micro-batches,
+    and what a micro-batch keeps is there as often as micro-batches are in flight. Stages that are alike
+    share their traces.
     """
-    found = _repeated(job)
-    if found is None:
-        return tracer.trace(job, plan, rank=rank, **options)
-    path, count = found
-    line = shortened(job, plan, rank)
-    if line is None:
-        return tracer.trace(job, plan, rank=rank, **options)
-    local = count // line.stages + (line.stage < count % line.stages)
-    first = line.stage * (count // line.stages) + min(line.stage, count % line.stages)
-    period = _period(plan)
-    few = _first_depth(plan, period)
-    few += (local - few) % period
-    wanted = Blocks(path=path, first=first, count=local, period=period)
-    kept: dict[int, Trace] = {}
-    for blocks in range(few, few + _TRIES * period, period):
-        if (2 * blocks + period) * line.short_micros >= local * line.micros:
-            break  # tracing it whole is as quick
-        for depth in (blocks, blocks + period):
-            if depth not in kept:
-                kept[depth] = line.trace(depth, **options)
-        given = Blocks(path=path, first=line.short_stage * blocks, count=blocks, period=period)
-        try:
-            return line.filled(unroll(kept[blocks], kept[blocks + period], given, wanted))
-        except Mismatch:
-            continue
-    return tracer.trace(job, plan, rank=rank, **options)
+    model = tracer.fake_model(job)
+    found = _repeated(model, job)
+    deep = [_Deep.of(job, plan, rank, *found) if found else None for rank in ranks]
+    calls: dict[Any, Callable[[], Trace]] = {}
+    for rank, one in zip(ranks, deep, strict=True):
+        if one is None:
+            calls["whole", rank] = partial(tracer.trace, job, plan, rank=rank, **options)
+        else:
+            calls |= {one.key(d): partial(one.line.trace, d, **options) for d in one.depths()[:2]}
+    large = sum(p.numel() for p in model.parameters()) >= _LARGE
+    del model
+    made = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
+    kept = dict(zip(calls, made, strict=True))
+    return [
+        kept["whole", rank] if one is None else one.unrolled(kept, options)
+        for rank, one in zip(ranks, deep, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A stage of a pipeline, and the shorter pipeline that it is traced in. One stage: no pipeline."""
+class _Deep:
+    """A rank of a model whose repeated blocks need not all be traced."""
 
-    job: Job
-    plan: Plan
-    rank: int
-    stages: int = 1
-    stage: int = 0
-    short_job: Job
-    short_plan: Plan
-    short_rank: int
-    short_stages: int = 1
-    short_stage: int = 0
-    micros: int = 1
-    short_micros: int = 1
-    missing: int = 0  # micro-batches in flight beyond those traced
-    drained: int = 1  # the traced micro-batch that they end with, which is not the last
+    line: Line
+    wanted: Blocks  # on the rank
+    first_depth: int
 
-    def trace(self, depth: int, **options: Any) -> Trace:
-        """With ``depth`` blocks on every stage."""
-        job = tracer.with_blocks(self.short_job, depth * self.short_stages)
-        return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
+    @staticmethod
+    def of(job: Job, plan: Plan, rank: int, path: str, count: int) -> _Deep | None:
+        line = shortened(job, plan, rank)
+        if line is None:
+            return None
+        each, more = divmod(count, line.stages)
+        local, first = each + (line.stage < more), line.stage * each + min(line.stage, more)
+        period = _period(plan)
+        few = _first_depth(plan, period)
+        few += (local - few) % period
+        wanted = Blocks(path=path, first=first, count=local, period=period)
+        deep = _Deep(line=line, wanted=wanted, first_depth=few)
+        return deep if deep._is_worth(few) else None
 
-    def filled(self, trace: Trace) -> Trace:
-        """With what the missing micro-batches keep: made with what the second one keeps, and there until
-        the pipeline drains."""
-        more = []
-        for step in range(trace.steps if self.missing else 0):
-            forwards = [s for s in trace.spans if s.step == step and s.phase is Phase.FORWARD]
-            first, last = (_kept(trace, forwards[i]) for i in (1, self.drained))
-            if [a.size_bytes for a in first] != [a.size_bytes for a in last]:
-                raise Mismatch("micro-batches keep different bytes")
-            pairs = zip(first, last, strict=True)
-            more += [dataclasses.replace(a, end=b.end) for a, b in pairs] * self.missing
-        return dataclasses.replace(
-            trace, allocations=(*trace.allocations, *more), rank=self.rank, ranks=self.plan.ranks
-        )
+    def depths(self) -> range:
+        """Blocks of the traces that may be made; each is unrolled to the next."""
+        period = self.wanted.period
+        return range(self.first_depth, self.first_depth + (_TRIES + 1) * period, period)
 
+    def key(self, depth: int) -> Any:
+        return self.line.short_plan, self.line.short_rank, self.line.short_job.batch_size, depth
 
-def _kept(trace: Trace, forward: PhaseSpan) -> list[Allocation]:
-    """What a micro-batch's forward keeps for its backward."""
-    return [
-        a for a in trace.allocations
-        if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is Category.ACTIVATION
-    ]  # fmt: skip
+    def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
+        line, wanted = self.line, self.wanted
+        for depth, deeper in pairwise(self.depths()):
+            if not self._is_worth(depth):
+                break
+            for blocks in (depth, deeper):
+                if self.key(blocks) not in kept:
+                    kept[self.key(blocks)] = line.trace(blocks, **options)
+            given = dataclasses.replace(wanted, first=line.short_stage * depth, count=depth)
+            shallow, proof = kept[self.key(depth)], kept[self.key(deeper)]
+            try:
+                return line.filled(unroll(shallow, proof, given, wanted))
+            except Mismatch:
+                continue
+        return tracer.trace(line.job, line.plan, rank=line.rank, **options)
 
-
-_IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches that a shortened pipeline keeps
-
-
-def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
-    """None where the schedule's micro-batches in flight are not those of a shorter pipeline."""
-    used, place = plan.get("pipeline"), layout(plan)
-    if used is None:
-        return Line(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
-    stages, micros = place.pipeline, int(used.settings["micro_batches"])
-    schedule = used.settings["schedule"]
-    accumulated = plan.get("gradient-accumulation")
-    parts = place.data * micros * (int(accumulated.settings["micro_batches"]) if accumulated else 1)
-    if schedule not in _IN_FLIGHT or job.batch_size % parts:
-        return None
-    per_stage = plan.ranks // stages
-    stage = rank // per_stage
-    flying = micros if schedule == "gpipe" else min(micros, stages - stage)
-    kept = min(flying, _IN_FLIGHT[schedule])
-    short_stage = min(stage, 1)
-    short_stages = short_stage + (kept if schedule == "1f1b" else 1 + (stage < stages - 1))
-    short_stages = max(short_stages, 2)
-    short_micros = min(micros, max(short_stages, kept + 2 * (schedule == "1f1b")))
-    knobs = {**used.settings, "stages": short_stages, "micro_batches": short_micros}
-    return Line(
-        job=job,
-        plan=plan,
-        rank=rank,
-        stages=stages,
-        stage=stage,
-        short_job=_first_rows(job, job.batch_size // micros * short_micros),
-        short_plan=dataclasses.replace(
-            plan.with_use(use("pipeline", **knobs)), ranks=per_stage * short_stages
-        ),
-        short_rank=short_stage * per_stage + rank % per_stage,
-        short_stages=short_stages,
-        short_stage=short_stage,
-        micros=micros,
-        short_micros=short_micros,
-        missing=flying - kept,
-        drained=1 if schedule == "gpipe" else 2,
-    )
+    def _is_worth(self, depth: int) -> bool:
+        """Whether two shallow traces are less work than a whole one."""
+        shallow = (2 * depth + self.wanted.period) * self.line.short_micros
+        return shallow < self.wanted.count * self.line.micros
 
 
-def _first_rows(job: Job, rows: int) -> Job:
-    def make(step: int, seed: int) -> Any:
-        batch = job.make_batch(step, seed)
-        length = batch_length(batch)
-        return _pytree.tree_map_only(
-            torch.Tensor, lambda t: t[:rows] if t.dim() and t.shape[0] == length else t, batch
-        )
-
-    return dataclasses.replace(job, make_batch=make, batch_size=rows)
-
-
-def _repeated(job: Job) -> tuple[str, int] | None:
-    model = tracer.fake_model(job)
+def _repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
@@ -178,7 +127,8 @@ def _period(plan: Plan) -> int:
 
 
 def _first_depth(plan: Plan, period: int) -> int:
-    """The first and the last block may differ from those between; prefetching makes more of them differ."""
-    sharded = plan.get("fsdp2")
+    """The first and the last block may differ from those between; prefetching makes more of them differ,
+    and tensors cut along the sequence too."""
+    sharded, split = plan.get("fsdp2"), plan.get("tensor-parallel")
     ahead = int(sharded.settings["prefetch"]) if sharded else 0
-    return (3, 4, 8, 10)[min(ahead, 3)] * period
+    return ((3, 4, 8, 10)[min(ahead, 3)] + bool(sharded and split)) * period

@@ -156,12 +156,26 @@ class _RealIntegers(TorchDispatchMode):
 
 
 def builds_on_host(plan: Plan, device: str) -> bool:
-    """Whether the whole model is made in host memory, and the accelerator gets this rank's shards or, under
-    ZeRO 1 and 2, the bf16 copy."""
+    """Whether the whole model is made in host memory, and the accelerator gets this rank's part: shards, the
+    bf16 copy of ZeRO 1 and 2, or what pipeline and tensor parallelism leave."""
+    return device != "cpu" and (_shards(plan) or _cuts(plan))
+
+
+def moves_parameters(plan: Plan, device: str) -> bool:
+    """Whether those very parameters go to the accelerator, where shards would be made there."""
+    return builds_on_host(plan, device) and not _shards(plan)
+
+
+def _shards(plan: Plan) -> bool:
     uses = {u.technique: u.settings for u in plan.uses}
     zero = uses.get("zero", {})
     sharded = "fsdp2" in uses or zero.get("stage") == 3 or zero.get("precision") == "bf16"
-    return device != "cpu" and sharded and layout(plan).shard > 1
+    return sharded and layout(plan).shard > 1
+
+
+def _cuts(plan: Plan) -> bool:
+    place = layout(plan)
+    return place.pipeline > 1 or place.tensor > 1
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from memfit.trace.ranks import (
     builds_on_host,
     communicators,
     fake_ranks,
+    moves_parameters,
     ready_for_fakes,
     streams,
     without_host,
@@ -73,6 +74,8 @@ def trace(
         ledger.place = ""
         _label_state(ledger, step)
         ledger.move(list(step.model.buffers()), "")
+        if moves_parameters(plan, device):
+            ledger.move(list(step.model.parameters()), "")
         if any(_compiled(m) for m in step.model.modules()):
             ledger.guesses.assumptions["modules under torch.compile keep what eager code keeps"] = None
         done = _play(
@@ -184,7 +187,6 @@ def _begin(ledger: Ledger, bench: Workbench) -> None:
     bench.on_ddp = partial(ready_for_fakes, note=ledger.note_real)
     if ledger.device != "cpu":
         bench.place = ledger.placed
-    bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
     bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
     _label_model(ledger, bench.model)
 
