@@ -126,7 +126,7 @@ class Attention(nn.Module):
         if arch.rotary:
             q, k = self._turn(q, cos, sin), self._turn(k, cos, sin)
         y = self._attend(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(*x.shape[:-1], -1))  # type: ignore[no-any-return]
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         turned = int(self.arch.rotary * self.arch.head_dim) if self.arch.rotary < 1 else self.arch.head_dim
@@ -199,14 +199,15 @@ class Block(nn.Module):
             self.norm_2 = make_norm(arch, dialect, arch.hidden)
         sparse = arch.moe is not None and index >= arch.moe.dense_layers
         kind = LigerMlp if dialect.fused_mlp and arch.mlp == "swiglu" else Mlp
-        self.mlp = Experts(arch, linear) if sparse else kind(arch, linear, arch.ffn)
+        experts = Experts if dialect.fused_qkv or dialect.rope == "complex" else ExpertList
+        self.mlp = experts(arch, linear) if sparse else kind(arch, linear, arch.ffn)
         if arch.post_norms:
             self.norm_3 = make_norm(arch, dialect, arch.hidden)
             self.norm_4 = make_norm(arch, dialect, arch.hidden)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         normed = self.norm_1(x)
-        attended = self.attention(normed, cos, sin)
+        attended = self.attention(normed, cos=cos, sin=sin)
         if self.arch.post_norms:
             attended = self.norm_3(attended)
         if self.arch.parallel:
@@ -245,6 +246,30 @@ class Experts(nn.Module):
         return mixed + self.shared(x) if self.shared is not None else mixed
 
 
+class ExpertList(nn.Module):
+    """Hugging Face's mixture before its grouped products: one module an expert, called one by one, here each
+    with an equal share of the tokens."""
+
+    def __init__(self, arch: Arch, linear: MakeLinear) -> None:
+        super().__init__()
+        assert arch.moe is not None
+        self.moe = moe = arch.moe
+        self.router = nn.Linear(arch.hidden, moe.experts, bias=False)
+        self.experts = nn.ModuleList(Mlp(arch, linear, moe.ffn) for _ in range(moe.experts))
+        self.shared = Mlp(arch, linear, moe.shared_ffn) if moe.shared_ffn else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1, dtype=torch.float32).topk(self.moe.top_k, dim=-1)
+        weights, order = weights.to(x.dtype).flatten(), chosen.flatten().argsort()
+        mixed = torch.zeros_like(tokens)
+        for expert, places in zip(self.experts, order.chunk(self.moe.experts), strict=False):
+            rows = places // self.moe.top_k
+            mixed.index_add_(0, rows, expert(tokens[rows]) * weights[places].unsqueeze(-1))
+        mixed = mixed.view_as(x)
+        return mixed + self.shared(x) if self.shared is not None else mixed
+
+
 class Decoder(nn.Module):
     """``finish(head, hidden, targets)`` is what the code base does with the last hidden states inside the
     model's own forward: logits, chunks of them, or the loss itself."""
@@ -275,6 +300,7 @@ class Decoder(nn.Module):
             x = x + self.position(torch.arange(tokens.shape[1]))
         if self.arch.embedding_norm:
             x = self.norm_embed(x)
+        cos, sin = (t[: tokens.shape[1]] for t in (self.cos, self.sin))  # a rank's part of the sequence
         for block in self.blocks:
-            x = block(x, self.cos, self.sin)
+            x = block(x, cos=cos, sin=sin)
         return self.finish(self.head, self.norm(x), targets)

@@ -16,11 +16,12 @@ class Loss:
     """``kind``: "hidden" (no head), "float-held" (titan's first: float32 from the model, held through
     backward), "chunked" (litgpt with adapters: head and loss over 128 positions at a time), "split" (litgpt
     without: one head, its shifted logits copied, the loss over 128 rows at a time), "plain" (logits in their
-    own type), "float" (titan: one float32 copy), "shift-12" and "shift-14" (Hugging Face before
-    and from 4.46: a float32 copy, its shifted copy; then also the half-precision logits), "fused-linear"
-    (Liger: a few rows of logits at a time), "fast" (unsloth's kernel: gradients overwrite the logits).
-    Chunks and outputs that the loop's variables hold stay until the next step overwrites them; ``alone``:
-    what the step before holds does not count, its samples were much shorter."""
+    own type), "float" (titan: one float32 copy), "compiled" (titan since spring 2025: no float32 copy),
+    "shift-12" and "shift-14" (Hugging Face before and from 4.46: a float32 copy, its shifted copy; then also
+    the half-precision logits), "fused-linear" (Liger: a few rows of logits at a time), "fast" (unsloth's
+    kernel: gradients overwrite the logits). Chunks and outputs that the loop's variables hold stay until the
+    next step overwrites them; ``alone``: what the step before holds does not count, its samples were much
+    shorter."""
 
     def __init__(self, kind: str, *, alone: bool = False) -> None:
         self.kind, self.alone = kind, alone
@@ -81,6 +82,9 @@ class Loss:
     def _outside_float(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    def _outside_compiled(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return _Compiled.apply(logits.flatten(0, 1))  # type: ignore[no-any-return,no-untyped-call]
+
     def _inside_shift_12(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head(hidden).float()
         return functional.cross_entropy(_shifted(logits), targets[:, 1:].flatten())
@@ -122,6 +126,20 @@ class _Overwriting(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return ctx.saved_tensors[0]
+
+
+class _Compiled(torch.autograd.Function):
+    """What a compiler keeps of cross-entropy: the logits as they came, two float32 a row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        rows = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2)]
+        ctx.save_for_backward(logits, *rows)
+        return logits.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0])
 
 
 class FusedLinear(torch.autograd.Function):

@@ -16,12 +16,18 @@ from published.arch import Arch
 from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
 from published.evoformer import stack_job
 from published.losses import Loss
-from published.rows import Setup
+from published.rows import Setup, before_torch_2
 from published.vision import vit_job
 
 _DIALECTS = {
     "litgpt": LITGPT, "thunder": LITGPT, "titan": TITAN, "tune": TUNE, "hf": HUGGING_FACE, "liger": LIGER,
     "foak": FOAK,
+}  # fmt: skip
+
+
+_TENSOR_PARALLEL = {
+    "blocks.*.attention.project.*": "colwise", "blocks.*.attention.out": "rowwise",
+    "blocks.*.mlp.gate": "colwise", "blocks.*.mlp.up": "colwise", "blocks.*.mlp.down": "rowwise",
 }  # fmt: skip
 
 
@@ -45,7 +51,10 @@ def job_of(setup: Setup) -> Job:
     if setup.code not in _DIALECTS:
         raise UserError(f"models of {setup.code} are not expressed yet")
     loss = Loss(_loss_kind(setup), alone="longest example stated" in setup.row["notes"].lower())
-    return decoder_job(setup, setup.arch, _DIALECTS[setup.code], loss)
+    dialect = _DIALECTS[setup.code]
+    if setup.ranks["tp"] > 1:  # which features complex numbers hold is not followed; they are recomputed
+        dialect = dataclasses.replace(dialect, rope="half")
+    return decoder_job(setup, setup.arch, dialect, loss)
 
 
 def bert_job(setup: Setup, arch: Arch) -> Job:
@@ -63,10 +72,27 @@ def bert_job(setup: Setup, arch: Arch) -> Job:
         tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
         return {"input_ids": tokens, "labels": torch.zeros(samples, dtype=torch.int64)}
 
+    def build() -> torch.nn.Module:
+        model: torch.nn.Module = BertForSequenceClassification(config)
+        return keeping_gradients(model) if before_torch_2(setup) else model
+
     return Job(
-        name=setup.id, build_model=lambda: BertForSequenceClassification(config), make_batch=batch,
+        name=setup.id, build_model=build, make_batch=batch,
         loss=lambda model, part: model(**part).loss, batch_size=samples, blocks="bert.encoder.layer",
     )  # fmt: skip
+
+
+def keeping_gradients(model: torch.nn.Module) -> torch.nn.Module:
+    """Gradients are zeroed after a step and not let go of, as torch did before 2.0."""
+    kept: dict[torch.nn.Parameter, torch.Tensor | None] = {}
+
+    def keep(param: torch.nn.Parameter) -> None:
+        kept[param] = param.grad
+
+    for param in model.parameters():
+        if param.requires_grad:
+            param.register_post_accumulate_grad_hook(keep)
+    return model
 
 
 def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
@@ -76,7 +102,8 @@ def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
         with default_dtype(setup.parameters):
             sizes = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim)
             linear = LinearMaker(setup.lora, sizes)
-            return freeze(Decoder(arch, dialect, linear, setup.length, loss.inside), setup.lora)
+            model = freeze(Decoder(arch, dialect, linear, setup.length, loss.inside), setup.lora)
+        return keeping_gradients(model) if before_torch_2(setup) else model
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
@@ -85,6 +112,7 @@ def decoder_job(setup: Setup, arch: Arch, dialect: Dialect, loss: Loss) -> Job:
     return Job(
         name=setup.id, build_model=build, make_batch=batch, loss=loss, batch_size=samples,
         blocks="blocks", head="head", loss_terms=lambda part: int(part["tokens"].shape[0]),
+        tensor_parallel=_TENSOR_PARALLEL,
     )  # fmt: skip
 
 
@@ -105,8 +133,11 @@ def _loss_kind(setup: Setup) -> str:
     if setup.code == "thunder":
         return "plain"
     if setup.code in ("titan", "tune"):
-        first = re.search(r"\b(jan|feb|mar|apr)[a-z]*\b.*2024", setup.row["software"].lower())
-        return "float-held" if first else "float"
+        software = setup.row["software"].lower()
+        if re.search(r"\b(jan|feb|mar|apr)[a-z]*\b.*2024", software):
+            return "float-held"
+        recent = re.search(r"dev2025(0[4-9]|1)|2025-?(0[4-9]|1)|torch 2\.([89]|1\d)", software)
+        return "compiled" if setup.compiled and recent else "float"
     if re.search(r"liger|fused linear|chunked nll", text) and "fast ce" not in text.replace(
         "fast ce, rope", ""
     ):

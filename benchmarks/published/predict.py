@@ -12,15 +12,16 @@ from memfit.catalog.load import device
 from memfit.cost.allocator import Settings, replay
 from memfit.cost.device import outside, with_workspaces
 from memfit.cost.memory import levels
+from memfit.techniques.registry import make_use
 from memfit.trace.compose import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.machine import Device
-from memfit.types.plan import Plan, Use, use
+from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.trace import Phase, Trace
 from published.megatron import rank_jobs
 from published.models import job_of
-from published.rows import Setup, card_bytes
+from published.rows import Setup, before_torch_2, card_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,15 +35,26 @@ class Prediction:
     device_bytes: int | None = None
 
 
+def use(technique: str, **settings: KnobValue) -> Use:
+    """With the defaults of what is not said."""
+    return make_use(technique, settings)
+
+
 def plan_of(setup: Setup) -> Plan:
+    uses = [*_memory(setup), *_optimizer(setup), *_sharding(setup)]
+    ranks = setup.ranks
+    if ranks["tp"] > 1:  # torchtitan's plan cuts embedding, head and loss too
+        uses.append(use("tensor-parallel", degree=ranks["tp"], sequence=True, vocabulary="parallel-loss"))
+    if ranks["cp"] > 1:
+        uses.append(use("context-parallel", degree=ranks["cp"]))
+    return Plan(uses=tuple(uses), ranks=ranks["dp"] * ranks["tp"] * ranks["cp"])
+
+
+def _memory(setup: Setup) -> list[Use]:
     uses: list[Use] = []
     if setup.micro_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=setup.micro_batches))
-    if (setup.lora is not None and setup.lora.adapter_dtype == "float32") or (
-        setup.parameters == "float32"
-        and setup.compute != "float32"
-        and setup.sharding not in ("fsdp1", "fsdp2")
-    ):
+    if _autocast(setup):
         uses.append(use("bf16-autocast"))
     if setup.recompute == "full" or setup.recompute.startswith("every"):
         every = int(setup.recompute.rpartition("-")[2]) if "-" in setup.recompute else 1
@@ -50,16 +62,33 @@ def plan_of(setup: Setup) -> Plan:
     if setup.recompute == "operators":
         keep = "every-second-matmul" if setup.code == "titan" else "matmul"
         uses.append(use("selective-checkpointing", keep=keep))
-    if setup.compiled:
+    packed = setup.lora is not None and setup.lora.base  # 4-bit weights stay outside of graphs
+    if setup.compiled and not packed and setup.ranks["tp"] == 1:  # recomputed blocks are as large without
         uses.append(use("compile", scope=_graphs(setup)))
-    if setup.optimizer in ("adamw-8bit", "adamw-4bit", "adafactor", "sgd"):
+    return uses
+
+
+def _autocast(setup: Setup) -> bool:
+    """FSDP and ZeRO have a precision of their own."""
+    if setup.sharding and setup.sharding != "ddp" and setup.ranks["dp"] > 1:
+        return False
+    adapters = setup.lora is not None and setup.lora.adapter_dtype == "float32"
+    return adapters or (setup.parameters == "float32" and setup.compute != "float32")
+
+
+def _optimizer(setup: Setup) -> list[Use]:
+    if setup.optimizer not in ("adamw", "adamw-8bit", "adamw-4bit", "adafactor", "sgd"):
+        raise UserError(f"the optimizer {setup.optimizer} is not expressed")
+    uses: list[Use] = []
+    if setup.optimizer != "adamw":
         uses.append(use(setup.optimizer))
-    elif setup.fused and setup.optimizer == "adamw":
+    elif setup.fused:
         uses.append(use("adamw-fused"))
-    elif setup.optimizer == "adamw" and _before_foreach(setup):
+    elif before_torch_2(setup):
         uses.append(use("adamw-single"))
-    uses += _sharding(setup)
-    return Plan(uses=tuple(uses), ranks=setup.ranks["dp"])
+    if re.search(r"in[_ -]b(ack)?wa?r?d", setup.row["optimizer"].lower()):
+        uses.append(use("optimizer-in-backward"))
+    return uses
 
 
 def _graphs(setup: Setup) -> str:
@@ -69,35 +98,44 @@ def _graphs(setup: Setup) -> str:
     return "model" if setup.ranks["dp"] == 1 else "parts"
 
 
-def _before_foreach(setup: Setup) -> bool:
-    """torch took foreach as its default on CUDA in 2.0 (March 2023)."""
-    return bool(re.search(r"torch 1\.|20(19|20|21|22)\b", setup.row["software"].lower()))
-
-
 def _sharding(setup: Setup) -> list[Use]:
-    if setup.ranks["dp"] == 1:
+    if setup.ranks["dp"] == 1 and setup.ranks["cp"] == 1:
         return []
+    if setup.lora is not None and setup.lora.base:
+        raise UserError("how the ranks share a 4-bit base is not expressed")
     if setup.sharding in ("fsdp1", "fsdp2"):
-        precision = "bf16" if setup.parameters == "float32" else "as-is"
-        return [
-            use(
-                "fsdp2",
-                precision=precision,
-                reshard=setup.reshard,
-                units="parts" if setup.code == "thunder" else "blocks",
-                prefetch=1,
-                replicas=1,
-                offload=False,
-                sync="every",
-            )
-        ]
+        options: dict[str, Any] = {
+            "precision": "bf16" if setup.parameters == "float32" else "as-is",
+            "reshard": setup.reshard, "units": "parts" if setup.code == "thunder" else "blocks",
+            "prefetch": 1, "replicas": 1, "offload": "parameters" in setup.offload, "sync": "every",
+        }  # fmt: skip
+        return [use("fsdp2", **options)]
     if setup.sharding == "ddp":
         mib = 256 if setup.code == "thunder" else 25  # the benchmark's own default; torch's
         return [use("ddp", bucket_mib=mib, bucket_view=False, sync="every")]
-    raise UserError(f"{setup.sharding} is not expressed yet")
+    if setup.sharding in ("zero1", "zero2", "zero3"):
+        return [_zero(setup)]
+    raise UserError("how the data-parallel ranks share the model is not in the row")
+
+
+def _zero(setup: Setup) -> Use:
+    """DeepSpeed's defaults; through the Hugging Face Trainer, the sizes that its "auto" stands for
+    (transformers/integrations/deepspeed.py)."""
+    place = "parameters" if "parameters" in setup.offload else "optimizer" if setup.offload else "none"
+    options: dict[str, Any] = {
+        "stage": int(setup.sharding[-1]), "offload": place,
+        "precision": "fp32" if setup.compute == "float32" else "bf16",
+    }  # fmt: skip
+    if setup.sharding == "zero3" and setup.arch is not None and setup.code in ("hf", "liger", "foak"):
+        width = setup.arch.hidden
+        options["reduce_bucket_elements"] = width * width
+        options["prefetch_elements"] = int(0.9 * width * width)
+        options["persist_elements"] = 10 * width
+    return use("zero", **options)
 
 
 _FEW_BLOCKS = 4
+_ON_THE_LINE = 0.002
 _PARTS = 4  # of a phase's span: a peak lies near its start or its end
 
 
@@ -120,7 +158,7 @@ def _predicted(setup: Setup) -> Prediction:
         plan = _recomputed(setup)
         traces = [deep_trace(job, plan, device="cuda") for job in rank_jobs(setup, setup.arch)]
         return max((of_trace(setup, t) for t in traces), key=lambda p: p.allocated_bytes)
-    for name in ("tp", "pp", "cp", "ep"):
+    for name in ("pp", "ep"):
         if setup.ranks[name] > 1:
             raise UserError(f"{name} {setup.ranks[name]} is not expressed yet")
     return _of(setup, plan_of(setup))
@@ -128,20 +166,21 @@ def _predicted(setup: Setup) -> Prediction:
 
 def _of(setup: Setup, plan: Plan) -> Prediction:
     options: dict[str, Any] = {"device": "cuda", "played": 2, "update": setup.row["scope"] == "train_step"}
-    if _is_line(setup, plan):
-        return _on_a_line(setup, plan, options)
+    if _is_line(setup, plan) and (found := _on_a_line(setup, plan, options)) is not None:
+        return found
     return of_trace(setup, deep_trace(job_of(setup), plan, **options))
 
 
 def _is_line(setup: Setup, plan: Plan) -> bool:
-    """Whether only peaks are extrapolated. The allocator's replay wants every event instead, where blocks
-    have events of their own: one compiled graph over all of them, or the Evoformer's two streams, do not."""
+    """Whether only peaks are extrapolated: where blocks have no events of their own that could be repeated
+    (one compiled graph over all of them, the Evoformer's two streams), or their freeing is not in the step
+    they were made in. The allocator's replay wants every event."""
     compiled = plan.get("compile")
     whole = compiled is not None and compiled.settings["scope"] == "model"
     replayed = setup.measured is not None and setup.measured.kind in ("reserved", "device", "resident")
-    return (whole or not replayed or setup.code == "evoformer") and _count(setup) > _FEW_BLOCKS + _period(
-        plan
-    )
+    held = setup.lora is not None and setup.lora.keeps_input
+    wanted = whole or setup.code == "evoformer" or (not replayed and (compiled is not None or held))
+    return wanted and _count(setup) > _FEW_BLOCKS + 2 * _period(plan)
 
 
 def _period(plan: Plan) -> int:
@@ -157,15 +196,17 @@ def _number_of(text: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _on_a_line(setup: Setup, plan: Plan, options: dict[str, Any]) -> Prediction:
-    """Peaks grow by as much with every further period of blocks."""
+def _on_a_line(setup: Setup, plan: Plan, options: dict[str, Any]) -> Prediction | None:
+    """Peaks grow by as much with every further period of blocks; None where a third depth says otherwise."""
     card, period = _card(setup.row["gpu"]), _period(plan)
-    depths = (_FEW_BLOCKS, _FEW_BLOCKS + period)
+    depths = [_FEW_BLOCKS + i * period for i in range(3)]
     found = [trace(job_of(_with_layers(setup, n)), plan, **options) for n in depths]
-    few, more = (_tops(with_workspaces(t, card) if card else t) for t in found)
+    few, more, most = (_tops(with_workspaces(t, card) if card else t) for t in found)
     times = (_count(setup) - _FEW_BLOCKS) / period
     whole = {key: int(few[key] + times * (more[key] - few[key])) for key in few}
     where = max(whole, key=lambda key: whole[key])
+    if abs((2 * more[where] - few[where]) / most[where] - 1) > _ON_THE_LINE:
+        return None
     return Prediction(allocated_bytes=whole[where], phase=where[0])
 
 
@@ -196,14 +237,24 @@ def of_trace(setup: Setup, traced: Trace) -> Prediction:
     tops = _tops(seen)
     where = max(tops, key=lambda key: tops[key])
     played = replay(seen.allocations, Settings(expandable_segments=_expandable(setup)))
-    beside = outside(card, traced.communicators).total_bytes if card else None
+    beside = _beside(setup, card, traced) if card else None
     return Prediction(
         allocated_bytes=tops[where],
         phase=where[0],
         resident_bytes=_resident(seen),
         reserved_bytes=played.reserved_peak_bytes,
-        device_bytes=played.reserved_peak_bytes + int(beside.value) if beside else None,
+        device_bytes=None if beside is None else played.reserved_peak_bytes + beside,
     )
+
+
+def _beside(setup: Setup, card: Device, traced: Trace) -> int | None:
+    """Outside the allocator. A source that measured its empty context says so in its metric: before CUDA
+    11.7 loaded kernels one by one, that was much more."""
+    parts = outside(card, traced.communicators)
+    stated = re.search(r"(\d+) MiB CUDA context", setup.row["mem_metric"])
+    if stated is None:
+        return int(parts.total_bytes.value) if parts.total_bytes else None
+    return int(stated[1]) * 2**20 + parts.parts_bytes.get("nccl", 0)
 
 
 def _resident(traced: Trace) -> int:

@@ -93,7 +93,7 @@ def setup_of(row: Mapping[str, str]) -> Setup:
     precision, sharding = row["precision"].lower(), _sharding(row)
     parameters, compute = _dtypes(precision, code, sharding)
     micro = _number(row["micro_batch"])
-    data = _number(row["dp"]) or max(1, _number(row["n_gpus"]) or 1)
+    data = _data_ranks(row)
     return Setup(
         row=row, code=code, arch=_arch(row, code), measured=_measured(row),
         length=_number(row["seq_len"]), micro_batch=micro,
@@ -106,6 +106,14 @@ def setup_of(row: Mapping[str, str]) -> Setup:
         ranks={k: _number(row[k]) or 1 for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
         sequence_parallel=row["sp"].lower()[:1] == "y", offload=_offload(row["offload"].lower()),
     )  # fmt: skip
+
+
+def _data_ranks(row: Mapping[str, str]) -> int:
+    """What other kinds of parallelism leave of the devices, where the row does not say."""
+    others = 1
+    for name in ("tp", "pp", "cp"):
+        others *= _number(row[name]) or 1
+    return _number(row["dp"]) or max(1, _number(row["n_gpus"]) // others)
 
 
 def _arch(row: Mapping[str, str], code: str) -> Arch | None:
@@ -168,7 +176,7 @@ def _sharding(row: Mapping[str, str]) -> str:
         return "fsdp2"
     if "distributed optimizer" in text:
         return "zero1"
-    data = _number(row["dp"]) or _number(row["n_gpus"])
+    data = _data_ranks(row)
     return "ddp" if "ddp" in text or data > 1 else ""
 
 
@@ -304,6 +312,11 @@ def _decimal(row: Mapping[str, str], column: str) -> float:
         return float(row[column] or 0)
     except ValueError:
         raise UserError(f"{column} is no number: {row[column]!r}") from None
+
+
+def before_torch_2(setup: Setup) -> bool:
+    """torch 2.0 came in March 2023: foreach optimizers on CUDA, gradients set to None."""
+    return bool(re.search(r"torch 1\.|20(19|20|21|22)\b", setup.row["software"].lower()))
 
 
 def card_bytes(row: Mapping[str, str]) -> float:
