@@ -17,7 +17,7 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile, with_kept
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.probe import probe
+from memfit.measure.probe import probe, ready
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -168,6 +168,22 @@ def logits(m: Any, x: torch.Tensor) -> torch.Tensor:
     return functional.binary_cross_entropy_with_logits(m.first(x), x, reduction="none")
 
 
+def means(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """The derivative of a mean over scattered rows counts them in a tensor beside its zeros."""
+    places = torch.arange(40)[:, None].expand(40, 32) % 7
+    return torch.zeros(7, 32).scatter_reduce(0, places, m.first(x), "mean", include_self=False)
+
+
+def conjugates(m: Any, x: torch.Tensor) -> torch.Tensor:
+    one, other = (torch.view_as_complex(h.view(8, 5, 16, 2)) for h in (m.first(x), m.second(x)))
+    return torch.view_as_real(torch.einsum("bij,bkj->bik", one, other))
+
+
+def transposed(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """The derivative of log_softmax is contiguous, whatever comes back to it."""
+    return m.second(m.first(x.view(8, 5, 32)).log_softmax(-1).transpose(0, 1))
+
+
 def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
     """As FSDP2 frees what it has gathered and takes room for it again."""
     room = torch.zeros(64, 32)
@@ -204,6 +220,26 @@ def test_a_formula_writes_over_the_probabilities_of_logits() -> None:
     case = job(logits)
     expected = predicted(trace(case, Plan()), Phase.BACKWARD)
     assert expected == measured(case)[-len(expected) :]
+
+
+def test_counts_of_scattered_rows_stand_beside_their_zeros() -> None:
+    found = trace(job(means), Plan(), steps=1)
+    assert [a.op for a in found.allocations if a.phase is Phase.BACKWARD].count(
+        "aten.scatter_add.default"
+    ) == 1
+
+
+def test_conjugates_are_run_as_conjugates() -> None:
+    """A kernel copies them inside itself, which a probe sees only if it gets them."""
+    signatures = {o.signature for o in trace(job(conjugates), Plan(), steps=1).ops if "bmm" in o.op}
+    seen = [t.is_conj() for s in signatures for t in ready(s)[1] if isinstance(t, torch.Tensor)]
+    assert any(seen)
+    assert not all(seen)
+
+
+def test_a_gradient_of_log_probabilities_is_contiguous() -> None:
+    found = trace(job(transposed), Plan(), steps=1)
+    assert not [a.op for a in found.allocations if a.phase is Phase.BACKWARD and a.op == "aten.clone.default"]
 
 
 def test_norms_of_half_precision_keep_float32_statistics_and_give_half_gradients() -> None:

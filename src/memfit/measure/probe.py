@@ -129,8 +129,10 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _tensor(shape: list[int], stride: list[int], dtype_name: str) -> torch.Tensor:
+def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str = "") -> torch.Tensor:
     """Small random numbers; zeros for integers, which are valid indices everywhere; true for masks."""
+    if seen_as == "conj":
+        return _tensor(shape, stride, dtype_name).conj()
     dtype = getattr(torch, dtype_name)
     tensor = torch.empty_strided(shape, stride, dtype=dtype)
     if dtype == torch.bool:

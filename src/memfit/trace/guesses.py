@@ -90,8 +90,7 @@ class Guesses:
         """The operator on fake tensors, with bounds for what depends on data."""
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
-        if func in _INDEXED and any(_is_mask(i) for i in args[1]):
-            args = self._masks_counted(func, args)
+        args = self.positions(func, args)
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
@@ -121,8 +120,10 @@ class Guesses:
     def _tell(self, what: str, where: str) -> None:
         self.assumptions[what + (f" at {where}" if where else "")] = None
 
-    def _masks_counted(self, func: Any, args: Any) -> Any:
+    def positions(self, func: Any, args: Any) -> Any:
         """Boolean indices as the kernel turns them into positions: one ``nonzero`` each."""
+        if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
+            return args
         reads = func is _ATEN.index.Tensor
         if not reads and args[2].numel() == 1:
             return args  # one value for all is a masked fill
@@ -220,8 +221,16 @@ def _ctc_loss_backward(
     self: Guesses, grad: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any,
     lengths: Any, likelihood: torch.Tensor, log_alpha: torch.Tensor, *rest: Any,
 ) -> torch.Tensor:  # fmt: skip
-    self.scratch.append(torch.empty_like(log_alpha))
-    return torch.empty_like(log_probs)
+    self.scratch += [torch.empty_like(log_probs, memory_format=torch.contiguous_format)]
+    self.scratch += [torch.empty_like(log_alpha)]
+    return self.scratch[-2]
+
+
+def _log_softmax_backward(
+    self: Guesses, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Contiguous (SoftMax.cpp), where the fake one is laid out as the gradient."""
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def _equal(self: Guesses, *args: Any, **kwargs: Any) -> bool:
@@ -249,6 +258,7 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     _ATEN.unique_dim.default: _unique_dim,
     _ATEN.bincount.default: _bincount,
     _ATEN.repeat_interleave.Tensor: _repeat_interleave,
+    _ATEN._log_softmax_backward_data.default: _log_softmax_backward,
     _ATEN._ctc_loss.Tensor: _ctc_loss,
     _ATEN._ctc_loss_backward.default: _ctc_loss_backward,
     _ATEN._ctc_loss_backward.Tensor: _ctc_loss_backward,

@@ -167,6 +167,7 @@ class Ledger(TorchDispatchMode):
             and self._solely_held(args[0], spare=int(func is not operators.ADD))
             and self._in_place(func, *args, **kwargs)
         ):
+            self.guesses.positions(func, args)
             func, out = operators.IN_PLACE[func], args[0]
             fact, key = operators.fact(func), (func, *key[1:])
         else:
@@ -286,7 +287,8 @@ class Ledger(TorchDispatchMode):
             formula = this_node and not torch.is_grad_enabled() and "sigmoid" in known[1].op
             return formula and "CrossEntropyWithLogits" in node.name()
         if func is not operators.ADD:
-            return this_node and "zeros" in known[1].op
+            means = func is operators.SCATTER_ADD and "zeros_like" in known[1].op  # of scatter_reduce
+            return this_node and "zeros" in known[1].op and not means
         if self.current is not Phase.BACKWARD or torch.is_grad_enabled():
             return False
         return not this_node or len(set(node.next_functions)) < len(node.next_functions)

@@ -123,7 +123,7 @@ def key(value: Any) -> Any:
     kind = type(value)
     if kind is FakeTensor or isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
-        return (value.shape, value.stride(), value.dtype, value.device, storage.nbytes())
+        return (value.shape, value.stride(), value.dtype, value.device, value.is_conj(), storage.nbytes())
     if kind is tuple or isinstance(value, list | tuple):
         return tuple([key(v) for v in value])
     if isinstance(value, dict):
@@ -175,11 +175,12 @@ _EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
 }
 ITEM = _ATEN._local_scalar_dense.default
 ADD = _ATEN.add.Tensor
+SCATTER_ADD = _ATEN.scatter_add.default
 IN_PLACE = {
     ADD: _ATEN.add_.Tensor,
     _ATEN.index_put.default: _ATEN.index_put_.default,
     _ATEN.index_add.default: _ATEN.index_add_.default,
-    _ATEN.scatter_add.default: _ATEN.scatter_add_.default,
+    SCATTER_ADD: _ATEN.scatter_add_.default,
     _ATEN.scatter.src: _ATEN.scatter_.src,
     _ATEN.scatter.value: _ATEN.scatter_.value,
     _ATEN.put.default: _ATEN.put_.default,

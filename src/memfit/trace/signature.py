@@ -11,14 +11,14 @@ import torch
 
 
 def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
-    """Tensors become ``{"t": [shape, stride, dtype]}``; lists stay lists; dtypes, devices and memory
-    formats are named; plain values stay."""
+    """Tensors become ``{"t": [shape, stride, dtype]}``, conjugates with a "conj" behind; lists stay lists;
+    dtypes, devices and memory formats are named; plain values stay."""
     return json.dumps([name, _plain(args), _plain(kwargs)], separators=(",", ":"))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return {"t": [*_sizes(value), _dtype_name(value.dtype)]}
+        return {"t": [*_sizes(value), _dtype_name(value.dtype), *(["conj"] if value.is_conj() else [])]}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
