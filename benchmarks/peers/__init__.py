@@ -1,0 +1,1 @@
+"""Other memory predictors, run beside memfit on the same rows."""

@@ -1,0 +1,123 @@
+"""The table of other predictors: who is scored on which rows, and how a peer's process answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from peers import ask
+from peers.facts import Facts, Question, from_json, to_json
+from peers.install import CAVEATS, PEERS, Peer
+from peers.table import error, page, score
+
+
+def _row(name: str, group: str, memfit: int | None, **peers: Any) -> dict[str, Any]:
+    """Measured: 100 bytes. A peer's answer: a number, (number, what is missing), or why it has none."""
+    told: dict[str, Any] = {"memfit": {"bytes": memfit, "missing": []} if memfit else {"refused": "not yet"}}
+    for peer, answer in peers.items():
+        if isinstance(answer, str):
+            told[peer] = {"refused": answer}
+        else:
+            number, missing = answer if isinstance(answer, tuple) else (answer, [])
+            told[peer] = {"bytes": number, "missing": missing}
+    return {"name": name, "group": group, "measured_bytes": 100, "answers": told}
+
+
+ROWS = [
+    _row("a", "one", 101, fake=150),
+    _row("b", "one", 98, fake=90),
+    _row("c", "ranks", 104, fake=(500, ["prefetch"])),
+    _row("d", "published", 150, fake="knows one device only"),
+    _row("e", "published", None, fake=1000),
+]
+
+
+def test_errors_count_only_where_both_express_the_row_in_full() -> None:
+    s = score("fake", ROWS)
+    assert (s.full, s.part, s.none, s.both) == (3, 1, 1, 2)
+    assert s.memfit_worst == pytest.approx(0.02)  # not 0.5 of d, which the peer refuses
+    assert s.peer_worst == pytest.approx(0.5)  # not 9 of e, which memfit refuses, nor 4 of c
+    assert s.memfit_median == pytest.approx(0.015)
+    assert s.peer_median == pytest.approx(0.3)
+    assert s.ratio == pytest.approx(0.04)
+
+
+def test_a_peer_without_rows_has_no_score() -> None:
+    s = score("absent", ROWS)
+    assert (s.full, s.part, s.none, s.both, s.ratio) == (0, 0, 5, 0, None)
+    assert error(ROWS[0], "absent") is None
+
+
+def test_the_page_tells_a_goal_that_is_not_met_and_a_peer_that_is_not_installed() -> None:
+    rows = [*ROWS, _row("f", "one", 120, fake=100)]
+    named = [
+        {"name": "fake", "version": "1", "failed": ""},
+        {"name": "gone", "version": "", "failed": "not installed: x"},
+    ]
+    record = {"created": "now", "environment": {}, "peers": named, "rows": rows}
+    text = page(record, [Peer(name="fake", says="all", called="by name")], ["first"], "run me")
+    lines = text.splitlines()
+    assert "| fake | 3 | 20.00 % | 50.0 % | 0.400 | 2.00 % | 10.0 % | 0.2 | **no** |" in lines
+    assert "| gone | 0 | - | - | - | - | - | 0.2 | - |" in lines
+    assert "| fake | 1 | 4 | 1 | 1 | knows one device only (1); prefetch (1) |" in lines
+    assert "| gone |  | 0 | 0 | 6 | not installed: x |" in lines
+    assert "| memfit |  | 5 | 0 | 1 | not yet (1) |" in lines
+    assert "| c | 100 B | +4.00 % | (+400 %) | - |" in lines
+    assert "| e | 100 B | refused | +900.0 % | - |" in lines
+
+
+def test_memtracker_need_not_be_beaten_by_five() -> None:
+    rows = [_row("a", "one", 101, MemTracker=102, other=102)]
+    named = [{"name": n, "version": "", "failed": ""} for n in ("MemTracker", "other")]
+    text = page({"created": "", "environment": {}, "peers": named, "rows": rows}, [], [], "")
+    assert "| MemTracker | 1 | 1.00 % | 2.0 % | 0.500 | 1.00 % | 2.0 % | 1 | yes |" in text
+    assert "| other | 1 | 1.00 % | 2.0 % | 0.500 | 1.00 % | 2.0 % | 0.2 | **no** |" in text
+
+
+def test_questions_cross_the_process_boundary_unchanged() -> None:
+    facts = Facts(
+        params=1, block_params=1, layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1, ffn=1, vocab=1,
+        gated=True, causal=True, length=1, batch=1, lora_targets=("q", "v"),
+    )  # fmt: skip
+    for given in (facts, None):
+        question = Question(
+            name="x",
+            build=("cpu", "x"),
+            techniques=("lora",),
+            compute="float32",
+            batch=2,
+            shape=(3, 4),
+            facts=given,
+        )
+        assert from_json(to_json(question)) == question
+
+
+def test_a_peer_that_refuses_or_fails_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(question: Question, source: str) -> ask.Answer:
+        if question.ranks > 1:
+            raise ask.Refused("knows one device only")
+        return 1000 // question.batch, ask.lacking(question, "lora")
+
+    monkeypatch.setitem(ask.PEERS, "fake", fake)
+    plain = Question(name="c", build=("cpu", "x"), techniques=(), compute="float32", batch=0)
+    asked = [
+        dataclasses.replace(plain, name="a", techniques=("lora", "offload", "ddp"), batch=10),
+        dataclasses.replace(plain, name="b", ranks=2),
+        plain,
+    ]
+    full, refused, failed = ask.answers("fake", "", asked)
+    assert (full["bytes"], full["missing"]) == (100, ["offload"])
+    assert refused == {"name": "b", "refused": "knows one device only"}
+    assert failed["refused"].startswith("ZeroDivisionError")
+
+
+def test_every_peer_is_asked_and_told_of() -> None:
+    assert {p.name for p in PEERS} == ask.PEERS.keys() - {"truth", "memfit", "memfit-published"}
+    assert all(p.says and p.called for p in PEERS)
+    assert CAVEATS
