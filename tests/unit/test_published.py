@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import importlib.util
+import json
 import sys
+import tomllib
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import published.score
 from published.arch import arch_of, family_of, public
-from published.models import job_of
+from published.decoder import ExpertList, Experts
+from published.losses import Loss
+from published.models import job_of, keeping_gradients
+from published.page import page
 from published.predict import plan_of, predict
-from published.rows import GIB, setup_of
+from published.rows import COLUMNS, GIB, before_torch_2, read, setup_of
+from published.score import Scored, summaries
 
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
 
-_COLUMNS = (
-    "id", "group", "scope", "quality", "model", "arch_source", "params_b", "layers", "hidden", "heads",
-    "kv_heads", "head_dim", "ffn", "vocab", "tied_emb", "moe", "extra_arch", "method", "lora", "gpu",
-    "gpu_mem_gb", "n_gpus", "dp", "zero_fsdp", "tp", "pp", "vp", "cp", "ep", "sp", "precision", "optimizer",
-    "seq_len", "micro_batch", "grad_accum", "global_batch", "act_ckpt", "compile", "attn_impl", "offload",
-    "mem_value", "mem_unit", "mem_gib", "mem_metric", "mem_other", "software", "source", "notes",
-)  # fmt: skip
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def _row(**given: str) -> dict[str, str]:
-    return {**dict.fromkeys(_COLUMNS, ""), "id": "x-1", "scope": "train_step", "quality": "A", **given}
+    return {**dict.fromkeys(COLUMNS, ""), "id": "x-1", "scope": "train_step", "quality": "A", **given}
 
 
 @pytest.mark.parametrize(
@@ -121,3 +128,197 @@ def test_pure_bf16_adamw_peaks_at_five_times_the_parameters() -> None:
 def test_what_a_row_leaves_out_is_named() -> None:
     with pytest.raises(UserError, match="sequence length"):
         predict(setup_of(_row(model="Llama-2-7B", micro_batch="1", precision="bf16-true")))
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def _file(tmp_path: Path, rows: list[dict[str, str]]) -> Path:
+    path = tmp_path / "runs.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_rows_are_read_with_any_further_columns(tmp_path: Path) -> None:
+    path = _file(tmp_path, [_row(model=" Llama-2-7B "), _row(model="x", id="x-2")])
+    text = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([text[0] + ",more", text[1] + ",1", text[2]]), encoding="utf-8")
+    assert [r["model"] for r in read(path)] == ["Llama-2-7B", "x"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"id,group\n1,2\n", "has no column scope, quality"), (b"\xff\xfe", "cannot read"),
+     (",".join(COLUMNS).encode(), "has no rows"), (None, "No such file")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_used_is_one_error(
+    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = tmp_path / "runs.csv"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["published.py", "--csv", str(path)])
+    assert _script().main() == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+
+
+def _script() -> Any:
+    spec = importlib.util.spec_from_file_location("published_script", _BENCHMARKS / "published.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_and_summary_are_printed_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _file(tmp_path, [_row(model="something new", mem_gib="2", mem_metric="peak allocated")])
+    monkeypatch.setattr(sys, "argv", ["published.py", "--csv", str(path), "--json", "--jobs", "1"])
+    assert _script().main() == 0
+    found = json.loads(capsys.readouterr().out)
+    row = found["rows"][0]
+    assert (row["id"], row["quality"], row["mem_metric"]) == ("x-1", "A", "peak allocated")
+    assert (row["measured"], row["predicted"], row["error"]) == (2.0, None, None)
+    assert "how large the model is" in row["reason"]
+    assert found["summary"][0]["rows"] == 1
+
+
+# -- scores ------------------------------------------------------------------------------------------------
+
+
+def test_an_odd_row_is_refused_and_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setup: object) -> None:
+        raise RuntimeError("not today\nmore")
+
+    monkeypatch.setattr(published.score, "predict", fail)
+    found = published.score.score(_row(model="Llama-2-7B", mem_gib="1", mem_metric="peak allocated"))
+    assert found.reason == "failed: RuntimeError: not today"
+    assert published.score.score(_row(model="x", mem_gib="much")).reason == "mem_gib is no number: 'much'"
+
+
+def _scored(error: float | None, **more: Any) -> Scored:
+    predicted = None if error is None else 100 * (1 + error)
+    about = {"id": "x", "source": "s", "quality": "A", "metric": "peak allocated", **more}
+    return Scored(**about, measured_bytes=100.0, predicted_bytes=predicted)
+
+
+def test_a_refusal_counts_as_a_row_and_not_as_a_prediction() -> None:
+    rows = [_scored(0.01), _scored(-0.02), _scored(None), _scored(0.5, source="t"), _scored(0.9, quality="B")]
+    found = summaries(rows)[0]
+    assert (found.rows, found.predicted) == (4, 3)
+    assert found.median == pytest.approx(0.02)
+    assert found.median_of_sources == pytest.approx((0.015 + 0.5) / 2)
+    assert found.worst == pytest.approx(0.5)
+
+
+def test_full_cards_and_formulas_are_not_counted() -> None:
+    kept = _scored(0.1, metric="max_reserved")
+    rows = [kept, _scored(0.7, metric="nvidia-smi", full=True), _scored(0.8, reference=True)]
+    assert [s.rows for s in summaries(rows)] == [0, 0, 1, 2]
+
+
+def test_the_page_has_every_row_with_its_error_or_its_reason() -> None:
+    refused = dataclasses.replace(_scored(None, id="refused-1"), reason="no size | given")
+    rows = [
+        _scored(0.2, id="far-1"),
+        _scored(0.001, id="near-1"),
+        refused,
+        _scored(0.3, id="full-1", full=True),
+    ]
+    record = {
+        "command": "python it", "took_s": 60, "created": "2026-01-01T00:00:00+00:00",
+        "environment": {"torch": "2", "cores": "2"},
+        "rows": [s.as_row() for s in rows], "summary": [dataclasses.asdict(s) for s in summaries(rows)],
+    }  # fmt: skip
+    text = page(record)
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    assert "+20.0%" in lines["far-1"]
+    assert lines["far-1"].endswith("not known |")
+    assert lines["near-1"].endswith("+0.1% |  |")
+    assert "an upper bound only" in lines["full-1"]
+    assert "no size / given" in lines["refused-1"]
+    assert text.index("No GPU was") < text.index("| rows | measured |")
+
+
+def test_reasons_explain_and_hold_no_numbers_for_the_prediction() -> None:
+    why = tomllib.loads((_BENCHMARKS / "published" / "why.toml").read_text(encoding="utf-8"))
+    assert set(why) == {"caveats", "rows"}
+    assert all(isinstance(text, str) for text in why["rows"].values())
+    for source in (_BENCHMARKS / "published").glob("*.py"):
+        if source.name != "page.py":
+            assert "why.toml" not in source.read_text(encoding="utf-8")
+
+
+# -- mechanisms --------------------------------------------------------------------------------------------
+
+
+def test_what_other_parallelism_leaves_are_data_ranks() -> None:
+    setup = setup_of(_row(model="Llama-3-8B", n_gpus="32", tp="4", cp="2", zero_fsdp="FSDP2 full shard"))
+    assert setup.ranks["dp"] == 4
+    plan = plan_of(setup)
+    assert plan.ranks == 32
+    assert {u.technique for u in plan.uses} >= {"fsdp2", "tensor-parallel", "context-parallel"}
+
+
+def test_zero_has_a_precision_of_its_own() -> None:
+    row = _row(model="Llama-2-7B", n_gpus="8", zero_fsdp="DeepSpeed ZeRO-3", precision="bf16 + fp32 master",
+               offload="optimizer->CPU params->CPU", optimizer="AdamW")  # fmt: skip
+    used = plan_of(setup_of(row)).get("zero")
+    assert used is not None
+    assert (used.settings["stage"], used.settings["offload"]) == (3, "parameters")
+    assert used.settings["precision"] == "bf16"
+    assert plan_of(setup_of(row)).get("bf16-autocast") is None
+
+
+def test_optimizers_that_are_not_expressed_are_refused() -> None:
+    with pytest.raises(UserError, match="lion"):
+        plan_of(setup_of(_row(model="Llama-2-7B", optimizer="Lion")))
+    used = plan_of(setup_of(_row(model="Llama-2-7B", optimizer="AdamW, optimizer_in_bwd")))
+    assert used.get("optimizer-in-backward") is not None
+
+
+def test_fabric_gives_float32_logits_and_they_are_held_until_the_next_step() -> None:
+    loss = Loss("chunked")
+    logits = torch.zeros(2, 256, 5, dtype=torch.bfloat16)
+    batch = {"tokens": torch.zeros(2, 256), "targets": torch.zeros(2, 256, dtype=torch.int64)}
+    loss(lambda tokens, targets: list(logits.split(128, dim=1)), batch)
+    chunks, _ = loss.held
+    assert [c.dtype for c in chunks] == [torch.float32] * 2
+
+
+def test_old_versions_keep_gradients_after_the_step() -> None:
+    model = keeping_gradients(torch.nn.Linear(3, 2))
+    model(torch.ones(1, 3)).sum().backward()
+    kept = weakref.ref(model.weight.grad)
+    model.zero_grad(set_to_none=True)
+    assert kept() is not None
+    assert before_torch_2(setup_of(_row(model="x", software="transformers ~4.2x (2022)")))
+    assert not before_torch_2(setup_of(_row(model="x", software="torch 2.1, 2023")))
+
+
+@pytest.mark.parametrize("kind", [Experts, ExpertList])
+def test_both_mixtures_have_the_same_parameters_and_shapes(kind: type[torch.nn.Module]) -> None:
+    arch = arch_of(_row(model="Mixtral-8x7B", hidden="16", layers="1", heads="2", head_dim="8", ffn="32",
+                        vocab="64", moe="4 experts top-2"))  # fmt: skip
+    assert arch is not None
+    experts = kind(arch, lambda role, inputs, outputs, bias: torch.nn.Linear(inputs, outputs, bias=bias))
+    assert sum(p.numel() for p in experts.parameters()) == 4 * 16 + 4 * 3 * 16 * 32
+    x = torch.ones(2, 6, 16)
+    assert experts(x).shape == x.shape
+
+
+def test_a_run_larger_than_its_card_contradicts_itself() -> None:
+    row = _row(model="Llama-2-7B", layers="2", seq_len="8", micro_batch="1", precision="pure bf16",
+               optimizer="AdamW", gpu_mem_gb="1")  # fmt: skip
+    with pytest.raises(UserError, match="more than its card"):
+        predict(setup_of(row))
