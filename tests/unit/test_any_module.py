@@ -184,6 +184,11 @@ def transposed(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.second(m.first(x.view(8, 5, 32)).log_softmax(-1).transpose(0, 1))
 
 
+def products(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    return torch.cumprod(h, 1) + h.prod()
+
+
 def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
     """As FSDP2 frees what it has gathered and takes room for it again."""
     room = torch.zeros(64, 32)
@@ -196,7 +201,7 @@ def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
 CASES: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...]], ...] = (
     (residual, ()), (squared, ()), (strided_linear, (8, 16, 32)), (gathered, ()), (largest, ()),
     (on_views, ()), (complex_numbers, ()), (custom, ()), (hooked, ()), (copied, ()), (slope, ()),
-    (curved, ()), (resized, ()),
+    (curved, ()), (products, ()), (resized, ()),
 )  # fmt: skip
 
 
@@ -240,6 +245,14 @@ def test_conjugates_are_run_as_conjugates() -> None:
 def test_a_gradient_of_log_probabilities_is_contiguous() -> None:
     found = trace(job(transposed), Plan(), steps=1)
     assert not [a.op for a in found.allocations if a.phase is Phase.BACKWARD and a.op == "aten.clone.default"]
+
+
+def test_a_product_along_rows_takes_the_short_way_as_well() -> None:
+    """Its derivative looks for zeros in a table of counts, and divides; the long way cumulates twice."""
+    found = trace(job(lambda m, x: m.first(x).prod(keepdim=True, dim=1)), Plan(), steps=1)
+    made = [a.op.split(".")[1] for a in found.allocations if a.phase is Phase.BACKWARD]
+    assert "div" in made
+    assert "cumprod" not in made
 
 
 def test_norms_of_half_precision_keep_float32_statistics_and_give_half_gradients() -> None:

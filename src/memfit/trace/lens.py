@@ -23,6 +23,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from memfit.trace.formulas import plain_formulas
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -42,9 +44,10 @@ class Lens(TorchFunctionMode):
 @contextlib.contextmanager
 def device_lens(device: str) -> Iterator[None]:
     """The lens over forward and over what backward recomputes: torch takes function modes off before its
-    autograd engine runs. Nothing for "cpu"."""
+    autograd engine runs. For "cpu" only what derivatives do otherwise with fake tensors."""
     if device == "cpu":
-        yield
+        with plain_formulas():
+            yield
         return
     engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
     lens = Lens()
@@ -53,7 +56,7 @@ def device_lens(device: str) -> Iterator[None]:
         with lens:
             return engine(*args, **kwargs)
 
-    with lens, mock.patch.object(torch.autograd, "_engine_run_backward", run_under_lens):
+    with plain_formulas(), lens, mock.patch.object(torch.autograd, "_engine_run_backward", run_under_lens):
         yield
 
 
