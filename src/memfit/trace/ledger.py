@@ -9,28 +9,23 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
-import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    is_traceable_wrapper_subclass,
-    is_traceable_wrapper_subclass_type,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from memfit.trace import operators
 from memfit.trace.guesses import Guesses
 from memfit.trace.lines import ModuleStack, newest_node, running_node, user_line
 from memfit.trace.operators import tensors_in
+from memfit.trace.plain import of_kernels_types, plain_tensors, sole_counts, strided_storage
 from memfit.trace.shadows import Shadows
-from memfit.types.errors import UserError
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
 _PRODUCT = ("aten.bmm.default", "aten.mm.default")  # of attention's scores, of a linear layer
@@ -181,7 +176,7 @@ class Ledger(TorchDispatchMode):
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
             elif func in operators.NORMS:
-                out = _of_kernels_types(func, args, out, self.device)
+                out = of_kernels_types(func, args, out, self.device)
         outputs = tensors_in(out)
         each = len(owners) == len(outputs) > 1
         for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
@@ -364,57 +359,3 @@ class Ledger(TorchDispatchMode):
             category=category, phase=life.phase, step=life.step, module=life.module, op=life.op,
             line=life.line, requested_bytes=life.size_bytes, stream=life.place,
         )  # fmt: skip
-
-
-def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the bytes: a wrapper subclass's inner ones, else the tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
-
-
-def _of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
-    """What a normalisation gives. In half precision means and deviations are float32 beside float32 weights
-    (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA but for groups; the
-    input's gradient, where one is asked for, is of the input's type. Fake ones are all there, of one type."""
-    if func in operators.NORM_GRADIENTS:
-        same = out[0] is not None and out[0].dtype == args[1].dtype
-        wanted = args[-1][0]
-        return out if same and wanted else (torch.empty_like(args[1]) if wanted else None, *out[1:])
-    mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
-    wide = mixed or (device != "cpu" and func is not operators.GROUP_NORM)
-    if not wide or args[0].element_size() != 2:
-        return out
-    return (out[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in out[1:]))
-
-
-def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Raises UserError for layouts whose bytes are not one storage."""
-    if tensor.layout is torch.strided:
-        return tensor.untyped_storage()
-    where = user_line()
-    raise UserError(
-        f"a {str(tensor.layout)[6:]} tensor" + (f" at {where}" if where else ""),
-        allowed="dense tensors",
-        hint="sparse gradients come from nn.Embedding(sparse=True); take that out",
-    )
-
-
-@functools.cache
-def sole_counts() -> tuple[int, int]:
-    """References to a tensor and to its storage, as a dispatch mode sees them, when the autograd engine
-    alone holds the tensor: seen on ``x * x``, whose two gradients meet."""
-    seen: list[tuple[int, int]] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is operators.ADD:
-                storage = args[0].untyped_storage()
-                seen.append((args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)))
-            return func(*args, **(kwargs or {}))
-
-    with FakeTensorMode(), torch.enable_grad(), Watch():  # type: ignore[no-untyped-call]
-        root = torch.ones(2, requires_grad=True).sin()
-        (root * root).sum().backward()
-    return seen[0]

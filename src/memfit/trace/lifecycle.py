@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from memfit.jobs.step import TrainingStep, split
 from memfit.trace.copies import FakeCopies
 from memfit.trace.guesses import Guesses
-from memfit.trace.ledger import Ledger, plain_tensors
+from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
+from memfit.trace.plain import plain_tensors
 from memfit.trace.tracer import (
     _PLAYED_MICRO_BATCHES,
     _fake_world,
