@@ -172,6 +172,18 @@ def test_a_cut_model_keeps_its_first_blocks() -> None:
     assert peaks(with_blocks(words(5), 5)) == peaks(words(5))
 
 
+def test_initialisers_that_draw_until_all_is_in_range_come_to_an_end_where_nobody_watches() -> None:
+    def build() -> torch.nn.Module:
+        model = words(5).build_model()
+        for param in model.parameters():
+            torch.nn.init.trunc_normal_(param)
+        return model
+
+    job = dataclasses.replace(words(5), build_model=build)
+    assert len(fake_model(job).blocks) == 5
+    assert peaks(with_blocks(job, 2)) == peaks(with_blocks(words(5), 2))
+
+
 def test_a_recomputed_block_keeps_its_input_and_the_state_of_the_generator() -> None:
     plain, found = (
         trace(words(), Plan()),

@@ -109,8 +109,9 @@ def _compiled(module: torch.nn.Module) -> bool:
 
 def fake_model(job: Job) -> torch.nn.Module:
     """The job's model without memory for its parameters, to look at its structure."""
-    with _fake_world():
-        return job.build_model()
+    ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that ask for values
+    with _fake_world(), ledger:
+        return ledger.unseen(job.build_model)()
 
 
 def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
