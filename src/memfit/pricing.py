@@ -24,6 +24,7 @@ from memfit.techniques.base import Space
 from memfit.techniques.registry import technique
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces
+from memfit.trace.parallel import uncollected
 from memfit.trace.tracer import trace, with_blocks
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -95,8 +96,9 @@ class Pricer:
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
         ranks = layout(plan).distinct_ranks()
-        self._trace(plan, ranks)
-        return [self._of_rank(plan, rank) for rank in ranks]
+        with uncollected():
+            self._trace(plan, ranks)
+            return [self._of_rank(plan, rank) for rank in ranks]
 
     def _of_rank(self, plan: Plan, rank: int) -> Estimate:
         found = estimate(

@@ -344,7 +344,7 @@ out += [attempt(int(1.04 * out[1])), attempt(int(0.99 * out[1]))]
     assert (fits, kind, above[0], below[0]) == (True, "RLIMIT_DATA", True, False)
     # weights, both moments and gradients of 8 layers are live together in the optimizer step
     assert peak > 4 * 4 * 8 * 1024 * 1025
-    assert 0.99 < used / peak < 1.04
+    assert 0.99 * peak < used < 1.04 * peak + 4 * MIB  # and what the math library packs matrices into
     assert footprint > 0
     assert below[1] <= 0.99 * peak
 

@@ -92,8 +92,8 @@ def whole(
     stages: list[str] = []
     store = Store(tmp_path_factory.mktemp("store") / "store.sqlite3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_FIRST_BUDGET_S", 0.2)
-        patch.setattr(planning, "_SECOND_BUDGET_S", 0.2)
+        patch.setattr(planning, "_FIRST_BUDGET_S", 2.0)
+        patch.setattr(planning, "_SECOND_BUDGET_S", 2.0)
         patch.setattr(planning, "FINALISTS", 4)
         found = poc(
             request_, store=store, seeds=1, steps=4, report_path=None, lang="en", command="memfit poc",
