@@ -145,6 +145,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
     [
         ("pln", "did you mean 'plan'?"),
         ("poc --sedes 3", "--seeds"),
+        ("lengths", "Missing argument 'FILE'"),
         ("plan --steps 0", "--steps"),
         ("plan --batch many", "--batch"),
         ("plan --threads -1", "--threads"),

@@ -121,7 +121,11 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
 def _parameters(noun: Any) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(noun, include_extras=True)
+    needed = inspect.Parameter.empty
     return [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=f.default)
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name],
+            default=needed if f.default is dataclasses.MISSING else f.default,
+        )
         for f in dataclasses.fields(noun)
-    ]
+    ]  # fmt: skip
