@@ -21,7 +21,7 @@ from memfit.jobs.user import guarded, told
 from memfit.measure.here import this_machine
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.planfile import parse_plan, read_plan
-from memfit.techniques.registry import check
+from memfit.techniques.registry import check, make_use
 from memfit.trace.copies import copied
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
@@ -255,7 +255,9 @@ def plan_of(plan: Any) -> Plan:
     """A Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path or text of
     such a file; the name of one technique; None for plain training. Raises UserError."""
     if plan is None or isinstance(plan, Plan):
-        return check(plan or Plan())
+        plan = plan or Plan()
+        full = tuple(make_use(u.technique, u.settings) for u in plan.uses)
+        return check(dataclasses.replace(plan, uses=full))
     if isinstance(plan, Path) or (isinstance(plan, str) and plan.strip().endswith((".yaml", ".yml"))):
         return read_plan(Path(plan))
     data = plan

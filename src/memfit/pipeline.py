@@ -21,6 +21,7 @@ from memfit.report.explain import Explained
 from memfit.report.html import write_html
 from memfit.report.pool import median_step_s
 from memfit.run.child import run
+from memfit.run.ranks import run_ranks
 from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
@@ -84,12 +85,18 @@ def run_plan(
     request: Request, plan: Plan, *, seed: int, steps: int | None, capped: bool, progress: Progress
 ) -> Run:
     """Train one plan for real, with its prediction beside the measurement."""
+    most = max(8, 2 * here.threads())
+    if plan.ranks > most:
+        raise UserError(
+            f"a plan of {plan.ranks} ranks", allowed=f"at most {most} processes on this machine",
+            hint="`memfit explain` predicts it without running it",
+        )  # fmt: skip
     estimate = explain(request, plan, progress)
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, seed=seed,
         steps=steps or make_pricer(request)[0].steps,
         cap_bytes=_own_cap(request, estimate) if capped else None,
-        threads=request.threads or here.threads(),
+        threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
     )  # fmt: skip
     return _run(spec, estimate, progress, plan.label)
 
@@ -166,8 +173,17 @@ def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str) -> R
         predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
-        measurement=run(native.render(spec), on_event=listen),
+        measurement=_measured(spec, listen),
     )
+
+
+def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
+    """Of several ranks the one that failed, else the one with the highest peak, as predictions are."""
+    if spec.plan.ranks == 1:
+        return run(native.render(spec), on_event=listen)
+    seen = run_ranks(native.render(spec), on_event=lambda rank, event: None if rank else listen(event))
+    failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
+    return failed[0] if failed else max(seen, key=lambda m: m.peak_bytes or 0)
 
 
 @dataclasses.dataclass(kw_only=False)

@@ -19,6 +19,7 @@ from torch.nn import functional
 import memfit
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
+from memfit.techniques.registry import make_use
 from memfit.types.plan import use
 
 X, Y = torch.randn(32, 8), torch.randint(0, 4, (32,))
@@ -166,6 +167,11 @@ PLANS: dict[str, Any] = {
     "file's keys": {"techniques": {"gradient-accumulation": {"micro_batches": 4}}},
     "text": "gradient-accumulation: {micro_batches: 4}",
 }
+
+
+def test_a_plan_made_by_hand_gets_the_defaults_it_leaves_out() -> None:
+    found = memfit.estimate(job(), plan=memfit.Plan(uses=(use("ddp"),), ranks=2))
+    assert found.plan.get("ddp") == make_use("ddp", {})
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

@@ -12,11 +12,12 @@ import pytest
 from memfit import pipeline, planning, wire
 from memfit.cost.memory import memory_profile
 from memfit.measure import here
+from memfit.measure.allocator import available
 from memfit.pipeline import Objective, Request, explain, poc, report, run_plan, stored_poc
 from memfit.search import space
 from memfit.search.choose import score
 from memfit.store.database import Store
-from memfit.techniques.registry import TECHNIQUES
+from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -216,6 +217,23 @@ def test_one_run_has_its_prediction_beside_it(
     else:
         assert spec.cap_bytes is None
     assert [t[1] for t in seen if t[0] == "run"] == [0, 0, 1]
+
+
+def test_a_plan_of_two_ranks_is_measured_on_both(request_: Request) -> None:
+    if (why := available()) is not None:
+        pytest.skip(f"no counting allocator: {why}")
+    told: list[tuple[object, ...]] = []
+    free, plan = dataclasses.replace(request_, cap_bytes=None), Plan(uses=(make_use("ddp", {}),), ranks=2)
+    found = run_plan(free, plan, seed=0, steps=2, capped=False, progress=lambda *told_: told.append(told_))
+    assert (found.measurement.outcome, found.measurement.reason) == (OutcomeKind.OK, "")
+    assert found.predicted_peak_bytes == pytest.approx(found.measurement.peak_bytes, rel=0.01)
+    assert [t[1] for t in told if t[0] == "run"][-1] == 2
+
+
+def test_more_ranks_than_this_machine_can_start_are_refused(request_: Request) -> None:
+    plan = Plan(uses=(use("ddp"),), ranks=4096)
+    with pytest.raises(UserError, match="a plan of 4096 ranks; allowed: at most"):
+        run_plan(request_, plan, seed=0, steps=1, capped=False, progress=lambda *told: None)
 
 
 def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
