@@ -83,6 +83,16 @@ def test_a_phase_in_which_nothing_is_made_has_what_was_there_before() -> None:
     }  # fmt: skip
 
 
+def test_kernels_that_make_the_next_batch_are_not_of_the_building() -> None:
+    between = PhaseSpan(phase=Phase.SETUP, step=1, start=40, end=50)
+    twice = made(
+        *SMALL.allocations, spans=(*spans(10, 20, 30, 40), between), ops=(op(42, phase=Phase.SETUP),), steps=2
+    )
+    assert memory_profile(twice, Calibration(op_peak_bytes={"s42": 10**6})) == memory_profile(
+        dataclasses.replace(twice, ops=()), Calibration()
+    )
+
+
 def test_scratch_memory_inside_a_kernel_is_added_where_the_kernel_runs() -> None:
     # at clock 20 there are 140 B; the kernel takes 60 at its own peak
     profile = memory_profile(SMALL, Calibration(op_peak_bytes={"known": 60, "elsewhere": 10**9}))

@@ -64,6 +64,24 @@ def test_parameters_and_state_stay_and_all_else_is_freed(plain: Trace) -> None:
     assert live[-1] in (3 * PARAMETER_BYTES + 4 * 64, 3 * PARAMETER_BYTES + 4 * 64 + inputs)
 
 
+def test_what_is_built_has_no_batch_beside_it(plain: Trace) -> None:
+    assert memory_profile(plain, Calibration()).phase_peak_bytes["setup"] == PARAMETER_BYTES
+
+
+def test_below_autograd_what_may_be_a_view_is_a_copy_where_it_is_one() -> None:
+    """DTensor's own code works there, where ``to`` and the like come as they are called."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        out = functional.mse_loss(model(batch[0]), batch[1])
+        with torch._C._AutoDispatchBelowAutograd():
+            batch[0].to(torch.float64).reshape(-1)
+        return out
+
+    found = trace(dataclasses.replace(regression(), loss=loss), Plan())
+    made = [a for a in found.allocations if a.op == "aten._to_copy.default"]
+    assert [a.size_bytes for a in made] == [8 * 32 * 8] * 2
+
+
 def test_cuda_rounds_every_storage_to_512_bytes() -> None:
     found = trace(regression(), Plan(), device="cuda")
     assert all(a.size_bytes % 512 == 0 for a in found.allocations)

@@ -55,6 +55,8 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
             continue  # between steps nothing is built
         phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], highest)
     for op, inside in _inside(trace, clock, live, calibration):
+        if op.phase is Phase.SETUP and op.clock >= trace.spans[0].end:
+            continue
         peaks.append((inside, op.clock, str(op.phase), op.op, True))
         phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], inside)
     # A probe that finds no more than the outputs says nothing new: ties go to the level.

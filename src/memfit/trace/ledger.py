@@ -134,11 +134,14 @@ class Ledger(TorchDispatchMode):
         ):
             with no_dispatch():
                 return func(*args, **kwargs)  # real tensors, such as a device mesh, have values to look at
+        fact = operators.fact(func)
+        if fact.composite:
+            with self:
+                return func.decompose(*args, **kwargs)
         values = self.shadows.compute(func, args, kwargs) if self.shadows.may_follow(args) else None
         if func is operators.ITEM:
             told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             return self.guesses.item(args[0], told=told, value=values)
-        fact = operators.fact(func)
         if fact.silent:
             out = operators.view(func, args, kwargs)
             out = func(*args, **kwargs) if out is None else out

@@ -18,10 +18,12 @@ from memfit.types.trace import OpCall, Phase
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fact:
-    """What is always true of an operator; ``silent`` ones do no work and make no storage."""
+    """What is always true of an operator; ``silent`` ones do no work and make no storage, ``composite`` ones
+    are made of others: below autograd, as in DTensor's own code, they come whole."""
 
     name: str
     silent: bool
+    composite: bool
     resizes: bool
     count: Callable[..., int] | None  # of floating-point operations
 
@@ -40,7 +42,15 @@ class Work:
 def fact(func: Any) -> Fact:
     count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
     silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
-    return Fact(str(func), silent, "resize" in func._schema.name or func._schema.name.endswith("set_"), count)
+    resizes = "resize" in func._schema.name or func._schema.name.endswith("set_")
+    return Fact(str(func), silent, _composite(func), resizes, count)
+
+
+def _composite(func: Any) -> bool:
+    if func.namespace != "aten":
+        return False
+    has_kernel = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    return bool(has_kernel("CompositeImplicitAutograd") and not has_kernel("CPU"))
 
 
 def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:

@@ -134,6 +134,7 @@ def _play(
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = ledger.note_offload
     ledger.modules.watch(step.model)
+    ledger.phase(Phase.SETUP)  # what is built is built; batches are made between steps
     try:
         for index in range(steps):
             inputs, terms = given(index)
@@ -188,8 +189,17 @@ def _begin(ledger: Ledger, bench: Workbench) -> None:
     bench.on_ddp = partial(ready_for_fakes, note=ledger.note_real)
     if ledger.device != "cpu":
         bench.place = ledger.placed
+    else:
+        bench.first_part = partial(_first_part, ledger, bench.first_part)
     bench.on_kept = lambda tensor, category: ledger.label(tensor, Category(category))
     _label_model(ledger, bench.model)
+
+
+def _first_part(ledger: Ledger, inner: Callable[[int], Any], parts: int) -> Any:
+    """A batch that is made to look at how the model runs lies beside its parameters."""
+    part = inner(parts)
+    ledger.label(part, Category.INPUT)
+    return part
 
 
 def _marker(ledger: Ledger, step: TrainingStep) -> Any:
