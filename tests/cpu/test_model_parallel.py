@@ -83,6 +83,43 @@ def _tied() -> nn.Module:
     return model
 
 
+class _Turned(nn.Module):
+    """Attention that is given more than the hidden states, by position."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 16)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        q, k = (t * cos + t.roll(8, -1) * sin for t in (q, k))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class _TurnedBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), _Turned(width)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(self.norm(x), cos, sin)
+
+
+class _Rotary(_Mixture):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_TurnedBlock(32) for _ in range(2)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        angles = torch.outer(torch.arange(tokens.shape[1]), torch.arange(16) / 16)
+        for block in self.blocks:
+            x = block(x, angles.cos(), angles.sin())
+        return self.head(x)
+
+
 def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -131,6 +168,7 @@ JOBS = {
         _job("gpt", lambda: Gpt(SIZE)),
         _job("tied", _tied),
         _job("mixture", _Mixture, experts="blocks.*.experts"),
+        _job("rotary", _Rotary),
         _job("llama", _llama, _its_loss),
         _job("esm", _esm, _its_loss),
     )
@@ -146,6 +184,7 @@ CASES = (
     ("gpt", _plan(tensor_parallel={"sequence": True}, activation_checkpointing={})),
     ("tied", _plan(tensor_parallel={"sequence": True, "vocabulary": "parallel-loss"})),
     ("llama", _plan(tensor_parallel={"sequence": True})),
+    ("rotary", _plan(tensor_parallel={"sequence": True})),
     ("esm", _plan(tensor_parallel={"sequence": True})),
     ("gpt", _plan(context_parallel={}, ddp={})),
     ("llama", _plan(context_parallel={}, fsdp2={}, activation_checkpointing={})),

@@ -42,9 +42,11 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         if role == _COLWISE and flow.linears[name].parts > 1:
             _rows_by_rank(bench.model.get_submodule(name), flow.linears[name].parts, mesh.size())
     sequence = bool(settings["sequence"])
-    styles = _styles(bench.model, names, flow, roles, sequence)
+    styles, gathered = _styles(bench.model, names, flow, roles, sequence)
     for name, style in styles:
         _parallelize(bench.model, name, mesh, style)
+    for name, place in gathered.items():
+        _gather(bench.model.get_submodule(name), mesh, place)
     if sequence:
         _enter_and_leave(blocks, mesh)
     if settings["vocabulary"] != "whole":
@@ -165,8 +167,9 @@ def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
 
 def _styles(
     model: torch.nn.Module, blocks: list[str], flow: Flow, roles: Mapping[str, str], sequence: bool
-) -> list[tuple[str, Any]]:
-    """(module, style) as torch.distributed.tensor.parallel wants them."""
+) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
+    """(module, style) as torch.distributed.tensor.parallel wants them; by module, which of its arguments
+    comes with the sequence cut."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
@@ -183,7 +186,6 @@ def _styles(
         if sequence and at != name:
             gathered[at] = place
         found.append((name, ColwiseParallel(input_layouts=between if at == name else Replicate())))
-    found += [(at, _gather(place)) for at, place in gathered.items()]
     for name, module in model.named_modules():
         own = any(True for _ in module.parameters(recurse=False))
         if not own or name in roles or not any(_within(name, b) for b in blocks):
@@ -194,20 +196,20 @@ def _styles(
             found.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
         elif sequence:
             found.append((name, SequenceParallel(use_local_output=True)))
-    return found
+    return found, gathered
 
 
-def _gather(place: int | str) -> Any:
-    """The whole sequence as a DTensor, made once for all Linears inside."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import PrepareModuleInput
+def _gather(module: torch.nn.Module, mesh: DeviceMesh, place: int | str) -> None:
+    """The whole sequence as a DTensor, made once for all Linears inside; other arguments stay."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    if isinstance(place, str):
-        return PrepareModuleInput(
-            input_kwarg_layouts={place: Shard(1)}, desired_input_kwarg_layouts={place: Replicate()}
-        )
-    before = (None,) * place
-    return PrepareModuleInput(input_layouts=(*before, Shard(1)), desired_input_layouts=(*before, Replicate()))
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        given: Any = dict(enumerate(args)) | kwargs
+        cut = DTensor.from_local(given[place], mesh, [Shard(1)], run_check=False)
+        given[place] = cut.redistribute(placements=[Replicate()])
+        return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+
+    module.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def _parallelize(model: torch.nn.Module, name: str, mesh: DeviceMesh, style: Any) -> None:
