@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ class Block(nn.Module):
 
 
 class Deep(nn.Module):
-    def __init__(self, *, uneven: bool = False, collect: bool = False) -> None:
+    def __init__(self, *, depth: int = DEPTH, uneven: bool = False, collect: bool = False) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
-        self.blocks = nn.ModuleList(Block(16) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(16) for _ in range(depth))
         self.uneven, self.collect = uneven, collect
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,7 @@ class Deep(nn.Module):
         return self.head(torch.stack(kept).mean(0) if self.collect else x) * 1.0  # no view, for FSDP2's sake
 
 
-def job(**model: bool) -> Job:
+def job(**model: Any) -> Job:
     return Job(
         name="deep", build_model=lambda: Deep(**model), batch_size=4,
         make_batch=lambda step, seed: torch.zeros(4, 8, dtype=torch.long),
@@ -124,15 +125,26 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
     assert same(*(canonical(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))
 
 
+RECOMPUTED = (use("activation-checkpointing", every=1),)
+
+
 @pytest.mark.parametrize(
-    "used", [(), (use("activation-checkpointing", every=1),)], ids=["plain", "recomputed"]
+    ("schedule", "depth", "used"),
+    [
+        ("gpipe", 34, RECOMPUTED),  # 9 blocks on a stage: unrolled
+        ("1f1b", 34, ()),
+        ("gpipe", 6, ()),  # 2 or 1 on a stage: all are traced, for few micro-batches
+        ("1f1b", 18, RECOMPUTED),
+        ("1f1b", 4, ()),
+    ],
 )
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(schedule: str, used: tuple[Use, ...]) -> None:
+def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(
+    schedule: str, depth: int, used: tuple[Use, ...]
+) -> None:
     settings: dict[str, KnobValue] = {"stages": 4, "micro_batches": 12, "schedule": schedule, "virtual": 1}
     plan = Plan(ranks=4, uses=(*used, use("pipeline", **settings)))
     many = dataclasses.replace(
-        job(), batch_size=12, make_batch=lambda step, seed: torch.zeros(12, 8, dtype=torch.long)
+        job(depth=depth), batch_size=12, make_batch=lambda step, seed: torch.zeros(12, 8, dtype=torch.long)
     )
     ranks = (0, 1, 3)
     for rank, deep in zip(ranks, deep_traces(many, plan, ranks, device="cuda"), strict=True):
@@ -140,5 +152,6 @@ def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(schedule: str, used
         assert len(deep.ops) < len(whole.ops), "it fell back to tracing the whole pipeline"
         peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (deep, whole)]
         assert peaks[0] == peaks[1], rank
+        assert {a.module for a in deep.allocations} == {a.module for a in whole.allocations}
         flops = [sum(op.flops * n for op, n in step_ops(t)) for t in (deep, whole)]
         assert flops[0] == flops[1], rank

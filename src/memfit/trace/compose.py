@@ -14,7 +14,7 @@ from memfit.techniques.blocks import find_blocks
 from memfit.trace import tracer
 from memfit.trace.parallel import side_by_side
 from memfit.trace.shortened import Line, shortened
-from memfit.trace.unroll import Blocks, Mismatch, unroll
+from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -63,6 +63,7 @@ class _Deep:
     line: Line
     wanted: Blocks  # on the rank
     first_depth: int
+    flat: bool  # all blocks of the rank are fewer than two shallow traces have
 
     @staticmethod
     def of(job: Job, plan: Plan, rank: int, path: str, count: int) -> _Deep | None:
@@ -75,12 +76,19 @@ class _Deep:
         few = _first_depth(plan, period)
         few += (local - few) % period
         wanted = Blocks(path=path, first=first, count=local, period=period)
-        deep = _Deep(line=line, wanted=wanted, first_depth=few)
-        return deep if deep._is_worth(few) else None
+        flat = line.stages > 1 and local <= 2 * few + period
+        deep = _Deep(line=line, wanted=wanted, first_depth=few, flat=flat)
+        if flat:
+            worth = line.short_micros < line.micros and local * line.short_stages <= count
+        else:
+            worth = deep._is_worth(few)
+        return deep if worth else None
 
     def depths(self) -> range:
         """Blocks of the traces that may be made; each is unrolled to the next."""
         period = self.wanted.period
+        if self.flat:
+            return range(self.wanted.count, self.wanted.count + 1)
         return range(self.first_depth, self.first_depth + (_TRIES + 1) * period, period)
 
     def key(self, depth: int) -> Any:
@@ -88,6 +96,12 @@ class _Deep:
 
     def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
         line, wanted = self.line, self.wanted
+        if self.flat:
+            given = dataclasses.replace(wanted, first=line.short_stage * wanted.count)
+            try:
+                return line.filled(renumbered(kept[self.key(wanted.count)], given, wanted))
+            except Mismatch:
+                return tracer.trace(line.job, line.plan, rank=line.rank, **options)
         for depth, deeper in pairwise(self.depths()):
             if not self._is_worth(depth):
                 break

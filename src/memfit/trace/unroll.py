@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
 
@@ -27,6 +28,7 @@ class _Event:
 
 
 _Runs = list[tuple[int | None, list[_Event]]]
+_Made = TypeVar("_Made", Allocation, OpCall)
 
 
 @dataclasses.dataclass(slots=True)
@@ -92,6 +94,20 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
         for name in ("parameter_count", "trainable_count", "offloaded_bytes", "host_peak_bytes")
     }
     return dataclasses.replace(whole.trace, allocations=tuple(grown), **line)
+
+
+def renumbered(trace: Trace, given: Blocks, wanted: Blocks) -> Trace:
+    """The trace of as many blocks that have other numbers."""
+    assert given.count == wanted.count, (given, wanted)
+
+    def moved(made: _Made) -> _Made:
+        if given.period_of(made.module) is None:
+            return made
+        return dataclasses.replace(made, module=given.moved(made.module, wanted.first, 0))
+
+    return dataclasses.replace(
+        trace, allocations=tuple(map(moved, trace.allocations)), ops=tuple(map(moved, trace.ops))
+    )
 
 
 def _middle(shallow: Trace, deeper: Trace, given: Blocks) -> tuple[int, dict[int, int]]:
