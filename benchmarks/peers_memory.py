@@ -39,9 +39,11 @@ from peers.rows import (
 )  # fmt: skip
 from peers.table import page
 
+from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.store.environment import fingerprint
 from memfit.trace.tracer import trace
+from memfit.types.machine import Calibration
 
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "records" / "peers_memory.jsonl", HERE / "peers_memory.md"
@@ -101,17 +103,26 @@ def _with(peer: Peer, source: str, folder: Path, asked: Sequence[tuple[Row, Ques
         failed = "not installed: its repository is not a package; see --source"
     else:
         try:
-            told = ask(python_of(peer, folder), peer.name, source, [q for _, q in asked])
+            mine = [(row, q) for row, q in asked if peer.states or row["group"] != "states"]
+            told = ask(python_of(peer, folder), peer.name, source, [q for _, q in mine])
             version = told["version"]
-            for row, answer in zip((r for r, _ in asked), told["answers"], strict=True):
+            for row, answer in zip((r for r, _ in mine), told["answers"], strict=True):
                 row["answers"][peer.name] = answer
         except subprocess.TimeoutExpired:
             failed = f"it failed: no answer in {LIMIT_S:.0f} s"
         except subprocess.CalledProcessError as error:
             stage = "it failed" if "peers.ask" in error.cmd else "not installed"
-            failed = f"{stage}: {(error.stderr or str(error)).strip().splitlines()[-1][:160]}"
+            failed = f"{stage}: {_reason(error.stderr or str(error))}"
+        except (OSError, IndexError, ValueError) as error:
+            failed = f"it failed: {error}"
     print(f"{peer.name} {version}: {failed or 'asked'}", flush=True)
     return {"name": peer.name, "version": version, "failed": failed}
+
+
+def _reason(text: str) -> str:
+    """The last line that calls itself an error, of pip's or Python's many."""
+    lines = text.strip().splitlines()
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])[:160]
 
 
 def ask(python: str, peer: str, source: str, questions: Sequence[Question]) -> dict[str, Any]:
@@ -126,18 +137,22 @@ def ask(python: str, peer: str, source: str, questions: Sequence[Question]) -> d
     return told
 
 
-def _row(name: str, group: str, measured_bytes: float, memfit: dict[str, Any]) -> Row:
-    return {"name": name, "group": group, "measured_bytes": measured_bytes, "answers": {"memfit": memfit}}
+def _row(name: str, group: str, measured_bytes: float, memfit: Any, unprobed: Any = None) -> Row:
+    """``memfit``, ``unprobed``: an answer, or bytes."""
+    answers = {"memfit": memfit, **({} if unprobed is None else {"memfit-unprobed": unprobed})}
+    given = {k: v if isinstance(v, dict) else {"bytes": v, "missing": []} for k, v in answers.items()}
+    return {"name": name, "group": group, "measured_bytes": measured_bytes, "answers": given}
 
 
 def _one_process(only: str) -> list[tuple[Row, Question]]:
     questions = [q for q in cpu_questions() if only in q.name]
     if not questions:
         return []
-    truths, ours = (ask(sys.executable, who, "", questions)["answers"] for who in ("truth", "memfit"))
+    asked = ("truth", "memfit", "memfit-unprobed")
+    told = zip(*(ask(sys.executable, who, "", questions)["answers"] for who in asked), strict=True)
     return [
-        (_row(q.name, "one", truth["bytes"], told), q)
-        for q, truth, told in zip(questions, truths, ours, strict=True)
+        (_row(q.name, "one", truth["bytes"], *ours), q)
+        for q, (truth, *ours) in zip(questions, told, strict=True)
     ]
 
 
@@ -152,10 +167,13 @@ def _two_processes(only: str) -> list[tuple[Row, Question]]:
                 continue
             measured = [statistics.median(r["peaks"]["peak"] for r in rank[:SETTLED]) for rank in told]
             top = measured.index(max(measured))
-            peaks = truth.peaks(trace(load(row.ref), row.plan, rank=top, played=WHOLE))
-            memfit = {"name": row.name, "bytes": peaks["peak"], "missing": []}
-            found.append((_row(row.name, "ranks", measured[top], memfit), rank_question(row)))
-            print(row.name, memfit["bytes"] / measured[top] - 1, flush=True)
+            traced = trace(load(row.ref), row.plan, rank=top, played=WHOLE)
+            ours, bare = truth.peaks(traced), memory_profile(traced, Calibration()).peak_bytes
+            states = statistics.median(r["peaks"]["optimizer"] for r in told[top][:SETTLED])
+            question = rank_question(row)
+            found.append((_row(row.name, "ranks", measured[top], ours["peak"], bare), question))
+            found.append((_row(row.name, "states", states, ours["optimizer"]), question))
+            print(row.name, ours["peak"] / measured[top] - 1, ours["optimizer"] / states - 1, flush=True)
     return found
 
 

@@ -32,12 +32,11 @@ Mark = tuple[int, str]  # (events so far, phase that begins)
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Repeat:
     """One training. ``peaks``: highest live bytes by phase, and "peak" over all. ``inside``: a block that a
-    thread of gloo takes for its collective reaches the peak. ``states_bytes``: live when the last optimizer's
-    step begins. ``second_step``: its allocations and frees from its first forward on."""
+    thread of gloo takes for its collective reaches the peak. ``second_step``: its allocations and frees from
+    its first forward on."""
 
     settled: bool
     peaks: dict[str, int]
-    states_bytes: int
     inside: bool
     losses: list[float]
     second_step: list[int]
@@ -76,8 +75,7 @@ def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, set
     live = [v - base for v in itertools.accumulate(log.deltas_bytes, initial=log.start_bytes)]
     peaks = phase_peaks(live, marks)
     return Repeat(
-        settled=settled, peaks=peaks, states_bytes=live[max(at for at, p in marks if p == Phase.OPTIMIZER)],
-        inside=_highest_of_gloo(log, live) == peaks["peak"], losses=losses,
+        settled=settled, peaks=peaks, inside=_highest_of_gloo(log, live) == peaks["peak"], losses=losses,
         second_step=list(log.deltas_bytes[slice(*steps[1])]),
     )  # fmt: skip
 

@@ -148,10 +148,10 @@ def kitsune(question: Question, source: str) -> Answer:
         raise Refused("knows data parallelism only")
     with torch.device("meta" if question.build[0] == "facts" else "cpu"):
         model = module_of(question)
-    if facts and facts.weights == "bfloat16":
+    if facts and facts.weights == "bfloat16" and not facts.quantized:  # it divides float32 by 8 for 4 bits
         model = model.to(torch.bfloat16)
     if facts:
-        model = _of_floats(model)
+        model = _of_floats(model, masked=facts.gated)
     given = {"input_shape": question.shape, "dtype": question.compute}
     if facts and facts.lora_rank:
         roles = _LLAMA_NAMES if facts.gated else _NEOX_NAMES  # it asks for substrings of layers' names
@@ -173,8 +173,9 @@ def kitsune(question: Question, source: str) -> Answer:
     return found.total_bytes - found.overhead_bytes, missing
 
 
-def _of_floats(model: Any) -> Any:
-    """It makes inputs of floats, with which an embedding fails; so they are made whole numbers first."""
+def _of_floats(model: Any, *, masked: bool) -> Any:
+    """It makes inputs of floats, with which an embedding fails; so they are made whole numbers first. Hugging
+    Face's Llama asks its positions for values, which meta tensors have not, unless it is given a mask."""
     import torch
 
     class Words(torch.nn.Module):
@@ -183,7 +184,10 @@ def _of_floats(model: Any) -> Any:
             self.model = model
 
         def forward(self, words: torch.Tensor) -> Any:
-            return self.model(words.long())
+            if not masked:
+                return self.model(words.abs().long())
+            mask = torch.ones(words.shape[0], 1, words.shape[1], words.shape[1], device=words.device)
+            return self.model(words.abs().long(), attention_mask=mask.bool())
 
     return Words()
 
@@ -318,71 +322,72 @@ def fitcheck(question: Question, source: str) -> Answer:
 
 def mem_tracker(question: Question, source: str) -> Answer:
     """Peak of the tensors that a training step makes, on any module, by running it under a dispatch mode."""
-    import torch
-    from torch._subclasses import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.utils import _pytree
 
     from memfit.jobs.step import TrainingStep
 
-    if question.build[0] != "cpu":
-        raise Refused("of one process; it cannot make CUDA tensors without a build of torch for CUDA")
-    job, plan = _case(question)
+    def watched(job: Any, plan: Any, world: Any, tracker: Any) -> Any:
+        with tracker:  # so that it knows what ZeRO makes beside the module's own tensors
+            step = TrainingStep(job, plan, world=world)
+        batch, terms = step.local(job.make_batch(0, 0))
+        tracker.track_external(step.model, *_pytree.tree_leaves(batch))
+        return step, batch, terms
 
-    def tracked(fake: FakeTensorMode | None) -> int:
-        with fake or contextlib.nullcontext():
-            step, batch = TrainingStep(job, plan), job.make_batch(0, 0)
-            batch = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch) if fake else batch
-            tracker = MemTracker()
-            tracker.track_external(step.model, *_pytree.tree_leaves(batch))
-            with tracker:
-                for _ in range(2):
-                    tracker.reset_mod_stats()
-                    step.run(batch)
-            return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
-
-    try:
-        return tracked(FakeTensorMode(allow_non_fake_inputs=True)), []
-    except FOREIGN:  # values are asked for: it works on real tensors too, which means to run the step
-        return tracked(None), []
+    return _tracked(question, lambda *asked: (tracker := MemTracker(), watched(*asked, tracker)))
 
 
 def fsdp_tracker(question: Question, source: str) -> Answer:
     """Peak of a step of an FSDP2 model on one of the ranks, by running it under a dispatch mode."""
     import torch
-    import torch.distributed as dist
-    from torch._subclasses import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from torch.utils import _pytree
 
     from memfit.jobs.step import TrainingStep
+
+    if question.sharding != "fsdp2":
+        raise Refused("knows FSDP2 only")
+
+    def watched(job: Any, plan: Any, world: Any) -> Any:
+        step = TrainingStep(job, plan, world=world)
+        batch, terms = step.local(job.make_batch(0, 0))
+        tracker = FSDPMemTracker(step.model, cast(torch.optim.Optimizer, step.optimizer))
+        tracker.track_inputs((batch,))
+        return tracker, (step, batch, terms)
+
+    return _tracked(question, watched)
+
+
+def _tracked(question: Question, watched: Callable[[Any, Any, Any], Any]) -> Answer:
+    """Two steps on real tensors; ``watched`` makes (tracker, (step, batch, terms per rank)) of job, plan and
+    world. Of several ranks the first, on a process group that only pretends."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     from memfit.techniques.world import make_world
+    from memfit.types.trace import Phase
 
-    if question.sharding != "fsdp2" or question.build[0] != "ranks":
-        raise Refused("knows FSDP2; it cannot make CUDA tensors without a build of torch for CUDA")
-    import memory_truth_ranks
-    import rank_jobs
-
-    row = next(r for r in memory_truth_ranks.ROWS if r.name == question.name)
-    job = getattr(rank_jobs, row.job)()
-    dist.init_process_group("fake", rank=0, world_size=row.plan.ranks, store=FakeStore())
+    if question.build[0] == "facts":
+        raise Refused("runs the step itself; that of a published run asks for its GPUs")
+    if question.sharding == "ddp":
+        raise Refused("torch's process group that only pretends has no value for DDP's reduction")
+    job, plan = _case(question)
+    if question.ranks > 1:
+        dist.init_process_group("fake", rank=0, world_size=question.ranks, store=FakeStore())
     try:
-        world = make_world(row.plan, rank=0, device="cpu")
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            step = TrainingStep(job, row.plan, world=world)
-            part, terms = step.local(job.make_batch(0, 0))
-            part = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
-            tracker = FSDPMemTracker(step.model, cast(torch.optim.Optimizer, step.optimizer))
-            tracker.track_inputs((part,))
-            with tracker:
-                for _ in range(2):
-                    tracker.reset_mod_stats()
-                    step.run(part, terms_per_rank=terms)
-            snapshot = tracker.get_tracker_snapshot("peak")
+        tracker, (step, batch, terms) = watched(job, plan, make_world(plan, rank=0, device="cpu"))
+
+        def on_phase(phase: Phase) -> None:
+            if phase is Phase.FORWARD:
+                tracker.reset_mod_stats()
+
+        with tracker:
+            for _ in range(2):
+                step.run(batch, on_phase, terms_per_rank=terms)
+        return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]), []
     finally:
-        dist.destroy_process_group()
-    return int(snapshot[torch.device("cpu")]["Total"]), []
+        if question.ranks > 1:
+            dist.destroy_process_group()
 
 
 # -- memfit and the truth
@@ -407,7 +412,23 @@ def memfit(question: Question, source: str) -> Answer:
     return memory_profile(*_predicted(job, plan, {}, _counter())).peak_bytes, []
 
 
+def unprobed(question: Question, source: str) -> Answer:
+    """A trace on fake tensors: no kernel runs."""
+    from memfit.cost.memory import memory_profile
+    from memfit.trace.tracer import trace
+    from memfit.types.machine import Calibration
+
+    job, plan = _case(question)
+    return memory_profile(trace(job, plan, steps=2), Calibration()).peak_bytes, []
+
+
 def _case(question: Question) -> tuple[Any, Any]:
+    if question.build[0] == "ranks":
+        import memory_truth_ranks
+        import rank_jobs
+
+        row = next(r for r in memory_truth_ranks.ROWS if r.name == question.name)
+        return getattr(rank_jobs, row.job)(), row.plan
     from peers.rows import case_named, job_of
 
     case = case_named(question.build[1])
@@ -441,7 +462,7 @@ PEERS: dict[str, Callable[[Question, str], Answer]] = {
     "accelerate": accelerate, "deepspeed": deepspeed, "MemTracker": mem_tracker,
     "FSDPMemTracker": fsdp_tracker, "torch-kitsune": kitsune, "llm-analysis": llm_analysis,
     "eleutherai": eleutherai, "fitcheck-llm": fitcheck,
-    "truth": truth, "memfit": memfit, "memfit-published": memfit_published,
+    "truth": truth, "memfit": memfit, "memfit-unprobed": unprobed, "memfit-published": memfit_published,
 }  # fmt: skip
 DISTRIBUTIONS = {"MemTracker": "torch", "FSDPMemTracker": "torch"}
 

@@ -23,6 +23,7 @@ class Peer:
     called: str
     packages: list[str] = dataclasses.field(default_factory=list)
     source: str = ""
+    states: bool = False
 
 
 PEERS = tuple(Peer(**told) for told in _FILE["peer"])
@@ -39,17 +40,8 @@ def python_of(peer: Peer, folder: Path) -> str:
         own = sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)})
         (Path(own) / "behind.pth").write_text(sysconfig.get_path("purelib"))
         env = {**os.environ, "DS_BUILD_OPS": "0"}
-        for package in peer.packages:
-            command = [
-                str(python),
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--no-deps",
-                "--no-build-isolation",
-                package,
-            ]
+        for package in ("setuptools", "wheel", *peer.packages):  # some are built here, beside torch
+            command = [str(python), "-m", "pip", "install", "-q", "--no-build-isolation", package]
             subprocess.run(command, check=True, capture_output=True, text=True, env=env)
         done.touch()
     return str(python)

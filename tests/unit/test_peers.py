@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import peers_memory
 from peers import ask
 from peers.facts import Facts, Question, from_json, to_json
 from peers.install import CAVEATS, PEERS, Peer
@@ -63,21 +65,21 @@ def test_the_page_tells_a_goal_that_is_not_met_and_a_peer_that_is_not_installed(
     record = {"created": "now", "environment": {}, "peers": named, "rows": rows}
     text = page(record, [Peer(name="fake", says="all", called="by name")], ["first"], "run me")
     lines = text.splitlines()
-    assert "| fake | 3 | 20.00 % | 50.0 % | 0.400 | 2.00 % | 10.0 % | 0.2 | **no** |" in lines
-    assert "| gone | 0 | - | - | - | - | - | 0.2 | - |" in lines
+    assert "| fake | 3 | 20.00 % | 20.00 % | 50.0 % | 0.400 | 2.00 % | 10.0 % | 0.2 | **no** |" in lines
+    assert "| gone | 0 | - | - | - | - | - | - | 0.2 | - |" in lines
     assert "| fake | 1 | 4 | 1 | 1 | knows one device only (1); prefetch (1) |" in lines
     assert "| gone |  | 0 | 0 | 6 | not installed: x |" in lines
     assert "| memfit |  | 5 | 0 | 1 | not yet (1) |" in lines
-    assert "| c | 100 B | +4.00 % | (+400 %) | - |" in lines
-    assert "| e | 100 B | refused | +900.0 % | - |" in lines
+    assert "| c | 100 B | +4.00 % | (+400 %) |" in lines
+    assert "| e | 100 B | refused | +900.0 % |" in lines
 
 
 def test_memtracker_need_not_be_beaten_by_five() -> None:
     rows = [_row("a", "one", 101, MemTracker=102, other=102)]
     named = [{"name": n, "version": "", "failed": ""} for n in ("MemTracker", "other")]
     text = page({"created": "", "environment": {}, "peers": named, "rows": rows}, [], [], "")
-    assert "| MemTracker | 1 | 1.00 % | 2.0 % | 0.500 | 1.00 % | 2.0 % | 1 | yes |" in text
-    assert "| other | 1 | 1.00 % | 2.0 % | 0.500 | 1.00 % | 2.0 % | 0.2 | **no** |" in text
+    assert "| MemTracker | 1 | 1.00 % | 1.00 % | 2.0 % | 0.500 | 1.00 % | 2.0 % | 1 | yes |" in text
+    assert "| other | 1 | 1.00 % | 1.00 % | 2.0 % | 0.500 | 1.00 % | 2.0 % | 0.2 | **no** |" in text
 
 
 def test_questions_cross_the_process_boundary_unchanged() -> None:
@@ -118,6 +120,34 @@ def test_a_peer_that_refuses_or_fails_gives_no_number(monkeypatch: pytest.Monkey
 
 
 def test_every_peer_is_asked_and_told_of() -> None:
-    assert {p.name for p in PEERS} == ask.PEERS.keys() - {"truth", "memfit", "memfit-published"}
+    assert {p.name for p in PEERS} == {p for p in ask.PEERS if p != "truth" and not p.startswith("memfit")}
     assert all(p.says and p.called for p in PEERS)
     assert CAVEATS
+
+
+def test_states_are_scored_apart_and_predictions_without_kernels_are_shown() -> None:
+    rows = [_row("a", "ranks", 101, fake=150), _row("a", "states", 102, fake=110)]
+    rows[0]["answers"]["memfit-unprobed"] = {"bytes": 90, "missing": []}
+    named = [{"name": n, "version": "1", "failed": ""} for n in ("fake", "idle")]
+    text = page({"created": "", "environment": {}, "peers": named, "rows": rows}, [], [], "")
+    assert "| fake | 1 | 1.00 % | 10.00 % | 50.0 % | 0.020 | 1.00 % | 50.0 % | 0.2 | yes |" in text
+    assert "| · states | 1 | 2.00 % | 2.00 % | 10.0 % | 0.200 | 2.00 % | 10.0 % | 0.2 | yes |" in text
+    assert "| fake | 1 | 1 | 0 | 0 |  |" in text  # coverage: of runs, each once
+    assert "| run | measured | memfit | no kernel run | fake |" in text  # no column for who says nothing
+
+
+def test_a_peer_that_cannot_be_installed_is_told_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = "Looking in links\nERROR: No matching distribution found for fake\n\nhint: see above\n"
+
+    def refuse(command: list[str], **_: Any) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr=told)
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    peer = Peer(name="fake", says="", called="", packages=["fake"])
+    assert peers_memory._with(peer, "", tmp_path, [])["failed"] == (
+        "not installed: ERROR: No matching distribution found for fake"
+    )
+    needed = peers_memory._with(dataclasses.replace(peer, source="needed"), "", tmp_path, [])
+    assert needed["failed"].startswith("not installed: its repository is not a package")
