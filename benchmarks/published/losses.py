@@ -17,11 +17,12 @@ class Loss:
     backward), "chunked" (litgpt with adapters: head and loss over 128 positions at a time), "split" (litgpt
     without: one head, its shifted logits copied, the loss over 128 rows at a time), "plain" (logits in their
     own type), "float" (titan: one float32 copy), "compiled" (titan since spring 2025: no float32 copy),
-    "shift-12" and "shift-14" (Hugging Face before and from 4.46: a float32 copy, its shifted copy; then also
-    the half-precision logits), "fused-linear" (Liger: a few rows of logits at a time), "fast" (unsloth's
-    kernel: gradients overwrite the logits). Chunks and outputs that the loop's variables hold stay until the
-    next step overwrites them; ``alone``: what the step before holds does not count, its samples were much
-    shorter."""
+    "eighths" (torchtune since autumn 2024: head and loss over an eighth of the positions at a time),
+    "eighths-compiled" (no float32 copies either), "shift-12" and "shift-14" (Hugging Face before and from
+    4.46: a float32 copy, its shifted copy; then also the half-precision logits), "fused-linear" (Liger: a few
+    rows of logits at a time), "fast" (unsloth's kernel: gradients overwrite the logits). Chunks and outputs
+    that the loop's variables hold stay until the next step overwrites them; ``alone``: what the step before
+    holds does not count, its samples were much shorter."""
 
     def __init__(self, kind: str, *, alone: bool = False) -> None:
         self.kind, self.alone = kind, alone
@@ -82,6 +83,17 @@ class Loss:
     def _outside_float(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    def _inside_eighths(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> Any:
+        return [head(part) for part in hidden.chunk(8, dim=1)]
+
+    _inside_eighths_compiled = _inside_eighths
+
+    def _outside_eighths(self, chunks: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        return _total(chunks, targets, lambda c, t: functional.cross_entropy(c.float(), t, reduction="sum"))
+
+    def _outside_eighths_compiled(self, chunks: list[torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        return _total(chunks, targets, lambda c, t: _Compiled.apply(c))
+
     def _outside_compiled(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return _Compiled.apply(logits.flatten(0, 1))  # type: ignore[no-any-return,no-untyped-call]
 
@@ -103,6 +115,12 @@ class Loss:
     ) -> torch.Tensor:
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
         return FusedLinear.apply(hidden.flatten(0, 1), weight, targets.flatten())  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _total(chunks: list[torch.Tensor], targets: torch.Tensor, one: Any) -> torch.Tensor:
+    pairs = zip(chunks, targets.chunk(8, dim=1), strict=True)
+    total: torch.Tensor = sum(one(c.reshape(-1, c.shape[-1]), t.reshape(-1)) for c, t in pairs)
+    return total / targets.numel()
 
 
 def _widened(logits: Any) -> Any:

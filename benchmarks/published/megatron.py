@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from memfit.types.job import Job
 from published.arch import Arch, Moe
@@ -22,7 +24,9 @@ from published.rows import Setup
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What one rank works on. ``length``: of a sequence here, before sequence parallelism splits it."""
+    """What one rank works on. ``length``: of a sequence here, before sequence parallelism splits it.
+    ``float8``: linear layers keep their inputs in one byte. ``recompute``: attention's insides run again in
+    backward."""
 
     length: int
     batch: int
@@ -32,6 +36,8 @@ class Shape:
     experts_here: int
     flash: bool
     dtype: torch.dtype
+    float8: bool = False
+    recompute: bool = False
 
     @property
     def rows(self) -> int:
@@ -66,44 +72,58 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: Weight, shape: Shape, gather: bool, scatter: bool
     ) -> torch.Tensor:
         ctx.layer, ctx.shape, ctx.gather, ctx.scatter = layer, shape, gather, scatter
-        given = torch.empty_like(x) if layer.norm else x
+        ctx.like = x.new_empty(0)
+        kept = torch.uint8 if shape.float8 else x.dtype
+        given = torch.empty_like(x, dtype=kept) if layer.norm or shape.float8 else x
         statistics = x.new_empty(x.shape[0], dtype=torch.float32) if layer.norm else None
-        ctx.save_for_backward(x, given, statistics)
-        total = x.new_empty(shape.whole_rows, x.shape[1]) if gather else given
-        out = total @ layer.weight.t()
+        ctx.save_for_backward(x if layer.norm else None, given, statistics)
+        total = given.new_empty(shape.whole_rows, x.shape[1]) if gather else given
+        out = _product(total, layer.weight.t(), x.dtype)
         del total
         return out.new_empty(shape.rows, out.shape[1]) if scatter else out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, given, _ = ctx.saved_tensors
+        _, given, _ = ctx.saved_tensors
         layer, shape = ctx.layer, ctx.shape
         grad = grads[0].new_empty(shape.whole_rows, grads[0].shape[1]) if ctx.scatter else grads[0]
+        if shape.float8:
+            grad = torch.empty_like(grad, dtype=torch.uint8)
         total = given.new_empty(shape.whole_rows, given.shape[1]) if ctx.gather else given
-        out = grad @ layer.weight
+        out = _product(grad, layer.weight, ctx.like.dtype)
         layer.scrap()
         del total
         if ctx.gather:
-            out = x.new_empty(x.shape)
-        return (torch.empty_like(x) if layer.norm else out), None, None, None, None
+            out = ctx.like.new_empty(given.shape)
+        return (torch.empty_like(out) if layer.norm else out), None, None, None, None
+
+
+def _product(x: torch.Tensor, weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    return x @ weight if x.dtype == dtype else x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
 
 
 class _Attention(torch.autograd.Function):
     """Fused attention: query, key, value, output and one float32 per head and row are kept. ``apart``: the
-    output is exchanged between context-parallel ranks, and kept from before as well."""
+    output is exchanged between context-parallel ranks, and kept from before as well. ``again``: it runs a
+    second time in backward, and what it gives is not kept here."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool
-    ) -> torch.Tensor:
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool,
+        again: bool,
+    ) -> torch.Tensor:  # fmt: skip
         out = q.new_empty(q.shape[0], width)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[0], heads, dtype=torch.float32))
+        statistics = q.new_empty(q.shape[0], heads, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, *(() if again else (out, statistics)))
         return torch.empty_like(out) if apart else out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, _, _ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None, None
+        q, k, v, *kept = ctx.saved_tensors
+        out = None if kept else torch.empty_like(grads[0])
+        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        del out
+        return *found, None, None, None, None
 
 
 class _Split(torch.autograd.Function):
@@ -300,8 +320,12 @@ class Layer(nn.Module):
     def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int) -> torch.Tensor:
         heads = self.arch.heads // self.shape.tensor
         if self.shape.flash:
-            out: torch.Tensor = _Attention.apply(q, k, v, heads, width, self.shape.context > 1)
+            out: torch.Tensor = _Attention.apply(
+                q, k, v, heads, width, self.shape.context > 1, self.shape.recompute
+            )
             return out
+        if self.shape.recompute:
+            return checkpoint(_unfused, q, k, v, heads, self.shape, use_reentrant=False)  # type: ignore[no-any-return]
         return _unfused(q, k, v, heads, self.shape)
 
     def _attend_latent(self, x: torch.Tensor) -> torch.Tensor:
@@ -408,6 +432,7 @@ class Stage:
     shards: int
     expert_shards: int
     grad_bytes: int
+    copy_bytes: int = 0  # of a weight of a block, kept in float8 beside it from one micro-batch to the next
 
     def claim(self, model: Rank) -> None:
         """Gradient buffer, float32 master and the two moments."""
@@ -422,6 +447,8 @@ class Stage:
         model.register_buffer("other_chunks", torch.empty(more))
         grads = torch.empty((dense + more + expert) * self.grad_bytes, dtype=torch.uint8)
         model.register_buffer("gradients", grads)
+        copies = torch.empty((blocks + more) * self.copy_bytes, dtype=torch.uint8)
+        model.register_buffer("float8_copies", copies)
         own = -(-(dense + more) // self.shards) + -(-expert // self.expert_shards)
         model.register_buffer("optimizer_state", torch.empty(3 * own, dtype=torch.float32))
 
@@ -433,6 +460,8 @@ def stages_of(setup: Setup, arch: Arch) -> list[Stage]:
     data = setup.ranks["dp"] * setup.ranks["cp"]
     zero = setup.sharding in ("zero1", "zero2")
     text = f"{setup.row['notes']} {setup.row['attn_impl']}".lower()
+    bridge = _bridge(setup)
+    whole = bridge or re.search(r"fp8[- _]param", text)  # float8 is all there is of a weight, both ways round
     found = []
     for rank in sorted({0, degree - 1}):
         warmup = (degree - rank - 1) * 2 + (virtual - 1) * degree if virtual > 1 else degree - rank - 1
@@ -440,11 +469,19 @@ def stages_of(setup: Setup, arch: Arch) -> list[Stage]:
             Stage(
                 layers=range(rank * each, min(arch.layers, (rank + 1) * each)), chunks=virtual,
                 in_flight=min(warmup + 1, setup.micro_batches * virtual), first=rank == 0,
-                last=rank == degree - 1, fused_loss="ce fusion" in text, shards=data if zero else 1,
-                expert_shards=max(1, data // setup.ranks["ep"]) if zero else 1, grad_bytes=4,
+                last=rank == degree - 1, fused_loss=bridge or "ce fusion" in text, shards=data if zero else 1,
+                expert_shards=max(1, data // setup.ranks["ep"]) if zero else 1, grad_bytes=2 if bridge else 4,
+                copy_bytes=2 if setup.float8 and not whole else 0,
             )
         )  # fmt: skip
     return found
+
+
+def _bridge(setup: Setup) -> bool:
+    """Megatron-Bridge's recipes for performance reduce gradients in bfloat16, fuse the loss, and gather
+    float8 weights (perf_recipes/_common.py, training/mixed_precision.py)."""
+    text = " ".join(setup.row[c] for c in ("group", "software", "source")).lower()
+    return bool(re.search(r"megatron-?\s?bridge", text))
 
 
 def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
@@ -455,7 +492,8 @@ def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
         length=setup.length // setup.ranks["cp"], batch=setup.micro_batch, tensor=setup.ranks["tp"],
         sequence_parallel=setup.sequence_parallel, context=setup.ranks["cp"],
         experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
-        flash="unfused" not in attention, dtype=dtype,
+        flash="unfused" not in attention, dtype=dtype, float8=setup.float8,
+        recompute=setup.recompute == "attention",
     )  # fmt: skip
     return [_job(setup, arch, shape, stage) for stage in stages_of(setup, arch)]
 

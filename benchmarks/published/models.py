@@ -16,7 +16,7 @@ from published.arch import Arch
 from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
 from published.evoformer import stack_job
 from published.losses import Loss
-from published.rows import Setup, before_torch_2
+from published.rows import Setup, before_torch_2, when
 from published.vision import vit_job
 
 _DIALECTS = {
@@ -127,17 +127,23 @@ def default_dtype(name: str) -> Iterator[None]:
 
 
 def _loss_kind(setup: Setup) -> str:
-    text = " ".join(setup.row.get(c, "") for c in ("notes", "extra_arch", "method")).lower()
+    told = when(setup.row)
     if setup.code == "litgpt":
         return "chunked" if setup.lora else "split"
     if setup.code == "thunder":
         return "plain"
-    if setup.code in ("titan", "tune"):
-        software = setup.row["software"].lower()
-        if re.search(r"\b(jan|feb|mar|apr)[a-z]*\b.*2024", software):
+    if setup.code == "titan":
+        if told is not None and told < (2024, 5):
             return "float-held"
-        recent = re.search(r"dev2025(0[4-9]|1)|2025-?(0[4-9]|1)|torch 2\.([89]|1\d)", software)
-        return "compiled" if setup.compiled and recent else "float"
+        return "compiled" if setup.compiled and told is not None and told >= (2025, 4) else "float"
+    if setup.code == "tune":
+        eighths = "eighths-compiled" if setup.compiled else "eighths"
+        return "float" if told is not None and told < (2024, 9) else eighths
+    return _hugging_face_loss(setup)
+
+
+def _hugging_face_loss(setup: Setup) -> str:
+    text = " ".join(setup.row.get(c, "") for c in ("notes", "extra_arch", "method")).lower()
     if re.search(r"liger|fused linear|chunked nll", text) and "fast ce" not in text.replace(
         "fast ce, rope", ""
     ):

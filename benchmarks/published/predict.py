@@ -21,7 +21,7 @@ from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.trace import Phase, Trace
 from published.megatron import rank_jobs
 from published.models import job_of
-from published.rows import Setup, before_torch_2, card_bytes
+from published.rows import Setup, before_torch_2, card_bytes, when
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def _autocast(setup: Setup) -> bool:
 
 
 def _optimizer(setup: Setup) -> list[Use]:
-    if setup.optimizer not in ("adamw", "adamw-8bit", "adamw-4bit", "adafactor", "sgd"):
+    if setup.optimizer not in ("adamw", "adamw-8bit", "adamw-4bit", "adamw-paged", "adafactor", "sgd"):
         raise UserError(f"the optimizer {setup.optimizer} is not expressed")
     uses: list[Use] = []
     if setup.optimizer != "adamw":
@@ -92,8 +92,11 @@ def _optimizer(setup: Setup) -> list[Use]:
 
 
 def _graphs(setup: Setup) -> str:
-    """torchtitan and torchtune compile blocks; others the model, which the hooks of sharding break up."""
-    if setup.code not in ("thunder", "vision", "litgpt"):
+    """torchtitan (since May 2024) and torchtune compile blocks; others the model, which the hooks of sharding
+    break up."""
+    told = when(setup.row)
+    whole = setup.code == "titan" and told is not None and told < (2024, 6)
+    if setup.code not in ("thunder", "vision", "litgpt") and not whole:
         return "blocks"
     return "model" if setup.ranks["dp"] == 1 else "parts"
 
@@ -104,9 +107,10 @@ def _sharding(setup: Setup) -> list[Use]:
     if setup.lora is not None and setup.lora.base:
         raise UserError("how the ranks share a 4-bit base is not expressed")
     if setup.sharding in ("fsdp1", "fsdp2"):
+        units, reshard = _groups(setup)
         options: dict[str, Any] = {
             "precision": "bf16" if setup.parameters == "float32" else "as-is",
-            "reshard": setup.reshard, "units": "parts" if setup.code == "thunder" else "blocks",
+            "reshard": setup.reshard and reshard, "units": units,
             "prefetch": 1, "replicas": 1, "offload": "parameters" in setup.offload, "sync": "every",
         }  # fmt: skip
         return [use("fsdp2", **options)]
@@ -116,6 +120,19 @@ def _sharding(setup: Setup) -> list[Use]:
     if setup.sharding in ("zero1", "zero2", "zero3"):
         return [_zero(setup)]
     raise UserError("how the data-parallel ranks share the model is not in the row")
+
+
+def _groups(setup: Setup) -> tuple[str, KnobValue]:
+    """(what is gathered together, what is freed after forward). torch before June 2025 and FSDP1 never freed
+    what lies beside the blocks; torchtitan keeps the last block (parallelize_llama.py), and since July 2025
+    the embedding, the blocks, and norm and head are groups, of which the last is kept."""
+    told = when(setup.row)
+    if setup.code == "thunder":
+        return "parts", True
+    if setup.code == "titan":
+        return "blocks" if told is not None and told < (2025, 8) else "ends", "not-last"
+    old = setup.sharding == "fsdp1" or (told is not None and told < (2025, 6))
+    return "blocks", "blocks" if old else True
 
 
 def _zero(setup: Setup) -> Use:
@@ -277,9 +294,10 @@ def _card(name: str) -> Device | None:
 
 
 def _expandable(setup: Setup) -> bool:
-    """torchtitan's launcher has asked for expandable segments since late 2024 (run_train.sh)."""
-    early = re.search(r"mar-apr 2024|mid-2024", setup.row["software"].lower())
-    return "expandable segments on" in setup.row["notes"].lower() or (setup.code == "titan" and not early)
+    """torchtitan's launcher has asked for expandable segments since October 2024 (run_train.sh)."""
+    told = when(setup.row)
+    recent = told is None or told >= (2024, 10)
+    return "expandable segments on" in setup.row["notes"].lower() or (setup.code == "titan" and recent)
 
 
 def _recomputed(setup: Setup) -> Plan:

@@ -203,12 +203,14 @@ def _optimizer(text: str) -> str:
         return "adafactor"
     if "lion" in text and "adamw" not in text:
         return "lion"
+    if "paged" in text:
+        return "adamw-paged"
     for bits in ("8", "4"):
         if re.search(rf"{bits}-?bit", text):
             return f"adamw-{bits}bit"
     if re.search(r"\bsgd\b", text):
         return "sgd"
-    return "paged-adamw" if "paged" in text else "adamw"
+    return "adamw"
 
 
 def _fused(row: Mapping[str, str], code: str) -> bool:
@@ -314,9 +316,40 @@ def _decimal(row: Mapping[str, str], column: str) -> float:
         raise UserError(f"{column} is no number: {row[column]!r}") from None
 
 
+# Stable releases of torch, from its release notes: (minor of 2, year, month).
+_TORCH_2 = (
+    (0, 2023, 3), (1, 2023, 10), (2, 2024, 1), (3, 2024, 4), (4, 2024, 7), (5, 2024, 10), (6, 2025, 1),
+    (7, 2025, 4), (8, 2025, 8), (9, 2025, 10), (10, 2026, 1),
+)  # fmt: skip
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_SEASONS = {"early": 2, "mid": 6, "late": 11}
+
+
+def when(row: Mapping[str, str]) -> tuple[int, int] | None:
+    """(year, month) of the software, from dates or torch's version in the row; None: not told."""
+    for text in (row["software"].lower(), row["group"].lower(), row["source"].lower()):
+        if found := re.search(
+            r"(20[12]\d)[-.]?([01]\d)(?!\d)[-.]?", re.sub(r"dev(20\d{4})\d\d", r"\1", text)
+        ):
+            return int(found[1]), int(found[2])
+        if found := re.search(rf"\b({'|'.join(_MONTHS)})[a-z]*\.?\s+(20[12]\d)\b", text):
+            return int(found[2]), _MONTHS.index(found[1]) + 1
+        if found := re.search(r"\b(early|mid|late)[- ](20[12]\d)\b", text):
+            return int(found[2]), _SEASONS[found[1]]
+        if found := re.search(r"torch\s*2\.(\d+)(?:\.\d+)?(a0|\.?dev)?", text):
+            minor = int(found[1]) - (1 if found[2] else 0)  # built before that release: after the one before
+            return next(((y, m) for n, y, m in reversed(_TORCH_2) if n <= minor), None)
+        if found := re.search(r"\b(20[12]\d)\b", text):
+            return int(found[1]), 6
+    return None
+
+
 def before_torch_2(setup: Setup) -> bool:
     """torch 2.0 came in March 2023: foreach optimizers on CUDA, gradients set to None."""
-    return bool(re.search(r"torch 1\.|20(19|20|21|22)\b", setup.row["software"].lower()))
+    told = when(setup.row)
+    return bool(re.search(r"torch 1\.", setup.row["software"].lower())) or (
+        told is not None and told < (2023, 3)
+    )
 
 
 def card_bytes(row: Mapping[str, str]) -> float:

@@ -41,32 +41,47 @@ def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
     policy = str(settings["keep"])
-    kept = list(_kept_operators(policy))
+    kept = frozenset(_kept_operators(policy))
+    judge = functools.partial(_every_second if policy == "every-second-matmul" else _all_of, kept)
     _, blocks = find_blocks(bench.model, bench.job.blocks)
     for block in blocks:
-        if policy == "every-second-matmul":
-            _wrap(block, context_fn=lambda: create_selective_checkpoint_contexts(_every_second(kept)))
-        else:
-            _wrap(block, context_fn=functools.partial(create_selective_checkpoint_contexts, kept))
+        region = getattr(block.forward, "region", None)
+        if region is None:
+            _wrap(block, context_fn=functools.partial(_contexts, judge))
+        else:  # a compiled block's graph is cut with the policy in mind
+            region.recompute = judge
 
 
-def _every_second(kept: list[Any]) -> Callable[..., Any]:
-    """torchtitan's policy: of the products of one call only every second is kept, the first, the third..."""
-    import torch
-    from torch.utils.checkpoint import CheckpointPolicy
+def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    seen = {True: 0, False: 0}  # by whether it is the recomputation
+    keeps = {True: judge(), False: judge()}  # by whether it is the recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        product = op is torch.ops.aten.mm.default
-        seen[context.is_recompute] += product
-        save = op in kept and not (product and seen[context.is_recompute] % 2 == 0)
-        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+        saved = keeps[context.is_recompute](op)
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _all_of(kept: frozenset[Any]) -> Callable[[Any], bool]:
+    return kept.__contains__
+
+
+def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
+    """torchtitan's policy: of the products of one call only every second is kept, the first, the third..."""
+    import torch
+
+    seen = 0
+
+    def keeps(op: Any) -> bool:
+        nonlocal seen
+        product = op is torch.ops.aten.mm.default
+        seen += product
+        return op in kept and not (product and seen % 2 == 0)
+
+    return keeps
 
 
 def _kept_operators(policy: str) -> Iterable[Any]:

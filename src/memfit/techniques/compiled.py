@@ -40,6 +40,7 @@ def _calling(region: Callable[..., Any], inner: Callable[..., Any]) -> Callable[
     def forward(*args: Any, **kwargs: Any) -> Any:
         return region(*args, **kwargs)
 
+    forward.region = region  # type: ignore[attr-defined]  # selective recomputation goes inside
     return forward
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memfit.techniques.base import Knob, OptimizerLike, Space, Technique, Workbench
+from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.techniques.blocks import find_blocks
+from memfit.techniques.optimizers import stepping_on_host
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
     import torch
 
-_YES_NO = (True, False)
 _SYNC = Knob(
     name="sync",
     default="every",
@@ -76,18 +76,19 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     offload = CPUOffloadPolicy(pin_memory=pinned) if settings["offload"] else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": mesh,
-        "reshard_after_forward": bool(settings["reshard"]),
         "mp_policy": _precision(str(settings["precision"])),
         "offload_policy": offload,
         "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
     }
     with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
-        apart = _blocks(bench) + (_beside(bench) if settings.get("units") == "parts" else [])
-        groups = [fully_shard(module, **options) for module in apart]
-        root: Any = fully_shard(bench.model, **options)
+        groups = [
+            fully_shard(modules, reshard_after_forward=reshard, **options)
+            for modules, reshard in _groups(bench, str(settings.get("units")), settings["reshard"])
+        ]
+        root: Any = groups.pop()
     if settings["offload"]:
         _optimize_on_host(bench)
-    _prefetch(groups, int(settings["prefetch"]))
+    _prefetch([g for g in groups if not isinstance(g, list)], int(settings["prefetch"]))
 
     def choose(last: bool) -> None:
         root.set_is_last_backward(last)
@@ -100,18 +101,8 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _optimize_on_host(bench: Workbench) -> None:
     make = bench.make_optimizer
 
-    def placed(params: list[torch.nn.Parameter]) -> OptimizerLike:
-        optimizer = make(params)
-        step = optimizer.step
-
-        def on_host() -> None:
-            with bench.place("host"):
-                step()
-
-        optimizer.step = on_host  # type: ignore[method-assign]
-        return optimizer
-
-    bench.make_optimizer, bench.gradients_on = placed, "host"
+    bench.make_optimizer = lambda params: stepping_on_host(bench, make(params))
+    bench.gradients_on = "host"
 
 
 def _with_context(bench: Workbench) -> Any:
@@ -134,14 +125,34 @@ def _blocks(bench: Workbench) -> list[Any]:
         return []  # the whole model is one group
 
 
-def _beside(bench: Workbench) -> list[Any]:
-    """The root's own modules that have parameters and hold no blocks: embedding, last norm, head."""
-    inside = {m for block in _blocks(bench) for m in block.modules()}
-    return [
-        m
-        for m in bench.model.children()
-        if next(m.parameters(), None) is not None and not inside & set(m.modules())
-    ]
+def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
+    """What is gathered together, and whether it is freed after forward; the root, with what is left, last."""
+    blocks = _blocks(bench)
+    before, after = _beside(bench, blocks)
+    apart: list[Any] = list(blocks)
+    if units == "parts":
+        apart += before + after
+    elif units == "ends":
+        apart = [*before, *blocks, after] if after else [*before, *blocks]
+    free = [reshard is not False] * len(apart)
+    if reshard == "not-last" and apart:
+        free[-1] = False
+    return [*zip(apart, free, strict=True), (bench.model, reshard is True)]
+
+
+def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The root's own modules that have parameters and hold no blocks: those before the blocks (embedding)
+    and those after them (last norm, head)."""
+    inside = {m for block in blocks for m in block.modules()}
+    before: list[Any] = []
+    after: list[Any] = []
+    now = before
+    for module in bench.model.children():
+        if inside & set(module.modules()):
+            now = after
+        elif next(module.parameters(), None) is not None:
+            now.append(module)
+    return before, after
 
 
 def _precision(name: str) -> Any:
@@ -191,11 +202,22 @@ FSDP2 = Technique(
     order=90,
     slot="data-parallel",
     knobs=(
-        Knob(name="reshard", default=True, doc="free gathered parameters after forward", choices=_YES_NO),
+        Knob(
+            name="reshard",
+            default=True,
+            doc="free gathered parameters after forward; blocks: of blocks only, as torch before 2.8; "
+            "not-last: nor of the last block",
+            choices=(True, False, "blocks", "not-last"),
+        ),
         Knob(name="precision", default="as-is", doc="of gathered parameters", choices=("as-is", "bf16")),
         Knob(name="prefetch", default=1, doc="groups gathered ahead"),
         Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
-        Knob(name="units", default="blocks", doc="gathered apart", choices=("blocks", "parts")),
+        Knob(
+            name="units",
+            default="blocks",
+            doc="gathered apart; ends: also what lies before the blocks, and together what lies after them",
+            choices=("blocks", "parts", "ends"),
+        ),
         Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
         _SYNC,
     ),

@@ -39,10 +39,13 @@ _REDUCTIONS = frozenset(
 
 
 class Region:
-    """A module's call through its two graphs. ``graphs`` is shared by the regions of one model."""
+    """A module's call through its two graphs. ``graphs`` is shared by the regions of one model.
+    ``recompute``, where the module is checkpointed inside of what is compiled: a function that makes a fresh
+    judge of which operators, in the order of forward, are kept."""
 
     def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any]) -> None:
         self.module, self.graphs, self.inner = module, graphs, module.forward
+        self.recompute: Callable[[], Callable[[Any], bool]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -54,7 +57,7 @@ class Region:
         key = (type(self.module), tuple(state), tuple(map(_shape, tensors)), torch.is_autocast_enabled("cpu"))
         if key not in self.graphs:
             call = self._functional(tuple(state), leaves, places, spec)
-            self.graphs[key] = Pair(call, tensors)
+            self.graphs[key] = Pair(call, tensors, self.recompute)
         outs = _Run.apply(self.graphs[key], *tensors)  # type: ignore[no-untyped-call]
         return outs[0] if self.graphs[key].single else outs
 
@@ -82,8 +85,15 @@ def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
 class Pair:
     """Forward and backward of one function of tensors, as schedules of kernels."""
 
-    def __init__(self, call: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
-        joint, copies, self.single, self.outputs = _joint(call, tensors)
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        tensors: list[torch.Tensor],
+        recompute: Callable[[], Callable[[Any], bool]] | None = None,
+    ) -> None:
+        joint, copies, self.single, self.outputs, forward_names = _joint(call, tensors)
+        if recompute is not None:
+            _tag(joint, forward_names, recompute())
         from torch._functorch.partitioners import min_cut_rematerialization_partition
 
         with _disable_current_modes():
@@ -93,18 +103,41 @@ class Pair:
         self.forward, self.backward = Schedule(forward.graph), Schedule(backward.graph)
 
 
-def _joint(call: Callable[..., Any], tensors: list[torch.Tensor]) -> tuple[Any, list[Any], bool, int]:
-    """The joint graph over tensors of the same shapes, traced where no one is counting."""
+def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
+    """Forward's operators say to the partitioner whether they run again in backward
+    (torch.utils.checkpoint's policies, as torch.compile hands them on)."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    for node in joint.graph.nodes:
+        if node.op == "call_function" and node.name in names:
+            if node.target is operator.getitem:
+                node.meta["recompute"] = node.args[0].meta["recompute"]
+            elif keeps(node.target):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            else:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = 1
+
+
+def _joint(
+    call: Callable[..., Any], tensors: list[torch.Tensor]
+) -> tuple[Any, list[Any], bool, int, set[str]]:
+    """The joint graph over tensors of the same shapes, traced where no one is counting; the names of
+    forward's operators in it."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     single = False
     count = 0
+    names: set[str] = set()
 
     def flat(*given: torch.Tensor) -> tuple[Any, ...]:
         nonlocal single, count
         outs = call(*given)
+        if (mode := get_proxy_mode()) is not None:
+            names.update(n.name for n in mode.tracer.graph.nodes)
         single = isinstance(outs, torch.Tensor)
         found = (outs,) if single else tuple(outs)
         count = len(found)
@@ -118,7 +151,7 @@ def _joint(call: Callable[..., Any], tensors: list[torch.Tensor]) -> tuple[Any, 
         joint = aot_export_joint_simple(
             flat, tuple(copies), trace_joint=True, decompositions=select_decomp_table()
         )
-    return joint, copies, single, count
+    return joint, copies, single, count, names
 
 
 class _Run(torch.autograd.Function):

@@ -110,6 +110,26 @@ def _adamw8bit(choice: OptimizerChoice, device: str, params: list[torch.nn.Param
     return cast(OptimizerLike, made)
 
 
+def _paged(bench: Workbench, params: list[torch.nn.Parameter]) -> OptimizerLike:
+    return stepping_on_host(bench, _adamw8bit(bench.job.optimizer, bench.device, params))
+
+
+def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    bench.make_optimizer = functools.partial(_paged, bench)
+
+
+def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
+    """What its step makes lies in host memory."""
+    step = optimizer.step
+
+    def on_host() -> None:
+        with bench.place("host"):
+            step()
+
+    optimizer.step = on_host  # type: ignore[method-assign]
+    return optimizer
+
+
 def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
     """AdamW whose bf16 parameter updates are rounded up or down at random in proportion (torchao)."""
 
@@ -227,6 +247,17 @@ ADAMW_8BIT = _technique(
     "AdamW with its two moments in 8 bits (Dettmers et al. 2022)",
     EffectClass.E2,
     _adamw8bit,
+    needs=("bitsandbytes",),
+    forbids=("bf16-parameters",),
+)
+ADAMW_PAGED = Technique(
+    name="adamw-paged",
+    summary="AdamW in 8 bits whose moments lie in memory that the host and the device share by pages",
+    effect=EffectClass.E2,
+    apply=_apply_paged,
+    settings=_not_searched,
+    order=40,
+    slot="optimizer",
     needs=("bitsandbytes",),
     forbids=("bf16-parameters",),
 )

@@ -37,6 +37,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         compiled.TECHNIQUE,
         optimizers.ADAMW_8BIT,
         optimizers.ADAMW_4BIT,
+        optimizers.ADAMW_PAGED,
         optimizers.ADAMW_FUSED,
         optimizers.ADAMW_SINGLE,
         optimizers.ADAFACTOR,
