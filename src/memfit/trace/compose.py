@@ -81,7 +81,8 @@ class _Deep:
         if flat:
             worth = line.short_micros < line.micros and local * line.short_stages <= count
         else:
-            worth = deep._is_worth(few)
+            bucketed = plan.get("ddp") or plan.get("zero")  # buckets are filled across blocks
+            worth = not bucketed and deep._is_worth(few)
         return deep if worth else None
 
     def depths(self) -> range:
