@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -152,22 +151,10 @@ def estimate(
 
 
 def _predicted(job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None) -> Prediction:
-    with _quiet():
-        pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
-        found = pricer.whole(plan)
+    pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
+    found = pricer.whole(plan)
     cap = cap_bytes or int(machine.device.memory_bytes.value)
     return Prediction(estimate=found, job=job, machine=machine, cap_bytes=cap, pricer=pricer)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's own log of a failing operator: the UserError says it in one line."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def from_trainer(trainer: Any, machine: Any = None) -> Prediction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -229,8 +230,11 @@ def _label_model(ledger: Ledger, model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fake_world() -> Iterator[FakeTensorMode]:
-    """Fake tensors, with code that asks whether it is being traced taking its ordinary branch."""
+    """Fake tensors, with code that asks whether it is being traced taking its ordinary branch, and without
+    torch's log of an operator that fails: the error says it in one line."""
+    failures = logging.getLogger("torch._subclasses.fake_tensor")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(failures, "disabled", True))
         for target in ("transformers.utils.import_utils.is_tracing", "transformers.masking_utils.is_tracing"):
             with contextlib.suppress(ImportError, AttributeError):
                 stack.enter_context(mock.patch(target, lambda *a, **k: False))
