@@ -160,6 +160,7 @@ class Mlp(nn.Module):
     def __init__(self, arch: Arch, linear: MakeLinear, ffn: int) -> None:
         super().__init__()
         self.gated = arch.mlp == "swiglu"
+        self.act = functional.relu if arch.mlp == "relu" else functional.gelu
         self.up = linear("up", arch.hidden, ffn, arch.bias)
         if self.gated:
             self.gate = linear("gate", arch.hidden, ffn, arch.bias)
@@ -168,7 +169,7 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gated:
             return self.down(functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
-        return self.down(functional.gelu(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(self.act(self.up(x)))  # type: ignore[no-any-return]
 
 
 class LigerMlp(Mlp):

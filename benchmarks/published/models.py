@@ -38,23 +38,49 @@ def job_of(setup: Setup) -> Job:
     if setup.arch is not None and setup.row["scope"] == "activation_only" and not setup.arch.vocab:
         setup = dataclasses.replace(setup, arch=dataclasses.replace(setup.arch, vocab=1024))
         return decoder_job(setup, setup.arch, _DIALECTS["hf"], Loss("hidden"))
-    if setup.arch is None:
-        raise UserError("the row and the public configurations do not say how large the model is")
+    if left_out := re.search(_LEFT_OUT, setup.row["model"].lower()):
+        raise UserError(f"networks of {left_out[0]}'s kind are not expressed")
+    arch = known(setup)
     if re.search(r"\bbert\b|bert-|roberta", setup.row["model"].lower()):
-        return bert_job(setup, setup.arch)
+        needed(setup)
+        return bert_job(setup, arch)
     if setup.code == "vision":
-        return vit_job(setup, setup.arch)
-    if not setup.arch.vocab:
-        raise UserError("the row gives no vocabulary size")
-    if not setup.length or not setup.micro_batch:
-        raise UserError("the row gives no sequence length or no micro-batch")
+        needed(setup, length=False)
+        return vit_job(setup, arch)
+    if not arch.vocab:
+        raise UserError("the row gives no vocab")
+    needed(setup)
     if setup.code not in _DIALECTS:
         raise UserError(f"models of {setup.code} are not expressed yet")
     loss = Loss(_loss_kind(setup), alone="longest example stated" in setup.row["notes"].lower())
     dialect = _DIALECTS[setup.code]
     if setup.ranks["tp"] > 1:  # which features complex numbers hold is not followed; they are recomputed
         dialect = dataclasses.replace(dialect, rope="half")
-    return decoder_job(setup, setup.arch, dialect, loss)
+    return decoder_job(setup, arch, dialect, loss)
+
+
+# Encoders with decoders, convolutions, scans: their sizes are not those of the columns.
+_LEFT_OUT = (
+    r"\bt5\b|flan-t5|\bmt5|\bbart\b|whisper|wav2vec|hubert|unet|stable.?diffusion|\bsdxl?\b|\bdit\b|resnet|"
+    r"resnext|efficientnet|convnext|swin|mamba|rwkv|hyena|\bclip\b|albert|deberta|\bdetr\b|\blstm\b"
+)
+
+
+def known(setup: Setup) -> Arch:
+    """Raises UserError where neither the row nor a public configuration gives the sizes."""
+    if setup.arch is None:
+        blank = " and no ".join(c for c in ("layers", "hidden") if not setup.row[c])
+        named = setup.row["model"] or "its model"
+        raise UserError(f"the row gives no {blank}, and no public configuration of {named} is known here")
+    return setup.arch
+
+
+def needed(setup: Setup, *, length: bool = True) -> None:
+    """Raises UserError that names what is blank or no whole number."""
+    values = {"seq_len": setup.length or not length, "micro_batch": setup.micro_batch}
+    if blank := [name for name, value in values.items() if not value]:
+        told = " and ".join(f"{n} ({setup.row[n]!r})" if setup.row[n] else f"no {n}" for n in blank)
+        raise UserError(f"the row gives {told}" if told.startswith("no ") else f"not whole numbers: {told}")
 
 
 def bert_job(setup: Setup, arch: Arch) -> Job:

@@ -20,7 +20,7 @@ from memfit.types.machine import Device
 from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.trace import Phase, Trace
 from published.megatron import rank_jobs
-from published.models import job_of
+from published.models import job_of, known, needed
 from published.rows import Setup, before_torch_2, card_bytes, when
 
 
@@ -62,6 +62,8 @@ def _memory(setup: Setup) -> list[Use]:
     if setup.recompute == "operators":
         keep = "every-second-matmul" if setup.code == "titan" else "matmul"
         uses.append(use("selective-checkpointing", keep=keep))
+    if "activations" in setup.offload:
+        uses.append(use("activation-offload", to="host", minimum_kib=1))
     packed = setup.lora is not None and setup.lora.base  # 4-bit weights stay outside of graphs
     if setup.compiled and not packed and setup.ranks["tp"] == 1:  # recomputed blocks are as large without
         uses.append(use("compile", scope=_graphs(setup)))
@@ -171,9 +173,11 @@ def predict(setup: Setup) -> Prediction:
 def _predicted(setup: Setup) -> Prediction:
     if setup.float8 and setup.code != "megatron" and not setup.recompute:
         raise UserError("which float8 casts the compiler keeps for backward is not expressed")
-    if setup.code == "megatron" and setup.arch is not None:
+    if setup.code == "megatron":
+        arch = known(setup)
+        needed(setup)
         plan = _recomputed(setup)
-        traces = [deep_trace(job, plan, device="cuda") for job in rank_jobs(setup, setup.arch)]
+        traces = [deep_trace(job, plan, device="cuda") for job in rank_jobs(setup, arch)]
         return max((of_trace(setup, t) for t in traces), key=lambda p: p.allocated_bytes)
     for name in ("pp", "ep"):
         if setup.ranks[name] > 1:

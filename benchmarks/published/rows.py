@@ -13,9 +13,12 @@ from published.adapters import Lora
 from published.arch import Arch, arch_of
 
 GIB = 2**30
-_UNITS = {"gib": GIB, "mib": 2**20, "bytes": 1, "gb(1e9)": 10**9, "mb(1e6)": 10**6}
+_UNITS = {
+    "gib": GIB, "mib": 2**20, "kib": 2**10, "tib": 2**40, "bytes": 1, "byte": 1, "b": 1, "gb(1e9)": 10**9,
+    "mb(1e6)": 10**6, "gb(2^30)": GIB, "mb(2^20)": 2**20,
+}  # fmt: skip
 # Where a source only says "GB" or "MB": tools print powers of two under these names more often than not.
-_UNSURE = {"gb(base?)": GIB, "mb(base?)": 2**20, "gb": GIB, "mb": 2**20}
+_UNSURE = {"gb(base?)": GIB, "mb(base?)": 2**20, "gb": GIB, "mb": 2**20, "kb": 2**10, "g": GIB, "m": 2**20}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +95,8 @@ def setup_of(row: Mapping[str, str]) -> Setup:
     code = _code(row)
     precision, sharding = row["precision"].lower(), _sharding(row)
     parameters, compute = _dtypes(precision, code, sharding)
-    micro = _number(row["micro_batch"])
     data = _data_ranks(row)
+    micro = _number(row["micro_batch"]) or _micro_batch(row, data)
     return Setup(
         row=row, code=code, arch=_arch(row, code), measured=_measured(row),
         length=_number(row["seq_len"]), micro_batch=micro,
@@ -104,7 +107,8 @@ def setup_of(row: Mapping[str, str]) -> Setup:
         reshard=not re.search(r"zero-?2|reshard_after_forward false", row["zero_fsdp"].lower()),
         recompute=_recompute(row["act_ckpt"].lower()), compiled=row["compile"].lower()[:1] == "y",
         ranks={k: _number(row[k]) or 1 for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
-        sequence_parallel=row["sp"].lower()[:1] == "y", offload=_offload(row["offload"].lower()),
+        sequence_parallel=row["sp"].lower()[:1] == "y",
+        offload=_offload(row["offload"].lower(), row["notes"].lower()),
     )  # fmt: skip
 
 
@@ -113,7 +117,7 @@ def _data_ranks(row: Mapping[str, str]) -> int:
     others = 1
     for name in ("tp", "pp", "cp"):
         others *= _number(row[name]) or 1
-    return _number(row["dp"]) or max(1, _number(row["n_gpus"]) // others)
+    return _number(row["dp"]) or max(1, _devices(row["n_gpus"]) // others)
 
 
 def _arch(row: Mapping[str, str], code: str) -> Arch | None:
@@ -123,9 +127,24 @@ def _arch(row: Mapping[str, str], code: str) -> Arch | None:
 
 
 def _number(text: str) -> int:
-    """The first whole number of a text; 0 where there is none."""
-    found = re.match(r"\s*(\d[\d,]*)", text or "")
-    return int(found[1].replace(",", "")) if found else 0
+    """The whole number that a text begins with, ``4,096`` or ``4k`` (times 1024); 0 where there is none."""
+    found = re.match(r"\s*(\d[\d,_]*)(\.\d+)?\s*(k\b)?", text or "", re.IGNORECASE)
+    if not found:
+        return 0
+    value = float(re.sub("[,_]", "", found[1]) + (found[2] or "")) * (1024 if found[3] else 1)
+    return int(value) if value.is_integer() else 0
+
+
+def _devices(text: str) -> int:
+    """``8``, or nodes times devices: ``2x8``."""
+    found = re.match(r"\s*(\d+)\s*(?:nodes?\s*)?[x×*]\s*(\d+)", text)
+    return int(found[1]) * int(found[2]) if found else _number(text)
+
+
+def _micro_batch(row: Mapping[str, str], data: int) -> int:
+    """What the whole batch says, where the row tells how often it is accumulated."""
+    accumulated = _number(row["grad_accum"])
+    return _number(row["global_batch"]) // (data * accumulated) if accumulated else 0
 
 
 def _accumulated(row: Mapping[str, str], micro: int, data: int) -> int:
@@ -139,7 +158,7 @@ _CODES: tuple[tuple[str, str], ...] = (
     (r"torchtune", "tune"),
     (r"thunder", "thunder"),
     (r"litgpt", "litgpt"),
-    (r"timm|\bvit\b|vit-", "vision"),
+    (r"timm|\bvit\b|vit[-_]|deit", "vision"),
     (r"simumax|megatron|nemo|transformer[- ]engine|\bte\b|internevo|bloom|korthikanti", "megatron"),
     (
         r"hf trainer|transformers|hugging ?face|\btrl\b|qwen|axolotl|llama-?factory|fms|peft|deepspeed",
@@ -273,25 +292,28 @@ def _recompute(text: str) -> str:
     return ""
 
 
-def _offload(text: str) -> frozenset[str]:
+def _offload(text: str, notes: str) -> frozenset[str]:
     kinds = {
         "optimizer": "optimizer",
         "param": "parameters",
         "grad": "gradients",
         "activation": "activations",
     }
-    return frozenset(v for k, v in kinds.items() if k in text)
+    found = {v for k, v in kinds.items() if k in text}
+    return frozenset(found | {"activations"} if re.search(r"activation offload\w* on\b", notes) else found)
 
 
 def _measured(row: Mapping[str, str]) -> Measured | None:
     unit = row["mem_unit"].lower()
     sure = unit in _UNITS
-    value = re.match(r"[\d.]+", row["mem_value"])
+    value = re.match(r"\d[\d,]*(\.\d+)?", row["mem_value"])
     if row["mem_gib"]:
         sure = True
         size = _decimal(row, "mem_gib") * GIB
     elif value and unit in _UNSURE | _UNITS:
-        size = float(value[0]) * (_UNITS | _UNSURE)[unit]
+        size = float(value[0].replace(",", "")) * (_UNITS | _UNSURE)[unit]
+    elif row["mem_value"]:
+        raise UserError(f"mem_value {row['mem_value']!r} with mem_unit {row['mem_unit']!r} is no size")
     else:
         return None
     return Measured(kind=_kind(row["mem_metric"].lower()), size_bytes=size, sure=sure)

@@ -60,7 +60,7 @@ def vit_job(setup: Setup, arch: Arch) -> Job:
 
     text = f"{setup.row['model']} {setup.row['extra_arch']}".lower()
     patch = re.search(r"patch\s?(\d+)|/(\d+)\b", text)
-    image = re.search(r"image\s*(\d+)", text) or re.search(r"patch\d+_(\d+)", text)
+    image = re.search(r"image\s*(\d+)", text) or re.search(r"patch\d+[_-](\d+)", text)
     if patch is None or image is None:
         raise UserError("the row does not give the image and patch size")
     classes = re.search(r"(\d+)[- ]class", text)

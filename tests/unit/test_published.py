@@ -126,7 +126,7 @@ def test_pure_bf16_adamw_peaks_at_five_times_the_parameters() -> None:
 
 
 def test_what_a_row_leaves_out_is_named() -> None:
-    with pytest.raises(UserError, match="sequence length"):
+    with pytest.raises(UserError, match="the row gives no seq_len"):
         predict(setup_of(_row(model="Llama-2-7B", micro_batch="1", precision="bf16-true")))
 
 
@@ -189,7 +189,7 @@ def test_rows_and_summary_are_printed_as_json(
     row = found["rows"][0]
     assert (row["id"], row["quality"], row["mem_metric"]) == ("x-1", "A", "peak allocated")
     assert (row["measured"], row["predicted"], row["error"]) == (2.0, None, None)
-    assert "how large the model is" in row["reason"]
+    assert "no layers and no hidden" in row["reason"]
     assert found["summary"][0]["rows"] == 1
 
 

@@ -17,7 +17,8 @@ from published.rows import COLUMNS, Setup, setup_of, when
 
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
-from memfit.types.plan import KnobValue, Plan, use
+from memfit.types.errors import UserError
+from memfit.types.plan import KnobValue, Plan, Use, use
 from memfit.types.trace import Category, Phase, Trace
 
 _TITAN = {
@@ -107,6 +108,19 @@ def test_paged_moments_are_not_in_device_memory() -> None:
     assert states("adamw-paged") == 2 * 256 * 4  # the tables of their values
 
 
+def test_saved_tensors_wait_in_host_memory_for_a_gpu() -> None:
+    def of(*uses: Use) -> Trace:
+        return trace(words(), Plan(uses=uses), device="cuda")
+
+    def kept(found: Trace) -> int:
+        return sum(a.size_bytes for a in found.allocations if a.category is Category.ACTIVATION)
+
+    away = of(use("activation-offload", to="host", minimum_kib=1))
+    assert away.offloaded_bytes > 0
+    assert away.host_peak_bytes >= away.offloaded_bytes
+    assert kept(away) < kept(of())
+
+
 def test_torchtune_makes_logits_of_an_eighth_of_the_positions_in_float32() -> None:
     def largest(software: str) -> int:
         setup = _setup(
@@ -127,6 +141,48 @@ def test_megatron_keeps_inputs_of_linear_layers_in_one_byte() -> None:
     assert resident(precision="FP8 hybrid", act_ckpt="selective: core_attn") < resident(
         precision="FP8 hybrid"
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [({"micro_batch": ""}, "no micro_batch"), ({"seq_len": "long"}, "seq_len \\('long'\\)"),
+     ({"layers": "twelve"}, "layers is no whole number"), ({"kv_heads": "3"}, "no multiple of kv_heads"),
+     ({"layers": "", "model": "FooNet"}, "no layers"), ({"model": "flan-t5-xl"}, "flan-t5's kind"),
+     ({"model": "Foo-8x7B"}, "the moe column"), ({"mem_value": "9", "mem_unit": "furlongs"}, "no size"),
+     ({"micro_batch": "1.5"}, "micro_batch")],
+)  # fmt: skip
+def test_what_cannot_be_expressed_is_named(more: dict[str, str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        predict(_setup(_TITAN, **more))
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    setup = _setup(
+        _TITAN, seq_len="2k", micro_batch="2.0", mem_value="12,345", mem_unit="MiB", n_gpus="2x4", dp=""
+    )
+    assert (setup.length, setup.micro_batch, setup.ranks["dp"]) == (2048, 2, 8)
+    assert setup.measured is not None
+    assert setup.measured.size_bytes == 12345 * 2**20
+    assert _setup(_TITAN, micro_batch="", global_batch="16", grad_accum="2").micro_batch == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "hidden"),
+    [("meta-llama/Llama-3.2-1B-Instruct", 16, 2048), ("Qwen/Qwen-2.5-7B", 28, 3584), ("Qwen-7B", 32, 4096),
+     ("facebook/opt-1.3b", 24, 2048), ("bert-large-uncased", 24, 1024), ("distilbert-base", 6, 768),
+     ("ViT-L/16", 24, 1024), ("google/gemma2-9b-it", 42, 3584), ("EleutherAI/gpt-neox-20b", 44, 6144)],
+)  # fmt: skip
+def test_common_models_are_known_by_name(model: str, layers: int, hidden: int) -> None:
+    found = _setup(_TITAN, model=model, layers="", hidden="", heads="", ffn="", vocab="").arch
+    assert found is not None
+    assert (found.layers, found.hidden) == (layers, hidden)
+
+
+def test_public_mixtures_have_their_experts() -> None:
+    found = _setup(_TITAN, model="Mixtral-8x7B", layers="", hidden="", heads="", ffn="", vocab="").arch
+    assert found is not None
+    assert found.moe is not None
+    assert (found.moe.experts, found.moe.top_k) == (8, 2)
 
 
 def test_megatron_bridge_reduces_gradients_in_two_bytes() -> None:

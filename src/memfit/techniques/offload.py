@@ -15,13 +15,42 @@ from memfit.types.plan import EffectClass, KnobValue
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     minimum = int(settings["minimum_kib"]) * 1024
     if settings["to"] == "host":
-        from torch.autograd.graph import save_on_cpu
-
-        # On a CPU target the saved tensors are in host memory already.
-        bench.forward_contexts.append(lambda: save_on_cpu(pin_memory=False))
+        if bench.device == "cpu":
+            return  # saved tensors are in host memory already
+        bench.forward_contexts.append(HostCopies(bench, minimum).hooks)
         return
     spool = DiskSpool(bench, minimum)
     bench.forward_contexts.append(spool.hooks)
+
+
+class HostCopies:
+    """Keeps saved tensors of at least ``minimum_bytes`` in host memory; parameters stay where they are."""
+
+    def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
+        self.bench, self.minimum_bytes = bench, minimum_bytes
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        from torch.autograd.graph import saved_tensors_hooks
+
+        self.resident = {p.untyped_storage()._cdata for p in self.bench.model.parameters()}
+        with saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    def _pack(self, tensor: Any) -> Any:
+        small = tensor.untyped_storage().nbytes() < self.minimum_bytes
+        if small or tensor.untyped_storage()._cdata in self.resident:
+            return tensor
+        if self.bench.on_offload is not None:
+            self.bench.on_offload(tensor.numel() * tensor.element_size())
+        with self.bench.place("host"):  # a fake tensor of either place is on the CPU
+            return tensor.device, tensor.detach().to("cpu", copy=True)
+
+    def _unpack(self, packed: Any) -> Any:
+        if not isinstance(packed, tuple):
+            return packed
+        device, copy = packed
+        return copy.to(device, copy=True)
 
 
 class DiskSpool:
