@@ -25,13 +25,16 @@ _STACK: Final = (
 
 def render_explained(explained: Explained, *, job: str, lang: str) -> str:
     """The page's text. Raises UserError for a language without a catalog."""
-    words, estimate = load_words(lang), explained.estimate
+    words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
+    alive = [a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)]
+    apart_bytes = estimate.allocated_bytes.value - sum(a.size_bytes for a in alive)
     return render(
         "explain.html.j2", words, job=job, estimate=estimate, trace=explained.trace,
         op=op_name(estimate.peak_op),
         peak=figure_text(predicted(estimate.allocated_bytes.value, "bytes"), words), stack=_STACK,
         data=_data(explained, words),
         count=f"{len(explained.trace.allocations):,}",
+        apart=figure_text(predicted(apart_bytes, "bytes"), words) if apart_bytes > 0 else "",
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ _STYLES: Final = {
     "timeout": "yellow", "undecided": "yellow",
 }  # fmt: skip
 MOST_MODULES: Final = 15
+MOST_ASSUMPTIONS: Final = 5
 Parts = Sequence[tuple[str, Figure, Figure]]
 
 
@@ -79,6 +80,8 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     if view.peak_phase and view.peak_op:
         phase = words.name("phase", view.peak_phase)
         console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
+    for what in estimate.assumptions[:MOST_ASSUMPTIONS]:
+        console.print(Text(words.get("terminal.assumed", what=what), style="dim"))
     categories = [(words.name("category", name), size, share) for name, size, share in view.categories]
     phases = [(words.name("phase", name), size, share) for name, size, share in view.phases]
     device = [(words.name("memory", name), size, share) for name, size, share in view.device_parts]
