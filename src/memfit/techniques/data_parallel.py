@@ -7,7 +7,7 @@ torch.distributed.fsdp.fully_shard).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
@@ -147,12 +147,23 @@ def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
     before: list[Any] = []
     after: list[Any] = []
     now = before
-    for module in bench.model.children():
+    for module in _callable(bench.model):
         if inside & set(module.modules()):
             now = after
         elif next(module.parameters(), None) is not None:
             now.append(module)
     return before, after
+
+
+def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Its members, and those of members that only hold others."""
+    import torch
+
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+            yield from _callable(child)
+        else:
+            yield child
 
 
 def _precision(name: str) -> Any:

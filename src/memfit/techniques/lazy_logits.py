@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from memfit.types.errors import UserError
+
 _RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as")
 
 
@@ -32,9 +34,19 @@ class LazyLogits:
     def make(self) -> torch.Tensor:
         """The real logits."""
         if self.made is None:
-            logits = functional.linear(self.hidden, self.head.weight, self.head.bias)
+            logits = functional.linear(self.hidden, self.weight, self.head.bias)
             self.made = logits if self.cast is None else logits.to(self.cast)
         return self.made
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The head's. Raises UserError where it went back to its shards before the loss."""
+        if hasattr(self.head.weight, "device_mesh"):
+            raise UserError(
+                "chunked-cross-entropy: fsdp2 has let the head go when the loss wants it",
+                hint='fsdp2 with reshard=False or "not-last"',
+            )
+        return self.head.weight
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -160,7 +172,7 @@ def _cross_entropy(
     if reduction not in ("mean", "sum"):
         return functional.cross_entropy(lazy.make(), target, ignore_index=ignore_index, reduction=reduction)
     hidden = lazy.hidden.reshape(-1, lazy.hidden.shape[-1])
-    weight, bias = lazy.head.weight, lazy.head.bias
+    weight, bias = lazy.weight, lazy.head.bias
     if torch.is_autocast_enabled(hidden.device.type):
         hidden, weight = (t.to(torch.get_autocast_dtype(hidden.device.type)) for t in (hidden, weight))
     return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return,no-untyped-call]

@@ -280,7 +280,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.call = call
-        return tuple(t.view_as(t) for t in tensors)
+        return tuple(t.detach() for t in tensors)  # views of a function's own may not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

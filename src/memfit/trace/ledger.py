@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
@@ -76,6 +77,8 @@ class Ledger(TorchDispatchMode):
         self._made: dict[Any, operators.Fresh | None] = {}
         self._sole = sole_counts()
         self._line_of_node: dict[int, str] = {}
+        self._flying: dict[int, Any] = {}  # by storage of what comes: what a collective sends until then
+        self._outer: Any = None  # the operator last called on a wrapper, such as a tensor not yet waited for
 
     # -- what the step tells ------------------------------------------------------------------------
 
@@ -123,6 +126,7 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device  # autograd asks at every turn, and all fake tensors know
         kwargs = kwargs or {}
         if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            self._outer = func
             return NotImplemented  # its inner operators come here one by one
         if self.paused:
             asks = func is operators.ITEM and args[0].constant is None
@@ -134,6 +138,8 @@ class Ledger(TorchDispatchMode):
         ):
             with no_dispatch():
                 return func(*args, **kwargs)  # real tensors, such as a device mesh, have values to look at
+        if func is operators.COMING:
+            return AsyncCollectiveTensor(args[0])
         fact = operators.fact(func)
         if fact.composite:
             with self:
@@ -142,15 +148,16 @@ class Ledger(TorchDispatchMode):
         if func is operators.ITEM:
             told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             return self.guesses.item(args[0], told=told, value=values)
-        if fact.silent:
-            out = operators.view(func, args, kwargs)
-            out = func(*args, **kwargs) if out is None else out
-            if func in operators.MAKERS:
-                self._note(out, fact.name, self.modules.name(self.current))
-        else:
-            out = self._watched(func, fact, args, kwargs)
+        out = (self._silent if fact.silent else self._watched)(func, fact, args, kwargs)
         if values is not None and func not in operators.MAKERS:
             self.shadows.attach(out, values)
+        return out
+
+    def _silent(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any) -> Any:
+        out = operators.view(func, args, kwargs)
+        out = func(*args, **kwargs) if out is None else out
+        if func in operators.MAKERS:
+            self._note(out, fact.name, self.modules.name(self.current))
         return out
 
     def _watched(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any) -> Any:
@@ -161,11 +168,7 @@ class Ledger(TorchDispatchMode):
         before = self.clock
         self.clock += 1
         key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
-        if (
-            func in operators.IN_PLACE
-            and self._solely_held(args[0], spare=int(func is not operators.ADD))
-            and self._in_place(func, *args, **kwargs)
-        ):
+        if self._writes(func, args, kwargs):
             self.guesses.positions(func, args)
             func, out = operators.IN_PLACE[func], args[0]
             fact, key = operators.fact(func), (func, *key[1:])
@@ -188,6 +191,7 @@ class Ledger(TorchDispatchMode):
             if fact.resizes:
                 self.resized(tensor.untyped_storage())
         self.guesses.scratch.clear()
+        self._fly(func, args, out)
         work = self._works.get(key)
         if work is None:
             work = self._works[key] = operators.work(
@@ -253,6 +257,24 @@ class Ledger(TorchDispatchMode):
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
+
+    def _fly(self, func: Any, args: Any, out: Any) -> None:
+        """What a collective sends stays until what comes is waited for."""
+        if func in operators.SENDING:
+            self._flying[out.untyped_storage()._cdata] = args[0]
+        elif func is operators.WAIT:
+            self._flying.pop(out.untyped_storage()._cdata, None)
+
+    def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether torch takes the in-place form of an operator. Never for wrappers, whatever is inside."""
+        plain = self._outer is not func
+        self._outer = self._outer if plain else None
+        return (
+            func in operators.IN_PLACE
+            and plain
+            and self._solely_held(args[0], spare=int(func is not operators.ADD))
+            and self._in_place(func, *args, **kwargs)
+        )
 
     def _solely_held(self, tensor: Any, spare: int) -> bool:
         """Whether one place in torch's own code holds this tensor and its storage, all of it; ``spare``

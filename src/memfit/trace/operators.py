@@ -210,6 +210,14 @@ NORM_GRADIENTS = frozenset(
 )  # fmt: skip
 NORMS = NORM_GRADIENTS | {_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default}
 LIFT = _ATEN.lift_fresh.default
+_COMM: Any = torch.ops._c10d_functional
+WAIT, COMING = _COMM.wait_tensor.default, _COMM._wrap_tensor_autograd.default
+SENDING = frozenset(
+    {
+        _COMM.all_gather_into_tensor.default, _COMM.reduce_scatter_tensor.default,
+        _COMM.all_to_all_single.default,
+    }
+)  # fmt: skip
 _VIEWS = frozenset(
     {_ATEN.view.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.slice.Tensor, _ATEN.as_strided.default,
      _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.permute.default, _ATEN.select.int,

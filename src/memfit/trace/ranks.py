@@ -46,7 +46,9 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 @contextlib.contextmanager
 def _without_values() -> Iterator[None]:
     """DDP compares and broadcasts values of parameters when it starts; fake tensors have none. A device
-    mesh, which parts of meshes are too, looks for its rank in a real tensor."""
+    mesh, which parts of meshes are too, looks for its rank in a real tensor. Among fake tensors functional
+    collectives would be waited for at once, not when their result is used."""
+    from torch.distributed import _functional_collectives as functional
     from torch.distributed.device_mesh import DeviceMesh
     from torch.nn.parallel import distributed
 
@@ -59,6 +61,7 @@ def _without_values() -> Iterator[None]:
     with (
         mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True),
         mock.patch.object(DeviceMesh, "__init__", init),
+        mock.patch.object(functional, "_are_we_tracing", lambda: False),
     ):
         yield
 

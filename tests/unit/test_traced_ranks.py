@@ -1,0 +1,87 @@
+"""What a trace of one of several ranks sees of collectives, and models that engines must take as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from tiny import regression, words
+from torch import nn
+from torch.distributed import _functional_collectives as collectives
+from torch.nn import functional
+
+from memfit.techniques.registry import make_use
+from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+from memfit.types.trace import Category
+
+
+def on_two(**uses: dict[str, Any]) -> Plan:
+    return Plan(ranks=2, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
+
+
+def test_what_a_collective_sends_stays_until_its_result_is_used() -> None:
+    """And a tensor that is waited for is a wrapper to autograd, which adds to no wrapper in place."""
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        x = model(batch[0])
+        gathered = collectives.all_gather_single(x.detach().exp(), 0, torch.distributed.group.WORLD)
+        meanwhile = functional.mse_loss(x, batch[1]).cos()
+        return meanwhile + gathered.mean()
+
+    found = trace(dataclasses.replace(regression(), loss=loss), on_two(ddp={}))
+    sent = next(a for a in found.allocations if a.op == "aten.exp.default")
+    meanwhile = next(a for a in found.allocations if a.op == "aten.cos.default")
+    used = next(a for a in found.allocations if a.op == "aten.mean.default")
+    assert sent.end is not None
+    assert meanwhile.start < sent.end < used.start
+
+
+class _Changed(nn.Module):
+    """Changes in place what a module with parameters has returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(functional.relu_(self.inner(x)))
+
+
+def test_zero_3_takes_models_that_work_in_place() -> None:
+    found = trace(regression(_Changed), on_two(zero={"stage": 3, "reduce_bucket_elements": 1000}))
+    assert found.parameter_count == 8 * 16 + 16 + 16 * 4 + 4
+
+
+class _Beside(nn.Module):
+    """Lists of modules that are no blocks hold others only and cannot be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.ModuleList([nn.Linear(8, 16)])
+        self.blocks = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.after = nn.ModuleDict({"out": nn.Linear(16, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before[0](x)
+        for block in self.blocks:
+            x = block(x)
+        return self.after["out"](x)
+
+
+def test_parts_beside_the_blocks_may_lie_in_lists() -> None:
+    job = dataclasses.replace(regression(_Beside), blocks="blocks")
+    found = trace(job, on_two(fsdp2={"units": "parts"}))
+    shards = sum(
+        a.size_bytes for a in found.allocations if a.category is Category.PARAMETER and a.end is None
+    )
+    assert shards == 256 + 64 + 3 * (512 + 64) + 128 + 64  # of half the rows each
+
+
+def test_logits_in_chunks_need_a_head_that_stays() -> None:
+    trace(words(), on_two(chunked_cross_entropy={}, fsdp2={"reshard": False}))
+    with pytest.raises(UserError, match="has let the head go"):
+        trace(words(), on_two(chunked_cross_entropy={}, fsdp2={}))
