@@ -15,13 +15,16 @@ def usable(space: Space, accuracy: Accuracy) -> tuple[list[Technique], tuple[Rea
     """Techniques the goal and this machine allow, and why the others are out."""
     allowed, out = [], []
     for technique in TECHNIQUES.values():
-        if technique.effect > accuracy.highest:
-            out.append(Reason(kind="left_out_accuracy", technique=technique.name, detail=accuracy.value))
-        elif missing := technique.missing:
+        offered = space.device in technique.devices and any(True for _ in technique.settings(space))
+        if missing := technique.missing:
             out.append(
                 Reason(kind="left_out_unavailable", technique=technique.name, detail=", ".join(missing))
             )
-        elif space.device in technique.devices and any(True for _ in technique.settings(space)):
+        elif not offered:
+            continue
+        elif technique.effect > accuracy.highest:
+            out.append(Reason(kind="left_out_accuracy", technique=technique.name, detail=accuracy.value))
+        else:
             allowed.append(technique)
     return allowed, tuple(out)
 
