@@ -242,6 +242,21 @@ def test_the_result_tells_itself() -> None:
     assert found.checkpoint_bytes["optimizer"] > found.checkpoint_bytes["model"]
 
 
+def test_what_was_assumed_is_told() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.inner(x)
+            return 2 * out if out.sum() > 0 else out
+
+    found = memfit.estimate(Branch(), torch.ones(2, 4), loss=lambda out, _: out.sum(), machine="H100-SXM")
+    assert found.estimate.assumptions[0].startswith(".item() on torch.bool answered True at test_api.py:")
+    assert f"Assumed: {found.estimate.assumptions[0]}" in found.explain()
+
+
 def test_html_escapes_what_the_user_named() -> None:
     assert "<script>" not in memfit.estimate(job(name="<script>"))._repr_html_()
 

@@ -55,6 +55,7 @@ def estimate(
         host_bytes=memory.host_bytes,
         oom_probability=memory.oom_probability,
         rank=trace.rank,
+        assumptions=trace.assumptions,
     )
 
 

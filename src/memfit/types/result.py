@@ -64,6 +64,7 @@ class Estimate:
     host_bytes: Interval | None = None  # host memory the plan takes on purpose (offload, pinned copies)
     oom_probability: float | None = None  # against the memory the estimate was made for
     rank: int = 0  # the rank with the highest peak, of those that differ
+    assumptions: tuple[str, ...] = ()  # of the trace: values that were asked for and could not be known
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
