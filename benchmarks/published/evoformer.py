@@ -267,6 +267,10 @@ def _fold(setup: Setup) -> Fold:
         raise UserError(f"the row gives no {', '.join(missing)}")
     if "chunk" in f"{text} {setup.row['act_ckpt']}".lower():
         raise UserError("chunked attention is not expressed: the chunk size is not in the row")
+    if (setup.row["n_gpus"] or "1") != "1" and setup.ranks["dp"] == 1:
+        raise UserError("how the devices split the stack's axes is not in the row")
+    if "finer" in setup.row["act_ckpt"].lower():
+        raise UserError("which segments inside a block are recomputed is not in the row")
     return Fold(
         **sizes, msa_heads=number(r"(\d+) msa heads|heads (\d+)", 8),
         pair_heads=number(r"(\d+) pair heads", 4), outer=number(r"outer-product c (\d+)", 32),

@@ -84,7 +84,7 @@ def _optimizer(setup: Setup) -> list[Use]:
     uses: list[Use] = []
     if setup.optimizer != "adamw":
         uses.append(use(setup.optimizer))
-    elif setup.fused:
+    elif setup.fused or setup.sharding.startswith("zero"):  # DeepSpeed's own is one kernel (ops/adam)
         uses.append(use("adamw-fused"))
     elif before_torch_2(setup):
         uses.append(use("adamw-single"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import statistics
 import warnings
@@ -74,7 +75,7 @@ def _scored(row: Mapping[str, str], found: Scored) -> Scored:
     setup = setup_of(row)
     measured, card = setup.measured, card_bytes(row)
     if measured is not None:
-        full = bool(card) and measured.size_bytes > FULL_RATIO * card
+        full = bool(card) and measured.size_bytes / _times_counted(setup) > FULL_RATIO * card
         found = dataclasses.replace(
             found, compared=measured.kind, measured_bytes=measured.size_bytes, full=full, sure=measured.sure
         )
@@ -101,9 +102,12 @@ def _number(setup: Setup) -> tuple[float, str]:
 
 
 def _times_counted(setup: Setup) -> float:
-    """A source that sums more measurements than it divides by says so in its notes."""
+    """A source that sums more measurements than it divides by says so in its notes; one that adds up its
+    devices, in its metric."""
     found = re.search(r"averages (\d+) trials over (\d+)", setup.row["notes"])
-    return int(found[1]) / int(found[2]) if found else 1.0
+    times = int(found[1]) / int(found[2]) if found else 1.0
+    total = re.search(r"total over (all )?(gpus|devices|ranks)|sum over", setup.row["mem_metric"].lower())
+    return times * math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp")) if total else times
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
