@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -208,3 +210,136 @@ def mlp() -> Job:
 def mlp_odd() -> Job:
     """Odd sizes, which no number of ranks divides: shards are padded."""
     return _regression("mlp_odd", 513)
+
+
+# Written to refute predictions that were right on the jobs above.
+
+
+class GroupedAttention(nn.Module):
+    """Two keys and values for eight queries, turned by angles that come beside the hidden states."""
+
+    def __init__(self, width: int, head_width: int = 16) -> None:
+        super().__init__()
+        self.head_width = head_width
+        self.query, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.key, self.value = (nn.Linear(width, 2 * head_width, bias=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            f(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for f in (self.query, self.key, self.value)
+        )
+        q, k = (t * cos + t.roll(self.head_width // 2, -1) * sin for t in (q, k))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention = GroupedAttention(width)
+        self.gate, self.up = (nn.Linear(width, 344, bias=False) for _ in range(2))
+        self.down = nn.Linear(344, width, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x), cos, sin)
+        y = self.norm2(x)
+        return x + self.down(functional.silu(self.gate(y)) * self.up(y))
+
+
+class Llama(Gpt):
+    def __init__(self, *, frozen: int = 0) -> None:
+        super().__init__(128, 4, tied=False, block=LlamaBlock)
+        for part in (self.embed, *self.blocks[:frozen]) if frozen else ():
+            part.requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        angles = torch.outer(torch.arange(tokens.shape[1]), 10000 ** (-torch.arange(0, 16) / 16))
+        for block in self.blocks:
+            x = block(x, angles.cos(), angles.sin())
+        return self.head(self.norm(x))
+
+
+def llama() -> Job:
+    return dataclasses.replace(_language_model("llama", 128, 4), build_model=Llama)
+
+
+def llama_frozen() -> Job:
+    return dataclasses.replace(llama(), build_model=lambda: Llama(frozen=2))
+
+
+def llama_uneven() -> Job:
+    """Seven sequences: ranks have batches of different sizes."""
+    fewer = lambda step, seed: {k: v[:7].clone() for k, v in _tokens(step, seed).items()}  # noqa: E731
+    return dataclasses.replace(llama(), make_batch=fewer, batch_size=7)
+
+
+class Down(nn.Module):
+    """Works in place on what layers with parameters have returned."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.short = nn.Conv2d(channels, out, 1, stride=2, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(out) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm2(self.conv2(functional.relu_(self.norm1(self.conv1(x)))))
+        return functional.relu_(y + self.norm3(self.short(x)))
+
+
+class Pyramid(ConvNet):
+    """Odd numbers of channels, and a stem that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 5, padding=2).requires_grad_(False)
+        self.blocks = nn.Sequential(Down(24, 51), Down(51, 90), Down(90, 181))
+        self.head = nn.Linear(181, 100)
+
+
+def pyramid() -> Job:
+    return dataclasses.replace(convnet(), name="pyramid", build_model=Pyramid)
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 96)
+        self.recurrent = nn.LSTM(96, 128, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(256, VOCABULARY)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.recurrent(self.embed(tokens))[0])
+
+
+def lstm() -> Job:
+    return dataclasses.replace(gpt(), name="lstm", build_model=Tagger, blocks=None)
+
+
+class Translator(nn.Module):
+    """Decoder blocks look at what the encoder has read, here the same text backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        same: dict[str, Any] = {"dropout": 0.0, "batch_first": True}
+        self.embed = nn.Embedding(VOCABULARY, 128)
+        self.encoder = nn.ModuleList([nn.TransformerEncoderLayer(128, 4, 256, **same) for _ in range(2)])
+        self.blocks = nn.ModuleList([nn.TransformerDecoderLayer(128, 4, 256, **same) for _ in range(2)])
+        self.head = nn.Linear(128, VOCABULARY)
+        self.register_buffer("mask", torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        read, x = self.embed(tokens.flip(1)), self.embed(tokens)
+        for layer in self.encoder:
+            read = layer(read)
+        for block in self.blocks:
+            x = block(x, read, tgt_mask=self.mask)
+        return self.head(x)
+
+
+def translator() -> Job:
+    return dataclasses.replace(gpt(), name="translator", build_model=Translator)
