@@ -14,6 +14,7 @@ from tiny import regression
 from torch import nn
 from torch.nn import functional
 
+import memfit
 from memfit.cost.memory import memory_profile, with_kept
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
@@ -411,3 +412,33 @@ def test_a_recurrent_layers_workspace_is_probed_forward_and_backward() -> None:
     assert (
         memory_profile(found, calibration).peak_bytes > 1.2 * memory_profile(found, Calibration()).peak_bytes
     )
+
+
+def test_derivatives_by_torch_func_inside_a_loss() -> None:
+    """Values of a batch are not followed through the wrapped tensors of vmap and grad."""
+    model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        def height(x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(model, dict(model.named_parameters()), (x[None],))[0, 0]
+
+        slopes = torch.func.vmap(torch.func.grad(height))(batch)
+        return slopes.square().mean()
+
+    assert memfit.estimate(model, torch.randn(32, 2), loss=loss).allocated_bytes.value > 32 * 64 * 4
+
+
+def test_an_optimizer_that_divides_by_what_its_scalars_lack_of_one() -> None:
+    model = nn.Linear(4, 4)
+    found = memfit.estimate(
+        model, torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=torch.optim.NAdam
+    )
+    assert found.by_phase["optimizer"] > 4 * 4 * 4 * 4  # weight, gradient and two moments
+
+
+def test_an_optimizer_with_a_closure_is_refused() -> None:
+    lbfgs = torch.optim.LBFGS
+    with pytest.raises(UserError, match="LBFGS asks for the loss several times a step"):
+        memfit.estimate(
+            nn.Linear(4, 4), torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=lbfgs
+        )

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -63,6 +64,12 @@ class TrainingStep:
         self.optimizer: OptimizerLike = (
             StepInBackward(bench) if bench.step_in_backward else bench.make_optimizer(bench.trainable())
         )
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise UserError(
+                f"{type(self.optimizer).__name__} asks for the loss several times a step",
+                allowed="an optimizer whose step needs no closure",
+            )
 
     def run(
         self,

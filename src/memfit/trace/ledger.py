@@ -147,6 +147,10 @@ class Ledger(TorchDispatchMode):
         values = self.shadows.compute(func, args, kwargs) if self.shadows.may_follow(args) else None
         if func is operators.ITEM:
             told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
+            if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
+                values = (
+                    0.5  # a product of momenta or a step count: neither 0 nor 1, which formulas divide by
+                )
             return self.guesses.item(args[0], told=told, value=values)
         out = (self._silent if fact.silent else self._watched)(func, fact, args, kwargs)
         if values is not None and func not in operators.MAKERS:

@@ -39,11 +39,14 @@ class Shadows:
         return real
 
     def may_follow(self, args: Any) -> bool:
-        """Quick: whether the first argument, or the first in a list, has a value or is no tensor."""
+        """Quick: whether the first argument, or the first in a list, has a value or is no tensor. Not inside
+        torch.func's transforms, whose tensors wrap others."""
         first = args[0] if args else None
         while isinstance(first, list | tuple) and first:
             first = first[0]
-        return self.on and (not isinstance(first, torch.Tensor) or hasattr(first, _NAME))
+        if not self.on or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        return not isinstance(first, torch.Tensor) or hasattr(first, _NAME)
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """The operator on real values; None where one is missing, large or random."""
