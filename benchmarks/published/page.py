@@ -13,6 +13,18 @@ HEADER = f"{'id':32} {'quality':7} {'mem_metric':30} {'measured':>9} {'predicted
 _LARGE = 0.03
 _WHY = Path(__file__).parent / "why.toml"
 
+_WORDS = {
+    "predicted": "rows predicted", "median": "median error", "worst": "worst error",
+    "median_of_sources": "median of sources' medians",
+}  # fmt: skip
+_TARGETS = (
+    ("allocated, quality A", "predicted", 28),
+    ("allocated, quality A", "median", 0.03),
+    ("allocated, quality A", "median_of_sources", 0.03),
+    ("allocated, quality A", "worst", 0.10),
+    ("reserved and nvidia-smi below 94 % of the card", "median", 0.10),
+)
+
 
 def line(s: Scored) -> str:
     row = s.as_row()
@@ -53,6 +65,7 @@ def page(record: Mapping[str, Any]) -> str:
     for s in record["summary"]:
         numbers = " | ".join(_percent(s[k]) for k in ("median", "median_of_sources", "worst"))
         lines.append(f"| {s['name']} | {s['rows']} | {s['predicted']} | {numbers} |")
+    lines += ["", *_targets({s["name"]: s for s in record["summary"]})]
     rows: Sequence[Mapping[str, Any]] = record["rows"]
     known = [r for r in rows if r["measured"] is not None and not r["reference"]]
     lines += _table("Predicted", [r for r in known if r["predicted"] is not None], why["rows"])
@@ -60,6 +73,20 @@ def page(record: Mapping[str, Any]) -> str:
     without = [r for r in rows if r["measured"] is None or r["reference"]]
     lines += ["", f"{len(without)} more rows publish no memory, or a formula's; they are in the record."]
     return "\n".join(lines) + "\n"
+
+
+def _targets(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was aimed at, and whether it was reached. A refused row counts as missed."""
+    lines = ["| target | found | reached |", "|---|--:|---|"]
+    for name, key, limit in _TARGETS:
+        found = summary[name][key]
+        at_least = key == "predicted"
+        reached = found is not None and (found >= limit if at_least else found <= limit)
+        shown, aim = (
+            (str(found), f"at least {limit}") if at_least else (_percent(found), f"at most {limit:.0%}")
+        )
+        lines.append(f"| {name}: {_WORDS[key]} {aim} | {shown} | {'yes' if reached else 'no'} |")
+    return lines
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], why: Mapping[str, str]) -> list[str]:
