@@ -44,6 +44,7 @@ _HERE = Path(__file__).parent
 PAGE, RECORDS = _HERE / "steps.md", _HERE.parent / "records" / "gpu_steps.jsonl"
 STEPS, WARM_UP = 33, 3
 NO_GPU = "not measured: no GPU"
+# A case that fails, out of memory among them, is a row that says so; the others go on.
 _REFUSALS = (UserError, RuntimeError, ValueError, TypeError, NotImplementedError)
 _LIMITS = {"allocated": "worst 1 %", "reserved": "worst 5 %", "device": "worst 300 MiB"}
 

@@ -25,6 +25,7 @@ from peers.facts import Facts, Question, from_json
 
 Answer = tuple[int, list[str]]
 PRECISION = ("bf16-autocast", "bf16-parameters")
+# What other people's code raises on what it does not know: the table shows it in that cell.
 FOREIGN = (
     RuntimeError, ValueError, TypeError, AssertionError, KeyError, AttributeError, IndexError, ImportError,
     OSError, NotImplementedError, ZeroDivisionError,

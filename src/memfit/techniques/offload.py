@@ -23,11 +23,13 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.forward_contexts.append(spool.hooks)
 
 
-class HostCopies:
-    """Keeps saved tensors of at least ``minimum_bytes`` in host memory; parameters stay where they are."""
+class _Away:
+    """Keeps saved tensors of at least ``minimum_bytes`` elsewhere; parameters are in memory
+    anyway."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
+        self.resident = set[int]()
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -38,11 +40,27 @@ class HostCopies:
             yield
 
     def _pack(self, tensor: Any) -> Any:
-        small = tensor.untyped_storage().nbytes() < self.minimum_bytes
-        if small or tensor.untyped_storage()._cdata in self.resident:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < self.minimum_bytes or storage._cdata in self.resident or not self._can(tensor):
             return tensor
         if self.bench.on_offload is not None:
             self.bench.on_offload(tensor.numel() * tensor.element_size())
+        return self._put(tensor)
+
+    def _can(self, tensor: Any) -> bool:
+        return True
+
+    def _put(self, tensor: Any) -> Any:
+        raise NotImplementedError
+
+    def _unpack(self, packed: Any) -> Any:
+        raise NotImplementedError
+
+
+class HostCopies(_Away):
+    """In host memory."""
+
+    def _put(self, tensor: Any) -> Any:
         with self.bench.place("host"):  # a fake tensor of either place is on the CPU
             return tensor.device, tensor.detach().to("cpu", copy=True)
 
@@ -53,37 +71,25 @@ class HostCopies:
         return copy.to(device, copy=True)
 
 
-class DiskSpool:
-    """Keeps saved tensors of at least ``minimum_bytes`` in files of a temporary folder.
-
-    Parameters stay where they are: they are in memory anyway. Under fake tensors nothing is written,
-    but storages come and go in the same order.
-    """
+class DiskSpool(_Away):
+    """In files of a temporary folder. Under fake tensors nothing is written, but storages come and go in the
+    same order."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
-        self.bench, self.minimum_bytes, self.count = bench, minimum_bytes, 0
+        super().__init__(bench, minimum_bytes)
+        self.count = 0
         self.folder = tempfile.TemporaryDirectory(prefix="memfit-offload-")
         bench.closers.append(self.folder.cleanup)
 
-    @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        from torch.autograd.graph import saved_tensors_hooks
+    def _can(self, tensor: Any) -> bool:
+        return bool(tensor.is_contiguous())
 
-        self.resident = {p.untyped_storage()._cdata for p in self.bench.model.parameters()}
-        with saved_tensors_hooks(self._pack, self._unpack):
-            yield
-
-    def _pack(self, tensor: Any) -> Any:
-        small = tensor.untyped_storage().nbytes() < self.minimum_bytes
-        if small or tensor.untyped_storage()._cdata in self.resident or not tensor.is_contiguous():
-            return tensor
+    def _put(self, tensor: Any) -> Any:
         self.count += 1
-        if self.bench.on_offload is not None:
-            self.bench.on_offload(tensor.numel() * tensor.element_size())
         return _Parked(tensor, Path(self.folder.name) / str(self.count))
 
-    def _unpack(self, parked: Any) -> Any:
-        return parked.restore() if isinstance(parked, _Parked) else parked
+    def _unpack(self, packed: Any) -> Any:
+        return packed.restore() if isinstance(packed, _Parked) else packed
 
 
 class _Parked:
