@@ -84,7 +84,10 @@ class Pricer:
 
     def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
         new = [rank for rank in ranks if (plan, rank) not in self.traces]
-        made = deep_traces(self.job, plan, new, device=self.device, lines=self.lines) if new else ()
+        if not new:
+            return
+        with uncollected():
+            made = deep_traces(self.job, plan, new, device=self.device, lines=self.lines)
         self.traces |= {(plan, rank): traced for rank, traced in zip(new, made, strict=True)}
 
     # -- exact ----------------------------------------------------------------------------------------
@@ -96,8 +99,8 @@ class Pricer:
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
         ranks = layout(plan).distinct_ranks()
+        self._trace(plan, ranks)
         with uncollected():
-            self._trace(plan, ranks)
             return [self._of_rank(plan, rank) for rank in ranks]
 
     def _of_rank(self, plan: Plan, rank: int) -> Estimate:

@@ -47,6 +47,7 @@ class _Life:
     place: str = ""
 
 
+_SCALAR = 0.5  # an optimizer's own, a step count or a product of momenta: formulas divide by it and by 1 - it
 _DEVICE: Any = torch.ops.prim.device.default
 
 
@@ -148,9 +149,7 @@ class Ledger(TorchDispatchMode):
         if func is operators.ITEM:
             told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
             if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
-                values = (
-                    0.5  # a product of momenta or a step count: neither 0 nor 1, which formulas divide by
-                )
+                values = _SCALAR
             return self.guesses.item(args[0], told=told, value=values)
         out = (self._silent if fact.silent else self._watched)(func, fact, args, kwargs)
         if values is not None and func not in operators.MAKERS:
