@@ -1,31 +1,27 @@
 """What one rank of the distributed benchmark measures: every allocation and free of whole trainings.
 
-A collective runs on a thread of gloo while the program goes on, and that thread may hold tensors, its own
-or those it was given, after the program has been told that it is done. How long is the operating system's
-choice. A settled repeat asks it to let gloo's threads go first; the others take things as they come.
+A settled repeat asks the system to let gloo's threads go first (memfit/measure/gloo.py says why); the others
+take things as they come.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import itertools
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, Log
+from memfit.measure.gloo import RUNS, gloo_first, gloo_threads
 from memfit.techniques.world import World
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Phase
 
 STEPS = 3
-_RUNS, _SENDS = "pt_gloo_runloop", "gloo_tcp_loop"  # names of gloo's threads
 Mark = tuple[int, str]  # (events so far, phase that begins)
 
 
@@ -92,42 +88,10 @@ def phase_peaks(live: Sequence[int], marks: Sequence[Mark]) -> dict[str, int]:
 
 def _highest_of_gloo(log: Log, live: Sequence[int]) -> int:
     """Highest live bytes just after an allocation by a thread of gloo."""
-    threads, after = set(_gloo_threads(_RUNS)), zip(log.events, live[1:], strict=True)
+    threads, after = set(gloo_threads(RUNS)), zip(log.events, live[1:], strict=True)
     return max((level for e, level in after if e.thread in threads and e.delta_bytes > 0), default=0)
 
 
 def _events(counter: CountingAllocator) -> int:
     counts = counter.counts()
     return counts.allocations + counts.frees
-
-
-def _gloo_threads(*names: str) -> list[int]:
-    """Of this process, by the names that torch and gloo give them; none where the system does not tell."""
-    tasks = Path("/proc/self/task")
-    if not tasks.exists():
-        return []
-    return [int(t.name) for t in tasks.iterdir() if (t / "comm").read_text().strip() in names]
-
-
-@contextlib.contextmanager
-def gloo_first(settle: bool) -> Iterator[Callable[[], bool]]:
-    """A function that asks the system to run gloo's threads, those there are by now, whenever they can, and
-    says whether it agreed."""
-
-    def ask() -> bool:
-        threads = _gloo_threads(_RUNS, _SENDS)
-        return settle and bool(threads) and all(_scheduled(t, os.SCHED_FIFO, 1) for t in threads)
-
-    try:
-        yield ask
-    finally:
-        for thread in _gloo_threads(_RUNS, _SENDS) if settle else ():
-            _scheduled(thread, os.SCHED_OTHER, 0)
-
-
-def _scheduled(thread: int, policy: int, priority: int) -> bool:
-    try:
-        os.sched_setscheduler(thread, policy, os.sched_param(priority))
-    except OSError:
-        return False
-    return True

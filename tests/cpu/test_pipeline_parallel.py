@@ -24,6 +24,7 @@ from memfit.cost.memory import memory_profile
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
+from memfit.measure.gloo import gloo_first
 from memfit.measure.probe import probe
 from memfit.run.ranks import free_port, rank_env
 from memfit.techniques.registry import make_use
@@ -134,15 +135,17 @@ def _measure(job: Job, plan: Plan, world: Any, counter: CountingAllocator | None
 
     turn("setup")
     torch.manual_seed(0)
-    step = TrainingStep(job, plan, world=world)
     told = []
-    for index in range(2):
-        part, terms = step.local(job.make_batch(index, 0))
-        loss, norm = step.run(part, lambda phase: turn(str(phase)), terms_per_rank=terms)
-        told.append((float(loss), float(norm)))
-        turn("between")
-        del part
-    step.close()
+    with gloo_first() as ask:
+        step = TrainingStep(job, plan, world=world)
+        ask()
+        for index in range(2):
+            part, terms = step.local(job.make_batch(index, 0))
+            loss, norm = step.run(part, lambda phase: turn(str(phase)), terms_per_rank=terms)
+            told.append((float(loss), float(norm)))
+            turn("between")
+            del part
+        step.close()
     return {"told": told, "peaks": peaks}
 
 

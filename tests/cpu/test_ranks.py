@@ -29,7 +29,7 @@ JOB = JobRef(spec=f"{Path(__file__).parents[2] / 'benchmarks' / 'rank_jobs.py'}:
 WORST_RATIO, STEPS = 0.005, 2
 # A thread of gloo may hold a finished collective's tensors until it is scheduled again: the lowest peak of a
 # few runs is that of the training.
-MOST_RUNS = 4
+MOST_RUNS = 8
 PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
 PLANS = [
     {"ddp": {"bucket_mib": 1}},

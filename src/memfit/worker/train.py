@@ -8,7 +8,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class _Gauge:
     counter: PeakCounter
     base_bytes: int
     world: World
+    settle: Callable[[], bool]
     phase: str = "setup"
     peak_bytes: int = 0
     step_peak_bytes: int = 0
@@ -80,17 +81,18 @@ def _run(spec: RunSpec) -> Measurement:
     import torch
 
     from memfit.jobs.registry import load
+    from memfit.measure.gloo import gloo_first
     from memfit.measure.memory import peak_counter
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
     counter = peak_counter()
     job = load(spec.job)
-    with joined(spec.plan) as world:
+    with joined(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
         _warm_up(job, spec, world)
         begun = time.perf_counter()
-        gauge = _Gauge(counter, counter.live_bytes(), world)
+        gauge = _Gauge(counter, counter.live_bytes(), world, settle)
         counter.reset_peak()
         with _cap(spec, counter) as limit:
             measurement = _guarded(job, spec, gauge, limit)
@@ -184,6 +186,7 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
 
     torch.manual_seed(spec.seed)
     step = TrainingStep(job, spec.plan, world=gauge.world)
+    gauge.settle()  # building made groups with threads of their own
     for index in range(spec.steps):
         given = step.local(job.make_batch(index, spec.seed))
         gauge.turn("between")
