@@ -13,7 +13,7 @@ from pathlib import Path
 from memfit import outlook, wire
 from memfit.adoption import effort
 from memfit.cost.memory import memory_profile, timeline, with_workspace
-from memfit.engines import native
+from memfit.engines.registry import render
 from memfit.measure import here
 from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
 from memfit.pricing import Pricer
@@ -180,8 +180,8 @@ def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str) -> R
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
     """Of several ranks the one that failed, else the one with the highest peak, as predictions are."""
     if spec.plan.ranks == 1:
-        return run(native.render(spec), on_event=listen)
-    seen = run_ranks(native.render(spec), on_event=lambda rank, event: None if rank else listen(event))
+        return run(render(spec), on_event=listen)
+    seen = run_ranks(render(spec), on_event=lambda rank, event: None if rank else listen(event))
     failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
     return failed[0] if failed else max(seen, key=lambda m: m.peak_bytes or 0)
 

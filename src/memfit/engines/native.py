@@ -1,4 +1,4 @@
-"""Native PyTorch: memfit's own worker, one process."""
+"""Native PyTorch: memfit's own worker, which is also the process in which the other engines train."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import sys
 from collections.abc import Sequence
 
 from memfit import wire
+from memfit.engines.base import Engine
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.launch import LaunchConfig, RunSpec
 
+ENGINE = Engine(
+    name="native", summary="torch alone: DDP, FSDP2, tensor, pipeline, context and expert parallelism",
+    carries=frozenset(TECHNIQUES),
+)  # fmt: skip
 
-def render(spec: RunSpec) -> LaunchConfig:
-    """The very process that is run; `export` writes the same."""
+
+def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
+    """The very process that is run, with the engine's configuration beside it; `export` writes the same."""
     return LaunchConfig(
-        engine="native",
+        engine=engine.name,
         argv=(sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
-        env=_threads(spec.threads),
-        files={"run.json": wire.dumps(spec, indent=2)},
+        env={**_threads(spec.threads), **engine.env},
+        files={"run.json": wire.dumps(spec, indent=2), **engine.files(spec)},
         spec=spec,
     )
 

@@ -36,8 +36,11 @@ def _ignore(phase: Phase) -> None:
 class TrainingStep:
     """A model with a plan applied, its optimizer, and the step they make together.
 
-    Raises UserError when the plan's techniques clash, miss a package, or do not suit the job.
+    Raises UserError when the plan's techniques clash, miss a package, or do not suit the job. An engine's
+    step (worker/apply_*.py) applies the techniques of ``carried`` by itself, in `_prepare`.
     """
+
+    carried: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -59,11 +62,10 @@ class TrainingStep:
         )  # fmt: skip
         on_built(bench)
         for technique, use in in_order(plan):
-            technique.apply(bench, use.settings)
-        self.job, self.bench, self.model = job, bench, model
-        self.optimizer: OptimizerLike = (
-            StepInBackward(bench) if bench.step_in_backward else bench.make_optimizer(bench.trainable())
-        )
+            if technique.name not in self.carried:
+                technique.apply(bench, use.settings)
+        self.job, self.bench, self.model, self.plan = job, bench, model, plan
+        self.optimizer: OptimizerLike = self._prepare()
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
@@ -97,11 +99,7 @@ class TrainingStep:
             loss_sum = loss if loss_sum is None else loss_sum + loss
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
-        norm = self._grad_norm()
-        if update:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, norm
+        return loss_sum, self._update() if update else self._forgo()
 
     def local(self, batch: Any) -> tuple[Any, float]:
         """(this data-parallel rank's part of the whole batch as tensors of its own, mean terms per rank)."""
@@ -122,6 +120,25 @@ class TrainingStep:
         for close in self.bench.closers:
             close()
 
+    def _prepare(self) -> OptimizerLike:
+        bench = self.bench
+        return StepInBackward(bench) if bench.step_in_backward else bench.make_optimizer(bench.trainable())
+
+    def _update(self) -> torch.Tensor:
+        """The optimizer's step; the gradient norm before it."""
+        norm = self._grad_norm()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _forgo(self) -> torch.Tensor:
+        norm = self._grad_norm()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
     def _micro_step(self, part: Any, share: float, on_phase: OnPhase, *, last: bool) -> torch.Tensor:
         if self.bench.pipeline is not None:
             count, length = self.bench.pipeline.micro_batches, batch_length(part)
@@ -136,7 +153,7 @@ class TrainingStep:
         on_phase(Phase.FORWARD)
         weighted = self._weighted(self.bench.call or self.model, part, share)
         on_phase(Phase.BACKWARD)
-        weighted.backward()
+        self._backward(weighted)
         return weighted.detach().float()
 
     def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:

@@ -17,6 +17,7 @@ class RunSpec:
     role: str  # baseline | recommended | ablation
     job: JobRef
     plan: Plan
+    engine: str = "native"
     seed: int
     steps: int
     cap_bytes: int | None = None

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from memfit.types.job import Job
     from memfit.types.plan import Plan
 
+    MakeStep = Callable[..., TrainingStep]
+
 TIMELINE_POINTS = 400
 
 
@@ -42,6 +45,7 @@ class _Gauge:
     base_bytes: int
     world: World
     settle: Callable[[], bool]
+    make_step: MakeStep
     phase: str = "setup"
     peak_bytes: int = 0
     step_peak_bytes: int = 0
@@ -71,13 +75,13 @@ class _Gauge:
 def main(path: Path) -> None:
     spec = wire.loads(RunSpec, path.read_text(), what="run specification")
     try:
-        measurement = _run(spec)
+        measurement = _run(spec, path)
     except MemfitError as error:
         measurement = Measurement(outcome=OutcomeKind.FAILED, reason=str(error))
     tell("result", measurement=measurement)
 
 
-def _run(spec: RunSpec) -> Measurement:
+def _run(spec: RunSpec, path: Path) -> Measurement:
     import torch
 
     from memfit.jobs.registry import load
@@ -90,9 +94,10 @@ def _run(spec: RunSpec) -> Measurement:
     job = load(spec.job)
     with joined(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
-        _warm_up(job, spec, world)
+        make = step_maker(spec.engine, path.parent)
+        _warm_up(job, spec, world, make)
         begun = time.perf_counter()
-        gauge = _Gauge(counter, counter.live_bytes(), world, settle)
+        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make)
         counter.reset_peak()
         with _cap(spec, counter) as limit:
             measurement = _guarded(job, spec, gauge, limit)
@@ -116,16 +121,25 @@ def joined(plan: Plan) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _warm_up(job: Job, spec: RunSpec, world: World) -> None:
+def step_maker(engine: str, folder: Path) -> MakeStep:
+    """The training step of an engine, configured by its files in ``folder``."""
+    if engine == "native":
+        from memfit.jobs.step import TrainingStep
+
+        return TrainingStep
+    kind = importlib.import_module(f"memfit.worker.apply_{engine}").Step
+    kind.folder = folder
+    return kind  # type: ignore[no-any-return]
+
+
+def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> None:
     """Steps of one micro-batch of the run's own shape, so that kernels, their caches and thread stacks
     exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference)."""
     import torch
 
-    from memfit.jobs.step import TrainingStep
-
     batch = job.make_batch(0, spec.seed)
     torch.manual_seed(spec.seed)
-    step = TrainingStep(job, spec.plan, world=world)
+    step = make_step(job, spec.plan, world=world)
     part, terms = step.local(batch)
     for _ in range(2):
         step.run(part, micro_batches_played=1, terms_per_rank=terms)
@@ -182,10 +196,8 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
 def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     import torch
 
-    from memfit.jobs.step import TrainingStep
-
     torch.manual_seed(spec.seed)
-    step = TrainingStep(job, spec.plan, world=gauge.world)
+    step = gauge.make_step(job, spec.plan, world=gauge.world)
     gauge.settle()  # building made groups with threads of their own
     for index in range(spec.steps):
         given = step.local(job.make_batch(index, spec.seed))

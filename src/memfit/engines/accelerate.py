@@ -1,0 +1,88 @@
+"""Hugging Face Accelerate: DDP and FSDP2 through its Accelerator, with its YAML.
+
+Field names are those of accelerate/commands/config/config_args.py and accelerate/utils/dataclasses.py (1.15).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memfit.engines.base import Engine
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+CONFIG = "accelerate.yaml"
+
+
+def _reasons(plan: Plan) -> tuple[str, ...]:
+    found = []
+    for used in plan.uses:
+        knobs = used.settings
+        if used.technique == "fsdp2":
+            if int(knobs["replicas"]) > 1:
+                found.append("fsdp2: replicas (HSDP) are not in its YAML")
+            if knobs["units"] != "blocks":
+                found.append(f"fsdp2: units {knobs['units']!r} cannot be named in its YAML")
+            if int(knobs["prefetch"]) > 1:
+                found.append("fsdp2: it has no setting of how many groups are gathered ahead")
+            if knobs["reshard"] not in {True, False}:
+                found.append(f"fsdp2: reshard {knobs['reshard']!r} is for all groups or none")
+    return tuple(found)
+
+
+def _files(spec: RunSpec) -> dict[str, str]:
+    import yaml
+
+    return {CONFIG: yaml.safe_dump(config(spec), sort_keys=False)}
+
+
+def config(spec: RunSpec) -> dict[str, Any]:
+    """What `accelerate launch --config_file` reads."""
+    plan = spec.plan
+    mixed = "bf16" if plan.get("bf16-autocast") else "no"
+    found: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "MULTI_GPU" if plan.ranks > 1 else "NO",
+        "downcast_bf16": "no",
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": mixed,
+        "num_machines": 1,
+        "num_processes": plan.ranks,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": False,
+    }
+    if (used := plan.get("fsdp2")) is not None:
+        knobs = used.settings
+        found["distributed_type"] = "FSDP"
+        found["mixed_precision"] = "bf16" if knobs["precision"] == "bf16" else "no"
+        found["fsdp_config"] = {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": bool(knobs["reshard"]),
+            "fsdp_offload_params": bool(knobs["offload"]),
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_activation_checkpointing": False,
+        }
+    return found
+
+
+ENGINE = Engine(
+    name="accelerate",
+    summary="Hugging Face Accelerate: DDP and FSDP2 through its Accelerator",
+    distribution="accelerate",
+    tested=("1.15", "1.16"),
+    install="pip install 'memfit[accelerate]'",
+    carries=frozenset({"ddp", "fsdp2", "bf16-autocast", "gradient-accumulation"}),
+    beside=frozenset(
+        {
+            "activation-checkpointing", "selective-checkpointing", "chunked-loss", "adamw-8bit", "adamw-4bit",
+            "adamw-fused", "adamw-single", "adafactor", "sgd", "lora", "bf16-parameters",
+        }
+    ),
+    reasons=_reasons,
+    files=_files,
+)  # fmt: skip

@@ -1,0 +1,82 @@
+"""What every engine says about itself as data: what it carries, what it lacks here, and its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping
+
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+Files = Mapping[str, str]
+
+
+def no_files(spec: RunSpec) -> Files:
+    """The engine is configured in Python alone."""
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A way to train. ``carries``: techniques that the engine applies itself, ``beside``: those that memfit
+    applies to the model or the step and that the engine leaves alone; anything else it cannot do.
+    ``reasons(plan)``: why it cannot carry a plan of such techniques after all. ``files(spec)``: its own
+    configuration, name -> text, beside run.json; the worker reads these very files. ``tested``: versions
+    from (included) to (excluded) with which it was tried.
+    """
+
+    name: str
+    summary: str
+    distribution: str = ""  # on the package index; "": it comes with torch
+    tested: tuple[str, str] = ("", "")
+    install: str = ""
+    carries: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
+    reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+    files: Callable[[RunSpec], Files] = no_files
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def supports(self, plan: Plan) -> tuple[str, ...]:
+        """Why it cannot carry the plan; empty: it can."""
+        known = self.carries | self.beside
+        unknown = tuple(f"{u.technique} is not in {self.name}" for u in plan.uses if u.technique not in known)
+        return unknown or self.reasons(plan)
+
+    def probe(self) -> Probe:
+        """What is installed here, without importing it."""
+        if not self.distribution:
+            return Probe(version=_version("torch") or "", problem="" if _version("torch") else "no torch")
+        version = _version(self.distribution)
+        if version is None:
+            return Probe(problem="not installed", fix=self.install)
+        low, high = self.tested
+        if not _at(low) <= _at(version) < _at(high):
+            return Probe(
+                version=version, problem=f"{version} was never tried: {low} to below {high} were",
+                fix=self.install,
+            )  # fmt: skip
+        return Probe(version=version)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """``problem`` "": ready to run. ``fix``: the one command that would help."""
+
+    version: str = ""
+    problem: str = ""
+    fix: str = ""
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _at(version: str) -> tuple[int, ...]:
+    """The release of a version, comparable: "0.19.8+x" -> (0, 19, 8)."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in found.group().split(".")) if found else ()

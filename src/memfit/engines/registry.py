@@ -1,0 +1,48 @@
+"""Every engine, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from memfit.engines import accelerate, native
+from memfit.engines.base import Engine
+from memfit.types.errors import UserError
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.plan import Plan
+
+ENGINES: Mapping[str, Engine] = {e.name: e for e in (native.ENGINE, accelerate.ENGINE)}
+
+
+def engine(name: str) -> Engine:
+    """Raises UserError with the closest names when there is no such engine."""
+    if name not in ENGINES:
+        close = difflib.get_close_matches(name, ENGINES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"unknown engine {name!r}", allowed=", ".join(ENGINES), hint=hint)
+    return ENGINES[name]
+
+
+def carrying(name: str, plan: Plan) -> Engine:
+    """The engine, where it can carry the plan. Raises UserError with every reason why not, and with those
+    that can."""
+    found = engine(name)
+    if why := found.supports(plan):
+        others = ", ".join(e.name for e in ENGINES.values() if not e.supports(plan)) or "none"
+        raise UserError(
+            f"engine {name} cannot carry this plan: {'; '.join(why)}", allowed=f"engines that can: {others}"
+        )
+    return found
+
+
+def ready(name: str, plan: Plan) -> Engine:
+    """The same, and installed. Raises UserError with the command that installs it."""
+    found = carrying(name, plan)
+    if (probe := found.probe()).problem:
+        raise UserError(f"engine {name}: {probe.problem}", hint=probe.fix)
+    return found
+
+
+def render(spec: RunSpec) -> LaunchConfig:
+    """The launch of ``spec`` on its engine: the worker, and the engine's own configuration beside it."""
+    return native.render(spec, engine(spec.engine))
