@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from memfit.types.job import Bound, Job, OptimizerChoice
@@ -314,6 +315,25 @@ def lstm() -> Job:
 
 def gru() -> Job:
     return job("gru", lambda: Recurrent(nn.GRU), words(8, 64, 512), next_token, rows=8)
+
+
+class Packed(Recurrent):
+    """Sequences of different lengths, without their padding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x != 0).sum(1)
+        packed = pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False)
+        out, _ = pad_packed_sequence(self.body(packed)[0], batch_first=True, total_length=x.shape[1])
+        return self.head(out)
+
+
+def packed() -> Job:
+    def batch(g: torch.Generator) -> torch.Tensor:
+        lengths = torch.randint(8, 65, (16, 1), generator=g)
+        lengths[0] = 64
+        return torch.randint(1, 512, (16, 65), generator=g) * (torch.arange(65) <= lengths)
+
+    return job("lstm-packed", lambda: Packed(nn.LSTM), batch, next_token, rows=16)
 
 
 class Scan(nn.Module):
@@ -845,6 +865,7 @@ FIRST_SET: tuple[Callable[[], Job], ...] = (
     conv3d,
     lstm,
     gru,
+    packed,
     mamba,
     tied,
     custom,

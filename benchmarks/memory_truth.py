@@ -91,6 +91,7 @@ PLANS: dict[str, tuple[tuple[Use, ...], ...]] = {
     "conv3d": ((ADAFACTOR,),),
     "lstm": ((SGD,), (parts(2),)),
     "gru": ((SMALL,),),
+    "lstm-packed": ((AUTOCAST,), (parts(2),)),
     "mamba-scan": ((FULL,), (MASTER,)),
     "tied-embedding": ((CHUNKED,), (parts(4),), (STOCHASTIC,), (SMALL, INSIDE), (ADAFACTOR,)),
     "custom-function": ((FULL,), (AUTOCAST,), (MATMUL,), (DISK,)),

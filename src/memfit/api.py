@@ -21,7 +21,7 @@ from memfit.planning import fits_under, needed_bytes, space_of
 from memfit.pricing import Pricer
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.types.errors import MemfitError, UserError
-from memfit.types.job import Job
+from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Estimate, Interval
@@ -137,6 +137,7 @@ def estimate(
     optimizer: Any = None,
     plan: Any = None,
     machine: Any = None,
+    bound: Bound | None = None,
 ) -> Prediction:
     """Predict one training step of ``model`` on ``batch``; nothing is run and nothing given is changed.
 
@@ -144,9 +145,10 @@ def estimate(
     function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
     model's own. ``optimizer``: a name, an optimizer of this model, or a function of parameters; AdamW by
     default. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file. ``machine``: a name
-    of the catalog such as ``"8xH100-SXM"``; this machine by default. Raises UserError.
+    of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
+    decide, as in `Job`. Raises UserError.
     """
-    job = job_of(model, batch, loss=loss, optimizer=optimizer)
+    job = job_of(model, batch, loss=loss, optimizer=optimizer, bound=bound)
     return _predicted(job, plan_of(plan), machine_of(machine))
 
 
@@ -196,6 +198,7 @@ def assert_fits(
     optimizer: Any = None,
     plan: Any = None,
     machine: Any = None,
+    bound: Bound | None = None,
 ) -> Prediction:
     """For tests: the prediction, if the step fits ``memory`` ("24GiB" or bytes). ``model`` and the rest are
     as for `estimate`; a Job or a Prediction needs no batch. Raises AssertionError telling the peak, its
@@ -204,7 +207,7 @@ def assert_fits(
     if isinstance(model, Prediction):
         found = dataclasses.replace(model, cap_bytes=cap_bytes)
     else:
-        job = job_of(model, batch, loss=loss, optimizer=optimizer)
+        job = job_of(model, batch, loss=loss, optimizer=optimizer, bound=bound)
         found = _predicted(job, plan_of(plan), machine_of(machine), cap_bytes)
     if not found.fits:
         raise AssertionError(_why_not(found))

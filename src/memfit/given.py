@@ -25,7 +25,7 @@ from memfit.techniques.registry import check, make_use
 from memfit.trace.copies import copied
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
-from memfit.types.job import Job, OptimizerChoice
+from memfit.types.job import Bound, Job, OptimizerChoice
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan
 
@@ -48,7 +48,14 @@ _TARGETS = ("labels", "label", "targets", "target", "y")
 _MINE = "your training step"
 
 
-def job_of(model: Any, batch: Any = None, *, loss: Any = None, optimizer: Any = None) -> Job:
+def job_of(
+    model: Any,
+    batch: Any = None,
+    *,
+    loss: Any = None,
+    optimizer: Any = None,
+    bound: Bound | None = None,
+) -> Job:
     """A Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
     Raises UserError for anything that is neither, and, when traced, for errors in the user's own code.
@@ -56,7 +63,7 @@ def job_of(model: Any, batch: Any = None, *, loss: Any = None, optimizer: Any = 
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
             raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
-        return model
+        return model if bound is None else dataclasses.replace(model, bound=bound)
     model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager one inside
     build = _build_of(model)
     value = _batch_of(batch)
@@ -68,6 +75,7 @@ def job_of(model: Any, batch: Any = None, *, loss: Any = None, optimizer: Any = 
         loss=lambda model, batch: model(batch),
         batch_size=batch_length(value),
         optimizer=_optimizer_of(optimizer, model),
+        bound=bound,
     )
     module = model if isinstance(model, torch.nn.Module) else fake_model(told(job, _MINE))
     if not isinstance(module, torch.nn.Module):

@@ -13,6 +13,7 @@ import torch
 from tiny import regression
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, unpad_sequence
 
 import memfit
 from memfit.cost.memory import memory_profile, with_kept
@@ -300,6 +301,42 @@ def test_lengths_of_labels_decide_what_an_alignment_keeps() -> None:
     longest = 2 + int((case.make_batch(1, 0)[:4, 0] > 0.5).any())
     states = [a for a in found.allocations if a.requested_bytes == 4 * 10 * (2 * longest + 1) * 4 and a.step]
     assert [str(a.phase) for a in states] == ["forward", "backward"]
+
+
+class Packed(nn.Module):
+    """Sequences without their padding; ``by_weights``: a parameter decides how long they are."""
+
+    def __init__(self, by_weights: bool = False) -> None:
+        super().__init__()
+        self.body, self.by_weights = nn.LSTM(16, 32, batch_first=True), by_weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, :, 0] > 0.5).long().sum(1).clamp(min=1)  # sums of bools are cast inside
+        if self.by_weights:
+            lengths = (lengths * self.body.bias_hh_l0[0].exp()).long()
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, lengths = pad_packed_sequence(self.body(packed)[0], batch_first=True)
+        return torch.cat(out.unbind(0)) if self.by_weights else torch.cat(unpad_sequence(out, lengths, True))
+
+
+@counted
+def test_packed_sequences_take_the_lengths_of_the_batch() -> None:
+    case = dataclasses.replace(job(residual, 6, 24, 16), build_model=Packed)
+    found = trace(case, Plan())
+    pieces = [a for a in found.allocations if "_pack_padded_sequence" in a.op and a.step]
+    assert len(pieces) > 3  # each batch size is copied apart
+    assert sorted(predicted(found)) == sorted(measured(case))
+
+
+def test_lengths_that_weights_decide_take_a_bound() -> None:
+    case = dataclasses.replace(job(residual, 6, 24, 16), build_model=lambda: Packed(by_weights=True))
+    with pytest.raises(UserError, match=r"_pack_padded_sequence at test_any_module.py:\d+ has.*bound"):
+        trace(case, Plan())
+    for bound, packed in ((0.5, 72), (100, 100), ({"_pack_padded_sequence": 10}, 10)):
+        found = trace(dataclasses.replace(case, bound=bound), Plan())
+        assert any(f"gave {packed} of 144" in a for a in found.assumptions)
+        assert any(a.op == "aten.cat.default" and a.size_bytes == packed * 32 * 4 for a in found.allocations)
+    assert any("gave 144 of 144" in a for a in memfit.estimate(case, bound=1.0).estimate.assumptions)
 
 
 # --- a parameter decides: a bound, or one line

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     unset_fake_temporarily,
 )
+from torch.utils import _pytree
 
 from memfit.trace.lines import user_line
 from memfit.trace.shadows import Shadows
@@ -59,7 +60,7 @@ class Guesses:
         if found is None and self._asked[where] > _LOOP_LIMIT:
             raise UserError(
                 f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
-                allowed="Job(bound={" + repr(where or "item") + ": how often it runs})",
+                allowed="bound={" + repr(where or "item") + ": how often it runs} of the Job or of estimate",
             )
         answer: bool | int | float = 1.0 if floating else 1
         if truth:
@@ -86,15 +87,26 @@ class Guesses:
         """Whether more than its arguments' shapes says what the operator gives."""
         return func in _SHAPED or func in _INDEXED
 
-    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """The operator on fake tensors, with bounds for what depends on data."""
+    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
+        """The operator on fake tensors, with bounds for what depends on data; ``values`` are what it gives
+        for the batch, where that alone decides them."""
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
         args = self.positions(func, args)
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
-            raise _unbounded(func.overloadpacket.__name__, user_line()) from None
+            op, where = func.overloadpacket.__name__, user_line()
+            if values is None:
+                raise UserError(
+                    op
+                    + (f" at {where}" if where else "")
+                    + " gives what only the values of its inputs decide",
+                    allowed="values that follow from the batch alone",
+                    hint="take the operator out of the step",
+                ) from None
+            self._tell(f"{op} gave what it gives for the batch", where)
+            return _pytree.tree_map_only(torch.Tensor, _without_values, values)
 
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
         """Elements that ``op`` gives, of ``most`` possible ones: the bound, else ``count`` of the values
@@ -138,6 +150,10 @@ class Guesses:
         return (args[0], indices, *args[2:])
 
 
+def _without_values(real: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
+
+
 def _is_mask(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
@@ -145,7 +161,7 @@ def _is_mask(index: Any) -> bool:
 def _unbounded(op: str, where: str) -> UserError:
     return UserError(
         op + (f" at {where}" if where else "") + " has a size that depends on the data",
-        allowed=f"Job(bound={{{where or op!r}: N}}), N elements or a share such as 0.5",
+        allowed=f"bound={{{where or op!r}: N}} of the Job or of estimate, N elements or a share such as 0.5",
     )
 
 
@@ -206,6 +222,34 @@ def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any
     return repeats.new_empty(output_size)
 
 
+def _pack_padded_sequence(
+    self: Guesses, padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths are sorted, longest first. The batch sizes are real, as recurrent layers and the derivative
+    read them where no mode sees it; pieces of equal batch size are copied and joined (PackedSequence.cpp)."""
+    by_time = padded.transpose(0, 1) if batch_first else padded
+    longest, rows = by_time.shape[:2]
+    size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
+    real = self.shadows.of(lengths)
+    with torch.no_grad(), unset_fake_temporarily():
+        if real is None or int(real.sum()) != size:
+            real = _shared_out(size, longest, rows)
+        sizes = (real[None] > torch.arange(int(real.max()))[:, None]).sum(1)
+        widths, steps = sizes.unique_consecutive(return_counts=True)
+        cuts = torch.stack((steps.cumsum(0) - steps, steps.cumsum(0), widths), 1).tolist()
+    pieces = [by_time[start:end, :width].contiguous().flatten(0, 1) for start, end, width in cuts]
+    self.scratch += [sizes, *pieces]
+    return torch.cat(pieces), sizes
+
+
+def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
+    """Lengths of ``rows`` sequences with ``size`` elements, one as long as can be, the others alike."""
+    size = min(max(size, rows), longest * rows)
+    first = min(longest, size - rows + 1)
+    others, more = divmod(size - first, max(1, rows - 1))
+    return torch.tensor([first] + [others + (i < more) for i in range(rows - 1)])
+
+
 def _ctc_loss(
     self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: torch.Tensor,
     *rest: Any,
@@ -258,6 +302,7 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     _ATEN.unique_dim.default: _unique_dim,
     _ATEN.bincount.default: _bincount,
     _ATEN.repeat_interleave.Tensor: _repeat_interleave,
+    _ATEN._pack_padded_sequence.default: _pack_padded_sequence,
     _ATEN._log_softmax_backward_data.default: _log_softmax_backward,
     _ATEN._ctc_loss.Tensor: _ctc_loss,
     _ATEN._ctc_loss_backward.default: _ctc_loss_backward,

@@ -151,7 +151,11 @@ class Ledger(TorchDispatchMode):
             if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
                 values = _SCALAR
             return self.guesses.item(args[0], told=told, value=values)
-        out = (self._silent if fact.silent else self._watched)(func, fact, args, kwargs)
+        out = (
+            self._silent(func, fact, args, kwargs)
+            if fact.silent
+            else self._watched(func, fact, args, kwargs, values)
+        )
         if values is not None and func not in operators.MAKERS:
             self.shadows.attach(out, values)
         return out
@@ -163,7 +167,7 @@ class Ledger(TorchDispatchMode):
             self._note(out, fact.name, self.modules.name(self.current))
         return out
 
-    def _watched(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any) -> Any:
+    def _watched(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any, values: Any) -> Any:
         """An operator that works: its outputs' storages and its cost go on record."""
         module = self.modules.name(self.current)
         owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
@@ -180,7 +184,7 @@ class Ledger(TorchDispatchMode):
             if made is not None:
                 out = made.make()
             else:
-                out = self.guesses.call(func, args, kwargs)
+                out = self.guesses.call(func, args, kwargs, values)
                 if key not in self._made and not self.guesses.decides(func):
                     self._made[key] = operators.fresh(func, tensors_in(args, kwargs), out)
             if func in operators.WIDE_LOSSES:

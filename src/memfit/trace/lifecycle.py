@@ -21,6 +21,7 @@ from memfit.trace.copies import FakeCopies
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
+from memfit.trace.packed import pads_packed
 from memfit.trace.plain import plain_tensors
 from memfit.trace.tracer import (
     _PLAYED_MICRO_BATCHES,
@@ -114,7 +115,7 @@ def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
     ledger = Ledger(device, guesses=Guesses(job.bound))
     with (
         _guesses_blamed(ledger), _fake_world() as fake, _random_states(ledger), _resizes(ledger),
-        device_lens(device), ledger,
+        device_lens(device), ledger, pads_packed(ledger.shadows),
     ):  # fmt: skip
         yield _Watch(ledger=ledger), fake
 

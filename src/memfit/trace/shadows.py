@@ -16,6 +16,7 @@ from torch.utils import _pytree
 
 _MOST_ELEMENTS = 2**20
 _NAME = "_memfit_shadow"
+_LIFT: Any = torch.ops.aten.lift_fresh.default
 
 
 class Shadows:
@@ -39,17 +40,20 @@ class Shadows:
         return real
 
     def may_follow(self, args: Any) -> bool:
-        """Quick: whether the first argument, or the first in a list, has a value or is no tensor. Not inside
-        torch.func's transforms, whose tensors wrap others."""
+        """Quick: whether the first argument, or the first in a list, has a value, is real or is no tensor.
+        Not inside torch.func's transforms, whose tensors wrap others."""
         first = args[0] if args else None
         while isinstance(first, list | tuple) and first:
             first = first[0]
         if not self.on or torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        return not isinstance(first, torch.Tensor) or hasattr(first, _NAME)
+        return not isinstance(first, torch.Tensor) or type(first) is torch.Tensor or hasattr(first, _NAME)
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """The operator on real values; None where one is missing, large or random."""
+        if func is _LIFT:  # a tensor of Python numbers
+            with unset_fake_temporarily():
+                return args[0].clone()
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         values = {id(x): self.of(x) for x in leaves}
         if torch.Tag.nondeterministic_seeded in func.tags or None in values.values() or _large(args):

@@ -22,6 +22,7 @@ from memfit.techniques.blocks import find_blocks
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
+from memfit.trace.packed import pads_packed
 from memfit.trace.ranks import (
     GlooScratch,
     builds_on_host,
@@ -65,6 +66,7 @@ def trace(
     with (
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
+        pads_packed(ledger.shadows),
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
@@ -296,7 +298,7 @@ def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
             f"the step does not run on fake tensors: {reason[:200]}",
-            hint=f"memfit had to guess ({guessed[-1]}); give a better value in Job(bound=...)",
+            hint=f"memfit had to guess ({guessed[-1]}); give a better value in bound=",
         ) from error
 
 
