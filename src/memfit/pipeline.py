@@ -92,9 +92,10 @@ def run_plan(
             hint="`memfit explain` predicts it without running it",
         )  # fmt: skip
     estimate = explain(request, plan, progress)
+    job = make_pricer(request)[0]
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, seed=seed,
-        steps=steps or make_pricer(request)[0].steps,
+        steps=steps or job.steps, batch_size=job.batch_size,
         cap_bytes=_own_cap(request, estimate) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
     )  # fmt: skip

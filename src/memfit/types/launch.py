@@ -20,6 +20,7 @@ class RunSpec:
     engine: str = "native"
     seed: int
     steps: int
+    batch_size: int = 0  # samples of a step on all ranks; 0: not told
     cap_bytes: int | None = None
     threads: int = 0  # 0: torch's default
     evaluate: bool = True

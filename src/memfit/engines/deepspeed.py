@@ -1,0 +1,94 @@
+"""DeepSpeed: ZeRO stages 0 to 3 through `deepspeed.initialize`, with its JSON.
+
+Keys are those of deepspeed/runtime/config.py and deepspeed/runtime/zero/config.py (0.19). Every one that
+decides about memory is written, whether it is DeepSpeed's default or not.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from memfit.engines.base import Engine
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan, Use
+
+CONFIG = "deepspeed.json"
+
+
+def _reasons(plan: Plan) -> tuple[str, ...]:
+    if plan.get("zero") is None and plan.ranks > 1:
+        return ("DeepSpeed trains several ranks with zero alone (stage 0: only gradients are averaged)",)
+    return ()
+
+
+def _files(spec: RunSpec) -> dict[str, str]:
+    return {CONFIG: json.dumps(config(spec), indent=2) + "\n"}
+
+
+def config(spec: RunSpec) -> dict[str, Any]:
+    """What `deepspeed --deepspeed_config` reads. The optimizer is the program's own."""
+    used = spec.plan.get("zero")
+    accumulation = spec.plan.get("gradient-accumulation")
+    micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    bf16 = used is not None and used.settings["precision"] == "bf16"
+    return {
+        "train_micro_batch_size_per_gpu": max(1, spec.batch_size // (spec.plan.ranks * micro_batches)),
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero(used) if used is not None else {"stage": 0},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero(used: Use) -> dict[str, Any]:
+    knobs = used.settings
+    stage = int(knobs["stage"])
+    found: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": int(knobs["reduce_bucket_elements"]),
+        "allgather_bucket_size": 500_000_000,
+        "overlap_comm": bool(knobs["overlap"]),
+        "round_robin_gradients": False,
+        "offload_optimizer": _to_host(knobs["offload"] != "none"),
+    }
+    if stage == 3:
+        found |= {
+            "offload_param": _to_host(knobs["offload"] == "parameters"),
+            "sub_group_size": 1_000_000_000,
+            "stage3_prefetch_bucket_size": int(knobs["prefetch_elements"]),
+            "stage3_param_persistence_threshold": int(knobs["persist_elements"]),
+            "stage3_max_live_parameters": int(knobs["live_elements"]),
+            "stage3_max_reuse_distance": int(knobs["live_elements"]),
+        }
+    return found
+
+
+def _to_host(moved: bool) -> dict[str, Any]:
+    return {"device": "cpu", "pin_memory": True} if moved else {"device": "none"}
+
+
+ENGINE = Engine(
+    name="deepspeed",
+    summary="DeepSpeed: ZeRO 0 to 3, states and parameters in host memory",
+    distribution="deepspeed",
+    tested=("0.19", "0.20"),
+    install="pip install 'memfit[deepspeed]'",
+    carries=frozenset({"zero", "gradient-accumulation"}),
+    beside=frozenset(
+        {
+            "activation-checkpointing", "selective-checkpointing", "chunked-loss", "adamw-8bit", "adamw-4bit",
+            "adamw-fused", "adamw-single", "sgd", "lora",
+        }
+    ),
+    reasons=_reasons,
+    files=_files,
+    env={"DS_ACCELERATOR": "cpu"},
+)  # fmt: skip

@@ -1,0 +1,56 @@
+"""The training step as DeepSpeed makes it: model and optimizer handed to `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from memfit.engines.deepspeed import CONFIG, ENGINE
+from memfit.jobs.step import TrainingStep
+from memfit.techniques.base import OptimizerLike
+from memfit.techniques.precision import Bf16Inputs
+
+
+class Step(TrainingStep):
+    carried = ENGINE.carries - {"gradient-accumulation"}
+    folder: Path
+
+    def _prepare(self) -> OptimizerLike:
+        import deepspeed
+
+        bench, model = self.bench, self.model
+        config = json.loads((self.folder / CONFIG).read_text())
+        if config["bf16"]["enabled"]:
+            bench.forward_contexts.append(lambda: Bf16Inputs(model))
+        alone = not torch.distributed.is_initialized()
+        if alone:
+            _join_alone()
+        engine: Any = deepspeed.initialize(
+            model=model, optimizer=cast(Any, bench.make_optimizer(bench.trainable())), config=config
+        )[0]
+        self.wrapped, self.model, bench.call = engine, engine.module, engine
+        bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
+        bench.closers.append(engine.destroy)
+        if alone:
+            bench.closers.append(torch.distributed.destroy_process_group)
+        return cast(OptimizerLike, engine.optimizer)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.wrapped.backward(loss, scale_wrt_gas=False)  # losses carry their share already
+
+    def _update(self) -> torch.Tensor:
+        if not self.wrapped.zero_optimization():
+            norm = self._grad_norm()
+            self.wrapped.step()
+            return norm
+        self.wrapped.step()
+        return torch.as_tensor(self.wrapped.get_global_grad_norm())
+
+
+def _join_alone() -> None:
+    """DeepSpeed wants a process group on one rank too."""
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
