@@ -189,6 +189,7 @@ CASES = (
     ("rotary", _plan(tensor_parallel={"sequence": True})),
     ("esm", _plan(tensor_parallel={"sequence": True})),
     ("gpt", _plan(context_parallel={}, ddp={})),
+    ("rotary", _plan(context_parallel={}, ddp={})),  # as many angles as positions on a rank
     ("llama", _plan(context_parallel={}, fsdp2={}, activation_checkpointing={})),
     ("mixture", _plan(expert_parallel=EVERY_TOKEN, ddp={})),
     ("mixture", _plan(expert_parallel=EVERY_TOKEN, fsdp2={})),

@@ -61,6 +61,8 @@ class TrainingStep:
             first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
         )  # fmt: skip
         on_built(bench)
+        for technique, _ in in_order(plan):
+            technique.look(bench)
         for technique, use in in_order(plan):
             if technique.name not in self.carried:
                 technique.apply(bench, use.settings)

@@ -69,6 +69,8 @@ class Technique:
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
+    # What it must know of the plain model, before any technique changes it.
+    look: Callable[[Workbench], None] = lambda bench: None
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -119,6 +121,7 @@ class Workbench:
     own_parameters: set[str] = dataclasses.field(default_factory=set)
     # A batch cut along its sequence, one part a context rank, and the labels that count in such a part.
     slices: Callable[[Any], list[Any]] | None = None
+    fixed_counts: Mapping[Any, frozenset[int]] = dataclasses.field(default_factory=dict)
     loss_terms: Callable[[Any], int | None] = lambda part: None
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)

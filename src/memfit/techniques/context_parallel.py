@@ -38,7 +38,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     across = Across(
         group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size(),
-        device=bench.device,
+        device=bench.device, fixed=bench.fixed_counts,
     )  # fmt: skip
     mode = functools.partial(AttentionAcross, across)
     for module in (*_blocks(bench), bench.model):
@@ -59,6 +59,16 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     bench.slices = slices
     bench.loss_terms = _terms
     bench.before_micro_batch.append(_averaging(bench, across))
+
+
+def _look(bench: Workbench) -> None:
+    if bench.world.layout.context > 1:
+        from memfit.techniques.dataflow import AnyWay, valueless
+        from memfit.techniques.gathered_attention import Counts
+
+        with valueless(bench.job, bench.model) as (model, batch), AnyWay(), Counts() as counts:
+            bench.job.loss(model, batch)
+        bench.fixed_counts = {site: frozenset(found) for site, found in counts.found.items()}
 
 
 def _averaging(bench: Workbench, across: Across) -> Callable[[bool], None]:
@@ -169,4 +179,5 @@ TECHNIQUE = Technique(
     order=46,
     knobs=(Knob(name="degree", default=2, doc="ranks that share a sequence"),),
     forbids=("zero", "pipeline", "selective-checkpointing"),
+    look=_look,
 )

@@ -6,10 +6,11 @@ A Linear fed by the block's own input can be cut by columns (outputs), one fed b
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,13 +42,27 @@ class Fed:
     reaches_rows: bool = False
 
 
-class Flow(TorchDispatchMode):
+class AnyWay(TorchDispatchMode):
+    """Valueless tensors that are asked for values take any way through the model."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+class Flow(AnyWay):
     """``linears`` by name, in the order they ran; ``views`` are the shapes that outputs of columns were
     given, such as (heads, head dim); ``inside`` are other modules with parameters that saw such outputs,
     by the number of dimensions of what they saw."""
 
     def __init__(self, roles: Mapping[str, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.roles = roles
         self.linears: dict[str, Fed] = {}
         self.views: list[tuple[str, tuple[int, ...]]] = []
@@ -112,11 +127,7 @@ class Flow(TorchDispatchMode):
         return leave
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 1  # any way through the blocks will do
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         at = self._stack[-1].name if self._stack else ""
         if at not in self.linears:
@@ -165,12 +176,9 @@ def observe(
     """The flow through the blocks of a copy of ``model`` whose tensors hold no values; ``shrink(copy)``
     may change that copy first. Nothing of it reaches modes that are active outside."""
     flow = Flow(roles)
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-        held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
-        copied = copy.deepcopy(model, held)
+    with valueless(job, model) as (copied, batch):
         if shrink is not None:
             shrink(copied)
-        batch = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, job.make_batch(0, 0))
         flow.watch(copied, blocks)
         try:
             with flow:
@@ -178,6 +186,16 @@ def observe(
         except _Done:
             pass
     return flow
+
+
+@contextlib.contextmanager
+def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """A copy of the model and the job's first batch without values, for a forward pass without gradients that
+    no mode outside sees."""
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
+        batch = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, job.make_batch(0, 0))
+        yield copy.deepcopy(model, held), batch
 
 
 def _valueless(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from memfit.types.errors import UserError
 _HALF = (torch.float16, torch.bfloat16)
 _ATEN: Any = torch.ops.aten
 _COMM: Any = torch.ops._c10d_functional
+Site = tuple[tuple[Any, int], ...]  # (code, instruction)
+_DEEP, _UNDER = 2, (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 Slices = tuple[slice, slice, bool]  # of queries and keys, and whether causal among themselves
 
 
@@ -30,6 +35,7 @@ class Across:
     ranks: int
     device: str
     length: int = 0
+    fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # by `Counts`
 
     def positions(self, rank: int) -> torch.Tensor:
         chunk = self.length // 2
@@ -80,9 +86,42 @@ class AttentionAcross(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             return _attention(self.across, *args, **kwargs)
         out = func(*args, **kwargs)
-        if func is torch.arange and args in ((self.across.length,), (0, self.across.length)):
+        length = self.across.length
+        if _counted(func, args) == length and length not in self.across.fixed.get(_site(), ()):
             return self.across.positions(self.across.rank).to(out)
         return out
+
+
+class Counts(TorchFunctionMode):
+    """How far ``torch.arange`` counts at each place of the code while the sequence is whole. A place that
+    counts as far on a slice counts something else: channels, heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Site, set[int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (count := _counted(func, args)) is not None:
+            self.found.setdefault(_site(), set()).add(count)
+        return func(*args, **(kwargs or {}))
+
+
+def _counted(func: Any, args: Any) -> int | None:
+    """n of arange(n) and arange(0, n)."""
+    if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
+        return None
+    return args[-1] if args[0] in {0, args[-1]} else None
+
+
+def _site() -> Site:
+    """The innermost calls in code outside torch and this folder, two deep; a line may hold several."""
+    found = list[tuple[Any, int]]()
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and len(found) < _DEEP:
+        if not frame.f_code.co_filename.startswith(_UNDER):
+            found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
 
 
 def _attention(
