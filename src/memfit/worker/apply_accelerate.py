@@ -6,9 +6,7 @@ distributed type and the plugin on its state after it was made shards in truth; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,10 +79,11 @@ def _accelerator(folder: Path, device: str, plan: Plan) -> Any:
     Buckets of DDP are not in the file: a program hands them over."""
     from accelerate import Accelerator
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import patch_environment
 
     config = load_config_from_file(str(folder / CONFIG))
     _reset()
-    with _environment(_variables(config)):
+    with patch_environment(**_variables(config)):
         accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=list(_handlers(plan)))
         if device == "cpu" and config.fsdp_config:
             _shard_on_cpu(accelerator)
@@ -117,20 +116,6 @@ def _reset() -> None:
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _shard_on_cpu(accelerator: Any) -> None:

@@ -134,18 +134,43 @@ def step_maker(engine: str, folder: Path) -> MakeStep:
 
 def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> None:
     """Steps of one micro-batch of the run's own shape, so that kernels, their caches and thread stacks
-    exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference)."""
+    exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference). Raises
+    NotConforming where the step is not what the plan says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
     torch.manual_seed(spec.seed)
-    step = make_step(job, spec.plan, world=world)
+    whole: list[int] = []
+    step = make_step(job, spec.plan, world=world, on_built=lambda bench: whole.append(_elements(bench.model)))
     part, terms = step.local(batch)
-    for _ in range(2):
-        step.run(part, micro_batches_played=1, terms_per_rank=terms)
+    _conform(step, (part, terms), job, spec, whole[0])
+    step.run(part, micro_batches_played=1, terms_per_rank=terms)
     step.close()
     del step, batch, part
     gc.collect()
+
+
+def _conform(
+    step: TrainingStep, given: tuple[Any, float], job: Job, spec: RunSpec, whole_elements: int
+) -> None:
+    from memfit.measure.conform import Watch
+
+    watch = Watch(
+        step.model, step.optimizer, spec.plan, blocks=job.blocks, whole_elements=whole_elements,
+        micro_batches=1,
+    )  # fmt: skip
+
+    def on_phase(phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER:
+            watch.before_update()
+
+    with watch:
+        step.run(given[0], on_phase, micro_batches_played=1, terms_per_rank=given[1])
+    tell("conformance", told=str(watch.conclude()))
+
+
+def _elements(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 @contextlib.contextmanager

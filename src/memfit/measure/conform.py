@@ -1,0 +1,438 @@
+"""What a prepared model really does, against what its plan says.
+
+Engines ignore switches without a word. So nothing here asks an engine for its settings: what is looked at
+is how many elements of parameters, gradients and optimizer state this rank holds, their dtypes, which modules
+run again in backward, whether autocast is on where layers run, and whether replicas are still equal after a
+step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from memfit.techniques.blocks import find_blocks
+from memfit.techniques.world import layout
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.plan import KnobValue, Plan
+
+_PADDING = 64  # elements a rank, of flat buffers
+_REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
+_DEEP = 8  # wrappers of wrappers of an optimizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """``feature``: the technique, and what of it."""
+
+    feature: str
+    planned: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.feature}: planned {self.planned}, found {self.found}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Conformance:
+    """``checked``: what was looked at; ``unseen``: what the plan says and nobody could look at, with why."""
+
+    differences: tuple[Difference, ...]
+    checked: tuple[str, ...]
+    unseen: tuple[str, ...]
+
+    def __str__(self) -> str:
+        told = "; ".join(map(str, self.differences)) or f"as planned ({', '.join(self.checked)})"
+        return f"{told}; not seen: {'; '.join(self.unseen)}" if self.unseen else told
+
+
+class NotConforming(MemfitError):
+    """What was prepared is not what the plan says."""
+
+    def __init__(self, found: Conformance) -> None:
+        self.found = found
+        told = "; ".join(str(d) for d in found.differences)
+        super().__init__(f"the plan was not applied: {told}")
+
+
+def conform(
+    model: nn.Module,
+    optimizer: Any,
+    plan: Plan | Mapping[str, Mapping[str, KnobValue]],
+    *,
+    step: Callable[[], object] | None = None,
+    blocks: str | None = None,
+    ranks: int | None = None,
+) -> Conformance:
+    """Compare a prepared model and optimizer with a plan, on every rank of the job.
+
+    ``plan`` may be a mapping of techniques to settings, with ``ranks`` beside it (default: the world's).
+    ``step`` runs one whole training step: with it gradients, optimizer state, recomputation, autocast and
+    equal replicas are looked at as well; without it, what can be seen now. ``blocks``: module path of the
+    repeated blocks, as in ``Job(blocks=...)``. Raises NotConforming naming each difference, on all ranks
+    alike; UserError where the plan is wrong.
+    """
+    if not isinstance(plan, Plan):
+        plan = _plan_of(plan, ranks or _world_size())
+    with Watch(model, optimizer, plan, blocks=blocks) as watch:
+        if step is not None:
+            step()
+    return watch.conclude()
+
+
+def _plan_of(given: Mapping[str, Mapping[str, KnobValue]], ranks: int) -> Plan:
+    from memfit.techniques.registry import check, make_use
+
+    return check(Plan(uses=tuple(make_use(n, k) for n, k in given.items()), ranks=ranks))
+
+
+class Watch:
+    """Listens to one training step between `__enter__` and `__exit__`; `conclude` compares.
+
+    ``whole_elements``: elements of the model's parameters before anything was sharded, where the caller
+    knows. ``micro_batches``: forward passes of the step watched, where not the plan's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        plan: Plan,
+        *,
+        blocks: str | None = None,
+        whole_elements: int | None = None,
+        micro_batches: int | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.plan = model, optimizer, plan
+        self.layout = layout(plan)
+        self.whole_elements, self.micro_batches = whole_elements, micro_batches
+        try:
+            self.blocks = find_blocks(model, blocks)[1]
+        except UserError:
+            self.blocks = []
+        self.forwards = 0
+        self.ran: set[int] = set()  # blocks, by index
+        self.again: set[int] = set()
+        self.autocast: set[str] = set()
+        self.computed: set[torch.dtype] = set()
+        self.gradients: int | None = None
+        self._handles: list[Any] = []
+        self._differences: list[Difference] = []
+        self._checked: list[str] = []
+        self._unseen: list[str] = []
+
+    # -- listening ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+        for index, block in enumerate(self.blocks):
+            inside = list(block.modules())[1:] or [block]
+            for module in inside:
+                self._handles.append(module.register_forward_pre_hook(self._on_block(index)))
+        inner = [o for o in _layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
+        if inner:
+            self._handles.append(inner[-1].register_step_pre_hook(lambda *_: self.before_update()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def before_update(self) -> None:
+        """Gradients are complete and the optimizer has not begun."""
+        if self.gradients is None:
+            self.gradients = sum(_local(p.grad) for p in self._trainable() if p.grad is not None)
+
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
+        if not _in_backward():
+            self.forwards += 1
+
+    def _on_block(self, index: int) -> Callable[[nn.Module, Any], None]:
+        def listen(module: nn.Module, args: Any) -> None:
+            if _in_backward():
+                self.again.add(index)
+                return
+            self.ran.add(index)
+            for p in module.parameters(recurse=False):
+                if p.is_floating_point() and p.numel():
+                    kind = p.device.type
+                    on = torch.is_autocast_enabled(kind)
+                    self.autocast.add(str(torch.get_autocast_dtype(kind)) if on else "off")
+                    self.computed.add(p.dtype)
+
+        return listen
+
+    # -- comparing ------------------------------------------------------------------------------------
+
+    def conclude(self) -> Conformance:
+        """What differs on any rank. Raises NotConforming where anything does."""
+        self._ranks()
+        if not self._differences:
+            self._parameters()
+            self._dtypes()
+            if self.ran or self.forwards:
+                self._stepped()
+            elif self.plan.uses:
+                self._unseen.append("gradients, recomputation and replicas: no step was watched")
+        found = self._gathered()
+        if found.differences:
+            raise NotConforming(found)
+        return found
+
+    def _stepped(self) -> None:
+        self._recomputation()
+        self._autocast()
+        self._micro_batches()
+        self._gradients()
+        self._state()
+        self._replicas()
+
+    def _differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
+        self._checked.append(feature)
+        if wrong:
+            self._differences.append(Difference(feature=feature, planned=planned, found=found))
+
+    def _gathered(self) -> Conformance:
+        """Alike on all ranks, so that none waits for one that has given up."""
+        told = [self._differences]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            told = [None] * dist.get_world_size()  # type: ignore[list-item]
+            dist.all_gather_object(told, self._differences)
+        union = dict.fromkeys(d for of_rank in told for d in of_rank)
+        return Conformance(differences=tuple(union), checked=tuple(self._checked), unseen=tuple(self._unseen))
+
+    def _ranks(self) -> None:
+        found = _world_size()
+        self._differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
+
+    def _trainable(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def _parameters(self) -> None:
+        """Held by this rank: all of its part of the model, or the shard that the plan says."""
+        params = list(self.model.parameters())
+        held, part = sum(map(_local, params)), sum(map(self._whole, params))
+        degree, feature = self._sharded("parameters")
+        if degree > 1:
+            kept = sum(self._whole(p) for p in params if self._persists(p))
+            most = kept + self._shard([p for p in params if not self._persists(p)], degree)
+            self._differs(
+                feature, f"1/{degree} of {part:,} elements on a rank", f"{held:,}", wrong=held > most
+            )
+        elif part:
+            self._differs(
+                "parameters", "whole", f"{held:,} of {part:,} elements on a rank", wrong=held < 0.99 * part
+            )
+        self._tensor_parallel(part)
+
+    def _tensor_parallel(self, part: int) -> None:
+        degree = self.layout.tensor
+        if degree == 1:
+            return
+        whole = self.whole_elements or sum(
+            p.numel() for p in self.model.parameters()
+        )  # DTensors tell their whole size
+        most = whole * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
+        self._differs(
+            "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {whole:,} elements on a rank",
+            wrong=part > most,
+        )  # fmt: skip
+
+    def _whole(self, param: nn.Parameter) -> int:
+        """Elements before data-parallel sharding, of this rank's part under tensor parallelism."""
+        if (told := getattr(param, "ds_numel", None)) is not None:
+            return int(told)
+        placements = getattr(param, "placements", None)
+        if placements is None:
+            return param.numel()
+        mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+        names = mesh.mesh_dim_names or ("",) * mesh.ndim
+        cut = [
+            mesh.size(i)
+            for i, (p, name) in enumerate(zip(placements, names, strict=True))
+            if p.is_shard() and name in {"tensor", "tp"}
+        ]
+        whole: int = param.numel()
+        return math.ceil(whole / int(math.prod(cut)))
+
+    def _shard(self, params: list[nn.Parameter], degree: int) -> float:
+        """Most elements that one of ``degree`` ranks holds of them: whole rows of each with fsdp2, whole
+        parameters where those are dealt out, else even parts."""
+        sizes = [self._whole(p) for p in params]
+        if self.plan.get("sharded-ddp") is not None:
+            return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
+        rows = [
+            p.shape[0] if self.plan.get("fsdp2") and p.dim() else n
+            for p, n in zip(params, sizes, strict=True)
+        ]
+        parts = (math.ceil(r / degree) * n / max(r, 1) for r, n in zip(rows, sizes, strict=True))
+        return sum(parts) + _PADDING * degree
+
+    def _persists(self, param: nn.Parameter) -> bool:
+        """ZeRO 3 leaves small parameters whole."""
+        used = self.plan.get("zero")
+        return used is not None and self._whole(param) <= int(used.settings["persist_elements"])
+
+    def _sharded(self, what: str) -> tuple[int, str]:
+        """(over how many ranks the plan shards it, which technique says so)."""
+        shard = self.layout.shard * self.layout.context if self.plan.get("fsdp2") else self.layout.shard
+        if self.plan.get("fsdp2") is not None:
+            return shard, f"fsdp2: {what}"
+        if (used := self.plan.get("zero")) is not None:
+            stage = int(used.settings["stage"])
+            least = {"optimizer state": 1, "gradients": 2, "parameters": 3}[what]
+            return (shard if stage >= least else 1), f"zero stage {stage}: {what}"
+        if self.plan.get("sharded-ddp") is not None and what != "parameters":
+            return shard, f"sharded-ddp: {what}"
+        return 1, what
+
+    def _dtypes(self) -> None:
+        zero = self.plan.get("zero")
+        low = self.plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
+        if self.plan.get("qlora") is not None:
+            return
+        feature = "bf16-parameters" if self.plan.get("bf16-parameters") else "parameter dtype"
+        wanted = torch.bfloat16 if low else torch.float32
+        found = {p.dtype for p in self._trainable() if p.is_floating_point() and p.dtype != torch.float64}
+        told = ", ".join(sorted(map(str, found)))
+        if low or torch.bfloat16 in found or torch.float16 in found:
+            self._differs(feature, str(wanted), told, wrong=bool(found - {wanted}))
+
+    def _recomputation(self) -> None:
+        used = self.plan.get("activation-checkpointing") or self.plan.get("selective-checkpointing")
+        if not self.ran:
+            if used is not None:
+                self._unseen.append(f"{used.technique}: no repeated blocks were seen running")
+            return
+        wanted = set[int]()
+        if used is not None:
+            wanted = {i for i in self.ran if i % int(used.settings.get("every", 1)) == 0}
+        feature = used.technique if used is not None else "activation-checkpointing"
+        told = [_listed(sorted(s)) for s in (wanted, self.again & self.ran)]
+        self._differs(feature, f"blocks {told[0]} run again in backward", told[1], wrong=told[0] != told[1])
+
+    def _autocast(self) -> None:
+        if not self.autocast:
+            return
+        wanted = "torch.bfloat16" if self.plan.get("bf16-autocast") else "off"
+        told = ", ".join(sorted(self.autocast))
+        self._differs("bf16-autocast", wanted, told, wrong=self.autocast != {wanted})
+        fsdp = self.plan.get("fsdp2")
+        if fsdp is not None and fsdp.settings["precision"] == "bf16":
+            told = ", ".join(sorted(map(str, self.computed)))
+            low = self.computed == {torch.bfloat16}
+            self._differs("fsdp2: precision", "layers in torch.bfloat16", told, wrong=not low)
+
+    def _micro_batches(self) -> None:
+        used = self.plan.get("gradient-accumulation")
+        wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
+        if self.forwards and self.layout.pipeline == 1:
+            self._differs(
+                "gradient-accumulation", f"{wanted} micro-batches", str(self.forwards),
+                wrong=self.forwards != wanted,
+            )  # fmt: skip
+
+    def _gradients(self) -> None:
+        params = list(self._trainable())
+        degree, feature = self._sharded("gradients")
+        if degree == 1 or self.gradients is None:
+            return
+        part = sum(map(self._whole, params))
+        most = self._shard(params, degree)
+        self._differs(
+            feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
+            wrong=self.gradients > most,
+        )  # fmt: skip
+
+    def _state(self) -> None:
+        held = _state_elements(self.optimizer)
+        params = list(self._trainable())
+        part = sum(map(self._whole, params))
+        degree, feature = self._sharded("optimizer state")
+        if not held:
+            self._unseen.append("optimizer state: it has none that could be found")
+        elif degree > 1:
+            most = self._shard(params, degree)
+            self._differs(feature, f"of 1/{degree} of {part:,} elements", f"of {held:,}", wrong=held > most)
+
+    def _replicas(self) -> None:
+        """Where every rank has whole parameters they are the same after a step, or gradients were not
+        averaged."""
+        if self.plan.get("expert-parallel") is not None:
+            self._unseen.append("replicas: experts differ from rank to rank")
+            return
+        if (
+            self.layout.data == 1
+            or self.layout.ranks != self.layout.data
+            or self._sharded("parameters")[0] > 1
+        ):
+            return
+        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self._trainable()]
+        own = torch.stack(norms).tolist()
+        every: list[Any] = [None] * self.plan.ranks
+        dist.all_gather_object(every, own)
+        apart = max(
+            abs(a - b) / max(abs(a), abs(b), 1e-300)
+            for of_rank in every
+            for a, b in zip(own, of_rank, strict=True)
+        )
+        feature = next((u.technique for u in self.plan.uses if u.technique in _AVERAGING), "replicas")
+        self._differs(
+            f"{feature}: replicas", "equal parameters on every rank after a step",
+            f"parameter norms up to {apart:.1e} apart: gradients are not averaged",
+            wrong=apart > _REPLICAS_RATIO,
+        )  # fmt: skip
+
+
+_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2")
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _local(tensor: torch.Tensor) -> int:
+    """Elements of it that this rank holds."""
+    if (shard := getattr(tensor, "ds_tensor", None)) is not None and tensor.numel() == 0:
+        return int(shard.numel())
+    local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return int(local.numel()) if local.untyped_storage().nbytes() else 0
+
+
+def _layers(optimizer: Any) -> Iterator[Any]:
+    """An optimizer, and those it wraps, outermost first."""
+    for _ in range(_DEEP):
+        if optimizer is None:
+            return
+        yield optimizer
+        inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "inner"))
+        optimizer = next((i for i in inner if i is not None and hasattr(i, "step")), None)
+
+
+def _state_elements(optimizer: Any) -> int:
+    """Elements that the optimizer has a state for on this rank: of each entry the largest tensor."""
+    for layer in reversed(list(_layers(optimizer))):
+        state = getattr(layer, "state", None)
+        if isinstance(state, Mapping) and state:
+            entries = [_tensors(entry) for entry in state.values() if isinstance(entry, Mapping)]
+            return sum(max((_local(t) for t in e if t.dim()), default=0) for e in entries)
+    return 0
+
+
+def _tensors(entry: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [v for v in entry.values() if isinstance(v, torch.Tensor)]
+
+
+def _listed(indices: list[int]) -> str:
+    return ", ".join(map(str, indices)) or "none"
