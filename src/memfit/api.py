@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memfit.given import job_of, machine_of, plan_of
+from memfit.measure.conform import conform
 from memfit.planning import fits_under, needed_bytes, space_of
 from memfit.pricing import Pricer
 from memfit.trace.lifecycle import Lifecycle, lifecycle
@@ -27,6 +28,7 @@ from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Estimate, Interval
 from memfit.types.units import format_bytes, parse_bytes
 
+__all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
 _CHEAP_BYTES = 64 * 2**30  # models above this are not searched for a plan that would fit
 
 
@@ -108,11 +110,14 @@ class Prediction:
         allocated = self.allocated_bytes
         kinds = (("reserved", self.reserved_bytes), ("device", self.device_bytes), ("host", self.host_bytes))
         more = "".join(f", {name} {format_bytes(v.value)}" for name, v in kinds if v is not None)
+        guesses = self.estimate.guesses
+        assumed = f"; assumed: {guesses[0]}" if guesses else ""
+        assumed += f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
         return (
             f"{self.job.name}, {self.plan.label}: allocated {format_bytes(allocated.value)} "
             f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){more}; peak in "
             f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
-            f"{format_bytes(self.cap_bytes)} of {self.machine.name}"
+            f"{format_bytes(self.cap_bytes)} of {self.machine.name}{assumed}"
         )
 
     def __repr__(self) -> str:

@@ -20,6 +20,7 @@ from memfit.cost.memory import memory_profile, with_kept
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.probe import probe, ready
+from memfit.trace.lifecycle import lifecycle
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -394,6 +395,91 @@ def test_where_a_guess_breaks_the_step_the_guess_is_named() -> None:
 
     with pytest.raises(UserError, match=r"does not run on fake tensors: .*split.*guess.*item"):
         trace(job(split), Plan())
+
+
+# --- checks of values, and numbers that matter
+
+
+class Odd(Exception):
+    """Of the user's own."""
+
+
+def checked(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    if torch.isnan(h).any() or not torch.isfinite(h).all():
+        raise Odd("no numbers")
+    assert not (h.abs() > 1e6).any(), "large"
+    return h
+
+
+def variance(m: Any, x: torch.Tensor) -> torch.Tensor:
+    spread = functional.softplus(m.first(x))
+    drawn = torch.distributions.Normal(m.second(x), spread, validate_args=True).rsample()
+    return functional.gaussian_nll_loss(drawn, x, spread, reduction="none")
+
+
+@pytest.mark.parametrize("forward", [checked, variance])
+def test_code_that_refuses_values_is_taken_not_to(forward: Any) -> None:
+    found = trace(job(forward), Plan())
+    assert any("answered False" in a for a in found.assumptions)
+    assert lifecycle(job(forward), Plan()).peak("steady-step").device_bytes > 0
+
+
+def test_an_error_that_no_answer_avoids_is_the_first_one() -> None:
+    def refused(m: Any, x: torch.Tensor) -> torch.Tensor:
+        if (m.first(x) > 0).any():
+            raise Odd("one way")
+        raise Odd("the other way")
+
+    with pytest.raises(Odd, match="one way"):
+        trace(job(refused), Plan())
+
+
+def cut(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    return h[: (h[:, 0] > 0).sum().item()].exp()
+
+
+def counted_rounds(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.first(x)
+    for _ in range(int(h.abs().sum())):
+        h = torch.tanh(h)
+    return h
+
+
+@pytest.mark.parametrize("forward", [cut, counted_rounds])
+def test_a_number_that_decides_sizes_is_asked_for(forward: Any) -> None:
+    with pytest.raises(
+        UserError, match=r".item\(\) at test_any_module.py:\d+ decides how much.*bound"
+    ) as told:
+        trace(job(forward), Plan())
+    line = str(told.value).split(" at ")[1].split()[0]
+    found = trace(job(forward, bound={line: 7}), Plan())
+    assert any("answered 7" in a for a in found.assumptions)
+
+
+def test_a_number_that_decides_none_is_only_told() -> None:
+    def logged(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.first(x)
+        m.right, m.mean = (h.argmax(1) == 3).sum().item(), h.mean().item()
+        return h
+
+    found = memfit.estimate(job(logged))
+    assert sum("answered 1" in a for a in found.estimate.assumptions) == 2
+    assert "assumed" in str(found)
+    assert "assumed" in found._repr_html_()
+
+
+def test_values_that_torch_reads_beside_all_modes() -> None:
+    def parted(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([h.exp() for h in torch.tensor_split(m.first(x), torch.tensor([3, 10]))])
+
+    def aligned(m: Any, x: torch.Tensor) -> torch.Tensor:
+        scores = m.first(x).view(10, 4, 32).log_softmax(-1)
+        return functional.ctc_loss(scores, torch.full((4, 5), 2), [10] * 4, [3] * 4)
+
+    assert any(a.size_bytes == 7 * 32 * 4 for a in trace(job(parted), Plan()).allocations)
+    assert any(a.requested_bytes == 4 * 10 * 7 * 4 for a in trace(job(aligned), Plan()).allocations)
 
 
 def test_initialisers_that_draw_until_all_is_in_range_end() -> None:

@@ -12,6 +12,7 @@ _COLOURS = {
     "parameter": "#3b7dd8", "gradient": "#8a63d2", "optimizer_state": "#2a9d8f", "activation": "#e08a1e",
     "temporary": "#9aa0a6", "input": "#c2185b", "workspace": "#6d4c41",
 }  # fmt: skip
+_MOST_GUESSES = 5
 _STYLE = """<style>
 .memfit{font:14px/1.5 system-ui,sans-serif;max-width:44rem;color-scheme:light dark;color:inherit}
 .memfit table{border-collapse:collapse;margin:.4rem 0;background:none;color:inherit}
@@ -31,12 +32,13 @@ def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: in
         "allocated": estimate.allocated_bytes, "reserved": estimate.reserved_bytes,
         "device": estimate.device_bytes, "host": estimate.host_bytes,
     }  # fmt: skip
+    told = "".join(f"<div>assumed: {escape(what)}</div>" for what in estimate.guesses[:_MOST_GUESSES])
     rows = "".join(_row(name, value) for name, value in kinds.items() if value is not None)
     return (
         f'{_STYLE}<div class="memfit"><div><b>{escape(title)}</b>, {escape(estimate.plan.label)}: {verdict} '
         f"{format_bytes(cap_bytes)} of {escape(machine)}; peak in {escape(estimate.peak_phase)}</div>"
         f"<table><tr><th>memory</th><th>peak</th><th>from</th><th>to</th></tr>{rows}</table>"
-        f"{_bar(estimate.at_peak_bytes)}</div>"
+        f"{_bar(estimate.at_peak_bytes)}{told}</div>"
     )
 
 

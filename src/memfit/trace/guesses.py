@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree
 
-from memfit.trace.lines import user_line
+from memfit.trace.lines import asking_line, user_line
 from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
@@ -32,10 +32,13 @@ _LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never 
 
 class Guesses:
     """Answers for one trace. ``scratch`` holds what an operator made inside itself until the ledger has
-    seen it."""
+    seen it. ``doubtful``: the code that last heard True without any knowledge; ``open``: the lines that
+    heard a number so."""
 
     def __init__(self, bound: Bound | None = None) -> None:
         self.bound = bound
+        self.doubtful = ""
+        self.open: dict[str, None] = {}
         self.shadows = Shadows()
         self.assumptions: dict[str, None] = {}
         self.scratch: list[torch.Tensor] = []
@@ -50,27 +53,33 @@ class Guesses:
         A bool's bound says how often the line hears True before it hears False. Raises UserError where a
         line without one goes on asking."""
         truth, floating = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
+        place = asking_line() if truth and value is None else ""
+        denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
+        self.doubtful = place if place and not denied else self.doubtful
         if not told:
             if value is not None:
                 return value  # type: ignore[no-any-return]
-            return not self._rejects() if truth else 1.0 if floating else 1
+            if truth:
+                return not denied and not self._rejects()
+            return 1.0 if floating else 1
         where = user_line()
-        found = self._given("item", where)
+        found = 0 if denied else self._given("item", where)
         self._asked[where] += 1
         if found is None and self._asked[where] > _LOOP_LIMIT:
             raise UserError(
                 f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
                 allowed="bound={" + repr(where or "item") + ": how often it runs} of the Job or of estimate",
             )
-        answer: bool | int | float = 1.0 if floating else 1
-        if truth:
-            answer = found is None or self._asked[where] % (int(found) + 1) != 0
+        source = ""
+        if truth and (found is not None or value is None):
+            answer: bool | int | float = found is None or self._asked[where] % (int(found) + 1) != 0
         elif found is not None:
             answer = found if floating else int(found)
-        if found is None and value is not None:
+        elif value is not None:
             answer, source = value, ", as in the batch"
         else:
-            source = ""
+            self.open[where] = None
+            answer = 1.0 if floating else 1
         if not (truth and found):
             self._tell(f".item() on {tensor.dtype} answered {answer}{source}", where)
         return answer
@@ -113,8 +122,8 @@ class Guesses:
         that decide. Raises UserError where there is neither."""
         where = user_line()
         found = self._given(op, where)
-        if found is None and isinstance(self.bound, int | float):
-            found = self.bound
+        if found is None:
+            found = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
         source = ""
         if found is None:
             real = self.shadows.of(decided)
@@ -251,12 +260,13 @@ def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
 
 
 def _ctc_loss(
-    self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: torch.Tensor,
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One state for every letter and every gap between them, at every instant (LossCTC.cpp)."""
+    self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One state for every letter and every gap between them, at every instant (LossCTC.cpp). Lengths are a
+    tensor or numbers."""
     most = targets.shape[1] if targets.dim() == 2 else targets.numel()
-    states = 2 * self.size("ctc_loss", most, lengths, torch.max) + 1
+    known = not isinstance(lengths, torch.Tensor)
+    states = 2 * (max(lengths) if known else self.size("ctc_loss", most, lengths, torch.max)) + 1
     alpha = log_probs.new_empty(log_probs.shape[1], log_probs.shape[0], states)
     return log_probs.new_empty(log_probs.shape[1]), alpha
 
@@ -304,6 +314,7 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     _ATEN.repeat_interleave.Tensor: _repeat_interleave,
     _ATEN._pack_padded_sequence.default: _pack_padded_sequence,
     _ATEN._log_softmax_backward_data.default: _log_softmax_backward,
+    _ATEN._ctc_loss.default: _ctc_loss,
     _ATEN._ctc_loss.Tensor: _ctc_loss,
     _ATEN._ctc_loss_backward.default: _ctc_loss_backward,
     _ATEN._ctc_loss_backward.Tensor: _ctc_loss_backward,

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.jobs.step import TrainingStep, split
 from memfit.trace.copies import FakeCopies
+from memfit.trace.doubts import retried
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
-from memfit.trace.packed import pads_packed
 from memfit.trace.plain import plain_tensors
+from memfit.trace.reads import values_read
 from memfit.trace.tracer import (
     _PLAYED_MICRO_BATCHES,
     _fake_world,
@@ -59,6 +60,7 @@ class Lifecycle:
         return next(p for p in self.peaks if p.event == event)
 
 
+@retried
 def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
     """Peaks of one process (``plan.ranks`` is 1). Events, each ending with what it was for in place:
 
@@ -115,7 +117,7 @@ def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
     ledger = Ledger(device, guesses=Guesses(job.bound))
     with (
         _guesses_blamed(ledger), _fake_world() as fake, _random_states(ledger), _resizes(ledger),
-        device_lens(device), ledger, pads_packed(ledger.shadows),
+        device_lens(device), ledger, values_read(ledger.shadows),
     ):  # fmt: skip
         yield _Watch(ledger=ledger), fake
 

@@ -13,6 +13,7 @@ from memfit.types.trace import Phase
 _PACKAGE = f"{Path(__file__).parents[1]}/"
 _STEP = f"{_PACKAGE}jobs/step.py"  # whoever calls the training step wrote none of its tensors
 _NOT_THE_USERS = (_PACKAGE, "/torch/", "/lib/python3", "<")
+_ON_THE_WAY = (f"{_PACKAGE}trace/", "/torch/_ops.py", "/torch/overrides.py", "/torch/utils/_")
 
 
 def user_line() -> str:
@@ -25,6 +26,15 @@ def user_line() -> str:
             return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def asking_line() -> str:
+    """The place in the code, torch's own or the user's, that asks a tensor for its value: several may be on
+    one line."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and any(p in frame.f_code.co_filename for p in _ON_THE_WAY):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}:{frame.f_lasti}"
 
 
 def newest_node() -> int:

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import Workbench
 from memfit.techniques.blocks import find_blocks
+from memfit.trace.doubts import Doubted, retried, weighed
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
-from memfit.trace.packed import pads_packed
 from memfit.trace.ranks import (
     GlooScratch,
     builds_on_host,
@@ -33,6 +33,7 @@ from memfit.trace.ranks import (
     streams,
     without_host,
 )
+from memfit.trace.reads import values_read
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -42,6 +43,8 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 _PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
 
 
+@weighed
+@retried
 def trace(
     job: Job,
     plan: Plan,
@@ -66,7 +69,7 @@ def trace(
     with (
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
-        pads_packed(ledger.shadows),
+        values_read(ledger.shadows),
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
@@ -99,6 +102,7 @@ def trace(
         repeated_micro_steps=step.bench.micro_batches - done,
         offloaded_bytes=ledger.offloaded_bytes // steps,
         assumptions=tuple(ledger.guesses.assumptions),
+        guessed=tuple(filter(None, ledger.guesses.open)),
         rank=rank,
         ranks=plan.ranks,
         communicators=groups,
@@ -288,18 +292,31 @@ def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
-    """Where a step fails after a value was guessed, the guess is the likely reason; the user can mend it."""
+    """Where a step fails after a value was guessed, the guess is the likely reason; another may do, or the
+    user can mend it. Raises Doubted where a condition was taken as true."""
+    guesses = ledger.guesses
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        guessed = list(ledger.guesses.assumptions)
-        if not guessed:
-            raise
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(
-            f"the step does not run on fake tensors: {reason[:200]}",
-            hint=f"memfit had to guess ({guessed[-1]}); give a better value in bound=",
-        ) from error
+    except Exception as error:
+        own = isinstance(error, UserError) and error.__cause__ is None
+        blamed = _blamed(error, list(guesses.assumptions))
+        if guesses.doubtful and not own:
+            raise Doubted(guesses.doubtful, blamed or error) from error
+        if blamed is not None:
+            raise blamed from error
+        raise
+
+
+def _blamed(error: Exception, guessed: list[str]) -> UserError | None:
+    if not guessed or not isinstance(error, RuntimeError | ValueError | IndexError | TypeError):
+        return None
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    told = UserError(
+        f"the step does not run on fake tensors: {reason[:200]}",
+        hint=f"memfit had to guess ({guessed[-1]}); give a better value in bound=",
+    )
+    told.__cause__ = error
+    return told
 
 
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:

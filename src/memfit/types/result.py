@@ -66,6 +66,11 @@ class Estimate:
     rank: int = 0  # the rank with the highest peak, of those that differ
     assumptions: tuple[str, ...] = ()  # of the trace: values that were asked for and could not be known
 
+    @property
+    def guesses(self) -> list[str]:
+        """What was assumed and does not follow from the batch."""
+        return [a for a in self.assumptions if "as in the batch" not in a]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:

@@ -90,6 +90,7 @@ class Trace:
     repeated_micro_steps: int = 0
     offloaded_bytes: int = 0  # written out in the played part of one step, and read back
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
+    guessed: tuple[str, ...] = ()  # lines that asked for a number which nothing decides but weights
     rank: int = 0  # the one traced, of `ranks`
     ranks: int = 1
     host_peak_bytes: int = 0  # of tensors that lie in host memory beside the device; not in `allocations`
