@@ -14,11 +14,11 @@ from memfit.types.job import Job, Metric, OptimizerChoice
 from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
-    from memfit.api import Prediction, assert_fits, estimate, from_trainer
+    from memfit.api import Prediction, assert_fits, conform, estimate, from_trainer
 
 __all__ = [
     "Job", "MemfitError", "Metric", "OptimizerChoice", "Plan", "Prediction", "UserError", "assert_fits",
-    "estimate", "from_trainer",
+    "conform", "estimate", "from_trainer",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

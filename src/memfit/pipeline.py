@@ -13,7 +13,7 @@ from pathlib import Path
 from memfit import outlook, wire
 from memfit.adoption import effort
 from memfit.cost.memory import memory_profile, timeline, with_workspace
-from memfit.engines.registry import render
+from memfit.engines.registry import carrying, ready, render
 from memfit.measure import here
 from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
 from memfit.pricing import Pricer
@@ -66,6 +66,7 @@ def anatomy(
     _, pricer = make_pricer(request)
     pricer.lines = lines
     for plan in plans:
+        carrying(request.engine, plan)
         progress("trace", 0, 0, plan.label)
         pricer.whole(check(plan))
     if request.is_here:
@@ -84,7 +85,8 @@ def _explained(pricer: Pricer, plan: Plan) -> Explained:
 def run_plan(
     request: Request, plan: Plan, *, seed: int, steps: int | None, capped: bool, progress: Progress
 ) -> Run:
-    """Train one plan for real, with its prediction beside the measurement."""
+    """Train one plan for real on the request's engine, with its prediction beside the measurement."""
+    ready(request.engine, plan)
     most = max(8, 2 * here.threads())
     if plan.ranks > most:
         raise UserError(
@@ -94,7 +96,7 @@ def run_plan(
     estimate = explain(request, plan, progress)
     job = make_pricer(request)[0]
     spec = RunSpec(
-        name=plan.label, role="run", job=request.job, plan=plan, seed=seed,
+        name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed,
         steps=steps or job.steps, batch_size=job.batch_size,
         cap_bytes=_own_cap(request, estimate) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,

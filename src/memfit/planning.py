@@ -9,6 +9,7 @@ from typing import Any
 from memfit import wire
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO
 from memfit.engines import native
+from memfit.engines.registry import engine
 from memfit.jobs.registry import load
 from memfit.measure import here
 from memfit.pricing import Pricer, signatures_by_weight
@@ -47,6 +48,7 @@ class Request:
     goal: Objective = Objective.FASTEST
     accuracy: Accuracy = Accuracy.ROUNDING
     threads: int = 0
+    engine: str = "native"
 
     @property
     def is_here(self) -> bool:
@@ -167,7 +169,8 @@ def _price(
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best whole, and calibrate once more on what those need."""
     techniques, left_out = usable(pricer.space, request.accuracy)
-    every = list(plans(pricer.space, techniques))
+    carries = engine(request.engine).supports
+    every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
     sketches = []
     for index, plan in enumerate(every):
         progress("search", index, len(every), plan.label)

@@ -48,8 +48,8 @@ class ExplainOptions:
 
 
 def explain(
-    job: JobOptions, more: ExplainOptions, which: WhichOptions, goal: GoalOptions, on: MachineOptions,
-    here: HereOptions, lang: LanguageOptions, output: JsonOptions,
+    job: JobOptions, more: ExplainOptions, which: WhichOptions, goal: GoalOptions,
+    on: MachineOptions, here: HereOptions, lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Show where every MiB goes, or why two plans differ, before running."""
     words = language(lang.lang)

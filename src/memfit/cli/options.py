@@ -30,7 +30,7 @@ class JobOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GoalOptions:
-    """What a plan should achieve."""
+    """What a plan should achieve, and with what."""
 
     memory: Annotated[
         str | None,
@@ -50,6 +50,9 @@ class GoalOptions:
             help="What a plan may do to the numbers: nothing, other rounding, or another algorithm too.",
         ),
     ] = "rounding"
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="What trains; `memfit engine list` shows what can.")
+    ] = "native"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

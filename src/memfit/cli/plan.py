@@ -32,8 +32,8 @@ class SaveOptions:
 
 
 def plan(
-    job: JobOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions, save: SaveOptions,
-    lang: LanguageOptions, output: JsonOptions,
+    job: JobOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions,
+    save: SaveOptions, lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Recommend a plan that fits the memory; train nothing.
 

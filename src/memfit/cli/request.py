@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 
 def request(
-    job: JobOptions, goal: GoalOptions, here: HereOptions, on: str = "this"
+    job: JobOptions,
+    goal: GoalOptions,
+    here: HereOptions,
+    on: str = "this",
 ) -> memfit.planning.Request:
     """What is cheap to check is checked before torch is loaded. Raises UserError."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
     quiet_libraries()
+    from memfit.engines.registry import engine
     from memfit.planning import Request
     from memfit.search.choose import Objective
 
@@ -39,6 +43,7 @@ def request(
         goal=Objective(one_of("--goal", goal.goal, Objective)),
         accuracy=accuracy,
         threads=here.threads or 0,
+        engine=engine(goal.engine).name,
     )
 
 

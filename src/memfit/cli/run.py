@@ -38,8 +38,8 @@ class RunOptions:
 
 
 def run(
-    job: JobOptions, which: WhichOptions, goal: GoalOptions, own: RunOptions, here: HereOptions,
-    output: JsonOptions,
+    job: JobOptions, which: WhichOptions, goal: GoalOptions, own: RunOptions,
+    here: HereOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Train one plan and measure it beside its prediction."""
     plan = plan_file(which)
