@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import logging
 import weakref
@@ -41,6 +42,19 @@ from memfit.types.trace import Category, Phase, Trace
 
 CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 _PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
+_STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.ContextVar(
+    "step", default=TrainingStep
+)
+
+
+@contextlib.contextmanager
+def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
+    """Traces made inside this are of an engine's own training step (worker/apply_*.py)."""
+    token = _STEP.set(make_step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
 
 
 @weighed
@@ -74,7 +88,7 @@ def trace(
         streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
         ledger.place = "host" if builds_on_host(plan, device) else ""
-        step = TrainingStep(
+        step = _STEP.get()(
             _unwatched(job, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
         )
         ledger.place = ""
