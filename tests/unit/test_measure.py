@@ -82,6 +82,24 @@ out.append(now())
 
 
 @needs_compiler
+def test_buffers_of_a_deep_copy_are_counted_like_its_parameters() -> None:
+    out = child(
+        COUNTED
+        + """
+import copy
+c.install()
+norm = torch.nn.BatchNorm1d(160)
+before = c.live_bytes()
+again = copy.deepcopy(norm)
+out = [c.live_bytes() - before, again.running_var.tolist() == norm.running_var.tolist()]
+del again, norm
+out.append(c.live_bytes())
+"""
+    )
+    assert out == [4 * 640 + 64, True, 0]
+
+
+@needs_compiler
 def test_every_thread_is_counted_and_nothing_is_lost() -> None:
     out = child(
         COUNTED

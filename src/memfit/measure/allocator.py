@@ -8,6 +8,7 @@ up to 64 per storage, torch's alignment on CPU. What existed before the install 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -17,7 +18,7 @@ import tempfile
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import platformdirs
 import torch
@@ -92,6 +93,7 @@ class CountingAllocator:
     def install(self) -> None:
         if not self._library.memfit_install():
             raise AllocatorUnavailable("torch's CPU allocator in place cannot be wrapped")
+        _count_copied_storages()
 
     def live_bytes(self) -> int:
         return int(self._library.memfit_live())
@@ -129,6 +131,20 @@ class CountingAllocator:
     def data_peak_bytes(self) -> int:
         """Highest data segment, stack included, since watch_data(True); 0 when never watched."""
         return int(self._library.memfit_data_peak())
+
+
+@functools.cache
+def _count_copied_storages() -> None:
+    """Storages that Python makes come from torch's default allocator, whichever is set; so do the buffers of
+    a model's deep copy, which are cloned as storages where parameters are cloned as tensors."""
+    inner: Any = torch.UntypedStorage.clone
+
+    def clone(storage: Any) -> Any:
+        if storage.device.type != "cpu":
+            return inner(storage)
+        return torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage().copy_(storage)
+
+    torch.UntypedStorage.clone = clone  # type: ignore[method-assign,assignment]
 
 
 def _load(path: Path) -> ctypes.CDLL:
