@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "memfit"
 FILES = sorted(SRC.rglob("*.py"))
 WITHOUT_TORCH = (
-    "types", "catalog", "cost", "search", "engines", "run", "verify", "store", "report", "export",
+    "types", "catalog", "cost", "search", "engines", "configs", "run", "verify", "store", "report", "export",
 )  # fmt: skip
 
 # Who may read environment variables: one file records them, and one hands them on to a child process.

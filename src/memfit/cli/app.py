@@ -11,7 +11,7 @@ import typer
 import typer.main
 
 from memfit import __version__
-from memfit.cli import doctor, explain, jobs, lengths, plan, poc, report, run, techniques
+from memfit.cli import doctor, explain, export, jobs, lengths, lint, plan, poc, report, run, techniques
 from memfit.cli.options import grouped
 from memfit.cli.output import emit, one_of
 from memfit.types.errors import MemfitError
@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
-    ("lengths", lengths.lengths),
+    ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
     ("report", report.report), ("jobs", jobs.jobs), ("techniques", techniques.techniques),
     ("doctor", doctor.doctor),
 ):  # fmt: skip

@@ -31,8 +31,21 @@ class SaveOptions:
     force: Annotated[bool, typer.Option("--force", help="Overwrite that file.")] = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FromOptions:
+    given: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="A set-up you have, of DeepSpeed, Accelerate, Trainer, Megatron-LM or torchtitan: predict "
+            "and lint it, and tell what would be better. May be given several times.",
+        ),
+    ] = None
+
+
 def plan(
-    job: JobOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions,
+    job: JobOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions, yours: FromOptions,
     save: SaveOptions, lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Recommend a plan that fits the memory; train nothing.
@@ -41,6 +54,11 @@ def plan(
     were left out.
     """
     words = language(lang.lang)
+    if yours.given:
+        from memfit.cli.given import plan_given
+
+        plan_given(yours.given, job, goal, here, on.on, lang=words, as_json=output.json)
+        return
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     asked = request(job, goal, here, on.on)

@@ -1,0 +1,109 @@
+"""``memfit plan JOB --from FILE``: a set-up that exists, predicted, linted, and what would be better."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memfit.cli.lint import findings_view, print_findings
+from memfit.cli.options import GoalOptions, HereOptions, JobOptions
+from memfit.cli.output import console, emit
+from memfit.cli.progress import Bars
+from memfit.cli.request import machine_of, request
+
+if TYPE_CHECKING:
+    from memfit.beside import Beside
+    from memfit.configs.carry import Carried
+    from memfit.configs.lint import Finding
+    from memfit.types.result import Estimate
+
+
+def plan_given(
+    files: Sequence[Path], job: JobOptions, goal: GoalOptions, here: HereOptions, on: str, *,
+    lang: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Raises UserError for files of no known kind, and for plans that the job cannot take."""
+    from memfit.configs import carry, lint, read
+
+    setup = read.read(files)
+    count = machine_of(on, here.place).device_count
+    if setup.ranks is None and count > 1:
+        setup = dataclasses.replace(setup, ranks=count)
+    carried = carry.over(setup)
+    if job.batch is None:
+        job = dataclasses.replace(job, batch=carried.batch)
+    asked = request(job, goal, here, on)
+    from memfit import beside
+
+    size = beside.parameters(asked)
+    found = lint.check(dataclasses.replace(setup, parameters=size), lang=lang)
+    if not as_json:  # before the prediction, which may say that the plan is impossible
+        _print_carried(carried, lang)
+        print_findings(found, lang=lang)
+    with Bars(lang) as progress:
+        result = beside.beside(asked, carried.plan, progress, parameters=size)
+    if as_json:
+        emit(_view(carried, found, result))
+    else:
+        _print(result, lang)
+
+
+def _view(carried: Carried, found: Sequence[Finding], result: Beside) -> dict[str, Any]:
+    from memfit.cli.views import choice_view, estimate_view
+
+    return {
+        "given": estimate_view(result.given),
+        "fits": result.fits,
+        "engine": carried.engine,
+        "micro_batch": carried.micro_batch,
+        "batch": carried.batch,
+        "left_out": [dataclasses.asdict(left) for left in carried.left_out],
+        "findings": findings_view(found),
+        "better": [estimate_view(e) for e in result.better],
+        "recommended": choice_view(result.recommended) if result.recommended is not None else None,
+    }
+
+
+def _print_carried(carried: Carried, lang: str) -> None:
+    from rich.text import Text
+
+    from memfit.report.words import load_words
+
+    words, out = load_words(lang), console()
+    title = words.get(
+        "lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch or "-"
+    )
+    out.print(Text(title, style="bold"))
+    for left in carried.left_out:
+        out.print(Text(words.get("lint.left_out", option=left.option, reason=left.reason), style="dim"))
+
+
+def _print(result: Beside, lang: str) -> None:
+    from rich.text import Text
+
+    from memfit.report.terminal import print_estimate
+    from memfit.report.words import load_words
+
+    words, out = load_words(lang), console()
+    print_estimate(result.given, console=out, lang=lang)
+    if result.fits is not None:
+        out.print(Text(words.get("lint.fits" if result.fits else "lint.too_much"), style="bold"))
+    choice = result.recommended
+    others = [choice.estimate] if choice is not None else list(result.better)
+    out.print(Text(words.get("lint.better" if others else "lint.nothing_better"), style="bold"))
+    for other in others:
+        out.print(Text(words.get("lint.instead", **_compared(result.given, other))))
+
+
+def _compared(given: Estimate, other: Estimate) -> dict[str, str]:
+    from memfit.types.units import format_bytes
+
+    peak = other.allocated_bytes.value
+    change = peak - given.allocated_bytes.value
+    return {
+        "plan": other.plan.label,
+        "peak": format_bytes(int(peak)),
+        "change": f"{'+' if change > 0 else '-'}{format_bytes(int(abs(change)))}",
+    }

@@ -1,0 +1,70 @@
+"""``memfit lint``: known misconfigurations in the files of other libraries; loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memfit.cli.options import JsonOptions, LanguageOptions
+from memfit.cli.output import console, emit, language
+
+if TYPE_CHECKING:
+    from memfit.configs.lint import Finding
+
+_STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LintOptions:
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="One of each kind: DeepSpeed, Accelerate, Trainer, ..."),
+    ]
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes, where no file says how many.")
+    ] = None
+
+
+def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+    """Find contradictions, options without effect and known traps in configuration files.
+
+    Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments and
+    torchtitan TOML; several at once are one set-up. Exit code 1 where a finding is an error.
+    """
+    words = language(lang.lang)
+    from memfit.configs.lint import check
+    from memfit.configs.read import read
+
+    setup = read(options.files, ranks=options.ranks)
+    found = check(setup, lang=words)
+    if output.json:
+        emit({"files": list(setup.files), "findings": findings_view(found)})
+    else:
+        print_findings(found, lang=words)
+    if any(f.severity == "error" for f in found):
+        raise typer.Exit(1)
+
+
+def findings_view(found: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in found]
+
+
+def print_findings(found: Sequence[Finding], *, lang: str) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from memfit.report.words import load_words
+
+    words, out = load_words(lang), console()
+    for f in found:
+        severity = words.get(f"lint.{f.severity}")
+        out.print(Text.assemble((severity, _STYLES[f.severity]), f" {f.file}: {f.says} [{f.rule}]"))
+        out.print(Padding(Text(f.do), (0, 0, 0, 4)))
+        for link in f.links:
+            out.print(Padding(Text(link, style="dim"), (0, 0, 0, 4)))
+    if not found:
+        out.print(Text(words.get("lint.clean")))

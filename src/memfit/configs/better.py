@@ -1,0 +1,39 @@
+"""Plans one change away from a given one: what might take less, for the pricer to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memfit.techniques.registry import conflict, make_use
+from memfit.types.plan import KnobValue, Plan
+
+
+def neighbours(plan: Plan, *, parameters: int | None = None) -> tuple[Plan, ...]:
+    """Without those that clash, and without those that ask for more ranks or another engine."""
+    tried = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
+    return tuple(dict.fromkeys(p for p in tried if p != plan and conflict(p) is None))
+
+
+def _with(plan: Plan, name: str, knobs: dict[str, KnobValue]) -> Plan:
+    used = plan.get(name)
+    return plan.with_use(make_use(name, (used.settings if used is not None else {}) | knobs))
+
+
+def _changes(plan: Plan, parameters: int | None) -> Iterator[tuple[str, dict[str, KnobValue]]]:
+    zero, sharded = plan.get("zero"), plan.get("fsdp2")
+    yield "activation-checkpointing", {"every": 1}
+    if zero is not None:
+        stage, bucket = int(zero.settings["stage"]), int(zero.settings["reduce_bucket_elements"])
+        if parameters is not None and bucket > parameters:
+            yield "zero", {"reduce_bucket_elements": parameters}
+        if stage < 3:
+            yield "zero", {"stage": stage + 1}
+        yield "zero", {"precision": "bf16"}
+    elif sharded is not None:
+        yield "fsdp2", {"precision": "bf16"}
+        yield "fsdp2", {"reshard": True}
+    else:
+        yield "bf16-autocast", {}
+    accumulated = plan.get("gradient-accumulation")
+    steps = int(accumulated.settings["micro_batches"]) if accumulated is not None else 1
+    yield "gradient-accumulation", {"micro_batches": 2 * steps}

@@ -1,0 +1,240 @@
+"""What goes wrong in DeepSpeed's own file. Checked against DeepSpeed 0.19 (runtime/config.py,
+runtime/engine.py, runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from memfit.configs.read import Found, Options, Setup
+
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_LOSS_SCALE = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
+_ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
+# Optimizers that ZeRO knows (runtime/zero/utils.py), and those that bring their own refusal.
+_TESTED = ("adam", "adamw", "fusedadam", "cpuadam", "adagrad", "lion", "fusedlion", "muon", *_ONE_BIT)
+_TOP = (
+    *_BATCH, "optimizer", "scheduler", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "fp16", "bf16", "bfloat16", "amp",
+    "torch_autocast", "gradient_clipping", "zero_optimization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "activation_checkpointing", "aio", "autotuning", "flops_profiler", "comms_logger",
+    "elasticity", "pipeline", "checkpoint", "data_types", "compression_training", "sparse_attention",
+    "tensorboard", "wandb", "csv_monitor", "comet", "monitor_config", "compile", "tensor_parallel",
+    "expert_parallel", "data_efficiency", "curriculum_learning", "progressive_layer_drop",
+    "hybrid_engine", "disable_allgather", "nebula", "timers", "seed", "load_universal_checkpoint",
+    "eigenvalue", "quantize_training", "gradient_allreduce_op", "gradient_accumulation_dtype",
+    "dataloader_drop_last",
+)  # fmt: skip
+
+
+def _stage(d: Options) -> int | None:
+    if d.raw("zero_optimization") is True:
+        return 1
+    given = d.raw("zero_optimization")
+    return 0 if given in (None, False) else d.count("zero_optimization.stage") if "stage" in given else 0
+
+
+def _device(d: Options, name: str) -> str:
+    return str(d.get(f"zero_optimization.{name}.device") or "none").lower()
+
+
+def deepspeed_batch_product(d: Options, s: Setup) -> Found:
+    whole, micro, steps = (d.count(k) for k in _BATCH)
+    if not whole or not micro or micro < 1:
+        return
+    # under model parallelism not every process has its own samples
+    ranks = None if d.section("tensor_parallel") or s.megatron is not None else s.ranks
+    least = micro * (steps or 1) * (ranks or 1)
+    if whole % least or (steps and ranks and whole != least):
+        yield {"whole": whole, "micro": micro, "steps": steps or "n", "ranks": ranks or "n"}
+
+
+def deepspeed_two_precisions(d: Options, s: Setup) -> Found:
+    if d.on("fp16.enabled") and (d.on("bf16.enabled") or d.on("bfloat16.enabled")):
+        yield {}
+
+
+def deepspeed_fp16_off(d: Options, s: Setup) -> Found:
+    knobs = [k for k in d.section("fp16") if k in _LOSS_SCALE]
+    if knobs and d.raw("fp16.enabled") is None:
+        yield {"knobs": ", ".join(knobs)}
+
+
+def deepspeed_bf16_loss_scale(d: Options, s: Setup) -> Found:
+    if knobs := [k for k in _LOSS_SCALE if k in d.section("bf16")]:
+        yield {"knobs": ", ".join(knobs)}
+
+
+def deepspeed_offload_parameters(d: Options, s: Setup) -> Found:
+    if _device(d, "offload_param") != "none" and (stage := _stage(d)) in (0, 1, 2):
+        yield {"device": _device(d, "offload_param"), "stage": stage}
+
+
+def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
+    if _device(d, "offload_optimizer") != "none" and _stage(d) == 0:
+        yield {"device": _device(d, "offload_optimizer")}
+
+
+def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
+    """What a stage below 3 reads none of; how a model is saved does no harm there."""
+    if (stage := _stage(d)) not in {0, 1, 2}:
+        return
+    named = [
+        k for k in d.section("zero_optimization") if k.startswith("stage3_") and "on_model_save" not in k
+    ]
+    keys = [k for k in named if d.get(f"zero_optimization.{k}") is not None]
+    if keys:
+        yield {"keys": ", ".join(keys), "stage": stage}
+
+
+def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
+    for name in ("offload_param", "offload_optimizer"):
+        if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
+            yield {"name": name}
+
+
+def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
+    if not d.on("activation_checkpointing.contiguous_memory_optimization"):
+        return
+    missing = [] if d.on("activation_checkpointing.partition_activations") else ["partition_activations"]
+    missing += [] if d.count("activation_checkpointing.number_checkpoints") else ["number_checkpoints"]
+    if missing:
+        yield {"missing": " and ".join(missing)}
+
+
+def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
+    """Hugging Face's models recompute with torch's checkpoint, which reads none of this."""
+    if s.trainer is None and s.accelerate is None:
+        return
+    wanted = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+    keys = [k for k in wanted if d.on(f"activation_checkpointing.{k}")]
+    if keys:
+        yield {"keys": ", ".join(keys)}
+
+
+def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
+    for key in d.data:
+        near = [] if key in _TOP else difflib.get_close_matches(str(key), _TOP, n=1, cutoff=0.85)
+        if near and near[0] not in d.data:
+            yield {"key": key, "near": near[0]}
+
+
+def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
+    for key in (*_BATCH, "gradient_clipping"):
+        if isinstance(value := d.raw(key), str) and value.replace(".", "", 1).isdigit():
+            yield {"key": key, "value": value}
+
+
+# What Accelerate fills in itself (accelerator.py, _prepare_deepspeed, 1.15); the Trainer fills in more.
+_ACCELERATE_FILLS = {
+    *_BATCH, "gradient_clipping", "fp16.enabled", "bf16.enabled", "optimizer.params.lr",
+    "optimizer.params.weight_decay", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps",
+    "zero_optimization.reduce_bucket_size", "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_optimization.stage",
+    "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path", "zero_optimization.offload_optimizer.nvme_path",
+}  # fmt: skip
+
+
+def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
+    if s.accelerate is None or s.trainer is not None:
+        return
+    keys = [path for path, value in _leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
+    if keys:
+        yield {"keys": ", ".join(keys)}
+
+
+def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
+    kind = str(d.get("optimizer.type") or "adam")
+    if kind.lower() not in _TESTED and _stage(d) and not d.on("zero_allow_untested_optimizer"):
+        yield {"type": kind, "stage": _stage(d)}
+
+
+def deepspeed_one_bit(d: Options, s: Setup) -> Found:
+    if str(d.get("optimizer.type")).lower() in _ONE_BIT and _stage(d):
+        yield {"type": d.get("optimizer.type"), "stage": _stage(d)}
+
+
+def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
+    device = _device(d, "offload_optimizer")
+    allowed = _stage(d) and d.on("zero_allow_untested_optimizer")
+    if str(d.get("optimizer.type")).lower() == "lamb" and allowed and device != "none":
+        yield {"device": device}
+
+
+def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
+    kind = d.get("scheduler.type")
+    if kind in {"WarmupDecayLR", "WarmupCosineLR"} and d.raw("scheduler.params.total_num_steps") is None:
+        yield {"type": kind}
+
+
+def deepspeed_pipeline(d: Options, s: Setup) -> Found:
+    """DeepSpeed's own section, or beside Megatron-DeepSpeed's arguments."""
+    m = s.megatron
+    stages = d.count("pipeline.stages") or 1
+    if m is not None and not m.on("no_pipeline_parallel"):
+        stages = m.count("pipeline_model_parallel_size") or stages
+    if stages > 1 and _stage(d) in {2, 3}:
+        yield {"stages": stages, "stage": _stage(d)}
+
+
+def deepspeed_bucket(d: Options, s: Setup) -> Found:
+    """Stages 1 and 2 allocate the whole bucket, twice where communication overlaps."""
+    whole = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
+    auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
+    bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
+    if s.parameters is not None and whole and not auto and bucket > s.parameters:
+        each = 2 if d.on("bf16.enabled") or d.on("fp16.enabled") else 4
+        times = 2 if d.on("zero_optimization.overlap_comm") else 1
+        mib = bucket * each * times / 2**20
+        yield {"bucket": bucket, "parameters": s.parameters, "mib": f"{mib:.0f}"}
+
+
+def deepspeed_elastic_batch(d: Options, s: Setup) -> Found:
+    if not d.on("elasticity.enabled") or d.on("elasticity.ignore_non_elastic_batch_info"):
+        return
+    if keys := [k for k in _BATCH if k in d.data]:
+        yield {"keys": ", ".join(keys)}
+
+
+def deepspeed_zeropp(d: Options, s: Setup) -> Found:
+    if _stage(d) not in {0, 1, 2}:
+        return
+    switches = ("weights", "gradients", "nontrainable_weights")
+    keys = [f"zero_quantized_{k}" for k in switches if d.on(f"zero_optimization.zero_quantized_{k}")]
+    if (d.count("zero_optimization.zero_hpz_partition_size") or 1) > 1:
+        keys.append("zero_hpz_partition_size")
+    if keys:
+        yield {"keys": ", ".join(keys), "stage": _stage(d)}
+
+
+def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
+    if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
+        return
+    names = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
+    values = [d.raw(f"zero_optimization.{n}") for n in names]
+    if not any(v is True or str(v).lower() in ("true", "auto") for v in values):
+        yield {}
+
+
+_OWN = (
+    deepspeed_batch_product, deepspeed_two_precisions, deepspeed_fp16_off, deepspeed_bf16_loss_scale,
+    deepspeed_offload_parameters, deepspeed_offload_optimizer, deepspeed_stage3_keys, deepspeed_nvme_path,
+    deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_unknown_key,
+    deepspeed_text_for_number, deepspeed_auto_unfilled, deepspeed_untested_optimizer, deepspeed_one_bit,
+    deepspeed_offload_lamb, deepspeed_scheduler_steps, deepspeed_pipeline, deepspeed_bucket,
+    deepspeed_elastic_batch, deepspeed_zeropp,
+)  # fmt: skip
+CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}

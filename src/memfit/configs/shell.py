@@ -1,0 +1,112 @@
+"""The flags a shell script gives to the program it starts, as far as they can be known without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+_ASSIGNED = re.compile(
+    rf"^\s*(?:export\s+)?({_NAME})=(\"[^\"\n]*\"|'[^'\n]*'|\$\(\([^\n]*\)\)|[^\s;(]*)", re.M
+)
+_VARIABLE = re.compile(rf"\$\{{({_NAME})(?::?-([^{{}}]*))?\}}|\$({_NAME})")
+_SUM = re.compile(r"\$\(\(([^()]*)\)\)")
+_FLAG = re.compile(r"--[A-Za-z][\w-]*")
+_OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\b(?:fi|esac|done)\b")
+_MOST_ROUNDS = 6  # variables that name variables
+_WORK: Mapping[str, Callable[[int, int], int]] = {
+    "*": operator.mul, "/": operator.floordiv, "+": operator.add, "-": operator.sub,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """``flags``: by Python name; True for a switch, else the first value. ``unsure``: given in a branch, or
+    given twice with different values. ``env``: what the script exports."""
+
+    flags: Mapping[str, Any]
+    env: Mapping[str, str]
+    unsure: frozenset[str]
+
+
+def read_script(text: str) -> Script:
+    lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
+    known = _variables(lines)
+    flags: dict[str, Any] = {}
+    unsure: set[str] = set()
+    for line, branch in _branches(lines):
+        for name, value in _flags(_filled(line, known)):
+            if branch or flags.get(name, value) != value:
+                unsure.add(name)
+            flags[name] = value
+    exported = {n: v for n, v in known.items() if re.search(rf"(?m)^\s*export\s+{n}=", "\n".join(lines))}
+    return Script(flags=flags, env=exported, unsure=frozenset(unsure))
+
+
+def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
+    """Each line, and whether it lies in a branch or a loop."""
+    depth = 0
+    for line in lines:
+        bare = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)
+        opened, closed = len(_OPENS.findall(bare)), len(_CLOSES.findall(bare))
+        yield line, depth > 0 or opened > closed
+        depth = max(0, depth + opened - closed)
+
+
+def _variables(lines: list[str]) -> dict[str, str]:
+    """Those that have one value in the whole script."""
+    values: dict[str, set[str]] = {}
+    for line in lines:
+        for name, value in _ASSIGNED.findall(line):
+            values.setdefault(name, set()).add(value.strip("\"'"))
+    known = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    for _ in range(_MOST_ROUNDS):
+        known = {
+            name: _filled(value, {k: v for k, v in known.items() if k != name})
+            for name, value in known.items()
+        }
+    return known
+
+
+def _filled(text: str, known: Mapping[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        name, default = match[1] or match[3], match[2]
+        return known.get(name, default if default is not None else match[0])
+
+    text = _VARIABLE.sub(value, text)
+    return _SUM.sub(lambda m: _worked_out(m[1], known) or m[0], text)
+
+
+def _worked_out(text: str, known: Mapping[str, str]) -> str | None:
+    """Whole numbers and variables, from left to right, products first."""
+    parts = [known.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
+    for signs in ("*/", "+-"):
+        done: list[str] = []
+        for part in parts:
+            if len(done) > 1 and done[-1] in _WORK and done[-1] in signs:
+                if not (part.isdigit() and done[-2].isdigit()) or (done[-1] == "/" and part == "0"):
+                    return None
+                done[-2:] = [str(_WORK[done[-1]](int(done[-2]), int(part)))]
+            else:
+                done.append(part)
+        parts = done
+    return parts[0] if len(parts) == 1 and parts[0].isdigit() else None
+
+
+def _flags(line: str) -> Iterator[tuple[str, Any]]:
+    words = re.sub(r"[\"'(){}\[\];]", " ", line).split()
+    for index, word in enumerate(words):
+        flag, has_value, value = word.partition("=")
+        if not _FLAG.fullmatch(flag):
+            continue
+        following = words[index + 1] if index + 1 < len(words) else "--"
+        if not has_value:
+            value = (
+                ""
+                if following.startswith("--") or following in ("\\", "|", "||", "&", "&&", ">")
+                else following
+            )
+        yield flag[2:].replace("-", "_"), value or True
