@@ -8,7 +8,6 @@ step.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -17,48 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memfit.measure.held import in_backward, layers, local_elements, state_elements, whole, world_size
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.world import layout
-from memfit.types.errors import MemfitError, UserError
+from memfit.types.conformance import Conformance, Difference, NotConforming
+from memfit.types.errors import UserError
 from memfit.types.plan import KnobValue, Plan
 
 _PADDING = 64  # elements a rank, of flat buffers
 _REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
-_DEEP = 8  # wrappers of wrappers of an optimizer
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """``feature``: the technique, and what of it."""
-
-    feature: str
-    planned: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.feature}: planned {self.planned}, found {self.found}"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Conformance:
-    """``checked``: what was looked at; ``unseen``: what the plan says and nobody could look at, with why."""
-
-    differences: tuple[Difference, ...]
-    checked: tuple[str, ...]
-    unseen: tuple[str, ...]
-
-    def __str__(self) -> str:
-        told = "; ".join(map(str, self.differences)) or f"as planned ({', '.join(self.checked)})"
-        return f"{told}; not seen: {'; '.join(self.unseen)}" if self.unseen else told
-
-
-class NotConforming(MemfitError):
-    """What was prepared is not what the plan says."""
-
-    def __init__(self, found: Conformance) -> None:
-        self.found = found
-        told = "; ".join(str(d) for d in found.differences)
-        super().__init__(f"the plan was not applied: {told}")
+_LOOKS = 16  # in one backward pass
 
 
 def conform(
@@ -79,7 +46,7 @@ def conform(
     alike; UserError where the plan is wrong.
     """
     if not isinstance(plan, Plan):
-        plan = _plan_of(plan, ranks or _world_size())
+        plan = _plan_of(plan, ranks or world_size())
     with Watch(model, optimizer, plan, blocks=blocks) as watch:
         if step is not None:
             step()
@@ -122,6 +89,7 @@ class Watch:
         self.autocast: set[str] = set()
         self.computed: set[torch.dtype] = set()
         self.gradients: int | None = None
+        self.arrived, self.waiting = 0, 0  # gradients in backward; most elements held there
         self._handles: list[Any] = []
         self._differences: list[Difference] = []
         self._checked: list[str] = []
@@ -135,7 +103,9 @@ class Watch:
             inside = list(block.modules())[1:] or [block]
             for module in inside:
                 self._handles.append(module.register_forward_pre_hook(self._on_block(index)))
-        inner = [o for o in _layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
+        inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
+        for param in (trainable := list(self._trainable())):
+            self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
         if inner:
             self._handles.append(inner[-1].register_step_pre_hook(lambda *_: self.before_update()))
         return self
@@ -145,18 +115,29 @@ class Watch:
             handle.remove()
         self._handles = []
 
+    def _on_gradient(self, count: int) -> Callable[[nn.Parameter], None]:
+        def listen(param: nn.Parameter) -> None:
+            self.arrived += 1
+            if self.arrived % max(1, count // _LOOKS) == 0 or self.arrived % count == 0:
+                self.waiting = max(self.waiting, self._held_gradients())
+
+        return listen
+
+    def _held_gradients(self) -> int:
+        return sum(local_elements(p.grad) for p in self._trainable() if p.grad is not None)
+
     def before_update(self) -> None:
         """Gradients are complete and the optimizer has not begun."""
         if self.gradients is None:
-            self.gradients = sum(_local(p.grad) for p in self._trainable() if p.grad is not None)
+            self.gradients = self._held_gradients()
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if not _in_backward():
+        if not in_backward():
             self.forwards += 1
 
     def _on_block(self, index: int) -> Callable[[nn.Module, Any], None]:
         def listen(module: nn.Module, args: Any) -> None:
-            if _in_backward():
+            if in_backward():
                 self.again.add(index)
                 return
             self.ran.add(index)
@@ -209,7 +190,7 @@ class Watch:
         return Conformance(differences=tuple(union), checked=tuple(self._checked), unseen=tuple(self._unseen))
 
     def _ranks(self) -> None:
-        found = _world_size()
+        found = world_size()
         self._differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
 
     def _trainable(self) -> Iterator[nn.Parameter]:
@@ -218,10 +199,12 @@ class Watch:
     def _parameters(self) -> None:
         """Held by this rank: all of its part of the model, or the shard that the plan says."""
         params = list(self.model.parameters())
-        held, part = sum(map(_local, params)), sum(map(self._whole, params))
+        held, part = sum(map(local_elements, params)), self._part(params)
         degree, feature = self._sharded("parameters")
-        if degree > 1:
-            kept = sum(self._whole(p) for p in params if self._persists(p))
+        if degree > 1 and not held:
+            self._unseen.append(f"{feature}: no shards could be found")
+        elif degree > 1:
+            kept = sum(whole(p) for p in params if self._persists(p))
             most = kept + self._shard([p for p in params if not self._persists(p)], degree)
             self._differs(
                 feature, f"1/{degree} of {part:,} elements on a rank", f"{held:,}", wrong=held > most
@@ -236,49 +219,37 @@ class Watch:
         degree = self.layout.tensor
         if degree == 1:
             return
-        whole = self.whole_elements or sum(
-            p.numel() for p in self.model.parameters()
-        )  # DTensors tell their whole size
-        most = whole * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
+        # DTensors tell their whole size
+        total = self.whole_elements or sum(p.numel() for p in self.model.parameters())
+        most = total * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
         self._differs(
-            "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {whole:,} elements on a rank",
+            "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
             wrong=part > most,
         )  # fmt: skip
 
-    def _whole(self, param: nn.Parameter) -> int:
-        """Elements before data-parallel sharding, of this rank's part under tensor parallelism."""
-        if (told := getattr(param, "ds_numel", None)) is not None:
-            return int(told)
-        placements = getattr(param, "placements", None)
-        if placements is None:
-            return param.numel()
-        mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-        names = mesh.mesh_dim_names or ("",) * mesh.ndim
-        cut = [
-            mesh.size(i)
-            for i, (p, name) in enumerate(zip(placements, names, strict=True))
-            if p.is_shard() and name in {"tensor", "tp"}
-        ]
-        whole: int = param.numel()
-        return math.ceil(whole / int(math.prod(cut)))
+    def _part(self, params: list[nn.Parameter]) -> int:
+        """Elements of this rank's part of the model; parameters may have been let go of."""
+        found = sum(map(whole, params))
+        gone = any(not p.numel() and getattr(p, "ds_numel", None) is None for p in params)
+        return max(found, self.whole_elements or 0) if gone else found
 
     def _shard(self, params: list[nn.Parameter], degree: int) -> float:
         """Most elements that one of ``degree`` ranks holds of them: whole rows of each with fsdp2, whole
         parameters where those are dealt out, else even parts."""
-        sizes = [self._whole(p) for p in params]
+        sizes = [whole(p) for p in params]
+        if (part := self._part(params)) > sum(sizes):
+            return part / degree + _PADDING * degree
         if self.plan.get("sharded-ddp") is not None:
             return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
-        rows = [
-            p.shape[0] if self.plan.get("fsdp2") and p.dim() else n
-            for p, n in zip(params, sizes, strict=True)
-        ]
+        by_rows = self.plan.get("fsdp2") is not None
+        rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
         parts = (math.ceil(r / degree) * n / max(r, 1) for r, n in zip(rows, sizes, strict=True))
         return sum(parts) + _PADDING * degree
 
     def _persists(self, param: nn.Parameter) -> bool:
         """ZeRO 3 leaves small parameters whole."""
         used = self.plan.get("zero")
-        return used is not None and self._whole(param) <= int(used.settings["persist_elements"])
+        return used is not None and whole(param) <= int(used.settings["persist_elements"])
 
     def _sharded(self, what: str) -> tuple[int, str]:
         """(over how many ranks the plan shards it, which technique says so)."""
@@ -344,17 +315,29 @@ class Watch:
         degree, feature = self._sharded("gradients")
         if degree == 1 or self.gradients is None:
             return
-        part = sum(map(self._whole, params))
+        part = self._part(params)
         most = self._shard(params, degree)
         self._differs(
             feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
             wrong=self.gradients > most,
         )  # fmt: skip
+        zero = self.plan.get("zero")
+        if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
+            return
+        bucket = int(zero.settings["reduce_bucket_elements"])
+        most += bucket + max(map(whole, params))
+        if most >= part:
+            self._unseen.append(f"{feature} in backward: the reduce bucket could hold them all")
+        else:
+            self._differs(
+                feature, f"at most {int(most):,} of {part:,} elements in backward", f"{self.waiting:,}",
+                wrong=self.waiting > most,
+            )  # fmt: skip
 
     def _state(self) -> None:
-        held = _state_elements(self.optimizer)
+        held = state_elements(self.optimizer)
         params = list(self._trainable())
-        part = sum(map(self._whole, params))
+        part = self._part(params)
         degree, feature = self._sharded("optimizer state")
         if not held:
             self._unseen.append("optimizer state: it has none that could be found")
@@ -392,46 +375,6 @@ class Watch:
 
 
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2")
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _local(tensor: torch.Tensor) -> int:
-    """Elements of it that this rank holds."""
-    if (shard := getattr(tensor, "ds_tensor", None)) is not None and tensor.numel() == 0:
-        return int(shard.numel())
-    local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
-    return int(local.numel()) if local.untyped_storage().nbytes() else 0
-
-
-def _layers(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, and those it wraps, outermost first."""
-    for _ in range(_DEEP):
-        if optimizer is None:
-            return
-        yield optimizer
-        inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "inner"))
-        optimizer = next((i for i in inner if i is not None and hasattr(i, "step")), None)
-
-
-def _state_elements(optimizer: Any) -> int:
-    """Elements that the optimizer has a state for on this rank: of each entry the largest tensor."""
-    for layer in reversed(list(_layers(optimizer))):
-        state = getattr(layer, "state", None)
-        if isinstance(state, Mapping) and state:
-            entries = [_tensors(entry) for entry in state.values() if isinstance(entry, Mapping)]
-            return sum(max((_local(t) for t in e if t.dim()), default=0) for e in entries)
-    return 0
-
-
-def _tensors(entry: Mapping[str, Any]) -> list[torch.Tensor]:
-    return [v for v in entry.values() if isinstance(v, torch.Tensor)]
 
 
 def _listed(indices: list[int]) -> str:

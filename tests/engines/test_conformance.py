@@ -1,0 +1,240 @@
+"""What memfit says where an engine did not do what the plan says, switched off behind its back.
+
+The file is also the program that each rank runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from memfit.engines.registry import render
+from memfit.jobs.gpt import Gpt, GptSize
+from memfit.jobs.step import TrainingStep
+from memfit.measure.conform import Watch, conform
+from memfit.run.ranks import free_port, rank_env, run_ranks
+from memfit.techniques.registry import make_use
+from memfit.techniques.world import make_world
+from memfit.types.conformance import NotConforming
+from memfit.types.job import Job, JobRef
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind
+from memfit.types.trace import Phase
+from memfit.worker.train import joined
+
+SIZE = GptSize(layers=2, width=64, heads=4, length=32, vocabulary=128, batch_size=4)
+
+
+def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(4, 31, (4, 33), generator=torch.Generator().manual_seed(1000 * seed + step))
+    return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(
+        model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten()
+    )
+
+
+JOB = Job(name="gpt", build_model=lambda: Gpt(SIZE), make_batch=_batch, loss=_loss, batch_size=4)
+
+
+def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
+    return Plan(ranks=ranks, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
+
+
+def _off(technique: str) -> Callable[[], Any]:
+    """The technique is in the plan and nobody applies it."""
+    return lambda: mock.patch.object(TrainingStep, "carried", frozenset({technique}))
+
+
+@contextlib.contextmanager
+def _no_sync() -> Iterator[None]:
+    from torch.nn.parallel import DistributedDataParallel
+
+    inner = DistributedDataParallel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.no_sync():
+            return inner(self, *args, **kwargs)
+
+    with mock.patch.object(DistributedDataParallel, "forward", forward):
+        yield
+
+
+def _full_precision() -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return mock.patch("memfit.techniques.data_parallel._precision", return_value=MixedPrecisionPolicy())
+
+
+def _stage(number: int) -> Callable[[], Any]:
+    from memfit.techniques import zero
+
+    inner = zero.TECHNIQUE.apply
+    other = dataclasses.replace(
+        zero.TECHNIQUE, apply=lambda bench, settings: inner(bench, {**settings, "stage": number})
+    )
+    return lambda: mock.patch.dict("memfit.techniques.registry.TECHNIQUES", {"zero": other})
+
+
+FAST = {"reduce_bucket_elements": 100_000, "persist_elements": 1}
+# What is planned, how it is undone, and what the message must name.
+NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
+    "ddp": (_plan(ddp={}), _off("ddp"), "ddp: replicas"),
+    "ddp, never in sync": (_plan(ddp={}), _no_sync, "ddp: replicas"),
+    "fsdp2": (_plan(fsdp2={}), _off("fsdp2"), "fsdp2: parameters"),
+    "fsdp2, precision": (_plan(fsdp2={"precision": "bf16"}), _full_precision, "fsdp2: precision"),
+    "zero 3": (_plan(zero={"stage": 3, **FAST}), _stage(2), "zero stage 3: parameters"),
+    "zero 2": (_plan(zero={"stage": 2, **FAST}), _off("zero"), "zero stage 2: optimizer state"),
+    "tensor-parallel": (_plan(tensor_parallel={}), _off("tensor-parallel"), "tensor-parallel"),
+    "checkpointing": (
+        _plan(ddp={}, activation_checkpointing={}), _off("activation-checkpointing"),
+        "activation-checkpointing",
+    ),
+    "autocast": (_plan(ddp={}, bf16_autocast={}), _off("bf16-autocast"), "bf16-autocast"),
+    "bf16": (_plan(ddp={}, bf16_parameters={}), _off("bf16-parameters"), "bf16-parameters"),
+    "accumulation": (
+        _plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _off("gradient-accumulation"),
+        "gradient-accumulation",
+    ),
+}  # fmt: skip
+
+
+def _told(plan: Plan, rank: int) -> str:
+    torch.manual_seed(0)
+    step = TrainingStep(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
+    part, terms = step.local(JOB.make_batch(0, 0))
+    whole = sum(p.numel() for p in Gpt(SIZE).parameters())
+    watch = Watch(step.model, step.optimizer, plan, whole_elements=whole)
+
+    def on_phase(phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER:
+            watch.before_update()
+
+    try:
+        with watch:
+            step.run(part, on_phase, terms_per_rank=terms)
+        return f"fine: {watch.conclude()}"
+    except NotConforming as error:
+        return str(error)
+    finally:
+        step.close()
+
+
+def _rank(target: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    with joined(_plan(ddp={})):
+        rank = torch.distributed.get_rank()
+        for name, (plan, sabotage, _) in NATIVE.items():
+            honest = _told(plan, rank)
+            with sabotage():
+                found[name] = (honest, _told(plan, rank))
+    target.write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+    """Of each rank, by case: what was said of the honest step and of the sabotaged one."""
+    folder, port = tmp_path_factory.mktemp("told"), free_port()
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder / str(rank))],
+            env={**os.environ, **rank_env(rank, 2, port), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [child.wait(240) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_is_switched_off_is_named(name: str, told: list[dict[str, list[str]]]) -> None:
+    for of_rank in told:
+        honest, sabotaged = of_rank[name]
+        assert honest.startswith("fine: as planned"), honest
+        assert sabotaged.startswith("the plan was not applied"), sabotaged
+        assert NATIVE[name][2] in sabotaged
+
+
+# -- engines, by their own configuration ---------------------------------------------------------------
+
+MLP = JobRef(spec=f"{Path(__file__).parents[2] / 'benchmarks' / 'rank_jobs.py'}:mlp")
+
+
+def _launch(engine: str, plan: Plan) -> LaunchConfig:
+    return render(
+        RunSpec(
+            name="t", role="t", job=MLP, plan=plan, engine=engine, seed=0, steps=1, threads=1, evaluate=False
+        )
+    )
+
+
+def _fails(launch: LaunchConfig) -> str:
+    seen = run_ranks(launch)
+    assert [m.outcome for m in seen] == [OutcomeKind.FAILED] * 2, seen
+    return seen[0].reason
+
+
+def test_accelerate_that_does_not_shard() -> None:
+    """What `accelerate launch` does on a CPU today."""
+    launch = _launch("accelerate", _plan(fsdp2={}))
+    text = launch.files["accelerate.yaml"]
+    plain = text[: text.index("fsdp_config")].replace("distributed_type: FSDP", "distributed_type: MULTI_GPU")
+    reason = _fails(dataclasses.replace(launch, files={**launch.files, "accelerate.yaml": plain}))
+    assert "the plan was not applied" in reason
+    assert "fsdp2: parameters" in reason
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_of_another_stage(stage: int) -> None:
+    launch = _launch("deepspeed", _plan(zero={"stage": stage, "reduce_bucket_elements": 1_000_000}))
+    config = json.loads(launch.files["deepspeed.json"])
+    config["zero_optimization"]["stage"] = stage - 1
+    files = {**launch.files, "deepspeed.json": json.dumps(config)}
+    assert f"zero stage {stage}" in _fails(dataclasses.replace(launch, files=files))
+
+
+# -- by hand ---------------------------------------------------------------------------------------------
+
+
+def test_a_users_own_model_in_one_process() -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found = conform(model, optimizer, {}, step=step)
+    assert not found.differences
+    with pytest.raises(
+        NotConforming, match=r"activation-checkpointing: planned blocks 0, 1, 2 .* found none"
+    ):
+        conform(model, optimizer, {"activation-checkpointing": {}}, step=step)
+    with pytest.raises(NotConforming, match="ranks: planned 2, found 1"):
+        conform(model, optimizer, {"ddp": {}}, step=step, ranks=2)
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]))
