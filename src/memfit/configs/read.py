@@ -250,9 +250,9 @@ def _follow(kind: str, options: Options, found: dict[str, Options], missing: lis
     if isinstance(inside, Mapping):
         found["deepspeed"] = Options(file=options.file, data=inside)
         return
-    target = Path(options.file).parent / str(inside)
-    target = target if target.is_file() else Path(str(inside))
-    if target.suffix == ".json" and target.is_file():
+    places = (*Path(options.file).absolute().parents, Path.cwd())  # as projects name files from their root
+    target = next((p / str(inside) for p in places if (p / str(inside)).is_file()), None)
+    if target is not None and target.suffix == ".json":
         found["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
     else:
         missing.append(str(inside))

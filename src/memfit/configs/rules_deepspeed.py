@@ -40,12 +40,19 @@ def _device(d: Options, name: str) -> str:
     return str(d.get(f"zero_optimization.{name}.device") or "none").lower()
 
 
+def _shares_samples(d: Options, s: Setup) -> bool:
+    """Whether several processes may work on the same samples: tensor and sequence parallelism."""
+    mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
+    passes = d.get("compile.passes") or ()
+    split = d.section("tensor_parallel") or d.raw("sequence_parallel_size") or "autosp" in passes
+    return bool(split) or mesh or s.megatron is not None
+
+
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:
     whole, micro, steps = (d.count(k) for k in _BATCH)
     if not whole or not micro or micro < 1:
         return
-    # under model parallelism not every process has its own samples
-    ranks = None if d.section("tensor_parallel") or s.megatron is not None else s.ranks
+    ranks = None if _shares_samples(d, s) else s.ranks
     least = micro * (steps or 1) * (ranks or 1)
     if whole % least or (steps and ranks and whole != least):
         yield {"whole": whole, "micro": micro, "steps": steps or "n", "ranks": ranks or "n"}
@@ -96,12 +103,9 @@ def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
-    if not d.on("activation_checkpointing.contiguous_memory_optimization"):
-        return
-    missing = [] if d.on("activation_checkpointing.partition_activations") else ["partition_activations"]
-    missing += [] if d.count("activation_checkpointing.number_checkpoints") else ["number_checkpoints"]
-    if missing:
-        yield {"missing": " and ".join(missing)}
+    section = "activation_checkpointing"
+    if d.on(f"{section}.contiguous_memory_optimization") and not d.on(f"{section}.partition_activations"):
+        yield {}
 
 
 def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:

@@ -136,7 +136,7 @@ def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
     for name in ("fp16", "bf16"):
-        mine, other = t.raw(name), d.get(f"{name}.enabled")
+        mine, other = t.get(name), d.get(f"{name}.enabled")
         if mine is not None and other is not None and t.on(name) != d.on(f"{name}.enabled"):
             yield {"name": name, "mine": mine, "other": other}
 

@@ -36,6 +36,7 @@ _UNEVEN = (
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "hybrid_layer_pattern",
     "hybrid_override_pattern", "is_hybrid_model", "heterogeneous_layers_config_path", "encoder_num_layers",
 )  # fmt: skip
+_VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 
 
 def _even(m: Options) -> bool:
@@ -43,7 +44,9 @@ def _even(m: Options) -> bool:
 
 
 def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
-    if m.on("sequence_parallel") and _size(m, "tensor_model") == 1:
+    """Where the file says that tensors are whole: a part of the arguments says nothing."""
+    said = m.raw("tensor_model_parallel_size") is not None or m.raw("micro_batch_size") is not None
+    if m.on("sequence_parallel") and _size(m, "tensor_model") == 1 and said:
         yield {}
 
 
@@ -65,8 +68,7 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
     if not _even(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
-    each = m.count("num_layers_per_virtual_pipeline_stage")
-    virtual = m.count("num_virtual_stages_per_pipeline_rank")
+    each, virtual = (m.count(n) for n in _VIRTUAL)
     if not layers or not stages or layers % stages:
         return
     if (each and layers // stages % each) or (virtual and layers // stages % virtual):
@@ -76,7 +78,7 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
 def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
     if _size(m, "pipeline_model") != 1:
         return
-    for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+    for name in _VIRTUAL:
         if (value := m.count(name)) and (value > 1 or name.startswith("num_layers")):
             yield {"option": f"--{name.replace('_', '-')} {value}"}
 
@@ -105,33 +107,36 @@ def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
     data = _data(s)
     if data is None or m.raw("microbatch_group_size_per_virtual_pipeline_stage") is not None:
         return
-    stages, whole, micro = (
-        _size(m, "pipeline_model"),
-        m.count("global_batch_size"),
-        m.count("micro_batch_size"),
-    )
-    virtual = m.count("num_layers_per_virtual_pipeline_stage") or m.count(
-        "num_virtual_stages_per_pipeline_rank"
-    )
+    whole, micro = m.count("global_batch_size"), m.count("micro_batch_size")
+    stages, virtual = _size(m, "pipeline_model"), any(m.count(n) for n in _VIRTUAL)
     if not (stages and stages > 1 and virtual and whole and micro) or whole % (micro * data):
         return
     if (steps := whole // (micro * data)) % stages:
         yield {"steps": steps, "stages": stages}
 
 
-def megatron_recompute(m: Options, s: Setup) -> Found:
-    if any(n in m.unsure for n in ("recompute_granularity", "recompute_method", "recompute_num_layers")):
-        return
+_RECOMPUTE = ("recompute_method", "recompute_num_layers")
+
+
+def _recompute(m: Options) -> tuple[str | None, list[str], str]:
+    """Granularity, which of method and number are given, and how the file says it."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
-    given = [n for n in ("recompute_method", "recompute_num_layers") if m.raw(n) is not None]
-    shown = (
-        ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in given)
-        or "neither method nor number of layers"
-    )
-    if granularity != "full" and given and m.raw("recompute_granularity") in (None, "selective"):
-        yield {"granularity": granularity or "not set", "shown": shown}
-    if granularity == "full" and len(given) < 2:
-        yield {"granularity": "full", "shown": shown}
+    given = [n for n in _RECOMPUTE if m.raw(n) is not None]
+    shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in given)
+    return granularity, given, shown or "neither method nor number of layers"
+
+
+def megatron_recompute(m: Options, s: Setup) -> Found:
+    granularity, given, shown = _recompute(m)
+    wrong = (granularity == "selective" and given) or (granularity == "full" and len(given) < 2)
+    if wrong and not m.unsure.intersection(("recompute_granularity", *_RECOMPUTE)):
+        yield {"granularity": granularity, "shown": shown}
+
+
+def megatron_recompute_off(m: Options, s: Setup) -> Found:
+    granularity, given, shown = _recompute(m)
+    if granularity is None and given and _without(m, "recompute_granularity"):
+        yield {"shown": shown}
 
 
 def megatron_overlap_gather(m: Options, s: Setup) -> Found:
@@ -155,13 +160,10 @@ def megatron_connections(m: Options, s: Setup) -> Found:
     mesh = _mesh(m)
     overlaps = not _without(m, "overlap_moe_expert_parallel_comm")  # wants more, and may have them
     if sharded and value == "1":
-        yield {
-            "file": m.file,
-            "value": value,
-            "why": "FSDP's gathers wait behind the computation",
-            "wanted": "8 or more",
-        }
-    if not sharded and not overlaps and mesh is not None and value != "1" and (mesh[0] > 1 or mesh[2] > 1):
+        why = "FSDP's gathers wait behind the computation"
+        yield {"value": value, "why": why, "wanted": "8 or more"}
+    # 32 is what set-ups for Blackwell choose, where it does no harm
+    if not sharded and not overlaps and mesh and value not in ("1", "32") and (mesh[0] > 1 or mesh[2] > 1):
         why = "tensor and context parallelism need collectives to start before the computation"
         yield {"value": value, "why": why, "wanted": "1"}
 
@@ -190,7 +192,9 @@ def megatron_experts(m: Options, s: Setup) -> Found:
 def megatron_moe_sequence(m: Options, s: Setup) -> Found:
     tensor = _size(m, "tensor_model")
     trains = m.raw("train_iters") is not None or m.raw("train_samples") is not None
-    if m.count("num_experts") and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
+    trains = trains and _without(m, "deepspeed")  # whose mixture of experts is its own
+    mixture = (m.count("num_experts") or 1) > 1
+    if mixture and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
         yield {"experts": m.count("num_experts"), "tensor": tensor}
 
 
@@ -226,8 +230,8 @@ def megatron_tensor_overlap(m: Options, s: Setup) -> Found:
 _ALL = (
     megatron_sequence_parallel, megatron_optimizer_alone, megatron_layers, megatron_virtual_layers,
     megatron_virtual_pipeline, megatron_batch, megatron_ranks, megatron_interleaved_batch, megatron_recompute,
-    megatron_overlap_gather, megatron_connections, megatron_two_precisions, megatron_heads, megatron_experts,
-    megatron_moe_sequence, megatron_context_length, megatron_torch_fsdp2, megatron_batch_schedule,
-    megatron_tensor_overlap,
+    megatron_recompute_off, megatron_overlap_gather, megatron_connections, megatron_two_precisions,
+    megatron_heads, megatron_experts, megatron_moe_sequence, megatron_context_length, megatron_torch_fsdp2,
+    megatron_batch_schedule, megatron_tensor_overlap,
 )  # fmt: skip
 CHECKS = {("megatron",): _ALL}
