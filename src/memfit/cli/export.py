@@ -1,0 +1,118 @@
+"""``memfit export``: a plan as the files of a launcher, a cluster or a trainer; runs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, WhichOptions
+from memfit.cli.output import emit, one_of
+from memfit.cli.progress import Bars
+from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.plan import Plan
+
+_MOST_BYTES = 512 * 1024  # of a file that is carried
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    to: Annotated[str, typer.Option(metavar="TARGET", help="torchrun or slurm.")]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")]
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that the ranks are dealt to.")] = 1
+    script: Annotated[
+        str | None,
+        typer.Option(metavar="'FILE.py ARGS'", help="Your own training script in place of memfit's worker."),
+    ] = None
+    max_restarts: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How often the launcher starts all ranks again.")
+    ] = 3
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="skypilot: the accelerator, such as H100.")] = ""
+    image: Annotated[str, typer.Option(metavar="IMAGE", help="k8s: the container image.")] = ""
+    setup: Annotated[
+        str, typer.Option(metavar="COMMAND", help="skypilot: what a fresh machine installs.")
+    ] = ""
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export.")] = False
+
+
+def export(
+    job: JobOptions, which: WhichOptions, goal: GoalOptions, own: ExportOptions, here: HereOptions,
+    output: JsonOptions,
+) -> None:  # fmt: skip
+    """Write a plan as files to start elsewhere; train nothing.
+
+    The engine's configuration is byte for byte what `memfit run` would use.
+    """
+    from memfit.export.base import Handover
+    from memfit.export.targets import TARGETS, bundle
+    from memfit.export.write import write
+    from memfit.techniques.planfile import plan_text
+
+    target = one_of("--to", own.to, TARGETS)
+    plan = plan_file(which)
+    if plan is None:
+        with Bars("en") as progress:
+            plan = recommended_plan(request(job, goal, here), progress)
+    config, job_file = _launch(job, goal.engine, plan, here)
+    words, script_file = _words(own.script)
+    handover = Handover(
+        config=config, nodes=own.nodes, script=words, max_restarts=own.max_restarts, gpu=own.gpu,
+        image=own.image, setup=own.setup,
+        own_files={"plan.yaml": plan_text(plan), **(script_file if words else job_file)},
+    )  # fmt: skip
+    files = bundle(target, handover)
+    write(own.out, files, force=own.force)
+    if output.json:
+        emit({"folder": str(own.out), "files": sorted(files)})
+    else:
+        print(f"{own.out}: {', '.join(sorted(files))}")
+
+
+def _launch(
+    job: JobOptions, engine: str, plan: Plan, here: HereOptions
+) -> tuple[LaunchConfig, dict[str, str]]:
+    """The launch, and the job's file where the user wrote one: it is put beside the run."""
+    from memfit.engines.registry import carrying, render
+    from memfit.jobs.registry import load
+
+    carrying(engine, plan)
+    given = JobRef(
+        spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
+    )
+    loaded = load(given)
+    path, _, attribute = given.spec.rpartition(":")
+    own = {} if path in ("", "hf") else _carried(Path(path))
+    ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
+    spec = RunSpec(
+        name=plan.label, role="run", job=ref, plan=plan, engine=engine, seed=0, steps=loaded.steps,
+        batch_size=loaded.batch_size, threads=here.threads or 0, evaluate=plan.ranks == 1,
+    )  # fmt: skip
+    return render(spec), own
+
+
+def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The user's program with its arguments, and its file."""
+    words = shlex.split(script or "")
+    if not words:
+        return (), {}
+    path = Path(words[0])
+    return (path.name, *words[1:]), _carried(path)
+
+
+def _carried(path: Path) -> dict[str, str]:
+    try:
+        data = path.read_bytes()
+        text = data.decode()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text", allowed="a Python file in UTF-8") from error
+    if len(data) > _MOST_BYTES:
+        raise UserError(f"{path} has {len(data)} bytes", allowed=f"at most {_MOST_BYTES}")
+    return {path.name: text}

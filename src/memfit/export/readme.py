@@ -1,0 +1,77 @@
+"""README.md of an export: how it is started, what it holds, what it does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memfit.export.base import RUN, Files, Handover
+
+NAME = "README.md"
+
+_START = {
+    "torchrun": "On every node, with its own number:\n\n"
+    "```sh\n{where}bash torchrun.sh\n```\n\n"
+    "`HEAD_PORT` (29400), `LOGS` (logs), `PYTHON` (python) and `LOCAL_ADDR` may be set too.",
+    "slurm": "From this folder, on a file system that all nodes see:\n\n"
+    "```sh\nsbatch job.sbatch\n```\n\n"
+    "Partition, account and time limit are your cluster's: `sbatch --partition=... --time=... job.sbatch`. "
+    "Slurm requeues the job when a node fails or it is preempted.",
+}
+
+
+def readme(target: str, handover: Handover, files: Files) -> str:
+    return "\n".join(_lines(target, handover, files)) + "\n"
+
+
+def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
+    plan = handover.plan
+    yield f"# {handover.name}\n"
+    yield f"Plan: {plan.label}. Engine: {handover.config.engine}.\n"
+    yield f"{plan.ranks} processes, {handover.per_node} on each of {handover.nodes} nodes.\n"
+    yield "## Start\n"
+    where = "NODE_RANK=0 HEAD_ADDR=first-node " if handover.nodes > 1 else ""
+    yield _START[target].format(where=where) + "\n"
+    yield "## Files\n"
+    for name in sorted(files):
+        yield f"- `{name}`: {_what(name, handover)}"
+    yield "\n## What to know\n"
+    for line in _notes(handover):
+        yield f"- {line}"
+
+
+def _what(name: str, handover: Handover) -> str:
+    if name in handover.engine_files:
+        return f"the configuration of {handover.config.engine}, byte for byte what `memfit run` uses"
+    known = {
+        RUN: "the run, as `memfit run` would execute it",
+        "plan.yaml": "the plan, for `memfit explain --plan` and `memfit.conform`",
+        "torchrun.sh": "what every node executes",
+    }
+    return known.get(name) or ("yours" if name in handover.own_files else "what is submitted")
+
+
+def _notes(handover: Handover) -> Iterator[str]:
+    spec = handover.config.spec
+    if handover.script:
+        yield (
+            "Every node needs Python with what your script imports; modules of your own go beside it. The "
+            "configuration says how many samples a rank takes: "
+            f"{spec.batch_size} a step on all ranks were given."
+        )
+        if handover.config.engine == "native":
+            yield (
+                "The native engine has no configuration file: your script applies plan.yaml, and "
+                "`memfit.conform(model, optimizer, plan)` tells whether it did."
+            )
+        return
+    yield (
+        "memfit's worker joins its ranks over gloo and trains on processors; it does not use GPUs on several "
+        "ranks. For GPUs hand the plan to your own script: `memfit export --script train.py`."
+    )
+    yield "It keeps no checkpoints here: a restart begins at the first step."
+    yield "Every node needs Python with memfit and the engine's packages: `pip install 'memfit[ENGINE]'`."
+    given = [f"`{p}`" for p in (spec.job.data, spec.job.weights) if p]
+    if given:
+        yield f"These must be there on every node: {', '.join(given)}."
+    if handover.nodes > 1:
+        yield "Where gloo takes the wrong network, say which: `GLOO_SOCKET_IFNAME=eth0`."

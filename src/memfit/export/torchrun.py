@@ -1,0 +1,95 @@
+"""The script that every node executes: torch's elastic launcher, or the engine's own around it.
+
+Flags are those of torch/distributed/run.py (2.13) and accelerate/commands/launch.py (1.15).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from memfit.export.base import Files, Handover, quoted
+from memfit.types.errors import UserError
+
+SCRIPT = "torchrun.sh"
+
+_HEAD = """\
+#!/usr/bin/env bash
+# {label}
+# {engine}: {ranks} ranks, {per_node} on each of {nodes} nodes. Start it on every node; README.md says how.
+set -euo pipefail
+cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
+: "${{PYTHON:=python}}" "${{LOGS:=logs}}"
+"""
+_SEVERAL_NODES = """\
+: "${NODE_RANK:?is 0 on the first node, then 1, 2, ...}"
+: "${HEAD_ADDR:?is the name or address of the first node}"
+: "${HEAD_PORT:=29400}" "${RUN_ID:=memfit}"
+# The first node keeps the rendezvous; nobody has to guess from names who that is.
+if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
+"""
+
+
+def files(handover: Handover) -> Files:
+    return {**handover.carried, SCRIPT: script(handover)}
+
+
+def script(handover: Handover) -> str:
+    head = _HEAD.format(
+        label=handover.plan.label, engine=handover.config.engine, ranks=handover.plan.ranks,
+        per_node=handover.per_node, nodes=handover.nodes,
+    )  # fmt: skip
+    several = _SEVERAL_NODES if handover.nodes > 1 else ""
+    exports = "".join(f"export {k}={shlex.quote(v)}\n" for k, v in environment(handover).items())
+    by_accelerate = handover.script and handover.config.engine == "accelerate"
+    launch = _accelerate(handover) if by_accelerate else _torchrun(handover)
+    return head + several + exports + "exec " + " \\\n  ".join(launch) + "\n"
+
+
+def environment(handover: Handover) -> dict[str, str]:
+    """What the launch sets, without what only makes memfit's worker train on processors."""
+    return {k: v for k, v in handover.config.env.items() if not (handover.script and k == "DS_ACCELERATOR")}
+
+
+def _torchrun(handover: Handover) -> Iterator[str]:
+    yield '"$PYTHON" -m torch.distributed.run'
+    yield f"--nnodes={handover.nodes} --nproc-per-node={handover.per_node}"
+    yield f"--max-restarts={handover.max_restarts}"
+    if handover.nodes > 1:
+        yield '--rdzv-backend=c10d --rdzv-endpoint="$HEAD_ADDR:$HEAD_PORT" --rdzv-id="$RUN_ID"'
+        yield '--rdzv-conf="is_host=$is_host" ${LOCAL_ADDR:+--local-addr="$LOCAL_ADDR"}'
+    else:
+        yield "--standalone"
+    yield '--log-dir="$LOGS" --tee=3'
+    yield program(handover)
+
+
+def _accelerate(handover: Handover) -> Iterator[str]:
+    """Its YAML says one machine: what only the cluster knows stands on the command line, which wins."""
+    yield '"$PYTHON" -m accelerate.commands.launch --config_file accelerate.yaml'
+    yield f"--num_machines {handover.nodes} --num_processes {handover.plan.ranks}"
+    if handover.nodes > 1:
+        yield '--machine_rank "$NODE_RANK" --main_process_ip "$HEAD_ADDR" --main_process_port "$HEAD_PORT"'
+        yield '--rdzv_backend c10d --rdzv_conf "is_host=$is_host"'
+    yield f'--max_restarts {handover.max_restarts} --log_dir "$LOGS" --tee 3'
+    yield program(handover)
+
+
+def program(handover: Handover) -> str:
+    """What is started on every rank, as shell words. Raises UserError where the engine has nothing that a
+    script could read."""
+    if not handover.script:
+        return quoted(part.replace("{dir}/", "") for part in handover.config.argv[1:])
+    return " ".join(filter(None, (quoted(handover.script), _handed(handover))))
+
+
+def _handed(handover: Handover) -> str:
+    """Arguments that give the user's script the engine's configuration, where it does not name it itself."""
+    engine, has = handover.config.engine, handover.engine_files
+    if engine in ("native", "accelerate") or any(n in word for n in has for word in handover.script):
+        return ""
+    if "deepspeed.json" in has:
+        return "--deepspeed --deepspeed_config deepspeed.json"  # deepspeed.add_config_arguments
+    if "megatron.args" in has:
+        return "$(cat megatron.args)"
+    raise UserError(f"engine {engine} has no configuration that a script could read")

@@ -1,0 +1,61 @@
+"""Files into a folder: all or nothing, and nobody's work overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from memfit.export.base import Files
+from memfit.types.errors import UserError
+
+MANIFEST: Final = "export.json"  # what was written, with digests; written last
+
+
+def write(folder: Path, files: Files, *, force: bool = False) -> None:
+    """Raises UserError where the folder holds something, unless ``force``: then files of these names, and
+    those that an earlier export wrote and this one does not, are replaced; everything else stays."""
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and (not force or not folder.is_dir()):
+        hint = "--force replaces the files of an export" if folder.is_dir() else "give a folder"
+        raise UserError(f"{folder} is there already", allowed="a folder that is new or empty", hint=hint)
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"{folder}: there is no folder {folder.parent}", hint="make it first")
+    try:
+        _write(folder, files, replacing=taken)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+
+
+def _write(folder: Path, files: Files, *, replacing: bool) -> None:
+    manifest = json.dumps({"files": {n: digest(t) for n, t in sorted(files.items())}}, indent=2) + "\n"
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.absolute().parent) as made:
+        new = Path(made) / "new"
+        new.mkdir()
+        for name, text in {**files, MANIFEST: manifest}.items():
+            (new / name).write_bytes(text.encode())
+            if name.endswith(".sh"):
+                (new / name).chmod(0o755)
+        if not replacing:
+            new.replace(folder)  # an empty folder gives way
+            return
+        stale = _written_before(folder) - files.keys()
+        for name in files:
+            (new / name).replace(folder / name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        (new / MANIFEST).replace(folder / MANIFEST)
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _written_before(folder: Path) -> set[str]:
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in told if isinstance(name, str) and Path(name).name == name}

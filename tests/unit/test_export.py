@@ -1,0 +1,285 @@
+"""What is handed over: the files of every target, read back, and those that a shell can run, run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memfit.cli import main
+from memfit.engines.registry import ENGINES, render
+from memfit.export.base import Handover
+from memfit.export.targets import bundle
+from memfit.export.write import digest, write
+from memfit.techniques.planfile import plan_text, read_plan
+from memfit.techniques.registry import make_use
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+TINY = Path(__file__).with_name("tiny.py")
+DDP = Plan(uses=(make_use("ddp", {}),), ranks=2)
+ZERO = Plan(uses=(make_use("zero", {"stage": 2}),), ranks=4)
+FSDP = Plan(uses=(make_use("fsdp2", {"precision": "bf16"}),), ranks=4)
+CASES = [("native", DDP), ("accelerate", DDP), ("accelerate", FSDP), ("deepspeed", ZERO), ("megatron", DDP)]
+CLUSTERS = ("torchrun", "slurm")
+
+
+def handover(plan: Plan = DDP, engine: str = "native", **more: object) -> Handover:
+    spec = RunSpec(
+        name="x", role="run", job=JobRef(spec="tiny.py:words"), plan=plan, engine=engine, seed=0, steps=2,
+        batch_size=8, evaluate=False, threads=1,
+    )  # fmt: skip
+    own = {"plan.yaml": plan_text(plan), "tiny.py": TINY.read_text()}
+    return Handover(config=render(spec), own_files=own, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("engine", "plan"), CASES)
+@pytest.mark.parametrize("target", CLUSTERS)
+def test_the_engines_files_are_those_that_are_run(
+    tmp_path: Path, target: str, engine: str, plan: Plan
+) -> None:
+    given = handover(plan, engine, nodes=2)
+    write(tmp_path / "out", bundle(target, given))
+    for name, text in given.config.files.items():
+        assert (tmp_path / "out" / name).read_bytes() == text.encode()
+    assert read_plan(tmp_path / "out" / "plan.yaml") == plan
+
+
+@pytest.mark.parametrize("target", CLUSTERS)
+def test_shell_files_parse(tmp_path: Path, target: str) -> None:
+    for nodes, script in ((1, ()), (2, ("train.py", "--text", "it's $HOME"))):
+        folder = tmp_path / str(nodes)
+        write(folder, bundle(target, handover(nodes=nodes, script=script)))
+        for file in (*folder.glob("*.sh"), *folder.glob("*.sbatch")):
+            subprocess.run(["bash", "-n", file], check=True)
+
+
+# --- Slurm
+
+
+# A part of sbatch's options: `man sbatch`, Slurm 25.05, https://slurm.schedmd.com/sbatch.html, read 2026-11.
+SBATCH = {
+    "job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "requeue", "open-mode",
+    "output",
+}  # fmt: skip
+
+
+def test_slurm_directives_come_first_and_are_known() -> None:
+    text = bundle("slurm", handover(nodes=2, script=("train.py",)))["job.sbatch"]
+    lines = text.splitlines()
+    directives = [line for line in lines if line.startswith("#SBATCH ")]
+    assert lines[1 : 1 + len(directives)] == directives
+    given = dict(d.removeprefix("#SBATCH --").partition("=")[::2] for d in directives)
+    assert given.keys() <= SBATCH
+    assert (given["nodes"], given["ntasks-per-node"], given["gpus-per-node"]) == ("2", "1", "1")
+
+
+_STUBS = {
+    # what the script calls of Slurm: the names of the nodes, and one task on each, all on this machine
+    "scontrol": '#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && echo localhost && echo second\n',
+    "srun": "#!/usr/bin/env bash\n"
+    'while [[ "$1" == --* ]]; do shift; done\n'
+    'for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done\n'
+    'for task in "${tasks[@]}"; do wait "$task" || exit 1; done\n',
+}
+
+
+def test_the_sbatch_script_trains_on_two_nodes(tmp_path: Path) -> None:
+    folder, stubs = tmp_path / "out", tmp_path / "bin"
+    write(folder, bundle("slurm", handover(nodes=2)))
+    stubs.mkdir()
+    for name, text in _STUBS.items():
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_ID": str(os.getpid()), "LOCAL_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    assert _run("job.sbatch", folder, {**slurm, "PATH": f"{stubs}:{os.environ['PATH']}"}) == ["ok", "ok"]
+
+
+def test_the_sbatch_script_says_where_it_must_be_submitted(tmp_path: Path) -> None:
+    write(tmp_path / "out", bundle("slurm", handover(nodes=2)))
+    ended = subprocess.run(
+        ["bash", tmp_path / "out" / "job.sbatch"], env={**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "submit from the folder" in ended.stderr
+
+
+def _run(script: str, folder: Path, env: dict[str, str]) -> list[str]:
+    """How each rank ended, as it told itself."""
+    source = str(Path(__file__).parents[2] / "src")
+    ended = subprocess.run(
+        ["bash", script], cwd=folder, capture_output=True, text=True, check=False, timeout=200,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": source, **env},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    logs = [f.read_text().splitlines() for f in folder.glob("logs/**/stdout.log")]
+    told = [json.loads(line) for lines in logs for line in lines if line.startswith('{"event": "result"')]
+    assert len({t["measurement"]["weights_digest"] for t in told}) == 1
+    return [t["measurement"]["outcome"] for t in told]
+
+
+# --- torchrun
+
+
+def test_one_node_needs_no_address(tmp_path: Path) -> None:
+    write(tmp_path / "out", bundle("torchrun", handover(engine="accelerate")))
+    assert _run("torchrun.sh", tmp_path / "out", {}) == ["ok", "ok"]
+
+
+def test_a_users_script_gets_the_engines_configuration(tmp_path: Path) -> None:
+    def line(engine: str, plan: Plan, *script: str) -> str:
+        return bundle("torchrun", handover(plan, engine, script=script, nodes=2))["torchrun.sh"]
+
+    assert line("deepspeed", ZERO, "train.py").endswith(
+        "train.py --deepspeed --deepspeed_config deepspeed.json\n"
+    )
+    assert "DS_ACCELERATOR" not in line("deepspeed", ZERO, "train.py")  # that is for processors
+    assert line("deepspeed", ZERO, "train.py", "--config=deepspeed.json").endswith(
+        "--config=deepspeed.json\n"
+    )
+    assert "accelerate.commands.launch --config_file accelerate.yaml" in line("accelerate", FSDP, "train.py")
+
+
+def test_a_users_script_runs_with_its_arguments(tmp_path: Path) -> None:
+    program = "import os, sys\nopen(f\"told{os.environ['RANK']}\", 'w').write(repr(sys.argv[1:]))\n"
+    words = ("own.py", "--text", "it's $HOME")
+    given = handover(script=words)
+    files = {**bundle("torchrun", given), "own.py": program}
+    write(tmp_path / "out", files)
+    env = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run(["bash", tmp_path / "out" / "torchrun.sh"], env=env, check=True, capture_output=True)
+    assert [(tmp_path / "out" / f"told{rank}").read_text() for rank in (0, 1)] == [repr(list(words[1:]))] * 2
+    assert "run.json" not in files  # memfit's worker is not started
+
+
+def test_accelerates_launcher_takes_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only the cluster knows wins over the YAML, all else comes from it."""
+    pytest.importorskip("accelerate")
+    import shlex
+
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    folder = tmp_path / "out"
+    write(folder, bundle("torchrun", handover(FSDP, "accelerate", script=("train.py",), nodes=2)))
+    text = (folder / "torchrun.sh").read_text().replace("\\\n", "")
+    words = shlex.split(text[text.index("--config_file") :])
+    filled = [
+        w.replace("$NODE_RANK", "1").replace("$HEAD_ADDR", "first").replace("$HEAD_PORT", "29400")
+        for w in words
+    ]
+    monkeypatch.chdir(folder)
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(filled))
+    assert (args.num_machines, args.num_processes, int(args.machine_rank)) == (2, 4, 1)
+    assert (args.main_process_ip, args.rdzv_backend, args.max_restarts) == ("first", "c10d", 3)
+    assert args.use_fsdp
+    assert args.fsdp_version == 2
+    assert args.mixed_precision == "bf16"
+
+
+def test_ranks_are_dealt_evenly() -> None:
+    with pytest.raises(UserError, match="4 ranks on 3 nodes; allowed: nodes that divide 4: 1, 2, 4"):
+        handover(ZERO, "deepspeed", nodes=3)
+
+
+# --- the folder
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, {"a": "1", "b": "2"})
+    with pytest.raises(UserError, match="is there already"):
+        write(out, {"a": "3"})
+    (out / "mine").write_text("kept")
+    write(out, {"a": "3"}, force=True)
+    assert {p.name: p.read_text() for p in out.iterdir() if p.name != "export.json"} == {
+        "a": "3",
+        "mine": "kept",
+    }
+    assert json.loads((out / "export.json").read_text())["files"] == {"a": digest("3")}
+    with pytest.raises(UserError, match="cannot write"):
+        write(tmp_path / "new", {"a": "1", "no/such": "2"})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_of_the_user_is_not_replaced_by_one_of_ours() -> None:
+    given = handover()
+    with pytest.raises(UserError, match=r"run\.json"):
+        Handover(config=given.config, own_files={"run.json": ""})
+    with pytest.raises(UserError, match=r"torchrun\.sh"):
+        bundle("torchrun", Handover(config=given.config, own_files={"torchrun.sh": ""}))
+
+
+# --- the command
+
+
+def test_the_command_carries_the_users_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.yaml").write_text(plan_text(DDP))
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "export",
+        f"{TINY}:words",
+        "--plan",
+        "plan.yaml",
+        "--to",
+        "slurm",
+        "--nodes",
+        "2",
+        "--out",
+        "out",
+    ]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["files"]) == {
+        "README.md",
+        "job.sbatch",
+        "plan.yaml",
+        "run.json",
+        "tiny.py",
+        "torchrun.sh",
+    }
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["job"]["spec"] == "tiny.py:words"
+    assert (tmp_path / "out" / "tiny.py").read_bytes() == TINY.read_bytes()
+    assert main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "slrum"], "did you mean 'slurm'"),
+        (["--to", "slurm", "--nodes", "3"], "nodes that divide 2"),
+        (["--to", "slurm", "--engine", "deepspeed"], "ddp is not in deepspeed"),
+        (["--to", "slurm", "--script", "nowhere.py"], "cannot read nowhere.py"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    (tmp_path / "plan.yaml").write_text(plan_text(DDP))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", f"{TINY}:words", "--plan", "plan.yaml", "--out", "out", *words]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_engine_can_be_handed_over() -> None:
+    assert {engine for engine, _ in CASES} == ENGINES.keys()
