@@ -1,0 +1,377 @@
+"""Every rule of `memfit lint`: a set-up that triggers it and nothing else, and one that triggers nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memfit.configs.lint import CHECKS, Finding, Severity, check, texts
+from memfit.configs.read import read
+
+File = tuple[str, str]  # name and content
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    bad: tuple[File, ...]
+    good: tuple[File, ...]
+    ranks: int | None = None
+    parameters: int | None = None
+
+
+def case(bad: Any, good: Any, **known: int) -> Case:
+    """Of one file each, or of several that are one set-up."""
+    several = [f if isinstance(f[0], tuple) else (f,) for f in (bad, good)]
+    return Case(bad=several[0], good=several[1], **known)
+
+
+def ds(**keys: Any) -> File:
+    return "ds.json", json.dumps({"train_micro_batch_size_per_gpu": 4} | keys)
+
+
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **keys}}
+
+
+def acc(kind: str = "DEEPSPEED", **keys: Any) -> File:
+    return "accelerate.yaml", yaml.safe_dump({"distributed_type": kind, **keys})
+
+
+def fsdp(version: int = 1, **keys: Any) -> File:
+    section = {"fsdp_version": version} | {f"fsdp_{k}": v for k, v in keys.items()}
+    return acc("FSDP", num_processes=8, fsdp_config=section)
+
+
+def tr(**keys: Any) -> File:
+    return "trainer.json", json.dumps({"output_dir": "out", "per_device_train_batch_size": 4} | keys)
+
+
+def mg(flags: str, before: str = "") -> File:
+    return "train.sh", f"{before}\ntorchrun pretrain_gpt.py --num-layers 24 --micro-batch-size 1 {flags}\n"
+
+
+def tt(**tables: Mapping[str, Any]) -> File:
+    """JSON's numbers, texts and lists are TOML's too."""
+    lines = []
+    for name, keys in ({"job": {}, "model": {}} | tables).items():
+        lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
+    return "job.toml", "\n".join(lines)
+
+
+def mesh(**degrees: int) -> dict[str, int]:
+    return {f"{name}_parallel_degree": degree for name, degree in degrees.items()}
+
+
+def replicas(shard: int) -> dict[str, int]:
+    degrees = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": shard}
+    return degrees | mesh(tensor=2)
+
+
+HIDDEN = {"fp16": {"initial_scale_power": 16}}
+ONE_BIT = {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4}}}
+LAMB = {"optimizer": {"type": "Lamb"}, "zero_allow_untested_optimizer": True}
+DECAY = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 10}}
+FILE = {"deepspeed_config_file": "ds.json"}
+CPU, NVME = {"device": "cpu"}, {"device": "nvme"}
+BEST = {"save_only_model": True, "load_best_model_at_end": True}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+EARLY, COMPILED = {"early_step_in_backward": True}, {"enable": True}
+ASYNC = {"enable_async_tensor_parallel": True} | mesh(tensor=2)
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+MOE = "--num-experts 8 --expert-model-parallel-size 2 --train-iters 5"
+DEEPSPEED = {
+    "deepspeed-batch-product": case(
+        ds(train_batch_size=100, gradient_accumulation_steps=2),
+        ds(train_batch_size=64, gradient_accumulation_steps=2),
+        ranks=8,
+    ),
+    "deepspeed-two-precisions": case(
+        ds(fp16={"enabled": True}, bf16={"enabled": True}),
+        ds(fp16={"enabled": False}, bf16={"enabled": True}),
+    ),
+    "deepspeed-fp16-off": case(ds(**HIDDEN), ds(fp16={"enabled": True, "initial_scale_power": 16})),
+    "deepspeed-bf16-loss-scale": case(
+        ds(bf16={"enabled": True, "loss_scale": 0}), ds(bf16={"enabled": True})
+    ),
+    "deepspeed-offload-parameters": case(ds(**zero(2, offload_param=CPU)), ds(**zero(3, offload_param=CPU))),
+    "deepspeed-offload-optimizer": case(
+        ds(**zero(0, offload_optimizer=CPU)), ds(**zero(1, offload_optimizer=CPU))
+    ),
+    "deepspeed-stage3-keys": case(
+        ds(**zero(2, stage3_max_live_parameters=9)),
+        ds(**zero(2, stage3_gather_16bit_weights_on_model_save=True)),
+    ),
+    "deepspeed-nvme-path": case(
+        ds(**zero(3, offload_param=NVME)), ds(**zero(3, offload_param=NVME | {"nvme_path": "/disk"}))
+    ),
+    "deepspeed-contiguous-checkpoints": case(
+        ds(activation_checkpointing={"contiguous_memory_optimization": True}),
+        ds(activation_checkpointing={"contiguous_memory_optimization": True, "partition_activations": True}),
+    ),
+    "deepspeed-checkpointing-unused": case(
+        (ds(activation_checkpointing={"cpu_checkpointing": True}), tr()),
+        (ds(activation_checkpointing={"cpu_checkpointing": False}), tr()),
+    ),
+    "deepspeed-unknown-key": case(ds(gradient_clippping=1.0), ds(gradient_clipping=1.0, my_own_tag=1)),
+    "deepspeed-text-for-number": case(ds(gradient_clipping="1.0"), ds(gradient_clipping="auto")),
+    "deepspeed-auto-unfilled": case(
+        (ds(**zero(2, allgather_bucket_size="auto")), acc(deepspeed_config=FILE)),
+        (ds(**zero(2, reduce_bucket_size="auto")), acc(deepspeed_config=FILE)),
+    ),
+    "deepspeed-untested-optimizer": case(
+        ds(optimizer={"type": "Adafactor"}, **zero(2)),
+        ds(optimizer={"type": "Adafactor"}, zero_allow_untested_optimizer=True, **zero(2)),
+    ),
+    "deepspeed-one-bit": case(ds(**ONE_BIT, **zero(1)), ds(**ONE_BIT)),
+    "deepspeed-offload-lamb": case(ds(**LAMB, **zero(2, offload_optimizer=CPU)), ds(**LAMB, **zero(2))),
+    "deepspeed-scheduler-steps": case(
+        ds(scheduler=DECAY), ds(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 10}})
+    ),
+    "deepspeed-pipeline": case(
+        (ds(**zero(2)), mg("--pipeline-model-parallel-size 2")),
+        (ds(**zero(1)), mg("--pipeline-model-parallel-size 2")),
+    ),
+    "deepspeed-bucket": case(
+        ds(**zero(2)), ds(**zero(2, reduce_bucket_size=1_000_000)), parameters=1_000_000
+    ),
+    "deepspeed-elastic-batch": case(ds(elasticity={"enabled": True}), ds(elasticity={"enabled": False})),
+    "deepspeed-zeropp": case(
+        ds(**zero(2, zero_quantized_gradients=True)), ds(**zero(3, zero_quantized_gradients=True))
+    ),
+    "deepspeed-gather-on-save": case((ds(**zero(3)), tr()), (ds(**zero(3)), tr(save_strategy="no"))),
+}
+ACCELERATE = {
+    "accelerate-deepspeed-twice": case(
+        (ds(), acc(mixed_precision="bf16", deepspeed_config=FILE)), (ds(), acc(deepspeed_config=FILE))
+    ),
+    "accelerate-zero3-init": case(
+        acc(deepspeed_config={"zero_stage": 2, "zero3_init_flag": True}),
+        acc(deepspeed_config={"zero_stage": 3, "zero3_init_flag": True}),
+    ),
+    "accelerate-deepspeed-precision": case(
+        (ds(fp16={"enabled": True}), acc(mixed_precision="bf16", deepspeed_config=FILE)),
+        (ds(fp16={"enabled": True}), acc(deepspeed_config=FILE)),
+    ),
+    "accelerate-section-ignored": case(
+        acc("MULTI_GPU", fsdp_config={"fsdp_version": 2}), acc("FSDP", fsdp_config={"fsdp_version": 2})
+    ),
+    "fsdp2-old-options": case(fsdp(2, use_orig_params=True), fsdp(1, use_orig_params=True)),
+    "fsdp2-reshard": case(fsdp(2, reshard_after_forward="FULL_SHARD"), fsdp(2, reshard_after_forward=True)),
+    "fsdp-efficient-loading": case(
+        fsdp(cpu_ram_efficient_loading=True, sync_module_states=False),
+        fsdp(cpu_ram_efficient_loading=True, sync_module_states=True),
+    ),
+    "fsdp-wrapping": case(
+        fsdp(auto_wrap_policy="TRANSFORMER_BASED_WRAP", min_num_params=1000),
+        fsdp(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=1000),
+    ),
+    "accelerate-processes": case(
+        acc("MULTI_GPU", num_machines=2, num_processes=3), acc("MULTI_GPU", num_machines=2, num_processes=16)
+    ),
+}
+TRAINER = {
+    "trainer-deepspeed-batch": case(
+        (ds(train_micro_batch_size_per_gpu=2), tr()), (ds(train_micro_batch_size_per_gpu="auto"), tr())
+    ),
+    "trainer-deepspeed-accumulation": case(
+        (ds(gradient_accumulation_steps=2), tr(gradient_accumulation_steps=4)),
+        (ds(gradient_accumulation_steps=4), tr(gradient_accumulation_steps=4)),
+    ),
+    "trainer-deepspeed-clipping": case(
+        (ds(gradient_clipping=0.5), tr(max_grad_norm=1.0)), (ds(gradient_clipping=1), tr(max_grad_norm=1.0))
+    ),
+    "trainer-deepspeed-hyperparameters": case(
+        (ds(**ADAM), tr(learning_rate=2e-5)), (ds(**ADAM), tr(learning_rate="1e-4"))
+    ),
+    "trainer-deepspeed-precision": case(
+        (ds(bf16={"enabled": True}), tr(bf16=False)), (ds(bf16={"enabled": "auto"}), tr(bf16=False))
+    ),
+    "trainer-optimizer-twice": case(
+        (ds(**ADAM), tr(optim="adafactor")), (ds(**ADAM), tr(optim="adamw_torch"))
+    ),
+    "trainer-fsdp-deepspeed": case((ds(), tr(fsdp="full_shard")), (ds(), tr(fsdp=""))),
+    "trainer-two-precisions": case(tr(fp16=True, bf16=True), tr(fp16=False, bf16=True)),
+    "trainer-accelerate-precision": case(
+        (acc("MULTI_GPU", mixed_precision="fp16"), tr(bf16=True)),
+        (acc("MULTI_GPU", mixed_precision="bf16"), tr(bf16=True)),
+    ),
+    "trainer-fsdp-checkpointing": case(
+        (fsdp(activation_checkpointing=True), tr(gradient_checkpointing=True)),
+        (fsdp(activation_checkpointing=True), tr(gradient_checkpointing=False)),
+    ),
+    "trainer-fsdp-save-only-model": case(
+        (fsdp(state_dict_type="SHARDED_STATE_DICT"), tr(save_only_model=True)),
+        (fsdp(state_dict_type="FULL_STATE_DICT"), tr(save_only_model=True)),
+    ),
+    "trainer-best-model": case((ds(), tr(**BEST)), tr(**BEST)),
+    "trainer-unused-parameters": case(
+        tr(ddp_find_unused_parameters=True, **REENTRANT), tr(ddp_find_unused_parameters=False, **REENTRANT)
+    ),
+    "trainer-cache": case(tr(gradient_checkpointing=True, use_cache=True), tr(use_cache=True)),
+    "trainer-find-batch": case(
+        (ds(**zero(3)), tr(auto_find_batch_size=True, save_strategy="no")),
+        (ds(**zero(2)), tr(auto_find_batch_size=True)),
+    ),
+    "fsdp2-offload-clipping": case(
+        (fsdp(2, offload_params=True), tr()), (fsdp(2, offload_params=True), tr(max_grad_norm=0))
+    ),
+}
+MEGATRON = {
+    "megatron-sequence-parallel": case(
+        mg("--sequence-parallel"), mg("--sequence-parallel --tensor-model-parallel-size 2")
+    ),
+    "megatron-optimizer-alone": case(
+        mg("--use-distributed-optimizer --overlap-grad-reduce --tensor-model-parallel-size 8"),
+        mg("--use-distributed-optimizer --overlap-grad-reduce --tensor-model-parallel-size 4"),
+        ranks=8,
+    ),
+    "megatron-layers": case(
+        mg("--pipeline-model-parallel-size 5"),
+        mg("--pipeline-model-parallel-size 5 --decoder-first-pipeline-num-layers 4"),
+    ),
+    "megatron-virtual-layers": case(
+        mg("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 4"),
+        mg("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3"),
+    ),
+    "megatron-virtual-pipeline": case(
+        mg("--num-layers-per-virtual-pipeline-stage 2"), mg("--num-virtual-stages-per-pipeline-rank 1")
+    ),
+    "megatron-batch": case(
+        mg("--global-batch-size 12"), mg("--global-batch-size 12 --tensor-model-parallel-size 2"), ranks=8
+    ),
+    "megatron-ranks": case(
+        mg("--tensor-model-parallel-size 3"), mg("--tensor-model-parallel-size 4"), ranks=8
+    ),
+    "megatron-interleaved-batch": case(
+        mg("--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 6"),
+        mg("--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 8"),
+        ranks=4,
+    ),
+    "megatron-recompute": case(
+        mg("--recompute-granularity selective --recompute-num-layers 1"),
+        mg("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    ),
+    "megatron-recompute-off": case(mg("--recompute-method uniform"), mg("--recompute-activations")),
+    "megatron-overlap-gather": case(
+        mg("--overlap-param-gather --use-distributed-optimizer"),
+        mg("--overlap-param-gather --use-distributed-optimizer --overlap-grad-reduce"),
+    ),
+    "megatron-connections": case(
+        mg("--tensor-model-parallel-size 2", "export CUDA_DEVICE_MAX_CONNECTIONS=8"),
+        mg("--tensor-model-parallel-size 2", "export CUDA_DEVICE_MAX_CONNECTIONS=1"),
+    ),
+    "megatron-two-precisions": case(mg("--fp16 --bf16"), mg("--bf16")),
+    "megatron-heads": case(
+        mg("--num-attention-heads 12 --tensor-model-parallel-size 8"),
+        mg("--num-attention-heads 16 --tensor-model-parallel-size 8"),
+    ),
+    "megatron-experts": case(
+        mg("--num-experts 9 --expert-model-parallel-size 2"),
+        mg("--num-experts 8 --expert-model-parallel-size 2"),
+    ),
+    "megatron-moe-sequence": case(
+        mg(f"{MOE} --tensor-model-parallel-size 2"),
+        mg(f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel"),
+    ),
+    "megatron-context-length": case(
+        mg("--seq-length 4100 --context-parallel-size 4"), mg("--seq-length 4096 --context-parallel-size 4")
+    ),
+    "megatron-torch-fsdp2": case(
+        mg("--use-torch-fsdp2 --untie-embeddings-and-output-weights"),
+        mg("--use-torch-fsdp2 --untie-embeddings-and-output-weights --no-gradient-accumulation-fusion"),
+    ),
+    "megatron-batch-schedule": case(
+        mg("--step-batch-size-schedule 0:8 --global-batch-size 8"), mg("--step-batch-size-schedule 0:8")
+    ),
+    "megatron-tensor-overlap": case(
+        mg("--tp-comm-overlap --tensor-model-parallel-size 2"),
+        mg("--tp-comm-overlap --tensor-model-parallel-size 2 --sequence-parallel"),
+    ),
+}
+TORCHTITAN = {
+    "torchtitan-degrees": case(
+        tt(parallelism={"data_parallel_shard_degree": 2} | mesh(tensor=3)),
+        tt(parallelism={"data_parallel_shard_degree": 2} | mesh(tensor=4)),
+        ranks=8,
+    ),
+    "torchtitan-async-tensor": case(tt(parallelism=ASYNC), tt(parallelism=ASYNC, compile=COMPILED)),
+    "torchtitan-float8-eager": case(
+        tt(model={"converters": ["float8"]}), tt(model={"converters": ["float8"]}, compile=COMPILED)
+    ),
+    "torchtitan-replicate": case(tt(parallelism=replicas(1)), tt(parallelism=replicas(2))),
+    "torchtitan-step-in-backward": case(
+        tt(optimizer=EARLY, parallelism=mesh(expert=2)), tt(optimizer=EARLY, parallelism=mesh(tensor=2))
+    ),
+    "torchtitan-unclipped": case(
+        tt(optimizer=EARLY, training={"max_norm": 1.0}), tt(optimizer=EARLY, training={"max_norm": 0})
+    ),
+    "torchtitan-microbatches": case(
+        tt(training={"local_batch_size": 2}, parallelism=mesh(pipeline=4)),
+        tt(training={"local_batch_size": 8}, parallelism=mesh(pipeline=4)),
+    ),
+    "torchtitan-batch": case(
+        tt(training={"local_batch_size": 8, "global_batch_size": 12}),
+        tt(training={"local_batch_size": 8, "global_batch_size": 16}),
+        ranks=2,
+    ),
+    "torchtitan-budget-eager": case(
+        tt(activation_checkpoint={"mode": "memory_budget"}),
+        tt(activation_checkpoint={"mode": "memory_budget"}, compile=COMPILED),
+    ),
+}
+CASES: Mapping[str, Case] = DEEPSPEED | ACCELERATE | TRAINER | MEGATRON | TORCHTITAN
+
+
+def findings(files: tuple[File, ...], c: Case, folder: Path) -> tuple[Finding, ...]:
+    for name, content in files:
+        (folder / name).write_text(content)
+    paths = [folder / name for name, _ in files]
+    return check(read(paths, ranks=c.ranks, parameters=c.parameters))
+
+
+def test_every_rule_has_its_texts_and_its_case() -> None:
+    assert set(CHECKS) == set(texts()) == set(CASES)
+    assert len(CHECKS) >= 30
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_bad_configuration_triggers_its_rule_and_no_other(rule: str, tmp_path: Path) -> None:
+    found = findings(CASES[rule].bad, CASES[rule], tmp_path)
+    assert {f.rule for f in found} == {rule}
+    assert "{" not in "".join(f.says + f.do for f in found)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_the_good_configuration_beside_it_triggers_nothing(rule: str, tmp_path: Path) -> None:
+    assert findings(CASES[rule].good, CASES[rule], tmp_path) == ()
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_texts_are_whole_in_both_languages_and_cite_threads(rule: str) -> None:
+    text = texts()[rule]
+    assert set(text) == {"severity", "links", "en", "ja"}
+    Severity(text["severity"])
+    names = [[n for _, n, _, _ in string.Formatter().parse(t) if n] for t in (*text["en"], *text["ja"])]
+    assert len(names) == 4  # a finding and an advice in each language
+    assert set(names[0]) == set(names[2])
+    assert set(names[1]) == set(names[3])
+    assert text["links"]
+    assert all(link.startswith("https://") for link in text["links"])
+    assert all(t == t.strip() and t[-1] in ".。?" for t in (*text["en"], *text["ja"]))
+
+
+def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None:
+    bad = ds(fp16={"enabled": True}, bf16={"enabled": True}, **zero(2, offload_param=CPU))
+    (tmp_path / "ds.json").write_text(bad[1])
+    setup = read([tmp_path / "ds.json"], parameters=1000)
+    found = check(setup, lang="ja")
+    assert [f.severity for f in found] == [Severity.ERROR, Severity.WARNING, Severity.NOTE]
+    assert "両方" in found[0].says
