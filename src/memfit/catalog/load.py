@@ -65,6 +65,16 @@ def cpu_power(threads: int) -> Fact:
     )
 
 
+def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
+    """What is known of an engine's packages and upkeep: fact -> (value, source, date)."""
+    table = _table("engines.toml")
+    row: dict[str, list[Any]] = table["engines"].get(name, {})
+    sources = {key: table["sources"][source] for key, (_, source) in row.items()}
+    return {
+        key: (str(value), sources[key]["source"], sources[key]["date"]) for key, (value, _) in row.items()
+    }
+
+
 _named_place = place  # `machine` has a parameter of that name
 
 

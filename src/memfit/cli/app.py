@@ -11,7 +11,20 @@ import typer
 import typer.main
 
 from memfit import __version__
-from memfit.cli import doctor, explain, export, jobs, lengths, lint, plan, poc, report, run, techniques
+from memfit.cli import (
+    doctor,
+    engines,
+    explain,
+    export,
+    jobs,
+    lengths,
+    lint,
+    plan,
+    poc,
+    report,
+    run,
+    techniques,
+)
 from memfit.cli.options import grouped
 from memfit.cli.output import emit, one_of
 from memfit.types.errors import MemfitError
@@ -32,7 +45,7 @@ for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
     ("report", report.report), ("jobs", jobs.jobs), ("techniques", techniques.techniques),
-    ("doctor", doctor.doctor),
+    ("engines", engines.engines), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(grouped(_function))
 

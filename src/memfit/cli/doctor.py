@@ -42,6 +42,7 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
         progress("packages", 0, 0, ", ".join(EXTRAS))
         found["packages"] = packages(EXTRAS)
         found["techniques"] = techniques(found["packages"])
+        found["engines"] = list(engines())
         found["files"] = list(files(store))
     if output.json:
         emit({room: [dataclasses.asdict(check) for check in checks] for room, checks in found.items()})
@@ -187,6 +188,18 @@ def _technique(name: str, summary: str, without: Sequence[Check]) -> Check:
         return Check(name=name, ok=True, detail=summary)
     why = "; ".join(f"needs {check.name}: {check.detail}" for check in without)
     return Check(name=name, ok=False, detail=why, fix=without[0].fix)
+
+
+def engines() -> Iterator[Check]:
+    """What each engine lacks here, and the one command that installs it."""
+    from memfit.engines.registry import ENGINES
+
+    for engine in ENGINES.values():
+        probe = engine.probe()
+        detail = f"{probe.version} {probe.problem}".strip() if probe.problem else probe.version
+        yield Check(
+            name=engine.name, ok=not probe.problem, detail=f"{detail}: {engine.summary}", fix=probe.fix
+        )
 
 
 def files(store: StoreOptions) -> Iterator[Check]:

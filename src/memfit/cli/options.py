@@ -51,7 +51,7 @@ class GoalOptions:
         ),
     ] = "rounding"
     engine: Annotated[
-        str, typer.Option(metavar="NAME", help="What trains; `memfit engine list` shows what can.")
+        str, typer.Option(metavar="NAME", help="What trains; `memfit engines` shows which can.")
     ] = "native"
 
 

@@ -1,0 +1,65 @@
+"""``memfit engines``: which engine when, derived for one job, machine and plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, MachineOptions, WhichOptions
+from memfit.cli.output import emit, print_table
+from memfit.cli.progress import Bars
+from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.types.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    import memfit.choice
+
+
+def engines(
+    job: JobOptions, which: WhichOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions,
+    output: JsonOptions,
+) -> None:  # fmt: skip
+    """Which engine when: for each engine whether it carries the plan, its memory, effort and upkeep."""
+    plan = plan_file(which)
+    asked = request(job, goal, here, on.on)
+    with Bars("en") as progress:
+        from memfit.choice import choices
+
+        chosen = plan or recommended_plan(asked, progress)
+        found = choices(asked, chosen, progress)
+    if output.json:
+        emit({"plan": chosen.to_dict(), "ranks": chosen.ranks, "engines": [view(c) for c in found]})
+        return
+    print(chosen.label)
+    print_table(
+        ("engine", "this plan", "predicted peak", "step", "here", "configuration", "to install", "upkeep"),
+        map(_row, found),
+    )
+
+
+def view(choice: memfit.choice.Choice) -> dict[str, Any]:
+    from memfit.cli.views import estimate_view
+    from memfit.wire import to_plain
+
+    plain = {**to_plain(choice), "estimate": None}
+    return plain | ({"estimate": estimate_view(choice.estimate)} if choice.estimate else {})
+
+
+def _row(choice: memfit.choice.Choice) -> tuple[str, ...]:
+    estimate, facts = choice.estimate, {name: fact[0] for name, fact in choice.facts.items()}
+    step = estimate.step_s if estimate else None
+    needs = [
+        f"{facts['packages']} packages, {facts['mib']} MiB" if "packages" in facts else "not measured",
+        f"builds: {facts.get('builds', 'unknown')}",
+    ]
+    upkeep = [facts.get("release", ""), facts.get("status", ""), f"torch {facts.get('torch', 'unknown')}",
+              facts.get("licence", "")]  # fmt: skip
+    return (
+        choice.engine,
+        "; ".join(choice.gaps) or "carries it" + "".join(f"; {part} asks for CUDA" for part in choice.cuda),
+        format_bytes(estimate.allocated_bytes.value) if estimate else "",
+        format_seconds(step.value) if step else "",
+        f"{choice.version} {choice.problem}".strip() + (f"\n{choice.fix}" if choice.problem else ""),
+        "" if choice.config_lines is None else f"{choice.config_lines} lines",
+        "\n".join(needs),
+        "\n".join(filter(None, upkeep)),
+    )
