@@ -84,8 +84,19 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
         draft.take("fsdp2", "--use-torch-fsdp2", precision="bf16" if half else "as-is")
         return
     alone = draft.plan.get("context-parallel") is None and draft.plan.get("pipeline") is None and tensor == 1
+    if half and not given.on("grad_reduce_in_bf16"):
+        draft.leave(
+            "gradients in fp32", "Megatron adds them up in fp32; beside bf16 parameters memfit in bf16"
+        )
     if data > 1 and sharded and alone:
-        draft.take("zero", "--use-distributed-optimizer", stage=1, precision="bf16" if half else "fp32")
+        bucket = given.count("ddp_bucket_size") or max(40_000_000, 1_000_000 * data)
+        draft.take(
+            "zero", "--use-distributed-optimizer", stage=1, precision="bf16" if half else "fp32",
+            reduce_bucket_elements=bucket,
+        )  # fmt: skip
+        draft.leave(
+            "gradients reduced in place", f"memfit's ZeRO copies them to a bucket of {bucket} elements first"
+        )
         return
     if data > 1 and sharded:
         draft.leave(
@@ -98,17 +109,15 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
         draft.take("ddp", "data parallel")
     if half:
         draft.take("bf16-parameters", "--bf16", rounding="master")
-        if not given.on("grad_reduce_in_bf16"):
-            draft.leave(
-                "gradients in fp32", "Megatron adds them up in fp32, memfit's bf16-parameters in bf16"
-            )
 
 
 def _megatron_recompute(given: Options, draft: Draft) -> None:
     granularity, method = given.get("recompute_granularity"), given.get("recompute_method")
     layers = given.count("recompute_num_layers") or 1
     if granularity == "selective" or given.on("recompute_activations"):
-        draft.leave("selective recomputation", "memfit has none that recomputes the core of attention alone")
+        draft.leave(
+            "selective recomputation", "memfit has none of attention's core alone: predicted as kept whole"
+        )
     elif granularity == "full" and method == "uniform" and layers == 1:
         draft.take("activation-checkpointing", "full recomputation", every=1)
     elif granularity == "full":

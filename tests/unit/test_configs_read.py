@@ -1,0 +1,193 @@
+"""What kind a file is, what a script says without being run, and files that name other files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memfit.configs.read import read
+from memfit.configs.shell import read_script
+from memfit.types.errors import UserError
+
+DEEPSPEED = '{"train_batch_size": 8, "bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}'
+ACCELERATE = "distributed_type: FSDP\nnum_processes: 4\nfsdp_config:\n  fsdp_version: 2\n"
+TRAINER = "output_dir: out\nbf16: true\ngradient_checkpointing: true\n"
+MEGATRON = (
+    "torchrun --nproc_per_node 8 --nnodes 2 pretrain.py --tensor-model-parallel-size 4 --num-layers 8\n"
+)
+TORCHTITAN = '[job]\ndescription = "x"\n[training]\nlocal_batch_size = 4\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"),
+    [
+        ("deepspeed", "a.json", DEEPSPEED),
+        ("deepspeed", "a.json", "\ufeff" + DEEPSPEED),
+        ("deepspeed", "a.yaml", "bf16:\n  enabled: true\ngradient_clipping: 1.0\n"),
+        ("accelerate", "a.yaml", ACCELERATE),
+        ("trainer", "a.yml", TRAINER),
+        ("trainer", "a.json", json.dumps({"per_device_train_batch_size": 2, "fp16": True})),
+        ("trainer", "a.sh", "python train.py --output_dir out --bf16 True --learning_rate 1e-4\n"),
+        ("megatron", "a.sh", MEGATRON),
+        ("megatron", "megatron.args", "--num-layers 4\n--micro-batch-size 2\n--bf16\n"),
+        ("megatron", "a.yaml", "tensor-model-parallel-size: 2\nnum-layers: 4\nhidden-size: 8\n"),
+        ("megatron", "a.yaml", "ENV_VARS:\n  A: 1\nMODEL_ARGS:\n  --num-layers: 4\n  --bf16: true\n"),
+        ("torchtitan", "a.toml", TORCHTITAN),
+    ],
+)
+def test_content_says_the_kind(kind: str, name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    setup = read([tmp_path / name])
+    assert getattr(setup, kind) is not None
+    assert setup.files == (str(tmp_path / name),)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.json", '{"name": "x"}', "its keys are name"),
+        ("a.json", "[1, 2]", "a list"),
+        ("a.json", "{", "is no JSON"),
+        ("a.yaml", "a: [", "is no YAML"),
+        ("a.toml", "= 1", "is no TOML"),
+        ("pyproject.toml", "[project]\nname = 'x'\n", "its keys are project"),
+        ("a.sh", "echo hello --world\n", "no option of a training library"),
+        ("a.json", "{" + " " * (1 << 20) + "}", "larger than a configuration"),
+        ("a.bin", "\udcff\udcfe", "no text"),
+    ],
+)
+def test_other_files_are_refused_in_one_sentence(name: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as error:
+        read([tmp_path / name])
+    assert says in str(error.value)
+    assert name in str(error.value)
+
+
+def test_a_file_that_is_not_there_and_two_of_one_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        read([tmp_path / "none.json"])
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(DEEPSPEED)
+    with pytest.raises(UserError, match="are both DeepSpeed JSON"):
+        read([tmp_path / "a.json", tmp_path / "b.json"])
+
+
+def test_a_script_is_read_without_being_run() -> None:
+    script = read_script(
+        """#!/bin/bash
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+GPUS=8  # --not-a-flag 1
+NODES=${NNODES:-2}
+TP=${1}
+WORLD=$((GPUS * $NODES + 0))
+ARGS=(
+    --micro-batch-size 2
+    --global-batch-size $WORLD   # a comment --num-layers 7
+    --tensor-model-parallel-size $TP
+    --lr=1e-4 --bf16
+)
+if [ -n "$FP8" ]; then
+    ARGS+=(--fp8-format hybrid)
+fi
+torchrun --nproc_per_node $GPUS pretrain.py "${ARGS[@]}" \\
+    --seq-length 4096
+"""
+    )
+    assert script.flags == {
+        "micro_batch_size": "2", "global_batch_size": "16", "lr": "1e-4", "bf16": True, "seq_length": "4096",
+        "nproc_per_node": "8", "fp8_format": "hybrid",
+        "tensor_model_parallel_size": script.flags["tensor_model_parallel_size"],
+    }  # fmt: skip
+    assert script.unsure == {"fp8_format"}
+    assert script.env == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def test_what_only_a_run_would_tell_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "a.sh").write_text(
+        "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))\n"
+    )
+    options = read([tmp_path / "a.sh"]).megatron
+    assert options is not None
+    assert (
+        options.count("num_layers")
+        is options.count("micro_batch_size")
+        is options.count("seq_length")
+        is None
+    )
+    assert options.unsure == {"micro_batch_size"}
+
+
+def test_ranks_are_those_of_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "a.sh").write_text(MEGATRON)
+    (tmp_path / "a.yaml").write_text(ACCELERATE)
+    assert read([tmp_path / "a.sh"]).ranks == 16
+    assert read([tmp_path / "a.yaml"]).ranks == 4
+    assert read([tmp_path / "a.sh"], ranks=2).ranks == 2
+
+
+def test_the_deepspeed_file_that_another_file_names_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "ds.json").write_text(DEEPSPEED)
+    accelerate = tmp_path / "configs" / "accelerate.yaml"
+    for path in ("ds.json", "configs/ds.json", str(tmp_path / "configs" / "ds.json")):
+        text = f"distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: {path}\n"
+        accelerate.write_text(text)
+        setup = read([accelerate])
+        assert setup.deepspeed is not None
+        assert setup.deepspeed.count("zero_optimization.stage") == 2
+    accelerate.write_text(text.replace("ds.json", "gone.json"))
+    setup = read([accelerate])
+    assert setup.deepspeed is None
+    assert setup.missing == (str(tmp_path / "configs" / "gone.json"),)
+
+
+def test_deepspeed_inside_the_trainer_and_accelerates_own_section(tmp_path: Path) -> None:
+    trainer, accelerate = tmp_path / "t.json", tmp_path / "a.yaml"
+    trainer.write_text(json.dumps({"output_dir": "o", "deepspeed": json.loads(DEEPSPEED)}))
+    accelerate.write_text(
+        "distributed_type: DEEPSPEED\nmixed_precision: bf16\ndeepspeed_config:\n  zero_stage: 3\n"
+        "  offload_param_device: cpu\n  gradient_accumulation_steps: 4\n  gradient_clipping: 1.0\n"
+    )
+    inside = read([trainer]).deepspeed
+    assert inside is not None
+    assert inside.on("bf16.enabled")
+    own = read([accelerate]).deepspeed
+    assert own is not None
+    assert own.data["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert own.count("gradient_accumulation_steps") == 4
+    assert own.on("bf16.enabled")
+
+
+def test_accelerates_megatron_section_is_megatrons_arguments(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: MEGATRON_LM\nmixed_precision: bf16\nnum_processes: 4\nmegatron_lm_config:\n"
+        "  megatron_lm_tp_degree: 2\n  megatron_lm_pp_degree: 2\n  megatron_lm_sequence_parallelism: true\n"
+    )
+    options = read([tmp_path / "a.yaml"]).megatron
+    assert options is not None
+    assert options.data == {
+        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True,
+        "bf16": True,
+    }  # fmt: skip
+
+
+def test_values_that_are_left_to_the_library_are_none(tmp_path: Path) -> None:
+    text = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "nan",
+        "steps_per_print": 2.5,
+        "fp16": {"enabled": "auto"},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(text))
+    options = read([tmp_path / "a.json"]).deepspeed
+    assert options is not None
+    assert options.raw("train_batch_size") == "auto"
+    assert options.count("train_batch_size") is options.number("gradient_clipping") is None
+    assert options.count("steps_per_print") is None
+    assert not options.on("fp16.enabled")
+    assert not options.off("fp16.enabled")
+    assert options.raw("fp16.enabled.deeper") is None
+    assert options.section("train_batch_size") == {}
