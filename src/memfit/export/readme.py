@@ -16,6 +16,12 @@ _START = {
     "```sh\nsbatch job.sbatch\n```\n\n"
     "Partition, account and time limit are your cluster's: `sbatch --partition=... --time=... job.sbatch`. "
     "Slurm requeues the job when a node fails or it is preempted.",
+    "k8s": "```sh\nkubectl apply -f job.yaml\nkubectl logs -f job/{name} --all-pods --prefix\n```\n\n"
+    "No operator is needed. The ConfigMap in job.yaml holds the other files. Pods that come one by one wait "
+    "for each other; a queue such as Kueue starts them together.",
+    "skypilot": "From this folder:\n\n"
+    "```sh\nsky launch -c {name} task.yaml\n```\n\n"
+    "`sky jobs launch task.yaml` starts again after a preemption, and after errors too.",
 }
 
 
@@ -30,7 +36,7 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
     yield f"{plan.ranks} processes, {handover.per_node} on each of {handover.nodes} nodes.\n"
     yield "## Start\n"
     where = "NODE_RANK=0 HEAD_ADDR=first-node " if handover.nodes > 1 else ""
-    yield _START[target].format(where=where) + "\n"
+    yield _START[target].format(where=where, name=handover.name) + "\n"
     yield "## Files\n"
     for name in sorted(files):
         yield f"- `{name}`: {_what(name, handover)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from memfit.export import slurm, torchrun
+from memfit.export import kubernetes, skypilot, slurm, torchrun
 from memfit.export.base import Files, Handover
 from memfit.export.readme import NAME, readme
 from memfit.types.errors import UserError
@@ -12,6 +12,8 @@ from memfit.types.errors import UserError
 TARGETS: Mapping[str, Callable[[Handover], Files]] = {
     "torchrun": torchrun.files,
     "slurm": slurm.files,
+    "k8s": kubernetes.files,
+    "skypilot": skypilot.files,
 }
 
 

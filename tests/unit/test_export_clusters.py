@@ -1,0 +1,155 @@
+"""Kubernetes and SkyPilot files: valid by their schemas, with every file unchanged, run as they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_export import CASES, handover
+
+from memfit.export.base import Handover
+from memfit.export.targets import bundle
+from memfit.export.write import write
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+# Writes its ranks, then ends: what the launcher told it.
+PROGRAM = """
+import os
+rank = os.environ["RANK"]
+with open(f"{os.environ['TOLD']}/{rank}", "w") as file:
+    file.write(" ".join(os.environ[n] for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")))
+"""
+
+
+def scripted(**more: Any) -> Handover:
+    given = handover(nodes=2, script=("own.py",), **more)
+    return Handover(
+        config=given.config, nodes=2, script=given.script, gpu=given.gpu, image=given.image,
+        own_files={"own.py": PROGRAM},
+    )  # fmt: skip
+
+
+def documents(handed: Handover) -> dict[str, Any]:
+    return {d["kind"]: d for d in yaml.safe_load_all(bundle("k8s", handed)["job.yaml"])}
+
+
+@pytest.mark.parametrize("given", [handover(nodes=2, image="a/b:1"), scripted(image="a/b:1")])
+def test_the_kubernetes_files_fit_its_own_schema(given: Handover) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate", reason="it is an extra of development")
+    for document in documents(given).values():
+        kubernetes.validate(document, "1.34", strict=True)
+    broken = documents(given)["Job"]
+    broken["spec"]["template"]["spec"]["containers"][0]["comand"] = []
+    with pytest.raises(kubernetes.ValidationError):
+        kubernetes.validate(broken, "1.34", strict=True)
+
+
+@pytest.mark.parametrize(("engine", "plan"), CASES)
+def test_the_config_map_holds_the_very_texts(engine: str, plan: Plan) -> None:
+    given = handover(plan, engine, nodes=2, image="a/b:1")
+    held = documents(given)["ConfigMap"]["data"]
+    for name, text in {**given.config.files, **given.own_files}.items():
+        assert held[name].encode() == text.encode()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a\n\n", "  indented\n", "tab\tend \n", "no end", "\r\n", "é ☃ \u2028\n", "# {{x}}\n---\n"]
+)
+def test_any_text_comes_back_out_of_a_config_map(text: str) -> None:
+    given = handover(nodes=2, image="a/b:1")
+    carried = Handover(config=given.config, nodes=2, image="a/b:1", own_files={"x": text})
+    assert documents(carried)["ConfigMap"]["data"]["x"] == text
+
+
+def test_pods_find_the_first_by_the_names_of_an_indexed_job() -> None:
+    found = documents(handover(nodes=2, image="a/b:1"))
+    job, service = found["Job"], found["Service"]
+    pod = job["spec"]["template"]["spec"]
+    env = {e["name"]: e for e in pod["containers"][0]["env"]}
+    name = job["metadata"]["name"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert env["HEAD_ADDR"]["value"] == f"{name}-0.{pod['subdomain']}"
+    assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
+    assert len(name) <= 60
+
+
+def test_a_container_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
+    found = documents(scripted(image="a/b:1"))
+    container = found["Job"]["spec"]["template"]["spec"]["containers"][0]
+    mounted = tmp_path / "files"
+    mounted.mkdir()
+    for name, text in found["ConfigMap"]["data"].items():
+        (mounted / name).write_text(text)
+    command = container["command"][2].replace("/memfit/files", str(mounted))
+    known = {e["name"]: e["value"] for e in container["env"] if "value" in e} | {"HEAD_ADDR": "localhost"}
+    for node in (0, 1):
+        (tmp_path / str(node)).mkdir()
+    _start(["bash", "-c", command], [tmp_path / "0", tmp_path / "1"], tmp_path / "told", known)
+
+
+# Of a task and its resources: docs.skypilot.co, "Task YAML", SkyPilot 0.14.1, whose
+# own schema (sky.utils.schemas) took these files on 2026-11-25.
+TASK = {"name", "num_nodes", "workdir", "resources", "setup", "run"}
+RESOURCES = {"accelerators", "cpus", "job_recovery"}
+
+
+@pytest.mark.parametrize("given", [handover(nodes=2), scripted(gpu="H100")])
+def test_skypilots_task_has_known_keys(given: Handover) -> None:
+    task = yaml.safe_load(bundle("skypilot", given)["task.yaml"])
+    assert task.keys() == TASK
+    assert task["resources"].keys() <= RESOURCES
+    assert task["num_nodes"] == 2
+
+
+def test_skypilots_task_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
+    write(tmp_path / "out", bundle("skypilot", scripted(gpu="H100")))
+    task = yaml.safe_load((tmp_path / "out" / "task.yaml").read_text())
+    known = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1", "SKYPILOT_TASK_ID": "a-b"}
+    _start(["bash", "-c", task["run"]], [tmp_path / "out"] * 2, tmp_path / "told", known)
+
+
+def _start(command: list[str], folders: list[Path], told: Path, known: dict[str, str]) -> None:
+    """One process a node, all on this machine."""
+    told.mkdir()
+    port = str(20000 + os.getpid() % 20000)
+    here = {"PYTHON": sys.executable, "LOCAL_ADDR": "127.0.0.1", "TOLD": str(told)}
+    nodes = [
+        subprocess.Popen(
+            command, cwd=folder,
+            env={
+                **os.environ, **here, **known, "HEAD_PORT": port, "NODE_RANK": str(node),
+                "SKYPILOT_NODE_RANK": str(node),
+            },
+        )
+        for node, folder in enumerate(folders)
+    ]  # fmt: skip
+    assert [node.wait(100) for node in nodes] == [0, 0]
+    assert {f.name: f.read_text() for f in told.iterdir()} == dict.fromkeys("01", "2 1 127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "said"),
+    [
+        ("k8s", handover(nodes=2), "no --image"),
+        ("skypilot", handover(nodes=2, script=("own.py",)), "no --gpu"),
+        (
+            "k8s",
+            Handover(config=handover().config, image="a", own_files={"x": "y" * 2_000_000}),
+            "at most 1000000 in a ConfigMap",
+        ),
+    ],
+)
+def test_what_is_missing_is_asked_for(target: str, given: Handover, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        bundle(target, given)
+
+
+def test_plain_training_on_one_node_is_handed_over_too() -> None:
+    assert documents(handover(Plan(), image="a/b:1"))["Job"]["spec"]["completions"] == 1
