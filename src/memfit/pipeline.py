@@ -14,6 +14,7 @@ from memfit import outlook, wire
 from memfit.adoption import effort
 from memfit.cost.memory import memory_profile, timeline, with_workspace
 from memfit.engines.registry import carrying, ready, render
+from memfit.jobs import checkpoints
 from memfit.measure import here
 from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
 from memfit.pricing import Pricer
@@ -28,7 +29,7 @@ from memfit.store.environment import fingerprint
 from memfit.techniques.registry import check, effect_of
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import RunSpec
+from memfit.types.launch import Keep, RunSpec
 from memfit.types.plan import Plan, use
 from memfit.types.result import (
     Estimate,
@@ -51,6 +52,7 @@ __all__ = [
 
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
+_NOT_KEPT = Keep()
 _PRECISION, _CHECKPOINTING = use("bf16-autocast"), use("activation-checkpointing", every=1)
 
 
@@ -83,9 +85,17 @@ def _explained(pricer: Pricer, plan: Plan) -> Explained:
 
 
 def run_plan(
-    request: Request, plan: Plan, *, seed: int, steps: int | None, capped: bool, progress: Progress
+    request: Request,
+    plan: Plan,
+    *,
+    seed: int | None,
+    steps: int | None,
+    capped: bool,
+    progress: Progress,
+    keep: Keep = _NOT_KEPT,
 ) -> Run:
-    """Train one plan for real on the request's engine, with its prediction beside the measurement."""
+    """Train one plan for real on the request's engine, with its prediction beside the measurement. ``seed``
+    None: that of the checkpoint it goes on from, else 0."""
     ready(request.engine, plan)
     most = max(8, 2 * here.threads())
     if plan.ranks > most:
@@ -93,15 +103,16 @@ def run_plan(
             f"a plan of {plan.ranks} ranks", allowed=f"at most {most} processes on this machine",
             hint="`memfit explain` predicts it without running it",
         )  # fmt: skip
-    estimate = explain(request, plan, progress)
     job = make_pricer(request)[0]
+    keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
+    estimate = explain(request, plan, progress)
     spec = RunSpec(
-        name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed,
+        name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
         steps=steps or job.steps, batch_size=job.batch_size,
         cap_bytes=_own_cap(request, estimate) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
     )  # fmt: skip
-    return _run(spec, estimate, progress, plan.label)
+    return _run(spec, estimate, progress, plan.label, strict=True)
 
 
 def _own_cap(request: Request, estimate: Estimate) -> int:
@@ -163,8 +174,12 @@ def stored_poc(store: Store, poc_id: str) -> Poc:
     return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
 
 
-def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str) -> Run:
+def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False) -> Run:
+    """``strict``: what the worker refuses is raised as its UserError, and is not an outcome."""
+
     def listen(event: Mapping[str, object]) -> None:
+        if event["event"] == "refused" and strict:
+            raise UserError(str(event["given"]), allowed=str(event["allowed"]), hint=str(event["hint"]))
         if event["event"] == "step":
             progress("run", int(str(event["step"])) + 1, spec.steps, label)
         elif event["event"] == "stage":

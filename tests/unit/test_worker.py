@@ -242,7 +242,9 @@ def test_the_users_mistake_is_a_failed_run_with_the_reason(own: str, told: Any) 
     found, events = told(spec(own, "nothing"))
     assert found.outcome is OutcomeKind.FAILED
     assert "has no attribute 'nothing'" in found.reason
-    assert events == []
+    (refused,) = events
+    assert refused["event"] == "refused"
+    assert f"{refused['given']}; allowed: {refused['allowed']}" == found.reason
 
 
 def test_a_job_without_a_metric_is_not_evaluated(own: str, told: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,8 @@ from memfit.cli.options import (
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.types.errors import UserError
+from memfit.types.launch import Keep
 from memfit.types.result import OutcomeKind, Run
 from memfit.types.units import format_bytes, format_seconds
 
@@ -33,8 +36,26 @@ class RunOptions:
         ),
     ] = None
     seed: Annotated[
-        int, typer.Option(metavar="N", min=0, max=2**31 - 1, help="Of initial weights and data order.")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=2**31 - 1,
+            help="Of initial weights and data order. Default: the checkpoint's, else 0.",
+        ),
+    ] = None  # fmt: skip
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write checkpoints here; at the end, if not told more.")
+    ] = None
+    save_every: Annotated[
+        int, typer.Option(metavar="N", min=0, help="And after every N steps. 0: at the end only.")
     ] = 0
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Go on from the newest complete checkpoint here, saved under this plan or another; --steps "
+            "counts from the very first.",
+        ),
+    ] = None
 
 
 def run(
@@ -51,7 +72,7 @@ def run(
             plan = recommended_plan(asked, progress)
         capped = goal.memory is not None if own.capped is None else own.capped
         done = pipeline.run_plan(
-            asked, plan, seed=own.seed, steps=job.steps, capped=capped, progress=progress
+            asked, plan, seed=own.seed, steps=job.steps, capped=capped, progress=progress, keep=kept(own)
         )
     if output.json:
         from memfit.cli.views import run_view
@@ -61,6 +82,12 @@ def run(
         print(*lines(done), sep="\n")
     if done.measurement.outcome is not OutcomeKind.OK:
         raise typer.Exit(1)
+
+
+def kept(own: RunOptions) -> Keep:
+    if own.save_every and own.save is None:
+        raise UserError("--save-every without --save", allowed="--save DIR --save-every N")
+    return Keep(save=str(own.save or ""), every_steps=own.save_every, resume=str(own.resume or ""))
 
 
 def lines(run: Run) -> Iterator[str]:
@@ -75,8 +102,15 @@ def lines(run: Run) -> Iterator[str]:
         yield f"  peak    {peak}, {seen.peak_source}"
     if (step := step_s(seen)) is not None:
         yield f"  step    {_beside(run.predicted_step_s, step, format_seconds)}"
+    keep, count = run.spec.keep, len(seen.losses)
+    if keep.resume:
+        told = f"; passed over {', '.join(keep.passed_over)}" if keep.passed_over else ""
+        yield f"  resumed {keep.resume}{told}"
     if seen.losses:
-        yield f"  loss    {seen.losses[0]:.4g} at first, {seen.losses[-1]:.4g} after {len(seen.losses)} steps"
+        more = " more" if keep.resume else ""
+        yield f"  loss    {seen.losses[0]:.4g} at first, {seen.losses[-1]:.4g} after {count}{more} steps"
+    if keep.save and seen.outcome is OutcomeKind.OK:
+        yield f"  saved   {keep.save}"
     if seen.metric is not None:
         yield f"  metric  {seen.metric:.4g} on held-out data"
 

@@ -62,6 +62,7 @@ def run_view(run: Run) -> View:
         "cap_bytes": spec.cap_bytes,
         "seed": spec.seed,
         "steps": spec.steps,
+        "keep": wire.to_plain(spec.keep),
         "outcome": seen.outcome.value,
         "reason": seen.reason,
         "predicted_peak_bytes": run.predicted_peak_bytes,

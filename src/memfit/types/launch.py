@@ -8,10 +8,26 @@ from collections.abc import Mapping
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
 
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """``save``: a folder that gets checkpoints, every ``every_steps`` (0: at the end only). ``resume``: the
+    folder of one to go on from; "": none. ``passed_over``: newer ones, and why they were not taken."""
+
+    save: str = ""
+    every_steps: int = 0
+    resume: str = ""
+    passed_over: tuple[str, ...] = ()
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One training run of one plan. ``cap_bytes``: what the process may take above its footprint."""
+    """One training run of one plan. ``cap_bytes``: what the process may take above its footprint.
+
+    ``steps`` counts from the very first, also where a checkpoint that is gone on from has done some of them.
+    """
 
     name: str  # "baseline", "recommended", "ablation: ..."
     role: str  # baseline | recommended | ablation
@@ -26,6 +42,24 @@ class RunSpec:
     evaluate: bool = True
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float = 600.0
+    keep: Keep = dataclasses.field(default_factory=Keep)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint says of itself. ``step``: how many are done; ``shapes``: of whole tensors, by name;
+    ``optimizer``: its class, ``state``: what it keeps of a parameter; ``files_bytes``: name -> size."""
+
+    step: int
+    seed: int
+    job: str
+    plan: str
+    engine: str
+    ranks: int
+    shapes: Mapping[str, Shape]
+    optimizer: str
+    state: tuple[str, ...]
+    files_bytes: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

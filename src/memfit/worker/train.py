@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit import wire
-from memfit.types.errors import MemfitError
+from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memfit.techniques.world import World
     from memfit.types.job import Job
     from memfit.types.plan import Plan
+    from memfit.worker.checkpoint import Keeper
 
     MakeStep = Callable[..., TrainingStep]
 
@@ -47,6 +48,7 @@ class _Gauge:
     settle: Callable[[], bool]
     make_step: MakeStep
     phase: str = "setup"
+    first: int = 0  # steps that a checkpoint has done
     peak_bytes: int = 0
     step_peak_bytes: int = 0
     phase_peaks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -77,6 +79,8 @@ def main(path: Path) -> None:
     try:
         measurement = _run(spec, path)
     except MemfitError as error:
+        if isinstance(error, UserError):
+            tell("refused", given=error.given, allowed=error.allowed, hint=error.hint)
         measurement = Measurement(outcome=OutcomeKind.FAILED, reason=str(error))
     tell("result", measurement=measurement)
 
@@ -121,8 +125,9 @@ def joined(plan: Plan) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def step_maker(engine: str, folder: Path) -> MakeStep:
-    """The training step of an engine, configured by its files in ``folder``."""
+def step_maker(engine: str, folder: Path | None) -> MakeStep:
+    """The training step of an engine, configured by its files in ``folder``; None: by the plan alone, for a
+    trace."""
     if engine == "native":
         from memfit.jobs.step import TrainingStep
 
@@ -214,7 +219,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
             raise
         gauge.turn(gauge.phase)
         outcome = OutcomeKind.OOM
-        reason = f"out of memory in {gauge.phase} of step {len(gauge.losses)}"
+        reason = f"out of memory in {gauge.phase} of step {gauge.first + len(gauge.losses)}"
     return _measurement(spec, gauge, limit, outcome, reason, energy, metric, digest)
 
 
@@ -224,12 +229,28 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     torch.manual_seed(spec.seed)
     step = gauge.make_step(job, spec.plan, world=gauge.world)
     gauge.settle()  # building made groups with threads of their own
-    for index in range(spec.steps):
+    keeper = _keeper(spec, step)
+    if keeper is not None and spec.keep.resume:
+        gauge.turn("resume")
+        gauge.first = keeper.restore()
+    for index in range(gauge.first, spec.steps):
         given = step.local(job.make_batch(index, spec.seed))
         gauge.turn("between")
         _one_step(step, given, index, spec, gauge)
         del given
+        if keeper is not None and keeper.due(index + 1):
+            gauge.turn("save")
+            keeper.save(index + 1)
+            gauge.turn("between")
     return step
+
+
+def _keeper(spec: RunSpec, step: TrainingStep) -> Keeper | None:
+    if not (spec.keep.save or spec.keep.resume):
+        return None
+    from memfit.worker.checkpoint import Keeper
+
+    return Keeper(spec, step)
 
 
 def _one_step(step: TrainingStep, given: tuple[Any, float], index: int, spec: RunSpec, gauge: _Gauge) -> None:

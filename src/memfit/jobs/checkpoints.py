@@ -1,0 +1,142 @@
+"""Where a run's checkpoints lie: one folder a save, complete or not there at all.
+
+::
+
+    DIR/step-00000010/                 as torch.distributed.checkpoint writes it, and memfit.json beside
+    DIR/step-00000020.partial/         a save that was interrupted
+    DIR/latest                         the name of the newest
+
+A save is written into ``.partial``, made durable, then renamed; ``latest`` moves last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from memfit import wire
+from memfit.types.errors import UserError
+from memfit.types.launch import Checkpoint, Keep
+
+ABOUT, LATEST, PARTIAL = "memfit.json", "latest", ".partial"
+_NAME = re.compile(r"step-\d{8,}")
+
+
+def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
+    """(the newest complete checkpoint in ``folder``, what it says of itself, why others were passed over).
+
+    ``folder`` may be one checkpoint. Raises UserError where there is none.
+    """
+    if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name):
+        if why := incomplete(folder):
+            raise UserError(f"{folder} is no complete checkpoint: {why}", hint=f"try {folder.parent}")
+        return folder, about(folder), ()
+    passed: list[str] = []
+    for path in _newest_first(folder):
+        if not (why := incomplete(path)):
+            return path, about(path), tuple(passed)
+        passed.append(f"{path.name}: {why}")
+    told = f" ({'; '.join(passed)})" if passed else ""
+    raise UserError(
+        f"no complete checkpoint in {folder}{told}", allowed="a folder that `memfit run --save` wrote to"
+    )
+
+
+def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
+    """``keep`` with the very checkpoint to go on from, the newest complete one; the seed, the checkpoint's
+    where none is given. Raises UserError where that cannot be, or saves would mix with another run's."""
+    done, chosen = 0, seed or 0
+    if keep.resume:
+        path, there, passed = find(Path(keep.resume))
+        done, chosen = there.step, there.seed
+        if seed not in {None, there.seed}:
+            raise UserError(f"seed {seed} for a run of seed {there.seed}", allowed="the same seed, or none")
+        if done >= steps:
+            raise UserError(f"{path} has done {done} of {steps} steps", allowed=f"--steps above {done}")
+        keep = dataclasses.replace(keep, resume=str(path.resolve()), passed_over=passed)
+    if keep.save:
+        must_be_free(Path(keep.save), done)
+        keep = dataclasses.replace(keep, save=str(Path(keep.save).resolve()))
+    return keep, chosen
+
+
+def must_be_free(folder: Path, after: int) -> None:
+    """Raises UserError where ``folder`` has checkpoints of later steps than ``after``, of another run."""
+    later = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
+    if later:
+        raise UserError(
+            f"{folder} holds {later[0].name} of another run already", allowed="an empty folder",
+            hint=f"or --resume {folder} to go on from it",
+        )  # fmt: skip
+
+
+def about(path: Path) -> Checkpoint:
+    return wire.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
+
+
+def incomplete(path: Path) -> str:
+    """Why a folder is not a whole checkpoint; "": it is one."""
+    if path.suffix == PARTIAL:
+        return "its save was interrupted"
+    if not (path / ABOUT).is_file():
+        return f"no {ABOUT}"
+    for name, size_bytes in about(path).files_bytes.items():
+        file = path / name
+        found_bytes = file.stat().st_size if file.is_file() else None
+        if found_bytes != size_bytes:
+            there = "is missing" if found_bytes is None else f"has {found_bytes} bytes of {size_bytes}"
+            return f"{name} {there}"
+    return ""
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of ``step`` into; what an interrupted save left is cleared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(left)
+    path = folder / f"step-{step:08d}{PARTIAL}"
+    path.mkdir()
+    return path
+
+
+def publish(partial: Path, said: Checkpoint) -> Path:
+    """The checkpoint in ``partial``, whose files are durable, becomes one of the run's; the newest."""
+    _write(partial / ABOUT, wire.dumps(said, indent=2) + "\n")
+    _sync(partial)
+    path = partial.with_suffix("")
+    partial.rename(path)
+    _sync(path.parent)
+    fresh = path.parent / f"{LATEST}{PARTIAL}"
+    _write(fresh, path.name + "\n")
+    fresh.replace(path.parent / LATEST)
+    _sync(path.parent)
+    return path
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    named = [p for p in folder.glob("step-*") if p.is_dir() and _NAME.fullmatch(p.name.removesuffix(PARTIAL))]
+    yield from sorted(named, key=lambda p: (_step(p), p.suffix != PARTIAL), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removesuffix(PARTIAL).partition("-")[2])
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """A folder's own entries reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

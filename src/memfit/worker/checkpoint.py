@@ -1,0 +1,268 @@
+"""Saving a run and going on from it: parameters, optimizer state, step, seed and random state, by name.
+
+Keys are those that torch.distributed.checkpoint makes of ``{"model": get_model_state_dict(...), "optimizer":
+get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)}``, so other programs read them too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from memfit.jobs import checkpoints
+from memfit.jobs.step import TrainingStep
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.launch import Checkpoint, RunSpec, Shape
+from memfit.worker.events import tell
+from memfit.worker.places import (
+    Loads,
+    Pieces,
+    Place,
+    Saves,
+    buffers,
+    make_states,
+    optimizers,
+    places,
+    spread,
+)
+
+ENGINES = ("native", "accelerate")
+_NAMED = 3  # of many that differ
+Shapes = Mapping[str, Shape]
+
+
+class Keeper:
+    """The checkpoints of one run, on every one of its ranks."""
+
+    def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
+        """Raises UserError where the run's state cannot be told by name."""
+        self.spec, self.step, self.rank = spec, step, step.bench.world.rank
+        if spec.engine not in ENGINES:
+            raise UserError(f"checkpoints of engine {spec.engine}", allowed=", ".join(ENGINES))
+        if step.bench.own_parameters:
+            raise UserError(
+                "checkpoints of a plan with expert-parallel",
+                hint="leave it out: its experts have no names yet",
+            )
+        self.optimizers = optimizers(step.optimizer)
+
+    def restore(self) -> int:
+        """How many steps are done. Raises UserError where the checkpoint is of another model or optimizer."""
+        path = Path(self.spec.keep.resume)
+        there = checkpoints.about(path)
+        _must_be_alike(path, there.shapes, self._shapes())
+        for optimizer in self.optimizers:
+            make_states(optimizer)
+        entries = list(self._entries())
+        _must_keep_the_same(path, there, _everyone({e.key for e in entries}))
+        self._read(path, entries, f"random.{self.rank % there.ranks}")
+        spread(self.step)
+        tell("resumed", path=str(path), step=there.step)
+        return there.step
+
+    def due(self, done: int) -> bool:
+        keep = self.spec.keep
+        now = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
+        return bool(keep.save) and now
+
+    def save(self, done: int) -> None:
+        """Raises MemfitError where it cannot be written."""
+        folder = Path(self.spec.keep.save)
+        entries = list(self._entries())
+        said = self._about(done, entries)
+        partial = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
+        state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
+        state[f"random.{self.rank}"] = torch.get_rng_state()
+        try:
+            with _quiet():
+                save(state, storage_writer=FileSystemWriter(partial), planner=Saves(), no_dist=_alone())
+            if self.rank == 0:
+                files = {f.name: f.stat().st_size for f in partial.iterdir()}
+                checkpoints.publish(partial, dataclasses.replace(said, files_bytes=files))
+        except (OSError, CheckpointException) as error:
+            why = str(error).strip().splitlines()[-1]
+            raise MemfitError(f"step {done} was not saved in {folder}: {why}") from error
+        _from_first(None)
+        tell("saved", step=done, path=str(partial.with_suffix("")))
+
+    def _about(self, done: int, entries: list[Entry]) -> Checkpoint:
+        spec = self.spec
+        return Checkpoint(
+            step=done, seed=spec.seed, job=self.step.job.name, plan=spec.plan.label, engine=spec.engine,
+            ranks=spec.plan.ranks, shapes=self._shapes(), optimizer=type(self.optimizers[0]).__name__,
+            state=tuple(sorted(_everyone({e.key for e in entries}))), files_bytes={},
+        )  # fmt: skip
+
+    def _shapes(self) -> Shapes:
+        own = {n: p.shape for n, p in places(self.step).items()}
+        own |= {n: tuple(b.shape) for n, b in buffers(self.step.model).items()}
+        return dict(sorted(_everyone(set(own.items()))))
+
+    def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
+        """Parameters, and buffers: each rank has its own, of which the first one's is kept."""
+        found: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
+        place = self.step.bench.world.layout.coordinate(self.rank)
+        if not (writing and any(index for name, index in place.items() if name != "pipeline")):
+            found |= {f"model.{n}": b for n, b in buffers(self.step.model).items()}
+        return found
+
+    def _entries(self) -> Iterator[Entry]:
+        """What the optimizer keeps of each parameter."""
+        states = {id(owner): s for o in self.optimizers for owner, s in o.state.items()}
+        for name, place in places(self.step).items():
+            state = states.get(id(place.owner), {})
+            yield from (Entry(name=name, key=key, place=place, state=state) for key in state)
+
+    def _read(self, path: Path, entries: list[Entry], random: str) -> None:
+        reader = FileSystemReader(path)
+        known = reader.read_metadata().state_dict_metadata
+        target = {k: v for k, v in self._tensors().items() if k in known}
+        target |= {e.text: e.into for e in entries if e.text in known}
+        target[random] = torch.get_rng_state()
+        with _quiet():
+            load(target, storage_reader=reader, planner=Loads(), no_dist=_alone())
+        torch.set_rng_state(target[random])
+        for entry in entries:
+            if entry.text in known:
+                entry.enter(target[entry.text])
+            else:
+                self._forget(entry)
+        _must_step_together(path, [e for e in entries if e.shared], target)
+
+    def _forget(self, entry: Entry) -> None:
+        """The checkpoint's optimizer never met this parameter."""
+        if isinstance(entry.stored, Pieces):
+            for view in entry.stored.views.values():
+                view.zero_()
+        elif entry.place.at is None:
+            for optimizer in self.optimizers:
+                optimizer.state.pop(entry.place.owner, None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One value that the optimizer keeps of a parameter, in ``state`` under ``key``."""
+
+    name: str
+    key: str
+    place: Place
+    state: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        return f"optimizer.state.{self.name}.{self.key}"
+
+    @property
+    def shared(self) -> bool:
+        """One number of a flat buffer, for all its parameters."""
+        value = self.state[self.key]
+        return self.place.at is not None and (not isinstance(value, torch.Tensor) or value.numel() == 1)
+
+    @property
+    def stored(self) -> Any:
+        """What is written of it. Raises UserError where it does not lie as its parameter does."""
+        value = self.state[self.key]
+        if self.place.at is None or self.shared:
+            return value
+        if value.shape != self.place.owner.shape:
+            raise UserError(
+                f"{self.key} of a flat optimizer state has {value.numel()} elements for "
+                f"{self.place.owner.numel()} parameters",
+                allowed="under zero, an optimizer whose state has the parameters' shape",
+            )
+        return self.place.of(value)
+
+    @property
+    def into(self) -> Any:
+        value = self.stored
+        return value.clone() if self.shared and isinstance(value, torch.Tensor) else value
+
+    def enter(self, read: Any) -> None:
+        """Tensors were read in place, but for what one flat buffer's parameters share."""
+        value = self.state[self.key]
+        if not isinstance(value, torch.Tensor):
+            self.state[self.key] = read
+        elif self.shared:
+            value.copy_(read)
+
+
+def _must_be_alike(path: Path, there: Shapes, here: Shapes) -> None:
+    different = [n for n in {**there, **here} if there.get(n) != here.get(n)]
+    if different:
+        named = "; ".join(
+            f"{n} {_shape(there, n)} there and {_shape(here, n)} here" for n in different[:_NAMED]
+        )
+        more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+        raise UserError(
+            f"{path} is of another model: {len(different)} of {len({**there, **here})} tensors differ: "
+            f"{named}{more}",
+            allowed="the job, size and adapters it was saved with",
+        )
+
+
+def _shape(shapes: Shapes, name: str) -> str:
+    return "x".join(map(str, shapes[name])) or "a scalar" if name in shapes else "missing"
+
+
+def _must_keep_the_same(path: Path, there: Checkpoint, keys: Collection[str]) -> None:
+    if set(there.state) != set(keys):
+        kept = ", ".join(sorted(keys)) or "nothing"
+        raise UserError(
+            f"{path} was saved by {there.optimizer}, which keeps {', '.join(there.state) or 'nothing'}; this "
+            f"plan's optimizer keeps {kept}",
+            allowed="the same optimizer",
+        )
+
+
+def _must_step_together(path: Path, shared: list[Entry], target: Mapping[str, Any]) -> None:
+    values: dict[str, set[float]] = {}
+    for entry in shared:
+        if entry.text in target:
+            values.setdefault(entry.key, set()).add(float(target[entry.text]))
+    apart = _everyone({f"{key} {sorted(v)}" for key, v in values.items() if len(v) > 1})
+    if apart:
+        raise UserError(
+            f"{path}: parameters do not share {sorted(apart)[0]}, and one flat state has one",
+            allowed="a plan without zero of stage 1 to 3",
+        )
+
+
+def _alone() -> bool:
+    return not dist.is_initialized()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One process is told that it is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _everyone(own: set[Any]) -> set[Any]:
+    """The ranks' sets together."""
+    if _alone():
+        return own
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return set().union(*found)
+
+
+def _from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank; nobody goes on before it."""
+    if dist.is_initialized():
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+    return value

@@ -1,0 +1,231 @@
+"""Where a rank keeps parameters and optimizer state, by the model's own names, whatever the plan.
+
+A plan may keep a parameter whole, as a DTensor, or as a range of its elements in a flat fp32 master (ZeRO).
+A range of elements is a few boxes of the whole tensor, which is what torch.distributed.checkpoint stores: so
+nothing is gathered to save, and any plan reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from memfit.jobs.step import TrainingStep
+from memfit.types.errors import UserError
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offsets, sizes)
+
+
+def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+    """Elements ``start`` to ``end`` of a contiguous tensor as boxes, in their order: at most two a
+    dimension, and one."""
+    if start >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = shape[1:]
+    row = math.prod(inner)
+    first, last = -(-start // row), end // row  # whole rows
+    if first > last:
+        yield from _in_row(last, inner, start - last * row, end - last * row)
+        return
+    yield from _in_row(first - 1, inner, start - (first - 1) * row, row if start % row else 0)
+    if first < last:
+        yield (first, *(0 for _ in inner)), (last - first, *inner)
+    yield from _in_row(last, inner, 0, end - last * row)
+
+
+def _in_row(row: int, inner: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+    for offsets, sizes in boxes(inner, start, end):
+        yield (row, *offsets), (1, *sizes)
+
+
+class Pieces:
+    """Boxes of a tensor that this rank holds, as views of its flat buffer; to torch.distributed.checkpoint
+    what a DTensor is."""
+
+    def __init__(self, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> None:
+        """``flat``: the elements from ``start`` on."""
+        self.shape, self.dtype = torch.Size(shape), flat.dtype
+        self.views: dict[torch.Size, torch.Tensor] = {}
+        at = 0
+        for offsets, sizes in boxes(shape, start, start + flat.numel()):
+            count = math.prod(sizes)
+            self.views[torch.Size(offsets)] = flat[at : at + count].view(sizes)
+            at += count
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=o, sizes=v.shape) for o, v in self.views.items()]
+
+    def __create_write_items__(self, fqn: str, whole: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties(dtype=self.dtype), size=self.shape
+                ),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]  # fmt: skip
+
+
+class Saves(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Pieces):
+            assert index.offset is not None
+            return found.views[index.offset]
+        return super().lookup_object(index)
+
+
+class Loads(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Torch's own makes None of what it does not know."""
+        self.original_state_dict = self.state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Pieces):
+            assert index.offset is not None
+            return found.views[index.offset]
+        return super().lookup_tensor(index)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """``owner``: the tensor that the optimizer has a state for. ``at`` None: it is the parameter. Otherwise
+    it is flat, and holds the parameter's elements from ``start`` to ``end`` at ``at``."""
+
+    owner: torch.Tensor
+    shape: tuple[int, ...]
+    start: int = 0
+    end: int = 0
+    at: int | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
+        """The part of ``tensor``, which lies as the owner does, that belongs to the parameter."""
+        if self.at is None:
+            return tensor.detach()
+        return Pieces(self.shape, self.start, tensor.detach().narrow(0, self.at, self.end - self.start))
+
+
+def places(step: TrainingStep) -> dict[str, Place]:
+    """Of every parameter that this rank holds something of; fp32 masters where there are any."""
+    named = {p: clean(n) for n, p in step.model.named_parameters()}
+    optimizer: Any = step.optimizer
+    found = {n: Place(owner=p, shape=tuple(p.shape)) for p, n in named.items()}
+    if hasattr(optimizer, "shards"):
+        found = {named[p]: place for p, place in _stage3(optimizer)}
+    elif hasattr(optimizer, "span"):
+        own = {named[p]: place for p, place in _stage12(optimizer)}
+        found = own | {n: found[n] for p, n in named.items() if p not in optimizer.span}
+    elif hasattr(optimizer, "masters"):
+        pairs = zip(optimizer.params, optimizer.masters, strict=True)
+        found |= {named[p]: Place(owner=m, shape=tuple(p.shape)) for p, m in pairs}
+    return found
+
+
+def _stage12(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
+    for param, (a, b) in optimizer.mine.items():
+        at = optimizer.span[param][0] + a - optimizer.rank * optimizer.size
+        yield param, Place(owner=optimizer.master, shape=tuple(param.shape), start=a, end=b, at=at)
+
+
+def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
+    shards = optimizer.shards
+    for param, shape in shards.shape.items():
+        count, size = math.prod(shape), shards.size[param]
+        start, end = (min(r * size, count) for r in (optimizer.rank, optimizer.rank + 1))
+        if start < end:
+            trained = param in shards.place
+            owner = optimizer.master if trained else shards.shard[param]
+            at = shards.place[param] if trained else 0
+            yield param, Place(owner=owner, shape=tuple(shape), start=start, end=end, at=at)
+
+
+def spread(step: TrainingStep) -> None:
+    """Low-precision and whole parameters follow from masters that were just read."""
+    optimizer: Any = step.optimizer
+    with torch.no_grad():
+        if hasattr(optimizer, "shards"):
+            optimizer.shards.flat.copy_(optimizer.master)
+            optimizer.shards.let_go(list(optimizer.shards.whole))
+        elif hasattr(optimizer, "span"):
+            from memfit.techniques.zero12 import all_gather
+
+            optimizer.part.copy_(optimizer.master)
+            if (work := all_gather(optimizer.flat, optimizer.part, optimizer.group)) is not None:
+                work.wait()
+        elif hasattr(optimizer, "masters"):
+            for param, master in zip(optimizer.params, optimizer.masters, strict=True):
+                param.copy_(master)
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of the model's state dict."""
+    return {
+        clean(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Torch's own inside whatever wraps them. Raises UserError where there are none."""
+    own = vars(optimizer)
+    inner = next((own[n] for n in ("optimizers", "inner", "optimizer") if n in own), None)
+    if inner is not None:
+        parts = (
+            inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
+        )
+        return [found for part in parts for found in optimizers(part)]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{type(optimizer).__name__} cannot be saved", allowed="a torch.optim.Optimizer")
+    return [optimizer]
+
+
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Whatever a first step makes, in steps of zero gradients, one parameter at a time; values are read over
+    afterwards."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    held = {p: p.grad for p in params}
+    for param in params:
+        param.grad = None
+    for param in params:
+        grad = held[param]
+        param.grad = torch.zeros_like(param) if grad is None else grad.zero_()
+        optimizer.step()
+        param.grad = None
+    for param, grad in held.items():
+        param.grad = grad
