@@ -110,7 +110,7 @@ _ZERO_WITHOUT_BYTES = {
     "elastic_checkpoint", "load_from_fp32_weights", "ignore_unused_parameters", "round_robin_gradients",
     "log_trace_cache_warnings", "allgather_partitions", "reduce_scatter", "contiguous_gradients",
     "sub_group_size", "stage3_max_reuse_distance", "override_module_apply",
-    "use_multi_rank_bucket_allreduce",
+    "use_multi_rank_bucket_allreduce", "allgather_bucket_size",
 }  # fmt: skip
 _SECTIONS = {
     "activation_checkpointing": "it changes only models that call deepspeed.checkpointing",
@@ -225,11 +225,11 @@ def _mixed_precision(setup: Setup) -> str | None:
 
 def _batches(setup: Setup, config: Options, draft: Draft) -> None:
     args = setup.trainer
-    micro, steps = config.count("train_micro_batch_size_per_gpu"), config.count("gradient_accumulation_steps")
+    micro, steps = config.size("train_micro_batch_size_per_gpu"), config.size("gradient_accumulation_steps")
     if args is not None:
-        micro = micro or args.count("per_device_train_batch_size")
-        steps = steps or args.count("gradient_accumulation_steps")
-    whole = config.count("train_batch_size")
+        micro = micro or args.size("per_device_train_batch_size")
+        steps = steps or args.size("gradient_accumulation_steps")
+    whole = config.size("train_batch_size")
     if whole is not None and micro is not None and steps is None:
         steps = max(1, whole // (micro * draft.ranks))
     elif whole is not None and micro is None:
@@ -293,8 +293,8 @@ def _hugging_face(setup: Setup, draft: Draft) -> None:
     _trainer_optimizer(setup, draft)
     _checkpointing(setup, draft)
     if args is not None:
-        draft.micro_batch = args.count("per_device_train_batch_size") or 8  # the Trainer's default
-        steps = args.count("gradient_accumulation_steps")
+        draft.micro_batch = args.size("per_device_train_batch_size") or 8  # the Trainer's default
+        steps = args.size("gradient_accumulation_steps")
         draft.accumulate(steps)
         draft.sized(data, steps)
         if args.on("torch_compile"):
@@ -312,15 +312,14 @@ def _fsdp_options(setup: Setup) -> Options | None:
     accelerate, args = setup.accelerate, setup.trainer
     if accelerate is not None and str(accelerate.raw("distributed_type")).upper() == "FSDP":
         return Options(file=accelerate.file, data={"version": 1, **accelerate.section("fsdp_config")})
-    words = args.raw("fsdp") if args is not None else None
-    if args is None or not words or str(words).lower() == "false":
+    if args is None or setup.fsdp is None:
         return None
     data = {"version": 2, **args.section("fsdp_config")}
-    text = " ".join(words) if isinstance(words, list) else str(words)
-    data.setdefault("reshard_after_forward", "shard_grad_op" not in text)
-    if "no_shard" in text:
+    words = args.texts("fsdp")
+    data.setdefault("reshard_after_forward", "shard_grad_op" not in words)
+    if "no_shard" in words:
         data["sharding_strategy"] = "NO_SHARD"
-    data.setdefault("offload_params", data.get("cpu_offload", "offload" in text.split()))
+    data.setdefault("offload_params", data.get("cpu_offload", "offload" in words))
     return Options(file=args.file, data=data)
 
 
@@ -330,8 +329,8 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy
     )
-    mesh = setup.accelerate.section("parallelism_config") if setup.accelerate is not None else {}
-    sizes = {n: int(mesh.get(f"{n}_size") or 1) for n in ("tp", "cp", "dp_replicate")}
+    above = setup.accelerate or Options(file="", data={})
+    sizes = {n: above.size(f"parallelism_config.{n}_size") or 1 for n in ("tp", "cp", "dp_replicate")}
     for name, technique in (("tp", "tensor-parallel"), ("cp", "context-parallel")):
         if sizes[name] > 1:
             draft.take(technique, f"{name}_size {sizes[name]}", degree=sizes[name])
@@ -345,8 +344,7 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
             return data
     reshard = fsdp.raw("reshard_after_forward")
     keep = strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or str(reshard).lower() == "false"
-    machines = (setup.accelerate.count("num_machines") if setup.accelerate is not None else None) or 1
-    replicas = machines if strategy.startswith("HYBRID") else sizes["dp_replicate"]
+    replicas = (above.size("num_machines") or 1) if strategy.startswith("HYBRID") else sizes["dp_replicate"]
     if data > 1:
         draft.take(
             "fsdp2", "FSDP", reshard=not keep, replicas=replicas, offload=fsdp.on("offload_params"),

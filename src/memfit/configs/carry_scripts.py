@@ -11,7 +11,7 @@ def from_megatron(setup: Setup, draft: Draft) -> None:
     given = setup.megatron
     assert given is not None
     tensor, pipeline, context = (
-        given.count(f"{n}_parallel_size") or 1 for n in ("tensor_model", "pipeline_model", "context")
+        given.size(f"{n}_parallel_size") or 1 for n in ("tensor_model", "pipeline_model", "context")
     )
     model = tensor * pipeline * context
     if setup.ranks is None:
@@ -30,7 +30,7 @@ def from_megatron(setup: Setup, draft: Draft) -> None:
         _megatron_pipeline(given, pipeline, steps, draft)
     else:
         draft.accumulate(steps)
-    if (experts := given.count("expert_model_parallel_size") or 1) > 1:
+    if (experts := given.size("expert_model_parallel_size") or 1) > 1:
         draft.take("expert-parallel", f"expert-model-parallel-size {experts}", degree=experts)
     _megatron_data(given, data, tensor, draft)
     _megatron_recompute(given, draft)
@@ -54,8 +54,8 @@ _MEGATRON_REASONS = {
 
 def _micro_batches(given: Options, data: int, draft: Draft) -> int | None:
     """Micro-batches of one rank in a step."""
-    micro, whole = given.count("micro_batch_size"), given.count("global_batch_size")
-    steps = given.count("num_micro_batches")
+    micro, whole = given.size("micro_batch_size"), given.size("global_batch_size")
+    steps = given.size("num_micro_batches")
     if micro and whole:
         steps = max(1, whole // (micro * data))
     draft.micro_batch, draft.batch = micro, whole
@@ -64,8 +64,8 @@ def _micro_batches(given: Options, data: int, draft: Draft) -> int | None:
 
 
 def _megatron_pipeline(given: Options, stages: int, steps: int | None, draft: Draft) -> None:
-    virtual = given.count("num_virtual_stages_per_pipeline_rank") or 1
-    layers, each = given.count("num_layers"), given.count("num_layers_per_virtual_pipeline_stage")
+    virtual = given.size("num_virtual_stages_per_pipeline_rank") or 1
+    layers, each = given.size("num_layers"), given.size("num_layers_per_virtual_pipeline_stage")
     if layers and each:
         virtual = max(1, layers // stages // each)
     knobs: dict[str, KnobValue] = {"micro_batches": steps} if steps else {}
@@ -89,7 +89,7 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
             "gradients in fp32", "Megatron adds them up in fp32; beside bf16 parameters memfit in bf16"
         )
     if data > 1 and sharded and alone:
-        bucket = given.count("ddp_bucket_size") or max(40_000_000, 1_000_000 * data)
+        bucket = given.size("ddp_bucket_size") or max(40_000_000, 1_000_000 * data)
         draft.take(
             "zero", "--use-distributed-optimizer", stage=1, precision="bf16" if half else "fp32",
             reduce_bucket_elements=bucket,
@@ -113,7 +113,7 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
 
 def _megatron_recompute(given: Options, draft: Draft) -> None:
     granularity, method = given.get("recompute_granularity"), given.get("recompute_method")
-    layers = given.count("recompute_num_layers") or 1
+    layers = given.size("recompute_num_layers") or 1
     if granularity == "selective" or given.on("recompute_activations"):
         draft.leave(
             "selective recomputation", "memfit has none of attention's core alone: predicted as kept whole"
@@ -139,7 +139,7 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
     given = setup.torchtitan
     assert given is not None
     degree = {
-        n: given.count(f"parallelism.{n}_degree") or 1
+        n: given.size(f"parallelism.{n}_degree") or 1
         for n in (
             "data_parallel_replicate",
             "tensor_parallel",
@@ -148,7 +148,7 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
             "expert_parallel",
         )
     }
-    shard = given.count("parallelism.data_parallel_shard_degree") or -1
+    shard = given.size("parallelism.data_parallel_shard_degree") or -1
     others = product(v for n, v in degree.items() if n != "expert_parallel")
     if setup.ranks is None:
         draft.ranks = others * max(1, shard)
@@ -177,13 +177,13 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
         )
     if given.on("optimizer.early_step_in_backward"):
         draft.take("optimizer-in-backward", "optimizer.early_step_in_backward")
-    for name in given.get("model.converters") or ():
+    for name in given.texts("model.converters"):
         draft.leave(f"converter {name}", "quantized training is not in memfit")
 
 
 def _titan_batches(given: Options, data: int, stages: int, draft: Draft) -> None:
-    local = given.count("training.local_batch_size") or given.count("training.batch_size") or 8
-    whole = given.count("training.global_batch_size") or -1
+    local = given.size("training.local_batch_size") or given.size("training.batch_size") or 8
+    whole = given.size("training.global_batch_size") or -1
     steps = max(1, whole // (local * data)) if whole > 0 else 1
     draft.micro_batch = local
     draft.sized(data, steps)
@@ -192,7 +192,7 @@ def _titan_batches(given: Options, data: int, stages: int, draft: Draft) -> None
         if schedule not in _SCHEDULES:
             draft.leave(f"pipeline_parallel_schedule {schedule}", "predicted as 1F1B")
         name = _SCHEDULES.get(schedule, "1f1b")
-        size = given.count("parallelism.pipeline_parallel_microbatch_size") or 1
+        size = given.size("parallelism.pipeline_parallel_microbatch_size") or 1
         draft.take(
             "pipeline", "pipeline_parallel_degree", stages=stages, schedule=name,
             virtual=2 if name in ("interleaved", "zero-bubble-v") else 1, micro_batches=max(1, local // size),

@@ -94,6 +94,17 @@ class Options:
     def off(self, path: str) -> bool:
         return str(self.get(path)).lower() in ("false", "0", "no")
 
+    def size(self, path: str) -> int | None:
+        """A number of things, of which there is at least one."""
+        found = self.count(path)
+        return found if found is not None and found >= 1 else None
+
+    def texts(self, path: str) -> tuple[str, ...]:
+        """A list, or the words of a text."""
+        value = self.get(path)
+        words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
+        return tuple(str(w) for w in words)
+
     def section(self, path: str) -> Mapping[str, Any]:
         value = self.raw(path)
         return value if isinstance(value, Mapping) else {}
@@ -199,7 +210,7 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
             if isinstance(data, dict):
                 return data
             raise _unknown(path, f"a {type(data).__name__}")
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(
             f"{path} is no {path.suffix[1:].upper()}: {' '.join(str(error).split())[:120]}"
         ) from error

@@ -32,8 +32,7 @@ _TOP = (
 def _stage(d: Options) -> int | None:
     if d.raw("zero_optimization") is True:
         return 1
-    given = d.raw("zero_optimization")
-    return 0 if given in (None, False) else d.count("zero_optimization.stage") if "stage" in given else 0
+    return d.count("zero_optimization.stage") if "stage" in d.section("zero_optimization") else 0
 
 
 def _device(d: Options, name: str) -> str:
@@ -43,8 +42,8 @@ def _device(d: Options, name: str) -> str:
 def _shares_samples(d: Options, s: Setup) -> bool:
     """Whether several processes may work on the same samples: tensor and sequence parallelism."""
     mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
-    passes = d.get("compile.passes") or ()
-    split = d.section("tensor_parallel") or d.raw("sequence_parallel_size") or "autosp" in passes
+    split = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
+    split = split or "autosp" in d.texts("compile.passes")
     return bool(split) or mesh or s.megatron is not None
 
 
@@ -179,7 +178,7 @@ def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
-    kind = d.get("scheduler.type")
+    kind = str(d.get("scheduler.type"))
     if kind in {"WarmupDecayLR", "WarmupCosineLR"} and d.raw("scheduler.params.total_num_steps") is None:
         yield {"type": kind}
 

@@ -9,7 +9,7 @@ from memfit.configs.read import Found, Options, Setup
 def _size(m: Options, name: str) -> int | None:
     """1 where it is not given, None where it is not known."""
     path = f"{name}_parallel_size"
-    return 1 if m.raw(path) is None and path not in m.unsure else m.count(path)
+    return 1 if m.raw(path) is None and path not in m.unsure else m.size(path)
 
 
 def _mesh(m: Options) -> tuple[int, int, int] | None:

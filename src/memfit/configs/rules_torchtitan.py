@@ -47,8 +47,7 @@ def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
-    names = [str(n) for n in t.get("model.converters") or ()]
-    converters = [n for n in names if "float8" in n or "mx" in n]
+    converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
     if converters and not _compiles(t):
         yield {"converters": ", ".join(converters)}
 

@@ -1,0 +1,270 @@
+"""Set-ups of other libraries as memfit's plans, and what no plan of ours can say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_configs_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
+
+from memfit.configs.better import neighbours
+from memfit.configs.carry import Carried, over
+from memfit.configs.lint import check
+from memfit.configs.read import Setup, read
+from memfit.engines import accelerate, deepspeed
+from memfit.techniques.registry import conflict, make_use
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+BF16 = {"bf16": {"enabled": True}}
+
+
+def carried(folder: Path, *files: File, ranks: int | None = None) -> Carried:
+    for name, text in files:
+        (folder / name).write_text(text)
+    return over(read([folder / name for name, _ in files], ranks=ranks))
+
+
+def names(found: Carried) -> set[str]:
+    return {u.technique for u in found.plan.uses}
+
+
+def knobs(found: Carried, technique: str) -> Mapping[str, Any]:
+    used = found.plan.get(technique)
+    assert used is not None, found
+    return used.settings
+
+
+def left(found: Carried) -> set[str]:
+    return {o.option for o in found.left_out}
+
+
+def test_deepspeed_alone(tmp_path: Path) -> None:
+    section = zero(2, overlap_comm=True, offload_optimizer={"device": "cpu"}, zero_quantized_weights=True)
+    file = ds(gradient_accumulation_steps=4, optimizer={"type": "AdamW"}, **BF16, **section)
+    found = carried(tmp_path, file, ranks=2)
+    assert (found.engine, found.plan.ranks, found.micro_batch, found.batch) == ("deepspeed", 2, 4, 32)
+    assert names(found) == {"zero", "gradient-accumulation"}  # AdamW runs on the host
+    assert knobs(found, "zero") == {
+        "stage": 2, "precision": "bf16", "overlap": True, "offload": "optimizer", "persist_elements": 100_000,
+        "reduce_bucket_elements": 500_000_000, "prefetch_elements": 50_000_000,
+        "live_elements": 1_000_000_000,
+    }  # fmt: skip
+    assert left(found) == {"zero_optimization.zero_quantized_weights"}
+
+
+def test_deepspeed_stage_3_and_auto(tmp_path: Path) -> None:
+    section = zero(
+        3, offload_param={"device": "nvme"}, stage3_prefetch_bucket_size=7, reduce_bucket_size="auto",
+        stage3_param_persistence_threshold=0,
+    )  # fmt: skip
+    found = carried(
+        tmp_path, ds(fp16={"enabled": "auto"}, sparse_attention={"mode": "fixed"}, **section), ranks=4
+    )
+    assert knobs(found, "zero")["offload"] == "parameters"
+    assert knobs(found, "zero")["prefetch_elements"] == 7
+    assert knobs(found, "zero")["persist_elements"] == 1
+    assert left(found) == {
+        "offload_param to nvme", "zero_optimization.reduce_bucket_size auto", "fp16.enabled auto",
+        "sparse_attention",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keys", "micro", "batch", "steps"),
+    [
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 4}, 4, 64, 8),
+        (
+            {
+                "train_batch_size": 64,
+                "gradient_accumulation_steps": 2,
+                "train_micro_batch_size_per_gpu": None,
+            },
+            16,
+            64,
+            2,
+        ),
+        ({"train_batch_size": 64, "train_micro_batch_size_per_gpu": None}, 32, 64, None),
+        ({"train_micro_batch_size_per_gpu": "auto"}, None, None, None),
+    ],
+)
+def test_deepspeed_works_one_batch_out_of_the_other_two(
+    keys: dict[str, Any], micro: int | None, batch: int | None, steps: int | None, tmp_path: Path
+) -> None:
+    found = carried(tmp_path, ds(**keys), ranks=2)
+    assert (found.micro_batch, found.batch) == (micro, batch)
+    used = found.plan.get("gradient-accumulation")
+    assert (used.settings["micro_batches"] if used is not None else None) == steps
+
+
+def test_the_trainer_fills_in_what_deepspeed_leaves_to_it(tmp_path: Path) -> None:
+    auto = ds(train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto", **zero(1))
+    args = tr(bf16=True, gradient_accumulation_steps=2, gradient_checkpointing=True, optim="adamw_8bit")
+    found = carried(
+        tmp_path, ("ds.json", auto[1].replace("}}", '}, "bf16": {"enabled": "auto"}}')), args, ranks=2
+    )
+    assert (found.engine, found.micro_batch, found.batch) == ("accelerate", 4, 16)
+    assert names(found) == {"zero", "gradient-accumulation", "activation-checkpointing", "adamw-8bit"}
+    assert knobs(found, "zero")["precision"] == "bf16"
+
+
+def test_fsdp_of_both_versions(tmp_path: Path) -> None:
+    new = carried(tmp_path, fsdp(2, reshard_after_forward=False, offload_params=True))
+    assert (new.engine, new.plan.ranks, new.left_out) == ("accelerate", 8, ())
+    assert knobs(new, "fsdp2")["reshard"] is False
+    assert knobs(new, "fsdp2")["offload"] is True
+    old = carried(tmp_path, fsdp(1, sharding_strategy="SHARD_GRAD_OP", activation_checkpointing=True))
+    assert knobs(old, "fsdp2")["reshard"] is False
+    assert names(old) == {"fsdp2", "activation-checkpointing"}
+    assert left(old) == {"fsdp_version 1"}
+    assert names(carried(tmp_path, fsdp(1, sharding_strategy="NO_SHARD"))) == {"ddp"}
+
+
+def test_a_mesh_of_accelerate(tmp_path: Path) -> None:
+    mesh_of = {"parallelism_config_tp_size": 2, "parallelism_config_dp_replicate_size": 2}
+    section = {"fsdp_version": 2}
+    file = acc(
+        "FSDP", num_processes=8, mixed_precision="bf16", fsdp_config=section, parallelism_config=mesh_of
+    )
+    found = carried(tmp_path, file, tr(gradient_accumulation_steps=2, bf16=True))
+    assert knobs(found, "tensor-parallel")["degree"] == 2
+    assert (knobs(found, "fsdp2")["replicas"], knobs(found, "fsdp2")["precision"]) == (2, "bf16")
+    assert found.batch == 4 * 4 * 2
+
+
+def test_the_trainer_alone(tmp_path: Path) -> None:
+    args = tr(fsdp="shard_grad_op offload", fp16=True, optim="lomo", torch_compile=True)
+    found = carried(tmp_path, args, ranks=2)
+    assert (knobs(found, "fsdp2")["reshard"], knobs(found, "fsdp2")["offload"]) == (False, True)
+    assert left(found) == {"mixed precision fp16", "optim lomo"}
+    assert "compile" in names(found)
+    assert names(carried(tmp_path, tr(bf16=True))) == {"adamw-fused", "bf16-autocast"}
+    assert names(carried(tmp_path, tr(optim="sgd"), acc("MULTI_GPU", num_processes=2))) == {"ddp", "sgd"}
+
+
+def test_megatron(tmp_path: Path) -> None:
+    flags = "--bf16 --global-batch-size 32 --tensor-model-parallel-size 2 --sequence-parallel"
+    pipe = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3"
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    found = carried(tmp_path, mg(f"{flags} {pipe} {full} --fp8-format hybrid"), ranks=8)
+    assert (found.engine, found.micro_batch, found.batch) == ("megatron", 1, 32)
+    assert knobs(found, "tensor-parallel")["sequence"] is True
+    wanted = {"stages": 2, "virtual": 4, "schedule": "interleaved", "micro_batches": 16}
+    assert knobs(found, "pipeline") == knobs(found, "pipeline") | wanted
+    assert "activation-checkpointing" in names(found)
+    assert left(found) >= {"--fp8-format", "gradients in fp32"}
+
+
+def test_megatrons_distributed_optimizer_is_zero_of_stage_1(tmp_path: Path) -> None:
+    found = carried(tmp_path, mg("--bf16 --use-distributed-optimizer --recompute-activations"), ranks=8)
+    assert (knobs(found, "zero")["stage"], knobs(found, "zero")["precision"]) == (1, "bf16")
+    assert left(found) == {"gradients in fp32", "gradients reduced in place", "selective recomputation"}
+    alone = carried(tmp_path, mg("--tensor-model-parallel-size 4"))
+    assert alone.plan.ranks == 4
+    assert left(alone) == {"data-parallel ranks"}
+
+
+def test_torchtitan(tmp_path: Path) -> None:
+    tables = {
+        "training": {"local_batch_size": 4, "global_batch_size": 32},
+        "parallelism": {"data_parallel_shard_degree": -1} | mesh(tensor=2),
+        "activation_checkpoint": {"mode": "full"}, "optimizer": {"implementation": "for-loop"},
+        "model": {"converters": ["float8"]},
+    }  # fmt: skip
+    found = carried(tmp_path, tt(**tables), ranks=8)
+    assert (found.engine, found.plan.ranks, found.micro_batch, found.batch) == ("native", 8, 4, 32)
+    assert names(found) == {
+        "fsdp2", "tensor-parallel", "activation-checkpointing", "adamw-single", "gradient-accumulation",
+    }  # fmt: skip
+    assert knobs(found, "gradient-accumulation")["micro_batches"] == 2
+    assert left(found) == {"converter float8"}
+
+
+def test_torchtitans_pipeline_keeps_gathered_parameters(tmp_path: Path) -> None:
+    tables = {
+        "training": {"local_batch_size": 8}, "activation_checkpoint": {"mode": "none"},
+        "parallelism": {"data_parallel_shard_degree": 2, "pipeline_parallel_schedule": "Interleaved1F1B"}
+        | mesh(pipeline=2),
+    }  # fmt: skip
+    found = carried(tmp_path, tt(**tables))
+    assert found.plan.ranks == 4
+    assert (knobs(found, "pipeline")["micro_batches"], knobs(found, "pipeline")["virtual"]) == (8, 2)
+    assert knobs(found, "fsdp2")["reshard"] is False
+    odd = tables | {"parallelism": {"pipeline_parallel_schedule": "Mine"} | mesh(pipeline=2)}
+    assert "pipeline_parallel_schedule mine" in left(carried(tmp_path, tt(**odd)))
+
+
+def test_what_clashes_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    found = carried(tmp_path, tt(parallelism=mesh(tensor=2), compile={"enable": True}), ranks=2)
+    assert [o.reason for o in found.left_out if o.option == "compile.enable"] == [
+        "in memfit compile cannot be combined with tensor-parallel"
+    ]
+    assert conflict(found.plan) is None
+
+
+def spec(plan: Plan, engine: str) -> RunSpec:
+    return RunSpec(
+        name="x", role="baseline", job=JobRef(spec="protein-lm"), plan=plan, engine=engine, seed=0, steps=1,
+        batch_size=32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_memfit_writes_for_deepspeed_comes_back(stage: int, tmp_path: Path) -> None:
+    sharded = make_use("zero", {"stage": stage, "precision": "bf16", "reduce_bucket_elements": 1000})
+    plan = Plan(ranks=4, uses=(make_use("gradient-accumulation", {"micro_batches": 2}), sharded))
+    text = json.dumps(deepspeed.config(spec(plan, "deepspeed")))
+    found = carried(tmp_path, ("ds.json", text), ranks=4)
+    assert found.plan == plan
+    assert (found.micro_batch, found.batch, found.left_out) == (4, 32, ())
+    assert check(read([tmp_path / "ds.json"], ranks=4)) == ()
+
+
+@pytest.mark.parametrize(
+    "used", [make_use("ddp", {}), make_use("fsdp2", {"reshard": False, "precision": "bf16"})]
+)
+def test_what_memfit_writes_for_accelerate_comes_back(used: Any, tmp_path: Path) -> None:
+    plan = Plan(ranks=2, uses=(used,))
+    found = carried(tmp_path, ("a.yaml", yaml.safe_dump(accelerate.config(spec(plan, "accelerate")))))
+    assert (found.plan, found.engine, found.left_out) == (plan, "accelerate", ())
+    assert check(read([tmp_path / "a.yaml"])) == ()
+
+
+def test_neighbours_are_plans_of_as_many_ranks_one_change_away() -> None:
+    plan = Plan(ranks=2, uses=(make_use("zero", {"stage": 2}),))
+    found = neighbours(plan, parameters=1000)
+    assert plan not in found
+    assert all(p.ranks == 2 and conflict(p) is None for p in found)
+    buckets = [int(p.uses[0].settings.get("reduce_bucket_elements", 0)) for p in found if len(p.uses) == 1]
+    assert 1000 in buckets
+    assert len(neighbours(Plan(ranks=2, uses=(make_use("fsdp2", {"reshard": False}),)))) >= 3
+
+
+ODD = (None, True, False, "", "auto", "x", -1, 0, 1.5, 10**30, [], [1], {}, {"a": 1}, "nan", "$X")
+
+
+def variants(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """With one value replaced by something odd."""
+    for key, value in data.items():
+        yield from ({**data, key: odd} for odd in ODD)
+        if isinstance(value, dict):
+            yield from ({**data, key: inner} for inner in variants(value))
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_odd_values_never_break_the_reading(rule: str, tmp_path: Path) -> None:
+    for name, text in CASES[rule].bad:
+        (tmp_path / name).write_text(text)
+    setup = read([tmp_path / name for name, _ in CASES[rule].bad], ranks=CASES[rule].ranks)
+    for kind in dataclasses.fields(Setup)[:5]:
+        options = getattr(setup, kind.name)
+        for data in variants(options.data) if options is not None else ():
+            odd = dataclasses.replace(setup, **{kind.name: dataclasses.replace(options, data=data)})
+            check(odd)
+            assert over(odd).plan.ranks >= 1
