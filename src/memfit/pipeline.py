@@ -16,7 +16,7 @@ from memfit.cost.memory import memory_profile, timeline, with_workspace
 from memfit.engines.registry import carrying, ready, render
 from memfit.jobs import checkpoints
 from memfit.measure import here
-from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, search
+from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, model_sizes, search
 from memfit.pricing import Pricer
 from memfit.report.explain import Explained
 from memfit.report.html import write_html
@@ -108,7 +108,7 @@ def run_plan(
     estimate = explain(request, plan, progress)
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
-        steps=steps or job.steps, batch_size=job.batch_size,
+        steps=steps or job.steps, batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
         cap_bytes=_own_cap(request, estimate) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
     )  # fmt: skip

@@ -95,7 +95,19 @@ def space_of(job: Job, device: str) -> Space:
 
 def make_pricer(request: Request) -> tuple[Job, Pricer]:
     job = load(request.job)
-    return job, Pricer(job=job, machine=request.machine, space=space_of(job, request.machine.device.kind))
+    space = space_of(job, request.machine.device.kind)
+    return job, Pricer(job=job, machine=request.machine, space=space, engine=request.engine)
+
+
+def model_sizes(name: str, job: Job) -> Mapping[str, str]:
+    """What the engine's own trainer must be told of the job's model. Raises UserError where it cannot build
+    that model."""
+    if name != "megatron":
+        return {}
+    from memfit.trace.tracer import fake_model
+    from memfit.worker.megatron_gpt import read, sizes
+
+    return sizes(read(fake_model(job)))
 
 
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:

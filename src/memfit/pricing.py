@@ -10,7 +10,7 @@ The best sketches are always traced whole before anything is recommended.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -20,17 +20,19 @@ from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.money import bill
 from memfit.cost.time import TimeModel, time_model
+from memfit.engines.registry import engine
 from memfit.techniques.base import Space
 from memfit.techniques.registry import technique
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces
 from memfit.trace.parallel import uncollected
-from memfit.trace.tracer import trace, with_blocks
+from memfit.trace.tracer import stepping, trace, with_blocks
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
 from memfit.types.result import Estimate
 from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
+from memfit.worker.train import step_maker
 
 _ACCUMULATION = "gradient-accumulation"
 _FEW_BLOCKS = 4  # models with at most this many blocks are not worth cutting
@@ -54,6 +56,7 @@ class Pricer:
     job: Job
     machine: Machine
     space: Space
+    engine: str = "native"
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     model: TimeModel | None = None
     lines: bool = False  # whether traces know the user's line of each allocation
@@ -87,8 +90,20 @@ class Pricer:
         if not new:
             return
         with uncollected():
-            made = deep_traces(self.job, plan, new, device=self.device, lines=self.lines)
+            made = self._made(plan, new)
         self.traces |= {(plan, rank): traced for rank, traced in zip(new, made, strict=True)}
+
+    def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
+        """Of the engine's own step, where it has one that can be traced here."""
+        carried = engine(self.engine)
+        if not carried.own_trace:
+            return deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+        if why := carried.probe().problem or ", ".join(carried.asks_cuda(plan)):
+            made = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+            told = f"{self.engine}'s own step cannot be traced here ({why}): predicted as native's"
+            return [dataclasses.replace(t, assumptions=(*t.assumptions, told)) for t in made]
+        with stepping(step_maker(self.engine, None)):
+            return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
 
     # -- exact ----------------------------------------------------------------------------------------
 

@@ -22,9 +22,10 @@ def no_files(spec: RunSpec) -> Files:
 class Engine:
     """A way to train. ``carries``: techniques that the engine applies itself, ``beside``: those that memfit
     applies to the model or the step and that the engine leaves alone; anything else it cannot do.
-    ``reasons(plan)``: why it cannot carry a plan of such techniques after all. ``files(spec)``: its own
-    configuration, name -> text, beside run.json; the worker reads these very files. ``tested``: versions
-    from (included) to (excluded) with which it was tried.
+    ``reasons(plan)``: why it cannot carry a plan of such techniques after all; ``asks_cuda(plan)``: which
+    parts of it run on NVIDIA GPUs alone. ``files(spec)``: its own configuration, name -> text, beside
+    run.json; the worker reads these very files. ``tested``: versions from (included) to (excluded) with which
+    it was tried. ``own_trace``: its step runs on fake tensors, so predictions for it are traces of that step.
     """
 
     name: str
@@ -35,6 +36,8 @@ class Engine:
     carries: frozenset[str] = frozenset()
     beside: frozenset[str] = frozenset()
     reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+    asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+    own_trace: bool = False
     files: Callable[[RunSpec], Files] = no_files
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -38,8 +38,14 @@ def carrying(name: str, plan: Plan) -> Engine:
 
 
 def ready(name: str, plan: Plan) -> Engine:
-    """The same, and installed. Raises UserError with the command that installs it."""
+    """The same, installed, and able to train it here, on CPU ranks. Raises UserError with the command that
+    installs it, or with what asks for CUDA."""
     found = carrying(name, plan)
+    if parts := found.asks_cuda(plan):
+        raise UserError(
+            f"engine {name} cannot train this plan here: {', '.join(parts)} asks for CUDA",
+            hint="`memfit explain` predicts it, and its configuration can be exported",
+        )
     if (probe := found.probe()).problem:
         raise UserError(f"engine {name}: {probe.problem}", hint=probe.fix)
     return found

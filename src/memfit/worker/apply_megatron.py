@@ -8,7 +8,8 @@ which Megatron asks `torch.cuda.current_device`, and the state of the CUDA gener
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,39 +19,47 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memfit.engines.megatron import ENGINE
+from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
-from memfit.types.plan import Plan
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
 from memfit.worker.megatron_gpt import MegatronGpt, copy_weights, read, transformer_config
 
 
 class Step(TrainingStep):
     carried = ENGINE.carries - {"gradient-accumulation"}
-    folder: Path
+    folder: Path | None = None
 
     def _prepare(self) -> OptimizerLike:
-        bench, plan = self.bench, self.plan
-        place = bench.world.layout
+        bench, shape, source = self.bench, read(self.model), cast(Any, self.model)
         around = contextlib.ExitStack()
         bench.closers.append(around.close)
-        around.enter_context(_on_cpu())
-        traced = isinstance(next(self.model.parameters()), FakeTensor)
-        around.enter_context(_parallel_state(place.tensor, traced=traced))
-        if traced:
-            around.enter_context(_uncoalesced())
-        shape = read(self.model)
-        config = transformer_config(shape, **_parallel(plan))
-        inner = MegatronGpt(shape, config)
-        copy_weights(cast(Any, self.model), inner, rank=bench.world.index("tensor"), degree=place.tensor)
-        self.model = bench.model = inner
-        self.wrapped = _wrapped(inner, config, plan)
-        bench.call = self.wrapped
+        around.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"megatron\.")  # that kernels for GPUs are not there
+        warnings.filterwarnings("ignore", message="`torch.distributed")  # that Megatron calls it by old names
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # and what its imports say of others
+            around.enter_context(_on_cpu())
+            traced = isinstance(next(source.parameters()), FakeTensor)
+            around.enter_context(_parallel_state(bench.world.layout.tensor, traced=traced))
+            given = self._given()
+            config = transformer_config(shape, **_transformer(given))
+            self.model = bench.model = inner = MegatronGpt(shape, config)
+            copy_weights(source, inner, rank=bench.world.index("tensor"))
+            self.wrapped = bench.call = _wrapped(inner, config, given)
         for param in bench.trainable():
             bench.on_kept(cast(Any, param).main_grad, "gradient")
         self.syncing: Any = None
         bench.before_micro_batch.append(self._sync_last)
         return bench.make_optimizer(bench.trainable())
+
+    def _given(self) -> Mapping[str, str]:
+        """The run's own file; without one, what would be written there."""
+        if self.folder is not None:
+            return parse((self.folder / CONFIG).read_text())
+        job = JobRef(spec=self.job.name)
+        return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
 
     def _sync_last(self, last: bool) -> None:
         if self.syncing is not None:
@@ -94,26 +103,28 @@ class Step(TrainingStep):
         return (cut + whole).sqrt()
 
 
-def _parallel(plan: Plan) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if (used := plan.get("tensor-parallel")) is not None:
-        found["tensor_model_parallel_size"] = int(used.settings["degree"])
-        found["sequence_parallel"] = bool(used.settings["sequence"])
-    if plan.get("activation-checkpointing") is not None:
-        found |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+def _transformer(given: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig, as its trainer takes them from the arguments."""
+    found: dict[str, Any] = {
+        "tensor_model_parallel_size": int(given["tensor-model-parallel-size"]),
+        "sequence_parallel": "sequence-parallel" in given,
+    }
+    if "recompute-granularity" in given:
+        found |= {
+            "recompute_granularity": given["recompute-granularity"],
+            "recompute_method": given["recompute-method"],
+            "recompute_num_layers": int(given["recompute-num-layers"]),
+        }
     return found
 
 
-def _wrapped(model: MegatronGpt, config: Any, plan: Plan) -> Any:
+def _wrapped(model: MegatronGpt, config: Any, given: Mapping[str, str]) -> Any:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    used = plan.get("ddp")
-    bucket = int(used.settings["bucket_mib"]) * 2**20 // 4 if used is not None else None
-    return DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(overlap_grad_reduce=used is not None, bucket_size=bucket),
-        model,
-    )
+    bucket = int(given["ddp-bucket-size"]) if "ddp-bucket-size" in given else None
+    overlaps = "overlap-grad-reduce" in given
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=overlaps, bucket_size=bucket)
+    return DistributedDataParallel(config, settings, model)
 
 
 @contextlib.contextmanager
@@ -134,7 +145,8 @@ def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
             tensor_model_parallel_size=tensor, create_gloo_process_groups=False
         )
     try:
-        yield
+        with _uncoalesced() if traced else contextlib.nullcontext():
+            yield
     finally:
         parallel_state.destroy_model_parallel()
         if alone:

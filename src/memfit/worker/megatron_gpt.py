@@ -57,6 +57,27 @@ def read(model: nn.Module) -> Shape:
     )  # fmt: skip
 
 
+def sizes(shape: Shape) -> dict[str, str]:
+    """The same as options of Megatron-LM's trainer."""
+    found = {
+        "num-layers": str(shape.layers),
+        "hidden-size": str(shape.width),
+        "ffn-hidden-size": str(shape.feed),
+        "num-attention-heads": str(shape.heads),
+        "seq-length": str(shape.length),
+        "max-position-embeddings": str(shape.length),
+        "vocab-size": str(shape.vocabulary),
+        "position-embedding-type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "norm-epsilon": str(shape.eps),
+    }
+    switches = {
+        "untie-embeddings-and-output-weights": not shape.tied,
+        "disable-bias-linear": not shape.biased,
+    }
+    return found | {name: "" for name, on in switches.items() if on}
+
+
 def _differences(model: Gpt) -> Iterator[str]:
     parts = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _LINEARS}
     norms = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _NORMS}
@@ -126,7 +147,7 @@ class Norm(nn.LayerNorm):
 
 
 class MegatronGpt(nn.Module):
-    """GPTModel, called as the job calls its Gpt. ``cut``: logits stay cut by vocabulary."""
+    """GPTModel, called as the job calls its Gpt, with blocks and head where that has them."""
 
     def __init__(self, shape: Shape, config: Any) -> None:
         super().__init__()
@@ -143,6 +164,14 @@ class MegatronGpt(nn.Module):
             config, block, vocab_size=shape.vocabulary, max_sequence_length=shape.length,
             parallel_output=False, share_embeddings_and_output_weights=shape.tied,
         )  # fmt: skip
+
+    @property
+    def blocks(self) -> Any:
+        return self.core.decoder.layers
+
+    @property
+    def head(self) -> Any:
+        return self.core.output_layer
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits ``(batch, length, vocabulary)``."""
@@ -175,7 +204,7 @@ def transformer_config(shape: Shape, **parallel: Any) -> Any:
     )
 
 
-def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int, degree: int) -> None:
+def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
     """This rank's slices; every tensor of ``source`` is let go of as soon as it is copied."""
     shape = read(source)
     own = dict(target.core.named_parameters())

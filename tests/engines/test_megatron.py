@@ -1,0 +1,251 @@
+"""Megatron-core: losses of one process, memory to the byte, and its trainer's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.cost.memory import memory_profile
+from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
+from memfit.engines.registry import ready, render
+from memfit.jobs.gpt import Gpt, GptSize
+from memfit.run.child import run
+from memfit.run.ranks import run_ranks
+from memfit.techniques.registry import make_use
+from memfit.trace.tracer import stepping, trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan
+from memfit.types.result import Measurement, OutcomeKind
+from memfit.worker.megatron_gpt import read, sizes
+from memfit.worker.train import step_maker
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
+)
+
+SIZE = GptSize(layers=2, width=96, heads=4, length=48, vocabulary=320, batch_size=4)
+STEPS = 20
+
+
+def _build(tied: bool) -> Gpt:
+    model = Gpt(SIZE)
+    if tied:
+        model.head.weight = model.embed.weight
+    return model
+
+
+def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    shape = (SIZE.batch_size, SIZE.length + 1)
+    tokens = torch.randint(0, SIZE.vocabulary, shape, generator=torch.Generator().manual_seed(step))
+    return {"tokens": tokens[:, :-1].contiguous(), "next": tokens[:, 1:].contiguous()}
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["tokens"]).flatten(0, 1), batch["next"].flatten())
+
+
+def _job(tied: bool) -> Job:
+    return Job(
+        name="gpt", build_model=lambda: _build(tied), make_batch=_batch, loss=_loss, batch_size=4,
+        loss_terms=lambda part: int(part["next"].numel()), blocks="blocks", head="head",
+    )  # fmt: skip
+
+
+gpt, tied = _job(tied=False), _job(tied=True)
+
+
+def _plan(ranks: int, **uses: dict[str, Any]) -> Plan:
+    return Plan(ranks=ranks, uses=tuple(make_use(n.replace("_", "-"), k) for n, k in uses.items()))
+
+
+def _spec(plan: Plan, attribute: str = "gpt", **more: Any) -> RunSpec:
+    return RunSpec(
+        name="x", role="run", job=JobRef(spec=f"{__file__}:{attribute}"), plan=plan, seed=0, steps=STEPS,
+        threads=1, evaluate=False, **more,
+    )  # fmt: skip
+
+
+@functools.cache
+def _trained(plan: Plan, attribute: str, engine: str = "megatron") -> tuple[Measurement, ...]:
+    config = render(_spec(plan, attribute, engine=engine))
+    ranks = run_ranks(config) if plan.ranks > 1 else (run(config, on_event=lambda event: None),)
+    assert [r.outcome for r in ranks] == [OutcomeKind.OK] * plan.ranks, ranks[0].reason
+    return ranks
+
+
+_TENSOR = {"vocabulary": "gathered"}
+PLANS = {
+    "tensor": (_plan(2, tensor_parallel=_TENSOR), "gpt"),
+    "sequence": (
+        _plan(2, tensor_parallel={**_TENSOR, "sequence": True}, activation_checkpointing={}), "tied"
+    ),
+    "data": (
+        _plan(2, ddp={"bucket_mib": 1, "sync": "last"}, gradient_accumulation={"micro_batches": 2}), "gpt"
+    ),
+    "alone": (_plan(1), "gpt"),
+}  # fmt: skip
+
+
+@installed
+@pytest.mark.parametrize("name", PLANS)
+def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted(name: str) -> None:
+    plan, attribute = PLANS[name]
+    reference = _trained(_plan(1), attribute, "native")[0]
+    ranks = _trained(plan, attribute)
+    losses = [statistics.fmean(parts) for parts in zip(*(r.losses for r in ranks), strict=True)]
+    assert losses == pytest.approx(reference.losses, rel=1e-6)
+    assert ranks[0].grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+    with stepping(step_maker("megatron", None)):
+        for rank, measured in enumerate(ranks):
+            traced = trace(globals()[attribute], plan, rank=rank)
+            found = memory_profile(traced, Calibration())
+            assert measured.peak_bytes == pytest.approx(found.peak_bytes, rel=2e-3)
+
+
+@installed
+def test_what_it_holds_for_gradients_is_in_the_prediction() -> None:
+    plan = _plan(1)
+    native = memory_profile(trace(gpt, plan), Calibration())
+    with stepping(step_maker("megatron", None)):
+        own = memory_profile(trace(gpt, plan), Calibration())
+    assert own.peak_bytes != native.peak_bytes  # its buffer of all gradients never goes
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (_plan(2, tensor_parallel={}), "vocabulary must be 'gathered'"),
+        (_plan(1, activation_checkpointing={"every": 2}), "every must be 1"),
+        (_plan(2, zero={"stage": 3}), "stage must be 1"),
+        (_plan(2, fsdp2={}), "replicas must be all"),
+        (_plan(2, ddp={}, gradient_accumulation={"micro_batches": 2}), "sync must be 'last'"),
+        (_plan(1, bf16_autocast={}), "bf16-autocast is not in megatron"),
+    ],
+)
+def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+    assert why in "; ".join(ENGINE.supports(plan))
+
+
+@pytest.mark.parametrize("plan", [_plan(2, pipeline={}), _plan(2, zero={"stage": 1})])
+def test_what_asks_for_cuda_is_rendered_and_not_run(plan: Plan) -> None:
+    assert ENGINE.supports(plan) == ()
+    with pytest.raises(UserError, match="asks for CUDA"):
+        ready("megatron", plan)
+
+
+def _eps(model: Gpt) -> None:
+    model.norm.eps = 1e-6
+
+
+def _frozen(model: Gpt) -> None:
+    model.embed.weight.requires_grad = False
+
+
+def _adapter(model: Gpt) -> None:
+    model.blocks[1].widen = nn.Sequential(nn.Linear(96, 384))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(_eps, "different eps"), (_frozen, "frozen"), (_adapter, r"blocks\.1\.widen, a Sequential")],
+)
+def test_a_model_that_it_cannot_express_is_refused_with_the_difference(
+    change: Callable[[Gpt], None], what: str
+) -> None:
+    model = Gpt(SIZE)
+    change(model)
+    with pytest.raises(UserError, match=what):
+        read(model)
+
+
+def test_another_model_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="the job's model is Linear"):
+        read(nn.Linear(2, 2))
+
+
+# --- the trainer's arguments
+
+
+def _arguments(plan: Plan, **more: Any) -> dict[str, str]:
+    given = sizes(read(Gpt(dataclasses.replace(SIZE, layers=8))))
+    spec = _spec(plan, engine="megatron", sizes=given, batch_size=64, **more)
+    text = render(spec).files[CONFIG]
+    assert parse(text) == arguments(spec)
+    return parse(text)
+
+
+RENDERED = {
+    "tensor and sequence": (
+        _plan(2, tensor_parallel={**_TENSOR, "sequence": True}, activation_checkpointing={}),
+        {
+            "tensor-model-parallel-size": "2", "sequence-parallel": "", "recompute-granularity": "full",
+            "recompute-method": "uniform", "micro-batch-size": "64", "num-layers": "8",
+        },
+    ),
+    "interleaved": (
+        _plan(4, pipeline={"stages": 2, "schedule": "interleaved", "virtual": 2, "micro_batches": 8}, ddp={}),
+        {
+            "pipeline-model-parallel-size": "2", "num-layers-per-virtual-pipeline-stage": "2",
+            "micro-batch-size": "4", "global-batch-size": "64", "overlap-grad-reduce": "",
+            "ddp-bucket-size": str(25 * 2**18),
+        },
+    ),
+    "distributed optimizer": (
+        _plan(4, zero={"stage": 1, "precision": "bf16"}, gradient_accumulation={"micro_batches": 4}),
+        {"use-distributed-optimizer": "", "bf16": "", "micro-batch-size": "4"},
+    ),
+    "context": (_plan(2, context_parallel={"degree": 2}), {"context-parallel-size": "2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_trainers_arguments_say_what_the_plan_says(name: str) -> None:
+    plan, wanted = RENDERED[name]
+    assert ENGINE.supports(plan) == ()
+    assert wanted.items() <= _arguments(plan).items()
+
+
+# The trainer's parser is in its repository alone (benchmarks/megatron_arguments.py loads it); these are
+# the configurations of the package that its options become.
+_DDP = {
+    "overlap-grad-reduce": "overlap_grad_reduce", "ddp-bucket-size": "bucket_size",
+    "use-distributed-optimizer": "use_distributed_optimizer",
+}  # fmt: skip
+_TRAINERS_OWN = {
+    "seq-length", "max-position-embeddings", "vocab-size", "position-embedding-type", "micro-batch-size",
+    "global-batch-size", "optimizer", "train-iters", "seed", "clip-grad", "make-vocab-size-divisible-by",
+    "untie-embeddings-and-output-weights",
+}  # fmt: skip
+_OTHERWISE = {
+    "norm-epsilon": "layernorm_epsilon", "no-bias-gelu-fusion": "bias_activation_fusion",
+    "disable-bias-linear": "add_bias_linear",
+    "num-layers-per-virtual-pipeline-stage": "virtual_pipeline_model_parallel_size",
+}  # fmt: skip
+
+
+@installed
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_arguments_are_fields_of_its_configurations(name: str) -> None:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = {f.name for f in dataclasses.fields(TransformerConfig)}
+    data_parallel = {f.name for f in dataclasses.fields(DistributedDataParallelConfig)}
+    for option in _arguments(RENDERED[name][0]):
+        if option in _DDP:
+            assert _DDP[option] in data_parallel
+        elif option not in _TRAINERS_OWN:
+            assert _OTHERWISE.get(option, option.replace("-", "_")) in fields, option
