@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from memfit.types.collector import uncollected
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 from memfit.types.plan import Plan
@@ -25,7 +26,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("memfit.api"), name)
+        with uncollected():
+            return getattr(importlib.import_module("memfit.api"), name)
     raise AttributeError(f"module 'memfit' has no attribute {name!r}")
 
 

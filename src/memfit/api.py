@@ -18,9 +18,11 @@ from typing import Any
 
 from memfit.given import job_of, machine_of, plan_of
 from memfit.measure.conform import conform
-from memfit.planning import fits_under, needed_bytes, space_of
+from memfit.planning import fits_under, needed_bytes
 from memfit.pricing import Pricer
+from memfit.techniques.base import Space
 from memfit.trace.lifecycle import Lifecycle, lifecycle
+from memfit.types.collector import uncollected
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
@@ -135,6 +137,7 @@ class Prediction:
         )
 
 
+@uncollected()
 def estimate(
     model: Any,
     batch: Any = None,
@@ -158,7 +161,9 @@ def estimate(
 
 
 def _predicted(job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None) -> Prediction:
-    pricer = Pricer(job=job, machine=machine, space=space_of(job, machine.device.kind))
+    kind = machine.device.kind
+    unsearched = Space(batch_size=job.batch_size, block_count=0, has_head=False, vocabulary=0, device=kind)
+    pricer = Pricer(job=job, machine=machine, space=unsearched)
     found = pricer.whole(plan)
     cap = cap_bytes or int(machine.device.memory_bytes.value)
     return Prediction(estimate=found, job=job, machine=machine, cap_bytes=cap, pricer=pricer)
@@ -194,6 +199,7 @@ def from_trainer(trainer: Any, machine: Any = None) -> Prediction:
     )
 
 
+@uncollected()
 def assert_fits(
     model: Any,
     memory: str | int,

@@ -25,8 +25,8 @@ from memfit.techniques.base import Space
 from memfit.techniques.registry import technique
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces
-from memfit.trace.parallel import uncollected
 from memfit.trace.tracer import stepping, trace, with_blocks
+from memfit.types.collector import uncollected
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use

@@ -9,6 +9,7 @@ from typing import Final
 
 from memfit.jobs import char_lm, huggingface, protein_lm, protein_ss
 from memfit.jobs.user import load_user_job
+from memfit.types.collector import uncollected
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 
@@ -51,7 +52,8 @@ def load(ref: JobRef) -> Job:
     for name, value in (("steps", ref.steps), ("batch", ref.batch)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}", allowed="a whole number of at least 1")
-    job = _make(ref)
+    with uncollected():
+        job = _make(ref)
     return job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
 
 

@@ -144,7 +144,7 @@ def _count_copied_storages() -> None:
             return inner(storage)
         return torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage().copy_(storage)
 
-    torch.UntypedStorage.clone = clone  # type: ignore[method-assign,assignment]
+    torch.UntypedStorage.clone = clone  # type: ignore[method-assign]
 
 
 def _load(path: Path) -> ctypes.CDLL:

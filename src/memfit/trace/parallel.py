@@ -1,33 +1,18 @@
-"""Traces made quicker: independent ones side by side, each in a copy of this process; none interrupted."""
+"""Traces made quicker: independent ones side by side, each in a copy of this process."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Without Python's cyclic garbage collector, whose walks over what imports and fake tensors leave are a
-    fifth of a trace's time. When it runs is chance: cycles of a model's own stay here, as they may there."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
 
@@ -39,8 +39,7 @@ class _Chapter:
     runs: _Runs
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where an allocation was born: enough to find its like in another block."""
 
     chapter: int
@@ -234,7 +233,7 @@ class _Unrolled:
     # -- writing ------------------------------------------------------------------------------------
 
     def _write(self) -> Trace:
-        allocations: list[Allocation] = []
+        born: list[dict[str, Any]] = []  # what is new of each allocation
         ops: list[OpCall] = []
         spans: list[PhaseSpan] = []
         made: dict[_Place, int] = {}  # new place -> new index
@@ -246,23 +245,26 @@ class _Unrolled:
                 occurrence = seen[block] = seen.get(block, -1) + 1
                 for offset, event in enumerate(events):
                     if event.kind == _ALLOCATE:
-                        made[_Place(c, block, occurrence, offset)] = len(allocations)
-                        allocations.append(self._moved(event.index, template, block, clock))
+                        made[_Place(c, block, occurrence, offset)] = len(born)
+                        module = self._renamed(self.shallow.allocations[event.index].module, template, block)
+                        born.append({"start": clock, "end": None, "module": module})
                         self.origin.append(event.index)
                     elif event.kind == _FREE:
                         target = made.get(self._like(self.born[event.index], template, block))
-                        if target is None or allocations[target].end is not None:
+                        if target is None or born[target]["end"] is not None:
                             raise Mismatch("a block frees what no other block has")
-                        allocations[target] = dataclasses.replace(allocations[target], end=clock)
+                        born[target]["end"] = clock
                     else:
                         op = self.shallow.ops[event.index]
                         module = self._renamed(op.module, template, block)
                         ops.append(dataclasses.replace(op, clock=clock, module=module))
                     clock += 1
             spans.append(dataclasses.replace(chapter.span, start=began, end=clock))
-        return dataclasses.replace(
-            self.shallow, allocations=tuple(allocations), ops=tuple(ops), spans=tuple(spans)
+        like = self.shallow.allocations
+        allocations = tuple(
+            dataclasses.replace(like[i], **new) for i, new in zip(self.origin, born, strict=True)
         )
+        return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
     def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
         """(block in the shallow trace, block in the deep one, events), copies of the middle in the direction
@@ -294,12 +296,7 @@ class _Unrolled:
             moved = place.block + (self.extra if place.block > self.middle else 0)
         else:
             moved = place.block + block - template
-        return dataclasses.replace(place, block=moved)
-
-    def _moved(self, index: int, template: int | None, block: int | None, clock: int) -> Allocation:
-        a = self.shallow.allocations[index]
-        module = self._renamed(a.module, template, block)
-        return dataclasses.replace(a, start=clock, end=None, module=module)
+        return place._replace(block=moved)
 
     def _renamed(self, module: str, template: int | None, block: int | None) -> str:
         own = self.given.period_of(module)
