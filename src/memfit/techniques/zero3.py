@@ -1,21 +1,23 @@
 """ZeRO stage 3: parameters are gathered just before a module needs them and let go when none soon will.
 
-The first forward and backward records which modules run in which order and lets parameters go at once;
-from then on parameters are gathered ahead and kept for reuse within the limits (DeepSpeed's
-partitioned_param_coordinator.py).
+The first forward and backward records which modules run in which order and lets parameters go at once; from
+then on parameters are gathered ahead and kept for reuse within the limits (DeepSpeed's
+partitioned_param_coordinator.py and partition_parameters.py). A parameter that is let go is empty; a view of
+it that autograd saved keeps the whole.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.distributed_c10d import ReduceScatterOptions
-from torch.utils import _pytree
 
-from memfit.techniques.zero import Reducing
+from memfit.techniques.zero3_autograd import LinearPatch, tapped, watch_reads
+from memfit.techniques.zero12 import Group, Reducing, all_gather, norm64
 
 if TYPE_CHECKING:
     from memfit.techniques.base import MakeOptimizer, Workbench
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ZeroThree(Reducing):
-    """Every parameter is cut evenly over the ranks; shards lie in one flat buffer, those to train first."""
+    """Every parameter is cut evenly over the ranks; shards of those to train lie in one flat buffer."""
 
     def __init__(
         self,
@@ -31,46 +33,51 @@ class ZeroThree(Reducing):
         params: list[torch.nn.Parameter],
         settings: Mapping[str, KnobValue],
         make: MakeOptimizer,
-        group: torch.distributed.ProcessGroup,
+        group: Group,
     ) -> None:
         super().__init__(bench, params, settings, group)
-        frozen = [p for p in bench.model.parameters() if not p.requires_grad]
-        with torch.no_grad(), bench.place("host" if settings["offload"] == "parameters" else ""):
-            self.shards = Shards([*params, *frozen], group, settings)
-        for module in bench.model.modules():
-            if list(module.parameters(recurse=False)):
-                self._watch(module)
-        own = self.shards.flat.narrow(0, 0, sum(self.shards.size[p] for p in params))
-        with bench.place(self.state_on):
-            # float() of fp32 shards is the shards themselves: no copy beside them
-            self.master = torch.nn.Parameter(own.detach().float())
-            torch.zeros_like(self.master)
-            self.grads = torch.zeros_like(own)
-        bench.on_kept(self.shards.flat, "parameter")
+        self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
+        with torch.no_grad():
+            self.shards = shards = Shards(bench, params, settings, group)
+            own = shards.flat
+            with bench.place(self.state_on):
+                self.master = torch.nn.Parameter(own.float().clone())
+                if self.state_on:
+                    self.master.grad = torch.zeros_like(self.master)
+                torch.zeros_like(self.master)
+            with bench.place(""):
+                self.buffer = torch.empty(self.limit, dtype=own.dtype)
+            with bench.place(self.state_on):
+                self.grads = torch.zeros_like(own)
+            for param in params:  # its gradient's shape is learnt
+                shards.gather([param])
+                shards.let_go([param])
+        bench.on_kept(own, "parameter")
         bench.on_kept(self.grads, "gradient")
+        bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
+        linear = LinearPatch()
+        for module in bench.model.modules():  # those without parameters too: there is time to gather ahead
+            self._watch(module)
+            bench.closers.append(watch_reads(module, shards.read))
+            bench.closers += linear.during(module)
         self.inner = make([self.master])
-        with bench.place(""):
-            self.buffer = torch.empty(self.limit, dtype=own.dtype)
-        self.fresh = True  # the step's first micro-batch overwrites gradients, the others add
 
     def _watch(self, module: torch.nn.Module) -> None:
         """Fetch before and let go after the module's forward, and its backward."""
-        fetch, release = self.shards.fetch, self.shards.release
+        fetch, release, running = self.shards.fetch, self.shards.release, self.shards.running
 
-        def before(mod: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        def before(mod: torch.nn.Module, args: Any) -> Any:
+            running.append(mod)
             fetch(mod)
-            return tapped((args, kwargs), lambda: release(mod))
+            return tapped(args, lambda: release(mod), once=True)
 
         def after(mod: torch.nn.Module, args: Any, out: Any) -> Any:
+            running.pop()
             release(mod)
             return tapped(out, lambda: fetch(mod))
 
-        self.bench.closers.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self.bench.closers.append(module.register_forward_pre_hook(before).remove)
         self.bench.closers.append(module.register_forward_hook(after).remove)
-
-    def _begin(self, last: bool) -> None:
-        super()._begin(last)
-        self.shards.begin()
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
         if self.pending and self.elements + param.numel() > self.limit:
@@ -82,9 +89,14 @@ class ZeroThree(Reducing):
 
     def _reduce(self) -> None:
         """Reduce and scatter a copy in which each rank's pieces lie together."""
-        pending = [p for p in self.shards.size if p in set(self.pending)]  # in the order of the model
-        grads = [p.grad.view(-1) for p in pending if p.grad is not None]
+        pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
+        own = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
+        for param, part in zip(pending, own.split(sizes), strict=True):
+            self._keep(param, part)
+        self.pending, self.elements = [], 0
+
+    def _scattered(self, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
         if len(grads) == 1 and grads[0].numel() == sizes[0] * self.ranks:
             whole = grads[0]
         else:
@@ -96,35 +108,52 @@ class ZeroThree(Reducing):
             ]
             whole = torch.cat(pieces)
         whole.div_(self.ranks)
-        own = whole.chunk(self.ranks)[self.rank]
-        self.group._reduce_scatter_base(own, whole, ReduceScatterOptions()).wait()
-        for param, part in zip(pending, own.split(sizes), strict=True):
-            kept = self.shards.of(param, self.grads)
-            _ = kept.copy_(part) if self.fresh else kept.add_(part)
-            param.grad = None
-        self.pending, self.elements = [], 0
+        own: torch.Tensor = whole.chunk(self.ranks)[self.rank]
+        if self.ranks > 1:
+            self.group._reduce_scatter_base(own, whole, ReduceScatterOptions()).wait()
+        return own
+
+    def _keep(self, param: torch.nn.Parameter, part: torch.Tensor) -> None:
+        kept, apart = self.shards.of(param, self.grads), bool(self.state_on) and self.bench.device != "cpu"
+        if self.micro_batch == 0:
+            kept.copy_(part)
+        elif apart:
+            kept.copy_(part.clone().add_(part))  # what is there comes to the device and goes back
+        else:
+            kept.add_(part)
+        if self.state_on and self.last:
+            with self.bench.place(""):
+                grad = kept.clone() if apart else kept
+                self.norms[param] = norm64(grad)
+                assert self.master.grad is not None
+                self.shards.of(param, self.master.grad).copy_(grad.float())
+        param.grad = None
 
     def _after_backward(self) -> None:
         with torch.no_grad():
             if self.pending:
                 self._reduce()
-        self.fresh = False
-        self.shards.end()
+            self.shards.end()
 
     def grad_norm(self) -> torch.Tensor:
-        return self._norm([self.shards.of(p, self.grads) for p in self.params])
+        with torch.no_grad():
+            self.shards.let_go(self.shards.whole)
+        if self.state_on:
+            return self._norm(self.norms.values())
+        return self._norm(norm64(self.shards.of(p, self.grads)) for p in self.params)
 
     def step(self) -> None:
-        self.shards.let_go(self.shards.whole)
+        self.micro_batch = -1
         with self.bench.place(self.state_on):
-            parts = [self.shards.of(p, self.grads) for p in self.params]
-            self.master.grad = torch._utils._flatten_dense_tensors(parts).float()
+            if not self.state_on:
+                parts = [self.shards.of(p, self.grads) for p in self.params]
+                self.master.grad = torch._utils._flatten_dense_tensors(parts).float()
             self.inner.step()
-        self.master.grad, self.fresh = None, True
+            if not self.state_on:
+                self.master.grad = None
         with torch.no_grad():
-            if self.shards.flat.dtype != self.master.dtype:
-                self.shards.flat.narrow(0, 0, self.master.numel()).copy_(self.master)
-            self.shards.gather(self.shards.persistent)
+            self.shards.flat.copy_(self.master)
+            self.shards.gather(list(self.shards.persistent))
 
     @property
     def state(self) -> dict[Any, Any]:
@@ -136,153 +165,223 @@ class Shards:
 
     def __init__(
         self,
-        params: list[torch.nn.Parameter],
-        group: torch.distributed.ProcessGroup,
+        bench: Workbench,
+        trained: list[torch.nn.Parameter],
         settings: Mapping[str, KnobValue],
+        group: Group,
     ) -> None:
-        self.group, self.ranks, rank = group, group.size(), group.rank()
-        self.size = {p: -(-p.numel() // self.ranks) for p in params}
-        ends = itertools.accumulate(self.size.values())
-        self.start = {p: end - self.size[p] for p, end in zip(params, ends, strict=True)}
-        self.flat = torch.empty(sum(self.size.values()), dtype=params[0].dtype)
-        for param in params:
-            torch.cat(piece(param.detach().view(-1), self.size[param], rank), out=self.of(param))
-            param.untyped_storage().resize_(0)
-        threshold = int(settings["persist_elements"])
-        self.persistent = [p for p in params if p.numel() <= threshold]
+        self.bench, self.group, self.ranks = bench, group, group.size()
+        every = list(bench.model.parameters())
+        self.number = {p: i for i, p in enumerate(every)}
+        self.shape = {p: p.shape for p in every}
+        self.size = {p: -(-p.numel() // self.ranks) for p in every}
+        threshold, self.offload = int(settings["persist_elements"]), settings["offload"] == "parameters"
+        self.persistent = dict.fromkeys(p for p in every if p.numel() <= threshold)
         self.most_live, self.ahead = int(settings["live_elements"]), int(settings["prefetch_elements"])
         self.whole: set[torch.nn.Parameter] = set()
-        self.flying: dict[torch.nn.Parameter, Flight] = {}
-        self.visits: list[torch.nn.Module] = []  # of this micro-batch
-        self.order: list[torch.nn.Module] = []  # of the one before: what will come
+        self.flying: dict[torch.nn.Parameter, Flight] = {}  # or landed and not used yet
+        self.active: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
+        self.running: list[torch.nn.Module] = []
+        self.others: dict[torch.nn.Module, list[torch.nn.Parameter]] = defaultdict(list)  # that it reads
+        self.visits: list[torch.nn.Module] | None = None  # of this micro-batch, until they are known
+        self.order: list[torch.nn.Module] = []  # as known
+        self.shard = {p: self._cut(p) for p in every}
+        self.place: dict[torch.nn.Parameter, int] = {}
+        self.flat = self._flattened(trained)
+        self.begin()
 
-    def of(self, param: torch.nn.Parameter, flat: torch.Tensor | None = None) -> torch.Tensor:
-        return (self.flat if flat is None else flat).narrow(0, self.start[param], self.size[param])
+    def _cut(self, param: torch.nn.Parameter) -> torch.Tensor:
+        on_host = self.offload and param not in self.persistent
+        with self.bench.place("host" if on_host else ""):
+            own = torch.empty(self.size[param], dtype=param.dtype)
+        start = min(self.group.rank() * self.size[param], param.numel())
+        given = param.detach().view(-1)[start : start + self.size[param]]
+        own[: given.numel()].copy_(given)
+        own[given.numel() :].zero_()
+        param.data = torch.empty(0, dtype=param.dtype)
+        return own
+
+    def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
+        """Pieces go one by one into a buffer on the host, which then moves to the device."""
+        with self.bench.place("host"):
+            flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
+        at = 0
+        for param in trained:
+            self.place[param] = at
+            at += self.size[param]
+            self.of(param, flat).copy_(self.shard[param])
+            del self.shard[param]
+        if not self.offload and self.bench.device != "cpu":
+            with self.bench.place(""):
+                flat = flat.clone()
+        self.shard.update((p, self.of(p, flat)) for p in trained)
+        return flat
+
+    def of(self, param: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
+        return flat.narrow(0, self.place[param], self.size[param])
 
     def begin(self) -> None:
-        self.order, self.visits = self.visits, []
+        """A forward pass of the whole model starts."""
+        for param in list(self.flying):
+            if param in self.flying:
+                self._land(param)
+            self._free(param)
+        if not self.order and self.visits:
+            self.order, self.visits = self.visits, None
+        elif not self.order:
+            self.visits = []
+        self.at, self.live = 0, 0
+        self.latest: dict[torch.nn.Parameter, int] = defaultdict(lambda: -1)
+        self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self._of(m))
 
     def end(self) -> None:
-        self.let_go(self.whole.difference(self.persistent))
+        """Backward is over: modules whose inputs need no gradient were not told."""
+        for param in [p for p, modules in self.active.items() if modules]:
+            self.active[param].clear()
+            if param not in self.persistent:
+                self._free(param)
+
+    def _of(self, module: torch.nn.Module) -> list[torch.nn.Parameter]:
+        own = {*module.parameters(recurse=False), *self.others[module]}
+        return sorted(own, key=self.number.__getitem__)
+
+    def read(self, param: torch.nn.Parameter) -> None:
+        """A module that runs reads a parameter, perhaps of another: from now on it is fetched for it too."""
+        if self.running and param in self.number and param not in self.whole and param not in self.flying:
+            self.others[self.running[-1]].append(param)
+            with torch.no_grad():
+                self.gather([param])
 
     def fetch(self, module: torch.nn.Module) -> None:
-        needed = list(module.parameters(recurse=False))
+        if self.order and (self.at >= len(self.order) or self.order[self.at] is not module):
+            self.order, self.queue, self.visits = [], deque(), None  # it goes another way than before
+        if self.visits is not None:
+            self.visits.append(module)
+        needed = self._of(module)
         with torch.no_grad():
             self._send([p for p in needed if p not in self.whole and p not in self.flying])
             for param in needed:
+                self.active[param].add(module)
                 if param in self.flying:
-                    self._land(self.flying[param])
-            self.visits.append(module)
-            if self._as_before():
-                self._prefetch()
+                    self._land(param)
+            if self.order:
+                self._prefetch(needed)
+        self.at += 1
 
-    def _as_before(self) -> bool:
-        at = len(self.visits) - 1
-        return at < len(self.order) and self.order[at] is self.visits[at]
-
-    def _prefetch(self) -> None:
+    def _prefetch(self, needed: list[torch.nn.Parameter]) -> None:
         """Send for what comes next, in the order in which it will be used."""
-        coming = [p for m in self.order[len(self.visits) :] for p in m.parameters(recurse=False)]
-        live = sum(p.numel() for p in (*self.whole, *self.flying))
-        room = min(self.most_live - live, self.ahead)
-        wanted: dict[torch.nn.Parameter, None] = {}
-        for param in coming:
-            if room <= 0:
-                break
+        new = {p for p in needed if self.latest[p] < self.at}
+        seen: set[torch.nn.Parameter] = set()
+        while self.queue and len(seen) < len(new):
+            param, self.latest[param] = self.queue.popleft()
+            seen.add(param)
+        room, wanted = min(self.most_live - self.live, self.ahead), dict[torch.nn.Parameter, None]()
+        while self.queue and room > 0:
+            param, at = self.queue.popleft()
+            self.latest[param] = max(self.latest[param], at)
             if param not in self.whole and param not in self.flying and param not in wanted:
                 wanted[param] = None
-                room -= param.numel()
-        self._send(list(wanted))
+                room -= math.prod(self.shape[param])
+        self._send(sorted(wanted, key=self.number.__getitem__))
 
     def release(self, module: torch.nn.Module) -> None:
-        own = set(module.parameters(recurse=False))
-        if self._as_before():
-            own -= self._soon().union(self.persistent)
-        self.let_go(own & self.whole)
+        own = self._of(module)
+        kept = self._kept(own) if self.order else set()
+        for param in own:
+            self.active[param].discard(module)
+            if param not in kept:
+                self._free(param)
 
-    def _soon(self) -> set[torch.nn.Parameter]:
-        """Parameters of the coming modules, up to the limit of what may be kept for reuse."""
-        soon: set[torch.nn.Parameter] = set()
+    def _kept(self, own: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
+        """Those that stay whole, or are used again within the limit of what may be kept for reuse."""
+        soon = set(self.persistent) | {p for p in own if self.latest[p] > self.at}
         elements = 0
-        for module in self.order[len(self.visits) :]:
+        for module in self.order[self.at :]:
             if elements >= self.most_live:
                 break
-            for param in module.parameters(recurse=False):
+            for param in self._of(module):
                 soon.add(param)
-                elements += param.numel()
+                elements += math.prod(self.shape[param])
         return soon
+
+    def _free(self, param: torch.nn.Parameter) -> None:
+        if param in self.whole and not self.active[param]:
+            self.let_go([param])
+            self.live -= math.prod(self.shape[param])
 
     def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
         for param in list(params):
-            param.untyped_storage().resize_(0)
+            param.data = torch.empty(0, dtype=param.dtype)
             self.whole.discard(param)
+            self.active[param].clear()
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
-        self._send(params)
-        if params:
-            self._land(self.flying[params[0]])
+        """Each into a tensor of its own, at once."""
+        if self.ranks == 1 and len(params) > 1:
+            self._be_whole(params)
+            return
+        wholes = [torch.empty(self.size[p] * self.ranks, dtype=p.dtype) for p in params]
+        works = [all_gather(w, self.shard[p], self.group) for w, p in zip(wholes, params, strict=True)]
+        for work in works:
+            if work is not None:
+                work.wait()
+        for param, whole in zip(params, wholes, strict=True):
+            self._arrived(param, whole)
 
     def _send(self, params: list[torch.nn.Parameter]) -> None:
-        """Start to gather parameters into one flat tensor."""
+        """Start to gather parameters, several of them in one flat tensor."""
         if not params:
             return
-        count = sum(self.size[p] for p in params)
-        flat = torch.empty(count * self.ranks, dtype=self.flat.dtype)
-        own = flat.chunk(self.ranks)[self.group.rank()]
-        torch.cat([self.of(p) for p in params], out=own)
-        work = self.group._allgather_base(flat, own)
-        flight = Flight(params, flat, work)
+        self.live += sum(math.prod(self.shape[p]) for p in params)
+        if self.ranks == 1:
+            self._be_whole(params)
+            return
+        flat = torch.empty(sum(self.size[p] for p in params) * self.ranks, dtype=params[0].dtype)
+        own = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else self.shard[params[0]]
+        if len(params) > 1:
+            torch.cat([self.shard[p] for p in params], out=own)
+        flight = Flight(params, flat, all_gather(flat, own, self.group))
         self.flying.update(dict.fromkeys(params, flight))
 
-    def _land(self, flight: Flight) -> None:
-        """Copy each parameter out of the pieces that came."""
+    def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
+        """One rank's pieces are the parameters themselves."""
+        for param in params:
+            apart = self.offload and self.bench.device != "cpu"
+            self._arrived(param, self.shard[param].clone() if apart else self.shard[param])
+
+    def _land(self, param: torch.nn.Parameter) -> None:
+        """The first that is needed lands all; what came is kept until the last of them is."""
+        flight = self.flying.pop(param)
+        if flight.landed:
+            return
+        flight.landed = True
         if flight.work is not None:
             flight.work.wait()
+        if len(flight.params) == 1:
+            self._arrived(param, flight.flat)
+            return
         at, rows = 0, flight.flat.view(self.ranks, -1)
-        for param in flight.params:
-            size = self.size[param]
-            param.untyped_storage().resize_(param.numel() * param.element_size())
-            pieces = [rows[r, at : at + min(size, param.numel() - r * size)] for r in range(self.ranks)]
-            with torch.autograd.grad_mode._unsafe_preserve_version_counter(param):
-                torch.cat([p for p in pieces if p.numel()], out=param.detach().view(-1))
+        for one in flight.params:
+            size, count = self.size[one], math.prod(self.shape[one])
+            pieces = [rows[r, at : at + min(size, count - r * size)] for r in range(self.ranks)]
+            self._arrived(one, torch.cat([p for p in pieces if p.numel()]))
             at += size
-            del self.flying[param]
-            self.whole.add(param)
+
+    def _arrived(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:
+        shape = self.shape[param]
+        param.data = flat[: math.prod(shape)].view(shape)
+        self.whole.add(param)
 
 
-class Flight(NamedTuple):
+class Flight:
     """A gather under way."""
 
-    params: list[torch.nn.Parameter]
-    flat: torch.Tensor
-    work: Any
+    def __init__(self, params: list[torch.nn.Parameter], flat: torch.Tensor, work: Any) -> None:
+        self.params, self.flat, self.work, self.landed = params, flat, work, False
 
 
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
     """A rank's piece of a flat tensor, and what fills it up to ``size``."""
     start = min(rank * size, flat.numel())
     own = flat[start : start + size]
-    return [own] if own.numel() == size else [own, flat.new_zeros(size - own.numel())]
-
-
-def tapped(values: Any, call: Callable[[], None]) -> Any:
-    """The same values; ``call`` runs when backward has gradients of those that need them."""
-    leaves, shape = _pytree.tree_flatten(values)
-    places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
-    if not places or not torch.is_grad_enabled():
-        return values
-    for i, tensor in zip(places, _Tap.apply(call, *(leaves[i] for i in places)), strict=True):  # type: ignore[no-untyped-call]
-        leaves[i] = tensor
-    return _pytree.tree_unflatten(leaves, shape)
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.call = call
-        return tuple(t.detach() for t in tensors)  # views of a function's own may not be changed in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        ctx.call()
-        return None, *grads
+    return [own] if own.numel() == size else [own, flat.new_empty(size - own.numel())]

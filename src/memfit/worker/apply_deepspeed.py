@@ -28,12 +28,13 @@ class Step(TrainingStep):
         alone = not torch.distributed.is_initialized()
         if alone:
             _join_alone()
+        linear = torch.nn.functional.linear  # stage 3 replaces it in the whole process
         engine: Any = deepspeed.initialize(
             model=model, optimizer=cast(Any, bench.make_optimizer(bench.trainable())), config=config
         )[0]
         self.wrapped, self.model, bench.call = engine, engine.module, engine
         bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
-        bench.closers.append(engine.destroy)
+        bench.closers += [engine.destroy, lambda: setattr(torch.nn.functional, "linear", linear)]
         if alone:
             bench.closers.append(torch.distributed.destroy_process_group)
         return cast(OptimizerLike, engine.optimizer)

@@ -1,0 +1,356 @@
+"""ZeRO stages 0, 1 and 2: whole parameters on every rank, and what all stages share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from memfit.techniques.base import MakeOptimizer, OptimizerLike, Workbench
+    from memfit.types.plan import KnobValue
+
+
+class Alone:
+    """The group of one rank: there is nobody to send to."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+Group = Any  # a torch ProcessGroup, or Alone
+
+
+def all_reduce(tensor: torch.Tensor, group: Group) -> None:
+    if group.size() > 1:
+        torch.distributed.all_reduce(tensor, group=group)
+
+
+def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
+    """A handle to wait for; None where it is done."""
+    if group.size() > 1:
+        return group._allgather_base(whole, own)
+    whole.copy_(own)
+    return None
+
+
+class Reducing:
+    """What all stages share: gradients go from their parameters into a bucket as backward makes them."""
+
+    inner: OptimizerLike
+
+    def __init__(
+        self,
+        bench: Workbench,
+        params: list[torch.nn.Parameter],
+        settings: Mapping[str, KnobValue],
+        group: Group,
+    ) -> None:
+        self.bench, self.params, self.group = bench, params, group
+        self.ranks, self.rank = group.size(), group.rank()
+        self.limit = int(settings["reduce_bucket_elements"])
+        self.state_on = "" if settings["offload"] == "none" else "host"
+        self.pending: list[torch.nn.Parameter] = []
+        self.elements = 0
+        self.last, self.queued, self.micro_batch = True, False, -1
+        handles = [p.register_post_accumulate_grad_hook(self._ready) for p in params]
+        bench.closers += [h.remove for h in handles]
+        bench.before_micro_batch.append(self._begin)
+        bench.grad_norm = self.grad_norm
+
+    def _begin(self, last: bool) -> None:
+        self.last, self.queued, self.micro_batch = last, False, self.micro_batch + 1
+
+    def _ready(self, param: torch.nn.Parameter) -> None:
+        if not self.queued:
+            self.queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        with torch.no_grad():
+            self._on_gradient(param)
+
+    def _into(self, buffer: torch.Tensor, at: int, param: torch.nn.Parameter) -> None:
+        """Move a gradient to a place in ``buffer``; its own storage is let go."""
+        assert param.grad is not None
+        place = buffer.narrow(0, at, param.numel()).view_as(param)
+        place.copy_(param.grad)
+        param.grad = place
+
+    def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Over all ranks, of norms of this rank's gradients."""
+        total = torch.stack(list(norms)).square().sum().float()
+        all_reduce(total, self.group)
+        return total.sqrt()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for param in self.params:
+            param.grad = None
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        raise NotImplementedError
+
+    def _after_backward(self) -> None:
+        raise NotImplementedError
+
+    def grad_norm(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+
+def norm64(grad: torch.Tensor) -> torch.Tensor:
+    """DeepSpeed takes norms in float64, one gradient at a time."""
+    norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
+    return norm
+
+
+class ZeroNone(Reducing):
+    """Stage 0: everything is whole; after backward gradients are averaged in copies of at most so many
+    elements (deepspeed/runtime/engine.py)."""
+
+    most_elements = 500_000_000
+
+    def __init__(
+        self,
+        bench: Workbench,
+        params: list[torch.nn.Parameter],
+        settings: Mapping[str, KnobValue],
+        make: MakeOptimizer,
+        group: Group,
+    ) -> None:
+        super().__init__(bench, params, settings, group)
+        bench.grad_norm = None
+        self.inner = make(params)
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        """It waits for the others."""
+
+    def _after_backward(self) -> None:
+        with torch.no_grad():
+            pending: list[torch.Tensor] = []
+            for param in self.params if self.last else ():
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+                pending.append(param.grad)
+                if sum(g.numel() for g in pending) > self.most_elements:
+                    self._average(pending)
+                    pending = []
+            if pending:
+                self._average(pending)
+
+    def _average(self, grads: list[torch.Tensor]) -> None:
+        flat = torch._utils._flatten_dense_tensors(grads)
+        all_reduce(flat, self.group)
+        flat.mul_(1.0 / self.ranks)
+        for grad, averaged in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(averaged)
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+class ZeroTwo(Reducing):
+    """Stages 1 and 2: whole parameters on every rank, as views of one flat buffer."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        params: list[torch.nn.Parameter],
+        settings: Mapping[str, KnobValue],
+        make: MakeOptimizer,
+        group: Group,
+    ) -> None:
+        super().__init__(bench, params, settings, group)
+        self.shards_gradients = int(settings["stage"]) == 2
+        self.in_backward = self.shards_gradients or bool(settings["overlap"])
+        self.buffers: list[torch.Tensor] = []
+        self.buffer_count = 2 if settings["overlap"] else 1
+        self.own: torch.Tensor | None = None  # gradients of the parameters of this rank's part
+        self.held: list[torch.Tensor] = []  # the same, from micro-batch to micro-batch
+        with torch.no_grad(), bench.place(""):
+            self.flat = self._flatten(2 * self.ranks)  # parts start at multiples of 4 bytes
+        self.size = self.flat.numel() // self.ranks
+        self.part = self.flat.narrow(0, self.rank * self.size, self.size)
+        ends = list(itertools.accumulate(p.numel() for p in params))
+        self.span = {p: (end - p.numel(), end) for p, end in zip(params, ends, strict=True)}
+        low, high = self.rank * self.size, (self.rank + 1) * self.size
+        self.mine = {
+            p: (max(a, low) - a, min(b, high) - a) for p, (a, b) in self.span.items() if a < high and b > low
+        }
+        with torch.no_grad(), bench.place(""):
+            own = self.part.clone()
+        with torch.no_grad(), bench.place(self.state_on):
+            apart = bool(self.state_on) and bench.device != "cpu"
+            self.master = torch.nn.Parameter(own.to(torch.float32, copy=apart))
+            del own
+            if self.state_on:
+                self._keep_on_host(max(p.numel() for p in params))
+            else:
+                torch.zeros_like(self.master)
+        self.inner = make([self.master])
+
+    def _keep_on_host(self, largest: int) -> None:
+        """Buffers that lie there for good, and one on the device through which gradients come back."""
+        self.low = torch.zeros(self.size, dtype=self.flat.dtype)
+        self.spare_host = torch.zeros(largest, dtype=self.flat.dtype)
+        with self.bench.place(""):
+            self.spare = torch.zeros(largest, dtype=self.flat.dtype)
+        self.master.grad = torch.zeros_like(self.master)
+        self.gathered: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
+
+    def _flatten(self, alignment: int) -> torch.Tensor:
+        count = sum(p.numel() for p in self.params)
+        padding = [self.params[0].new_zeros(-count % alignment)] if count % alignment else []
+        flat: torch.Tensor = torch._utils._flatten_dense_tensors([p.detach() for p in self.params] + padding)
+        at = 0
+        for param in self.params:
+            param.data = flat.narrow(0, at, param.numel()).view_as(param)
+            at += param.numel()
+        return flat
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        while len(self.buffers) < self.buffer_count:
+            self.buffers.append(torch.empty(self.limit, dtype=self.flat.dtype))
+        if self.in_backward and (self.last or self.shards_gradients):
+            self._add(param)
+
+    def _add(self, param: torch.nn.Parameter) -> None:
+        if self.elements + param.numel() > self.limit:
+            self._reduce()
+            self.buffers.reverse()  # with overlap the other one fills while this one is reduced
+        if param.numel() <= self.limit:
+            self._into(self.buffers[0], self.elements, param)
+        elif self.state_on and param.grad is not None:
+            param.grad = param.grad.clone()
+        self.pending.append(param)
+        self.elements += param.numel()
+
+    def _reduce(self) -> None:
+        if not self.pending:
+            return
+        grad = self.pending[0].grad
+        assert grad is not None
+        self._average(grad.view(-1) if self.elements > self.limit else self.buffers[0][: self.elements])
+        for param in self.pending:
+            self._keep(param)
+        self.pending, self.elements = [], 0
+
+    def _average(self, whole: torch.Tensor) -> None:
+        """All ranks' gradients are averaged in a copy, of which each rank keeps its own part."""
+        whole.div_(self.ranks)
+        slices = [(owner, whole.narrow(0, at, count)) for owner, at, count in self._slices()]
+        copy = torch._utils._flatten_dense_tensors([s for _, s in slices])
+        all_reduce(copy, self.group)
+        for (owner, kept), averaged in zip(slices, copy.split([s.numel() for _, s in slices]), strict=True):
+            if owner == self.rank:
+                kept.copy_(averaged)
+
+    def _slices(self) -> Iterator[tuple[int, int, int]]:
+        """(owner, start, elements) of the pending gradients, neighbours of one owner together."""
+        at, held = 0, (-1, 0, 0)
+        for param in self.pending:
+            start, end = self.span[param]
+            while start < end:
+                owner = start // self.size
+                count = min(end, (owner + 1) * self.size) - start
+                if owner == held[0]:
+                    held = (owner, held[1], held[2] + count)
+                else:
+                    if held[2]:
+                        yield held
+                    held = (owner, at, count)
+                at, start = at + count, start + count
+        yield held
+
+    def _keep(self, param: torch.nn.Parameter) -> None:
+        """The bucket is written again: what this rank needs of it moves on."""
+        if param not in self.mine:
+            param.grad = None if self.shards_gradients else param.grad
+        elif self.state_on:
+            self._to_host(param)
+        else:
+            if self.own is None:
+                self.own, self.own_at = (
+                    torch.empty(sum(p.numel() for p in self.mine), dtype=self.flat.dtype),
+                    0,
+                )
+            self._into(self.own, self.own_at, param)
+            self.own_at += param.numel()
+
+    def _to_host(self, param: torch.nn.Parameter) -> None:
+        """Sums of micro-batches wait on the host and are added to on the device."""
+        (a, b), grad = self.mine[param], param.grad
+        assert self.master.grad is not None and grad is not None
+        earlier = self.shards_gradients and self.micro_batch > 0
+        if earlier or not self.last:
+            if param not in self.gathered:
+                with self.bench.place("host"):
+                    self.gathered[param] = torch.zeros(param.numel(), dtype=param.dtype)
+            if earlier:
+                grad.view(-1).add_(self.spare[: param.numel()].copy_(self.gathered[param]))
+            self.gathered[param].copy_(grad.view(-1))
+        if self.last:
+            at, own = self.span[param][0] + a - self.rank * self.size, grad.view(-1)[a:b]
+            self.norms[param] = norm64(own)
+            self.master.grad.narrow(0, at, b - a).copy_(own.float())
+            param.grad = None
+
+    def _after_backward(self) -> None:
+        if not self.shards_gradients and not self.last:
+            return  # stage 1 reduces once a step
+        with torch.no_grad():
+            if not self.in_backward:
+                for param in self.params:
+                    if param.grad is not None:
+                        self._add(param)
+            self._reduce()
+            if not self.state_on:
+                fresh = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.mine]
+                for held, more in zip(self.held, fresh, strict=False):
+                    held.add_(more)
+                self.held = self.held or fresh
+            self.buffers, self.own = [], None
+            self.zero_grad()
+
+    def _parts(self) -> list[torch.Tensor]:
+        return [g.view(-1)[a:b] for g, (a, b) in zip(self.held, self.mine.values(), strict=True)]
+
+    def grad_norm(self) -> torch.Tensor:
+        return self._norm(self.norms.values() if self.state_on else map(norm64, self._parts()))
+
+    def step(self) -> None:
+        self.micro_batch = -1
+        if not self.state_on:
+            self.master.grad = self._own_gradient()
+            self.held = []
+        with self.bench.place(self.state_on):
+            self.inner.step()
+        with torch.no_grad():
+            if self.state_on:
+                self.part.copy_(self.low.copy_(self.master))
+            else:
+                self.master.grad = None
+                self.part.copy_(self.master)
+        if self.ranks > 1:
+            all_gather(self.flat, self.part, self.group).wait()
+
+    def _own_gradient(self) -> torch.Tensor:
+        parts = self._parts()
+        missing = self.size - sum(p.numel() for p in parts)
+        parts += [self.flat.new_zeros(missing)] * bool(missing)
+        whole: torch.Tensor = torch._utils._flatten_dense_tensors(parts)
+        return whole.float()
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}

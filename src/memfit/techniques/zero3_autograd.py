@@ -1,0 +1,109 @@
+"""What ZeRO stage 3 does to autograd: it is told when backward comes by, and linear layers save no view of a
+weight, which would keep the whole of it (deepspeed/runtime/zero/linear.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils import _pytree
+
+
+def watch_reads(module: torch.nn.Module, read: Callable[[Any], None]) -> Callable[[], None]:
+    """``read`` is told which of the module's parameters is asked for by name; the function ends it."""
+    plain = module._parameters
+    module._parameters = _Parameters(plain, read)
+
+    def end() -> None:
+        module._parameters = plain
+
+    return end
+
+
+class _Parameters(dict[str, Any]):
+    def __init__(self, parameters: Any, read: Callable[[Any], None]) -> None:
+        super().__init__(parameters)
+        self.read = read
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if found is not None:
+            self.read(found)
+        return found
+
+
+class LinearPatch:
+    """While a module runs, in a recomputation too, every linear layer is the one below."""
+
+    def __init__(self) -> None:
+        self.depth, self.plain = 0, functional.linear
+
+    def during(self, module: torch.nn.Module) -> list[Callable[[], None]]:
+        """Functions that end it."""
+        enter = module.register_forward_pre_hook(lambda *_: self._turn(1))
+        leave = module.register_forward_hook(lambda *_: self._turn(-1), always_call=True)
+        return [enter.remove, leave.remove]
+
+    def _turn(self, by: int) -> None:
+        self.depth += by
+        functional.linear = _linear if self.depth else self.plain  # type: ignore[assignment]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        if x.dim() == 2 and bias is not None:
+            return torch.addmm(bias, x, weight.t())
+        out = x.matmul(weight.t())
+        if bias is not None:
+            out += bias
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad.matmul(weight) if to_x else None,
+            flat.t().matmul(x.reshape(-1, x.shape[-1])) if to_weight else None,
+            flat.sum(0) if to_bias and bias is not None else None,
+        )
+
+
+def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
+    """The same values; ``call`` runs for each that has its gradient in backward, or ``once`` all have."""
+    leaves, shape = _pytree.tree_flatten(values)
+    places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
+    if not places or not torch.is_grad_enabled():
+        return values
+    waiting = len(places) if once else 1
+
+    def told() -> None:
+        nonlocal waiting
+        waiting -= once
+        if not once or waiting == 0:
+            call()
+
+    for i in places:
+        leaves[i] = _Tap.apply(told, leaves[i])  # type: ignore[no-untyped-call]
+    return _pytree.tree_unflatten(leaves, shape)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None], tensor: torch.Tensor) -> torch.Tensor:
+        ctx.call = call
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        ctx.call()
+        return None, grad
