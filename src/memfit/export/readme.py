@@ -22,6 +22,10 @@ _START = {
     "skypilot": "From this folder:\n\n"
     "```sh\nsky launch -c {name} task.yaml\n```\n\n"
     "`sky jobs launch task.yaml` starts again after a preemption, and after errors too.",
+    "trainer": "In your script:\n\n"
+    "```python\n(args,) = HfArgumentParser(TrainingArguments).parse_json_file('training_args.json')\n```\n\n"
+    "started on {ranks} processes. What is not in the file (learning rate, epochs, folders) is yours to set. "
+    "`memfit.integrations.transformers.MemfitCallback` looks whether it does what the plan says.",
 }
 
 
@@ -36,12 +40,12 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
     yield f"{plan.ranks} processes, {handover.per_node} on each of {handover.nodes} nodes.\n"
     yield "## Start\n"
     where = "NODE_RANK=0 HEAD_ADDR=first-node " if handover.nodes > 1 else ""
-    yield _START[target].format(where=where, name=handover.name) + "\n"
+    yield _START[target].format(where=where, name=handover.name, ranks=plan.ranks) + "\n"
     yield "## Files\n"
     for name in sorted(files):
         yield f"- `{name}`: {_what(name, handover)}"
     yield "\n## What to know\n"
-    for line in _notes(handover):
+    for line in _notes(target, handover):
         yield f"- {line}"
 
 
@@ -56,8 +60,11 @@ def _what(name: str, handover: Handover) -> str:
     return known.get(name) or ("yours" if name in handover.own_files else "what is submitted")
 
 
-def _notes(handover: Handover) -> Iterator[str]:
+def _notes(target: str, handover: Handover) -> Iterator[str]:
     spec = handover.config.spec
+    if target == "trainer":
+        yield f"The batch is {spec.batch_size} samples a step on all ranks."
+        return
     if handover.script:
         yield (
             "Every node needs Python with what your script imports; modules of your own go beside it. The "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from memfit.export import kubernetes, skypilot, slurm, torchrun
+from memfit.export import kubernetes, skypilot, slurm, torchrun, trainer
 from memfit.export.base import Files, Handover
 from memfit.export.readme import NAME, readme
 from memfit.types.errors import UserError
@@ -14,6 +14,7 @@ TARGETS: Mapping[str, Callable[[Handover], Files]] = {
     "slurm": slurm.files,
     "k8s": kubernetes.files,
     "skypilot": skypilot.files,
+    "trainer": trainer.files,
 }
 
 

@@ -1,0 +1,122 @@
+"""Kubernetes without an operator: an Indexed Job, a headless Service by which its pods find the first, and a
+ConfigMap with the files.
+
+Fields are those of batch/v1 and core/v1 (Kubernetes 1.34); pods of an Indexed Job are called NAME-INDEX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memfit.export import torchrun
+from memfit.export.base import Files, Handover
+from memfit.types.errors import UserError
+
+JOB = "job.yaml"
+_MOST_BYTES = 1_000_000  # a ConfigMap holds 1 MiB
+_FILES, _WORK = "/memfit/files", "/memfit/work"
+_PORT = 29400
+_GPU = "nvidia.com/gpu"
+
+Object = dict[str, Any]
+
+
+def files(handover: Handover) -> Files:
+    if not handover.image:
+        raise UserError(
+            "no --image", allowed="a container image with Python, torch and what is started",
+            hint="for example --image registry/name:tag",
+        )  # fmt: skip
+    carried = torchrun.files(handover)
+    if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
+        raise UserError(f"the files have {size} bytes", allowed=f"at most {_MOST_BYTES} in a ConfigMap")
+    return {**carried, JOB: text(objects(handover, carried))}
+
+
+def text(documents: list[Object]) -> str:
+    """YAML in which files stay readable, line by line."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def block(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, block)
+    return yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, width=1000)
+
+
+def objects(handover: Handover, carried: Files) -> list[Object]:
+    name = handover.name
+    labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/created-by": "memfit"}
+    meta = {"name": name, "labels": labels}
+    found: list[Object] = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": dict(carried)},
+        {
+            "apiVersion": "v1", "kind": "Service", "metadata": meta,
+            "spec": {
+                "clusterIP": "None",  # names of pods, no address of its own
+                "publishNotReadyAddresses": True,  # the first pod is found before it is ready
+                "selector": labels,
+                "ports": [{"name": "rendezvous", "port": _PORT}],
+            },
+        },
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": _job(handover, labels)},
+    ]  # fmt: skip
+    return found
+
+
+def _job(handover: Handover, labels: dict[str, str]) -> Object:
+    return {
+        "completionMode": "Indexed",
+        "completions": handover.nodes,
+        "parallelism": handover.nodes,
+        # a pod that fails is made again under its name and joins the others, which torchrun starts again
+        "backoffLimit": handover.max_restarts * handover.nodes,
+        "template": {"metadata": {"labels": labels}, "spec": _pod(handover)},
+    }
+
+
+def _pod(handover: Handover) -> Object:
+    name = handover.name
+    return {
+        "subdomain": name,
+        "restartPolicy": "OnFailure",
+        "containers": [_container(handover)],
+        "volumes": [
+            {"name": "files", "configMap": {"name": name}},
+            {"name": "work", "emptyDir": {}},
+            {
+                "name": "shm",
+                "emptyDir": {"medium": "Memory"},
+            },  # NCCL and data loaders; a container has 64 MiB
+        ],
+    }
+
+
+def _container(handover: Handover) -> Object:
+    name = handover.name
+    index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    limits = {_GPU: str(handover.per_node)} if handover.on_gpus else {"cpu": str(handover.cpus_per_node)}
+    return {
+        "name": "node",
+        "image": handover.image,
+        "workingDir": _WORK,
+        # a ConfigMap cannot be written to, and its files are links
+        "command": ["bash", "-c", f"cp -L {_FILES}/* . && exec bash {torchrun.SCRIPT}"],
+        "env": [
+            {"name": "NODE_RANK", "valueFrom": index},
+            {"name": "HEAD_ADDR", "value": f"{name}-0.{name}"},
+            {"name": "HEAD_PORT", "value": str(_PORT)},
+            {"name": "RUN_ID", "value": name},
+        ],
+        "resources": {"limits": limits, "requests": limits},
+        "volumeMounts": [
+            {"name": "files", "mountPath": _FILES, "readOnly": True},
+            {"name": "work", "mountPath": _WORK},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }

@@ -1,0 +1,123 @@
+"""Hugging Face's TrainingArguments as JSON, which `HfArgumentParser.parse_json_file` and a person read.
+
+Only what decides about memory is in it: learning rate, epochs and the rest stay the user's. Names are those of
+transformers/training_args.py (5.24).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from memfit.engines.registry import engine
+from memfit.export.base import Files, Handover
+from memfit.techniques.world import layout
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+ARGUMENTS = "training_args.json"
+
+_OPTIMIZERS = {
+    "adamw-fused": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit", "adamw-paged": "paged_adamw_8bit",
+    "adamw-4bit": "adamw_torch_4bit", "adafactor": "adafactor", "sgd": "sgd",
+}  # fmt: skip
+_SAID = {
+    "ddp",
+    "fsdp2",
+    "zero",
+    "bf16-autocast",
+    "gradient-accumulation",
+    "activation-checkpointing",
+    "compile",
+}
+
+
+def files(handover: Handover) -> Files:
+    why = tuple(_why_not(handover.plan))
+    if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
+        why += ("zero is DeepSpeed's: --engine deepspeed",)
+    if why:
+        raise UserError(f"TrainingArguments cannot say this plan: {'; '.join(why)}")
+    given = {n: t for n, t in handover.carried.items() if n in handover.own_files or n == "deepspeed.json"}
+    return {**given, ARGUMENTS: json.dumps(arguments(handover), indent=2) + "\n"}
+
+
+def _why_not(plan: Plan) -> Iterator[str]:
+    for used in plan.uses:
+        name, knobs = used.technique, used.settings
+        if name not in _SAID | _OPTIMIZERS.keys():
+            yield f"{name} is not in them"
+        elif name == "activation-checkpointing" and knobs["every"] != 1:
+            yield "activation-checkpointing: every block or none, every must be 1"
+        elif name == "compile" and knobs["scope"] != "model":
+            yield "compile: the whole model is one graph, scope must be 'model'"
+        elif name == "ddp" and knobs["bucket_view"]:
+            yield "ddp: gradients lie beside the Trainer's buckets, bucket_view must be false"
+    if plan.get("fsdp2") is not None:
+        yield from engine("accelerate").reasons(plan)
+
+
+def arguments(handover: Handover) -> dict[str, Any]:
+    plan, batch_size = handover.plan, handover.config.spec.batch_size
+    accumulation = plan.get("gradient-accumulation")
+    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    share = layout(plan).data * steps
+    if batch_size % share:
+        raise UserError(
+            f"a batch of {batch_size} in {share} parts", allowed=f"a multiple of {share} (--batch)"
+        )
+    optimizer = next(
+        (_OPTIMIZERS[u.technique] for u in plan.uses if u.technique in _OPTIMIZERS), "adamw_torch"
+    )
+    found: dict[str, Any] = {
+        "output_dir": "out",
+        "per_device_train_batch_size": batch_size // share,
+        "gradient_accumulation_steps": steps,
+        "bf16": _half(plan),
+        "fp16": False,
+        "optim": optimizer,
+        **_recomputation(plan),
+        **_data_parallel(handover, accumulated=steps > 1),
+    }
+    if optimizer == "sgd":
+        found["optim_args"] = "momentum=0.9"
+    if plan.get("compile") is not None:
+        found["torch_compile"] = True
+    return found
+
+
+def _half(plan: Plan) -> bool:
+    used = plan.get("fsdp2") or plan.get("zero")
+    return plan.get("bf16-autocast") is not None or (
+        used is not None and used.settings["precision"] == "bf16"
+    )
+
+
+def _recomputation(plan: Plan) -> dict[str, Any]:
+    if plan.get("activation-checkpointing") is None or plan.get("fsdp2") is not None:
+        return {"gradient_checkpointing": False}
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
+    plan = handover.plan
+    found: dict[str, Any] = {}
+    if "deepspeed.json" in handover.engine_files:
+        # the Trainer refuses a clipping that is not that of the file
+        return {"deepspeed": "deepspeed.json", "max_grad_norm": 0.0}
+    if (ddp := plan.get("ddp")) is not None:
+        found["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])
+    if (fsdp := plan.get("fsdp2")) is not None:
+        found["fsdp"] = True
+        found["fsdp_config"] = {
+            "version": 2,
+            "reshard_after_forward": bool(fsdp.settings["reshard"]),
+            "cpu_offload": bool(fsdp.settings["offload"]),
+            "activation_checkpointing": plan.get("activation-checkpointing") is not None,
+            "state_dict_type": "SHARDED_STATE_DICT",
+        }
+    sync = next((u.settings["sync"] for u in (ddp, fsdp) if u is not None), "last")
+    if accumulated and sync == "every":
+        found["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    return found
