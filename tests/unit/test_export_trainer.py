@@ -98,8 +98,6 @@ def test_deepspeeds_file_and_the_arguments_agree(tmp_path: Path, monkeypatch: py
     assert raw.pop("deepspeed") == "deepspeed.json"
     Path("training_args.json").write_text(json.dumps(raw))
     args = loaded_as_is(folder)
-    args._n_gpu = 1
-    args.__dict__["world_size_"] = 4
     config = HfTrainerDeepSpeedConfig("deepspeed.json")
     monkeypatch.setattr(type(args), "world_size", property(lambda self: 4))
     config.trainer_config_process(args)

@@ -1,7 +1,7 @@
 """Hugging Face's TrainingArguments as JSON, which `HfArgumentParser.parse_json_file` and a person read.
 
-Only what decides about memory is in it: learning rate, epochs and the rest stay the user's. Names are those of
-transformers/training_args.py (5.24).
+Only what decides about memory is in it: learning rate, epochs and the rest stay the user's. Names are
+those of transformers/training_args.py (5.24).
 """
 
 from __future__ import annotations
