@@ -384,4 +384,4 @@ def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
     """A rank's piece of a flat tensor, and what fills it up to ``size``."""
     start = min(rank * size, flat.numel())
     own = flat[start : start + size]
-    return [own] if own.numel() == size else [own, flat.new_empty(size - own.numel())]
+    return [own] if own.numel() == size else [own, flat.new_zeros(size - own.numel())]
