@@ -1,0 +1,83 @@
+"""A callback for Hugging Face's Trainer.
+
+::
+
+    trainer = Trainer(model=..., args=..., train_dataset=...)
+    trainer.add_callback(MemfitCallback(trainer))
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from memfit.api import Prediction, from_trainer
+from memfit.configs import carry
+from memfit.configs.read import Options, Setup
+from memfit.given import plan_of
+from memfit.integrations.record import Recorder
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+
+class MemfitCallback(TrainerCallback):  # type: ignore[misc]
+    """Predicts the trainer's step, looks after its first update whether the plan was applied, and records
+    predicted against measured peak.
+
+    ``plan``: a plan, mapping or file; by default what the TrainingArguments say. ``prediction``: one made
+    before, as `memfit.from_trainer` predicts one process. ``path``: the record; by default memfit.json in
+    the output folder (memfit.1.json, ... of other ranks). ``strict``: training ends where the plan was not
+    applied. ``blocks``: module path of the repeated blocks. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        plan: Any = None,
+        prediction: Prediction | None = None,
+        path: str | Path | None = None,
+        strict: bool = True,
+        blocks: str | None = None,
+    ) -> None:
+        args = trainer.args
+        why_not = ""
+        if prediction is None:
+            try:
+                if args.world_size > 1:
+                    raise UserError("of several ranks no Trainer is predicted: give prediction=")
+                prediction = from_trainer(trainer)
+            except UserError as error:
+                why_not = str(error)
+        self._path = Path(path) if path is not None else Path(args.output_dir) / "memfit.json"
+        self._recorder = Recorder(
+            plan=plan_of(plan) if plan is not None else plan_of_arguments(args), prediction=prediction,
+            why_not=why_not, model=trainer.model, strict=strict, blocks=blocks,
+        )  # fmt: skip
+        if prediction is not None and args.process_index == 0:
+            print(f"memfit: {prediction}")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._recorder.step_begins(given["model"], given["optimizer"], args.device)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._recorder.updated()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._recorder.step_ends()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        rank = args.process_index
+        self._recorder.write(self._path.with_suffix(f".{rank}.json") if rank else self._path)
+        if rank == 0:
+            print(self._recorder.line)
+
+
+def plan_of_arguments(args: Any) -> Plan:
+    """What TrainingArguments say, on as many ranks as there are. Raises UserError for what no plan says."""
+    options = Options(file="TrainingArguments", data=args.to_dict())
+    carried = carry.over(Setup(trainer=options, ranks=args.world_size))
+    return carried.plan
