@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 
 from memfit.configs.better import neighbours
-from memfit.planning import Progress, Request, fits_under, make_pricer, search
+from memfit.planning import Progress, Request, fits_under, make_pricer, needed_bytes, search
 from memfit.techniques.registry import check
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError
@@ -21,12 +21,13 @@ from memfit.types.result import Choice, Estimate
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
     """``fits`` is None where nothing says how much memory there is. ``better``: least memory first.
-    ``recommended`` is None on several ranks, and where nothing fits."""
+    ``recommended`` is None on several ranks, and where nothing fits: ``nothing`` says what would."""
 
     given: Estimate
     fits: bool | None
     better: tuple[Estimate, ...] = ()
     recommended: Choice | None = None
+    nothing: str | None = None
 
 
 def parameters(request: Request) -> int:
@@ -45,9 +46,12 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
         cap_bytes = int(request.machine.device.memory_bytes.value)
     fits = None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given)
     if plan.ranks == 1:
-        recommended = None
-        with contextlib.suppress(NothingFits):
+        if cap_bytes is None:  # a CPU: as much as the given plan asks for
+            request = dataclasses.replace(request, cap_bytes=needed_bytes(given, request.machine))
+        try:
             recommended = search(request, progress).result.recommended
+        except NothingFits as error:
+            return Beside(given=given, fits=fits, nothing=str(error))
         return Beside(given=given, fits=fits, recommended=recommended)
     better = []
     for other in neighbours(plan, parameters=parameters):

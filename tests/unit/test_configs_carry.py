@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from test_configs_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 
 from memfit.configs.better import neighbours
 from memfit.configs.carry import Carried, over
 from memfit.configs.lint import check
 from memfit.configs.read import Setup, read
-from memfit.engines import accelerate, deepspeed
+from memfit.engines import accelerate, deepspeed, megatron
+from memfit.engines.base import Engine
 from memfit.techniques.registry import conflict, make_use
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
-from memfit.types.plan import Plan
+from memfit.types.plan import Plan, Use
 
 BF16 = {"bf16": {"enabled": True}}
 
@@ -208,32 +207,47 @@ def test_what_clashes_is_left_out_with_the_reason(tmp_path: Path) -> None:
     assert conflict(found.plan) is None
 
 
-def spec(plan: Plan, engine: str) -> RunSpec:
-    return RunSpec(
-        name="x", role="baseline", job=JobRef(spec="protein-lm"), plan=plan, engine=engine, seed=0, steps=1,
-        batch_size=32,
+def written(engine: Engine, plan: Plan) -> File:
+    """The file that ``memfit run --engine`` gives to the library."""
+    spec = RunSpec(
+        name="x", role="baseline", job=JobRef(spec="protein-lm"), plan=plan, engine=engine.name, seed=0,
+        steps=1, batch_size=32, sizes={"num-layers": "8"},
     )  # fmt: skip
+    assert engine.files is not None
+    ((name, text),) = engine.files(spec).items()
+    return name, text
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_memfit_writes_for_deepspeed_comes_back(stage: int, tmp_path: Path) -> None:
-    sharded = make_use("zero", {"stage": stage, "precision": "bf16", "reduce_bucket_elements": 1000})
-    plan = Plan(ranks=4, uses=(make_use("gradient-accumulation", {"micro_batches": 2}), sharded))
-    text = json.dumps(deepspeed.config(spec(plan, "deepspeed")))
-    found = carried(tmp_path, ("ds.json", text), ranks=4)
-    assert found.plan == plan
-    assert (found.micro_batch, found.batch, found.left_out) == (4, 32, ())
-    assert check(read([tmp_path / "ds.json"], ranks=4)) == ()
+ACCUMULATED = make_use("gradient-accumulation", {"micro_batches": 2})
+BUCKET = {"reduce_bucket_elements": 1000}
+FULL = make_use("activation-checkpointing", {"every": 1})
+PIPELINE = {"stages": 2, "virtual": 2, "schedule": "interleaved", "micro_batches": 4}
 
 
 @pytest.mark.parametrize(
-    "used", [make_use("ddp", {}), make_use("fsdp2", {"reshard": False, "precision": "bf16"})]
+    ("engine", "uses"),
+    [
+        (deepspeed.ENGINE, (ACCUMULATED, make_use("zero", {"stage": 1, "precision": "bf16"} | BUCKET))),
+        (deepspeed.ENGINE, (make_use("zero", {"stage": 2, "offload": "optimizer", "overlap": True}),)),
+        (deepspeed.ENGINE, (make_use("zero", {"stage": 3, "offload": "parameters", "live_elements": 9}),)),
+        (deepspeed.ENGINE, (make_use("zero", {"stage": 0}),)),
+        (accelerate.ENGINE, (make_use("ddp", {}),)),
+        (accelerate.ENGINE, (make_use("ddp", {}), make_use("bf16-autocast", {}))),
+        (accelerate.ENGINE, (make_use("fsdp2", {"reshard": False, "precision": "bf16", "offload": True}),)),
+        (megatron.ENGINE, (FULL, ACCUMULATED, make_use("zero", {"stage": 1, "overlap": True} | BUCKET))),
+        (megatron.ENGINE, (make_use("pipeline", PIPELINE), make_use("ddp", {}))),
+        (megatron.ENGINE, (make_use("context-parallel", {"degree": 4}),)),
+    ],
 )
-def test_what_memfit_writes_for_accelerate_comes_back(used: Any, tmp_path: Path) -> None:
-    plan = Plan(ranks=2, uses=(used,))
-    found = carried(tmp_path, ("a.yaml", yaml.safe_dump(accelerate.config(spec(plan, "accelerate")))))
-    assert (found.plan, found.engine, found.left_out) == (plan, "accelerate", ())
-    assert check(read([tmp_path / "a.yaml"])) == ()
+def test_what_memfit_writes_for_an_engine_comes_back(
+    engine: Engine, uses: tuple[Use, ...], tmp_path: Path
+) -> None:
+    plan = Plan(ranks=4, uses=uses)
+    file = written(engine, plan)
+    found = carried(tmp_path, file, ranks=4)
+    assert (found.plan, found.engine) == (plan, engine.name)
+    assert left(found) <= {"gradients reduced in place"}
+    assert check(read([tmp_path / file[0]], ranks=4)) == ()
 
 
 def test_neighbours_are_plans_of_as_many_ranks_one_change_away() -> None:

@@ -12,19 +12,23 @@ from memfit.cli.options import GoalOptions, HereOptions, JobOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
 from memfit.cli.request import machine_of, request
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
-    from memfit.beside import Beside
-    from memfit.configs.carry import Carried
-    from memfit.configs.lint import Finding
-    from memfit.types.result import Estimate
+    import memfit.beside
+    import memfit.configs.carry
+    import memfit.configs.lint
+    import memfit.planning
+    import memfit.types.result
 
 
 def plan_given(
     files: Sequence[Path], job: JobOptions, goal: GoalOptions, here: HereOptions, on: str, *,
     lang: str, as_json: bool,
-) -> None:  # fmt: skip
-    """Raises UserError for files of no known kind, and for plans that the job cannot take."""
+) -> Plan:  # fmt: skip
+    """The plan that the files come to. Raises UserError for files of no known kind, and for plans that the
+    job cannot take."""
     from memfit.configs import carry, lint, read
 
     setup = read.read(files)
@@ -32,12 +36,9 @@ def plan_given(
     if setup.ranks is None and count > 1:
         setup = dataclasses.replace(setup, ranks=count)
     carried = carry.over(setup)
-    if job.batch is None:
-        job = dataclasses.replace(job, batch=carried.batch)
-    asked = request(job, goal, here, on)
+    asked, size, carried = _sized(carried, job, goal, here, on)
     from memfit import beside
 
-    size = beside.parameters(asked)
     found = lint.check(dataclasses.replace(setup, parameters=size), lang=lang)
     if not as_json:  # before the prediction, which may say that the plan is impossible
         _print_carried(carried, lang)
@@ -48,9 +49,34 @@ def plan_given(
         emit(_view(carried, found, result))
     else:
         _print(result, lang)
+    return carried.plan
 
 
-def _view(carried: Carried, found: Sequence[Finding], result: Beside) -> dict[str, Any]:
+def _sized(
+    carried: memfit.configs.carry.Carried, job: JobOptions, goal: GoalOptions, here: HereOptions, on: str
+) -> tuple[memfit.planning.Request, int, memfit.configs.carry.Carried]:
+    """With the job's parameters; of the files' batch, unless another is asked for or the job has its own."""
+    from memfit.configs.carry import LeftOut
+
+    plain = request(job, goal, here, on)
+    from memfit import beside
+
+    if job.batch is not None or carried.batch is None:
+        return plain, beside.parameters(plain), carried
+    asked = request(dataclasses.replace(job, batch=carried.batch), goal, here, on)
+    try:
+        return asked, beside.parameters(asked), carried
+    except UserError as error:
+        size = beside.parameters(plain)  # what is wrong without the batch too is told as it is
+        left = LeftOut(option=f"batch {carried.batch}", reason=str(error))
+        return plain, size, dataclasses.replace(carried, batch=None, left_out=(*carried.left_out, left))
+
+
+def _view(
+    carried: memfit.configs.carry.Carried,
+    found: Sequence[memfit.configs.lint.Finding],
+    result: memfit.beside.Beside,
+) -> dict[str, Any]:
     from memfit.cli.views import choice_view, estimate_view
 
     return {
@@ -63,10 +89,11 @@ def _view(carried: Carried, found: Sequence[Finding], result: Beside) -> dict[st
         "findings": findings_view(found),
         "better": [estimate_view(e) for e in result.better],
         "recommended": choice_view(result.recommended) if result.recommended is not None else None,
+        "nothing_fits": result.nothing,
     }
 
 
-def _print_carried(carried: Carried, lang: str) -> None:
+def _print_carried(carried: memfit.configs.carry.Carried, lang: str) -> None:
     from rich.text import Text
 
     from memfit.report.words import load_words
@@ -80,7 +107,7 @@ def _print_carried(carried: Carried, lang: str) -> None:
         out.print(Text(words.get("lint.left_out", option=left.option, reason=left.reason), style="dim"))
 
 
-def _print(result: Beside, lang: str) -> None:
+def _print(result: memfit.beside.Beside, lang: str) -> None:
     from rich.text import Text
 
     from memfit.report.terminal import print_estimate
@@ -92,12 +119,15 @@ def _print(result: Beside, lang: str) -> None:
         out.print(Text(words.get("lint.fits" if result.fits else "lint.too_much"), style="bold"))
     choice = result.recommended
     others = [choice.estimate] if choice is not None else list(result.better)
+    if result.nothing is not None:
+        out.print(Text(result.nothing, style="bold"))
+        return
     out.print(Text(words.get("lint.better" if others else "lint.nothing_better"), style="bold"))
     for other in others:
         out.print(Text(words.get("lint.instead", **_compared(result.given, other))))
 
 
-def _compared(given: Estimate, other: Estimate) -> dict[str, str]:
+def _compared(given: memfit.types.result.Estimate, other: memfit.types.result.Estimate) -> dict[str, str]:
     from memfit.types.units import format_bytes
 
     peak = other.allocated_bytes.value

@@ -13,7 +13,7 @@ from memfit.cli.options import JsonOptions, LanguageOptions
 from memfit.cli.output import console, emit, language
 
 if TYPE_CHECKING:
-    from memfit.configs.lint import Finding
+    import memfit.configs.lint
 
 _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
@@ -49,11 +49,11 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
         raise typer.Exit(1)
 
 
-def findings_view(found: Sequence[Finding]) -> list[dict[str, Any]]:
+def findings_view(found: Sequence[memfit.configs.lint.Finding]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in found]
 
 
-def print_findings(found: Sequence[Finding], *, lang: str) -> None:
+def print_findings(found: Sequence[memfit.configs.lint.Finding], *, lang: str) -> None:
     from rich.padding import Padding
     from rich.text import Text
 

@@ -26,7 +26,10 @@ from memfit.types.plan import Plan
 class SaveOptions:
     save: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Write the recommended plan here, to read and edit."),
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Write the recommended plan here, to read and edit; with --from, the plan read.",
+        ),
     ] = None
     force: Annotated[bool, typer.Option("--force", help="Overwrite that file.")] = False
 
@@ -54,13 +57,16 @@ def plan(
     were left out.
     """
     words = language(lang.lang)
+    if save.save is not None:
+        writable(save.save, overwrite=save.force)
     if yours.given:
         from memfit.cli.given import plan_given
 
-        plan_given(yours.given, job, goal, here, on.on, lang=words, as_json=output.json)
+        carried = plan_given(yours.given, job, goal, here, on.on, lang=words, as_json=output.json)
+        if save.save is not None:
+            read_from = ", ".join(str(p) for p in yours.given)
+            write_plan(save.save, carried, note=f"for {job.job}, read from {read_from}")
         return
-    if save.save is not None:
-        writable(save.save, overwrite=save.force)
     asked = request(job, goal, here, on.on)
     with Bars(words) as progress:
         from memfit import pipeline

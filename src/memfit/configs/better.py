@@ -28,7 +28,8 @@ def _changes(plan: Plan, parameters: int | None) -> Iterator[tuple[str, dict[str
             yield "zero", {"reduce_bucket_elements": parameters}
         if stage < 3:
             yield "zero", {"stage": stage + 1}
-        yield "zero", {"precision": "bf16"}
+        if stage:
+            yield "zero", {"precision": "bf16"}
     elif sharded is not None:
         yield "fsdp2", {"precision": "bf16"}
         yield "fsdp2", {"reshard": True}

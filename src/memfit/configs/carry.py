@@ -132,14 +132,10 @@ def _deepspeed(setup: Setup, draft: Draft) -> None:
     precision = _precision(setup, config, draft)
     stage = 1 if config.raw("zero_optimization") is True else config.count("zero_optimization.stage") or 0
     zero = {k: config.number(f"zero_optimization.{k}") for k in config.section("zero_optimization")}
-    if draft.ranks == 1:
-        _one_rank(stage, precision, draft)
-    elif stage:
+    if stage or (draft.ranks > 1 and precision == "fp32"):
         draft.take("zero", f"ZeRO stage {stage}", **_zero_knobs(config, stage, precision, zero, draft))
     else:
-        draft.take("ddp", "ZeRO stage 0")
-        if precision == "bf16":
-            draft.take("bf16-parameters", "bf16", rounding="master")
+        _without_stage(precision, draft)
     _deepspeed_optimizer(setup, config, draft)
     _checkpointing(setup, draft)
     for name in config.section("zero_optimization"):
@@ -154,11 +150,9 @@ def _deepspeed(setup: Setup, draft: Draft) -> None:
             draft.leave(name, reason)
 
 
-def _one_rank(stage: int, precision: str, draft: Draft) -> None:
-    if stage:
-        draft.leave(
-            f"ZeRO stage {stage}", "on one rank there is nothing to shard; its flat buffers are not predicted"
-        )
+def _without_stage(precision: str, draft: Draft) -> None:
+    if draft.ranks > 1:
+        draft.take("ddp", "ZeRO stage 0")
     if precision == "bf16":
         draft.take("bf16-parameters", "bf16", rounding="master")
 

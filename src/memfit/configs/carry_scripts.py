@@ -92,7 +92,7 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
         bucket = given.size("ddp_bucket_size") or max(40_000_000, 1_000_000 * data)
         draft.take(
             "zero", "--use-distributed-optimizer", stage=1, precision="bf16" if half else "fp32",
-            reduce_bucket_elements=bucket,
+            reduce_bucket_elements=bucket, overlap=given.on("overlap_grad_reduce"),
         )  # fmt: skip
         draft.leave(
             "gradients reduced in place", f"memfit's ZeRO copies them to a bucket of {bucket} elements first"

@@ -1,0 +1,131 @@
+"""`memfit lint FILE...` and `memfit plan JOB --from FILE`, as a person or a script meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import report_fixture as fixture
+
+import memfit.beside
+from memfit.cli import main
+from memfit.types.errors import NothingFits
+
+BAD = '{"train_micro_batch_size_per_gpu": 4, "fp16": {"enabled": true}, "bf16": {"enabled": true}}'
+OFFLOADED = '{"stage": 2, "offload_param": {"device": "cpu"}}'
+USELESS = f'{{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {OFFLOADED}}}'
+CLEAN = '{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2, "reduce_bucket_size": 400}}'
+JOB = """
+import sys
+sys.path.insert(0, {folder!r})
+from tiny import regression
+job = regression()
+"""
+TWO = ("--on", "2xH100-SXM")
+
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """A command line, in a folder with a job and files; exit code, standard output, standard error."""
+    for name, text in (("bad", BAD), ("useless", USELESS), ("clean", CLEAN)):
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "own.py").write_text(JOB.format(folder=str(Path(__file__).parent)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_an_error_is_exit_code_1_and_other_findings_are_none(ask: Ask) -> None:
+    code, out, err = ask("lint", "bad.json")
+    assert (code, err) == (1, "")
+    assert "error bad.json: fp16.enabled and bf16.enabled are both true" in out
+    assert "[deepspeed-two-precisions]" in out
+    assert "https://" in out
+    code, out, _ = ask("lint", "useless.json")
+    assert code == 0
+    assert "warning useless.json" in out
+    assert ask("lint", "clean.json") == (0, "Nothing known is wrong.\n", "")
+
+
+def test_findings_as_one_json_object_and_in_japanese(ask: Ask) -> None:
+    code, out, _ = ask("lint", "bad.json", "--json")
+    told = json.loads(out)
+    assert (code, told["files"]) == (1, ["bad.json"])
+    (finding,) = told["findings"]
+    assert set(finding) == {"rule", "severity", "file", "says", "do", "links"}
+    assert finding["severity"] == "error"
+    assert "両方が true" in ask("lint", "bad.json", "--lang", "ja")[1]
+
+
+def test_files_of_no_known_kind_are_one_line(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"name": 1}')
+    for words in (("lint", "other.json"), ("lint", "gone.json"), ("lint", "bad.json", "clean.json")):
+        code, out, err = ask(*words)
+        assert (code, out) == (2, "")
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_lint_loads_no_torch(ask: Ask) -> None:
+    code = (
+        "import sys; from memfit.cli import main; main(['lint', 'bad.json', '--json'])\n"
+        "print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules], file=sys.stderr)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+        == "[]\n"
+    )
+
+
+def test_a_set_up_of_two_ranks_is_predicted_beside_what_takes_less(ask: Ask) -> None:
+    code, out, _ = ask("plan", "own.py:job", "--from", "useless.json", *TWO, "--json", "--save", "plan.yaml")
+    told = json.loads(out)
+    assert code == 0
+    assert (told["engine"], told["fits"], told["micro_batch"], told["batch"]) == ("deepspeed", True, 4, None)
+    assert {f["rule"] for f in told["findings"]} == {"deepspeed-offload-parameters", "deepspeed-bucket"}
+    assert [left["option"] for left in told["left_out"]] == ["batch 8"]  # the job has its own
+    peaks = [e["allocated_bytes"]["value"] for e in told["better"]]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < told["given"]["allocated_bytes"]["value"] - 2**30  # without the bucket
+    assert told["recommended"] is told["nothing_fits"] is None
+    assert "stage: 2" in Path("plan.yaml").read_text()
+    assert ask("plan", "own.py:job", "--from", "useless.json", *TWO, "--save", "plan.yaml")[0] == 2
+
+
+def test_on_one_rank_the_recommendation_stands_beside_it(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def search(request: Any, progress: Any) -> Any:
+        asked.append(request)
+        return SimpleNamespace(result=fixture.full_poc().search)
+
+    monkeypatch.setattr(memfit.beside, "search", search)
+    code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--lang", "ja")
+    assert code == 0
+    assert "zero(" in out
+    recommended = fixture.full_poc().search.recommended
+    assert recommended is not None
+    assert recommended.estimate.plan.label in out
+    assert asked[0].cap_bytes > 0  # on a CPU: as much as the given plan asks for
+
+
+def test_where_nothing_fits_the_least_that_would_is_told(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(request: Any, progress: Any) -> Any:
+        raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="sgd")
+
+    monkeypatch.setattr(memfit.beside, "search", search)
+    code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
+    assert code == 0
+    assert "the least that would do is 2 B" in out
