@@ -1,0 +1,187 @@
+"""A callback for Lightning's Trainer, and the Trainer's arguments of a plan (Lightning 2.6).
+
+::
+
+    callback = MemfitCallback(plan)
+    Trainer(callbacks=[callback], **trainer_arguments(plan)).fit(module, loader)
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memfit.api import Prediction, estimate
+from memfit.given import plan_of
+from memfit.integrations.record import Recorder
+from memfit.techniques.world import layout
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan, use
+
+# Of the module itself: no argument of the Trainer says them, the callback looks whether it does them.
+_OF_THE_MODULE = {
+    "activation-checkpointing", "selective-checkpointing", "chunked-loss", "compile", "lora", "qlora",
+    "adamw-8bit", "adamw-4bit", "adamw-paged", "adamw-fused", "adamw-single", "adafactor", "sgd",
+}  # fmt: skip
+_OF_THE_TRAINER = {"ddp", "fsdp2", "bf16-autocast", "gradient-accumulation"}
+
+
+def trainer_arguments(plan: Any) -> dict[str, Any]:
+    """``strategy``, ``precision``, ``accumulate_grad_batches`` and ``devices`` for a plan.
+
+    FSDP2 is Lightning's ModelParallelStrategy: the module's ``configure_model`` calls ``fully_shard`` with
+    the plan's precision. Recomputation, adapters and optimizers are the module's own too. Raises UserError
+    for techniques that neither says.
+    """
+    plan = plan_of(plan)
+    unsaid = [u.technique for u in plan.uses if u.technique not in _OF_THE_MODULE | _OF_THE_TRAINER]
+    if unsaid:
+        zero = (
+            "DeepSpeedStrategy(config='deepspeed.json') reads the file of `memfit export --engine deepspeed`"
+        )
+        raise UserError(
+            f"Lightning's Trainer has no argument for {', '.join(unsaid)}",
+            hint=zero if "zero" in unsaid else "",
+        )
+    accumulation = plan.get("gradient-accumulation")
+    return {
+        "devices": plan.ranks,
+        "strategy": _strategy(plan),
+        "precision": "bf16-mixed" if plan.get("bf16-autocast") is not None else "32-true",
+        "accumulate_grad_batches": int(accumulation.settings["micro_batches"]) if accumulation else 1,
+    }
+
+
+def _strategy(plan: Plan) -> Any:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    if (ddp := plan.get("ddp")) is not None:
+        knobs = ddp.settings
+        return DDPStrategy(
+            bucket_cap_mb=int(knobs["bucket_mib"]), gradient_as_bucket_view=bool(knobs["bucket_view"])
+        )
+    if plan.get("fsdp2") is not None:
+        if layout(plan).replicate > 1:
+            raise UserError("ModelParallelStrategy has no replicas (HSDP)", allowed="fsdp2 with replicas: 1")
+        return ModelParallelStrategy(data_parallel_size=plan.ranks, tensor_parallel_size=1)
+    return "auto"
+
+
+class _Hooks:
+    """Predicts the module's step on its first batch, looks after the first update whether the plan was
+    applied, and records predicted against measured peak.
+
+    ``plan``: a plan, mapping or file; by default what the Trainer's arguments say. ``prediction``: one
+    made before, as one process is predicted here. ``path``: the record; by default memfit.json in the
+    Trainer's folder. ``strict``: training ends where the plan was not applied. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        plan: Any = None,
+        *,
+        prediction: Prediction | None = None,
+        path: str | Path | None = None,
+        strict: bool = True,
+        blocks: str | None = None,
+    ) -> None:
+        self._plan = plan_of(plan) if plan is not None else None
+        self._prediction, self._path = prediction, path
+        self._strict, self._blocks = strict, blocks
+        self._recorder: Recorder | None = None
+        self._updating, self._inside = False, False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        plan = self._plan or plan_of_trainer(trainer)
+        prediction, why_not = self._prediction, ""
+        if prediction is None:
+            try:
+                prediction = predicted(trainer, pl_module, plan)
+            except UserError as error:
+                why_not = str(error)
+        self._recorder = Recorder(
+            plan=plan, prediction=prediction, why_not=why_not, model=pl_module, strict=self._strict,
+            blocks=self._blocks,
+        )  # fmt: skip
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *given: Any) -> None:
+        if not self._inside and self._recorder is not None:
+            self._recorder.step_begins(pl_module, trainer.optimizers[0], pl_module.device)
+            self._inside = True
+
+    def on_before_optimizer_step(self, *given: Any) -> None:
+        self._updating = True
+
+    def on_train_batch_end(self, *given: Any) -> None:
+        if self._updating and self._recorder is not None:
+            self._recorder.step_ends()
+            self._recorder.updated()
+            self._updating = self._inside = False
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._recorder is None:
+            return
+        folder, rank = trainer.default_root_dir, trainer.global_rank
+        path = Path(self._path) if self._path is not None else Path(folder) / "memfit.json"
+        self._recorder.write(path.with_suffix(f".{rank}.json") if rank else path)
+        if rank == 0:
+            print(self._recorder.line)
+
+
+@functools.cache
+def _callback() -> type:
+    """Lightning is loaded when the class is first asked for."""
+    from lightning.pytorch.callbacks import Callback
+
+    class MemfitCallback(_Hooks, Callback):  # type: ignore[misc]
+        __doc__ = _Hooks.__doc__
+
+    return MemfitCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MemfitCallback":
+        return _callback()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def plan_of_trainer(trainer: Any) -> Plan:
+    """What a Lightning Trainer's arguments say. Raises UserError for strategies of several ranks but DDP."""
+    uses = []
+    if "bf16-mixed" in str(trainer.precision):
+        uses.append(use("bf16-autocast"))
+    if trainer.accumulate_grad_batches > 1:
+        uses.append(use("gradient-accumulation", micro_batches=trainer.accumulate_grad_batches))
+    if trainer.world_size > 1:
+        kind = type(trainer.strategy).__name__
+        if kind != "DDPStrategy":
+            raise UserError(f"no plan is told from {kind}", hint="give MemfitCallback(plan)")
+        uses.append(use("ddp"))
+    return plan_of(Plan(uses=tuple(uses), ranks=trainer.world_size))
+
+
+def predicted(trainer: Any, module: Any, plan: Plan) -> Prediction:
+    """The module's ``training_step`` on the first batches of its loader, with its optimizer. Raises UserError
+    for several ranks, and for what cannot be predicted."""
+    from torch.utils import _pytree
+
+    if plan.ranks > 1:
+        raise UserError("of several ranks no Lightning module is predicted: give prediction=")
+    with torch.random.fork_rng(devices=[]):
+        part = next(iter(trainer.train_dataloader))
+    accumulated = trainer.accumulate_grad_batches
+    batch = _pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t] * accumulated), part)
+    batch = tuple(batch) if isinstance(batch, list) else batch
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        found = model.training_step(batch, 0)
+        return found["loss"] if isinstance(found, dict) else found  # type: ignore[no-any-return]
+
+    attached, module._trainer = module._trainer, None  # what is copied is the module alone
+    try:
+        return estimate(module, batch, loss=loss, optimizer=trainer.optimizers[0], plan=plan)
+    finally:
+        module._trainer = attached

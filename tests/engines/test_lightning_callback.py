@@ -1,0 +1,83 @@
+"""A real Lightning run with the callback, and the Trainer's arguments of plans."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCABULARY, Words, words_batch
+from torch.nn import functional
+
+from memfit.integrations import lightning as ours
+from memfit.types.conformance import NotConforming
+from memfit.types.errors import UserError
+
+lightning = pytest.importorskip("lightning.pytorch", reason="it is an extra of development")
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning's own advice
+
+
+def fit(folder: Path, callback: Any, **arguments: Any) -> None:
+    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Words()
+
+        def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+            logits = self.net(batch["tokens"])
+            loss = functional.cross_entropy(logits.view(-1, VOCABULARY), batch["labels"].view(-1))
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), foreach=False)
+
+    rows = words_batch(0, 0)
+    data = [{k: v[i] for k, v in rows.items()} for _ in range(8) for i in range(8)]
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=3, default_root_dir=folder, callbacks=[callback], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **arguments,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=8))
+
+
+@pytest.mark.parametrize(
+    "plan", [{}, {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}}], ids=["plain", "both"]
+)
+def test_predicted_against_measured(tmp_path: Path, plan: dict[str, Any]) -> None:
+    fit(tmp_path, ours.MemfitCallback(plan), **ours.trainer_arguments(plan))
+    told = json.loads((tmp_path / "memfit.json").read_text())
+    assert told["steps"] == 3
+    assert told["conformance"].startswith("as planned")
+    assert told["not_predicted"] == ""
+    assert told["predicted_over_measured_ratio"] == pytest.approx(1, abs=0.01)
+
+
+def test_the_plan_is_told_from_the_trainer(tmp_path: Path) -> None:
+    fit(tmp_path, ours.MemfitCallback(), precision="bf16-mixed", accumulate_grad_batches=2)
+    told = json.loads((tmp_path / "memfit.json").read_text())
+    assert told["plan"]["techniques"] == {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}}
+
+
+def test_a_plan_that_was_not_applied_ends_the_training(tmp_path: Path) -> None:
+    with pytest.raises(NotConforming, match=r"bf16-autocast: planned torch\.bfloat16, found off"):
+        fit(tmp_path, ours.MemfitCallback({"bf16-autocast": {}}))
+
+
+def test_arguments_of_several_ranks() -> None:
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    ddp = {"ranks": 4, "techniques": {"ddp": {"bucket_mib": 7}}}
+    found = ours.trainer_arguments(ddp)
+    assert found["devices"] == 4
+    assert isinstance(found["strategy"], DDPStrategy)
+    assert found["strategy"]._ddp_kwargs == {"bucket_cap_mb": 7, "gradient_as_bucket_view": True}
+    sharded = ours.trainer_arguments({"ranks": 4, "techniques": {"fsdp2": {}}})
+    assert isinstance(sharded["strategy"], ModelParallelStrategy)
+    with pytest.raises(UserError, match=r"no argument for zero; DeepSpeedStrategy"):
+        ours.trainer_arguments({"ranks": 4, "techniques": {"zero": {}}})
