@@ -116,6 +116,18 @@ def gpt_wide() -> Job:
     return _language_model("gpt_wide", 384, 3)
 
 
+def gpt_house() -> Job:
+    """memfit's own GPT, which Megatron-core's model can be."""
+    from memfit.jobs.gpt import Gpt as House
+    from memfit.jobs.gpt import GptSize
+
+    size = GptSize(layers=4, width=128, heads=4, length=LENGTH, vocabulary=VOCABULARY, batch_size=BATCH)
+    return Job(
+        name="gpt_house", build_model=lambda: House(size), make_batch=_tokens, loss=_next_token,
+        batch_size=BATCH, blocks="blocks", head="head",
+    )  # fmt: skip
+
+
 def gpt_tied() -> Job:
     return _language_model("gpt_tied", 128, 4, tied=True)
 

@@ -33,12 +33,12 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
 def _files(spec: RunSpec) -> dict[str, str]:
     import yaml
 
-    return {CONFIG: yaml.safe_dump(config(spec), sort_keys=False)}
+    return {CONFIG: yaml.safe_dump(config(spec.plan), sort_keys=False)}
 
 
-def config(spec: RunSpec) -> dict[str, Any]:
-    """What `accelerate launch --config_file` reads."""
-    plan = spec.plan
+def config(plan: Plan) -> dict[str, Any]:
+    """What `accelerate launch --config_file` reads. Under FSDP2 `mixed_precision` is the dtype of gathered
+    parameters, elsewhere autocast."""
     mixed = "bf16" if plan.get("bf16-autocast") else "no"
     found: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -84,5 +84,6 @@ ENGINE = Engine(
         }
     ),
     reasons=_reasons,
+    own_trace=True,
     files=_files,
 )  # fmt: skip

@@ -298,8 +298,8 @@ class Watch:
         fsdp = self.plan.get("fsdp2")
         if fsdp is not None and fsdp.settings["precision"] == "bf16":
             told = ", ".join(sorted(map(str, self.computed)))
-            low = self.computed == {torch.bfloat16}
-            self._differs("fsdp2: precision", "layers in torch.bfloat16", told, wrong=not low)
+            wrong = self.computed != {torch.bfloat16}
+            self._differs("fsdp2: precision", "layers in torch.bfloat16", told, wrong=wrong)
 
     def _micro_batches(self) -> None:
         used = self.plan.get("gradient-accumulation")

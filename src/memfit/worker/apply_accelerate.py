@@ -6,40 +6,69 @@ distributed type and the plugin on its state after it was made shards in truth; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
+import yaml
 
-from memfit.engines.accelerate import CONFIG, ENGINE
+from memfit.engines.accelerate import CONFIG, ENGINE, config
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.blocks import find_blocks
+from memfit.techniques.registry import in_order
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
+
+_DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
 
 
 class Step(TrainingStep):
     carried = ENGINE.carries - {"gradient-accumulation"}
-    folder: Path
+    folder: Path | None = None
 
     def _prepare(self) -> OptimizerLike:
         plan, bench = self.plan, self.bench
-        self.accelerator = accelerator = _accelerator(self.folder, bench.device, plan)
-        model: Any = self.model
-        if plan.get("fsdp2") is not None:
-            model._no_split_modules = list(_block_classes(bench))
-        plain = bench.make_optimizer(bench.trainable())
-        self.wrapped, optimizer = accelerator.prepare(model, plain)
+        given = config(plan) if self.folder is None else yaml.safe_load((self.folder / CONFIG).read_text())
+        sharded = bool(given.get("fsdp_config"))
+        if self.folder is None and not sharded:
+            return self._as_native()
+        self.accelerator = accelerator = _accelerator(given, plan)
+        if sharded:
+            cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
+        optimizer = self._prepared_fake() if sharded and self.folder is None else self._prepared()
         bench.call = _Forwarding(self.wrapped, accelerator.unwrap_model(self.wrapped))
-        self.model = bench.call.inner
+        self.model = bench.model = bench.call.inner
         sync = next((str(u.settings["sync"]) for u in plan.uses if "sync" in u.settings), "every")
         if sync == "last":
             bench.before_micro_batch.append(self._sync_last)
         self.syncing: Any = None
         bench.closers.append(accelerator.free_memory)
+        return optimizer
+
+    def _prepared(self) -> OptimizerLike:
+        bench = self.bench
+        plain = bench.make_optimizer(bench.trainable())
+        self.wrapped, optimizer = self.accelerator.prepare(self.model, plain)
         return cast(OptimizerLike, optimizer)
+
+    def _as_native(self) -> OptimizerLike:
+        """In a trace: what Accelerate does with DDP, autocast and accumulation is what memfit does."""
+        for technique, used in in_order(self.plan):
+            if technique.name in self.carried:
+                technique.apply(self.bench, used.settings)
+        return super()._prepare()
+
+    def _prepared_fake(self) -> OptimizerLike:
+        """Accelerate finds an optimizer's parameters again by their addresses, which a trace has none of."""
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        mesh = self.bench.world.sub("shard")  # the one torch would make; fake tensors can make none
+        with mock.patch(_DEFAULT_MESH, return_value=mesh):
+            self.wrapped = fsdp2_prepare_model(self.accelerator, self.model)
+        return self.bench.make_optimizer(self.bench.trainable())
 
     def _sync_last(self, last: bool) -> None:
         accelerator = self.accelerator
@@ -50,7 +79,10 @@ class Step(TrainingStep):
             self.syncing.__enter__()
 
     def _backward(self, loss: torch.Tensor) -> None:
-        self.accelerator.backward(loss)
+        if self.folder is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
 
 
 class _Forwarding:
@@ -74,18 +106,16 @@ def _block_classes(bench: Any) -> Iterator[str]:
     yield from sorted({type(b).__name__ for b in blocks})
 
 
-def _accelerator(folder: Path, device: str, plan: Plan) -> Any:
-    """An Accelerator configured by the file, by the variables that `accelerate launch` would set from it.
-    Buckets of DDP are not in the file: a program hands them over."""
+def _accelerator(given: Mapping[str, Any], plan: Plan) -> Any:
+    """An Accelerator configured by the file, through the variables that `accelerate launch` would set from
+    it. Buckets of DDP are not in the file: a program hands them over."""
     from accelerate import Accelerator
-    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import patch_environment
 
-    config = load_config_from_file(str(folder / CONFIG))
     _reset()
-    with patch_environment(**_variables(config)):
-        accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=list(_handlers(plan)))
-        if device == "cpu" and config.fsdp_config:
+    with patch_environment(**_variables(given)):
+        accelerator = Accelerator(cpu=True, kwargs_handlers=list(_handlers(plan)))
+        if given.get("fsdp_config"):
             _shard_on_cpu(accelerator)
     return accelerator
 
@@ -100,12 +130,12 @@ def _handlers(plan: Plan) -> Iterator[Any]:
         )
 
 
-def _variables(config: Any) -> dict[str, str]:
+def _variables(given: Mapping[str, Any]) -> dict[str, str]:
     """As accelerate/utils/launch.py sets them."""
-    found = {"ACCELERATE_MIXED_PRECISION": str(config.mixed_precision)}
-    if config.fsdp_config:
+    found = {"ACCELERATE_MIXED_PRECISION": str(given["mixed_precision"])}
+    if sharding := given.get("fsdp_config"):
         found["ACCELERATE_USE_FSDP"] = "true"
-        named = {k.upper(): v for k, v in config.fsdp_config.items()}
+        named = {k.upper(): v for k, v in sharding.items()}
         found |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in named.items()}
     return found
 
@@ -121,7 +151,8 @@ def _reset() -> None:
 def _shard_on_cpu(accelerator: Any) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    state = accelerator.state
+    plugin, state = FullyShardedDataParallelPlugin(fsdp_version=2), accelerator.state
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin

@@ -1,0 +1,48 @@
+"""Rows of benchmarks/engines.py on two gloo ranks: losses over 20 steps, and the peak of every rank."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit.measure.allocator import available
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+WORST_RATIO, WORST_REST_RATIO = 0.02, 0.05
+
+
+def _load() -> Any:
+    spec = importlib.util.spec_from_file_location("engines_benchmark", BENCHMARKS / "engines.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ENGINES = _load()
+ROWS = [row for row in ENGINES.rows() if row.short]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    if available() is not None:
+        pytest.skip(f"no counting allocator: {available()}")
+    return ENGINES.Bench()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_losses_and_peaks(row: Any, bench: Any) -> None:
+    record = bench.record(row)
+    if (why := record.get("why_not", "")).endswith("not installed"):
+        pytest.skip(f"{row.engine}: {why}")
+    assert not why
+    assert ENGINES.agrees(record), (record["losses"], record["reference"])
+    whole, rest = ENGINES.errors(record)
+    assert abs(whole) <= WORST_RATIO
+    assert abs(rest) <= WORST_REST_RATIO
