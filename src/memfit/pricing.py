@@ -97,6 +97,7 @@ class Pricer:
         """Of the engine's own step, where it has one that can be traced here."""
         carried = engine(self.engine)
         if not carried.own_trace:
+            plan = carried.predicted(plan)
             return deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
         if why := carried.probe().problem or ", ".join(carried.asks_cuda(plan)):
             made = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import re
+import sys
 from collections.abc import Callable, Mapping
 
+from memfit.engines.environment import recorded
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
@@ -25,7 +27,9 @@ class Engine:
     ``reasons(plan)``: why it cannot carry a plan of such techniques after all; ``asks_cuda(plan)``: which
     parts of it run on NVIDIA GPUs alone. ``files(spec)``: its own configuration, name -> text, beside
     run.json; the worker reads these very files. ``tested``: versions from (included) to (excluded) with which
-    it was tried. ``own_trace``: its step runs on fake tensors, so predictions for it are traces of that step.
+    it was tried. ``own_trace``: its step runs on fake tensors, so predictions for it are traces of that step;
+    else ``predicted(plan)`` is the plan whose native step has its memory. ``requirements``: what pip installs
+    in an environment of its own, where it clashes with memfit's.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Engine:
     reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     own_trace: bool = False
+    predicted: Callable[[Plan], Plan] = lambda plan: plan
+    requirements: tuple[str, ...] = ()
     files: Callable[[RunSpec], Files] = no_files
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -51,9 +57,13 @@ class Engine:
         """What is installed here, without importing it."""
         if not self.distribution:
             return Probe(version=_version("torch") or "", problem="" if _version("torch") else "no torch")
-        version = _version(self.distribution)
+        home = recorded(self.name) if self.requirements else None
+        version = None
+        if home is not None or not self.requirements:
+            version = _version(self.distribution, home.packages if home is not None else None)
         if version is None:
-            return Probe(problem="not installed", fix=self.install)
+            gone = f"its environment {home.folder} is gone" if home is not None else "not installed"
+            return Probe(problem=gone, fix=self.install)
         low, high = self.tested
         if not _at(low) <= _at(version) < _at(high):
             return Probe(
@@ -72,11 +82,10 @@ class Probe:
     fix: str = ""
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _version(distribution: str, folder: str | None = None) -> str | None:
+    path = sys.path if folder is None else [folder]
+    found = next(iter(importlib.metadata.distributions(name=distribution, path=path)), None)
+    return found.version if found is not None else None
 
 
 def _at(version: str) -> tuple[int, ...]:

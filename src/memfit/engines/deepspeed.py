@@ -10,16 +10,34 @@ import json
 from typing import Any
 
 from memfit.engines.base import Engine
+from memfit.techniques.registry import make_use
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
 
 CONFIG = "deepspeed.json"
 
 
+def as_zero(plan: Plan) -> Plan:
+    """DDP is its stage 0, which averages gradients after backward, in pieces of its own size."""
+    if plan.get("ddp") is None:
+        return plan
+    return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
+
+
 def _reasons(plan: Plan) -> tuple[str, ...]:
-    if plan.get("zero") is None and plan.ranks > 1:
-        return ("DeepSpeed trains several ranks with zero alone (stage 0: only gradients are averaged)",)
-    return ()
+    found = []
+    if plan.ranks > 1 and plan.get("ddp") is None and plan.get("zero") is None:
+        found.append("several ranks: zero or ddp is what it does with them")
+    several = plan.get("gradient-accumulation") is not None
+    if several and (ddp := plan.get("ddp")) is not None and ddp.settings["sync"] != "last":
+        found.append("ddp: sync must be 'last', it reduces once a step")
+    if (zero := plan.get("zero")) is not None:
+        knobs = zero.settings
+        if int(knobs["stage"]) == 0 and (knobs["precision"] != "fp32" or knobs["offload"] != "none"):
+            found.append("zero: stage 0 has no offload and no bf16")
+        if int(knobs["stage"]) == 3 and plan.get("chunked-cross-entropy") is not None:
+            found.append("chunked-cross-entropy: stage 3 has let the head go when the loss wants it")
+    return tuple(found)
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
@@ -28,7 +46,7 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 def config(spec: RunSpec) -> dict[str, Any]:
     """What `deepspeed --deepspeed_config` reads. The optimizer is the program's own."""
-    used = spec.plan.get("zero")
+    used = as_zero(spec.plan).get("zero")
     accumulation = spec.plan.get("gradient-accumulation")
     micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
     bf16 = used is not None and used.settings["precision"] == "bf16"
@@ -81,14 +99,15 @@ ENGINE = Engine(
     distribution="deepspeed",
     tested=("0.19", "0.20"),
     install="pip install 'memfit[deepspeed]'",
-    carries=frozenset({"zero", "gradient-accumulation"}),
+    carries=frozenset({"ddp", "zero", "gradient-accumulation"}),
     beside=frozenset(
         {
-            "activation-checkpointing", "selective-checkpointing", "chunked-loss", "adamw-8bit", "adamw-4bit",
-            "adamw-fused", "adamw-single", "sgd", "lora",
+            "activation-checkpointing", "selective-checkpointing", "activation-offload",
+            "chunked-cross-entropy", "adamw-8bit", "adamw-fused", "adamw-single", "adafactor", "sgd", "lora",
         }
     ),
     reasons=_reasons,
+    predicted=as_zero,
     files=_files,
-    env={"DS_ACCELERATOR": "cpu"},
+    env={"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},  # the second is asked for on one rank too
 )  # fmt: skip

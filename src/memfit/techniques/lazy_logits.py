@@ -46,6 +46,11 @@ class LazyLogits:
                 "chunked-cross-entropy: fsdp2 has let the head go when the loss wants it",
                 hint='fsdp2 with reshard=False or "not-last"',
             )
+        if not self.head.weight.numel():
+            raise UserError(
+                "chunked-cross-entropy: zero of stage 3 has let the head go when the loss wants it",
+                hint="zero of stage 2, or persist_elements as large as the head's weight",
+            )
         return self.head.weight
 
     def size(self, dim: int | None = None) -> Any:

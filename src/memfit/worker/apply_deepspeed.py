@@ -25,18 +25,14 @@ class Step(TrainingStep):
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:
             bench.forward_contexts.append(lambda: Bf16Inputs(model))
-        alone = not torch.distributed.is_initialized()
-        if alone:
-            _join_alone()
         linear = torch.nn.functional.linear  # stage 3 replaces it in the whole process
+        _join_alone()
         engine: Any = deepspeed.initialize(
             model=model, optimizer=cast(Any, bench.make_optimizer(bench.trainable())), config=config
         )[0]
         self.wrapped, self.model, bench.call = engine, engine.module, engine
         bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
         bench.closers += [engine.destroy, lambda: setattr(torch.nn.functional, "linear", linear)]
-        if alone:
-            bench.closers.append(torch.distributed.destroy_process_group)
         return cast(OptimizerLike, engine.optimizer)
 
     def _backward(self, loss: torch.Tensor) -> None:
@@ -52,6 +48,7 @@ class Step(TrainingStep):
 
 
 def _join_alone() -> None:
-    """DeepSpeed wants a process group on one rank too."""
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    """DeepSpeed wants a process group on one rank too, and remembers it: it stays until the process ends."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

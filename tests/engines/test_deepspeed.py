@@ -1,0 +1,312 @@
+"""DeepSpeed: losses of one process, memory as predicted, and its JSON read by its own parser.
+
+The file is also the program that each rank runs, as importing DeepSpeed takes longer than the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.cost.memory import memory_profile
+from memfit.engines.deepspeed import CONFIG, ENGINE
+from memfit.engines.registry import render
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator, available
+from memfit.measure.gloo import gloo_first
+from memfit.run.ranks import free_port, rank_env
+from memfit.techniques.registry import make_use
+from memfit.techniques.world import make_world
+from memfit.trace.tracer import trace
+from memfit.types.job import Job, JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan
+from memfit.types.trace import Phase
+from memfit.worker.train import joined, step_maker
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+STEPS, LOSS_RATIO, PEAK_RATIO, LEFT_RATIO = 20, 1e-5, 0.02, 0.05
+
+
+class Net(nn.Module):
+    """Some parameters above what stays whole, some below; one layer reads another's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(37, 130)
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(130, 261), nn.SiLU(), nn.Linear(261, 130)) for _ in range(3)]
+        )
+        self.mix = nn.MultiheadAttention(130, 2, batch_first=True)
+        self.head = nn.Linear(130, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x + self.mix(x, x, x, need_weights=False)[0])
+
+
+def _batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return torch.randn(8, 5, 37, generator=generator), torch.randn(8, 5, 8, generator=generator)
+
+
+JOB = Job(
+    name="net", build_model=Net, make_batch=_batch, batch_size=8, blocks="blocks",
+    loss=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]),
+)  # fmt: skip
+SMALL = {"reduce_bucket_elements": 40_000}
+WINDOW = {**SMALL, "persist_elements": 500, "live_elements": 50_000, "prefetch_elements": 35_000}
+
+
+def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
+    return Plan(ranks=ranks, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
+
+
+PARTS = {"micro_batches": 2}
+PLANS = {
+    "stage 0": _plan(ddp={}),
+    "stage 1, overlap, parts": _plan(
+        zero={"stage": 1, "overlap": True, **SMALL}, gradient_accumulation=PARTS
+    ),
+    "stage 2": _plan(zero={"stage": 2, **SMALL}, activation_checkpointing={}),
+    "stage 2, offload, parts": _plan(
+        zero={"stage": 2, "offload": "optimizer", **SMALL}, gradient_accumulation=PARTS
+    ),
+    "stage 2, defaults": _plan(zero={}),
+    "stage 3, parts": _plan(zero={"stage": 3, **WINDOW}, gradient_accumulation=PARTS),
+    "stage 3, offload, bf16": _plan(
+        zero={"stage": 3, "precision": "bf16", "offload": "parameters", **WINDOW},
+        activation_checkpointing={},
+    ),
+}
+ALONE = {f"stage {stage}": _plan(1, zero={"stage": stage, **WINDOW}) for stage in (1, 2, 3)}
+
+
+def _spec(plan: Plan) -> RunSpec:
+    return RunSpec(
+        name="x", role="run", job=JobRef(spec=f"{__file__}:JOB"), plan=plan, engine="deepspeed", seed=0,
+        steps=STEPS, threads=1, evaluate=False, batch_size=8,
+    )  # fmt: skip
+
+
+# -- the program ----------------------------------------------------------------------------------------
+
+
+def _rank(folder: Path, ranks: int, target: Path) -> None:
+    torch.set_num_threads(1)
+    counter = CountingAllocator()
+    counter.install()
+    plans = PLANS if ranks > 1 else ALONE
+    with _joined(ranks) as rank, gloo_first(ranks > 1) as settle:
+        found: dict[str, Any] = {}
+        for name, plan in plans.items():
+            (folder / f"{name}-{rank}").mkdir()
+            for file, text in render(_spec(plan)).files.items():
+                (folder / f"{name}-{rank}" / file).write_text(text)
+            kind = step_maker("deepspeed", folder / f"{name}-{rank}")
+            if not found:
+                _train(kind, plan, rank, counter, settle, 1)  # threads and kernels' caches
+            found[name] = _train(kind, plan, rank, counter, settle, STEPS)
+    target.write_text(json.dumps(found))
+
+
+@contextlib.contextmanager
+def _joined(ranks: int) -> Iterator[int]:
+    if ranks == 1:
+        yield 0
+        return
+    with joined(_plan(ranks, ddp={})):
+        yield torch.distributed.get_rank()
+
+
+def _train(
+    kind: Any, plan: Plan, rank: int, counter: CountingAllocator, settle: Any, steps: int
+) -> dict[str, Any]:
+    gc.collect()  # the engine before
+    base, losses, peaks = counter.live_bytes(), [], {str(p): 0 for p in Phase}
+    phase = str(Phase.SETUP)
+
+    def turn(new: Phase | str) -> None:
+        nonlocal phase
+        peaks[phase] = max(peaks.get(phase, 0), counter.peak_bytes() - base)
+        phase = str(new)
+        counter.reset_peak()
+
+    torch.manual_seed(0)
+    counter.reset_peak()
+    step = kind(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
+    settle()
+    for index in range(steps):
+        part, terms = step.local(JOB.make_batch(index, 0))
+        turn("between")
+        losses.append(float(step.run(part, turn, terms_per_rank=terms)[0]))
+        turn("between")
+    step.close()
+    return {"losses": losses, "peaks": peaks}
+
+
+# -- what it is asked -----------------------------------------------------------------------------------
+
+Found = list[dict[str, Any]]
+
+
+def _ran(folder: Path, ranks: int) -> Found:
+    port = free_port()
+    env = {**os.environ, **ENGINE.env, "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(ranks), str(folder / f"{rank}.json")],
+            env={**env, **rank_env(rank, ranks, port)} if ranks > 1 else env,
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        assert [child.wait(200) for child in children] == [0] * ranks
+    finally:
+        for child in children:
+            child.kill()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    if (why := available()) is not None:
+        pytest.skip(f"no counting allocator: {why}")
+    return _ran(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    if (why := available()) is not None:
+        pytest.skip(f"no counting allocator: {why}")
+    return _ran(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[float]:
+    return _losses(Plan())
+
+
+def _losses(plan: Plan) -> list[float]:
+    torch.manual_seed(0)
+    step = TrainingStep(JOB, plan)
+    try:
+        return [float(step.run(JOB.make_batch(index, 0))[0]) for index in range(STEPS)]
+    finally:
+        step.close()
+
+
+@installed
+@pytest.mark.parametrize("name", PLANS)
+def test_losses_are_those_of_one_process(name: str, two: Found, reference: list[float]) -> None:
+    losses = [statistics.fmean(parts) for parts in zip(*(of[name]["losses"] for of in two), strict=True)]
+    assert losses == pytest.approx(reference, rel=LOSS_RATIO if "bf16" not in name else 2e-2)
+
+
+@installed
+@pytest.mark.parametrize("name", ALONE)
+def test_on_one_rank_losses_are_the_same_bits(name: str, alone: Found, reference: list[float]) -> None:
+    """The linear layer of stage 3 adds the bias apart: its bits are those of memfit's zero."""
+    if name == "stage 3":
+        assert alone[0][name]["losses"] == pytest.approx(reference, rel=1e-6)
+        reference = _losses(ALONE[name])
+    assert alone[0][name]["losses"] == reference
+
+
+@installed
+@pytest.mark.parametrize("name", [*PLANS, *(f"{name}, alone" for name in ALONE)])
+def test_memory_is_what_was_predicted(name: str, two: Found, alone: Found) -> None:
+    """The peak, and what of it is left beside buckets of fixed size."""
+    short = name.removesuffix(", alone")
+    plan, ranks = (PLANS[name], two) if name in PLANS else (ALONE[short], alone)
+    plan = ENGINE.predicted(plan)
+    fixed_bytes = _buckets_bytes(plan)
+    for rank, of_rank in enumerate(ranks):
+        profile = memory_profile(trace(JOB, plan, rank=rank), Calibration())
+        expected = profile.phase_peak_bytes
+        measured = {p: v for p, v in of_rank[short]["peaks"].items() if p != "between"}
+        assert max(measured.values()) == pytest.approx(profile.peak_bytes, rel=PEAK_RATIO)
+        for phase in (Phase.BACKWARD, Phase.OPTIMIZER):
+            assert measured[phase] == pytest.approx(expected[phase], rel=PEAK_RATIO)
+        left = max(measured.values()) - fixed_bytes
+        assert left == pytest.approx(profile.peak_bytes - fixed_bytes, rel=LEFT_RATIO)
+
+
+def _buckets_bytes(plan: Plan) -> int:
+    """Those that lie beside the peak at any time: of stage 3 always, of the others in backward."""
+    used = plan.get("zero")
+    assert used is not None
+    stage, width = int(used.settings["stage"]), 2 if used.settings["precision"] == "bf16" else 4
+    in_the_way = stage == 3 or int(used.settings["reduce_bucket_elements"]) > 10_000_000
+    return int(used.settings["reduce_bucket_elements"]) * width if in_the_way else 0
+
+
+_READ = """
+import json, sys
+from deepspeed.runtime.config import DeepSpeedConfig
+c = DeepSpeedConfig(json.load(open(sys.argv[1])))
+z = c.zero_config
+device = lambda o: str(o.device) if o is not None else "none"
+json.dump({
+    "stage": int(z.stage), "bucket": z.reduce_bucket_size, "overlap": z.overlap_comm,
+    "optimizer": device(z.offload_optimizer), "parameters": device(z.offload_param),
+    "prefetch": z.prefetch_bucket_size, "persist": z.param_persistence_threshold,
+    "live": z.max_live_parameters, "reuse": z.max_reuse_distance, "bf16": c.bfloat16_config.enabled,
+    "parts": c.gradient_accumulation_steps, "batch": c.train_micro_batch_size_per_gpu,
+    "clip": c.gradient_clipping, "untested": c.zero_allow_untested_optimizer,
+}, open(sys.argv[2], "w"))
+"""
+
+
+@installed
+def test_its_own_parser_reads_what_the_plan_says(tmp_path: Path) -> None:
+    knobs = {**WINDOW, "stage": 3, "precision": "bf16", "offload": "parameters", "overlap": True}
+    plan = _plan(2, zero=knobs, gradient_accumulation={"micro_batches": 2})
+    (tmp_path / CONFIG).write_text(render(_spec(plan)).files[CONFIG])
+    command = [sys.executable, "-c", _READ, str(tmp_path / CONFIG), str(tmp_path / "read.json")]
+    subprocess.run(
+        command, check=True, capture_output=True, env={**os.environ, **ENGINE.env, "WORLD_SIZE": "1"}
+    )
+    assert json.loads((tmp_path / "read.json").read_text()) == {
+        "stage": 3, "bucket": 40_000, "overlap": True, "optimizer": "cpu", "parameters": "cpu",
+        "prefetch": 35_000, "persist": 500, "live": 50_000, "reuse": 50_000, "bf16": True, "parts": 2,
+        "batch": 2, "clip": 0.0, "untested": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (_plan(2, fsdp2={}), "fsdp2 is not in deepspeed"),
+        (_plan(2, ddp={}, gradient_accumulation=PARTS), "sync must be 'last'"),
+        (_plan(2, zero={"stage": 0, "precision": "bf16"}), "stage 0 has no offload and no bf16"),
+        (_plan(2, zero={"stage": 3}, chunked_cross_entropy={}), "has let the head go"),
+        (_plan(2), "several ranks: zero or ddp"),
+    ],
+)
+def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+    assert why in "; ".join(ENGINE.supports(plan))
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
