@@ -13,6 +13,7 @@ import typer.main
 from memfit import __version__
 from memfit.cli import (
     doctor,
+    engine,
     engines,
     explain,
     export,
@@ -45,7 +46,7 @@ for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
     ("report", report.report), ("jobs", jobs.jobs), ("techniques", techniques.techniques),
-    ("engines", engines.engines), ("doctor", doctor.doctor),
+    ("engine", engine.engine), ("engines", engines.engines), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(grouped(_function))
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from memfit import wire
 from memfit.engines.base import Engine
+from memfit.engines.environment import recorded
 from memfit.techniques.registry import TECHNIQUES
 from memfit.types.launch import LaunchConfig, RunSpec
+
+_SOURCE = Path(__file__).parents[2]
 
 ENGINE = Engine(
     name="native", summary="torch alone: DDP, FSDP2, tensor, pipeline, context and expert parallelism",
@@ -18,11 +22,13 @@ ENGINE = Engine(
 
 
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
-    """The very process that is run, with the engine's configuration beside it; `export` writes the same."""
+    """The very process that is run, with the engine's configuration beside it; `export` writes the same.
+    An environment of the engine's own runs memfit from here."""
+    home = recorded(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
-        argv=(sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
-        env={**_threads(spec.threads), **engine.env},
+        argv=(home.python if home else sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
+        env={**_threads(spec.threads), **engine.env, **({"PYTHONPATH": str(_SOURCE)} if home else {})},
         files={"run.json": wire.dumps(spec, indent=2), **engine.files(spec)},
         spec=spec,
     )

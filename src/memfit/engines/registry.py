@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from memfit.engines import accelerate, deepspeed, megatron, native
+from memfit.engines import accelerate, colossalai, deepspeed, megatron, native
 from memfit.engines.base import Engine
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 
 ENGINES: Mapping[str, Engine] = {
-    e.name: e for e in (native.ENGINE, accelerate.ENGINE, deepspeed.ENGINE, megatron.ENGINE)
+    e.name: e
+    for e in (native.ENGINE, accelerate.ENGINE, deepspeed.ENGINE, megatron.ENGINE, colossalai.ENGINE)
 }
 
 

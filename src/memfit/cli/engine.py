@@ -1,0 +1,74 @@
+"""``memfit engine``: the engines and what is installed, and environments for those that need their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from memfit.cli.options import JsonOptions
+from memfit.cli.output import emit, one_of, print_table
+from memfit.cli.progress import Bars
+from memfit.types.errors import UserError
+from memfit.types.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from memfit.engines.base import Engine
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    action: Annotated[str, typer.Argument(metavar="list|install", help="What to do.")] = "list"
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The engine to install.")] = None
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A new folder for its environment. Default: in your data folder."),
+    ] = None
+
+
+def engine(own: EngineOptions, output: JsonOptions) -> None:
+    """List the engines, or make the environment of one whose dependencies clash with memfit's."""
+    action = one_of("action", own.action, ("list", "install"))
+    if action == "install":
+        _install(own, as_json=output.json)
+    else:
+        _list(as_json=output.json)
+
+
+def _list(*, as_json: bool) -> None:
+    from memfit.engines.registry import ENGINES
+
+    if as_json:
+        emit({"engines": [view(e) for e in ENGINES.values()]})
+    else:
+        print_table(("engine", "here", "what it is"), map(_row, ENGINES.values()))
+
+
+def _install(own: EngineOptions, *, as_json: bool) -> None:
+    from memfit.engines.registry import engine as named
+    from memfit.run.environment import install
+    from memfit.wire import to_plain
+
+    if own.name is None:
+        raise UserError("no engine was named", allowed="memfit engine install NAME")
+    with Bars("en") as progress:
+        made = install(named(own.name), own.into, lambda line: progress("install", 0, 0, line))
+    if as_json:
+        emit({"engine": own.name, "environment": to_plain(made)})
+    else:
+        size, took = format_bytes(made.installed_bytes), format_seconds(made.took_s)
+        print(f"{own.name} is in {made.folder}: {size}, made in {took}")
+
+
+def view(engine: Engine) -> dict[str, Any]:
+    from memfit.wire import to_plain
+
+    return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}
+
+
+def _row(engine: Engine) -> tuple[str, ...]:
+    probe = engine.probe()
+    here = f"{probe.version} {probe.problem}".strip()
+    return engine.name, f"{here}\n{probe.fix}" if probe.problem else here, engine.summary

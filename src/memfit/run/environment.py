@@ -1,0 +1,63 @@
+"""Making an engine's own environment: a virtual environment, filled by pip, and the record of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from memfit.engines.base import Engine
+from memfit.engines.environment import Environment, home, record
+from memfit.types.errors import RunError, UserError
+
+Told = Callable[[str], None]
+_LIMIT_S = 3600.0
+
+
+def install(engine: Engine, into: Path | None, told: Told) -> Environment:
+    """Every line that pip says is ``told``. Raises UserError where the engine needs no environment or the
+    folder is in use, RunError with pip's last word."""
+    if not engine.requirements:
+        raise UserError(
+            f"engine {engine.name} needs no environment of its own",
+            hint=engine.install or "it comes with torch",
+        )
+    folder = (into or home() / engine.name).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} is there and not empty", hint="remove it, or name another folder with --into"
+        )
+    begun = time.perf_counter()
+    _run([sys.executable, "-m", "venv", str(folder)], told)
+    python = next(p for p in (folder / "bin/python", folder / "Scripts/python.exe") if p.exists())
+    _run([str(python), "-m", "pip", "install", "--no-input", *engine.requirements], told)
+    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run((str(python), "-c", asked), capture_output=True, text=True, check=True).stdout
+    made = Environment(
+        folder=str(folder), python=str(python), packages=packages.strip(), installed_bytes=_bytes(folder),
+        took_s=time.perf_counter() - begun,
+    )  # fmt: skip
+    record(engine.name, made)
+    return made
+
+
+def _run(command: list[str], told: Told) -> None:
+    last = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+    ) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.strip():
+                last = line.strip()
+                told(last)
+    if child.returncode:
+        raise RunError(f"{' '.join(command[:4])} ended with {child.returncode}: {last}")
+
+
+def _bytes(folder: Path) -> int:
+    """Of files that are really there: links point elsewhere."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    return sum(p.stat().st_size for p in files)
