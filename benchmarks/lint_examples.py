@@ -17,6 +17,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,7 @@ def remote(folder: Path) -> str:
     return "/".join(parts[-2:]) if "github.com" in url else folder.name
 
 
-def page(checkouts: list[Checkout], arguments: dict[str, dict[str, str]]) -> str:
+def page(checkouts: list[Checkout], arguments: dict[str, dict[str, str]], note: str) -> str:
     rows = [(c, name, found) for c in checkouts for name, found in c.findings]
     argued = [(c, n, f, why) for c, n, f in rows if (why := argument(arguments, n, f))]
     false = [(c, n, f) for c, n, f in rows if not argument(arguments, n, f)]
@@ -105,7 +106,7 @@ def page(checkouts: list[Checkout], arguments: dict[str, dict[str, str]]) -> str
     for c in checkouts:
         counts = ", ".join(f"{k} {n}" for k, n in sorted(c.kinds.items()))
         lines.append(f"| {c.name} | {c.commit[:12]} | {counts} | {len(c.findings)} |")
-    lines += ["", "## False alarms", "", *table([(*r, "") for r in false])]
+    lines += ["", *textwrap.wrap(note, 110), "", "## False alarms", "", *table([(*r, "") for r in false])]
     lines += ["", "## Right alarms, with the argument", "", *table(argued)]
     return "\n".join(lines) + "\n"
 
@@ -144,8 +145,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "lint_examples.md")
     given = parser.parse_args()
     arguments = tomllib.loads((HERE / "lint_arguments.toml").read_text(encoding="utf-8"))
+    note = str(arguments.pop("note"))
     checkouts = [linted(folder) for folder in given.folders]
-    given.out.write_text(page(checkouts, arguments), encoding="utf-8")
+    given.out.write_text(page(checkouts, arguments, note), encoding="utf-8")
     print(*(line for line in given.out.read_text(encoding="utf-8").splitlines()[5:8] if line), sep="\n")
 
 

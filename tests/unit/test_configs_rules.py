@@ -120,6 +120,7 @@ DEEPSPEED = {
         (ds(activation_checkpointing={"cpu_checkpointing": False}), tr()),
     ),
     "deepspeed-unknown-key": case(ds(gradient_clippping=1.0), ds(gradient_clipping=1.0, my_own_tag=1)),
+    "deepspeed-zero-key": case(ds(**zero(2, aio={})), ds(**zero(2, prefetch_bucket_size=1))),
     "deepspeed-text-for-number": case(ds(gradient_clipping="1.0"), ds(gradient_clipping="auto")),
     "deepspeed-auto-unfilled": case(
         (ds(**zero(2, allgather_bucket_size="auto")), acc(deepspeed_config=FILE)),

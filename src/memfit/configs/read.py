@@ -54,12 +54,14 @@ _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "o
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Nested settings of one file, asked for by dotted path. ``unsure``: set in a branch of a script."""
+    """Nested settings of one file, asked for by dotted path. ``unsure``: set in a branch of a script.
+    ``defaults`` is False where another front end's defaults hold instead of the library's."""
 
     file: str
     data: Mapping[str, Any]
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unsure: frozenset[str] = frozenset()
+    defaults: bool = True
 
     def raw(self, path: str) -> Any:
         """As written; None where it is not."""
@@ -164,7 +166,8 @@ def _read_one(path: Path) -> tuple[str, Options]:
         kind = max(("megatron", "trainer"), key=lambda k: len(_MARKS[k] & data.flags.keys()))
         if not _MARKS[kind] & (data.flags.keys() | data.unsure):
             raise _unknown(path, "no option of a training library in it")
-        return kind, Options(file=str(path), data=data.flags, env=data.env, unsure=data.unsure)
+        own = not _MARKS["megatron"] & data.underscored
+        return kind, Options(file=str(path), data=data.flags, env=data.env, unsure=data.unsure, defaults=own)
     if isinstance(data.get("MODEL_ARGS"), Mapping):  # as Megatron-LM writes its own test cases
         env = {k: str(v) for k, v in (data.get("ENV_VARS") or {}).items()}
         return "megatron", Options(file=str(path), data=_snake(data["MODEL_ARGS"]), env=env)
@@ -177,7 +180,9 @@ def _read_one(path: Path) -> tuple[str, Options]:
     kind = max(scores, key=lambda k: scores[k])
     if not scores[kind]:
         raise _unknown(path, _keys_of(data))
-    return kind, Options(file=str(path), data=_sections(kind, plain))
+    underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser takes hyphens alone
+    own = not _MARKS["megatron"] & underscored
+    return kind, Options(file=str(path), data=_sections(kind, plain), defaults=own)
 
 
 def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:

@@ -124,6 +124,36 @@ def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
             yield {"key": key, "near": near[0]}
 
 
+# Fields and aliases of zero/config.py; what is there is checked, unlike what stands beside it.
+_ALIASED = (
+    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
+    "max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save",
+    "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential",
+)  # fmt: skip
+_ZERO = (
+    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+    "use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights",
+    "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size",
+    "cpu_offload_param", "cpu_offload_use_pin_memory", "cpu_offload", "ignore_unused_parameters",
+    "stage3_gather_fp16_weights_on_model_save", "legacy_stage1", "round_robin_gradients",
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients", "zeropp_loco_param", "mics_shard_size", "mics_hierarchical_params_gather",
+    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
+    "log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory",
+    "leaf_module", *_ALIASED, *(f"stage3_{name}" for name in _ALIASED),
+)  # fmt: skip
+
+
+def deepspeed_zero_key(d: Options, s: Setup) -> Found:
+    """Misspelt, or of the level above."""
+    for key in d.section("zero_optimization"):
+        if key in _ZERO:
+            continue
+        near = difflib.get_close_matches(str(key), _ZERO, n=1, cutoff=0.85)
+        if key in _TOP or near:
+            yield {"key": key, "near": key if key in _TOP else f"zero_optimization.{near[0]}"}
+
+
 def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
     for key in (*_BATCH, "gradient_clipping"):
         if isinstance(value := d.raw(key), str) and value.replace(".", "", 1).isdigit():
@@ -226,8 +256,8 @@ def deepspeed_zeropp(d: Options, s: Setup) -> Found:
 def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
     if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
         return
-    names = ("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
-    values = [d.raw(f"zero_optimization.{n}") for n in names]
+    names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")
+    values = [d.raw(f"zero_optimization.{n}_weights_on_model_save") for n in names]
     if not any(v is True or str(v).lower() in ("true", "auto") for v in values):
         yield {}
 
@@ -236,8 +266,8 @@ _OWN = (
     deepspeed_batch_product, deepspeed_two_precisions, deepspeed_fp16_off, deepspeed_bf16_loss_scale,
     deepspeed_offload_parameters, deepspeed_offload_optimizer, deepspeed_stage3_keys, deepspeed_nvme_path,
     deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_unknown_key,
-    deepspeed_text_for_number, deepspeed_auto_unfilled, deepspeed_untested_optimizer, deepspeed_one_bit,
-    deepspeed_offload_lamb, deepspeed_scheduler_steps, deepspeed_pipeline, deepspeed_bucket,
-    deepspeed_elastic_batch, deepspeed_zeropp,
+    deepspeed_zero_key, deepspeed_text_for_number, deepspeed_auto_unfilled, deepspeed_untested_optimizer,
+    deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps, deepspeed_pipeline,
+    deepspeed_bucket, deepspeed_elastic_batch, deepspeed_zeropp,
 )  # fmt: skip
 CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}

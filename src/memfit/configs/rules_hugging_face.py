@@ -156,7 +156,7 @@ def trainer_find_batch(d: Options, t: Options, s: Setup) -> Found:
 
 
 def trainer_fsdp_deepspeed(t: Options, s: Setup) -> Found:
-    if t.raw("fsdp") and not t.off("fsdp") and (t.raw("deepspeed") or s.deepspeed is not None):
+    if t.get("fsdp") and not t.off("fsdp") and (t.raw("deepspeed") or s.deepspeed is not None):
         yield {"fsdp": t.raw("fsdp")}
 
 

@@ -27,8 +27,8 @@ def _data(s: Setup) -> int | None:
 
 
 def _without(m: Options, name: str) -> bool:
-    """Certainly not given, or switched off."""
-    return name not in m.unsure and (m.raw(name) is None or m.off(name))
+    """Certainly not given where the default is off, or switched off."""
+    return name not in m.unsure and (m.off(name) or (m.raw(name) is None and m.defaults))
 
 
 _UNEVEN = (
@@ -51,7 +51,8 @@ def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
 
 
 def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
-    if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1:
+    """One process is for debugging, and says nothing about the run that is meant."""
+    if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
         return
     if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
         yield {"ranks": s.ranks}
@@ -60,7 +61,7 @@ def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
 def megatron_layers(m: Options, s: Setup) -> Found:
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
-    if layers and stages and layers % stages and _even(m):
+    if layers and stages and layers % stages and _even(m) and _without(m, "deepspeed"):  # cuts as it likes
         yield {"layers": layers, "stages": stages}
 
 

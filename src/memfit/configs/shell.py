@@ -25,11 +25,12 @@ _WORK: Mapping[str, Callable[[int, int], int]] = {
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
     """``flags``: by Python name; True for a switch, else the first value. ``unsure``: given in a branch, or
-    given twice with different values. ``env``: what the script exports."""
+    given twice with different values. ``env``: what the script exports. ``underscored``: written with _."""
 
     flags: Mapping[str, Any]
     env: Mapping[str, str]
     unsure: frozenset[str]
+    underscored: frozenset[str] = frozenset()
 
 
 def read_script(text: str) -> Script:
@@ -43,7 +44,8 @@ def read_script(text: str) -> Script:
                 unsure.add(name)
             flags[name] = value
     exported = {n: v for n, v in known.items() if re.search(rf"(?m)^\s*export\s+{n}=", "\n".join(lines))}
-    return Script(flags=flags, env=exported, unsure=frozenset(unsure))
+    underscored = frozenset(re.findall(r"--(\w*_\w*)", "\n".join(lines)))
+    return Script(flags=flags, env=exported, unsure=frozenset(unsure), underscored=underscored)
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
