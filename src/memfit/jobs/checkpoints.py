@@ -31,7 +31,7 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
 
     ``folder`` may be one checkpoint. Raises UserError where there is none.
     """
-    if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name):
+    if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         if why := incomplete(folder):
             raise UserError(f"{folder} is no complete checkpoint: {why}", hint=f"try {folder.parent}")
         return folder, about(folder), ()
@@ -84,7 +84,11 @@ def incomplete(path: Path) -> str:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():
         return f"no {ABOUT}"
-    for name, size_bytes in about(path).files_bytes.items():
+    try:
+        files_bytes = about(path).files_bytes
+    except UserError as broken:
+        return broken.given
+    for name, size_bytes in files_bytes.items():
         file = path / name
         found_bytes = file.stat().st_size if file.is_file() else None
         if found_bytes != size_bytes:

@@ -119,6 +119,8 @@ class Workbench:
     counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
     # Names of parameters that every data-parallel rank has others of: nothing is averaged there.
     own_parameters: set[str] = dataclasses.field(default_factory=set)
+    # Names of parameters whose rows lie in the order of tensor ranks, and how many parts are fused in them.
+    fused_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     # A batch cut along its sequence, one part a context rank, and the labels that count in such a part.
     slices: Callable[[Any], list[Any]] | None = None
     fixed_counts: Mapping[Any, frozenset[int]] = dataclasses.field(default_factory=dict)

@@ -40,7 +40,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     _split_heads(bench.model, roles, mesh.size())
     for name, role in roles.items():
         if role == _COLWISE and flow.linears[name].parts > 1:
-            _rows_by_rank(bench.model.get_submodule(name), flow.linears[name].parts, mesh.size())
+            fused, parts = bench.model.get_submodule(name), flow.linears[name].parts
+            _rows_by_rank(fused, parts, mesh.size())
+            bench.fused_rows |= {f"{name}.{own}": parts for own, _ in fused.named_parameters()}
     sequence = bool(settings["sequence"])
     styles, gathered = _styles(bench.model, names, flow, roles, sequence)
     for name, style in styles:

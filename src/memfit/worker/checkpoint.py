@@ -37,7 +37,7 @@ from memfit.worker.places import (
     spread,
 )
 
-ENGINES = ("native", "accelerate")
+ENGINES = ("native", "accelerate", "deepspeed")
 _NAMED = 3  # of many that differ
 Shapes = Mapping[str, Shape]
 
@@ -62,8 +62,9 @@ class Keeper:
         path = Path(self.spec.keep.resume)
         there = checkpoints.about(path)
         _must_be_alike(path, there.shapes, self._shapes())
+        flats = {id(p.owner): p.owner for p in places(self.step).values() if p.owner.requires_grad}
         for optimizer in self.optimizers:
-            make_states(optimizer)
+            make_states(optimizer, flats.values())
         entries = list(self._entries())
         _must_keep_the_same(path, there, _everyone({e.key for e in entries}))
         self._read(path, entries, f"random.{self.rank % there.ranks}")
@@ -172,16 +173,15 @@ class Entry:
     @property
     def stored(self) -> Any:
         """What is written of it. Raises UserError where it does not lie as its parameter does."""
-        value = self.state[self.key]
+        value, owner = self.state[self.key], self.place.owner
+        if isinstance(value, torch.Tensor) and value.shape == owner.shape:
+            return self.place.of(value)
         if self.place.at is None or self.shared:
             return value
-        if value.shape != self.place.owner.shape:
-            raise UserError(
-                f"{self.key} of a flat optimizer state has {value.numel()} elements for "
-                f"{self.place.owner.numel()} parameters",
-                allowed="under zero, an optimizer whose state has the parameters' shape",
-            )
-        return self.place.of(value)
+        raise UserError(
+            f"{self.key} of a flat optimizer state has {value.numel()} elements for {owner.numel()}",
+            allowed="under zero, an optimizer whose state has the parameters' shape",
+        )
 
     @property
     def into(self) -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -22,15 +23,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from memfit.jobs.step import TrainingStep
 from memfit.types.errors import UserError
+from memfit.types.launch import Shape
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # (offsets, sizes)
+Box = tuple[Shape, Shape]  # (offsets, sizes)
 
 
-def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
     """Elements ``start`` to ``end`` of a contiguous tensor as boxes, in their order: at most two a
     dimension, and one."""
     if start >= end:
@@ -50,24 +54,17 @@ def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
     yield from _in_row(last, inner, 0, end - last * row)
 
 
-def _in_row(row: int, inner: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+def _in_row(row: int, inner: Shape, start: int, end: int) -> Iterator[Box]:
     for offsets, sizes in boxes(inner, start, end):
         yield (row, *offsets), (1, *sizes)
 
 
 class Pieces:
-    """Boxes of a tensor that this rank holds, as views of its flat buffer; to torch.distributed.checkpoint
-    what a DTensor is."""
+    """Boxes of a tensor that this rank holds, as views of what it holds; to torch.distributed.checkpoint what
+    a DTensor is. ``views``: by where a box begins."""
 
-    def __init__(self, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> None:
-        """``flat``: the elements from ``start`` on."""
-        self.shape, self.dtype = torch.Size(shape), flat.dtype
-        self.views: dict[torch.Size, torch.Tensor] = {}
-        at = 0
-        for offsets, sizes in boxes(shape, start, start + flat.numel()):
-            count = math.prod(sizes)
-            self.views[torch.Size(offsets)] = flat[at : at + count].view(sizes)
-            at += count
+    def __init__(self, shape: Shape, dtype: torch.dtype, views: dict[torch.Size, torch.Tensor]) -> None:
+        self.shape, self.dtype, self.views = torch.Size(shape), dtype, views
 
     def size(self) -> torch.Size:
         return self.shape
@@ -115,37 +112,76 @@ class Loads(DefaultLoadPlanner):
         return super().lookup_tensor(index)
 
 
+def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
+    """``flat`` holds a tensor's elements from ``start`` on."""
+    views, at = {}, 0
+    for offsets, sizes in boxes(shape, start, start + flat.numel()):
+        count = math.prod(sizes)
+        views[torch.Size(offsets)] = flat[at : at + count].view(sizes)
+        at += count
+    return Pieces(shape, flat.dtype, views)
+
+
+def in_rows(rows: DTensor, parts: int) -> Pieces:
+    """Rows in the order of tensor ranks, of each rank those of every part (techniques/tensor_parallel.py),
+    where they are in the order of parts."""
+    degree = rows.device_mesh["tensor"].size()
+    local = rows.to_local()
+    _, offsets = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
+    block = rows.shape[0] // (parts * degree)
+    views, at = {}, offsets[0]
+    while at < offsets[0] + local.shape[0]:
+        (rank, part), within = divmod(at // block, parts), at % block
+        count = min(block - within, offsets[0] + local.shape[0] - at)
+        begin = (part * degree + rank) * block + within
+        views[torch.Size((begin, *offsets[1:]))] = local.narrow(0, at - offsets[0], count)
+        at += count
+    return Pieces(tuple(rows.shape), local.dtype, views)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """``owner``: the tensor that the optimizer has a state for. ``at`` None: it is the parameter. Otherwise
-    it is flat, and holds the parameter's elements from ``start`` to ``end`` at ``at``."""
+    """``owner``: the tensor that the optimizer has a state for. ``at`` None: it is the parameter, in whose
+    rows so many parts may be ``fused``. Otherwise it is flat, and holds the parameter's elements from
+    ``start`` to ``end`` at ``at``."""
 
     owner: torch.Tensor
-    shape: tuple[int, ...]
+    shape: Shape
     start: int = 0
     end: int = 0
     at: int | None = None
+    fused: int = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
         """The part of ``tensor``, which lies as the owner does, that belongs to the parameter."""
+        held = tensor.detach()
+        if self.fused:
+            assert isinstance(held, DTensor)
+            return in_rows(held, self.fused)
         if self.at is None:
-            return tensor.detach()
-        return Pieces(self.shape, self.start, tensor.detach().narrow(0, self.at, self.end - self.start))
+            return held
+        return in_flat(self.shape, self.start, held.narrow(0, self.at, self.end - self.start))
 
 
 def places(step: TrainingStep) -> dict[str, Place]:
     """Of every parameter that this rank holds something of; fp32 masters where there are any."""
     named = {p: clean(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
-    found = {n: Place(owner=p, shape=tuple(p.shape)) for p, n in named.items()}
+    fused = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
+    found = {n: Place(owner=p, shape=tuple(p.shape), fused=fused.get(n, 0)) for p, n in named.items()}
     if hasattr(optimizer, "shards"):
         found = {named[p]: place for p, place in _stage3(optimizer)}
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        found = {n: place for p, n in named.items() for place in _deepspeed3(optimizer, p)}
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        own = {n: place for p, n in named.items() for place in _deepspeed12(optimizer, p)}
+        found = own | {n: found[n] for p, n in named.items() if not p.requires_grad}
     elif hasattr(optimizer, "span"):
         own = {named[p]: place for p, place in _stage12(optimizer)}
         found = own | {n: found[n] for p, n in named.items() if p not in optimizer.span}
     elif hasattr(optimizer, "masters"):
         pairs = zip(optimizer.params, optimizer.masters, strict=True)
-        found |= {named[p]: Place(owner=m, shape=tuple(p.shape)) for p, m in pairs}
+        found |= {named[p]: dataclasses.replace(found[named[p]], owner=m) for p, m in pairs}
     return found
 
 
@@ -167,6 +203,28 @@ def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
             yield param, Place(owner=owner, shape=tuple(shape), start=start, end=end, at=at)
 
 
+def _deepspeed12(optimizer: Any, param: Any) -> Iterator[Place]:
+    """As deepspeed/utils/tensor_fragment.py links a parameter to its fp32 fragment on this rank."""
+    if (fragment := getattr(param, "_hp_mapping", None)) is not None:
+        own, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+        yield Place(
+            owner=optimizer.single_partition_of_fp32_groups[fragment.param_group_index],
+            shape=tuple(param.shape), start=own.start, end=own.start + own.numel, at=flat.start,
+        )  # fmt: skip
+
+
+def _deepspeed3(optimizer: Any, param: Any) -> Iterator[Place]:
+    """A parameter is cut evenly over the ranks (deepspeed/runtime/zero/partition_parameters.py)."""
+    size, count, rank = param.ds_tensor.ds_numel, param.ds_numel, dist.get_rank()
+    start, end = (min(r * size, count) for r in (rank, rank + 1))
+    if start < end:
+        owner, at = param.ds_tensor, 0
+        if param.requires_grad:
+            group, at, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+            owner = optimizer.fp32_partitioned_groups_flat[group]
+        yield Place(owner=owner, shape=tuple(param.ds_shape), start=start, end=end, at=at)
+
+
 def spread(step: TrainingStep) -> None:
     """Low-precision and whole parameters follow from masters that were just read."""
     optimizer: Any = step.optimizer
@@ -174,6 +232,14 @@ def spread(step: TrainingStep) -> None:
         if hasattr(optimizer, "shards"):
             optimizer.shards.flat.copy_(optimizer.master)
             optimizer.shards.let_go(list(optimizer.shards.whole))
+        elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := optimizer.persistent_parameters:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+            optimizer.update_lp_params()
         elif hasattr(optimizer, "span"):
             from memfit.techniques.zero12 import all_gather
 
@@ -215,17 +281,26 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return [optimizer]
 
 
-def make_states(optimizer: torch.optim.Optimizer) -> None:
+def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
     """Whatever a first step makes, in steps of zero gradients, one parameter at a time; values are read over
-    afterwards."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    held = {p: p.grad for p in params}
-    for param in params:
-        param.grad = None
-    for param in params:
-        grad = held[param]
-        param.grad = torch.zeros_like(param) if grad is None else grad.zero_()
-        optimizer.step()
+    afterwards. ``flats``: what it will be given, where it has nothing between steps (DeepSpeed's stage 3)."""
+    held = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    for param in held:
         param.grad = None
     for param, grad in held.items():
+        _step_alone(optimizer, param, grad)
+    for param, grad in held.items():
         param.grad = grad
+    if not held:
+        group = optimizer.param_groups[0]
+        for flat in flats:
+            given = flat.grad
+            group["params"] = [flat]
+            _step_alone(optimizer, flat, given)
+            group["params"], flat.grad = [], given
+
+
+def _step_alone(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor | None) -> None:
+    param.grad = torch.zeros_like(param) if grad is None else grad.zero_()
+    optimizer.step()
+    param.grad = None

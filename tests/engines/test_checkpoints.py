@@ -1,0 +1,383 @@
+"""A checkpoint saved under one plan resumes under another: the next losses are those of the run that was not
+interrupted. A run that dies while it saves leaves the last good one; mistakes are told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memfit.cli import main
+from memfit.engines.registry import render
+from memfit.jobs import checkpoints
+from memfit.run.child import run
+from memfit.run.ranks import free_port, rank_env
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.launch import Keep
+from memfit.types.plan import Plan, use
+
+SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
+_spec = importlib.util.spec_from_file_location("checkpoint_ranks", SCRIPT)
+assert _spec is not None
+assert _spec.loader is not None
+ranks: Any = importlib.util.module_from_spec(_spec)
+sys.modules["checkpoint_ranks"] = ranks
+_spec.loader.exec_module(ranks)
+
+WORST_RATIO = 1e-5
+Losses = dict[str, list[float]]
+
+
+def alone(keep: Keep, folder: Path, given: Plan | None = None, job: Any = None, **more: Any) -> Any:
+    """One process's training of the plan, plain by default."""
+    told = dataclasses.replace(ranks.spec(given or Plan(), keep), **more)
+    return ranks.Training(told, job or ranks.small(), folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
+    """Every plan's checkpoint, one of a single process among them, and the losses after it."""
+    folder = tmp_path_factory.mktemp("saved")
+    plain = alone(Keep(save=str(folder / "plain")), folder)
+    plain.losses(0, ranks.SAVED)
+    plain.keeper.save(ranks.SAVED)
+    losses = {"plain": plain.losses(ranks.SAVED, ranks.MORE)}
+    return folder, losses | two_ranks(folder)
+
+
+def two_ranks(folder: Path) -> Losses:
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", SCRIPT, folder],
+            env={**os.environ, **rank_env(rank, 2, port), "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [child.communicate()[1] for child in started]
+    assert [c.returncode for c in started] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    found: Losses = json.loads((folder / "losses.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ranks.SAVING)
+def test_the_plans_train_alike(trained: tuple[Path, Losses], name: str) -> None:
+    _, losses = trained
+    assert losses[name] == pytest.approx(losses["plain"], rel=WORST_RATIO)
+
+
+@pytest.mark.parametrize("pair", ranks.PAIRS, ids=" -> ".join)
+def test_two_ranks_go_on_under_another_plan(trained: tuple[Path, Losses], pair: tuple[str, str]) -> None:
+    _, losses = trained
+    assert losses[" -> ".join(pair)] == pytest.approx(losses["plain"], rel=WORST_RATIO)
+
+
+@pytest.mark.parametrize("name", ["plain", *ranks.SAVING])
+@pytest.mark.parametrize("target", ["plain", "zero2", "zero3"])
+def test_one_process_goes_on_from_what_two_ranks_saved(
+    trained: tuple[Path, Losses], tmp_path: Path, name: str, target: str
+) -> None:
+    folder, losses = trained
+    path, _, passed = checkpoints.find(folder / name)
+    training = alone(Keep(resume=str(path)), tmp_path, ranks.plan(target, 1))
+    assert training.keeper.restore() == ranks.SAVED
+    assert training.losses(ranks.SAVED, ranks.MORE) == pytest.approx(losses["plain"], rel=WORST_RATIO)
+    assert not passed
+    training.step.close()
+
+
+def test_without_the_optimizer_state_the_losses_would_be_others(trained: tuple[Path, Losses]) -> None:
+    _, losses = trained
+    assert losses["state lost"] != pytest.approx(losses["plain"], rel=100 * WORST_RATIO)
+
+
+def test_torch_alone_reads_what_memfit_saved(trained: tuple[Path, Losses]) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    folder, _ = trained
+    model = ranks.Small()
+    state = {"model": get_model_state_dict(model)}
+    del state["model"]["head.weight"]  # tied: it is stored once
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.load(state, checkpoint_id=checkpoints.find(folder / "zero3")[0])
+    training = alone(Keep(resume=str(checkpoints.find(folder / "zero3")[0])), folder)
+    training.keeper.restore()
+    for name, param in training.step.model.named_parameters():
+        assert torch.equal(model.get_parameter(name), param)
+
+
+# --- what one process does
+
+
+class Dropped(torch.nn.Module):
+    """With dropout, and an average that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.nn.functional.dropout(self.norm(x)))
+
+
+def dropped() -> Any:
+    batch = lambda step, seed: torch.randn(16, 8, generator=torch.Generator().manual_seed(step))  # noqa: E731
+    return ranks.Job(
+        name="dropped", build_model=Dropped, make_batch=batch, batch_size=16,
+        loss=lambda model, x: model(x).square().mean(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("uses", [(), (use("sgd"),), (use("adafactor"),), (use("optimizer-in-backward"),),
+                                  (use("bf16-parameters", rounding="master"),)], ids=str)  # fmt: skip
+def test_the_same_plan_goes_on_bit_by_bit(tmp_path: Path, uses: Any) -> None:
+    given = Plan(uses=tuple(ranks.make_use(u.technique, u.settings) for u in uses))
+    first = alone(Keep(save=str(tmp_path)), tmp_path, given, dropped())
+    first.losses(0, 3)
+    first.keeper.save(3)
+    after = first.losses(3, 5)
+    again = alone(Keep(resume=str(checkpoints.find(tmp_path)[0])), tmp_path, given, dropped())
+    assert again.keeper.restore() == 3
+    assert again.losses(3, 5) == after
+    for mine, other in zip(again.step.model.buffers(), first.step.model.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_experts_of_other_ranks_are_not_mixed_up(tmp_path: Path) -> None:
+    training = alone(Keep(), tmp_path)
+    training.step.bench.own_parameters.add("blocks.0.mlp.0.weight")
+    with pytest.raises(UserError, match="expert-parallel"):
+        type(training.keeper)(ranks.spec(Plan(), Keep(save="x")), training.step)
+
+
+def test_another_engine_is_refused(tmp_path: Path) -> None:
+    training = alone(Keep(), tmp_path)
+    with pytest.raises(UserError, match="engine megatron; allowed: native"):
+        type(training.keeper)(ranks.spec(Plan(), Keep(save="x"), "megatron"), training.step)
+
+
+# --- mistakes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with steps 1, 2 and 3 of a run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    training = alone(Keep(save=str(folder)), folder)
+    for done in (1, 2, 3):
+        training.losses(done - 1, 1)
+        training.keeper.save(done)
+    return folder
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    training = alone(Keep(resume=str(saved / "step-00000003")), tmp_path, job=dropped())
+    with pytest.raises(UserError) as refused:
+        training.keeper.restore()
+    told = str(refused.value)
+    assert "step-00000003 is of another model: 33 of 33 tensors differ: " in told
+    assert "blocks.0.attention.out.bias 62 there and missing here" in told
+    assert "\n" not in told
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(saved: Path, tmp_path: Path) -> None:
+    given = Plan(uses=(ranks.make_use("sgd", {}),))
+    training = alone(Keep(resume=str(saved / "step-00000003")), tmp_path, given)
+    with pytest.raises(UserError, match=r"AdamW, which keeps exp_avg, exp_avg_sq, step; this .* momentum"):
+        training.keeper.restore()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = alone(Keep(save=str(tmp_path / "to")), tmp_path)
+    monkeypatch.setattr(checkpoints, "publish", _raising(OSError(28, "No space left on device")))
+    with pytest.raises(MemfitError, match=r"step 1 was not saved in .*/to: .*No space left on device"):
+        training.keeper.save(1)
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
+
+
+def test_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        checkpoints.find(tmp_path / "nowhere")
+    (tmp_path / "step-00000007.partial").mkdir()
+    with pytest.raises(UserError, match=r"step-00000007\.partial: its save was interrupted"):
+        checkpoints.find(tmp_path)
+    with pytest.raises(UserError, match="no complete checkpoint: its save was interrupted"):
+        checkpoints.find(tmp_path / "step-00000007.partial")
+
+
+def test_what_a_run_goes_on_from_is_settled_before_it_starts(saved: Path) -> None:
+    keep, seed = checkpoints.settled(Keep(resume=str(saved), save=str(saved)), None, 5)
+    assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
+    with pytest.raises(UserError, match="seed 4 for a run of seed 0"):
+        checkpoints.settled(Keep(resume=str(saved)), 4, 5)
+    with pytest.raises(UserError, match="has done 3 of 3 steps; allowed: --steps above 3"):
+        checkpoints.settled(Keep(resume=str(saved)), 0, 3)
+    with pytest.raises(UserError, match="holds step-00000003 of another run already"):
+        checkpoints.settled(Keep(save=str(saved)), 0, 3)
+    with pytest.raises(UserError, match="holds step-00000003 of another run already"):
+        checkpoints.settled(Keep(resume=str(saved / "step-00000001"), save=str(saved)), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda p: (p / "memfit.json").unlink(), "no memfit.json"),
+        (lambda p: (p / ".metadata").unlink(), ".metadata is missing"),
+        (lambda p: os.truncate(p / "__0_0.distcp", 1000), "__0_0.distcp has 1000 bytes of"),
+        (lambda p: (p / "memfit.json").write_text("{"), "memfit.json is broken"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_passed_over_and_told(
+    tmp_path: Path, saved: Path, damage: Callable[[Path], object], why: str
+) -> None:
+    import shutil
+
+    shutil.copytree(saved, tmp_path / "copy")
+    damage(tmp_path / "copy" / "step-00000003")
+    path, about, passed = checkpoints.find(tmp_path / "copy")
+    assert (path.name, about.step) == ("step-00000002", 2)
+    (told,) = passed
+    assert "step-00000003" in told
+    assert why in told
+
+
+# --- death
+
+
+class Died(BaseException):
+    """In the place of SIGKILL: nothing that comes after it is done."""
+
+
+def _dying(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """The ``at``-th of the operations that make a save durable is the last one that is begun."""
+    done: list[str] = []
+
+    def mortal(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            if len(done) > at:
+                raise Died
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, names in ((os, ("fsync",)), (Path, ("rename", "replace", "mkdir"))):
+        for name in names:
+            mortal(owner, name)
+    return done
+
+
+def test_a_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(saved: Path, tmp_path: Path) -> None:
+    import shutil
+
+    found = set()
+    for at in range(100):
+        folder = tmp_path / f"at{at}"
+        shutil.copytree(saved, folder)
+        training = alone(Keep(save=str(folder), resume=str(folder / "step-00000003")), tmp_path)
+        training.keeper.restore()
+        training.losses(3, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            _dying(patch, at)
+            try:
+                training.keeper.save(4)
+                died = False
+            except (Died, MemfitError):
+                died = True
+        path, about, passed = checkpoints.find(folder)
+        found.add(about.step)
+        assert about.step in {3, 4}
+        assert not checkpoints.incomplete(path)
+        assert all("interrupted" in p for p in passed)
+        assert (folder / (folder / "latest").read_text().strip()).is_dir()
+        if not died:
+            break
+    assert not died
+    assert at > 5
+    assert found == {3, 4}
+
+
+JOB = """
+import os, signal
+import torch
+from memfit import Job
+from torch.nn import functional
+
+fsync, saving = os.fsync, []
+
+
+def killed(descriptor):
+    saving.append(descriptor)
+    if len(saving) > 8 and KILL:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+
+
+os.fsync = killed
+
+
+def batch(step, seed):
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+
+job = Job(name="own", build_model=lambda: torch.nn.Linear(4, 1), make_batch=batch, batch_size=8,
+          loss=lambda model, x: model(x).square().mean())
+"""
+
+
+def test_a_run_that_was_killed_while_saving_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, to = tmp_path / "own.py", tmp_path / "to"
+    path.write_text(f"KILL = True\n{JOB}")
+    keep = Keep(save=str(to), every_steps=1)
+    killed = run(render(ranks.spec(Plan(), keep, job=f"{path}:job")), on_event=lambda event: None)
+    assert killed.reason.startswith(f"killed by {signal.Signals.SIGKILL.name}")
+    good = checkpoints.find(to)[0].name
+    path.write_text(f"KILL = False\n{JOB}")
+    given = ["run", f"{path}:job", "--threads", "1", "--steps", "4", "--save", str(to)]
+    assert main(given) == 2
+    assert f"holds {good} of another run already" in capsys.readouterr().err
+    assert main([*given, "--resume", str(to)]) == 0
+    told = capsys.readouterr().out
+    assert f"resumed {to / good}; passed over step-00000002.partial: its save was interrupted" in told
+    assert (to / "latest").read_text() == "step-00000004\n"
+
+
+def test_what_a_worker_refuses_is_the_users_mistake(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = saved / "own.py"
+    job.write_text(f"KILL = False\n{JOB}")
+    given = ["run", f"{job}:job", "--threads", "1", "--steps", "4", "--resume", str(saved)]
+    assert main(given) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "another model" in x]
+    assert "tensors differ" in line
+
+
+def test_saving_now_and_then_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--save-every", "2"]) == 2
+    assert "--save-every without --save" in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
