@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memfit.export.base import RUN, Files, Handover
+from memfit.export.torchtitan import newer_cannot
 
 NAME = "README.md"
 
@@ -26,6 +27,11 @@ _START = {
     "```python\n(args,) = HfArgumentParser(TrainingArguments).parse_json_file('training_args.json')\n```\n\n"
     "started on {ranks} processes. What is not in the file (learning rate, epochs, folders) is yours to set. "
     "`memfit.integrations.transformers.MemfitCallback` looks whether it does what the plan says.",
+    "torchtitan": "torchtitan v0.3, with your `--module` and `--config`:\n\n"
+    "```sh\ntorchrun --nproc-per-node {ranks} -m torchtitan.train --module llama3 --config llama3_8b "
+    "$(cat torchtitan.args)\n```\n\n"
+    "v0.2.2, the last with TOML: add your `[model]` and data to torchtitan.toml, and "
+    "`torchrun ... -m torchtitan.train --job.config_file torchtitan.toml`.",
 }
 
 
@@ -56,13 +62,19 @@ def _what(name: str, handover: Handover) -> str:
         RUN: "the run, as `memfit run` would execute it",
         "plan.yaml": "the plan, for `memfit explain --plan` and `memfit.conform`",
         "torchrun.sh": "what every node executes",
+        "training_args.json": "the plan as TrainingArguments",
+        "torchtitan.toml": "the plan for torchtitan v0.2.2",
+        "torchtitan.args": "the plan for torchtitan v0.3",
     }
     return known.get(name) or ("yours" if name in handover.own_files else "what is submitted")
 
 
 def _notes(target: str, handover: Handover) -> Iterator[str]:
     spec = handover.config.spec
-    if target == "trainer":
+    if target == "torchtitan":
+        yield "Its steps are torchtitan's own: chunked losses and clipping are its configuration's."
+        yield from (f"torchtitan.args is not here: v0.3 has no {n}." for n in newer_cannot(handover.plan))
+    if target in {"trainer", "torchtitan"}:
         yield f"The batch is {spec.batch_size} samples a step on all ranks."
         return
     if handover.script:

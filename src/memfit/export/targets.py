@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from memfit.export import kubernetes, skypilot, slurm, torchrun, trainer
+from memfit.export import kubernetes, skypilot, slurm, torchrun, torchtitan, trainer
 from memfit.export.base import Files, Handover
 from memfit.export.readme import NAME, readme
 from memfit.types.errors import UserError
@@ -15,6 +15,7 @@ TARGETS: Mapping[str, Callable[[Handover], Files]] = {
     "k8s": kubernetes.files,
     "skypilot": skypilot.files,
     "trainer": trainer.files,
+    "torchtitan": torchtitan.files,
 }
 
 

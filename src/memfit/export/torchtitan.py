@@ -1,0 +1,187 @@
+"""torchtitan's job: a TOML for v0.2.2, the last release that reads one, and command-line arguments for v0.3.
+
+Keys are those of torchtitan/config/job_config.py (v0.2.2) and torchtitan/config/configs.py (v0.3.0). Model,
+data, learning rate and length are the user's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from memfit.export.base import Files, Handover
+from memfit.techniques.world import layout
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+TOML, ARGUMENTS = "torchtitan.toml", "torchtitan.args"
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+_DDP_BUCKET_MIB = 100  # fixed in its models' parallelize.py
+_SCHEDULES = {
+    "gpipe": ("GPipe", 1), "1f1b": ("1F1B", 1), "interleaved": ("Interleaved1F1B", 2),
+    "zero-bubble": ("InterleavedZeroBubble", 2), "zero-bubble-v": ("ZBVZeroBubble", 2),
+}  # fmt: skip
+_KERNELS = {"adamw-fused": "fused", "adamw-single": "for-loop"}
+# By technique: (setting, the only value, why).
+_ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
+    "ddp": (
+        ("bucket_mib", _DDP_BUCKET_MIB, "its buckets have a fixed size"),
+        ("bucket_view", False, "gradients lie beside its buckets"),
+        ("sync", "every", "it reduces after every micro-batch"),
+    ),
+    "fsdp2": (
+        ("units", "ends", "it gathers the embedding apart, and norm and head together"),
+        ("prefetch", 1, "it gathers one group ahead"),
+        ("sync", "every", "it reduces after every micro-batch"),
+    ),
+    "tensor-parallel": (("sequence", True, "it is always sequence parallel too"),),
+    "compile": (("scope", "blocks", "it compiles block by block"),),
+    "selective-checkpointing": (("keep", "every-second-matmul", "what its op policy keeps"),),
+}
+_SAID = {
+    "ddp", "fsdp2", "tensor-parallel", "context-parallel", "pipeline", "expert-parallel", "bf16-autocast",
+    "gradient-accumulation", "activation-checkpointing", "selective-checkpointing", "compile",
+    "optimizer-in-backward", *_KERNELS,
+}  # fmt: skip
+
+
+def files(handover: Handover) -> Files:
+    plan = handover.plan
+    if why := tuple(_why_not(plan)):
+        raise UserError(f"torchtitan cannot train this plan: {'; '.join(why)}")
+    found = {**handover.own_files, TOML: toml(sections(handover))}
+    if not newer_cannot(plan):
+        found[ARGUMENTS] = "".join(f"{line}\n" for line in arguments(sections(handover)))
+    return found
+
+
+def _why_not(plan: Plan) -> Iterator[str]:
+    for used in plan.uses:
+        name, knobs = used.technique, used.settings
+        if name not in _SAID:
+            yield f"{name} is not in it"
+        for knob, value, why in _ONLY.get(name, ()):
+            if knobs[knob] != value:
+                yield f"{name}: {why}, {knob} must be {json.dumps(value)}"
+        if name == "fsdp2" and knobs["reshard"] not in {True, False}:
+            yield "fsdp2: reshard is for all groups or none"
+        if name == "tensor-parallel" and knobs["vocabulary"] == "whole":
+            yield "tensor-parallel: embedding and head are always cut, vocabulary must not be 'whole'"
+        if name == "pipeline" and knobs["virtual"] != _SCHEDULES[str(knobs["schedule"])][1]:
+            stages = _SCHEDULES[str(knobs["schedule"])][1]
+            yield f"pipeline: {knobs['schedule']} has {stages} stages on a rank, virtual must be {stages}"
+
+
+def newer_cannot(plan: Plan) -> tuple[str, ...]:
+    """What v0.3 no longer has."""
+    recomputed, tensor = plan.get("activation-checkpointing"), plan.get("tensor-parallel")
+    return tuple(
+        text
+        for is_so, text in (
+            (recomputed is not None and recomputed.settings["every"] != 1, "recomputing every k-th block"),
+            (plan.get("selective-checkpointing") is not None, "v0.2's op policy of recomputation"),
+            (plan.get("optimizer-in-backward") is not None, "optimizer steps in backward"),
+            (plan.get("ddp") is not None, "DDP's own buckets"),
+            (
+                tensor is not None and tensor.settings["vocabulary"] == "gathered",
+                "gathering the logits of a cut head",
+            ),
+        )
+        if is_so
+    )
+
+
+def sections(handover: Handover) -> Sections:
+    plan = handover.plan
+    place, fsdp = layout(plan), plan.get("fsdp2")
+    half = plan.get("bf16-autocast") is not None or (
+        fsdp is not None and fsdp.settings["precision"] == "bf16"
+    )
+    experts, tensor = plan.get("expert-parallel"), plan.get("tensor-parallel")
+    parallelism: dict[str, Any] = {
+        "data_parallel_replicate_degree": place.replicate,
+        "data_parallel_shard_degree": place.shard,
+        "tensor_parallel_degree": place.tensor,
+        "pipeline_parallel_degree": place.pipeline,
+        "context_parallel_degree": place.context,
+        "expert_parallel_degree": int(experts.settings["degree"]) if experts is not None else 1,
+        "fsdp_reshard_after_forward": "always" if fsdp is None or fsdp.settings["reshard"] else "never",
+    }
+    if tensor is not None:
+        parallelism["disable_loss_parallel"] = tensor.settings["vocabulary"] == "gathered"
+    training, pipeline = _batches(handover)
+    training |= {
+        "enable_cpu_offload": fsdp is not None and bool(fsdp.settings["offload"]),
+        "dtype": "float32",
+        "mixed_precision_param": "bfloat16" if half else "float32",
+        "mixed_precision_reduce": "float32",
+    }
+    kernel = next((_KERNELS[u.technique] for u in plan.uses if u.technique in _KERNELS), "foreach")
+    early = plan.get("optimizer-in-backward") is not None
+    compiled = {"components": ["model"]} if plan.get("compile") is not None else {}
+    return {
+        "training": training,
+        "parallelism": {**parallelism, **pipeline},
+        "activation_checkpoint": _recomputation(plan),
+        "optimizer": {"implementation": kernel, **({"early_step_in_backward": True} if early else {})},
+        "compile": {"enable": bool(compiled), **compiled},
+    }
+
+
+def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of training and of the pipeline. Raises UserError where the batch cannot be cut so."""
+    plan, batch_size = handover.plan, handover.config.spec.batch_size
+    accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
+    steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
+    streamed = int(stages.settings["micro_batches"]) if stages is not None else 1
+    parts = layout(plan).data * steps * streamed
+    if batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} in {parts} parts", allowed=f"a multiple of {parts} (--batch)"
+        )
+    micro = batch_size // parts
+    training = {"local_batch_size": micro * streamed, "global_batch_size": batch_size}
+    if stages is None:
+        return training, {}
+    return training, {
+        "pipeline_parallel_schedule": _SCHEDULES[str(stages.settings["schedule"])][0],
+        "pipeline_parallel_microbatch_size": micro,
+    }
+
+
+def _recomputation(plan: Plan) -> dict[str, Any]:
+    if plan.get("selective-checkpointing") is not None:
+        return {"mode": "selective", "selective_ac_option": "op"}
+    if (used := plan.get("activation-checkpointing")) is None:
+        return {"mode": "none"}
+    every = int(used.settings["every"])
+    return {"mode": "full"} if every == 1 else {"mode": "selective", "selective_ac_option": str(every)}
+
+
+def toml(given: Sections) -> str:
+    """Strings, numbers, truths and lists of strings are written alike in TOML and JSON."""
+    tables = (
+        f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
+        for name, table in given.items()
+    )
+    return "\n".join(tables)
+
+
+def arguments(given: Sections) -> Iterator[str]:
+    """One option a line: ``--module llama3 --config llama3_8b $(cat torchtitan.args)``."""
+    yield "--training.disable-cuda-graphs"  # their pools are not predicted, and pipelines refuse them
+    for table, options in given.items():
+        for name, value in options.items():
+            if table != "activation_checkpoint" and name != "disable_loss_parallel":
+                yield _option(f"{table}.{name}", value)
+    yield f"activation-checkpoint:{given['activation_checkpoint']['mode']}"  # a choice, comes last
+
+
+def _option(path: str, value: Any) -> str:
+    table, _, name = path.partition(".")
+    if isinstance(value, bool):
+        return f"--{path}" if value else f"--{table}.no-{name.replace('_', '-')}"
+    return f"--{path} {','.join(value) if isinstance(value, list) else value}"

@@ -1,0 +1,149 @@
+"""torchtitan's TOML and arguments: its keys, its own config manager where installed, back to a plan."""
+
+from __future__ import annotations
+
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_export import handover
+
+from memfit.configs import carry
+from memfit.configs.lint import check
+from memfit.configs.read import read
+from memfit.export.targets import bundle
+from memfit.export.write import write
+from memfit.techniques.registry import make_use
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+# Fields that are written, of torchtitan/config/job_config.py (v0.2.2); its manager took them on 2026-11-25.
+TRAINING = {
+    "local_batch_size", "global_batch_size", "enable_cpu_offload", "dtype", "mixed_precision_param",
+    "mixed_precision_reduce",
+}  # fmt: skip
+PARALLELISM = {
+    "data_parallel_replicate_degree", "data_parallel_shard_degree", "tensor_parallel_degree",
+    "pipeline_parallel_degree", "context_parallel_degree", "expert_parallel_degree",
+    "fsdp_reshard_after_forward", "disable_loss_parallel", "pipeline_parallel_schedule",
+    "pipeline_parallel_microbatch_size",
+}  # fmt: skip
+KEYS = {
+    "training": TRAINING,
+    "parallelism": PARALLELISM,
+    "activation_checkpoint": {"mode", "selective_ac_option"},
+    "optimizer": {"implementation", "early_step_in_backward"},
+    "compile": {"enable", "components"},
+}
+# Of these v0.3.0 (torchtitan/config/configs.py, components/optimizer/optimizer.py, 2026-11-25) has no more:
+NEW = "--training.disable-cuda-graphs"
+GONE = {("parallelism", "disable_loss_parallel"), ("optimizer", "early_step_in_backward")}
+
+ENDS = {"units": "ends"}
+CUT = {"sequence": True, "vocabulary": "parallel-loss"}
+
+
+def plan(ranks: int = 1, **uses: dict[str, Any]) -> Plan:
+    named = {name.replace("_", "-"): knobs for name, knobs in uses.items()}
+    return Plan(uses=tuple(make_use(n, k) for n, k in named.items()), ranks=ranks)
+
+
+PLANS = {
+    "plain": plan(),
+    "bf16": plan(bf16_autocast={}, activation_checkpointing={}, adamw_fused={}),
+    "fsdp": plan(8, fsdp2={**ENDS, "precision": "bf16", "reshard": False}, activation_checkpointing={}),
+    "hsdp": plan(8, fsdp2={**ENDS, "replicas": 2, "offload": True}, adamw_single={}, compile={}),
+    "every": plan(4, fsdp2=ENDS, activation_checkpointing={"every": 2}, gradient_accumulation={}),
+    "op": plan(2, fsdp2=ENDS, selective_checkpointing={"keep": "every-second-matmul"}),
+    "tensor": plan(4, tensor_parallel={"degree": 2, **CUT}, fsdp2={**ENDS, "precision": "bf16"}),
+    "gathered": plan(2, tensor_parallel={"sequence": True, "vocabulary": "gathered"}),
+    "pipeline": plan(4, pipeline={"stages": 2, "micro_batches": 2}, fsdp2=ENDS),
+    "interleaved": plan(2, pipeline={"schedule": "interleaved", "virtual": 2, "micro_batches": 8}),
+    "context": plan(4, context_parallel={"degree": 2}, fsdp2=ENDS),
+    "early": plan(optimizer_in_backward={}),
+}
+
+
+def exported(given: Plan) -> dict[str, str]:
+    return dict(bundle("torchtitan", handover(given)))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_keys_are_torchtitans(name: str) -> None:
+    files = exported(PLANS[name])
+    tables = tomllib.loads(files["torchtitan.toml"])
+    assert tables.keys() == KEYS.keys()
+    for table, options in tables.items():
+        assert options.keys() <= KEYS[table]
+    degrees = [v for k, v in tables["parallelism"].items() if k.endswith("_degree") and "expert" not in k]
+    product = 1
+    for degree in degrees:
+        product *= degree
+    assert product == PLANS[name].ranks
+    for word in shlex.split(files.get("torchtitan.args", "")):
+        if word.startswith("--") and word != NEW:
+            table, _, option = word[2:].partition(".")
+            assert (table, option) not in GONE
+            assert option.removeprefix("no-").replace("-", "_") in KEYS[table]
+
+
+# Kernel of the optimizer: what torchtitan calls foreach is the job's own AdamW.
+@pytest.mark.parametrize("name", sorted(PLANS.keys()))
+def test_the_toml_reads_back_as_the_same_plan(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "out", bundle("torchtitan", handover(PLANS[name])))
+    setup = read([tmp_path / "out" / "torchtitan.toml"], ranks=PLANS[name].ranks)
+    carried = carry.over(setup)
+    assert carried.plan == PLANS[name]
+    assert carried.batch == 8
+    assert not [f for f in check(setup) if f.severity == "error"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_its_own_config_manager_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("torchtitan", reason="it is not on the machine")
+    from torchtitan.config import ConfigManager
+
+    write(tmp_path / "out", bundle("torchtitan", handover(PLANS[name])))
+    monkeypatch.chdir(tmp_path / "out")
+    old = hasattr(__import__("torchtitan.config").config, "JobConfig")
+    given = Path("torchtitan.args")
+    if not old and not given.exists():
+        pytest.skip("v0.3 cannot say this plan")
+    chosen = ["--module", "llama3", "--config", "llama3_debugmodel"]
+    words = ["--job.config_file", "torchtitan.toml"] if old else [*chosen, *given.read_text().split()]
+    config = ConfigManager().parse_args(words)
+    for table, options in tomllib.loads(Path("torchtitan.toml").read_text()).items():
+        if table == "activation_checkpoint" and not old:
+            kind = type(config.activation_checkpoint).__qualname__.partition(".")[0]
+            assert kind == {"none": "NoneType", "full": "FullAC"}[options["mode"]]
+            continue
+        for option, value in options.items():
+            if old or (table, option) not in GONE:
+                assert getattr(getattr(config, table), option) == value, option
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (plan(2, fsdp2={}), 'units must be "ends"'),
+        (plan(2, ddp={}), "bucket_mib must be 100"),
+        (plan(2, zero={}), "zero is not in it"),
+        (plan(2, tensor_parallel={"vocabulary": "gathered"}), "sequence must be true"),
+        (plan(2, pipeline={"schedule": "zero-bubble", "virtual": 3}), "virtual must be 2"),
+        (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 in 3 parts"),
+    ],
+)
+def test_what_torchtitan_cannot_do(given: Plan, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        exported(given)
+
+
+def test_the_readme_says_what_the_newer_release_lacks() -> None:
+    files = exported(PLANS["every"])
+    assert "torchtitan.args" not in files
+    assert "v0.3 has no recomputing every k-th block" in files["README.md"]
+    assert "torchtitan.args" in exported(PLANS["fsdp"])
