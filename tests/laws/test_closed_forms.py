@@ -396,11 +396,11 @@ def gpt(size: GptSize) -> Job:
 
 
 @functools.cache
-def staged(schedule: str, rank: int, stages: int = STAGES, virtual: int = 1) -> Trace:
+def staged(schedule: str, rank: int, stages: int = STAGES, virtual: int = 1, device: str = "cuda") -> Trace:
     size = GptSize(layers=4, width=32, heads=2, length=16, vocabulary=64, batch_size=MICRO)
     settings = {"stages": stages, "schedule": schedule, "virtual": virtual, "micro_batches": MICRO}
     plan = Plan(uses=(make_use("pipeline", settings),), ranks=stages)
-    return trace(gpt(size), plan, device="cuda", rank=rank, steps=1)
+    return trace(gpt(size), plan, device=device, rank=rank, steps=1)
 
 
 def in_flight(traced: Trace) -> int:
@@ -431,6 +431,26 @@ def test_interleaving_costs_a_part_of_a_stage_more() -> None:
         a for a in traced.allocations if a.category is Category.ACTIVATION and a.op == "aten.gelu.default"
     ]
     assert most(made) / v == p * (1 + (p - 1) / (p * v))
+
+
+@pytest.mark.parametrize(("rank", "blocks"), [(0, {0, 3}), (1, {1, 2})])
+def test_a_v_turns_back_on_the_last_rank(rank: int, blocks: set[int]) -> None:
+    """The first and the last stage are one rank's (Qi et al. 2024)."""
+    made = {a.module for a in staged("zero-bubble-v", rank, 2, 2).allocations if a.phase is Phase.SETUP}
+    assert {int(m.split(".")[1]) for m in made if m.startswith("blocks.")} == blocks
+    assert {"embed", "head"} <= made if rank == 0 else not {"embed", "head"} & made
+
+
+def test_gloo_holds_what_is_sent_until_the_schedule_waits() -> None:
+    """GPipe waits for all its sends at the end; with NCCL one of the gradients sent back is there at once."""
+    held = {
+        device: most(
+            a for a in staged("gpipe", 1, 2, 1, device).allocations
+            if a.phase is Phase.BACKWARD and a.requested_bytes == 16 * 32 * 4
+        )
+        for device in ("cpu", "cuda")
+    }  # fmt: skip
+    assert held["cpu"] - held["cuda"] == MICRO - 1
 
 
 # --- other cuts
