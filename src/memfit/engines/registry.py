@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from memfit.engines import accelerate, colossalai, deepspeed, megatron, native
+from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native
 from memfit.engines.base import Engine
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -13,7 +13,14 @@ from memfit.types.plan import Plan
 
 ENGINES: Mapping[str, Engine] = {
     e.name: e
-    for e in (native.ENGINE, accelerate.ENGINE, deepspeed.ENGINE, megatron.ENGINE, colossalai.ENGINE)
+    for e in (
+        native.ENGINE,
+        accelerate.ENGINE,
+        deepspeed.ENGINE,
+        fairscale.ENGINE,
+        megatron.ENGINE,
+        colossalai.ENGINE,
+    )
 }
 
 

@@ -18,6 +18,7 @@ from memfit.techniques import (
     optimizers,
     pipeline,
     precision,
+    sharded_ddp,
     tensor_parallel,
     zero,
 )
@@ -48,6 +49,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         offload.TECHNIQUE,
         data_parallel.DDP,
         data_parallel.FSDP2,
+        sharded_ddp.TECHNIQUE,
         zero.TECHNIQUE,
         tensor_parallel.TECHNIQUE,
         context_parallel.TECHNIQUE,

@@ -19,18 +19,20 @@ _DEGREE_OF = {
     "context-parallel": ("context", "degree"),
     "pipeline": ("pipeline", "stages"),
 }
-_REPLICATED, _SHARDED = ("ddp",), ("fsdp2", "zero")
+_REPLICATED, _SHARDED = ("ddp",), ("fsdp2", "zero", "sharded-ddp")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Degrees along the mesh dimensions; their product is the plan's ranks."""
+    """Degrees along the mesh dimensions; their product is the plan's ranks. ``owned``: whole parameters
+    belong to one rank each, so that no two ranks need be alike."""
 
     pipeline: int = 1
     replicate: int = 1
     shard: int = 1
     context: int = 1
     tensor: int = 1
+    owned: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +60,10 @@ class Layout:
     def distinct_ranks(self) -> tuple[int, ...]:
         """One rank of each kind: the first of the first, the second and the last pipeline stage; those
         between differ from the second only in keeping fewer micro-batches. Along the other dimensions rank
-        0 has the largest shard, and the rest do the same."""
+        0 has the largest shard, and the rest do the same. Where parameters are owned, the first eight, who
+        get the first and so the most."""
+        if self.owned:
+            return tuple(range(min(self.ranks, 8)))
         per_stage = self.ranks // self.pipeline
         return tuple(per_stage * stage for stage in sorted({0, min(1, self.pipeline - 1), self.pipeline - 1}))
 
@@ -78,7 +83,7 @@ def layout(plan: Plan) -> Layout:
             f"{plan.ranks} ranks cannot be split into {parts}", allowed=f"a multiple of {model_ranks} ranks"
         )
     replicate, shard = _data_degrees(plan, data)
-    return Layout(replicate=replicate, shard=shard, **degrees)
+    return Layout(replicate=replicate, shard=shard, owned=plan.get("sharded-ddp") is not None, **degrees)
 
 
 def _data_degrees(plan: Plan, data: int) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class _Deep:
         if flat:
             worth = line.short_micros < line.micros and local * line.short_stages <= count
         else:
-            bucketed = plan.get("ddp") or plan.get("zero")  # buckets are filled across blocks
+            bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets are filled across blocks
             worth = not bucketed and deep._is_worth(few)
         return deep if worth else None
 

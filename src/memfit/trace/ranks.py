@@ -172,8 +172,9 @@ def moves_parameters(plan: Plan, device: str) -> bool:
 def _shards(plan: Plan) -> bool:
     uses = {u.technique: u.settings for u in plan.uses}
     zero = uses.get("zero", {})
-    sharded = "fsdp2" in uses or zero.get("stage") == 3 or zero.get("precision") == "bf16"
-    return sharded and layout(plan).shard > 1
+    if zero.get("stage") == 3 or zero.get("precision") == "bf16":
+        return True
+    return "fsdp2" in uses and layout(plan).shard > 1
 
 
 def _cuts(plan: Plan) -> bool:

@@ -1,0 +1,59 @@
+"""FairScale: OSS and ShardedDataParallel, configured in Python alone.
+
+FairScale 0.4.13 is of December 2022 and no longer maintained. With torch 2 its optimizer's own `zero_grad`
+takes bucketed gradients out of their buckets (the default became `set_to_none=True`), after which their sums
+are lost without a word: gradients are set to zero through the wrapper.
+"""
+
+from __future__ import annotations
+
+import json
+
+from memfit.engines.base import Engine
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+CONFIG = "fairscale.json"
+
+
+def _reasons(plan: Plan) -> tuple[str, ...]:
+    if plan.get("fsdp2") is not None:
+        return ("fsdp2: its FullyShardedDataParallel asks for CUDA, and is FSDP of torch 1",)
+    if plan.ranks > 1 and plan.get("sharded-ddp") is None:
+        return ("several ranks: sharded-ddp is what it does with them",)
+    return ()
+
+
+def _files(spec: RunSpec) -> dict[str, str]:
+    return {CONFIG: json.dumps(config(spec.plan), indent=2) + "\n"}
+
+
+def config(plan: Plan) -> dict[str, object]:
+    """Arguments of ShardedDataParallel beside the model and the optimizer."""
+    used = plan.get("sharded-ddp")
+    most = int(used.settings["reduce_buffer_elements"]) if used is not None else 0
+    return {
+        "reduce_buffer_size": most,
+        "broadcast_buffers": True,
+        "sync_models_at_startup": True,
+        "auto_refresh_trainable": True,
+        "reduce_fp16": False,
+    }
+
+
+ENGINE = Engine(
+    name="fairscale",
+    summary="FairScale: optimizer state and gradients of whole parameters on one rank each",
+    distribution="fairscale",
+    tested=("0.4.13", "0.4.14"),
+    install="pip install 'memfit[fairscale]'",
+    carries=frozenset({"sharded-ddp", "gradient-accumulation", "fsdp2"}),
+    beside=frozenset(
+        {
+            "activation-checkpointing", "selective-checkpointing", "activation-offload", "bf16-autocast",
+            "chunked-cross-entropy", "adamw-8bit", "adamw-fused", "adamw-single", "adafactor", "sgd", "lora",
+        }
+    ),
+    reasons=_reasons,
+    files=_files,
+)  # fmt: skip

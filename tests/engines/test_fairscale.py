@@ -1,0 +1,255 @@
+"""FairScale: losses of one process, memory as predicted on every rank, and gradients that stay in buckets.
+
+The file is also the program that each rank runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.cost.memory import memory_profile
+from memfit.engines.fairscale import CONFIG, ENGINE, config
+from memfit.engines.registry import render
+from memfit.jobs.step import TrainingStep
+from memfit.measure.allocator import CountingAllocator, available
+from memfit.measure.gloo import gloo_first
+from memfit.run.ranks import free_port, rank_env
+from memfit.techniques.registry import make_use
+from memfit.techniques.sharded_ddp import owners
+from memfit.techniques.world import layout, make_world
+from memfit.trace.tracer import trace
+from memfit.types.job import Job, JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan
+from memfit.worker.train import joined, step_maker
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("fairscale") is None, reason="fairscale is not installed"
+)
+STEPS, LOSS_RATIO, PEAK_RATIO = 20, 1e-5, 0.02
+# Gradients go when their reduction is seen to be over, which the system's scheduling decides: the lowest of a
+# few trainings is that of the program.
+REPEATS = 5
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(37, 130)
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(130, 261), nn.SiLU(), nn.Linear(261, 130)) for _ in range(3)]
+        )
+        self.head = nn.Linear(130, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def _batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return torch.randn(16, 37, generator=generator), torch.randn(16, 8, generator=generator)
+
+
+JOB = Job(
+    name="net", build_model=Net, make_batch=_batch, batch_size=16, blocks="blocks",
+    loss=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]),
+)  # fmt: skip
+
+
+def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
+    return Plan(ranks=ranks, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
+
+
+PLANS = {
+    "each alone": _plan(sharded_ddp={"reduce_buffer_elements": 0}),
+    "some in buckets": _plan(
+        sharded_ddp={"reduce_buffer_elements": 50_000}, gradient_accumulation={"micro_batches": 2}
+    ),
+    "defaults": _plan(sharded_ddp={}, activation_checkpointing={}),
+}
+ALONE = {"alone": _plan(1, sharded_ddp={})}
+
+
+def _spec(plan: Plan) -> RunSpec:
+    return RunSpec(
+        name="x", role="run", job=JobRef(spec=f"{__file__}:JOB"), plan=plan, engine="fairscale", seed=0,
+        steps=STEPS, threads=1, evaluate=False, batch_size=16,
+    )  # fmt: skip
+
+
+# -- the program ----------------------------------------------------------------------------------------
+
+
+def _rank(folder: Path, target: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    counter = CountingAllocator()
+    counter.install()
+    found: dict[str, Any] = {}
+    with joined(PLANS["defaults"]), gloo_first(True) as settle:
+        rank = torch.distributed.get_rank()
+        for name, plan in PLANS.items():
+            kind = step_maker("fairscale", _configured(folder / f"{name}-{rank}", plan))
+            _train(kind, plan, counter, settle, rank, 1)
+            losses, peaks = _train(kind, plan, counter, settle, rank, STEPS)
+            for _ in range(REPEATS):
+                peaks = min(peaks, _train(kind, plan, counter, settle, rank, 2)[1])
+            found[name] = {"losses": losses, "peak": peaks}
+    target.write_text(json.dumps(found))
+
+
+def _configured(folder: Path, plan: Plan) -> Path:
+    folder.mkdir()
+    for file, text in render(_spec(plan)).files.items():
+        (folder / file).write_text(text)
+    return folder
+
+
+def _train(
+    kind: Any, plan: Plan, counter: CountingAllocator, settle: Any, rank: int, steps: int
+) -> tuple[list[float], int]:
+    gc.collect()
+    base, losses = counter.live_bytes(), []
+    counter.reset_peak()
+    torch.manual_seed(0)
+    step = kind(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
+    settle()
+    for index in range(steps):
+        part, terms = step.local(JOB.make_batch(index, 0))
+        losses.append(float(step.run(part, terms_per_rank=terms)[0]))
+    peak = counter.peak_bytes() - base
+    step.close()
+    return losses, peak
+
+
+# -- what it is asked -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if (why := available()) is not None:
+        pytest.skip(f"no counting allocator: {why}")
+    folder, port = tmp_path_factory.mktemp("ran"), free_port()
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(folder / f"{rank}.json")],
+            env={**os.environ, **rank_env(rank, 2, port), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [child.wait(200) for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _losses(step: TrainingStep) -> list[float]:
+    return [float(step.run(JOB.make_batch(index, 0))[0]) for index in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[float]:
+    torch.manual_seed(0)
+    return _losses(TrainingStep(JOB, Plan()))
+
+
+@installed
+@pytest.mark.parametrize("name", PLANS)
+def test_losses_are_those_of_one_process(
+    name: str, ran: list[dict[str, Any]], reference: list[float]
+) -> None:
+    losses = [statistics.fmean(parts) for parts in zip(*(of[name]["losses"] for of in ran), strict=True)]
+    assert losses == pytest.approx(reference, rel=LOSS_RATIO)
+
+
+@installed
+@pytest.mark.parametrize("name", PLANS)
+def test_memory_is_what_was_predicted(name: str, ran: list[dict[str, Any]]) -> None:
+    for rank in layout(PLANS[name]).distinct_ranks():
+        profile = memory_profile(trace(JOB, PLANS[name], rank=rank), Calibration())
+        assert ran[rank][name]["peak"] == pytest.approx(profile.peak_bytes, rel=PEAK_RATIO)
+
+
+_ALONE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import test_fairscale as t
+torch.set_num_threads(1)
+plan = t.ALONE["alone"]
+torch.manual_seed(0)
+step = t.step_maker("fairscale", t._configured(Path(sys.argv[2]) / "alone", plan))(t.JOB, plan)
+Path(sys.argv[3]).write_text(json.dumps(t._losses(step)))
+"""
+
+
+@installed
+def test_on_one_rank_losses_are_the_same_bits(tmp_path: Path, reference: list[float]) -> None:
+    target = tmp_path / "losses.json"
+    command = [sys.executable, "-c", _ALONE, str(Path(__file__).parent), str(tmp_path), str(target)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(target.read_text()) == reference
+
+
+def test_its_arguments_are_the_plans() -> None:
+    plan = _plan(sharded_ddp={"reduce_buffer_elements": 77})
+    assert json.loads(render(_spec(plan)).files[CONFIG]) == config(plan)
+    assert config(plan)["reduce_buffer_size"] == 77
+
+
+@installed
+def test_its_constructors_know_every_argument_and_it_divides_as_predicted() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import inspect
+
+        from fairscale.nn.data_parallel import ShardedDataParallel
+        from fairscale.optim.oss import OSS
+
+        assert set(config(Plan())) <= set(inspect.signature(ShardedDataParallel).parameters)
+        params = list(Net().parameters())
+        theirs = object.__new__(OSS)
+        theirs.world_size, theirs.param_groups = 3, [{"params": params}]
+        theirs._partition_parameters = []
+        divided = theirs.partition_parameters()
+    ours = owners(params, 3)
+    for rank, groups in enumerate(divided):
+        assert [id(p) for g in groups for p in g["params"]] == [id(p) for p in params if ours[p] == rank]
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (_plan(2, fsdp2={}), "FullyShardedDataParallel asks for CUDA"),
+        (_plan(2, zero={}), "zero is not in fairscale"),
+        (_plan(2), "sharded-ddp is what it does"),
+    ],
+)
+def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+    assert why in "; ".join(ENGINE.supports(plan))
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]), Path(sys.argv[2]))
