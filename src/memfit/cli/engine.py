@@ -15,7 +15,7 @@ from memfit.types.errors import UserError
 from memfit.types.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from memfit.engines.base import Engine
+    import memfit.engines.base
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +62,13 @@ def _install(own: EngineOptions, *, as_json: bool) -> None:
         print(f"{own.name} is in {made.folder}: {size}, made in {took}")
 
 
-def view(engine: Engine) -> dict[str, Any]:
+def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
     from memfit.wire import to_plain
 
     return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}
 
 
-def _row(engine: Engine) -> tuple[str, ...]:
+def _row(engine: memfit.engines.base.Engine) -> tuple[str, ...]:
     probe = engine.probe()
     here = f"{probe.version} {probe.problem}".strip()
     return engine.name, f"{here}\n{probe.fix}" if probe.problem else here, engine.summary

@@ -1,0 +1,200 @@
+"""Colossal-AI: what its plugins are told, and its DDP beside one native process.
+
+What trains or builds a plugin needs the engine's own environment (`memfit engine install colossalai`,
+5.7 GiB); without it those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit.cli import main
+from memfit.cost.memory import memory_profile
+from memfit.engines import environment
+from memfit.engines.base import Engine
+from memfit.engines.colossalai import CONFIG, ENGINE, config, plugin_of
+from memfit.engines.environment import Environment, record, recorded
+from memfit.engines.registry import ready, render
+from memfit.jobs.registry import load
+from memfit.run.child import run
+from memfit.run.environment import install
+from memfit.run.ranks import run_ranks
+from memfit.techniques.registry import check, make_use
+from memfit.trace.tracer import trace
+from memfit.types.errors import RunError, UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind
+
+made = pytest.mark.skipif(bool(ENGINE.probe().problem), reason=f"colossalai: {ENGINE.probe().problem}")
+
+JOB = JobRef(spec=f"{Path(__file__).parent / 'small_gpt.py'}:gpt")
+
+
+def _plan(ranks: int, **uses: dict[str, Any]) -> Plan:
+    return check(Plan(ranks=ranks, uses=tuple(make_use(n.replace("_", "-"), k) for n, k in uses.items())))
+
+
+def _spec(plan: Plan, engine: str = "colossalai") -> RunSpec:
+    return RunSpec(
+        name="x", role="run", job=JOB, plan=plan, engine=engine, seed=0, steps=20,
+        threads=1, evaluate=False,
+    )  # fmt: skip
+
+
+@made
+def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted() -> None:
+    plan = _plan(2, ddp={"bucket_mib": 1, "sync": "last"}, gradient_accumulation={"micro_batches": 2})
+    reference = run(render(_spec(_plan(1), "native")), on_event=lambda event: None)
+    ranks = run_ranks(render(_spec(plan)))
+    assert [r.outcome for r in ranks] == [OutcomeKind.OK] * 2, ranks[0].reason
+    losses = [statistics.fmean(parts) for parts in zip(*(r.losses for r in ranks), strict=True)]
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    for rank, measured in enumerate(ranks):
+        found = memory_profile(trace(load(JOB), plan, rank=rank), Calibration())
+        assert measured.peak_bytes == pytest.approx(found.peak_bytes, rel=0.02)
+
+
+PLUGINS = {
+    "TorchDDPPlugin": (
+        _plan(2, ddp={"bucket_mib": 7}), {"bucket_cap_mb": 7, "gradient_as_bucket_view": True}
+    ),
+    "LowLevelZeroPlugin": (
+        _plan(2, zero={"stage": 2, "reduce_bucket_elements": 3 << 20, "offload": "optimizer"}),
+        {"stage": 2, "reduce_bucket_size_in_m": 3, "cpu_offload": True, "precision": "fp32"},
+    ),
+    "GeminiPlugin": (
+        _plan(2, zero={"stage": 3, "precision": "bf16", "offload": "parameters"}),
+        {"shard_param_frac": 1.0, "offload_optim_frac": 1.0, "offload_param_frac": 1.0, "precision": "bf16"},
+    ),
+    "HybridParallelPlugin": (
+        _plan(
+            4, pipeline={"stages": 2, "schedule": "interleaved", "virtual": 2},
+            tensor_parallel={"vocabulary": "gathered", "sequence": True},
+        ),
+        {
+            "tp_size": 2, "pp_size": 2, "num_model_chunks": 2, "pp_style": "interleaved",
+            "sequence_parallelism_mode": "split_gather", "parallel_output": False,
+        },
+    ),
+}  # fmt: skip
+_BUILD = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from colossalai.booster import Booster, plugin
+for ranks, given in json.loads(sys.argv[1]):
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    Booster(plugin=getattr(plugin, given["plugin"])(**given["arguments"]))
+    dist.destroy_process_group()
+    print("taken:", given["plugin"])
+"""
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plan_becomes_a_plugin_and_its_arguments(name: str) -> None:
+    plan, wanted = PLUGINS[name]
+    assert ENGINE.supports(plan) == ()
+    given = json.loads(render(_spec(plan)).files[CONFIG])
+    assert given == config(plan)
+    assert given["plugin"] == plugin_of(plan) == name
+    assert wanted.items() <= given["arguments"].items()
+
+
+@made
+def test_the_plugins_own_constructors_take_them() -> None:
+    home = recorded("colossalai")
+    assert home is not None
+    given = [(p.ranks, json.loads(render(_spec(p)).files[CONFIG])) for p, _ in PLUGINS.values()]
+    child = subprocess.run(
+        (home.python, "-c", _BUILD, json.dumps(given)), capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert [line for line in child.stdout.splitlines() if line.startswith("taken: ")] == [
+        f"taken: {name}" for name in PLUGINS
+    ]
+
+
+@pytest.mark.parametrize("name", ["LowLevelZeroPlugin", "GeminiPlugin", "HybridParallelPlugin"])
+def test_what_asks_for_cuda_is_rendered_and_not_run(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} asks for CUDA"):
+        ready("colossalai", PLUGINS[name][0])
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (_plan(2, zero={"stage": 3}), "precision must be 'bf16'"),
+        (_plan(2, zero={"stage": 1}), "must be a multiple"),
+        (_plan(2, tensor_parallel={}), "must not be 'whole'"),
+        (_plan(2, fsdp2={}), "fsdp2 is not in colossalai"),
+    ],
+)
+def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+    assert why in "; ".join(ENGINE.supports(plan))
+
+
+# --- an environment of its own
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(environment, "home", lambda: tmp_path / "engines")
+    return tmp_path
+
+
+def test_without_an_environment_the_one_command_is_told(home: Path) -> None:
+    probe = ENGINE.probe()
+    assert (probe.problem, probe.fix) == ("not installed", "memfit engine install colossalai")
+
+
+def test_an_environment_that_is_gone_is_told(home: Path) -> None:
+    nowhere = str(home / "nowhere")
+    record("colossalai", Environment(
+        folder=nowhere, python=f"{nowhere}/bin/python", packages=nowhere, installed_bytes=1, took_s=1.0,
+    ))  # fmt: skip
+    assert ENGINE.probe().problem == f"its environment {nowhere} is gone"
+    launch = render(_spec(_plan(2, ddp={})))
+    assert launch.argv[0] == f"{nowhere}/bin/python"
+    assert Path(launch.env["PYTHONPATH"], "memfit").is_dir()
+
+
+def _tiny(*requirements: str) -> Engine:
+    return dataclasses.replace(ENGINE, name="tiny", requirements=requirements)
+
+
+def test_an_environment_is_made_measured_and_recorded(home: Path) -> None:
+    told: list[str] = []
+    found = install(_tiny("--help"), home / "own", told.append)  # pip only says what it could do
+    assert recorded("tiny") == found
+    assert Path(found.python).is_file()
+    assert Path(found.packages, "pip").is_dir()
+    assert found.installed_bytes > 1_000_000
+    assert told
+    with pytest.raises(UserError, match="is there and not empty"):
+        install(_tiny("--help"), home / "own", told.append)
+
+
+def test_what_pip_says_last_is_the_reason_of_a_failure(home: Path) -> None:
+    with pytest.raises(RunError, match="no such option: --nonsense"):
+        install(_tiny("--nonsense"), home / "own", lambda line: None)
+    assert recorded("tiny") is None
+
+
+def test_the_command_names_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["engine", "install", "megatron"]) == 2
+    assert "needs no environment of its own" in capsys.readouterr().err
+    assert main(["engine", "install"]) == 2
+    assert main(["engine", "list", "--json"]) == 0
+    names = [e["name"] for e in json.loads(capsys.readouterr().out)["engines"]]
+    assert "colossalai" in names
