@@ -23,6 +23,7 @@ from memfit.jobs import checkpoints
 from memfit.run.child import run
 from memfit.run.ranks import free_port, rank_env
 from memfit.types.errors import MemfitError, UserError
+from memfit.types.job import OptimizerChoice
 from memfit.types.launch import Keep
 from memfit.types.plan import Plan, use
 
@@ -153,6 +154,43 @@ def test_the_same_plan_goes_on_bit_by_bit(tmp_path: Path, uses: Any) -> None:
     assert again.losses(3, 5) == after
     for mine, other in zip(again.step.model.buffers(), first.step.model.buffers(), strict=True):
         assert torch.equal(mine, other)
+
+
+class Scheduled(torch.optim.SGD):
+    """Its rate falls with a count that is kept in the group."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = 0.1 / group["count"]
+        super().step()
+
+
+def scheduled() -> Any:
+    return dataclasses.replace(
+        dropped(), optimizer=OptimizerChoice(make=lambda params: Scheduled(params, momentum=0.9))
+    )
+
+
+@pytest.mark.parametrize("uses", [{}, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}], ids=str)
+def test_what_an_optimizer_counts_in_its_groups_goes_on(tmp_path: Path, uses: Any) -> None:
+    given = Plan(uses=tuple(ranks.make_use(n, {**k, **ranks.BUCKET}) for n, k in uses.items()))
+    first = alone(Keep(save=str(tmp_path)), tmp_path, Plan(), scheduled())
+    first.losses(0, 3)
+    first.keeper.save(3)
+    after = first.losses(3, 5)
+    again = alone(Keep(resume=str(checkpoints.find(tmp_path)[0])), tmp_path, given, scheduled())
+    again.keeper.restore()
+    assert again.losses(3, 5) == pytest.approx(after, rel=WORST_RATIO)
+
+
+def test_a_state_in_blocks_of_a_flat_buffer_is_refused_after_one_step(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    uses = ranks.make_use("zero", {"stage": 2, **ranks.BUCKET}), ranks.make_use("adamw-8bit", {})
+    training = alone(Keep(save=str(tmp_path)), tmp_path, Plan(uses=uses))
+    training.losses(0, 1)
+    with pytest.raises(UserError, match="of a flat optimizer state has"):
+        training.keeper.check()
 
 
 def test_experts_of_other_ranks_are_not_mixed_up(tmp_path: Path) -> None:

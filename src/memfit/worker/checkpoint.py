@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -56,6 +57,7 @@ class Keeper:
                 hint="leave it out: its experts have no names yet",
             )
         self.optimizers = optimizers(step.optimizer)
+        self.begun = [_numbers(group) for group in self._groups()]
 
     def restore(self) -> int:
         """How many steps are done. Raises UserError where the checkpoint is of another model or optimizer."""
@@ -65,12 +67,19 @@ class Keeper:
         flats = {id(p.owner): p.owner for p in places(self.step).values() if p.owner.requires_grad}
         for optimizer in self.optimizers:
             make_states(optimizer, flats.values())
+        for group, begun in zip(self._groups(), self.begun, strict=True):
+            group.update(begun)
         entries = list(self._entries())
-        _must_keep_the_same(path, there, _everyone({e.key for e in entries}))
+        _must_keep_the_same(path, there, _everyone({e.key for e in entries if e.kind == "state"}))
         self._read(path, entries, f"random.{self.rank % there.ranks}")
         spread(self.step)
         tell("resumed", path=str(path), step=there.step)
         return there.step
+
+    def check(self) -> None:
+        """After a first step: raises UserError where the optimizer's state cannot be told by name."""
+        for entry in self._entries():
+            _ = entry.stored
 
     def due(self, done: int) -> bool:
         keep = self.spec.keep
@@ -80,7 +89,7 @@ class Keeper:
     def save(self, done: int) -> None:
         """Raises MemfitError where it cannot be written."""
         folder = Path(self.spec.keep.save)
-        entries = list(self._entries())
+        entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         said = self._about(done, entries)
         partial = _from_first(checkpoints.begin(folder, done) if self.rank == 0 else None)
         state: dict[str, Any] = {**self._tensors(writing=True), **{e.text: e.stored for e in entries}}
@@ -102,7 +111,7 @@ class Keeper:
         return Checkpoint(
             step=done, seed=spec.seed, job=self.step.job.name, plan=spec.plan.label, engine=spec.engine,
             ranks=spec.plan.ranks, shapes=self._shapes(), optimizer=type(self.optimizers[0]).__name__,
-            state=tuple(sorted(_everyone({e.key for e in entries}))), files_bytes={},
+            state=tuple(sorted(_everyone({e.key for e in entries if e.kind == "state"}))), files_bytes={},
         )  # fmt: skip
 
     def _shapes(self) -> Shapes:
@@ -120,10 +129,22 @@ class Keeper:
 
     def _entries(self) -> Iterator[Entry]:
         """What the optimizer keeps of each parameter."""
-        states = {id(owner): s for o in self.optimizers for owner, s in o.state.items()}
-        for name, place in places(self.step).items():
-            state = states.get(id(place.owner), {})
-            yield from (Entry(name=name, key=key, place=place, state=state) for key in state)
+        held: dict[str, dict[int, Any]] = {
+            "state": {id(owner): s for o in self.optimizers for owner, s in o.state.items()},
+            "param_groups": {id(p): group for group in self._groups() for p in group["params"]},
+        }
+        for (name, place), kind in itertools.product(places(self.step).items(), held):
+            state = held[kind].get(id(place.owner), {})
+            keys = state if kind == "state" else _numbers(state)
+            yield from (Entry(kind=kind, name=name, key=key, place=place, state=state) for key in keys)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for o in self.optimizers for group in o.param_groups]
+
+    def _moved(self, entry: Entry) -> bool:
+        """Of a group's numbers only those are the run's, not the plan's, that training has changed."""
+        begun = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
+        return bool(begun.get(entry.key) != entry.state[entry.key])
 
     def _read(self, path: Path, entries: list[Entry], random: str) -> None:
         reader = FileSystemReader(path)
@@ -137,7 +158,7 @@ class Keeper:
         for entry in entries:
             if entry.text in known:
                 entry.enter(target[entry.text])
-            else:
+            elif entry.kind == "state":
                 self._forget(entry)
         _must_step_together(path, [e for e in entries if e.shared], target)
 
@@ -153,8 +174,10 @@ class Keeper:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One value that the optimizer keeps of a parameter, in ``state`` under ``key``."""
+    """One value that the optimizer keeps of a parameter, in ``state`` under ``key``; ``kind``: "state", or
+    "param_groups" for a number of its group."""
 
+    kind: str
     name: str
     key: str
     place: Place
@@ -162,7 +185,7 @@ class Entry:
 
     @property
     def text(self) -> str:
-        return f"optimizer.state.{self.name}.{self.key}"
+        return f"optimizer.{self.kind}.{self.name}.{self.key}"
 
     @property
     def shared(self) -> bool:
@@ -195,6 +218,16 @@ class Entry:
             self.state[self.key] = read
         elif self.shared:
             value.copy_(read)
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are now."""
+    found = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
 def _must_be_alike(path: Path, there: Shapes, here: Shapes) -> None:

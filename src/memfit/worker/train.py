@@ -238,6 +238,8 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
         gauge.turn("between")
         _one_step(step, given, index, spec, gauge)
         del given
+        if keeper is not None and index == gauge.first:
+            keeper.check()
         if keeper is not None and keeper.due(index + 1):
             gauge.turn("save")
             keeper.save(index + 1)
