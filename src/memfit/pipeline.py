@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import statistics
 import time
 import uuid
@@ -13,10 +14,19 @@ from pathlib import Path
 from memfit import outlook, wire
 from memfit.adoption import effort
 from memfit.cost.memory import memory_profile, timeline, with_workspace
-from memfit.engines.registry import carrying, ready, render
+from memfit.engines.registry import carrying, engine, ready, render
 from memfit.jobs import checkpoints
 from memfit.measure import here
-from memfit.planning import Planning, Progress, Request, calibrate, make_pricer, model_sizes, search
+from memfit.planning import (
+    Planning,
+    Progress,
+    Request,
+    calibrate,
+    make_pricer,
+    model_sizes,
+    needed_bytes,
+    search,
+)
 from memfit.pricing import Pricer
 from memfit.report.explain import Explained
 from memfit.report.html import write_html
@@ -26,7 +36,7 @@ from memfit.run.ranks import run_ranks
 from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
-from memfit.techniques.registry import check, effect_of
+from memfit.techniques.registry import check, effect_of, plain, without
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import Keep, RunSpec
@@ -109,16 +119,10 @@ def run_plan(
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
         steps=steps or job.steps, batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
-        cap_bytes=_own_cap(request, estimate) if capped else None,
+        cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
     )  # fmt: skip
     return _run(spec, estimate, progress, plan.label, strict=True)
-
-
-def _own_cap(request: Request, estimate: Estimate) -> int:
-    from memfit.planning import needed_bytes
-
-    return request.cap_bytes or needed_bytes(estimate, request.machine)
 
 
 def poc(
@@ -196,12 +200,17 @@ def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, s
 
 
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
-    """Of several ranks the one that failed, else the one with the highest peak, as predictions are."""
+    """Of several ranks the one that ran out of memory or failed, else the one with the highest peak, as
+    predictions are, with the mean of all ranks' losses."""
     if spec.plan.ranks == 1:
         return run(render(spec), on_event=listen)
     seen = run_ranks(render(spec), on_event=lambda rank, event: None if rank else listen(event))
-    failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
-    return failed[0] if failed else max(seen, key=lambda m: m.peak_bytes or 0)
+    # ranks whose neighbour ran out of memory fail for want of it
+    failed = sorted((m for m in seen if m.outcome is not OutcomeKind.OK), key=lambda m: m.outcome is not OutcomeKind.OOM)
+    if failed:
+        return failed[0]
+    losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
+    return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
 
 
 @dataclasses.dataclass(kw_only=False)
@@ -221,9 +230,13 @@ class _Story:
         assert choice is not None, "search raises NothingFits otherwise"
         return choice.estimate.plan
 
+    @property
+    def baseline(self) -> Plan:
+        return plain(self.planning.request.ranks)
+
     def begin(self, asked: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
-        metric = job.metric
+        metric, alone = job.metric, request.ranks == 1
         found = Poc(
             poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -232,7 +245,7 @@ class _Story:
             job_title=job.title or job.name,
             job_size=job.size,
             data_source=job.data_source,
-            parameter_count=self.planning.pricer.trace(Plan()).parameter_count,
+            parameter_count=self.planning.pricer.trace(self.baseline).parameter_count,
             metric=metric.name if metric else "",
             metric_unit=metric.unit if metric else "",
             metric_naive=metric.naive if metric else None,
@@ -250,11 +263,12 @@ class _Story:
             effort=effort(request.job, self.recommended, (), self.store),
             predicted_timeline_bytes={
                 name: timeline(self.planning.pricer.trace(plan), _TIMELINE_POINTS)
-                for name, plan in ((BASELINE, Plan()), (RECOMMENDED, self.recommended))
+                for name, plan in ((BASELINE, self.baseline), (RECOMMENDED, self.recommended))
             },
             place=request.machine.place.name if request.machine.place else "",
-            paper=outlook.paper_rows(self.planning, self.progress),
-            reach=outlook.reach(self.planning, self.progress),
+            # other machines and sizes are told of one device
+            paper=outlook.paper_rows(self.planning, self.progress) if alone else (),
+            reach=outlook.reach(self.planning, self.progress) if alone else (),
             steps_per_run=self.steps,
             notes=_notes(request.job, asked.job),
             finished=False,
@@ -265,12 +279,12 @@ class _Story:
     def specs(self) -> Iterator[RunSpec]:
         """Baseline under the cap; baseline and recommendation in turn over the seeds, so that both see
         the same noise; the recommendation again for reproducibility; ablations; the 2 x 2."""
-        yield self._spec(BASELINE, BASELINE, Plan(), seed=0, capped=True)
+        yield self._spec(BASELINE, BASELINE, self.baseline, seed=0, capped=True)
         for seed in range(self.seeds):
-            yield self._spec(BASELINE, BASELINE, Plan(), seed=seed)
+            yield self._spec(BASELINE, BASELINE, self.baseline, seed=seed)
             yield self._spec(RECOMMENDED, RECOMMENDED, self.recommended, seed=seed, capped=True)
         yield self._spec("recommended again", RECOMMENDED, self.recommended, seed=0, capped=True)
-        seen = {Plan(), self.recommended}
+        seen = {self.baseline, self.recommended}
         for name, plan in self._ablations():
             if plan not in seen:
                 seen.add(plan)
@@ -278,24 +292,22 @@ class _Story:
 
     def _ablations(self) -> Iterator[tuple[str, Plan]]:
         for used in self.recommended.uses:
-            yield f"without {used.technique}", self.recommended.without(used.technique)
-        yield "precision only", Plan(uses=(_PRECISION,))
+            yield f"without {used.technique}", without(self.recommended, used.technique)
+        yield "precision only", self.baseline.with_use(_PRECISION)
         if self.planning.pricer.space.block_count:
-            yield "checkpointing only", Plan(uses=(_CHECKPOINTING,))
-            yield "precision and checkpointing", Plan(uses=(_PRECISION, _CHECKPOINTING))
+            yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)
+            both = self.baseline.with_use(_PRECISION).with_use(_CHECKPOINTING)
+            yield "precision and checkpointing", both
 
     def _spec(self, name: str, role: str, plan: Plan, *, seed: int, capped: bool = False) -> RunSpec:
+        request, job = self.planning.request, self.planning.job
+        name_of_engine = "native" if engine(request.engine).supports(plan) else request.engine
         return RunSpec(
-            name=name,
-            role=role,
-            job=self.planning.request.job,
-            plan=plan,
-            seed=seed,
-            steps=self.steps,
+            name=name, role=role, job=request.job, plan=plan, engine=name_of_engine, seed=seed,
+            steps=self.steps, batch_size=job.batch_size, sizes=model_sizes(name_of_engine, job),
             cap_bytes=self.planning.cap_bytes if capped else None,
-            threads=self.planning.request.threads or here.threads(),
-            timeline=seed == 0,
-        )
+            threads=request.threads or max(1, here.threads() // request.ranks), timeline=seed == 0,
+        )  # fmt: skip
 
     def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
         done = _run(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
@@ -327,23 +339,49 @@ class _Story:
             judged = verdict(base, other, effect=effect_of(plan), metric=metric)
             return NamedVerdict(name=name, plan=plan, verdict=judged)
 
-        if self.recommended.uses:
+        if self.recommended != self.baseline:
             yield named(RECOMMENDED, plain, chosen)
         else:
             same = Verdict(
-                kind=VerdictKind.EQUIVALENT, effect=effect_of(Plan()), test="identity",
+                kind=VerdictKind.EQUIVALENT, effect=effect_of(self.baseline), test="identity",
                 reason="the recommendation is plain training itself",
             )  # fmt: skip
-            yield NamedVerdict(name=RECOMMENDED, plan=Plan(), verdict=same)
+            yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=same)
         for other in (r for r in runs if r.spec.role == ABLATION):
             yield named(other.spec.name, plain[:1], [other])
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
         """Precision x checkpointing on seed 0, wherever all four corners ran."""
         uses = ((), (_PRECISION,), (_CHECKPOINTING,), (_PRECISION, _CHECKPOINTING))
-        corners = [Plan(uses=corner) for corner in uses]
+        corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
         cells = [_corner(runs, plan) for plan in corners]
         for quantity, value in _QUANTITIES.items():
+            values = [value(c.measurement) if c else None for c in cells]
+            if all(v is not None for v in values):
+                neither, first, second, both = (float(v) for v in values if v is not None)
+                yield Interaction(
+                    first=_PRECISION.technique, second=_CHECKPOINTING.technique, quantity=quantity,
+                    neither=neither, first_only=first, second_only=second, both=both,
+                )  # fmt: skip
+
+
+def _notes(used: JobRef, asked: JobRef) -> tuple[str, ...]:
+    """What the reader must know about this very PoC."""
+    if used == asked:
+        return ()
+    note = (
+        "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
+        f"the verdict included, is for a batch of {used.batch}."
+    )
+    return (note,)
+
+
+def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
+    fine = (r for r in runs if r.measurement.outcome is OutcomeKind.OK and r.spec.seed == 0)
+    return next((r for r in fine if r.spec.plan == plan), None)
+
+
+_QUANTITIES.items():
             values = [value(c.measurement) if c else None for c in cells]
             if all(v is not None for v in values):
                 neither, first, second, both = (float(v) for v in values if v is not None)

@@ -18,6 +18,7 @@ from memfit.search.choose import Objective, best, decide, frontier, score
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
+from memfit.techniques.registry import plain
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
@@ -49,6 +50,7 @@ class Request:
     accuracy: Accuracy = Accuracy.ROUNDING
     threads: int = 0
     engine: str = "native"
+    ranks: int = 1
 
     @property
     def is_here(self) -> bool:
@@ -67,8 +69,11 @@ class Planning:
     result: SearchResult
 
 
-def space_of(job: Job, device: str) -> Space:
-    """Counts blocks and outputs on a model built without memory."""
+def space_of(job: Job, device: str, ranks: int = 1) -> Space:
+    """Counts blocks and outputs on a model built without memory. Raises UserError where ``ranks`` have less
+    than a sample each."""
+    if job.batch_size < ranks:
+        raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
     from memfit.trace.tracer import fake_model
 
     model = fake_model(job)
@@ -85,17 +90,18 @@ def space_of(job: Job, device: str) -> Space:
             raise
         vocabulary = 0
     return Space(
-        batch_size=job.batch_size,
+        batch_size=job.batch_size // ranks,
         block_count=blocks,
         has_head=vocabulary > 0,
         vocabulary=vocabulary,
         device=device,
+        ranks=ranks,
     )
 
 
 def make_pricer(request: Request) -> tuple[Job, Pricer]:
     job = load(request.job)
-    space = space_of(job, request.machine.device.kind)
+    space = space_of(job, request.machine.device.kind, request.ranks)
     return job, Pricer(job=job, machine=request.machine, space=space, engine=request.engine)
 
 
@@ -115,10 +121,10 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     plain training needs to run on this machine at all; the returned request has it."""
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
-    plain = pricer.whole(Plan())
+    basis = pricer.whole(plain(request.ranks))
     if request.is_here and must_run:
-        request, job, pricer, plain = _runnable(request, job, pricer, plain)
-    cap_bytes, cap_reason = _cap(request, plain)
+        request, job, pricer, basis = _runnable(request, job, pricer, basis)
+    cap_bytes, cap_reason = _cap(request, basis)
     if request.is_here:
         calibrate(pricer, request, progress)
     fits = fits_under(cap_bytes, request.machine)
@@ -138,24 +144,24 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
 
 
 def _runnable(
-    request: Request, job: Job, pricer: Pricer, plain: Estimate
+    request: Request, job: Job, pricer: Pricer, basis: Estimate
 ) -> tuple[Request, Job, Pricer, Estimate]:
     """The same with the batch halved until plain training fits what is free now."""
-    free = here.free_bytes()
-    while needed_bytes(plain, request.machine) > free and job.batch_size > 1:
+    free = here.free_bytes() // request.ranks
+    while needed_bytes(basis, request.machine) > free and job.batch_size > request.ranks:
         smaller = dataclasses.replace(request.job, batch=job.batch_size // 2)
         request = dataclasses.replace(request, job=smaller)
         job, pricer = make_pricer(request)
-        plain = pricer.whole(Plan())
-    return request, job, pricer, plain
+        basis = pricer.whole(plain(request.ranks))
+    return request, job, pricer, basis
 
 
-def _cap(request: Request, plain: Estimate) -> tuple[int, str]:
+def _cap(request: Request, basis: Estimate) -> tuple[int, str]:
     if request.cap_bytes is not None:
         return request.cap_bytes, "asked for"
     if request.machine.device.kind == "cpu":
         reason = "demonstration: a quarter of the baseline's predicted peak"
-        return int(plain.allocated_bytes.value / 4), reason
+        return int(basis.allocated_bytes.value / 4), reason
     return int(request.machine.device.memory_bytes.value), "the device's memory"
 
 
@@ -205,7 +211,7 @@ def finalists(
     edge = frontier(sketches)
     step = max(1, len(edge) // 4)
     picked = [
-        Plan(),
+        plain(sketches[0].plan.ranks),
         *(e.plan for e in fitting[: most - 6]),
         smallest[0].plan,
         *(e.plan for e in edge[::step]),
@@ -237,12 +243,12 @@ def _representatives(pricer: Pricer) -> list[Plan]:
     batch = pricer.space.batch_size
     single = [use("gradient-accumulation", micro_batches=batch)] if batch > 1 else []
     middle = [use("gradient-accumulation", micro_batches=4)] if batch > 4 and batch % 4 == 0 else []
-    mixed = use("bf16-autocast")
+    mixed, basis = use("bf16-autocast"), plain(pricer.space.ranks)
     return [
-        Plan(),
-        Plan(uses=(mixed,)),
-        *(Plan(uses=(u,)) for u in middle + single),
-        *(Plan(uses=(mixed, u)) for u in middle + single),
+        basis,
+        basis.with_use(mixed),
+        *(basis.with_use(u) for u in middle + single),
+        *(basis.with_use(mixed).with_use(u) for u in middle + single),
     ]
 
 

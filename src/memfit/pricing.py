@@ -22,7 +22,7 @@ from memfit.cost.money import bill
 from memfit.cost.time import TimeModel, time_model
 from memfit.engines.registry import engine
 from memfit.techniques.base import Space
-from memfit.techniques.registry import technique
+from memfit.techniques.registry import plain, technique
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces
 from memfit.trace.tracer import stepping, trace, with_blocks
@@ -123,7 +123,7 @@ class Pricer:
         found = estimate(
             self.trace(plan, rank), plan, machine=self.machine, calibration=self.calibration, model=self.model
         )
-        if plan == Plan() and found.reserved_bytes is not None:
+        if plan == plain(plan.ranks) and found.reserved_bytes is not None:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
         return found
 
@@ -161,7 +161,8 @@ class Pricer:
             "optimizer": int(vector[_OPTIMIZER]),
         }
         phase = max(peaks, key=lambda p: peaks[p])
-        step_s = float(micros * vector[_MICRO_S] + vector[_STEP_S]) if self.model else None
+        timed = self.model is not None and plan.ranks == 1  # collectives and waiting are not priced
+        step_s = float(micros * vector[_MICRO_S] + vector[_STEP_S]) if timed else None
         cost = bill(self.machine, step_s=step_s)
         allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
@@ -301,16 +302,16 @@ def _core(plan: Plan) -> Plan:
     offload and stepping in backward are priced on top."""
     aside = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
     kept = [u for u in plan.uses if technique(u.technique).slot != "optimizer" and u.technique not in aside]
-    core = Plan(uses=tuple(kept))
+    core = Plan(uses=tuple(kept), ranks=plan.ranks)
     return core.with_use(use("bf16-parameters", rounding="master")) if core.get("bf16-parameters") else core
 
 
 def _optimizer_only(plan: Plan) -> Plan:
     """What decides the optimizer's phase: its own technique, parameter precision, adapters."""
     names = {"bf16-parameters", "lora", "qlora"}
-    return Plan(
-        uses=tuple(u for u in plan.uses if u.technique in names or technique(u.technique).slot == "optimizer")
-    )
+    slots = {"optimizer", "data-parallel"}
+    kept = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]
+    return Plan(uses=tuple(kept), ranks=plan.ranks)
 
 
 def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:

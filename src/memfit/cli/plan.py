@@ -24,6 +24,11 @@ from memfit.types.plan import Plan
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
+    """On how many processes, and where the plan is written."""
+
+    nproc: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Plan for N processes that share the batch.")
+    ] = 1
     save: Annotated[
         Path | None,
         typer.Option(
@@ -67,7 +72,7 @@ def plan(
             read_from = ", ".join(str(p) for p in yours.given)
             write_plan(save.save, carried, note=f"for {job.job}, read from {read_from}")
         return
-    asked = request(job, goal, here, on.on)
+    asked = request(job, goal, here, on.on, ranks=save.nproc)
     with Bars(words) as progress:
         from memfit import pipeline
 

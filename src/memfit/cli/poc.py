@@ -32,6 +32,9 @@ class PocOptions:
             metavar="N", min=1, help="Pairs of runs behind the verdict; fewer than 3 decide nothing."
         ),
     ] = 3
+    nproc: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Train on N processes that share the batch.")
+    ] = 1
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML report. Default: beside the store.")
     ] = None
@@ -44,7 +47,7 @@ def poc(
     """Predict, search, train, judge and report, on this machine."""
     words = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
-    asked = request(job, goal, here)
+    asked = request(job, goal, here, ranks=own.nproc)
     from memfit.store import Store
 
     records = Store(store.store)

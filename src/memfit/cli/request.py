@@ -24,6 +24,8 @@ def request(
     goal: GoalOptions,
     here: HereOptions,
     on: str = "this",
+    *,
+    ranks: int = 1,
 ) -> memfit.planning.Request:
     """What is cheap to check is checked before torch is loaded. Raises UserError."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
@@ -44,6 +46,7 @@ def request(
         accuracy=accuracy,
         threads=here.threads or 0,
         engine=engine(goal.engine).name,
+        ranks=ranks,
     )
 
 

@@ -254,7 +254,7 @@ def _reason(reason: Reason) -> Sentence:
         value=None if saved is None else -saved, unit="bytes", mark=Mark.PREDICTED, signed=not costs
     )
     return Sentence(
-        key="reason.costs" if costs else f"reason.{reason.kind}",
+        key=_reason_key("costs" if costs else reason.kind, timed=reason.time_ratio is not None),
         values={
             "technique": reason.technique,
             "saved": predicted(saved, "bytes"),
@@ -263,6 +263,11 @@ def _reason(reason: Reason) -> Sentence:
             "detail": reason.detail,
         },
     )
+
+
+def _reason_key(kind: str, *, timed: bool) -> str:
+    compared = kind in {"saves", "costs", "left_out_slower", "left_out_not_needed"}
+    return f"reason.{kind}" if timed or not compared else f"reason.{kind}_untimed"
 
 
 def _verdict(name: str, plan: str, verdict: Verdict, unit: str) -> VerdictRow:

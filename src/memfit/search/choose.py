@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from memfit.search.space import complexity
-from memfit.techniques.registry import effect_of
+from memfit.techniques.registry import effect_of, plain, without
 from memfit.types.plan import Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
@@ -76,14 +76,14 @@ def decide(
     price: Callable[[Plan], Estimate],
 ) -> SearchResult:
     """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons."""
-    plain = next(e for e in estimates if not e.plan.uses)
+    basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
 
-    kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [plain]
+    kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
     unique = {e.plan: e for e in ([winner] if winner else []) + kept}
     ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
     recommended = None
@@ -94,7 +94,7 @@ def decide(
         goal=goal.value,
         cap_bytes=cap_bytes,
         considered=considered,
-        baseline=choice(plain),
+        baseline=choice(basis),
         frontier=tuple(
             recommended if recommended and e is winner else choice(e, saved_by(e, price)) for e in ordered
         ),
@@ -107,13 +107,15 @@ def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Rea
     """For each technique of the plan: what its removal alone would cost in memory and gain in time."""
     reasons = []
     for use in estimate.plan.uses:
-        without = price(estimate.plan.without(use.technique))
+        less = price(without(estimate.plan, use.technique))
+        if less.plan == estimate.plan:
+            continue  # DDP, which several ranks fall back to
         reasons.append(
             Reason(
                 kind="saves",
                 technique=use.technique,
-                saved_bytes=int(without.allocated_bytes.value - estimate.allocated_bytes.value),
-                time_ratio=_ratio(estimate, without),
+                saved_bytes=int(less.allocated_bytes.value - estimate.allocated_bytes.value),
+                time_ratio=_ratio(estimate, less),
             )
         )
     return tuple(sorted(reasons, key=lambda r: -(r.saved_bytes or 0)))

@@ -1,4 +1,5 @@
-"""Every sensible plan for one device: techniques times settings, minus what clashes."""
+"""Every sensible plan for one device, or for several that share the batch: techniques times settings, minus
+what clashes."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from memfit.techniques.base import Space, Technique
-from memfit.techniques.registry import TECHNIQUES, conflict, effect_of, make_use
+from memfit.techniques.registry import TECHNIQUES, conflict, effect_of, make_use, technique
 from memfit.types.plan import Accuracy, Plan, Use
 from memfit.types.result import Reason
 
@@ -14,36 +15,38 @@ from memfit.types.result import Reason
 def usable(space: Space, accuracy: Accuracy) -> tuple[list[Technique], tuple[Reason, ...]]:
     """Techniques the goal and this machine allow, and why the others are out."""
     allowed, out = [], []
-    for technique in TECHNIQUES.values():
-        offered = space.device in technique.devices and any(True for _ in technique.settings(space))
-        if missing := technique.missing:
-            out.append(
-                Reason(kind="left_out_unavailable", technique=technique.name, detail=", ".join(missing))
-            )
+    for one in TECHNIQUES.values():
+        offered = space.device in one.devices and any(True for _ in one.settings(space))
+        if missing := one.missing:
+            out.append(Reason(kind="left_out_unavailable", technique=one.name, detail=", ".join(missing)))
         elif not offered:
             continue
-        elif technique.effect > accuracy.highest:
-            out.append(Reason(kind="left_out_accuracy", technique=technique.name, detail=accuracy.value))
+        elif one.effect > accuracy.highest and one.slot != "data-parallel":  # which is then asked for
+            out.append(Reason(kind="left_out_accuracy", technique=one.name, detail=accuracy.value))
         else:
-            allowed.append(technique)
+            allowed.append(one)
     return allowed, tuple(out)
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
     """All conflict-free combinations, plain first, in a fixed order."""
     slots: dict[str, list[Use]] = {}
-    for technique in techniques:
-        slots.setdefault(technique.slot or technique.name, []).extend(_uses(technique, space))
+    for one in techniques:
+        slots.setdefault(one.slot or one.name, []).extend(_uses(one, space))
     choices = [[None, *uses] for uses in slots.values()]
     for picked in itertools.product(*choices):
-        plan = Plan(uses=tuple(u for u in picked if u is not None))
-        if conflict(plan) is None:
+        plan = Plan(uses=tuple(u for u in picked if u is not None), ranks=space.ranks)
+        if conflict(plan) is None and (space.ranks == 1 or _shares_work(plan)):
             yield plan
 
 
-def _uses(technique: Technique, space: Space) -> list[Use]:
-    settings: Iterable[Mapping[str, object]] = technique.settings(space)
-    return [make_use(technique.name, s) for s in settings]
+def _shares_work(plan: Plan) -> bool:
+    return any(technique(u.technique).slot == "data-parallel" for u in plan.uses)
+
+
+def _uses(one: Technique, space: Space) -> list[Use]:
+    settings: Iterable[Mapping[str, object]] = one.settings(space)
+    return [make_use(one.name, s) for s in settings]
 
 
 _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}

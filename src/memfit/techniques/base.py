@@ -44,11 +44,12 @@ class Knob:
 class Space:
     """What the search may try with: the numbers a technique needs to propose settings."""
 
-    batch_size: int
+    batch_size: int  # of one rank
     block_count: int
     has_head: bool
     vocabulary: int  # outputs of the head; 0: no head
     device: str
+    ranks: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

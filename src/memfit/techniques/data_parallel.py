@@ -7,7 +7,7 @@ torch.distributed.fsdp.fully_shard).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
@@ -184,8 +184,9 @@ def _prefetch(groups: list[Any], depth: int) -> None:
         group.set_modules_to_backward_prefetch(groups[max(0, i - depth) : i][::-1])
 
 
-def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[Mapping[str, KnobValue]]]:
+    """A plan of one rank has no use for it."""
+    return lambda space: settings if space.ranks > 1 else ()
 
 
 DDP = Technique(
@@ -193,7 +194,7 @@ DDP = Technique(
     summary="the same model on every rank, gradients averaged in buckets",
     effect=EffectClass.E1,
     apply=_apply_ddp,
-    settings=_nothing,
+    settings=_on_ranks({}),
     order=90,
     slot="data-parallel",
     knobs=(
@@ -209,7 +210,7 @@ FSDP2 = Technique(
     summary="each rank keeps a shard of parameters, gradients and optimizer state (ZeRO-3; HSDP by replicas)",
     effect=EffectClass.E1,
     apply=_apply_fsdp2,
-    settings=_nothing,
+    settings=_on_ranks({}, {"precision": "bf16"}),
     order=90,
     slot="data-parallel",
     knobs=(
@@ -232,5 +233,6 @@ FSDP2 = Technique(
         Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
         _SYNC,
     ),
-    forbids=("optimizer-in-backward", "bf16-autocast"),
+    # Neither bitsandbytes nor torch's Adafactor has rules for DTensor.
+    forbids=("optimizer-in-backward", "bf16-autocast", "adamw-8bit", "adamw-paged", "adafactor"),
 )

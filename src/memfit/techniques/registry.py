@@ -85,6 +85,19 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
     return use(name, **filled)
 
 
+def plain(ranks: int = 1) -> Plan:
+    """Training with nothing to save memory: on several ranks the model is still on each (DDP)."""
+    return Plan(uses=(make_use("ddp", {}),), ranks=ranks) if ranks > 1 else Plan()
+
+
+def without(plan: Plan, name: str) -> Plan:
+    """The plan with one technique less; several ranks fall back to DDP, as they must share the work."""
+    rest = plan.without(name)
+    if technique(name).slot != "data-parallel" or plan.ranks == 1:
+        return rest
+    return rest.with_use(make_use("ddp", {}))
+
+
 def conflict(plan: Plan) -> str | None:
     """Why these techniques cannot be used together, or None."""
     used = [technique(u.technique) for u in plan.uses]
@@ -116,7 +129,12 @@ def check(plan: Plan) -> Plan:
 
 def effect_of(plan: Plan) -> EffectClass:
     """The strongest effect any technique of the plan has on the numbers; E0 for the plain plan."""
-    return max((technique(u.technique).effect for u in plan.uses), default=EffectClass.E0)
+    return max(map(_effect, plan.uses), default=EffectClass.E0)
+
+
+def _effect(used: Use) -> EffectClass:
+    lower = used.settings.get("precision") == "bf16"
+    return max(technique(used.technique).effect, EffectClass.E2 if lower else EffectClass.E0)
 
 
 def in_order(plan: Plan) -> list[tuple[Technique, Use]]:
