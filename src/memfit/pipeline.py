@@ -206,9 +206,9 @@ def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> 
         return run(render(spec), on_event=listen)
     seen = run_ranks(render(spec), on_event=lambda rank, event: None if rank else listen(event))
     # ranks whose neighbour ran out of memory fail for want of it
-    failed = sorted((m for m in seen if m.outcome is not OutcomeKind.OK), key=lambda m: m.outcome is not OutcomeKind.OOM)
+    failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
     if failed:
-        return failed[0]
+        return min(failed, key=lambda m: m.outcome is not OutcomeKind.OOM)
     losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
     return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
 
@@ -379,38 +379,6 @@ def _notes(used: JobRef, asked: JobRef) -> tuple[str, ...]:
 def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
     fine = (r for r in runs if r.measurement.outcome is OutcomeKind.OK and r.spec.seed == 0)
     return next((r for r in fine if r.spec.plan == plan), None)
-
-
-_QUANTITIES.items():
-            values = [value(c.measurement) if c else None for c in cells]
-            if all(v is not None for v in values):
-                neither, first, second, both = (float(v) for v in values if v is not None)
-                yield Interaction(
-                    first=_PRECISION.technique, second=_CHECKPOINTING.technique, quantity=quantity,
-                    neither=neither, first_only=first, second_only=second, both=both,
-                )  # fmt: skip
-
-
-def _notes(used: JobRef, asked: JobRef) -> tuple[str, ...]:
-    """What the reader must know about this very PoC."""
-    if used == asked:
-        return ()
-    note = (
-        "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
-        f"the verdict included, is for a batch of {used.batch}."
-    )
-    return (note,)
-
-
-def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
-    return next(
-        (
-            r
-            for r in runs
-            if r.spec.plan == plan and r.spec.seed == 0 and r.measurement.outcome is OutcomeKind.OK
-        ),
-        None,
-    )
 
 
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
