@@ -64,6 +64,14 @@ def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted() -> N
         assert measured.peak_bytes == pytest.approx(found.peak_bytes, rel=0.02)
 
 
+@made
+def test_ddp_that_is_not_applied_is_named() -> None:
+    launch = render(_spec(_plan(2, ddp={})))
+    without = json.dumps({"plugin": "", "arguments": {}})
+    ranks = run_ranks(dataclasses.replace(launch, files={**launch.files, CONFIG: without}))
+    assert all(r.outcome is OutcomeKind.FAILED and "ddp" in r.reason for r in ranks), ranks[0].reason
+
+
 PLUGINS = {
     "TorchDDPPlugin": (
         _plan(2, ddp={"bucket_mib": 7}), {"bucket_cap_mb": 7, "gradient_as_bucket_view": True}

@@ -28,14 +28,14 @@ from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind
-from memfit.worker.megatron_gpt import read, sizes
+from memfit.worker.megatron_gpt import check_cut, read, sizes
 from memfit.worker.train import step_maker
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
 )
 
-SIZE = GptSize(layers=2, width=96, heads=4, length=48, vocabulary=320, batch_size=4)
+SIZE = GptSize(layers=2, width=96, heads=4, length=48, vocabulary=321, batch_size=4)
 STEPS = 20
 
 
@@ -168,6 +168,24 @@ def test_a_model_that_it_cannot_express_is_refused_with_the_difference(
     change(model)
     with pytest.raises(UserError, match=what):
         read(model)
+
+
+def test_heads_that_ranks_cannot_share_are_refused() -> None:
+    with pytest.raises(UserError, match="number of heads of 4 on 3 tensor-parallel ranks"):
+        check_cut(read(Gpt(SIZE)), 3)
+
+
+@installed
+def test_tensor_parallelism_that_is_not_applied_is_named() -> None:
+    plan = PLANS["tensor"][0]
+    launch = render(_spec(plan, engine="megatron"))
+    text = launch.files[CONFIG]
+    assert "--tensor-model-parallel-size 2\n" in text
+    whole = text.replace("--tensor-model-parallel-size 2\n", "--tensor-model-parallel-size 1\n")
+    ranks = run_ranks(dataclasses.replace(launch, files={**launch.files, CONFIG: whole}))
+    assert all(r.outcome is OutcomeKind.FAILED and "tensor-parallel" in r.reason for r in ranks), ranks[
+        0
+    ].reason
 
 
 def test_another_model_is_refused_by_name() -> None:

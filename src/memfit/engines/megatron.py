@@ -81,7 +81,7 @@ def _degrees(plan: Plan, place: Layout, sizes: Mapping[str, str]) -> dict[str, s
         "context-parallel-size": str(place.context),
     }
     tensor, stages = plan.get("tensor-parallel"), plan.get("pipeline")
-    if tensor is not None and tensor.settings["sequence"]:
+    if tensor is not None and tensor.settings["sequence"] and place.tensor > 1:
         found["sequence-parallel"] = ""
     virtual = int(stages.settings["virtual"]) if stages is not None else 1
     if virtual > 1 and "num-layers" in sizes:

@@ -24,7 +24,7 @@ from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
-from memfit.worker.megatron_gpt import MegatronGpt, copy_weights, read, transformer_config
+from memfit.worker.megatron_gpt import MegatronGpt, check_cut, copy_weights, read, transformer_config
 
 
 class Step(TrainingStep):
@@ -32,27 +32,33 @@ class Step(TrainingStep):
     folder: Path | None = None
 
     def _prepare(self) -> OptimizerLike:
-        bench, shape, source = self.bench, read(self.model), cast(Any, self.model)
-        around = contextlib.ExitStack()
-        bench.closers.append(around.close)
-        around.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module=r"megatron\.")  # that kernels for GPUs are not there
-        warnings.filterwarnings("ignore", message="`torch.distributed")  # that Megatron calls it by old names
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # and what its imports say of others
-            around.enter_context(_on_cpu())
-            traced = isinstance(next(source.parameters()), FakeTensor)
-            around.enter_context(_parallel_state(bench.world.layout.tensor, traced=traced))
-            given = self._given()
-            config = transformer_config(shape, **_transformer(given))
-            self.model = bench.model = inner = MegatronGpt(shape, config)
-            copy_weights(source, inner, rank=bench.world.index("tensor"))
-            self.wrapped = bench.call = _wrapped(inner, config, given)
+        bench = self.bench
+        with contextlib.ExitStack() as around:
+            around.enter_context(warnings.catch_warnings())
+            # That kernels for GPUs are not there, and that Megatron calls torch by old names.
+            warnings.filterwarnings("ignore", module=r"megatron\.")
+            warnings.filterwarnings("ignore", message="`torch.distributed")
+            self._build(around)
+            bench.closers.append(around.pop_all().close)
         for param in bench.trainable():
             bench.on_kept(cast(Any, param).main_grad, "gradient")
         self.syncing: Any = None
         bench.before_micro_batch.append(self._sync_last)
         return bench.make_optimizer(bench.trainable())
+
+    def _build(self, around: contextlib.ExitStack) -> None:
+        bench, given, shape, source = self.bench, self._given(), read(self.model), cast(Any, self.model)
+        degree = int(given["tensor-model-parallel-size"])
+        check_cut(shape, degree)
+        traced = isinstance(next(source.parameters()), FakeTensor)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what its imports say of others
+            around.enter_context(_on_cpu())
+            around.enter_context(_parallel_state(degree, traced=traced))
+            config = transformer_config(shape, **_transformer(given))
+            self.model = bench.model = inner = MegatronGpt(shape, config)
+            copy_weights(source, inner, rank=bench.world.rank % degree)
+            self.wrapped = bench.call = _wrapped(inner, config, given)
 
     def _given(self) -> Mapping[str, str]:
         """The run's own file; without one, what would be written there."""

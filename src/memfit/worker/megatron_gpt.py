@@ -117,6 +117,20 @@ def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
         yield "frozen parameters"
 
 
+def check_cut(shape: Shape, degree: int) -> None:
+    """Raises UserError where tensor-parallel ranks would not get equal parts."""
+    must_divide("number of heads", shape.heads, degree)
+    must_divide("feed-forward width", shape.feed, degree)
+
+
+def must_divide(what: str, count: int, degree: int) -> None:
+    if count % degree:
+        raise UserError(
+            f"engine megatron: a {what} of {count} on {degree} tensor-parallel ranks",
+            allowed=f"a multiple of {degree}",
+        )
+
+
 class CoreAttention(nn.Module):
     """Causal attention by torch's fused kernel. Query, key, value ``(length, batch, heads, head width)``;
     out ``(length, batch, heads x head width)``, as Megatron's DotProductAttention."""
@@ -147,7 +161,9 @@ class Norm(nn.LayerNorm):
 
 
 class MegatronGpt(nn.Module):
-    """GPTModel, called as the job calls its Gpt, with blocks and head where that has them."""
+    """GPTModel, called as the job calls its Gpt, with blocks and head where that has them. As Megatron's
+    trainer does, the vocabulary is filled up to a multiple of the ranks; logits of what is added are left
+    out."""
 
     def __init__(self, shape: Shape, config: Any) -> None:
         super().__init__()
@@ -160,8 +176,10 @@ class MegatronGpt(nn.Module):
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         block = TransformerBlockSubmodules(layer_specs=[layer] * shape.layers, layer_norm=Norm)
         self.config = config  # where Megatron's own functions look for it
+        self.vocabulary, degree = shape.vocabulary, config.tensor_model_parallel_size
+        filled = -(-shape.vocabulary // degree) * degree
         self.core = GPTModel(
-            config, block, vocab_size=shape.vocabulary, max_sequence_length=shape.length,
+            config, block, vocab_size=filled, max_sequence_length=shape.length,
             parallel_output=False, share_embeddings_and_output_weights=shape.tied,
         )  # fmt: skip
 
@@ -175,9 +193,12 @@ class MegatronGpt(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits ``(batch, length, vocabulary)``."""
+        if self.config.sequence_parallel:
+            must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         logits: torch.Tensor = self.core(tokens, positions, None)
-        return logits
+        filled = logits.shape[-1] > self.vocabulary
+        return logits[..., : self.vocabulary].contiguous() if filled else logits
 
 
 def transformer_config(shape: Shape, **parallel: Any) -> Any:
@@ -211,12 +232,15 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
     for name, whole in _whole(source, shape):
         param = own.pop(name)
         dim = next((d for d in range(whole.dim()) if whole.shape[d] != param.shape[d]), None)
-        part = whole if dim is None else whole.narrow(dim, rank * param.shape[dim], param.shape[dim])
-        assert part.shape == param.shape, f"{name}: {tuple(part.shape)} for {tuple(param.shape)}"
-        if dim is not None:
-            cast(Any, param).tensor_model_parallel = True  # not said where initialisation is left to others
         with torch.no_grad():
-            param.copy_(part)
+            if dim is None:
+                param.copy_(whole)
+                continue
+            start, size = rank * param.shape[dim], param.shape[dim]
+            cast(Any, param).tensor_model_parallel = True  # not said where initialisation is left to others
+            real = max(0, min(size, whole.shape[dim] - start))  # the rest fills the vocabulary up
+            param.narrow(dim, real, size - real).zero_()
+            param.narrow(dim, 0, real).copy_(whole.narrow(dim, min(start, whole.shape[dim]), real))
     assert not own, f"without initial weights: {', '.join(own)}"
     for param in source.parameters():
         param.data = param.data.new_empty(0)
