@@ -56,7 +56,8 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """Embedding and head are tied, the last norm is frozen, and its odd bias no number of ranks divides."""
+    """Embedding and head are tied, the last norm is frozen, a bias of 7 is cut unevenly, and of a gain of one
+    element every rank but the first has nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class Small(nn.Module):
         self.blocks = nn.ModuleList([Block() for _ in range(2)])
         self.narrow = nn.Linear(WIDTH, 7)
         self.wide = nn.Linear(7, WIDTH)
+        self.gain = nn.Parameter(torch.ones(1))
         self.norm = nn.LayerNorm(WIDTH).requires_grad_(False)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
@@ -73,7 +75,7 @@ class Small(nn.Module):
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x + self.scale * self.wide(self.narrow(x))))
+        return self.head(self.norm(x + self.gain * self.scale * self.wide(self.narrow(x))))
 
 
 def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:

@@ -193,6 +193,23 @@ def test_a_state_in_blocks_of_a_flat_buffer_is_refused_after_one_step(tmp_path: 
         training.keeper.check()
 
 
+@pytest.mark.parametrize("uses", [{}, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}], ids=str)
+def test_a_save_makes_no_copies(tmp_path: Path, uses: Any) -> None:
+    from memfit.measure.allocator import available
+    from memfit.measure.memory import peak_counter
+
+    if (why := available()) is not None:
+        pytest.skip(f"no counting allocator: {why}")
+    given = Plan(uses=tuple(ranks.make_use(n, {**k, **ranks.BUCKET}) for n, k in uses.items()))
+    training, counter = alone(Keep(save=str(tmp_path)), tmp_path, given), peak_counter()
+    training.losses(0, 1)
+    before_bytes = counter.live_bytes()
+    counter.reset_peak()
+    training.keeper.save(1)
+    largest_bytes = max(p.nbytes for p in training.step.model.parameters())
+    assert counter.peak_bytes() - before_bytes < max(largest_bytes, 16_384)
+
+
 def test_experts_of_other_ranks_are_not_mixed_up(tmp_path: Path) -> None:
     training = alone(Keep(), tmp_path)
     training.step.bench.own_parameters.add("blocks.0.mlp.0.weight")
@@ -225,7 +242,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
     with pytest.raises(UserError) as refused:
         training.keeper.restore()
     told = str(refused.value)
-    assert "step-00000003 is of another model: 33 of 33 tensors differ: " in told
+    assert "step-00000003 is of another model: 34 of 34 tensors differ: " in told
     assert "blocks.0.attention.out.bias 62 there and missing here" in told
     assert "\n" not in told
 

@@ -92,6 +92,21 @@ class Saves(DefaultSavePlanner):
             return found.views[index.offset]
         return super().lookup_object(index)
 
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:  # noqa: A002
+        found = super().transform_object(write_item, object)
+        return _apart(found) if isinstance(found, torch.Tensor) else found
+
+
+def _apart(part: torch.Tensor) -> torch.Tensor:
+    """The same elements in the same memory, with a storage that ends where they do: of a part of a larger one
+    the writer would make a copy, and keep all copies until its file is whole."""
+    plain = type(part) in {torch.Tensor, nn.Parameter}
+    if not plain or part.device.type != "cpu" or not part.is_contiguous():
+        return part
+    width, begin = part.element_size(), part.storage_offset() * part.element_size()
+    own = part.untyped_storage()[begin : begin + part.numel() * width]
+    return torch.empty(0, dtype=part.dtype).set_(own, 0, part.shape, part.stride())
+
 
 class Loads(DefaultLoadPlanner):
     def __init__(self) -> None:
