@@ -13,36 +13,29 @@ from pathlib import Path
 
 from memfit import outlook, wire
 from memfit.adoption import effort
-from memfit.cost.memory import memory_profile, timeline, with_workspace
-from memfit.engines.registry import carrying, engine, ready, render
-from memfit.jobs import checkpoints
+from memfit.cost.memory import timeline
+from memfit.engines.registry import engine
 from memfit.measure import here
 from memfit.planning import (
     Planning,
     Progress,
     Request,
     calibrate,
-    make_pricer,
     model_sizes,
-    needed_bytes,
     search,
 )
-from memfit.pricing import Pricer
-from memfit.report.explain import Explained
 from memfit.report.html import write_html
 from memfit.report.pool import median_step_s
-from memfit.run.child import run
-from memfit.run.ranks import run_ranks
+from memfit.running import anatomy, explain, run_plan, run_spec
 from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
-from memfit.techniques.registry import check, effect_of, plain, without
+from memfit.techniques.registry import effect_of, plain, without
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import Keep, RunSpec
+from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, use
 from memfit.types.result import (
-    Estimate,
     Interaction,
     Measurement,
     NamedVerdict,
@@ -62,67 +55,7 @@ __all__ = [
 
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
-_NOT_KEPT = Keep()
 _PRECISION, _CHECKPOINTING = use("bf16-autocast"), use("activation-checkpointing", every=1)
-
-
-def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
-    """Where every MiB of ``plan`` goes, before running it."""
-    return anatomy(request, [plan], progress)[0].estimate
-
-
-def anatomy(
-    request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
-) -> tuple[Explained, ...]:
-    """Each plan's estimate beside its whole trace; ``lines`` finds the user's line of each allocation."""
-    _, pricer = make_pricer(request)
-    pricer.lines = lines
-    for plan in plans:
-        carrying(request.engine, plan)
-        progress("trace", 0, 0, plan.label)
-        pricer.whole(check(plan))
-    if request.is_here:
-        calibrate(pricer, request, progress, plans=list(plans))
-    return tuple(_explained(pricer, plan) for plan in plans)
-
-
-def _explained(pricer: Pricer, plan: Plan) -> Explained:
-    estimate = pricer.whole(plan)
-    traced = pricer.trace(plan, estimate.rank)
-    profile = memory_profile(traced, pricer.calibration)
-    whole = with_workspace(traced, profile)
-    return Explained(estimate=estimate, trace=whole, peak_clock=profile.peak_clock)
-
-
-def run_plan(
-    request: Request,
-    plan: Plan,
-    *,
-    seed: int | None,
-    steps: int | None,
-    capped: bool,
-    progress: Progress,
-    keep: Keep = _NOT_KEPT,
-) -> Run:
-    """Train one plan for real on the request's engine, with its prediction beside the measurement. ``seed``
-    None: that of the checkpoint it goes on from, else 0."""
-    ready(request.engine, plan)
-    most = max(8, 2 * here.threads())
-    if plan.ranks > most:
-        raise UserError(
-            f"a plan of {plan.ranks} ranks", allowed=f"at most {most} processes on this machine",
-            hint="`memfit explain` predicts it without running it",
-        )  # fmt: skip
-    job = make_pricer(request)[0]
-    keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
-    estimate = explain(request, plan, progress)
-    spec = RunSpec(
-        name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
-        steps=steps or job.steps, batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
-        cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
-        threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
-    )  # fmt: skip
-    return _run(spec, estimate, progress, plan.label, strict=True)
 
 
 def poc(
@@ -176,41 +109,6 @@ def stored_poc(store: Store, poc_id: str) -> Poc:
         raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")
     runs = tuple(wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, "run"))
     return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
-
-
-def _run(spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False) -> Run:
-    """``strict``: what the worker refuses is raised as its UserError, and is not an outcome."""
-
-    def listen(event: Mapping[str, object]) -> None:
-        if event["event"] == "refused" and strict:
-            raise UserError(str(event["given"]), allowed=str(event["allowed"]), hint=str(event["hint"]))
-        if event["event"] == "step":
-            progress("run", int(str(event["step"])) + 1, spec.steps, label)
-        elif event["event"] == "stage":
-            progress("run", 0, spec.steps, f"{label}: {event['stage']}")
-
-    progress("run", 0, spec.steps, label)
-    return Run(
-        spec=spec,
-        predicted_peak_bytes=int(estimate.allocated_bytes.value),
-        predicted_phase_peak_bytes=estimate.phase_peak_bytes,
-        predicted_step_s=estimate.step_s.value if estimate.step_s else None,
-        measurement=_measured(spec, listen),
-    )
-
-
-def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
-    """Of several ranks the one that ran out of memory or failed, else the one with the highest peak, as
-    predictions are, with the mean of all ranks' losses."""
-    if spec.plan.ranks == 1:
-        return run(render(spec), on_event=listen)
-    seen = run_ranks(render(spec), on_event=lambda rank, event: None if rank else listen(event))
-    # ranks whose neighbour ran out of memory fail for want of it
-    failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
-    if failed:
-        return min(failed, key=lambda m: m.outcome is not OutcomeKind.OOM)
-    losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
-    return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
 
 
 @dataclasses.dataclass(kw_only=False)
@@ -310,7 +208,7 @@ class _Story:
         )  # fmt: skip
 
     def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
-        done = _run(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+        done = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
         self.store.append(found.poc_id, "run", done)
         return dataclasses.replace(found, runs=(*found.runs, done))
 

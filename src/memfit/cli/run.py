@@ -14,6 +14,7 @@ from memfit.cli.options import (
     HereOptions,
     JobOptions,
     JsonOptions,
+    StoreOptions,
     WhichOptions,
 )
 from memfit.cli.output import emit
@@ -60,20 +61,22 @@ class RunOptions:
 
 def run(
     job: JobOptions, which: WhichOptions, goal: GoalOptions, own: RunOptions,
-    here: HereOptions, output: JsonOptions,
+    here: HereOptions, store: StoreOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Train one plan and measure it beside its prediction."""
     plan = plan_file(which)
     asked = request(job, goal, here)
     with Bars("en") as progress:
         from memfit import pipeline
+        from memfit.store import Store
 
         if plan is None:
             plan = recommended_plan(asked, progress)
         capped = goal.memory is not None if own.capped is None else own.capped
         done = pipeline.run_plan(
-            asked, plan, seed=own.seed, steps=job.steps, capped=capped, progress=progress, keep=kept(own)
-        )
+            asked, plan, seed=own.seed, steps=job.steps, capped=capped, progress=progress, keep=kept(own),
+            store=Store(store.store),
+        )  # fmt: skip
     if output.json:
         from memfit.cli.views import run_view
 

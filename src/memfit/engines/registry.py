@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native
+from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -20,6 +20,7 @@ ENGINES: Mapping[str, Engine] = {
         fairscale.ENGINE,
         megatron.ENGINE,
         colossalai.ENGINE,
+        replay.ENGINE,
     )
 }
 

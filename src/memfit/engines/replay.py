@@ -1,0 +1,12 @@
+"""Answers from stored records: trains nothing."""
+
+from __future__ import annotations
+
+from memfit.engines.base import Engine
+from memfit.techniques.registry import TECHNIQUES
+
+ENGINE = Engine(
+    name="replay",
+    summary="answers from the store: the last run of the same job, plan and seed",
+    carries=frozenset(TECHNIQUES),
+)
