@@ -85,6 +85,7 @@ FOUR = {"micro_batches": 4}
 BF16 = {"precision": "bf16"}
 EVERY_TOKEN = {"capacity_percent": 400}  # none is dropped, so the loss is that of one process
 BUCKET = {"reduce_bucket_elements": 1_000_000}
+WINDOW = {"live_elements": 1_000_000, "prefetch_elements": 500_000}
 ROWS = (
     row("gpt", 2, ddp={}),
     row("gpt", 2, ddp={"bucket_view": False}),
@@ -129,6 +130,13 @@ ROWS = (
     row("gpt", 2, zero={"stage": 3, **BUCKET}, activation_checkpointing={}, gradient_accumulation=FOUR),
     row("mlp_odd", 3, zero={"stage": 3, **BUCKET}),
     row("gpt_tied", 4, zero={"stage": 2, **BUCKET}),
+    row("gpt_wide", 2, zero={"stage": 3, "offload": "parameters", **WINDOW, **BUCKET}),
+    row("translator", 2, zero={"stage": 3, **WINDOW, **BUCKET}, activation_checkpointing={}),
+    row("gpt_wide", 2, sharded_ddp={"reduce_buffer_elements": 1_000_000}),
+    row(
+        "gpt", 4, sharded_ddp={"reduce_buffer_elements": 100_000}, gradient_accumulation={"micro_batches": 2}
+    ),
+    row("mlp_odd", 3, sharded_ddp={}),
     row("gpt", 2, tensor_parallel={}),
     row("gpt_wide", 2, tensor_parallel={"sequence": True}),
     row("gpt_wide", 2, tensor_parallel={"vocabulary": "parallel-loss"}),
