@@ -28,6 +28,7 @@ from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind
+from memfit.types.trace import Category
 from memfit.worker.megatron_gpt import check_cut, read, sizes
 from memfit.worker.train import step_maker
 
@@ -121,6 +122,17 @@ def test_what_it_holds_for_gradients_is_in_the_prediction() -> None:
     with stepping(step_maker("megatron", None)):
         own = memory_profile(trace(gpt, plan), Calibration())
     assert own.peak_bytes != native.peak_bytes  # its buffer of all gradients never goes
+
+
+@installed
+def test_on_a_gpu_its_buffers_lie_there() -> None:
+    with stepping(step_maker("megatron", None)):
+        traced = trace(gpt, _plan(2, tensor_parallel=_TENSOR), device="cuda")
+    kept = dict.fromkeys((Category.PARAMETER, Category.GRADIENT), 0)
+    for made in traced.allocations:
+        if made.end is None and made.category in kept:
+            kept[made.category] += made.requested_bytes
+    assert kept[Category.GRADIENT] == pytest.approx(kept[Category.PARAMETER], rel=0.01)
 
 
 @pytest.mark.parametrize(

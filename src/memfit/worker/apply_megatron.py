@@ -56,9 +56,10 @@ class Step(TrainingStep):
             around.enter_context(_on_cpu())
             around.enter_context(_parallel_state(degree, traced=traced))
             config = transformer_config(shape, **_transformer(given))
-            self.model = bench.model = inner = MegatronGpt(shape, config)
-            copy_weights(source, inner, rank=bench.world.rank % degree)
-            self.wrapped = bench.call = _wrapped(inner, config, given)
+            with bench.place(""):  # its buffers too are made where it trains
+                self.model = bench.model = inner = MegatronGpt(shape, config)
+                copy_weights(source, inner, rank=bench.world.rank % degree)
+                self.wrapped = bench.call = _wrapped(inner, config, given)
 
     def _given(self) -> Mapping[str, str]:
         """The run's own file; without one, what would be written there."""
