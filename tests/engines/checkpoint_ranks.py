@@ -103,20 +103,24 @@ PLANS: dict[str, dict[str, dict[str, object]]] = {
     "zero1": {"zero": {"stage": 1, **BUCKET}},
     "zero2": {"zero": {"stage": 2, "offload": "optimizer", **BUCKET}},
     "zero3": {"zero": {"stage": 3, "persist_elements": 100, **BUCKET}},
+    "sharded-ddp": {"sharded-ddp": {}},
     "tensor": {"tensor-parallel": {"degree": 2}},
     "pipeline": {"pipeline": {"stages": 2, "micro_batches": 2}},
 }
-ENGINES = {"accelerate": "fsdp2", "deepspeed": "zero3", "deepspeed-2": "zero2"}
+ENGINES = {"fairscale": "sharded-ddp", "accelerate": "fsdp2", "deepspeed": "zero3", "deepspeed-2": "zero2"}
 HERE = {n: used for n, used in ENGINES.items() if importlib.util.find_spec(n.partition("-")[0])}
-_CORE = ("ddp", "fsdp2", "zero2", "zero3", "tensor")
+_CORE = ("ddp", "fsdp2", "zero2", "zero3")
 PAIRS = [
-    *itertools.product(("plain", *_CORE), _CORE),
+    *itertools.product(("plain", "tensor", *_CORE), _CORE),
+    ("ddp", "tensor"), ("zero3", "tensor"), ("tensor", "tensor"),
     ("fsdp2", "fsdp2-recomputed"), ("fsdp2-recomputed", "fsdp2"),
-    ("zero1", "zero2"), ("ddp", "zero1"), ("tensor", "pipeline"), ("pipeline", "ddp"),
+    ("sharded-ddp", "zero2"), ("zero3", "sharded-ddp"), ("zero1", "zero2"), ("ddp", "zero1"),
+    ("tensor", "pipeline"), ("pipeline", "ddp"),
     *[
         pair
         for pair in [
-            ("accelerate", "fsdp2"), ("fsdp2", "accelerate"), ("deepspeed-2", "deepspeed"),
+            ("fairscale", "sharded-ddp"), ("fsdp2", "fairscale"), ("accelerate", "fsdp2"),
+            ("fsdp2", "accelerate"), ("deepspeed-2", "deepspeed"),
             ("deepspeed", "deepspeed-2"), ("deepspeed", "fsdp2"), ("ddp", "deepspeed"),
             ("zero3", "deepspeed-2"),
         ]

@@ -38,7 +38,7 @@ from memfit.worker.places import (
     spread,
 )
 
-ENGINES = ("native", "accelerate", "deepspeed")
+ENGINES = ("native", "accelerate", "deepspeed", "fairscale")
 _NAMED = 3  # of many that differ
 Shapes = Mapping[str, Shape]
 
@@ -51,6 +51,8 @@ class Keeper:
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         if spec.engine not in ENGINES:
             raise UserError(f"checkpoints of engine {spec.engine}", allowed=", ".join(ENGINES))
+        if spec.engine == "fairscale" and spec.plan.get("fsdp2") is not None:
+            raise UserError("checkpoints of FairScale's flat parameters", allowed="engine native with fsdp2")
         if step.bench.own_parameters:
             raise UserError(
                 "checkpoints of a plan with expert-parallel",

@@ -285,7 +285,7 @@ def clean(name: str) -> str:
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     """Torch's own inside whatever wraps them. Raises UserError where there are none."""
     own = vars(optimizer)
-    inner = next((own[n] for n in ("optimizers", "inner", "optimizer") if n in own), None)
+    inner = next((own[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in own), None)
     if inner is not None:
         parts = (
             inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
