@@ -26,6 +26,7 @@ from memfit.run.ranks import run_ranks
 from memfit.store.database import Store
 from memfit.techniques.registry import check
 from memfit.types.errors import UserError
+from memfit.types.job import JobRef
 from memfit.types.launch import Keep, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import (
@@ -107,8 +108,8 @@ def run_plan(
 def _replayed(store: Store, request: Request, plan: Plan, seed: int, estimate: Estimate) -> Run:
     """The last stored run of this job, plan and seed, beside today's prediction. Raises UserError."""
     stored = [wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")]
-    asked = (request.job, plan, seed)
-    found = [r for r in stored if (r.spec.job, r.spec.plan, r.spec.seed) == asked]
+    asked = (_unlimited(request.job), plan, seed)
+    found = [r for r in stored if (_unlimited(r.spec.job), r.spec.plan, r.spec.seed) == asked]
     if not found:
         raise UserError(
             f"{store.path} has no run of this job, plan and seed", hint="`memfit run` without --engine replay"
@@ -155,3 +156,8 @@ def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> 
         return min(failed, key=lambda m: m.outcome is not OutcomeKind.OOM)
     losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
     return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
+
+
+def _unlimited(job: JobRef) -> JobRef:
+    """However many steps it was to run."""
+    return dataclasses.replace(job, steps=None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memfit import pipeline, planning, wire
+from memfit import pipeline, running, planning, wire
 from memfit.cost.memory import memory_profile
 from memfit.measure import here
 from memfit.measure.allocator import available
@@ -203,7 +203,7 @@ def test_one_run_has_its_prediction_beside_it(
         on_event({"event": "other"})
         return Measurement(outcome=OutcomeKind.OK)
 
-    monkeypatch.setattr(pipeline, "run", child)
+    monkeypatch.setattr(running, "run", child)
     free = dataclasses.replace(request_, cap_bytes=None)
     found = run_plan(
         free, Plan(), seed=3, steps=None, capped=capped,
@@ -242,7 +242,7 @@ def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
     monkeypatch.setattr(
         planning, "probe_here", lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9)
     )
-    monkeypatch.setattr(pipeline, "run", lambda *a, **k: pytest.fail("something ran"))
+    monkeypatch.setattr(running, "run", lambda *a, **k: pytest.fail("something ran"))
     store = Store(tmp_path / "store.sqlite3")
     with pytest.raises(NothingFits):
         poc(
