@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memfit import pipeline, running, planning, wire
+from memfit import pipeline, planning, running, wire
 from memfit.cost.memory import memory_profile
 from memfit.measure import here
 from memfit.measure.allocator import available
