@@ -145,7 +145,7 @@ class Bench:
         why = "; ".join(chosen.supports(row.plan)) or chosen.probe().problem
         if why:
             return {**found, "why_not": why}
-        spec = _spec(row)
+        spec = spec_of(row)
         seen = run_ranks(render(spec)) if row.ranks > 1 else (run(render(spec), on_event=_silent),)
         failed = [m.reason for m in seen if m.outcome is not OutcomeKind.OK]
         if failed:
@@ -165,7 +165,7 @@ class Bench:
         """Losses of one native process trained plainly."""
         key = (row.job, seed)
         if key not in self.references:
-            plain = dataclasses.replace(_spec(row), plan=Plan(), engine="native", seed=seed)
+            plain = dataclasses.replace(spec_of(row), plan=Plan(), engine="native", seed=seed)
             done = run(render(plain), on_event=_silent)
             assert done.outcome is OutcomeKind.OK, done.reason
             self.references[key] = list(done.losses)
@@ -187,7 +187,7 @@ class Bench:
         return {**profile.phase_peak_bytes, "peak": profile.peak_bytes}
 
 
-def _spec(row: Row) -> RunSpec:
+def spec_of(row: Row) -> RunSpec:
     ref = JobRef(spec=f"{HERE / 'rank_jobs.py'}:{row.job}")
     return RunSpec(
         name=row.name, role="benchmark", job=ref, plan=row.plan, engine=row.engine, seed=0, steps=STEPS,

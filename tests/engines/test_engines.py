@@ -46,3 +46,20 @@ def test_losses_and_peaks(row: Any, bench: Any) -> None:
     whole, rest = ENGINES.errors(record)
     assert abs(whole) <= WORST_RATIO
     assert abs(rest) <= WORST_REST_RATIO
+
+
+@pytest.mark.parametrize("uses", [{"ddp": {}}, {"fsdp2": {"precision": "bf16", "reshard": False}}], ids=str)
+def test_accelerate_reads_its_own_file(uses: dict[str, Any], tmp_path: Path) -> None:
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    from memfit.engines.registry import render
+
+    row = ENGINES.Row("accelerate", "mlp", uses)
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(render(ENGINES.spec_of(row)).files["accelerate.yaml"])
+    read = config_args.load_config_from_file(str(path))
+    assert read.num_processes == 2
+    sharding = read.fsdp_config
+    assert (read.distributed_type.value, read.mixed_precision) == (
+        ("FSDP", "bf16") if "fsdp2" in uses else ("MULTI_GPU", "no")
+    )
+    assert not sharding or (sharding["fsdp_version"], sharding["fsdp_reshard_after_forward"]) == (2, False)

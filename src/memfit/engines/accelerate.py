@@ -79,8 +79,9 @@ ENGINE = Engine(
     carries=frozenset({"ddp", "fsdp2", "bf16-autocast", "gradient-accumulation"}),
     beside=frozenset(
         {
-            "activation-checkpointing", "selective-checkpointing", "chunked-loss", "adamw-8bit", "adamw-4bit",
-            "adamw-fused", "adamw-single", "adafactor", "sgd", "lora", "bf16-parameters",
+            "activation-checkpointing", "selective-checkpointing", "activation-offload", "adafactor",
+            "chunked-cross-entropy", "adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single", "sgd", "lora",
+            "bf16-parameters",
         }
     ),
     reasons=_reasons,

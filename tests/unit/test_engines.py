@@ -1,0 +1,73 @@
+"""Engines as data: what they say of themselves holds together, and README says the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from memfit import catalog
+from memfit.engines.base import Engine
+from memfit.engines.registry import ENGINES, carrying, engine, ready, render
+from memfit.techniques.registry import TECHNIQUES, make_use
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+TENSOR = Plan(uses=(make_use("tensor-parallel", {}),), ranks=2)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_it_names_only_techniques_there_are(name: str) -> None:
+    found = ENGINES[name]
+    assert found.carries | found.beside <= set(TECHNIQUES)
+    assert not found.carries & found.beside
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_readme_has_the_versions_that_probe_holds_to(name: str) -> None:
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+    low, high = ENGINES[name].tested
+    assert not low or f"| {low} to below {high} |" in row
+
+
+@pytest.mark.parametrize("name", [n for n in ENGINES if n != "replay"])
+def test_its_facts_have_a_source_and_a_date(name: str) -> None:
+    facts = catalog.engine_facts(name)
+    assert {"release", "torch", "licence", "status", "builds"} <= set(facts)
+    assert all(source and re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, source, date in facts.values())
+
+
+def test_what_it_cannot_carry_is_told_with_those_that_can() -> None:
+    with pytest.raises(UserError, match=r"tensor-parallel is not in accelerate.*engines that can: native"):
+        carrying("accelerate", TENSOR)
+    with pytest.raises(UserError, match="did you mean 'deepspeed'"):
+        engine("deepsped")
+
+
+def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = Engine(
+        name="x", summary="", distribution="numpy", tested=("0.1", "0.2"), install="pip install x"
+    )
+    assert "was never tried" in probed.probe().problem
+    missing = dataclasses.replace(probed, distribution="no-such-thing")
+    assert (missing.probe().problem, missing.probe().fix) == ("not installed", "pip install x")
+    inside = dataclasses.replace(probed, tested=("1", "99"))
+    assert not inside.probe().problem
+    monkeypatch.setitem(ENGINES, "x", missing)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="engine x: not installed; pip install x"):
+        ready("x", Plan())
+
+
+def test_the_configuration_lies_beside_the_run() -> None:
+    plan = Plan(uses=(make_use("fsdp2", {}),), ranks=2)
+    spec = RunSpec(
+        name="t", role="t", job=JobRef(spec="char-lm"), plan=plan, engine="accelerate", seed=0, steps=1
+    )
+    launch = render(spec)
+    assert set(launch.files) == {"run.json", "accelerate.yaml"}
+    assert "distributed_type: FSDP" in launch.files["accelerate.yaml"]
