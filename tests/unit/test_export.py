@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ DDP = Plan(uses=(make_use("ddp", {}),), ranks=2)
 ZERO = Plan(uses=(make_use("zero", {"stage": 2}),), ranks=4)
 FSDP = Plan(uses=(make_use("fsdp2", {"precision": "bf16"}),), ranks=4)
 CASES = [("native", DDP), ("accelerate", DDP), ("accelerate", FSDP), ("deepspeed", ZERO), ("megatron", DDP)]
+CASES += [("fairscale", DDP), ("colossalai", DDP)]
 CLUSTERS = ("torchrun", "slurm")
 
 
@@ -134,6 +136,39 @@ def _run(script: str, folder: Path, env: dict[str, str]) -> list[str]:
 def test_one_node_needs_no_address(tmp_path: Path) -> None:
     write(tmp_path / "out", bundle("torchrun", handover(engine="accelerate")))
     assert _run("torchrun.sh", tmp_path / "out", {}) == ["ok", "ok"]
+
+
+_DIES_ONCE = """
+import dataclasses, os, pathlib
+from tiny import words, words_batch
+
+def make_batch(step, seed):
+    died = pathlib.Path("died")
+    if step == 2 and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
+        os._exit(1)
+    return words_batch(step, seed)
+
+job = dataclasses.replace(words(), make_batch=make_batch)
+"""
+
+
+def test_ranks_that_are_started_again_go_on_from_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plan.yaml").write_text(plan_text(DDP))
+    (tmp_path / "mine.py").write_text(_DIES_ONCE)
+    (tmp_path / "tiny.py").write_bytes(TINY.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    asked = "export mine.py:job --plan plan.yaml --to torchrun --out out --steps 4 --save kept --save-every 1"
+    monkeypatch.setenv("RANK", "0")
+    assert main(asked.split()) == 0
+    (tmp_path / "out" / "tiny.py").write_bytes(TINY.read_bytes())
+    assert _run("torchrun.sh", tmp_path / "out", {}) == ["ok", "ok"]
+    logs = sorted((tmp_path / "out" / "logs").rglob("0/stdout.log"))  # an attempt each
+    assert len(logs) == 2
+    steps = [re.findall(r'"step", "step": (\d+)', log.read_text()) for log in logs]
+    assert [step for attempt in steps for step in attempt] == ["0", "1", "2", "3"]
 
 
 def test_a_users_script_gets_the_engines_configuration(tmp_path: Path) -> None:
@@ -261,7 +296,7 @@ def test_the_command_carries_the_users_job(
     [
         (["--to", "slrum"], "did you mean 'slurm'"),
         (["--to", "slurm", "--nodes", "3"], "nodes that divide 2"),
-        (["--to", "slurm", "--engine", "deepspeed"], "ddp is not in deepspeed"),
+        (["--to", "slurm", "--engine", "deepsped"], "did you mean 'deepspeed'"),
         (["--to", "slurm", "--script", "nowhere.py"], "cannot read nowhere.py"),
     ],
 )

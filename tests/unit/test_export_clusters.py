@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import pytest
 import yaml
 from test_export import CASES, handover
 
+from memfit.engines.registry import render
 from memfit.export.base import Handover
 from memfit.export.targets import bundle
 from memfit.export.write import write
 from memfit.types.errors import UserError
+from memfit.types.launch import Keep
 from memfit.types.plan import Plan
 
 # Writes its ranks, then ends: what the launcher told it.
@@ -132,6 +135,20 @@ def _start(command: list[str], folders: list[Path], told: Path, known: dict[str,
     ]  # fmt: skip
     assert [node.wait(100) for node in nodes] == [0, 0]
     assert {f.name: f.read_text() for f in told.iterdir()} == dict.fromkeys("01", "2 1 127.0.0.1")
+
+
+def test_pods_keep_checkpoints_on_a_claim() -> None:
+    def kept(save: str, claim: str) -> Handover:
+        given = handover()
+        spec = dataclasses.replace(given.config.spec, keep=Keep(save=save, resume=save))
+        return Handover(config=render(spec), image="a/b:1", claim=claim)
+
+    pod = documents(kept("/kept", "disk"))["Job"]["spec"]["template"]["spec"]
+    assert {"name": "kept", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
+    assert {"name": "kept", "mountPath": "/kept"} in pod["containers"][0]["volumeMounts"]
+    for save, claim in (("/kept", ""), ("kept", "disk")):
+        with pytest.raises(UserError, match="without a volume"):
+            documents(kept(save, claim))
 
 
 @pytest.mark.parametrize(

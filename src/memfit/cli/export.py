@@ -15,7 +15,7 @@ from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.launch import Keep, LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 
 _MOST_BYTES = 512 * 1024  # of a file that is carried
@@ -40,6 +40,16 @@ class ExportOptions:
     setup: Annotated[
         str, typer.Option(metavar="COMMAND", help="skypilot: what a fresh machine installs.")
     ] = ""
+    save: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Checkpoints, on a folder of all nodes; a restart goes on from it."),
+    ] = ""
+    save_every: Annotated[
+        int, typer.Option(metavar="N", min=0, help="And after every N steps. 0: at the end only.")
+    ] = 0
+    claim: Annotated[
+        str, typer.Option(metavar="NAME", help="k8s: the volume claim with --save's folder.")
+    ] = ""
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export.")] = False
 
 
@@ -61,11 +71,11 @@ def export(
     if plan is None:
         with Bars("en") as progress:
             plan = recommended_plan(request(job, goal, here), progress)
-    config, job_file = _launch(job, goal.engine, plan, here)
+    config, job_file = _launch(job, goal.engine, plan, here, _kept(own))
     words, script_file = _words(own.script)
     handover = Handover(
         config=config, nodes=own.nodes, script=words, max_restarts=own.max_restarts, gpu=own.gpu,
-        image=own.image, setup=own.setup,
+        image=own.image, setup=own.setup, claim=own.claim,
         own_files={"plan.yaml": plan_text(plan), **(script_file if words else job_file)},
     )  # fmt: skip
     files = bundle(target, handover)
@@ -76,8 +86,16 @@ def export(
         print(f"{own.out}: {', '.join(sorted(files))}")
 
 
+def _kept(own: ExportOptions) -> Keep:
+    if own.script is not None and own.save:
+        raise UserError("--save with --script", hint="your own script keeps its own checkpoints")
+    if own.save_every and not own.save:
+        raise UserError("--save-every without --save", allowed="--save DIR --save-every N")
+    return Keep(save=own.save, every_steps=own.save_every, resume=own.save)
+
+
 def _launch(
-    job: JobOptions, engine: str, plan: Plan, here: HereOptions
+    job: JobOptions, engine: str, plan: Plan, here: HereOptions, keep: Keep
 ) -> tuple[LaunchConfig, dict[str, str]]:
     """The launch, and the job's file where the user wrote one: it is put beside the run."""
     from memfit.engines.registry import carrying, render
@@ -93,7 +111,7 @@ def _launch(
     ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
     spec = RunSpec(
         name=plan.label, role="run", job=ref, plan=plan, engine=engine, seed=0, steps=loaded.steps,
-        batch_size=loaded.batch_size, threads=here.threads or 0, evaluate=plan.ranks == 1,
+        batch_size=loaded.batch_size, threads=here.threads or 0, evaluate=plan.ranks == 1, keep=keep,
     )  # fmt: skip
     return render(spec), own
 

@@ -28,6 +28,7 @@ class Handover:
     gpu: str = ""  # what skypilot calls the accelerator
     image: str = ""  # of the container
     setup: str = ""  # shell command that makes the environment of a fresh machine
+    claim: str = ""  # the volume claim that pods keep checkpoints on
 
     def __post_init__(self) -> None:
         if clash := sorted(self.own_files.keys() & self.config.files.keys()):

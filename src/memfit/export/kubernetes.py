@@ -27,6 +27,11 @@ def files(handover: Handover) -> Files:
             "no --image", allowed="a container image with Python, torch and what is started",
             hint="for example --image registry/name:tag",
         )  # fmt: skip
+    if (kept := handover.config.spec.keep.save) and not (handover.claim and kept.startswith("/")):
+        raise UserError(
+            f"--save {kept} without a volume",
+            allowed="--save /PATH --claim NAME, a claim that all pods may mount",
+        )
     carried = torchrun.files(handover)
     if (size := sum(len(t.encode()) for t in carried.values())) > _MOST_BYTES:
         raise UserError(f"the files have {size} bytes", allowed=f"at most {_MOST_BYTES} in a ConfigMap")
@@ -82,6 +87,7 @@ def _job(handover: Handover, labels: dict[str, str]) -> Object:
 
 def _pod(handover: Handover) -> Object:
     name = handover.name
+    claim = {"name": "kept", "persistentVolumeClaim": {"claimName": handover.claim}}
     return {
         "subdomain": name,
         "restartPolicy": "OnFailure",
@@ -89,6 +95,7 @@ def _pod(handover: Handover) -> Object:
         "volumes": [
             {"name": "files", "configMap": {"name": name}},
             {"name": "work", "emptyDir": {}},
+            *([claim] if handover.claim else []),
             {
                 "name": "shm",
                 "emptyDir": {"medium": "Memory"},
@@ -117,6 +124,7 @@ def _container(handover: Handover) -> Object:
         "volumeMounts": [
             {"name": "files", "mountPath": _FILES, "readOnly": True},
             {"name": "work", "mountPath": _WORK},
+            *([{"name": "kept", "mountPath": handover.config.spec.keep.save}] if handover.claim else []),
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }

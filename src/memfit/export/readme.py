@@ -93,7 +93,11 @@ def _notes(target: str, handover: Handover) -> Iterator[str]:
         "memfit's worker joins its ranks over gloo and trains on processors; it does not use GPUs on several "
         "ranks. For GPUs hand the plan to your own script: `memfit export --script train.py`."
     )
-    yield "It keeps no checkpoints here: a restart begins at the first step."
+    if spec.keep.save:
+        where = f"`{spec.keep.save}`, which all nodes must see"
+        yield f"Ranks that are started again go on from the newest complete checkpoint in {where}."
+    else:
+        yield "It keeps no checkpoints: a restart begins at the first step (`--save DIR` changes that)."
     yield "Every node needs Python with memfit and the engine's packages: `pip install 'memfit[ENGINE]'`."
     given = [f"`{p}`" for p in (spec.job.data, spec.job.weights) if p]
     if given:

@@ -20,6 +20,8 @@ _HEAD = """\
 set -euo pipefail
 cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
 : "${{PYTHON:=python}}" "${{LOGS:=logs}}"
+# Else ranks that are started again read addresses of dead ones (pytorch/pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 """
 _SEVERAL_NODES = """\
 : "${NODE_RANK:?is 0 on the first node, then 1, 2, ...}"
@@ -47,8 +49,10 @@ def script(handover: Handover) -> str:
 
 
 def environment(handover: Handover) -> dict[str, str]:
-    """What the launch sets, without what only makes memfit's worker train on processors."""
-    return {k: v for k, v in handover.config.env.items() if not (handover.script and k == "DS_ACCELERATOR")}
+    """What the launch sets, without paths of this machine, and for a script without what only makes memfit's
+    worker train on processors."""
+    without = {"PYTHONPATH", "LOCAL_RANK", *(("DS_ACCELERATOR",) if handover.script else ())}
+    return {k: v for k, v in handover.config.env.items() if k not in without}
 
 
 def _torchrun(handover: Handover) -> Iterator[str]:

@@ -64,6 +64,18 @@ def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
     return keep, chosen
 
 
+def restarted(keep: Keep) -> Keep:
+    """``keep`` where a launcher may have started the ranks again: if ``resume`` is the folder that is saved
+    to, its newest complete checkpoint, or the very beginning while there is none."""
+    if not keep.resume or keep.resume != keep.save:
+        return keep
+    try:
+        path, _, passed = find(Path(keep.save))
+    except UserError:
+        return dataclasses.replace(keep, resume="")
+    return dataclasses.replace(keep, resume=str(path), passed_over=passed)
+
+
 def must_be_free(folder: Path, after: int) -> None:
     """Raises UserError where ``folder`` has checkpoints of later steps than ``after``, of another run."""
     later = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]

@@ -88,6 +88,7 @@ def main(path: Path) -> None:
 def _run(spec: RunSpec, path: Path) -> Measurement:
     import torch
 
+    from memfit.jobs.checkpoints import restarted
     from memfit.jobs.registry import load
     from memfit.measure.gloo import gloo_first
     from memfit.measure.memory import peak_counter
@@ -95,6 +96,7 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
     if spec.threads:
         torch.set_num_threads(spec.threads)
     counter = peak_counter()
+    spec = dataclasses.replace(spec, keep=restarted(spec.keep))
     job = load(spec.job)
     with joined(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
