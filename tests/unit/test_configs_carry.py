@@ -103,11 +103,9 @@ def test_deepspeed_works_one_batch_out_of_the_other_two(
 
 
 def test_the_trainer_fills_in_what_deepspeed_leaves_to_it(tmp_path: Path) -> None:
-    auto = ds(train_micro_batch_size_per_gpu="auto", gradient_accumulation_steps="auto", **zero(1))
+    auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     args = tr(bf16=True, gradient_accumulation_steps=2, gradient_checkpointing=True, optim="adamw_8bit")
-    found = carried(
-        tmp_path, ("ds.json", auto[1].replace("}}", '}, "bf16": {"enabled": "auto"}}')), args, ranks=2
-    )
+    found = carried(tmp_path, ds(bf16={"enabled": "auto"}, **auto, **zero(1)), args, ranks=2)
     assert (found.engine, found.micro_batch, found.batch) == ("accelerate", 4, 16)
     assert names(found) == {"zero", "gradient-accumulation", "activation-checkpointing", "adamw-8bit"}
     assert knobs(found, "zero")["precision"] == "bf16"

@@ -33,7 +33,7 @@ def case(bad: Any, good: Any, **known: int) -> Case:
 
 
 def ds(**keys: Any) -> File:
-    return "ds.json", json.dumps({"train_micro_batch_size_per_gpu": 4} | keys)
+    return "ds.json", json.dumps({"train_micro_batch_size_per_gpu": 4, **zero(0)} | keys)
 
 
 def zero(stage: int, **keys: Any) -> dict[str, Any]:
@@ -76,11 +76,14 @@ def replicas(shard: int) -> dict[str, int]:
 
 HIDDEN = {"fp16": {"initial_scale_power": 16}}
 ONE_BIT = {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4}}}
+BARE = ("ds.json", '{"train_micro_batch_size_per_gpu": 4}')
+RATE = {"learning_rate": 1e-4}
 LAMB = {"optimizer": {"type": "Lamb"}, "zero_allow_untested_optimizer": True}
 DECAY = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 10}}
 FILE = {"deepspeed_config_file": "ds.json"}
 CPU, NVME = {"device": "cpu"}, {"device": "nvme"}
-BEST = {"save_only_model": True, "load_best_model_at_end": True}
+WHEN = {"save_strategy": "steps", "eval_strategy": "steps"}
+BEST = WHEN | {"save_only_model": True, "load_best_model_at_end": True}
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 EARLY, COMPILED = {"early_step_in_backward": True}, {"enable": True}
 ASYNC = {"enable_async_tensor_parallel": True} | mesh(tensor=2)
@@ -130,7 +133,7 @@ DEEPSPEED = {
         ds(optimizer={"type": "Adafactor"}, **zero(2)),
         ds(optimizer={"type": "Adafactor"}, zero_allow_untested_optimizer=True, **zero(2)),
     ),
-    "deepspeed-one-bit": case(ds(**ONE_BIT, **zero(1)), ds(**ONE_BIT)),
+    "deepspeed-one-bit": case(ds(**ONE_BIT, **zero(1)), ds(**ADAM, **zero(1))),
     "deepspeed-offload-lamb": case(ds(**LAMB, **zero(2, offload_optimizer=CPU)), ds(**LAMB, **zero(2))),
     "deepspeed-scheduler-steps": case(
         ds(scheduler=DECAY), ds(scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 10}})
@@ -142,10 +145,11 @@ DEEPSPEED = {
     "deepspeed-bucket": case(
         ds(**zero(2)), ds(**zero(2, reduce_bucket_size=1_000_000)), parameters=1_000_000
     ),
-    "deepspeed-elastic-batch": case(ds(elasticity={"enabled": True}), ds(elasticity={"enabled": False})),
+    "deepspeed-removed": case(ds(elasticity={"enabled": False}), ds(data_efficiency={"enabled": False})),
     "deepspeed-zeropp": case(
         ds(**zero(2, zero_quantized_gradients=True)), ds(**zero(3, zero_quantized_gradients=True))
     ),
+    "deepspeed-no-zero": case((BARE, tr()), BARE),
     "deepspeed-gather-on-save": case((ds(**zero(3)), tr()), (ds(**zero(3)), tr(save_strategy="no"))),
 }
 ACCELERATE = {
@@ -189,13 +193,13 @@ TRAINER = {
         (ds(gradient_clipping=0.5), tr(max_grad_norm=1.0)), (ds(gradient_clipping=1), tr(max_grad_norm=1.0))
     ),
     "trainer-deepspeed-hyperparameters": case(
-        (ds(**ADAM), tr(learning_rate=2e-5)), (ds(**ADAM), tr(learning_rate="1e-4"))
+        (ds(**ADAM), tr(learning_rate=2e-5)), (ds(**ADAM), tr(learning_rate=1e-4))
     ),
     "trainer-deepspeed-precision": case(
         (ds(bf16={"enabled": True}), tr(bf16=False)), (ds(bf16={"enabled": "auto"}), tr(bf16=False))
     ),
     "trainer-optimizer-twice": case(
-        (ds(**ADAM), tr(optim="adafactor")), (ds(**ADAM), tr(optim="adamw_torch"))
+        (ds(**ADAM), tr(optim="adafactor", **RATE)), (ds(**ADAM), tr(optim="adamw_torch", **RATE))
     ),
     "trainer-fsdp-deepspeed": case((ds(), tr(fsdp="full_shard")), (ds(), tr(fsdp=""))),
     "trainer-two-precisions": case(tr(fp16=True, bf16=True), tr(fp16=False, bf16=True)),

@@ -36,6 +36,12 @@ def plan_given(
     if setup.ranks is None and count > 1:
         setup = dataclasses.replace(setup, ranks=count)
     carried = carry.over(setup)
+    if carried.plan.ranks > count:
+        told = carry.LeftOut(
+            option=f"{carried.plan.ranks} processes on {count} devices",
+            reason="predicted as if each had its own",
+        )
+        carried = dataclasses.replace(carried, left_out=(*carried.left_out, told))
     asked, size, carried = _sized(carried, job, goal, here, on)
     from memfit import beside
 

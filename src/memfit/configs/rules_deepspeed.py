@@ -1,4 +1,4 @@
-"""What goes wrong in DeepSpeed's own file. Checked against DeepSpeed 0.19 (runtime/config.py,
+"""What goes wrong in DeepSpeed's own file. Checked against DeepSpeed 0.19.8 (runtime/config.py,
 runtime/engine.py, runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
 
 from __future__ import annotations
@@ -235,10 +235,30 @@ def deepspeed_bucket(d: Options, s: Setup) -> Found:
         yield {"bucket": bucket, "parameters": s.parameters, "mib": f"{mib:.0f}"}
 
 
-def deepspeed_elastic_batch(d: Options, s: Setup) -> Found:
-    if not d.on("elasticity.enabled") or d.on("elasticity.ignore_non_elastic_batch_info"):
-        return
-    if keys := [k for k in _BATCH if k in d.data]:
+def deepspeed_no_zero(d: Options, s: Setup) -> Found:
+    """Accelerate's plugin, which the Trainer uses too, asks for the section. Scripts that only generate text
+    have a Trainer's flags too."""
+    trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
+    tuned = d.on("autotuning.enabled")
+    if (trains or s.accelerate is not None) and d.raw("zero_optimization") is None and not tuned:
+        yield {}
+
+
+# _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS of runtime/config.py, 0.19.8.
+_REMOVED = (
+    "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
+    "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
+    "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zeropp_loco_param",
+)  # fmt: skip
+
+
+def deepspeed_removed(d: Options, s: Setup) -> Found:
+    """Whatever the value is, it is refused."""
+    keys = [k for k in _REMOVED if d.raw(k) is not None]
+    if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
+        keys.append(f"optimizer {d.get('optimizer.type')}")
+    if keys:
         yield {"keys": ", ".join(keys)}
 
 
@@ -268,6 +288,6 @@ _OWN = (
     deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_unknown_key,
     deepspeed_zero_key, deepspeed_text_for_number, deepspeed_auto_unfilled, deepspeed_untested_optimizer,
     deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps, deepspeed_pipeline,
-    deepspeed_bucket, deepspeed_elastic_batch, deepspeed_zeropp,
+    deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp,
 )  # fmt: skip
 CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}
