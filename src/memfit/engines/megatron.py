@@ -49,7 +49,7 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
     parts = {
         "zero": "its distributed optimizer",
         "bf16-parameters": "its optimizer of fp32 masters",
-        "pipeline": "its pipeline schedules",
+        "pipeline": "its pipeline schedule",
         "context-parallel": "its context-parallel attention",
     }
     return tuple(parts[u.technique] for u in plan.uses if u.technique in parts)
