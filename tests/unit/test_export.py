@@ -291,6 +291,25 @@ def test_the_command_carries_the_users_job(
     assert main([*command, "--force"]) == 0
 
 
+def test_megatrons_trainer_is_told_the_models_sizes(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(plan_text(DDP))
+    (tmp_path / "pretrain_gpt.py").touch()
+    asked = [
+        "export",
+        "char-lm",
+        "--plan",
+        str(tmp_path / "plan.yaml"),
+        "--engine",
+        "megatron",
+        "--to=torchrun",
+    ]
+    out, script = str(tmp_path / "out"), str(tmp_path / "pretrain_gpt.py")
+    assert main([*asked, "--script", script, "--out", out]) == 0
+    assert "--num-layers 4\n" in (tmp_path / "out" / "megatron.args").read_text()
+    started = (tmp_path / "out" / "torchrun.sh").read_text()
+    assert started.endswith("pretrain_gpt.py $(cat megatron.args)\n")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -100,6 +100,7 @@ def _launch(
     """The launch, and the job's file where the user wrote one: it is put beside the run."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
+    from memfit.planning import model_sizes
 
     carrying(engine, plan)
     given = JobRef(
@@ -111,7 +112,8 @@ def _launch(
     ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
     spec = RunSpec(
         name=plan.label, role="run", job=ref, plan=plan, engine=engine, seed=0, steps=loaded.steps,
-        batch_size=loaded.batch_size, threads=here.threads or 0, evaluate=plan.ranks == 1, keep=keep,
+        batch_size=loaded.batch_size, sizes=model_sizes(engine, loaded), threads=here.threads or 0,
+        evaluate=plan.ranks == 1, keep=keep,
     )  # fmt: skip
     return render(spec), own
 
