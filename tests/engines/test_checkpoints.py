@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, strategies
 
 from memfit.cli import main
 from memfit.engines.registry import render
@@ -26,6 +28,7 @@ from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import OptimizerChoice
 from memfit.types.launch import Keep
 from memfit.types.plan import Plan, use
+from memfit.worker.places import boxes
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 _spec = importlib.util.spec_from_file_location("checkpoint_ranks", SCRIPT)
@@ -221,6 +224,20 @@ def test_another_engine_is_refused(tmp_path: Path) -> None:
     training = alone(Keep(), tmp_path)
     with pytest.raises(UserError, match="engine megatron; allowed: native"):
         type(training.keeper)(ranks.spec(Plan(), Keep(save="x"), "megatron"), training.step)
+
+
+@given(shape=strategies.lists(strategies.integers(1, 5), max_size=4), data=strategies.data())
+def test_a_range_of_elements_is_a_few_boxes_in_their_order(shape: list[int], data: Any) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    start = data.draw(strategies.integers(0, whole.numel()))
+    end = data.draw(strategies.integers(start, whole.numel()))
+    found = list(boxes(tuple(shape), start, end))
+    parts = [
+        whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].reshape(-1)
+        for offsets, sizes in found
+    ]
+    assert torch.equal(torch.cat([whole.new_empty(0), *parts]), whole.view(-1)[start:end])
+    assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
 # --- mistakes

@@ -35,8 +35,8 @@ Box = tuple[Shape, Shape]  # (offsets, sizes)
 
 
 def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
-    """Elements ``start`` to ``end`` of a contiguous tensor as boxes, in their order: at most two a
-    dimension, and one."""
+    """Elements ``start`` to ``end`` of a contiguous tensor as boxes, in their order: at most one of
+    whole rows, and two for each further dimension."""
     if start >= end:
         return
     if not shape:
