@@ -102,6 +102,8 @@ def _launch(
     from memfit.jobs.registry import load
     from memfit.planning import model_sizes
 
+    if engine == "replay":
+        raise UserError("engine replay trains nothing", hint="name the engine whose runs it answers from")
     carrying(engine, plan)
     given = JobRef(
         spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
