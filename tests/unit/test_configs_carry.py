@@ -145,6 +145,16 @@ def test_the_trainer_alone(tmp_path: Path) -> None:
     assert names(carried(tmp_path, tr(optim="sgd"), acc("MULTI_GPU", num_processes=2))) == {"ddp", "sgd"}
 
 
+def test_gradients_are_reduced_when_and_where_the_trainer_does(tmp_path: Path) -> None:
+    once = tr(gradient_accumulation_steps=2, ddp_bucket_cap_mb=7)
+    assert knobs(carried(tmp_path, once, ranks=2), "ddp") == {
+        "bucket_mib": 7, "bucket_view": False, "sync": "last",
+    }  # fmt: skip
+    told = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    each = tr(gradient_accumulation_steps=2, fsdp=True, accelerator_config=told)
+    assert knobs(carried(tmp_path, each, ranks=2), "fsdp2")["sync"] == "every"
+
+
 def test_megatron(tmp_path: Path) -> None:
     flags = "--bf16 --global-batch-size 32 --tensor-model-parallel-size 2 --sequence-parallel"
     pipe = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3"
@@ -218,6 +228,7 @@ def written(engine: Engine, plan: Plan) -> File:
 
 ACCUMULATED = make_use("gradient-accumulation", {"micro_batches": 2})
 BUCKET = {"reduce_bucket_elements": 1000}
+BESIDE = make_use("ddp", {"bucket_view": False})
 FULL = make_use("activation-checkpointing", {"every": 1})
 PIPELINE = {"stages": 2, "virtual": 2, "schedule": "interleaved", "micro_batches": 4}
 
@@ -229,8 +240,8 @@ PIPELINE = {"stages": 2, "virtual": 2, "schedule": "interleaved", "micro_batches
         (deepspeed.ENGINE, (make_use("zero", {"stage": 2, "offload": "optimizer", "overlap": True}),)),
         (deepspeed.ENGINE, (make_use("zero", {"stage": 3, "offload": "parameters", "live_elements": 9}),)),
         (deepspeed.ENGINE, (make_use("zero", {"stage": 0}),)),
-        (accelerate.ENGINE, (make_use("ddp", {}),)),
-        (accelerate.ENGINE, (make_use("ddp", {}), make_use("bf16-autocast", {}))),
+        (accelerate.ENGINE, (BESIDE,)),
+        (accelerate.ENGINE, (BESIDE, make_use("bf16-autocast", {}))),
         (accelerate.ENGINE, (make_use("fsdp2", {"reshard": False, "precision": "bf16", "offload": True}),)),
         (megatron.ENGINE, (FULL, ACCUMULATED, make_use("zero", {"stage": 1, "overlap": True} | BUCKET))),
         (megatron.ENGINE, (make_use("pipeline", PIPELINE), make_use("ddp", {}))),

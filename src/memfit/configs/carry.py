@@ -281,7 +281,7 @@ def _hugging_face(setup: Setup, draft: Draft) -> None:
         data = _fsdp(setup, fsdp, precision, draft)
     else:
         if draft.ranks > 1:
-            draft.take("ddp", kind or "data parallel")
+            draft.take("ddp", kind or "data parallel", **_ddp(setup))
         if precision == "bf16":
             draft.take("bf16-autocast", "mixed precision bf16")
     _trainer_optimizer(setup, draft)
@@ -299,6 +299,20 @@ def _hugging_face(setup: Setup, draft: Draft) -> None:
         and not (args and args.on("torch_compile"))
     ):
         draft.take("compile", "dynamo_config", scope="model")
+
+
+def _ddp(setup: Setup) -> dict[str, KnobValue]:
+    """torch's own defaults, which both keep: gradients lie beside the buckets."""
+    mib = setup.trainer.size("ddp_bucket_cap_mb") if setup.trainer is not None else None
+    return {"bucket_view": False, "bucket_mib": mib or 25, "sync": _sync(setup)}
+
+
+def _sync(setup: Setup) -> str:
+    """Both reduce gradients after the last micro-batch alone, unless told otherwise."""
+    args = setup.trainer
+    steps = args.size("gradient_accumulation_steps") if args is not None else None
+    each = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+    return "last" if args is not None and (steps or 1) > 1 and not args.on(each) else "every"
 
 
 def _fsdp_options(setup: Setup) -> Options | None:
@@ -332,7 +346,7 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     if fsdp.count("version") != 2:
         draft.leave("fsdp_version 1", "its flat parameters are not in memfit: predicted as FSDP2")
         if strategy == "NO_SHARD":
-            draft.take("ddp", "NO_SHARD")
+            draft.take("ddp", "NO_SHARD", **_ddp(setup))
             if precision == "bf16":
                 draft.take("bf16-autocast", "mixed precision bf16")
             return data
@@ -342,7 +356,7 @@ def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
     if data > 1:
         draft.take(
             "fsdp2", "FSDP", reshard=not keep, replicas=replicas, offload=fsdp.on("offload_params"),
-            precision="bf16" if precision == "bf16" else "as-is",
+            precision="bf16" if precision == "bf16" else "as-is", sync=_sync(setup),
         )  # fmt: skip
     elif precision == "bf16":
         draft.take("bf16-autocast", "mixed precision bf16")

@@ -211,7 +211,7 @@ def _titan_data(given: Options, replicas: int, shard: int, staged: bool, draft: 
         )  # fmt: skip
         return
     if replicas > 1:
-        draft.take("ddp", "data_parallel_replicate_degree")
+        draft.take("ddp", "data_parallel_replicate_degree", bucket_mib=100, bucket_view=False)
     if half:
         draft.take("bf16-autocast", "training.mixed_precision_param")
 
