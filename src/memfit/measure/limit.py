@@ -37,6 +37,7 @@ class MemoryLimit:
         self.cap_bytes = cap_bytes
         self.footprint_bytes: int | None = None  # None until apply()
         self._used_bytes: int | None = None  # None until lift()
+        self._lifted = False
         self._cap: _Cap = _CudaFraction(device) if device.startswith("cuda") else _cpu_cap(cap_bytes, counter)
 
     @property
@@ -49,8 +50,11 @@ class MemoryLimit:
         self.footprint_bytes = self._cap.apply(self.cap_bytes)
 
     def lift(self) -> None:
-        self._used_bytes = self._cap.used_bytes()
-        self._cap.lift()
+        """A second time changes nothing."""
+        if not self._lifted:
+            self._lifted = True
+            self._used_bytes = self._cap.used_bytes()
+            self._cap.lift()
 
     def used_bytes(self) -> int | None:
         """Peak above the footprint from apply() to now or to lift(), as the cap sees it; None: not known."""

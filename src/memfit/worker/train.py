@@ -209,6 +209,8 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
         energy = meter.stop()
         gauge.used_bytes = limit.used_bytes() if limit is not None else None
         if spec.evaluate and job.evaluate is not None:
+            if limit is not None:
+                limit.lift()  # it is training's; a batch of held-out data may be larger
             tell("stage", stage="evaluate")
             with step.contexts():
                 metric = job.evaluate(step.model)
