@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
+
     from memfit.techniques.graphs import Region
 
     graphs: dict[Any, Any] = {}  # equal blocks share one
@@ -30,6 +32,10 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         path, modules = find_blocks(bench.model, bench.job.blocks)
         if settings["scope"] == "parts":
             modules += [m for n, m in bench.model.named_children() if n != path.partition(".")[0]]
+    if torch._guards.active_fake_mode() is None:  # trained for real: by the real compiler
+        for module in modules:
+            module.compile()
+        return
     for module in modules:
         region = Region(module, graphs)
         module.forward = _calling(region, module.forward)
