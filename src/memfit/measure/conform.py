@@ -8,6 +8,7 @@ step.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -156,7 +157,10 @@ class Watch:
         """What differs on any rank. Raises NotConforming where anything does."""
         self._ranks()
         if not self._differences:
-            self._parameters()
+            if self.plan.get("expert-parallel") is None:
+                self._parameters()
+            else:
+                self._unseen.append("sharding: experts are dealt out beside it")
             self._dtypes()
             if self.ran or self.forwards:
                 self._stepped()
@@ -171,9 +175,10 @@ class Watch:
         self._recomputation()
         self._autocast()
         self._micro_batches()
-        self._gradients()
-        self._state()
-        self._replicas()
+        if self.plan.get("expert-parallel") is None:
+            self._gradients()
+            self._state()
+            self._replicas()
 
     def _differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
         self._checked.append(feature)
@@ -245,6 +250,17 @@ class Watch:
         rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
         parts = (math.ceil(r / degree) * n / max(r, 1) for r, n in zip(rows, sizes, strict=True))
         return sum(parts) + _PADDING * degree
+
+    def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
+        """Elements of parameters that lie at least partly in this rank's part of them all."""
+        size = math.ceil(sum(map(whole, params)) / degree)
+        first = size * (dist.get_rank() % degree)
+        ends = list(itertools.accumulate(map(whole, params)))
+        return sum(
+            end - start
+            for start, end in itertools.pairwise([0, *ends])
+            if start < first + size and end > first
+        )
 
     def _bucketed(self) -> int:
         """Elements of gradients that every rank keeps in buckets, one an owner."""
@@ -330,7 +346,7 @@ class Watch:
         if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
             return
         bucket = int(zero.settings["reduce_bucket_elements"])
-        most += bucket + max(map(whole, params))
+        most = self._overlapping(params, degree) + bucket + max(map(whole, params))  # the last one under way
         if most >= part:
             self._unseen.append(f"{feature} in backward: the reduce bucket could hold them all")
         else:
@@ -353,9 +369,6 @@ class Watch:
     def _replicas(self) -> None:
         """Where every rank has whole parameters they are the same after a step, or gradients were not
         averaged."""
-        if self.plan.get("expert-parallel") is not None:
-            self._unseen.append("replicas: experts differ from rank to rank")
-            return
         if (
             self.layout.data == 1
             or self.layout.ranks != self.layout.data
