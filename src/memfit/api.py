@@ -13,16 +13,19 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from memfit.given import job_of, machine_of, plan_of
-from memfit.measure.conform import conform
+from memfit.measure.conform import Watch
+from memfit.measure.held import world_size
 from memfit.planning import fits_under, needed_bytes
 from memfit.pricing import Pricer
 from memfit.techniques.base import Space
+from memfit.techniques.registry import TECHNIQUES
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.types.collector import uncollected
+from memfit.types.conformance import Conformance
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
@@ -260,3 +263,32 @@ def _smaller(found: Prediction) -> Iterator[Prediction]:
             more = plan_of(plan.with_use(one))
             yield dataclasses.replace(found, estimate=found.pricer.whole(more))
             plan = more
+
+
+def conform(
+    model: Any,
+    optimizer: Any,
+    plan: Any,
+    *,
+    step: Callable[[], object] | None = None,
+    blocks: str | None = None,
+    ranks: int | None = None,
+) -> Conformance:
+    """Compare a prepared model and optimizer with a plan, on every rank of the job.
+
+    ``plan``: as `estimate` takes it; where it does not say ``ranks``, they are those given, by default the
+    world's. ``step`` runs one whole training step: with it gradients, optimizer state, recomputation,
+    autocast and equal replicas are looked at as well; without it, what can be seen now. ``blocks``: module
+    path of the repeated blocks, as in ``Job(blocks=...)``. Raises NotConforming naming each difference, on
+    all ranks alike; UserError where the plan is wrong.
+    """
+    if isinstance(plan, str) and plan in TECHNIQUES:
+        plan = {plan: {}}
+    if isinstance(plan, Mapping):
+        plain = not {"techniques", "ranks", "note"} & set(plan)
+        whole = {"techniques": dict(plan)} if plain else dict(plan)
+        plan = {"ranks": ranks or world_size(), **whole}
+    with Watch(model, optimizer, plan_of(plan), blocks=blocks) as watch:
+        if step is not None:
+            step()
+    return watch.conclude()

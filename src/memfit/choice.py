@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from memfit import catalog
 from memfit.engines.base import Engine
 from memfit.engines.registry import ENGINES, render
+from memfit.jobs.registry import load
 from memfit.planning import Progress, Request, calibrate, make_pricer, model_sizes
+from memfit.techniques.world import layout
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.launch import RunSpec
@@ -39,7 +41,10 @@ class Choice:
 def choices(request: Request, plan: Plan, progress: Progress) -> list[Choice]:
     """Engines that can carry the plan first, by predicted memory; each predicted as it would run there."""
     known = [Calibration()]  # of this machine, shared: engines differ by what they run, not by its mood
-    found = [_choice(request, plan, engine, known, progress) for engine in ENGINES.values()]
+    load(request.job)  # a job that cannot be loaded is no engine's gap
+    layout(plan)
+    training = (e for e in ENGINES.values() if e.name != "replay")
+    found = [_choice(request, plan, engine, known, progress) for engine in training]
     return sorted(found, key=lambda c: (bool(c.gaps), c.estimate is None, _bytes(c)))
 
 

@@ -20,10 +20,11 @@ from unittest import mock
 import pytest
 import torch
 
+from memfit.api import conform
 from memfit.engines.registry import render
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
-from memfit.measure.conform import Watch, conform
+from memfit.measure.conform import Watch
 from memfit.run.ranks import free_port, rank_env, run_ranks
 from memfit.techniques.registry import make_use
 from memfit.techniques.world import make_world
@@ -232,6 +233,8 @@ def test_a_users_own_model_in_one_process() -> None:
         NotConforming, match=r"activation-checkpointing: planned blocks 0, 1, 2 .* found none"
     ):
         conform(model, optimizer, {"activation-checkpointing": {}}, step=step)
+    seen = conform(model, optimizer, {"techniques": {"sgd": {}}, "ranks": 1}, step=step)
+    assert seen.unseen == ("sgd: nothing of it is looked at",)
     with pytest.raises(NotConforming, match="ranks: planned 2, found 1"):
         conform(model, optimizer, {"ddp": {}}, step=step, ranks=2)
 

@@ -493,7 +493,7 @@ def test_the_doctor_does_without_everything_optional(
     code, out, _ = ask("doctor", "--json", "--store", str(tmp_path / "s.sqlite3"))
     found = json.loads(out)
     assert code == 0
-    assert set(found) == {"machine", "tools", "packages", "techniques", "files"}
+    assert set(found) == {"machine", "tools", "packages", "techniques", "engines", "files"}
     assert not any(package["ok"] for package in found["packages"])
 
 

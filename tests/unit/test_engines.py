@@ -11,7 +11,9 @@ import pytest
 from memfit import catalog
 from memfit.engines.base import Engine
 from memfit.engines.registry import ENGINES, carrying, engine, ready, render
+from memfit.jobs.registry import load
 from memfit.techniques.registry import TECHNIQUES, make_use
+from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -61,6 +63,11 @@ def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: py
     monkeypatch.setitem(ENGINES, "x", missing)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="engine x: not installed; pip install x"):
         ready("x", Plan())
+
+
+def test_replicas_of_nothing_sharded_are_refused() -> None:
+    with pytest.raises(UserError, match="leave nothing to shard; that is ddp"):
+        trace(load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"replicas": 2}),), ranks=2))
 
 
 def test_the_configuration_lies_beside_the_run() -> None:

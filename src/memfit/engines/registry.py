@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
+from memfit.techniques.world import layout
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
@@ -38,8 +39,10 @@ def carrying(name: str, plan: Plan) -> Engine:
     """The engine, where it can carry the plan. Raises UserError with every reason why not, and with those
     that can."""
     found = engine(name)
+    layout(plan)  # which ranks there are is nobody's gap
     if why := found.supports(plan):
-        others = ", ".join(e.name for e in ENGINES.values() if not e.supports(plan)) or "none"
+        able = (e for e in ENGINES.values() if e is not replay.ENGINE)
+        others = ", ".join(e.name for e in able if not e.supports(plan)) or "none"
         raise UserError(
             f"engine {name} cannot carry this plan: {'; '.join(why)}", allowed=f"engines that can: {others}"
         )

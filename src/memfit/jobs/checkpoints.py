@@ -58,6 +58,8 @@ def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
         if done >= steps:
             raise UserError(f"{path} has done {done} of {steps} steps", allowed=f"--steps above {done}")
         keep = dataclasses.replace(keep, resume=str(path.resolve()), passed_over=passed)
+    if keep.save and Path(keep.save).exists() and not Path(keep.save).is_dir():
+        raise UserError(f"--save {keep.save} is a file", allowed="a folder, there or not")
     if keep.save:
         must_be_free(Path(keep.save), done)
         keep = dataclasses.replace(keep, save=str(Path(keep.save).resolve()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -22,42 +22,11 @@ from memfit.techniques.blocks import find_blocks
 from memfit.techniques.world import layout
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.errors import UserError
-from memfit.types.plan import KnobValue, Plan
+from memfit.types.plan import Plan
 
 _PADDING = 64  # elements a rank, of flat buffers
 _REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
 _LOOKS = 16  # in one backward pass
-
-
-def conform(
-    model: nn.Module,
-    optimizer: Any,
-    plan: Plan | Mapping[str, Mapping[str, KnobValue]],
-    *,
-    step: Callable[[], object] | None = None,
-    blocks: str | None = None,
-    ranks: int | None = None,
-) -> Conformance:
-    """Compare a prepared model and optimizer with a plan, on every rank of the job.
-
-    ``plan`` may be a mapping of techniques to settings, with ``ranks`` beside it (default: the world's).
-    ``step`` runs one whole training step: with it gradients, optimizer state, recomputation, autocast and
-    equal replicas are looked at as well; without it, what can be seen now. ``blocks``: module path of the
-    repeated blocks, as in ``Job(blocks=...)``. Raises NotConforming naming each difference, on all ranks
-    alike; UserError where the plan is wrong.
-    """
-    if not isinstance(plan, Plan):
-        plan = _plan_of(plan, ranks or world_size())
-    with Watch(model, optimizer, plan, blocks=blocks) as watch:
-        if step is not None:
-            step()
-    return watch.conclude()
-
-
-def _plan_of(given: Mapping[str, Mapping[str, KnobValue]], ranks: int) -> Plan:
-    from memfit.techniques.registry import check, make_use
-
-    return check(Plan(uses=tuple(make_use(n, k) for n, k in given.items()), ranks=ranks))
 
 
 class Watch:
@@ -166,6 +135,8 @@ class Watch:
                 self._stepped()
             elif self.plan.uses:
                 self._unseen.append("gradients, recomputation and replicas: no step was watched")
+        names = [u.technique for u in self.plan.uses if u.technique not in _SEEN]
+        self._unseen += [f"{name}: nothing of it is looked at" for name in names]
         found = self._gathered()
         if found.differences:
             raise NotConforming(found)
@@ -181,7 +152,8 @@ class Watch:
             self._replicas()
 
     def _differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
-        self._checked.append(feature)
+        if feature not in self._checked:
+            self._checked.append(feature)
         if wrong:
             self._differences.append(Difference(feature=feature, planned=planned, found=found))
 
@@ -317,10 +289,13 @@ class Watch:
         told = ", ".join(sorted(self.autocast))
         self._differs("bf16-autocast", wanted, told, wrong=self.autocast != {wanted})
         fsdp = self.plan.get("fsdp2")
-        if fsdp is not None and fsdp.settings["precision"] == "bf16":
-            told = ", ".join(sorted(map(str, self.computed)))
-            wrong = self.computed != {torch.bfloat16}
-            self._differs("fsdp2: precision", "layers in torch.bfloat16", told, wrong=wrong)
+        if fsdp is not None:
+            low = fsdp.settings["precision"] == "bf16"
+            held = {p.dtype for block in self.blocks for p in block.parameters() if p.is_floating_point()}
+            planned, found = (
+                ", ".join(sorted(map(str, d))) for d in ({torch.bfloat16} if low else held, self.computed)
+            )
+            self._differs("fsdp2: precision", f"layers in {planned}", found, wrong=planned != found)
 
     def _micro_batches(self) -> None:
         used = self.plan.get("gradient-accumulation")
@@ -375,7 +350,8 @@ class Watch:
             or self._sharded("parameters")[0] > 1
         ):
             return
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float64) for p in self._trainable()]
+        own_parts = (getattr(p, "to_local", lambda p=p: p)().detach() for p in self._trainable())
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in own_parts]
         own = torch.stack(norms).tolist()
         every: list[Any] = [None] * self.plan.ranks
         dist.all_gather_object(every, own)
@@ -392,6 +368,10 @@ class Watch:
         )  # fmt: skip
 
 
+_SEEN = {
+    "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "activation-checkpointing",
+    "selective-checkpointing", "bf16-autocast", "bf16-parameters", "gradient-accumulation", "expert-parallel",
+}  # fmt: skip
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2")
 
 

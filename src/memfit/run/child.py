@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,16 +60,18 @@ except OSError as error:
 _VMSTAT: Final = Path("/proc/vmstat")
 
 
-def run(config: LaunchConfig, *, on_event: Callable[[Event], None]) -> Measurement:
+def run(
+    config: LaunchConfig, *, on_event: Callable[[Event], None], stop: threading.Event | None = None
+) -> Measurement:
     """Run `config` to its end, whatever that is. ``{dir}`` in argv is the folder of `config.files`.
 
-    Only an interruption of this process (Ctrl-C, an error in `on_event`) is raised, after the child and
-    its process group are gone.
+    ``stop``, set from another thread, ends the child as if its time were over. Only an interruption of this
+    process (Ctrl-C, an error in `on_event`) is raised, after the child and its process group are gone.
     """
     with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        watch = _Watch(config, folder, errors)
+        watch = _Watch(config, folder, errors, stop or threading.Event())
         try:
             watch.follow(on_event)
         finally:
@@ -79,8 +82,8 @@ def run(config: LaunchConfig, *, on_event: Callable[[Event], None]) -> Measureme
 class _Watch:
     """A running child and what it has told so far."""
 
-    def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes]) -> None:
-        self._spec, self._errors = config.spec, errors
+    def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
+        self._spec, self._errors, self._stop = config.spec, errors, stop
         self._started_s = time.monotonic()
         self._machine_kills = _machine_oom_kills()
         self._group_kills = self._steps = 0
@@ -144,7 +147,8 @@ class _Watch:
         return os.waitid(os.P_PID, self._process.pid, flags) is not None
 
     def _left_s(self) -> float:
-        return max(0.0, self._started_s + self._spec.timeout_s - time.monotonic())
+        left_s = self._started_s + self._spec.timeout_s - time.monotonic()
+        return 0.0 if self._stop.is_set() else max(0.0, left_s)
 
     def end(self) -> None:
         """Nothing of the child stays: its process group is killed, its control group removed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,14 +22,19 @@ def run_ranks(
     A rank that dies leaves the others waiting in a collective: they end when gloo notices the closed
     connection, at the latest at the run's own time limit.
     """
-    ranks, port = config.spec.plan.ranks, free_port()
+    ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
 
     def one(rank: int) -> Measurement:
         env = {**config.env, **rank_env(rank, ranks, port)}
-        return run(dataclasses.replace(config, env=env), on_event=lambda event: on_event(rank, event))
+        told = dataclasses.replace(config, env=env)
+        return run(told, on_event=lambda event: on_event(rank, event), stop=stop)
 
     with ThreadPoolExecutor(ranks) as pool:
-        return tuple(pool.map(one, range(ranks)))
+        try:
+            return tuple(pool.map(one, range(ranks)))
+        except BaseException:  # an interruption among them: the pool waits for its threads, they for children
+            stop.set()
+            raise
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -69,6 +69,12 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    replicas = bench.world.layout.replicate
+    if replicas > 1 and bench.world.layout.shard == 1:  # a mesh of one dimension would be sharded over
+        raise UserError(
+            f"{replicas} replicas over {replicas} data-parallel ranks leave nothing to shard",
+            hint="that is ddp",
+        )
     mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
     if mesh is None:
         return
