@@ -380,3 +380,10 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
     found = check(setup, lang="ja")
     assert [f.severity for f in found] == [Severity.ERROR, Severity.WARNING, Severity.NOTE]
     assert "両方" in found[0].says
+
+
+def test_one_precision_in_each_file_is_a_contradiction(tmp_path: Path) -> None:
+    """transformers raises ValueError for it."""
+    for one, other in (("bf16", "fp16"), ("fp16", "bf16")):
+        both = case((ds(**{one: {"enabled": True}}), tr(**{other: True})), ds())
+        assert [f.rule for f in findings(both.bad, both, tmp_path)] == ["trainer-deepspeed-precision"]

@@ -139,6 +139,9 @@ def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
         mine, other = t.get(name), d.get(f"{name}.enabled")
         if mine is not None and other is not None and t.on(name) != d.on(f"{name}.enabled"):
             yield {"name": name, "mine": mine, "other": other}
+    for name, rival in (("bf16", "fp16"), ("fp16", "bf16")):
+        if d.on(f"{name}.enabled") and t.get(name) is None and t.on(rival):
+            yield {"name": name, "mine": f"not set, with {rival} on", "other": d.get(f"{name}.enabled")}
 
 
 _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
