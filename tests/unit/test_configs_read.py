@@ -191,3 +191,15 @@ def test_values_that_are_left_to_the_library_are_none(tmp_path: Path) -> None:
     assert not options.off("fp16.enabled")
     assert options.raw("fp16.enabled.deeper") is None
     assert options.section("train_batch_size") == {}
+
+
+def test_comments_in_json_are_read_over_as_deepspeed_does(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{ // the batch\n "train_micro_batch_size_per_gpu": 4, # "no": 1\n /* a\n b */'
+        ' "zero_optimization": {"stage": 2}, "tensorboard": {"output_path": "http://x/#y"}}'
+    )
+    found = read([path])
+    assert found.deepspeed is not None
+    assert found.deepspeed.raw("zero_optimization.stage") == 2
+    assert found.deepspeed.raw("tensorboard.output_path") == "http://x/#y"

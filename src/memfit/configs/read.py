@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -204,6 +205,14 @@ def _text(path: Path) -> str:
         raise _unknown(path, "no text") from error
 
 
+# DeepSpeed reads its file as HJSON: comments are allowed there.
+_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
+
+
+def _kept_string(found: re.Match[str]) -> str:
+    return found.group() if found.group().startswith('"') else ""
+
+
 def _data(path: Path, text: str) -> dict[str, Any] | Script:
     import yaml
 
@@ -211,7 +220,11 @@ def _data(path: Path, text: str) -> dict[str, Any] | Script:
         if path.suffix == ".toml":
             return tomllib.loads(text)
         if path.suffix in (".json", ".yaml", ".yml"):
-            data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            data = (
+                json.loads(_COMMENT.sub(_kept_string, text))
+                if path.suffix == ".json"
+                else yaml.safe_load(text)
+            )
             if isinstance(data, dict):
                 return data
             raise _unknown(path, f"a {type(data).__name__}")
