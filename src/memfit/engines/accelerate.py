@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memfit.engines.base import Engine
+from memfit.engines.base import BESIDE, Engine
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
@@ -77,13 +77,7 @@ ENGINE = Engine(
     tested=("1.15", "1.16"),
     install="pip install 'memfit[accelerate]'",
     carries=frozenset({"ddp", "fsdp2", "bf16-autocast", "gradient-accumulation"}),
-    beside=frozenset(
-        {
-            "activation-checkpointing", "selective-checkpointing", "activation-offload", "adafactor",
-            "chunked-cross-entropy", "adamw-8bit", "adamw-4bit", "adamw-fused", "adamw-single", "sgd", "lora",
-            "bf16-parameters",
-        }
-    ),
+    beside=BESIDE | {"adamw-4bit", "bf16-parameters"},
     reasons=_reasons,
     own_trace=True,
     files=_files,

@@ -15,6 +15,15 @@ from memfit.types.plan import Plan
 Files = Mapping[str, str]
 
 
+# What memfit applies to a model, a loss or an optimizer before an engine takes them.
+BESIDE = frozenset(
+    {
+        "activation-checkpointing", "selective-checkpointing", "activation-offload", "chunked-cross-entropy",
+        "adamw-8bit", "adamw-fused", "adamw-single", "adafactor", "sgd", "lora",
+    }
+)  # fmt: skip
+
+
 def no_files(spec: RunSpec) -> Files:
     """The engine is configured in Python alone."""
     return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from memfit.engines.base import Engine
+from memfit.engines.base import BESIDE, Engine
 from memfit.techniques.registry import make_use
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
@@ -100,12 +100,7 @@ ENGINE = Engine(
     tested=("0.19", "0.20"),
     install="pip install 'memfit[deepspeed]'",
     carries=frozenset({"ddp", "zero", "gradient-accumulation"}),
-    beside=frozenset(
-        {
-            "activation-checkpointing", "selective-checkpointing", "activation-offload",
-            "chunked-cross-entropy", "adamw-8bit", "adamw-fused", "adamw-single", "adafactor", "sgd", "lora",
-        }
-    ),
+    beside=BESIDE,
     reasons=_reasons,
     predicted=as_zero,
     files=_files,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from memfit.engines.base import Engine
+from memfit.engines.base import BESIDE, Engine
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
@@ -48,12 +48,7 @@ ENGINE = Engine(
     tested=("0.4.13", "0.4.14"),
     install="pip install 'memfit[fairscale]'",
     carries=frozenset({"sharded-ddp", "gradient-accumulation", "fsdp2"}),
-    beside=frozenset(
-        {
-            "activation-checkpointing", "selective-checkpointing", "activation-offload", "bf16-autocast",
-            "chunked-cross-entropy", "adamw-8bit", "adamw-fused", "adamw-single", "adafactor", "sgd", "lora",
-        }
-    ),
+    beside=BESIDE | {"bf16-autocast"},
     reasons=_reasons,
     files=_files,
 )  # fmt: skip

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
 from memfit.techniques.world import layout
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, named
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 
@@ -28,11 +27,7 @@ ENGINES: Mapping[str, Engine] = {
 
 def engine(name: str) -> Engine:
     """Raises UserError with the closest names when there is no such engine."""
-    if name not in ENGINES:
-        close = difflib.get_close_matches(name, ENGINES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"unknown engine {name!r}", allowed=", ".join(ENGINES), hint=hint)
-    return ENGINES[name]
+    return named("engine", name, ENGINES)
 
 
 def carrying(name: str, plan: Plan) -> Engine:

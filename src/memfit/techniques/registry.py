@@ -23,7 +23,7 @@ from memfit.techniques import (
     zero,
 )
 from memfit.techniques.base import Technique
-from memfit.types.errors import UserError
+from memfit.types.errors import UserError, named
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use, use
 
 TECHNIQUES: Mapping[str, Technique] = {
@@ -61,11 +61,7 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 def technique(name: str) -> Technique:
     """Raises UserError with the closest names when there is no such technique."""
-    if name not in TECHNIQUES:
-        close = difflib.get_close_matches(name, TECHNIQUES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"unknown technique {name!r}", allowed=", ".join(TECHNIQUES), hint=hint)
-    return TECHNIQUES[name]
+    return named("technique", name, TECHNIQUES)
 
 
 def make_use(name: str, settings: Mapping[str, object]) -> Use:

@@ -10,6 +10,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+_Entry = TypeVar("_Entry")
+
 
 class MemfitError(Exception):
     """Base class; ``exit_code`` is what the command line returns."""
@@ -30,6 +36,15 @@ class UserError(MemfitError):
         if hint:
             parts.append(hint)
         super().__init__("; ".join(parts))
+
+
+def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
+    """The entry of that name. Raises UserError with the allowed names and the closest."""
+    if name in table:
+        return table[name]
+    close = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"unknown {what} {name!r}", allowed=", ".join(table), hint=hint)
 
 
 class NothingFits(MemfitError):
