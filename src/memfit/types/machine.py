@@ -23,6 +23,28 @@ class Fact:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What joins devices, or hosts. ``bytes_s``: in one direction, for each device."""
+
+    name: str
+    bytes_s: Fact
+    latency_s: Fact | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The server around the devices. ``device_bytes_s``: between its memory and one device, in one
+    direction; ``shared_bytes_s``: of all its devices together; ``storage_bytes_s``: of its local NVMe."""
+
+    name: str
+    memory_bytes: Fact | None = None
+    device_bytes_s: Fact | None = None
+    shared_bytes_s: Fact | None = None
+    storage_bytes_s: Fact | None = None
+    power_w: Fact | None = None  # without the devices, under load
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """One accelerator, or this machine's processor as one device."""
 
@@ -39,6 +61,10 @@ class Device:
     blas_workspace_bytes: Fact | None = None  # of one BLAS handle, through PyTorch's allocator
     nccl_channels: Fact | None = None  # of one communicator, for collectives
     nccl_multicast_channels: Fact | None = None  # NVLink SHARP; None: the device has none
+    link: Link | None = None  # to its neighbours in one host
+    # Of the peak rate that large operators reach, by class: matmul, attention, attention_backward, memory.
+    efficiency_ratio: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
+    embodied_kg: Fact | None = None  # CO2 equivalent of making it
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +79,15 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
+    """``device_count`` in all, ``devices_per_host`` of them in each host (0: all in one)."""
+
     name: str
     device: Device
     device_count: int = 1
     place: Place | None = None
+    devices_per_host: int = 0
+    host: Host | None = None
+    network: Link | None = None  # between hosts
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
