@@ -2,8 +2,10 @@
 
 An operator's time is, in this order: what was measured for its very signature; the roofline
 max(FLOPs / rate, bytes / bandwidth) divided by the efficiency measured for the same operator and dtype
-at the nearest amount of work; the plain roofline at an assumed efficiency. Each call also costs the
-measured overhead of autograd and Python. (Williams et al. 2009.)
+at the nearest amount of work; on an accelerator of the catalog what its class and shape say (kernels.py);
+the plain roofline at an assumed efficiency. On a processor each call also costs the measured overhead of
+autograd and Python; an accelerator's kernels wait for their issue only where the host is slower than they
+are (play.py). (Williams et al. 2009.)
 """
 
 from __future__ import annotations
@@ -14,11 +16,20 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from memfit.cost.kernels import Kernels, kernels
 from memfit.types.machine import Calibration, Device
-from memfit.types.trace import OpCall
+from memfit.types.trace import OpCall, Phase
 
 ASSUMED_EFFICIENCY_RATIO = 0.6  # of dense peak, where nothing was measured; marked assumed in reports
 ASSUMED_OVERHEAD_S = 5e-6  # one kernel launch
+# What the host takes to issue an operator, its views and the modules around it: Python and autograd in
+# forward, autograd's own thread in backward, one call for many tensors in the optimizer. The kernels of
+# compiled regions are issued by generated code. (Profiles of eager PyTorch on servers; marked assumed.)
+ASSUMED_ISSUE_S = {Phase.FORWARD: 10e-6, Phase.BACKWARD: 7e-6, Phase.OPTIMIZER: 20e-6, Phase.SETUP: 0.0}
+ASSUMED_COMPILED_ISSUE_S = 4e-6
+COLLECTIVES = ("c10d.", "_c10d_functional.")
+FUSED = "memfit."  # a compiled group of pointwise operators, one kernel
+STREAMS = "stream."  # a stream's wait for another: no work
 ASSUMED_LINK_BYTES_S = 12e9  # pinned copies over PCIe 4.0 x16 under load
 
 
@@ -33,16 +44,21 @@ class TimeModel:
     efficiency_ratio: float
     offload_bytes_s: float
     curves: Mapping[tuple[str, str], list[tuple[float, float]]]
+    kernels: Kernels | None = None  # of an accelerator that was not calibrated
 
     def roofline_s(self, op: OpCall) -> float:
         rate = self.flops_s.get(op.dtype) or self.flops_s.get("float32") or math.inf
         return max(op.flops / rate, op.moved_bytes / self.bandwidth_bytes_s)
 
     def op_s(self, op: OpCall) -> float:
-        """Seconds of one call."""
+        """Seconds of one call; of a collective none (collectives.py)."""
+        if op.op.startswith((*COLLECTIVES, STREAMS)):
+            return 0.0
         measured = self.calibration.op_s.get(op.signature)
         if measured is not None:
             return measured + self.overhead_s
+        if self.kernels is not None:
+            return self.kernels.seconds(op)
         ideal_s = self.roofline_s(op)
         return ideal_s / self._efficiency(op, ideal_s) + self.overhead_s
 
@@ -59,8 +75,17 @@ class TimeModel:
         (x0, y0), (x1, y1) = curve[index - 1], curve[index]
         return y0 + (y1 - y0) * (at - x0) / (x1 - x0) if x1 > x0 else y0
 
+    def issue_s(self, op: OpCall) -> float:
+        """Seconds that the host takes to start it, beside the device."""
+        if self.kernels is None or op.op.startswith(STREAMS):
+            return 0.0
+        return ASSUMED_COMPILED_ISSUE_S if op.op.startswith(FUSED) else ASSUMED_ISSUE_S[op.phase]
+
     def total_s(self, ops: Iterable[tuple[OpCall, int]]) -> float:
-        return sum(self.op_s(op) * times for op, times in ops)
+        """Of operators one after the other: the longer of their work and their issue."""
+        known = list(ops)
+        work_s = sum(self.op_s(op) * times for op, times in known)
+        return max(work_s, sum(self.issue_s(op) * times for op, times in known))
 
 
 def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] = ()) -> TimeModel | None:
@@ -82,6 +107,7 @@ def time_model(device: Device, calibration: Calibration, seen: Iterable[OpCall] 
         efficiency_ratio=1.0 if calibrated else ASSUMED_EFFICIENCY_RATIO,
         offload_bytes_s=calibration.disk_bytes_s or ASSUMED_LINK_BYTES_S,
         curves={},
+        kernels=None if calibrated or device.kind == "cpu" else kernels(device),
     )
     return dataclasses.replace(bare, curves=_curves(bare, seen))
 

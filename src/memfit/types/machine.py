@@ -61,6 +61,7 @@ class Device:
     blas_workspace_bytes: Fact | None = None  # of one BLAS handle, through PyTorch's allocator
     nccl_channels: Fact | None = None  # of one communicator, for collectives
     nccl_multicast_channels: Fact | None = None  # NVLink SHARP; None: the device has none
+    multiprocessor_count: Fact | None = None  # streaming multiprocessors or compute units
     link: Link | None = None  # to its neighbours in one host
     # Of the peak rate that large operators reach, by class: matmul, attention, attention_backward, memory.
     efficiency_ratio: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
