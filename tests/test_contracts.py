@@ -43,6 +43,8 @@ DIMENSIONLESS = {
     "sequence_dim", "step", "steps", "steps_done", "steps_per_run", "threads",
     # ticks of the trace's clock
     "clock", "start", "end",
+    # which, of many
+    "members", "waits",
     # pure numbers
     "betas", "eps", "grad_norms", "learning_rate", "losses", "power", "weight_decay",
     # in the unit that stands beside them (Metric.unit, Fact's field, Interaction.quantity, Reach.quantity)

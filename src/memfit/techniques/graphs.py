@@ -13,6 +13,8 @@ from torch import fx
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.techniques.kernel import kernel, read_bytes
+
 _ATEN: Any = torch.ops.aten
 _EXTERN = frozenset(
     {
@@ -211,14 +213,14 @@ class Schedule:
         left = Counter(self.uses)
         for node in [n for n in values if not left[n]]:
             del values[node]
-        for kernel in self.kernels:
-            if kernel.node is not None:
-                values[kernel.node] = _call(kernel.node, values)
-                _release(kernel.inputs, left, values)
+        for each in self.kernels:
+            if each.node is not None:
+                values[each.node] = _call(each.node, values)
+                _release(each.inputs, left, values)
             else:
-                _fused(kernel, left, values)
-            if kernel.node is not None and not left[kernel.node]:
-                del values[kernel.node]
+                _fused(each, left, values)
+            if each.node is not None and not left[each.node]:
+                del values[each.node]
         return [values[n] if isinstance(n, fx.Node) else n for n in self.result]
 
 
@@ -227,20 +229,22 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _fused(kernel: _Kernel, left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
+def _fused(group: _Kernel, left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
     """A dying input of an output's size is written over."""
-    wanted = Counter(_meta_bytes(n) for n in kernel.outputs)
-    dying = [n for n in set(kernel.inputs) if left[n] == kernel.inputs.count(n)]
+    wanted = Counter(_meta_bytes(n) for n in group.outputs)
+    reads = read_bytes(values.get(n) for n in set(group.inputs))
+    dying = [n for n in set(group.inputs) if left[n] == group.inputs.count(n)]
     for node in dying:
         value = values.get(node)
         size = value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) else -1
         if wanted[size] and node.op != "placeholder":
             wanted[size] -= 1
             values[node] = None
-    for node in kernel.outputs:
+    for node in group.outputs:
         value = node.meta["val"]
         values[node] = torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype)
-    _release(kernel.inputs, left, values)
+    kernel([values[n] for n in group.outputs], reads)
+    _release(group.inputs, left, values)
 
 
 def _meta_bytes(node: fx.Node) -> int:

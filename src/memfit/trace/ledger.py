@@ -22,6 +22,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from memfit.trace import operators
+from memfit.trace.flows import Flow, Flows
 from memfit.trace.guesses import Guesses
 from memfit.trace.lines import ModuleStack, newest_node, running_node, user_line
 from memfit.trace.operators import tensors_in
@@ -49,6 +50,7 @@ class _Life:
 
 _SCALAR = 0.5  # an optimizer's own, a step count or a product of momenta: formulas divide by it and by 1 - it
 _DEVICE: Any = torch.ops.prim.device.default
+_NOTHING = operators.Work("[]", "", 0, 0)
 
 
 class Ledger(TorchDispatchMode):
@@ -73,7 +75,8 @@ class Ledger(TorchDispatchMode):
         self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
-        self._calls: list[tuple[int, str, operators.Work, Phase, int, str]] = []
+        self._calls: list[operators.Call] = []
+        self.flows = Flows()
         self._works: dict[Any, operators.Work] = {}
         self._made: dict[Any, operators.Fresh | None] = {}
         self._sole = sole_counts()
@@ -201,11 +204,11 @@ class Ledger(TorchDispatchMode):
         self._fly(func, args, out)
         work = self._works.get(key)
         if work is None:
-            work = self._works[key] = operators.work(
-                fact, args, kwargs, out, tensors_in(args, kwargs) + outputs
-            )
+            work = self._works[key] = operators.work(func, fact, args, kwargs, out)
         if self.place != "host" or self.current is not Phase.SETUP:  # building there is not the device's work
-            self._calls.append((before, fact.name, work, self.current, self.step, module))
+            self._record(
+                before, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
+            )
         return out
 
     def _owners(self, args: Any) -> list[str]:
@@ -222,30 +225,34 @@ class Ledger(TorchDispatchMode):
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
         """``build`` without a record of it: its tensors are noted when they are labelled."""
+        return self.pause()(build)
 
-        def quietly() -> torch.nn.Module:
-            with self.pause():
-                return build()
-
-        return quietly
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> contextlib._GeneratorContextManager[None]:
         """Nothing inside is recorded."""
-        before, self.paused = self.paused, True
-        try:
-            yield
-        finally:
-            self.paused = before
+        return self._set("paused", True)
+
+    def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
+        """What is made inside lies there."""
+        return self._set("place", place)
 
     @contextlib.contextmanager
-    def placed(self, place: str) -> Iterator[None]:
-        """What is made inside lies there."""
-        before, self.place = self.place, place
+    def _set(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self.place = before
+            setattr(self, name, before)
+
+    def wait(self, stream: str, awaited: str, calls: int) -> None:
+        """A stream waits for the first so many calls of another."""
+        flow = self.flows.wait(stream, awaited, calls)
+        if flow is not None and not self.paused:
+            self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), flow)
+            self.clock += 1
+
+    def _record(self, clock: int, name: str, work: operators.Work, module: str, flow: Flow | None) -> None:
+        self._calls.append(operators.Call(clock, name, work, self.current, self.step, module, flow))
 
     def move(self, value: Any, place: str) -> None:
         """The storages of every tensor in ``value`` have lain there from the start."""
@@ -368,15 +375,14 @@ class Ledger(TorchDispatchMode):
 
     def _close_span(self) -> None:
         if self.clock > self._span_start:
-            self.spans.append(
-                PhaseSpan(phase=self.current, step=self.step, start=self._span_start, end=self.clock)
-            )
+            span = PhaseSpan(phase=self.current, step=self.step, start=self._span_start, end=self.clock)
+            self.spans.append(span)
         self._span_start = self.clock
 
     def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
         self._close_span()
         bounds = sorted({s.end for s in self.spans})
-        ops = tuple(operators.op_call(*call) for call in self._calls)
+        ops = tuple(call.told() for call in self._calls)
         return tuple(self._allocation(x, bounds) for x in self.lives), ops, tuple(self.spans)
 
     def _allocation(self, life: _Life, bounds: list[int]) -> Allocation:

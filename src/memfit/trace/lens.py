@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from memfit.techniques.kernel import kernel, read_bytes
 from memfit.trace.formulas import plain_formulas
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -139,6 +140,7 @@ class _HalfToFloat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(tensor, dtype=torch.float32)
+        kernel([out], read_bytes([tensor]))
         ctx.save_for_backward(out)
         ctx.dtype = tensor.dtype
         return out
@@ -146,7 +148,9 @@ class _HalfToFloat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (out,) = ctx.saved_tensors
-        return torch.empty_like(out, dtype=ctx.dtype)
+        grad = torch.empty_like(out, dtype=ctx.dtype)
+        kernel([grad], read_bytes([out, *grads]))
+        return grad
 
 
 def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -112,20 +112,48 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs) if found is None else found
 
 
-def work(of: Fact, args: Any, kwargs: Any, out: Any, tensors: list[torch.Tensor]) -> Work:
-    return Work(
-        signature=describe(of.name, args, kwargs),
-        dtype=_dtype(tensors),
-        flops=int(of.count(*args, **kwargs, out_val=out)) if of.count else 0,
-        moved_bytes=moved_bytes(tensors),
-    )
+def work(func: Any, of: Fact, args: Any, kwargs: Any, out: Any) -> Work:
+    read, outputs = tensors_in(args, kwargs), tensors_in(out)
+    dtype, flops, moved = _dtype(read + outputs), 0, 0
+    if func.namespace == "memfit":  # techniques/kernel.py
+        moved, flops, dtype = args[1], args[2], args[5] or dtype
+    elif of.count:
+        flops = int(of.count(*args, **kwargs, out_val=out))
+    if of.name in _TAKE_ROWS:
+        read = [*read[1:], *outputs]
+    elif of.name in _WRITE_ONLY:
+        read = read[len(tensors_in(args[0])) :]
+    written = outputs or tensors_in(*_mutated(func, args, kwargs))
+    moved += moved_bytes(read + written)
+    return Work(describe(of.name, args, kwargs), dtype, flops, moved)
 
 
-def op_call(clock: int, name: str, shared: Work, phase: Phase, step: int, module: str) -> OpCall:
-    return OpCall(
-        clock=clock, op=name, signature=shared.signature, phase=phase, step=step, module=module,
-        dtype=shared.dtype, flops=shared.flops, moved_bytes=shared.moved_bytes,
-    )  # fmt: skip
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments that an operator writes to and does not return, such as foreach lists."""
+    given = enumerate(func._schema.arguments)
+    wanted = [(i, a.name) for i, a in given if a.alias_info and a.alias_info.is_write]
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in wanted]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One call on record; ``flow`` is (stream, process group, what it waits for) where it has one."""
+
+    clock: int
+    name: str
+    work: Work
+    phase: Phase
+    step: int
+    module: str
+    flow: tuple[str, str, tuple[str, int] | None] | None = None
+
+    def told(self) -> OpCall:
+        stream, group, waits = self.flow or ("", "", None)
+        return OpCall(
+            clock=self.clock, op=self.name, signature=self.work.signature, phase=self.phase, step=self.step,
+            module=self.module, dtype=self.work.dtype, flops=self.work.flops,
+            moved_bytes=self.work.moved_bytes, stream=stream, group=group, waits=waits,
+        )  # fmt: skip
 
 
 def key(value: Any) -> Any:
@@ -183,6 +211,15 @@ _EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
 }
+_TAKE_ROWS = frozenset(
+    {"aten.embedding.default", "aten.index_select.default", "aten.gather.default", "aten.index.Tensor"}
+)
+_WRITE_ONLY = frozenset(
+    {
+        "aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default",
+        "aten._foreach_copy_.default", "aten._foreach_zero_.default", "memfit.kernel.default",
+    }
+)  # fmt: skip
 ITEM = _ATEN._local_scalar_dense.default
 ADD = _ATEN.add.Tensor
 SCATTER_ADD = _ATEN.scatter_add.default

@@ -15,6 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memfit.techniques.world import World, layout, make_world
+from memfit.trace.flows import group_of
 from memfit.types.errors import MemfitError
 from memfit.types.plan import Plan
 from memfit.types.trace import Allocation
@@ -98,7 +99,7 @@ class GlooScratch(TorchDispatchMode):
         sizes = [sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(g)) for g in groups]
         for size_bytes in sizes:
             torch.empty(size_bytes, dtype=torch.uint8)
-        if self._late and (group := _group_of(func, args)):
+        if self._late and (group := group_of(func, args)):
             kept = torch.empty(max(sizes), dtype=torch.uint8) if sizes else None
             self._held[group] = (args, out, kept)
         return out
@@ -106,20 +107,6 @@ class GlooScratch(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here
-
-
-_COLLECTIVES = ("c10d", "_c10d_functional")
-_TWO_ALONE = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")  # not on gloo's threads
-
-
-def _group_of(func: Any, args: Any) -> str:
-    """Name of the process group over which it is a collective; "" where it is none."""
-    if func.namespace not in _COLLECTIVES or func.name() in _TWO_ALONE:
-        return ""
-    for arg in args:
-        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
-            return str(torch.distributed.ProcessGroup.unbox(arg).group_name)
-    return next((a for a in args[1:] if isinstance(a, str) and a.isdigit()), "")
 
 
 def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:
@@ -182,23 +169,6 @@ def _cuts(plan: Plan) -> bool:
     return place.pipeline > 1 or place.tensor > 1
 
 
-@contextlib.contextmanager
-def streams(placed: Callable[[str], Any]) -> Iterator[None]:
-    """FSDP2 gathers and reduces on streams of its own, each with its own pool in the CUDA allocator; the CPU
-    streams that it gets in a trace are given names, and what is made on them is ``placed`` there."""
-    numbers = itertools.count(1)
-
-    class Stream(torch.cpu.Stream):
-        def __init__(self, priority: int = -1) -> None:
-            self.name = f"stream {next(numbers)}"
-
-    def enter(stream: Any) -> Any:
-        return placed(stream.name) if isinstance(stream, Stream) else contextlib.nullcontext()
-
-    with mock.patch.multiple(torch.cpu, Stream=Stream, stream=enter):
-        yield
-
-
 def without_host(allocations: Sequence[Allocation]) -> tuple[tuple[Allocation, ...], int]:
     """(the device's allocations, highest bytes of those in host memory)."""
     host = [a for a in allocations if a.stream == "host"]
@@ -223,7 +193,7 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
 
     def reduce(group: Any, bucket: Any) -> Any:
         buffer = bucket.buffer().div_(ranks)
-        torch.distributed.all_reduce(buffer, group=group)
+        torch.distributed.all_reduce(buffer, group=group, async_op=True)
         done: torch.futures.Future[Any] = torch.futures.Future()
         done.set_result(buffer)
         return done
@@ -236,11 +206,11 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
     wrapped.register_comm_hook(wrapped.process_group, reduce)
 
 
-def communicators() -> tuple[tuple[str, int], ...]:
-    """(name, ranks) of the process groups this rank is in, the default one first."""
+def members() -> dict[str, tuple[int, ...]]:
+    """The ranks of every process group this rank is in, the default one first."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return ()
+        return {}
     groups = dist.distributed_c10d._world.pg_group_ranks
-    return tuple((dist.distributed_c10d._get_process_group_name(g), len(r)) for g, r in groups.items())
+    return {dist.distributed_c10d._get_process_group_name(g): tuple(r) for g, r in groups.items()}

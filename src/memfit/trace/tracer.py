@@ -21,17 +21,17 @@ from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import Workbench
 from memfit.techniques.blocks import find_blocks
 from memfit.trace.doubts import Doubted, retried, weighed
+from memfit.trace.flows import streams
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
 from memfit.trace.lens import device_lens
 from memfit.trace.ranks import (
     GlooScratch,
     builds_on_host,
-    communicators,
     fake_ranks,
+    members,
     moves_parameters,
     ready_for_fakes,
-    streams,
     without_host,
 )
 from memfit.trace.reads import values_read
@@ -85,7 +85,7 @@ def trace(
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
         values_read(ledger.shadows),
         GlooScratch() if scratch else contextlib.nullcontext(),
-        streams(ledger.placed) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
+        streams(ledger) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
         ledger.place = "host" if builds_on_host(plan, device) else ""
         step = _STEP.get()(
@@ -101,7 +101,7 @@ def trace(
         done = _play(
             ledger, step, partial(_given, ledger, fake, step), steps=steps, most=played, update=update
         )
-        groups = communicators()
+        groups = members()
     allocations, ops, spans = ledger.finish()
     allocations, host_peak_bytes = without_host(allocations)
     params = list(step.model.parameters())
@@ -119,7 +119,8 @@ def trace(
         guessed=tuple(filter(None, ledger.guesses.open)),
         rank=rank,
         ranks=plan.ranks,
-        communicators=groups,
+        communicators=tuple((name, len(ranks)) for name, ranks in groups.items()),
+        members=groups,
         host_peak_bytes=host_peak_bytes,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
 
 class Category(enum.StrEnum):
@@ -54,7 +55,11 @@ class Allocation:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpCall:
-    """One operator call. ``signature`` is JSON: enough to run the operator alone on real tensors."""
+    """One operator call. ``signature`` is JSON: enough to run the operator alone on real tensors.
+
+    ``group``: the process group of a collective. ``waits``: this call waits for that stream, all but its
+    last so many calls (counted back from here, so that repeated blocks say the same).
+    """
 
     clock: int  # just before its outputs exist
     op: str
@@ -65,6 +70,9 @@ class OpCall:
     dtype: str  # of the arithmetic: "float32", "bfloat16", ...
     flops: int
     moved_bytes: int  # inputs read + outputs written
+    stream: str = ""  # "" is the compute stream; a collective's own is that of its group
+    group: str = ""
+    waits: tuple[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,3 +103,4 @@ class Trace:
     ranks: int = 1
     host_peak_bytes: int = 0  # of tensors that lie in host memory beside the device; not in `allocations`
     communicators: tuple[tuple[str, int], ...] = ()  # (name, ranks in it) of every process group in use
+    members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
