@@ -22,16 +22,22 @@ from memfit.types.machine import Device, Fact
 GIB = 2**30
 DATE = re.compile(r"20\d\d(-\d\d(-\d\d)?)?")
 DEVICES = [catalog.device(name) for name in catalog.device_names()]
+NETWORKS = [catalog.network(name) for name in catalog.network_names()]
 PLACES = [catalog.place(name) for name in catalog.place_names()]
 
 
 def _facts(noun: Any) -> Iterator[Fact]:
     for name in noun.__dataclass_fields__:
         value = getattr(noun, name)
-        yield from [value] if isinstance(value, Fact) else value.values() if isinstance(value, dict) else []
+        if isinstance(value, Fact):
+            yield value
+        elif isinstance(value, dict):
+            yield from value.values()
+        elif hasattr(value, "__dataclass_fields__"):
+            yield from _facts(value)
 
 
-@pytest.mark.parametrize("noun", [*DEVICES, *PLACES], ids=lambda n: n.name)
+@pytest.mark.parametrize("noun", [*DEVICES, *PLACES, *NETWORKS], ids=lambda n: n.name)
 def test_every_row_has_a_source_and_a_date(noun: Any) -> None:
     rows = list(_facts(noun))
     assert rows
@@ -40,6 +46,7 @@ def test_every_row_has_a_source_and_a_date(noun: Any) -> None:
         assert DATE.fullmatch(fact.date), fact
         assert fact.kind in ("measured", "published", "assumed")
         assert fact.value > 0
+        assert fact.low is None or fact.low <= fact.value <= (fact.high or 0)
         assert ("recalled" in fact.source) <= (fact.kind == "assumed"), fact
 
 
@@ -67,6 +74,33 @@ def test_device_is_physically_plausible(device: Device) -> None:
         assert 1.95 <= peaks["float16"] / peaks["tf32"] <= 2.05
     if "float8" in peaks:
         assert 1.95 <= peaks["float8"] / peaks["float16"] <= 2.05
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_what_a_device_reaches_of_its_peak_is_plausible(device: Device) -> None:
+    ratios = {kind: fact.value for kind, fact in device.efficiency_ratio.items()}
+    assert {"matmul", "matmul_float32", "attention", "attention_backward", "memory", "link"} <= set(ratios)
+    assert 0.4 <= ratios["matmul"] <= 1.1
+    assert 0.1 <= ratios["attention_backward"] < ratios["attention"] <= 1.0
+    assert 0.7 <= ratios["memory"] < 0.95
+    assert ("matmul_float8" in ratios) >= ("float8" in device.peak_flops)
+    assert device.link is not None
+
+
+def test_what_nobody_measured_is_its_architectures_and_says_so() -> None:
+    h100, variant = catalog.device("H100-SXM"), catalog.device("H100-96GB-HBM2e")
+    assert h100.efficiency_ratio["attention"].kind == "published"
+    assert variant.efficiency_ratio["attention"].kind == "assumed"
+    assert variant.efficiency_ratio["attention"].value == h100.efficiency_ratio["attention"].value
+    with pytest.raises(UserError, match="unknown architecture"):
+        catalog.efficiency("hoper")
+
+
+def test_links_of_known_devices() -> None:
+    """Data sheets print the sum of both directions: 300, 600, 900 and 1,800 GB/s."""
+    names = ("V100-32GB", "A100-80GB", "H100-SXM", "B200", "MI300X")
+    links = {name: catalog.device(name).link for name in names}
+    assert [link.bytes_s.value / 1e9 for link in links.values() if link] == [150, 300, 450, 900, 448]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""The shipped TOML tables. A name is found whatever its case, spaces, dashes and brand words."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any, Final
+
+from memfit.types.errors import UserError
+from memfit.types.machine import Fact
+
+_BRANDS: Final = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct)\b")
+
+Row = Mapping[str, Any]
+
+
+@functools.cache
+def table(file: str) -> dict[str, Any]:
+    return tomllib.loads((files("memfit.catalog") / file).read_text(encoding="utf-8"))
+
+
+def fact(row: list[Any], sources: Mapping[str, dict[str, str]]) -> Fact:
+    """``[value, source]`` or ``[value, source, low, high]``."""
+    value, key, *bounds = row
+    low, high = map(float, bounds) if bounds else (None, None)
+    return Fact(value=float(value), low=low, high=high, **sources[key])
+
+
+def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]) -> dict[str, Fact]:
+    """Those of `keys` that the row knows."""
+    return {key: fact(row[key], sources) for key in keys if key in row}
+
+
+def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
+    """The table's own name for `given`. Raises UserError."""
+    known = {plain(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))}
+    wanted = plain(given)
+    if wanted in known:
+        return known[wanted]
+    near = _closest(wanted, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else ""
+    raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(rows), hint=hint)
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", _BRANDS.sub("", name.lower()))
+
+
+def _closest(wanted: str, known: dict[str, str]) -> tuple[str, ...]:
+    """Names that begin so, else those that look alike; none twice."""
+    begins = [key for key in known if wanted and key.startswith(wanted)]
+    alike = begins or difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
+    return tuple(dict.fromkeys(known[key] for key in alike))
