@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from memfit.types.machine import Machine
 
-# Of a link's bandwidth that large transfers reach: nccl-tests on 8 A100 (230 to 235 of 300 GB/s) and 8 H100
-# (360 to 370 of 450); over InfiniBand and RoCE, 370 of 400 GB/s a host.
+# Of a link's bandwidth that large transfers reach, where the catalog does not say (nccl-tests: 230 to 235 of
+# 300 GB/s on 8 A100, 360 to 370 of 450 on 8 H100; over InfiniBand and RoCE 370 of 400 GB/s a host).
 LINK_RATIO, NETWORK_RATIO = 0.80, 0.92
 SWITCH_RATIO = 1.05  # in-switch all-reduce on 8 H100: 475 GB/s of bus bandwidth over 450 of link
 ASSUMED_LINK_BYTES_S = 16e9  # PCIe 4.0 x16 through the host's memory
@@ -32,19 +32,22 @@ KINDS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all"
 
 
 class Wires(NamedTuple):
-    """Bytes/s of one device, in one direction: to its neighbours in the host, and out of the host."""
+    """Bytes/s of one device, in one direction: to its neighbours in the host, out of the host, and to the
+    switch that reduces (0: there is none)."""
 
     inside: float
     outside: float
-    switched: bool
+    switch: float
 
 
 def wires(machine: Machine) -> Wires:
-    link, network = machine.device.link, machine.network
+    device, network = machine.device, machine.network
+    link = device.link.bytes_s.value if device.link else ASSUMED_LINK_BYTES_S
+    reached = device.efficiency_ratio.get("link")
     return Wires(
-        (link.bytes_s.value if link else ASSUMED_LINK_BYTES_S) * LINK_RATIO,
+        link * (reached.value if reached else LINK_RATIO),
         (network.bytes_s.value if network else ASSUMED_NETWORK_BYTES_S) * NETWORK_RATIO,
-        machine.device.nccl_multicast_channels is not None,
+        link * SWITCH_RATIO if device.nccl_multicast_channels is not None else 0.0,
     )
 
 
@@ -66,9 +69,8 @@ def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, ma
     options = [_ring_s(kind, size_bytes, ranks, each, found, p) for p in _RING]
     if kind == "all_reduce":
         options += [_tree_s(size_bytes, ranks, each, found, p) for p in _TREE]
-        if found.switched and ranks == each > 2:
-            speed = found.inside / LINK_RATIO * SWITCH_RATIO
-            options.append(_SWITCH_S + size_bytes * (2 * (ranks - 1) / ranks) / speed)
+        if found.switch and ranks == each > 2:
+            options.append(_SWITCH_S + size_bytes * (2 * (ranks - 1) / ranks) / found.switch)
     return _least(options) + LAUNCH_S
 
 

@@ -20,7 +20,7 @@ from memfit.types.trace import OpCall
 
 # Of the peak that large operators reach, where the catalog does not say; marked assumed in reports.
 ASSUMED_RATIOS = {
-    "matmul": 0.72, "matmul_float8": 0.60, "matmul_float32": 0.85, "attention": 0.45,
+    "matmul": 0.72, "matmul_float8": 0.60, "matmul_tf32": 0.70, "matmul_float32": 0.85, "attention": 0.45,
     "attention_backward": 0.36, "memory": 0.85,
 }  # fmt: skip
 ASSUMED_MULTIPROCESSORS = 128  # 108 of an A100, 132 of an H100, 148 of a B200
@@ -78,10 +78,12 @@ class Kernels:
 
     def seconds(self, op: OpCall) -> float:
         """From its start to the start of the next kernel."""
-        moved_s = op.moved_bytes / (self.bandwidth_bytes_s * self.ratios["memory"])
-        return max(self._work_s(op), moved_s) + LAUNCH_S
+        return max(self.arithmetic_s(op), self.moving_s(op)) + LAUNCH_S
 
-    def _work_s(self, op: OpCall) -> float:
+    def moving_s(self, op: OpCall) -> float:
+        return op.moved_bytes / (self.bandwidth_bytes_s * self.ratios["memory"])
+
+    def arithmetic_s(self, op: OpCall) -> float:
         if not op.flops:
             return 0.0
         shape, kind = shape_of(op.signature), "matmul"
@@ -101,9 +103,10 @@ class Kernels:
         return self.flops_s.get(name) or self.flops_s.get("float32") or math.inf
 
     def ratio(self, kind: str, dtype: str) -> float:
-        if kind == "matmul" and dtype.startswith("float8"):
-            return self.ratios["matmul_float8"]
-        return self.ratios["matmul_float32" if kind == "matmul" and dtype not in _HALF else kind]
+        if kind != "matmul" or dtype in _HALF:
+            return self.ratios[kind]
+        name = "float8" if dtype.startswith("float8") else dtype
+        return self.ratios.get(f"matmul_{name}", self.ratios["matmul_float32"])
 
 
 def kernels(device: Device) -> Kernels | None:
@@ -117,6 +120,14 @@ def kernels(device: Device) -> Kernels | None:
         ratios=ASSUMED_RATIOS | known,
         multiprocessors=int(_value(device.multiprocessor_count, ASSUMED_MULTIPROCESSORS)),
     )
+
+
+def bound_by(op: OpCall, rates: Kernels | None) -> str:
+    """What a kernel keeps busy most: "attention", "matmul" or "memory"."""
+    if not op.flops:
+        return "memory"
+    kind = "attention" if "attention" in op.op or isinstance(shape_of(op.signature), Scores) else "matmul"
+    return kind if rates is None or rates.arithmetic_s(op) >= rates.moving_s(op) else "memory"
 
 
 def _value(fact: Fact | None, default: float) -> float:

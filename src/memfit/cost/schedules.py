@@ -1,0 +1,168 @@
+"""Pipeline schedules as what they are: an order of work on every rank, and who needs whose result.
+
+``simulate`` plays any stages exactly. ``closed_s`` has the formulas for equal stages (Huang et al. 2019,
+GPipe; Narayanan et al. 2021, 1F1B and interleaved; Qi et al. 2023, ZB-H1), on numbers or numpy arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+KINDS = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+_FORWARD, _BACKWARD, _WEIGHT = range(3)
+_Work = tuple[int, int, int]  # (kind, chunk, micro-batch)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """``busy_s``: of each rank; ``bubble_ratio``: what is idle of all ranks' time."""
+
+    step_s: float
+    busy_s: tuple[float, ...]
+
+    @property
+    def bubble_ratio(self) -> float:
+        return 1 - sum(self.busy_s) / (len(self.busy_s) * self.step_s) if self.step_s else 0.0
+
+
+def simulate(
+    kind: str,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    micro_batches: int,
+    *,
+    weight_s: Sequence[float] | None = None,
+    send_s: float = 0.0,
+    virtual: int = 1,
+) -> Simulated:
+    """``forward_s``, ``backward_s``: of one micro-batch through each stage, in the order of the model; with
+    ``virtual`` chunks a rank there are so many times as many stages, and rank r has r, r + ranks, ...
+    ``weight_s``: the part of backward that nobody waits for, split off by zero-bubble only. ``send_s``:
+    from one stage to the next."""
+    assert kind in KINDS, kind
+    stages = len(forward_s)
+    ranks = stages // virtual
+    weight = list(weight_s) if weight_s is not None and kind == "zero-bubble" else [0.0] * stages
+    seconds = (list(forward_s), [b - w for b, w in zip(backward_s, weight, strict=True)], weight)
+    busy = tuple(
+        micro_batches * sum(each[s] for each in seconds for s in range(r, stages, ranks))
+        for r in range(ranks)
+    )
+    if ranks == 1:
+        return Simulated(step_s=busy[0], busy_s=busy)
+    orders = [_order(kind, r, ranks, micro_batches, virtual) for r in range(ranks)]
+    if kind == "zero-bubble":
+        orders = [_with_weights(order, rank) for rank, order in enumerate(orders)]
+    ends = _play(orders, seconds, send_s, ranks)
+    return Simulated(step_s=max(ends), busy_s=busy)
+
+
+def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[_Work]:
+    forward, backward = _sequence(ranks, micros, virtual)
+    if kind == "gpipe":
+        warmup = len(forward)
+    elif virtual > 1:
+        warmup = min(len(forward), 2 * (ranks - rank - 1) + (virtual - 1) * _group(ranks, micros))
+    else:
+        warmup = min(len(forward), ranks - rank - 1)
+    order: list[_Work] = [(_FORWARD, *f) for f in forward[:warmup]]
+    for ahead, back in zip(forward[warmup:], backward, strict=False):
+        order += [(_FORWARD, *ahead), (_BACKWARD, *back)]
+    return order + [(_BACKWARD, *b) for b in backward[len(forward) - warmup :]]
+
+
+def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
+    """ZB-H1: a rank puts off as many weights' gradients as there are ranks before it, and makes them up where
+    it would wait for the last backwards."""
+    found: list[_Work] = []
+    owed: list[_Work] = []
+    forwards = sum(kind == _FORWARD for kind, _, _ in order)
+    for work in order:
+        found.append(work)
+        if work[0] == _FORWARD:
+            forwards -= 1
+            continue
+        owed.append((_WEIGHT, *work[1:]))
+        if len(owed) > rank or (not forwards and owed):
+            found.append(owed.pop(0))
+    return found + owed
+
+
+def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(chunk, micro-batch) in the order of forward and of backward: a chunk at a time of a group of them."""
+    forward, backward = [], []
+    size = _group(ranks, micros)
+    for first in range(0, micros, size):
+        group = range(first, min(first + size, micros))
+        forward += [(c, j) for c in range(virtual) for j in group]
+        backward += [(c, j) for c in reversed(range(virtual)) for j in group]
+    return forward, backward
+
+
+def _group(ranks: int, micros: int) -> int:
+    """As many micro-batches as there are ranks; a few more where they do not come out even."""
+    return -(-micros // max(1, micros // ranks))
+
+
+def _play(
+    orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
+) -> list[float]:
+    """When each rank is done."""
+    last = len(seconds[0]) - 1
+    done: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
+    free, place = [0.0] * ranks, [0] * ranks
+    waiting = list(range(ranks))
+    while waiting:
+        stuck = True
+        for rank in waiting:
+            order, at, now = orders[rank], place[rank], free[rank]
+            while at < len(order):
+                kind, chunk, micro = order[at]
+                stage = chunk * ranks + rank
+                ready = _ready(kind, stage, micro, last, done, send_s)
+                if ready is None:
+                    break
+                now = max(now, ready) + seconds[kind][stage]
+                done[kind, stage, micro] = now
+                at += 1
+                stuck = False
+            place[rank], free[rank] = at, now
+        waiting = [r for r in waiting if place[r] < len(orders[r])]
+        assert not (stuck and waiting), "the schedule waits for itself"
+    return free
+
+
+def _ready(
+    kind: int, stage: int, micro: int, last: int, done: dict[tuple[int, int, int], float], send_s: float
+) -> float | None:
+    """When what a piece of work needs is there; None: not known yet."""
+    if kind == _WEIGHT or (kind == _FORWARD and stage == 0):
+        return 0.0
+    if kind == _FORWARD:
+        end = done.get((_FORWARD, stage - 1, micro))
+    elif stage == last:
+        return done.get((_FORWARD, stage, micro))
+    else:
+        end = done.get((_BACKWARD, stage + 1, micro))
+    return None if end is None else end + send_s
+
+
+def closed_s(
+    kind: str, forward_s: Any, backward_s: Any, micro_batches: Any, ranks: Any, *, weight_s: Any = 0.0,
+    send_s: Any = 0.0, virtual: Any = 1,
+) -> Any:  # fmt: skip
+    """Step seconds of equal stages; ``forward_s`` and ``backward_s``: of one micro-batch through all of a
+    rank's chunks. With ``send_s`` exact for 1F1B of a multiple of ``ranks`` micro-batches, whose every round
+    trip waits for its sends; for GPipe; and, for the others, of the first and last micro-batch only."""
+    both, ahead = forward_s + backward_s, ranks - 1
+    if kind == "gpipe":
+        return (micro_batches + ahead) * both + 2 * ahead * send_s
+    if kind == "1f1b":
+        trips = ahead * micro_batches / ranks + (ranks - 2) * (ranks > 1)
+        return (micro_batches + ahead) * both + 2 * trips * send_s
+    if kind == "interleaved":
+        return (micro_batches + ahead / virtual) * both + 2 * ahead * send_s
+    assert kind == "zero-bubble", kind
+    return micro_batches * both + ahead * (both - 2 * weight_s) + 2 * ahead * send_s

@@ -1,0 +1,151 @@
+"""Hand-made streams played: what overlaps, what waits, what would have to be faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.cost.play import Player, sent, split
+from memfit.cost.time import time_model
+from memfit.types.machine import Calibration, Device, Fact, Link, Machine
+from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
+
+
+def fact(value: float) -> Fact:
+    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
+
+
+def machine(*, flops: float = 100e12, bandwidth: float = 1e12, link: float = 100e9) -> Machine:
+    device = Device(
+        name="d", kind="cuda", memory_bytes=fact(2**36), bandwidth_bytes_s=fact(bandwidth),
+        peak_flops={"bfloat16": fact(flops)}, link=Link(name="l", bytes_s=fact(link)),
+        efficiency_ratio={"matmul": fact(1.0), "memory": fact(1.0), "link": fact(1.0)},
+        nccl_channels=fact(16), multiprocessor_count=fact(128),
+    )  # fmt: skip
+    return Machine(name="m", device=device, device_count=8, devices_per_host=8)
+
+
+def call(name: str, args: list[Any], **more: Any) -> OpCall:
+    fields = {
+        "clock": 1, "op": name, "signature": json.dumps([name, args, {}]), "phase": Phase.FORWARD, "step": 0,
+        "module": "", "dtype": "bfloat16", "flops": 0, "moved_bytes": 0, **more,
+    }  # fmt: skip
+    return OpCall(**fields)
+
+
+def tensor(*shape: int, dtype: str = "bfloat16") -> dict[str, Any]:
+    return {"t": [list(shape), [1] * len(shape), dtype]}
+
+
+def work(**more: Any) -> OpCall:
+    """10 ms of memory traffic."""
+    return call("aten.add.Tensor", [], moved_bytes=int(1e10), **more)
+
+
+def gather(megabytes: int = 1000, **more: Any) -> OpCall:
+    args = [tensor(megabytes * 500_000), tensor(megabytes * 62_500)]
+    return call("c10d._allgather_base_.default", args, group="0", **more)
+
+
+def wait(stream: str, awaited: str, lag: int = 0) -> OpCall:
+    return call("stream.wait", [], stream=stream, waits=(awaited, lag))
+
+
+def player(on: Machine | None = None) -> Player:
+    on = on or machine()
+    model = time_model(on.device, Calibration())
+    assert model is not None
+    return Player(model=model, machine=on, members={"0": tuple(range(8))})
+
+
+def test_kinds_and_sizes_are_read_from_signatures() -> None:
+    assert sent(gather(1000)) == ("all_gather", 10**9)
+    whole, part = tensor(800, dtype="float32"), tensor(100, dtype="float32")
+    assert sent(call("c10d._reduce_scatter_base_.default", [part, whole])) == ("reduce_scatter", 3200)
+    assert sent(call("c10d.allreduce_.default", [[part, part]])) == ("all_reduce", 800)
+    functional = "_c10d_functional."
+    assert sent(call(functional + "all_gather_into_tensor.default", [part, 8, "0"])) == ("all_gather", 3200)
+    assert sent(call(functional + "reduce_scatter_tensor.default", [whole, "sum", 8, "0"]))[1] == 3200
+    assert sent(call(functional + "all_to_all_single.default", [whole, [1], [1], "0"]))[0] == "all_to_all"
+    assert sent(call("c10d.barrier", [part])) == ("", 0)
+
+
+def test_what_is_gathered_ahead_hides_behind_the_work_before_it() -> None:
+    alone = player().play([gather()]).step_s
+    ahead = player().play([gather(stream="s"), *[work()] * 3, wait("", "s"), work()])
+    assert alone < 0.02
+    assert ahead.exposed_s == 0
+    assert ahead.step_s == pytest.approx(
+        4 * player().item(work()).seconds + alone * (1 / (1 - 1 / 8) - 1), rel=0.01
+    )
+    blocked = player().play([gather(stream="s"), wait("", "s"), *[work()] * 4])
+    assert blocked.exposed_s == pytest.approx(alone, rel=0.01)
+    assert blocked.step_s > ahead.step_s
+
+
+def test_a_wait_may_leave_out_the_newest_calls() -> None:
+    steps = [gather(stream="s"), gather(stream="s"), wait("", "s", 1), work()]
+    assert player().play(steps).exposed_s == pytest.approx(player().play(steps[:1]).step_s, rel=0.01)
+
+
+def test_collectives_share_their_wires() -> None:
+    one, two = player().play([gather(stream="s")]), player().play([gather(stream="s"), gather(stream="t")])
+    assert two.step_s == pytest.approx(2 * one.step_s, rel=0.01)
+
+
+def test_gradients_are_awaited_where_backward_ends() -> None:
+    reduced = gather(stream="group 0", phase=Phase.BACKWARD)
+    found = player().play([work(phase=Phase.BACKWARD), reduced, work(phase=Phase.OPTIMIZER)])
+    assert found.exposed_s == pytest.approx(player().play([gather()]).step_s, rel=0.01)
+
+
+def test_many_tiny_kernels_wait_for_the_host() -> None:
+    tiny = call("aten.add.Tensor", [], moved_bytes=8)
+    found = player().play([tiny] * 100)
+    assert found.idle_s > 0.5 * found.step_s
+    assert next(iter(player().bottleneck(trace([tiny] * 100)))) == "host"
+
+
+def trace(ops: list[OpCall], again: int = 0) -> Trace:
+    numbered = tuple(dataclasses.replace(o, clock=i) for i, o in enumerate(ops))
+    spans = (
+        PhaseSpan(phase=Phase.FORWARD, step=0, start=0, end=1),
+        PhaseSpan(phase=Phase.BACKWARD, step=0, start=1, end=len(ops)),
+    )
+    return Trace(
+        device="cuda", steps=1, allocations=(), ops=numbered, spans=spans, parameter_count=0,
+        trainable_count=0, repeated_micro_steps=again,
+    )  # fmt: skip
+
+
+def test_micro_steps_that_were_not_played_are_on_the_line() -> None:
+    found = [player().step(trace([work(), work()], again)).step_s for again in (0, 1, 7)]
+    assert found[2] == pytest.approx(found[0] + 7 * (found[1] - found[0]))
+    before, micro, after = split(trace([work(), work()]))
+    assert (len(before), len(micro), len(after)) == (0, 2, 0)
+
+
+def test_the_bottleneck_is_what_would_have_to_be_faster() -> None:
+    assert next(iter(player().bottleneck(trace([work(), work(), gather(10)])))) == "memory"
+    assert next(iter(player().bottleneck(trace([work(), gather(10_000), work()])))) == "link"
+
+
+STEPS = st.lists(
+    st.sampled_from(
+        [work(), gather(), gather(stream="s"), gather(stream="group 0"), wait("", "s"), wait("s", "")]
+    ),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+@given(ops=STEPS, faster=st.floats(1, 10), wider=st.floats(1, 10), link=st.floats(1, 10))
+def test_law_no_faster_machine_is_slower(ops: list[OpCall], faster: float, wider: float, link: float) -> None:
+    fast = machine(flops=100e12 * faster, bandwidth=1e12 * wider, link=100e9 * link)
+    slow = player().play(ops).step_s
+    assert player(fast).play(ops).step_s <= slow * (1 + 1e-9)
+    assert slow >= sum(player().item(o).seconds for o in ops if o.op.startswith("aten"))
