@@ -1,21 +1,28 @@
-"""Facts as TOML, each with a source and a date: devices, places, hosts, engines. Unknown stays unknown."""
+"""Facts as TOML, each with a source and a date: devices, links, hosts, networks, places, engines. Unknown
+stays unknown."""
 
 from memfit.catalog.load import (
     cpu_power,
     device,
     device_names,
+    devices_of,
     efficiency,
     engine_facts,
+    host,
+    host_names,
+    host_of,
     link,
-    machine,
+    link_names,
     network,
     network_names,
     place,
     place_names,
 )
+from memfit.catalog.spelled import machine
 from memfit.catalog.user import from_toml
 
 __all__ = [
-    "cpu_power", "device", "device_names", "efficiency", "engine_facts", "from_toml", "link", "machine",
-    "network", "network_names", "place", "place_names",
+    "cpu_power", "device", "device_names", "devices_of", "efficiency", "engine_facts", "from_toml", "host",
+    "host_names", "host_of", "link", "link_names", "machine", "network", "network_names", "place",
+    "place_names",
 ]  # fmt: skip

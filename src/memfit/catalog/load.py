@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
+from fractions import Fraction
 from typing import Any, Final
 
 from memfit.catalog.tables import fact, facts, find, table
-from memfit.types.errors import UserError
-from memfit.types.machine import Device, Fact, Link, Machine, Place
+from memfit.types.machine import Device, Fact, Host, Link, Place
 
 _DEVICE_FACTS: Final = tuple(f.name for f in dataclasses.fields(Device) if str(f.type).startswith("Fact"))
-_COUNTED: Final = re.compile(r"\s*(?:(\d+)\s*[xX*×]\s*)?(\S.*?)\s*")
+_HOST_FACTS: Final = tuple(f.name for f in dataclasses.fields(Host) if str(f.type).startswith("Fact"))
 
 
 def device_names() -> tuple[str, ...]:
@@ -24,8 +23,16 @@ def place_names() -> tuple[str, ...]:
     return tuple(table("places.toml")["places"])
 
 
+def link_names() -> tuple[str, ...]:
+    return tuple(table("links.toml")["links"])
+
+
 def network_names() -> tuple[str, ...]:
     return tuple(table("links.toml")["networks"])
+
+
+def host_names() -> tuple[str, ...]:
+    return tuple(table("hosts.toml")["hosts"])
 
 
 def device(name: str) -> Device:
@@ -46,20 +53,27 @@ def link(name: str) -> Link:
     return _link("links", find(name, what="link", rows=table("links.toml")["links"]))
 
 
-def network(name: str) -> Link:
-    """Between hosts, for example ``"IB-NDR"``. Raises UserError with the closest names."""
-    return _link("networks", find(name, what="network", rows=table("links.toml")["networks"]))
+def network(name: str, devices_per_host: int = 1) -> Link:
+    """Between hosts, for example ``"IB-NDR"``; where a host's devices share its card, each gets its part.
+    Raises UserError with the closest names."""
+    return _network(find(name, what="network", rows=table("links.toml")["networks"]), devices_per_host)
 
 
-def machine(spec: str, place: str = "world") -> Machine:
-    """``"H100-SXM"`` or ``"8xH100-SXM"``, powered from `place`. Raises UserError."""
-    match = _COUNTED.fullmatch(spec)
-    count = int(match.group(1) or 1) if match else 0
-    if match is None or count < 1:
-        raise UserError(f"not a machine: {spec!r}", hint="for example H100-SXM or 8xH100-SXM")
-    found = device(match.group(2))
-    name = found.name if count == 1 else f"{count}x{found.name}"
-    return Machine(name=name, device=found, device_count=count, place=_named_place(place))
+def host(name: str, devices: int = 0) -> Host:
+    """The server, for example ``"HGX-H100"``, as `devices` of its devices see it (0: all it is sold with).
+    Fewer get their share of what is shared; more share what there is. Raises UserError with the closest
+    names."""
+    return _host(find(name, what="host", rows=table("hosts.toml")["hosts"]), devices)
+
+
+def host_of(device: str) -> str:
+    """The catalog's host for a device of the catalog; empty where there is none."""
+    return str(table("gpus.toml")["devices"].get(device, {}).get("host", ""))
+
+
+def devices_of(host: str) -> int:
+    """How many devices a host of the catalog is sold with."""
+    return int(table("hosts.toml")["hosts"][host]["devices"])
 
 
 def cpu_power(threads: int) -> Fact:
@@ -94,9 +108,6 @@ def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
     }
 
 
-_named_place = place  # `machine` has a parameter of that name
-
-
 @functools.cache
 def _device(name: str) -> Device:
     gpus, libraries = table("gpus.toml"), table("libraries.toml")
@@ -116,6 +127,46 @@ def _device(name: str) -> Device:
 def _link(room: str, name: str) -> Link:
     links = table("links.toml")
     return Link(name=name, **facts(links[room][name], links["sources"], ("bytes_s", "latency_s")))
+
+
+@functools.cache
+def _network(name: str, devices: int) -> Link:
+    links = table("links.toml")
+    row = links["networks"][name]
+    known = facts(row, links["sources"], ("bytes_s", "host_bytes_s", "latency_s"))
+    whole = known.pop("host_bytes_s", None)
+    if whole is not None:
+        known["bytes_s"] = _share(whole, Fraction(1, devices), f"; one for {devices} devices")
+    return Link(name=name, **known)
+
+
+@functools.cache
+def _host(name: str, devices: int) -> Host:
+    hosts = table("hosts.toml")
+    row = hosts["hosts"][name]
+    known = facts(row, hosts["sources"], _HOST_FACTS)
+    sold = row["devices"]
+    if devices in (0, sold):
+        return Host(name=name, **known)
+    if devices > sold:
+        return Host(name=f"{name} with {devices} devices", **known)
+    part = Fraction(devices, sold)
+    for key in ("memory_bytes", "storage_bytes_s", "power_w"):
+        if key in known:
+            known[key] = _share(known[key], part, f"; {part} of it for {devices} of {sold} devices")
+    one, all_of_them = known.get("device_bytes_s"), known.get("shared_bytes_s")
+    if one is not None and all_of_them is not None and one.value * devices < all_of_them.value:
+        known["shared_bytes_s"] = _share(one, Fraction(devices), f"; {devices} at once")
+    return Host(name=f"{part} of {name}", **known)
+
+
+def _share(whole: Fact, part: Fraction, why: str) -> Fact:
+    """Assumed: how the devices share is up to what else runs there."""
+    if part == 1:
+        return whole
+    low, high = (None if bound is None else float(bound * part) for bound in (whole.low, whole.high))
+    value, source = float(whole.value * part), whole.source + why
+    return dataclasses.replace(whole, value=value, low=low, high=high, source=source, kind="assumed")
 
 
 @functools.cache

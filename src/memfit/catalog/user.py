@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from memfit.catalog.load import device, place
+from memfit.catalog import load
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Machine
 
@@ -32,7 +32,7 @@ from memfit.types.machine import Device, Fact, Machine
 def from_toml(path: str | Path) -> Machine:
     """Read a machine file. Raises UserError: no file, no TOML, unknown or missing keys, odd values."""
     data = _read(Path(path))
-    for key, lookup in (("device", device), ("place", place)):
+    for key, lookup in (("device", load.device), ("place", load.place)):
         if isinstance(data.get(key), str):
             data[key] = lookup(data[key])
     unknown = list(_unknown_keys(Machine, data))
