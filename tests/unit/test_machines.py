@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,110 @@ def test_a_site_draws_at_least_what_its_computers_draw(tmp_path: Path) -> None:
     row = '{value = 0.9, source = "own meter", date = "2025"}'
     with pytest.raises(UserError, match=r"place\.pue_ratio"):
         catalog.from_toml(_written(tmp_path, OWN_PLACE.format(row=row)))
+
+
+CLUSTER = """
+name = "lab cluster"
+device = "A100-80GB"
+hosts = 4
+devices_per_host = 8
+network = "hdr"
+place = "japan"
+"""
+
+
+def test_a_users_cluster_is_the_spelled_one_under_its_own_name(tmp_path: Path) -> None:
+    made = catalog.from_toml(_written(tmp_path, CLUSTER))
+    spelled = catalog.machine("4x8xA100-80GB-SXM@IB-HDR", "japan")
+    assert made == dataclasses.replace(spelled, name="lab cluster")
+
+
+@pytest.mark.parametrize(
+    ("counts", "devices", "each"),
+    [("hosts = 4\ndevice_count = 8", 8, 2), ("devices_per_host = 2\ndevice_count = 8", 8, 2),
+     ("devices_per_host = 4", 4, 0), ("device_count = 4", 4, 0), ("hosts = 1\ndevice_count = 4", 4, 0),
+     ("hosts = 2\ndevices_per_host = 1", 2, 1), ("", 1, 0)],
+)  # fmt: skip
+def test_two_counts_say_the_third(tmp_path: Path, counts: str, devices: int, each: int) -> None:
+    made = catalog.from_toml(_written(tmp_path, CLUSTER.replace("hosts = 4\ndevices_per_host = 8", counts)))
+    assert (made.device_count, made.devices_per_host) == (devices, each)
+    assert made.host == catalog.host("HGX-A100", each or devices)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [("hosts = 4", "hosts = 4\ndevice_count = 30", "device_count: 30, but 4 hosts of 8 devices are 32"),
+     ("hosts = 4", "device_count = 30", "device_count: 30 is no multiple of devices_per_host, 8"),
+     ("devices_per_host = 8", "device_count = 6", "device_count: 6 is no multiple of hosts, 4"),
+     ("devices_per_host = 8", "", "hosts: 4, but devices_per_host does not say"),
+     ("hosts = 4", "hosts = 0", "hosts: 0, but a whole number"),
+     ("hosts = 4", 'hosts = "four"', "hosts: 'four', but a whole number"),
+     ("hosts = 4", "hosts = true", "hosts: True, but a whole number"),
+     ('network = "hdr"', "", "network: none, but 4 hosts need one; a [network] table or one of IB-EDR, "),
+     ('"hdr"', '"IB-NRD"', "network: unknown network: 'IB-NRD'"), ('"hdr"', "3", "network: "),
+     ('place = "japan"', 'host = "HGX-A10"', "did you mean HGX-A100"),
+     ("hosts = 4", "hotss = 4", "hotss: unknown key (did you mean hosts?"),
+     ('"A100-80GB"', '"A100"', "device: unknown device: 'A100'")],
+)  # fmt: skip
+def test_a_cluster_that_cannot_be_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        catalog.from_toml(_written(tmp_path, CLUSTER.replace(old, new)))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_names_nothing_known_is_told_everything_at_once(tmp_path: Path) -> None:
+    text = CLUSTER.replace("hdr", "x").replace("japan", "y").replace("A100-80GB", "z")
+    with pytest.raises(UserError) as caught:
+        catalog.from_toml(_written(tmp_path, text))
+    message = str(caught.value)
+    assert all(message.count(told) == 1 for told in ("unknown network", "unknown place", "unknown device"))
+    assert "; place: unknown place" in message
+
+
+OWN = """
+name = "own"
+hosts = 2
+devices_per_host = 2
+[device]
+name = "Custom"
+kind = "cuda"
+architecture = "ada"
+link = "PCIe4"
+memory_bytes = {value = 5e10, source = "torch total_memory", date = "2025-06-01", kind = "measured"}
+efficiency_ratio.matmul = {value = 0.5, source = "own benchmark", date = "2025", kind = "measured"}
+[host]
+name = "tower"
+power_w = {value = 200, source = "own meter", date = "2025", kind = "measured"}
+[network]
+name = "cable"
+bytes_s = {value = 1e9, source = "iperf", date = "2025", kind = "measured"}
+"""
+
+
+def test_a_users_device_host_and_network_as_tables(tmp_path: Path) -> None:
+    made = catalog.from_toml(_written(tmp_path, OWN))
+    assert made.device.link == catalog.link("PCIe4")
+    ratios = made.device.efficiency_ratio
+    assert ratios["matmul"].value == 0.5
+    assert ratios["memory"] == catalog.efficiency("ada")["memory"]
+    assert made.host is not None
+    assert made.host.power_w is not None
+    assert made.host.memory_bytes is None
+    assert made.network is not None
+    assert made.network.latency_s is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [('"ada"', '"adda"', "device.architecture: unknown architecture"),
+     ('"ada"', "3", "device.architecture: unknown key"), ('"PCIe4"', '"PCI"', "device.link: unknown link"),
+     ("= 200", "= 0", "host.power_w: 0, but a positive number"), ("1e9", "-1", "network.bytes_s: -1"),
+     ("power_w", "power", "host.power: unknown key (did you mean power_w?)"),
+     ("bytes_s", "byte_s", "network.bytes_s: "), ("= 0.5", "= 0", "device.efficiency_ratio.matmul: 0")],
+)  # fmt: skip
+def test_what_cannot_be_true_of_tables_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        catalog.from_toml(_written(tmp_path, OWN.replace(old, new)))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -2,14 +2,19 @@
 
 ::
 
-    name = "lab box"
-    device_count = 2
+    name = "lab cluster"
+    hosts = 4                  # in all: hosts x devices_per_host, or device_count; 1 host unless told
+    devices_per_host = 2
+    network = "RoCE-100G"      # between hosts, or a [network] table with name and bytes_s
+    host = "workstation"       # or a [host] table; the catalog's for a device of the catalog unless told
     place = "japan"            # or a [place] table with usd_per_kwh, co2_g_per_kwh and pue_ratio
     device = "RTX-4090"        # or a [device] table:
 
     [device]
     name = "Custom 48GB"
     kind = "cuda"
+    architecture = "ada"       # whose efficiency_ratio stands in for what the table does not give
+    link = "PCIe4"             # or a table
     memory_bytes = {value = 50e9, source = "torch total_memory", date = "2025-06-01", kind = "measured"}
     peak_flops.bfloat16 = {value = 180e12, source = "data sheet", date = "2024-03"}
 """
@@ -20,27 +25,94 @@ import dataclasses
 import difflib
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from memfit.catalog import load
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Machine
 
+_OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture",)}  # of the file, and no field of the noun
+
 
 def from_toml(path: str | Path) -> Machine:
     """Read a machine file. Raises UserError: no file, no TOML, unknown or missing keys, odd values."""
     data = _read(Path(path))
-    for key, lookup in (("device", load.device), ("place", load.place)):
-        if isinstance(data.get(key), str):
-            data[key] = lookup(data[key])
-    unknown = list(_unknown_keys(Machine, data))
+    problems = [*_counted(data), *_named(data)]
+    problems += _unknown_keys(Machine, data)
     made, wrong = _build(data)
-    problems = unknown + (wrong if made is None else list(_odd_values(made)))
+    known = {problem.partition(":")[0] for problem in problems}
+    problems += [one for one in wrong if one.partition(":")[0] not in known]
+    problems += [] if made is None else _odd_values(made)
     if problems or made is None:
         raise UserError(f"machine file {path}: {'; '.join(problems)}")
     return made
+
+
+def _counted(data: dict[str, Any]) -> Iterator[str]:
+    """`hosts`, devices_per_host and device_count, of which any two say the third; and what is wrong there."""
+    given = {key: data.get(key) for key in ("hosts", "devices_per_host", "device_count")}
+    hosts, each, count = given.values()
+    data.pop("hosts", None)
+    odd = [f"{k}: {v!r}, but a whole number of at least 1 is needed" for k, v in given.items() if _odd(v)]
+    if odd:
+        yield from odd
+        return
+    if hosts and each:
+        whole = hosts * each
+        if count not in (None, whole):
+            yield f"device_count: {count}, but {hosts} hosts of {each} devices are {whole}"
+    elif hosts and hosts > 1 and count is None:
+        yield f"hosts: {hosts}, but devices_per_host does not say how many devices each has"
+        return
+    else:
+        whole = count or each or 1
+        parts, what = (each, "devices_per_host") if each else (hosts or 1, "hosts")
+        if whole % parts:
+            yield f"device_count: {whole} is no multiple of {what}, {parts}"
+            return
+        each = parts if each else whole // parts
+    hosts = whole // each
+    data |= {"device_count": whole, "devices_per_host": each if hosts > 1 else 0}
+    if hosts > 1 and "network" not in data:
+        names = ", ".join(load.network_names())
+        yield f"network: none, but {hosts} hosts need one; a [network] table or one of {names}"
+
+
+def _odd(count: Any) -> bool:
+    return count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1)
+
+
+def _named(data: dict[str, Any]) -> Iterator[str]:
+    """Names of the catalog become what they name; those that name nothing are told and left as they are."""
+    each = data.get("devices_per_host") or data.get("device_count") or 1
+    each = 1 if _odd(each) else each
+    device = data.get("device")
+    yield from _looked_up(data, "device", load.device)
+    if isinstance(data.get("device"), Device) and "host" not in data:
+        data["host"] = load.host_of(data["device"].name) or None
+    yield from _looked_up(data, "place", load.place)
+    yield from _looked_up(data, "host", lambda name: load.host(name, each))
+    yield from _looked_up(data, "network", lambda name: load.network(name, each))
+    if isinstance(device, dict):
+        yield from _looked_up(device, "link", load.link, "device.")
+        yield from _looked_up(device, "architecture", load.efficiency, "device.")
+        stand_in, own = device.get("architecture"), device.get("efficiency_ratio", {})
+        if isinstance(stand_in, (str, dict)):
+            del device["architecture"]
+        if isinstance(stand_in, dict) and isinstance(own, dict):
+            device["efficiency_ratio"] = stand_in | own
+
+
+def _looked_up(
+    data: dict[str, Any], key: str, lookup: Callable[[str], Any], where: str = ""
+) -> Iterator[str]:
+    if isinstance(data.get(key), str):
+        try:
+            data[key] = lookup(data[key])
+        except UserError as error:
+            yield f"{where}{key}: {error}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -68,7 +140,7 @@ def _unknown_keys(noun: Any, data: Any, where: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(noun)
     for key, value in data.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
+            near = difflib.get_close_matches(key, [*_OWN_KEYS.get(noun, ()), *hints], n=1)
             yield f"{where}{key}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
         elif typing.get_origin(hints[key]) is Mapping and isinstance(value, Mapping):
             for inner, row in value.items():
@@ -84,19 +156,23 @@ def _dataclass_in(hint: Any) -> Any:
 
 def _odd_values(made: Machine) -> Iterator[str]:
     """What is well formed and cannot be true."""
-    if made.device_count < 1:
-        yield f"device_count: {made.device_count}, but at least 1 is needed"
     if made.device.kind not in ("cpu", "cuda"):
         yield f"device.kind: {made.device.kind!r}, but cpu or cuda is needed"
     if made.place is not None and made.place.pue_ratio.value < 1:
         yield "place.pue_ratio: below 1, but a site draws at least what its computers draw"
-    for name, fact in _device_facts(made.device):
-        if not fact.value > 0:
-            yield f"device.{name}: {fact.value:g}, but a positive number is needed"
+    for noun, where in ((made.device, "device"), (made.host, "host"), (made.network, "network")):
+        for name, fact in _facts(noun, where):
+            if not fact.value > 0:
+                yield f"{name}: {fact.value:g}, but a positive number is needed"
 
 
-def _device_facts(one: Device) -> Iterator[tuple[str, Fact]]:
-    for field in dataclasses.fields(one):
-        if isinstance(value := getattr(one, field.name), Fact):
-            yield field.name, value
-    yield from ((f"peak_flops.{dtype}", fact) for dtype, fact in one.peak_flops.items())
+def _facts(noun: Any, where: str) -> Iterator[tuple[str, Fact]]:
+    """Every fact of `noun` and of the nouns and tables in it, with the keys that lead to it."""
+    if isinstance(noun, Fact):
+        yield where, noun
+    elif isinstance(noun, Mapping):
+        for key, value in noun.items():
+            yield from _facts(value, f"{where}.{key}")
+    elif dataclasses.is_dataclass(noun):
+        for field in dataclasses.fields(noun):
+            yield from _facts(getattr(noun, field.name), f"{where}.{field.name}")
