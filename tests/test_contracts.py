@@ -32,8 +32,9 @@ READS_ENVIRONMENT = {"store/environment.py", "run/child.py"}
 
 # Numbers that count or compare and so have no unit. Anything else says its unit last in its name.
 UNITS = (
-    "_bytes", "_s", "_j", "_w", "_usd", "_flops", "_tokens", "_steps", "_ratio", "_g", "_mib",
+    "_bytes", "_s", "_j", "_w", "_usd", "_flops", "_tokens", "_steps", "_ratio", "_g", "_kg", "_mib",
     "_minutes", "_per_hour", "_per_kwh", "_per_batch", "_per_step", "_to_buy", "_count",
+    "_per_host",
 )  # fmt: skip
 DIMENSIONLESS = {
     "nccl_channels", "nccl_multicast_channels", "oom_probability", "rank", "ranks", "communicators",

@@ -42,7 +42,7 @@ TRACE = Trace(
         ),
     ),
 )  # fmt: skip
-COMMANDS = ("poc", "plan", "explain", "run", "lengths", "report", "jobs", "techniques", "doctor")
+COMMANDS = ("poc", "plan", "explain", "run", "lengths", "report", "jobs", "techniques", "machines", "doctor")
 
 
 class FakePipeline(SimpleNamespace):
@@ -358,7 +358,9 @@ def test_results_are_printed_in_the_language_asked_for(ask: Ask, pipeline: FakeP
 # --- JSON
 
 
-@pytest.mark.parametrize("command", ["poc", "plan", "explain", "run", "report", "jobs", "techniques"])
+@pytest.mark.parametrize(
+    "command", ["poc", "plan", "explain", "run", "report", "jobs", "techniques", "machines"]
+)
 def test_json_is_one_object_and_progress_is_elsewhere(command: str, ask: Ask, pipeline: FakePipeline) -> None:
     _, out, _ = ask(command, "--json")
     assert isinstance(json.loads(out), dict)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit import catalog
+from memfit.cli import main
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 
@@ -19,7 +23,8 @@ from memfit.types.machine import Fact
     [("H100-SXM", "H100-SXM", 1), ("8xH100-SXM", "8xH100-SXM", 8), ("8 x h100 sxm", "8xH100-SXM", 8),
      ("1xT4", "T4", 1), ("2XA10G", "2xA10G", 2), ("64x8xH100-SXM@IB-NDR", "64x8xH100-SXM@IB-NDR", 512),
      ("16*h100-sxm @ ndr", "2x8xH100-SXM@IB-NDR", 16), ("1 x 8 x H100 SXM", "8xH100-SXM", 8),
-     ("8xB200@roce 400g", "8xB200@RoCE-400G", 8), ("1x T4@efa", "T4@EFA-v1", 1)],
+     ("1x16xH100-SXM@ndr", "1x16xH100-SXM@IB-NDR", 16), ("1x T4@efa", "T4@EFA-v1", 1),
+     ("8xB200@roce 400g", "8xB200@RoCE-400G", 8)],
 )  # fmt: skip
 def test_machine_specs(spec: str, name: str, count: int) -> None:
     made = catalog.machine(spec, "Japan")
@@ -271,3 +276,55 @@ def test_what_cannot_be_true_of_tables_is_refused(tmp_path: Path, old: str, new:
         catalog.from_toml(_written(tmp_path, OWN.replace(old, new)))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    return main(("machines", *words)), *capsys.readouterr()
+
+
+def test_the_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _told(capsys)
+    assert code == 0
+    for names in (catalog.device_names, catalog.network_names, catalog.host_names, catalog.place_names):
+        assert all(f" {name} " in out for name in names())
+    assert "64x8xH100-SXM@IB-NDR" in out
+
+
+@pytest.mark.parametrize("name", ["H100-SXM", "2x8xB200@IB-XDR", "IB-NDR", "HGX-A100", "japan", "PCIe4"])
+def test_one_is_told_with_every_source(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _told(capsys, name)
+    _, as_json, _ = _told(capsys, name, "--json")
+    [(kind, noun)] = json.loads(as_json).items()
+    assert code == 0
+    assert out.startswith(f"{kind} {noun['name']}\n")
+    facts = list(_facts(noun))
+    assert facts
+    assert all(f"{fact['source']} ({fact['kind']}, {fact['date']})" in out for fact in facts)
+
+
+def _facts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict) and "source" in value:
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _facts(inner)
+
+
+def test_a_machine_file_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _told(capsys, str(_written(tmp_path, OWN)))
+    assert code == 0
+    assert out.startswith("machine own\n")
+    assert "own meter (measured, 2025)" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("IB-NRD", "did you mean IB-NDR"), ("HGX-H10", "HGX-H100"), ("zzz", "`memfit machines` lists them"),
+     ("2x8xT4", "names no network"), ("japn", "did you mean japan"), ("8xT4@IB-NRD", "did you mean IB-NDR")],
+)  # fmt: skip
+def test_a_name_of_nothing_is_told_what_is_near(
+    name: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _told(capsys, name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert told in err

@@ -47,7 +47,11 @@ def machine(spec: str, place: str = "world") -> Machine:
 
 def spelled(device: str, hosts: int, devices: int, network: str = "") -> str:
     """As `machine` reads it: ``2x1xT4@IB-HDR``."""
-    counts = (hosts, devices) if hosts > 1 else (devices,) if devices > 1 else ()
+    room = load.host_of(device)
+    crowded = bool(network and room) and devices > load.devices_of(
+        room
+    )  # a single count would be several hosts
+    counts = (hosts, devices) if hosts > 1 or crowded else (devices,) if devices > 1 else ()
     return "".join(f"{count}x" for count in counts) + device + (f"@{network}" if network else "")
 
 

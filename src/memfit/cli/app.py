@@ -20,6 +20,7 @@ from memfit.cli import (
     jobs,
     lengths,
     lint,
+    machines,
     plan,
     poc,
     report,
@@ -46,7 +47,8 @@ for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
     ("report", report.report), ("jobs", jobs.jobs), ("techniques", techniques.techniques),
-    ("engine", engine.engine), ("engines", engines.engines), ("doctor", doctor.doctor),
+    ("machines", machines.machines), ("engine", engine.engine), ("engines", engines.engines),
+    ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(grouped(_function))
 

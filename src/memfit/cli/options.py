@@ -69,7 +69,10 @@ class MachineOptions:
 
     on: Annotated[
         str,
-        typer.Option(metavar="MACHINE", help="this, a device such as H100-SXM or 8xH100-SXM, or FILE.toml."),
+        typer.Option(
+            metavar="MACHINE",
+            help="this, H100-SXM, 8xH100-SXM, 64x8xH100-SXM@IB-NDR or FILE.toml; see `memfit machines`.",
+        ),
     ] = "this"
 
 

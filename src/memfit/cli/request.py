@@ -51,7 +51,7 @@ def request(
 
 
 def machine_of(on: str, place: str) -> Machine:
-    """``this``, a device of the catalog, several of one, or a machine file. Raises UserError."""
+    """``this``, a machine in one word as the catalog spells it, or a machine file. Raises UserError."""
     from memfit import catalog
     from memfit.measure.here import this_machine
 

@@ -1,0 +1,156 @@
+"""``memfit machines``: what the catalog knows, and where each figure is from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Final
+
+import typer
+
+from memfit import catalog
+from memfit.cli.options import JsonOptions
+from memfit.cli.output import emit, print_table
+from memfit.types.errors import UserError
+from memfit.types.machine import Device, Fact, Host, Link, Place
+from memfit.types.units import GIB
+
+# by the end of a fact's name: what it is divided by, and the unit then
+_UNITS: Final = {
+    "usd_per_kwh": (1, "USD/kWh"), "co2_g_per_kwh": (1, "g CO2/kWh"), "usd_per_hour": (1, "USD/h"),
+    "usd_to_buy": (1, "USD"), "bytes_s": (1e9, "GB/s"), "bytes": (GIB, "GiB"), "latency_s": (1e-6, "us"),
+    "power_w": (1, "W"), "embodied_kg": (1, "kg CO2"), "peak_flops": (1e12, "TFLOPS"),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NameOptions:
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A machine as --on takes it, a network, host, link or place: its figures and their sources.",
+        ),
+    ] = None
+
+
+def machines(which: NameOptions, output: JsonOptions) -> None:
+    """List the catalog's devices, networks, hosts and places; or one of them with its sources."""
+    if which.name is not None:
+        kind, noun = _found(which.name)
+        if output.json:
+            emit({kind: noun})
+        else:
+            _print_one(kind, noun)
+        return
+    lists: dict[str, list[Any]] = {
+        "devices": [catalog.device(name) for name in catalog.device_names()],
+        "links": [catalog.link(name) for name in catalog.link_names()],
+        "networks": [catalog.network(name) for name in catalog.network_names()],
+        "hosts": [catalog.host(name) for name in catalog.host_names()],
+        "places": [catalog.place(name) for name in catalog.place_names()],
+    }
+    if output.json:
+        emit(lists)
+        return
+    print_table(
+        ("device", "GiB", "TB/s", "16-bit TFLOPS", "link", "W", "USD/h", "USD", "host"),
+        map(_device, lists["devices"]),
+    )
+    print_table(("network", "GB/s a device", "latency us"), map(_network, lists["networks"]))
+    print_table(("host", "devices", "memory GiB", "GB/s a device", "in all", "W"), map(_host, lists["hosts"]))
+    print_table(("place", "USD/kWh", "g CO2/kWh"), map(_place, lists["places"]))
+    print("--on takes hosts x devices x device @ network, for example 64x8xH100-SXM@IB-NDR, or FILE.toml.")
+    print("`memfit machines NAME` shows every figure of one with its source and date.")
+
+
+def _print_one(kind: str, noun: Any) -> None:
+    """Its figures with the number of their source, and the sources below."""
+    sources: dict[str, int] = {}
+    rows = []
+    for path, fact in _facts(noun):
+        told = f"{fact.source} ({fact.kind}, {fact.date})"
+        scale, unit = _unit(path)
+        spread = "" if None in (fact.low, fact.high) else f"{_at(fact.low, scale)} to {_at(fact.high, scale)}"
+        number = sources.setdefault(told, len(sources) + 1)
+        rows.append((path, f"{_at(fact.value, scale)} {unit}".strip(), spread, str(number)))
+    print(f"{kind} {noun.name}")
+    print_table(("figure", "value", "range", "source"), rows)
+    for told, number in sources.items():
+        print(f"{number:3}  {told}")
+
+
+def _found(name: str) -> tuple[str, Any]:
+    """Of which kind `name` is, and what it names. Raises UserError with the nearest names."""
+    if name.endswith(".toml"):
+        return "machine", catalog.from_toml(name)
+    rooms: dict[str, Callable[[], Any]] = {
+        "machine": lambda: dataclasses.replace(catalog.machine(name), place=None),
+        "network": lambda: catalog.network(name),
+        "host": lambda: catalog.host(name),
+        "link": lambda: catalog.link(name),
+        "place": lambda: catalog.place(name),
+    }
+    hints = []
+    for kind, found in rooms.items():
+        try:
+            return kind, found()
+        except UserError as error:
+            if kind == "machine" and not error.given.startswith("unknown device"):
+                raise
+            hints.append(error.hint)
+    near = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
+    hint = f"did you mean {near}?" if near else "`memfit machines` lists them"
+    raise UserError(f"no machine, network, host, link or place: {name!r}", hint=hint)
+
+
+def _facts(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
+    """Every fact of `noun` and of what it holds, with the way to it."""
+    if isinstance(noun, Fact):
+        yield where, noun
+    elif isinstance(noun, Mapping):
+        for key, value in noun.items():
+            yield from _facts(value, f"{where}.{key}")
+    elif dataclasses.is_dataclass(noun):
+        for field in dataclasses.fields(noun):
+            yield from _facts(getattr(noun, field.name), f"{where}.{field.name}".lstrip("."))
+
+
+def _unit(path: str) -> tuple[float, str]:
+    known = (found for end, found in _UNITS.items() if path.endswith(end) or f"{end}." in path)
+    return next(known, (1, ""))
+
+
+def _at(value: float | None, scale: float) -> str:
+    scaled = (value or 0.0) / scale
+    return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.4g}"
+
+
+def _number(fact: Fact | None, scale: float = 1) -> str:
+    return "" if fact is None else _at(fact.value, scale)
+
+
+def _device(one: Device) -> tuple[str, ...]:
+    peak = one.peak_flops.get("bfloat16", one.peak_flops.get("float16"))
+    return (
+        one.name, _number(one.memory_bytes, GIB), _number(one.bandwidth_bytes_s, 1e12), _number(peak, 1e12),
+        one.link.name if one.link else "", _number(one.power_w), _number(one.usd_per_hour),
+        _number(one.usd_to_buy), catalog.host_of(one.name),
+    )  # fmt: skip
+
+
+def _network(one: Link) -> tuple[str, ...]:
+    shared = catalog.network(one.name, 2).bytes_s != one.bytes_s
+    rate = _number(one.bytes_s, 1e9) + (" for the host" if shared else "")
+    return one.name, rate, _number(one.latency_s, 1e-6)
+
+
+def _host(one: Host) -> tuple[str, ...]:
+    return (
+        one.name, str(catalog.devices_of(one.name)), _number(one.memory_bytes, GIB),
+        _number(one.device_bytes_s, 1e9), _number(one.shared_bytes_s, 1e9), _number(one.power_w),
+    )  # fmt: skip
+
+
+def _place(one: Place) -> tuple[str, ...]:
+    return one.name, _number(one.usd_per_kwh), _number(one.co2_g_per_kwh)
