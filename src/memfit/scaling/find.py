@@ -1,0 +1,217 @@
+"""From a job and many devices to the best plans: grids, priced from parts, the best of each kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy
+
+from memfit.cost.collectives import collective_s
+from memfit.cost.play import ASSUMED_HOST_BYTES_S
+from memfit.cost.time import ASSUMED_LINK_BYTES_S, TimeModel
+from memfit.scaling.compose import Composer, Cut
+from memfit.scaling.price import Given, Priced, Rates, compute_of, price, state_of
+from memfit.scaling.traced import Key, Traced
+from memfit.search.layouts import Grid, Layout, Limits, Uses, grids
+from memfit.techniques.registry import technique
+from memfit.types.errors import UserError
+from memfit.types.machine import Machine
+from memfit.types.parts import Parts, Piece
+from memfit.types.plan import Plan
+
+_KEPT_PER_GRID = 6
+_LEVELS = 24  # of memory, between which the best of each grid is kept for the frontier
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sketch:
+    """A plan with what it was priced at; its plan is made when asked for."""
+
+    grid: Grid
+    index: tuple[int, ...]
+    step_s: float
+    allocated_bytes: float
+    host_bytes: float
+
+    @property
+    def plan(self) -> Plan:
+        return self.grid.plan(self.index)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """``sketches``: the best of every grid, by time under each memory level; ``considered``: distinct plans
+    that were priced; ``refused``: what the model cannot be cut by, with the reason."""
+
+    sketches: tuple[Sketch, ...]
+    considered: int
+    refused: tuple[str, ...]
+
+
+import time as _t
+def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> Found:
+    """Prices every plan of the grids. Raises UserError where there is none."""
+    limits, refused = _cuttable(traced, machine, limits)
+    todo = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
+    todo = [t for t in todo if t[1] in _computes(machine, limits)]
+    if not todo:
+        from memfit.search.layouts import none_at_all
+
+        raise none_at_all(limits)
+    pricing = _Pricing(traced, machine, model, limits)
+    t0=_t.time(); pricing.prepare(todo); print("prepare",_t.time()-t0)
+    sketches: list[Sketch] = []
+    considered = 0
+    for grid, compute, states in todo:
+        part = dataclasses.replace(grid, states=states)
+        priced = pricing.price(part, compute)
+        if priced is None:
+            continue
+        considered += priced.step_s.size
+        sketches += _best(part, priced)
+    return Found(sketches=tuple(sketches), considered=considered, refused=tuple(refused))
+
+
+def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
+    """float32 forward where the goal wants it exact, or where the device has nothing narrower."""
+    narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
+    return ("bf16", "autocast") if narrow and limits.effect >= 2 else ("fp32",)
+
+
+def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
+    for compute in ("bf16", "autocast", "fp32"):
+        states = tuple(s for s in grid.states if compute_of(s) == compute)
+        if states:
+            yield compute, states
+
+
+def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
+    """The degrees up to the largest by which the model can be cut, found by cutting it."""
+    compute, refused = _computes(machine, limits)[0], list[str]()
+
+    def upto(degrees: Sequence[int], make: Callable[[int], Key]) -> tuple[int, ...]:
+        for most in sorted((d for d in degrees if d > 1), reverse=True):
+            traced.trace([make(most)])
+            found = traced.kept[make(most)]
+            if not isinstance(found, str):
+                return tuple(d for d in degrees if most % d == 0)
+            refused.append(found)
+        return (1,)
+
+    plain = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
+    cut = dict[str, Any](sequence=True, vocabulary="parallel-loss")
+    tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
+    context = upto(limits.context, lambda d: dataclasses.replace(plain, context=d))
+    return dataclasses.replace(limits, tensor=tensor, context=context), refused
+
+
+class _Pricing:
+    def __init__(self, traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> None:
+        self.computes = _computes(machine, limits)
+        self.composer = Composer(
+            traced, lambda ops: model.total_s((o, 1) for o in ops), self.computes[0],
+            max(limits.tensor), max(limits.context),
+        )  # fmt: skip
+        self.traced = traced
+        link = machine.host.device_bytes_s if machine.host else None
+        self.rates = Rates(
+            communicate=lambda kind, size, ranks, near: collective_s(kind, size, ranks, near, machine),
+            per_host=per_host(machine),
+            host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
+            host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
+        )
+
+    def prepare(self, todo: Sequence[tuple[Grid, str, tuple[Uses, ...]]]) -> None:
+        """All traces at once, side by side."""
+        inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
+        for grid, compute, states in todo:
+            inside |= dict.fromkeys(grid.inside)
+            ends |= dict.fromkeys(grid.ends)
+            updates |= dict.fromkeys(map(_updating, states))
+            computes[compute] = None
+        self.traced.trace(self.composer.keys(tuple(inside), tuple(ends), tuple(computes)), list(updates))
+
+    def price(self, grid: Grid, compute: str) -> Priced | None:
+        """None where the model cannot be run so."""
+        layout, composer = grid.layout, self.composer
+        try:
+            inside = [self._settled(layout, composer.block(layout, compute, u)) for u in grid.inside]
+            ends = [self._settled(layout, composer.ends(layout, compute, u)) for u in grid.ends]
+        except UserError:
+            return None
+        states = [state_of(s, layout, composer.updating(_updating(s))) for s in grid.states]
+        cut = layout.context * (layout.tensor if layout.sequence else 1)
+        given = Given(
+            blocks=self.traced.blocks, hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
+            inside=inside, ends=ends, states=states,
+        )  # fmt: skip
+        return price(grid, given, self.rates)
+
+    def _settled(self, layout: Layout, cuts: Sequence[Cut]) -> list[Parts]:
+        """With the seconds of their collectives."""
+        each = self.rates.per_host
+        near = min(layout.tensor, each), min(layout.context, max(1, each // layout.tensor))
+
+        def seconds(cut: Cut, which: str, way: int) -> float:
+            total = 0.0
+            for travel, ranks, close in (
+                (cut.tensor_travel, layout.tensor, near[0]), (cut.context_travel, layout.context, near[1]),
+            ):  # fmt: skip
+                total += sum(self.rates.communicate(k, b, ranks, close) for k, b in travel[which][way])
+            return total
+
+        def piece(cut: Cut, which: str) -> Piece:
+            one = getattr(cut.parts, which)
+            return dataclasses.replace(
+                one, forward_s=one.forward_s + seconds(cut, which, 0),
+                backward_s=one.backward_s + seconds(cut, which, 1),
+            )  # fmt: skip
+
+        return [
+            Parts(before=piece(c, "before"), block=piece(c, "block"), after=piece(c, "after")) for c in cuts
+        ]
+
+
+def per_host(machine: Machine) -> int:
+    return machine.devices_per_host or machine.device_count
+
+
+def _updating(uses: Uses) -> Uses:
+    """What of a state decides the optimizer's step on one rank."""
+    names = ("bf16-parameters", "bf16-autocast")
+    kept = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
+    return tuple(u for u in kept if u.technique != "bf16-autocast")
+
+
+def _best(grid: Grid, priced: Priced) -> list[Sketch]:
+    """The quickest, and the quickest below each of some memory levels."""
+    step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
+    picked: dict[int, None] = {}
+    order = numpy.argpartition(step, min(_KEPT_PER_GRID, step.size - 1))[:_KEPT_PER_GRID]
+    for at in order[numpy.lexsort((order, step[order]))]:
+        picked[int(at)] = None
+    level = numpy.floor(numpy.log2(numpy.maximum(memory, 1.0)) * 4).astype(int)
+    low = int(level.min())
+    for one in range(low, min(int(level.max()), low + 8 * _LEVELS) + 1):
+        inside = numpy.flatnonzero(level == one)
+        if inside.size:
+            picked[int(inside[numpy.argmin(step[inside])])] = None
+            picked[int(inside[numpy.argmin(memory[inside])])] = None
+    return [_sketch(grid, priced, at) for at in picked]
+
+
+def _sketch(grid: Grid, priced: Priced, at: int) -> Sketch:
+    index = tuple(int(i) for i in numpy.unravel_index(at, grid.shape))
+    return Sketch(
+        grid=grid, index=index, step_s=float(priced.step_s[index]),
+        allocated_bytes=float(priced.allocated_bytes[index]), host_bytes=float(priced.host_bytes[index]),
+    )  # fmt: skip
+
+
+Fits = Callable[[Sketch], bool]
+
+
+def by_time(sketches: Iterable[Sketch]) -> list[Sketch]:
+    return sorted(sketches, key=lambda s: (s.step_s, s.allocated_bytes, s.plan.fingerprint))

@@ -1,0 +1,396 @@
+"""The grid of a layout priced at once: seconds of a step and peak bytes of the rank that takes most.
+
+Everything is added up from traced parts (`Parts`, `Updating`). What is arithmetic here is how parts share:
+which bytes are divided over which ranks, how many micro-batches wait in a pipeline stage, which
+communication hides behind which computation. Finalists are traced whole, so this only has to rank well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy
+
+from memfit.search.layouts import Grid, Layout
+from memfit.types.parts import Parts, Updating
+from memfit.types.plan import Use
+
+Array = numpy.ndarray
+Communicate = Callable[[str, Any, int, int], Any]
+"""(kind, bytes, ranks, ranks of them in one host) -> seconds"""
+
+GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes of a parameter that forward reads
+_MICRO_SIZES: Final = (1, 2)  # that are traced; others lie on the line through them
+_OFFLOADED_KEEPS: Final = 0.02  # of what is kept: tensors too small to be worth moving
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Priced:
+    """Arrays of the grid's shape."""
+
+    step_s: Array
+    allocated_bytes: Array
+    host_bytes: Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What data parallelism, precision and optimizer make of a parameter. Bytes are for each element;
+    ``*_shards``: over how many ranks it is divided."""
+
+    compute: str  # "bf16", "autocast", "fp32"
+    stored: float
+    gathered: float
+    gradient: float
+    reduced: float  # while it travels
+    parameter_shards: int
+    gradient_shards: int
+    state_shards: int
+    replicas: int
+    reshard: bool
+    every: bool  # gradients are reduced in every micro-step
+    bucket: float  # copies of gradients that stay beside them (0 or 1)
+    bucket_bytes: float  # of a fixed size
+    offload: str  # "", "optimizer", "all"
+    kind: str  # "", "ddp", "fsdp2", "zero"
+    updating: Updating
+
+
+def compute_of(uses: Sequence[Use]) -> str:
+    """Which dtype forward and backward run in."""
+    for used in uses:
+        if used.technique == "bf16-autocast":
+            return "autocast"
+        if used.technique == "bf16-parameters" or used.settings.get("precision") == "bf16":
+            return "bf16"
+    return "fp32"
+
+
+def state_of(uses: Sequence[Use], layout: Layout, updating: Updating) -> State:
+    named = {u.technique: u.settings for u in uses}
+    compute = compute_of(uses)
+    halved = "bf16-parameters" in named
+    stored = 2.0 if halved else 4.0
+    ranks = layout.data * layout.context
+    if "fsdp2" in named:
+        knobs = named["fsdp2"]
+        copies = int(knobs["replicas"])
+        gathered = 2.0 if knobs["precision"] == "bf16" or halved else 4.0
+        shards = ranks // copies
+        return State(
+            compute=compute, stored=stored, gathered=gathered, gradient=stored, reduced=4.0 if not halved
+            else 2.0, parameter_shards=shards, gradient_shards=shards, state_shards=shards, replicas=copies,
+            reshard=knobs["reshard"] is True, every=knobs["sync"] == "every", bucket=0.0, bucket_bytes=0.0,
+            offload="all" if knobs["offload"] else "", kind="fsdp2", updating=updating,
+        )  # fmt: skip
+    if "zero" in named:
+        knobs = named["zero"]
+        stage, half = int(knobs["stage"]), knobs["precision"] == "bf16"
+        size = 2.0 if half else 4.0
+        master = dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * half)
+        return State(
+            compute=compute, stored=size, gathered=size, gradient=size, reduced=size,
+            parameter_shards=ranks if stage == 3 else 1, gradient_shards=ranks if stage >= 2 else 1,
+            state_shards=ranks, replicas=1, reshard=stage == 3, every=True, bucket=0.0,
+            bucket_bytes=size * int(knobs["reduce_bucket_elements"]),
+            offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
+            kind="zero", updating=master,
+        )  # fmt: skip
+    if "ddp" in named:
+        knobs = named["ddp"]
+        return State(
+            compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored,
+            parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False,
+            every=knobs["sync"] == "every", bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
+            offload="", kind="ddp", updating=updating,
+        )  # fmt: skip
+    return State(
+        compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored, parameter_shards=1,
+        gradient_shards=1, state_shards=1, replicas=1, reshard=False, every=True, bucket=0.0,
+        bucket_bytes=0.0, offload="", kind="", updating=updating,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of the machine: seconds of communication, and bytes a second between one device and its host's
+    memory, of one rank's optimizer in host memory, and of a point-to-point send."""
+
+    communicate: Communicate
+    per_host: int
+    host_bytes_s: float
+    host_update_bytes_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a grid of one compute precision is priced from. ``inside[i]`` has the parts of each traced
+    micro-batch size for the i-th value of the axis inside, ``ends[i]`` those for the loss."""
+
+    blocks: int
+    hidden_bytes: float  # of what one block hands to the next, for one sample
+    inside: Sequence[Sequence[Parts]]
+    ends: Sequence[Sequence[Parts]]
+    states: Sequence[State]
+
+
+def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
+    """By micro-batch size, on the line through the traced ones; never below the smallest."""
+    one = float(getattr(getattr(parts[0], which), field))
+    if len(parts) == 1:
+        return one * sizes
+    two = float(getattr(getattr(parts[1], which), field))
+    slope = (two - one) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
+    value: Array = numpy.maximum(one + slope * (sizes - _MICRO_SIZES[0]), 0.0)
+    return value
+
+
+class _Axes:
+    """Values along one axis of (micro, inside, ends, away, states)."""
+
+    def __init__(self, given: Given, grid: Grid) -> None:
+        self.sizes = numpy.array([float(b) for b, _ in grid.micro])
+        self.counts = numpy.array([float(m) for _, m in grid.micro]).reshape(-1, 1, 1, 1, 1)
+        self.given = given
+
+    def inside(self, field: str) -> Array:
+        rows = [_line(parts, "block", field, self.sizes) for parts in self.given.inside]
+        return numpy.array(rows).T.reshape(len(self.sizes), -1, 1, 1, 1)
+
+    def ends(self, which: str, field: str) -> Array:
+        rows = [_line(parts, which, field, self.sizes) for parts in self.given.ends]
+        return numpy.array(rows).T.reshape(len(self.sizes), 1, -1, 1, 1)
+
+    def states(self, value: Callable[[State], float]) -> Array:
+        return numpy.array([float(value(s)) for s in self.given.states]).reshape(1, 1, 1, 1, -1)
+
+    def hidden(self) -> Array:
+        return (self.given.hidden_bytes * self.sizes).reshape(-1, 1, 1, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Elements:
+    """Trainable numbers on one rank: of a block, of what lies before and after the blocks."""
+
+    block: float
+    before: float
+    after: float
+
+
+def price(grid: Grid, given: Given, rates: Rates) -> Priced:
+    layout, axes = grid.layout, _Axes(given, grid)
+    size = GATHERED[given.states[0].compute]
+    parts = given.inside[0][0]
+    ends = given.ends[0][0]
+    elements = _Elements(
+        block=parts.block.parameter_bytes / size, before=ends.before.parameter_bytes / size,
+        after=ends.after.parameter_bytes / size,
+    )  # fmt: skip
+    away = numpy.array([float(bool(u)) for u in grid.away]).reshape(1, 1, 1, -1, 1)
+    seconds = _seconds(layout, axes, elements, rates, away)
+    peak, host = _bytes(layout, axes, elements, away, rates)
+    shape = grid.shape
+    return Priced(
+        step_s=numpy.broadcast_to(seconds, shape), allocated_bytes=numpy.broadcast_to(peak, shape),
+        host_bytes=numpy.broadcast_to(host, shape),
+    )  # fmt: skip
+
+
+def _deepest(blocks: int, layout: Layout) -> int:
+    """Blocks of the rank that has most."""
+    return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual
+
+
+# -- seconds ------------------------------------------------------------------------------------------
+
+
+def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, away: Array) -> Array:
+    given, counts = axes.given, axes.counts
+    depth = _deepest(given.blocks, layout)
+    ahead, back = _travel(layout, axes, elements.block, rates)
+    moved = 2 * axes.inside("kept_bytes") * away / rates.host_bytes_s
+    forward = axes.inside("forward_s") + moved / 2
+    backward = axes.inside("backward_s") + moved / 2
+    # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes.
+    every = axes.states(lambda s: s.every or s.kind == "zero")
+    reshard = axes.states(lambda s: s.reshard)
+    repeated = depth * (
+        numpy.maximum(forward, ahead * reshard) + numpy.maximum(backward, ahead * reshard + back * every)
+    )
+    once = depth * (
+        (1 - reshard) * numpy.maximum(ahead - forward, 0.0)
+        + (1 - every) * numpy.maximum(back - numpy.maximum(backward - ahead * reshard, 0.0), 0.0)
+    )
+    first = axes.ends("before", "forward_s") + axes.ends("before", "backward_s")
+    last = axes.ends("after", "forward_s") + axes.ends("after", "backward_s")
+    root_ahead, root_back = _travel(layout, axes, elements.before + elements.after, rates)
+    stages = layout.stages
+    if stages == 1:
+        step = counts * (repeated + first + last + (root_ahead * reshard + root_back * every))
+        step = step + once + (1 - reshard) * root_ahead + (1 - every) * root_back
+    else:
+        hop = 2 * rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
+        busiest = repeated + hop + numpy.maximum(first + root_back * every, last + root_back * every)
+        through = stages * (repeated + hop) + first + last
+        step = _pipelined(layout, counts, busiest, through) + once + root_ahead + root_back * (1 - every)
+    return step + _update(axes, elements, depth, layout, rates)
+
+
+def _spread(layout: Layout, rates: Rates) -> int:
+    """Ranks of two neighbouring pipeline stages in one host: 2, or 1 each where hosts hold one stage."""
+    apart = layout.ranks // layout.stages
+    return 2 if apart < rates.per_host else 1
+
+
+def _pipelined(layout: Layout, counts: Array, busiest: Array, through: Array) -> Array:
+    """Seconds of all micro-batches; ``through``: of one through all stages, there and back."""
+    waiting = through - busiest
+    share = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0 / layout.virtual, "zero-bubble": 0.5,
+             "zero-bubble-v": 0.25}[layout.schedule]  # fmt: skip
+    return counts * busiest + waiting * share
+
+
+def _travel(layout: Layout, axes: _Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
+    """Seconds to gather so many parameters, and to reduce their gradients, by state."""
+    close = max(1, rates.per_host // layout.tensor)
+    ahead, back = [], []
+    for state in axes.given.states:
+        shards = state.parameter_shards
+        gather = rates.communicate("all_gather", elements * state.gathered, shards, min(shards, close))
+        ahead.append(gather if shards > 1 else 0.0)
+        spread = max(state.gradient_shards, state.state_shards if state.kind == "zero" else 1)
+        seconds = 0.0
+        if spread > 1:
+            kind = "reduce_scatter" if state.gradient_shards > 1 else "all_reduce"
+            seconds += rates.communicate(kind, elements * state.reduced, spread, min(spread, close))
+        if state.replicas > 1:
+            part = elements * state.reduced / spread
+            near = max(1, close // spread)
+            seconds += rates.communicate("all_reduce", part, state.replicas, min(state.replicas, near))
+        back.append(seconds)
+    shape = (1, 1, 1, 1, -1)
+    return numpy.array(ahead).reshape(shape), numpy.array(back).reshape(shape)
+
+
+def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates: Rates) -> Array:
+    own = depth * elements.block + max(elements.before, elements.after)
+    if layout.stages == 1:
+        own = depth * elements.block + elements.before + elements.after
+
+    def seconds(state: State) -> float:
+        mine = own / state.state_shards
+        if state.offload:  # by the host's cores, and there and back over the bus
+            moved = mine * (state.gradient + state.stored) / rates.host_bytes_s
+            return moved + mine * (4 * 4 + state.updating.state_bytes) / rates.host_update_bytes_s
+        extra = 0.0
+        if state.kind == "zero" and state.parameter_shards == 1 and state.state_shards > 1:
+            extra = rates.communicate(
+                "all_gather", own * state.stored, state.state_shards, min(state.state_shards, rates.per_host)
+            )
+        return mine * state.updating.seconds + extra
+
+    return axes.states(seconds)
+
+
+# -- bytes --------------------------------------------------------------------------------------------
+
+
+def _bytes(
+    layout: Layout, axes: _Axes, elements: _Elements, away: Array, rates: Rates
+) -> tuple[Array, Array]:
+    """(peak of the first or the last stage, the higher; host bytes of a rank)."""
+    depth = _deepest(axes.given.blocks, layout)
+    if layout.stages == 1:
+        found = [_stage(layout, axes, elements, depth, away, first=True, last=True)]
+    else:
+        found = [
+            _stage(layout, axes, elements, depth, away, first=True, last=False),
+            _stage(layout, axes, elements, depth, away, first=False, last=True),
+        ]
+    peak = _highest([p for p, _ in found])
+    host = _highest([h for _, h in found])
+    return peak, host
+
+
+def _highest(arrays: Sequence[Array]) -> Array:
+    highest = arrays[0]
+    for other in arrays[1:]:
+        highest = numpy.maximum(highest, other)
+    return highest
+
+
+def _waiting(layout: Layout, counts: Array, *, first: bool) -> Array:
+    """Micro-batches whose activations a stage keeps at most, in whole stages (field: Narayanan et al. 2021;
+    torch.distributed.pipelining.schedules)."""
+    p, v = layout.stages, layout.virtual
+    if layout.schedule == "gpipe":
+        return counts
+    if layout.schedule == "1f1b":
+        return numpy.minimum(counts, p if first else 1)
+    if layout.schedule == "zero-bubble-v":
+        return numpy.minimum(counts, p)
+    warm = (v - 1) * p + 2 * (p - 1 if first else 0) + 1
+    return numpy.minimum(counts * v, warm) / v
+
+
+def _stage(
+    layout: Layout, axes: _Axes, elements: _Elements, depth: int, away: Array, *, first: bool, last: bool
+) -> tuple[Array, Array]:
+    counts, states = axes.counts, axes.states
+    own = depth * elements.block + elements.before * first + elements.after * last
+    root = elements.before * first + elements.after * last
+    stays = 1 - (1 - _OFFLOADED_KEEPS) * away
+    kept_block = axes.inside("kept_bytes")
+    kept = depth * kept_block + axes.hidden() * (not first)
+    kept = kept + axes.ends("before", "kept_bytes") * first
+    waiting = _waiting(layout, counts, first=first) if layout.stages > 1 else numpy.ones_like(counts)
+    held = (waiting - 1) * (kept + axes.ends("after", "kept_bytes") * last) * stays
+
+    on_device = states(lambda s: s.offload != "all")
+    state_here = states(lambda s: not s.offload)
+    parameters = own * states(lambda s: s.stored / s.parameter_shards) * on_device
+    state = own * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
+    gradient = own * states(lambda s: s.gradient / s.gradient_shards) * on_device
+    bucket = own * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
+    whole = own * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
+    again = counts > 1
+    resident = parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), again)
+
+    sharded = states(lambda s: s.parameter_shards > 1)
+    open_ahead, open_back = _opened(axes, elements.block, root, depth)
+    base = resident + held
+    ahead = base + kept * stays + sharded * open_ahead + axes.inside("forward_top_bytes") - kept_block * stays
+    ahead = numpy.maximum(
+        ahead, base + kept * stays + sharded * open_ahead + axes.ends("after", "forward_top_bytes") * last
+    )
+    after = axes.ends("after", "kept_bytes") * last
+    back_base = base + kept * stays + sharded * open_back + whole
+    back = numpy.maximum(
+        back_base + after + axes.ends("after", "backward_top_bytes") * last,
+        back_base + axes.inside("backward_top_bytes") + kept_block * (1 - stays),
+    )
+    growing = gradient * (1 - again) * (1 - states(lambda s: s.kind == "ddp"))
+    end = base + growing + (kept_block + axes.ends("before", "kept_bytes") * first) * stays
+    end = end + axes.inside("backward_top_bytes") + sharded * open_back
+    updating = parameters + state + bucket + gradient
+    top = own * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
+    peak = _highest([ahead, back, end, updating + top])
+    host = kept * away * waiting + own * states(
+        lambda s: ((s.stored + s.gradient + s.updating.state_bytes) if s.offload == "all"
+                   else (4 + s.updating.state_bytes) * bool(s.offload)) / s.state_shards
+    )  # fmt: skip
+    return peak, host
+
+
+def _opened(axes: _Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
+    """Whole parameters and travelling gradients of a rank that holds shards, in forward and in backward:
+    the group at work, the one gathered ahead and its flat buffer; the gradient's copy in what is reduced
+    (torch.distributed.fsdp, overlapping copies)."""
+    unit, ends = axes.states(lambda s: block * s.gathered), axes.states(lambda s: root * s.gathered)
+    reshard = axes.states(lambda s: s.reshard)
+    ahead = ends + reshard * 3 * unit + (1 - reshard) * (depth * unit + 2 * unit)
+    travelling = axes.states(lambda s: block * s.reduced * (1 + 1 / max(1, s.gradient_shards)))
+    back = ends + reshard * 3 * unit + (1 - reshard) * depth * unit + travelling
+    return ahead, back

@@ -1,0 +1,126 @@
+"""The small traces that parts come from: three blocks, one or two samples, tensor and context ranks only."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from memfit.scaling.parts import BLOCKS, Seconds, parts_of, updating_of
+from memfit.search.layouts import Uses
+from memfit.techniques.blocks import find_blocks
+from memfit.techniques.registry import make_use
+from memfit.trace.parallel import side_by_side
+from memfit.trace.tracer import FirstBlocks, fake_model, trace
+from memfit.types.collector import uncollected
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.parts import Parts, Updating
+from memfit.types.plan import Plan
+from memfit.types.trace import Trace
+
+_PRECISION: dict[str, Uses] = {
+    "fp32": (),
+    "autocast": (make_use("bf16-autocast", {}),),
+    "bf16": (make_use("bf16-parameters", {"rounding": "master"}),),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One small trace. ``samples``: of one micro-batch."""
+
+    tensor: int
+    sequence: bool
+    vocabulary: str
+    context: int
+    compute: str
+    uses: Uses
+    samples: int
+
+
+class Traced:
+    """Parts of one job on one kind of device. Traces are kept."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.job, self.device = job, device
+        self.path, blocks = find_blocks(fake_model(job), job.blocks)
+        self.blocks = len(blocks)
+        self.kept: dict[Key, Trace | str] = {}
+        self.updates: dict[Uses, Trace] = {}
+        self._batch = job.make_batch(0, 0)  # once, and among real tensors
+
+    def parts(self, key: Key, seconds: Seconds) -> Parts:
+        """Raises UserError where the model cannot be cut or run so."""
+        self.trace([key])
+        found = self.kept[key]
+        if isinstance(found, str):
+            raise UserError(found)
+        return parts_of(found, self.path, seconds)
+
+    def hidden_bytes(self, compute: str) -> float:
+        """Of what a block hands to the next, for one sample: what a recomputed block keeps."""
+        key = Key(
+            tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute,
+            uses=(make_use("activation-checkpointing", {"every": 1}),), samples=1,
+        )  # fmt: skip
+        return self.parts(key, lambda ops: 0.0).block.kept_bytes
+
+    def updating(self, uses: Uses, seconds: Seconds) -> Updating:
+        if uses not in self.updates:
+            self.trace((), [uses])
+        return updating_of(self.updates[uses], seconds)
+
+    def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
+        """All at once, side by side."""
+        new = [k for k in dict.fromkeys(keys) if k not in self.kept]
+        more = [u for u in dict.fromkeys(updates) if u not in self.updates]
+        calls = [functools.partial(self._traced, k) for k in new]
+        calls += [functools.partial(self._updated, u) for u in more]
+        with uncollected():
+            found = side_by_side(calls)
+        self.kept |= dict(zip(new, found, strict=False))
+        self.updates |= dict(zip(more, found[len(new) :], strict=True))
+
+    def _updated(self, uses: Uses) -> Trace:
+        return trace(self._small(1, 1), Plan(uses=uses), device=self.device, steps=2)
+
+    def _traced(self, key: Key) -> Trace | str:
+        uses: list[Any] = [*_PRECISION[key.compute], *key.uses]
+        if key.tensor > 1:
+            knobs = {"degree": key.tensor, "sequence": key.sequence, "vocabulary": key.vocabulary}
+            uses.append(make_use("tensor-parallel", knobs))
+        if key.context > 1:
+            uses.append(make_use("context-parallel", {"degree": key.context}))
+        plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context)
+        try:
+            return trace(
+                self._small(key.samples, BLOCKS), plan, device=self.device, steps=1, played=1, update=False
+            )
+        except UserError as error:
+            return str(error)
+
+    def _small(self, samples: int, blocks: int) -> Job:
+        return dataclasses.replace(
+            self.job, batch_size=samples, make_batch=_Few(self._batch, self.job.batch_size, samples),
+            build_model=FirstBlocks(self.job, blocks),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Few:
+    """The first samples of the job's batch."""
+
+    whole: Any
+    of: int
+    samples: int
+
+    def __call__(self, step: int, seed: int) -> Any:
+        from torch.utils import _pytree
+
+        def first(value: Any) -> Any:
+            cut = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.of
+            return value[: self.samples].clone() if cut else value
+
+        return _pytree.tree_map(first, self.whole)

@@ -1,0 +1,290 @@
+"""Every sensible plan for many devices, as a grid: layouts (tensor, context, pipeline degrees and what goes
+with them), and for each of them the settings that its data-parallel ranks may have.
+
+A grid is small lists along axes; a plan is one index along each. What techniques and the job's own sizes
+forbid is never in it, so that every index is a plan that can be run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from memfit.techniques.registry import conflict, effect_of, make_use, technique
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue, Plan, Use
+
+Uses = tuple[Use, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the job, the machine and the goal allow. ``batch``: samples of a step, over all ranks;
+    ``tensor``, ``context``: degrees that the model can be cut by; ``per_host``: ranks in one host."""
+
+    ranks: int
+    per_host: int
+    batch: int
+    blocks: int
+    device: str
+    tensor: tuple[int, ...] = (1,)
+    context: tuple[int, ...] = (1,)
+    pipeline: bool = True
+    chunks: bool = False
+    effect: EffectClass = EffectClass.E2
+    engine_forbids: frozenset[str] = frozenset()  # techniques that the asked engine does not carry
+    micro_batch: int = 0  # 0: any
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Degrees of what is not data parallelism. ``cut`` holds the tensor-parallel technique's settings."""
+
+    ranks: int
+    tensor: int = 1
+    sequence: bool = False
+    vocabulary: str = "whole"
+    context: int = 1
+    stages: int = 1
+    schedule: str = ""
+    virtual: int = 1
+
+    @property
+    def data(self) -> int:
+        return self.ranks // (self.tensor * self.context * self.stages)
+
+    @property
+    def uses(self) -> Uses:
+        found = []
+        if self.tensor > 1:
+            found.append(_use("tensor-parallel", degree=self.tensor, sequence=self.sequence,
+                              vocabulary=self.vocabulary))  # fmt: skip
+        if self.context > 1:
+            found.append(_use("context-parallel", degree=self.context))
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """``micro``: (micro-batch size, how many of them in a step); the other axes are techniques in use.
+    ``inside``: recomputation and compilation, what decides a block's forward and backward; ``ends``: the
+    loss; ``away``: activation offload; ``states``: data parallelism, precision and optimizer."""
+
+    layout: Layout
+    micro: tuple[tuple[int, int], ...]
+    inside: tuple[Uses, ...]
+    ends: tuple[Uses, ...]
+    away: tuple[Uses, ...]
+    states: tuple[Uses, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.micro), len(self.inside), len(self.ends), len(self.away), len(self.states)
+
+    def plan(self, index: Sequence[int]) -> Plan:
+        """The plan at these indices along the axes."""
+        at = [axis[i] for axis, i in zip(self._axes, index[1:], strict=True)]
+        uses = [*self.layout.uses, *itertools.chain(*at)]
+        size, count = self.micro[index[0]]
+        if self.layout.stages > 1:
+            uses.append(_use("pipeline", stages=self.layout.stages, schedule=self.layout.schedule,
+                             virtual=self.layout.virtual, micro_batches=count))  # fmt: skip
+        elif count > 1:
+            uses.append(_use("gradient-accumulation", micro_batches=count))
+        return Plan(uses=tuple(uses), ranks=self.layout.ranks)
+
+    @property
+    def _axes(self) -> tuple[tuple[Uses, ...], ...]:
+        return self.inside, self.ends, self.away, self.states
+
+
+def grids(limits: Limits) -> Iterator[Grid]:
+    """In a fixed order. Nothing where the batch cannot be shared."""
+    for layout in _layouts(limits):
+        if limits.batch % layout.data:
+            continue
+        micro = _micro(limits, layout)
+        if not micro:
+            continue
+        extra = layout.uses
+        if layout.stages > 1:
+            extra = (*extra, _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2))
+        states = _allowed(_states(limits, layout), extra, limits)
+        inside = _allowed(_inside(), extra, limits)
+        ends = _allowed(_ends(limits, layout), extra, limits)
+        away = _allowed([(), (_use("activation-offload", to="host"),)], extra, limits)
+        yield from _compatible(layout, micro, inside, ends, away, states)
+
+
+def _layouts(limits: Limits) -> Iterator[Layout]:
+    cuts = [(1, False, "whole")]
+    cuts += [
+        (degree, sequence, vocabulary)
+        for degree in limits.tensor if degree > 1
+        for sequence in (True, False)
+        for vocabulary in ("parallel-loss", "whole")
+    ]  # fmt: skip
+    for (tensor, sequence, vocabulary), context in itertools.product(cuts, limits.context):
+        within = tensor * context
+        if limits.ranks % within:
+            continue
+        for stages, schedule, virtual in _pipelines(limits, limits.ranks // within):
+            layout = Layout(
+                ranks=limits.ranks, tensor=tensor, sequence=sequence, vocabulary=vocabulary,
+                context=context, stages=stages, schedule=schedule, virtual=virtual,
+            )  # fmt: skip
+            probe = layout.uses
+            if stages > 1:
+                probe = (*probe, _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2))
+            if conflict(Plan(uses=probe, ranks=limits.ranks)) is None and _fine(probe, limits):
+                yield layout
+
+
+def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
+    yield 1, "", 1
+    if not limits.pipeline:
+        return
+    for stages in (s for s in _divisors(ranks) if 1 < s <= limits.blocks):
+        for schedule in ("gpipe", "1f1b"):
+            yield stages, schedule, 1
+        for virtual in (2, 4, 8):
+            if stages * virtual <= limits.blocks:
+                yield stages, "interleaved", virtual
+        if ranks == stages:  # torch's split backward passes data-parallel hooks by
+            yield stages, "zero-bubble", 1
+            if 2 * stages <= limits.blocks:
+                yield stages, "zero-bubble-v", 2
+
+
+def _micro(limits: Limits, layout: Layout) -> tuple[tuple[int, int], ...]:
+    own = limits.batch // layout.data
+    found = [(own // count, count) for count in _divisors(own)]
+    if limits.micro_batch:
+        found = [f for f in found if f[0] == limits.micro_batch]
+    if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many as there are stages
+        found = [f for f in found if f[1] % layout.stages == 0]
+    return tuple(found)
+
+
+def _inside() -> list[Uses]:
+    recomputed: list[Uses] = [(), *((_use("activation-checkpointing", every=k),) for k in (1, 2, 4))]
+    recomputed += [
+        (_use("selective-checkpointing", keep=k),) for k in ("attention", "matmul", "every-second-matmul")
+    ]
+    compiled = (_use("compile", scope="blocks"),)
+    cheap = [r for r in recomputed if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1]
+    return recomputed + [(*r, *compiled) for r in cheap]
+
+
+def _ends(limits: Limits, layout: Layout) -> list[Uses]:
+    plain = layout.vocabulary == "whole" and limits.chunks
+    return [(), *((_use("chunked-cross-entropy", chunks=n),) for n in (4, 16) if plain)]
+
+
+def _states(limits: Limits, layout: Layout) -> list[Uses]:
+    optimizers: list[Uses] = [()]
+    optimizers += [(_use(n),) for n in ("adamw-fused", "adamw-single", "adamw-8bit", "adamw-4bit")]
+    optimizers += [(_use(n),) for n in ("adafactor", "sgd")]
+    precisions: list[Uses] = [(), (_use("bf16-autocast"),)]
+    precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
+    shared = _data(limits, layout)
+    return [(*d, *p, *o) for d in shared for p in precisions for o in optimizers]
+
+
+def _data(limits: Limits, layout: Layout) -> list[Uses]:
+    data = layout.data * layout.context
+    if data == 1:
+        return [()]
+    syncs = ("every", "last") if limits.batch > layout.data else ("every",)
+    hosts = max(1, limits.per_host // (layout.tensor * layout.context))  # of a shard inside one host
+    replicas = sorted({1, layout.data // hosts if layout.data % hosts == 0 else 1} - {0, layout.data})
+    if layout.context > 1:
+        replicas = [1]
+    found: list[Uses] = []
+    if layout.data > 1:
+        found += [(_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs]
+        if layout.virtual > 1:  # DDP waits for every parameter's gradient
+            found = []
+    for reshard, precision, sync, offload, copies in itertools.product(
+        (True, False), ("bf16", "as-is"), syncs, (False, True), replicas
+    ):
+        found.append((_use("fsdp2", reshard=reshard, precision=precision, sync=sync, offload=offload,
+                           replicas=copies),))  # fmt: skip
+    if layout.tensor == layout.context == layout.stages == 1:
+        for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
+            for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):
+                bucket = {"reduce_bucket_elements": 50_000_000}
+                found.append((_use("zero", stage=stage, precision=precision, offload=place, **bucket),))
+    return found
+
+
+def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
+    kept = []
+    for uses in axis:
+        plan = Plan(uses=(*extra, *uses), ranks=limits.ranks)
+        if conflict(plan) is None and _fine(uses, limits):
+            kept.append(uses)
+    return tuple(kept)
+
+
+def _fine(uses: Uses, limits: Limits) -> bool:
+    """Whether goal, device, packages and engine allow each of them."""
+    return all(_fine_use(u, limits.effect, limits.device, limits.engine_forbids) for u in uses)
+
+
+@functools.cache
+def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[str]) -> bool:
+    one = technique(used.technique)
+    asked = one.slot == "data-parallel" or one.name in ("tensor-parallel", "context-parallel", "pipeline")
+    mild = effect_of(Plan(uses=(used,))) <= (max(effect, EffectClass.E1) if asked else effect)
+    return mild and device in one.devices and not one.missing and used.technique not in forbidden
+
+
+def _compatible(
+    layout: Layout, micro: tuple[tuple[int, int], ...], inside: tuple[Uses, ...], ends: tuple[Uses, ...],
+    away: tuple[Uses, ...], states: tuple[Uses, ...],
+) -> Iterator[Grid]:  # fmt: skip
+    """Axes whose values go with each other, all of them: states are parted by what they forbid, and where
+    optimizers step inside of what is accumulated."""
+    parted: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
+    axes = (inside, ends, away)
+    for state in states:
+        fits = tuple(tuple(_go_together(state, other) for other in axis) for axis in axes)
+        parted.setdefault(fits, []).append(state)
+    for fits, alike in parted.items():
+        kept = [tuple(v for v, fit in zip(axis, f, strict=True) if fit)
+                for axis, f in zip(axes, fits, strict=True)]  # fmt: skip
+        if all(kept):
+            yield Grid(
+                layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=tuple(alike)
+            )
+
+
+@functools.cache
+def _go_together(one: Uses, other: Uses) -> bool:
+    return conflict(Plan(uses=(*one, *other))) is None
+
+
+@functools.cache
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
+
+
+@functools.cache
+def _made(name: str, settings: tuple[tuple[str, KnobValue], ...]) -> Use:
+    return make_use(name, dict(settings))
+
+
+def _use(name: str, **settings: KnobValue) -> Use:
+    return _made(name, tuple(sorted(settings.items())))
+
+
+def none_at_all(limits: Limits) -> UserError:
+    """Why there is no grid."""
+    return UserError(
+        f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} ranks",
+        allowed="a global batch that is a multiple of the data-parallel ranks",
+        hint="--batch sets the samples of one step over all devices",
+    )
