@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memfit.cost.estimate import estimate, modelled_boundary, offload_s
 from memfit.cost.memory import levels, memory_profile, state_bytes, step_ops, timeline
 from memfit.cost.time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
-from memfit.types.machine import Calibration, Device, Fact, Machine
+from memfit.types.machine import Calibration, Device, Fact, Host, Machine
 from memfit.types.plan import Plan
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 
@@ -312,4 +312,8 @@ def test_offload_is_written_and_read_once_a_micro_step() -> None:
 
 def test_the_boundary_says_what_energy_covers() -> None:
     assert modelled_boundary(machine("cpu")).startswith("package")
-    assert modelled_boundary(machine("cuda")).startswith("board")
+    assert modelled_boundary(machine("cuda")) == "board (modelled: power x time)"
+    hosted = dataclasses.replace(machine("cuda"), host=Host(name="box", power_w=fact(200.0)))
+    assert modelled_boundary(hosted) == "board and host (modelled: power x time)"
+    silent = dataclasses.replace(machine("cuda"), host=Host(name="box"))
+    assert modelled_boundary(silent) == modelled_boundary(machine("cuda"))

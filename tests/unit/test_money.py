@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost import money
-from memfit.types.machine import Device, Fact, Machine, Place
+from memfit.types.machine import Device, Fact, Host, Machine, Place
 
 AMOUNT = st.floats(min_value=1e-3, max_value=1e6)
 FACTOR = st.floats(min_value=1.0, max_value=1e3)
@@ -47,6 +47,17 @@ def test_bill_by_hand() -> None:
     assert bill.co2_g == pytest.approx(600.0)
 
 
+@pytest.mark.parametrize(("each", "hosts"), [(0, 1), (4, 1), (2, 2), (1, 4)])
+def test_hosts_draw_too_where_their_power_is_known(each: int, hosts: int) -> None:
+    """Each host 300 W: over half an hour 0.54 MJ more for each."""
+    inside = Host(name="h", power_w=_fact(300.0))
+    machine = dataclasses.replace(_machine(), host=inside, devices_per_host=each)
+    assert money.bill(machine, step_s=1800.0).energy_j == pytest.approx(3.6e6 + hosts * 0.54e6)
+    assert money.bill(machine, step_s=1800.0, measured_j=7.2e6).energy_j == 7.2e6
+    silent = dataclasses.replace(machine, host=Host(name="h"))
+    assert money.bill(silent, step_s=1800.0) == money.bill(_machine(), step_s=1800.0)
+
+
 def test_an_owned_machine_pays_for_electricity_alone() -> None:
     bill = money.bill(_machine(rent=None), step_s=1800.0)
     assert bill.rental_usd is None
@@ -60,7 +71,8 @@ def test_measured_energy_replaces_power_times_time() -> None:
 
 
 def test_unknown_power_leaves_energy_money_and_carbon_unknown() -> None:
-    bill = money.bill(_machine(power=None), step_s=1.0)
+    unknown = dataclasses.replace(_machine(power=None), host=Host(name="h", power_w=_fact(300.0)))
+    bill = money.bill(unknown, step_s=1.0)
     assert bill.rental_usd is not None
     assert (bill.energy_j, bill.electricity_usd, bill.usd, bill.co2_g) == (None, None, None, None)
 

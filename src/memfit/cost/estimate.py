@@ -5,7 +5,7 @@ from __future__ import annotations
 from memfit.cost.device import with_workspaces
 from memfit.cost.footprint import footprint
 from memfit.cost.memory import memory_profile, step_ops
-from memfit.cost.money import bill
+from memfit.cost.money import bill, hosts_w
 from memfit.cost.time import TimeModel
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
@@ -72,8 +72,6 @@ def around(value: float, ratio: float) -> Interval:
 
 def modelled_boundary(machine: Machine) -> str:
     """What a modelled energy covers."""
-    return (
-        "package (modelled: power x time)"
-        if machine.device.kind == "cpu"
-        else "board (modelled: power x time)"
-    )
+    covered = "package" if machine.device.kind == "cpu" else "board"
+    host = "" if hosts_w(machine) is None else " and host"
+    return f"{covered}{host} (modelled: power x time)"

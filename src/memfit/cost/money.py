@@ -1,8 +1,9 @@
 """Energy, money and CO2 of one step, from the facts of a machine. Unknown in, unknown (None) out.
 
-energy [J] = board power [W] x step time [s] x devices: an upper bound, boundary "board (modelled: power x
-time)"; the host beside the accelerators is not in it. Electricity and CO2 count the whole site:
-energy x PUE, with 3.6e6 J in a kWh. CO2 is that of the electricity; making the hardware is not in it.
+energy [J] = power [W] x step time [s], an upper bound: the boards of all devices, and the hosts around them
+where the machine knows their power. The boundary says which: "board" or "board and host (modelled: power x
+time)". Electricity and CO2 count the whole site: energy x PUE, with 3.6e6 J in a kWh. CO2 is that of the
+electricity; making the hardware is not in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ S_PER_HOUR: Final = 3600.0
 class Bill:
     """One step's bill. None: a fact it needs is unknown."""
 
-    energy_j: float | None  # at the devices, before PUE
+    energy_j: float | None  # at the devices, and at their hosts where known; before PUE
     electricity_usd: float | None
     rental_usd: float | None
     usd: float | None
@@ -32,6 +33,14 @@ def energy_j(power_w: float | None, step_s: float | None, *, devices: int = 1) -
     if power_w is None or step_s is None:
         return None
     return power_w * step_s * devices
+
+
+def hosts_w(machine: Machine) -> float | None:
+    """Watts of all its hosts without their devices."""
+    if machine.host is None or machine.host.power_w is None:
+        return None
+    hosts = machine.device_count / machine.devices_per_host if machine.devices_per_host else 1
+    return machine.host.power_w.value * hosts
 
 
 def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
@@ -73,9 +82,10 @@ def co2_g(place: Place | None, energy_j: float | None) -> float | None:
 
 
 def bill(machine: Machine, *, step_s: float | None, measured_j: float | None = None) -> Bill:
-    """One step on the whole machine; `measured_j` (of all devices) replaces power x time."""
+    """One step on the whole machine; `measured_j` replaces power x time."""
     power = machine.device.power_w
-    modelled_j = energy_j(power.value if power else None, step_s, devices=machine.device_count)
+    boards_j = energy_j(power.value if power else None, step_s, devices=machine.device_count)
+    modelled_j = None if boards_j is None else boards_j + (energy_j(hosts_w(machine), step_s) or 0.0)
     joules = measured_j if measured_j is not None else modelled_j
     return Bill(
         energy_j=joules,
