@@ -74,6 +74,8 @@ def state_of(uses: Sequence[Use], layout: Layout, updating: Updating) -> State:
     halved = "bf16-parameters" in named
     stored = 2.0 if halved else 4.0
     ranks = layout.data * layout.context
+    # A pipeline's schedule reduces gradients in its last micro-batch (torch.distributed.pipelining.stage).
+    every = layout.stages == 1 and any(u.settings.get("sync") == "every" for u in uses)
     if "fsdp2" in named:
         knobs = named["fsdp2"]
         copies = int(knobs["replicas"])
@@ -82,7 +84,7 @@ def state_of(uses: Sequence[Use], layout: Layout, updating: Updating) -> State:
         return State(
             compute=compute, stored=stored, gathered=gathered, gradient=stored, reduced=4.0 if not halved
             else 2.0, parameter_shards=shards, gradient_shards=shards, state_shards=shards, replicas=copies,
-            reshard=knobs["reshard"] is True, every=knobs["sync"] == "every", bucket=0.0, bucket_bytes=0.0,
+            reshard=knobs["reshard"] is True, every=every, bucket=0.0, bucket_bytes=0.0,
             offload="all" if knobs["offload"] else "", kind="fsdp2", updating=updating,
         )  # fmt: skip
     if "zero" in named:
@@ -103,7 +105,7 @@ def state_of(uses: Sequence[Use], layout: Layout, updating: Updating) -> State:
         return State(
             compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored,
             parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False,
-            every=knobs["sync"] == "every", bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
+            every=every, bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
             offload="", kind="ddp", updating=updating,
         )  # fmt: skip
     return State(

@@ -197,7 +197,8 @@ def _data(limits: Limits, layout: Layout) -> list[Uses]:
     data = layout.data * layout.context
     if data == 1:
         return [()]
-    syncs = ("every", "last") if limits.batch > layout.data else ("every",)
+    accumulates = limits.batch > layout.data and layout.stages == 1  # a pipeline reduces once in any case
+    syncs = ("every", "last") if accumulates else ("every",)
     hosts = max(1, limits.per_host // (layout.tensor * layout.context))  # of a shard inside one host
     replicas = sorted({1, layout.data // hosts if layout.data % hosts == 0 else 1} - {0, layout.data})
     if layout.context > 1:

@@ -299,5 +299,6 @@ TECHNIQUE = Technique(
             choices=("whole", "gathered", "parallel-loss"),
         ),
     ),
-    forbids=("lora", "qlora", "ddp", "zero", "compile"),  # beside it fsdp2, whose replicas are what DDP is
+    # Beside it fsdp2, whose replicas are what DDP is; these optimizers have no rules for DTensor.
+    forbids=("lora", "qlora", "ddp", "zero", "compile", "adamw-8bit", "adamw-paged", "adafactor"),
 )
