@@ -29,8 +29,18 @@ LAUNCH_S = 2e-6  # a kernel that does nothing, from its start to the start of th
 # (rows, columns, share of the largest tile's rate): an inner step reads rows + columns and multiplies
 # rows x columns, so small tiles are bound by shared memory (CUTLASS's efficient GEMM notes).
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.94), (64, 128, 0.82), (128, 64, 0.82), (64, 64, 0.7))
-_TILE_START = 128  # of the inner dimension: what filling the pipeline and writing the tile cost
+# Of the inner dimension: what filling the pipeline and writing the tile cost, at so many FLOP/s of one
+# multiprocessor (an H100's in half precision); quicker ones spend as long on it.
+_TILE_START, _TILE_START_FLOPS_S = 128, 7.5e12
 _SPLITS = (1, 2, 4, 8)  # of the inner dimension over multiprocessors that would idle
+# (elements of half precision that rows are a multiple of, share of the rate); assumed after NVIDIA's guide to
+# matrix multiplication, which shows a fall by steps.
+_ALIGNED = ((8, 1.0), (4, 0.7), (2, 0.45), (1, 0.25))
+STRIDED, BROADCAST = 0.6, 0.8  # of the bandwidth, by layout; assumed
+_WHOLE = (  # have kernels of their own that do not mind
+    "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
+    "convolution", "_softmax", "_log_softmax", "sum", "mean", "_scaled_mm", "_grouped_mm",
+)  # fmt: skip
 _LARGE = 8192  # the size at which ratios of products are told
 # Keys of a query tile that its start and its end cost, and the same of a key tile in backward:
 # FlashAttention-2's published curves over the length (Dao 2023, figures 5 and 6) reach half at about as many.
@@ -81,7 +91,7 @@ class Kernels:
         return max(self.arithmetic_s(op), self.moving_s(op)) + LAUNCH_S
 
     def moving_s(self, op: OpCall) -> float:
-        return op.moved_bytes / (self.bandwidth_bytes_s * self.ratios["memory"])
+        return op.moved_bytes / (self.bandwidth_bytes_s * self.ratios["memory"] * layout_share(op.signature))
 
     def arithmetic_s(self, op: OpCall) -> float:
         if not op.flops:
@@ -94,7 +104,11 @@ class Kernels:
             flops *= shape.share
             left = _attention_share(shape, self.multiprocessors)
         elif isinstance(shape, Product):
-            left = product_share(shape, self.multiprocessors) / _large_share(self.multiprocessors)
+            left = _aligned(shape, op.dtype)
+            start = _TILE_START * self.rate(op.dtype) / self.multiprocessors / _TILE_START_FLOPS_S
+            left *= product_share(shape, self.multiprocessors, start) / _large_share(
+                self.multiprocessors, start
+            )
         return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * left)
 
     def rate(self, dtype: str) -> float:
@@ -134,8 +148,9 @@ def _value(fact: Fact | None, default: float) -> float:
     return fact.value if fact is not None else default
 
 
-def product_share(shape: Product, multiprocessors: int) -> float:
-    """Of the rate of endless products, for the best tile and split of the inner dimension."""
+def product_share(shape: Product, multiprocessors: int, start: float = _TILE_START) -> float:
+    """Of the rate of endless products, for the best tile and split of the inner dimension; ``start``: of it,
+    what a tile costs besides."""
     best = 0.0
     for rows, columns, rate in _TILES:
         tiles = shape.batch * -(-shape.rows // rows) * -(-shape.columns // columns)
@@ -145,13 +160,20 @@ def product_share(shape: Product, multiprocessors: int) -> float:
                 break
             waves = tiles * split / multiprocessors
             inner = shape.inner / split
-            best = max(best, rate * inside * waves / math.ceil(waves) * inner / (inner + _TILE_START))
+            best = max(best, rate * inside * waves / math.ceil(waves) * inner / (inner + start))
     return best
 
 
+def _aligned(shape: Product, dtype: str) -> float:
+    """Rows of half precision that do not start at 16 bytes are loaded in smaller pieces."""
+    if dtype not in _HALF:
+        return 1.0
+    return next(share for step, share in _ALIGNED if not (shape.columns % step or shape.inner % step))
+
+
 @functools.cache
-def _large_share(multiprocessors: int) -> float:
-    return product_share(Product(1, _LARGE, _LARGE, _LARGE), multiprocessors)
+def _large_share(multiprocessors: int, start: float) -> float:
+    return product_share(Product(1, _LARGE, _LARGE, _LARGE), multiprocessors, start)
 
 
 def _attention_share(shape: Scores, multiprocessors: int) -> float:
@@ -180,6 +202,30 @@ def shape_of(signature: str) -> Product | Scores | None:
     if base == "_grouped_mm" or len(left) < 2 or len(right) < 2:
         return _grouped(left, right)
     return Product(math.prod(left[:-2]), left[-2], right[-1], left[-1])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def layout_share(signature: str) -> float:
+    """Of the bandwidth that contiguous tensors reach: torch's pointwise kernels load several elements at once
+    only where all their tensors are contiguous and equal in shape (TensorIterator)."""
+    try:
+        name, args, _ = json.loads(signature)
+    except ValueError:
+        return 1.0
+    if not name.startswith("aten.") or name.split(".")[1].startswith(_WHOLE):
+        return 1.0
+    tensors = [a["t"] for a in args if isinstance(a, dict) and "t" in a]
+    if any(stride != _contiguous(shape) for shape, stride, *_ in tensors):
+        return STRIDED
+    return BROADCAST if len({math.prod(shape) for shape, *_ in tensors if math.prod(shape) > 1}) > 1 else 1.0
+
+
+def _contiguous(shape: list[int]) -> list[int]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(1, size)
+    return strides[::-1]
 
 
 def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:

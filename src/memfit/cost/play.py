@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from memfit.cost.collectives import collective_s
+from memfit.cost.collectives import KINDS, collective_s
 from memfit.cost.kernels import bound_by
-from memfit.cost.time import COLLECTIVES, TimeModel
+from memfit.cost.time import COLLECTIVES, FUSED, TimeModel
 from memfit.types.machine import Machine
 from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 
@@ -81,7 +81,7 @@ class Player:
     def _priced(self, op: OpCall) -> tuple[float, float, str]:
         if op.waits:
             return 0.0, 0.0, ""
-        if op.op.startswith(COLLECTIVES):
+        if sent(op)[0]:
             seconds, resource = self._collective(op)
         elif op.stream == "host":
             seconds, resource = op.moved_bytes * self._on_host() / ASSUMED_HOST_BYTES_S, "host memory"
@@ -95,9 +95,12 @@ class Player:
         return max(1, min(each, self.machine.device_count))
 
     def _collective(self, op: OpCall) -> tuple[float, str]:
-        kind, size_bytes = sent(op)
+        kind, size_bytes, *where = sent(op)
+        if where:  # a stand-in says how many ranks, and how many of them in a host
+            seconds = collective_s(kind, size_bytes, *where, self.machine)
+            return float(seconds), "link" if where[1] >= where[0] else "network"
         ranks = self.members.get(op.group, ())
-        if not kind or len(ranks) < 2:
+        if len(ranks) < 2:
             return 0.0, "link"
         here = self.machine.devices_per_host or len(ranks) + self.rank + 1
         near = sum(r // here == self.rank // here for r in ranks)
@@ -233,9 +236,13 @@ def _window(last: Sequence[PhaseSpan]) -> tuple[int, int]:
     return (starts[-1], ends[-1]) if starts and ends else (0, 0)
 
 
-def sent(op: OpCall) -> tuple[str, int]:
-    """(kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) of anything else."""
-    return _sent(op.signature)
+def sent(op: OpCall) -> tuple[Any, ...]:
+    """(kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) of anything else. Of
+    one that a prediction stands in for (techniques/kernel.py) also its ranks, and those of them in a host."""
+    if op.op.startswith(FUSED):
+        _, args, _ = json.loads(op.signature)
+        return (args[3], *args[4]) if args[3] in KINDS else ("", 0)
+    return _sent(op.signature) if op.op.startswith(COLLECTIVES) else ("", 0)
 
 
 @functools.lru_cache(maxsize=1 << 14)
