@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.catalog.load import machine
+from memfit.catalog import machine
 from memfit.cost.allocator import replay
 from memfit.cost.device import with_workspaces
 from memfit.cost.memory import levels

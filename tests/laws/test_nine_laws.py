@@ -31,7 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from memfit.catalog.load import machine
+from memfit.catalog import machine
 from memfit.cost.allocator import replay
 from memfit.cost.footprint import footprint
 from memfit.cost.memory import MemoryProfile, levels, memory_profile, step_ops
