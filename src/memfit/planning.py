@@ -23,7 +23,7 @@ from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration, Machine
-from memfit.types.plan import Accuracy, Plan, use
+from memfit.types.plan import Accuracy, Bounds, Plan, use
 from memfit.types.result import Estimate, Reason, SearchResult
 
 FINALISTS = 14
@@ -50,6 +50,7 @@ class Request:
     accuracy: Accuracy = Accuracy.ROUNDING
     threads: int = 0
     engine: str = "native"
+    bounds: Bounds = dataclasses.field(default_factory=Bounds)
     ranks: int = 1
 
     @property
@@ -119,6 +120,8 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
     """Raises NothingFits with the least memory that would do. ``must_run`` makes the batch as small as
     plain training needs to run on this machine at all; the returned request has it."""
+    if request.machine.device_count > 1 and not request.is_here:
+        return _search_many(request, progress)
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
     basis = pricer.whole(plain(request.ranks))
@@ -140,6 +143,27 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         )
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
+    )
+
+
+def _search_many(request: Request, progress: Progress) -> Planning:
+    """For the devices of a catalog's machine, by layouts."""
+    from memfit.scaling.search import Aim, search_scale
+
+    ranks = request.ranks if request.ranks > 1 else request.machine.device_count
+    request = dataclasses.replace(request, ranks=ranks)
+    progress("trace", 0, 0, "plain training")
+    job, pricer = make_pricer(request)
+    cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
+    aim = Aim(
+        goal=request.goal, accuracy=request.accuracy, cap_bytes=cap_bytes,
+        needs=lambda estimate: needed_bytes(estimate, request.machine),
+        bounds=dataclasses.replace(request.bounds, steps=job.steps), tell=progress,
+    )  # fmt: skip
+    result = search_scale(pricer, ranks, aim)
+    reason = "asked for" if request.cap_bytes is not None else "the device's memory"
+    return Planning(
+        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=reason, result=result
     )
 
 

@@ -41,7 +41,11 @@ class GoalOptions:
         ),
     ] = None
     goal: Annotated[
-        str, typer.Option(metavar="fastest|smallest|cheapest|greenest", help="Which plan is best.")
+        str,
+        typer.Option(
+            metavar="fastest|smallest|cheapest|greenest|fewest",
+            help="Which plan is best; fewest: devices.",
+        ),
     ] = "fastest"
     accuracy: Annotated[
         str,
@@ -53,6 +57,25 @@ class GoalOptions:
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="What trains; `memfit engines` shows which can.")
     ] = "native"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BoundsOptions:
+    """What the whole training must keep to, on the devices of --on."""
+
+    deadline: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Done by then: 90m, 72h, 3d; with --steps.")
+    ] = None
+    budget: Annotated[
+        float | None, typer.Option(metavar="USD", min=0.01, help="For no more than this; with --steps.")
+    ] = None
+    micro_batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Samples that go through at once.")
+    ] = None
+    explain_infeasible: Annotated[
+        bool,
+        typer.Option("--explain-infeasible", help="If nothing fits: the least changes that would help."),
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.options import (
+    BoundsOptions,
     GoalOptions,
     HereOptions,
     JobOptions,
@@ -19,7 +20,9 @@ from memfit.cli.options import (
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
 from memfit.cli.request import request, writable
-from memfit.types.plan import Plan
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.plan import Bounds, Plan
+from memfit.types.units import parse_duration
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +55,9 @@ class FromOptions:
     ] = None
 
 
-def plan(
-    job: JobOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions, yours: FromOptions,
-    save: SaveOptions, lang: LanguageOptions, output: JsonOptions,
+def plan(  # noqa: PLR0913  each is a group of options
+    job: JobOptions, goal: GoalOptions, on: MachineOptions, limits: BoundsOptions, here: HereOptions,
+    yours: FromOptions, save: SaveOptions, lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Recommend a plan that fits the memory; train nothing.
 
@@ -72,11 +75,14 @@ def plan(
             read_from = ", ".join(str(p) for p in yours.given)
             write_plan(save.save, carried, note=f"for {job.job}, read from {read_from}")
         return
-    asked = request(job, goal, here, on.on, ranks=save.nproc)
+    asked = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
     with Bars(words) as progress:
         from memfit import pipeline
 
-        result = pipeline.search(asked, progress).result
+        try:
+            result = pipeline.search(asked, progress).result
+        except NothingFits as error:
+            raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:
         write_plan(save.save, result.recommended.estimate.plan, note=f"for {job.job}, found by memfit plan")
     if output.json:
@@ -87,6 +93,21 @@ def plan(
         from memfit.report.terminal import print_search
 
         print_search(result, lang=words, console=console())
+
+
+def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
+    """Raises UserError: what bounds the whole training wants to know how many steps it has."""
+    total = given.deadline is not None or given.budget is not None
+    if total and job.steps is None:
+        raise UserError("--deadline and --budget are of the whole training", hint="give --steps")
+    if on == "this" and (total or given.micro_batch):
+        raise UserError("--deadline, --budget and --micro-batch are for the devices of --on")
+    return Bounds(
+        steps=job.steps or 0,
+        deadline_s=parse_duration(given.deadline) if given.deadline is not None else None,
+        budget_usd=given.budget,
+        micro_batch=given.micro_batch or 0,
+    )
 
 
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:

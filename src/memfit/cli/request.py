@@ -12,7 +12,7 @@ from memfit.cli.quiet import quiet_libraries
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
-from memfit.types.plan import Accuracy, Plan
+from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def request(
     on: str = "this",
     *,
     ranks: int = 1,
+    bounds: Bounds | None = None,
 ) -> memfit.planning.Request:
     """What is cheap to check is checked before torch is loaded. Raises UserError."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
@@ -47,6 +48,7 @@ def request(
         threads=here.threads or 0,
         engine=engine(goal.engine).name,
         ranks=ranks,
+        bounds=bounds or Bounds(),
     )
 
 

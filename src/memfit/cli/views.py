@@ -43,6 +43,7 @@ def search_view(result: SearchResult) -> View:
         "cap_bytes": result.cap_bytes,
         "goal": result.goal,
         "considered": result.considered,
+        "sensitivity": [wire.to_plain(s) for s in result.sensitivity],
     }
 
 

@@ -175,6 +175,7 @@ class SearchView:
     frontier: tuple[ChoiceRow, ...]
     recommended: ChoiceRow | None
     smallest: ChoiceRow
+    sensitivity: tuple[Sentence, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

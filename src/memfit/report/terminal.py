@@ -63,6 +63,10 @@ def print_search(result: SearchResult, *, console: Console, lang: str) -> None:
     console.print(Text(words.get("terminal.recommended", plan=view.recommended.plan), style="bold green"))
     for reason in view.recommended.reasons:
         console.print(_reason(reason, words))
+    if view.sensitivity:
+        console.print(Text(words.get("sensitivity.title"), style="bold"))
+    for change in view.sensitivity:
+        console.print(Padding(Text(f"? {sentence_text(change, words).strip()}"), (0, 0, 0, 2)))
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
@@ -194,8 +198,11 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
     return table
 
 
+_FOR = frozenset({"reason.saves", "reason.needed", "reason.without_worse", "reason.without_worse_untimed"})
+
+
 def _reason(reason: Sentence, words: Words) -> Padding:
-    sign, style = ("+", "") if reason.key == "reason.saves" else ("-", "dim")
+    sign, style = ("+", "") if reason.key in _FOR else ("-", "dim")
     return Padding(Text(f"{sign} {sentence_text(reason, words).strip()}", style=style), (0, 0, 0, 2))
 
 

@@ -42,6 +42,7 @@ from memfit.types.result import (
     Reason,
     Run,
     SearchResult,
+    Sensitivity,
     Verdict,
 )
 
@@ -84,6 +85,24 @@ def search_view(result: SearchResult) -> SearchView:
         frontier=tuple(row(choice) for choice in result.frontier),
         recommended=row(best) if best else None,
         smallest=row(result.smallest),
+        sensitivity=tuple(map(_sensitivity, result.sensitivity)),
+    )
+
+
+def _sensitivity(one: Sensitivity) -> Sentence:
+    time = predicted(one.time_ratio, "ratio")
+    if one.kind not in ("memory", "devices") or not one.amount:
+        name = Sentence(key=f"resource.{one.kind}")
+        return Sentence(key="sensitivity.resource", values={"name": name, "time": time})
+    return Sentence(
+        key=f"sensitivity.{one.kind}",
+        values={
+            "amount": predicted(one.amount, "bytes" if one.kind == "memory" else "count"),
+            "time": time,
+            "cost": predicted(one.cost_ratio, "ratio"),
+            "carbon": predicted(one.carbon_ratio, "ratio"),
+            "plan": one.plan,
+        },
     )
 
 
@@ -266,7 +285,9 @@ def _reason(reason: Reason) -> Sentence:
 
 
 def _reason_key(kind: str, *, timed: bool) -> str:
-    compared = kind in {"saves", "costs", "left_out_slower", "left_out_not_needed"}
+    compared = kind in {
+        "saves", "costs", "left_out_slower", "left_out_not_needed", "without_worse", "without_as_good",
+    }  # fmt: skip
     return f"reason.{kind}" if timed or not compared else f"reason.{kind}_untimed"
 
 

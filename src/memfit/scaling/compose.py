@@ -125,6 +125,7 @@ class Composer:
         plain, double = self._parts(self._key()), self._parts(self._key(samples=2))
 
         def grown(which: str) -> Piece:
+            piece: Piece
             piece, a, b = (getattr(p, which) for p in (one.parts, plain, double))
             share = piece.parameter_bytes / a.parameter_bytes if a.parameter_bytes else 1.0
             values = {}
@@ -163,6 +164,7 @@ def _scaled(found: Parts, one: Parts, other: Parts, weight: float) -> Parts:
     """``found`` changed as ``one`` is changed into ``other``, so far as ``weight`` goes (1: all the way)."""
 
     def piece(which: str) -> Piece:
+        now: Piece
         now, before, after = (getattr(p, which) for p in (found, one, other))
         values = {}
         for name in NUMBERS:
@@ -175,7 +177,7 @@ def _scaled(found: Parts, one: Parts, other: Parts, weight: float) -> Parts:
 
 
 def _no_travel() -> dict[str, tuple[Travel, Travel]]:
-    return {which: ((), ()) for which in PIECES}
+    return dict.fromkeys(PIECES, ((), ()))
 
 
 def _travel(parts: Parts, share: float) -> dict[str, tuple[Travel, Travel]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -14,15 +15,17 @@ from memfit.cost.time import ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.scaling.compose import Composer, Cut
 from memfit.scaling.price import Given, Priced, Rates, compute_of, price, state_of
 from memfit.scaling.traced import Key, Traced
+from memfit.search.choose import TIE_RATIO
 from memfit.search.layouts import Grid, Layout, Limits, Uses, grids
-from memfit.techniques.registry import technique
+from memfit.techniques.registry import effect_of, technique
 from memfit.types.errors import UserError
 from memfit.types.machine import Machine
 from memfit.types.parts import Parts, Piece
 from memfit.types.plan import Plan
 
-_KEPT_PER_GRID = 6
-_LEVELS = 24  # of memory, between which the best of each grid is kept for the frontier
+_KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
+_LEVELS_PER_DOUBLING = 4  # of memory, the best of each being kept for the frontier
+_WORTH = 0.005  # a gain in time below this makes no point of the frontier
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +53,9 @@ class Found:
     refused: tuple[str, ...]
 
 
-import time as _t
-def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> Found:
-    """Prices every plan of the grids. Raises UserError where there is none."""
+def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap_bytes: float) -> Found:
+    """Prices every plan of the grids. ``cap_bytes``: below which a peak fits. Raises UserError where there is
+    no plan."""
     limits, refused = _cuttable(traced, machine, limits)
     todo = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
     todo = [t for t in todo if t[1] in _computes(machine, limits)]
@@ -61,7 +64,7 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> 
 
         raise none_at_all(limits)
     pricing = _Pricing(traced, machine, model, limits)
-    t0=_t.time(); pricing.prepare(todo); print("prepare",_t.time()-t0)
+    pricing.prepare(todo)
     sketches: list[Sketch] = []
     considered = 0
     for grid, compute, states in todo:
@@ -70,8 +73,8 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits) -> 
         if priced is None:
             continue
         considered += priced.step_s.size
-        sketches += _best(part, priced)
-    return Found(sketches=tuple(sketches), considered=considered, refused=tuple(refused))
+        sketches += _best(part, priced, cap_bytes)
+    return Found(sketches=tuple(_few(sketches, cap_bytes)), considered=considered, refused=tuple(refused))
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
@@ -163,7 +166,7 @@ class _Pricing:
             return total
 
         def piece(cut: Cut, which: str) -> Piece:
-            one = getattr(cut.parts, which)
+            one: Piece = getattr(cut.parts, which)
             return dataclasses.replace(
                 one, forward_s=one.forward_s + seconds(cut, which, 0),
                 backward_s=one.backward_s + seconds(cut, which, 1),
@@ -185,21 +188,58 @@ def _updating(uses: Uses) -> Uses:
     return tuple(u for u in kept if u.technique != "bf16-autocast")
 
 
-def _best(grid: Grid, priced: Priced) -> list[Sketch]:
-    """The quickest, and the quickest below each of some memory levels."""
+def _best(grid: Grid, priced: Priced, cap_bytes: float) -> list[Sketch]:
+    """The quickest that fits, the simplest that is as quick, and the quickest of each memory level."""
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picked: dict[int, None] = {}
-    order = numpy.argpartition(step, min(_KEPT_PER_GRID, step.size - 1))[:_KEPT_PER_GRID]
-    for at in order[numpy.lexsort((order, step[order]))]:
-        picked[int(at)] = None
-    level = numpy.floor(numpy.log2(numpy.maximum(memory, 1.0)) * 4).astype(int)
-    low = int(level.min())
-    for one in range(low, min(int(level.max()), low + 8 * _LEVELS) + 1):
-        inside = numpy.flatnonzero(level == one)
-        if inside.size:
-            picked[int(inside[numpy.argmin(step[inside])])] = None
-            picked[int(inside[numpy.argmin(memory[inside])])] = None
+    inside = numpy.flatnonzero(memory <= cap_bytes)
+    if inside.size:
+        quickest = inside[numpy.argsort(step[inside], kind="stable")[:_KEPT_PER_GRID]]
+        tied = inside[step[inside] <= step[quickest[0]] * (1 + TIE_RATIO)]
+        simple = tied[numpy.argmin(_burden(grid).ravel()[tied])]
+        picked |= dict.fromkeys([*map(int, quickest), int(simple)])
+    level = numpy.floor(numpy.log2(numpy.maximum(memory, 1.0)) * _LEVELS_PER_DOUBLING).astype(int)
+    for one in numpy.unique(level):
+        at = numpy.flatnonzero(level == one)
+        picked[int(at[numpy.argmin(step[at])])] = None
+    picked[int(numpy.argmin(memory))] = None
     return [_sketch(grid, priced, at) for at in picked]
+
+
+def _burden(grid: Grid) -> numpy.ndarray:
+    """How strong a plan's effect on the numbers is, then how many techniques it has."""
+    total = numpy.zeros(grid.shape)
+    for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
+        weight = [len(u) + 100.0 * int(effect_of(Plan(uses=u))) for u in values]
+        shape = [1] * len(grid.shape)
+        shape[axis] = -1
+        total = total + numpy.array(weight).reshape(shape)
+    return total
+
+
+def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:
+    """What a choice is made from: no worse in both time and memory than all others, or the best of its own
+    layout that fits."""
+    ordered = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
+    kept: list[Sketch] = []
+    quickest = math.inf
+    for one in ordered:
+        if one.step_s < quickest * (1 - _WORTH):
+            kept.append(one)
+            quickest = one.step_s
+    best: dict[Any, list[Sketch]] = {}
+    for one in sketches:
+        if one.allocated_bytes <= cap_bytes:
+            at = one.grid.layout
+            best.setdefault((at.tensor, at.context, at.stages, at.schedule), []).append(one)
+    for group in best.values():
+        group.sort(key=lambda s: (s.step_s, s.allocated_bytes))
+        kept += group[:_KEPT_PER_LAYOUT]
+    fitting = [s for s in sketches if s.allocated_bytes <= cap_bytes]
+    if fitting:
+        limit = min(s.step_s for s in fitting) * (1 + TIE_RATIO)
+        kept += [s for s in fitting if s.step_s <= limit][:_KEPT_TIED]
+    return list({id(s): s for s in kept}.values())
 
 
 def _sketch(grid: Grid, priced: Priced, at: int) -> Sketch:
@@ -208,10 +248,3 @@ def _sketch(grid: Grid, priced: Priced, at: int) -> Sketch:
         grid=grid, index=index, step_s=float(priced.step_s[index]),
         allocated_bytes=float(priced.allocated_bytes[index]), host_bytes=float(priced.host_bytes[index]),
     )  # fmt: skip
-
-
-Fits = Callable[[Sketch], bool]
-
-
-def by_time(sketches: Iterable[Sketch]) -> list[Sketch]:
-    return sorted(sketches, key=lambda s: (s.step_s, s.allocated_bytes, s.plan.fingerprint))

@@ -85,10 +85,8 @@ class _Look:
     def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> Piece:
         """``module`` None: what is in no block and works in these windows."""
         kept = self.level(forward[1]) - self.level(forward[0])
-        gradients = sum(
-            a.size_bytes for a in self.trace.allocations
-            if a.category is Category.GRADIENT and a.step == self.last and backward[0] <= a.start < backward[1]
-        )  # fmt: skip
+        made = (a for a in self.trace.allocations if a.category is Category.GRADIENT and a.step == self.last)
+        gradients = sum(a.size_bytes for a in made if backward[0] <= a.start < backward[1])
         ahead, back = self.within(forward), self.within(backward)
         return Piece(
             forward_s=self.seconds(ahead),

@@ -17,7 +17,7 @@ from memfit.search.layouts import Grid, Layout
 from memfit.types.parts import Parts, Updating
 from memfit.types.plan import Use
 
-Array = numpy.ndarray
+Array = Any  # of float64; what broadcasting makes of arrays has no narrower type
 Communicate = Callable[[str, Any, int, int], Any]
 """(kind, bytes, ranks, ranks of them in one host) -> seconds"""
 
@@ -358,7 +358,9 @@ def _stage(
     bucket = own * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
     whole = own * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
     again = counts > 1
-    resident = parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), again)
+    resident = (
+        parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), again)
+    )
 
     sharded = states(lambda s: s.parameter_shards > 1)
     open_ahead, open_back = _opened(axes, elements.block, root, depth)

@@ -76,10 +76,10 @@ class Traced:
         """All at once, side by side."""
         new = [k for k in dict.fromkeys(keys) if k not in self.kept]
         more = [u for u in dict.fromkeys(updates) if u not in self.updates]
-        calls = [functools.partial(self._traced, k) for k in new]
+        calls: list[Any] = [functools.partial(self._traced, k) for k in new]
         calls += [functools.partial(self._updated, u) for u in more]
         with uncollected():
-            found = side_by_side(calls)
+            found: list[Any] = side_by_side(calls)
         self.kept |= dict(zip(new, found, strict=False))
         self.updates |= dict(zip(more, found[len(new) :], strict=True))
 

@@ -20,6 +20,7 @@ class Objective(enum.StrEnum):
     SMALLEST = "smallest"
     CHEAPEST = "cheapest"
     GREENEST = "greenest"
+    FEWEST = "fewest"
 
 
 def score(estimate: Estimate, goal: Objective) -> float:
@@ -28,6 +29,8 @@ def score(estimate: Estimate, goal: Objective) -> float:
     time_s = estimate.step_s.value if estimate.step_s else math.inf
     if goal is Objective.SMALLEST:
         return estimate.allocated_bytes.value
+    if goal is Objective.FEWEST:  # devices, then time
+        return estimate.plan.ranks * (1 + 1e-3 * time_s / (1 + time_s))
     if goal is Objective.CHEAPEST:
         return estimate.usd if estimate.usd is not None else time_s
     if goal is Objective.GREENEST:

@@ -87,7 +87,7 @@ class Grid:
         """The plan at these indices along the axes."""
         at = [axis[i] for axis, i in zip(self._axes, index[1:], strict=True)]
         uses = [*self.layout.uses, *itertools.chain(*at)]
-        size, count = self.micro[index[0]]
+        count = self.micro[index[0]][1]
         if self.layout.stages > 1:
             uses.append(_use("pipeline", stages=self.layout.stages, schedule=self.layout.schedule,
                              virtual=self.layout.virtual, micro_batches=count))  # fmt: skip
@@ -174,7 +174,11 @@ def _inside() -> list[Uses]:
         (_use("selective-checkpointing", keep=k),) for k in ("attention", "matmul", "every-second-matmul")
     ]
     compiled = (_use("compile", scope="blocks"),)
-    cheap = [r for r in recomputed if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1]
+    cheap = [
+        r
+        for r in recomputed
+        if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1
+    ]
     return recomputed + [(*r, *compiled) for r in cheap]
 
 

@@ -18,6 +18,7 @@ from memfit.techniques import (
     optimizers,
     pipeline,
     precision,
+    recompute,
     sharded_ddp,
     tensor_parallel,
     zero,
@@ -34,6 +35,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         precision.PARAMETERS,
         checkpointing.FULL,
         checkpointing.SELECTIVE,
+        recompute.TECHNIQUE,
         chunked_loss.TECHNIQUE,
         compiled.TECHNIQUE,
         optimizers.ADAMW_8BIT,
@@ -103,6 +105,9 @@ def conflict(plan: Plan) -> str | None:
                 return f"{one.name} and {other.name} both set the {one.slot}"
             if _forbids(one, other) or _forbids(other, one):
                 return f"{one.name} cannot be combined with {other.name}"
+    sharded = plan.get("zero")
+    if sharded is not None and sharded.settings.get("stage") == 3 and plan.get("compile") is not None:
+        return "zero of stage 3 gathers parameters inside of blocks, and compile makes one graph of each"
     return None
 
 
@@ -131,6 +136,16 @@ def effect_of(plan: Plan) -> EffectClass:
 def _effect(used: Use) -> EffectClass:
     lower = used.settings.get("precision") == "bf16"
     return max(technique(used.technique).effect, EffectClass.E2 if lower else EffectClass.E0)
+
+
+def brief(plan: Plan) -> str:
+    """The plan's label without what is as techniques have it by default."""
+
+    def short(used: Use) -> Use:
+        usual = {k.name: k.default for k in technique(used.technique).knobs}
+        return Use(technique=used.technique, knobs=tuple(k for k in used.knobs if usual.get(k[0]) != k[1]))
+
+    return Plan(uses=tuple(map(short, plan.uses)), ranks=plan.ranks).label
 
 
 def in_order(plan: Plan) -> list[tuple[Technique, Use]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import zlib
 
 KnobValue = str | int | float | bool
 
@@ -92,5 +93,22 @@ class Plan:
 
 
 def _label(u: Use) -> str:
-    inner = ", ".join(f"{k}={v}" for k, v in u.knobs)
+    inner = ", ".join(f"{k}={_short(v)}" for k, v in u.knobs)
     return f"{u.technique}({inner})" if inner else u.technique
+
+
+def _short(value: KnobValue) -> str:
+    """Long text by its beginning and a checksum of it all."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}...{zlib.crc32(text.encode()):08x}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a plan must keep to, beside memory. None: no matter. ``steps``: of the whole training;
+    ``micro_batch``: samples that go through at once (0: any number)."""
+
+    steps: int = 0
+    deadline_s: float | None = None
+    budget_usd: float | None = None
+    micro_batch: int = 0

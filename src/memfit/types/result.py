@@ -185,6 +185,20 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What a change would bring, as ratios to the recommended plan. ``kind``: "memory" (``amount``: bytes
+    more on each device), "devices" (so many more), or a part of the machine that takes a tenth less time for
+    its work. ``plan``: the best one then; "" is the same."""
+
+    kind: str
+    amount: float
+    time_ratio: float | None = None
+    cost_ratio: float | None = None
+    carbon_ratio: float | None = None
+    plan: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """``frontier``: no plan in it is beaten in peak, time and effect class at once; by growing peak.
     ``recommended`` is None when nothing fits. ``considered`` counts distinct plans priced."""
@@ -196,6 +210,7 @@ class SearchResult:
     frontier: tuple[Choice, ...]
     recommended: Choice | None
     smallest: Choice
+    sensitivity: tuple[Sensitivity, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,3 +55,14 @@ def format_seconds(seconds: float) -> str:
         if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds * 1e3:.3g} ms"
+
+
+_DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90m``, ``72h``, ``1.5d``, ``2w``. Raises UserError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    if found is None or found[2] not in _DURATION_S or not float(found[1]):
+        raise UserError(f"not a time: {text!r}", allowed="a number with s, m, h, d or w, such as 72h")
+    return float(found[1]) * _DURATION_S[found[2]]

@@ -1,0 +1,318 @@
+"""The search for many devices, whole: grids priced, finalists traced, the answer with what more would buy.
+
+Nothing depends on how long anything took, so the answer is the same every time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from memfit.cost.estimate import around, modelled_boundary
+from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.money import bill
+from memfit.cost.play import Player
+from memfit.pricing import Pricer
+from memfit.scaling.find import Found, Sketch, find, per_host
+from memfit.scaling.traced import Traced
+from memfit.search.choose import Objective, best, frontier, score
+from memfit.search.layouts import Limits
+from memfit.search.space import complexity
+from memfit.techniques.registry import brief, effect_of, plain
+from memfit.techniques.world import layout
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.machine import Machine
+from memfit.types.plan import Accuracy, Bounds, Plan
+from memfit.types.result import Choice, Estimate, Reason, SearchResult, Sensitivity
+
+FINALISTS = 4
+_SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
+_GAIN = 0.03  # a change of the score that is worth telling
+
+Fits = Callable[[Estimate], bool]
+Tell = Callable[[str, int, int, str], None]
+
+
+def keeps(bounds: Bounds, estimate: Estimate) -> bool:
+    """Whether the whole training is done by the deadline, within the budget."""
+    step_s = estimate.step_s.value if estimate.step_s else math.inf
+    usd = estimate.usd if estimate.usd is not None else math.inf
+    late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
+    return not late and (bounds.budget_usd is None or usd * bounds.steps <= bounds.budget_usd)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Aim:
+    """What is wanted. ``needs``: the memory that an estimate asks of a device."""
+
+    goal: Objective
+    accuracy: Accuracy
+    cap_bytes: int
+    needs: Callable[[Estimate], int]
+    bounds: Bounds
+    tell: Tell
+
+
+class Scale:
+    """A search of one job on one machine. Traces are kept from one number of devices to the next."""
+
+    def __init__(self, pricer: Pricer, aim: Aim) -> None:
+        self.pricer, self.aim, self.machine = pricer, aim, pricer.machine
+        self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
+        self.refused: dict[Plan, str] = {}
+        if pricer.model is None:
+            raise UserError(
+                f"speeds of {self.machine.device.name} are unknown",
+                hint="add its peak and bandwidth to the machine file",
+            )
+        self.model = pricer.model
+        self.traced = Traced(pricer.job, pricer.device)
+        self.found: dict[int, Found] = {}
+        self.cap_bytes = self._allocated_cap()
+
+    def _allocated_cap(self) -> float:
+        """The highest peak of a sketch that fits."""
+        low, high = 0.0, 2.0**50
+        for _ in range(60):
+            middle = (low + high) / 2
+            allocated = around(middle, _SKETCH_MEMORY_RATIO)
+            memory = sketched(allocated, self.machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+            probe = Estimate(
+                plan=Plan(), allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
+                by_module_bytes={}, step_s=None, flops_per_step=0, traced=False,
+                reserved_bytes=memory.reserved_bytes, device_bytes=memory.device_bytes,
+            )  # fmt: skip
+            low, high = (middle, high) if self.fits_memory(probe) else (low, middle)
+        return low
+
+    def fits_memory(self, estimate: Estimate) -> bool:
+        return self.needs(estimate) <= self.aim.cap_bytes
+
+    def sketches(self, ranks: int) -> Found:
+        if ranks not in self.found:
+            self.tell("search", 0, 0, f"{ranks} devices")
+            self.found[ranks] = find(
+                self.traced, self.machine, self.model, self._limits(ranks), self.cap_bytes
+            )
+        return self.found[ranks]
+
+    def _limits(self, ranks: int) -> Limits:
+        each = per_host(self.machine)
+        degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(each, 1)))
+        return Limits(
+            ranks=ranks, per_host=each, batch=self.pricer.job.batch_size, blocks=self.traced.blocks,
+            device=self.pricer.device, tensor=degrees, context=tuple(d for d in degrees if d <= 8),
+            chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
+            micro_batch=self.bounds.micro_batch,
+        )  # fmt: skip
+
+    def estimates(self, ranks: int) -> list[Estimate]:
+        return [self.estimate(s) for s in self.sketches(ranks).sketches]
+
+    def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
+        """(resource, seconds saved by a tenth less work for it) of the traced plan, largest first."""
+        trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
+        player = Player(model=self.model, machine=self.machine, members=trace.members)
+        return list(player.bottleneck(trace).items())
+
+    def estimate(self, sketch: Sketch) -> Estimate:
+        """The sketch in the words of an estimate."""
+        machine = self._machine(sketch.grid.layout.ranks)
+        cost = bill(machine, step_s=sketch.step_s)
+        allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
+        memory = sketched(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+        return Estimate(
+            plan=sketch.plan, allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
+            by_module_bytes={}, step_s=around(sketch.step_s, _SKETCH_TIME_RATIO), flops_per_step=0,
+            energy_j=cost.energy_j, energy_boundary=modelled_boundary(machine), usd=cost.usd,
+            co2_g=cost.co2_g, traced=False, reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
+            oom_probability=memory.oom_probability,
+            host_bytes=around(sketch.host_bytes, _SKETCH_MEMORY_RATIO) if sketch.host_bytes else None,
+        )  # fmt: skip
+
+    def _machine(self, ranks: int) -> Machine:
+        return dataclasses.replace(self.machine, device_count=ranks)
+
+    def whole(self, sketched_as: Estimate) -> Estimate:
+        """Traced. Seconds, where the trace gives none, are the sketch's."""
+        traced = self.pricer.whole(sketched_as.plan)
+        if traced.step_s is not None:
+            return traced
+        return dataclasses.replace(
+            traced, step_s=sketched_as.step_s, usd=sketched_as.usd, co2_g=sketched_as.co2_g,
+            energy_j=sketched_as.energy_j,
+        )  # fmt: skip
+
+
+def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
+    """Numbers of devices to try: all of them, or fewer too where that can be better."""
+    if goal in (Objective.FASTEST, Objective.SMALLEST):
+        return (ranks,)
+    fewer = [ranks]
+    while fewer[-1] % 2 == 0:
+        fewer.append(fewer[-1] // 2)
+    return tuple(fewer)
+
+
+def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
+    """Raises NothingFits with what would have to change, UserError where the batch cannot be shared."""
+    scale, goal = Scale(pricer, aim), aim.goal
+
+    def fits(estimate: Estimate) -> bool:
+        return scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
+
+    sizes = counts(ranks, goal)
+    estimates = [e for n in sizes for e in scale.estimates(n)]
+    finalists = _finalists(scale, estimates, goal, fits)
+    tried = {e.plan for e in finalists}
+    known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
+    basis = next((e for e in known if e.plan == plain(ranks)), None) or scale.pricer.whole(plain(ranks))
+    known = [e for e in known if e.plan != basis.plan]
+    winner = best([e for e in finalists if fits(e)], goal)
+    if winner is None:
+        raise _nothing(scale, [*known, basis], ranks)
+    choices = [e for e in frontier([*known, basis]) if fits(e)]
+    by_plan = {e.plan: e for e in (winner, basis, *choices)}
+    smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
+
+    def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
+        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
+
+    recommended = choice(winner, (*_rivals(winner, known, fits, goal), *_cannot(scale)))
+    ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
+    return SearchResult(
+        goal=goal.value, cap_bytes=aim.cap_bytes, considered=sum(scale.found[n].considered for n in sizes),
+        baseline=choice(basis), frontier=tuple(recommended if e is winner else choice(e) for e in ordered),
+        recommended=recommended, smallest=choice(smallest),
+        sensitivity=tuple(_sensitivity(scale, winner, known, ranks)),
+    )  # fmt: skip
+
+
+def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fits: Fits) -> list[Estimate]:
+    """The best sketches traced whole, until none of the rest could be better or enough were traced: a rest
+    is taken to be as much quicker than its sketch as the luckiest of those traced."""
+    waiting = sorted((e for e in estimates if fits(e)), key=lambda e: (score(e, goal), complexity(e.plan)))
+    waiting = _tied_first(waiting, goal)
+    traced: list[Estimate] = []
+    luckiest, tries = 1.0, 0
+    while waiting and tries < FINALISTS * 3 and sum(map(fits, traced)) < FINALISTS:
+        top = best([e for e in traced if fits(e)], goal)
+        if top is not None and score(top, goal) <= score(waiting[0], goal) * luckiest:
+            break
+        sketch, tries = waiting.pop(0), tries + 1
+        scale.tell("finalists", tries - 1, FINALISTS, brief(sketch.plan))
+        try:
+            whole = scale.whole(sketch)
+        except Exception as error:  # noqa: BLE001  the next best is still an answer, and the reason is told
+            reason = str(error).partition("\n")[0][:200]
+            scale.refused[sketch.plan] = f"{brief(sketch.plan)} does not trace: {reason}"
+            continue
+        luckiest = min(luckiest, score(whole, goal) / score(sketch, goal))
+        traced.append(whole)
+    return traced
+
+
+def _tied_first(ordered: list[Estimate], goal: Objective) -> list[Estimate]:
+    """The mildest and simplest of those that are as good as the best comes before it."""
+    preferred = best(ordered, goal)
+    return [preferred, *(e for e in ordered if e is not preferred)] if preferred else []
+
+
+def _rivals(
+    winner: Estimate, known: Sequence[Estimate], fits: Fits, goal: Objective
+) -> Iterator[Reason]:  # fmt: skip
+    """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
+    used = {u.technique for u in winner.plan.uses}
+    for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
+        inside = name in used
+        others = [e for e in known if (e.plan.get(name) is None) == inside]
+        rivals = [e for e in others if fits(e)]
+        if not rivals:
+            yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
+            continue
+        rival = min(rivals, key=lambda e: (score(e, goal), complexity(e.plan)))
+        worse = score(rival, goal) > score(winner, goal) * (1 + _GAIN)
+        ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
+        change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
+        kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
+        yield Reason(
+            kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
+            detail=brief(rival.plan),
+        )  # fmt: skip
+
+
+def _cannot(scale: Scale) -> list[Reason]:
+    """What the model cannot be cut by, and finalists that could not be traced."""
+    found = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
+    return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(found)]
+
+
+def _sensitivity(
+    scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
+) -> Iterator[Sensitivity]:
+    """What more memory, more devices, or a quicker part of the machine would change."""
+    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
+    here = score(winner, goal)
+    bigger = [e for e in known if keeps(scale.bounds, e) and score(e, goal) < here * (1 - _GAIN)]
+    if bigger:
+        least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
+        more = scale.needs(least) - cap_bytes
+        if more > 0:
+            yield _told("memory", more, winner, least)
+    if goal is not Objective.FEWEST:
+        try:
+            twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
+        except UserError:
+            twice = None
+        if twice is not None:
+            yield _told("devices", ranks, winner, twice)
+    for resource, saved_s in scale.bottleneck(winner.plan):
+        step_s = winner.step_s.value if winner.step_s else math.inf
+        if saved_s > 0.005 * step_s:
+            yield Sensitivity(kind=resource, amount=0.0, time_ratio=1 - saved_s / step_s)
+
+
+def _told(kind: str, amount: float, winner: Estimate, other: Estimate) -> Sensitivity:
+    def ratio(value: Callable[[Estimate], float | None]) -> float | None:
+        now, then = value(winner), value(other)
+        return then / now if now and then else None
+
+    return Sensitivity(
+        kind=kind, amount=amount, plan=brief(other.plan),
+        time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None), cost_ratio=ratio(lambda e: e.usd),
+        carbon_ratio=ratio(lambda e: e.co2_g),
+    )  # fmt: skip
+
+
+def _nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
+    """With the least changes, each alone, that would make a plan fit."""
+    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
+    least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan)))
+    ways = []
+    fitting = [e for e in known if scale.fits_memory(e)]
+    if fitting:
+        quickest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
+        dearest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
+        if scale.bounds.deadline_s is not None and quickest.step_s:
+            needed = quickest.step_s.value * scale.bounds.steps
+            ways.append(f"a deadline of {needed / 3600:.2f} h, with {brief(quickest.plan)}")
+        if scale.bounds.budget_usd is not None and dearest.usd is not None:
+            ways.append(f"a budget of {dearest.usd * scale.bounds.steps:.2f} USD, with {brief(dearest.plan)}")
+    else:
+        ways.append(f"{(scale.needs(least) - cap_bytes) / 2**30:.1f} GiB more on each device")
+    for times in (2, 4, 8, 16):
+        try:
+            more = [
+                e for e in scale.estimates(times * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)
+            ]
+        except UserError:
+            continue
+        if more := [e for e in fitting if keeps(scale.bounds, e)]:
+            found = min(more, key=lambda e: (score(e, goal), complexity(e.plan)))
+            ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
+            break
+    return NothingFits(
+        cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways)
+    )
