@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,23 +21,28 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A technique's setting: a positive integer of any size, or one of ``choices``."""
+    """A technique's setting: a positive integer of any size, one of ``choices``, or text of a ``pattern``."""
 
     name: str
     default: KnobValue
     doc: str
     choices: tuple[KnobValue, ...] = ()
     minimum: int = 1
+    pattern: re.Pattern[str] | None = None
 
     @property
     def allowed(self) -> str:
         if self.choices:
             return ", ".join(str(c) for c in self.choices)
+        if self.pattern is not None:
+            return f"text like {self.pattern.pattern}"
         return f"an integer of at least {self.minimum}"
 
     def accepts(self, value: object) -> bool:
         if self.choices:
             return any(value == c and type(value) is type(c) for c in self.choices)
+        if self.pattern is not None:
+            return isinstance(value, str) and self.pattern.fullmatch(value) is not None
         return isinstance(value, int) and not isinstance(value, bool) and value >= self.minimum
 
 

@@ -38,7 +38,7 @@ def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> l
     share their traces.
     """
     model = tracer.fake_model(job)
-    found = _repeated(model, job)
+    found = _repeated(model, job) if plan.get("optimal-checkpointing") is None else None  # blocks differ then
     deep = [_Deep.of(job, plan, rank, *found) if found else None for rank in ranks]
     calls: dict[Any, Callable[[], Trace]] = {}
     for rank, one in zip(ranks, deep, strict=True):
