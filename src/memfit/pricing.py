@@ -19,8 +19,11 @@ from memfit.cost.estimate import around, estimate, modelled_boundary
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.money import bill
+from memfit.cost.play import Played
+from memfit.cost.steps import played
 from memfit.cost.time import TimeModel, time_model
 from memfit.engines.registry import engine
+from memfit.recomputation import chosen, nominal_s, open_budget
 from memfit.techniques.base import Space
 from memfit.techniques.registry import plain, technique
 from memfit.techniques.world import layout
@@ -63,6 +66,7 @@ class Pricer:
     traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # of a plan's rank
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
+    settled_plans: dict[Plan, Plan] = dataclasses.field(default_factory=dict)
     reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
 
     def __post_init__(self) -> None:
@@ -75,6 +79,18 @@ class Pricer:
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.model = time_model(self.machine.device, calibration, self.seen())
+        self.settled_plans.clear()
+
+    def settled(self, plan: Plan) -> Plan:
+        """The plan with what it leaves open chosen: which tensors to recompute under its budget."""
+        if open_budget(plan) is None:
+            return plan
+        if plan not in self.settled_plans:
+            seconds = self.model.op_s if self.model else nominal_s
+            self.settled_plans[plan] = chosen(
+                self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration
+            )
+        return self.settled_plans[plan]
 
     def seen(self) -> list[OpCall]:
         """Distinct operators of every trace so far."""
@@ -82,6 +98,7 @@ class Pricer:
         return list(ops.values())
 
     def trace(self, plan: Plan, rank: int = 0) -> Trace:
+        plan = self.settled(plan)
         self._trace(plan, [rank])
         return self.traces[plan, rank]
 
@@ -114,14 +131,17 @@ class Pricer:
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
+        plan = self.settled(plan)
         ranks = layout(plan).distinct_ranks()
         self._trace(plan, ranks)
         with uncollected():
-            return [self._of_rank(plan, rank) for rank in ranks]
+            traces = [self.trace(plan, rank) for rank in ranks]
+            step = played(traces, plan, self.machine, self.model) if self.model else None
+            return [self._of_rank(plan, traced, step) for traced in traces]
 
-    def _of_rank(self, plan: Plan, rank: int) -> Estimate:
+    def _of_rank(self, plan: Plan, traced: Trace, step: Played | None) -> Estimate:
         found = estimate(
-            self.trace(plan, rank), plan, machine=self.machine, calibration=self.calibration, model=self.model
+            traced, plan, machine=self.machine, calibration=self.calibration, model=self.model, step=step
         )
         if plan == plain(plan.ranks) and found.reserved_bytes is not None:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.cost.estimate import estimate, modelled_boundary, offload_s
+from memfit.cost.estimate import estimate, modelled_boundary
 from memfit.cost.memory import levels, memory_profile, state_bytes, step_ops, timeline
+from memfit.cost.steps import host_bytes_s, played
 from memfit.cost.time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
 from memfit.types.machine import Calibration, Device, Fact, Host, Machine
 from memfit.types.plan import Plan
@@ -302,12 +303,24 @@ def test_law_an_interval_holds_its_value(value: float, ratio: float) -> None:
 
 
 def test_offload_is_written_and_read_once_a_micro_step() -> None:
-    slow_disk = dataclasses.replace(CALIBRATED, disk_bytes_s=1e6)
+    slow_disk = model(dataclasses.replace(CALIBRATED, disk_bytes_s=1e6))
+
+    def seconds(traced: Trace) -> float:
+        found = played([traced], Plan(), machine(), slow_disk)
+        assert found is not None
+        return found.step_s
+
     once = made(offloaded_bytes=10**6)
-    assert offload_s(once, model(slow_disk)) == pytest.approx(2.0)
-    again = dataclasses.replace(once, repeated_micro_steps=3)  # one of four was played
-    assert offload_s(again, model(slow_disk)) == pytest.approx(8.0)
-    assert offload_s(made(), model()) == 0
+    assert seconds(once) == pytest.approx(2.0)
+    assert seconds(dataclasses.replace(once, repeated_micro_steps=3)) == pytest.approx(8.0)  # one of four
+    assert seconds(made()) == 0
+
+
+def test_the_devices_of_a_host_share_its_memory() -> None:
+    host = Host(name="h", device_bytes_s=fact(20e9), shared_bytes_s=fact(80e9))
+    alone = dataclasses.replace(machine(), host=host)
+    assert host_bytes_s(alone, model(Calibration())) == 20e9
+    assert host_bytes_s(dataclasses.replace(alone, device_count=8), model(Calibration())) == 10e9
 
 
 def test_the_boundary_says_what_energy_covers() -> None:

@@ -36,6 +36,7 @@ _SPLITS = (1, 2, 4, 8)  # of the inner dimension over multiprocessors that would
 # (elements of half precision that rows are a multiple of, share of the rate); assumed after NVIDIA's guide to
 # matrix multiplication, which shows a fall by steps.
 _ALIGNED = ((8, 1.0), (4, 0.7), (2, 0.45), (1, 0.25))
+_ROW_START = 128  # elements of a normalised row, which has a block of threads to itself; assumed
 STRIDED, BROADCAST = 0.6, 0.8  # of the bandwidth, by layout; assumed
 _WHOLE = (  # have kernels of their own that do not mind
     "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
@@ -212,9 +213,12 @@ def layout_share(signature: str) -> float:
         name, args, _ = json.loads(signature)
     except ValueError:
         return 1.0
+    tensors = [a["t"] for a in args if isinstance(a, dict) and "t" in a]
+    if name.startswith("aten.native_layer_norm") and tensors:
+        width = tensors[0][0][-1] if tensors[0][0] else 1
+        return float(width / (width + _ROW_START))
     if not name.startswith("aten.") or name.split(".")[1].startswith(_WHOLE):
         return 1.0
-    tensors = [a["t"] for a in args if isinstance(a, dict) and "t" in a]
     if any(stride != _contiguous(shape) for shape, stride, *_ in tensors):
         return STRIDED
     return BROADCAST if len({math.prod(shape) for shape, *_ in tensors if math.prod(shape) > 1}) > 1 else 1.0

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,7 +62,6 @@ class Player:
     model: TimeModel
     machine: Machine
     members: Mapping[str, Sequence[int]]
-    rank: int = 0
     quicker: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,14 +96,15 @@ class Player:
     def _collective(self, op: OpCall) -> tuple[float, str]:
         kind, size_bytes, *where = sent(op)
         if where:  # a stand-in says how many ranks, and how many of them in a host
-            seconds = collective_s(kind, size_bytes, *where, self.machine)
-            return float(seconds), "link" if where[1] >= where[0] else "network"
+            count, near = where
+            seconds = collective_s(kind, size_bytes, count, near, self.machine)
+            return float(seconds), "link" if near >= count else "network"
         ranks = self.members.get(op.group, ())
         if len(ranks) < 2:
             return 0.0, "link"
-        here = self.machine.devices_per_host or len(ranks) + self.rank + 1
-        near = sum(r // here == self.rank // here for r in ranks)
-        seconds = collective_s(kind, size_bytes, len(ranks), max(1, near), self.machine)
+        here = self.machine.devices_per_host or max(ranks) + 1
+        near = max(Counter(r // here for r in ranks).values())
+        seconds = collective_s(kind, size_bytes, len(ranks), near, self.machine)
         return float(seconds), "link" if near == len(ranks) else "network"
 
     # -- playing --------------------------------------------------------------------------------------
@@ -243,6 +243,11 @@ def sent(op: OpCall) -> tuple[Any, ...]:
         _, args, _ = json.loads(op.signature)
         return (args[3], *args[4]) if args[3] in KINDS else ("", 0)
     return _sent(op.signature) if op.op.startswith(COLLECTIVES) else ("", 0)
+
+
+def payload_bytes(op: OpCall) -> int:
+    """Of what is sent from one rank to another."""
+    return _bytes(json.loads(op.signature)[1][0])
 
 
 @functools.lru_cache(maxsize=1 << 14)

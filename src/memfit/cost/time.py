@@ -25,7 +25,7 @@ ASSUMED_OVERHEAD_S = 5e-6  # one kernel launch
 # What the host takes to issue an operator, its views and the modules around it: Python and autograd in
 # forward, autograd's own thread in backward, one call for many tensors in the optimizer. The kernels of
 # compiled regions are issued by generated code. (Profiles of eager PyTorch on servers; marked assumed.)
-ASSUMED_ISSUE_S = {Phase.FORWARD: 10e-6, Phase.BACKWARD: 7e-6, Phase.OPTIMIZER: 20e-6, Phase.SETUP: 0.0}
+ASSUMED_ISSUE_S = {Phase.FORWARD: 25e-6, Phase.BACKWARD: 15e-6, Phase.OPTIMIZER: 30e-6, Phase.SETUP: 0.0}
 ASSUMED_COMPILED_ISSUE_S = 4e-6
 COLLECTIVES = ("c10d.", "_c10d_functional.")
 FUSED = "memfit."  # a compiled group of pointwise operators, one kernel

@@ -1,0 +1,94 @@
+"""Step time of plans of several ranks, from traces of their kinds of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from tiny import words
+
+from memfit.catalog.spelled import machine
+from memfit.cost.steps import micro_steps, played
+from memfit.cost.time import time_model
+from memfit.techniques.registry import make_use as use
+from memfit.techniques.world import layout
+from memfit.trace.tracer import trace
+from memfit.types.machine import Calibration, Fact, Link, Machine
+from memfit.types.plan import Plan, Use
+from memfit.types.trace import Trace
+
+pytestmark = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+
+
+def traces(plan: Plan, device: str = "cuda") -> list[Trace]:
+    job = words(blocks=4)
+    return [trace(job, plan, rank=r, device=device) for r in layout(plan).distinct_ranks()]
+
+
+def seconds(plan: Plan, found: list[Trace], on: Machine) -> float:
+    model = time_model(on.device, Calibration())
+    assert model is not None
+    step = played(found, plan, on, model)
+    assert step is not None
+    return step.step_s
+
+
+def slower_link(on: Machine, times: float) -> Machine:
+    assert on.device.link is not None
+    bytes_s = Fact(value=on.device.link.bytes_s.value / times, source="a test", date="2026-01-01")
+    link = Link(name="slow", bytes_s=bytes_s)
+    return dataclasses.replace(on, device=dataclasses.replace(on.device, link=link))
+
+
+def pipeline(**settings: Any) -> Use:
+    return use("pipeline", {"stages": 4, "micro_batches": 4, **settings})
+
+
+PLANS = (
+    (use("ddp", {}),), (use("fsdp2", {"precision": "bf16"}),), (use("zero", {"stage": 1}),),
+    (use("zero", {"stage": 3}),), (pipeline(schedule="gpipe"),), (pipeline(schedule="1f1b"),),
+    (pipeline(stages=2, schedule="interleaved", virtual=2), use("fsdp2", {})),
+    (pipeline(schedule="zero-bubble"),), (pipeline(stages=2, schedule="zero-bubble-v", virtual=2),),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("uses", PLANS, ids=lambda uses: "+".join(f"{u.technique}" for u in uses))
+def test_plans_of_several_ranks_have_seconds_and_a_slower_link_costs(uses: tuple[Use, ...]) -> None:
+    ranks = 2 if uses[0].settings.get("schedule") == "zero-bubble-v" else 4
+    plan = Plan(ranks=ranks, uses=uses)
+    found, eight = traces(plan), machine("8xH100-SXM")
+    quick, slow = seconds(plan, found, eight), seconds(plan, found, slower_link(eight, 1e6))
+    assert 0 < quick < slow
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
+    """Three of them beside four micro-batches, though the busiest rank also steps and reduces."""
+    plan = Plan(ranks=4, uses=(pipeline(schedule="1f1b"),))
+    found, on = traces(plan), machine("8xH100-SXM")
+    assert micro_steps(found[0]) == 4
+    model = time_model(on.device, Calibration())
+    assert model is not None
+    alone = [played([t], Plan(), on, model) for t in found]
+    busiest = max(one.step_s for one in alone if one is not None)
+    assert seconds(plan, found, on) > 1.2 * busiest
+
+
+def test_groups_across_hosts_use_the_network() -> None:
+    plan = Plan(ranks=4, uses=(use("ddp", {}),))
+    found = traces(plan)
+    apart = machine("4x1xH100-SXM@IB-NDR")
+    assert apart.network is not None
+    slow = Link(name="slow", bytes_s=dataclasses.replace(apart.network.bytes_s, value=1e5))
+    inside, outside = machine("4xH100-SXM"), dataclasses.replace(apart, network=slow)
+    assert seconds(plan, found, inside) < seconds(plan, found, outside)
+    assert seconds(plan, found, slower_link(outside, 1e6)) == seconds(plan, found, outside)
+
+
+def test_ranks_on_processors_share_them_and_are_not_timed() -> None:
+    plan = Plan(ranks=2, uses=(use("ddp", {}),))
+    on = machine("8xH100-SXM")
+    cpu = dataclasses.replace(on, device=dataclasses.replace(on.device, kind="cpu"))
+    model = time_model(cpu.device, Calibration())
+    assert model is not None
+    assert played(traces(plan, "cpu"), plan, cpu, model) is None
