@@ -20,6 +20,7 @@ from memfit.planning import (
     needed_bytes,
 )
 from memfit.pricing import Pricer
+from memfit.recomputation import open_budget
 from memfit.report.explain import Explained
 from memfit.run.child import run
 from memfit.run.ranks import run_ranks
@@ -42,6 +43,11 @@ _NOT_KEPT = Keep()
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
     """Where every MiB of ``plan`` goes, before running it."""
     return anatomy(request, [plan], progress)[0].estimate
+
+
+def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
+    """The plan with what it leaves open chosen for the request's machine."""
+    return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
 
 def anatomy(
@@ -91,6 +97,7 @@ def run_plan(
     job = make_pricer(request)[0]
     keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
     estimate = explain(request, plan, progress)
+    plan = estimate.plan
     if request.engine == "replay":
         return _replayed(store or Store(), request, plan, seed, estimate)
     spec = RunSpec(

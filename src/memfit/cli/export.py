@@ -64,6 +64,8 @@ def export(
     from memfit.export.base import Handover
     from memfit.export.targets import TARGETS, bundle
     from memfit.export.write import write
+    from memfit.recomputation import open_budget
+    from memfit.running import settled
     from memfit.techniques.planfile import plan_text
 
     target = one_of("--to", own.to, TARGETS)
@@ -71,6 +73,9 @@ def export(
     if plan is None:
         with Bars("en") as progress:
             plan = recommended_plan(request(job, goal, here), progress)
+    elif open_budget(plan) is not None:
+        with Bars("en") as progress:
+            plan = settled(request(job, goal, here), plan, progress)
     config, job_file = _launch(job, goal.engine, plan, here, _kept(own))
     words, script_file = _words(own.script)
     handover = Handover(
