@@ -1,11 +1,12 @@
-"""Memory of published training runs, predicted from their descriptions and compared with what was measured.
+"""Memory and step time of published training runs, predicted from their descriptions.
 
     python benchmarks/published.py --csv FILE [--json] [--record] [--only REGEX] [--jobs N]
     python benchmarks/published.py --page                 the page from the last record
 
-Prints a line per row (id, quality, mem_metric, measured and predicted GiB, error) and the summary. ``--json``
-prints both as JSON instead. Rows that cannot be expressed are refused with the reason. ``--record`` adds the
-run to benchmarks/records/published.jsonl and writes benchmarks/published.md from it.
+Prints a line per row (id, quality, mem_metric, measured and predicted GiB, error; seconds of a step where a
+speed was published) and the summary. ``--json`` prints both as JSON instead (sizes in GiB, times in seconds).
+Rows that cannot be expressed are refused with the reason. ``--record`` adds the run to
+benchmarks/records/published.jsonl and writes benchmarks/published.md from it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from published.pace import sweep_in_words, time_in_words
 from published.page import HEADER, in_words, line, page
 from published.rows import read
-from published.score import Scored, score, summaries
+from published.score import Scored, score, summaries, sweeps, times
 
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError
@@ -54,11 +56,14 @@ def main() -> int:
         "unit": "GiB",
         "rows": [s.as_row() for s in scored],
         "summary": [dataclasses.asdict(s) for s in summaries(scored)],
+        "times": [dataclasses.asdict(t) for t in times(scored)],
+        "sweeps": [dataclasses.asdict(s) for s in sweeps(scored)],
     }
     if args.json:
         print(json.dumps(results, indent=1))
     else:
-        print(*map(in_words, summaries(scored)), sep="\n")
+        print(*map(in_words, summaries(scored)), *map(time_in_words, times(scored)), sep="\n")
+        print(*map(sweep_in_words, sweeps(scored)), sep="\n")
     if args.record:
         _record(results, time.perf_counter() - begun, args)
     return 0

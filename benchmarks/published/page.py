@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from published.pace import speed_line, tables
 from published.score import Scored, Summary
 
 HEADER = f"{'id':32} {'quality':7} {'mem_metric':30} {'measured':>9} {'predicted':>9} {'error':>7}  (GiB)"
@@ -30,7 +31,7 @@ def line(s: Scored) -> str:
     row = s.as_row()
     numbers = f"{_size(row['measured']):>9} {_size(row['predicted']):>9} {_percent(s.error, '+.1%'):>7}"
     remark = s.reason or ("card full" if s.full else "")
-    return f"{s.id:32} {s.quality:7} {s.metric[:30]:30} {numbers}  {remark}".rstrip()
+    return f"{s.id:32} {s.quality:7} {s.metric[:30]:30} {numbers}  {remark}".rstrip() + speed_line(s)
 
 
 def in_words(s: Summary) -> str:
@@ -72,6 +73,7 @@ def page(record: Mapping[str, Any]) -> str:
     lines += _refusals("Not expressed", [r for r in known if r["predicted"] is None])
     without = [r for r in rows if r["measured"] is None or r["reference"]]
     lines += ["", f"{len(without)} more rows publish no memory, or a formula's; they are in the record."]
+    lines += tables(record, why["time"])
     return "\n".join(lines) + "\n"
 
 

@@ -186,10 +186,37 @@ def _predicted(setup: Setup) -> Prediction:
 
 
 def _of(setup: Setup, plan: Plan) -> Prediction:
-    options: dict[str, Any] = {"device": "cuda", "played": 2, "update": setup.row["scope"] == "train_step"}
-    if _is_line(setup, plan) and (found := _on_a_line(setup, plan, options)) is not None:
+    if _is_line(setup, plan) and (found := _on_a_line(setup, plan)) is not None:
         return found
-    return of_trace(setup, deep_trace(job_of(setup), plan, **options))
+    return of_trace(setup, traced(setup, plan))
+
+
+_KEPT: dict[Any, Trace] = {}  # of the row at hand: memory and time are read from the same traces
+
+
+def forget() -> None:
+    _KEPT.clear()
+
+
+def traced(setup: Setup, plan: Plan, layers: int = 0) -> Trace:
+    """Of the model with so many blocks; 0: with all of its own."""
+    key = (*setup.row.items(), setup.micro_batch, setup.micro_batches, plan, layers)
+    if key not in _KEPT:
+        options: dict[str, Any] = {
+            "device": "cuda", "played": 2, "update": setup.row["scope"] == "train_step",
+        }  # fmt: skip
+        job = job_of(_with_layers(setup, layers) if layers else setup)
+        _KEPT[key] = trace(job, plan, **options) if layers else deep_trace(job, plan, **options)
+    return _KEPT[key]
+
+
+def traces_of(setup: Setup, plan: Plan) -> list[tuple[float, Trace]]:
+    """(times, trace) whose sum is the whole: one, or two on the line where blocks are extrapolated."""
+    if not _is_line(setup, plan):
+        return [(1.0, traced(setup, plan))]
+    times = (_count(setup) - _FEW_BLOCKS) / _period(plan)
+    few, more = (traced(setup, plan, _FEW_BLOCKS + i * _period(plan)) for i in range(2))
+    return [(1.0 - times, few), (times, more)]
 
 
 def _is_line(setup: Setup, plan: Plan) -> bool:
@@ -217,11 +244,10 @@ def _number_of(text: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _on_a_line(setup: Setup, plan: Plan, options: dict[str, Any]) -> Prediction | None:
+def _on_a_line(setup: Setup, plan: Plan) -> Prediction | None:
     """Peaks grow by as much with every further period of blocks; None where a third depth says otherwise."""
     card, period = _card(setup.row["gpu"]), _period(plan)
-    depths = [_FEW_BLOCKS + i * period for i in range(3)]
-    found = [trace(job_of(_with_layers(setup, n)), plan, **options) for n in depths]
+    found = [traced(setup, plan, _FEW_BLOCKS + i * period) for i in range(3)]
     few, more, most = (_tops(with_workspaces(t, card) if card else t) for t in found)
     times = (_count(setup) - _FEW_BLOCKS) / period
     whole = {key: int(few[key] + times * (more[key] - few[key])) for key in few}
@@ -295,6 +321,14 @@ def _card(name: str) -> Device | None:
         with contextlib.suppress(UserError):
             return device(spelled)
     return None
+
+
+def card_of(setup: Setup) -> Device | None:
+    """For time: torchao's and torchtitan's H100 are those of their authors, with 2.4 TB/s (torchao's
+    roofline_utils.py says so) and a limit of 500 W (torchtitan's reports)."""
+    name = setup.row["gpu"]
+    theirs = re.search("torchao|torchtitan", setup.row["group"].lower()) and "h100" in name.lower()
+    return _card("H100-96GB-HBM2e" if theirs else name)
 
 
 def _expandable(setup: Setup) -> bool:

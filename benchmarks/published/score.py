@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from memfit.types.errors import UserError
-from published.predict import predict
+from published.predict import forget, predict
 from published.rows import GIB, Setup, card_bytes, setup_of
+from published.seconds import measured_s, timed
+from published.seconds import predicted as seconds_of
 
 FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Seconds of a step beside what the source gave: ``unit`` and ``value`` in its own words. ``predicted_s``
+    None: refused, for ``reason``. ``busy_s``: what the predicted step's seconds are of, by resource."""
+
+    unit: str
+    value: float
+    measured_s: float | None = None
+    predicted_s: float | None = None
+    busy_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def error(self) -> float | None:
+        if self.predicted_s is None or not self.measured_s:
+            return None
+        return self.predicted_s / self.measured_s - 1
+
+    @property
+    def predicted(self) -> float | None:
+        """In the source's own unit."""
+        if self.error is None:
+            return None
+        return self.value * (1 + self.error) if self.unit == "step_time_s" else self.value / (1 + self.error)
+
+    def as_row(self) -> dict[str, Any]:
+        return {
+            "step_s": self.predicted_s, "measured_step_s": self.measured_s, "step_error": self.error,
+            "speed_unit": self.unit, "measured_speed": self.value, "predicted_speed": self.predicted,
+            "busy_s": dict(self.busy_s), "step_reason": self.reason,
+        }  # fmt: skip
+
+
+_SPEEDS = ("tok_s_gpu", "tok_s_total", "samples_s", "step_time_s")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +72,7 @@ class Scored:
     full: bool = False  # the measured number is within 6 % of the card
     sure: bool = True  # of the measured number's unit
     reference: bool = False  # a paper's formula, not a measurement
+    speed: Speed | None = None  # None: no speed was published
 
     @property
     def error(self) -> float | None:
@@ -47,6 +87,7 @@ class Scored:
             "measured": _gib(self.measured_bytes), "predicted": _gib(self.predicted_bytes),
             "error": self.error, "compared": self.compared, "reason": self.reason, "source": self.source,
             "card_full": self.full, "unit_sure": self.sure, "reference": self.reference,
+            **(self.speed.as_row() if self.speed else {}),
         }  # fmt: skip
 
 
@@ -60,15 +101,49 @@ def score(row: Mapping[str, str]) -> Scored:
         id=row["id"], source=row["group"], quality=row["quality"], metric=row["mem_metric"],
         reference=row["scope"] == "analytic_reference",
     )  # fmt: skip
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = _tried(lambda: _scored(row, found), lambda why: dataclasses.replace(found, reason=why))
+        unit = next((c for c in _SPEEDS if _number_in(row, c)), None)
+        if unit is None or found.reference:
+            return found
+        bare = Speed(unit=unit, value=_number_in(row, unit))
+        speed = _tried(lambda: _timed(row, bare), lambda why: dataclasses.replace(bare, reason=why))
+    return dataclasses.replace(found, speed=speed)
+
+
+_Found = TypeVar("_Found")
+
+
+def _tried(made: Callable[[], _Found], refused: Callable[[str], _Found]) -> _Found:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _scored(row, found)
+        return made()
     except UserError as error:
-        return dataclasses.replace(found, reason=str(error))
+        return refused(str(error))
     except Exception as error:  # noqa: BLE001
         first = str(error).strip().partition("\n")[0]
-        return dataclasses.replace(found, reason=f"failed: {type(error).__name__}: {first}"[:200])
+        return refused(f"failed: {type(error).__name__}: {first}"[:200])
+
+
+def _number_in(row: Mapping[str, str], column: str) -> float:
+    try:
+        return float(row.get(column) or 0)
+    except ValueError:
+        return 0.0
+
+
+def _timed(row: Mapping[str, str], bare: Speed) -> Speed:
+    setup = timed(setup_of(row))
+    measured = measured_s(setup)
+    if not measured:
+        raise UserError("the row does not say how many tokens or samples a step has")
+    found = dataclasses.replace(bare, measured_s=measured)
+    try:
+        played = seconds_of(setup)
+    except UserError as error:
+        return dataclasses.replace(found, reason=str(error))
+    return dataclasses.replace(found, predicted_s=played.step_s, busy_s=played.busy_s)
 
 
 def _scored(row: Mapping[str, str], found: Scored) -> Scored:
@@ -152,3 +227,88 @@ def _summary(name: str, scored: Sequence[Scored]) -> Summary:
         median_of_sources=statistics.median(each) if each else None,
         worst=max((e for _, e in errors), default=None),
     )  # fmt: skip
+
+
+# -- time -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Of rows with a speed: absolute errors of the step's seconds. ``within``: the share at most 30 % off."""
+
+    name: str
+    rows: int
+    predicted: int
+    median: float | None
+    within: float | None
+    worst: float | None
+    sources: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Rows of one source in one unit: how well their order is kept. ``rank``: Spearman's correlation;
+    ``pairs``: the share of pairs in the right order (measured within 2 % of each other: no order)."""
+
+    name: str
+    unit: str
+    rows: int
+    rank: float
+    pairs: float
+    median: float
+
+
+def times(scored: Sequence[Scored]) -> list[Times]:
+    known = [s for s in scored if s.speed is not None]
+    named: list[tuple[str, list[Scored]]] = [
+        ("all with a speed", known),
+        ("quality A", [s for s in known if s.quality == "A"]),
+        ("quality B and C", [s for s in known if s.quality != "A"]),
+    ]
+    return [_times(name, rows) for name, rows in named]
+
+
+def _times(name: str, rows: Sequence[Scored]) -> Times:
+    errors = [abs(s.speed.error) for s in rows if s.speed and s.speed.error is not None]
+    return Times(
+        name=name, rows=len(rows), predicted=len(errors),
+        median=statistics.median(errors) if errors else None,
+        within=sum(e <= 0.30 for e in errors) / len(errors) if errors else None,
+        worst=max(errors, default=None), sources=len({s.source for s in rows}),
+    )  # fmt: skip
+
+
+def sweeps(scored: Sequence[Scored]) -> list[Sweep]:
+    """Every source with at least two rows of one unit, the largest first."""
+    groups: dict[tuple[str, str], list[Speed]] = {}
+    for s in scored:
+        if s.speed is not None and s.speed.predicted is not None:
+            groups.setdefault((s.source, s.speed.unit), []).append(s.speed)
+    found = [_sweep(*key, speeds) for key, speeds in groups.items() if len(speeds) > 1]
+    return sorted(found, key=lambda s: -s.rows)
+
+
+def _sweep(name: str, unit: str, speeds: Sequence[Speed]) -> Sweep:
+    true, made = [s.value for s in speeds], [s.predicted or 0.0 for s in speeds]
+    pairs = [
+        (a - b) * (p - q) > 0
+        for (a, p), (b, q) in itertools.combinations(zip(true, made, strict=True), 2)
+        if abs(a / b - 1) > 0.02
+    ]
+    return Sweep(
+        name=name, unit=unit, rows=len(speeds), rank=_spearman(true, made),
+        pairs=sum(pairs) / len(pairs) if pairs else 1.0,
+        median=statistics.median(abs(s.error or 0.0) for s in speeds),
+    )  # fmt: skip
+
+
+def _spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    ranks = [_ranks(values) for values in (one, other)]
+    if min(len(set(r)) for r in ranks) == 1:
+        return 1.0
+    return statistics.correlation(*ranks)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]

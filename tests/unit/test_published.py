@@ -252,7 +252,7 @@ def test_the_page_has_every_row_with_its_error_or_its_reason() -> None:
 
 def test_reasons_explain_and_hold_no_numbers_for_the_prediction() -> None:
     why = tomllib.loads((_BENCHMARKS / "published" / "why.toml").read_text(encoding="utf-8"))
-    assert set(why) == {"caveats", "rows"}
+    assert set(why) == {"caveats", "rows", "time"}
     assert all(isinstance(text, str) for text in why["rows"].values())
     for source in (_BENCHMARKS / "published").glob("*.py"):
         if source.name != "page.py":

@@ -38,6 +38,7 @@ _SPLITS = (1, 2, 4, 8)  # of the inner dimension over multiprocessors that would
 _ALIGNED = ((8, 1.0), (4, 0.7), (2, 0.45), (1, 0.25))
 _ROW_START = 128  # elements of a normalised row, which has a block of threads to itself; assumed
 STRIDED, BROADCAST = 0.6, 0.8  # of the bandwidth, by layout; assumed
+NARROW = 0.7  # of the bandwidth, by a product that is bound by it: its tiles start and end more than they run
 _WHOLE = (  # have kernels of their own that do not mind
     "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
     "convolution", "_softmax", "_log_softmax", "sum", "mean", "_scaled_mm", "_grouped_mm",
@@ -214,6 +215,8 @@ def layout_share(signature: str) -> float:
     except ValueError:
         return 1.0
     tensors = [a["t"] for a in args if isinstance(a, dict) and "t" in a]
+    if name.split(".")[-2] in _PRODUCTS:
+        return NARROW
     if name.startswith("aten.native_layer_norm") and tensors:
         width = tensors[0][0][-1] if tensors[0][0] else 1
         return float(width / (width + _ROW_START))

@@ -1,0 +1,136 @@
+"""Step time in words and tables: every row with a published speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from published.score import Scored, Sweep, Times
+
+_NAMES = {
+    "tok_s_gpu": "tokens/s/GPU", "tok_s_total": "tokens/s", "samples_s": "samples/s", "step_time_s": "s/step",
+}  # fmt: skip
+_RANK, _LARGE_SWEEP = 0.9, 5
+
+
+def time_in_words(t: Times) -> str:
+    begin = f"step time, {t.name}: {t.predicted} of {t.rows} predicted"
+    if t.median is None or t.within is None or t.worst is None:
+        return begin
+    return f"{begin}, median error {t.median:.1%}, {t.within:.0%} within 30%, worst {t.worst:.1%}"
+
+
+def sweep_in_words(s: Sweep) -> str:
+    return (
+        f"order, {s.name} ({_NAMES[s.unit]}): {s.rows} rows, rank correlation {s.rank:.2f}, "
+        f"{s.pairs:.0%} of pairs, median error {s.median:.1%}"
+    )
+
+
+def speed_line(s: Scored) -> str:
+    """What follows a row's memory in the terminal."""
+    if s.speed is None:
+        return ""
+    if s.speed.error is None:
+        return f"  step: {s.speed.reason}"
+    return f"  step {s.speed.measured_s:.4g} s, predicted {s.speed.predicted_s:.4g} ({s.speed.error:+.1%})"
+
+
+def tables(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
+    rows = [r for r in record["rows"] if r.get("speed_unit")]
+    if not rows:
+        return []
+    lines = ["", "# Step time", "", why["caveats"].strip(), ""]
+    lines += [
+        "| rows | published | predicted | median error | within 30 % | worst |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for t in record["times"]:
+        numbers = " | ".join("-" if t[k] is None else f"{t[k]:.1%}" for k in ("median", "within", "worst"))
+        lines.append(f"| {t['name']} | {t['rows']} | {t['predicted']} | {numbers} |")
+    lines += ["", *_targets(record), "", "## Order within a source", ""]
+    lines += [
+        "| source | unit | rows | rank correlation | pairs in order | median error |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {s['name']} | {_NAMES[s['unit']]} | {s['rows']} | {s['rank']:.2f} | {s['pairs']:.0%} "
+        f"| {s['median']:.1%} |"
+        for s in record["sweeps"]
+    ]
+    lines += _rows([r for r in rows if r["step_error"] is not None], why)
+    refused = [r for r in rows if r["step_error"] is None]
+    lines += [
+        "",
+        "## Step time not expressed",
+        "",
+        "| id | quality | published | reason |",
+        "|---|---|--:|---|",
+    ]
+    lines += [
+        f"| {r['id']} | {r['quality']} | {_value(r['measured_speed'])} {_NAMES[r['speed_unit']]} "
+        f"| {r['step_reason'].replace('|', '/')} |"
+        for r in refused
+    ]
+    return lines
+
+
+def _targets(record: Mapping[str, Any]) -> list[str]:
+    whole = record["times"][0]
+    large = [s["rank"] for s in record["sweeps"] if s["rows"] >= _LARGE_SWEEP]
+    low = min(large, default=1.0)
+    checks = [
+        (
+            "median error at most 12%",
+            whole["median"],
+            whole["median"] is not None and whole["median"] <= 0.12,
+            True,
+        ),
+        (
+            "nine in ten within 30%",
+            whole["within"],
+            whole["within"] is not None and whole["within"] >= 0.9,
+            True,
+        ),
+        (
+            f"rank correlation at least 0.9 in each of {len(large)} sweeps of 5 or more rows",
+            low,
+            low >= _RANK,
+            False,
+        ),
+    ]
+    lines = ["| target | found | reached |", "|---|--:|---|"]
+    for name, found, reached, percent in checks:
+        shown = "-" if found is None else f"{found:.1%}" if percent else f"{found:.2f} at least"
+        lines.append(f"| {name} | {shown} | {'yes' if reached else 'no'} |")
+    return lines
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], why: Mapping[str, str]) -> list[str]:
+    lines = [
+        "", "## Step time, every row", "",
+        "| id | quality | unit | published | predicted | step | predicted | error | most of it | why |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        most = sorted(r["busy_s"].items(), key=lambda kv: -kv[1])[:3]
+        shares = ", ".join(f"{name} {busy / r['step_s']:.0%}" for name, busy in most)
+        numbers = f"{_value(r['measured_speed'])} | {_value(r['predicted_speed'])}"
+        seconds = f"{r['measured_step_s']:.4g} s | {r['step_s']:.4g} s"
+        unit = _NAMES[r["speed_unit"]]
+        lines.append(
+            f"| {r['id']} | {r['quality']} | {unit} | {numbers} | {seconds} | {r['step_error']:+.1%} "
+            f"| {shares} | {_why(r, why)} |"
+        )
+    return lines
+
+
+def _value(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _why(row: Mapping[str, Any], why: Mapping[str, str]) -> str:
+    """What is known about a row more than 15 % off."""
+    if abs(row["step_error"]) < 0.15:
+        return ""
+    return next((text for start, text in why["rows"].items() if row["id"].startswith(start)), "not known")

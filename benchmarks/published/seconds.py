@@ -1,0 +1,256 @@
+"""How long a step of a published run takes: its trace played on the catalog's machine; what its source gave.
+
+What differs between code bases and is no part of a trace is told here with where it was read: whose attention
+kernel, what float8 casts move, which network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+from memfit.catalog.load import link, network
+from memfit.cost.play import Played, Player
+from memfit.cost.time import time_model
+from memfit.types.errors import UserError
+from memfit.types.machine import Calibration, Device, Fact, Link, Machine
+from memfit.types.plan import Plan
+from memfit.types.trace import Category, OpCall, Phase, Trace
+from published.layers import FULL_SUM, kernel
+from published.models import known, needed
+from published.pipelines import Run
+from published.predict import card_of, plan_of, traces_of
+from published.rows import Setup, when
+
+_TOKENS = 16384  # of a micro-batch, where a source states none: what its card holds at once
+
+
+def measured_s(setup: Setup) -> float | None:
+    """Of one optimizer step; None where the source gives no speed."""
+    row = setup.row
+
+    def number(column: str) -> float:
+        try:
+            return float(row.get(column) or 0)
+        except ValueError:
+            return 0.0
+
+    samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
+    tokens = samples * setup.length
+    devices = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
+    raw = re.search(r"raw .{0,40}~?([\d.]+)x higher", row["notes"])
+    counted = float(raw[1]) if raw else 1.0  # padding that the source leaves out and the device does not
+    if number("step_time_s"):
+        return number("step_time_s")
+    if number("tok_s_gpu") and tokens:
+        return tokens / devices / (number("tok_s_gpu") * counted)
+    if number("tok_s_total") and tokens:
+        return tokens / (number("tok_s_total") * counted)
+    return samples / number("samples_s") if number("samples_s") and samples else None
+
+
+def timed(setup: Setup) -> Setup:
+    """With a micro-batch where the source gives none: speed hardly depends on it. torchtitan cuts a local
+    batch into as many parts as there are stages."""
+    stages = setup.ranks["pp"]
+    if setup.code == "titan" and stages > 1 and setup.micro_batch % stages == 0:
+        return dataclasses.replace(setup, micro_batch=setup.micro_batch // stages, micro_batches=stages)
+    if setup.micro_batch or not setup.length:
+        return setup
+    told = re.search(r"micro-batch (\d+)", setup.row["notes"])
+    whole = re.match(r"\d+", setup.row["global_batch"])
+    each = max(1, int(whole[0]) // setup.ranks["dp"]) if whole else 0
+    micro = int(told[1]) if told else max(1, min(each or _TOKENS, _TOKENS // setup.length))
+    return dataclasses.replace(setup, micro_batch=micro, micro_batches=max(1, each // micro))
+
+
+def predicted(setup: Setup) -> Played:
+    """Raises UserError with the reason where the row cannot be expressed."""
+    card = card_of(setup)
+    if card is None:
+        raise UserError(f"the GPU is not stated: {setup.row['gpu']!r}")
+    if by_calls(setup, card):
+        needed(setup)
+        ranks = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
+        return Run(setup, known(setup), machine_of(setup, card, ranks)).step()
+    plan = plan_of(setup)
+    return on_line(traces_of(setup, plan), lambda t: play(setup, card, t))
+
+
+def by_calls(setup: Setup, card: Device) -> bool:
+    """Whether it is timed from Megatron's calls: its own runs; pipelines and experts of others; GPT with
+    fused kernels; and V100, which has no flash attention, where GPT was Megatron's as well."""
+    gpt = setup.arch is not None and setup.arch.learned_positions
+    old = "v100" in card.name.lower() or "fused dense" in setup.row["attn_impl"].lower()
+    return setup.code == "megatron" or max(setup.ranks["pp"], setup.ranks["ep"]) > 1 or (gpt and old)
+
+
+def on_line(traces: list[tuple[float, Trace]], one: Callable[[Trace], Played]) -> Played:
+    """The sum of what traces say, each so many times."""
+    parts = [(times, one(t)) for times, t in traces]
+    keys = {k for _, p in parts for k in p.busy_s}
+    return Played(
+        step_s=sum(n * p.step_s for n, p in parts),
+        busy_s={k: sum(n * p.busy_s.get(k, 0.0) for n, p in parts) for k in keys},
+        exposed_s=sum(n * p.exposed_s for n, p in parts),
+        idle_s=sum(n * p.idle_s for n, p in parts),
+    )
+
+
+def play(setup: Setup, card: Device, trace: Trace) -> Played:
+    machine = machine_of(setup, card, trace.ranks)
+    model = time_model(machine.device, Calibration())
+    assert model is not None
+    ops = trace.ops
+    if setup.compiled and setup.ranks["tp"] > 1:  # traced without the compiler: its graphs know no DTensor
+        ops = fused(ops)
+    if setup.float8:
+        ops = tuple(o for op in ops for o in float8(op, 3 if setup.compiled else 5))
+    if setup.compute == "float16":  # autocast on the CPU that traces knows bfloat16 only
+        ops = tuple(dataclasses.replace(o, dtype=o.dtype.replace("bfloat16", "float16")) for o in ops)
+    if "torchao" in setup.row["group"].lower() and re.search("-[48]bit", setup.optimizer):
+        ops = one_optimizer(trace, ops)
+    if setup.ranks["cp"] > 1 and setup.code in ("hf", "liger", "foak"):
+        ops = tuple(balanced(o, setup.ranks["cp"]) for o in ops)
+    trace = dataclasses.replace(trace, ops=ops)
+    apart = setup.ranks["tp"] if re.search("async ?tp", setup.row["notes"].lower()) else 1
+    # Asynchronous tensor parallelism hides all but the first of so many parts of each transfer.
+    quicker = {"link": 1 / apart}
+    player = Player(model=model, machine=machine, members=trace.members, quicker=quicker)
+    return player.step(trace)
+
+
+# -- machines -------------------------------------------------------------------------------------------
+
+
+def machine_of(setup: Setup, card: Device, ranks: int) -> Machine:
+    each = 16 if "v100" in setup.row["gpu"].lower() and ranks > 8 else 8
+    return Machine(
+        name=card.name, device=with_kernels(setup, card), device_count=ranks, devices_per_host=each,
+        network=network_of(setup, card),
+    )  # fmt: skip
+
+
+def network_of(setup: Setup, card: Device) -> Link:
+    """Jean Zay, where BLOOM was trained, has four Omni-Path ports of 100 Gb/s for eight A100 (its
+    documentation); hosts of V100 had one port of 100 Gb/s for two devices (DGX-2); a port a device since."""
+    if "bloom" in setup.row["group"].lower() or "v100" in card.name.lower():
+        bytes_s = Fact(value=6.25e9, source="100 Gb/s for two devices", date="2022")
+        return Link(name="100 Gb/s for two", bytes_s=bytes_s)
+    return network("IB-HDR" if "A100" in card.name or "A800" in card.name else "IB-NDR")
+
+
+_EXPORT = {"h800": "NVLink4-H800", "a800": "NVLink3-A800"}
+
+
+def with_kernels(setup: Setup, card: Device) -> Device:
+    """The card with the attention kernels that the source's code calls and the links of its version."""
+    name = next((v for k, v in _EXPORT.items() if k in setup.row["gpu"].lower()), None)
+    ratios = {**card.efficiency_ratio}
+    kind = attention_of(setup)
+    if re.search(r"power.?limited|simumax", f"{setup.row['software']} {setup.row['group']}".lower()):
+        # A node with a power limit: its large products reach the catalog's low end (SimuMax's own figure)
+        matmul = ratios["matmul"]
+        share = (matmul.low or matmul.value) / matmul.value
+        for key in [k for k in ratios if k.startswith(("matmul", "attention"))]:
+            ratios[key] = dataclasses.replace(ratios[key], value=ratios[key].value * share)
+    if kind == "triton":
+        # FlashAttention's first version and its Triton port: half of the second's speed (Dao 2023, abstract)
+        for key in ("attention", "attention_backward"):
+            ratios[key] = dataclasses.replace(ratios[key], value=ratios[key].value / 2)
+    elif kind and f"attention_{kind}" in ratios:
+        ratios["attention"] = ratios[f"attention_{kind}"]
+        ratios["attention_backward"] = ratios[f"attention_{kind}_backward"]
+    own = {"link": link(name)} if name else {}
+    return dataclasses.replace(card, efficiency_ratio=ratios, **own)
+
+
+def attention_of(setup: Setup) -> str:
+    """Empty: torch's flash backend, which is FlashAttention-2. Transformer Engine takes cuDNN's on Hopper and
+    later (dot_product_attention/utils.py); MosaicML's table of 2023 names Triton's."""
+    text = setup.row["attn_impl"].lower()
+    if "cudnn" in text or "te fused" in text or (setup.code == "megatron" and "unfused" not in text):
+        return "cudnn"
+    return "triton" if "triton" in text else ""
+
+
+def fused(ops: tuple[OpCall, ...]) -> tuple[OpCall, ...]:
+    """Pointwise calls in a row as one kernel, which moves as much as the largest of them and what is kept."""
+    found: list[OpCall] = []
+    chain: list[OpCall] = []
+    for op in ops:
+        pointwise = (
+            op.op.startswith("aten.") and not op.flops and op.phase is not Phase.OPTIMIZER and not op.stream
+        )
+        if chain and (not pointwise or op.phase is not chain[0].phase):
+            found.append(_one(chain))
+            chain = []
+        (chain if pointwise else found).append(op)
+    return (*found, *([_one(chain)] if chain else []))
+
+
+_KEPT_BESIDE = 1.3
+
+
+def _one(chain: list[OpCall]) -> OpCall:
+    largest = max(chain, key=lambda o: o.moved_bytes)
+    made = kernel(largest.moved_bytes * (_KEPT_BESIDE if len(chain) > 1 else 1), dtype=largest.dtype)
+    return dataclasses.replace(
+        made, phase=chain[0].phase, step=chain[0].step, clock=chain[0].clock, module=chain[0].module
+    )
+
+
+# -- float8 ---------------------------------------------------------------------------------------------
+
+
+def float8(op: OpCall, cast_bytes: int) -> list[OpCall]:
+    """A block's linear product in float8 with the casts of its operands before it; other calls as they are.
+    ``cast_bytes``: of an element: read and written in one byte; unless a compiler finds the largest value
+    where the element is made, read for that before."""
+    if op.op not in ("aten.mm.default", "aten.addmm.default") or not op.module.startswith("blocks"):
+        return [op]
+    if op.dtype not in ("bfloat16", "float16"):
+        return [op]
+    elements = op.moved_bytes / 2  # of both operands and the result, in half precision
+    cast = dataclasses.replace(
+        op, op="aten._to_copy.default", signature=f'["float8",[{op.signature}],{{}}]', flops=0,
+        moved_bytes=int(elements * 2 / 3 * cast_bytes),
+    )  # fmt: skip
+    flops = op.flops / FULL_SUM if op.phase is Phase.BACKWARD else op.flops
+    low = dataclasses.replace(op, dtype="float8_e4m3fn", flops=int(flops), moved_bytes=int(elements * 4 / 3))
+    return [cast, low]
+
+
+def one_optimizer(trace: Trace, ops: tuple[OpCall, ...]) -> tuple[OpCall, ...]:
+    """torchao compiles its low-bit optimizers: all of a step's work on a parameter is one kernel."""
+    last = trace.steps - 1
+    states = sum(
+        a.size_bytes for a in trace.allocations if a.end is None and a.category is Category.OPTIMIZER_STATE
+    )
+    weights = sum(
+        a.size_bytes for a in trace.allocations if a.end is None and a.category is Category.PARAMETER
+    )
+    step = [o for o in ops if o.phase is Phase.OPTIMIZER and o.step == last]
+    if not step:
+        return ops
+    gone = set(map(id, step))
+    one = dataclasses.replace(
+        kernel(3 * weights + 2 * states, dtype="float32"), phase=Phase.OPTIMIZER, step=last
+    )
+    return (*(o for o in ops if id(o) not in gone), dataclasses.replace(one, clock=step[0].clock))
+
+
+def balanced(op: OpCall, ranks: int) -> OpCall:
+    """Attention of one rank of a sequence dealt out from both ends: half of the square, shared by all ranks.
+    The flash-attn package's call, as these traces have it, sees the rank's own part only."""
+    return dataclasses.replace(op, flops=op.flops * ranks) if "scaled_dot_product" in op.op else op
+
+
+def newer(setup: Setup, since: tuple[int, int]) -> bool:
+    told = when(setup.row)
+    return told is None or told >= since
+
+
+__all__ = ["Plan", "known", "measured_s", "newer", "play", "predicted", "timed"]
