@@ -40,7 +40,7 @@ def measured_s(setup: Setup) -> float | None:
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
     tokens = samples * setup.length
     devices = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
-    raw = re.search(r"raw .{0,40}~?([\d.]+)x higher", row["notes"])
+    raw = re.search(r"raw .{0,40}?(\d+(?:\.\d+)?)x higher", row["notes"])
     counted = float(raw[1]) if raw else 1.0  # padding that the source leaves out and the device does not
     if number("step_time_s"):
         return number("step_time_s")
