@@ -71,12 +71,22 @@ def predicted(setup: Setup) -> Played:
     card = card_of(setup)
     if card is None:
         raise UserError(f"the GPU is not stated: {setup.row['gpu']!r}")
+    if (
+        setup.code == "megatron"
+        and setup.sharding.startswith("fsdp")
+        and not re.search(r"\bte\b", text_of(setup))
+    ):
+        setup = dataclasses.replace(setup, code="hf")  # NVIDIA's recipes for models of Hugging Face's kind
     if by_calls(setup, card):
         needed(setup)
         ranks = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
         return Run(setup, known(setup), machine_of(setup, card, ranks)).step()
     plan = plan_of(setup)
     return on_line(traces_of(setup, plan), lambda t: play(setup, card, t))
+
+
+def text_of(setup: Setup) -> str:
+    return " ".join(setup.row[c] for c in ("attn_impl", "precision", "software", "notes")).lower()
 
 
 def by_calls(setup: Setup, card: Device) -> bool:

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost.collectives import KINDS, collective_s
-from memfit.cost.kernels import Kernels, Product, Scores, kernels, product_share, shape_of
+from memfit.cost.kernels import (
+    BROADCAST,
+    NARROW,
+    STRIDED,
+    Kernels,
+    Product,
+    Scores,
+    kernels,
+    layout_share,
+    product_share,
+    shape_of,
+)
 from memfit.cost.time import time_model
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.trace import OpCall, Phase
@@ -101,6 +112,26 @@ def test_causal_attention_does_half_and_backward_takes_longer() -> None:
 
 def test_tiny_kernels_take_their_start() -> None:
     assert found().seconds(call("add", [tensor(1)], moved=6)) == pytest.approx(2e-6, rel=0.01)
+
+
+def test_strided_broadcast_and_narrow_calls_reach_less_of_the_bandwidth() -> None:
+    def share(name: str, *tensors: tuple[list[int], list[int]]) -> float:
+        args = [{"t": [shape, strides, "bfloat16"]} for shape, strides in tensors]
+        return layout_share(json.dumps([f"aten.{name}", args, {}]))
+
+    rows, turned = ([64, 128], [128, 1]), ([64, 128], [1, 64])
+    assert share("add.Tensor", rows, rows) == 1
+    assert share("add.Tensor", ([1, 64, 128], [7, 128, 1]), rows) == 1  # a step over one element is none
+    assert share("add.Tensor", rows, turned) == STRIDED
+    assert share("mul.Tensor", rows, ([128], [1])) == BROADCAST
+    assert share("mm.default", rows, turned) == NARROW
+    assert share("native_layer_norm.default", rows) == 0.5
+    assert layout_share('["memfit.kernel.default",[],{}]') == layout_share("nothing") == 1
+
+
+def test_rows_that_start_between_16_bytes_are_slow() -> None:
+    even, odd = product(4096, 4096, 4096), product(4096, 4097, 4096)
+    assert found().seconds(odd) > 3 * found().seconds(even)
 
 
 def test_without_rates_nothing_is_known() -> None:

@@ -215,24 +215,28 @@ def layout_share(signature: str) -> float:
     except ValueError:
         return 1.0
     tensors = [a["t"] for a in args if isinstance(a, dict) and "t" in a]
-    if name.split(".")[-2] in _PRODUCTS:
+    base = name.split(".")[1] if name.startswith("aten.") else ""
+    if not base:
+        return 1.0
+    if base in _PRODUCTS:
         return NARROW
-    if name.startswith("aten.native_layer_norm") and tensors:
+    if base.startswith("native_layer_norm") and tensors:
         width = tensors[0][0][-1] if tensors[0][0] else 1
         return float(width / (width + _ROW_START))
-    if not name.startswith("aten.") or name.split(".")[1].startswith(_WHOLE):
+    if base.startswith(_WHOLE):
         return 1.0
-    if any(stride != _contiguous(shape) for shape, stride, *_ in tensors):
+    if not all(_contiguous(shape, strides) for shape, strides, *_ in tensors):
         return STRIDED
     return BROADCAST if len({math.prod(shape) for shape, *_ in tensors if math.prod(shape) > 1}) > 1 else 1.0
 
 
-def _contiguous(shape: list[int]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
+def _contiguous(shape: list[int], strides: list[int]) -> bool:
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
         step *= max(1, size)
-    return strides[::-1]
+    return True
 
 
 def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
