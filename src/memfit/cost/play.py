@@ -68,7 +68,7 @@ class Player:
         device = self.machine.device
         channels = device.nccl_channels.value if device.nccl_channels else ASSUMED_CHANNELS
         whole = self.model.kernels.multiprocessors if self.model.kernels else math.inf
-        self._beside = 1 / (1 - min(0.5, channels / whole))  # a kernel's seconds beside a collective
+        self.beside = 1 / (1 - min(0.5, channels / whole))  # a kernel's seconds beside a collective
         self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
     def item(self, op: OpCall) -> Item:
@@ -110,7 +110,7 @@ class Player:
     # -- playing --------------------------------------------------------------------------------------
 
     def play(self, ops: Iterable[OpCall]) -> Played:
-        return _Stage(self._beside).run([self.item(op) for op in ops])
+        return _Stage(self.beside).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> Played:
         """A whole step: the last one traced, with the micro-steps that were not played on the line."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from memfit.cost.collectives import collective_s
-from memfit.cost.play import ASSUMED_HOST_BYTES_S
+from memfit.cost.play import ASSUMED_HOST_BYTES_S, Player
 from memfit.cost.time import ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.scaling.compose import Composer, Cut
 from memfit.scaling.price import Given, Priced, Rates, compute_of, price, state_of
@@ -124,6 +124,7 @@ class _Pricing:
             per_host=per_host(machine),
             host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
             host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
+            beside=Player(model=model, machine=machine, members={}).beside,
         )
 
     def prepare(self, todo: Sequence[tuple[Grid, str, tuple[Uses, ...]]]) -> None:

@@ -124,6 +124,7 @@ class Rates:
     per_host: int
     host_bytes_s: float
     host_update_bytes_s: float
+    beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +220,7 @@ def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, awa
     every = axes.states(lambda s: s.every or s.kind == "zero")
     reshard = axes.states(lambda s: s.reshard)
     repeated = depth * (
-        numpy.maximum(forward, ahead * reshard) + numpy.maximum(backward, ahead * reshard + back * every)
+        _beside(forward, ahead * reshard, rates) + _beside(backward, ahead * reshard + back * every, rates)
     )
     once = depth * (
         (1 - reshard) * numpy.maximum(ahead - forward, 0.0)
@@ -238,6 +239,12 @@ def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, awa
         through = stages * (repeated + hop) + first + last
         step = _pipelined(layout, counts, busiest, through) + once + root_ahead + root_back * (1 - every)
     return step + _update(axes, elements, depth, layout, rates)
+
+
+def _beside(work: Array, travel: Array, rates: Rates) -> Array:
+    """Seconds of both: work is slowed as long as something travels."""
+    slowed = work + (rates.beside - 1) / rates.beside * numpy.minimum(travel, work * rates.beside)
+    return numpy.maximum(slowed, travel)
 
 
 def _spread(layout: Layout, rates: Rates) -> int:
@@ -285,7 +292,7 @@ def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates:
         mine = own / state.state_shards
         if state.offload:  # by the host's cores, and there and back over the bus
             moved = mine * (state.gradient + state.stored) / rates.host_bytes_s
-            return moved + mine * (4 * 4 + state.updating.state_bytes) / rates.host_update_bytes_s
+            return moved + mine * state.updating.moved_bytes / rates.host_update_bytes_s
         extra = 0.0
         if state.kind == "zero" and state.parameter_shards == 1 and state.state_shards > 1:
             extra = rates.communicate(

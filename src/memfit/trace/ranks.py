@@ -36,12 +36,29 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
         raise MemfitError(
             "a plan of several ranks cannot be traced while a process group is initialised here"
         )
+    _forget_other_worlds(layout(plan), rank)
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
         with _without_values():
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
+
+
+_last_world: list[Any] = [None]
+
+
+def _forget_other_worlds(*world: Any) -> None:
+    """DTensor remembers what operators give by meshes that count as equal though their groups are not: those
+    of an earlier world of other degrees are gone."""
+    if _last_world[0] not in (None, world):
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()
+    _last_world[0] = world
 
 
 @contextlib.contextmanager

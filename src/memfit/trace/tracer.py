@@ -133,7 +133,9 @@ def fake_model(job: Job) -> torch.nn.Module:
     """The job's model without memory for its parameters, to look at its structure."""
     ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that ask for values
     with _fake_world(), ledger:
-        return ledger.unseen(job.build_model)()
+        model: torch.nn.Module = ledger.unseen(job.build_model)()
+    _remember(job, model)
+    return model
 
 
 def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
@@ -185,7 +187,43 @@ class FirstBlocks:
     count: int
 
     def __call__(self) -> torch.nn.Module:
+        known = _KNOWN.get(self.job.build_model)
+        if known is not None:
+            kind, path = known
+            with contextlib.suppress(Exception), _hollow_beyond(kind, self.count):
+                return keep_blocks(self.job.build_model(), path, self.count)
         return keep_blocks(self.job.build_model(), self.job.blocks, self.count)
+
+
+# By build_model: (class of the blocks, their path), of models whose blocks alone are of that class.
+_KNOWN: weakref.WeakKeyDictionary[Any, tuple[type, str]] = weakref.WeakKeyDictionary()
+
+
+def _remember(job: Job, model: torch.nn.Module) -> None:
+    with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered
+        path, blocks = find_blocks(model, job.blocks)
+        kind = type(blocks[0])
+        if sum(type(m) is kind for m in model.modules()) == len(blocks):
+            _KNOWN[job.build_model] = (kind, path)
+
+
+@contextlib.contextmanager
+def _hollow_beyond(kind: type, count: int) -> Iterator[None]:
+    """Only the first ``count`` modules of that class get their parts: building the others, which go at once,
+    takes longer than tracing those that stay."""
+    inner, made = kind.__init__, 0
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal made
+        if type(self) is kind:
+            made += 1
+        if type(self) is kind and made > count:
+            torch.nn.Module.__init__(self)
+        else:
+            inner(self, *args, **kwargs)
+
+    with mock.patch.object(kind, "__init__", init):
+        yield
 
 
 def with_blocks(job: Job, count: int) -> Job:

@@ -49,3 +49,4 @@ class Updating:
     seconds: float
     state_bytes: float
     top_bytes: float  # at its highest, above parameters, gradients and state
+    moved_bytes: float  # read and written
