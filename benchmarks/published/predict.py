@@ -65,21 +65,25 @@ def _memory(setup: Setup) -> list[Use]:
     if "activations" in setup.offload:
         uses.append(use("activation-offload", to="host", minimum_kib=1))
     packed = setup.lora is not None and setup.lora.base  # 4-bit weights stay outside of graphs
-    if setup.compiled and not packed and setup.ranks["tp"] == 1:  # recomputed blocks are as large without
+    alone = setup.ranks["tp"] == setup.ranks["cp"] == 1  # with others, recomputed blocks are as large without
+    if setup.compiled and not packed and alone:
         uses.append(use("compile", scope=_graphs(setup)))
     return uses
 
 
 def _autocast(setup: Setup) -> bool:
     """FSDP and ZeRO have a precision of their own."""
-    if setup.sharding and setup.sharding != "ddp" and setup.ranks["dp"] > 1:
+    if setup.sharding and setup.sharding != "ddp" and setup.ranks["dp"] * setup.ranks["cp"] > 1:
         return False
     adapters = setup.lora is not None and setup.lora.adapter_dtype == "float32"
     return adapters or (setup.parameters == "float32" and setup.compute != "float32")
 
 
+EXPRESSED = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-paged", "adafactor", "sgd")
+
+
 def _optimizer(setup: Setup) -> list[Use]:
-    if setup.optimizer not in ("adamw", "adamw-8bit", "adamw-4bit", "adamw-paged", "adafactor", "sgd"):
+    if setup.optimizer not in EXPRESSED:
         raise UserError(f"the optimizer {setup.optimizer} is not expressed")
     uses: list[Use] = []
     if setup.optimizer != "adamw":

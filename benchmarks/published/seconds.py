@@ -21,7 +21,7 @@ from memfit.types.trace import Category, OpCall, Phase, Trace
 from published.layers import FULL_SUM, kernel
 from published.models import known, needed
 from published.pipelines import Run
-from published.predict import card_of, plan_of, traces_of
+from published.predict import EXPRESSED, card_of, plan_of, traces_of
 from published.rows import Setup, when
 
 _TOKENS = 16384  # of a micro-batch, where a source states none: what its card holds at once
@@ -81,8 +81,19 @@ def predicted(setup: Setup) -> Played:
         needed(setup)
         ranks = math.prod(setup.ranks[k] for k in ("dp", "tp", "pp", "cp"))
         return Run(setup, known(setup), machine_of(setup, card, ranks)).step()
+    setup = simpler(setup)
     plan = plan_of(setup)
     return on_line(traces_of(setup, plan), lambda t: play(setup, card, t))
+
+
+def simpler(setup: Setup) -> Setup:
+    """What memory cannot leave out and time hardly feels: how ranks share a 4-bit base (half a byte of each
+    weight is gathered, beside the work), the optimizer's kind, replicas whose kind is not told."""
+    if setup.lora is not None and setup.lora.base and setup.ranks["dp"] > 1:
+        setup = dataclasses.replace(setup, ranks={**setup.ranks, "dp": 1}, sharding="")
+    if setup.optimizer not in EXPRESSED:
+        setup = dataclasses.replace(setup, optimizer="adamw")
+    return setup if setup.sharding or setup.ranks["dp"] == 1 else dataclasses.replace(setup, sharding="ddp")
 
 
 def text_of(setup: Setup) -> str:
@@ -114,7 +125,7 @@ def play(setup: Setup, card: Device, trace: Trace) -> Played:
     model = time_model(machine.device, Calibration())
     assert model is not None
     ops = trace.ops
-    if setup.compiled and setup.ranks["tp"] > 1:  # traced without the compiler: its graphs know no DTensor
+    if setup.compiled and max(setup.ranks["tp"], setup.ranks["cp"]) > 1:  # traced without the compiler
         ops = fused(ops)
     if setup.float8:
         ops = tuple(o for op in ops for o in float8(op, 3 if setup.compiled else 5))
