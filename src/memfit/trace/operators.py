@@ -121,6 +121,8 @@ def work(func: Any, of: Fact, args: Any, kwargs: Any, out: Any) -> Work:
         flops = int(of.count(*args, **kwargs, out_val=out))
     if of.name in _TAKE_ROWS:
         read = [*read[1:], *outputs]
+    elif of.name in _PICK_ELEMENTS:
+        read = []
     elif of.name in _WRITE_ONLY:
         read = read[len(tensors_in(args[0])) :]
     written = outputs or tensors_in(*_mutated(func, args, kwargs))
@@ -214,6 +216,7 @@ _EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
 _TAKE_ROWS = frozenset(
     {"aten.embedding.default", "aten.index_select.default", "aten.gather.default", "aten.index.Tensor"}
 )
+_PICK_ELEMENTS = frozenset({"aten.nll_loss_forward.default", "aten.nll_loss_backward.default"})  # one a row
 _WRITE_ONLY = frozenset(
     {
         "aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default",
