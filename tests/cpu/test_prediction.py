@@ -15,6 +15,7 @@ from memfit.jobs.registry import load
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.probe import probe
+from memfit.recomputation import chosen
 from memfit.techniques.registry import TECHNIQUES, make_use, technique
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, JobRef
@@ -117,6 +118,11 @@ IN_BACKWARD = use("optimizer-in-backward")
 LORA, QLORA = use("lora", rank=4), use("qlora", rank=4)
 DISK = use("activation-offload", to="disk", minimum_kib=4)
 
+
+def budget(mib: int) -> Use:
+    return make_use("optimal-checkpointing", {"budget_mib": mib})
+
+
 MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *((name, ()) for name in JOBS),
     *(("protein-ss", (u,)) for u in (ACCUMULATE, AUTOCAST, MASTER, FULL, SECOND, ATTENTION, MATMUL, DISK)),
@@ -133,6 +139,9 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     ("protein-lm", (ACCUMULATE, FULL, AUTOCAST)),
     *(("char-lm", (u,)) for u in (ACCUMULATE, FULL, AUTOCAST)),
     ("char-lm", (AUTOCAST, MATMUL, SMALL_ADAM)),
+    *(("protein-ss", (budget(n),)) for n in (40, 60)),
+    ("protein-ss", (budget(20), ACCUMULATE, AUTOCAST)),
+    ("char-lm", (budget(45), AUTOCAST)),
 ]
 
 
@@ -187,7 +196,8 @@ def test_predicted_peak_is_measured_peak(
 ) -> None:
     if missing := _missing(uses):
         pytest.skip(f"not installed: {missing}")
-    job, plan = JOBS[name](), Plan(uses=uses)
+    job = JOBS[name]()
+    plan = chosen(job, Plan(uses=uses))
     traced = trace(job, plan)
     profile = memory_profile(traced, probed(traced, counter))
     truth = measured(job, plan, counter)
@@ -202,6 +212,7 @@ LOWERS = {
     "bf16-parameters": ("protein-ss", MASTER),
     "activation-checkpointing": ("protein-ss", FULL),
     "selective-checkpointing": ("protein-ss", MATMUL),
+    "optimal-checkpointing": ("protein-ss", budget(40)),
     "chunked-cross-entropy": ("words", CHUNKED),
     "adamw-8bit": ("wide", SMALL_ADAM),
     "adafactor": ("wide", use("adafactor")),
@@ -231,4 +242,4 @@ def test_every_technique_lowers_a_peak_somewhere(name: str, counter: CountingAll
         pytest.skip(f"not installed: {missing}")
     job = JOBS[job_name]()
     plain = measured(job, Plan(), counter)["peak"]
-    assert measured(job, Plan(uses=(used,)), counter)["peak"] < 0.97 * plain
+    assert measured(job, chosen(job, Plan(uses=(used,))), counter)["peak"] < 0.97 * plain

@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from memfit.jobs.step import TrainingStep
-from memfit.techniques.base import Space, Workbench
+from memfit.techniques.base import Knob, Space, Workbench
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.planfile import parse_plan, plan_text, read_plan
@@ -136,10 +136,12 @@ def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
 
 
 def settings_of(name: str) -> st.SearchStrategy[dict[str, object]]:
-    knobs = technique(name).knobs
-    return st.fixed_dictionaries(
-        {k.name: st.sampled_from(k.choices) if k.choices else st.integers(k.minimum, 10**6) for k in knobs}
-    )
+    def values(knob: Knob) -> st.SearchStrategy[object]:
+        if knob.pattern is not None:
+            return st.sampled_from(("", "none", "0badcafe:3-9,12"))
+        return st.sampled_from(knob.choices) if knob.choices else st.integers(knob.minimum, 10**6)
+
+    return st.fixed_dictionaries({k.name: values(k) for k in technique(name).knobs})
 
 
 INSTALLED = [n for n in TECHNIQUES if not technique(n).missing]

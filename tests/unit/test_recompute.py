@@ -1,0 +1,317 @@
+"""Optimal recomputation: what is dropped comes back bit by bit, and the budget holds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import words
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+
+from memfit.cost.memory import memory_profile
+from memfit.cost.recompute import smallest, solve
+from memfit.cost.replay import Replay, replay
+from memfit.jobs.step import TrainingStep
+from memfit.recomputation import chosen, nominal_s
+from memfit.techniques.planfile import plan_text, read_plan
+from memfit.techniques.recompute import dropped_text, read_dropped
+from memfit.techniques.registry import make_use
+from memfit.techniques.tape import Tape
+from memfit.trace.recording import record
+from memfit.trace.tracer import trace
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.job import Job
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, use
+
+EVERYTHING = frozenset(range(10_000))
+
+
+def job_of(model: Callable[[], nn.Module], *, rows: int = 64, width: int = 32) -> Job:
+    def batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        g = torch.Generator().manual_seed(1000 * seed + step)
+        return torch.randn(rows, width, generator=g), torch.randn(rows, width, generator=g)
+
+    return Job(
+        name="one", build_model=model, make_batch=batch, batch_size=rows,
+        loss=lambda net, b: functional.mse_loss(net(b[0]), b[1]),
+    )  # fmt: skip
+
+
+class Inplace(nn.Module):
+    """Writes in place: to what a convolution made, to a slice, to what another operator has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.norm, self.dropout = nn.BatchNorm1d(32), nn.Dropout(0.3)
+        self.register_buffer("seen", torch.zeros(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.relu(self.norm(self.first(x)), inplace=True)
+        z = y * 2
+        y2 = torch.zeros_like(y)
+        y2[:, :16] = z[:, 16:]
+        scaled = y2 * 3
+        y2.add_(1.0)
+        with torch.no_grad():
+            self.seen.add_(z.mean(0))
+        a, b = self.dropout(self.second(scaled + y2)).chunk(2, -1)
+        return torch.cat([b.sigmoid() * a, a.exp()], -1) + self.seen + torch.rand_like(z)
+
+
+class Penalised(nn.Module):
+    """Asks for a gradient within forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        (grad,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return grad.tanh() * x
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        gate = x.sigmoid()
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        x, gate = ctx.saved_tensors
+        return grad * gate * (1 + x * (1 - gate))
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(32, 32, batch_first=True), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, _ = self.lstm(x[:, None].expand(-1, 3, -1))
+        top, place = hidden.max(1)
+        return self.out(Swish.apply(top)) + place
+
+
+JOBS = {
+    "words": words,
+    "in place": lambda: job_of(Inplace),
+    "double backward": lambda: job_of(Penalised),
+    "own function, several outputs": lambda: job_of(Custom),
+}
+
+
+def trained(job: Job, *uses: Any, dropped: frozenset[int] | None = None) -> Any:
+    """Losses, weights and buffers after three steps."""
+    torch.manual_seed(0)
+    step = TrainingStep(job, Plan(uses=uses))
+    if dropped is not None:
+
+        @contextlib.contextmanager
+        def without() -> Iterator[None]:
+            tape = Tape(dropped)
+            with saved_tensors_hooks(tape.pack, tape.unpack), tape:
+                yield
+
+        step.bench.forward_contexts.append(without)
+    losses = [[float(v) for v in step.run(job.make_batch(i, 0))] for i in range(3)]
+    state = {n: t.clone() for n, t in step.model.state_dict().items()}
+    step.close()
+    return losses, state
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "uses",
+    [(), (use("bf16-autocast"),), (use("gradient-accumulation", micro_batches=2),)],
+    ids=["plain", "autocast", "accumulated"],
+)
+def test_dropping_everything_changes_no_bit(name: str, uses: tuple[Any, ...]) -> None:
+    expected, given_up = trained(JOBS[name](), *uses), trained(JOBS[name](), *uses, dropped=EVERYTHING)
+    assert given_up[0] == expected[0]
+    assert all(torch.equal(given_up[1][n], expected[1][n]) for n in expected[1])
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_dropping_anything_changes_no_bit(dropped: set[int]) -> None:
+    expected, given_up = trained(job_of(Inplace)), trained(job_of(Inplace), dropped=frozenset(dropped))
+    assert given_up[0] == expected[0]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_real_and_fake_steps_number_alike(name: str) -> None:
+    job = JOBS[name]()
+    step, seen = TrainingStep(job, Plan()), []
+
+    @contextlib.contextmanager
+    def watching() -> Iterator[None]:
+        tape = Tape(frozenset())
+        with tape:
+            yield
+        seen.append((tape.key, tape.count))
+
+    step.bench.forward_contexts.append(watching)
+    step.run(job.make_batch(0, 0))
+    recording = record(job, Plan())
+    assert seen == [(recording.key, len(recording.made))]
+
+
+def test_what_is_written_to_after_it_was_read_is_never_a_candidate() -> None:
+    recording = record(job_of(Inplace), Plan())
+    assert any(m.pinned for m in recording.made)
+
+
+# --- the program
+
+
+@pytest.fixture(scope="module")
+def wide() -> Job:
+    """Several blocks of a few hundred KiB."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(
+            *(
+                nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Dropout(0.1))
+                for _ in range(6)
+            )
+        )
+
+    return job_of(model, rows=2048, width=64)
+
+
+@pytest.fixture(scope="module")
+def played(wide: Job) -> Replay:
+    return replay(record(wide, Plan()), nominal_s, Calibration(), least_bytes=4096)
+
+
+@pytest.fixture(scope="module")
+def least(played: Replay) -> int:
+    return smallest(played).peak_bytes
+
+
+def test_the_replay_of_a_choice_is_its_trace(wide: Job, played: Replay, least: int) -> None:
+    plain = played.peak_bytes(frozenset())
+    for share in (0.3, 0.6, 0.9):
+        choice = solve(played, int(least + share * (plain - least)))
+        assert choice is not None
+        text = dropped_text(played.recording.key, played.closure(choice.dropped))
+        plan = Plan(uses=(make_use("optimal-checkpointing", {"dropped": text}),))
+        found = memory_profile(trace(wide, plan), Calibration()).peak_bytes
+        assert found == pytest.approx(choice.peak_bytes, rel=0.002)
+
+
+def test_a_looser_budget_never_costs_more(played: Replay, least: int) -> None:
+    plain = played.peak_bytes(frozenset())
+    choices = [solve(played, least + (plain - least) * i // 8) for i in range(9)]
+    costs = [c.cost_s for c in choices if c is not None]
+    assert all(b <= a * 1.004 for a, b in pairwise(costs))  # the program's gap
+    assert costs[-1] == 0
+
+
+def test_no_choice_of_a_small_step_is_cheaper() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+
+    small = replay(record(job_of(model, rows=512), Plan()), nominal_s, Calibration(), least_bytes=1024)
+    numbers = [c.number for c in small.candidates]
+    subsets = [
+        frozenset(n for i, n in enumerate(numbers) if mask >> i & 1) for mask in range(2 ** len(numbers))
+    ]
+    priced = [(small.peak_bytes(s), small.cost_s(s)) for s in subsets]
+    plain, least = small.peak_bytes(frozenset()), min(p for p, _ in priced)
+    for budget in (least, (least + plain) // 2, plain):
+        best = min(cost for peak, cost in priced if peak <= budget)
+        found = solve(small, budget)
+        assert found is not None
+        assert found.peak_bytes <= budget
+        assert found.cost_s <= best * 1.004 + 1e-12
+
+
+# --- plans
+
+
+def asked(budget_mib: int) -> Plan:
+    return Plan(uses=(make_use("optimal-checkpointing", {"budget_mib": budget_mib}),))
+
+
+def test_a_budget_is_kept_and_means_the_same_every_time(wide: Job, tmp_path: Path) -> None:
+    plain = memory_profile(trace(wide, Plan()), Calibration()).peak_bytes
+    budget_mib = int(0.7 * plain / 2**20)
+    plan = chosen(wide, asked(budget_mib))
+    assert memory_profile(trace(wide, plan), Calibration()).peak_bytes <= budget_mib * 2**20
+    assert chosen(wide, asked(budget_mib)) == plan
+    assert chosen(wide, plan) == plan
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_text(plan))
+    assert read_plan(path) == plan
+    assert trained(wide, *plan.uses)[0] == trained(wide)[0]
+
+
+def test_a_budget_above_the_plain_peak_drops_nothing(wide: Job) -> None:
+    (used,) = chosen(wide, asked(1000)).uses
+    assert used.settings["dropped"] == "none"
+
+
+def test_a_budget_below_the_least_says_what_would_do(wide: Job) -> None:
+    with pytest.raises(UserError, match=r"a budget of 1 MiB; allowed: at least \d+ MiB") as told:
+        chosen(wide, asked(1))
+    least = int(str(told.value).partition("at least ")[2].split()[0])
+    assert chosen(wide, asked(least)).uses[0].settings["dropped"] != "none"
+
+
+def test_a_plan_that_is_not_chosen_yet_trains_nothing() -> None:
+    with pytest.raises(UserError, match="no choice yet"):
+        TrainingStep(words(), asked(100))
+
+
+def test_a_choice_for_another_model_is_refused() -> None:
+    used = make_use("optimal-checkpointing", {"dropped": "00000000:3-5"})
+    step = TrainingStep(words(), Plan(uses=(used,)))
+    with pytest.raises(UserError, match="other operators than those the plan was made for"):
+        step.run(step.job.make_batch(0, 0))
+
+
+def test_a_parameter_stepped_before_it_is_read_again_is_told() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    tape = Tape(EVERYTHING)
+    with saved_tensors_hooks(tape.pack, tape.unpack), tape:
+        out = (weight * 2).detach().requires_grad_().exp().exp()
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(MemfitError, match="changed in backward"):
+        out.sum().backward()
+
+
+@given(st.sets(st.integers(0, 300), min_size=1), st.integers(0, 2**32 - 1))
+def test_choices_are_read_as_they_are_written(numbers: set[int], key: int) -> None:
+    text = dropped_text(key, numbers)
+    assert read_dropped(text) == (key, frozenset(numbers))
+    assert make_use("optimal-checkpointing", {"dropped": text}).settings["dropped"] == text
+
+
+def test_a_choice_that_is_no_choice_is_refused() -> None:
+    with pytest.raises(UserError, match="dropped is 'all'"):
+        make_use("optimal-checkpointing", {"dropped": "all"})
+
+
+def test_micro_batches_are_chosen_for_together(wide: Job) -> None:
+    twice = use("gradient-accumulation", micro_batches=2)
+    job = dataclasses.replace(wide, batch_size=2048)
+    plain = memory_profile(trace(job, Plan(uses=(twice,))), Calibration()).peak_bytes
+    budget_mib = int(0.85 * plain / 2**20)
+    plan = chosen(job, asked(budget_mib).with_use(twice))
+    assert memory_profile(trace(job, plan), Calibration()).peak_bytes <= budget_mib * 2**20
