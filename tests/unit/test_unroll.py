@@ -56,11 +56,15 @@ def job(**model: Any) -> Job:
     )  # fmt: skip
 
 
-def fsdp2(**knobs: object) -> Plan:
+COMPILED, KEPT = use("compile", scope="blocks"), use("selective-checkpointing", keep="matmul")
+RECOMPUTED = (use("activation-checkpointing", every=1),)
+
+
+def fsdp2(*uses: Use, **knobs: object) -> Plan:
     settings = {
         "reshard": True, "precision": "bf16", "prefetch": 1, "replicas": 1, "offload": False, "sync": "every",
     }  # fmt: skip
-    return Plan(ranks=2, uses=(use("fsdp2", **{**settings, **knobs}),))  # type: ignore[arg-type]
+    return Plan(ranks=2, uses=(*uses, use("fsdp2", **{**settings, **knobs})))  # type: ignore[arg-type]
 
 
 PLANS = [
@@ -71,6 +75,12 @@ PLANS = [
     Plan(uses=(use("sgd"), use("selective-checkpointing", keep="matmul"))),
     fsdp2(),
     fsdp2(reshard=False, precision="as-is"),
+    Plan(uses=(COMPILED, *RECOMPUTED)),
+    Plan(uses=(COMPILED, use("bf16-autocast"), use("selective-checkpointing", keep="attention"))),
+    fsdp2(COMPILED),
+    fsdp2(COMPILED, *RECOMPUTED),
+    fsdp2(COMPILED, use("bf16-parameters", rounding="stochastic"), KEPT),
+    fsdp2(COMPILED, use("bf16-parameters", rounding="master"), use("gradient-accumulation", micro_batches=2)),
 ]
 
 
@@ -87,7 +97,8 @@ def same(one: Trace, other: Trace) -> bool:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
 def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = canonical(trace(with_blocks(job(), DEPTH), plan, device=device))
+    depth = 10 if plan.get("compile") else DEPTH
+    whole = canonical(trace(with_blocks(job(), depth), plan, device=device))
     depths = []
 
     def watched(job: Job, plan: Plan, **options: object) -> Trace:
@@ -95,7 +106,7 @@ def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: p
         return trace(job, plan, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("memfit.trace.compose.tracer.trace", watched)
-    deep = deep_trace(job(), plan, device=device)
+    deep = deep_trace(job(depth=depth), plan, device=device)
     assert None not in depths, "it fell back to tracing the whole model"
     assert same(deep, whole)
     assert deep.parameter_count == whole.parameter_count
@@ -123,9 +134,6 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
     one_by_one = dataclasses.replace(uneven, build_model=lambda: nn.Linear(3, 3), blocks=None)
     batch = dataclasses.replace(one_by_one, make_batch=lambda step, seed: torch.zeros(4, 3))
     assert same(*(canonical(t) for t in (deep_trace(batch, Plan()), trace(batch, Plan()))))
-
-
-RECOMPUTED = (use("activation-checkpointing", every=1),)
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,9 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 def _fused(group: _Kernel, left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
     """A dying input of an output's size is written over."""
     wanted = Counter(_meta_bytes(n) for n in group.outputs)
-    reads = read_bytes(values.get(n) for n in set(group.inputs))
-    dying = [n for n in set(group.inputs) if left[n] == group.inputs.count(n)]
+    inputs = dict.fromkeys(group.inputs)  # in their order: equal graphs run alike
+    reads = read_bytes(values.get(n) for n in inputs)
+    dying = [n for n in inputs if left[n] == group.inputs.count(n)]
     for node in dying:
         value = values.get(node)
         size = value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) else -1
