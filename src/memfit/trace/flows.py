@@ -141,6 +141,7 @@ def streams(ledger: Ledger) -> Iterator[None]:
     work = torch._C._distributed_c10d.Work
     with (
         mock.patch.multiple(torch.cpu, Stream=made, Event=event, stream=enter, current_stream=current),
+        mock.patch.object(torch.accelerator, "current_stream", current),  # where a gather was not used
         mock.patch.object(work, "wait", waited),
     ):
         yield
