@@ -121,7 +121,10 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     """Raises NothingFits with the least memory that would do. ``must_run`` makes the batch as small as
     plain training needs to run on this machine at all; the returned request has it."""
     if request.machine.device_count > 1 and not request.is_here:
-        return _search_many(request, progress)
+        ranks = request.ranks if request.ranks > 1 else request.machine.device_count
+        request = dataclasses.replace(request, ranks=ranks)
+        if (found := _search_many(request, progress)) is not None:
+            return found
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
     basis = pricer.whole(plain(request.ranks))
@@ -146,14 +149,16 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     )
 
 
-def _search_many(request: Request, progress: Progress) -> Planning:
-    """For the devices of a catalog's machine, by layouts."""
+def _search_many(request: Request, progress: Progress) -> Planning | None:
+    """For the devices of a catalog's machine, by layouts; None for a model of too few blocks to add up."""
+    from memfit.scaling.parts import BLOCKS
     from memfit.scaling.search import Aim, search_scale
 
-    ranks = request.ranks if request.ranks > 1 else request.machine.device_count
-    request = dataclasses.replace(request, ranks=ranks)
+    ranks = request.ranks
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
+    if pricer.space.block_count < BLOCKS:
+        return None
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
     aim = Aim(
         goal=request.goal, accuracy=request.accuracy, cap_bytes=cap_bytes,

@@ -72,6 +72,10 @@ class BoundsOptions:
     micro_batch: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Samples that go through at once.")
     ] = None
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TECHNIQUE", help="Not to use this one. May be given several times."),
+    ] = None
     explain_infeasible: Annotated[
         bool,
         typer.Option("--explain-infeasible", help="If nothing fits: the least changes that would help."),

@@ -97,16 +97,21 @@ def plan(  # noqa: PLR0913  each is a group of options
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
     """Raises UserError: what bounds the whole training wants to know how many steps it has."""
+    from memfit.techniques.registry import technique
+
     total = given.deadline is not None or given.budget is not None
     if total and job.steps is None:
         raise UserError("--deadline and --budget are of the whole training", hint="give --steps")
-    if on == "this" and (total or given.micro_batch):
-        raise UserError("--deadline, --budget and --micro-batch are for the devices of --on")
+    if on == "this" and (total or given.micro_batch or given.without):
+        raise UserError("--deadline, --budget, --micro-batch and --without are for the devices of --on")
+    for name in given.without or ():
+        technique(name)
     return Bounds(
         steps=job.steps or 0,
         deadline_s=parse_duration(given.deadline) if given.deadline is not None else None,
         budget_usd=given.budget,
         micro_batch=given.micro_batch or 0,
+        without=tuple(given.without or ()),
     )
 
 

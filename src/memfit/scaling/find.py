@@ -24,6 +24,7 @@ from memfit.types.parts import Parts, Piece
 from memfit.types.plan import Plan
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
+_BLAS_THREADS = 2  # the caller's and autograd's, each with a handle of its own
 _LEVELS_PER_DOUBLING = 4  # of memory, the best of each being kept for the frontier
 _WORTH = 0.005  # a gain in time below this makes no point of the frontier
 
@@ -119,11 +120,13 @@ class _Pricing:
         )  # fmt: skip
         self.traced = traced
         link = machine.host.device_bytes_s if machine.host else None
+        blas = machine.device.blas_workspace_bytes
         self.rates = Rates(
             communicate=lambda kind, size, ranks, near: collective_s(kind, size, ranks, near, machine),
             per_host=per_host(machine),
             host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
             host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
+            workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
             beside=Player(model=model, machine=machine, members={}).beside,
         )
 

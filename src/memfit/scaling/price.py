@@ -124,6 +124,7 @@ class Rates:
     per_host: int
     host_bytes_s: float
     host_update_bytes_s: float
+    workspace_bytes: float  # of BLAS, inside the allocator
     beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
 
 
@@ -193,7 +194,8 @@ def price(grid: Grid, given: Given, rates: Rates) -> Priced:
     )  # fmt: skip
     away = numpy.array([float(bool(u)) for u in grid.away]).reshape(1, 1, 1, -1, 1)
     seconds = _seconds(layout, axes, elements, rates, away)
-    peak, host = _bytes(layout, axes, elements, away, rates)
+    peak, host = _bytes(layout, axes, elements, away)
+    peak = peak + rates.workspace_bytes
     shape = grid.shape
     return Priced(
         step_s=numpy.broadcast_to(seconds, shape), allocated_bytes=numpy.broadcast_to(peak, shape),
@@ -306,9 +308,7 @@ def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates:
 # -- bytes --------------------------------------------------------------------------------------------
 
 
-def _bytes(
-    layout: Layout, axes: _Axes, elements: _Elements, away: Array, rates: Rates
-) -> tuple[Array, Array]:
+def _bytes(layout: Layout, axes: _Axes, elements: _Elements, away: Array) -> tuple[Array, Array]:
     """(peak of the first or the last stage, the higher; host bytes of a rank)."""
     depth = _deepest(axes.given.blocks, layout)
     if layout.stages == 1:

@@ -6,6 +6,7 @@ Nothing depends on how long anything took, so the answer is the same every time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,20 +14,21 @@ from memfit.cost.estimate import around, modelled_boundary
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.money import bill
 from memfit.cost.play import Player
+from memfit.engines.registry import engine
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
 from memfit.search.layouts import Limits
 from memfit.search.space import complexity
-from memfit.techniques.registry import brief, effect_of, plain
+from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, technique
 from memfit.techniques.world import layout
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult, Sensitivity
 
-FINALISTS = 4
+FINALISTS = 3
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
 _GAIN = 0.03  # a change of the score that is worth telling
 
@@ -60,6 +62,7 @@ class Scale:
     def __init__(self, pricer: Pricer, aim: Aim) -> None:
         self.pricer, self.aim, self.machine = pricer, aim, pricer.machine
         self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
+        self.engine = engine(pricer.engine)
         self.refused: dict[Plan, str] = {}
         if pricer.model is None:
             raise UserError(
@@ -98,13 +101,14 @@ class Scale:
         return self.found[ranks]
 
     def _limits(self, ranks: int) -> Limits:
-        each = per_host(self.machine)
+        each, known = per_host(self.machine), self.engine.carries | self.engine.beside
         degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(each, 1)))
         return Limits(
             ranks=ranks, per_host=each, batch=self.pricer.job.batch_size, blocks=self.traced.blocks,
             device=self.pricer.device, tensor=degrees, context=tuple(d for d in degrees if d <= 8),
             chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
-            micro_batch=self.bounds.micro_batch,
+            micro_batch=self.bounds.micro_batch, refuses=self.engine.supports,
+            without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known),
         )  # fmt: skip
 
     def estimates(self, ranks: int) -> list[Estimate]:
@@ -134,6 +138,14 @@ class Scale:
 
     def _machine(self, ranks: int) -> Machine:
         return dataclasses.replace(self.machine, device_count=ranks)
+
+    def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
+        try:
+            return self.whole(sketch)
+        except Exception as error:  # noqa: BLE001  the next best is still an answer, and the reason is told
+            reason = str(error).partition("\n")[0][:200]
+            self.refused[sketch.plan] = f"{brief(sketch.plan)}: {reason}"
+            return None
 
     def whole(self, sketched_as: Estimate) -> Estimate:
         """Traced. Seconds, where the trace gives none, are the sketch's."""
@@ -172,7 +184,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     known = [e for e in known if e.plan != basis.plan]
     winner = best([e for e in finalists if fits(e)], goal)
     if winner is None:
-        raise _nothing(scale, [*known, basis], ranks)
+        raise _nothing(scale, [*finalists, basis], ranks)
     choices = [e for e in frontier([*known, basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
@@ -191,27 +203,42 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
 
 def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fits: Fits) -> list[Estimate]:
-    """The best sketches traced whole, until none of the rest could be better or enough were traced: a rest
-    is taken to be as much quicker than its sketch as the luckiest of those traced."""
+    """The best sketches traced whole, until none of the rest could be better or enough were traced. The rest
+    are taken to be as much quicker than their sketch as the luckiest of those traced, and to need as much
+    more memory as the heaviest that did not fit."""
     waiting = sorted((e for e in estimates if fits(e)), key=lambda e: (score(e, goal), complexity(e.plan)))
     waiting = _tied_first(waiting, goal)
     traced: list[Estimate] = []
-    luckiest, tries = 1.0, 0
-    while waiting and tries < FINALISTS * 3 and sum(map(fits, traced)) < FINALISTS:
-        top = best([e for e in traced if fits(e)], goal)
+    luckiest = heaviest = 1.0
+    for tries in range(3 * FINALISTS):
+        waiting = [e for e in waiting if scale.needs(e) * heaviest <= scale.aim.cap_bytes]
+        fitting = [e for e in traced if fits(e)]
+        top = best(fitting, goal)
+        if not waiting or len(fitting) >= FINALISTS:
+            break
         if top is not None and score(top, goal) <= score(waiting[0], goal) * luckiest:
             break
-        sketch, tries = waiting.pop(0), tries + 1
-        scale.tell("finalists", tries - 1, FINALISTS, brief(sketch.plan))
-        try:
-            whole = scale.whole(sketch)
-        except Exception as error:  # noqa: BLE001  the next best is still an answer, and the reason is told
-            reason = str(error).partition("\n")[0][:200]
-            scale.refused[sketch.plan] = f"{brief(sketch.plan)} does not trace: {reason}"
+        sketch = waiting.pop(0)
+        scale.tell("finalists", tries, FINALISTS, brief(sketch.plan))
+        whole = scale.traced_or_refused(sketch)
+        if whole is None:
+            waiting = [e for e in waiting if _family(e.plan) != _family(sketch.plan)]
             continue
-        luckiest = min(luckiest, score(whole, goal) / score(sketch, goal))
         traced.append(whole)
+        luckiest = min(luckiest, score(whole, goal) / score(sketch, goal))
+        if not scale.fits_memory(whole):
+            heaviest = max(heaviest, scale.needs(whole) / scale.needs(sketch))
+    if not any(map(fits, traced)):
+        smallest = sorted(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
+        found = (scale.traced_or_refused(e) for e in smallest[:FINALISTS])
+        traced += list(itertools.islice(filter(None, found), 1))
     return traced
+
+
+def _family(plan: Plan) -> tuple[object, ...]:
+    """What plans share that fail together: the techniques, and how data parallelism is set."""
+    data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
+    return tuple(u.technique for u in plan.uses), tuple(data)
 
 
 def _tied_first(ordered: list[Estimate], goal: Objective) -> list[Estimate]:
@@ -304,12 +331,10 @@ def _nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits
         ways.append(f"{(scale.needs(least) - cap_bytes) / 2**30:.1f} GiB more on each device")
     for times in (2, 4, 8, 16):
         try:
-            more = [
-                e for e in scale.estimates(times * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)
-            ]
+            wider = [e for e in scale.estimates(times * ranks) if scale.fits_memory(e)]
         except UserError:
             continue
-        if more := [e for e in fitting if keeps(scale.bounds, e)]:
+        if more := [e for e in wider if keeps(scale.bounds, e)]:
             found = min(more, key=lambda e: (score(e, goal), complexity(e.plan)))
             ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
             break

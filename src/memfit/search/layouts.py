@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from memfit.techniques.registry import conflict, effect_of, make_use, technique
 from memfit.types.errors import UserError
@@ -34,7 +34,8 @@ class Limits:
     pipeline: bool = True
     chunks: bool = False
     effect: EffectClass = EffectClass.E2
-    engine_forbids: frozenset[str] = frozenset()  # techniques that the asked engine does not carry
+    without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
+    refuses: Callable[[Plan], object] = lambda plan: None  # why the engine cannot carry such a plan
     micro_batch: int = 0  # 0: any
 
 
@@ -229,14 +230,14 @@ def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, .
     kept = []
     for uses in axis:
         plan = Plan(uses=(*extra, *uses), ranks=limits.ranks)
-        if conflict(plan) is None and _fine(uses, limits):
+        if conflict(plan) is None and _fine(uses, limits) and not limits.refuses(plan):
             kept.append(uses)
     return tuple(kept)
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:
     """Whether goal, device, packages and engine allow each of them."""
-    return all(_fine_use(u, limits.effect, limits.device, limits.engine_forbids) for u in uses)
+    return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
 
 
 @functools.cache

@@ -208,7 +208,7 @@ def _remember(job: Job, model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _hollow_beyond(kind: type, count: int) -> Iterator[None]:
+def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
     """Only the first ``count`` modules of that class get their parts: building the others, which go at once,
     takes longer than tracing those that stay."""
     inner, made = kind.__init__, 0

@@ -106,9 +106,10 @@ def _short(value: KnobValue) -> str:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
     """What a plan must keep to, beside memory. None: no matter. ``steps``: of the whole training;
-    ``micro_batch``: samples that go through at once (0: any number)."""
+    ``micro_batch``: samples that go through at once (0: any number); ``without``: techniques not to use."""
 
     steps: int = 0
     deadline_s: float | None = None
     budget_usd: float | None = None
     micro_batch: int = 0
+    without: tuple[str, ...] = ()
