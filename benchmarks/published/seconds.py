@@ -247,20 +247,19 @@ def float8(op: OpCall, cast_bytes: int) -> list[OpCall]:
 def one_optimizer(trace: Trace, ops: tuple[OpCall, ...]) -> tuple[OpCall, ...]:
     """torchao compiles its low-bit optimizers: all of a step's work on a parameter is one kernel."""
     last = trace.steps - 1
-    states = sum(
-        a.size_bytes for a in trace.allocations if a.end is None and a.category is Category.OPTIMIZER_STATE
-    )
-    weights = sum(
-        a.size_bytes for a in trace.allocations if a.end is None and a.category is Category.PARAMETER
-    )
+    alive = [a for a in trace.allocations if a.end is None]
+    states = sum(a.size_bytes for a in alive if a.category is Category.OPTIMIZER_STATE)
+    weights = [a.size_bytes for a in alive if a.category is Category.PARAMETER]
     step = [o for o in ops if o.phase is Phase.OPTIMIZER and o.step == last]
-    if not step:
+    if not step or not weights:
         return ops
     gone = set(map(id, step))
+    moved = (3 * sum(weights) + 2 * states) / len(weights)
     one = dataclasses.replace(
-        kernel(3 * weights + 2 * states, dtype="float32"), phase=Phase.OPTIMIZER, step=last
-    )
-    return (*(o for o in ops if id(o) not in gone), dataclasses.replace(one, clock=step[0].clock))
+        kernel(moved, dtype="float32"), op="aten._fused_adamw_.default", signature='["one",[],{}]',
+        phase=Phase.OPTIMIZER, step=last, clock=step[0].clock,
+    )  # fmt: skip
+    return (*(o for o in ops if id(o) not in gone), *[one] * len(weights))
 
 
 def balanced(op: OpCall, ranks: int) -> OpCall:

@@ -22,7 +22,7 @@ from memfit.types.machine import Machine
 from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 
 ASSUMED_CHANNELS = 16  # multiprocessors that a running collective keeps busy, where the catalog has no count
-ASSUMED_HOST_BYTES_S = 100e9  # of a host's memory, read and written by an optimizer that runs there
+ASSUMED_HOST_BYTES_S = 200e9  # an optimizer on two sockets with eight channels each: half of their bandwidth
 FASTER = 0.9  # of its time: how a resource is tried for being the bottleneck
 _PLAYED_AGAIN = 2  # micro-steps repeated for real; the rest follow on the line
 
