@@ -41,13 +41,16 @@ def wait(stream: str) -> OpCall:
 @dataclasses.dataclass(kw_only=True)
 class Calls:
     """``near``: ranks of a group in one host. ``overlap``: tensor-parallel communication hides behind
-    products (Transformer Engine's user buffers)."""
+    products (Transformer Engine's user buffers). ``fork``: of Megatron-DeepSpeed of 2021,
+    which waits for every reduction at once, the bytes that adding an element's gradient moves by kernels of
+    their own."""
 
     arch: Arch
     shape: Shape
     hosts_of: int = 8
     expert: int = 1  # ranks that share the experts
     overlap: bool = False
+    fork: int = 0
 
     def __post_init__(self) -> None:
         self.dtype = str(self.shape.dtype).removeprefix("torch.")
@@ -72,6 +75,8 @@ class Calls:
             kind="mm", shape=(batch, rows, columns, inner),
             dtype="float8_e4m3fn" if low else self.dtype,
         )  # fmt: skip
+        if sums and self.fork:
+            return [made, kernel(self.fork * batch * rows * columns, dtype=self.dtype)]
         return (
             [kernel(_FLOAT8_CAST * batch * rows * inner, dtype=self.dtype), made]
             if low and not sums
@@ -106,10 +111,10 @@ class Calls:
 
     def column_backward(self, columns: int) -> list[OpCall]:
         """The input comes again beside the first product, its gradient is reduced beside the second."""
-        hidden, stream = self.arch.hidden, "group tensor"
+        hidden, stream = self.arch.hidden, "" if self.fork else "group tensor"
         again = self.tensor("all_gather", stream=stream) if self.split else []
         reduced = self.tensor("reduce_scatter" if self.split else "all_reduce", stream=stream)
-        waits = [wait(stream)] if reduced else []
+        waits = [wait(stream)] if reduced and stream else []
         return [
             *again, *self.product(self.rows, hidden, columns, back=True), *waits, *reduced,
             *self.product(columns, hidden, self.rows, sums=True), *waits,

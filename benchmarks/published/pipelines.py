@@ -44,6 +44,7 @@ class Run:
         self.player = Player(model=model, machine=machine, members={})
         self.calls = Calls(
             arch=arch, shape=self.shape, hosts_of=machine.devices_per_host, expert=setup.ranks["ep"],
+            fork=_fork_bytes(setup),
             overlap=bool(re.search(r"nemo|bridge", setup.row["group"].lower())),
         )  # fmt: skip
         self.busy: dict[str, float] = {}
@@ -138,6 +139,13 @@ class Run:
         return "no comm overlap" not in text and bool(
             re.search("nemo|bridge|megatron-lm|mcore|bionemo", text)
         )
+
+
+def _fork_bytes(setup: Setup) -> int:
+    """Two halves read and one written; its BF16 optimizer reads, adds to float32 and clears besides."""
+    if "deepspeed" not in setup.row["zero_fsdp"].lower():
+        return 0
+    return 18 if "fp32 gradient" in setup.row["precision"].lower() else 6
 
 
 def _grad_bytes(setup: Setup) -> int:
