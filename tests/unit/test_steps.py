@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import words
 
 from memfit.catalog.spelled import machine
@@ -60,6 +62,46 @@ def test_plans_of_several_ranks_have_seconds_and_a_slower_link_costs(uses: tuple
     found, eight = traces(plan), machine("8xH100-SXM")
     quick, slow = seconds(plan, found, eight), seconds(plan, found, slower_link(eight, 1e6))
     assert 0 < quick < slow
+
+
+SHARDED = Plan(ranks=4, uses=(use("fsdp2", {}),))
+PIPED = Plan(ranks=4, uses=(pipeline(schedule="1f1b"),))
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[Plan, list[Trace]]:
+    return {plan: traces(plan) for plan in (SHARDED, PIPED)}
+
+
+@given(data=st.data(), slow=st.floats(1, 1e6), more=st.floats(1, 1e3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+def test_law_a_deadline_met_on_a_slower_link_is_met_on_a_faster_one(
+    kept: dict[Plan, list[Trace]], data: st.DataObject, slow: float, more: float
+) -> None:
+    plan = data.draw(st.sampled_from([SHARDED, PIPED]))
+    eight = machine("8xH100-SXM")
+    faster = seconds(plan, kept[plan], slower_link(eight, slow))
+    assert faster <= seconds(plan, kept[plan], slower_link(eight, slow * more)) * (1 + 1e-9)
+
+
+@given(quicker=st.floats(1, 100), wider=st.floats(1, 100))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+def test_law_more_flops_and_bandwidth_never_make_a_plan_slower(
+    kept: dict[Plan, list[Trace]], quicker: float, wider: float
+) -> None:
+    eight = machine("8xH100-SXM")
+    device = eight.device
+    assert device.bandwidth_bytes_s is not None
+    fast = dataclasses.replace(
+        device,
+        peak_flops={k: dataclasses.replace(f, value=f.value * quicker) for k, f in device.peak_flops.items()},
+        bandwidth_bytes_s=dataclasses.replace(
+            device.bandwidth_bytes_s, value=device.bandwidth_bytes_s.value * wider
+        ),
+    )
+    for plan, found in kept.items():
+        quick = seconds(plan, found, dataclasses.replace(eight, device=fast))
+        assert quick <= seconds(plan, found, eight) * (1 + 1e-9)
 
 
 def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
