@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from memfit.catalog.load import link, network
 from memfit.cost.play import Played, Player
-from memfit.cost.time import time_model
+from memfit.cost.time import ASSUMED_LINK_BYTES_S, time_model
 from memfit.types.errors import UserError
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.plan import Plan
@@ -70,7 +70,9 @@ def predicted(setup: Setup) -> Played:
     """Raises UserError with the reason where the row cannot be expressed."""
     card = card_of(setup)
     if card is None:
-        raise UserError(f"the GPU is not stated: {setup.row['gpu']!r}")
+        named = setup.row["gpu"].lower() not in ("", "not stated", "unknown")
+        told = "the catalog has no such GPU" if named else "the GPU is not stated"
+        raise UserError(f"{told}: {setup.row['gpu']!r}")
     if (
         setup.code == "megatron"
         and setup.sharding.startswith("fsdp")
@@ -83,7 +85,19 @@ def predicted(setup: Setup) -> Played:
         return Run(setup, known(setup), machine_of(setup, card, ranks)).step()
     setup = simpler(setup)
     plan = plan_of(setup)
-    return on_line(traces_of(setup, plan), lambda t: play(setup, card, t))
+    traces = traces_of(setup, plan)
+    found = on_line(traces, lambda t: play(setup, card, t))
+    if "parameters" not in setup.offload:
+        return found
+    whole = sum(times * t.parameter_count for times, t in traces)
+    return dataclasses.replace(found, step_s=max(found.step_s, fetched_s(setup, whole)))
+
+
+def fetched_s(setup: Setup, parameters: float) -> float:
+    """Of a rank's share of the weights that comes from the host, for forward and for backward, and of the
+    gradients that go there; beside the work."""
+    moved = 2 * parameters / setup.ranks["dp"] * (2 * setup.micro_batches + 1)
+    return moved / ASSUMED_LINK_BYTES_S
 
 
 def simpler(setup: Setup) -> Setup:
