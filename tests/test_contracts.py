@@ -43,7 +43,9 @@ DIMENSIONLESS = {
     "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed",
     "sequence_dim", "step", "steps", "steps_done", "steps_per_run", "threads",
     # ticks of the trace's clock
-    "clock", "start", "end",
+    "clock", "start", "end", "last_read", "needs",
+    # numbers of calls and of what they made
+    "calls", "key", "reads",
     # which, of many
     "members", "waits",
     # pure numbers

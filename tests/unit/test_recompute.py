@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from memfit.recomputation import chosen, nominal_s
 from memfit.techniques.planfile import plan_text, read_plan
 from memfit.techniques.recompute import dropped_text, read_dropped
 from memfit.techniques.registry import make_use
-from memfit.techniques.tape import Tape
+from memfit.techniques.tape import Call, Tape, Value
 from memfit.trace.recording import record
 from memfit.trace.tracer import trace
 from memfit.types.errors import MemfitError, UserError
@@ -315,3 +316,18 @@ def test_micro_batches_are_chosen_for_together(wide: Job) -> None:
     budget_mib = int(0.85 * plain / 2**20)
     plan = chosen(job, asked(budget_mib).with_use(twice))
     assert memory_profile(trace(job, plan), Calibration()).peak_bytes <= budget_mib * 2**20
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_waits_for_the_garbage_collector(name: str) -> None:
+    def alive() -> set[int]:
+        return {id(o) for o in gc.get_objects() if isinstance(o, Value | Call)}
+
+    gc.collect()
+    gc.disable()
+    before = alive()
+    try:
+        trained(JOBS[name](), dropped=EVERYTHING)
+        assert not alive() - before
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from memfit.jobs.step import TrainingStep
-from memfit.techniques.tape import Numbered, flat, plain_view, repeatable, storage_key, written
+from memfit.techniques.numbered import Fact, Numbered, flat, plain_view, repeatable, storage_key, written
 from memfit.trace.ledger import Ledger
 from memfit.trace.tracer import stepping, trace
 from memfit.types.job import Job
@@ -72,7 +72,9 @@ class _Recorder(Numbered):
         found = self._numbers.get(storage_key(tensor))
         return found[1] if found is not None else None
 
-    def before(self, func: Any, args: Any, kwargs: Any) -> Any:
+    sees_views = True
+
+    def before(self, known: Fact, func: Any, args: Any, kwargs: Any) -> Any:
         return self.ledger.clock
 
     def after(
@@ -91,8 +93,9 @@ class _Recorder(Numbered):
         fresh = range(self.count, self.count + len(made))
         for target in targets:
             self.of[target].append(index)
+        keys = {storage_key(t) for t in given}
         for number, (_, tensor) in zip(fresh, made, strict=True):
-            self._born(number, tensor, index)
+            self._born(number, tensor, index, shared=storage_key(tensor) in keys)
         self._pin(goals, targets, fresh, kwargs)
         self.pinned.update(n for t in given if (n := self.number(t)) is not None and not self._plain(n, t))
         for tensor in given:
@@ -110,12 +113,15 @@ class _Recorder(Numbered):
     def _plain(self, number: int, tensor: torch.Tensor) -> bool:
         return plain_view(tensor, self.dtypes[number])
 
-    def _born(self, number: int, tensor: torch.Tensor, call: int) -> None:
+    def _born(self, number: int, tensor: torch.Tensor, call: int, *, shared: bool) -> None:
         storage, key, numbers = tensor.untyped_storage(), storage_key(tensor), self._numbers
         self.of.append([call])
         self.lives.append(self.ledger.note_real(tensor, ""))
         self.dtypes.append(tensor.dtype)
         self.last_read.append(self.ledger.clock)
+        if shared or key in numbers:  # with an argument, or an output before
+            self.pinned.add(number)
+            return
         self._readers.pop(key, None)  # of another storage, at the same place before
 
         def died(reference: Any) -> None:
