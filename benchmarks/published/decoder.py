@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from memfit.techniques.kernel import kernel, read_bytes
 from published.arch import Arch
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (role, inputs, outputs, bias)
@@ -64,12 +65,16 @@ class FusedRms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
+        out = torch.empty_like(x)
+        kernel([out], read_bytes([x]))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        out = torch.empty_like(x)
+        kernel([out], read_bytes([x, *grads]))
+        return out, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 def make_norm(arch: Arch, dialect: Dialect, width: int) -> nn.Module:
@@ -91,10 +96,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kind: str) -> 
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        kernel([], 2 * read_bytes([x]))
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kernel([], 2 * read_bytes(grads))
         return grads[0]
 
 
@@ -183,10 +190,13 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.empty_like(gate)
+        out = torch.empty_like(gate)
+        kernel([out], read_bytes([gate, up]))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kernel([], 2 * read_bytes(ctx.saved_tensors) + read_bytes(grads))
         return ctx.saved_tensors
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from memfit.techniques.kernel import kernel, read_bytes
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from published.rows import Setup
@@ -36,10 +37,12 @@ class _InPlaceSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(scores)
+        kernel([], 2 * read_bytes([scores]))
         return scores.view_as(scores)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kernel([], 3 * read_bytes(grads))
         return grads[0]  # written over the gradient that comes in
 
 
@@ -47,11 +50,15 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, x)
-        return torch.empty_like(x)
+        out = torch.empty_like(x)
+        kernel([out], read_bytes([gate, x]))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+        made = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+        kernel(made, read_bytes([*ctx.saved_tensors, *grads]))
+        return made
 
 
 class GatedAttention(nn.Module):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from memfit.techniques.kernel import kernel, read_bytes
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -139,10 +141,12 @@ class _Overwriting(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(logits, logits.new_empty(logits.shape[0], dtype=torch.float32))
+        kernel([], read_bytes([logits]))
         return logits.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kernel([], 2 * read_bytes(ctx.saved_tensors[:1]))
         return ctx.saved_tensors[0]
 
 
@@ -153,11 +157,14 @@ class _Compiled(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
         rows = [logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2)]
         ctx.save_for_backward(logits, *rows)
+        kernel([], read_bytes([logits]))
         return logits.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return torch.empty_like(ctx.saved_tensors[0])
+        out = torch.empty_like(ctx.saved_tensors[0])
+        kernel([out], read_bytes(ctx.saved_tensors[:1]))
+        return out
 
 
 class FusedLinear(torch.autograd.Function):
