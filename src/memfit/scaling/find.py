@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from memfit.cost.collectives import collective_s
 from memfit.cost.play import ASSUMED_HOST_BYTES_S, Player
 from memfit.cost.time import ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.scaling.compose import Composer, Cut
-from memfit.scaling.price import Given, Priced, Rates, compute_of, price, state_of
+from memfit.scaling.price import Communicate, Given, Priced, Rates, State, compute_of, price, state_of
 from memfit.scaling.traced import Key, Traced
 from memfit.search.choose import TIE_RATIO
 from memfit.search.layouts import Grid, Layout, Limits, Uses, grids
@@ -122,7 +123,7 @@ class _Pricing:
         link = machine.host.device_bytes_s if machine.host else None
         blas = machine.device.blas_workspace_bytes
         self.rates = Rates(
-            communicate=lambda kind, size, ranks, near: collective_s(kind, size, ranks, near, machine),
+            communicate=_communicator(machine),
             per_host=per_host(machine),
             host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
             host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
@@ -148,13 +149,18 @@ class _Pricing:
             ends = [self._settled(layout, composer.ends(layout, compute, u)) for u in grid.ends]
         except UserError:
             return None
-        states = [state_of(s, layout, composer.updating(_updating(s))) for s in grid.states]
+        ranks, staged = layout.data * layout.context, layout.stages > 1
+        states = [self._state(s, ranks, staged) for s in grid.states]
         cut = layout.context * (layout.tensor if layout.sequence else 1)
         given = Given(
             blocks=self.traced.blocks, hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
             inside=inside, ends=ends, states=states,
         )  # fmt: skip
         return price(grid, given, self.rates)
+
+    @functools.cache  # noqa: B019  lives as long as one search
+    def _state(self, uses: Uses, ranks: int, staged: bool) -> State:
+        return state_of(uses, ranks, self.composer.updating(_updating(uses)), staged=staged)
 
     def _settled(self, layout: Layout, cuts: Sequence[Cut]) -> list[Parts]:
         """With the seconds of their collectives."""
@@ -179,6 +185,21 @@ class _Pricing:
         return [
             Parts(before=piece(c, "before"), block=piece(c, "block"), after=piece(c, "after")) for c in cuts
         ]
+
+
+def _communicator(machine: Machine) -> Communicate:
+    """Seconds of collectives; grids ask for the same few again and again."""
+
+    @functools.cache
+    def known(kind: str, size_bytes: float, ranks: int, near: int) -> Any:
+        return collective_s(kind, size_bytes, ranks, near, machine)
+
+    def communicate(kind: str, size_bytes: Any, ranks: int, near: int) -> Any:
+        if isinstance(size_bytes, float | int):
+            return known(kind, size_bytes, ranks, near)
+        return collective_s(kind, size_bytes, ranks, near, machine)
+
+    return communicate
 
 
 def per_host(machine: Machine) -> int:

@@ -68,14 +68,14 @@ def compute_of(uses: Sequence[Use]) -> str:
     return "fp32"
 
 
-def state_of(uses: Sequence[Use], layout: Layout, updating: Updating) -> State:
+def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: bool) -> State:
+    """``ranks``: that share a parameter, over data and context; ``staged``: of a pipeline."""
     named = {u.technique: u.settings for u in uses}
     compute = compute_of(uses)
     halved = "bf16-parameters" in named
     stored = 2.0 if halved else 4.0
-    ranks = layout.data * layout.context
     # A pipeline's schedule reduces gradients in its last micro-batch (torch.distributed.pipelining.stage).
-    every = layout.stages == 1 and any(u.settings.get("sync") == "every" for u in uses)
+    every = not staged and any(u.settings.get("sync") == "every" for u in uses)
     if "fsdp2" in named:
         knobs = named["fsdp2"]
         copies = int(knobs["replicas"])

@@ -59,6 +59,7 @@ class Traced:
             raise UserError(found)
         return parts_of(found, self.path, seconds)
 
+    @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
         """Of what a block hands to the next, for one sample: what a recomputed block keeps."""
         key = Key(

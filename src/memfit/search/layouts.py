@@ -111,7 +111,9 @@ def grids(limits: Limits) -> Iterator[Grid]:
             continue
         extra = layout.uses
         if layout.stages > 1:
-            extra = (*extra, _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2))
+            staged = _use("pipeline", stages=layout.stages, schedule=layout.schedule, virtual=layout.virtual,
+                          micro_batches=2)  # fmt: skip
+            extra = (*extra, staged)
         states = _allowed(_states(limits, layout), extra, limits)
         inside = _allowed(_inside(), extra, limits)
         ends = _allowed(_ends(limits, layout), extra, limits)

@@ -108,6 +108,10 @@ def conflict(plan: Plan) -> str | None:
     sharded = plan.get("zero")
     if sharded is not None and sharded.settings.get("stage") == 3 and plan.get("compile") is not None:
         return "zero of stage 3 gathers parameters inside of blocks, and compile makes one graph of each"
+    staged = plan.get("pipeline")
+    split = staged is not None and str(staged.settings.get("schedule")).startswith("zero-bubble")
+    if split and plan.get("selective-checkpointing") is not None:
+        return "zero-bubble runs backward in two parts, and selective-checkpointing keeps values for one"
     return None
 
 
