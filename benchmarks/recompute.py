@@ -1,0 +1,542 @@
+"""Optimal recomputation against torch's memory budget and against every k-th block, at equal measured peak.
+
+    python benchmarks/recompute.py [--only NAME ...] [--rounds 6]   measure, record, write the page
+    python benchmarks/recompute.py --page                           the page from the records only
+
+Every configuration of an architecture lives in a process of its own; one step at a time is run, in
+interleaved rounds. For each rival's measured peak memfit is asked for a plan of that budget (rounded down to
+a whole MiB). Every number in the page comes from benchmarks/records/recompute.jsonl, the last line of each
+architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from architectures import Residual, UNet, _hf, _own_loss, _text, evoformer, job, pictures, to_class, to_target
+from torch import nn
+
+from memfit.cost.memory import memory_profile
+from memfit.cost.time import time_model
+from memfit.jobs.registry import load
+from memfit.jobs.step import TrainingStep
+from memfit.measure import here
+from memfit.measure.allocator import CountingAllocator
+from memfit.measure.probe import calibrate
+from memfit.pricing import signatures_by_weight
+from memfit.recomputation import chosen
+from memfit.store.environment import fingerprint
+from memfit.techniques.blocks import find_blocks
+from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.plan import Plan, use
+from memfit.types.units import format_bytes
+
+RECORDS = Path(__file__).parent / "records" / "recompute.jsonl"
+PAGE = Path(__file__).parent / "recompute.md"
+MIB = 2**20
+STEPS = 4  # before timing: the first two compile and make optimizer state, the next two show the peak
+PER_TURN = 2
+# Freed memory stays with the process, as with the caching allocator of a GPU: no step waits for fresh pages.
+HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+KNOB, BLOCKS, EVERY, OURS, PLAIN = (
+    "knob, whole model",
+    "knob, each block",
+    "every k-th block",
+    "memfit",
+    "plain",
+)
+RATIOS = {KNOB: (1.0, 0.7, 0.5, 0.3, 0.1), BLOCKS: (0.5, 0.0)}
+_NEAR_RATIO = 0.97  # of the plain peak: rivals above it save nothing worth comparing
+
+
+def _bert(name: str, kind: str, rows: int, length: int, **fields: Any) -> Job:
+    config = {
+        "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768,
+        **fields,
+    }  # fmt: skip
+    model = _hf(f"{kind}Config", f"{kind}ForMaskedLM", **config)
+    return job(name, model, _text(rows, length, config["vocab_size"], masked=True), _own_loss, rows=rows)
+
+
+def esm() -> Job:
+    return _bert(
+        "esm",
+        "Esm",
+        3,
+        192,
+        vocab_size=33,
+        position_embedding_type="rotary",
+        pad_token_id=1,
+        mask_token_id=32,
+    )
+
+
+def llama() -> Job:
+    model = _hf(
+        "LlamaConfig", "LlamaForCausalLM", vocab_size=1024, hidden_size=192, num_hidden_layers=6,
+        num_attention_heads=6, num_key_value_heads=2, intermediate_size=512, max_position_embeddings=256,
+        use_cache=False,
+    )  # fmt: skip
+    return job("llama", model, _text(3, 192, 1024), _own_loss, rows=3)
+
+
+def vit() -> Job:
+    model = _hf(
+        "ViTConfig", "ViTForImageClassification", image_size=64, patch_size=8, hidden_size=192,
+        num_hidden_layers=6, num_attention_heads=6, intermediate_size=768, num_labels=100,
+    )  # fmt: skip
+
+    def batch(g: torch.Generator) -> dict[str, torch.Tensor]:
+        pixels, labels = pictures(8, 64, 100)(g)
+        return {"pixel_values": pixels, "labels": labels}
+
+    return job("vit", model, batch, _own_loss, rows=8)
+
+
+def t5() -> Job:
+    model = _hf(
+        "T5Config", "T5ForConditionalGeneration", vocab_size=1024, d_model=192, d_kv=32, d_ff=512,
+        num_layers=4, num_heads=6, decoder_start_token_id=0, use_cache=False,
+    )  # fmt: skip
+    batch = _text(4, 160, 1024, decoder=96)
+    return job("t5", model, batch, _own_loss, rows=4, blocks="encoder.block")
+
+
+def resnet() -> Job:
+    def model() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1), nn.Sequential(*(Residual(32) for _ in range(8))),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 100),
+        )  # fmt: skip
+
+    return job("resnet", model, pictures(12, 96, 100), to_class, rows=12, blocks="4")
+
+
+def unet() -> Job:
+    return job(
+        "unet", lambda: UNet(24),
+        lambda g: (torch.randn(4, 1, 96, 96, generator=g), torch.randn(4, 1, 96, 96, generator=g)),
+        to_target, rows=4, blocks="up",
+    )  # fmt: skip
+
+
+JOBS: dict[str, Callable[[], Job]] = {
+    "gpt": lambda: load(JobRef(spec="char-lm", batch=8)), "unet": unet, "llama": llama, "esm": esm,
+    "resnet": resnet, "vit": vit, "evoformer": evoformer, "t5": t5,
+}  # fmt: skip
+
+
+_PLAIN_PLAN = Plan()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """``ratio``: of torch's budget; ``backend`` "": not compiled."""
+
+    kind: str
+    label: str
+    plan: Plan = _PLAIN_PLAN
+    backend: str = ""
+    ratio: float = 1.0
+    budget_mib: int = 0
+    predicted_bytes: int = 0
+
+
+# --- one configuration, in a process of its own
+
+
+def _child(conn: Any, make: Callable[[], Job], config: Config) -> None:
+    try:
+        counter = CountingAllocator()
+        counter.install()
+        base = counter.live_bytes()
+        torch.manual_seed(0)
+        job = make()
+        step = TrainingStep(job, config.plan)
+        _compile(step, job, config)
+        losses = []
+        for index in range(STEPS):
+            if index == STEPS - 2:
+                gc.collect()
+                counter.reset_peak()
+            batch = job.make_batch(index, 0)
+            losses.append([float(v) for v in step.run(batch)])
+            del batch
+        conn.send({"peak_bytes": counter.peak_bytes() - base, "losses": losses})
+        while conn.recv():
+            taken = []
+            for index in range(PER_TURN):
+                batch = job.make_batch(STEPS + index, 0)
+                begun = time.process_time()
+                step.run(batch)
+                taken.append(time.process_time() - begun)
+            conn.send(min(taken))
+    except Exception as error:  # noqa: BLE001  # of compilers too: it is told in the page
+        conn.send({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"})
+
+
+def _compile(step: TrainingStep, job: Job, config: Config) -> None:
+    if not config.backend:
+        return
+    import torch._dynamo
+    import torch._functorch.config
+
+    torch._dynamo.config.recompile_limit = 64
+    torch._functorch.config.activation_memory_budget = config.ratio
+    modules = [step.model] if config.kind == KNOB else find_blocks(step.model, job.blocks)[1]
+    for module in modules:
+        module.compile(backend=config.backend)
+
+
+class Live:
+    """A configuration under way."""
+
+    def __init__(self, make: Callable[[], Job], config: Config) -> None:
+        context: Any = multiprocessing.get_context("fork")
+        self.config = config
+        self.conn, theirs = context.Pipe()
+        self.process = context.Process(target=_child, args=(theirs, make, config), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.told = self.conn.recv()
+        self.step_s: list[float] = []
+        print(
+            f"  {config.label}: {self.told.get('error') or format_bytes(self.told['peak_bytes'])}", flush=True
+        )
+
+    @property
+    def runs(self) -> bool:
+        return "error" not in self.told
+
+    def turn(self) -> None:
+        self.conn.send(True)
+        self.step_s.append(self.conn.recv())
+
+    def close(self) -> None:
+        if self.runs:
+            self.conn.send(False)
+        self.process.join()
+
+    def row(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "kind": c.kind, "label": c.label, "budget_mib": c.budget_mib,
+            "predicted_bytes": c.predicted_bytes, **self.told, "step_s": self.step_s,
+        }  # fmt: skip
+
+
+# --- one architecture
+
+
+def rivals(blocks: int) -> list[Config]:
+    found = [Config(kind=PLAIN, label="plain"), Config(kind=PLAIN, label="plain again")]
+    for kind, ratios in RATIOS.items():
+        found += [Config(kind=kind, label=f"{kind}, {r:g}", backend="aot_eager", ratio=r) for r in ratios]
+    for k in range(1, min(blocks, 3)):
+        plan = Plan(uses=(use("activation-checkpointing", every=k),))
+        found.append(Config(kind=EVERY, label=f"every {k}", plan=plan))
+    return found
+
+
+def measured(name: str, rounds: int) -> dict[str, Any]:
+    print(name, flush=True)
+    make = JOBS[name]
+    blocks = len(find_blocks(make().build_model(), make().blocks)[1])
+    alive: list[Live] = []
+    for config in rivals(blocks):
+        one = Live(make, config)
+        same = [o for o in alive if o.runs and one.runs and o.config.kind == config.kind and _same(o, one)]
+        if not one.runs or not same or config.kind == PLAIN:
+            alive.append(one)
+        else:
+            one.close()
+    plain = next(o for o in alive if o.config.kind == PLAIN)
+    wanted = {
+        o.told["peak_bytes"] // MIB
+        for o in alive
+        if o.runs and o.told["peak_bytes"] < _NEAR_RATIO * plain.told["peak_bytes"]
+    }
+    plans, refused = _asked(make, sorted(wanted))
+    alive += [Live(make, config) for config in plans]
+    running = [o for o in alive if o.runs]
+    for turn in range(rounds):
+        for one in running[turn:] + running[:turn]:
+            one.turn()
+    for one in alive:
+        one.close()
+    return {"name": name, "blocks": blocks, "refused_mib": refused, "rows": [o.row() for o in alive]}
+
+
+def _same(one: Live, other: Live) -> bool:
+    return bool(abs(one.told["peak_bytes"] - other.told["peak_bytes"]) < 0.001 * one.told["peak_bytes"])
+
+
+def _asked(make: Callable[[], Job], budgets_mib: list[int]) -> tuple[list[Config], dict[int, str]]:
+    """Plans for the budgets, chosen in a process that ends before the rounds."""
+    context: Any = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_choose, args=(theirs, make, budgets_mib), daemon=True)
+    process.start()
+    answer: tuple[list[Config], dict[int, str]] = mine.recv()
+    process.join()
+    return answer
+
+
+def _choose(conn: Any, make: Callable[[], Job], budgets_mib: list[int]) -> None:
+    counter = CountingAllocator()
+    counter.install()
+    job, configs, refused = make(), [], {}
+    plain = trace(job, Plan())
+    known = calibrate(signatures_by_weight((op, 1) for op in plain.ops), budget_s=20.0, counter=counter)
+    model = time_model(here.this_machine("world").device, known, plain.ops)
+    assert model is not None
+    for budget in budgets_mib:
+        asked = Plan(uses=(use("optimal-checkpointing", budget_mib=budget, dropped=""),))
+        begun = time.perf_counter()
+        try:
+            plan = chosen(job, asked, seconds=model.op_s, calibration=known)
+        except UserError as error:
+            refused[budget] = str(error)
+            print(f"  {error}", flush=True)
+            continue
+        took_s = time.perf_counter() - begun
+        predicted = memory_profile(trace(job, plan), known).peak_bytes
+        label = f"{OURS}, {budget} MiB"
+        configs.append(
+            Config(kind=OURS, label=label, plan=plan, budget_mib=budget, predicted_bytes=predicted)
+        )
+        print(f"  chosen for {budget} MiB in {took_s:.1f} s", flush=True)
+    conn.send((configs, refused))
+
+
+# --- tables
+
+
+def low_s(step_s: Any) -> Any:
+    """Mean of the lower half of the rounds, along the last axis."""
+    return numpy.sort(step_s, axis=-1)[..., : -(-numpy.shape(step_s)[-1] // 2)].mean(axis=-1)
+
+
+def _interval(one: list[float], other: list[float]) -> tuple[float, float]:
+    """95 % of the ratio of `low_s`, rounds drawn again 4,000 times, the same for both."""
+    drawn = numpy.random.default_rng(0).integers(len(one), size=(4000, len(one)))
+    ratios = low_s(numpy.array(one)[drawn]) / low_s(numpy.array(other)[drawn])
+    low, high = numpy.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def pairs(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each rival beside memfit's plan for its peak. ``ratio``: of step times; ``overhead``: the same, each
+    by the step without recomputation in its own way of running."""
+    rows = [r for r in record["rows"] if "error" not in r]
+    ours = {r["budget_mib"]: r for r in rows if r["kind"] == OURS}
+    plain = _plain(record)
+    compiled = next((r for r in rows if r["kind"] == KNOB and r["label"].endswith(", 1")), plain)
+    found = []
+    for rival in rows:
+        if rival["kind"] in (PLAIN, OURS) or rival["peak_bytes"] >= _NEAR_RATIO * plain["peak_bytes"]:
+            continue
+        pair: dict[str, Any] = {"rival": rival, "mine": ours.get(rival["peak_bytes"] // MIB)}
+        if pair["mine"]:
+            own = compiled if rival["kind"] in RATIOS else plain
+            pair["ratio"] = low_s(rival["step_s"]) / low_s(pair["mine"]["step_s"])
+            pair["interval"] = _interval(rival["step_s"], pair["mine"]["step_s"])
+            pair["overhead"] = pair["ratio"] * low_s(plain["step_s"]) / low_s(own["step_s"])
+        found.append(pair)
+    return found
+
+
+def floor_ratio(record: dict[str, Any]) -> float:
+    """How far two processes of plain training are apart, at least 1 %."""
+    one, other = (low_s(r["step_s"]) for r in record["rows"] if r["kind"] == PLAIN)
+    return max(0.01, abs(one / other - 1))
+
+
+def _verdict(pair: dict[str, Any], floor: float) -> str:
+    if not pair["mine"]:
+        return "lost"
+    low, high = pair["interval"]
+    if low > 1 and pair["ratio"] > 1 + floor:
+        return "won"
+    return "lost" if high < 1 and pair["ratio"] < 1 - floor else "even"
+
+
+def _mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+_ABOUT = """\
+Generated by `python benchmarks/recompute.py` from `benchmarks/records/recompute.jsonl`; do not edit.
+
+{created}, {processor}, torch {torch}, one thread, {rounds} interleaved rounds.
+
+Torch's knob is `torch._functorch.config.activation_memory_budget` under `torch.compile` with the backend
+`aot_eager`, over the whole model and over each block: torch's own partitioner, and the same eager kernels
+that memfit's plans and checkpointed blocks run. Inductor's kernels are others and were not compared. A
+rival's peak, rounded down to a MiB, is the budget that memfit is asked for: it has at most as much memory.
+
+Times are processor seconds: in each of {rounds} rounds the better of {turn} steps, then the mean of the
+lower half of the rounds, as other work on the machine mostly adds. `ratio` is the rival's time by memfit's,
+above 1 where memfit is faster, in brackets its 95 % interval over rounds; `overhead` is the same with each
+time taken by that of the step without recomputation that runs the same way, compiled or not. Won and lost:
+the interval excludes 1, and the ratio is farther from it than two processes of plain training are apart
+(the floor, at least 1 %).
+"""
+_COLUMNS = (
+    "| architecture | plain peak | floor | against | points | won, even, lost "
+    "| ratio, geometric mean | lowest | overhead, geometric mean | lowest |"
+)
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    environment, architectures = records[-1]["environment"], [r["architecture"] for r in records]
+    about = _ABOUT.format(
+        created=records[-1]["created"], processor=environment.get("processor", "unknown processor"),
+        torch=environment.get("torch"), rounds=records[-1]["rounds"], turn=PER_TURN,
+    )  # fmt: skip
+    title = "# Recomputation: memfit, torch's memory budget and every k-th block at equal measured peak"
+    lines = [
+        title,
+        "",
+        about,
+        *_claims(architectures),
+        "",
+        _COLUMNS,
+        "|---|--:|--:|---|--:|---|--:|--:|--:|--:|",
+    ]
+    for a in architectures:
+        lines += _summary(a)
+    for a in architectures:
+        lines += ["", f"## {a['name']}", "", *_table(a)]
+    return "\n".join(lines) + "\n"
+
+
+def _claims(architectures: list[dict[str, Any]]) -> list[str]:
+    verdicts = [_verdict(p, floor_ratio(a)) for a in architectures for p in pairs(a)]
+    ours = [(a, r) for a in architectures for r in a["rows"] if r["kind"] == OURS and "error" not in r]
+    over = sum(r["peak_bytes"] > r["budget_mib"] * MIB for _, r in ours)
+    errors = [abs(r["predicted_bytes"] / r["peak_bytes"] - 1) for _, r in ours]
+    equal = sum(r["losses"] == _plain(a)["losses"] for a, r in ours)
+    counts = ", ".join(f"{w} {verdicts.count(w)}" for w in ("won", "even", "lost"))
+    return [
+        f"- {len(ours)} plans of memfit: measured peak above the asked budget in {over}",
+        f"- predicted peak off by at most {100 * max(errors):.3f} % of the measured one",
+        f"- losses and gradient norms bitwise those of plain training in {equal} of {len(ours)}",
+        f"- {len(verdicts)} rivals below {100 * _NEAR_RATIO:.0f} % of the plain peak: {counts}",
+    ]
+
+
+def _plain(architecture: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = next(r for r in architecture["rows"] if r["kind"] == PLAIN)
+    return found
+
+
+def _summary(architecture: dict[str, Any]) -> list[str]:
+    lines = []
+    floor = floor_ratio(architecture)
+    for kind in (KNOB, BLOCKS, EVERY):
+        own = [p for p in pairs(architecture) if p["rival"]["kind"] == kind]
+        compared = [p for p in own if p["mine"]]
+        if not compared:
+            continue
+        verdicts = [_verdict(p, floor) for p in own]
+        counts = ", ".join(str(verdicts.count(w)) for w in ("won", "even", "lost"))
+        means = " | ".join(
+            f"{_mean(values):.3f} | {min(values):.3f}"
+            for values in ([p[name] for p in compared] for name in ("ratio", "overhead"))
+        )
+        lines.append(
+            f"| {architecture['name']} | {format_bytes(_plain(architecture)['peak_bytes'])} "
+            f"| {100 * floor:.1f} % | {kind} | {len(own)} | {counts} | {means} |"
+        )
+    return lines
+
+
+def _table(architecture: dict[str, Any]) -> list[str]:
+    plain = _plain(architecture)
+    least, floor = low_s(plain["step_s"]), floor_ratio(architecture)
+    lines = [
+        f"Plain: {format_bytes(plain['peak_bytes'])}, {1000 * least:.0f} ms a step.",
+        "",
+        "| rival | its peak | its step | memfit's peak | its step | ratio | overhead | |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for pair in sorted(pairs(architecture), key=lambda p: (p["rival"]["kind"], -p["rival"]["peak_bytes"])):
+        rival, mine = pair["rival"], pair["mine"]
+        told = "refused | | | "
+        if mine:
+            told = f"{format_bytes(mine['peak_bytes'])} | {_times(mine)} "
+            low, high = pair["interval"]
+            told += f"| {pair['ratio']:.3f} [{low:.3f}, {high:.3f}] | {pair['overhead']:.3f}"
+        lines.append(
+            f"| {rival['label']} | {format_bytes(rival['peak_bytes'])} | {_times(rival)} | {told} "
+            f"| {_verdict(pair, floor)} |"
+        )
+    above = [r for r in architecture["rows"] if "error" not in r and r["kind"] in RATIOS]
+    above = [r for r in above if r["peak_bytes"] >= _NEAR_RATIO * plain["peak_bytes"]]
+    if above:
+        told = "; ".join(
+            f"{r['label']}: {format_bytes(r['peak_bytes'])}, {low_s(r['step_s']) / least:.2f} x plain's step"
+            for r in above
+        )
+        lines += ["", f"Saving nothing: {told}."]
+    failed = [f"{r['label']}: {r['error']}" for r in architecture["rows"] if "error" in r]
+    return [*lines, *(["", "Did not run: " + "; ".join(failed) + "."] if failed else [])]
+
+
+def _times(row: dict[str, Any]) -> str:
+    return f"{1000 * low_s(row['step_s']):.0f} ms"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(JOBS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if not options.page:
+        if any(os.environ.get(k) != v for k, v in HEAP.items()):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **HEAP})
+        _prepare()
+        for name in options.only or JOBS:
+            record = {
+                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "rounds": options.rounds,
+                "environment": dict(fingerprint()),
+                "architecture": measured(name, options.rounds),
+            }
+            with RECORDS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    last = {r["architecture"]["name"]: r for r in map(json.loads, RECORDS.read_text().splitlines())}
+    PAGE.write_text(page([last[name] for name in JOBS if name in last]), encoding="utf-8")
+    print(PAGE.read_text())
+
+
+def _prepare() -> None:
+    """What every child needs is imported before they are forked."""
+    import scipy.optimize  # noqa: F401
+
+    trace(JOBS["esm"](), Plan())
+
+
+if __name__ == "__main__":
+    main()
