@@ -28,7 +28,8 @@ from memfit.techniques.base import Space
 from memfit.techniques.registry import plain, technique
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces
-from memfit.trace.tracer import stepping, trace, with_blocks
+from memfit.trace.few_blocks import with_blocks
+from memfit.trace.tracer import stepping, trace
 from memfit.types.collector import uncollected
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine

@@ -37,7 +37,8 @@ from memfit.cost.footprint import footprint
 from memfit.cost.memory import MemoryProfile, levels, memory_profile, step_ops
 from memfit.techniques.registry import make_use
 from memfit.trace.compose import deep_trace
-from memfit.trace.tracer import trace, with_blocks
+from memfit.trace.few_blocks import with_blocks
+from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, Use

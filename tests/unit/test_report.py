@@ -30,9 +30,10 @@ from rich.console import Console
 from memfit import wire
 from memfit.report import charts, terminal
 from memfit.report.answer import answer
+from memfit.report.choices import search_view
 from memfit.report.figures import Figure, Mark, apart, figure_text, measured, predicted, sentence_text
 from memfit.report.html import render_html, write_html
-from memfit.report.view import poc_view, search_view, thin
+from memfit.report.view import poc_view, thin
 from memfit.report.words import LANGUAGES, load_words
 from memfit.types.errors import UserError
 from memfit.types.result import OutcomeKind, Poc, Reason, VerdictKind

@@ -11,7 +11,8 @@ from torch import nn
 
 from memfit.cost.memory import memory_profile, step_ops
 from memfit.trace.compose import deep_trace, deep_traces
-from memfit.trace.tracer import trace, with_blocks
+from memfit.trace.few_blocks import with_blocks
+from memfit.trace.tracer import trace
 from memfit.trace.unroll import Blocks, Mismatch, canonical, unroll
 from memfit.types.job import Job
 from memfit.types.machine import Calibration

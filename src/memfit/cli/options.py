@@ -138,6 +138,14 @@ class JsonOptions:
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """How the result is told."""
+
+    lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
+
+
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
     """`function` takes option dataclasses; typer is shown one parameter for each of their fields."""
     nouns = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}

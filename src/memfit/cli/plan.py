@@ -13,9 +13,8 @@ from memfit.cli.options import (
     GoalOptions,
     HereOptions,
     JobOptions,
-    JsonOptions,
-    LanguageOptions,
     MachineOptions,
+    OutputOptions,
 )
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
@@ -55,16 +54,16 @@ class FromOptions:
     ] = None
 
 
-def plan(  # noqa: PLR0913  each is a group of options
+def plan(
     job: JobOptions, goal: GoalOptions, on: MachineOptions, limits: BoundsOptions, here: HereOptions,
-    yours: FromOptions, save: SaveOptions, lang: LanguageOptions, output: JsonOptions,
+    yours: FromOptions, save: SaveOptions, output: OutputOptions,
 ) -> None:  # fmt: skip
     """Recommend a plan that fits the memory; train nothing.
 
     The recommended plan and its rivals, each technique with what it saves and costs, and why others
     were left out.
     """
-    words = language(lang.lang)
+    words = language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
     if yours.given:

@@ -11,9 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from memfit.report.choices import search_view
 from memfit.report.figures import Figure, Sentence, figure_text, measured, predicted, sentence_text
 from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
-from memfit.report.view import estimate_view, poc_view, search_view
+from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
 from memfit.types.result import Effort, Estimate, Poc, SearchResult
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from memfit.report.answer import answer
-from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted
+from memfit.report.choices import search_view
+from memfit.report.figures import Figure, Mark, apart, assumed, measured, predicted
 from memfit.report.pool import by_plan, median_step_s, ok_runs, peak_bytes, step_s
 from memfit.report.rows import (
-    ChoiceRow,
     EstimateView,
     InteractionTable,
     LossCurve,
@@ -27,22 +27,18 @@ from memfit.report.rows import (
     ResourceRow,
     Rung,
     RunRow,
-    SearchView,
     Timeline,
     VerdictRow,
 )
 from memfit.types.result import (
-    Choice,
     Estimate,
     Interaction,
     OutcomeKind,
     PaperRow,
     Poc,
     Reach,
-    Reason,
     Run,
     SearchResult,
-    Sensitivity,
     Verdict,
 )
 
@@ -68,41 +64,6 @@ def poc_view(poc: Poc) -> PocView:
         resources=tuple(_resources(runs, _estimates(poc.search)) for runs in groups),
         paper=tuple(_paper(row) for row in poc.paper),
         reach=tuple(_reach(row) for row in poc.reach),
-    )
-
-
-def search_view(result: SearchResult) -> SearchView:
-    best = result.recommended
-
-    def row(choice: Choice) -> ChoiceRow:
-        return _choice(choice, recommended=best is not None and choice.estimate.plan == best.estimate.plan)
-
-    return SearchView(
-        goal=result.goal,
-        considered=result.considered,
-        cap=assumed(result.cap_bytes, "bytes"),
-        baseline=row(result.baseline),
-        frontier=tuple(row(choice) for choice in result.frontier),
-        recommended=row(best) if best else None,
-        smallest=row(result.smallest),
-        sensitivity=tuple(map(_sensitivity, result.sensitivity)),
-    )
-
-
-def _sensitivity(one: Sensitivity) -> Sentence:
-    time = predicted(one.time_ratio, "ratio")
-    if one.kind not in ("memory", "devices") or not one.amount:
-        name = Sentence(key=f"resource.{one.kind}")
-        return Sentence(key="sensitivity.resource", values={"name": name, "time": time})
-    return Sentence(
-        key=f"sensitivity.{one.kind}",
-        values={
-            "amount": predicted(one.amount, "bytes" if one.kind == "memory" else "count"),
-            "time": time,
-            "cost": predicted(one.cost_ratio, "ratio"),
-            "carbon": predicted(one.carbon_ratio, "ratio"),
-            "plan": one.plan,
-        },
     )
 
 
@@ -247,48 +208,6 @@ def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
             curve = LossCurve(role=spec.role, seed=spec.seed, values=losses)
             curves.setdefault((spec.role, spec.seed), curve)
     return tuple(curves.values())
-
-
-def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
-    estimate = choice.estimate
-    peak = estimate.allocated_bytes
-    return ChoiceRow(
-        plan=estimate.plan.label,
-        effect=choice.effect.label,
-        fits=choice.fits,
-        recommended=recommended,
-        peak=predicted(peak.value, "bytes"),
-        low=predicted(peak.low, "bytes"),
-        high=predicted(peak.high, "bytes"),
-        step=predicted(estimate.step_s.value if estimate.step_s else None, "s"),
-        reasons=tuple(map(_reason, choice.reasons)),
-    )
-
-
-def _reason(reason: Reason) -> Sentence:
-    """What the technique does to the peak is a saving or its opposite, and is said as such."""
-    saved = reason.saved_bytes
-    costs = reason.kind == "saves" and saved is not None and saved < 0
-    change = Figure(
-        value=None if saved is None else -saved, unit="bytes", mark=Mark.PREDICTED, signed=not costs
-    )
-    return Sentence(
-        key=_reason_key("costs" if costs else reason.kind, timed=reason.time_ratio is not None),
-        values={
-            "technique": reason.technique,
-            "saved": predicted(saved, "bytes"),
-            "change": change,
-            "time": predicted(reason.time_ratio, "ratio"),
-            "detail": reason.detail,
-        },
-    )
-
-
-def _reason_key(kind: str, *, timed: bool) -> str:
-    compared = kind in {
-        "saves", "costs", "left_out_slower", "left_out_not_needed", "without_worse", "without_as_good",
-    }  # fmt: skip
-    return f"reason.{kind}" if timed or not compared else f"reason.{kind}_untimed"
 
 
 def _verdict(name: str, plan: str, verdict: Verdict, unit: str) -> VerdictRow:

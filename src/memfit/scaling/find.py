@@ -14,7 +14,8 @@ from memfit.cost.collectives import collective_s
 from memfit.cost.play import ASSUMED_HOST_BYTES_S, Player
 from memfit.cost.time import ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.scaling.compose import Composer, Cut
-from memfit.scaling.price import Communicate, Given, Priced, Rates, State, compute_of, price, state_of
+from memfit.scaling.price import Communicate, Given, Priced, Rates, price
+from memfit.scaling.states import State, compute_of, state_of
 from memfit.scaling.traced import Key, Traced
 from memfit.search.choose import TIE_RATIO
 from memfit.search.layouts import Grid, Layout, Limits, Uses, grids

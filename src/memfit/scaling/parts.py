@@ -116,7 +116,7 @@ def updating_of(trace: Trace, seconds: Seconds) -> Updating:
     )
     elements = trace.trainable_count
     return Updating(
-        seconds=seconds(look.within(window)) / elements,
+        update_s=seconds(look.within(window)) / elements,
         moved_bytes=sum(o.moved_bytes for o in look.within(window)) / elements,
         state_bytes=state / elements,
         top_bytes=look.top(window) / elements,

@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import numpy
 
+from memfit.scaling.states import State
 from memfit.search.layouts import Grid, Layout
-from memfit.types.parts import Parts, Updating
-from memfit.types.plan import Use
+from memfit.types.parts import Parts
 
 Array = Any  # of float64; what broadcasting makes of arrays has no narrower type
 Communicate = Callable[[str, Any, int, int], Any]
@@ -33,86 +33,6 @@ class Priced:
     step_s: Array
     allocated_bytes: Array
     host_bytes: Array
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """What data parallelism, precision and optimizer make of a parameter. Bytes are for each element;
-    ``*_shards``: over how many ranks it is divided."""
-
-    compute: str  # "bf16", "autocast", "fp32"
-    stored: float
-    gathered: float
-    gradient: float
-    reduced: float  # while it travels
-    parameter_shards: int
-    gradient_shards: int
-    state_shards: int
-    replicas: int
-    reshard: bool
-    every: bool  # gradients are reduced in every micro-step
-    bucket: float  # copies of gradients that stay beside them (0 or 1)
-    bucket_bytes: float  # of a fixed size
-    offload: str  # "", "optimizer", "all"
-    kind: str  # "", "ddp", "fsdp2", "zero"
-    updating: Updating
-
-
-def compute_of(uses: Sequence[Use]) -> str:
-    """Which dtype forward and backward run in."""
-    for used in uses:
-        if used.technique == "bf16-autocast":
-            return "autocast"
-        if used.technique == "bf16-parameters" or used.settings.get("precision") == "bf16":
-            return "bf16"
-    return "fp32"
-
-
-def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: bool) -> State:
-    """``ranks``: that share a parameter, over data and context; ``staged``: of a pipeline."""
-    named = {u.technique: u.settings for u in uses}
-    compute = compute_of(uses)
-    halved = "bf16-parameters" in named
-    stored = 2.0 if halved else 4.0
-    # A pipeline's schedule reduces gradients in its last micro-batch (torch.distributed.pipelining.stage).
-    every = not staged and any(u.settings.get("sync") == "every" for u in uses)
-    if "fsdp2" in named:
-        knobs = named["fsdp2"]
-        copies = int(knobs["replicas"])
-        gathered = 2.0 if knobs["precision"] == "bf16" or halved else 4.0
-        shards = ranks // copies
-        return State(
-            compute=compute, stored=stored, gathered=gathered, gradient=stored, reduced=4.0 if not halved
-            else 2.0, parameter_shards=shards, gradient_shards=shards, state_shards=shards, replicas=copies,
-            reshard=knobs["reshard"] is True, every=every, bucket=0.0, bucket_bytes=0.0,
-            offload="all" if knobs["offload"] else "", kind="fsdp2", updating=updating,
-        )  # fmt: skip
-    if "zero" in named:
-        knobs = named["zero"]
-        stage, half = int(knobs["stage"]), knobs["precision"] == "bf16"
-        size = 2.0 if half else 4.0
-        master = dataclasses.replace(updating, state_bytes=updating.state_bytes + 4.0 * half)
-        return State(
-            compute=compute, stored=size, gathered=size, gradient=size, reduced=size,
-            parameter_shards=ranks if stage == 3 else 1, gradient_shards=ranks if stage >= 2 else 1,
-            state_shards=ranks, replicas=1, reshard=stage == 3, every=True, bucket=0.0,
-            bucket_bytes=size * int(knobs["reduce_bucket_elements"]),
-            offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
-            kind="zero", updating=master,
-        )  # fmt: skip
-    if "ddp" in named:
-        knobs = named["ddp"]
-        return State(
-            compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored,
-            parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False,
-            every=every, bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
-            offload="", kind="ddp", updating=updating,
-        )  # fmt: skip
-    return State(
-        compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored, parameter_shards=1,
-        gradient_shards=1, state_shards=1, replicas=1, reshard=False, every=True, bucket=0.0,
-        bucket_bytes=0.0, offload="", kind="", updating=updating,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,7 +220,7 @@ def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates:
             extra = rates.communicate(
                 "all_gather", own * state.stored, state.state_shards, min(state.state_shards, rates.per_host)
             )
-        return mine * state.updating.seconds + extra
+        return mine * state.updating.update_s + extra
 
     return axes.states(seconds)
 

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from memfit.cost.estimate import around, modelled_boundary
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
@@ -287,27 +288,27 @@ def _sensitivity(
         least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
         more = scale.needs(least) - cap_bytes
         if more > 0:
-            yield _told("memory", more, winner, least)
+            yield _told("memory", winner, least, more_bytes=more)
     if goal is not Objective.FEWEST:
         try:
             twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
         except UserError:
             twice = None
         if twice is not None:
-            yield _told("devices", ranks, winner, twice)
+            yield _told("devices", winner, twice, more_devices=ranks)
     for resource, saved_s in scale.bottleneck(winner.plan):
         step_s = winner.step_s.value if winner.step_s else math.inf
         if saved_s > 0.005 * step_s:
-            yield Sensitivity(kind=resource, amount=0.0, time_ratio=1 - saved_s / step_s)
+            yield Sensitivity(kind=resource, time_ratio=1 - saved_s / step_s)
 
 
-def _told(kind: str, amount: float, winner: Estimate, other: Estimate) -> Sensitivity:
+def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitivity:
     def ratio(value: Callable[[Estimate], float | None]) -> float | None:
         now, then = value(winner), value(other)
         return then / now if now and then else None
 
     return Sensitivity(
-        kind=kind, amount=amount, plan=brief(other.plan),
+        kind=kind, plan=brief(other.plan), **more,
         time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None), cost_ratio=ratio(lambda e: e.usd),
         carbon_ratio=ratio(lambda e: e.co2_g),
     )  # fmt: skip

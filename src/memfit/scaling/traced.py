@@ -11,8 +11,9 @@ from memfit.scaling.parts import BLOCKS, Seconds, parts_of, updating_of
 from memfit.search.layouts import Uses
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.registry import make_use
+from memfit.trace.few_blocks import FirstBlocks
 from memfit.trace.parallel import side_by_side
-from memfit.trace.tracer import FirstBlocks, fake_model, trace
+from memfit.trace.tracer import fake_model, trace
 from memfit.types.collector import uncollected
 from memfit.types.errors import UserError
 from memfit.types.job import Job

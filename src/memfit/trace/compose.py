@@ -12,6 +12,7 @@ import torch
 
 from memfit.techniques.blocks import find_blocks
 from memfit.trace import tracer
+from memfit.trace.few_blocks import CONTAINERS
 from memfit.trace.parallel import side_by_side
 from memfit.trace.shortened import Line, shortened
 from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
@@ -129,7 +130,7 @@ def _repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
     except UserError:
         return None
     equal = len({_shape(b) for b in blocks}) == 1
-    return (path, len(blocks)) if equal and isinstance(model.get_submodule(path), tracer.CONTAINERS) else None
+    return (path, len(blocks)) if equal and isinstance(model.get_submodule(path), CONTAINERS) else None
 
 
 def _shape(block: torch.nn.Module) -> tuple[tuple[str, torch.Size], ...]:

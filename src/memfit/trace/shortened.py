@@ -11,6 +11,7 @@ from torch.utils import _pytree
 from memfit.jobs.step import batch_length
 from memfit.techniques.world import layout
 from memfit.trace import tracer
+from memfit.trace.few_blocks import with_blocks
 from memfit.trace.unroll import Mismatch
 from memfit.types.job import Job
 from memfit.types.plan import Plan, use
@@ -37,7 +38,7 @@ class Line:
 
     def trace(self, depth: int, **options: Any) -> Trace:
         """With ``depth`` blocks on every stage."""
-        job = tracer.with_blocks(self.short_job, depth * self.short_stages)
+        job = with_blocks(self.short_job, depth * self.short_stages)
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import Workbench
-from memfit.techniques.blocks import find_blocks
 from memfit.trace.doubts import Doubted, retried, weighed
+from memfit.trace.few_blocks import FirstBlocks, remember
 from memfit.trace.flows import streams
 from memfit.trace.guesses import Guesses
 from memfit.trace.ledger import Ledger
@@ -40,7 +40,6 @@ from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
 
-CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 _PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
 _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.ContextVar(
     "step", default=TrainingStep
@@ -134,7 +133,7 @@ def fake_model(job: Job) -> torch.nn.Module:
     ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that ask for values
     with _fake_world(), ledger:
         model: torch.nn.Module = ledger.unseen(job.build_model)()
-    _remember(job, model)
+    remember(job, model)
     return model
 
 
@@ -179,70 +178,10 @@ def _play(
     return played
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FirstBlocks:
-    """Builds the job's model with its first ``count`` blocks. A trace does not watch it built."""
-
-    job: Job
-    count: int
-
-    def __call__(self) -> torch.nn.Module:
-        known = _KNOWN.get(self.job.build_model)
-        if known is not None:
-            kind, path = known
-            with contextlib.suppress(Exception), _hollow_beyond(kind, self.count):
-                return keep_blocks(self.job.build_model(), path, self.count)
-        return keep_blocks(self.job.build_model(), self.job.blocks, self.count)
-
-
-# By build_model: (class of the blocks, their path), of models whose blocks alone are of that class.
-_KNOWN: weakref.WeakKeyDictionary[Any, tuple[type, str]] = weakref.WeakKeyDictionary()
-
-
-def _remember(job: Job, model: torch.nn.Module) -> None:
-    with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered
-        path, blocks = find_blocks(model, job.blocks)
-        kind = type(blocks[0])
-        if sum(type(m) is kind for m in model.modules()) == len(blocks):
-            _KNOWN[job.build_model] = (kind, path)
-
-
-@contextlib.contextmanager
-def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
-    """Only the first ``count`` modules of that class get their parts: building the others, which go at once,
-    takes longer than tracing those that stay."""
-    inner, made = kind.__init__, 0
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        nonlocal made
-        if type(self) is kind:
-            made += 1
-        if type(self) is kind and made > count:
-            torch.nn.Module.__init__(self)
-        else:
-            inner(self, *args, **kwargs)
-
-    with mock.patch.object(kind, "__init__", init):
-        yield
-
-
-def with_blocks(job: Job, count: int) -> Job:
-    """The same job whose model keeps its first ``count`` blocks only."""
-    return dataclasses.replace(job, build_model=FirstBlocks(job, count))
-
-
 def _unwatched(job: Job, ledger: Ledger) -> Job:
     if not isinstance(job.build_model, FirstBlocks):
         return job
     return dataclasses.replace(job, build_model=ledger.unseen(job.build_model))
-
-
-def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:
-    """The model with its first ``count`` blocks."""
-    container = model.get_submodule(find_blocks(model, path)[0])
-    assert isinstance(container, CONTAINERS)
-    del container[count:]
-    return model
 
 
 def _begin(ledger: Ledger, bench: Workbench) -> None:

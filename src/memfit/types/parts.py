@@ -46,7 +46,7 @@ PIECES = ("before", "block", "after")
 class Updating:
     """The optimizer's own step, for each parameter that it updates."""
 
-    seconds: float
+    update_s: float
     state_bytes: float
     top_bytes: float  # at its highest, above parameters, gradients and state
     moved_bytes: float  # read and written

@@ -186,12 +186,13 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """What a change would bring, as ratios to the recommended plan. ``kind``: "memory" (``amount``: bytes
-    more on each device), "devices" (so many more), or a part of the machine that takes a tenth less time for
+    """What a change would bring, as ratios to the recommended plan. ``kind``: "memory" (``more_bytes`` on
+    each device), "devices" (``more_devices``), or a part of the machine that takes a tenth less time for
     its work. ``plan``: the best one then; "" is the same."""
 
     kind: str
-    amount: float
+    more_bytes: float = 0.0
+    more_devices: int = 0
     time_ratio: float | None = None
     cost_ratio: float | None = None
     carbon_ratio: float | None = None

@@ -1,0 +1,84 @@
+"""A search's result as plain rows: the frontier, the recommended plan and its reasons, what changes bring."""
+
+from __future__ import annotations
+
+from memfit.report.figures import Figure, Mark, Sentence, assumed, predicted
+from memfit.report.rows import ChoiceRow, SearchView
+from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
+
+
+def search_view(result: SearchResult) -> SearchView:
+    best = result.recommended
+
+    def row(choice: Choice) -> ChoiceRow:
+        return _choice(choice, recommended=best is not None and choice.estimate.plan == best.estimate.plan)
+
+    return SearchView(
+        goal=result.goal,
+        considered=result.considered,
+        cap=assumed(result.cap_bytes, "bytes"),
+        baseline=row(result.baseline),
+        frontier=tuple(row(choice) for choice in result.frontier),
+        recommended=row(best) if best else None,
+        smallest=row(result.smallest),
+        sensitivity=tuple(map(_sensitivity, result.sensitivity)),
+    )
+
+
+def _sensitivity(one: Sensitivity) -> Sentence:
+    time = predicted(one.time_ratio, "ratio")
+    if not one.more_bytes and not one.more_devices:
+        name = Sentence(key=f"resource.{one.kind}")
+        return Sentence(key="sensitivity.resource", values={"name": name, "time": time})
+    return Sentence(
+        key=f"sensitivity.{one.kind}",
+        values={
+            "amount": predicted(one.more_bytes or one.more_devices, "bytes" if one.more_bytes else "count"),
+            "time": time,
+            "cost": predicted(one.cost_ratio, "ratio"),
+            "carbon": predicted(one.carbon_ratio, "ratio"),
+            "plan": one.plan,
+        },
+    )
+
+
+def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
+    estimate = choice.estimate
+    peak = estimate.allocated_bytes
+    return ChoiceRow(
+        plan=estimate.plan.label,
+        effect=choice.effect.label,
+        fits=choice.fits,
+        recommended=recommended,
+        peak=predicted(peak.value, "bytes"),
+        low=predicted(peak.low, "bytes"),
+        high=predicted(peak.high, "bytes"),
+        step=predicted(estimate.step_s.value if estimate.step_s else None, "s"),
+        reasons=tuple(map(_reason, choice.reasons)),
+    )
+
+
+def _reason(reason: Reason) -> Sentence:
+    """What the technique does to the peak is a saving or its opposite, and is said as such."""
+    saved = reason.saved_bytes
+    costs = reason.kind == "saves" and saved is not None and saved < 0
+    change = Figure(
+        value=None if saved is None else -saved, unit="bytes", mark=Mark.PREDICTED, signed=not costs
+    )
+    return Sentence(
+        key=_reason_key("costs" if costs else reason.kind, timed=reason.time_ratio is not None),
+        values={
+            "technique": reason.technique,
+            "saved": predicted(saved, "bytes"),
+            "change": change,
+            "time": predicted(reason.time_ratio, "ratio"),
+            "detail": reason.detail,
+        },
+    )
+
+
+def _reason_key(kind: str, *, timed: bool) -> str:
+    compared = kind in {
+        "saves", "costs", "left_out_slower", "left_out_not_needed", "without_worse", "without_as_good",
+    }  # fmt: skip
+    return f"reason.{kind}" if timed or not compared else f"reason.{kind}_untimed"
