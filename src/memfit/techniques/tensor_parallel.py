@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
     """What was seen of the blocks, and the Linears to cut. Raises UserError where nothing can be."""
     given = _given(bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {})
-    flow = _observed(bench, blocks, given)
+    flow = _observed(bench, blocks, given, 1)
     found = {}
     for name, fed in flow.linears.items():
         if fed.role == _ROWWISE or (fed.role == _COLWISE and fed.reaches_rows):
@@ -86,17 +87,40 @@ def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str
     return found
 
 
-def _observed(bench: Workbench, blocks: list[str], roles: Mapping[str, str], shrink: Any = None) -> Flow:
+# By the job's loss, as a job with fewer blocks or samples has the same: flows of models of one structure.
+_SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Flow]] = weakref.WeakKeyDictionary()
+
+
+def _observed(
+    bench: Workbench, blocks: list[str], roles: Mapping[str, str], degree: int, shrink: Any = None
+) -> Flow:
     from memfit.techniques.dataflow import observe
 
+    key = (tuple(blocks), tuple(roles.items()), degree, _structure(bench.model))
     try:
-        return observe(bench.job, bench.model, blocks, roles, shrink)
+        known = _SEEN.setdefault(bench.job.loss, {})
+    except TypeError:  # what cannot be held weakly is not remembered
+        known = {}
+    try:
+        if key not in known:
+            known[key] = observe(bench.job, bench.model, blocks, roles, shrink)
     except (RuntimeError, ValueError, TypeError) as error:
         what = "on a slice of their features" if shrink else "without values"
         raise UserError(
             f"tensor-parallel: the blocks do not run {what}: {str(error).splitlines()[0]}",
             hint="name the Linear layers to cut in Job(tensor_parallel=...)",
         ) from error
+    return known[key]
+
+
+def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
+    """Modules with the numbers they hold, such as those of heads, and parameters with their shapes."""
+    modules = (
+        (name, type(m), *((k, v) for k, v in vars(m).items() if type(v) in (int, float, bool, str)))
+        for name, m in model.named_modules()
+    )
+    shapes = ((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters())
+    return (*modules, *shapes, str(getattr(model, "config", "")))
 
 
 def _check_split(
@@ -119,7 +143,7 @@ def _check_split(
                 if dim < param.dim():
                     param.data = param.data.narrow(dim, 0, param.shape[dim] // degree)
 
-    cut = _observed(bench, blocks, roles, shrink)
+    cut = _observed(bench, blocks, roles, degree, shrink)
     for (name, before), (_, after) in zip(flow.views, cut.views, strict=False):
         if name in roles and before[-1] != after[-1]:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -19,33 +20,36 @@ def side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
     """What the calls return, in order; the first exception among them is raised.
 
     A copy of a process (fork) needs neither imports nor a job that can be pickled, but it is safe only where
-    nothing else runs in it: elsewhere the calls are made one after the other.
+    nothing else runs in it: elsewhere the calls are made one after the other. Each copy makes one call after
+    another, so that what torch loads and remembers for the first serves the others.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if min(len(calls), cores) < 2 or not _may_fork():
         return [call() for call in calls]
-    waiting, running = list(enumerate(calls)), dict[Connection, tuple[int, Any]]()
+    waiting, working = list(range(len(calls))), dict[Connection, int]()
     found: dict[int, tuple[bool, Any]] = {}
-    context = multiprocessing.get_context("fork")
+    copies = [_copy(calls) for _ in range(min(cores, len(calls)))]
+    free = [channel for channel, _ in copies]
     try:
-        while waiting or running:
-            while waiting and len(running) < cores:
-                index, call = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                child = context.Process(target=_answer, args=(call, sender), daemon=True)
-                child.start()
-                sender.close()
-                running[receiver] = (index, child)
-            for receiver in [r for r in wait(list(running)) if isinstance(r, Connection)]:
-                index, child = running.pop(receiver)
+        while waiting or working:
+            while waiting and free:
+                channel = free.pop()
+                channel.send(waiting[0])
+                working[channel] = waiting.pop(0)
+            for ready in [c for c in wait(list(working)) if isinstance(c, Connection)]:
+                index = working.pop(ready)
                 try:
-                    found[index] = receiver.recv()
+                    found[index] = ready.recv()
+                    free.append(ready)
                 except EOFError:  # killed, perhaps for its memory: here the error can be seen
                     found[index] = (True, calls[index]())
-                child.join()
+                    copies.append(_copy(calls))
+                    free.append(copies[-1][0])
     finally:
-        for _, child in running.values():
-            child.terminate()
+        for channel, process in copies:
+            channel.close()
+            process.terminate()
+            process.join()
     for index in sorted(found):
         worked, value = found[index]
         if not worked:
@@ -53,14 +57,29 @@ def side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
     return [found[i][1] for i in range(len(calls))]
 
 
-def _answer(call: Callable[[], Any], sender: Connection) -> None:
+def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
+    """(where it is told which call to make and answers, the process)."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_answer, args=(calls, there), daemon=True)
+    process.start()
+    there.close()
+    return here, process
+
+
+def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:
     torch.set_num_threads(1)  # threads of the original are not there in a copy
-    try:
-        answer = (True, call())
-    except Exception as error:  # noqa: BLE001  any: it is raised again where it can be seen
-        answer = (False, error)
-    sender.send(answer)
-    sender.close()
+    gc.freeze()  # what the original has made stays: collecting looks at what the calls leave
+    while True:
+        try:
+            answer = (True, calls[channel.recv()]())
+        except EOFError:
+            return
+        except Exception as error:  # noqa: BLE001  any: it is raised again where it can be seen
+            answer = (False, error)
+        channel.send(answer)
+        del answer
+        gc.collect()
 
 
 def _may_fork() -> bool:

@@ -1,0 +1,60 @@
+"""Calls made side by side, in copies of the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from memfit.trace import parallel
+from memfit.trace.parallel import side_by_side
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process are made by fork")
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setattr(parallel, "_may_fork", lambda: True)
+
+
+def told(number: int, seen: list[int]) -> tuple[int, int, int]:
+    seen.append(number)
+    return number, os.getpid(), len(seen)
+
+
+def test_answers_come_in_order_from_copies_that_make_several_calls() -> None:
+    seen: list[int] = []
+    found = side_by_side([partial(told, n, seen) for n in range(7)])
+    assert [number for number, _, _ in found] == list(range(7))
+    made = {process for _, process, _ in found}
+    assert os.getpid() not in made
+    assert len(made) == 2
+    assert max(calls for _, _, calls in found) > 1, "what one call loads serves the next"
+    assert not seen
+
+
+def failing(number: int) -> int:
+    if number % 2:
+        raise ValueError(f"call {number}")
+    return number
+
+
+def test_the_first_failure_is_raised() -> None:
+    with pytest.raises(ValueError, match="call 1"):
+        side_by_side([partial(failing, n) for n in range(5)])
+
+
+def test_what_dies_in_a_copy_is_called_here() -> None:
+    here = os.getpid()
+
+    def dies(number: int) -> int:
+        if number == 1 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    calls: list[Callable[[], int]] = [partial(dies, n) for n in range(5)]
+    assert side_by_side(calls) == list(range(5))
