@@ -25,7 +25,12 @@ def _library() -> Any:
 
 
 def read_bytes(tensors: Iterable[Any]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if hasattr(t, "element_size"))
+    return sum(t.numel() * t.element_size() for t in map(_here, tensors) if hasattr(t, "element_size"))
+
+
+def _here(tensor: Any) -> Any:
+    """This rank's part of a distributed tensor."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def kernel(
@@ -45,4 +50,4 @@ def kernel(
     import torch
 
     _library()
-    torch.ops.memfit.kernel(list(writes), reads, flops, kind, list(shape), dtype)
+    torch.ops.memfit.kernel([_here(t) for t in writes], reads, flops, kind, list(shape), dtype)
