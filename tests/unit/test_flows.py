@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+import torch
 from tiny import words
 
+from memfit.techniques.kernel import read_bytes
 from memfit.techniques.registry import make_use as use
 from memfit.trace.tracer import trace
 from memfit.types.plan import Plan, Use
@@ -75,6 +79,11 @@ def test_fused_groups_are_kernels_of_their_own() -> None:
         return sum(o.moved_bytes for o in kept if not o.op.startswith(between))
 
     assert moved(compiled) < moved(eager)
+
+
+def test_of_a_distributed_tensor_a_kernel_sees_this_ranks_part() -> None:
+    part = torch.zeros(4)
+    assert read_bytes([types.SimpleNamespace(_local_tensor=part), part, None]) == 32
 
 
 def test_what_an_optimizer_writes_in_place_is_counted() -> None:
