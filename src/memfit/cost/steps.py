@@ -63,11 +63,12 @@ def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, used: Use, machine: Ma
     chunks = virtual if kind == "interleaved" else 1
     if kind.startswith("zero-bubble"):
         kind = "zero-bubble"  # a rank's chunks one after the other
-    pieces = [_pieces(p, t, virtual) for p, t in pairs]
+    micros = max(1, micro_steps(pairs[0][1]) // virtual)  # the last stage's loss is a forward of its own
+    pieces = [_pieces(p, t, micros) for p, t in pairs]
     order = [pieces[0], *[pieces[min(1, len(pieces) - 1)]] * (stages - 2), pieces[-1]]
     forward, backward = ([one[i] / chunks for one in order] * chunks for i in range(2))
     line = simulate(
-        kind, forward, backward, micro_steps(pairs[0][1]) // virtual, virtual=chunks,
+        kind, forward, backward, micros, virtual=chunks,
         weight_s=[_WEIGHT_SHARE * b for b in backward], send_s=_send_s(pairs[0][1], plan, machine),
     )  # fmt: skip
     slowest, trace = max(zip(pieces, pairs, strict=True), key=lambda both: sum(both[0][:2]))[1]
@@ -86,7 +87,7 @@ def micro_steps(trace: Trace) -> int:
     return seen + trace.repeated_micro_steps
 
 
-def _pieces(player: Player, trace: Trace, virtual: int) -> tuple[float, float, float]:
+def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, float]:
     """Seconds of a micro-batch's forward and backward on this rank, and of a step's rest."""
     ops = [o for o in trace.ops if o.step == trace.steps - 1]
     seconds: dict[Phase, list[float]] = {Phase.FORWARD: [], Phase.BACKWARD: [], Phase.OPTIMIZER: [0.0]}
@@ -94,7 +95,6 @@ def _pieces(player: Player, trace: Trace, virtual: int) -> tuple[float, float, f
         inside = [o for o in ops if span.start <= o.clock < span.end]
         if inside and span.step == trace.steps - 1 and span.phase is not Phase.SETUP:
             seconds[span.phase].append(player.play(inside).step_s)
-    micros = max(1, micro_steps(trace) // virtual)
     again = trace.repeated_micro_steps
     forward, backward = (
         (sum(found) + again * (found[-1] if found else 0.0)) / micros

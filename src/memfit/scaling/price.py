@@ -139,7 +139,7 @@ def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, awa
     forward = axes.inside("forward_s") + moved / 2
     backward = axes.inside("backward_s") + moved / 2
     # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes.
-    every = axes.states(lambda s: s.every or s.kind == "zero")
+    every = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
     reshard = axes.states(lambda s: s.reshard)
     repeated = depth * (
         _beside(forward, ahead * reshard, rates) + _beside(backward, ahead * reshard + back * every, rates)
@@ -150,16 +150,20 @@ def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, awa
     )
     first = axes.ends("before", "forward_s") + axes.ends("before", "backward_s")
     last = axes.ends("after", "forward_s") + axes.ends("after", "backward_s")
+    # Nothing is there yet to hide the first block's gather, and nothing any more to hide the last reduction.
+    first = first + ahead * reshard + back * every
     root_ahead, root_back = _travel(layout, axes, elements.before + elements.after, rates)
     stages = layout.stages
     if stages == 1:
         step = counts * (repeated + first + last + (root_ahead * reshard + root_back * every))
         step = step + once + (1 - reshard) * root_ahead + (1 - every) * root_back
     else:
-        hop = 2 * rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
-        busiest = repeated + hop + numpy.maximum(first + root_back * every, last + root_back * every)
-        through = stages * (repeated + hop) + first + last
-        step = _pipelined(layout, counts, busiest, through) + once + root_ahead + root_back * (1 - every)
+        send = rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
+        busiest = repeated + numpy.maximum(first + root_back * every, last + root_back * every)
+        line = _Line(
+            busiest=busiest, through=stages * repeated + first + last, ahead=depth * forward, send=send
+        )
+        step = _pipelined(layout, counts, line) + once + root_ahead + root_back * (1 - every)
     return step + _update(axes, elements, depth, layout, rates)
 
 
@@ -175,12 +179,28 @@ def _spread(layout: Layout, rates: Rates) -> int:
     return 2 if apart < rates.per_host else 1
 
 
-def _pipelined(layout: Layout, counts: Array, busiest: Array, through: Array) -> Array:
-    """Seconds of all micro-batches; ``through``: of one through all stages, there and back."""
-    waiting = through - busiest
-    share = {"gpipe": 1.0, "1f1b": 1.0, "interleaved": 1.0 / layout.virtual, "zero-bubble": 0.5,
-             "zero-bubble-v": 0.25}[layout.schedule]  # fmt: skip
-    return counts * busiest + waiting * share
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    """Seconds of one micro-batch: in the busiest stage, through all stages and back, forward through one
+    stage, from one stage to the next."""
+
+    busiest: Array
+    through: Array
+    ahead: Array
+    send: Array
+
+
+def _pipelined(layout: Layout, counts: Array, line: _Line) -> Array:
+    """Seconds of all micro-batches, as `cost.schedules.closed_s` has them for equal stages. Zero-bubble waits
+    for forwards only where half of backward is put off."""
+    others = layout.stages - 1
+    waiting = (line.through - line.busiest) / layout.virtual
+    if layout.schedule.startswith("zero-bubble"):
+        waiting = others * line.ahead
+    hops = others
+    if layout.schedule == "1f1b":  # every round trip waits for its sends
+        hops = others * counts / layout.stages + max(0, layout.stages - 2)
+    return counts * line.busiest + waiting + 2 * hops * line.send
 
 
 def _travel(layout: Layout, axes: _Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
@@ -283,8 +303,8 @@ def _stage(
     state = own * states(lambda s: s.updating.state_bytes / s.state_shards) * state_here
     gradient = own * states(lambda s: s.gradient / s.gradient_shards) * on_device
     bucket = own * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
-    whole = own * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
     again = counts > 1
+    whole = again * own * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
     resident = (
         parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), again)
     )

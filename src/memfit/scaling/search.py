@@ -29,7 +29,8 @@ from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult, Sensitivity
 
-FINALISTS = 3
+FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48  # more of small models, whose traces are quick
+_TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to a quarter off, most of them less than this
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
 _GAIN = 0.03  # a change of the score that is worth telling
 
@@ -205,28 +206,33 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
 def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fits: Fits) -> list[Estimate]:
     """The best sketches traced whole, until none of the rest could be better or enough were traced. The rest
-    are taken to be as much quicker than their sketch as the luckiest of those traced, and to need as much
-    more memory as the heaviest that did not fit."""
-    waiting = sorted((e for e in estimates if fits(e)), key=lambda e: (score(e, goal), complexity(e.plan)))
-    waiting = _tied_first(waiting, goal)
+    are taken to be as far from their sketch as the last traced of their kind, or as much quicker as a sketch
+    may be too slow; and to need as much more memory as the heaviest that did not fit."""
+    waiting = _tied_first([e for e in estimates if fits(e)], goal)
     traced: list[Estimate] = []
-    luckiest = heaviest = 1.0
-    for tries in range(3 * FINALISTS):
+    known: dict[object, float] = {}  # by kind: what whole traces are of their sketches
+    heaviest, most = 1.0, max(FINALISTS, min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks))
+
+    def hoped(e: Estimate) -> float:
+        return score(e, goal) * known.get(_kind(e.plan), _TOO_SLOW)
+
+    for tries in range(3 * most):
         waiting = [e for e in waiting if scale.needs(e) * heaviest <= scale.aim.cap_bytes]
         fitting = [e for e in traced if fits(e)]
         top = best(fitting, goal)
-        if not waiting or len(fitting) >= FINALISTS:
+        sketch = min(waiting, key=hoped, default=None) if traced else next(iter(waiting), None)
+        if sketch is None or len(fitting) >= most:
             break
-        if top is not None and score(top, goal) <= score(waiting[0], goal) * luckiest:
+        if top is not None and score(top, goal) <= hoped(sketch):
             break
-        sketch = waiting.pop(0)
-        scale.tell("finalists", tries, FINALISTS, brief(sketch.plan))
+        waiting.remove(sketch)
+        scale.tell("finalists", tries, most, brief(sketch.plan))
         whole = scale.traced_or_refused(sketch)
         if whole is None:
             waiting = [e for e in waiting if _family(e.plan) != _family(sketch.plan)]
             continue
         traced.append(whole)
-        luckiest = min(luckiest, score(whole, goal) / score(sketch, goal))
+        known[_kind(sketch.plan)] = score(whole, goal) / score(sketch, goal)
         if not scale.fits_memory(whole):
             heaviest = max(heaviest, scale.needs(whole) / scale.needs(sketch))
     if not any(map(fits, traced)):
@@ -236,14 +242,23 @@ def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fit
     return traced
 
 
+def _kind(plan: Plan) -> tuple[object, ...]:
+    """What decides how far a sketch is off: the layout, and the technique of data parallelism."""
+    names = ("tensor-parallel", "context-parallel", "pipeline")
+    cut = tuple((u.technique, tuple(k for k in u.knobs if k[0] != "micro_batches")) for u in plan.uses
+                if u.technique in names)  # fmt: skip
+    return cut, tuple(u.technique for u in plan.uses if technique(u.technique).slot == "data-parallel")
+
+
 def _family(plan: Plan) -> tuple[object, ...]:
     """What plans share that fail together: the techniques, and how data parallelism is set."""
     data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
     return tuple(u.technique for u in plan.uses), tuple(data)
 
 
-def _tied_first(ordered: list[Estimate], goal: Objective) -> list[Estimate]:
-    """The mildest and simplest of those that are as good as the best comes before it."""
+def _tied_first(fitting: list[Estimate], goal: Objective) -> list[Estimate]:
+    """In order, but the mildest and simplest of those that are as good as the best before it."""
+    ordered = sorted(fitting, key=lambda e: (score(e, goal), complexity(e.plan)))
     preferred = best(ordered, goal)
     return [preferred, *(e for e in ordered if e is not preferred)] if preferred else []
 
