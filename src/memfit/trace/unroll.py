@@ -5,12 +5,14 @@ Every allocation, free and operator of a trace happens while some block is at wo
 (built, forward, backward, each optimizer operator), with the storages it refers to renumbered. That this is
 right for the model, plan and rank at hand is not assumed but checked: the trace with ``k`` blocks unrolled
 by one period must equal the trace with that many, event for event. Sizes that depend on the depth (a stack
-of all gradient norms, a flat buffer) are put on the line through the two.
+of all gradient norms, a flat buffer), the work of operators on all parameters, and how far back a stream is
+waited for are put on the line through the two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,6 +50,24 @@ class _Place(NamedTuple):
     offset: int  # in the run
 
 
+class _Work(NamedTuple):
+    """By how much an operator's grows with each period."""
+
+    flops: int
+    moved_bytes: int
+    waited_calls: int
+
+    @staticmethod
+    def between(one: OpCall, other: OpCall) -> _Work:
+        calls = other.waits[1] - one.waits[1] if one.waits and other.waits else 0
+        return _Work(other.flops - one.flops, other.moved_bytes - one.moved_bytes, calls)
+
+    def added(self, op: OpCall, times: int) -> OpCall:
+        waits = (op.waits[0], op.waits[1] + times * self.waited_calls) if op.waits else None
+        flops, moved_bytes = op.flops + times * self.flops, op.moved_bytes + times * self.moved_bytes
+        return dataclasses.replace(op, flops=flops, moved_bytes=moved_bytes, waits=waits)
+
+
 class Mismatch(Exception):
     """The shallow traces do not differ by one repeated block. The message says where."""
 
@@ -81,9 +101,10 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     Raises Mismatch where unrolling does not give the deeper trace.
     """
     assert (wanted.count - given.count) % given.period == 0, (given, wanted)
-    middle, growth = _middle(shallow, deeper, given)
+    middle, growth, more = _middle(shallow, deeper, given)
     whole = _Unrolled(shallow, given, wanted, middle)
     times = whole.extra
+    ops = tuple(_worked(whole, more))
     grown = [
         _grown(a, times * growth[o], shallow.device) if o in growth else a
         for a, o in zip(whole.trace.allocations, whole.origin, strict=True)
@@ -92,7 +113,7 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
         name: getattr(shallow, name) + times * (getattr(deeper, name) - getattr(shallow, name))
         for name in ("parameter_count", "trainable_count", "offloaded_bytes", "host_peak_bytes")
     }
-    return dataclasses.replace(whole.trace, allocations=tuple(grown), **line)
+    return dataclasses.replace(whole.trace, allocations=tuple(grown), ops=ops, **line)
 
 
 def renumbered(trace: Trace, given: Blocks, wanted: Blocks) -> Trace:
@@ -109,7 +130,9 @@ def renumbered(trace: Trace, given: Blocks, wanted: Blocks) -> Trace:
     )
 
 
-def _middle(shallow: Trace, deeper: Trace, given: Blocks) -> tuple[int, dict[int, int]]:
+def _middle(
+    shallow: Trace, deeper: Trace, given: Blocks
+) -> tuple[int, dict[int, int], dict[int, tuple[_Work, _Work]]]:
     """A block whose repetition gives the deeper trace, with what grows besides: the first and the last, and
     those that look ahead to them, may be different."""
     reason = "fewer than three periods"
@@ -117,7 +140,8 @@ def _middle(shallow: Trace, deeper: Trace, given: Blocks) -> tuple[int, dict[int
     more = dataclasses.replace(given, count=given.count + given.period)
     for middle in sorted(range(1, periods - 1), key=lambda m: abs(2 * m - periods)):
         try:
-            return middle, _growth(_Unrolled(shallow, given, more, middle), true)
+            made = _Unrolled(shallow, given, more, middle)
+            return middle, _growth(made, true), _more_work(made, true)
         except Mismatch as mismatch:
             reason = str(mismatch)
     raise Mismatch(reason)
@@ -145,6 +169,25 @@ def _growth(made: _Unrolled, true: Trace) -> dict[int, int]:
                 raise Mismatch(f"{other.op} in {other.module} has another size")
             growth[origin] = other.requested_bytes - one.requested_bytes
     return growth
+
+
+def _more_work(made: _Unrolled, true: Trace) -> dict[int, tuple[_Work, _Work]]:
+    """By shallow index: what the first and the last of an operator's copies have more."""
+    found: dict[int, list[_Work]] = defaultdict(list)
+    for origin, one, other in zip(made.op_origin, made.trace.ops, true.ops, strict=True):
+        found[origin].append(_Work.between(one, other))
+    return {origin: (more[0], more[-1]) for origin, more in found.items() if any(map(any, more))}
+
+
+def _worked(made: _Unrolled, more: dict[int, tuple[_Work, _Work]]) -> Iterator[OpCall]:
+    copies: dict[int, int] = defaultdict(int)
+    for origin, op in zip(made.op_origin, made.trace.ops, strict=True):
+        if origin not in more:
+            yield op
+            continue
+        first, last = more[origin]
+        yield last.added(first.added(op, made.extra - copies[origin]), copies[origin])
+        copies[origin] += 1
 
 
 def _events(trace: Trace, tag: Callable[[str], int | None]) -> list[_Event]:
@@ -190,7 +233,8 @@ def canonical(trace: Trace) -> Trace:
 
 
 class _Unrolled:
-    """One shallow trace made deeper; ``origin[i]`` is the shallow allocation that new allocation i copies."""
+    """One shallow trace made deeper; ``origin[i]`` is the shallow allocation that new allocation i copies,
+    ``op_origin[i]`` the operator."""
 
     def __init__(self, shallow: Trace, given: Blocks, wanted: Blocks, middle: int) -> None:
         self.shallow, self.given, self.first, self.middle = shallow, given, wanted.first, middle
@@ -200,6 +244,7 @@ class _Unrolled:
         self.chapters = [_Chapter(span, self._runs(own, span.phase)) for span, own in events]
         self.born = self._births()
         self.origin: list[int] = []
+        self.op_origin: list[int] = []
         self.trace = self._write()
 
     # -- reading ------------------------------------------------------------------------------------
@@ -258,6 +303,7 @@ class _Unrolled:
                         op = self.shallow.ops[event.index]
                         module = self._renamed(op.module, template, block)
                         ops.append(dataclasses.replace(op, clock=clock, module=module))
+                        self.op_origin.append(event.index)
                     clock += 1
             spans.append(dataclasses.replace(chapter.span, start=began, end=clock))
         like = self.shallow.allocations
