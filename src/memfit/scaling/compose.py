@@ -31,9 +31,13 @@ class Cut:
 
 
 class Composer:
-    """``compute``: the precision in which everything is traced; ``tensor``, ``context``: largest degrees."""
+    """``compute``: the precision in which everything is traced; ``tensor``, ``context``: largest degrees;
+    ``vocabulary``: how traces of blocks have it."""
 
-    def __init__(self, traced: Traced, seconds: Seconds, compute: str, tensor: int, context: int) -> None:
+    def __init__(
+        self, traced: Traced, seconds: Seconds, compute: str, tensor: int, context: int, *, vocabulary: str
+    ) -> None:  # fmt: skip
+        self.vocabulary = vocabulary
         self.traced, self.seconds, self.compute = traced, seconds, compute
         self.tensor, self.context = tensor, context
 
@@ -56,11 +60,11 @@ class Composer:
 
     def block(self, layout: Layout, compute: str, uses: Uses) -> list[Cut]:
         """For one and for two samples in a micro-batch."""
-        one = self._composed(layout, compute, _traceable(uses), "parallel-loss")
+        one = self._composed(layout, compute, _traceable(uses), self.vocabulary)
         every = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
         if every > 1:
             without = tuple(u for u in uses if u.technique != _FULL.technique)
-            one = _mixed(one, self._composed(layout, compute, without, "parallel-loss"), every)
+            one = _mixed(one, self._composed(layout, compute, without, self.vocabulary), every)
         return [one, self._twice(one)]
 
     def ends(self, layout: Layout, compute: str, uses: Uses) -> list[Cut]:
@@ -77,7 +81,7 @@ class Composer:
         self, *, uses: Uses = (), samples: int = 1, tensor: int = 1, sequence: bool = False, context: int = 1,
         vocabulary: str = "", compute: str = "",
     ) -> Key:  # fmt: skip
-        vocabulary = vocabulary or ("parallel-loss" if tensor > 1 else "whole")
+        vocabulary = vocabulary or (self.vocabulary if tensor > 1 else "whole")
         return Key(
             tensor=tensor, sequence=sequence, vocabulary=vocabulary, context=context,
             compute=compute or self.compute, uses=uses, samples=samples,

@@ -110,7 +110,11 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
     cut = dict[str, Any](sequence=True, vocabulary="parallel-loss")
     tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
     context = upto(limits.context, lambda d: dataclasses.replace(plain, context=d))
-    return dataclasses.replace(limits, tensor=tensor, context=context), refused
+    shared = tensor != (1,)
+    if not shared and len(limits.tensor) > 1:  # a vocabulary of a size that cannot be cut?
+        cut["vocabulary"] = "whole"
+        tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
+    return dataclasses.replace(limits, tensor=tensor, context=context, vocabulary=shared), refused
 
 
 class _Pricing:
@@ -119,6 +123,7 @@ class _Pricing:
         self.composer = Composer(
             traced, lambda ops: model.total_s((o, 1) for o in ops), self.computes[0],
             max(limits.tensor), max(limits.context),
+            vocabulary="parallel-loss" if limits.vocabulary else "whole",
         )  # fmt: skip
         self.traced = traced
         link = machine.host.device_bytes_s if machine.host else None

@@ -66,6 +66,7 @@ class Scale:
         self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
         self.engine = engine(pricer.engine)
         self.refused: dict[Plan, str] = {}
+        self.sketched: dict[Plan, Estimate] = {}
         if pricer.model is None:
             raise UserError(
                 f"speeds of {self.machine.device.name} are unknown",
@@ -114,7 +115,13 @@ class Scale:
         )  # fmt: skip
 
     def estimates(self, ranks: int) -> list[Estimate]:
-        return [self.estimate(s) for s in self.sketches(ranks).sketches]
+        found = [self.estimate(s) for s in self.sketches(ranks).sketches]
+        self.sketched |= {e.plan: e for e in found}
+        return found
+
+    def like(self, winner: Estimate, other: Estimate) -> Estimate:
+        """The winner as what the other is, traced or sketched, so that like is compared with like."""
+        return winner if other.traced else self.sketched.get(winner.plan, winner)
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
         """(resource, seconds saved by a tenth less work for it) of the traced plan, largest first."""
@@ -145,7 +152,7 @@ class Scale:
         try:
             return self.whole(sketch)
         except Exception as error:  # noqa: BLE001  the next best is still an answer, and the reason is told
-            reason = str(error).partition("\n")[0][:200]
+            reason = str(error).partition("\n")[0][:200] or type(error).__name__
             self.refused[sketch.plan] = f"{brief(sketch.plan)}: {reason}"
             return None
 
@@ -194,7 +201,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
 
-    recommended = choice(winner, (*_rivals(winner, known, fits, goal), *_cannot(scale)))
+    recommended = choice(winner, (*_rivals(scale, winner, known, fits), *_cannot(scale)))
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
         goal=goal.value, cap_bytes=aim.cap_bytes, considered=sum(scale.found[n].considered for n in sizes),
@@ -263,10 +270,13 @@ def _tied_first(fitting: list[Estimate], goal: Objective) -> list[Estimate]:
     return [preferred, *(e for e in ordered if e is not preferred)] if preferred else []
 
 
-def _rivals(
-    winner: Estimate, known: Sequence[Estimate], fits: Fits, goal: Objective
-) -> Iterator[Reason]:  # fmt: skip
+def _rivals(scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Fits) -> Iterator[Reason]:
     """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
+    goal = scale.aim.goal
+
+    def relative(e: Estimate) -> float:
+        return score(e, goal) / score(scale.like(winner, e), goal)
+
     used = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
         inside = name in used
@@ -275,10 +285,11 @@ def _rivals(
         if not rivals:
             yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
             continue
-        rival = min(rivals, key=lambda e: (score(e, goal), complexity(e.plan)))
-        worse = score(rival, goal) > score(winner, goal) * (1 + _GAIN)
-        ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
-        change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
+        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan)))
+        basis = scale.like(winner, rival)
+        worse = relative(rival) > 1 + _GAIN
+        ratio = rival.step_s.value / basis.step_s.value if rival.step_s and basis.step_s else None
+        change = int(basis.allocated_bytes.value - rival.allocated_bytes.value)
         kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
         yield Reason(
             kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
@@ -297,20 +308,24 @@ def _sensitivity(
 ) -> Iterator[Sensitivity]:
     """What more memory, more devices, or a quicker part of the machine would change."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
-    here = score(winner, goal)
-    bigger = [e for e in known if keeps(scale.bounds, e) and score(e, goal) < here * (1 - _GAIN)]
+
+    def better(e: Estimate) -> bool:
+        return score(e, goal) < score(scale.like(winner, e), goal) * (1 - _GAIN)
+
+    bigger = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
     if bigger:
         least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
         more = scale.needs(least) - cap_bytes
-        if more > 0:
-            yield _told("memory", winner, least, more_bytes=more)
+        yield _told("memory", scale.like(winner, least), least, more_bytes=more)
     if goal is not Objective.FEWEST:
         try:
             twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
         except UserError:
             twice = None
         if twice is not None:
-            yield _told("devices", winner, twice, more_devices=ranks)
+            yield _told(
+                "devices", scale.like(winner, twice), twice, more_devices=2 * ranks - winner.plan.ranks
+            )
     for resource, saved_s in scale.bottleneck(winner.plan):
         step_s = winner.step_s.value if winner.step_s else math.inf
         if saved_s > 0.005 * step_s:

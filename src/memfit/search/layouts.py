@@ -33,6 +33,7 @@ class Limits:
     context: tuple[int, ...] = (1,)
     pipeline: bool = True
     chunks: bool = False
+    vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
     without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
     refuses: Callable[[Plan], object] = lambda plan: None  # why the engine cannot carry such a plan
@@ -127,7 +128,7 @@ def _layouts(limits: Limits) -> Iterator[Layout]:
         (degree, sequence, vocabulary)
         for degree in limits.tensor if degree > 1
         for sequence in (True, False)
-        for vocabulary in ("parallel-loss", "whole")
+        for vocabulary in (("parallel-loss", "whole") if limits.vocabulary else ("whole",))
     ]  # fmt: skip
     for (tensor, sequence, vocabulary), context in itertools.product(cuts, limits.context):
         within = tensor * context
