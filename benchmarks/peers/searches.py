@@ -126,6 +126,7 @@ def calculon_costs(question: Question, source: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         application, system = _calculon_files(question, source, Path(made), offload=False)
         app, syst = (json.loads(p.read_text()) for p in (application, system))
+    syst["mem1"]["GiB"] = 10**9  # what does not fit has a time too
     found: list[dict[str, Any]] = []
     for layout in question["layouts"]:
         try:
