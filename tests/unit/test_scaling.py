@@ -289,3 +289,18 @@ def test_techniques_that_nobody_wants_are_in_no_plan() -> None:
     plans: list[Plan] = [c.estimate.plan for c in found.frontier]
     assert plans
     assert not any(p.get("fsdp2") or p.get("tensor-parallel") for p in plans)
+
+
+def test_a_technique_that_a_model_cannot_be_traced_with_is_left_out_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inner = Traced._traced
+
+    def fails(self: Traced, key: Any) -> Any:
+        chunked = any(u.technique == "activation-checkpointing" and key.tensor > 1 for u in key.uses)
+        return "no such operator" if chunked else inner(self, key)
+
+    monkeypatch.setattr(Traced, "_traced", fails)
+    on = machine("4xL4")
+    found = search_scale(pricer_of(8, on), 4, aim(on))
+    assert found.recommended is not None

@@ -68,11 +68,12 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
         raise none_at_all(limits)
     pricing = _Pricing(traced, machine, model, limits)
     pricing.prepare(todo)
+    todo = [(pricing.traceable(grid, compute, refused), compute, states) for grid, compute, states in todo]
     sketches: list[Sketch] = []
     considered = 0
     for grid, compute, states in todo:
         part = dataclasses.replace(grid, states=states)
-        priced = pricing.price(part, compute)
+        priced = pricing.price(part, compute) if part.inside and part.ends else None
         if priced is None:
             continue
         considered += priced.step_s.size
@@ -146,6 +147,23 @@ class _Pricing:
             updates |= dict.fromkeys(map(_updating, states))
             computes[compute] = None
         self.traced.trace(self.composer.keys(tuple(inside), tuple(ends), tuple(computes)), list(updates))
+
+    def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
+        """Without recomputation, compilation and loss chunks that this model cannot be traced with."""
+
+        def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
+            fine = []
+            for uses in axis:
+                try:
+                    self.composer.block(Layout(ranks=1), compute, uses)
+                except UserError as error:
+                    told = f"{' + '.join(u.technique for u in uses) or 'plain training'}: {error}"
+                    refused.extend([told] if told not in refused else [])
+                else:
+                    fine.append(uses)
+            return tuple(fine)
+
+        return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def price(self, grid: Grid, compute: str) -> Priced | None:
         """None where the model cannot be run so."""

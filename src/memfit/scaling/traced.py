@@ -100,8 +100,8 @@ class Traced:
             return trace(
                 self._small(key.samples, BLOCKS), plan, device=self.device, steps=1, played=1, update=False
             )
-        except UserError as error:
-            return str(error)
+        except Exception as error:  # noqa: BLE001  what cannot be traced is left out, and the rest goes on
+            return str(error).partition("\n")[0][:200] or type(error).__name__
 
     def _small(self, samples: int, blocks: int) -> Job:
         return dataclasses.replace(

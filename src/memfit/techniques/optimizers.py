@@ -65,7 +65,8 @@ def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
         import torch
 
         fused = True if kernel == "fused" else None
-        return cast(OptimizerLike, torch.optim.AdamW(_alike(params), **_numbers(choice), fused=fused, foreach=False))
+        made = torch.optim.AdamW(_alike(params), **_numbers(choice), fused=fused, foreach=False)
+        return cast(OptimizerLike, made)
 
     return make
 

@@ -239,7 +239,8 @@ class Pipeline:
             grad: Any = self.bench.model.get_parameter(name).grad
             dist.all_reduce(grad.to_local() if hasattr(grad, "to_local") else grad, group=group)
         total = torch.stack(losses).detach().float().sum() if losses else torch.zeros((), device=self.device)
-        total = total.full_tensor() if hasattr(total, "full_tensor") else total  # of a loss over a cut vocabulary
+        if hasattr(total, "full_tensor"):  # of a loss over a cut vocabulary
+            total = total.full_tensor()
         dist.all_reduce(total, group=self.group)
         return total
 
