@@ -38,7 +38,9 @@ class FirstBlocks:
 _KNOWN: weakref.WeakKeyDictionary[Any, tuple[type, str]] = weakref.WeakKeyDictionary()
 
 
-def remember(job: Job, model: torch.nn.Module) -> None:
+def remember(job: Job, model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        return  # who asked for it says so
     with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered
         path, blocks = find_blocks(model, job.blocks)
         kind = type(blocks[0])
