@@ -153,9 +153,9 @@ SMALL: Mapping[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "Llama, 4 blocks, 2 L4, exact": (
         _transformer("Llama", 4, **_LLAMA), "2xL4", {"accuracy": "exact", "without": _FEW},
     ),
-    "Llama, 4 blocks, 4 A100, 3 GiB": (
+    "Llama, 4 blocks, 4 A100, 4.5 GiB": (
         _transformer("Llama", 4, **_LLAMA), "4xA100-80GB-SXM",
-        {"cap_bytes": 3 * 2**30, "without": (*_FEW, *_MORE, "pipeline"), "micro_batch": 1},
+        {"cap_bytes": int(4.5 * 2**30), "without": (*_FEW, *_MORE, "pipeline"), "micro_batch": 1},
     ),
     "Llama, 4 blocks, 2 hosts of 2 L4, smallest": (
         _transformer("Llama", 4, **_LLAMA), "2x2xL4@Ethernet-100G",
@@ -168,9 +168,9 @@ SMALL: Mapping[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
         _transformer("GPT2", 8, **_GPT2), "4xH100-SXM",
         {"without": (*_FEW, "tensor-parallel", "bf16-parameters", "chunked-cross-entropy", "pipeline")},
     ),
-    "BERT, 4 blocks, 2 A100, 2.5 GiB": (
+    "BERT, 4 blocks, 2 A100, 4.5 GiB": (
         _transformer("Bert", 8, **_BERT), "2xA100-40GB-SXM",
-        {"cap_bytes": int(2.5 * 2**30), "without": (*_FEW, *_MORE, "pipeline"), "micro_batch": 2},
+        {"cap_bytes": int(4.5 * 2**30), "without": (*_FEW, *_MORE, "pipeline"), "micro_batch": 2},
     ),
 }  # fmt: skip
 
