@@ -161,18 +161,18 @@ def _odd_values(made: Machine) -> Iterator[str]:
     if made.place is not None and made.place.pue_ratio.value < 1:
         yield "place.pue_ratio: below 1, but a site draws at least what its computers draw"
     for noun, where in ((made.device, "device"), (made.host, "host"), (made.network, "network")):
-        for name, fact in _facts(noun, where):
+        for name, fact in facts_in(noun, where):
             if not fact.value > 0:
                 yield f"{name}: {fact.value:g}, but a positive number is needed"
 
 
-def _facts(noun: Any, where: str) -> Iterator[tuple[str, Fact]]:
+def facts_in(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
     """Every fact of `noun` and of the nouns and tables in it, with the keys that lead to it."""
     if isinstance(noun, Fact):
         yield where, noun
     elif isinstance(noun, Mapping):
         for key, value in noun.items():
-            yield from _facts(value, f"{where}.{key}")
+            yield from facts_in(value, f"{where}.{key}".lstrip("."))
     elif dataclasses.is_dataclass(noun):
         for field in dataclasses.fields(noun):
-            yield from _facts(getattr(noun, field.name), f"{where}.{field.name}")
+            yield from facts_in(getattr(noun, field.name), f"{where}.{field.name}".lstrip("."))

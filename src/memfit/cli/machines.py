@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import typer
 
 from memfit import catalog
+from memfit.catalog.user import facts_in
 from memfit.cli.options import JsonOptions
 from memfit.cli.output import emit, print_table
 from memfit.types.errors import UserError
@@ -68,7 +69,7 @@ def _print_one(kind: str, noun: Any) -> None:
     """Its figures with the number of their source, and the sources below."""
     sources: dict[str, int] = {}
     rows = []
-    for path, fact in _facts(noun):
+    for path, fact in facts_in(noun):
         told = f"{fact.source} ({fact.kind}, {fact.date})"
         scale, unit = _unit(path)
         spread = "" if None in (fact.low, fact.high) else f"{_at(fact.low, scale)} to {_at(fact.high, scale)}"
@@ -102,18 +103,6 @@ def _found(name: str) -> tuple[str, Any]:
     near = " or ".join(hint.removeprefix("did you mean ").rstrip("?") for hint in hints if hint)
     hint = f"did you mean {near}?" if near else "`memfit machines` lists them"
     raise UserError(f"no machine, network, host, link or place: {name!r}", hint=hint)
-
-
-def _facts(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
-    """Every fact of `noun` and of what it holds, with the way to it."""
-    if isinstance(noun, Fact):
-        yield where, noun
-    elif isinstance(noun, Mapping):
-        for key, value in noun.items():
-            yield from _facts(value, f"{where}.{key}")
-    elif dataclasses.is_dataclass(noun):
-        for field in dataclasses.fields(noun):
-            yield from _facts(getattr(noun, field.name), f"{where}.{field.name}".lstrip("."))
 
 
 def _unit(path: str) -> tuple[float, str]:
