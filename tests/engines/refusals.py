@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import yaml
 
+from memfit.worker.apply_deepspeed import imported
+
 
 def trial(files: Mapping[str, str]) -> None:
     trainer, config = files.get("trainer.json"), files.get("ds.json")
@@ -39,8 +41,7 @@ def _trainer(arguments: dict[str, Any], config: dict[str, Any] | None) -> None:
 
 def _deepspeed(config: dict[str, Any]) -> None:
     """Three quarters of a step: what is wrong may be seen when the engine is made, or in it."""
-    import deepspeed
-
+    deepspeed = imported()
     model = torch.nn.Linear(8, 8)
     own = {} if "optimizer" in config else {"optimizer": torch.optim.AdamW(model.parameters())}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **own)

@@ -19,8 +19,7 @@ class Step(TrainingStep):
     folder: Path
 
     def _prepare(self) -> OptimizerLike:
-        import deepspeed
-
+        deepspeed = imported()
         bench, model = self.bench, self.model
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:
@@ -45,6 +44,18 @@ class Step(TrainingStep):
             return norm
         self.wrapped.step()
         return torch.as_tensor(self.wrapped.get_global_grad_norm())
+
+
+def imported() -> Any:
+    """DeepSpeed, without the kernel it would compile for all-reduces between processes of one host.
+
+    Only inference uses that kernel. Who is killed while it is being built or loaded leaves a lock file behind,
+    at which every later start on the machine would wait for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def _join_alone() -> None:
