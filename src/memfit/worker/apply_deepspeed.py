@@ -49,8 +49,8 @@ class Step(TrainingStep):
 def imported() -> Any:
     """DeepSpeed, without the kernel it would compile for all-reduces between processes of one host.
 
-    Only inference uses that kernel. Who is killed while it is being built or loaded leaves a lock file behind,
-    at which every later start on the machine would wait for ever.
+    Only inference uses that kernel. Who is killed while it is built or loaded leaves a lock file behind, at
+    which every later start on the machine would wait for ever.
     """
     import deepspeed
 
