@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.techniques import islands
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
 from memfit.techniques.registry import check, in_order
@@ -61,6 +62,7 @@ class TrainingStep:
             first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
         )  # fmt: skip
         on_built(bench)
+        islands.keep(bench, plan, self.carried)
         for technique, _ in in_order(plan):
             technique.look(bench)
         for technique, use in in_order(plan):

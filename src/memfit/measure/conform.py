@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memfit.measure.held import in_backward, layers, local_elements, state_elements, whole, world_size
+from memfit.techniques import islands
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.world import layout
 from memfit.types.conformance import Conformance, Difference, NotConforming
@@ -53,6 +54,7 @@ class Watch:
             self.blocks = find_blocks(model, blocks)[1]
         except UserError:
             self.blocks = []
+        self.islands = frozenset(islands.members(model))
         self.forwards = 0
         self.ran: set[int] = set()  # blocks, by index
         self.again: set[int] = set()
@@ -111,7 +113,7 @@ class Watch:
                 self.again.add(index)
                 return
             self.ran.add(index)
-            for p in module.parameters(recurse=False):
+            for p in () if module in self.islands else module.parameters(recurse=False):
                 if p.is_floating_point() and p.numel():
                     kind = p.device.type
                     on = torch.is_autocast_enabled(kind)
@@ -264,7 +266,9 @@ class Watch:
             return
         feature = "bf16-parameters" if self.plan.get("bf16-parameters") else "parameter dtype"
         wanted = torch.bfloat16 if low else torch.float32
-        found = {p.dtype for p in self._trainable() if p.is_floating_point() and p.dtype != torch.float64}
+        apart = {p for m in self.islands for p in m.parameters(recurse=False)}
+        others = (p for p in self._trainable() if p not in apart)
+        found = {p.dtype for p in others if p.is_floating_point() and p.dtype != torch.float64}
         told = ", ".join(sorted(map(str, found)))
         if low or torch.bfloat16 in found or torch.float16 in found:
             self._differs(feature, str(wanted), told, wrong=bool(found - {wanted}))

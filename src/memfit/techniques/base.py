@@ -130,6 +130,7 @@ class Workbench:
     fused_rows: dict[str, int] = dataclasses.field(default_factory=dict)
     # A batch cut along its sequence, one part a context rank, and the labels that count in such a part.
     slices: Callable[[Any], list[Any]] | None = None
+    islands: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)  # computed in float32
     fixed_counts: Mapping[Any, frozenset[int]] = dataclasses.field(default_factory=dict)
     loss_terms: Callable[[Any], int | None] = lambda part: None
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here

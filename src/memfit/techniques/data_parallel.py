@@ -67,7 +67,7 @@ class _Forwarding:
 
 def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
     replicas = bench.world.layout.replicate
     if replicas > 1 and bench.world.layout.shard == 1:  # a mesh of one dimension would be sharded over
@@ -87,10 +87,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
     }
     with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
-        groups = [
-            fully_shard(modules, reshard_after_forward=reshard, **options)
-            for modules, reshard in _groups(bench, str(settings.get("units")), settings["reshard"])
-        ]
+        groups = _sharded(bench, settings, options)
         root: Any = groups.pop()
     if settings["offload"]:
         _optimize_on_host(bench)
@@ -102,6 +99,35 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             root.set_requires_gradient_sync(last)
 
     bench.before_micro_batch.append(choose)
+
+
+def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:
+    """What is gathered together, the root last. Islands inside are groups of their own, not cast."""
+    from torch.distributed.fsdp import fully_shard
+
+    wanted = _groups(bench, str(settings.get("units")), settings["reshard"])
+    if settings["precision"] == "as-is" or not bench.islands:
+        return [fully_shard(modules, reshard_after_forward=free, **options) for modules, free in wanted]
+    apart = {i for i in bench.islands.values() if next(i.parameters(), None) is not None}
+    wide = {m for i in apart for m in i.modules()}
+    wanted = [
+        ([m for m in g if m not in wide] or g if isinstance(g, list) else g, free) for g, free in wanted
+    ]
+    grouped = {m for g, _ in wanted for m in (g if isinstance(g, list) else [g])}
+    apart -= grouped
+    around = {i for i in apart if grouped & set(i.modules())}
+    as_is = options | {"mp_policy": _precision("as-is")}
+
+    def shard(module: Any, free: bool) -> Any:
+        alike = as_is if wide.issuperset(module if isinstance(module, list) else [module]) else options
+        return fully_shard(module, reshard_after_forward=free, **alike)
+
+    for island in apart - around:
+        shard(island, settings["reshard"] is not False)
+    groups = [shard(modules, free) for modules, free in wanted[:-1]]
+    for island in around:
+        shard(island, settings["reshard"] is not False)
+    return [*groups, shard(*wanted[-1])]
 
 
 def _optimize_on_host(bench: Workbench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from memfit.techniques import islands
 from memfit.techniques.base import Knob, MakeOptimizer, OptimizerLike, Space, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -24,7 +25,7 @@ def _apply_autocast(bench: Workbench, settings: Mapping[str, KnobValue]) -> None
 def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    bench.model.to(torch.bfloat16)
+    islands.narrow_others(bench.model, bench.islands, torch.bfloat16)
     bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
     if settings["rounding"] == "master":
         inner = bench.make_optimizer

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from memfit.techniques import islands
 from memfit.techniques.blocks import find_blocks
 from memfit.trace import tracer
 from memfit.trace.few_blocks import CONTAINERS
@@ -129,12 +130,14 @@ def _repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
         return None
-    equal = len({_shape(b) for b in blocks}) == 1
+    apart = islands.find(model, job.islands)
+    equal = len({_shape(b, f"{path}.{i}", apart) for i, b in enumerate(blocks)}) == 1
     return (path, len(blocks)) if equal and isinstance(model.get_submodule(path), CONTAINERS) else None
 
 
-def _shape(block: torch.nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    return tuple((name, p.shape) for name, p in block.named_parameters())
+def _shape(block: torch.nn.Module, path: str, apart: Iterable[str]) -> tuple[Any, ...]:
+    inside = tuple(sorted(n.removeprefix(path) for n in apart if f"{n}.".startswith(f"{path}.")))
+    return tuple((name, p.shape) for name, p in block.named_parameters()), inside
 
 
 def _period(plan: Plan) -> int:

@@ -77,4 +77,5 @@ def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.n
     container = model.get_submodule(find_blocks(model, path)[0])
     assert isinstance(container, CONTAINERS)
     del container[count:]
+    model.has_few_blocks = True  # type: ignore[assignment]
     return model

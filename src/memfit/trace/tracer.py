@@ -18,6 +18,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.jobs.step import TrainingStep
+from memfit.techniques import islands
 from memfit.techniques.base import Workbench
 from memfit.trace.doubts import Doubted, retried, weighed
 from memfit.trace.few_blocks import FirstBlocks, remember
@@ -134,6 +135,7 @@ def fake_model(job: Job) -> torch.nn.Module:
     with _fake_world(), ledger:
         model: torch.nn.Module = ledger.unseen(job.build_model)()
     remember(job, model)
+    islands.find(model, job.islands)
     return model
 
 

@@ -64,6 +64,8 @@ class Job:
     integer) or what share of the possible ones (a float) ``nonzero``, ``masked_select``, a boolean index,
     ``unique`` and the like give; one number, or by operator name or line (``{"model.py:12": 4096}``).
     At a line, or under "item", it answers ``.item()`` too; for a condition, how often it is true.
+    ``islands``: patterns (as of ``fnmatch``) of module paths that compute in float32 under any plan, found by
+    ``memfit precision``.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Job:
     tensor_parallel: Mapping[str, str] | None = None  # module pattern -> "colwise" | "rowwise"; None: found
     sequence_dim: int = 1  # of the batch's tensors, for what cuts the sequence
     experts: str | None = None  # pattern of modules called with (tokens, chosen experts, weights)
+    islands: tuple[str, ...] = ()  # module path patterns
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
 from memfit.jobs.step import TrainingStep
+from memfit.techniques import islands
 from memfit.techniques.base import OptimizerLike
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.worker.megatron_gpt import MegatronGpt, check_cut, copy_weights, read, transformer_config
@@ -33,6 +35,10 @@ class Step(TrainingStep):
 
     def _prepare(self) -> OptimizerLike:
         bench = self.bench
+        if bench.islands and islands.surroundings(self.plan) is not None:
+            raise UserError(
+                "megatron builds the model anew, without the job's islands", hint="train in float32 there"
+            )
         with contextlib.ExitStack() as around:
             around.enter_context(warnings.catch_warnings())
             # That kernels for GPUs are not there, and that Megatron calls torch by old names.
