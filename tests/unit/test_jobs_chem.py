@@ -1,0 +1,213 @@
+"""The jobs of chemistry and genetics: molecules, genome, potential."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memfit.jobs import genome, hyena, molecules, molformer, registry, smiles
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def load(spec: str, **options: Any) -> Job:
+    return registry.load(JobRef(spec=spec, **options))
+
+
+# -- molecules ------------------------------------------------------------------------------------------
+
+BUTANES = "".join(
+    f"{'C' * n},{n / 2}\nC1CC1{'C' * n}O,{n / 3}\nC1CCC1{'N' * n},{-n / 4}\n" for n in range(1, 9)
+)
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> str:
+    file = tmp_path / "molecules.csv"
+    file.write_text("smiles,logp\n" + BUTANES)
+    return str(file)
+
+
+def test_a_molecule_is_its_atoms_and_bonds() -> None:
+    atoms, bonds = smiles.graph("C[C@@H](O)c1cc(Cl)ccn1.[Na+]")
+    assert atoms == ["C", "C", "O", "C", "C", "C", "CL", "C", "C", "N", "NA"]
+    assert (3, 9) in bonds, "the ring is closed"
+    assert all(len(atoms) - 1 not in bond for bond in bonds), "a salt's ion is bound to nothing"
+    for broken in ("C1CC", "C(C", "C)C"):
+        with pytest.raises(ValueError, match=r"never opened|unclosed"):
+            smiles.graph(broken)
+
+
+def test_a_ring_skeleton_is_without_side_chains_and_drawings() -> None:
+    toluene = smiles.ring_skeleton("CC1=CC=CC=C1")
+    assert toluene == smiles.ring_skeleton("c1ccccc1C(=O)OCC") != ""
+    assert smiles.ring_skeleton("CCCO") == ""
+    joined = smiles.ring_skeleton("C1CCCC1CC2CCCC2C")
+    assert joined == smiles.ring_skeleton("OC1CCCC1CC%12CCCC%12")
+    assert (
+        len({joined, toluene, smiles.ring_skeleton("C1CCCC1CCC2CCCC2"), smiles.ring_skeleton("C1CCNC1")}) == 4
+    )
+
+
+def test_no_ring_skeleton_is_on_both_sides_of_the_split(listed: str) -> None:
+    found = molecules.arranged(molecules._user(listed), 72, "")
+    assert len(found.smiles) == 24
+    skeletons = [smiles.ring_skeleton(text) for text in found.smiles]
+    assert found.train_count == 16
+    assert not set(skeletons[:16]) & set(skeletons[16:])
+    assert len(molecules.arranged(molecules._user(listed), 12, "").smiles) < 24, "longer ones are left out"
+
+
+def test_padding_changes_no_value() -> None:
+    torch.manual_seed(0)
+    model = molformer.Molformer(dataclasses.replace(molecules._shape("tiny"), layers=2))
+    tokens = torch.randint(3, 50, (2, 20))
+    short, _ = model(tokens, tokens > 0)
+    padded = torch.nn.functional.pad(tokens, (0, 30))
+    assert torch.allclose(model(padded, padded > 0)[0], short, atol=1e-6)
+
+
+def test_linear_attention_is_a_weighted_mean() -> None:
+    """Against the same weights made one pair at a time."""
+    torch.manual_seed(0)
+    attention = molformer.LinearAttention(4, 8)
+    query, key, value = torch.randn(3, 1, 1, 5, 4)
+    valid = torch.tensor([[True, True, True, True, False]])
+    asked, held = (torch.relu(x @ attention.directions) + 1e-3 for x in (query, key))
+    weights = (asked[0, 0, :, None] * held[0, 0, None, :4]).sum(-1)
+    wanted = (weights / weights.sum(1, keepdim=True)) @ value[0, 0, :4]
+    assert torch.allclose(attention(query, key, value, valid)[0, 0], wanted, atol=1e-5)
+
+
+def test_molecules_of_the_user(listed: str, tmp_path: Path) -> None:
+    job = load("molecules", data=listed, batch=4)
+    batch = job.make_batch(0, 0)
+    assert batch["tokens"].shape == (4, 72)
+    assert torch.equal(batch["valid"], batch["tokens"] > 0)
+    assert job.metric is not None
+    assert job.metric.naive > 0
+    broken = tmp_path / "broken.csv"
+    broken.write_text("C,1\nC1CC,2\n")
+    with pytest.raises(UserError, match=r"broken.csv line 2: an unclosed ring"):
+        load("molecules", data=str(broken))
+    broken.write_text("C,1\nCC,2\n")
+    with pytest.raises(UserError, match="allowed: at least 10"):
+        load("molecules", data=str(broken))
+
+
+def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'memfit\[science\]'"):
+        load("molecules")
+
+
+def test_measured_molecules_and_the_naive_fit() -> None:
+    pytest.importorskip("chemicals", reason="not installed: chemicals")
+    job = load("molecules")
+    assert job.metric is not None
+    assert 1.2 < job.metric.naive < 1.6
+    values = torch.cat([job.make_batch(i, 0)["value"] for i in range(20)])
+    assert abs(float(values.mean())) < 0.1
+
+
+def test_masking_asks_for_what_it_hides(listed: str) -> None:
+    job = load("molecules", data=listed, size="paper", batch=16)
+    batch = job.make_batch(0, 0)
+    asked = batch["labels"] >= 0
+    assert (batch["tokens"][asked] == 2).all()
+    assert not (batch["tokens"][~asked] == 2).any()
+    assert batch["valid"][asked].all()
+
+
+# -- genome ---------------------------------------------------------------------------------------------
+
+SMALL = hyena.HyenaSize(layers=2, width=8, filter_width=4, kmer=3, vocabulary=64, length=32, batch_size=2)
+
+
+def test_the_long_convolution_is_the_sum_it_stands_for() -> None:
+    torch.manual_seed(0)
+    x, taps = torch.randn(2, 3, 9), torch.randn(3, 9)
+    wanted = torch.stack([sum(taps[:, j] * x[:, :, i - j] for j in range(i + 1)) for i in range(9)], dim=-1)
+    assert torch.allclose(hyena.causal_convolution(x, taps), wanted, atol=1e-5)
+
+
+def test_no_base_sees_what_follows() -> None:
+    torch.manual_seed(0)
+    model = hyena.HyenaDna(SMALL)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(0, 64, (1, 32))
+    other = tokens.clone()
+    other[0, 20:] = torch.randint(0, 64, (12,))
+    one, two = model(tokens), model(other)
+    assert torch.allclose(one[0, :20], two[0, :20], atol=1e-4)
+    assert not torch.allclose(one[0, 20:], two[0, 20:], atol=1e-2)
+
+
+def test_the_chromosome_is_whole_and_words_are_its_bases() -> None:
+    found = genome.read(None, 1024)
+    assert (len(found.train), len(found.test)) == (4_445_028, 493_892)
+    assert "".join("ACGT"[b] for b in found.train[:10]) == "AGCTTTTCAT"
+    assert genome.words(np.array([0, 1, 2, 3], np.uint8), 2).tolist() == [0b0001, 0b0110, 0b1011]
+
+
+def test_the_next_base_follows_its_word() -> None:
+    bases = np.arange(400, dtype=np.uint8) % 4
+    batch = genome.train_batch(bases, SMALL, 2, step=0, seed=0)
+    assert torch.equal(batch["tokens"] % 4, (batch["next"] + 3) % 4)
+    assert batch["tokens"].shape == batch["next"].shape == (2, 32)
+
+
+def test_markov_chains_are_better_with_more_context_until_counts_run_out() -> None:
+    found = genome.read(None, 1024)
+    places = genome.scored(found, genome._shape("tiny"))
+    bits = [genome.markov_bits(found, places[places >= 8], order) for order in (0, 2, 4)]
+    assert bits == pytest.approx([2.000, 1.965, 1.945], abs=0.002)
+
+
+def test_a_markov_chain_on_a_hand_made_sequence() -> None:
+    """AC repeated: after A always C; eight pairs seen, one added to each of four counts."""
+    repeated = genome.Genome(
+        train=np.tile(np.array([0, 1], np.uint8), 8), test=np.array([0, 1], np.uint8), source=""
+    )
+    assert genome.markov_bits(repeated, np.array([1]), 1) == pytest.approx(-np.log2(9 / 12))
+
+
+def test_dna_of_the_user(tmp_path: Path) -> None:
+    file = tmp_path / "dna.fasta"
+    file.write_text(">a\nACGTNNacgt\n>b\n" + "ACGGT" * 80)
+    assert len(genome._fasta(str(file))) == 408
+    with pytest.raises(UserError, match="408 bases of DNA; allowed: at least 2364"):
+        load("genome", data=str(file))
+
+
+# -- published sizes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("molecules", 46.8),  # MoLFormer-XL as published, github.com/IBM/molformer: 47 M
+        ("genome", 6.55),  # hyenadna-large-1m: 6.6 M
+    ],
+)
+def test_paper_sizes_have_the_published_number_of_parameters(name: str, millions: float, listed: str) -> None:
+    with FakeTensorMode():
+        options = {"data": listed} if name == "molecules" else {}
+        model = load(name, size="paper", batch=1, **options).build_model()
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
