@@ -48,9 +48,27 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
     for block in blocks:
         region = getattr(block.forward, "region", None)
         if region is None:
+            block.forward = _without_cast_cache(block.forward)
             _wrap(block, context_fn=functools.partial(_contexts, judge))
         else:  # a compiled block's graph is cut with the policy in mind
             region.recompute = judge
+
+
+def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A block called several times finds autocast's copies of its weights from the second call on, but not in
+    the recomputation: its operators would not be those of the first time."""
+    import torch
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(before)
+
+    return forward
 
 
 def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
