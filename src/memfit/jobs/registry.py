@@ -7,7 +7,16 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from memfit.jobs import char_lm, genome, huggingface, molecules, protein_lm, protein_ss, weather
+from memfit.jobs import (
+    alphafold2,
+    char_lm,
+    genome,
+    huggingface,
+    molecules,
+    protein_lm,
+    protein_ss,
+    weather,
+)
 from memfit.jobs.user import load_user_job
 from memfit.types.collector import uncollected
 from memfit.types.errors import UserError
@@ -32,7 +41,7 @@ _BUILT_IN: Final[Mapping[str, BuiltIn]] = {
     room.NAME: BuiltIn(
         name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
     )
-    for room in (protein_ss, protein_lm, char_lm, molecules, genome, weather)
+    for room in (alphafold2, protein_ss, protein_lm, char_lm, molecules, genome, weather)
 }
 
 

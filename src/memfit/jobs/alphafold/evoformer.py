@@ -1,0 +1,308 @@
+"""The Evoformer (Jumper et al. 2021, supplementary algorithms 6 to 19).
+
+Shapes: ``m`` (batch, rows, residues, c_m) is the MSA representation, ``z`` (batch, residues, residues, c_z)
+the pair representation. Masks are 1 where something is: ``rows`` (batch, rows, residues), ``pairs`` (batch,
+residues, residues). What can be cut into independent slices (attention rows, transitions, parts of an outer
+product) is a module of its own, so that chunking finds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+MASKED: Final = -1e9  # AlphaFold's; larger than float16 can hold
+_COUNT_EPS: Final = 1e-3  # of algorithm 10, where a pair of residues shares no row
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """Channels and heads of a stack. ``dropout``: (rows of the MSA, pairs)."""
+
+    c_m: int
+    c_z: int
+    msa_heads: int
+    msa_head_width: int
+    pair_heads: int = 4
+    pair_head_width: int = 32
+    triangle: int = 128
+    outer: int = 32
+    transition: int = 4
+    dropout: tuple[float, float] = (0.15, 0.25)
+    global_columns: bool = False  # one query a column (algorithm 19), as in the extra-MSA stack
+
+
+class Attention(nn.Module):
+    """Gated attention of x (..., n, width) along n, with biases that broadcast to (..., heads, n, n)."""
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        inner = heads * head_width
+        self.heads, self.scale = heads, head_width**-0.5
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.gate, self.out = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor, *biases: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        query, key, value = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for p in (self.query, self.key, self.value)
+        )
+        logits = (query * self.scale) @ key.transpose(-1, -2)
+        del query, key
+        for bias in biases:
+            logits += bias  # in place: a product's result is not kept for backward
+        mixed = logits.softmax(-1) @ value
+        del logits, value
+        mixed = mixed.transpose(-2, -3).flatten(-2)
+        return self.out(torch.sigmoid(self.gate(x)) * mixed)  # type: ignore[no-any-return]
+
+
+class GlobalAttention(nn.Module):
+    """Attention along n with one query, the mean of all (algorithm 19). x (..., n, width), mask (..., n)."""
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        inner = heads * head_width
+        self.heads, self.scale = heads, head_width**-0.5
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, inner, bias=False)
+        self.key, self.value = (nn.Linear(width, head_width, bias=False) for _ in range(2))
+        self.gate, self.out = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        held = mask.unsqueeze(-1)
+        mean = (x * held).sum(-2) / (held.sum(-2) + 1e-5)
+        query = (self.query(mean) * self.scale).unflatten(-1, (self.heads, -1))
+        logits = query @ self.key(x).transpose(-1, -2) + ((mask - 1) * -MASKED).unsqueeze(-2)
+        mixed = logits.softmax(-1) @ self.value(x)
+        gate = torch.sigmoid(self.gate(x)).unflatten(-1, (self.heads, -1))
+        return self.out((gate * mixed.unsqueeze(-3)).flatten(-2))  # type: ignore[no-any-return]
+
+
+class PairBias(nn.Module):
+    """(batch, 1, heads, residues, residues) of z, whose norm is shared where z itself is what attends."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(width, heads, bias=False)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.weight(z).permute(0, 3, 1, 2).unsqueeze(1)  # type: ignore[no-any-return]
+
+
+class RowAttention(nn.Module):
+    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.attention = Attention(widths.c_m, widths.msa_heads, widths.msa_head_width)
+        self.norm, self.bias = nn.LayerNorm(widths.c_z), PairBias(widths.c_z, widths.msa_heads)
+
+    def forward(self, m: torch.Tensor, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        masked = ((rows - 1) * -MASKED)[:, :, None, None, :]
+        return self.attention(m, masked, self.bias(self.norm(z)))  # type: ignore[no-any-return]
+
+
+class ColumnAttention(nn.Module):
+    """Algorithms 8 and 19: every residue's column attends along rows."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.one_query = widths.global_columns
+        kind = GlobalAttention if self.one_query else Attention
+        self.attention = kind(widths.c_m, widths.msa_heads, widths.msa_head_width)
+
+    def forward(self, m: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        columns, held = m.transpose(1, 2), rows.transpose(1, 2)
+        if not self.one_query:
+            held = ((held - 1) * -MASKED)[:, :, None, None, :]
+        return self.attention(columns, held).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class Transition(nn.Module):
+    """Algorithms 9 and 15."""
+
+    def __init__(self, width: int, factor: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, factor * width), nn.Linear(factor * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(functional.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class OuterProduct(nn.Module):
+    """(batch, i, j, c_z) of left (batch, rows, i, c) and right (batch, rows, j, c): summed over rows."""
+
+    def __init__(self, width: int, c_z: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width * width, c_z)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.einsum("bsic,bsjd->bijcd", left, right).flatten(-2))  # type: ignore[no-any-return]
+
+
+class OuterProductMean(nn.Module):
+    """Algorithm 10."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(widths.c_m)
+        self.left, self.right = (nn.Linear(widths.c_m, widths.outer) for _ in range(2))
+        self.product = OuterProduct(widths.outer, widths.c_z)
+
+    def forward(self, m: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        m, held = self.norm(m), rows.unsqueeze(-1)
+        product = self.product(self.left(m) * held, self.right(m) * held)
+        count = torch.einsum("bsi,bsj->bij", rows, rows).unsqueeze(-1)
+        return product / (count + _COUNT_EPS)  # type: ignore[no-any-return]
+
+
+class Gated(nn.Module):
+    """Linear times the sigmoid of another; x (..., width), zero where ``held`` (..., 1) is."""
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__()
+        self.value, self.gate = nn.Linear(width, to), nn.Linear(width, to)
+
+    def forward(self, x: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        return held * torch.sigmoid(self.gate(x)) * self.value(x)  # type: ignore[no-any-return]
+
+
+class TriangleMultiplication(nn.Module):
+    """Algorithms 11 (outgoing) and 12 (incoming edges)."""
+
+    def __init__(self, widths: Widths, *, outgoing: bool) -> None:
+        super().__init__()
+        self.sums = "bikc,bjkc->bijc" if outgoing else "bkic,bkjc->bijc"
+        self.norm, self.norm_out = nn.LayerNorm(widths.c_z), nn.LayerNorm(widths.triangle)
+        self.left, self.right = (Gated(widths.c_z, widths.triangle) for _ in range(2))
+        self.gate, self.out = nn.Linear(widths.c_z, widths.c_z), nn.Linear(widths.triangle, widths.c_z)
+
+    def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        z, held = self.norm(z), pairs.unsqueeze(-1)
+        product = torch.einsum(self.sums, self.left(z, held), self.right(z, held))
+        return torch.sigmoid(self.gate(z)) * self.out(self.norm_out(product))  # type: ignore[no-any-return]
+
+
+class TriangleAttention(nn.Module):
+    """Algorithms 13 (around the starting node) and 14 (ending: the same on the transposed pairs)."""
+
+    def __init__(self, widths: Widths, *, starting: bool) -> None:
+        super().__init__()
+        self.starting = starting
+        self.attention = Attention(widths.c_z, widths.pair_heads, widths.pair_head_width)
+        self.bias = PairBias(widths.c_z, widths.pair_heads)
+
+    def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        if not self.starting:
+            z, pairs = z.transpose(1, 2), pairs.transpose(1, 2)
+        masked = ((pairs - 1) * -MASKED)[:, :, None, None, :]
+        out = self.attention(z, masked, self.bias(self.attention.norm(z)))
+        return out if self.starting else out.transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class SharedDropout(nn.Module):
+    """Dropout with one mask along dimension ``dim`` (supplement 1.11.6)."""
+
+    def __init__(self, p: float, dim: int) -> None:
+        super().__init__()
+        self.p, self.dim = p, dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = list(x.shape)
+        shape[self.dim] = 1
+        return x * functional.dropout(x.new_ones(shape), self.p)
+
+
+class PairStack(nn.Module):
+    """The pairs' half of a block: triangle multiplications, triangle attentions, transition."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.outgoing = TriangleMultiplication(widths, outgoing=True)
+        self.incoming = TriangleMultiplication(widths, outgoing=False)
+        self.starting = TriangleAttention(widths, starting=True)
+        self.ending = TriangleAttention(widths, starting=False)
+        self.transition = Transition(widths.c_z, widths.transition)
+        self.by_row, self.by_column = (SharedDropout(widths.dropout[1], dim) for dim in (1, 2))
+
+    def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        z = z + self.by_row(self.outgoing(z, pairs))
+        z = z + self.by_row(self.incoming(z, pairs))
+        z = z + self.by_row(self.starting(z, pairs))
+        z = z + self.by_column(self.ending(z, pairs))
+        return z + self.transition(z)  # type: ignore[no-any-return]
+
+
+class EvoformerBlock(nn.Module):
+    """Algorithm 6; with ``widths.global_columns`` a block of the extra-MSA stack (algorithm 18)."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.row, self.column = RowAttention(widths), ColumnAttention(widths)
+        self.transition = Transition(widths.c_m, widths.transition)
+        self.outer, self.pairs = OuterProductMean(widths), PairStack(widths)
+        self.dropout = SharedDropout(widths.dropout[0], 1)
+
+    def forward(
+        self, m: torch.Tensor, z: torch.Tensor, rows: torch.Tensor, pairs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        m = m + self.dropout(self.row(m, z, rows))
+        m = m + self.column(m, rows)
+        m = m + self.transition(m)
+        z = z + self.outer(m, rows)
+        return m, self.pairs(z, pairs)
+
+
+class Templates(nn.Module):
+    """Algorithms 16 and 17: z attends to templates (batch, templates, residues, residues, features). ``real``
+    (batch, templates) is 0 where there is no template."""
+
+    def __init__(self, widths: Widths, features: int, c_z: int, blocks: int, head_width: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(features, widths.c_z)
+        self.blocks = nn.ModuleList(PairStack(widths) for _ in range(blocks))
+        self.norm, self.heads = nn.LayerNorm(widths.c_z), widths.pair_heads
+        inner = self.heads * head_width
+        self.query = nn.Linear(c_z, inner, bias=False)
+        self.key, self.value = (nn.Linear(widths.c_z, inner, bias=False) for _ in range(2))
+        self.out, self.scale = nn.Linear(inner, c_z), head_width**-0.5
+
+    def forward(
+        self, z: torch.Tensor, pairs: torch.Tensor, templates: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        embedded: list[torch.Tensor] = []
+        for one in templates.unbind(1):
+            t = self.embed(one)
+            for block in self.blocks:
+                t = block(t, pairs)
+            embedded.append(self.norm(t))
+        t = torch.stack(embedded, dim=-2)  # (batch, i, j, templates, c_t)
+        query = self.query(z).unflatten(-1, (self.heads, -1)).unsqueeze(-2) * self.scale
+        key, value = (p(t).unflatten(-1, (self.heads, -1)).transpose(-2, -3) for p in (self.key, self.value))
+        logits = query @ key.transpose(-1, -2) + ((real - 1) * -MASKED)[:, None, None, None, None, :]
+        mixed = (logits.softmax(-1) @ value).squeeze(-2).flatten(-2)
+        return self.out(mixed) * real.amax(-1)[:, None, None, None]  # type: ignore[no-any-return]
+
+
+def relative_positions(index: torch.Tensor, reach: int) -> torch.Tensor:
+    """Algorithm 4's one-hot (batch, residues, residues, 2 reach + 1) of clipped differences of index."""
+    apart = (index[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
+    return functional.one_hot(apart, 2 * reach + 1).float()
+
+
+def binned(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
+    """One-hot of distances in equal bins from ``least`` to ``most`` Angstrom; the last has no end, what is
+    nearer than ``least`` is in none (algorithm 32)."""
+    edges = torch.linspace(least, most, bins, device=squared.device) ** 2
+    beyond: Any = torch.cat([edges[1:], edges.new_full((1,), torch.inf)])
+    return ((squared[..., None] > edges) & (squared[..., None] <= beyond)).float()  # type: ignore[no-any-return]
