@@ -71,10 +71,7 @@ class Planning:
 
 
 def space_of(job: Job, device: str, ranks: int = 1) -> Space:
-    """Counts blocks and outputs on a model built without memory. Raises UserError where ``ranks`` have less
-    than a sample each."""
-    if job.batch_size < ranks:
-        raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
+    """Counts blocks and outputs on a model built without memory."""
     from memfit.trace.tracer import fake_model
 
     model = fake_model(job)
@@ -91,7 +88,7 @@ def space_of(job: Job, device: str, ranks: int = 1) -> Space:
             raise
         vocabulary = 0
     return Space(
-        batch_size=job.batch_size // ranks,
+        batch_size=max(1, job.batch_size // ranks),
         block_count=blocks,
         has_head=vocabulary > 0,
         vocabulary=vocabulary,
@@ -100,8 +97,11 @@ def space_of(job: Job, device: str, ranks: int = 1) -> Space:
     )
 
 
-def make_pricer(request: Request) -> tuple[Job, Pricer]:
-    job = load(request.job)
+def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
+    """Raises UserError where ranks that are all ``replicas`` of the model have less than a sample each."""
+    job, ranks = load(request.job), request.ranks
+    if replicas and job.batch_size < ranks:
+        raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
     space = space_of(job, request.machine.device.kind, request.ranks)
     return job, Pricer(job=job, machine=request.machine, space=space, engine=request.engine)
 
@@ -156,7 +156,7 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
 
     ranks = request.ranks
     progress("trace", 0, 0, "plain training")
-    job, pricer = make_pricer(request)
+    job, pricer = make_pricer(request, replicas=False)
     if pricer.space.block_count < BLOCKS:
         return None
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)

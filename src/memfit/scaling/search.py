@@ -189,7 +189,8 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     finalists = _finalists(scale, estimates, goal, fits)
     tried = {e.plan for e in finalists}
     known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
-    basis = next((e for e in known if e.plan == plain(ranks)), None) or scale.pricer.whole(plain(ranks))
+    unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
+    basis = next((e for e in known if e.plan == unshared), None) or scale.pricer.whole(unshared)
     known = [e for e in known if e.plan != basis.plan]
     winner = best([e for e in finalists if fits(e)], goal)
     if winner is None:
