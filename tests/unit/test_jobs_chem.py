@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memfit.jobs import genome, hyena, molecules, molformer, registry, smiles
+from memfit.jobs import genome, hyena, molecules, molformer, potential, registry, schnet, smiles
+from memfit.jobs.step import TrainingStep
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
+from memfit.types.plan import Plan, use
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +198,146 @@ def test_dna_of_the_user(tmp_path: Path) -> None:
         load("genome", data=str(file))
 
 
+# -- potential ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frames() -> potential.Frames:
+    return potential.read(None)
+
+
+@pytest.fixture(scope="module")
+def small(frames: potential.Frames) -> schnet.SchnetSize:
+    return dataclasses.replace(potential._shape("tiny", frames), layers=2, width=16, filters=8, radial=12)
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(batch[name] for name in ("species", "positions", "near", "within"))
+
+
+def test_forces_are_the_slope_of_the_energy(frames: potential.Frames, small: schnet.SchnetSize) -> None:
+    torch.manual_seed(0)
+    model = schnet.Schnet(small).double()
+    species, positions, near, within = inputs(potential.train_batch(frames, small, 2, step=0, seed=0))
+    positions = positions.double()
+    with torch.no_grad():
+        forces = model(species, positions, near, within)[1]
+        for atom, axis in ((0, 0), (2, 1)):
+            moved = positions.clone()
+            moved[1, atom, axis] += 1e-4
+            other = positions.clone()
+            other[1, atom, axis] -= 1e-4
+            above, below = (model(species, p, near, within)[0][1] for p in (moved, other))
+            assert float(below - above) / 2e-4 == pytest.approx(float(forces[1, atom, axis]), abs=1e-6)
+
+
+def test_training_on_forces_reaches_every_parameter(
+    frames: potential.Frames, small: schnet.SchnetSize
+) -> None:
+    """The gradient of a force error, which is a second derivative, against a finite difference."""
+    torch.manual_seed(0)
+    model = schnet.Schnet(small).double()
+    batch = potential.train_batch(frames, small, 2, step=0, seed=0)
+    species, positions, near, within = inputs(batch)
+
+    def error() -> torch.Tensor:
+        return model(species, positions.double(), near, within)[1].square().mean()
+
+    error().backward()
+    weight = model.blocks[0].filter_one.weight
+    slope = float(weight.grad[3, 5])
+    with torch.no_grad():
+        weight[3, 5] += 1e-5
+        above = float(error())
+        weight[3, 5] -= 2e-5
+        assert (above - float(error())) / 2e-5 == pytest.approx(slope, rel=1e-4)
+    without = [n for n, p in model.named_parameters() if p.grad is None]
+    assert without == ["energy.two.bias"], "a constant has no slope; the energy's own error trains it"
+    potential.loss(model.float(), batch).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_energy_is_the_same_however_a_molecule_lies(
+    frames: potential.Frames, small: schnet.SchnetSize
+) -> None:
+    torch.manual_seed(0)
+    model = schnet.Schnet(small)
+    batch = potential.packed(frames, np.array([[5]]), small)
+    turn, _ = torch.linalg.qr(torch.randn(3, 3))
+    moved = dataclasses.replace(frames, positions=frames.positions @ turn.numpy() + np.float32([3, -1, 2]))
+    energy, forces = model(*inputs(batch))
+    other_energy, other_forces = model(*inputs(potential.packed(moved, np.array([[5]]), small)))
+    assert torch.allclose(energy, other_energy, atol=1e-5)
+    assert torch.allclose(forces @ turn, other_forces, atol=1e-5)
+    assert forces.sum(1).abs().max() < 1e-5, "nothing pulls the whole molecule"
+
+
+def test_padding_and_far_atoms_have_no_part(frames: potential.Frames, small: schnet.SchnetSize) -> None:
+    torch.manual_seed(0)
+    model = schnet.Schnet(small)
+    alone = potential.packed(frames, np.array([[0]]), small)
+    two = dataclasses.replace(small, atoms=26, neighbours=14)
+    both = potential.packed(frames, np.array([[0, 1000]]), two)
+    assert both["near"].shape == (1, 26, 14)
+    assert not both["within"][both["species"] == 0].any()
+    apart = both["positions"][0, 11:22].mean(0) - both["positions"][0, :5].mean(0)
+    both["positions"][0, 11:22] += 3 * apart  # out of the cutoff; the list of neighbours still has them
+    first, second = (
+        model(*inputs(alone))[0],
+        model(*inputs(potential.packed(frames, np.array([[1000]]), small)))[0],
+    )
+    assert torch.allclose(model(*inputs(both))[0], first + second, atol=1e-5)
+
+
+def test_neighbours_are_the_nearest_within_the_cutoff(small: schnet.SchnetSize) -> None:
+    line = np.zeros((1, 4, 3), np.float32)
+    line[0, :, 0] = [0, 1, 3, 99]
+    size = dataclasses.replace(small, atoms=4, neighbours=2, cutoff=2.5)
+    near, within = potential.neighbours(np.array([[1, 1, 1, 0]]), line, size)
+    assert near[0, :3].tolist() == [[1, 2], [0, 2], [1, 0]]
+    assert within[0].tolist() == [[True, False], [True, True], [True, False], [False, False]]
+
+
+def test_molecules_for_testing_are_others(frames: potential.Frames) -> None:
+    formulas = [tuple(sorted(row[row > 0])) for row in frames.species]
+    train, test = set(formulas[: frames.train_count]), set(formulas[frames.train_count :])
+    assert (frames.train_count, len(formulas), len(test)) == (1980, 2340, 4)
+    assert len(test - train) >= 2, "some are isomers of what is trained on"
+    assert frames.energy.std() < 1, "of hundreds of eV, elements account for the rest"
+
+
+def test_a_pair_potential_is_the_naive_result(frames: potential.Frames, small: schnet.SchnetSize) -> None:
+    naive = potential.metric(frames, small)
+    assert naive.naive == pytest.approx(385, abs=2)
+    assert "no force at all: 753" in naive.naive_name
+    terms = potential.pair_forces(frames, np.arange(1)).reshape(11, 3, -1)
+    assert np.abs(terms.sum(0)).max() < 1e-5, "action and reaction"
+
+
+def test_checkpointing_a_potential_changes_nothing(
+    frames: potential.Frames, small: schnet.SchnetSize
+) -> None:
+    job = load("potential", batch=3)
+    batch = job.make_batch(0, 0)
+    found = []
+    for plan in (Plan(), Plan(uses=(use("activation-checkpointing", every=1),))):
+        torch.manual_seed(0)
+        step = TrainingStep(job, plan)
+        found.append(step.run(batch))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_what_a_potential_is_not_given(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no length"):
+        load("potential", size="tiny@64")
+    np.savez(tmp_path / "frames.npz", numbers=np.zeros((1, 3)))
+    with pytest.raises(UserError, match=r"allowed: an .npz with numbers, molecule"):
+        load("potential", data=str(tmp_path / "frames.npz"))
+    with pytest.raises(UserError, match="No such file"):
+        load("potential", data=str(tmp_path / "absent.npz"))
+
+
 # -- published sizes ------------------------------------------------------------------------------------
 
 
@@ -204,6 +346,7 @@ def test_dna_of_the_user(tmp_path: Path) -> None:
     [
         ("molecules", 46.8),  # MoLFormer-XL as published, github.com/IBM/molformer: 47 M
         ("genome", 6.55),  # hyenadna-large-1m: 6.6 M
+        ("potential", 9.09),  # SchNet of Open Catalyst 2020: 9.1 M
     ],
 )
 def test_paper_sizes_have_the_published_number_of_parameters(name: str, millions: float, listed: str) -> None:

@@ -13,6 +13,7 @@ from memfit.jobs import (
     genome,
     huggingface,
     molecules,
+    potential,
     protein_lm,
     protein_ss,
     weather,
@@ -41,7 +42,7 @@ _BUILT_IN: Final[Mapping[str, BuiltIn]] = {
     room.NAME: BuiltIn(
         name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
     )
-    for room in (alphafold2, protein_ss, protein_lm, char_lm, molecules, genome, weather)
+    for room in (alphafold2, protein_ss, protein_lm, char_lm, molecules, genome, weather, potential)
 }
 
 
