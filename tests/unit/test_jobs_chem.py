@@ -16,7 +16,7 @@ from memfit.jobs import genome, hyena, molecules, molformer, potential, registry
 from memfit.jobs.step import TrainingStep
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
-from memfit.types.plan import Plan, use
+from memfit.types.plan import Plan, Use, use
 
 
 @pytest.fixture(autouse=True)
@@ -314,16 +314,20 @@ def test_a_pair_potential_is_the_naive_result(frames: potential.Frames, small: s
     assert np.abs(terms.sum(0)).max() < 1e-5, "action and reaction"
 
 
-def test_checkpointing_a_potential_changes_nothing(
-    frames: potential.Frames, small: schnet.SchnetSize
-) -> None:
-    job = load("potential", batch=3)
-    batch = job.make_batch(0, 0)
-    found = []
-    for plan in (Plan(), Plan(uses=(use("activation-checkpointing", every=1),))):
+@pytest.mark.parametrize(
+    "technique",
+    [
+        use("activation-checkpointing", every=1),
+        use("selective-checkpointing", keep="matmul"),
+        use("selective-checkpointing", keep="every-second-matmul"),
+    ],
+)
+def test_checkpointing_of_what_is_differentiated_twice_changes_nothing(technique: Use) -> None:
+    job = load("potential", batch=2)
+    batch, found = job.make_batch(0, 0), []
+    for plan in (Plan(), Plan(uses=(technique,))):
         torch.manual_seed(0)
-        step = TrainingStep(job, plan)
-        found.append(step.run(batch))
+        found.append(TrainingStep(job, plan).run(batch))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 

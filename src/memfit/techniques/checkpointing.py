@@ -7,6 +7,7 @@ state is restored before the second forward.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,29 @@ def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
         saved = keeps[context.is_recompute](op)
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    first, again = create_selective_checkpoint_contexts(policy)
+    return first, _Lasting(again)
+
+
+class _Lasting:
+    """The second of torch's contexts, which hands out what was kept once only: here the next backward pass
+    through a graph that stays, as gradients of gradients make, finds it again."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.kept: Mapping[Any, Any] = {}
+
+    def __enter__(self) -> None:
+        import torch
+
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            self.kept = {operator: copy.copy(entries) for operator, entries in self.inner.storage.items()}
+        self.inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.inner.__exit__(*raised)
+        self.inner.storage.update(self.kept)
+        self.kept = {}
 
 
 def _all_of(kept: frozenset[Any]) -> Callable[[Any], bool]:
