@@ -23,6 +23,7 @@ from memfit.cli import (
     machines,
     plan,
     poc,
+    precision,
     report,
     run,
     techniques,
@@ -46,9 +47,9 @@ app = typer.Typer(
 for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
-    ("report", report.report), ("jobs", jobs.jobs), ("techniques", techniques.techniques),
-    ("machines", machines.machines), ("engine", engine.engine), ("engines", engines.engines),
-    ("doctor", doctor.doctor),
+    ("precision", precision.precision), ("report", report.report), ("jobs", jobs.jobs),
+    ("techniques", techniques.techniques), ("machines", machines.machines), ("engine", engine.engine),
+    ("engines", engines.engines), ("doctor", doctor.doctor),
 ):  # fmt: skip
     app.command(_name)(grouped(_function))
 

@@ -1,0 +1,62 @@
+"""``memfit precision``: which modules must stay in float32, by measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Final
+
+import typer
+
+from memfit.cli.options import JobOptions, JsonOptions, LanguageOptions
+from memfit.cli.output import console, emit, language, one_of
+from memfit.cli.progress import Bars
+from memfit.cli.quiet import quiet_libraries
+from memfit.types.job import JobRef
+
+_DTYPES: Final = ("bf16", "fp16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionOptions:
+    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="The precision to try.")] = "bf16"
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Training batches to look at.")] = 1
+    after: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Steps of training beforehand: new weights hide much."),
+    ] = 8
+    device: Annotated[
+        str, typer.Option(metavar="cuda|cpu", help="Whose autocast; its lists of float32 operators differ.")
+    ] = "cuda"
+
+
+def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, output: JsonOptions) -> None:
+    """Tell which modules must stay in float32, and the error they would cause.
+
+    Each module's own code runs in half precision and in float64 on real activations and gradients, with its
+    children's results handed in, so that an error is told where it is made.
+    """
+    words = language(lang.lang)
+    asked = one_of("--dtype", more.dtype, (*_DTYPES, "both"))
+    device = one_of("--device", more.device, ("cuda", "cpu"))
+    quiet_libraries()
+    from memfit.jobs.registry import load
+    from memfit.precision.advise import advise
+    from memfit.report.precision_terminal import print_advice
+
+    ref = JobRef(
+        spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
+    )
+    told = []
+    with Bars(words) as progress:
+        loaded = load(ref)
+        for dtype in _DTYPES if asked == "both" else (asked,):
+
+            def say(stage: str, done: int, total: int, name: str = dtype) -> None:
+                progress(f"precision-{stage}", done, total, name)
+
+            told += [advise(loaded, dtype, batches=more.batches, trained=more.after, device=device, say=say)]
+    if output.json:
+        emit({"advice": told})
+        return
+    for advice in told:
+        print_advice(advice, console=console(), lang=words)

@@ -1,0 +1,70 @@
+"""The whole model in float32 with the own code of some modules in another precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.precision.recording import certain
+from memfit.precision.tensors import is_float, rebuild
+
+
+@contextlib.contextmanager
+def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype) -> Iterator[None]:
+    """``narrow`` is the model with its parameters in ``low``; children run as they do in ``model``."""
+
+    def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
+        return lambda value: rebuild(value, lambda t: t.to(dtype) if is_float(t) else t)
+
+    down, up = cast(low), cast(torch.float32)
+
+    def between(inner: Callable[..., Any], into: Any, out: Any) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = into((args, kwargs))
+            return out(inner(*args, **kwargs))
+
+        return forward
+
+    inside = [p for p, _ in model.named_modules() if p and any(not o or p.startswith(f"{o}.") for o in paths)]
+    pairs = {p: (model.get_submodule(p), narrow.get_submodule(p)) for p in {*inside, *paths}}
+    own = {p: pairs[p][1].forward for p in paths}
+    patched: list[nn.Module] = []
+    try:
+        for path, (wide, thin) in pairs.items():
+            if path:
+                thin.forward = between(wide, up, down)
+                patched.append(thin)
+            if path in own:
+                wide.forward = between(own[path], down, up)
+                patched.append(wide)
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+
+
+def step(
+    model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, gradients by parameter)."""
+    with certain(), contextlib.nullcontext() if backward else torch.no_grad():
+        made = loss(model, batch)
+    if backward:
+        made.backward()
+    grads = {n: p.grad.detach() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return float(made.detach()), grads
+
+
+def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]) -> float:
+    """Norm of the difference of two gradients over that of the first, without some modules' own."""
+    names = [n for n in first if n in second and n.rpartition(".")[0] not in without]
+    if not names:
+        return 0.0
+    square = sum(float(first[n].double().square().sum()) for n in names)
+    change = sum(float((first[n] - second[n]).double().square().sum()) for n in names)
+    return float((change / square) ** 0.5) if square else 0.0

@@ -1,0 +1,182 @@
+"""One training step in float32, written down call by call: what each module was given, what it gave, and the
+gradients at both ends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.precision.tensors import is_float, leaves, rebuild
+from memfit.types.errors import UserError
+
+# A precision may bring about any of them; a job of a user's file tells its own as UserError.
+FAILURES: Final = (RuntimeError, TypeError, ValueError, UserError)
+LOSS: Final = "<loss>"  # the job's own function, around the model
+# Operators that compute nothing: they move, copy or make.
+_MOVING = """
+clone copy_ _to_copy cat stack index index_select gather arange detach zeros ones full empty eye
+zeros_like ones_like full_like empty_like fill_ new_zeros new_ones new_full new_empty scalar_tensor
+lift_fresh zero_ repeat constant_pad_nd _unsafe_view _reshape_alias flip roll scatter tril triu
+max_pool2d_with_indices max_pool3d_with_indices pixel_shuffle native_dropout bernoulli_
+"""
+_MOVES: Final = frozenset(_MOVING.split())
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Call:
+    """Of one module, in the order of the run. ``given`` is (args, kwargs). Gradients are by the index of the
+    tensor among the leaves. ``dtypes``: by mode, of the leaves of given and made as they really arrive."""
+
+    path: str
+    given: Any = None
+    made: Any = None
+    given_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    made_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    inner: list[Call] = dataclasses.field(default_factory=list)
+    computes: bool = False
+    dtypes: dict[str, tuple[list[torch.dtype], list[torch.dtype]]] = dataclasses.field(default_factory=dict)
+
+    def all(self) -> Iterator[Call]:
+        yield self
+        for call in self.inner:
+            yield from call.all()
+
+
+def record(
+    model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool = True
+) -> Call:
+    """The tree of calls of one step, the loss function at its root."""
+    root = Call(LOSS, given=((batch,), {}))
+    watch = _Watch(model, root)
+    with watch, _Computing(watch.stack), certain():
+        made = loss(model, batch)
+    root.made = made.detach().clone()
+    root.made_grads = {0: torch.ones_like(made)}
+    if backward:
+        made.backward()
+        model.zero_grad(set_to_none=True)
+    return root
+
+
+class _Watch:
+    def __init__(self, model: nn.Module, root: Call) -> None:
+        self.model, self.stack, self.handles = model, [root], list[Any]()
+
+    def __enter__(self) -> _Watch:
+        for path, module in self.model.named_modules():
+            before, after = self._before(path), self._after
+            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(after, prepend=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, path: str) -> Callable[..., Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            call = Call(path, given=_kept((args, kwargs)))
+            self.stack[-1].inner.append(call)
+            self.stack.append(call)
+            return _listening((args, kwargs), call.given_grads)
+
+        return enter
+
+    def _after(self, module: nn.Module, args: Any, made: Any) -> None:
+        call = self.stack.pop()
+        call.made = _kept(made)
+        for index, tensor in enumerate(leaves(made)):
+            if tensor.requires_grad and is_float(tensor):
+                tensor.register_hook(_keeping(call.made_grads, index))
+
+
+def _kept(value: Any) -> Any:
+    """Copies, the same tensor one copy: code may ask whether query and key are one."""
+    memo: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return memo[id(tensor)]
+
+    return rebuild(value, keep)
+
+
+def _listening(value: Any, grads: dict[int, torch.Tensor]) -> Any:
+    """The same tensors by another name each, whose gradient is that of this call alone."""
+    memo: dict[int, torch.Tensor] = {}
+    count = -1
+
+    def alias(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if not (tensor.requires_grad and is_float(tensor) and torch.is_grad_enabled()):
+            return tensor
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.view_as(tensor)
+            memo[id(tensor)].register_hook(_keeping(grads, count))
+        return memo[id(tensor)]
+
+    return rebuild(value, alias)
+
+
+def _keeping(grads: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tensor], None]:
+    def keep(grad: torch.Tensor) -> None:
+        grads[index] = grad.detach().clone()
+
+    return keep
+
+
+class _Computing(TorchDispatchMode):
+    """Notes whose own code computes anything on floating-point tensors."""
+
+    def __init__(self, stack: list[Call]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stack = stack
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        call = self.stack[-1]
+        if not call.computes and not func.is_view and func.overloadpacket.__name__ not in _MOVES:
+            call.computes = any(is_float(t) for t in leaves(made))
+        return made
+
+
+@contextlib.contextmanager
+def certain() -> Iterator[None]:
+    """No dropout, and the same random numbers each time."""
+    with torch.random.fork_rng(), _WithoutDropout():
+        torch.manual_seed(0)
+        yield
+
+
+class _WithoutDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if "dropout" in name and args and isinstance(args[0], torch.Tensor):
+            return args[0]
+        if name == "scaled_dot_product_attention":
+            args, kwargs["dropout_p"] = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, 0.0
+            if len(args) > 4:
+                del kwargs["dropout_p"]
+        return func(*args, **kwargs)
+
+
+def learn_dtypes(root: Call, mode: str, run: Callable[[], Call]) -> None:
+    """The dtypes of a real run in another precision, where it runs and takes the same way."""
+    try:
+        other = run()
+    except FAILURES:
+        return
+    pairs = list(zip(root.all(), other.all(), strict=False))
+    if [c.path for c in root.all()] != [c.path for c in other.all()]:
+        return
+    for call, seen in pairs:
+        call.dtypes[mode] = ([t.dtype for t in leaves(seen.given)], [t.dtype for t in leaves(seen.made)])

@@ -1,0 +1,276 @@
+"""One module's own code again, in another precision, on what it was really given.
+
+What lies inside a module (its children) does not run: each child's recorded output is handed in, and what the
+module's own code gives a child is compared like an output. So an error is told where it is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.precision.recording import FAILURES, LOSS, Call, certain
+from memfit.precision.tensors import Gap, gap, is_float, leaves, rebuild
+
+# What torch.autocast computes in float32 on CUDA (torch's documentation of automatic mixed precision).
+_CUDA_LIST = """
+__pow__ __rdiv__ __rpow__ acos asin cosh cosine_embedding_loss cdist cosine_similarity cross_entropy
+cumprod cumsum dist erfinv exp expm1 group_norm hinge_embedding_loss kl_div l1_loss layer_norm log log10
+log_softmax log1p log2 margin_ranking_loss mse_loss multilabel_margin_loss multi_margin_loss nll_loss
+norm normalize pdist poisson_nll_loss pow prod reciprocal rsqrt sinh smooth_l1_loss soft_margin_loss
+softmax softmin softplus sum renorm tan triplet_margin_loss
+"""
+_WIDE_ON_CUDA: Final = frozenset(_CUDA_LIST.split())
+
+
+class CudaLists(TorchFunctionMode):
+    """The float32 list of CUDA's autocast over the CPU's, whose norms and softmax stay narrow."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _WIDE_ON_CUDA or not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        args, kwargs = rebuild((args, kwargs), lambda t: t.float() if is_float(t) and t.itemsize < 4 else t)
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mode:
+    """``model``: whose parameters; ``arrives``: dtype of what comes in where no real run told; ``rounded``:
+    compute wide, but round what comes in and goes out to that dtype."""
+
+    name: str
+    model: nn.Module
+    arrives: torch.dtype
+    rounded: torch.dtype | None = None
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
+    def twin(*dtypes: torch.dtype) -> nn.Module:
+        made = copy.deepcopy(model)
+        for dtype in dtypes:
+            made = made.to(dtype)
+        return made
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.autocast("cpu", dtype=low, cache_enabled=False))
+        if cuda:
+            stack.enter_context(CudaLists())
+        return stack
+
+    wide = torch.float64
+    found = (
+        Mode("exact", twin(wide), wide),
+        Mode("float32", model, torch.float32),
+        Mode("rounded", twin(low, wide), wide, rounded=low),
+        Mode("pure", twin(low), low),
+        Mode("autocast", model, low, around=autocast),
+    )
+    return {m.name: m for m in found}
+
+
+@dataclasses.dataclass(slots=True)
+class Played:
+    """``outputs``: what own code made, for the caller or for children; ``grads``: of what came in, then of
+    its parameters in one; ``born``: operators that made something not finite of finite values."""
+
+    outputs: list[torch.Tensor]
+    passed: list[bool]  # handed on without being computed
+    inputs: list[torch.Tensor]
+    grads: list[torch.Tensor | None]
+    parameters: torch.Tensor | None
+    born: set[str]
+    failed: str = ""
+
+
+def play(call: Call, mode: Mode, loss: Callable[[Any, Any], torch.Tensor]) -> Played:
+    """Raises nothing that a precision may bring about: what fails is told in ``failed``."""
+    run = _Replay(call, mode)
+    born = _Births()
+    try:
+        with certain(), run.children(), born, mode.around():
+            made = run.own(loss)
+        run.collect(made)
+        run.back()
+    except FAILURES as error:
+        text = " ".join(str(error).split())[:160] or type(error).__name__
+        return Played([], [], [], [], None, born.names, failed=text)
+    finally:
+        mode.model.zero_grad(set_to_none=True)
+    return run.played(born.names)
+
+
+class OtherWay(RuntimeError):
+    """Own code called its children otherwise than in the recorded run."""
+
+
+class _Replay:
+    def __init__(self, call: Call, mode: Mode) -> None:
+        self.call, self.mode = call, mode
+        self.module = mode.model if call.path == LOSS else mode.model.get_submodule(call.path)
+        self.pending = list(call.inner)
+        self.sources: list[torch.Tensor] = []
+        self.ends: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.dtypes = call.dtypes.get(mode.name)
+        self.handed = self.sources
+
+    def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
+        """Leaves of a new graph in the dtype in which they arrive."""
+        memo: dict[int, torch.Tensor] = {}
+        order = iter(dtypes or ())
+
+        def enter(tensor: torch.Tensor) -> torch.Tensor:
+            dtype = next(order, self.mode.arrives)
+            if not is_float(tensor):
+                return tensor
+            if id(tensor) not in memo:
+                new = tensor.detach()
+                for kind in (self.mode.rounded or dtype, dtype):
+                    new = _within(new, kind)
+                new = new.clone().requires_grad_(tensor.requires_grad)
+                memo[id(tensor)] = new
+                self.sources.append(new)
+            new = memo[id(tensor)]
+            return new.view_as(new) if new.requires_grad else new  # own code may write into it
+
+        return rebuild(value, enter)
+
+    def own(self, loss: Callable[[Any, Any], torch.Tensor]) -> Any:
+        if self.call.path == LOSS:
+            self.handed = list(leaves(self.call.given))
+            return loss(self.mode.model, self.call.given[0][0])
+        args, kwargs = self.enters(self.call.given, self.dtypes[0] if self.dtypes else None)
+        return self.module.forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def children(self) -> Iterator[None]:
+        named = self.module.named_modules(prefix="" if self.call.path == LOSS else self.call.path)
+        inside = [(n, m) for n, m in named if m is not self.module or self.call.path == LOSS]
+        with contextlib.ExitStack() as stack:
+            for name, module in inside:
+                kept = vars(module).get("forward")
+                module.forward = self._child(name)
+                stack.callback(_restore, module, kept)
+            yield
+
+    def _child(self, path: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.pending or self.pending[0].path != path:
+                raise OtherWay(f"calls {path} where the recorded run did not")
+            call = self.pending.pop(0)
+            for index, tensor in enumerate(leaves((args, kwargs))):
+                if is_float(tensor):
+                    self.ends.append((tensor, call.given_grads.get(index)))
+            seen = call.dtypes.get(self.mode.name)
+            return self.enters(call.made, seen[1] if seen else None)
+
+        return forward
+
+    def collect(self, made: Any) -> None:
+        for index, tensor in enumerate(leaves(made)):
+            if is_float(tensor):
+                self.ends.append((tensor, self.call.made_grads.get(index)))
+        if self.mode.rounded:
+            self.ends = [(t.to(self.mode.rounded).to(t.dtype), g) for t, g in self.ends]
+
+    def back(self) -> None:
+        """Gradients brought to one largest value, as loss scaling does: float16 ends at 6e-8."""
+        known = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
+        top = max((float(g.abs().max()) for _, g in known if g.numel()), default=0.0)
+        if top > 0:
+            torch.autograd.backward([t for t, _ in known], [(g / top).to(t.dtype) for t, g in known])
+
+    def played(self, born: set[str]) -> Played:
+        storages = {t.untyped_storage().data_ptr() for t in self.handed}
+        passed = [t.untyped_storage().data_ptr() in storages for t, _ in self.ends]
+        grads = [p.grad.double().flatten() for p in self.module.parameters() if p.grad is not None]
+        return Played(
+            outputs=[t.detach() for t, _ in self.ends],
+            passed=passed,
+            inputs=[t.detach() for t in self.sources],
+            grads=[t.grad for t in self.sources],
+            parameters=torch.cat(grads) if grads else None,
+            born=born,
+        )
+
+
+def _within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What does not fit is told of the module that made it, not of those that read it."""
+    top = torch.finfo(dtype).max
+    if top >= torch.finfo(tensor.dtype).max:
+        return tensor.to(dtype)
+    return torch.where(tensor.isfinite(), tensor.clamp(-top, top), tensor).to(dtype)
+
+
+def _restore(module: nn.Module, kept: Any) -> None:
+    if kept is None:
+        del module.forward
+    else:
+        module.forward = kept
+
+
+class _Births(TorchDispatchMode):
+    """Operators whose result is not finite although all they were given is."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        new = name not in self.names and not name.startswith(("empty", "new_empty"))
+        if new and _broken(made) and not _broken((args, kwargs or {})):
+            self.names.add(name)
+        return made
+
+
+def _broken(value: Any) -> bool:
+    return any(is_float(t) and t.numel() and not bool(t.isfinite().all()) for t in leaves(value))
+
+
+@dataclasses.dataclass(slots=True)
+class Found:
+    """How far a mode is from the exact one: what own code made, and the gradients it gives on."""
+
+    output: Gap
+    gradient: float
+    born: str = ""
+    failed: str = ""
+
+    def worst(self, other: Found) -> Found:
+        born = ", ".join(sorted({*self.born.split(", "), *other.born.split(", ")} - {""}))
+        return Found(
+            self.output.worst(other.output), max(self.gradient, other.gradient), born,
+            self.failed or other.failed,
+        )  # fmt: skip
+
+
+def compare(exact: Played, found: Played) -> Found:
+    output, gradient = Gap(), 0.0
+    if found.failed:
+        return Found(Gap(lost=True), 0.0, failed=found.failed)
+    for want, got, passed in zip(exact.outputs, found.outputs, exact.passed, strict=True):
+        if not passed:
+            output = output.worst(gap(want, got))
+    pairs = [(a, b) for a, b in zip(exact.grads, found.grads, strict=True) if a is not None and b is not None]
+    if exact.parameters is not None and found.parameters is not None:
+        pairs.append((exact.parameters, found.parameters))
+    top = max((float(a.double().square().mean().sqrt()) for a, _ in pairs if a.numel()), default=0.0)
+    lost = False
+    for want, got in pairs:
+        apart = gap(want, got, floor=0.05 * top)
+        gradient, lost = max(gradient, apart.error), lost or apart.lost
+    output.lost = output.lost or lost
+    return Found(output, gradient, born=", ".join(sorted(found.born - exact.born)))

@@ -1,0 +1,80 @@
+"""Precision advice in a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from rich.console import Console
+from rich.text import Text
+
+from memfit.report.terminal import new_table
+from memfit.report.words import Words, load_words
+from memfit.types.precision import Examined, PrecisionAdvice
+
+MOST: Final = 12  # places that need no island but come next
+_COLUMNS: Final = ("module", "class", "count", "alone", "gradient", "autocast", "loss", "why")
+
+
+def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
+    """Raises UserError for an unknown `lang`."""
+    words = load_words(lang)
+    title = words.get(
+        "precision.title", job=advice.job, size=advice.size, dtype=advice.dtype,
+        batches=advice.batches_count, steps=advice.trained_steps,
+    )  # fmt: skip
+    console.print(Text(title, style="bold"))
+    named = [e for e in advice.examined if e.reason or e.reason_autocast]
+    rest = [e for e in advice.examined if not e.reason and not e.reason_autocast]
+    table = new_table([words.get(f"precision.{name}") for name in _COLUMNS], left=2)
+    for one in (*named, *rest[:MOST]):
+        table.add_row(*map(Text, _cells(one, advice, words)))
+    console.print(table)
+    if more := rest[MOST:]:
+        console.print(Text(words.get("precision.more", count=len(more))))
+    for one in advice.outside:
+        if one.reason or one.reason_autocast:
+            where = words.get("precision.root" if one.pattern == "" else "precision.loss_code")
+            console.print(Text(words.get("precision.outside", where=where, why=_why(one, words))))
+    _print_islands(advice, console, words)
+
+
+def _cells(one: Examined, advice: PrecisionAdvice, words: Words) -> list[str]:
+    loss = "" if one.loss_ratio is None else _percent(one.loss_ratio, words)
+    return [
+        one.pattern, one.kind, str(one.modules_count), _error(one.pure.error_ratio, one.pure.lost, words),
+        _percent(one.pure.gradient_ratio, words), _error(one.autocast.error_ratio, one.autocast.lost, words),
+        loss, _why(one, words),
+    ]  # fmt: skip
+
+
+def _error(ratio: float, lost: str, words: Words) -> str:
+    return words.get("precision.lost") if lost else _percent(ratio, words)
+
+
+def _percent(ratio: float, words: Words) -> str:
+    return f"{100 * ratio:.2g} %" if math.isfinite(ratio) and ratio < 100 else words.get("precision.lost")
+
+
+def _why(one: Examined, words: Words) -> str:
+    reason = one.reason or one.reason_autocast
+    if not reason:
+        return ""
+    return words.get(f"precision.reason.{reason}", what=one.pure.lost or one.autocast.lost)
+
+
+def _print_islands(advice: PrecisionAdvice, console: Console, words: Words) -> None:
+    if not advice.islands and not advice.islands_autocast:
+        console.print(Text(words.get("precision.none", dtype=advice.dtype)))
+    if advice.islands:
+        console.print(Text(words.get("precision.pure", dtype=advice.dtype)))
+        console.print(Text(_line(advice.islands)))
+    if advice.islands_autocast != advice.islands:
+        console.print(Text(words.get("precision.under_autocast", device=advice.device)))
+        console.print(Text(_line(advice.islands_autocast)))
+    told = (_percent(r, words) for r in (advice.loss_ratio, advice.kept_ratio))
+    console.print(Text(words.get("precision.whole", **dict(zip(("all", "kept"), told, strict=True)))))
+
+
+def _line(islands: tuple[str, ...]) -> str:
+    return f"  islands={islands!r}"

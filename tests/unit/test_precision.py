@@ -1,0 +1,266 @@
+"""Precision advice on modules whose islands are known, and on others that need none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.cli import main
+from memfit.precision.advise import advise
+from memfit.types.job import Job
+from memfit.types.precision import Examined, PrecisionAdvice
+
+
+class MaskedSoftmax(nn.Module):
+    """A large additive mask, made here."""
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        return (x + (1 - seen) * -1e9).softmax(-1)
+
+
+class Distances(nn.Module):
+    def forward(self, xyz: torch.Tensor) -> torch.Tensor:
+        return ((xyz.unsqueeze(2) - xyz.unsqueeze(1)).square().sum(-1) + 1e-6).sqrt()
+
+
+class Rotations(nn.Module):
+    """The product of many rotations, about x and z in turn."""
+
+    def forward(self, angles: torch.Tensor) -> torch.Tensor:
+        turned = torch.eye(3, dtype=angles.dtype).expand(len(angles), 3, 3)
+        for i in range(angles.shape[1]):
+            c, s = angles[:, i].cos(), angles[:, i].sin()
+            o, z = torch.ones_like(c), torch.zeros_like(c)
+            rows = [c, -s, z, s, c, z, z, z, o] if i % 2 else [o, z, z, z, c, -s, z, s, c]
+            turned = turned @ torch.stack(rows, -1).view(-1, 3, 3)
+        return turned
+
+
+class LogSum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp().sum(-1).log()
+
+
+class Squares(nn.Module):
+    """A sum of many."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum(1)
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.rfft(x, dim=1).abs()
+
+
+class Ordinary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(16), nn.Linear(16, 32)
+        self.act, self.down = nn.GELU(), nn.Linear(32, 16)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(self.act(self.up(self.norm(x)))))
+
+
+class Attention(nn.Module):
+    """Its own code has the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.query(x) @ self.key(x).transpose(-1, -2) / 4).softmax(-1)
+        return x + weights @ self.value(x)
+
+
+class Known(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Ordinary() for _ in range(3)])
+        self.attention, self.scores, self.softmax = Attention(), nn.Linear(16, 16), nn.Softmax(-1)
+        self.convolution, self.rms = nn.Conv1d(16, 16, 3, padding=1), nn.RMSNorm(16)
+        self.masked, self.far_norm, self.distances = MaskedSoftmax(), nn.LayerNorm(16), Distances()
+        self.angles, self.rotations, self.log_sum = nn.Linear(16, 4), Rotations(), LogSum()
+        self.squares, self.spectrum, self.head = Squares(), Spectrum(), nn.Linear(16, 8)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        x = batch["x"]
+        for block in self.blocks:
+            x = block(x)
+        x = self.attention(x)
+        x = x + self.convolution(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.masked(self.scores(x), batch["seen"]) + self.softmax(self.scores(x))
+        x = x + self.far_norm(batch["far"])
+        others = (
+            self.distances(batch["xyz"]), self.rotations(self.angles(x).flatten(1)),
+            self.log_sum(x + batch["hot"]), self.squares(batch["long"]), self.spectrum(x),
+        )  # fmt: skip
+        return self.head(self.rms(x)), *others
+
+
+def known_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 * seed + step)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "x": normal(4, 32, 16), "seen": (normal(4, 1, 16) > -1).float(), "far": 1000 + normal(4, 32, 16),
+        "xyz": 500 + normal(4, 32, 3), "hot": torch.full((4, 1, 1), 12.0), "long": normal(4, 100_000),
+        "y": torch.randint(0, 8, (4, 32), generator=generator),
+    }  # fmt: skip
+
+
+def known_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits, distances, rotations, sums, squares, spectrum = (t.float() for t in model(batch))
+    others = distances.mean() + sums.mean() + 1e-5 * squares.mean() + spectrum.mean() + rotations[:, 0].mean()
+    return functional.cross_entropy(logits.flatten(0, 1), batch["y"].flatten()) + 0.01 * others
+
+
+def job(model: Any = Known, batch: Any = known_batch, loss: Any = known_loss) -> Job:
+    return Job(name="known", build_model=model, make_batch=batch, loss=loss, batch_size=4)
+
+
+def found(advice: PrecisionAdvice) -> dict[str, Examined]:
+    return {e.pattern: e for e in (*advice.examined, *advice.outside)}
+
+
+@pytest.fixture(scope="module")
+def bf16() -> PrecisionAdvice:
+    return advise(job(), "bf16", batches=1, trained=2)
+
+
+@pytest.fixture(scope="module")
+def fp16() -> PrecisionAdvice:
+    return advise(job(), "fp16", batches=1, trained=2)
+
+
+def test_in_bf16_the_known_islands_are_named_and_no_other_module(bf16: PrecisionAdvice) -> None:
+    assert set(bf16.islands) == {"far_norm", "distances", "rotations", "spectrum"}
+    reasons = {p: e.reason for p, e in found(bf16).items() if p in bf16.islands}
+    assert reasons["far_norm"] == reasons["distances"] == "inputs"
+    assert reasons["spectrum"] == "fails"  # no kernel in half precision
+
+
+def test_in_fp16_what_overflows_is_named_too(fp16: PrecisionAdvice) -> None:
+    expected = {"masked", "far_norm", "distances", "log_sum", "squares"}
+    assert expected <= set(fp16.islands) <= expected | {"rotations", "spectrum"}
+    seen = found(fp16)
+    assert {seen[p].reason for p in ("masked", "log_sum", "squares")} == {"overflow"}
+    assert "exp" in seen["log_sum"].pure.lost
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_ordinary_modules_have_the_error_of_rounding(dtype: str, request: pytest.FixtureRequest) -> None:
+    unit = {"bf16": 2.0**-9, "fp16": 2.0**-12}[dtype]
+    seen = found(request.getfixturevalue(dtype))
+    inside = ("blocks.*.up", "blocks.*.act", "blocks.*.norm")
+    for pattern in (*inside, "attention", "softmax", "convolution", "rms"):
+        assert seen[pattern].reason == ""
+        assert unit / 4 < seen[pattern].pure.error_ratio < 3 * unit
+        assert seen[pattern].float32.error_ratio < 1e-5
+    assert seen["blocks.*.up"].modules_count == 3
+
+
+def test_autocast_keeps_norms_and_sums_in_float32_on_cuda_and_the_advice_tells_them_apart(
+    bf16: PrecisionAdvice, fp16: PrecisionAdvice
+) -> None:
+    for advice in (bf16, fp16):
+        assert not {"far_norm", "distances", "squares", "log_sum"} & set(advice.islands_autocast)
+    assert "rotations" in bf16.islands_autocast  # of its own products
+
+
+def test_with_the_islands_kept_the_loss_moves_less(bf16: PrecisionAdvice, fp16: PrecisionAdvice) -> None:
+    assert bf16.kept_ratio <= bf16.loss_ratio
+    assert fp16.loss_ratio == float("inf")
+    assert fp16.kept_ratio < 1e-2
+
+
+class Frames(nn.Module):
+    """What is given is no tensor, but an object that holds some."""
+
+    class Frame:
+        def __init__(self, origin: torch.Tensor) -> None:
+            self.origin = origin
+
+    class Inner(nn.Module):
+        def forward(self, frame: Any, points: torch.Tensor) -> torch.Tensor:
+            return points - frame.origin
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.weight = Frames.Inner(), nn.Linear(3, 3)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.weight(self.into(Frames.Frame(batch["origin"]), batch["points"]))
+
+
+def test_tensors_inside_objects_are_narrowed_too() -> None:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        origin = torch.full((4, 1, 3), 300.0) + torch.randn(4, 1, 3)
+        return {"origin": origin, "points": origin + torch.randn(4, 8, 3)}
+
+    advice = advise(job(Frames, batch, lambda m, b: m(b).square().mean()), "bf16", batches=1, trained=0)
+    assert advice.islands == ("into",)
+
+
+class FarNorm(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 2000)
+
+
+class Deep(nn.Module):
+    """In some blocks the statistics are of a large mean; where they are told by `far`."""
+
+    def __init__(self, far: tuple[int, ...], blocks: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Ordinary() for _ in range(blocks)])
+        for index in far:
+            self.blocks[index].norm = FarNorm(16)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = batch["x"]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("far", "islands"),
+    [
+        ((1,), ("blocks.1.norm",)),
+        ((2, 3), ("blocks.2.norm", "blocks.3.norm")),
+        (tuple(range(6)), ("blocks.*.norm",)),
+    ],
+)
+def test_patterns_name_those_at_fault_alone(far: tuple[int, ...], islands: tuple[str, ...]) -> None:
+    given = job(lambda: Deep(far), loss=lambda m, b: m(b).square().mean())
+    advice = advise(given, "bf16", batches=1, trained=0)
+    assert advice.islands == islands
+    assert advice.kept_ratio < advice.loss_ratio
+
+
+def test_the_command_tells_in_two_languages_and_in_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import test_precision\n\njob = test_precision.job()\n")
+    for lang, words in (("en", "paste into the Job"), ("ja", "Job に次を加えて")):
+        assert main(["precision", f"{file}:job", "--after", "0", "--lang", lang]) == 0
+        out = capsys.readouterr().out
+        assert words in out
+        assert "islands=(" in out
+    assert main(["precision", f"{file}:job", "--after", "0", "--dtype", "both", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["advice"]
+    assert [a["dtype"] for a in told] == ["bf16", "fp16"]
+    assert "far_norm" in told[0]["islands"]
+    assert main(["precision", f"{file}:job", "--dtype", "int8"]) == 2
