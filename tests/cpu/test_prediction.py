@@ -97,12 +97,20 @@ def _built_in(spec: str, batch: int) -> Job:
     return dataclasses.replace(load(JobRef(spec=spec, batch=batch)), steps=2)
 
 
+def _molecules() -> Job:
+    pytest.importorskip("chemicals", reason="not installed: chemicals")
+    return _built_in("molecules", 16)
+
+
 JOBS = {
     "wide": lambda: WIDE,
     "words": lambda: WORDS,
     "protein-ss": lambda: _built_in("protein-ss", 8),
     "protein-lm": lambda: _built_in("protein-lm", 4),
     "char-lm": lambda: _built_in("char-lm", 8),
+    "molecules": _molecules,
+    "genome": lambda: _built_in("genome", 4),
+    "potential": lambda: _built_in("potential", 8),
 }
 ACCUMULATE = use("gradient-accumulation", micro_batches=4)
 AUTOCAST = use("bf16-autocast")
@@ -142,6 +150,9 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *(("protein-ss", (budget(n),)) for n in (40, 60)),
     ("protein-ss", (budget(20), ACCUMULATE, AUTOCAST)),
     ("char-lm", (budget(45), AUTOCAST)),
+    *(("molecules", u) for u in ((AUTOCAST,), (MASTER, FULL), (ACCUMULATE, MATMUL))),
+    *(("genome", u) for u in ((AUTOCAST,), (FULL,), (MASTER, ACCUMULATE))),
+    *(("potential", u) for u in ((AUTOCAST,), (FULL,), (MATMUL,), (MASTER, FULL, ACCUMULATE), (DISK,))),
 ]
 
 
