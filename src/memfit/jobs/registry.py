@@ -16,6 +16,7 @@ from memfit.jobs import (
     potential,
     protein_lm,
     protein_ss,
+    segmentation3d,
     weather,
 )
 from memfit.jobs.user import load_user_job
@@ -42,7 +43,17 @@ _BUILT_IN: Final[Mapping[str, BuiltIn]] = {
     room.NAME: BuiltIn(
         name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
     )
-    for room in (alphafold2, protein_ss, protein_lm, char_lm, molecules, genome, weather, potential)
+    for room in (
+        alphafold2,
+        protein_ss,
+        protein_lm,
+        char_lm,
+        molecules,
+        genome,
+        weather,
+        potential,
+        segmentation3d,
+    )
 }
 
 

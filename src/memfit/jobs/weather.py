@@ -143,7 +143,8 @@ def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
     truth = fields[:, 1:]
     missed = torch.stack(model(fields[:, 0], truth.shape[1]), dim=1) - truth
     missed = torch.linalg.vector_norm(missed, dim=(2, 3, 4))
-    return missed / torch.linalg.vector_norm(truth, dim=(2, 3, 4))
+    relative: torch.Tensor = missed / torch.linalg.vector_norm(truth, dim=(2, 3, 4))
+    return relative
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
