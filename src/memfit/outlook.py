@@ -17,6 +17,7 @@ from memfit.pricing import Pricer
 from memfit.search.choose import best
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import PaperRow, Reach
@@ -106,7 +107,7 @@ def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
         ("parameters", _Ladder(planning, models)),
         ("length", _Ladder(planning, inputs)),
     ):
-        for index, machine in enumerate(MACHINES if ladder.rungs else ()):
+        for index, machine in enumerate(MACHINES if ladder.stands() else ()):
             progress("outlook", 0, 0, f"{quantity} on {machine}")
             plain, tight = ladder.highest(index, tight=False), ladder.highest(index, tight=True)
             rows.append(_reach_row(machine, quantity, plain, tight, ladder, index))
@@ -124,6 +125,13 @@ class _Ladder:
     planning: Planning
     rungs: Mapping[str, JobRef]
     loaded: dict[str, list[Pricer]] = dataclasses.field(default_factory=dict)
+
+    def stands(self) -> bool:
+        """Whether there is a first rung: grids, or molecules in space, have no length."""
+        try:
+            return bool([self.pricer(name, 0) for name in list(self.rungs)[:1]])
+        except UserError:
+            return False
 
     def pricer(self, name: str, index: int) -> Pricer:
         if name not in self.loaded:

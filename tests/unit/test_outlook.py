@@ -12,6 +12,7 @@ from torch import nn
 
 from memfit import catalog, outlook
 from memfit.search.choose import Objective
+from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy
 from memfit.types.result import Reach
@@ -110,6 +111,14 @@ def test_reach_in_length_is_of_one_sample_at_the_papers_size(jobs: list[JobRef])
     lengths = [j for j in jobs if j.size in LENGTH_OUTPUTS]
     assert {j.batch for j in lengths} == {1}
     assert len(lengths) == 2  # loaded once, whatever the number of machines
+
+
+def test_samples_without_a_length_reach_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(ref: JobRef) -> Job:
+        raise UserError("potential at length 1024", allowed="no length")
+
+    monkeypatch.setattr(outlook, "load", refuse)
+    assert reached("length") == {}
 
 
 def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
