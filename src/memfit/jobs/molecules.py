@@ -46,13 +46,18 @@ _TRAIN_SHARE: Final = 0.8
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Molecules:
     """``smiles`` and ``values`` (molecules,), the first ``train_count`` for training, and each molecule's
-    token numbers ``tokens`` (molecules, length) uint8, 0 at padding."""
+    token numbers ``tokens`` (molecules, longest) uint8, 0 at padding; batches are ``length`` wide."""
 
     smiles: tuple[str, ...]
     values: Array
     tokens: Array
     train_count: int
+    length: int
     source: str
+
+    def padded(self, picked: Array) -> Array:
+        """Token numbers (picked, length) int64."""
+        return np.pad(self.tokens[picked].astype(np.int64), ((0, 0), (0, self.length - self.tokens.shape[1])))
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -174,18 +179,20 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
     return Molecules(
         smiles=smiles,
         values=np.array([kept[i][1] for i in order], np.float32),
-        tokens=_numbers(smiles, smiles[:cut], length),
+        tokens=_numbers(smiles, smiles[:cut]),
         train_count=cut,
+        length=length,
         source=source,
     )
 
 
-def _numbers(smiles: Iterable[str], known: Iterable[str], length: int) -> Array:
+def _numbers(smiles: Iterable[str], known: Iterable[str]) -> Array:
     """Token numbers; a token that no ``known`` molecule has is unknown."""
     alphabet = sorted({token for text in known for token in tokens(text)})
     number = {token: _FIRST + i for i, token in enumerate(alphabet[: 96 - _FIRST])}
     rows = [[number.get(token, _UNKNOWN) for token in tokens(text)] for text in smiles]
-    return np.array([row + [_PAD] * (length - len(row)) for row in rows], np.uint8)
+    longest = max(len(row) for row in rows)
+    return np.array([row + [_PAD] * (longest - len(row)) for row in rows], np.uint8)
 
 
 def train_batch(
@@ -195,7 +202,7 @@ def train_batch(
     0 and deviation 1; where ``masked``, ``labels`` (batch, length) int64, -100 where nothing is asked."""
     picked = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
     mean, deviation = molecules.scale
-    number = molecules.tokens[picked].astype(np.int64)
+    number = molecules.padded(picked)
     arrays = {
         "tokens": number,
         "valid": number != _PAD,
@@ -229,7 +236,7 @@ def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int)
     with evaluating(model) as device:
         few = min(batch_size, EVALUATED_AT_ONCE)
         for picked in np.array_split(test, -(-len(test) // few)):
-            number = as_tensors({"tokens": molecules.tokens[picked].astype(np.int64)})["tokens"].to(device)
+            number = as_tensors({"tokens": molecules.padded(picked)})["tokens"].to(device)
             value = model(number, number != _PAD)[0].float().cpu().numpy()
             squares += float(((value * deviation + mean - molecules.values[picked]) ** 2).sum())
     return float((squares / len(test)) ** 0.5)
