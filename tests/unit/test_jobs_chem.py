@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_jobs import operators_of_a_step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.jobs import genome, hyena, molecules, molformer, potential, registry, schnet, smiles
 from memfit.jobs.step import TrainingStep
+from memfit.techniques import islands
+from memfit.techniques.blocks import find_blocks
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan, Use, use
@@ -29,6 +32,61 @@ def _one_thread() -> Iterator[None]:
 
 def load(spec: str, **options: Any) -> Job:
     return registry.load(JobRef(spec=spec, **options))
+
+
+# -- all three ------------------------------------------------------------------------------------------
+
+JOBS = ("molecules", "genome", "potential")
+
+
+@pytest.fixture(params=JOBS)
+def job(request: pytest.FixtureRequest, listed: str) -> Job:
+    """Four samples to the batch; molecules from a list, as their package may not be there."""
+    return load(request.param, batch=4, **({"data": listed} if request.param == "molecules" else {}))
+
+
+def test_a_batch_depends_on_step_and_seed_alone(job: Job) -> None:
+    first, again = job.make_batch(4, 7), job.make_batch(4, 7)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert all(t.shape[0] == 4 for t in first.values())
+    for step, seed in ((5, 7), (4, 8)):
+        assert any(not torch.equal(first[k], job.make_batch(step, seed)[k]) for k in first)
+
+
+def test_fake_and_real_steps_are_the_same_operators(job: Job) -> None:
+    real = operators_of_a_step(job, fake=False)
+    assert len(real) > 100
+    assert operators_of_a_step(job, fake=True) == real
+
+
+def test_the_loss_is_the_mean_of_its_halves(job: Job) -> None:
+    torch.manual_seed(0)
+    model, whole = job.build_model(), job.make_batch(0, 0)
+    halves = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2)]
+    mean = sum(float(job.loss(model, half).detach()) for half in halves) / 2
+    assert mean == pytest.approx(float(job.loss(model, whole).detach()), rel=1e-5)
+
+
+def test_every_parameter_is_trained_and_blocks_are_where_the_job_says(job: Job) -> None:
+    model = job.build_model()
+    job.loss(model, job.make_batch(0, 0)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert find_blocks(model)[0] == job.blocks == "blocks"
+    assert islands.find(model, job.islands)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_untrained_model_is_no_better_than_naive(name: str) -> None:
+    if name == "molecules":
+        pytest.importorskip("chemicals", reason="not installed: chemicals")
+    torch.manual_seed(0)
+    job = load(name)
+    assert job.evaluate is not None
+    assert job.metric is not None
+    model = job.build_model()
+    value = job.evaluate(model)
+    assert model.training, "evaluation gives the model back as it was"
+    assert value > job.metric.naive - job.metric.margin
 
 
 # -- molecules ------------------------------------------------------------------------------------------
