@@ -364,8 +364,8 @@ def test_molecules_for_testing_are_others(frames: potential.Frames) -> None:
     assert frames.energy.std() < 1, "of hundreds of eV, elements account for the rest"
 
 
-def test_a_pair_potential_is_the_naive_result(frames: potential.Frames, small: schnet.SchnetSize) -> None:
-    naive = potential.metric(frames, small)
+def test_a_pair_potential_is_the_naive_result(frames: potential.Frames) -> None:
+    naive = potential.metric(frames)
     assert naive.naive == pytest.approx(385, abs=2)
     assert "no force at all: 753" in naive.naive_name
     terms = potential.pair_forces(frames, np.arange(1)).reshape(11, 3, -1)
