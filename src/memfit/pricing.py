@@ -10,6 +10,7 @@ The best sketches are always traced whole before anything is recommended.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ from memfit.recomputation import chosen, nominal_s, open_budget
 from memfit.techniques.base import Space
 from memfit.techniques.registry import plain, technique
 from memfit.techniques.world import layout
-from memfit.trace.compose import deep_traces
+from memfit.trace.compose import deep_traces, repeated
 from memfit.trace.few_blocks import with_blocks
-from memfit.trace.tracer import stepping, trace
+from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.types.collector import uncollected
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -76,6 +77,11 @@ class Pricer:
     @property
     def device(self) -> str:
         return self.machine.device.kind
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether the model's blocks are alike, so that a few tell of many."""
+        return repeated(fake_model(self.job), self.job) is not None
 
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
@@ -208,11 +214,11 @@ class Pricer:
         )
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
-        """Two smaller block counts to extrapolate from, or None for a model too small to cut."""
+        """Two smaller block counts to extrapolate from; None for a model too small or uneven to cut."""
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
         few, more = max(2, period), max(2, period) + period
-        return (few, more) if self.space.block_count > max(_FEW_BLOCKS, more) else None
+        return (few, more) if self.space.block_count > max(_FEW_BLOCKS, more) and self.repeats else None
 
     def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
         cut = self._cut(plan)

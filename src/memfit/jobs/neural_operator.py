@@ -114,9 +114,8 @@ class Forecaster(nn.Module):
         patch, rows, columns = size.patch, *(n // size.patch for n in size.grid)
         self.patch = patch
         self.embed = nn.Conv2d(size.channels, size.width, patch, stride=patch)
-        self.positions = nn.Parameter(torch.zeros(1, rows, columns, size.width)) if size.positions else None
-        if self.positions is not None:
-            nn.init.trunc_normal_(self.positions, std=0.02)
+        places = 0.02 * torch.randn(1, rows, columns, size.width) if size.positions else None
+        self.positions = None if places is None else nn.Parameter(places)
         self.blocks = nn.ModuleList([Block(size) for _ in range(size.layers)])
         self.head = nn.Linear(size.width, size.channels * patch**2, bias=False)
 

@@ -40,7 +40,7 @@ def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> l
     share their traces.
     """
     model = tracer.fake_model(job)
-    found = _repeated(model, job) if plan.get("optimal-checkpointing") is None else None  # blocks differ then
+    found = repeated(model, job) if plan.get("optimal-checkpointing") is None else None  # blocks differ then
     deep = [_Deep.of(job, plan, rank, *found) if found else None for rank in ranks]
     calls: dict[Any, Callable[[], Trace]] = {}
     for rank, one in zip(ranks, deep, strict=True):
@@ -125,7 +125,8 @@ class _Deep:
         return shallow < self.wanted.count * self.line.micros
 
 
-def _repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
+def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
+    """(path, number) of blocks that are all alike and in a container from which some can be left out."""
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
