@@ -56,6 +56,7 @@ class Space:
     vocabulary: int  # outputs of the head; 0: no head
     device: str
     ranks: int = 1
+    slices: bool = False  # some module makes much inside that can be cut into independent slices
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

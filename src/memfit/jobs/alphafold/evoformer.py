@@ -86,14 +86,14 @@ class GlobalAttention(nn.Module):
 
 
 class PairBias(nn.Module):
-    """(batch, 1, heads, residues, residues) of z, whose norm is shared where z itself is what attends."""
+    """(batch, 1, heads, residues, residues) of z; ``norm`` is shared where z itself is what attends."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, norm: nn.LayerNorm, width: int, heads: int) -> None:
         super().__init__()
-        self.weight = nn.Linear(width, heads, bias=False)
+        self.norm, self.weight = norm, nn.Linear(width, heads, bias=False)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.weight(z).permute(0, 3, 1, 2).unsqueeze(1)  # type: ignore[no-any-return]
+        return self.weight(self.norm(z)).permute(0, 3, 1, 2).unsqueeze(1)  # type: ignore[no-any-return]
 
 
 class RowAttention(nn.Module):
@@ -102,11 +102,11 @@ class RowAttention(nn.Module):
     def __init__(self, widths: Widths) -> None:
         super().__init__()
         self.attention = Attention(widths.c_m, widths.msa_heads, widths.msa_head_width)
-        self.norm, self.bias = nn.LayerNorm(widths.c_z), PairBias(widths.c_z, widths.msa_heads)
+        self.bias = PairBias(nn.LayerNorm(widths.c_z), widths.c_z, widths.msa_heads)
 
     def forward(self, m: torch.Tensor, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         masked = ((rows - 1) * -MASKED)[:, :, None, None, :]
-        return self.attention(m, masked, self.bias(self.norm(z)))  # type: ignore[no-any-return]
+        return self.attention(m, masked, self.bias(z))  # type: ignore[no-any-return]
 
 
 class ColumnAttention(nn.Module):
@@ -198,13 +198,13 @@ class TriangleAttention(nn.Module):
         super().__init__()
         self.starting = starting
         self.attention = Attention(widths.c_z, widths.pair_heads, widths.pair_head_width)
-        self.bias = PairBias(widths.c_z, widths.pair_heads)
+        self.bias = PairBias(self.attention.norm, widths.c_z, widths.pair_heads)
 
     def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         if not self.starting:
             z, pairs = z.transpose(1, 2), pairs.transpose(1, 2)
         masked = ((pairs - 1) * -MASKED)[:, :, None, None, :]
-        out = self.attention(z, masked, self.bias(self.attention.norm(z)))
+        out = self.attention(z, masked, self.bias(z))
         return out if self.starting else out.transpose(1, 2)  # type: ignore[no-any-return]
 
 

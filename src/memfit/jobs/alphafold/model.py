@@ -69,9 +69,9 @@ def small(*, residues: int, batch_size: int) -> FoldSize:
         extra=Widths(c_m=16, msa_heads=4, msa_head_width=4, global_columns=True, **shared),
         template=Widths(c_m=16, msa_heads=4, msa_head_width=4, **shared),
         structure=StructureWidths(
-            c_s=48, c_z=32, heads=4, head_width=12, value_points=4, iterations=3, angle_width=32
+            c_s=48, c_z=32, heads=4, head_width=12, value_points=4, iterations=2, angle_width=32
         ),
-        blocks=3, extra_blocks=1, template_blocks=1, templates=0,
+        blocks=2, extra_blocks=1, template_blocks=1, templates=0,
         rows=12, extra_rows=16, residues=residues, recycles=1, batch_size=batch_size,
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def _initialised(module: nn.Module) -> None:
     """Supplement 1.11.4: linear layers by their inputs, gates open, what is added to a residual at zero."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            nn.init.trunc_normal_(child.weight, std=child.in_features**-0.5)
+            nn.init.normal_(child.weight, std=child.in_features**-0.5)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
             if name == "gate":

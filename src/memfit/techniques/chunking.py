@@ -1,0 +1,100 @@
+"""Chunking: what a module does slice by slice is done slice by slice, and again in backward.
+
+Attention over the rows of a pair representation makes tensors of residues^3; its rows do not need each other.
+Such modules are found by trial, not by name: a small copy with random parameters is run on random inputs,
+whole and on a slice of them; where the slice of the output is the same, that axis can be cut. Modules are
+cut until what one slice makes inside stays under a budget; each slice is checkpointed, so that only one
+slice's insides exist at a time. (The idea of FastFold's AutoChunk, Cheng et al. 2022, arXiv 2203.00854.)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+from memfit.types.units import MIB
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.techniques.slices import Cut
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from memfit.techniques.slices import insides, largest, to_cut
+
+    calls, mib = insides(bench.job, bench.model), int(settings["mib"])
+    budget = mib * MIB if mib else largest(bench.model, calls) // int(settings["parts"])
+    found = to_cut(bench.model, calls, budget)
+    if not found:
+        raise UserError(
+            f"chunking of {type(bench.model).__name__}",
+            allowed="modules of independent slices that make more inside than the budget",
+        )
+    for name, cut in found.items():
+        _wrap(bench.model.get_submodule(name), cut, budget)
+
+
+def _wrap(module: torch.nn.Module, cut: Cut, budget: int) -> None:
+    inner: Callable[..., Any] = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        import torch
+        from torch.utils import _pytree
+        from torch.utils.checkpoint import checkpoint
+
+        leaves, spec = _pytree.tree_flatten((args, kwargs))
+        length = leaves[cut.first].shape[cut.axes[cut.first]]
+        inside = cut.inside_bytes * leaves[cut.first].numel() / cut.first_count
+        size = math.ceil(length / min(length, max(1, math.ceil(inside / max(1, budget)))))
+        if size == length:
+            return inner(*args, **kwargs)
+        parts = {at: leaves[at].split(size, axis) for at, axis in cut.axes.items()}
+
+        def part(*tensors: torch.Tensor) -> Any:
+            held = list(leaves)
+            for at, tensor in zip(parts, tensors, strict=True):
+                held[at] = tensor
+            own, named = _pytree.tree_unflatten(held, spec)
+            return inner(*own, **named)
+
+        run = functools.partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat(
+            [(run if torch.is_grad_enabled() else part)(*each) for each in zip(*parts.values(), strict=True)],
+            dim=cut.out_axis,
+        )
+
+    module.forward = forward
+
+
+def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"parts": 16, "mib": 0}] if space.slices else []
+
+
+TECHNIQUE = Technique(
+    name="chunking",
+    summary="run modules that work on independent slices, such as triangle attention, slice by slice",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_settings,
+    order=48,
+    knobs=(
+        Knob(name="parts", default=8, doc="the budget: this part of the most that one module makes inside"),
+        Knob(name="mib", default=0, minimum=0, doc="the budget in MiB; 0: by `parts`"),
+    ),
+    forbids=(
+        "optimal-checkpointing",
+        "compile",
+        "tensor-parallel",
+        "context-parallel",
+        "pipeline",
+        "activation-offload",
+        "selective-checkpointing",
+    ),
+)

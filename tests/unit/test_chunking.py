@@ -1,0 +1,136 @@
+"""Chunking: which axes are found to be cuttable, and that cutting changes memory and not results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memfit.cost.memory import memory_profile
+from memfit.jobs.alphafold.evoformer import EvoformerBlock, Widths
+from memfit.jobs.step import TrainingStep
+from memfit.techniques.registry import make_use
+from memfit.techniques.slices import insides, to_cut, worth_cutting
+from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan
+
+WIDTHS = Widths(
+    c_m=24, c_z=16, msa_heads=2, msa_head_width=12, pair_heads=2, pair_head_width=8, triangle=16, outer=6,
+    transition=2, dropout=(0.0, 0.0),
+)  # fmt: skip
+
+
+def _job(build: Callable[[], nn.Module], *shape: int) -> Job:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(*shape, generator=torch.Generator().manual_seed(step))}
+
+    return Job(
+        name="x", build_model=lambda: nn.Sequential(build()), make_batch=batch,
+        loss=lambda model, given: model(given["x"]).square().mean(), batch_size=shape[0],
+    )  # fmt: skip
+
+
+def _axes(build: Callable[[], nn.Module], *shape: int) -> tuple[tuple[int, ...], int] | None:
+    job = _job(build, *shape)
+    found = to_cut(job.build_model(), insides(job, job.build_model()), 0)
+    return next(((tuple(c.axes.values()), c.out_axis) for n, c in found.items() if n == "0"), None)
+
+
+class _Of(nn.Module):
+    def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.call, self.layer = call, nn.Linear(6, 6)
+        nn.init.zeros_(self.layer.weight)  # as last layers of residual branches begin
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.call(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("call", "shape", "wanted"),
+    [
+        (lambda x: x.relu().exp(), (2, 40, 30, 6), ((1,), 1)),  # by element: the longest axis
+        (lambda x: x.softmax(1).exp(), (2, 40, 30, 6), ((2,), 2)),  # along 1: only the other one
+        (lambda x: x.transpose(1, 2).exp().relu(), (2, 40, 30, 6), ((1,), 2)),  # it moves
+        (lambda x: x.softmax(1).softmax(2), (4, 40, 30, 6), ((0,), 0)),  # samples are left
+        (lambda x: x.cumsum(1).softmax(0).exp() @ x.transpose(1, 2)[..., :6] @ x[:, :6], (4, 30, 6), None),
+        (lambda x: nn.functional.dropout(x.relu()).exp(), (2, 40, 6), None),  # slices would draw others
+    ],
+)
+def test_axes_are_found_by_trial(call: Any, shape: Any, wanted: Any) -> None:
+    assert _axes(lambda: _Of(call), *shape) == wanted
+
+
+class _Block(nn.Module):
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self.block = EvoformerBlock(widths)
+
+    def forward(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        m, z = self.block(given["m"], given["z"], given["rows"], given["pairs"])
+        return m.square().mean() + z.square().mean()  # type: ignore[no-any-return]
+
+
+def _evoformer(residues: int, rows: int, widths: Widths = WIDTHS) -> Job:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        numbers = torch.Generator().manual_seed(step)
+        pairs = torch.randn(1, residues, residues, widths.c_z, generator=numbers)
+        held = torch.ones(1, residues)
+        held[:, -3:] = 0
+        return {
+            "m": torch.randn(1, rows, residues, widths.c_m, generator=numbers), "z": pairs,
+            "rows": held.unsqueeze(1).repeat(1, rows, 1), "pairs": held.unsqueeze(1) * held.unsqueeze(2),
+        }  # fmt: skip
+
+    return Job(
+        name="evoformer", build_model=lambda: _Block(widths), make_batch=batch,
+        loss=lambda model, given: model(given), batch_size=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["evoformer", "extra MSA"])
+def test_an_evoformer_block_cut_into_slices_is_the_same(columns: bool) -> None:
+    job = _evoformer(20, 9, dataclasses.replace(WIDTHS, global_columns=columns))
+    found = to_cut(job.build_model(), insides(job, job.build_model()), 20_000)
+    names = {n.removeprefix("block.") for n in found}
+    assert {"pairs.starting.attention", "pairs.ending.attention", "outer.product"} <= names
+    assert found["block.outer.product"].out_axis == 1
+    plain, cut = (_gradients(job, Plan(uses=uses)) for uses in ((), (make_use("chunking", {"parts": 32}),)))
+    assert plain.keys() == cut.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(cut[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def _gradients(job: Job, plan: Plan) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    step = TrainingStep(job, plan)
+    for parameter in step.model.parameters():  # zeros hide what they multiply
+        nn.init.normal_(parameter, std=0.3)
+    step.job.loss(step.model, job.make_batch(0, 0)).backward()
+    return {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+
+
+def test_what_one_slice_makes_stays_under_the_budget() -> None:
+    job = _evoformer(64, 8)
+
+    def peak(**settings: int) -> int:
+        uses = (make_use("chunking", settings),) if settings else ()
+        return memory_profile(trace(job, Plan(uses=uses)), Calibration()).peak_bytes
+
+    peaks = [peak(), peak(parts=4), peak(parts=16)]
+    assert peaks[0] > 1.5 * peaks[1] > 1.5 * peaks[2]
+
+
+def test_only_models_with_such_modules_are_searched_with_it() -> None:
+    assert worth_cutting(_evoformer(64, 8), _evoformer(64, 8).build_model())
+    flat = _job(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU()), 8, 40, 6)
+    assert not worth_cutting(flat, flat.build_model())
+    with pytest.raises(UserError, match="independent slices"):
+        TrainingStep(flat, Plan(uses=(make_use("chunking", {"mib": 64}),)))
