@@ -72,6 +72,7 @@ class Planning:
 
 def space_of(job: Job, device: str, ranks: int = 1) -> Space:
     """Counts blocks and outputs on a model built without memory."""
+    from memfit.techniques.slices import worth_cutting
     from memfit.trace.tracer import fake_model
 
     model = fake_model(job)
@@ -94,6 +95,7 @@ def space_of(job: Job, device: str, ranks: int = 1) -> Space:
         vocabulary=vocabulary,
         device=device,
         ranks=ranks,
+        slices=ranks == 1 and worth_cutting(job, model),
     )
 
 
@@ -150,14 +152,14 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
 
 
 def _search_many(request: Request, progress: Progress) -> Planning | None:
-    """For the devices of a catalog's machine, by layouts; None for a model of too few blocks to add up."""
+    """For the devices of a catalog's machine, by layouts; None for too few blocks that are alike."""
     from memfit.scaling.parts import BLOCKS
     from memfit.scaling.search import Aim, search_scale
 
     ranks = request.ranks
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request, replicas=False)
-    if pricer.space.block_count < BLOCKS:
+    if pricer.space.block_count < BLOCKS or not pricer.repeats:
         return None
     cap_bytes = request.cap_bytes or int(request.machine.device.memory_bytes.value)
     aim = Aim(
