@@ -135,13 +135,18 @@ def found(advice: PrecisionAdvice) -> dict[str, Examined]:
 
 
 @pytest.fixture(scope="module")
-def bf16() -> PrecisionAdvice:
-    return advise(job(), "bf16", batches=1, trained=2)
+def both() -> tuple[PrecisionAdvice, ...]:
+    return advise(job(), ("bf16", "fp16"), batches=1, trained=2)
 
 
 @pytest.fixture(scope="module")
-def fp16() -> PrecisionAdvice:
-    return advise(job(), "fp16", batches=1, trained=2)
+def bf16(both: tuple[PrecisionAdvice, ...]) -> PrecisionAdvice:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def fp16(both: tuple[PrecisionAdvice, ...]) -> PrecisionAdvice:
+    return both[1]
 
 
 def test_in_bf16_the_known_islands_are_named_and_no_other_module(bf16: PrecisionAdvice) -> None:
@@ -209,7 +214,7 @@ def test_tensors_inside_objects_are_narrowed_too() -> None:
         origin = torch.full((4, 1, 3), 300.0) + torch.randn(4, 1, 3)
         return {"origin": origin, "points": origin + torch.randn(4, 8, 3)}
 
-    advice = advise(job(Frames, batch, lambda m, b: m(b).square().mean()), "bf16", batches=1, trained=0)
+    (advice,) = advise(job(Frames, batch, lambda m, b: m(b).square().mean()), ("bf16",), batches=1, trained=0)
     assert advice.islands == ("into",)
 
 
@@ -244,7 +249,7 @@ class Deep(nn.Module):
 )
 def test_patterns_name_those_at_fault_alone(far: tuple[int, ...], islands: tuple[str, ...]) -> None:
     given = job(lambda: Deep(far), loss=lambda m, b: m(b).square().mean())
-    advice = advise(given, "bf16", batches=1, trained=0)
+    (advice,) = advise(given, ("bf16",), batches=1, trained=0)
     assert advice.islands == islands
     assert advice.kept_ratio < advice.loss_ratio
 

@@ -18,12 +18,12 @@ _DTYPES: Final = ("bf16", "fp16")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionOptions:
-    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="The precision to try.")] = "bf16"
+    dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="The precision to try.")] = "both"
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Training batches to look at.")] = 1
     after: Annotated[
         int,
         typer.Option(metavar="N", min=0, help="Steps of training beforehand: new weights hide much."),
-    ] = 8
+    ] = 40
     device: Annotated[
         str, typer.Option(metavar="cuda|cpu", help="Whose autocast; its lists of float32 operators differ.")
     ] = "cuda"
@@ -46,15 +46,11 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     ref = JobRef(
         spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
     )
-    told = []
     with Bars(words) as progress:
-        loaded = load(ref)
-        for dtype in _DTYPES if asked == "both" else (asked,):
-
-            def say(stage: str, done: int, total: int, name: str = dtype) -> None:
-                progress(f"precision-{stage}", done, total, name)
-
-            told += [advise(loaded, dtype, batches=more.batches, trained=more.after, device=device, say=say)]
+        told = advise(
+            load(ref), _DTYPES if asked == "both" else (asked,), batches=more.batches, trained=more.after,
+            device=device, say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
+        )  # fmt: skip
     if output.json:
         emit({"advice": told})
         return

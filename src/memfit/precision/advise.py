@@ -7,7 +7,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 from memfit.jobs.step import TrainingStep, batch_length, split
 from memfit.precision import casting
 from memfit.precision.recording import FAILURES, LOSS, Call, learn_dtypes, record
-from memfit.precision.replay import Found, Mode, compare, modes, play
-from memfit.precision.tensors import is_float, rebuild
+from memfit.precision.replay import Births, Found, Mode, compare, modes, play
+from memfit.precision.sums import NarrowSums
+from memfit.precision.tensors import Gap, is_float, leaves, rebuild
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -25,16 +26,24 @@ from memfit.types.precision import Examined, PrecisionAdvice, Shown
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What is left must carry six bits of a module's own signal: one rounding to bfloat16 leaves nine, a matrix
-# product in it more than eight. Gradients carry the noise of the batch anyway: five.
+# product in it more than eight. Gradients carry the noise of the batch anyway: four.
 OUTPUT: Final = 2.0**-6
-GRADIENT: Final = 2.0**-5
+GRADIENT: Final = 2.0**-4
+# Or eight bits, where computing narrow and not rounding is what makes the error: it grows with the depth.
+_SOME, _PILED, _TWICE = 2.0**-8, 2.5, 2.0
 _BETTER: Final = 4.0  # times smaller must the error in float32 be, or an island would not mend it
-_SAMPLES: Final = 4
+_ELEMENTS: Final = 1 << 15  # of the largest tensor of a batch
+_PADDED: Final = 16
 _SAME: Final = 4  # modules of one place that are looked at before one of them shows a fault
 _RUN: Final = 12  # the worst places whose effect on the loss is measured
-_SHOWN: Final = ("pure", "autocast", "rounded", "float32")
+_WAYS: Final = ("pure", "autocast")
+_NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
 Say = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Nobody is waiting."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,7 +52,7 @@ class _Place:
 
     pattern: str
     kind: str
-    calls: dict[str, list[Call]]  # by path
+    calls: dict[str, None] = dataclasses.field(default_factory=dict)  # paths, in order
     found: dict[str, dict[str, Found]] = dataclasses.field(default_factory=dict)
     loss_ratio: float | None = None
     effect_ratio: float | None = None
@@ -54,29 +63,34 @@ class _Place:
 
 
 def advise(
-    job: Job, dtype: str, *, batches: int, trained: int, device: str = "cuda", say: Say = lambda *_: None
-) -> PrecisionAdvice:
-    """``batches`` of training data after ``trained`` steps of plain training; ``device`` chooses the lists of
-    torch.autocast. Raises UserError where the job's step is not finite in float32."""
-    low = DTYPES[dtype]
+    job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = "cuda", say: Say = _silent
+) -> tuple[PrecisionAdvice, ...]:
+    """One advice a dtype, of ``batches`` of training data after ``trained`` steps of plain training on a few
+    samples each; ``device`` chooses the lists of torch.autocast. Raises UserError where the job's step is not
+    finite in float32."""
     model = _trained(job, trained, say)
-    kinds = modes(model, low, cuda=device == "cuda")
-    narrow = kinds["pure"].model
-    places: dict[str, _Place] = {}
-    data = [_few(job, trained + index) for index in range(batches)]
+    kinds = {d: modes(model, DTYPES[d], cuda=device == "cuda") for d in dtypes}
+    for other in list(kinds.values())[1:]:
+        other["exact"] = kinds[dtypes[0]]["exact"]
+    places: dict[str, dict[str, _Place]] = {d: {} for d in dtypes}
+    data = [padded(_few(job, trained + index)) for index in range(batches)]
     for index, batch in enumerate(data):
         say("record", index, batches)
         root = record(model, batch, job.loss)
         if not math.isfinite(float(root.made)):
             raise UserError(f"the loss of {job.name} is {float(root.made)} in float32", hint="mend it first")
-        _learn(root, kinds, batch, job, low)
+        for dtype, own in kinds.items():
+            _learn(root, own, batch, job, dtype)
         _examine(root, places, model, kinds, job, say)
-    whole = _Whole(model, narrow, low, data[0], job)
-    inside = [p for p in places.values() if p.pattern != LOSS]
-    for index, place in enumerate(sorted(inside, key=_rank, reverse=True)[:_RUN]):
-        say("effect", index, _RUN)
-        place.loss_ratio, place.effect_ratio = whole.effect(_paths(place, "pure") or set(place.calls))
-    return _told(job, dtype, device, places, whole, (batches, trained))
+    found = []
+    for dtype in dtypes:
+        whole = _Whole(model, kinds[dtype]["pure"].model, DTYPES[dtype], data[0], job)
+        inside = [p for p in places[dtype].values() if p.pattern != LOSS]
+        for index, place in enumerate(sorted(inside, key=_rank, reverse=True)[:_RUN]):
+            say("effect", index, _RUN)
+            place.loss_ratio, place.effect_ratio = whole.effect(_paths(place, "pure") or set(place.calls))
+        found.append(_told(job, dtype, device, places[dtype], whole, (batches, trained)))
+    return tuple(found)
 
 
 def _trained(job: Job, steps: int, say: Say) -> nn.Module:
@@ -84,21 +98,38 @@ def _trained(job: Job, steps: int, say: Say) -> nn.Module:
     step = TrainingStep(dataclasses.replace(job, islands=()), Plan())
     for index in range(steps):
         say("train", index, steps)
-        step.run(job.make_batch(index, 0))
+        step.run(_few(job, index))
     step.model.zero_grad(set_to_none=True)
     return step.model
 
 
 def _few(job: Job, index: int) -> Any:
+    """As many samples of a batch as show enough; masks that are all ones end earlier, as padding would."""
     batch = job.make_batch(index, 0)
-    return split(batch, max(1, batch_length(batch) // _SAMPLES))[0]
+    length = batch_length(batch)
+    elements = max(t.numel() for t in leaves(batch)) // length
+    return split(batch, max(1, length // max(2, _ELEMENTS // max(1, elements))))[0]
 
 
-def _learn(root: Call, kinds: dict[str, Mode], batch: Any, job: Job, low: torch.dtype) -> None:
+def padded(batch: Any) -> Any:
+    """Masks that hide nothing here (all ones, of two dimensions and more) hide the last sixteenth."""
+
+    def pad(mask: torch.Tensor) -> torch.Tensor:
+        long = mask.dim() > 1 and mask.shape[-1] >= _PADDED and not mask.requires_grad
+        if not long or mask.is_complex() or not bool((mask == 1).all()):
+            return mask
+        made = mask.clone()
+        made[..., -(mask.shape[-1] // _PADDED) :] = 0
+        return made
+
+    return rebuild(batch, pad)
+
+
+def _learn(root: Call, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
     """In which dtype each tensor really arrives."""
 
     def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return rebuild((args, kwargs), lambda t: t.to(low) if is_float(t) else t)
+        return rebuild((args, kwargs), lambda t: t.to(DTYPES[dtype]) if is_float(t) else t)
 
     for name in ("pure", "autocast"):
         mode = kinds[name]
@@ -110,43 +141,66 @@ def _learn(root: Call, kinds: dict[str, Mode], batch: Any, job: Job, low: torch.
                 with mode.around():
                     return record(mode.model, batch, job.loss, backward=False)
 
-            learn_dtypes(root, name, run)
+            learn_dtypes(root, mode.name, run)
 
 
 def _examine(
-    root: Call, places: dict[str, _Place], model: nn.Module, kinds: dict[str, Mode], job: Job, say: Say
+    root: Call,
+    places: dict[str, dict[str, _Place]],
+    model: nn.Module,
+    kinds: dict[str, dict[str, Mode]],
+    job: Job,
+    say: Say,
 ) -> None:
-    fresh: dict[str, _Place] = {}
+    calls: dict[tuple[str, str], dict[str, list[Call]]] = {}
     for call in root.all():
         if call.computes:
-            key = re.sub(r"(?<![^.])\d+(?![^.])", "*", call.path)
+            pattern = _NUMBER.sub("*", call.path)
             kind = "" if call.path == LOSS else type(model.get_submodule(call.path)).__name__
-            place = fresh.setdefault(f"{key} {kind}", _Place(key, kind, {}))
-            place.calls.setdefault(call.path, []).append(call)
-    for index, (key, place) in enumerate(fresh.items()):
-        say("module", index, len(fresh))
-        kept = places.setdefault(key, place)
-        kept.calls |= place.calls
-        paths = list(place.calls)
-        few = sorted({paths[0], paths[1 % len(paths)], paths[len(paths) // 2], paths[-1]})
-        for path in few if len(paths) > _SAME else paths:
-            _look(kept, path, place.calls[path], kinds, job)
-        if len(paths) > _SAME and _paths(kept, "pure"):
-            for path in set(paths) - set(few):
-                _look(kept, path, place.calls[path], kinds, job)
-        for calls in place.calls.values():
-            calls.clear()
+            calls.setdefault((pattern, kind), {}).setdefault(call.path, []).append(call)
+    for index, ((pattern, kind), by_path) in enumerate(calls.items()):
+        say("module", index, len(calls))
+        kept = {d: p.setdefault(f"{pattern} {kind}", _Place(pattern, kind)) for d, p in places.items()}
+        paths = list(by_path)
+        first = sorted({paths[0], paths[1 % len(paths)], paths[len(paths) // 2], paths[-1]})
+        for path in first if len(paths) > _SAME else paths:
+            _look(kept, path, by_path[path], kinds, job)
+        if len(paths) > _SAME and any(_paths(place, m) for place in kept.values() for m in _WAYS):
+            for path in set(paths) - set(first):
+                _look(kept, path, by_path[path], kinds, job)
+        for place in kept.values():
+            place.calls |= dict.fromkeys(paths)
 
 
-def _look(place: _Place, path: str, calls: list[Call], kinds: dict[str, Mode], job: Job) -> None:
-    for call in {id(c): c for c in (calls[0], calls[-1])}.values():
-        exact = play(call, kinds["exact"], job.loss)
+def _look(
+    places: dict[str, _Place], path: str, calls: list[Call], kinds: dict[str, dict[str, Mode]], job: Job
+) -> None:
+    for call in {id(c): c for c in (max(calls, key=_largest), calls[-1])}.values():
+        both = next(iter(kinds.values()))
+        exact, wide = (play(call, both[name], job.loss) for name in ("exact", "float32"))
         if exact.failed:  # code that asks for float32 by name
-            exact = play(call, kinds["float32"], job.loss)
+            exact = wide
         if exact.failed or any(not bool(t.isfinite().any()) for t in exact.outputs if t.numel()):
             continue
-        seen = {name: compare(exact, play(call, kinds[name], job.loss)) for name in _SHOWN}
-        place.found[path] = _merged([place.found[path], seen]) if path in place.found else seen
+        for dtype, place in places.items():
+            seen = {"float32": compare(exact, wide)}
+            for name in ("rounded", *_WAYS):
+                seen[name] = compare(exact, play(call, kinds[dtype][name], job.loss))
+            if seen["pure"].born or seen["autocast"].born:
+                births = Births()  # that happen in float64 too
+                play(call, both["exact"], job.loss, listening=births)
+                for one in seen.values():
+                    one.born = ", ".join(sorted({*one.born.split(", ")} - births.names))
+            sums = NarrowSums()
+            if not seen["pure"].failed:
+                summed = play(call, kinds[dtype]["pure"], job.loss, listening=sums, backward=False)
+                seen["sums"] = compare(exact, summed) if sums.used else Found(Gap(), 0.0)
+            place.found[path] = _merged([place.found[path], seen]) if path in place.found else seen
+
+
+def _largest(call: Call) -> float:
+    floats = (t.detach() for t in leaves(call.given) if is_float(t) and t.numel())
+    return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
 def _merged(found: Iterable[dict[str, Found]]) -> dict[str, Found]:
@@ -170,9 +224,12 @@ def _fault(found: dict[str, Found], mode: str, effect: float | None = None) -> s
 
     if mended(seen.output.error, wide.output.error, OUTPUT):
         return "inputs" if rounded.output.error > seen.output.error / 2 else "computation"
+    piled = seen.output.error > _PILED * rounded.output.error
+    if piled and mended(seen.output.error, wide.output.error, _SOME):
+        return "computation"
     if mended(seen.gradient, wide.gradient, GRADIENT):
         return "gradient"
-    moved = effect is not None and effect > GRADIENT
+    moved = effect is not None and effect > OUTPUT
     if moved and mended(seen.output.spread, wide.output.spread, OUTPUT):
         return "spread"
     return ""
@@ -224,10 +281,20 @@ def _told(
         batches_count=counts[0], trained_steps=counts[1],
         examined=tuple(e for e in examined if e.pattern not in ("", LOSS)),
         outside=tuple(e for e in examined if e.pattern in ("", LOSS)),
+        sums=tuple(e.pattern for e in examined if _sums(e)),
         islands=apart, islands_autocast=named["autocast"],
         loss_ratio=whole.effect(set(everything), backward=False)[0],
         kept_ratio=whole.effect(kept, backward=False)[0],
     )  # fmt: skip
+
+
+def _sums(one: Examined) -> bool:
+    """Whether narrow sums would make it worse than narrow tensors do, and a fault."""
+    return (
+        not one.reason
+        and one.pattern not in ("", LOSS)
+        and one.sums_ratio > max(_SOME, _TWICE * one.pure.error_ratio)
+    )
 
 
 def _above(path: str) -> Iterator[str]:
@@ -236,12 +303,14 @@ def _above(path: str) -> Iterator[str]:
 
 
 def _told_place(place: _Place) -> Examined:
+    worst = place.worst
     shown = {
         name: Shown(
             error_ratio=f.output.error, spread_ratio=f.output.spread, gradient_ratio=f.gradient,
             lost=f.failed or f.born or ("?" if f.output.lost else ""),
         )
-        for name, f in place.worst.items()
+        for name, f in worst.items()
+        if name != "sums"
     }  # fmt: skip
     reasons = {
         mode: next((r for f in place.found.values() if (r := _fault(f, mode, place.effect_ratio))), "")
@@ -249,6 +318,7 @@ def _told_place(place: _Place) -> Examined:
     }
     return Examined(
         pattern=place.pattern, kind=place.kind, modules_count=len(place.calls), **shown,
+        sums_ratio=worst["sums"].output.error if "sums" in worst else 0.0,
         loss_ratio=place.loss_ratio, effect_ratio=place.effect_ratio,
         reason=reasons["pure"], reason_autocast=reasons["autocast"],
     )  # fmt: skip
@@ -262,7 +332,7 @@ def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, 
 
 
 def _patterns(pattern: str, paths: set[str], names: list[str]) -> list[str]:
-    numbered = sorted({re.sub(r"(?<![^.])\d+(?![^.])", lambda m: "[0-9]" * len(m[0]), p) for p in paths})
+    numbered = sorted({_NUMBER.sub(lambda m: "[0-9]" * len(m[0]), p) for p in paths})
     for tried in ([pattern], numbered):  # a star matches dots too
         if (
             len(paths) > len(tried)

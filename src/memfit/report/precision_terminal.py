@@ -13,7 +13,7 @@ from memfit.report.words import Words, load_words
 from memfit.types.precision import Examined, PrecisionAdvice
 
 MOST: Final = 12  # places that need no island but come next
-_COLUMNS: Final = ("module", "class", "count", "alone", "gradient", "autocast", "loss", "why")
+_COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
 
 
 def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
@@ -41,10 +41,11 @@ def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> Non
 
 def _cells(one: Examined, advice: PrecisionAdvice, words: Words) -> list[str]:
     loss = "" if one.loss_ratio is None else _percent(one.loss_ratio, words)
+    name = one.pattern if one.modules_count == 1 else f"{one.pattern}  ×{one.modules_count}"
     return [
-        one.pattern, one.kind, str(one.modules_count), _error(one.pure.error_ratio, one.pure.lost, words),
+        name, _why(one, words), _error(one.pure.error_ratio, one.pure.lost, words),
         _percent(one.pure.gradient_ratio, words), _error(one.autocast.error_ratio, one.autocast.lost, words),
-        loss, _why(one, words),
+        loss,
     ]  # fmt: skip
 
 
@@ -72,6 +73,10 @@ def _print_islands(advice: PrecisionAdvice, console: Console, words: Words) -> N
     if advice.islands_autocast != advice.islands:
         console.print(Text(words.get("precision.under_autocast", device=advice.device)))
         console.print(Text(_line(advice.islands_autocast)))
+    if advice.sums:
+        worst = max(e.sums_ratio for e in advice.examined if e.pattern in advice.sums)
+        text = words.get("precision.sums", names=", ".join(advice.sums), worst=_percent(worst, words))
+        console.print(Text(text))
     told = (_percent(r, words) for r in (advice.loss_ratio, advice.kept_ratio))
     console.print(Text(words.get("precision.whole", **dict(zip(("all", "kept"), told, strict=True)))))
 

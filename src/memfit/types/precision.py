@@ -24,8 +24,10 @@ class Examined:
 
     ``pure``: parameters and all that comes in are narrow; ``autocast``: as torch.autocast runs it;
     ``rounded``: what comes in, parameters and what goes out are rounded, and float64 computes; ``float32``:
-    all of it. ``loss_ratio``: how far the loss moves when these alone are pure, ``effect_ratio`` the gradient
-    of everything else; None where that was not run. ``reason`` "": no island is needed, else a key of words.
+    all of it. ``sums_ratio``: the error if sums inside were narrow too, which torch keeps in float32; 0 where
+    nothing is summed. ``loss_ratio``: how far the loss moves when these alone are pure, ``effect_ratio`` the
+    gradient of everything else; None where that was not run. ``reason`` "": no island is needed, else a key
+    of the words.
     """
 
     pattern: str
@@ -35,6 +37,7 @@ class Examined:
     autocast: Shown
     rounded: Shown
     float32: Shown
+    sums_ratio: float = 0.0
     loss_ratio: float | None = None
     effect_ratio: float | None = None
     reason: str = ""
@@ -46,6 +49,7 @@ class PrecisionAdvice:
     """``islands``: patterns for ``Job(islands=...)`` where parameters are narrow, ``islands_autocast`` under
     autocast. ``loss_ratio``: how far the loss moves with everything pure, ``kept_ratio`` with all but the
     islands. ``outside``: the job's own loss function and the code of the model's root: no pattern names it.
+    ``sums``: places that need no island because torch's kernels sum in float32; one's own must too.
     """
 
     job: str
@@ -58,5 +62,6 @@ class PrecisionAdvice:
     islands: tuple[str, ...]
     islands_autocast: tuple[str, ...]
     outside: tuple[Examined, ...]
+    sums: tuple[str, ...]
     loss_ratio: float
     kept_ratio: float

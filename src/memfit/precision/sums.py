@@ -1,0 +1,81 @@
+"""Reductions with a narrow accumulator: what a kernel would lose that does not keep its sums in float32, as
+torch's do (Micikevicius et al. 2018, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MOST: Final = 512  # additions one after another; of more elements each adds a group
+
+
+class NarrowSums(TorchDispatchMode):
+    """``used``: whether anything narrow was summed while it was open."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.used = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = _OWN.get(func.overloadpacket.__name__)
+        if own is None or not isinstance(args[0], torch.Tensor) or args[0].dtype not in _NARROW:
+            return func(*args, **(kwargs or {}))
+        made = own(*args, **(kwargs or {}))
+        self.used = self.used or made is not NotImplemented
+        return func(*args, **(kwargs or {})) if made is NotImplemented else made
+
+
+_NARROW: Final = (torch.bfloat16, torch.float16)
+
+
+def added(x: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, (..., n) to (...), rounded after every addition."""
+    groups = -(-x.shape[-1] // _MOST)
+    parts = [p.float().sum(-1).to(x.dtype) if groups > 1 else p.squeeze(-1) for p in x.split(groups, -1)]
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _layer_norm(
+    x: torch.Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> tuple[torch.Tensor, ...]:
+    flat = x.flatten(x.dim() - len(shape))
+    mean = added(flat).unsqueeze(-1) / flat.shape[-1]
+    apart = flat - mean
+    scale = (added(apart * apart).unsqueeze(-1) / flat.shape[-1] + eps).rsqrt()
+    made = (apart * scale).view_as(x)
+    made = made if weight is None else made * weight
+    statistics = (x.shape[: x.dim() - len(shape)] + (1,) * len(shape),) * 2
+    return (
+        made if bias is None else made + bias,
+        *(t.view(s).float() for t, s in zip((mean, scale), statistics, strict=True)),
+    )
+
+
+def _softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
+    raised = (x - x.amax(dim, keepdim=True)).exp()
+    return raised / added(raised.transpose(dim, -1)).unsqueeze(-1).transpose(dim, -1)
+
+
+def _sum(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if dtype is not None or (isinstance(dim, list | tuple) and len(dim) != 1):
+        return NotImplemented
+    if dim is None:
+        return added(x.flatten())
+    made = added(x.transpose(dim[0], -1)).unsqueeze(-1).transpose(dim[0], -1)
+    return made if keepdim else made.squeeze(dim[0])
+
+
+def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    made = _sum(x, dim, keepdim, dtype=dtype)
+    return made if made is NotImplemented else made / (x.numel() / max(1, made.numel()))
+
+
+_OWN: Final[dict[str, Callable[..., Any]]] = {
+    "native_layer_norm": _layer_norm, "_softmax": _softmax, "sum": _sum, "mean": _mean,
+}  # fmt: skip
