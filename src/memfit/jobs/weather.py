@@ -124,16 +124,18 @@ def train_batch(
     picked = epoch_indices(Fields.windows(frames, shape.rollout), batch_size, step=step, seed=seed)
     starts = frames.shape[1] - shape.rollout
     cut = [frames[i // starts, i % starts : i % starts + shape.rollout + 1] for i in picked]
-    return as_tensors({"fields": _on_grid(np.stack(cut), shape)})
+    return {"fields": _on_grid(np.stack(cut), shape)}
 
 
-def _on_grid(cut: Array, shape: ForecasterSize) -> Array:
+def _on_grid(cut: Array, shape: ForecasterSize) -> torch.Tensor:
     """(batch, time, rows, columns) as channels on the model's grid; where there are more of either than the
     data has, the periodic fields repeat, each channel shifted by a row."""
+    import torch
+
     rows, columns = shape.grid
     repeats = (1, 1, -(-rows // cut.shape[2]), -(-columns // cut.shape[3]))
-    tiled = np.tile(cut, repeats)[:, :, :rows, :columns]
-    return np.stack([np.roll(tiled, channel, axis=2) for channel in range(shape.channels)], axis=2)
+    tiled = as_tensors({"fields": np.tile(cut, repeats)[:, :, :rows, :columns]})["fields"]
+    return torch.stack([tiled.roll(channel, 2) for channel in range(shape.channels)], dim=2)
 
 
 def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
@@ -157,8 +159,8 @@ def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize)
     windows, errors = _test_windows(frames, shape.rollout), []
     with evaluating(model) as device:
         for first in range(0, len(windows), EVALUATED_AT_ONCE):
-            part = as_tensors({"fields": _on_grid(windows[first : first + EVALUATED_AT_ONCE], shape)})
-            errors += _errors(model, part["fields"].to(device))[:, -1].tolist()
+            part = _on_grid(windows[first : first + EVALUATED_AT_ONCE], shape)
+            errors += _errors(model, part.to(device))[:, -1].tolist()
     return float(np.mean(errors))
 
 
