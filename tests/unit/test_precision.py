@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cli import main
-from memfit.precision.advise import advise
+from memfit.precision.advise import advise, padded
 from memfit.types.job import Job
 from memfit.types.precision import Examined, PrecisionAdvice
 
@@ -252,6 +252,78 @@ def test_patterns_name_those_at_fault_alone(far: tuple[int, ...], islands: tuple
     (advice,) = advise(given, ("bf16",), batches=1, trained=0)
     assert advice.islands == islands
     assert advice.kept_ratio < advice.loss_ratio
+
+
+class Calls(nn.Module):
+    """One function after another on what comes in; each is a module of its own."""
+
+    class One(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.function(x)
+
+    def __init__(self, **functions: Any) -> None:
+        super().__init__()
+        self.into = nn.Linear(16, 16)
+        self.names = list(functions)
+        for name, function in functions.items():
+            setattr(self, name, Calls.One(function))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = self.into(batch["x"])
+        return torch.stack([getattr(self, name)(x) for name in self.names]).sum(0)
+
+
+def by_hand(x: torch.Tensor) -> torch.Tensor:
+    apart = x - x.mean(-1, keepdim=True)
+    return apart / (apart.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def scanned(x: torch.Tensor) -> torch.Tensor:
+    state, kept = torch.zeros_like(x[:, 0]), []
+    for i in range(x.shape[1]):
+        state = 0.95 * state + 0.05 * x[:, i]
+        kept.append(state)
+    return torch.stack(kept, 1)
+
+
+def test_code_of_many_operators_is_innocent_and_a_long_recurrence_is_not() -> None:
+    innocent = {
+        "norm": by_hand,
+        "gelu": lambda x: 0.5 * x * (1 + (0.8 * (x + 0.045 * x**3)).tanh()),
+        "mish": lambda x: x * functional.softplus(x).tanh(),
+        "kinks": lambda x: (x + x.flip(1)).relu(),  # signs change where the sum is next to nothing
+        "constant": lambda x: 1 + 1e-3 * x,  # its variation is lost, and nobody needs it
+        "weights": lambda x: x.softmax(-1),
+    }
+    given = job(lambda: Calls(**innocent, scan=scanned), loss=lambda m, b: m(b).square().mean())
+    for advice in advise(given, ("bf16", "fp16"), batches=1, trained=1):
+        assert set(advice.islands) <= {"scan"}
+    assert advise(given, ("bf16",), batches=2, trained=1)[0].islands == ("scan",)
+
+
+def test_what_torch_sums_in_float32_is_told_apart() -> None:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(4, 32, 512, generator=torch.Generator().manual_seed(step))}
+
+    given = job(
+        lambda: nn.ModuleDict({"norm": nn.LayerNorm(512), "up": nn.Linear(512, 16), "soft": nn.Softmax(-1)}),
+        batch, lambda m, b: m["up"](m["soft"](m["norm"](b["x"]))).square().mean(),
+    )  # fmt: skip
+    (advice,) = advise(given, ("bf16",), batches=1, trained=0)
+    assert advice.islands == ()
+    assert set(advice.sums) == {"norm", "soft"}
+    assert found(advice)["norm"].sums_ratio > 4 * found(advice)["norm"].pure.error_ratio
+
+
+def test_masks_that_hide_nothing_are_made_to_hide() -> None:
+    made = padded({"mask": torch.ones(2, 32), "one_hot": torch.eye(32), "scale": torch.ones(32), "x": None})
+    assert made["mask"].sum() == 2 * 30
+    assert torch.equal(made["one_hot"], torch.eye(32))
+    assert torch.equal(made["scale"], torch.ones(32))  # of one dimension: it may be anything
 
 
 def test_the_command_tells_in_two_languages_and_in_json(

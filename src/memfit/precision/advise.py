@@ -30,7 +30,7 @@ DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUT: Final = 2.0**-6
 GRADIENT: Final = 2.0**-4
 # Or eight bits, where computing narrow and not rounding is what makes the error: it grows with the depth.
-_SOME, _PILED, _TWICE = 2.0**-8, 2.5, 2.0
+_SOME, _TWICE = 2.0**-8, 2.0
 _BETTER: Final = 4.0  # times smaller must the error in float32 be, or an island would not mend it
 _ELEMENTS: Final = 1 << 15  # of the largest tensor of a batch
 _PADDED: Final = 16
@@ -224,7 +224,7 @@ def _fault(found: dict[str, Found], mode: str, effect: float | None = None) -> s
 
     if mended(seen.output.error, wide.output.error, OUTPUT):
         return "inputs" if rounded.output.error > seen.output.error / 2 else "computation"
-    piled = seen.output.error > _PILED * rounded.output.error
+    piled = seen.output.error > _TWICE * rounded.output.error
     if piled and mended(seen.output.error, wide.output.error, _SOME):
         return "computation"
     if mended(seen.gradient, wide.gradient, GRADIENT):
