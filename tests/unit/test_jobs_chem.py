@@ -72,7 +72,7 @@ def test_every_parameter_is_trained_and_blocks_are_where_the_job_says(job: Job) 
     job.loss(model, job.make_batch(0, 0)).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert find_blocks(model)[0] == job.blocks == "blocks"
-    assert islands.find(model, job.islands)
+    assert bool(islands.find(model, job.islands)) == (job.name != "molecules")
 
 
 @pytest.mark.parametrize("name", JOBS)

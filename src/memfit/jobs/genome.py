@@ -1,7 +1,8 @@
 """``genome``: the next base of a bacterial chromosome, a HyenaDNA; memory grows with the window's length.
 
 Stays in float32: the long convolution, as bfloat16 has no FFT and float16's overflows, and the network of its
-taps, whose sines turn small errors of their argument into errors of their own size.
+taps, whose input is time from 0 to 1: bfloat16 tells some 256 places of a million apart. At the thousand
+places of `tiny` that is an error of 1 %, which `memfit precision` finds and calls harmless.
 """
 
 from __future__ import annotations

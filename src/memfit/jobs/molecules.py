@@ -1,7 +1,7 @@
 """``molecules``: a property of a molecule from its SMILES string, a MoLFormer.
 
-Stays in float32: the attention's normaliser, a sum of positive features over all tokens, and the sum of what
-tokens add to the property; bfloat16 loses what a single token adds to either.
+Nothing must stay in float32: `memfit precision` finds errors of 0.4 % in bfloat16, most in the attention, and
+a loss that moves by 0.25 %, as sums over tokens are short and torch's kernels make them in float32.
 """
 
 from __future__ import annotations
@@ -98,7 +98,6 @@ def make(
         tokens_per_batch=batch_size * shape.length,
         blocks="blocks",
         head="head" if shape.masked else None,
-        islands=("blocks.*.attention", "readout"),
         data_source=molecules.source,
     )
 
@@ -109,7 +108,7 @@ def _shape(size: str) -> MolformerSize:
     if size == "paper":
         return XL
     return MolformerSize(
-        layers=4, width=64, heads=4, features=16, feed=128, length=72, vocabulary=96, batch_size=64
+        layers=4, width=64, heads=4, features=16, feed=128, length=72, vocabulary=96, batch_size=48
     )
 
 
