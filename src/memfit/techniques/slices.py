@@ -18,6 +18,7 @@ from memfit.techniques.dataflow import AnyWay, valueless
 
 _MOST_PARAMETERS = 2**25  # of a module that is tried on random numbers
 _MOST_TENSORS, _MOST_TRIALS = 6, 96
+_MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
 _SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
 _HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
 _WORTH = 4  # times its output that a module makes inside, for a search to look at cutting it
@@ -196,7 +197,12 @@ def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) ->
     def drawn(sizes: Mapping[int, tuple[int, ...]]) -> dict[int, torch.Tensor]:
         return {i: torch.randn(s, generator=numbers, dtype=torch.float64) for i, s in sizes.items()}
 
-    sizes = _shortened(shapes, lambda s: run(drawn(s)) is not None)
+    def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
+        return sum(map(math.prod, sizes.values())) <= _MOST_ELEMENTS
+
+    sizes = _shortened(shapes, lambda s: small(s) and run(drawn(s)) is not None)
+    if not small(sizes):
+        return None
     whole = drawn(sizes)
     expected = run(whole)
     if expected is None:
