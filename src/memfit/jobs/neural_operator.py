@@ -117,7 +117,7 @@ class Forecaster(nn.Module):
         places = 0.02 * torch.randn(1, rows, columns, size.width) if size.positions else None
         self.positions = None if places is None else nn.Parameter(places)
         self.blocks = nn.ModuleList([Block(size) for _ in range(size.layers)])
-        self.head = nn.Linear(size.width, size.channels * patch**2, bias=False)
+        self.to_fields = nn.Linear(size.width, size.channels * patch**2, bias=False)
 
     def forward(self, fields: torch.Tensor, steps: int) -> list[torch.Tensor]:
         """``fields`` (batch, channels, rows, columns), in units of their own spread; float32 to float32."""
@@ -133,4 +133,4 @@ class Forecaster(nn.Module):
             x = x + self.positions
         for block in self.blocks:
             x = block(x)
-        return functional.pixel_shuffle(self.head(x).permute(0, 3, 1, 2), self.patch)
+        return functional.pixel_shuffle(self.to_fields(x).permute(0, 3, 1, 2), self.patch)
