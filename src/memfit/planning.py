@@ -27,6 +27,8 @@ from memfit.types.plan import Accuracy, Bounds, Plan, use
 from memfit.types.result import Estimate, Reason, SearchResult
 
 FINALISTS = 14
+# Of the cap: techniques that can only change states smaller than this are not worth a search.
+_SMALL_STATES_RATIO = 1 / 16
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
@@ -136,7 +138,9 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     if request.is_here:
         calibrate(pricer, request, progress)
     fits = fits_under(cap_bytes, request.machine)
-    estimates, considered, left_out = _price(pricer, request, fits, progress)
+    states = states_bytes(basis)
+    small = states if states < _SMALL_STATES_RATIO * cap_bytes else None
+    estimates, considered, left_out = _price(pricer, request, fits, progress, small=small)
     result = decide(
         estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
         left_out=left_out, price=pricer.whole,
@@ -213,11 +217,22 @@ def fits_under(cap_bytes: int, machine: Machine) -> Callable[[Estimate], bool]:
     return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes
 
 
+def states_bytes(estimate: Estimate) -> int:
+    """Parameters, gradients and optimizer state at the peak."""
+    return sum(estimate.at_peak_bytes.get(c, 0) for c in ("parameter", "gradient", "optimizer_state"))
+
+
 def _price(
-    pricer: Pricer, request: Request, fits: Callable[[Estimate], bool], progress: Progress
+    pricer: Pricer,
+    request: Request,
+    fits: Callable[[Estimate], bool],
+    progress: Progress,
+    *,
+    small: int | None = None,
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
-    """Sketch every plan, trace the best whole, and calibrate once more on what those need."""
-    techniques, left_out = usable(pricer.space, request.accuracy)
+    """Sketch every plan, trace the best whole, and calibrate once more on what those need. ``small``: bytes
+    of states that are too few for another optimizer to matter."""
+    techniques, left_out = usable(pricer.space, request.accuracy, small_states_bytes=small)
     carries = engine(request.engine).supports
     every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
     sketches = []

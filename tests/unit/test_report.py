@@ -47,6 +47,7 @@ REASONS = (
     "left_out_forbidden",
     "left_out_accuracy",
     "left_out_unavailable",
+    "left_out_small",
     "left_out_does_not_fit",
 )
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -12,8 +12,11 @@ from memfit.types.plan import Accuracy, Plan, Use
 from memfit.types.result import Reason
 
 
-def usable(space: Space, accuracy: Accuracy) -> tuple[list[Technique], tuple[Reason, ...]]:
-    """Techniques the goal and this machine allow, and why the others are out."""
+def usable(
+    space: Space, accuracy: Accuracy, *, small_states_bytes: int | None = None
+) -> tuple[list[Technique], tuple[Reason, ...]]:
+    """Techniques the goal and this machine allow, and why the others are out. ``small_states_bytes``: what
+    parameters, gradients and optimizer state take, where that is too little to be worth saving."""
     allowed, out = [], []
     for one in TECHNIQUES.values():
         offered = space.device in one.devices and any(True for _ in one.settings(space))
@@ -23,6 +26,8 @@ def usable(space: Space, accuracy: Accuracy) -> tuple[list[Technique], tuple[Rea
             continue
         elif one.effect > accuracy.highest and one.slot != "data-parallel":  # which is then asked for
             out.append(Reason(kind="left_out_accuracy", technique=one.name, detail=accuracy.value))
+        elif small_states_bytes is not None and one.slot == "optimizer":
+            out.append(Reason(kind="left_out_small", technique=one.name, saved_bytes=small_states_bytes))
         else:
             allowed.append(one)
     return allowed, tuple(out)

@@ -165,7 +165,8 @@ class Record:
 class Reason:
     """Why a technique is in a plan or was left out. ``kind`` is a key of the word catalogs
     (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_forbidden``,
-    ``left_out_accuracy``, ``left_out_unavailable``); the numbers fill its placeholders."""
+    ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``); the numbers fill its placeholders.
+    """
 
     kind: str
     technique: str

@@ -30,7 +30,7 @@ _RECYCLED: Final = (3.375, 21.375, 15)  # Angstrom, Angstrom, bins
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FoldSize:
     """``rows``, ``extra_rows``, ``residues``: of the cropped MSA; ``recycles``: passes before the one that is
-    learned from (the paper draws 0 to 3; the most is what memory and time must allow for)."""
+    learned from (the paper draws 0 to 3; what they need of memory is what one needs)."""
 
     widths: Widths
     extra: Widths
@@ -57,7 +57,7 @@ def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> 
         ),
         structure=StructureWidths(c_s=384, c_z=128),
         blocks=48, extra_blocks=4, template_blocks=2, templates=4,
-        rows=rows, extra_rows=extra_rows, residues=residues, recycles=3, batch_size=batch_size,
+        rows=rows, extra_rows=extra_rows, residues=residues, recycles=1, batch_size=batch_size,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ class InputEmbedder(nn.Module):
         self, target: torch.Tensor, msa: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         z = self.left(target).unsqueeze(2) + self.right(target).unsqueeze(1)
-        z = z + self.position(relative_positions(index, _REACH))
+        z = z + self.position(relative_positions(index, _REACH).to(target.dtype))
         return self.msa(msa) + self.target(target).unsqueeze(1), z
 
 
