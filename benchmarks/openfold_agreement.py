@@ -196,7 +196,8 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [*blocks(), attention()]
     commit = sys.argv[2] if len(sys.argv) > 2 else subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     table = [f"| {name} | {out:.1e} | {grad:.1e} |" for name, out, grad in rows]
     PAGE.write_text(
