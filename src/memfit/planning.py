@@ -29,6 +29,7 @@ from memfit.types.result import Estimate, Reason, SearchResult
 FINALISTS = 14
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
+_AT_ONCE = 32  # plans whose parts are traced side by side before the next are told of
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
@@ -144,6 +145,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     result = decide(
         estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
         left_out=left_out, price=pricer.whole,
+        prepare=pricer.trace_all if request.ranks == 1 else lambda plans: None,
     )  # fmt: skip
     if result.recommended is None:
         least = result.smallest.estimate
@@ -238,11 +240,13 @@ def _price(
     sketches = []
     for index, plan in enumerate(every):
         progress("search", index, len(every), plan.label)
+        if index % _AT_ONCE == 0:
+            pricer.prepare(every[index : index + _AT_ONCE])
         sketches.append(pricer.sketch(plan))
     chosen = finalists(sketches, fits, request.goal)
-    for index, plan in enumerate(chosen):
-        progress("finalists", index, len(chosen), plan.label)
-        pricer.trace(plan)
+    for index in range(0, len(chosen), _AT_ONCE // 8):
+        progress("finalists", index, len(chosen), chosen[index].label)
+        pricer.trace_all(chosen[index : index + _AT_ONCE // 8])
     if request.is_here:
         calibrate(pricer, request, progress, plans=chosen)
     return [pricer.whole(plan) for plan in chosen], len(every), left_out

@@ -30,6 +30,7 @@ from memfit.techniques.registry import plain, technique
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces, repeated
 from memfit.trace.few_blocks import with_blocks
+from memfit.trace.parallel import side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.types.collector import uncollected
 from memfit.types.job import Job
@@ -52,6 +53,8 @@ _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
 
 
 _Key = tuple[Plan, int, int, str]
+Weighted = list[tuple[OpCall, int]]
+_Part = tuple[list[float], Weighted, Weighted, int]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -154,7 +157,37 @@ class Pricer:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
         return found
 
+    def trace_all(self, plans: Sequence[Plan]) -> None:
+        """Traces of several plans of one rank, side by side."""
+        new = [p for p in dict.fromkeys(map(self.settled, plans)) if (p, 0) not in self.traces]
+        with uncollected():
+            made = side_by_side([functools.partial(self._made, plan, [0]) for plan in new])
+        self.traces |= {(plan, 0): traces[0] for plan, traces in zip(new, made, strict=True)}
+
     # -- quick ----------------------------------------------------------------------------------------
+
+    def prepare(self, plans: Iterable[Plan]) -> None:
+        """Makes the parts that sketches of ``plans`` are composed from, side by side."""
+        parts = {
+            (plan, blocks, steps, "")
+            for whole in plans
+            for plan, steps in self._composed_of(whole)[1]
+            for blocks in self._cut(plan) or (0,)
+        }
+        new = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
+        with uncollected():
+            made = side_by_side([functools.partial(self._part, *key[:3]) for key in new])
+        self.parts |= dict(zip(new, made, strict=True))
+
+    def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
+        """(the share of the whole batch's part, the rest being of single samples; (plan, steps) of each)."""
+        batch, used = self.space.batch_size, plan.get(_ACCUMULATION)
+        micros = int(used.settings["micro_batches"]) if used else 1
+        share = (1 / micros - 1 / batch) / (1 - 1 / batch) if batch > 1 else 1.0
+        core = _core(plan)
+        parts = [(core, 1)] if share > 0 else []
+        parts += [(_accumulated(core, batch), 1)] if share < 1 else []
+        return share, [*parts, (_accumulated(_optimizer_only(plan), batch), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
         """Composed from parts. Peaks are upper bounds in between, as a maximum of lines lies below its
@@ -162,8 +195,7 @@ class Pricer:
         batch = self.space.batch_size
         used = plan.get(_ACCUMULATION)
         micros = int(used.settings["micro_batches"]) if used else 1
-        core = _core(plan)
-        share = (1 / micros - 1 / batch) / (1 - 1 / batch) if batch > 1 else 1.0
+        core, share = _core(plan), self._composed_of(plan)[0]
         vector = numpy.zeros(_ENTRIES)
         if share > 0:
             vector += share * self._vector(core)
@@ -233,20 +265,18 @@ class Pricer:
         if key not in self.vectors:
             raw = (plan, blocks, steps, "")
             if raw not in self.parts:
-                job = with_blocks(self.job, blocks) if blocks else self.job
-                self.parts[raw] = _digested(
-                    trace(job, plan, device=self.device, steps=steps, played=2, update=steps > 1)
-                )
+                self.parts[raw] = self._part(plan, blocks, steps)
             memory, micro, rest, micros = self.parts[raw]
             seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro, rest)]
             self.vectors[key] = numpy.array([*memory, seconds[0] / micros, seconds[1]])
         return self.vectors[key]
 
+    def _part(self, plan: Plan, blocks: int, steps: int) -> _Part:
+        job = with_blocks(self.job, blocks) if blocks else self.job
+        return _digested(trace(job, plan, device=self.device, steps=steps, played=2, update=steps > 1))
 
-Weighted = list[tuple[OpCall, int]]
 
-
-def _digested(traced: Trace) -> tuple[list[float], Weighted, Weighted, int]:
+def _digested(traced: Trace) -> _Part:
     """(memory entries, operators of all micro-steps, operators of the optimizer, micro-steps).
 
     Forward and backward are counted above what is alive when the last step begins, without its batch.

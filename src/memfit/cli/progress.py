@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -19,6 +21,32 @@ _SILENT_S: Final = 3.0  # a command that is over by then, or a mistake told by t
 _STAGE_S: Final = 1.0  # shorter stages are not worth a line
 _LINE_EVERY_S: Final = 10.0
 _DETAIL_COLUMNS: Final = 60
+
+# Held while progress is written and while the process is copied: a copy whose standard error is locked for
+# ever would hang at its first warning.
+_WRITING: Final = threading.RLock()
+os.register_at_fork(
+    before=_WRITING.acquire, after_in_parent=_WRITING.release, after_in_child=_WRITING.release
+)
+
+
+class _Ticker:
+    """Calls ``beat`` every quarter of a second from a thread beside which the process may be copied."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat, self._closed = beat, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.safe_to_fork = True  # type: ignore[attr-defined]
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed.wait(_TICK_S):
+            with _WRITING:
+                self._beat()
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -103,8 +131,10 @@ class _Bar:
             TextColumn("{task.fields[detail]}", style="dim", markup=False),
             console=console,
             transient=True,
+            auto_refresh=False,
         )
         self._live.start()
+        self._ticker = _Ticker(self._live.refresh)
 
     def begin(self, stage: _Stage) -> None:
         self._live.add_task(stage.title, total=stage.total or None, detail="", count="")
@@ -131,6 +161,7 @@ class _Bar:
         self._live.console.print(Text.assemble(sign, words, (f"  {format_seconds(stage.age_s)}", "dim")))
 
     def close(self) -> None:
+        self._ticker.close()
         self._live.stop()
 
 
@@ -140,9 +171,7 @@ class _Lines:
     def __init__(self) -> None:
         self._stage: _Stage | None = None
         self._silent_until_s = self._next_s = time.monotonic() + _SILENT_S
-        self._closed = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._ticker.start()
+        self._ticker = _Ticker(self._beat)
 
     def begin(self, stage: _Stage) -> None:
         self._next_s = max(self._silent_until_s, time.monotonic() + _STAGE_S)
@@ -155,17 +184,15 @@ class _Lines:
         self._stage = None
 
     def close(self) -> None:
-        self._closed.set()
-        self._ticker.join()
+        self._ticker.close()
 
-    def _tick(self) -> None:
-        while not self._closed.wait(_TICK_S):
-            stage, now_s = self._stage, time.monotonic()
-            if stage is not None and now_s >= self._next_s:
-                self._next_s = now_s + _LINE_EVERY_S
-                since = f"({format_seconds(stage.age_s)})"
-                words = (stage.title, stage.count, _short(stage.detail), since)
-                print(*filter(None, words), file=sys.stderr, flush=True)
+    def _beat(self) -> None:
+        stage, now_s = self._stage, time.monotonic()
+        if stage is not None and now_s >= self._next_s:
+            self._next_s = now_s + _LINE_EVERY_S
+            since = f"({format_seconds(stage.age_s)})"
+            words = (stage.title, stage.count, _short(stage.detail), since)
+            print(*filter(None, words), file=sys.stderr, flush=True)
 
 
 def _short(text: str) -> str:

@@ -36,7 +36,7 @@ HIDDEN_SHARE: Final = 0.15  # of the alignment's residues (supplement 1.2.7)
 _MASK_CLASS: Final = 22
 CONTACT_ANGSTROM: Final = 8.0  # between CB
 APART: Final = 12  # residues between two that count as a contact at medium and long range
-_TESTED: Final = 160  # chains of the test set
+_TESTED: Final = 120  # chains of the test set
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def make(
         ),
         batch_size=shape.batch_size,
         tokens_per_batch=shape.batch_size * shape.residues,
-        steps=80 if size == "tiny" else 40,
+        steps=60 if size == "tiny" else 40,
         blocks="blocks",
         islands=("structure", "recycle", "heads"),
         data_source=DATA_SOURCE,

@@ -77,8 +77,10 @@ def decide(
     fits: Callable[[Estimate], bool],
     left_out: tuple[Reason, ...],
     price: Callable[[Plan], Estimate],
+    prepare: Callable[[Sequence[Plan]], None] = lambda plans: None,
 ) -> SearchResult:
-    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons."""
+    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons; ``prepare`` is told of
+    all of them before."""
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
@@ -89,6 +91,7 @@ def decide(
     kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
     unique = {e.plan: e for e in ([winner] if winner else []) + kept}
     ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
+    prepare([without(e.plan, u.technique) for e in ordered for u in e.plan.uses])
     recommended = None
     if winner is not None:
         why = (*saved_by(winner, price), *_why_not(winner, estimates, fits, goal), *left_out)

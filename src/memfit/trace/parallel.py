@@ -85,7 +85,9 @@ def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:
 def _may_fork() -> bool:
     return (
         sys.platform == "linux"
-        and threading.active_count() == 1
+        and all(
+            t is threading.main_thread() or getattr(t, "safe_to_fork", False) for t in threading.enumerate()
+        )
         and not torch.cuda.is_initialized()
         and not multiprocessing.current_process().daemon
     )
