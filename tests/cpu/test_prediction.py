@@ -108,10 +108,12 @@ JOBS = {
     "protein-ss": lambda: _built_in("protein-ss", 8),
     "protein-lm": lambda: _built_in("protein-lm", 4),
     "char-lm": lambda: _built_in("char-lm", 8),
+    "alphafold2": lambda: _built_in("alphafold2", 2),
     "molecules": _molecules,
     "genome": lambda: _built_in("genome", 4),
     "potential": lambda: _built_in("potential", 8),
 }
+SLICES = use("chunking", parts=16, mib=0)
 ACCUMULATE = use("gradient-accumulation", micro_batches=4)
 AUTOCAST = use("bf16-autocast")
 MASTER = use("bf16-parameters", rounding="master")
@@ -150,6 +152,7 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *(("protein-ss", (budget(n),)) for n in (40, 60)),
     ("protein-ss", (budget(20), ACCUMULATE, AUTOCAST)),
     ("char-lm", (budget(45), AUTOCAST)),
+    *(("alphafold2", u) for u in ((SLICES,), (AUTOCAST, SLICES, FULL), (MASTER, MATMUL), (DISK,))),
     *(("molecules", u) for u in ((AUTOCAST,), (MASTER, FULL), (ACCUMULATE, MATMUL))),
     *(("genome", u) for u in ((AUTOCAST,), (FULL,), (MASTER, ACCUMULATE))),
     *(("potential", u) for u in ((AUTOCAST,), (FULL,), (MATMUL,), (MASTER, FULL, ACCUMULATE), (DISK,))),
@@ -225,6 +228,7 @@ LOWERS = {
     "selective-checkpointing": ("protein-ss", MATMUL),
     "optimal-checkpointing": ("protein-ss", budget(40)),
     "chunked-cross-entropy": ("words", CHUNKED),
+    "chunking": ("alphafold2", SLICES),
     "adamw-8bit": ("wide", SMALL_ADAM),
     "adafactor": ("wide", use("adafactor")),
     "sgd": ("wide", use("sgd")),

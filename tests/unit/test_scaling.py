@@ -24,9 +24,9 @@ from memfit.scaling.search import Aim, Scale, search_scale
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
 from memfit.search.layouts import Limits, grids
-from memfit.techniques.registry import conflict
+from memfit.techniques.registry import conflict, plain
 from memfit.techniques.world import layout
-from memfit.types.errors import NothingFits, UserError
+from memfit.types.errors import NothingFits
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan
@@ -269,10 +269,13 @@ def test_nothing_fits_says_what_would() -> None:
     assert any("deadline" in way for way in caught.value.ways)
 
 
-def test_a_batch_that_cannot_be_shared_is_one_clear_error() -> None:
+def test_fewer_samples_than_devices_share_a_model_that_is_cut() -> None:
     on = machine("8xL4")
-    with pytest.raises(UserError, match="batch of 3"):
-        search_scale(Pricer(job=job(3, 4), machine=on, space=space_of(job(3, 4), "cuda", 1)), 8, aim(on))
+    pricer = Pricer(job=job(3, 4), machine=on, space=space_of(job(3, 4), "cuda", 1))
+    found = search_scale(pricer, 8, aim(on))
+    assert found.recommended is not None
+    assert layout(found.recommended.estimate.plan).data in (1, 3)
+    assert found.baseline.estimate.plan == plain(3)  # a replica needs a sample
 
 
 def test_fewest_devices_and_the_cheapest_may_leave_devices_idle() -> None:

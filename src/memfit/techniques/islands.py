@@ -21,7 +21,7 @@ def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.n
 
     Raises UserError where a pattern matches none, unless the model keeps only the first of its blocks.
     """
-    named = dict(model.named_modules())
+    named = dict(model.named_modules()) if patterns else {}
     found: dict[str, torch.nn.Module] = {}
     for pattern in patterns:
         matched = {n: m for n, m in named.items() if fnmatch.fnmatchcase(n, pattern)}
