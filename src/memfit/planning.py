@@ -234,7 +234,8 @@ def _price(
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best whole, and calibrate once more on what those need. ``small``: bytes
     of states that are too few for another optimizer to matter."""
-    techniques, left_out = usable(pricer.space, request.accuracy, small_states_bytes=small)
+    offered, left_out = usable(pricer.space, request.accuracy, small_states_bytes=small)
+    techniques = [t for t in offered if t.name not in request.bounds.without]
     carries = engine(request.engine).supports
     every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
     sketches = []

@@ -12,10 +12,11 @@ from memfit.cost.memory import step_ops
 from memfit.planning import Request, finalists, fits_under, needed_bytes, space_of
 from memfit.pricing import Pricer, signatures_by_weight
 from memfit.search.choose import Objective
+from memfit.search.space import usable
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
-from memfit.types.plan import Accuracy, Plan, Use, use
+from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Measurement, OutcomeKind
 
 BLOCKS = 6
@@ -217,6 +218,34 @@ def test_without_a_cap_a_processor_gets_a_quarter_and_nothing_fits_is_told(
     )
     found = planning.search(request, quiet)
     assert (found.cap_bytes, found.cap_reason) == (2**34, "the device's memory")
+
+
+def test_techniques_that_nobody_wants_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = dataclasses.replace(asked(monkeypatch, cap_bytes=2**34), accuracy=Accuracy.ROUNDING)
+    unwanted = dataclasses.replace(request, bounds=Bounds(without=("bf16-autocast",)))
+    searches = [planning.search(r, quiet).result for r in (request, unwanted)]
+    used = [{u.technique for c in found.frontier for u in c.estimate.plan.uses} for found in searches]
+    assert "bf16-autocast" not in used[1]
+    assert searches[1].considered < searches[0].considered
+
+
+def test_optimizers_are_left_out_where_their_states_are_small(pricer: Pricer) -> None:
+    offered, _ = usable(pricer.space, Accuracy.ANY)
+    fewer, reasons = usable(pricer.space, Accuracy.ANY, small_states_bytes=2**20)
+    gone = {t.name for t in offered} - {t.name for t in fewer}
+    assert {"adafactor", "sgd"} <= gone == {r.technique for r in reasons if r.kind == "left_out_small"}
+    assert {r.saved_bytes for r in reasons if r.kind == "left_out_small"} == {2**20}
+
+
+def test_parts_made_side_by_side_are_those_made_one_by_one() -> None:
+    ready, plain = (Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")) for _ in range(2))
+    some = [Plan(uses=uses) for uses in PLANS[:4]]
+    ready.prepare(some)
+    made = dict(ready.parts)
+    assert [ready.sketch(plan) for plan in some] == [plain.sketch(plan) for plan in some]
+    assert ready.parts.keys() == made.keys()
+    ready.trace_all(some)
+    assert [ready.whole(plan) for plan in some] == [plain.whole(plan) for plan in some]
 
 
 # --- calibration by a child
