@@ -29,7 +29,6 @@ from memfit.types.result import Estimate, Reason, SearchResult
 FINALISTS = 14
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
-_AT_ONCE = 32  # plans whose parts are traced side by side before the next are told of
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
@@ -238,16 +237,10 @@ def _price(
     techniques = [t for t in offered if t.name not in request.bounds.without]
     carries = engine(request.engine).supports
     every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
-    sketches = []
-    for index, plan in enumerate(every):
-        progress("search", index, len(every), plan.label)
-        if index % _AT_ONCE == 0:
-            pricer.prepare(every[index : index + _AT_ONCE])
-        sketches.append(pricer.sketch(plan))
+    pricer.prepare(every, lambda *begun: progress("search", *begun))
+    sketches = [pricer.sketch(plan) for plan in every]
     chosen = finalists(sketches, fits, request.goal)
-    for index in range(0, len(chosen), _AT_ONCE // 8):
-        progress("finalists", index, len(chosen), chosen[index].label)
-        pricer.trace_all(chosen[index : index + _AT_ONCE // 8])
+    pricer.trace_all(chosen, lambda *begun: progress("finalists", *begun))
     if request.is_here:
         calibrate(pricer, request, progress, plans=chosen)
     return [pricer.whole(plan) for plan in chosen], len(every), left_out

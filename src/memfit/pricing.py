@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -157,16 +157,23 @@ class Pricer:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
         return found
 
-    def trace_all(self, plans: Sequence[Plan]) -> None:
-        """Traces of several plans of one rank, side by side."""
+    def trace_all(
+        self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *begun: None
+    ) -> None:
+        """Traces of several plans, side by side. ``tell(index, count, plan)`` when one is begun."""
         new = [p for p in dict.fromkeys(map(self.settled, plans)) if (p, 0) not in self.traces]
         with uncollected():
-            made = side_by_side([functools.partial(self._made, plan, [0]) for plan in new])
+            made = side_by_side(
+                [functools.partial(self._made, plan, [0]) for plan in new],
+                lambda i: tell(i, len(new), new[i].label),
+            )
         self.traces |= {(plan, 0): traces[0] for plan, traces in zip(new, made, strict=True)}
 
     # -- quick ----------------------------------------------------------------------------------------
 
-    def prepare(self, plans: Iterable[Plan]) -> None:
+    def prepare(
+        self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *begun: None
+    ) -> None:
         """Makes the parts that sketches of ``plans`` are composed from, side by side."""
         parts = {
             (plan, blocks, steps, "")
@@ -176,7 +183,10 @@ class Pricer:
         }
         new = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
         with uncollected():
-            made = side_by_side([functools.partial(self._part, *key[:3]) for key in new])
+            made = side_by_side(
+                [functools.partial(self._part, *key[:3]) for key in new],
+                lambda i: tell(i, len(new), new[i][0].label),
+            )
         self.parts |= dict(zip(new, made, strict=True))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:

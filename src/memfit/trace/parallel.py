@@ -16,8 +16,11 @@ import torch
 _T = TypeVar("_T")
 
 
-def side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
-    """What the calls return, in order; the first exception among them is raised.
+def side_by_side(
+    calls: Sequence[Callable[[], _T]], tell: Callable[[int], None] = lambda begun: None
+) -> list[_T]:
+    """What the calls return, in order; the first exception among them is raised. ``tell`` is given the place
+    of a call that begins.
 
     A copy of a process (fork) needs neither imports nor a job that can be pickled, but it is safe only where
     nothing else runs in it: elsewhere the calls are made one after the other. Each copy makes one call after
@@ -25,7 +28,7 @@ def side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if min(len(calls), cores) < 2 or not _may_fork():
-        return [call() for call in calls]
+        return [(tell(index), call())[1] for index, call in enumerate(calls)]  # type: ignore[func-returns-value]
     waiting, working = list(range(len(calls))), dict[Connection, int]()
     found: dict[int, tuple[bool, Any]] = {}
     copies = [_copy(calls) for _ in range(min(cores, len(calls)))]
@@ -33,6 +36,7 @@ def side_by_side(calls: Sequence[Callable[[], _T]]) -> list[_T]:
     try:
         while waiting or working:
             while waiting and free:
+                tell(waiting[0])
                 channel = free.pop()
                 channel.send(waiting[0])
                 working[channel] = waiting.pop(0)
