@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, step_rng
-from memfit.types.errors import UserError
+from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, refuse, step_rng
 from memfit.types.job import Job, Metric, OptimizerChoice
 
 if TYPE_CHECKING:
@@ -64,12 +63,10 @@ def make(
 ) -> Job:
     """The job at one of SIZES: ``initial`` training (``paper`` is the same) at 256 residues and 128 rows,
     ``finetune`` at 384 residues and 512 rows. Raises UserError for data and weights of one's own."""
-    for name, value in (("data", data), ("weights", weights)):
-        if value is not None:
-            raise UserError(
-                f"--{name} {value} for {NAME}",
-                allowed=f"no --{name}: it trains from scratch on the chains that come with memfit",
-            )
+    refuse(
+        NAME, {"--data": data, "--weights": weights},
+        allowed="neither: it trains from scratch on the chains that come with memfit",
+    )  # fmt: skip
     shape, folds = _shape(size, length, batch), built_in_folds()
     return Job(
         name=NAME, title=TITLE, size=size if length is None else f"{size}@{length}",
@@ -244,12 +241,14 @@ def test_parts(folds: Folds, shape: FoldSize) -> Any:
 
 def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
     """Percentage of true contacts among the L/2 likeliest pairs of each test chain, by the distogram."""
+    from memfit.jobs.alphafold.model import distance_edges
+
+    near = int((distance_edges() <= CONTACT_ANGSTROM).sum())  # bins that end before it
     found: list[float] = []
     with evaluating(model) as device:
         for packed in test_parts(folds, shape):
             part = {name: tensor.to(device) for name, tensor in packed.items()}
             logits = model(part)["distance"].float()
-            near = int((CONTACT_ANGSTROM - 2.3125) // (19.375 / 62)) + 1
             likely = logits.softmax(-1)[..., :near].sum(-1)
             found += _precisions(likely.cpu().numpy(), packed["atoms"].numpy(), packed["mask"].numpy())
     return 100 * float(np.mean(found))
@@ -267,9 +266,11 @@ def _precisions(likely: Array, atoms: Array, mask: Array) -> list[float]:
 
 
 def _contacts(atoms: Array) -> Array:
-    n, ca, c = atoms[:, 0], atoms[:, 1], atoms[:, 2]
-    b, d = ca - n, c - ca
-    beta = -0.58273431 * np.cross(b, d) + 0.56802827 * b - 0.54067466 * d + ca
+    import torch
+
+    from memfit.jobs.alphafold.model import beta_of
+
+    beta = beta_of(torch.from_numpy(atoms)).numpy()
     return np.asarray(((beta[:, None] - beta[None]) ** 2).sum(-1) < CONTACT_ANGSTROM**2)
 
 

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from memfit.types.errors import UserError
+
 EVALUATED_AT_ONCE: Final = 8  # evaluation must not need more memory than a capped training step
 
 if TYPE_CHECKING:
     import torch
 
     Array = np.ndarray[Any, Any]
+
+
+def refuse(job: str, given: Mapping[str, object], *, allowed: str) -> None:
+    """Raises UserError for the first of the options that ``job`` has no use for and that was given."""
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} {value} for {job}", allowed=allowed)
 
 
 def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import as_tensors, evaluating, step_rng
+from memfit.jobs.batches import as_tensors, evaluating, refuse, step_rng
 from memfit.types.errors import UserError
 from memfit.types.job import Job, Metric, OptimizerChoice
 
@@ -65,9 +65,7 @@ def make(
     length: int | None = None,
 ) -> Job:
     """The job at one of SIZES."""
-    for option, given in (("--data", data), ("@LENGTH", length)):
-        if given is not None:
-            raise UserError(f"{option} {given} for {NAME}", allowed="the volume of the package nilearn")
+    refuse(NAME, {"--data": data, "@LENGTH": length}, allowed="the volume of the package nilearn")
     shape, head = _shape(size), read()
     batch_size = batch or shape.batch_size
     return Job(

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating
-from memfit.types.errors import UserError
+from memfit.jobs.batches import EVALUATED_AT_ONCE, as_tensors, epoch_indices, evaluating, refuse
 from memfit.types.job import Job, Metric, OptimizerChoice
 
 if TYPE_CHECKING:
@@ -60,9 +59,7 @@ def make(
     length: int | None = None,
 ) -> Job:
     """The job at one of SIZES."""
-    for option, given in (("--data", data), ("@LENGTH", length)):
-        if given is not None:
-            raise UserError(f"{option} {given} for {NAME}", allowed="the fields that come with memfit")
+    refuse(NAME, {"--data": data, "@LENGTH": length}, allowed="the fields that come with memfit")
     shape, fields = _shape(size), read()
     batch_size = batch or shape.batch_size
     return Job(

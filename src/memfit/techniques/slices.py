@@ -43,7 +43,6 @@ class Cut:
     axes: Mapping[int, int]
     first: int
     out_axis: int
-    length: int
     inside_bytes: int
     first_count: int
 
@@ -148,6 +147,8 @@ def _cut(module: nn.Module, call: Call, known: dict[object, Any]) -> Cut | None:
         return None
     if sum(p.numel() for p in module.parameters()) > _MOST_PARAMETERS:
         return None
+    if not all(buffer.is_floating_point() for buffer in module.buffers()):
+        return None  # random indices would point anywhere
     shapes = {i: tuple(t.shape) for i, t in tensors.items()}
     others = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
@@ -161,8 +162,8 @@ def _cut(module: nn.Module, call: Call, known: dict[object, Any]) -> Cut | None:
     axes, out_axis = found
     first = next(iter(axes))
     return Cut(
-        axes=axes, first=first, out_axis=out_axis, length=shapes[first][axes[first]],
-        inside_bytes=call.inside_bytes, first_count=math.prod(shapes[first]),
+        axes=axes, first=first, out_axis=out_axis, inside_bytes=call.inside_bytes,
+        first_count=math.prod(shapes[first]),
     )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) ->
     """({leaf: axis}, output's axis) of the longest axis that can be cut, or None."""
     try:
         copied = _random_copy(module)
-    except (RuntimeError, TypeError, NotImplementedError):
+    except (RuntimeError, TypeError):  # what holds a file or a graph's tensor cannot be copied, so not tried
         return None
     numbers = torch.Generator().manual_seed(0)
 
@@ -222,8 +223,6 @@ def _random_copy(module: nn.Module) -> nn.Module:
         values = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64) / size**0.5
         held[id(parameter)] = nn.Parameter(values, requires_grad=False)
     for buffer in module.buffers():
-        if not buffer.is_floating_point():
-            raise NotImplementedError("a buffer of indices")
         held[id(buffer)] = torch.randn(buffer.shape, generator=numbers, dtype=torch.float64)
     plain = copy.deepcopy(module, held)
     for inner in plain.modules():

@@ -225,9 +225,14 @@ def _initialised(module: nn.Module) -> None:
         nn.init.zeros_(getattr(module, residual).bias)
 
 
+def distance_edges() -> torch.Tensor:
+    """The 63 bounds in Angstrom between the 64 bins of distance."""
+    return torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1)
+
+
 def distance_bins(beta: torch.Tensor) -> torch.Tensor:
     """Bin of each distance between CB (batch, residues, 3): int64 (batch, residues, residues)."""
-    edges = torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1, device=beta.device) ** 2
+    edges = distance_edges().to(beta.device) ** 2
     squared = (beta.unsqueeze(1) - beta.unsqueeze(2)).square().sum(-1)
     return torch.bucketize(squared, edges)
 
