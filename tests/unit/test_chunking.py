@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs.alphafold.evoformer import EvoformerBlock, Widths
+from memfit.jobs.alphafold.evoformer import EvoformerBlock, TriangleAttention, Widths
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.registry import make_use
 from memfit.techniques.slices import insides, to_cut, worth_cutting
@@ -134,3 +134,26 @@ def test_only_models_with_such_modules_are_searched_with_it() -> None:
     assert not worth_cutting(flat, flat.build_model())
     with pytest.raises(UserError, match="independent slices"):
         TrainingStep(flat, Plan(uses=(make_use("chunking", {"mib": 64}),)))
+
+
+class _Triangle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        widths = Widths(c_m=256, c_z=128, msa_heads=8, msa_head_width=32)
+        self.shift, self.attention = nn.Parameter(torch.zeros(128)), TriangleAttention(widths, starting=True)
+
+    def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        return self.attention(z + self.shift, pairs)  # type: ignore[no-any-return]
+
+
+def test_triangle_attention_at_the_crop_of_fine_tuning_peaks_at_an_eighth() -> None:
+    job = Job(
+        name="triangle", build_model=_Triangle, batch_size=1,
+        make_batch=lambda step, seed: {"z": torch.zeros(1, 384, 384, 128), "pairs": torch.ones(1, 384, 384)},
+        loss=lambda model, given: model(given["z"], given["pairs"]).mean(),
+    )  # fmt: skip
+    peaks = [
+        memory_profile(trace(job, Plan(uses=uses)), Calibration()).peak_bytes
+        for uses in ((), (make_use("chunking", {"parts": 128}),))
+    ]
+    assert peaks[0] > 8 * peaks[1]
