@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs.alphafold.evoformer import EvoformerBlock, TriangleAttention, Widths
+from memfit.jobs.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.registry import make_use
 from memfit.techniques.slices import insides, to_cut, worth_cutting
@@ -115,6 +116,32 @@ def _gradients(job: Job, plan: Plan) -> dict[str, torch.Tensor]:
         nn.init.normal_(parameter, std=0.3)
     step.job.loss(step.model, job.make_batch(0, 0)).backward()
     return {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("rows", "residues", "width"), [(128, 256, 256), (512, 384, 256), (1024, 256, 64), (5120, 384, 64)]
+)
+def test_row_attention_is_cut_by_rows_where_lengths_and_channels_are_the_same_number(
+    rows: int, residues: int, width: int
+) -> None:
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        return {
+            "m": torch.zeros(1, rows, residues, width), "z": torch.zeros(1, residues, residues, 128),
+            "rows": torch.ones(1, rows, residues),
+        }  # fmt: skip
+
+    job = Job(
+        name="row", make_batch=batch, batch_size=1,
+        build_model=lambda: RowAttention(
+            Widths(c_m=width, c_z=128, msa_heads=8, msa_head_width=width // 8)
+        ),
+        loss=lambda model, given: model(given["m"], given["z"], given["rows"]).mean(),
+    )  # fmt: skip
+    with FakeTensorMode():
+        model = job.build_model()
+    found = to_cut(model, insides(job, model), 2**28)
+    assert dict(found["attention"].axes) == {0: 1, 1: 1}
+    assert found["attention"].out_axis == 1
 
 
 def test_what_one_slice_makes_stays_under_the_budget() -> None:

@@ -236,22 +236,27 @@ def _shortened(
     shapes: dict[int, tuple[int, ...]], runs: Callable[[dict[int, tuple[int, ...]]], bool]
 ) -> dict[int, tuple[int, ...]]:
     """Long dimensions made short where the module still runs: equal ones together, all of them or all but
-    last ones, which may be channels of the same number."""
-    sizes = dict(shapes)
+    last ones (of every tensor or of one), which may be channels of the same number."""
     lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
-    for length, short in zip(lengths, itertools.cycle(_SHORT), strict=False):
-        for last in (True, False):
-            tried = {
-                i: tuple(
-                    short if n == length and (last or at < len(shapes[i]) - 1) else sizes[i][at]
-                    for at, n in enumerate(shapes[i])
-                )
-                for i in shapes
-            }
-            if runs(tried):
-                sizes = tried
-                break
-    return sizes
+    shorts = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
+    everywhere, none = frozenset[int](), frozenset(shapes)
+    ways = [
+        [everywhere, none, *(frozenset({i}) for i, s in shapes.items() if s and s[-1] == n), None]
+        for n in lengths
+    ]
+    for kept in itertools.islice(itertools.product(*ways), _MOST_TRIALS):
+        last_stays = dict(zip(lengths, kept, strict=True))
+
+        def size(i: int, at: int, stays: Mapping[int, frozenset[int] | None] = last_stays) -> int:
+            length = shapes[i][at]
+            held = stays.get(length)
+            whole = held is None or (i in held and at == len(shapes[i]) - 1)
+            return length if whole else shorts[length]
+
+        tried = {i: tuple(size(i, at) for at in range(len(s))) for i, s in shapes.items()}
+        if runs(tried):
+            return tried
+    return shapes
 
 
 def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
