@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -24,8 +24,6 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
-    from memfit.techniques.gathered_attention import Across
-
 _SHIFTS = ("ForCausalLM", "LMHeadModel")  # Hugging Face models whose loss moves labels by one
 _IGNORED = -100  # label that counts for nothing, as in torch's cross-entropy
 
@@ -35,6 +33,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     from memfit.techniques.gathered_attention import Across, AttentionAcross
+    from memfit.techniques.together import averaging
 
     across = Across(
         group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size(),
@@ -58,7 +57,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     bench.slices = slices
     bench.loss_terms = _terms
-    bench.before_micro_batch.append(_averaging(bench, across))
+    bench.before_micro_batch.append(averaging(bench, across))
 
 
 def _look(bench: Workbench) -> None:
@@ -69,31 +68,6 @@ def _look(bench: Workbench) -> None:
         with valueless(bench.job, bench.model) as (model, batch), AnyWay(), Counts() as counts:
             bench.job.loss(model, batch)
         bench.fixed_counts = {site: frozenset(found) for site, found in counts.found.items()}
-
-
-def _averaging(bench: Workbench, across: Across) -> Callable[[bool], None]:
-    """Where no data-parallel technique takes care of it, each gradient is averaged as soon as it is there."""
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-
-    done = False
-
-    def average(grad: torch.Tensor) -> torch.Tensor:
-        own = grad.to_local() if isinstance(grad, DTensor) else grad
-        mean = across.sum(own).div_(across.ranks)
-        if not isinstance(grad, DTensor):
-            return mean
-        mesh, kinds = grad.device_mesh, grad.placements
-        return DTensor.from_local(mean, mesh, kinds, run_check=False, shape=grad.shape, stride=grad.stride())
-
-    def start(last: bool) -> None:
-        nonlocal done
-        if not done and bench.ddp is None and not isinstance(bench.model, FSDPModule):
-            for param in bench.trainable():
-                param.register_hook(average)
-        done = True
-
-    return start
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:

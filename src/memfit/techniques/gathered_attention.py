@@ -13,26 +13,23 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from memfit.techniques.together import Together
 from memfit.types.errors import UserError
 
 _HALF = (torch.float16, torch.bfloat16)
 _ATEN: Any = torch.ops.aten
-_COMM: Any = torch.ops._c10d_functional
 Site = tuple[tuple[Any, int], ...]  # (code, instruction)
 _DEEP, _UNDER = 2, (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 Slices = tuple[slice, slice, bool]  # of queries and keys, and whether causal among themselves
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class Across:
+class Across(Together):
     """The ranks that share a sequence; ``length`` is one rank's part, set when a batch is cut.
 
     Of 2 x ranks chunks a rank has its own from the front and its own from the back.
     """
 
-    group: str
-    rank: int
-    ranks: int
     device: str
     length: int = 0
     fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # by `Counts`
@@ -56,22 +53,6 @@ class Across:
                 yield other, (everything, front, False)
             else:
                 yield other, (back, everything, False)
-
-    def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Every rank's tensor, in the order of ranks."""
-        whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
-        return tuple(_COMM.wait_tensor(whole).chunk(self.ranks))
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A new tensor, alike on every rank."""
-        summed: torch.Tensor = _COMM.wait_tensor(_COMM.all_reduce(tensor, "sum", self.group))
-        return summed
-
-    def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the sum, of tensors stacked in the order of ranks along dimension 0."""
-        part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)
-        summed: torch.Tensor = _COMM.wait_tensor(part)
-        return summed
 
 
 class AttentionAcross(TorchFunctionMode):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from memfit.techniques import (
     adapters,
+    axial_parallel,
     checkpointing,
     chunked_loss,
     chunking,
@@ -57,6 +58,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         zero.TECHNIQUE,
         tensor_parallel.TECHNIQUE,
         context_parallel.TECHNIQUE,
+        axial_parallel.TECHNIQUE,
         expert_parallel.TECHNIQUE,
         pipeline.TECHNIQUE,
     )

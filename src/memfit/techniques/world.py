@@ -17,6 +17,7 @@ DIMENSIONS = ("pipeline", "replicate", "shard", "context", "tensor")
 _DEGREE_OF = {
     "tensor-parallel": ("tensor", "degree"),
     "context-parallel": ("context", "degree"),
+    "axial-parallel": ("context", "degree"),
     "pipeline": ("pipeline", "stages"),
 }
 _REPLICATED, _SHARDED = ("ddp",), ("fsdp2", "zero", "sharded-ddp")
@@ -24,8 +25,9 @@ _REPLICATED, _SHARDED = ("ddp",), ("fsdp2", "zero", "sharded-ddp")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Degrees along the mesh dimensions; their product is the plan's ranks. ``owned``: whole parameters
-    belong to one rank each, so that no two ranks need be alike."""
+    """Degrees along the mesh dimensions; their product is the plan's ranks. ``context``: ranks that share a
+    sample, cut along its sequence or its axes. ``owned``: whole parameters belong to one rank each, so that
+    no two ranks need be alike."""
 
     pipeline: int = 1
     replicate: int = 1

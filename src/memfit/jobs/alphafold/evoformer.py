@@ -4,6 +4,9 @@ Shapes: ``m`` (batch, rows, residues, c_m) is the MSA representation, ``z`` (bat
 the pair representation. Masks are 1 where something is: ``rows`` (batch, rows, residues), ``pairs`` (batch,
 residues, residues). What can be cut into independent slices (attention rows, transitions, parts of an outer
 product) is a module of its own, so that chunking finds it.
+
+Several ranks may share a sample (techniques/axial.py): ``m`` and ``z`` are then this rank's part along
+dimension 1, masks are whole.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn import functional
+
+from memfit.techniques.axial import Axial
 
 MASKED: Final = -1e9  # AlphaFold's; larger than float16 can hold
 _COUNT_EPS: Final = 1e-3  # of algorithm 10, where a pair of residues shares no row
@@ -96,8 +101,8 @@ class PairBias(nn.Module):
         return self.weight(self.norm(z)).permute(0, 3, 1, 2).unsqueeze(1)  # type: ignore[no-any-return]
 
 
-class RowAttention(nn.Module):
-    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs."""
+class RowAttention(Axial):
+    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs. ``rows`` are as ``m``."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -106,7 +111,7 @@ class RowAttention(nn.Module):
 
     def forward(self, m: torch.Tensor, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         masked = ((rows - 1) * -MASKED)[:, :, None, None, :]
-        return self.attention(m, masked, self.bias(z))  # type: ignore[no-any-return]
+        return self.attention(m, masked, self.across.gathered(self.bias(z), 3, z.shape[2]))  # type: ignore[no-any-return]
 
 
 class ColumnAttention(nn.Module):
@@ -137,19 +142,20 @@ class Transition(nn.Module):
         return self.down(functional.relu(self.up(self.norm(x))))  # type: ignore[no-any-return]
 
 
-class OuterProduct(nn.Module):
-    """(batch, i, j, c_z) of left (batch, rows, i, c) and right (batch, rows, j, c): summed over rows."""
+class OuterProduct(Axial):
+    """(batch, i, j, c_z) of left (batch, rows, i, c) and right (batch, rows, j, c): summed over rows. Both may
+    be cut along residues, of which there are ``length``."""
 
     def __init__(self, width: int, c_z: int) -> None:
         super().__init__()
         self.out = nn.Linear(width * width, c_z)
 
-    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.einsum("bsic,bsjd->bijcd", left, right).flatten(-2))  # type: ignore[no-any-return]
+    def forward(self, left: torch.Tensor, right: torch.Tensor, length: int) -> torch.Tensor:
+        return self.out(self.across.product("bsic,bsjd->bijcd", left, right, 2, length).flatten(-2))  # type: ignore[no-any-return]
 
 
-class OuterProductMean(nn.Module):
-    """Algorithm 10."""
+class OuterProductMean(Axial):
+    """Algorithm 10. ``m`` may be cut along residues."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -158,9 +164,10 @@ class OuterProductMean(nn.Module):
         self.product = OuterProduct(widths.outer, widths.c_z)
 
     def forward(self, m: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        m, held = self.norm(m), rows.unsqueeze(-1)
-        product = self.product(self.left(m) * held, self.right(m) * held)
-        count = torch.einsum("bsi,bsj->bij", rows, rows).unsqueeze(-1)
+        m, own = self.norm(m), self.across.own(rows, 2)
+        held = own.unsqueeze(-1)
+        product = self.product(self.left(m) * held, self.right(m) * held, rows.shape[2])
+        count = torch.einsum("bsi,bsj->bij", own, rows).unsqueeze(-1)
         return product / (count + _COUNT_EPS)  # type: ignore[no-any-return]
 
 
@@ -175,23 +182,29 @@ class Gated(nn.Module):
         return held * torch.sigmoid(self.gate(x)) * self.value(x)  # type: ignore[no-any-return]
 
 
-class TriangleMultiplication(nn.Module):
+class TriangleMultiplication(Axial):
     """Algorithms 11 (outgoing) and 12 (incoming edges)."""
 
     def __init__(self, widths: Widths, *, outgoing: bool) -> None:
         super().__init__()
-        self.sums = "bikc,bjkc->bijc" if outgoing else "bkic,bkjc->bijc"
+        self.outgoing = outgoing
         self.norm, self.norm_out = nn.LayerNorm(widths.c_z), nn.LayerNorm(widths.triangle)
         self.left, self.right = (Gated(widths.c_z, widths.triangle) for _ in range(2))
         self.gate, self.out = nn.Linear(widths.c_z, widths.c_z), nn.Linear(widths.triangle, widths.c_z)
 
     def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
-        z, held = self.norm(z), pairs.unsqueeze(-1)
-        product = torch.einsum(self.sums, self.left(z, held), self.right(z, held))
+        z, held = self.norm(z), self.across.own(pairs, 1).unsqueeze(-1)
+        if self.outgoing:
+            product = self.across.product(
+                "bikc,bjkc->bijc", self.left(z, held), self.right(z, held), 1, z.shape[2]
+            )
+        else:  # each rank has a part of what is summed over
+            product = torch.einsum("bkic,bkjc->bijc", self.left(z, held), self.right(z, held))
+            product = self.across.summed(product, 1)
         return torch.sigmoid(self.gate(z)) * self.out(self.norm_out(product))  # type: ignore[no-any-return]
 
 
-class TriangleAttention(nn.Module):
+class TriangleAttention(Axial):
     """Algorithms 13 (around the starting node) and 14 (ending: the same on the transposed pairs)."""
 
     def __init__(self, widths: Widths, *, starting: bool) -> None:
@@ -201,15 +214,17 @@ class TriangleAttention(nn.Module):
         self.bias = PairBias(self.attention.norm, widths.c_z, widths.pair_heads)
 
     def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        length = z.shape[2]
         if not self.starting:
-            z, pairs = z.transpose(1, 2), pairs.transpose(1, 2)
-        masked = ((pairs - 1) * -MASKED)[:, :, None, None, :]
-        out = self.attention(z, masked, self.bias(z))
-        return out if self.starting else out.transpose(1, 2)  # type: ignore[no-any-return]
+            z, pairs = self.across.turned(z, 1, 2, length).transpose(1, 2), pairs.transpose(1, 2)
+        masked = ((self.across.own(pairs, 1) - 1) * -MASKED)[:, :, None, None, :]
+        out = self.attention(z, masked, self.across.gathered(self.bias(z), 3, length))
+        return out if self.starting else self.across.turned(out.transpose(1, 2), 2, 1, length)  # type: ignore[no-any-return]
 
 
-class SharedDropout(nn.Module):
-    """Dropout with one mask along dimension ``dim`` (supplement 1.11.6)."""
+class SharedDropout(Axial):
+    """Dropout with one mask along dimension ``dim`` (supplement 1.11.6). What is cut along dimension 1 must be
+    as long along dimension 2, or share the mask along 1."""
 
     def __init__(self, p: float, dim: int) -> None:
         super().__init__()
@@ -218,9 +233,10 @@ class SharedDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        shape = list(x.shape)
+        shape = [x.shape[0], x.shape[2] if self.across.cuts else x.shape[1], *x.shape[2:]]
         shape[self.dim] = 1
-        return x * functional.dropout(x.new_ones(shape), self.p)
+        mask = functional.dropout(x.new_ones(shape), self.p)  # the same on every rank
+        return x * (mask if self.dim == 1 else self.across.own(mask, 1))
 
 
 class PairStack(nn.Module):
@@ -243,7 +259,7 @@ class PairStack(nn.Module):
         return z + self.transition(z)  # type: ignore[no-any-return]
 
 
-class EvoformerBlock(nn.Module):
+class EvoformerBlock(Axial):
     """Algorithm 6; with ``widths.global_columns`` a block of the extra-MSA stack (algorithm 18)."""
 
     def __init__(self, widths: Widths) -> None:
@@ -256,14 +272,16 @@ class EvoformerBlock(nn.Module):
     def forward(
         self, m: torch.Tensor, z: torch.Tensor, rows: torch.Tensor, pairs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        m = m + self.dropout(self.row(m, z, rows))
-        m = m + self.column(m, rows)
+        across, (_, count, length) = self.across, rows.shape
+        m = m + self.dropout(self.row(m, z, across.own(rows, 1)))
+        m = across.turned(m, 1, 2, count)
+        m = m + self.column(m, across.own(rows, 2))
         m = m + self.transition(m)
         z = z + self.outer(m, rows)
-        return m, self.pairs(z, pairs)
+        return across.turned(m, 2, 1, length), self.pairs(z, pairs)
 
 
-class Templates(nn.Module):
+class Templates(Axial):
     """Algorithms 16 and 17: z attends to templates (batch, templates, residues, residues, features). ``real``
     (batch, templates) is 0 where there is no template."""
 
@@ -282,7 +300,7 @@ class Templates(nn.Module):
     ) -> torch.Tensor:
         embedded: list[torch.Tensor] = []
         for one in templates.unbind(1):
-            t = self.embed(one)
+            t = self.embed(self.across.own(one, 1))
             for block in self.blocks:
                 t = block(t, pairs)
             embedded.append(self.norm(t))
@@ -294,9 +312,9 @@ class Templates(nn.Module):
         return self.out(mixed) * real.amax(-1)[:, None, None, None]  # type: ignore[no-any-return]
 
 
-def relative_positions(index: torch.Tensor, reach: int) -> torch.Tensor:
-    """Algorithm 4's one-hot (batch, residues, residues, 2 reach + 1) of clipped differences of index."""
-    apart = (index[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
+def relative_positions(own: torch.Tensor, index: torch.Tensor, reach: int) -> torch.Tensor:
+    """Algorithm 4's one-hot (batch, own, residues, 2 reach + 1) of clipped differences of index."""
+    apart = (own[:, :, None] - index[:, None, :]).clamp(-reach, reach) + reach
     return functional.one_hot(apart, 2 * reach + 1).float()
 
 

@@ -16,6 +16,7 @@ from memfit.jobs.alphafold.evoformer import (
     relative_positions,
 )
 from memfit.jobs.alphafold.structure import StructureModule, StructureWidths
+from memfit.techniques.axial import Axial
 
 TARGET, MSA, EXTRA, TEMPLATE = 22, 49, 25, 88  # features of a residue, a row's residue, an extra one, a pair
 RESIDUE_CLASSES: Final = 23  # 20 amino acids, unknown, gap, mask
@@ -76,8 +77,8 @@ def small(*, residues: int, batch_size: int) -> FoldSize:
     )  # fmt: skip
 
 
-class InputEmbedder(nn.Module):
-    """Algorithms 3 and 4."""
+class InputEmbedder(Axial):
+    """Algorithms 3 and 4. The pairs may be cut along dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -89,13 +90,15 @@ class InputEmbedder(nn.Module):
     def forward(
         self, target: torch.Tensor, msa: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        z = self.left(target).unsqueeze(2) + self.right(target).unsqueeze(1)
-        z = z + self.position(relative_positions(index, _REACH).to(target.dtype))
+        z = self.left(self.across.own(target, 1)).unsqueeze(2) + self.right(target).unsqueeze(1)
+        own = self.across.own(index, 1)
+        z = z + self.position(relative_positions(own, index, _REACH).to(target.dtype))
         return self.msa(msa) + self.target(target).unsqueeze(1), z
 
 
-class RecyclingEmbedder(nn.Module):
-    """Algorithm 32: the first row, the pairs and the CB positions of the pass before."""
+class RecyclingEmbedder(Axial):
+    """Algorithm 32: the first row, the pairs and the CB positions of the pass before. The pairs may be cut
+    along dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -105,7 +108,7 @@ class RecyclingEmbedder(nn.Module):
     def forward(
         self, first: torch.Tensor, z: torch.Tensor, beta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        squared = (beta.unsqueeze(1) - beta.unsqueeze(2)).square().sum(-1)
+        squared = (beta.unsqueeze(1) - self.across.own(beta, 1).unsqueeze(2)).square().sum(-1)
         return self.norm_m(first), self.norm_z(z) + self.distance(binned(squared, *_RECYCLED))
 
 
@@ -140,8 +143,9 @@ class Heads(nn.Module):
         return half + half.transpose(1, 2), self.residue(m), self.confidence(single)
 
 
-class AlphaFold(nn.Module):
-    """``forward(batch)`` takes the features of jobs.alphafold2 and returns a mapping of tensors."""
+class AlphaFold(Axial):
+    """``forward(batch)`` takes the features of jobs.alphafold2 and returns a mapping of tensors, of which
+    "pairs", to be recycled, may be cut along dimension 1."""
 
     def __init__(self, size: FoldSize) -> None:
         super().__init__()
@@ -165,7 +169,7 @@ class AlphaFold(nn.Module):
         like, widths = given["target"], self.size.widths
         first, z = (
             like.new_zeros(count, length, widths.c_m),
-            like.new_zeros(count, length, length, widths.c_z),
+            like.new_zeros(count, self.across.size(length), length, widths.c_z),
         )
         beta = like.new_zeros(count, length, 3)
         with torch.no_grad():
@@ -187,19 +191,22 @@ class AlphaFold(nn.Module):
         first, recycled = self.recycle(first, z, beta)
         m, z = torch.cat([(m[:, 0] + first).unsqueeze(1), m[:, 1:]], dim=1), fresh + recycled
         del fresh, recycled
+        rows, m = held.expand(m.shape[:3]), self.across.own(m, 1)
         if self.template is not None:
             z = z + self.template(z, pairs, given["template"], given["template_mask"])
-        extra, extra_rows = self.embed_extra(given["extra"]), held.expand(given["extra"].shape[:3])
+        extra_rows = held.expand(given["extra"].shape[:3])
+        extra = self.embed_extra(self.across.own(given["extra"], 1))
         for block in self.extra:
             extra, z = block(extra, z, extra_rows, pairs)
         del extra
-        rows = held.expand(m.shape[:3])
         for block in self.blocks:
             m, z = block(m, z, rows, pairs)
+        cut = z
+        m, z = self.across.whole(m, 1, rows.shape[1]), self.across.whole(z, 1, rows.shape[2])
         single, rotations, translations, angles = self.structure(self.single(m[:, 0]), z, mask)
         distance, residue, confidence = self.heads(m, z, single)
         return {
-            "first": m[:, 0], "pairs": z, "distance": distance, "residue": residue, "confidence": confidence,
+            "first": m[:, 0], "pairs": cut, "distance": distance, "residue": residue, "confidence": confidence,
             "rotations": rotations, "translations": translations, "angles": angles,
             "beta": translations[-1] + (rotations[-1] @ rotations.new_tensor(_BETA)),
         }  # fmt: skip

@@ -1,0 +1,240 @@
+"""What is cut along an axis and what is whole, for stacks that hold a row and a pair representation.
+
+Between `Whole.own` and `Whole.whole` a rank holds its part of a tensor along one dimension: every part as
+long as the first, the last ones filled up with zeros where the length does not divide. On the way back
+gradients are multiplied by the number of ranks at `whole` and divided by it at `own`: so inside, where each
+rank sees its share of a parameter's gradient, and outside, where all see the same, the mean over ranks is the
+gradient. Nothing that was gathered is kept for backward, it is gathered again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from memfit.techniques.together import Together
+
+
+class Whole:
+    """What the modules of a stack ask of the ranks that share it: nothing, as there is one.
+
+    ``dim`` is the dimension along which ``x`` is cut, ``length`` its length as a whole.
+    """
+
+    cuts = False
+
+    def size(self, length: int) -> int:
+        """Of a rank's part of so many."""
+        return length
+
+    def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part of what every rank has alike."""
+        return x
+
+    def whole(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        """All parts, for what every rank then computes alike."""
+        return x
+
+    def gathered(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        """All parts, for what each rank computes of its own part."""
+        return x
+
+    def turned(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
+        """Whole along ``dim`` and cut along ``to``."""
+        return x
+
+    def summed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The sum over ranks of what is whole, cut along ``dim``."""
+        return x
+
+    def product(
+        self, sums: str, left: torch.Tensor, right: torch.Tensor, dim: int, length: int
+    ) -> torch.Tensor:
+        """einsum of ``left`` with all parts of ``right``, whose ``dim`` is a dimension of the result and
+        not of ``left``."""
+        return torch.einsum(sums, left, right)
+
+
+class Axial(nn.Module):
+    """A module that knows that its inputs may be cut: the technique axial-parallel gives it its ranks."""
+
+    across: Whole = Whole()
+
+
+class Cut(Whole):
+    """The same over several ranks."""
+
+    cuts = True
+
+    def __init__(self, together: Together) -> None:
+        self.together = together
+
+    def size(self, length: int) -> int:
+        return -(-length // self.together.ranks)
+
+    def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        if not x.requires_grad:
+            return self.part(x, dim)
+        return _Own.apply(x, self, dim)  # type: ignore[no-untyped-call, no-any-return]
+
+    def whole(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        return _All.apply(x, self, dim, length)  # type: ignore[no-untyped-call, no-any-return]
+
+    def gathered(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        return _Gathered.apply(x, self, dim, length)  # type: ignore[no-untyped-call, no-any-return]
+
+    def turned(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
+        return _Turned.apply(x, self, dim, to, length)  # type: ignore[no-untyped-call, no-any-return]
+
+    def summed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return _Summed.apply(x, self, dim)  # type: ignore[no-untyped-call, no-any-return]
+
+    def product(
+        self, sums: str, left: torch.Tensor, right: torch.Tensor, dim: int, length: int
+    ) -> torch.Tensor:
+        if torch.is_autocast_enabled(kind := left.device.type):
+            left, right = (x.to(torch.get_autocast_dtype(kind)) for x in (left, right))
+        return _Product.apply(left, right, self, sums, dim, length)  # type: ignore[no-untyped-call, no-any-return]
+
+    # -- without gradients ------------------------------------------------------------------------------
+
+    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        length, size = x.shape[dim], self.size(x.shape[dim])
+        begin = min(self.together.rank * size, length)
+        found = x.narrow(dim, begin, min(size, length - begin))
+        return _filled(found, dim, size)
+
+    def all(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+        return _joined(self.together.stack(x), dim, length)
+
+    def turn(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
+        return _joined(self.together.exchange(self.apart(x, to)), dim, length)
+
+    def scattered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return self.together.scatter_sum(self.apart(x, dim)).squeeze(0)
+
+    def apart(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """(ranks, ...): the ranks' parts of x."""
+        size, ranks = self.size(x.shape[dim]), self.together.ranks
+        return _filled(x, dim, size * ranks).unflatten(dim, (ranks, size)).movedim(dim, 0).contiguous()
+
+
+def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """With zeros at the end, as long as ``size``."""
+    missing = size - x.shape[dim]
+    return functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
+
+
+def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    """Parts (ranks, ...) along ``dim`` of one, without what filled up the last."""
+    found = parts.movedim(0, dim).flatten(dim, dim + 1)
+    return found if found.shape[dim] == length else found.narrow(dim, 0, length)
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int) -> torch.Tensor:
+        ctx.cut, ctx.dim, ctx.length = cut, dim, x.shape[dim]
+        return cut.part(x, dim).clone()  # a view would keep the whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        found = ctx.cut.all(grad, ctx.dim, ctx.length)
+        return found.div_(ctx.cut.together.ranks), None, None
+
+
+class _All(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int, length: int) -> torch.Tensor:
+        ctx.cut, ctx.dim = cut, dim
+        return cut.all(x, dim, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.cut.part(grad, ctx.dim) * ctx.cut.together.ranks, None, None, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int, length: int) -> torch.Tensor:
+        ctx.cut, ctx.dim = cut, dim
+        return cut.all(x, dim, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.cut.scattered(grad, ctx.dim), None, None, None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int) -> torch.Tensor:
+        ctx.cut, ctx.dim, ctx.length = cut, dim, x.shape[dim]
+        return cut.scattered(x, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.cut.all(grad, ctx.dim, ctx.length), None, None
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int, to: int, length: int) -> torch.Tensor:
+        ctx.cut, ctx.dim, ctx.to, ctx.length = cut, dim, to, x.shape[to]
+        return cut.turn(x, dim, to, length)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.cut.turn(grad, ctx.to, ctx.dim, ctx.length), None, None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """By parts, so that what einsum makes on the way is no longer than one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: torch.Tensor, right: torch.Tensor, cut: Cut, sums: str, dim: int, length: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.cut, ctx.sums, ctx.dim, ctx.length = cut, sums, dim, length
+        parts, out = cut.together.gather(right), list[torch.Tensor]()
+        for part, size in zip(parts, _lengths(length, right.shape[dim], len(parts)), strict=True):
+            out.append(torch.einsum(sums, left, part.narrow(dim, 0, size)))
+        return torch.cat(out, _place(sums, dim))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        left, right = ctx.saved_tensors
+        cut, dim, along = ctx.cut, ctx.dim, _place(ctx.sums, ctx.dim)
+        (of_left, of_right), of_out = ctx.sums.split("->")[0].split(","), ctx.sums.split("->")[1]
+        parts = cut.together.gather(right)
+        grads = right.new_zeros(len(parts), *right.shape)
+        grad_left, begin = torch.zeros_like(left), 0
+        for index, size in enumerate(_lengths(ctx.length, right.shape[dim], len(parts))):
+            here, part = grad.narrow(along, begin, size), parts[index].narrow(dim, 0, size)
+            grad_left += torch.einsum(f"{of_out},{of_right}->{of_left}", here, part)
+            grads[index].narrow(dim, 0, size).copy_(
+                torch.einsum(f"{of_out},{of_left}->{of_right}", here, left)
+            )
+            begin += size
+        del parts
+        return grad_left, cut.together.scatter_sum(grads).squeeze(0), None, None, None, None
+
+
+def _place(sums: str, dim: int) -> int:
+    """Of the right one's dimension in the result."""
+    operands, result = sums.split("->")
+    return result.index(operands.split(",")[1][dim])
+
+
+def _lengths(length: int, size: int, ranks: int) -> list[int]:
+    return [max(0, min(size, length - rank * size)) for rank in range(ranks)]

@@ -1,0 +1,76 @@
+"""Ranks that work on one sample together: their collectives, and the mean of their gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memfit.techniques.base import Workbench
+
+_COMM: Any = torch.ops._c10d_functional
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Together:
+    """``group``: the process group's name; ``rank``: this one's place in it."""
+
+    group: str
+    rank: int
+    ranks: int
+
+    def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(ranks, ...): every rank's tensor."""
+        whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
+        stacked: torch.Tensor = _COMM.wait_tensor(whole).unflatten(0, (self.ranks, -1))
+        return stacked
+
+    def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Every rank's tensor, in the order of ranks."""
+        return self.stack(tensor).unbind()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor, alike on every rank."""
+        summed: torch.Tensor = _COMM.wait_tensor(_COMM.all_reduce(tensor, "sum", self.group))
+        return summed
+
+    def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum, of tensors stacked in the order of ranks along dimension 0."""
+        part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)
+        summed: torch.Tensor = _COMM.wait_tensor(part)
+        return summed
+
+    def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The i-th of as many equal parts along dimension 0 goes to the i-th rank; what came, in the order of
+        ranks."""
+        part = [tensor.shape[0] // self.ranks] * self.ranks
+        came = _COMM.all_to_all_single(tensor.contiguous(), part, part, self.group)
+        swapped: torch.Tensor = _COMM.wait_tensor(came)
+        return swapped
+
+
+def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
+    """Where no data-parallel technique takes care of it, each gradient is averaged as soon as it is there."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    done = False
+
+    def average(grad: torch.Tensor) -> torch.Tensor:
+        own = grad.to_local() if isinstance(grad, DTensor) else grad
+        mean = together.sum(own).div_(together.ranks)
+        if not isinstance(grad, DTensor):
+            return mean
+        mesh, kinds = grad.device_mesh, grad.placements
+        return DTensor.from_local(mean, mesh, kinds, run_check=False, shape=grad.shape, stride=grad.stride())
+
+    def start(last: bool) -> None:
+        nonlocal done
+        if not done and bench.ddp is None and not isinstance(bench.model, FSDPModule):
+            for param in bench.trainable():
+                param.register_hook(average)
+        done = True
+
+    return start
