@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from memfit.configs.lint import CHECKS, Finding, Severity, check, texts
+from memfit.configs.openfold import TUNED
 from memfit.configs.read import read
 
 File = tuple[str, str]  # name and content
@@ -65,6 +66,15 @@ def tt(**tables: Mapping[str, Any]) -> File:
     return "job.toml", "\n".join(lines)
 
 
+def of(flags: str, preset: str = "initial_training") -> File:
+    return "fold.sh", f"python3 train_openfold.py a b c d 2021-10-10 --config_preset {preset} {flags}\n"
+
+
+def changed(more: Mapping[str, Any] | None = None, **settings: Any) -> File:
+    """OpenFold's flat JSON."""
+    return "changes.json", json.dumps({f"globals.{k}": v for k, v in settings.items()} | dict(more or {}))
+
+
 def mesh(**degrees: int) -> dict[str, int]:
     return {f"{name}_parallel_degree": degree for name, degree in degrees.items()}
 
@@ -74,6 +84,9 @@ def replicas(shard: int) -> dict[str, int]:
     return degrees | mesh(tensor=2)
 
 
+DS = "--deepspeed_config_path ds.json"
+SHARDED = ds(**zero(2))
+UNTUNED = dict.fromkeys(TUNED, False)
 HIDDEN = {"fp16": {"initial_scale_power": 16}}
 ONE_BIT = {"optimizer": {"type": "OneBitAdam", "params": {"lr": 1e-4}}}
 BARE = ("ds.json", '{"train_micro_batch_size_per_gpu": 4}')
@@ -331,7 +344,29 @@ TORCHTITAN = {
         tt(activation_checkpoint={"mode": "memory_budget"}, compile=COMPILED),
     ),
 }
-CASES: Mapping[str, Case] = DEEPSPEED | ACCELERATE | TRAINER | MEGATRON | TORCHTITAN
+OPENFOLD = {
+    "openfold-seed": case(of("--gpus 4"), of("--gpus 4 --seed 1")),
+    "openfold-fp16-deepspeed": case(
+        (of(f"{DS} --precision 16"), SHARDED), (of(f"{DS} --precision bf16"), SHARDED)
+    ),
+    "openfold-accumulation": case(of("--accumulate_grad_batches 4"), of("--accumulate_grad_batches 1")),
+    "openfold-preset": case(of("", "finetune"), of("", "finetuning")),
+    "openfold-unknown-key": case(changed(use_flash_attention=True), changed(use_flash=True)),
+    "openfold-two-kernels": case(
+        changed(use_flash=True, use_lma=True), changed(use_flash=True, use_lma=False)
+    ),
+    "openfold-chunk-training": case(
+        changed(chunk_size=4), changed(dict.fromkeys(TUNED, False), chunk_size=4)
+    ),
+    "openfold-blocks-per-ckpt": case(changed(blocks_per_ckpt=4), changed(blocks_per_ckpt=2)),
+    "openfold-extra-ckpt": case(
+        changed(blocks_per_ckpt=None),
+        changed({"model.extra_msa.extra_msa_stack.ckpt": False}, blocks_per_ckpt=None),
+    ),
+    "openfold-deepspeed-accumulation": case((of(DS), ds(gradient_accumulation_steps=1)), (of(DS), SHARDED)),
+    "openfold-deepspeed-stage3": case((of(DS), ds(**zero(3))), (of(DS), ds(**zero(2)))),
+}
+CASES: Mapping[str, Case] = DEEPSPEED | ACCELERATE | TRAINER | MEGATRON | TORCHTITAN | OPENFOLD
 
 
 def findings(files: tuple[File, ...], c: Case, folder: Path) -> tuple[Finding, ...]:

@@ -24,7 +24,10 @@ _MOST_BYTES = 512 * 1024  # of a file that is carried
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
     to: Annotated[
-        str, typer.Option(metavar="TARGET", help="torchrun, slurm, k8s, skypilot, trainer or torchtitan.")
+        str,
+        typer.Option(
+            metavar="TARGET", help="torchrun, slurm, k8s, skypilot, trainer, torchtitan or openfold."
+        ),
     ]
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")]
     nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that the ranks are dealt to.")] = 1

@@ -42,6 +42,7 @@ def plan_given(
             reason="predicted as if each had its own",
         )
         carried = dataclasses.replace(carried, left_out=(*carried.left_out, told))
+    job, carried = _published(carried, job)
     asked, size, carried = _sized(carried, job, goal, here, on)
     from memfit import beside
 
@@ -56,6 +57,25 @@ def plan_given(
     else:
         _print(result, lang)
     return carried.plan
+
+
+def _published(
+    carried: memfit.configs.carry.Carried, job: JobOptions
+) -> tuple[JobOptions, memfit.configs.carry.Carried]:
+    """At the size of the job that the files are about. Raises UserError where they are about another job."""
+    from memfit.configs.carry import LeftOut
+    from memfit.configs.openfold import JOB
+
+    if not carried.size:
+        return job, carried
+    if job.job != JOB:
+        raise UserError(f"OpenFold's settings for the job {job.job}", allowed=f"memfit plan {JOB} --from ...")
+    if job.size is None:
+        return dataclasses.replace(job, size=carried.size), carried
+    if job.size == carried.size:
+        return job, carried
+    told = LeftOut(option=f"crop of size {carried.size}", reason=f"--size {job.size} was asked for")
+    return job, dataclasses.replace(carried, left_out=(*carried.left_out, told))
 
 
 def _sized(

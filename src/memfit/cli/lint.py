@@ -32,8 +32,9 @@ class LintOptions:
 def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> None:
     """Find contradictions, options without effect and known traps in configuration files.
 
-    Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments and
-    torchtitan TOML; several at once are one set-up. Exit code 1 where a finding is an error.
+    Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments,
+    torchtitan TOML and OpenFold's settings; several at once are one set-up. Exit code 1 where a finding is
+    an error.
     """
     words = language(lang.lang)
     from memfit.configs.lint import check

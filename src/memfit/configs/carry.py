@@ -2,7 +2,7 @@
 
 Where a file is silent the library's own default holds (DeepSpeed 0.19 runtime/zero/config.py and config.py;
 Accelerate 1.15 utils/dataclasses.py; transformers 5.24 training_args.py; Megatron-LM at d98e8a6
-training/arguments.py; torchtitan v0.2.2 config/job_config.py; read 2026-11).
+training/arguments.py; torchtitan v0.2.2 config/job_config.py; OpenFold in openfold.py; read 2026-11).
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ class LeftOut:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
     """``engine``: who would run it. ``micro_batch``: samples in a forward pass of one rank; ``batch``: in an
-    optimizer step of all ranks; None where the files leave them open."""
+    optimizer step of all ranks; None where the files leave them open. ``size``: of the built-in job that the
+    files are about, "" where they are about no such."""
 
     plan: Plan
     engine: str
     micro_batch: int | None
     batch: int | None
     left_out: tuple[LeftOut, ...]
+    size: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,6 +47,7 @@ class Draft:
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     micro_batch: int | None = None
     batch: int | None = None
+    size: str = ""
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
         try:
@@ -81,19 +84,22 @@ def over(setup: Setup) -> Carried:
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
     return Carried(
         plan=plan, engine=engine, micro_batch=draft.micro_batch, batch=draft.batch,
-        left_out=tuple(dict.fromkeys(draft.left_out)),
+        left_out=tuple(dict.fromkeys(draft.left_out)), size=draft.size,
     )  # fmt: skip
 
 
 def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
+    from memfit.configs.carry_openfold import from_openfold
     from memfit.configs.carry_scripts import from_megatron, from_torchtitan
 
+    if setup.openfold is not None or setup.openfold_config is not None:
+        return "native" if setup.deepspeed is None else "deepspeed", from_openfold
     if setup.megatron is not None:
         return "megatron", from_megatron
     if setup.torchtitan is not None:
         return "native", from_torchtitan
     if setup.deepspeed is not None:
-        return "accelerate" if setup.accelerate or setup.trainer else "deepspeed", _deepspeed
+        return "accelerate" if setup.accelerate or setup.trainer else "deepspeed", from_deepspeed
     return "accelerate", _hugging_face
 
 
@@ -125,7 +131,7 @@ _SECTIONS = {
 }
 
 
-def _deepspeed(setup: Setup, draft: Draft) -> None:
+def from_deepspeed(setup: Setup, draft: Draft) -> None:
     config = setup.deepspeed
     assert config is not None
     _batches(setup, config, draft)

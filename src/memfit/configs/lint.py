@@ -10,13 +10,19 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
-from memfit.configs import rules_deepspeed, rules_hugging_face, rules_megatron, rules_torchtitan
+from memfit.configs import (
+    rules_deepspeed,
+    rules_hugging_face,
+    rules_megatron,
+    rules_openfold,
+    rules_torchtitan,
+)
 from memfit.configs.read import Found, Setup
 
 # Rule -> the kinds of files it compares, and what finds it: called with their options and the whole set-up.
 CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
     check.__name__.replace("_", "-"): (kinds, check)
-    for module in (rules_deepspeed, rules_hugging_face, rules_megatron, rules_torchtitan)
+    for module in (rules_deepspeed, rules_hugging_face, rules_megatron, rules_torchtitan, rules_openfold)
     for kinds, checks in module.CHECKS.items()
     for check in checks
 }

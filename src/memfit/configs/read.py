@@ -1,4 +1,4 @@
-"""Files of DeepSpeed, Accelerate, the Trainer, Megatron-LM and torchtitan, told apart by what is in them."""
+"""Files of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan and OpenFold, told apart by keys."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ KINDS = {
     "trainer": "Hugging Face TrainingArguments as JSON, YAML or command-line flags",
     "megatron": "Megatron-LM arguments as a script or YAML",
     "torchtitan": "torchtitan TOML",
+    "openfold": "OpenFold arguments of train_openfold.py as a script",
+    "openfold_config": "OpenFold's JSON of changed settings",
 }
 _MOST_BYTES = 1 << 20  # a configuration is not larger; data given by mistake is not parsed
 
@@ -49,7 +51,15 @@ _MARKS = {
         "use_distributed_optimizer", "context_parallel_size", "expert_model_parallel_size",
         "recompute_granularity", "recompute_activations",
     },
+    "openfold": {
+        "config_preset", "experiment_config_json", "deepspeed_config_path", "max_template_date",
+        "template_release_dates_cache_path", "train_chain_data_cache_path", "obsolete_pdbs_file_path",
+        "train_mmcif_data_cache_path", "alignment_index_path", "resume_from_jax_params", "script_modules",
+    },
 }  # fmt: skip
+_SCRIPTS = ("megatron", "trainer", "openfold")
+# What OpenFold's configuration has at its top; changes of it are named by flat keys, globals.chunk_size.
+OPENFOLD_PARTS = frozenset({"data", "globals", "model", "relax", "loss", "ema"})
 _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "optimizer", "lr_scheduler"}
 
 
@@ -123,6 +133,8 @@ class Setup:
     trainer: Options | None = None
     megatron: Options | None = None
     torchtitan: Options | None = None
+    openfold: Options | None = None
+    openfold_config: Options | None = None
     ranks: int | None = None
     parameters: int | None = None
     missing: tuple[str, ...] = ()
@@ -137,7 +149,7 @@ class Setup:
 
     @property
     def files(self) -> tuple[str, ...]:
-        found = (self.deepspeed, self.accelerate, self.trainer, self.megatron, self.torchtitan)
+        found = (getattr(self, kind) for kind in KINDS)
         return tuple(dict.fromkeys(o.file for o in found if o is not None))
 
 
@@ -155,6 +167,7 @@ def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | N
         found[kind] = options
     for kind, options in list(found.items()):
         _follow(kind, options, found, missing)
+    _follow_changes(found, missing)
     if ranks is None:
         ranks = _ranks(found)
     return Setup(**found, ranks=ranks, parameters=parameters, missing=tuple(missing))
@@ -164,7 +177,7 @@ def _read_one(path: Path) -> tuple[str, Options]:
     text = _text(path)
     data = _data(path, text)
     if isinstance(data, Script):
-        kind = max(("megatron", "trainer"), key=lambda k: len(_MARKS[k] & data.flags.keys()))
+        kind = max(_SCRIPTS, key=lambda k: len(_MARKS[k] & data.flags.keys()))
         if not _MARKS[kind] & (data.flags.keys() | data.unsure):
             raise _unknown(path, "no option of a training library in it")
         own = not _MARKS["megatron"] & data.underscored
@@ -176,6 +189,8 @@ def _read_one(path: Path) -> tuple[str, Options]:
         if len(_TITAN & data.keys()) < 2:
             raise _unknown(path, _keys_of(data))
         return "torchtitan", Options(file=str(path), data=data)
+    if (changes := _changes(path, data)) is not None:
+        return "openfold_config", Options(file=str(path), data=changes)
     plain = _snake(data)
     scores = {kind: _score(kind, marks, plain) for kind, marks in _MARKS.items()}
     kind = max(scores, key=lambda k: scores[k])
@@ -184,6 +199,27 @@ def _read_one(path: Path) -> tuple[str, Options]:
     underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser takes hyphens alone
     own = not _MARKS["megatron"] & underscored
     return kind, Options(file=str(path), data=_sections(kind, plain), defaults=own)
+
+
+def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """OpenFold's flat keys as mappings in mappings; None for a file of another library."""
+    keys = [str(key) for key in data]
+    if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
+        raise UserError(
+            f"{path} is nested", allowed='flat keys, as OpenFold reads them: "globals.chunk_size"'
+        )
+    if not any("." in key and key.partition(".")[0] in OPENFOLD_PARTS for key in keys):
+        return None
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        *above, last = str(key).split(".")
+        node = found
+        for part in above:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path} sets {key} and a part of it", allowed="each key once")
+        node[last] = value
+    return found
 
 
 def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
@@ -270,8 +306,8 @@ def _follow(kind: str, options: Options, found: dict[str, Options], missing: lis
         inside = options.raw("deepspeed")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "DEEPSPEED":
         inside = options.raw("deepspeed_config.deepspeed_config_file") or _as_deepspeed(options)
-    elif kind == "megatron":
-        inside = options.get("deepspeed_config")
+    elif kind in ("megatron", "openfold"):
+        inside = options.get("deepspeed_config") or options.get("deepspeed_config_path")
     elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "MEGATRON_LM":
         found.setdefault("megatron", Options(file=options.file, data=_as_megatron(options)))
     if not inside or inside in ("none", True) or "deepspeed" in found:
@@ -279,12 +315,31 @@ def _follow(kind: str, options: Options, found: dict[str, Options], missing: lis
     if isinstance(inside, Mapping):
         found["deepspeed"] = Options(file=options.file, data=inside)
         return
-    places = (*Path(options.file).absolute().parents, Path.cwd())  # as projects name files from their root
-    target = next((p / str(inside) for p in places if (p / str(inside)).is_file()), None)
+    target = _named(options, inside)
     if target is not None and target.suffix == ".json":
         found["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
     else:
         missing.append(str(inside))
+
+
+def _follow_changes(found: dict[str, Options], missing: list[str]) -> None:
+    """The JSON that OpenFold's arguments name."""
+    options = found.get("openfold")
+    name = options.get("experiment_config_json") if options is not None else None
+    if options is None or not name or "openfold_config" in found:
+        return
+    if (target := _named(options, name)) is None:
+        missing.append(str(name))
+        return
+    kind, changes = _read_one(target)
+    if kind != "openfold_config":
+        raise UserError(f"{target} is {KINDS[kind]}", allowed=KINDS["openfold_config"])
+    found["openfold_config"] = changes
+
+
+def _named(options: Options, name: Any) -> Path | None:
+    places = (*Path(options.file).absolute().parents, Path.cwd())  # as projects name files from their root
+    return next((p / str(name) for p in places if (p / str(name)).is_file()), None)
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
@@ -328,6 +383,9 @@ def _as_megatron(options: Options) -> dict[str, Any]:
 def _ranks(found: Mapping[str, Options]) -> int | None:
     if (options := found.get("accelerate")) is not None:
         return options.count("num_processes")
+    if (options := found.get("openfold")) is not None:
+        counts = [1 if options.raw(n) is None else options.count(n) for n in ("gpus", "num_nodes")]
+        return counts[0] * counts[1] if counts[0] and counts[1] else None
     for options in _scripts(found):
         nodes = 1 if options.raw("nnodes") is None else options.count("nnodes")
         each = options.count("nproc_per_node") or options.count("num_gpus")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memfit.export import openfold
 from memfit.export.base import RUN, Files, Handover
 from memfit.export.torchtitan import newer_cannot
 
@@ -32,6 +33,10 @@ _START = {
     "$(cat torchtitan.args)\n```\n\n"
     "v0.2.2, the last with TOML: add your `[model]` and data to torchtitan.toml, and "
     "`torchrun ... -m torchtitan.train --job.config_file torchtitan.toml`.",
+    "openfold": "With your data, from this folder, on every node:\n\n"
+    "```sh\npython train_openfold.py MMCIF_DIR ALIGNMENT_DIR TEMPLATE_MMCIF_DIR OUTPUT_DIR 2021-10-10 "
+    "$(cat openfold.args)\n```\n\n"
+    "What is not in the files (caches of chains, learning rate, epochs) is yours to give.",
 }
 
 
@@ -65,6 +70,9 @@ def _what(name: str, handover: Handover) -> str:
         "training_args.json": "the plan as TrainingArguments",
         "torchtitan.toml": "the plan for torchtitan v0.2.2",
         "torchtitan.args": "the plan for torchtitan v0.3",
+        openfold.ARGUMENTS: "arguments of train_openfold.py",
+        openfold.CHANGES: "what they change of OpenFold's configuration",
+        openfold.DEEPSPEED: "DeepSpeed's configuration, as Lightning takes it",
     }
     return known.get(name) or ("yours" if name in handover.own_files else "what is submitted")
 
@@ -74,7 +82,9 @@ def _notes(target: str, handover: Handover) -> Iterator[str]:
     if target == "torchtitan":
         yield "Its steps are torchtitan's own: chunked losses and clipping are its configuration's."
         yield from (f"torchtitan.args is not here: v0.3 has no {n}." for n in newer_cannot(handover.plan))
-    if target in {"trainer", "torchtitan"}:
+    if target == "openfold":
+        yield from openfold.notes(handover.plan)
+    if target in {"trainer", "torchtitan", "openfold"}:
         yield f"The batch is {spec.batch_size} samples a step on all ranks."
         return
     if handover.script:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from memfit.export import kubernetes, skypilot, slurm, torchrun, torchtitan, trainer
+from memfit.export import kubernetes, openfold, skypilot, slurm, torchrun, torchtitan, trainer
 from memfit.export.base import Files, Handover
 from memfit.export.readme import NAME, readme
 from memfit.types.errors import UserError
@@ -16,6 +16,7 @@ TARGETS: Mapping[str, Callable[[Handover], Files]] = {
     "skypilot": skypilot.files,
     "trainer": trainer.files,
     "torchtitan": torchtitan.files,
+    "openfold": openfold.files,
 }
 
 

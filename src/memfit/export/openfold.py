@@ -1,0 +1,142 @@
+"""OpenFold's settings: arguments of train_openfold.py, the JSON of what they change, DeepSpeed's file.
+
+Keys are those of openfold/config.py and train_openfold.py at ce0029e (read 2026-11). What a plan has and
+OpenFold cannot do is refused; what OpenFold does beside a plan stands in the folder's README.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from memfit.configs.openfold import CKPT, EXTRA_CKPT, JOB, KERNELS, PRESETS, SIZES
+from memfit.engines.deepspeed import config
+from memfit.export.base import Files, Handover
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+ARGUMENTS: Final = "openfold.args"
+CHANGES: Final = "openfold.json"
+DEEPSPEED: Final = "deepspeed_config.json"
+_SEED: Final = 42  # OpenFold wants one where several processes train
+_CLIPPED: Final = 0.1  # gradient norm in OpenFold's own deepspeed_config.json
+
+_SAID = {"ddp", "zero", "bf16-autocast", "activation-checkpointing"}
+_WHY = {
+    "chunking": "it has chunks in inference only (tune_chunk_size stops in training)",
+    "gradient-accumulation": "--accumulate_grad_batches does not reach its Trainer",
+    "bf16-parameters": "it has bf16 by autocast, or bf16 parameters under ZeRO",
+    "activation-offload": "its cpu_checkpointing moves inputs of blocks alone",
+}
+# By technique: (setting, allowed values, why).
+_ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
+    "ddp": (
+        ("bucket_mib", (25,), "it is Lightning's DDPStrategy with torch's buckets"),
+        ("bucket_view", (False,), "gradients lie beside its buckets"),
+    ),
+    "zero": (("stage", (1, 2), "its moving average needs whole parameters"),),
+    "activation-checkpointing": (("every", (1,), "blocks_per_ckpt recomputes all blocks"),),
+}
+
+
+def files(handover: Handover) -> Files:
+    if why := tuple(_why_not(handover)):
+        raise UserError(f"OpenFold cannot train this plan: {'; '.join(why)}")
+    found = {
+        **handover.own_files,
+        CHANGES: json.dumps(changes(handover), indent=2) + "\n",
+        ARGUMENTS: "".join(f"--{name} {value}\n" for name, value in arguments(handover).items()),
+    }
+    if handover.plan.get("zero") is not None:
+        found[DEEPSPEED] = json.dumps(deepspeed(handover), indent=2) + "\n"
+    return found
+
+
+def _why_not(handover: Handover) -> Iterator[str]:
+    ref, plan = handover.config.spec.job, handover.plan
+    if ref.spec != JOB or _size(handover)[0] not in SIZES:
+        yield f"its network is that of {JOB} at --size {' or '.join(SIZES)}"
+    for used in plan.uses:
+        name = used.technique
+        if name not in _SAID:
+            yield f"{name}: {_WHY.get(name, 'it has none')}"
+        for knob, allowed, why in _ONLY.get(name, ()):
+            if used.settings[knob] not in allowed:
+                values = " or ".join(json.dumps(v) for v in allowed)
+                yield f"{name}: {why}, {knob} must be {values}"
+    if plan.get("zero") is not None and plan.get("bf16-autocast") is not None:
+        yield "zero: under DeepSpeed bf16 is its precision, not autocast"
+    if handover.config.spec.batch_size % plan.ranks:
+        yield f"a batch of {handover.config.spec.batch_size} on {plan.ranks} processes"
+
+
+def _size(handover: Handover) -> tuple[str, int | None]:
+    """The job's size and the crop that it was asked at."""
+    name, _, residues = (handover.config.spec.job.size or "tiny").partition("@")
+    return name, int(residues) if residues else None
+
+
+def changes(handover: Handover) -> dict[str, Any]:
+    """Flat keys of --experiment_config_json; what is as in training presets is written too, to be seen."""
+    size, residues = _size(handover)
+    preset = PRESETS[SIZES[size]]
+    spec, plan = handover.config.spec, handover.plan
+    recomputed = plan.get("activation-checkpointing") is not None
+    return {
+        "data.train.crop_size": residues or preset.residues,
+        "data.train.max_msa_clusters": preset.rows,
+        "data.train.max_extra_msa": preset.extra_rows,
+        "data.data_module.data_loaders.batch_size": spec.batch_size // plan.ranks,
+        CKPT[0]: 1 if recomputed else None,
+        EXTRA_CKPT: recomputed,
+        "globals.chunk_size": None,
+        **{f"globals.{kernel}": False for kernel in KERNELS},
+    }
+
+
+def arguments(handover: Handover) -> dict[str, Any]:
+    plan = handover.plan
+    zero = plan.get("zero")
+    half = plan.get("bf16-autocast") is not None or (
+        zero is not None and zero.settings["precision"] == "bf16"
+    )
+    found: dict[str, Any] = {
+        "config_preset": SIZES[_size(handover)[0]],
+        "experiment_config_json": CHANGES,
+        "precision": "bf16-mixed" if half else "32-true",
+        "num_nodes": handover.nodes,
+        "gpus": handover.per_node,
+        "seed": _SEED,
+    }
+    return found | ({"deepspeed_config_path": DEEPSPEED} if zero is not None else {})
+
+
+def deepspeed(handover: Handover) -> dict[str, Any]:
+    """As memfit's engine writes it, without what Lightning sets itself and refuses to find."""
+    found = config(handover.config.spec)
+    del found["gradient_accumulation_steps"]
+    return {**found, "gradient_clipping": _CLIPPED}
+
+
+def notes(plan: Plan) -> Iterator[str]:
+    """What OpenFold does and the plan does not say."""
+    yield "OpenFold hands no number of devices to its Trainer: it takes all that CUDA_VISIBLE_DEVICES shows."
+    yield "It keeps a moving average of the parameters beside them, 4 bytes each, which the plan has not."
+    yield "Torsion angles of four templates are rows of its MSA too: 132 where the plan has 128, 516 for 512."
+    yield "Its loss knows side chains and clashes, memfit's the backbone."
+    yield (
+        "Extra-MSA rows attend in OpenFold's own kernel, which keeps less than the plan has. "
+        "`globals.use_deepspeed_evo_attention` would keep no logits at all; it is off, as in the plan."
+    )
+    if plan.get("activation-checkpointing") is not None:
+        yield (
+            "OpenFold recomputes the blocks of its extra-MSA and template stacks too; memfit's plan keeps "
+            "them: it will take less than predicted."
+        )
+    if plan.get("bf16-autocast") is not None or plan.get("zero") is not None:
+        yield (
+            "memfit's plan computes `structure`, `recycle` and `heads` in float32; OpenFold has its own "
+            "exceptions, most of them for fp16."
+        )
+    yield "`memfit plan alphafold2 --from openfold.args` reads these files back, `memfit lint` checks them."
