@@ -1,4 +1,4 @@
-"""Tensor, sequence, context and expert parallelism, two real ranks over gloo against one process and against
+"""Tensor, sequence, context, axial and expert parallelism, two real ranks over gloo against one process and against
 their traces.
 
 The file is also the program that each rank runs.
@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
+from memfit.jobs import alphafold2
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
@@ -174,7 +175,7 @@ JOBS = {
         _job("llama", _llama, _its_loss),
         _job("esm", _esm, _its_loss),
     )
-}
+} | {"folds": alphafold2.make(batch=2, length=23)}  # with dropout, and a length that does not divide
 
 
 def _plan(**uses: Any) -> Plan:
@@ -191,6 +192,9 @@ CASES = (
     ("gpt", _plan(context_parallel={}, ddp={})),
     ("rotary", _plan(context_parallel={}, ddp={})),  # as many angles as positions on a rank
     ("llama", _plan(context_parallel={}, fsdp2={}, activation_checkpointing={})),
+    ("folds", _plan(axial_parallel={})),
+    ("folds", _plan(axial_parallel={}, ddp={})),
+    ("folds", _plan(axial_parallel={}, fsdp2={}, activation_checkpointing={})),
     ("mixture", _plan(expert_parallel=EVERY_TOKEN, ddp={})),
     ("mixture", _plan(expert_parallel=EVERY_TOKEN, fsdp2={})),
 )
@@ -259,6 +263,7 @@ def test_two_ranks_train_as_one_process(index: int, ranks: list[list[list[dict[s
 
 
 @pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPAlphaFold.")  # returns what a Linear does: a view
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{CASES[i][1].label}")
 def test_the_trace_of_a_rank_has_its_peak(index: int, ranks: list[list[list[dict[str, Any]]]]) -> None:
     name, plan = CASES[index]
@@ -304,6 +309,7 @@ def test_heads_hidden_from_view_are_refused() -> None:
         ("mixture", 3, {"expert-parallel": {"degree": 3}, "ddp": {}}, "4 experts of blocks.0.experts on 3"),
         ("gpt", 2, {"expert-parallel": {}, "ddp": {}}, "no experts"),
         ("mixture", 2, {"tensor-parallel": {}, "ddp": {}}, "cannot be combined"),
+        ("gpt", 2, {"axial-parallel": {}}, "nothing to cut in Gpt"),
     ],
 )
 def test_what_cannot_be_cut_is_one_line(name: str, ranks_: int, uses: dict[str, Any], words: str) -> None:

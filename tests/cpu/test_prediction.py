@@ -241,7 +241,7 @@ LOWERS = {
 # Compiled kernels are not measured on a CPU; paging and lists of tensors at once are a GPU's;
 # the temporaries of torchao's 4-bit step outweigh what it saves on a model as small as these; ranks have
 # files of their own.
-PARALLEL = {"tensor-parallel", "context-parallel", "expert-parallel", "pipeline"}
+PARALLEL = {"tensor-parallel", "context-parallel", "axial-parallel", "expert-parallel", "pipeline"}
 RANKED = {"ddp", "fsdp2", "zero", "sharded-ddp"} | PARALLEL
 ELSEWHERE = {"compile", "adamw-paged", "adamw-single", "adamw-4bit"} | RANKED
 

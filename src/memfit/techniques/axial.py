@@ -9,6 +9,7 @@ gradient. Nothing that was gathered is kept for backward, it is gathered again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -130,9 +131,15 @@ def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    """Parts (ranks, ...) along ``dim`` of one, without what filled up the last."""
-    found = parts.movedim(0, dim).flatten(dim, dim + 1)
-    return found if found.shape[dim] == length else found.narrow(dim, 0, length)
+    """Parts (ranks, ...) along ``dim`` of one, without what filled up the last. No view, which a module that
+    FSDP2 wraps must not return."""
+    ranks, shape = parts.shape[0], list(parts.shape[1:])
+    size = shape[dim]
+    if size * ranks == length and math.prod(shape[:dim]) == 1:
+        shape[dim] = length
+        return torch.ops.aten._unsafe_view(parts, shape)  # type: ignore[no-any-return]
+    held = zip(parts.unbind(), _lengths(length, size, ranks), strict=True)
+    return torch.cat([part.narrow(dim, 0, own) for part, own in held], dim)
 
 
 class _Own(torch.autograd.Function):
