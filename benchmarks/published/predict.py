@@ -20,7 +20,7 @@ from memfit.types.machine import Device
 from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.trace import Phase, Trace
 from published.megatron import rank_jobs
-from published.models import job_of, known, needed
+from published.models import STACKS, job_of, known, needed
 from published.rows import Setup, before_torch_2, card_bytes, when
 
 
@@ -206,9 +206,8 @@ def traced(setup: Setup, plan: Plan, layers: int = 0) -> Trace:
     """Of the model with so many blocks; 0: with all of its own."""
     key = (*setup.row.items(), setup.micro_batch, setup.micro_batches, plan, layers)
     if key not in _KEPT:
-        options: dict[str, Any] = {
-            "device": "cuda", "played": 2, "update": setup.row["scope"] == "train_step",
-        }  # fmt: skip
+        update = setup.row["scope"] == "train_step" or setup.code == "nnscaler"
+        options: dict[str, Any] = {"device": "cuda", "played": 2, "update": update}
         job = job_of(_with_layers(setup, layers) if layers else setup)
         _KEPT[key] = trace(job, plan, **options) if layers else deep_trace(job, plan, **options)
     return _KEPT[key]
@@ -231,7 +230,7 @@ def _is_line(setup: Setup, plan: Plan) -> bool:
     whole = compiled is not None and compiled.settings["scope"] == "model"
     replayed = setup.measured is not None and setup.measured.kind in ("reserved", "device", "resident")
     held = setup.lora is not None and setup.lora.keeps_input
-    wanted = whole or setup.code == "evoformer" or (not replayed and (compiled is not None or held))
+    wanted = whole or setup.code in STACKS or (not replayed and (compiled is not None or held))
     return wanted and _count(setup) > _FEW_BLOCKS + 2 * _period(plan)
 
 

@@ -35,7 +35,7 @@ class Measured:
 class Setup:
     """One run as its source describes it. ``code``: whose modules. ``parameters``, ``compute``: dtypes;
     ``sharding``: "", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"; ``recompute``: "", "full",
-    "operators", or "every-k"; ``optimizer``: "adamw", "adamw-8bit", "adamw-4bit", "adafactor", ..."""
+    "operators", "inside" or "every-k"; ``optimizer``: "adamw", "adamw-8bit", "adamw-4bit", "sgd", ..."""
 
     row: Mapping[str, str]
     code: str
@@ -102,7 +102,8 @@ def setup_of(row: Mapping[str, str]) -> Setup:
         length=_number(row["seq_len"]), micro_batch=micro,
         micro_batches=_number(row["grad_accum"]) or _accumulated(row, micro, data),
         parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
-        optimizer=_optimizer(row["optimizer"].lower()), fused=_fused(row, code),
+        optimizer="sgd" if code == "nnscaler" else _optimizer(row["optimizer"].lower()),
+        fused=_fused(row, code),
         lora=_lora(row, code), sharding=sharding,
         reshard=not re.search(r"zero-?2|reshard_after_forward false", row["zero_fsdp"].lower()),
         recompute=_recompute(row["act_ckpt"].lower()), compiled=row["compile"].lower()[:1] == "y",
@@ -153,6 +154,7 @@ def _accumulated(row: Mapping[str, str], micro: int, data: int) -> int:
 
 
 _CODES: tuple[tuple[str, str], ...] = (
+    (r"af2-.*nnscaler", "nnscaler"),
     (r"evoformer|extra-msa|alphafold|openfold|uni-?fold", "evoformer"),
     (r"torchtitan", "titan"),
     (r"torchtune", "tune"),
@@ -210,7 +212,7 @@ def _dtypes(precision: str, code: str, sharding: str) -> tuple[str, str]:
         return half, half
     if re.search(r"amp|mixed|mp\b|fp32 param|master", precision) or code == "titan":
         return "float32", half
-    if code == "evoformer":
+    if code in ("evoformer", "nnscaler"):
         return half, half
     if code in ("hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
         return half, half
@@ -281,6 +283,8 @@ def _holds_inputs(row: Mapping[str, str], code: str) -> bool:
 
 
 def _recompute(text: str) -> str:
+    if re.search(r"finer|chunk", text):
+        return "inside"  # of blocks: the model's own code does it
     if found := re.search(r"every (\d+)", text):
         return f"every-{found[1]}"
     if re.search(r"selective.*(op|operator)", text):

@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import published.score
 from published.arch import arch_of, family_of, public
 from published.decoder import ExpertList, Experts
+from published.evoformer import Fold
 from published.losses import Loss
 from published.models import job_of, keeping_gradients
+from published.nnscaler import Stack
 from published.page import page
 from published.predict import plan_of, predict
 from published.rows import COLUMNS, GIB, before_torch_2, read, setup_of
@@ -322,3 +324,44 @@ def test_a_run_larger_than_its_card_contradicts_itself() -> None:
                optimizer="AdamW", gpu_mem_gb="1")  # fmt: skip
     with pytest.raises(UserError, match="more than its card"):
         predict(setup_of(row))
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["evoformer", "extra MSA"])
+def test_what_nnscaler_recomputes_changes_no_gradient(columns: bool) -> None:
+    fold = Fold(
+        sequences=8, residues=6, c_m=64, c_z=32, msa_heads=8, pair_heads=1, outer=4, blocks=2, fused=False,
+        global_columns=columns,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    models = [Stack(fold, policy) for policy in ("", "extra" if columns else "parts")]
+    for parameter in models[0].parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    models[1].load_state_dict(models[0].state_dict())
+    given = torch.randn(1, 8, 6, 64), torch.randn(1, 6, 6, 32)
+    for model in models:
+        model(*given).backward()
+    for one, other in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert all(p.grad is not None for p in models[0].parameters())
+
+
+def test_nnscalers_rows_say_what_is_recomputed_and_train_with_sgd() -> None:
+    row = _row(
+        group="AF2-Evoformer-nnscaler", model="AlphaFold-2 Evoformer stack", layers="48", precision="fp16",
+        extra_arch="c_m 256, c_z 128, 8 MSA heads, 4 pair heads", seq_len="N_seq 128 x N_res 256",
+        micro_batch="1", n_gpus="1", scope="stack",
+    )  # fmt: skip
+    for text, policy, recompute in (
+        ("per-Evoformer-block recompute", "", "full"),
+        ("finer-grained", "parts", "inside"),
+    ):
+        setup = setup_of({**row, "act_ckpt": text})
+        assert (setup.code, setup.recompute) == ("nnscaler", recompute)
+        assert [u.technique for u in plan_of(setup).uses if u.technique != "activation-checkpointing"] == [
+            "sgd"
+        ]
+        blocks = fake_model(job_of(setup)).get_submodule("blocks")
+        assert len(list(blocks.children())) == 48
+        assert all(block.policy == policy for block in blocks.children())
+    with pytest.raises(UserError, match="devices split"):
+        job_of(setup_of({**row, "act_ckpt": "per-Evoformer-block recompute", "n_gpus": "2"}))

@@ -1,0 +1,231 @@
+"""AlphaFold 2's stacks as nnScaler's example trains them (msrasys/nnscaler, 2b03d359, examples/alphafold2).
+
+A simplified Evoformer: no masks, no dropout, one product for queries, keys and values, the pair bias after
+the softmax. Shapes: m (batch, rows, residues, c_m), z (batch, residues, residues, c_z). Its peaks are
+``torch.cuda.max_memory_allocated`` in MiB, of a step with SGD and momentum. Three policies of recomputation:
+"large" the whole block, "small" each of its nine parts, and in the extra-MSA stack all but row attention,
+whose rows are cut into chunks of four, each recomputed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from published.evoformer import Fold, fold_of
+from published.rows import Setup, before_torch_2
+
+_HEAD = 32
+_CHUNK = 4  # rows of the extra MSA
+
+_again: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+class Attention(nn.Module):
+    """Of every row of x (batch, rows, n, width) along n; ``bias`` (batch, 1, heads, n, n) is added to the
+    weights, after the softmax, as the example does."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.LayerNorm(width), heads
+        self.gate, self.qkv, self.out = (
+            _weight(width, inner),
+            _weight(width, 3 * inner),
+            _weight(inner, width),
+        )
+
+    def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        gate = torch.sigmoid(x @ self.gate)
+        q, k, v = (x @ self.qkv).chunk(3, dim=-1)
+        return tuple(t.unflatten(-1, (self.heads, -1)).transpose(2, 3) for t in (q, k, v, gate))
+
+    def mixed(self, parts: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
+        shape = parts[0].shape  # batch, rows, heads, n, head
+        q, k, v, gate = (t.reshape(-1, *shape[-2:]) for t in parts)
+        weights = torch.bmm(q, k.transpose(1, 2)) * _HEAD**-0.5
+        weights = functional.softmax(weights, dim=-1)
+        if bias is not None:
+            weights = (weights.view(*shape[:3], shape[3], shape[3]) + bias).flatten(0, 2)
+        return (torch.bmm(weights, v) * gate).view(shape).transpose(2, 3).flatten(-2)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.mixed(self.projected(x), bias) @ self.out
+
+    def in_chunks(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        parts: tuple[torch.Tensor, ...] = _again(self.projected, x)
+
+        def chunk(start: int, *given: torch.Tensor) -> torch.Tensor:
+            return self.mixed(tuple(t[:, start : start + _CHUNK] for t in given[:4]), given[4])
+
+        chunks = [_again(chunk, start, *parts, bias) for start in range(0, x.shape[1], _CHUNK)]
+        return torch.cat(chunks, dim=1) @ self.out
+
+
+class Global(nn.Module):
+    """The extra-MSA stack's columns: one query for all rows."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.LayerNorm(width), heads
+        self.q, self.gate, self.out = (_weight(width, width) for _ in range(3))
+        self.k, self.v = _weight(width, 8), _weight(width, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = ((x.sum(dim=-2) @ self.q) * _HEAD**-0.5).unflatten(-1, (self.heads, -1))
+        weights = functional.softmax(q @ (x @ self.k).transpose(-1, -2), dim=-1)
+        gate = torch.sigmoid(x @ self.gate).unflatten(-1, (self.heads, -1))
+        return ((weights @ (x @ self.v)).unsqueeze(-3) * gate).flatten(-2) @ self.out
+
+
+class Transition(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = _weight(width, 4 * width), _weight(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(x) @ self.up) @ self.down
+
+
+class Outer(nn.Module):
+    def __init__(self, fold: Fold) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(fold.c_m)
+        self.left, self.right = _weight(fold.c_m, fold.outer), _weight(fold.c_m, fold.outer)
+        self.out = _weight(fold.outer**2, fold.c_z)
+
+    def forward(self, m: torch.Tensor) -> torch.Tensor:
+        m = self.norm(m)
+        a, b = ((m @ w).transpose(-2, -3) for w in (self.left, self.right))
+        return torch.einsum("...bac,...dae->...bdce", a, b).flatten(-2) @ self.out
+
+
+class Triangle(nn.Module):
+    """Multiplication; the residual goes on from the normalised pairs, as in the example."""
+
+    def __init__(self, width: int, outgoing: bool) -> None:
+        super().__init__()
+        self.outgoing, self.norm, self.norm_out = outgoing, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.weights = nn.ParameterList(_weight(width, width) for _ in range(6))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        z = self.norm(z)
+        gate_a, a, gate_b, b, out, gate = self.weights
+        left, right = torch.sigmoid(z @ gate_a) * (z @ a), torch.sigmoid(z @ gate_b) * (z @ b)
+        opened = torch.sigmoid(z @ gate)
+        if self.outgoing:
+            left, right = left.permute(0, 3, 1, 2), right.permute(0, 3, 2, 1)
+        else:
+            left, right = left.permute(0, 3, 2, 1), right.permute(0, 3, 1, 2)
+        product = self.norm_out((left @ right).permute(0, 2, 3, 1)) @ out
+        return z + (product if self.outgoing else product.permute(0, 2, 1, 3)) * opened
+
+
+class Block(nn.Module):
+    """``policy``: "" leaves recomputation to a plan; "parts"; "extra"."""
+
+    def __init__(self, fold: Fold, policy: str) -> None:
+        super().__init__()
+        self.policy, c_m, c_z = policy, fold.c_m, fold.c_z
+        self.row, self.norm_bias = Attention(c_m, fold.msa_heads, c_m), nn.LayerNorm(c_z)
+        self.bias = _weight(c_z, fold.msa_heads)
+        self.column: nn.Module = (
+            Global(c_m, fold.msa_heads)
+            if fold.global_columns
+            else Attention(c_m, fold.msa_heads, fold.msa_heads * _HEAD)
+        )
+        self.transition, self.outer = Transition(c_m), Outer(fold)
+        self.multiply = nn.ModuleList(Triangle(c_z, outgoing) for outgoing in (True, False))
+        inner = fold.pair_heads * _HEAD
+        self.attend = nn.ModuleList(Attention(c_z, fold.pair_heads, inner) for _ in range(2))
+        self.biases = nn.ParameterList(_weight(c_z, fold.pair_heads) for _ in range(2))
+        self.pair_transition = Transition(c_z)
+
+    def _rows(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        bias = (z @ self.bias).permute(0, 3, 1, 2).unsqueeze(1)
+        row = self.row.in_chunks if self.policy == "extra" else self.row
+        return m + row(self.row.norm(m), bias)
+
+    def _columns(self, m: torch.Tensor) -> torch.Tensor:
+        return m + self.column(self.column.norm(m).transpose(1, 2)).transpose(1, 2)  # type: ignore[operator]
+
+    def _triangle(self, index: int, z: torch.Tensor) -> torch.Tensor:
+        attend = self.attend[index]
+        z = attend.norm(z)  # type: ignore[operator]
+        bias = z @ self.biases[index]
+        if index == 0:
+            return z + attend(z, bias.permute(0, 3, 1, 2).unsqueeze(1))
+        turned = attend(z.transpose(1, 2), bias.permute(0, 3, 2, 1).unsqueeze(1))
+        return z + turned.transpose(1, 2)
+
+    def _rest(self, run: Callable[..., Any], m: torch.Tensor, z: torch.Tensor) -> tuple[Any, Any]:
+        m = run(self._columns, m)
+        m = run(lambda t: t + self.transition(t), m)
+        z = run(lambda t, p: p + self.outer(t), m, z)
+        for multiply in self.multiply:
+            z = run(multiply, z)
+        for index in range(2):
+            z = run(functools.partial(self._triangle, index), z)
+        return m, run(lambda t: t + self.pair_transition(t), z)
+
+    def forward(self, m: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def plainly(part: Callable[..., Any], *given: torch.Tensor) -> Any:
+            return part(*given)
+
+        if self.policy == "extra":
+            return _again(functools.partial(self._rest, plainly), self._rows(m, self.norm_bias(z)), z)  # type: ignore[no-any-return]
+        run = _again if self.policy == "parts" else plainly
+        return self._rest(run, run(lambda t, p: self._rows(t, self.norm_bias(p)), m, z), z)
+
+
+class Stack(nn.Module):
+    def __init__(self, fold: Fold, policy: str) -> None:
+        super().__init__()
+        self.norm_m, self.norm_z = nn.LayerNorm(fold.c_m), nn.LayerNorm(fold.c_z)
+        self.blocks = nn.ModuleList(Block(fold, policy) for _ in range(fold.blocks))
+
+    def forward(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        m, z = self.norm_m(m), self.norm_z(z)
+        for block in self.blocks:
+            m, z = block(m, z)
+        return m.sum() * z.sum()
+
+
+def nnscaler_job(setup: Setup) -> Job:
+    """A step of the stack. Raises UserError without the sizes, and for devices that share it."""
+    from published.models import default_dtype, keeping_gradients
+
+    fold = fold_of(setup, told=True)
+    if fold.global_columns and "chunk" not in setup.row["act_ckpt"].lower():
+        raise UserError("the extra-MSA stack is expressed with its chunks only")
+    text = setup.row["act_ckpt"].lower()
+    policy = "extra" if fold.global_columns else "parts" if "finer" in text else ""
+
+    def build() -> nn.Module:
+        with default_dtype(setup.compute):
+            model = Stack(fold, policy)
+        return keeping_gradients(model) if before_torch_2(setup) else model
+
+    def batch(step: int, seed: int) -> dict[str, Any]:
+        dtype = getattr(torch, setup.compute)
+        return {
+            "m": torch.zeros(1, fold.sequences, fold.residues, fold.c_m, dtype=dtype),
+            "z": torch.zeros(1, fold.residues, fold.residues, fold.c_z, dtype=dtype),
+        }  # fmt: skip
+
+    return Job(
+        name=setup.id, build_model=build, make_batch=batch, batch_size=1, blocks="blocks",
+        loss=lambda model, part: model(part["m"], part["z"]),
+    )  # fmt: skip
