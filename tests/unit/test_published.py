@@ -364,4 +364,4 @@ def test_nnscalers_rows_say_what_is_recomputed_and_train_with_sgd() -> None:
         assert len(list(blocks.children())) == 48
         assert all(block.policy == policy for block in blocks.children())
     with pytest.raises(UserError, match="devices split"):
-        job_of(setup_of({**row, "act_ckpt": "per-Evoformer-block recompute", "n_gpus": "2"}))
+        job_of(setup_of({**row, "act_ckpt": "per-Evoformer-block recompute", "n_gpus": "2", "dp": "1"}))
