@@ -1,5 +1,5 @@
-"""Tensor, sequence, context, axial and expert parallelism, two real ranks over gloo against one process and against
-their traces.
+"""Tensor, sequence, context, axial and expert parallelism, two real ranks over gloo against one process and
+against their traces.
 
 The file is also the program that each rank runs.
 """
@@ -263,7 +263,7 @@ def test_two_ranks_train_as_one_process(index: int, ranks: list[list[list[dict[s
 
 
 @pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPAlphaFold.")  # returns what a Linear does: a view
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPAlphaFold.")  # gives what a Linear does: a view
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{CASES[i][1].label}")
 def test_the_trace_of_a_rank_has_its_peak(index: int, ranks: list[list[list[dict[str, Any]]]]) -> None:
     name, plan = CASES[index]

@@ -121,7 +121,8 @@ class Cut(Whole):
     def apart(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """(ranks, ...): the ranks' parts of x."""
         size, ranks = self.size(x.shape[dim]), self.together.ranks
-        return _filled(x, dim, size * ranks).unflatten(dim, (ranks, size)).movedim(dim, 0).contiguous()
+        parts: torch.Tensor = _filled(x, dim, size * ranks).unflatten(dim, (ranks, size))
+        return parts.movedim(dim, 0).contiguous()
 
 
 def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Axial parallelism: every rank holds a part of the rows, or of the residues, of an Evoformer's representations.
+"""Axial parallelism: every rank holds a part of the rows or residues of an Evoformer's representations.
 
 FastFold's dynamic axial parallelism (Cheng et al. 2022, arXiv 2203.00854, section 4.2): attention along one
 axis needs no other rank where the tensor is cut along another, so an all-to-all turns the cut between them;
@@ -52,7 +52,7 @@ TECHNIQUE = Technique(
     # The first two are two ways to share what a sample takes; zero and sharded-ddp average over data-parallel
     # ranks only; the rest have not been tried beside it.
     forbids=(
-        "context-parallel", "tensor-parallel", "expert-parallel", "pipeline", "zero", "sharded-ddp", "compile",
-        "optimal-checkpointing",
+        "context-parallel", "tensor-parallel", "zero", "sharded-ddp", "expert-parallel", "pipeline",
+        "compile", "optimal-checkpointing",
     ),
 )  # fmt: skip

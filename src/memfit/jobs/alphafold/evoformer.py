@@ -102,7 +102,8 @@ class PairBias(nn.Module):
 
 
 class RowAttention(Axial):
-    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs. ``rows`` are as ``m``."""
+    """Algorithm 7: every row of the MSA attends along residues, biased by the pairs. ``rows`` are cut
+    as ``m`` is."""
 
     def __init__(self, widths: Widths) -> None:
         super().__init__()
@@ -143,8 +144,8 @@ class Transition(nn.Module):
 
 
 class OuterProduct(Axial):
-    """(batch, i, j, c_z) of left (batch, rows, i, c) and right (batch, rows, j, c): summed over rows. Both may
-    be cut along residues, of which there are ``length``."""
+    """(batch, i, j, c_z) of left (batch, rows, i, c) and right (batch, rows, j, c): summed over rows. Both
+    may be cut along residues, of which there are ``length``."""
 
     def __init__(self, width: int, c_z: int) -> None:
         super().__init__()
@@ -219,12 +220,12 @@ class TriangleAttention(Axial):
             z, pairs = self.across.turned(z, 1, 2, length).transpose(1, 2), pairs.transpose(1, 2)
         masked = ((self.across.own(pairs, 1) - 1) * -MASKED)[:, :, None, None, :]
         out = self.attention(z, masked, self.across.gathered(self.bias(z), 3, length))
-        return out if self.starting else self.across.turned(out.transpose(1, 2), 2, 1, length)  # type: ignore[no-any-return]
+        return out if self.starting else self.across.turned(out.transpose(1, 2), 2, 1, length)
 
 
 class SharedDropout(Axial):
-    """Dropout with one mask along dimension ``dim`` (supplement 1.11.6). What is cut along dimension 1 must be
-    as long along dimension 2, or share the mask along 1."""
+    """Dropout with one mask along dimension ``dim`` (supplement 1.11.6). What is cut along dimension 1 must
+    be as long along dimension 2, or share the mask along 1."""
 
     def __init__(self, p: float, dim: int) -> None:
         super().__init__()

@@ -206,7 +206,8 @@ class AlphaFold(Axial):
         single, rotations, translations, angles = self.structure(self.single(m[:, 0]), z, mask)
         distance, residue, confidence = self.heads(m, z, single)
         return {
-            "first": m[:, 0], "pairs": cut, "distance": distance, "residue": residue, "confidence": confidence,
+            "first": m[:, 0], "pairs": cut,
+            "distance": distance, "residue": residue, "confidence": confidence,
             "rotations": rotations, "translations": translations, "angles": angles,
             "beta": translations[-1] + (rotations[-1] @ rotations.new_tensor(_BETA)),
         }  # fmt: skip
