@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 from memfit.configs import openfold
@@ -54,14 +53,26 @@ def _precision(name: str, draft: Draft) -> None:
 
 
 def _with_deepspeed(setup: Setup, given: Options, half: str, draft: Draft) -> None:
-    """Lightning switches on the half precision that --precision names where the file has no section of it."""
+    """Lightning switches on the half precision that --precision names where the file has no section of it.
+    Structure module and heads stay float32 in memfit, which its ZeRO in bf16 cannot keep."""
     section = _SECTIONS.get(half)
-    data = dict(given.data)
-    if section is not None and section not in data:
-        data[section] = {"enabled": True}
-    from_deepspeed(dataclasses.replace(setup, deepspeed=dataclasses.replace(given, data=data)), draft)
-    # What DeepSpeed's section says of checkpoints holds here: OpenFold asks deepspeed.checkpointing.
-    draft.left_out = [left for left in draft.left_out if left.option != "activation_checkpointing"]
+    on = [s for s in ("bf16", "bfloat16", "fp16") if given.on(f"{s}.enabled")]
+    if on or (section is not None and section not in given.data):
+        if draft.ranks > 1:
+            draft.take("ddp", "DeepSpeed", bucket_view=False)
+        draft.take("bf16-parameters", "bf16 parameters with fp32 masters", rounding="master")
+        if "fp16" in (on or [section or ""]):
+            draft.leave("fp16", "predicted as bf16: as many bytes, without the loss scale")
+        draft.leave(
+            f"zero_optimization.stage {given.count('zero_optimization.stage') or 0}",
+            "beside float32 islands memfit has no ZeRO in bf16: states are predicted whole on each process",
+        )
+        if str(given.get("zero_optimization.offload_optimizer.device") or "none") != "none":
+            draft.leave("offload_optimizer", "predicted on the device")
+    else:
+        from_deepspeed(setup, draft)
+        draft.left_out = [left for left in draft.left_out if left.option != "activation_checkpointing"]
+    # OpenFold, unlike most, does ask deepspeed.checkpointing.
     if given.on("activation_checkpointing.cpu_checkpointing"):
         draft.leave("cpu_checkpointing", "inputs of recomputed blocks go to the host; memfit keeps them")
 

@@ -6,6 +6,7 @@ OpenFold cannot do is refused; what OpenFold does beside a plan stands in the fo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 from memfit.configs.openfold import CKPT, EXTRA_CKPT, JOB, KERNELS, PRESETS, SIZES
 from memfit.engines.deepspeed import config
 from memfit.export.base import Files, Handover
+from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -21,12 +23,12 @@ CHANGES: Final = "openfold.json"
 DEEPSPEED: Final = "deepspeed_config.json"
 _SEED: Final = 42  # OpenFold wants one where several processes train
 _CLIPPED: Final = 0.1  # gradient norm in OpenFold's own deepspeed_config.json
+_BUCKET_ELEMENTS: Final = 25 * 2**20 // 2  # of bf16 gradients in torch's bucket of 25 MiB
 
-_SAID = {"ddp", "zero", "bf16-autocast", "activation-checkpointing"}
+_SAID = {"ddp", "zero", "bf16-autocast", "bf16-parameters", "activation-checkpointing"}
 _WHY = {
     "chunking": "it has chunks in inference only (tune_chunk_size stops in training)",
     "gradient-accumulation": "--accumulate_grad_batches does not reach its Trainer",
-    "bf16-parameters": "it has bf16 by autocast, or bf16 parameters under ZeRO",
     "activation-offload": "its cpu_checkpointing moves inputs of blocks alone",
 }
 # By technique: (setting, allowed values, why).
@@ -35,7 +37,11 @@ _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
         ("bucket_mib", (25,), "it is Lightning's DDPStrategy with torch's buckets"),
         ("bucket_view", (False,), "gradients lie beside its buckets"),
     ),
-    "zero": (("stage", (1, 2), "its moving average needs whole parameters"),),
+    "zero": (
+        ("stage", (1, 2), "its moving average needs whole parameters"),
+        ("precision", ("fp32",), "in bf16 it has no float32 islands, as this job needs; bf16-parameters has"),
+    ),
+    "bf16-parameters": (("rounding", ("master",), "DeepSpeed keeps fp32 masters"),),
     "activation-checkpointing": (("every", (1,), "blocks_per_ckpt recomputes all blocks"),),
 }
 
@@ -48,7 +54,7 @@ def files(handover: Handover) -> Files:
         CHANGES: json.dumps(changes(handover), indent=2) + "\n",
         ARGUMENTS: "".join(f"--{name} {value}\n" for name, value in arguments(handover).items()),
     }
-    if handover.plan.get("zero") is not None:
+    if _by_deepspeed(handover.plan):
         found[DEEPSPEED] = json.dumps(deepspeed(handover), indent=2) + "\n"
     return found
 
@@ -65,8 +71,6 @@ def _why_not(handover: Handover) -> Iterator[str]:
             if used.settings[knob] not in allowed:
                 values = " or ".join(json.dumps(v) for v in allowed)
                 yield f"{name}: {why}, {knob} must be {values}"
-    if plan.get("zero") is not None and plan.get("bf16-autocast") is not None:
-        yield "zero: under DeepSpeed bf16 is its precision, not autocast"
     if handover.config.spec.batch_size % plan.ranks:
         yield f"a batch of {handover.config.spec.batch_size} on {plan.ranks} processes"
 
@@ -97,10 +101,7 @@ def changes(handover: Handover) -> dict[str, Any]:
 
 def arguments(handover: Handover) -> dict[str, Any]:
     plan = handover.plan
-    zero = plan.get("zero")
-    half = plan.get("bf16-autocast") is not None or (
-        zero is not None and zero.settings["precision"] == "bf16"
-    )
+    half = any(plan.get(name) is not None for name in ("bf16-autocast", "bf16-parameters"))
     found: dict[str, Any] = {
         "config_preset": SIZES[_size(handover)[0]],
         "experiment_config_json": CHANGES,
@@ -109,12 +110,23 @@ def arguments(handover: Handover) -> dict[str, Any]:
         "gpus": handover.per_node,
         "seed": _SEED,
     }
-    return found | ({"deepspeed_config_path": DEEPSPEED} if zero is not None else {})
+    return found | ({"deepspeed_config_path": DEEPSPEED} if _by_deepspeed(plan) else {})
+
+
+def _by_deepspeed(plan: Plan) -> bool:
+    """Without it Lightning has bf16 parameters too, but no fp32 masters of them."""
+    return plan.get("zero") is not None or plan.get("bf16-parameters") is not None
 
 
 def deepspeed(handover: Handover) -> dict[str, Any]:
-    """As memfit's engine writes it, without what Lightning sets itself and refuses to find."""
-    found = config(handover.config.spec)
+    """As memfit's engine writes it, without what Lightning sets itself and refuses to find. bf16 parameters
+    are those of ZeRO stage 2, as in OpenFold's own file."""
+    spec, half = handover.config.spec, handover.plan.get("bf16-parameters") is not None
+    if half:
+        used = make_use("zero", {"precision": "bf16", "reduce_bucket_elements": _BUCKET_ELEMENTS})
+        bare = dataclasses.replace(spec.plan, uses=(used,))
+        spec = dataclasses.replace(spec, plan=bare)
+    found = config(spec)
     del found["gradient_accumulation_steps"]
     return {**found, "gradient_clipping": _CLIPPED}
 
@@ -134,9 +146,14 @@ def notes(plan: Plan) -> Iterator[str]:
             "OpenFold recomputes the blocks of its extra-MSA and template stacks too; memfit's plan keeps "
             "them: it will take less than predicted."
         )
-    if plan.get("bf16-autocast") is not None or plan.get("zero") is not None:
+    if plan.get("bf16-parameters") is not None:
+        yield (
+            "DeepSpeed shards gradients, masters and optimizer state over processes (ZeRO stage 2); the plan "
+            "has them whole, about 1 GiB."
+        )
+    if any(plan.get(name) is not None for name in ("bf16-autocast", "bf16-parameters")):
         yield (
             "memfit's plan computes `structure`, `recycle` and `heads` in float32; OpenFold has its own "
-            "exceptions, most of them for fp16."
+            "exceptions, most of them for fp16, and under DeepSpeed bf16 parameters everywhere."
         )
     yield "`memfit plan alphafold2 --from openfold.args` reads these files back, `memfit lint` checks them."
