@@ -30,6 +30,7 @@ from rich.console import Console
 from memfit import wire
 from memfit.report import charts, terminal
 from memfit.report.answer import answer
+from memfit.report.case import CLASSES, case_view
 from memfit.report.choices import search_view
 from memfit.report.figures import Figure, Mark, apart, figure_text, measured, predicted, sentence_text
 from memfit.report.html import render_html, write_html
@@ -336,6 +337,33 @@ def test_html_holds_the_key_numbers_with_their_provenance() -> None:
         "pareto-t pareto-d",
         "losses-t losses-d",
     ]
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_a_job_with_a_recorded_case_has_its_chapter(lang: str) -> None:
+    case = case_view("alphafold2")
+    assert case is not None
+    page = Page(render_html(dataclasses.replace(full_poc(), job_name="alphafold2"), lang=lang))
+    bars = [a for tag, a in page.tags if tag == "rect" and (a.get("class") or "").startswith("c-")]
+    assert len(bars) == sum(len(rung.parts) for size in case.sizes for rung in size.rungs)
+    assert load_words(lang).get("section.case") in page.text
+    assert case.created in page.text  # it says that it was recorded before
+    other = Page(render_html(full_poc(), lang=lang))
+    assert load_words(lang).get("section.case") not in other.text
+
+
+def test_a_case_adds_up_and_has_words_for_all_it_names() -> None:
+    case = case_view("alphafold2")
+    assert case is not None
+    assert [(s.residues, s.rows) for s in case.sizes] == [(256, 128), (384, 512)]
+    for size in case.sizes:
+        assert f"case.size.{size.name}" in EN.texts
+        for rung in size.rungs:
+            assert f"case.plan.{rung.plan}" in EN.texts
+            assert sum(part for _, part in rung.parts) == rung.peak.value
+            assert rung.fits is (rung.peak.value < case.memory.value)
+    assert all(f"case.class.{name}" in EN.texts for name in CLASSES)
+    assert case_view("char-lm") is case_view("../words") is None
 
 
 def test_html_ids_are_unique_and_links_lead_somewhere() -> None:

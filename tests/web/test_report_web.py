@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
-    pocs = {"full": full_poc(), "minimal": minimal_poc()}
+    case = dataclasses.replace(full_poc(), job_name="alphafold2")
+    pocs = {"full": full_poc(), "minimal": minimal_poc(), "case": case}
     for lang in ("en", "ja"):
         page = render_explained(explained(), job="words", lang=lang)
         (folder / f"explain-{lang}.html").write_text(page, encoding="utf-8")
@@ -119,7 +121,7 @@ def opened(
 
 EVERY = [
     (f"{name}-{lang}", width, scheme)
-    for name in ("full", "minimal", "explain")
+    for name in ("full", "minimal", "explain", "case")
     for lang in ("en", "ja")
     for width in (1280, 390)
     for scheme in ("light", "dark")

@@ -124,6 +124,19 @@ def bar(
     return f'<svg class="bar" aria-hidden="true" height="20">{track}{box}{tick}{limit}</svg>'
 
 
+def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | None = None) -> str:
+    """A bar of parts side by side against `full`, each coloured by its CSS class, with a line for a limit.
+    Hidden from screen readers: its whole and its parts stand beside it as text."""
+    boxes, start = "", 0.0
+    for css, value in parts:
+        place, width = _pct(start / full), _pct(value / full)
+        boxes += f'<rect class="c-{css}" x="{place}" y="3" height="14" width="{width}"/>'
+        start += value
+    track = '<rect class="track" x="0" y="3" height="14" width="100%"/>'
+    limit = _upright("limit", rule if rule is not None and rule <= full else None, full, -4, 24)
+    return f'<svg class="bar" aria-hidden="true" height="20">{track}{boxes}{limit}</svg>'
+
+
 def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> str:
     """(low, value, high) in units of the margin, on a strip from -reach to reach with the margin shaded."""
     low, value, high = (_pct((b + reach) / (2 * reach)) for b in bounds)

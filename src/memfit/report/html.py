@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.report import charts, drawing
-from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured
+from memfit.report.case import CLASSES
+from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted
 from memfit.report.files import write_whole
 from memfit.report.rows import PocView
 from memfit.report.view import poc_view
@@ -53,7 +54,7 @@ def _asset(name: str) -> str:
     return resources.files("memfit.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _helpers(words: Words) -> Mapping[str, Callable[..., Any]]:
+def _helpers(words: Words) -> Mapping[str, Any]:
     """What the template may call: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence."""
     from markupsafe import Markup, escape
 
@@ -95,6 +96,8 @@ def _helpers(words: Words) -> Mapping[str, Callable[..., Any]]:
         "asset": asset,
         "assumed": assumed,
         "counted": measured,
+        "guessed": predicted,
+        "case_classes": CLASSES,
     }
 
 
@@ -107,12 +110,16 @@ def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
     def interval(bounds: tuple[float, float, float], reach: float, css: str) -> Markup:
         return Markup(charts.interval(bounds, reach=reach, css=css))
 
+    def stacked(parts: Any, full: float, rule: Figure) -> Markup:
+        return Markup(charts.stacked(parts, full=full, rule=rule.value))
+
     return {
         "timeline_plot": Markup(drawing.timeline_plot(view.timelines, cap=view.cap, words=words)),
         "pareto_plot": Markup(drawing.pareto_plot(view, words)),
         "loss_plot": Markup(drawing.loss_plot(view.losses, words)),
         "bar": bar,
         "interval": interval,
+        "stacked": stacked,
         "largest": largest,
         "forest_reach": _forest_reach(view),
     }

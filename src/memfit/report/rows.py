@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from memfit.report.case import CaseView
 from memfit.report.figures import Figure, Mark, Sentence
 from memfit.types.result import Poc
 
@@ -215,3 +216,4 @@ class PocView:
     resources: tuple[ResourceRow, ...]
     paper: tuple[PaperView, ...]
     reach: tuple[ReachRow, ...]
+    case: CaseView | None = None  # published sizes of the job, recorded beforehand

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from memfit.report.answer import answer
+from memfit.report.case import case_view
 from memfit.report.choices import search_view
 from memfit.report.figures import Figure, Mark, apart, assumed, measured, predicted
 from memfit.report.pool import by_plan, median_step_s, ok_runs, peak_bytes, step_s
@@ -64,6 +65,7 @@ def poc_view(poc: Poc) -> PocView:
         resources=tuple(_resources(runs, _estimates(poc.search)) for runs in groups),
         paper=tuple(_paper(row) for row in poc.paper),
         reach=tuple(_reach(row) for row in poc.reach),
+        case=case_view(poc.job_name),
     )
 
 
