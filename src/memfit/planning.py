@@ -14,7 +14,7 @@ from memfit.jobs.registry import load
 from memfit.measure import here
 from memfit.pricing import Pricer, signatures_by_weight
 from memfit.run.child import run
-from memfit.search.choose import Objective, best, decide, frontier, score
+from memfit.search.choose import Objective, Prices, best, decide, frontier, score
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
@@ -27,6 +27,8 @@ from memfit.types.plan import Accuracy, Bounds, Plan, use
 from memfit.types.result import Estimate, Reason, SearchResult
 
 FINALISTS = 14
+_FEWER_FINALISTS = 8  # where a trace is long, as of models with thousands of small tensors
+_LONG_TRACE_CALLS = 10_000
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
@@ -143,8 +145,10 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     estimates, considered, left_out = _price(pricer, request, fits, progress, small=small)
     result = decide(
         estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
-        left_out=left_out, price=pricer.whole,
-        prepare=pricer.trace_all if request.ranks == 1 else lambda plans: None,
+        left_out=left_out, price=Prices(
+            pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
+            pricer.sketch if _long(pricer) else None,
+        ),
     )  # fmt: skip
     if result.recommended is None:
         least = result.smallest.estimate
@@ -239,11 +243,16 @@ def _price(
     every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
     pricer.prepare(every, lambda *begun: progress("search", *begun))
     sketches = [pricer.sketch(plan) for plan in every]
-    chosen = finalists(sketches, fits, request.goal)
+    most = _FEWER_FINALISTS if _long(pricer) else FINALISTS
+    chosen = finalists(sketches, fits, request.goal, most)
     pricer.trace_all(chosen, lambda *begun: progress("finalists", *begun))
     if request.is_here:
         calibrate(pricer, request, progress, plans=chosen)
     return [pricer.whole(plan) for plan in chosen], len(every), left_out
+
+
+def _long(pricer: Pricer) -> bool:
+    return len(pricer.trace(plain(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
 
 
 def finalists(
@@ -275,6 +284,8 @@ def calibrate(pricer: Pricer, request: Request, progress: Progress, plans: list[
 
     first = plans is None
     chosen = _representatives(pricer) if plans is None else plans
+    if request.ranks == 1:
+        pricer.trace_all(chosen)
     ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
     wanted = [s for s in signatures_by_weight(ops) if s not in pricer.calibration.op_s]
     progress("calibrate", 0, 0, f"{len(wanted)} operators")

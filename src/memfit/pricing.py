@@ -37,7 +37,7 @@ from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
 from memfit.types.result import Estimate
-from memfit.types.trace import Category, OpCall, Phase, PhaseSpan, Trace
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 from memfit.worker.train import step_maker
 
 _ACCUMULATION = "gradient-accumulation"
@@ -209,10 +209,10 @@ class Pricer:
         vector = numpy.zeros(_ENTRIES)
         if share > 0:
             vector += share * self._vector(core)
-            if micros > 1:
-                vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
         if share < 1:
             vector += (1 - share) * self._vector(_accumulated(core, batch))
+        if micros > 1:
+            vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
         optimizer = self._vector(_accumulated(_optimizer_only(plan), batch), steps=2)
         vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
         if plan.get("optimizer-in-backward"):
@@ -283,7 +283,7 @@ class Pricer:
 
     def _part(self, plan: Plan, blocks: int, steps: int) -> _Part:
         job = with_blocks(self.job, blocks) if blocks else self.job
-        return _digested(trace(job, plan, device=self.device, steps=steps, played=2, update=steps > 1))
+        return _digested(trace(job, plan, device=self.device, steps=steps, played=1, update=steps > 1))
 
 
 def _digested(traced: Trace) -> _Part:
@@ -300,20 +300,20 @@ def _digested(traced: Trace) -> _Part:
     base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)]) - inputs
     tops = _tops(traced, last)
     ops = step_ops(traced)
-    micros = max(1, sum(s.phase is Phase.FORWARD for s in last)) + traced.repeated_micro_steps
-    micro = _gathered((o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER)
+    micros = 1 + traced.repeated_micro_steps
+    born = [a for a in traced.allocations if a.start >= last[0].start]
+    grads = [a for a in born if a.category is Category.GRADIENT and a.end]
+    worked = [(o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER]
+    micro = _gathered(worked + [(_added(g), micros - 1) for g in grads if micros > 1])
     rest = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
-    again, stepped = (tops, tops) if micros > 1 else _with_gradients_moved(traced, last)
-    saved = [
-        a.size_bytes for a in traced.allocations
-        if a.category is Category.ACTIVATION and a.start >= last[0].start and a.size_bytes >= _OFFLOADED_BYTES
-    ]  # fmt: skip
+    again, stepped = _with_gradients_moved(traced, last, grads)
+    kept = [a.size_bytes for a in born if a.category is Category.ACTIVATION]
     memory = [
         int(live[-1]),
         tops[Phase.FORWARD] - base,
         tops[Phase.BACKWARD] - base,
         tops[Phase.OPTIMIZER],
-        sum(saved) / max(1, min(2, micros)),
+        sum(size for size in kept if size >= _OFFLOADED_BYTES),
         again[Phase.FORWARD] - base,
         again[Phase.BACKWARD] - base,
         stepped[Phase.BACKWARD] - base,
@@ -332,15 +332,21 @@ def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
     return tops
 
 
-def _with_gradients_moved(traced: Trace, last: list[PhaseSpan]) -> tuple[dict[Phase, int], dict[Phase, int]]:
+def _added(gradient: Allocation) -> OpCall:
+    """What a later micro-batch does with it: a sum with the one that is there."""
+    return OpCall(
+        clock=gradient.start, op="aten.add_.Tensor", signature=f"gradients of {gradient.size_bytes} bytes",
+        phase=Phase.BACKWARD, step=gradient.step, module=gradient.module, dtype="float32", flops=0,
+        moved_bytes=3 * gradient.size_bytes,
+    )  # fmt: skip
+
+
+def _with_gradients_moved(
+    traced: Trace, last: list[PhaseSpan], grads: list[Allocation]
+) -> tuple[dict[Phase, int], dict[Phase, int]]:
     """`_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward): what an
     earlier micro-batch left is there from the start, and for a moment beside what is added to it; what is
     stepped at once is freed at once, after AdamW's two temporaries of the parameter's size."""
-    grads = [
-        a
-        for a in traced.allocations
-        if a.category is Category.GRADIENT and a.start >= last[0].start and a.end
-    ]
     earlier = [dataclasses.replace(g, start=last[0].start, end=g.start + 1) for g in grads]
     freed = [dataclasses.replace(g, start=g.start + 1, size_bytes=-g.size_bytes) for g in grads]
     temporary = [dataclasses.replace(g, end=g.start + 1, size_bytes=2 * g.size_bytes) for g in grads]

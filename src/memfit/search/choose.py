@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -68,6 +69,16 @@ def _dominates(one: Estimate, other: Estimate) -> bool:
     return no_worse and (a[:3] != b[:3] or a[3:] < b[3:])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prices:
+    """How neighbours are priced: ``prepare`` is told of all of them before; with ``rough`` the reasons of
+    plans beside the recommended one are its."""
+
+    whole: Callable[[Plan], Estimate]
+    prepare: Callable[[Sequence[Plan]], None] = lambda plans: None
+    rough: Callable[[Plan], Estimate] | None = None
+
+
 def decide(
     estimates: Sequence[Estimate],
     *,
@@ -76,11 +87,11 @@ def decide(
     considered: int,
     fits: Callable[[Estimate], bool],
     left_out: tuple[Reason, ...],
-    price: Callable[[Plan], Estimate],
-    prepare: Callable[[Sequence[Plan]], None] = lambda plans: None,
+    price: Prices | Callable[[Plan], Estimate],
 ) -> SearchResult:
-    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons; ``prepare`` is told of
-    all of them before."""
+    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons."""
+    prices = price if isinstance(price, Prices) else Prices(price)
+    price, rough = prices.whole, prices.rough
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
@@ -91,7 +102,8 @@ def decide(
     kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
     unique = {e.plan: e for e in ([winner] if winner else []) + kept}
     ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
-    prepare([without(e.plan, u.technique) for e in ordered for u in e.plan.uses])
+    near = [e for e in ordered if e is winner or rough is None]
+    prices.prepare([without(e.plan, u.technique) for e in near for u in e.plan.uses])
     recommended = None
     if winner is not None:
         why = (*saved_by(winner, price), *_why_not(winner, estimates, fits, goal), *left_out)
@@ -102,7 +114,10 @@ def decide(
         considered=considered,
         baseline=choice(basis),
         frontier=tuple(
-            recommended if recommended and e is winner else choice(e, saved_by(e, price)) for e in ordered
+            recommended
+            if recommended and e is winner
+            else choice(e, saved_by(rough(e.plan), rough) if rough else saved_by(e, price))
+            for e in ordered
         ),
         recommended=recommended,
         smallest=choice(smallest),

@@ -21,6 +21,8 @@ _MOST_TENSORS, _MOST_TRIALS = 6, 96
 _MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
 _SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
 _HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
+_SEEN: dict[object, tuple[object, dict[str, Call]]] = {}  # by what decides it: a search asks for many plans
+_MOST_SEEN = 4
 _WORTH = 4  # times its output that a module makes inside, for a search to look at cutting it
 
 
@@ -92,12 +94,20 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def insides(job: Any, model: nn.Module) -> dict[str, Call]:
     """Every module's first call in a forward pass of a copy without values."""
-    watch = _Watch()
-    with valueless(job, model) as (copied, batch):
-        watch.watch(copied)
-        with watch:
-            job.loss(copied, batch)
-    return watch.calls
+    parts = (job.build_model, job.make_batch, job.loss)
+    tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
+    wrapped = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
+    key = (*map(id, parts), tensors, wrapped)
+    if key not in _SEEN:
+        watch = _Watch()
+        with valueless(job, model) as (copied, batch):
+            watch.watch(copied)
+            with watch:
+                job.loss(copied, batch)
+        while len(_SEEN) >= _MOST_SEEN:
+            del _SEEN[next(iter(_SEEN))]
+        _SEEN[key] = (parts, watch.calls)  # held, so that their numbers stay theirs
+    return _SEEN[key][1]
 
 
 def to_cut(model: nn.Module, calls: Mapping[str, Call], budget: int) -> dict[str, Cut]:

@@ -69,6 +69,7 @@ class Ledger(TorchDispatchMode):
         self.shadows = Shadows()
         self.guesses = guesses or Guesses()
         self.guesses.shadows = self.shadows
+        self.results = operators.Results(self.guesses)
         self.offloaded_bytes = 0
         self.paused = False
         self.place = ""  # where tensors are made: "" with the model, "host", or another stream's pool
@@ -78,7 +79,6 @@ class Ledger(TorchDispatchMode):
         self._calls: list[operators.Call] = []
         self.flows = Flows()
         self._works: dict[Any, operators.Work] = {}
-        self._made: dict[Any, operators.Fresh | None] = {}
         self._sole = sole_counts()
         self._line_of_node: dict[int, str] = {}
         self._flying: dict[int, Any] = {}  # by storage of what comes: what a collective sends until then
@@ -183,13 +183,7 @@ class Ledger(TorchDispatchMode):
             func, out = operators.IN_PLACE[func], args[0]
             fact, key = operators.fact(func), (func, *key[1:])
         else:
-            made = self._made.get(key)
-            if made is not None:
-                out = made.make()
-            else:
-                out = self.guesses.call(func, args, kwargs, values)
-                if key not in self._made and not self.guesses.decides(func):
-                    self._made[key] = operators.fresh(func, tensors_in(args, kwargs), out)
+            out = self.results.of(key, func, args, kwargs, values)
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
             elif func in operators.NORMS:

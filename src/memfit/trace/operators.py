@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils.flop_counter import flop_registry
 
+from memfit.trace.guesses import Guesses
 from memfit.trace.signature import describe, moved_bytes
 from memfit.types.trace import OpCall, Phase
 
@@ -81,6 +82,22 @@ class Fresh:
         return out if self.several else out[0]
 
 
+@functools.cache
+def only_writes(func: Any) -> bool:
+    """Whether an operator writes element by element into its first argument, which it returns, and does
+    nothing else: such as the steps of an optimizer."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    return (
+        func.namespace == "aten"
+        and torch.Tag.pointwise in func.tags
+        and writes.count(True) == 1
+        and writes[0]
+        and len(returns) == 1
+        and returns[0].alias_info is not None
+    )
+
+
 def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
     """None where the outputs are not wholly new, or where more than shapes decides them."""
     made = out if isinstance(out, tuple) else (out,)
@@ -94,6 +111,29 @@ def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
         return None
     layouts = tuple((t.size(), t.stride(), t.dtype, t.fake_device) for t in made)
     return Fresh(made[0].fake_mode, layouts, isinstance(out, tuple))
+
+
+class Results:
+    """What operators give, after the first of equal calls without asking torch."""
+
+    def __init__(self, guesses: Guesses) -> None:
+        self._guesses = guesses
+        self._made: dict[Any, Fresh | None] = {}
+        self._written = set[Any]()  # calls known to change nothing but values
+
+    def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
+        """``values`` as in `Guesses.call`."""
+        made = self._made.get(key)
+        if made is not None:
+            return made.make()
+        if key in self._written and args[0].constant is None:
+            return args[0]
+        out = self._guesses.call(func, args, kwargs, values)
+        if only_writes(func) and out is args[0] and type(out) is FakeTensor:
+            self._written.add(key)
+        elif key not in self._made and not self._guesses.decides(func):
+            self._made[key] = fresh(func, tensors_in(args, kwargs), out)
+        return out
 
 
 def _plain(tensor: torch.Tensor) -> bool:
@@ -261,7 +301,7 @@ SENDING = frozenset(
 _VIEWS = frozenset(
     {_ATEN.view.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.slice.Tensor, _ATEN.as_strided.default,
      _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.permute.default, _ATEN.select.int,
-     _ATEN.detach.default, _ATEN.alias.default}
+     _ATEN.detach.default, _ATEN.alias.default, _ATEN._unsafe_view.default, _ATEN.squeeze.dim}
 )  # fmt: skip
 _INITIALISERS = frozenset(
     {_ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.fill_.Scalar, _ATEN.zero_.default}
