@@ -275,7 +275,7 @@ def fold_of(setup: Setup, *, told: bool = False) -> Fold:
         raise UserError(f"the row gives no {', '.join(missing)}")
     if not told and "chunk" in f"{text} {setup.row['act_ckpt']}".lower():
         raise UserError("chunked attention is not expressed: the chunk size is not in the row")
-    if (setup.row["n_gpus"] or "1") != "1" and setup.ranks["dp"] == 1:
+    if not told and (setup.row["n_gpus"] or "1") != "1" and setup.ranks["dp"] == 1:
         raise UserError("how the devices split the stack's axes is not in the row")
     if not told and "finer" in setup.row["act_ckpt"].lower():
         raise UserError("which segments inside a block are recomputed is not in the row")

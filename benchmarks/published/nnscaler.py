@@ -190,32 +190,107 @@ class Block(nn.Module):
         return self._rest(run, run(lambda t, p: self._rows(t, self.norm_bias(p)), m, z), z)
 
 
+class _Gathered(torch.autograd.Function):
+    """What all devices have of an axis, on one: forward makes the whole, backward a part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, axis: int, devices: int) -> torch.Tensor:
+        ctx.axis, ctx.length = axis, x.shape[axis]
+        return torch.cat([x] * devices, dim=axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0].narrow(ctx.axis, 0, ctx.length).contiguous(), None, None
+
+
+class SharedBlock(Block):
+    """One device's part where several share a sample (the example's PASDAP): rows of the MSA or columns,
+    first or second residues of pairs, exchanged between parts; what a part needs whole is gathered. Numbers
+    are not those of the model, shapes are."""
+
+    devices = 2
+
+    def _turn(self, x: torch.Tensor, whole: int, cut: int) -> torch.Tensor:
+        """All to all: whole along one axis, cut along another."""
+        return torch.cat(x.chunk(self.devices, dim=cut), dim=whole)
+
+    def _whole(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        return _Gathered.apply(x, axis, self.devices)  # type: ignore[no-any-return]
+
+    def _rows(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return super()._rows(m, self._whole(z, 1))
+
+    def _product(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        outer = self.outer
+        m = outer.norm(m)
+        a, b = (m @ outer.left).transpose(-2, -3), self._whole(m @ outer.right, 2).transpose(-2, -3)
+        return z + torch.einsum("...bac,...dae->...bdce", a, b).flatten(-2) @ outer.out
+
+    def _multiplied(self, index: int, z: torch.Tensor) -> torch.Tensor:
+        multiply: Any = self.multiply[index]
+        z = multiply.norm(z)
+        gate_a, a, gate_b, b, out, gate = multiply.weights
+        left, right = torch.sigmoid(z @ gate_a) * (z @ a), torch.sigmoid(z @ gate_b) * (z @ b)
+        opened, right = torch.sigmoid(z @ gate), self._whole(right, 2 if index else 1)
+        if index == 0:
+            left, right = left.permute(0, 3, 1, 2), right.permute(0, 3, 2, 1)
+        else:
+            left, right = left.permute(0, 3, 2, 1), right.permute(0, 3, 1, 2)
+        product = multiply.norm_out((left @ right).permute(0, 2, 3, 1)) @ out
+        return z + (product.permute(0, 2, 1, 3) if index else product) * opened
+
+    def _triangle(self, index: int, z: torch.Tensor) -> torch.Tensor:
+        attend: Any = self.attend[index]
+        z = attend.norm(z)
+        bias = self._whole(z @ self.biases[index], 2 if index else 1)
+        if index == 0:
+            return z + attend(z, bias.permute(0, 3, 1, 2).unsqueeze(1))
+        turned = attend(z.transpose(1, 2), bias.permute(0, 3, 2, 1).unsqueeze(1))
+        return z + turned.transpose(1, 2)
+
+    def _rest(self, run: Callable[..., Any], m: torch.Tensor, z: torch.Tensor) -> tuple[Any, Any]:
+        m = run(lambda t: self._columns(self._turn(t, 1, 2)), m)
+        m = run(lambda t: t + self.transition(t), m)
+        z = run(self._product, m, z)
+        z = run(lambda t: self._multiplied(0, t), z)
+        z = run(lambda t: self._multiplied(1, self._turn(t, 1, 2)), z)
+        z = run(lambda t: self._triangle(0, self._turn(t, 2, 1)), z)
+        z = run(lambda t: self._triangle(1, self._turn(t, 1, 2)), z)
+        z = run(lambda t: (t := self._turn(t, 2, 1)) + self.pair_transition(t), z)
+        return self._turn(m, 2, 1), z
+
+
 class Stack(nn.Module):
-    def __init__(self, fold: Fold, policy: str) -> None:
+    def __init__(self, fold: Fold, policy: str, devices: int = 1) -> None:
         super().__init__()
         self.norm_m, self.norm_z = nn.LayerNorm(fold.c_m), nn.LayerNorm(fold.c_z)
-        self.blocks = nn.ModuleList(Block(fold, policy) for _ in range(fold.blocks))
+        kind = Block if devices == 1 else SharedBlock
+        self.devices, self.blocks = devices, nn.ModuleList(kind(fold, policy) for _ in range(fold.blocks))
 
     def forward(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        m, z = self.norm_m(m), self.norm_z(z)
+        m, z = self.norm_m(m), self.norm_z(z)  # on every device whole
+        if self.devices > 1:
+            m, z = (t.chunk(self.devices, dim=1)[0].contiguous() for t in (m, z))
         for block in self.blocks:
             m, z = block(m, z)
         return m.sum() * z.sum()
 
 
 def nnscaler_job(setup: Setup) -> Job:
-    """A step of the stack. Raises UserError without the sizes, and for devices that share it."""
+    """A step of the stack, on the first of the devices that share it. Raises UserError without the sizes."""
     from published.models import default_dtype, keeping_gradients
 
     fold = fold_of(setup, told=True)
     if fold.global_columns and "chunk" not in setup.row["act_ckpt"].lower():
         raise UserError("the extra-MSA stack is expressed with its chunks only")
-    text = setup.row["act_ckpt"].lower()
+    text, devices = setup.row["act_ckpt"].lower(), int(setup.row["n_gpus"] or 1)
+    if devices > SharedBlock.devices or (devices > 1 and fold.global_columns):
+        raise UserError(f"{devices} devices that share a sample are not expressed")
     policy = "extra" if fold.global_columns else "parts" if "finer" in text else ""
 
     def build() -> nn.Module:
         with default_dtype(setup.compute):
-            model = Stack(fold, policy)
+            model = Stack(fold, policy, devices)
         return keeping_gradients(model) if before_torch_2(setup) else model
 
     def batch(step: int, seed: int) -> dict[str, Any]:

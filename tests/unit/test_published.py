@@ -363,5 +363,23 @@ def test_nnscalers_rows_say_what_is_recomputed_and_train_with_sgd() -> None:
         blocks = fake_model(job_of(setup)).get_submodule("blocks")
         assert len(list(blocks.children())) == 48
         assert all(block.policy == policy for block in blocks.children())
-    with pytest.raises(UserError, match="devices split"):
-        job_of(setup_of({**row, "act_ckpt": "per-Evoformer-block recompute", "n_gpus": "2", "dp": "1"}))
+    with pytest.raises(UserError, match="4 devices"):
+        job_of(setup_of({**row, "act_ckpt": "per-Evoformer-block recompute", "n_gpus": "4", "dp": "1"}))
+
+
+def test_devices_that_share_a_sample_hold_parts_of_its_shapes() -> None:
+    fold = Fold(
+        sequences=8, residues=6, c_m=64, c_z=32, msa_heads=8, pair_heads=1, outer=4, blocks=2, fused=False
+    )
+    given = torch.randn(1, 8, 6, 64), torch.randn(1, 6, 6, 32)
+    model = Stack(fold, "parts", devices=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shapes: list[Any] = []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda m, args, out: shapes.append([tuple(t.shape) for t in (*args, *out)])
+        )
+    model(*given).backward()
+    assert shapes == [[(1, 4, 6, 64), (1, 3, 6, 32)] * 2] * 2  # rows of the MSA, first residues of pairs
+    assert all(p.grad is not None for p in model.parameters())
