@@ -112,6 +112,8 @@ JOBS = {
     "molecules": _molecules,
     "genome": lambda: _built_in("genome", 4),
     "potential": lambda: _built_in("potential", 8),
+    "weather": lambda: _built_in("weather", 4),
+    "segmentation3d": lambda: _built_in("segmentation3d", 2),
 }
 SLICES = use("chunking", parts=16, mib=0)
 ACCUMULATE = use("gradient-accumulation", micro_batches=4)
@@ -155,6 +157,8 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *(("alphafold2", u) for u in ((SLICES,), (AUTOCAST, SLICES, FULL), (MASTER, MATMUL), (DISK,))),
     *(("molecules", u) for u in ((AUTOCAST,), (MASTER, FULL), (ACCUMULATE, MATMUL))),
     *(("genome", u) for u in ((AUTOCAST,), (FULL,), (MASTER, ACCUMULATE))),
+    *(("weather", u) for u in ((AUTOCAST,), (FULL,), (SLICES,), (MASTER, ACCUMULATE), (MATMUL, DISK))),
+    *(("segmentation3d", u) for u in ((AUTOCAST,), (FULL,), (MASTER, FULL), (DISK,))),
     *(("potential", u) for u in ((AUTOCAST,), (FULL,), (MATMUL,), (MASTER, FULL, ACCUMULATE), (DISK,))),
 ]
 
