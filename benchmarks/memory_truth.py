@@ -3,6 +3,7 @@
     python benchmarks/memory_truth.py [--csv FILE] [--json FILE]   measure, record, write the page
     python benchmarks/memory_truth.py --only NAME ...              some architectures; nothing is recorded
     python benchmarks/memory_truth.py --first                      the third set's first run, recorded as such
+    python benchmarks/memory_truth.py --science                    built-in jobs, recorded as such
     python benchmarks/memory_truth.py --page                       the page from the records only
 
 A prediction is a trace on fake tensors plus the peaks of kernels run alone ("probe"); beside it stands the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime
 import gc
 import json
@@ -32,15 +34,19 @@ from later_architectures import THIRD_SET
 from sequences import equal_but_for_scratch, first_difference, predicted_sequence
 
 from memfit.cost.memory import memory_profile
+from memfit.jobs.registry import load
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator
 from memfit.measure.probe import Probed, probe
+from memfit.planning import space_of
+from memfit.search.space import usable
 from memfit.store.environment import fingerprint
+from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
-from memfit.types.job import Job
+from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration
-from memfit.types.plan import Plan, Use, use
+from memfit.types.plan import Accuracy, Plan, Use, use
 from memfit.types.trace import Trace
 from memfit.types.units import format_bytes
 
@@ -48,6 +54,10 @@ RECORDS = Path(__file__).parent / "records" / "memory_truth.jsonl"
 PAGE = Path(__file__).parent / "memory_truth.md"
 STEPS = 2
 PHASES = ("forward", "backward", "optimizer")
+SCIENCE = {  # built-in jobs and the batch they are measured with
+    "alphafold2": 2, "protein-ss": 8, "protein-lm": 4, "weather": 4, "molecules": 16, "potential": 8,
+    "genome": 4, "segmentation3d": 2, "char-lm": 8,
+}  # fmt: skip
 SEQUENCE_BYTES = 64  # blocks this small are numbers wrapped as tensors; compared apart
 
 AUTOCAST, MASTER = use("bf16-autocast"), use("bf16-parameters", rounding="master")
@@ -133,16 +143,21 @@ def main() -> None:
         print(json.dumps(measured(options.measure)))
         return
     if not options.page:
-        record = run([make().name for make in THIRD_SET] if options.first else options.only)
+        named = [make().name for make in THIRD_SET] if options.first else options.only
+        record = run(list(SCIENCE) if options.science else named)
         _write(record["rows"], options)
         if options.only:
             print(_table(record["rows"]))
             return
         with RECORDS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "first_run": True} if options.first else record) + "\n")
+            marks = {"first_run": True} if options.first else {"science": True} if options.science else {}
+            file.write(json.dumps(record | marks) + "\n")
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
     first = next((r for r in records if r.get("first_run")), None)
-    PAGE.write_text(page([r for r in records if not r.get("first_run")][-1], first), encoding="utf-8")
+    science = next((r for r in reversed(records) if r.get("science")), None)
+    main_run = [r for r in records if not r.get("first_run") and not r.get("science")][-1]
+    text = page(main_run, first) + "".join(f"{line}\n" for line in _science(science))
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE.read_text())
 
 
@@ -150,6 +165,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures; nothing is recorded")
     parser.add_argument("--first", action="store_true", help="the third set, recorded as its first run")
+    parser.add_argument("--science", action="store_true", help="the built-in jobs, recorded as such")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--page", action="store_true")
@@ -158,7 +174,25 @@ def _options() -> argparse.Namespace:
 
 
 def cases(name: str) -> list[Plan]:
+    if name in SCIENCE:
+        return _every_technique(science_job(name))
     return [Plan(uses=uses) for uses in ((), *PLANS.get(name, ()))]
+
+
+def science_job(name: str) -> Job:
+    return dataclasses.replace(load(JobRef(spec=name, batch=SCIENCE[name])), steps=STEPS)
+
+
+def _every_technique(job: Job) -> list[Plan]:
+    """Each that the search offers for this job, alone at its first and last setting, and some together."""
+    space = space_of(job, "cpu")
+    found = [Plan()]
+    for one in usable(space, Accuracy.ANY)[0]:
+        settings = list(one.settings(space))
+        found += [Plan(uses=(make_use(one.name, s),)) for s in (settings[0], settings[-1])]
+    found += [Plan(uses=(AUTOCAST, parts(2)))]
+    found += [Plan(uses=uses) for uses in ((MASTER, FULL), (AUTOCAST, FULL, parts(2))) if space.block_count]
+    return list(dict.fromkeys(found))
 
 
 def jobs(only: Sequence[str] | None) -> list[tuple[Job, str]]:
@@ -166,7 +200,8 @@ def jobs(only: Sequence[str] | None) -> list[tuple[Job, str]]:
     a record."""
     known = [(make(), "") for make in FIRST_SET]
     new = [(make(), told) for make, told in SECOND_SET] + [(make(), _THIRD) for make in THIRD_SET]
-    return [pair for pair in known + new if not only or pair[0].name in only]
+    science = [(science_job(name), "") for name in SCIENCE if only and name in only]
+    return [pair for pair in known + new if not only or pair[0].name in only] + science
 
 
 # --- the truth, in a child process
@@ -373,6 +408,28 @@ def _first_run(record: dict[str, Any]) -> list[str]:
         "",
         _table(record["rows"]),
         "",
+    ]
+
+
+def _science(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    rows = [r for r in record["rows"] if "error" not in r]
+    failed = [r for r in record["rows"] if "error" in r]
+    jobs_seen = len({r["architecture"] for r in record["rows"]})
+    return [
+        "",
+        "## The built-in jobs with every technique the search offers them",
+        "",
+        f"{record['created']}, {record['environment'].get('processor')}, {record['took_s']} s; tiny sizes,",
+        "small batches, two steps.",
+        "",
+        f"- **{jobs_seen} jobs, {summary(rows)}**",
+        f"- without probing any kernel: {summary(rows, 'without_probe_ratio')}",
+        f"- rows that could not be measured: {len(failed)}",
+        *(f"  - {r['architecture']} {r['plan']}: {r['error']}" for r in failed),
+        "",
+        _table(rows),
     ]
 
 

@@ -76,16 +76,18 @@ class Planning:
 
 def space_of(job: Job, device: str, ranks: int = 1) -> Space:
     """Counts blocks and outputs on a model built without memory."""
+    from memfit.techniques.adapters import block_linears
     from memfit.techniques.slices import worth_cutting
     from memfit.trace.tracer import fake_model
 
     model = fake_model(job)
     try:
-        blocks = len(find_blocks(model, job.blocks)[1])
+        path, found = find_blocks(model, job.blocks)
+        blocks, linears = len(found), any(True for _ in block_linears(model, path))
     except UserError:
         if job.blocks is not None:
             raise
-        blocks = 0
+        blocks, linears = 0, False
     try:
         vocabulary = find_head(model, job.head)[1].out_features
     except UserError:
@@ -99,6 +101,7 @@ def space_of(job: Job, device: str, ranks: int = 1) -> Space:
         vocabulary=vocabulary,
         device=device,
         ranks=ranks,
+        linears=linears,
         slices=ranks == 1 and worth_cutting(job, model),
     )
 

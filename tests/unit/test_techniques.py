@@ -14,7 +14,9 @@ from tiny import VOCABULARY, WIDTH, Words, words
 from torch import nn
 from torch.testing import assert_close
 
+from memfit.jobs.registry import load
 from memfit.jobs.step import TrainingStep
+from memfit.planning import space_of
 from memfit.techniques.base import Knob, Space, Workbench
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.optimizers import default_optimizer
@@ -29,8 +31,9 @@ from memfit.techniques.registry import (
     make_use,
     technique,
 )
+from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
-from memfit.types.job import OptimizerChoice
+from memfit.types.job import JobRef, OptimizerChoice
 from memfit.types.plan import EffectClass, Plan, Use, use
 
 SPACE = Space(batch_size=8, block_count=3, has_head=True, vocabulary=VOCABULARY, device="cpu")
@@ -130,6 +133,15 @@ def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
         "chunked-cross-entropy", "lora", "qlora",
     }  # fmt: skip
     assert [s["micro_batches"] for s in technique("gradient-accumulation").settings(SPACE)] == [2, 4, 8]
+
+
+def test_adapters_are_not_proposed_to_blocks_without_linear_layers() -> None:
+    volumes = load(JobRef(spec="segmentation3d", batch=1))
+    space = space_of(volumes, "cpu")
+    assert space.block_count
+    assert not list(technique("lora").settings(space))
+    with pytest.raises(UserError, match="linear layers"):
+        trace(volumes, Plan(uses=(make_use("lora", {}),)))
 
 
 # --- plans as files

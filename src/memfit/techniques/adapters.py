@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.techniques.blocks import find_blocks
+from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -35,14 +36,19 @@ def _adapt(bench: Workbench, rank: int) -> None:
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
     outside = [p for name, p in bench.model.named_parameters() if not name.startswith(path + ".")]
-    targets = sorted(name for name, _ in _block_linears(bench.model, path))
+    targets = sorted(name for name, _ in block_linears(bench.model, path))
+    if not targets:
+        raise UserError(
+            f"low-rank adapters for {type(bench.model).__name__}", allowed="blocks that hold linear layers"
+        )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), bench.model)
     kept = {id(p) for p in outside}
     for name, param in bench.model.named_parameters():
         param.requires_grad_(param.is_floating_point() and ("lora_" in name or id(param) in kept))
 
 
-def _block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
+def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
+    """Every linear layer inside the blocks at ``path``, by name."""
     import torch
 
     for name, module in model.named_modules():
@@ -51,7 +57,7 @@ def _block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, tor
 
 
 def _ranks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"rank": 8}] if space.block_count else []
+    return [{"rank": 8}] if space.block_count and space.linears else []
 
 
 _RANK = Knob(name="rank", default=8, doc="width of the two small matrices beside each weight")

@@ -56,6 +56,7 @@ class Space:
     vocabulary: int  # outputs of the head; 0: no head
     device: str
     ranks: int = 1
+    linears: bool = True  # its blocks have linear layers, which adapters go beside
     slices: bool = False  # some module makes much inside that can be cut into independent slices
 
 
