@@ -50,7 +50,7 @@ HERE = Path(__file__).parent
 CASE = HERE.parent / "src" / "memfit" / "report" / "cases" / "alphafold2.json"
 RECORDS, PAGE = HERE / "records" / "alphafold_case.jsonl", HERE / "alphafold_case.md"
 SIZES = ("initial", "finetune")
-ONE, DEVICES = "H100-SXM", ("8xH100-SXM", "16x8xH100-SXM@IB-NDR")
+ONE = "H100-SXM"
 _LOGITS_SHARE = (0.5, 1, 2)  # of a softmax's output: its logits in another precision
 
 _AUTOCAST: dict[str, Any] = {"bf16-autocast": {}}
@@ -71,15 +71,25 @@ SHORT = {
     "MSA attention logits": "msa_logits", "template": "template", "structure": "structure",
     "parameter": "states", "gradient": "states", "optimizer_state": "states",
 }  # fmt: skip
-# What a device holds of the sizes, on several of them.
-REACHED = (
-    ("initial", "bf16 parameters, checkpointing per block"),
-    ("finetune", "bf16 parameters, checkpointing, chunking by 16"),
-)  # fmt: skip
+_SHARED = "bf16 parameters, one sample on 2"
+_SHARED_AGAIN = "bf16 parameters, checkpointing, one sample on 4"
+BESIDE: Mapping[str, dict[str, Any]] = {  # the ladder: axial parallelism
+    _SHARED: {**_HALF, "axial-parallel": {"degree": 2}},
+    _SHARED_AGAIN: {**_HALF, **_BLOCKS, "axial-parallel": {"degree": 4}},
+}
+SEVERAL = (
+    ("initial", "bf16 parameters, checkpointing per block", "8xH100-SXM"),
+    ("initial", "bf16 parameters, checkpointing per block", "16x8xH100-SXM@IB-NDR"),
+    ("finetune", "bf16 parameters, checkpointing, chunking by 16", "8xH100-SXM"),
+    ("finetune", "bf16 parameters, checkpointing, chunking by 16", "16x8xH100-SXM@IB-NDR"),
+    ("initial", _SHARED, "2xH100-SXM"),
+    ("finetune", _SHARED_AGAIN, "4xH100-SXM"),
+)
 
 
 def plan_of(techniques: Mapping[str, Mapping[str, Any]], ranks: int = 1) -> Plan:
-    uses = dict(techniques) | ({"ddp": {}} if ranks > 1 else {})
+    replicas = ranks > 1 and "axial-parallel" not in techniques
+    uses = dict(techniques) | ({"ddp": {}} if replicas else {})
     return Plan(uses=tuple(make_use(name, knobs) for name, knobs in uses.items()), ranks=ranks)
 
 
@@ -90,9 +100,10 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
     """One plan at one size. Bytes of each tensor class at the peak, and of what one Evoformer block keeps."""
     begun = time.perf_counter()
     devices = catalog.machine(machine)
-    plan = plan_of(LADDER[name], devices.device_count)
-    ref = JobRef(spec="alphafold2", size=size, batch=devices.device_count)
-    _, pricer = make_pricer(Request(job=ref, machine=devices, ranks=plan.ranks))
+    plan = plan_of({**LADDER, **BESIDE}[name], devices.device_count)
+    samples = devices.device_count if name in LADDER else 1
+    ref = JobRef(spec="alphafold2", size=size, batch=samples)
+    _, pricer = make_pricer(Request(job=ref, machine=devices, ranks=plan.ranks), replicas=name in LADDER)
     found = pricer.whole(plan)
     traced = pricer.trace(plan, found.rank)
     step, kept = found.step_s, found.device_bytes
@@ -100,7 +111,7 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
     classes["workspace"] = int(found.allocated_bytes.value) - sum(classes.values())  # cuBLAS's own
     return {
         "kind": "predicted", "size": size, "name": name, "machine": machine, "plan": plan.label,
-        "peak_bytes": found.allocated_bytes.value, "phase": found.peak_phase,
+        "samples": samples, "peak_bytes": found.allocated_bytes.value, "phase": found.peak_phase,
         "device_bytes": kept.value if kept else None,
         "fits": needed_bytes(found, devices) <= devices.device.memory_bytes.value,
         "step_s": [step.low, step.value, step.high] if step else None, "energy_j": found.energy_j,
@@ -297,7 +308,7 @@ def made(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name in names:
             yield from trained(name, args.seeds)
     elif part == "devices":
-        yield from (predicted(size, name, machine) for size, name in REACHED for machine in DEVICES)
+        yield from (predicted(*asked) for asked in SEVERAL)
     elif part == "search":
         yield from (searched(size) for size in SIZES)
     elif args.csv is not None:

@@ -235,12 +235,12 @@ def _devices(found: Sequence[Record]) -> Iterator[str]:
     for r in (r for r in found if r["kind"] == "predicted"):
         if not r["fits"] or r["step_s"] is None:
             continue
-        ranks = _count(r["machine"])
-        per_1000 = 1000 / ranks
+        samples = r.get("samples", 1)
+        per_1000 = 1000 / samples
         rows.append(
             [
                 r["size"], r["name"], r["machine"], _gib(r["peak_bytes"]), f"{r['step_s'][1]:.2f}",
-                f"{ranks / r['step_s'][1]:.2f}", f"{r['energy_j'] * per_1000 / 3.6e6:.2f}",
+                f"{samples / r['step_s'][1]:.2f}", f"{r['energy_j'] * per_1000 / 3.6e6:.2f}",
                 "-" if r["usd"] is None else f"{r['usd'] * per_1000:.2f}",
                 "-" if r["co2_g"] is None else f"{r['co2_g'] * per_1000 / 1000:.2f}",
             ]
