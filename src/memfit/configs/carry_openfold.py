@@ -30,9 +30,7 @@ def from_openfold(setup: Setup, draft: Draft) -> None:
         if draft.ranks > 1:
             draft.take("ddp", "DDPStrategy", bucket_view=False)
         _precision(half, draft)
-    batch = openfold.changed(setup, ["data.data_module.data_loaders.batch_size"], 1)
-    draft.micro_batch = batch if isinstance(batch, int) and batch > 0 else None
-    draft.batch = None
+    draft.micro_batch, draft.batch = openfold.batch_size(setup), None
     draft.sized(draft.ranks, None)
     _recomputation(setup, draft)
     draft.size = _size(setup, draft)

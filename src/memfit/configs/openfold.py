@@ -8,10 +8,12 @@ takes a preset and sets blocks_per_ckpt to 1 and chunk_size to None; after that 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from memfit.configs.read import Options, Setup
+from memfit.types.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,22 +94,36 @@ def preset(s: Setup) -> str | None:
 
 
 def crop(s: Setup) -> Preset | None:
-    """With what the JSON changes of it; None for a preset that is not the monomer's."""
+    """With what the JSON changes of it; None for a preset that is not the monomer's. Raises UserError for
+    sizes that OpenFold's configuration does not take."""
     found = PRESETS.get(preset(s) or "")
     if found is None:
         return None
     keys = {"residues": "crop_size", "rows": "max_msa_clusters", "extra_rows": "max_extra_msa"}
-    sizes = {name: changed(s, [f"data.train.{key}"]) for name, key in keys.items()}
+    sizes = {
+        field: _count(f"data.train.{key}", changed(s, [f"data.train.{key}"], getattr(found, field)))
+        for field, key in keys.items()
+    }
     templates = changed(s, ["model.template.enabled"], found.templates) is True
-    return dataclasses.replace(
-        found, templates=templates, **{k: v for k, v in sizes.items() if isinstance(v, int) and v > 0}
-    )
+    return dataclasses.replace(found, templates=templates, **sizes)
 
 
 def blocks_per_ckpt(s: Setup) -> int | None:
-    """Blocks that are recomputed together; None: none is."""
+    """Blocks that are recomputed together; None: none is. Raises UserError as `crop` does."""
     value = changed(s, CKPT, 1)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return None if value is None else _count(CKPT[0], value)
+
+
+def batch_size(s: Setup) -> int:
+    """Of one process. Raises UserError as `crop` does."""
+    name = "data.data_module.data_loaders.batch_size"
+    return _count(name, changed(s, [name], 1))
+
+
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} is {json.dumps(value)}", allowed="a whole number above 0")
+    return value
 
 
 def precision(s: Setup) -> str:

@@ -52,12 +52,12 @@ def openfold_chunk_training(c: Options, s: Setup) -> Found:
 
 def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
     """Template blocks are recomputed in groups of the same size, which must not be more than there are."""
-    together, asked = openfold.changed(s, openfold.CKPT), openfold.crop(s)
-    if not isinstance(together, int):
+    together, asked = openfold.blocks_per_ckpt(s), openfold.crop(s)
+    if together is None:
         return
     templates = asked is None or asked.templates
     most = openfold.TEMPLATE_BLOCKS if templates else openfold.EVOFORMER_BLOCKS
-    if not 1 <= together <= most:
+    if together > most:
         yield {"together": together, "most": most, "stack": "template" if templates else "Evoformer"}
 
 
