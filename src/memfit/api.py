@@ -180,9 +180,7 @@ def from_trainer(trainer: Any, machine: Any = None) -> Prediction:
     from torch.utils import _pytree
 
     args = trainer.args
-    if args.fp16:
-        raise UserError("TrainingArguments(fp16=True)", hint="memfit has bf16=True, which needs no scaler")
-    uses = [use("bf16-autocast")] if args.bf16 else []
+    uses = [use(f"{name}-autocast") for name in ("fp16", "bf16") if getattr(args, name)]
     if args.gradient_checkpointing:
         uses.append(use("activation-checkpointing", every=1))
     micro_batches = args.gradient_accumulation_steps

@@ -20,6 +20,7 @@ from memfit.planning import (
     Planning,
     Progress,
     Request,
+    autocast,
     calibrate,
     model_sizes,
     search,
@@ -34,7 +35,7 @@ from memfit.techniques.registry import effect_of, plain, without
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
-from memfit.types.plan import Plan, use
+from memfit.types.plan import Plan, Use, use
 from memfit.types.result import (
     Interaction,
     Measurement,
@@ -55,7 +56,7 @@ __all__ = [
 
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
-_PRECISION, _CHECKPOINTING = use("bf16-autocast"), use("activation-checkpointing", every=1)
+_CHECKPOINTING = use("activation-checkpointing", every=1)
 
 
 def poc(
@@ -132,6 +133,10 @@ class _Story:
     def baseline(self) -> Plan:
         return plain(self.planning.request.ranks)
 
+    @property
+    def mixed(self) -> Use:
+        return autocast(self.planning.pricer.space)
+
     def begin(self, asked: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         metric, alone = job.metric, request.ranks == 1
@@ -191,10 +196,10 @@ class _Story:
     def _ablations(self) -> Iterator[tuple[str, Plan]]:
         for used in self.recommended.uses:
             yield f"without {used.technique}", without(self.recommended, used.technique)
-        yield "precision only", self.baseline.with_use(_PRECISION)
+        yield "precision only", self.baseline.with_use(self.mixed)
         if self.planning.pricer.space.block_count:
             yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)
-            both = self.baseline.with_use(_PRECISION).with_use(_CHECKPOINTING)
+            both = self.baseline.with_use(self.mixed).with_use(_CHECKPOINTING)
             yield "precision and checkpointing", both
 
     def _spec(self, name: str, role: str, plan: Plan, *, seed: int, capped: bool = False) -> RunSpec:
@@ -250,7 +255,7 @@ class _Story:
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
         """Precision x checkpointing on seed 0, wherever all four corners ran."""
-        uses = ((), (_PRECISION,), (_CHECKPOINTING,), (_PRECISION, _CHECKPOINTING))
+        uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
         corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
         cells = [_corner(runs, plan) for plan in corners]
         for quantity, value in _QUANTITIES.items():
@@ -258,7 +263,7 @@ class _Story:
             if all(v is not None for v in values):
                 neither, first, second, both = (float(v) for v in values if v is not None)
                 yield Interaction(
-                    first=_PRECISION.technique, second=_CHECKPOINTING.technique, quantity=quantity,
+                    first=self.mixed.technique, second=_CHECKPOINTING.technique, quantity=quantity,
                     neither=neither, first_only=first, second_only=second, both=both,
                 )  # fmt: skip
 

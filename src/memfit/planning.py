@@ -23,7 +23,7 @@ from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration, Machine
-from memfit.types.plan import Accuracy, Bounds, Plan, use
+from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Estimate, Reason, SearchResult
 
 FINALISTS = 14
@@ -74,8 +74,8 @@ class Planning:
     result: SearchResult
 
 
-def space_of(job: Job, device: str, ranks: int = 1) -> Space:
-    """Counts blocks and outputs on a model built without memory."""
+def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
+    """Counts blocks and outputs on a model built without memory. ``half``: `half_of` the device."""
     from memfit.techniques.adapters import block_linears
     from memfit.techniques.slices import worth_cutting
     from memfit.trace.tracer import fake_model
@@ -101,9 +101,21 @@ def space_of(job: Job, device: str, ranks: int = 1) -> Space:
         vocabulary=vocabulary,
         device=device,
         ranks=ranks,
+        half=half,
         linears=linears,
         slices=ranks == 1 and worth_cutting(job, model),
     )
+
+
+def half_of(machine: Machine) -> str:
+    """The half precision of its matrix units: what came before Ampere has float16 only."""
+    rates = machine.device.peak_flops
+    return "float16" if "float16" in rates and "bfloat16" not in rates else "bfloat16"
+
+
+def autocast(space: Space) -> Use:
+    """Mixed precision as the device has it."""
+    return use("fp16-autocast" if space.half == "float16" else "bf16-autocast")
 
 
 def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
@@ -111,7 +123,7 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
         raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
-    space = space_of(job, request.machine.device.kind, request.ranks)
+    space = space_of(job, request.machine.device.kind, request.ranks, half_of(request.machine))
     return job, Pricer(job=job, machine=request.machine, space=space, engine=request.engine)
 
 
@@ -301,7 +313,7 @@ def _representatives(pricer: Pricer) -> list[Plan]:
     batch = pricer.space.batch_size
     single = [use("gradient-accumulation", micro_batches=batch)] if batch > 1 else []
     middle = [use("gradient-accumulation", micro_batches=4)] if batch > 4 and batch % 4 == 0 else []
-    mixed, basis = use("bf16-autocast"), plain(pricer.space.ranks)
+    mixed, basis = autocast(pricer.space), plain(pricer.space.ranks)
     return [
         basis,
         basis.with_use(mixed),

@@ -118,6 +118,7 @@ JOBS = {
 SLICES = use("chunking", parts=16, mib=0)
 ACCUMULATE = use("gradient-accumulation", micro_batches=4)
 AUTOCAST = use("bf16-autocast")
+FLOAT16 = use("fp16-autocast")
 MASTER = use("bf16-parameters", rounding="master")
 STOCHASTIC = use("bf16-parameters", rounding="stochastic")
 FULL = use("activation-checkpointing", every=1)
@@ -147,7 +148,8 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
         for u in (SMALL_ADAM, use("adafactor"), use("sgd"), IN_BACKWARD, LORA, QLORA, MASTER, STOCHASTIC)
     ),
     ("wide", (IN_BACKWARD, SMALL_ADAM)),
-    *(("protein-lm", (u,)) for u in (FULL, AUTOCAST)),
+    *(("protein-lm", (u,)) for u in (FULL, AUTOCAST, FLOAT16)),
+    ("char-lm", (FLOAT16, FULL, ACCUMULATE)),
     ("protein-lm", (ACCUMULATE, FULL, AUTOCAST)),
     *(("char-lm", (u,)) for u in (ACCUMULATE, FULL, AUTOCAST)),
     ("char-lm", (AUTOCAST, MATMUL, SMALL_ADAM)),
@@ -227,6 +229,7 @@ def test_predicted_peak_is_measured_peak(
 LOWERS = {
     "gradient-accumulation": ("protein-ss", ACCUMULATE),
     "bf16-autocast": ("protein-ss", AUTOCAST),
+    "fp16-autocast": ("protein-ss", FLOAT16),
     "bf16-parameters": ("protein-ss", MASTER),
     "activation-checkpointing": ("protein-ss", FULL),
     "selective-checkpointing": ("protein-ss", MATMUL),

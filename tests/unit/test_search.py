@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memfit import catalog
+from memfit.planning import half_of
 from memfit.search.choose import TIE_RATIO, Objective, best, decide, frontier, score
 from memfit.search.space import complexity, plans, usable
 from memfit.techniques.base import Space
@@ -249,3 +252,11 @@ def test_without_times_a_reason_has_no_ratio() -> None:
     )  # fmt: skip
     assert found.recommended is not None
     assert [(r.saved_bytes, r.time_ratio) for r in found.recommended.reasons] == [(60, None)]
+
+
+@pytest.mark.parametrize(("device", "mixed"), [("T4", "fp16-autocast"), ("A100-80GB-SXM", "bf16-autocast")])
+def test_mixed_precision_is_what_the_device_multiplies_in(device: str, mixed: str) -> None:
+    half = half_of(catalog.machine(device, "world"))
+    offered, _ = usable(dataclasses.replace(SPACE, device="cuda", half=half), Accuracy.ROUNDING)
+    assert {t.name for t in offered if t.slot == "precision"} & {"fp16-autocast", "bf16-autocast"} == {mixed}
+    assert (half == "float16") == ("bf16-parameters" not in {t.name for t in offered})

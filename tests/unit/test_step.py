@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from memfit.jobs.step import TrainingStep, batch_length, split
+from memfit.techniques.precision import LossScale
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan, use
@@ -131,3 +132,54 @@ def test_an_impossible_plan_never_becomes_a_step() -> None:
 
 def test_the_rows_of_the_test_job_are_padded_unequally() -> None:
     assert [words_terms(part) for part in split(words().make_batch(0, 0), 8)] == [12 - i for i in range(8)]
+
+
+FP16 = Plan(uses=(use("fp16-autocast"),))
+
+
+def _scaled(plan: Plan = FP16) -> TrainingStep:
+    torch.manual_seed(0)
+    return TrainingStep(words(2), plan)
+
+
+def test_a_loss_scale_leaves_gradients_as_they_are() -> None:
+    plain, scaled = _scaled(Plan()), _scaled()
+    assert scaled.bench.loss_scale is not None
+    batch = plain.job.make_batch(0, 0)
+    norms = [step.run(batch)[1].item() for step in (plain, scaled)]
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)
+    assert scaled.bench.loss_scale.value == 65536
+    for one, other in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-3)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "first", 2.0**40)
+    step = _scaled()
+    before = [p.detach().clone() for p in step.model.parameters()]
+    batch = step.job.make_batch(0, 0)
+    assert step.run(batch)[1].item() == 0
+    assert step.bench.loss_scale is not None
+    assert step.bench.loss_scale.value == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    while step.run(batch)[1].item() == 0:
+        pass
+    assert not all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+
+
+def test_a_loss_scale_doubles_after_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "patience", 2)
+    step = _scaled()
+    for _ in range(4):
+        step.run(step.job.make_batch(0, 0))
+    assert step.bench.loss_scale is not None
+    assert step.bench.loss_scale.value == 4 * 65536
+
+
+def test_a_loss_that_is_not_finite_at_any_scale_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LossScale, "first", 1.0)
+    torch.manual_seed(0)
+    job = words(2)
+    broken = dataclasses.replace(job, loss=lambda model, batch: job.loss(model, batch) * float("inf"))
+    norm = TrainingStep(broken, FP16).run(job.make_batch(0, 0))[1]
+    assert not torch.isfinite(norm)

@@ -279,17 +279,18 @@ def _hugging_face(setup: Setup, draft: Draft) -> None:
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
     precision = _mixed_precision(setup) or "no"
-    if precision in ("fp16", "fp8"):
+    sharded = fsdp is not None and (draft.ranks > 1 or setup.ranks is None)
+    if precision == "fp8" or (precision == "fp16" and sharded):
         draft.leave(f"mixed precision {precision}", "predicted as bf16")
         precision = "bf16"
     data = draft.ranks
-    if fsdp is not None and (draft.ranks > 1 or setup.ranks is None):
+    if fsdp is not None and sharded:
         data = _fsdp(setup, fsdp, precision, draft)
     else:
         if draft.ranks > 1:
             draft.take("ddp", kind or "data parallel", **_ddp(setup))
-        if precision == "bf16":
-            draft.take("bf16-autocast", "mixed precision bf16")
+        if precision != "no":
+            draft.take(f"{precision}-autocast", f"mixed precision {precision}")
     _trainer_optimizer(setup, draft)
     _checkpointing(setup, draft)
     if args is not None:

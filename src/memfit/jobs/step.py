@@ -126,12 +126,20 @@ class TrainingStep:
 
     def _prepare(self) -> OptimizerLike:
         bench = self.bench
-        return StepInBackward(bench) if bench.step_in_backward else bench.make_optimizer(bench.trainable())
+        if bench.step_in_backward:
+            return StepInBackward(bench)
+        optimizer = bench.make_optimizer(bench.trainable())
+        if bench.loss_scale is not None:
+            bench.loss_scale.keep_in(optimizer)
+        return optimizer
 
     def _update(self) -> torch.Tensor:
-        """The optimizer's step; the gradient norm before it."""
-        norm = self._grad_norm()
-        self.optimizer.step()
+        """The optimizer's step; the gradient norm before it, 0 where a loss scale left the step out."""
+        norm, scale = self._grad_norm(), self.bench.loss_scale
+        if scale is None or scale.unscaled(norm, self.bench.trainable()):
+            self.optimizer.step()
+        else:
+            norm = torch.zeros_like(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -157,7 +165,8 @@ class TrainingStep:
         on_phase(Phase.FORWARD)
         weighted = self._weighted(self.bench.call or self.model, part, share)
         on_phase(Phase.BACKWARD)
-        self._backward(weighted)
+        scale = self.bench.loss_scale
+        self._backward(weighted if scale is None else weighted * scale.value)
         return weighted.detach().float()
 
     def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:

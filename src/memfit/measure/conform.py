@@ -292,9 +292,11 @@ class Watch:
     def _autocast(self) -> None:
         if not self.autocast:
             return
-        wanted = "torch.bfloat16" if self.plan.get("bf16-autocast") else "off"
+        kinds = {"bf16-autocast": "torch.bfloat16", "fp16-autocast": "torch.float16"}
+        feature = next((n for n in kinds if self.plan.get(n)), "bf16-autocast")
+        wanted = kinds[feature] if self.plan.get(feature) else "off"
         told = ", ".join(sorted(self.autocast))
-        self._differs("bf16-autocast", wanted, told, wrong=self.autocast != {wanted})
+        self._differs(feature, wanted, told, wrong=self.autocast != {wanted})
         fsdp = self.plan.get("fsdp2")
         if fsdp is not None:
             low = fsdp.settings["precision"] == "bf16"
@@ -377,7 +379,8 @@ class Watch:
 
 _SEEN = {
     "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "activation-checkpointing",
-    "selective-checkpointing", "bf16-autocast", "bf16-parameters", "gradient-accumulation", "expert-parallel",
+    "selective-checkpointing", "bf16-autocast", "fp16-autocast", "bf16-parameters", "gradient-accumulation",
+    "expert-parallel",
 }  # fmt: skip
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2")
 

@@ -15,6 +15,7 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
+    from memfit.techniques.precision import LossScale
     from memfit.techniques.stages import Pipeline
     from memfit.types.job import Job
 
@@ -56,6 +57,7 @@ class Space:
     vocabulary: int  # outputs of the head; 0: no head
     device: str
     ranks: int = 1
+    half: str = "bfloat16"  # the half precision that the device multiplies in
     linears: bool = True  # its blocks have linear layers, which adapters go beside
     slices: bool = False  # some module makes much inside that can be cut into independent slices
 
@@ -122,6 +124,7 @@ class Workbench:
     before_micro_batch: list[Callable[[bool], None]] = dataclasses.field(default_factory=list)
     forward_contexts: list[Context] = dataclasses.field(default_factory=list)
     step_in_backward: bool = False
+    loss_scale: LossScale | None = None
     first_part: Callable[[int], Any] = lambda parts: None
     pipeline: Pipeline | None = None
     ddp: Any = None

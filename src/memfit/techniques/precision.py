@@ -1,8 +1,10 @@
-"""Precision: bf16 autocast, and bf16 parameters with an fp32 master copy or stochastic rounding."""
+"""Precision: autocast in bf16, or in fp16 with a loss scale; bf16 parameters with an fp32 master copy or
+stochastic rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques import islands
@@ -20,6 +22,51 @@ def _apply_autocast(bench: Workbench, settings: Mapping[str, KnobValue]) -> None
     # in a few reductions only.
     device = next(bench.model.parameters()).device.type
     bench.forward_contexts.append(lambda: torch.autocast(device, dtype=torch.bfloat16))
+
+
+def _apply_fp16(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
+
+    device = next(bench.model.parameters()).device.type
+    bench.forward_contexts.append(lambda: torch.autocast(device, dtype=torch.float16))
+    bench.loss_scale = LossScale()
+
+
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): small gradients would be zero in float16,
+    so the loss is multiplied before backward and gradients are divided after it. A step whose gradients
+    overflow is left out and the scale halved; it doubles after ``patience`` good ones. Both numbers lie in
+    the optimizer's groups, so that checkpoints keep them."""
+
+    first, patience = 65536.0, 2000  # those of torch.amp.GradScaler
+
+    def keep_in(self, optimizer: Any) -> None:
+        self.groups = optimizer.param_groups
+        for group in self.groups:
+            group.setdefault("loss_scale", self.first)
+            group.setdefault("good_steps", 0)
+
+    @property
+    def value(self) -> float:
+        return float(self.groups[0]["loss_scale"])
+
+    def unscaled(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
+        """Divides the gradients by the scale, and the norm, which all ranks share; False where they
+        overflowed and the step is to be left out."""
+        import torch
+
+        finite = math.isfinite(float(norm))
+        scale, good = self.value, int(self.groups[0]["good_steps"])
+        if finite:
+            norm.div_(scale)
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], 1 / scale)
+            good = (good + 1) % self.patience
+            new = scale * (1 if good else 2)
+        else:
+            new, good = max(1.0, scale / 2), 0
+        for group in self.groups:
+            group["loss_scale"], group["good_steps"] = new, good
+        return finite or scale <= 1  # nothing is left to halve: the loss itself is not finite
 
 
 def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -98,12 +145,12 @@ class MasterWeights:
         return merged
 
 
-def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{}]
+_Settings = Iterable[Mapping[str, KnobValue]]
 
 
-def _roundings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"rounding": "master"}, {"rounding": "stochastic"}]
+def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[Space], _Settings]:
+    """Proposed to devices that compute in ``half``."""
+    return lambda space: settings if space.half == half else ()
 
 
 AUTOCAST = Technique(
@@ -111,9 +158,21 @@ AUTOCAST = Technique(
     summary="matrix products and activations in bfloat16, parameters and optimizer in float32",
     effect=EffectClass.E2,
     apply=_apply_autocast,
-    settings=_once,
+    settings=_in("bfloat16", {}),
     order=70,
     slot="precision",
+)
+
+FP16 = Technique(
+    name="fp16-autocast",
+    summary="matrix products and activations in float16 with a loss scale, for devices without bfloat16",
+    effect=EffectClass.E2,
+    apply=_apply_fp16,
+    settings=_in("float16", {}),
+    order=70,
+    slot="precision",
+    # These keep gradients, or step, where a scale of the whole step does not reach.
+    forbids=("optimizer-in-backward", "pipeline", "zero", "sharded-ddp", "expert-parallel", "axial-parallel"),
 )
 
 PARAMETERS = Technique(
@@ -121,7 +180,7 @@ PARAMETERS = Technique(
     summary="parameters, gradients and activations in bfloat16",
     effect=EffectClass.E2,
     apply=_apply_parameters,
-    settings=_roundings,
+    settings=_in("bfloat16", {"rounding": "master"}, {"rounding": "stochastic"}),
     order=75,
     slot="precision",
     knobs=(

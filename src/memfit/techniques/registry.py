@@ -34,6 +34,7 @@ TECHNIQUES: Mapping[str, Technique] = {
     for t in (
         gradient_accumulation.TECHNIQUE,
         precision.AUTOCAST,
+        precision.FP16,
         precision.PARAMETERS,
         checkpointing.FULL,
         checkpointing.SELECTIVE,
