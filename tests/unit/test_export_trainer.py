@@ -135,6 +135,7 @@ def test_what_the_arguments_cannot_say(given: Plan, said: str) -> None:
     [
         (plan(), "native"),
         (plan(bf16_autocast={}, activation_checkpointing={}), "native"),
+        (plan(fp16_autocast={}, gradient_accumulation={"micro_batches": 2}), "native"),
         (plan(gradient_accumulation={"micro_batches": 4}, adamw_fused={}), "native"),
         (plan(4, fsdp2={"precision": "bf16", "reshard": False}), "native"),
         (plan(4, zero={"stage": 3, "precision": "bf16", "offload": "parameters"}), "deepspeed"),

@@ -26,7 +26,8 @@ _OF_THE_MODULE = {
     "activation-checkpointing", "selective-checkpointing", "chunked-loss", "compile", "lora", "qlora",
     "adamw-8bit", "adamw-4bit", "adamw-paged", "adamw-fused", "adamw-single", "adafactor", "sgd",
 }  # fmt: skip
-_OF_THE_TRAINER = {"ddp", "fsdp2", "bf16-autocast", "gradient-accumulation"}
+_OF_THE_TRAINER = {"ddp", "fsdp2", "bf16-autocast", "fp16-autocast", "gradient-accumulation"}
+_MIXED = {"bf16-autocast": "bf16-mixed", "fp16-autocast": "16-mixed"}
 
 
 def trainer_arguments(plan: Any) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def trainer_arguments(plan: Any) -> dict[str, Any]:
     return {
         "devices": plan.ranks,
         "strategy": _strategy(plan),
-        "precision": "bf16-mixed" if plan.get("bf16-autocast") is not None else "32-true",
+        "precision": next((said for name, said in _MIXED.items() if plan.get(name)), "32-true"),
         "accumulate_grad_batches": int(accumulation.settings["micro_batches"]) if accumulation else 1,
     }
 
@@ -150,9 +151,7 @@ def __getattr__(name: str) -> Any:
 
 def plan_of_trainer(trainer: Any) -> Plan:
     """What a Lightning Trainer's arguments say. Raises UserError for strategies of several ranks but DDP."""
-    uses = []
-    if "bf16-mixed" in str(trainer.precision):
-        uses.append(use("bf16-autocast"))
+    uses = [use(name) for name, said in _MIXED.items() if str(trainer.precision) == said]
     if trainer.accumulate_grad_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=trainer.accumulate_grad_batches))
     if trainer.world_size > 1:
