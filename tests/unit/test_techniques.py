@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,33 @@ def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
         "chunked-cross-entropy", "lora", "qlora",
     }  # fmt: skip
     assert [s["micro_batches"] for s in technique("gradient-accumulation").settings(SPACE)] == [2, 4, 8]
+
+
+class _TwoStacks(nn.Module):
+    """Encoder and decoder of one class of blocks, and a stack of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+        self.decoder = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+        self.heads = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 8) for _ in range(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.encoder, *self.decoder):
+            x = block(x)
+        return self.heads[0](x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("more", "every", "again"), [((), 1, 5), (("heads",), 1, 6), (("heads",), 2, 4)])
+def test_every_stack_is_recomputed(more: tuple[str, ...], every: int, again: int) -> None:
+    job = dataclasses.replace(
+        words(2), build_model=_TwoStacks, blocks=None, more_blocks=more, head=None, loss_terms=None,
+        make_batch=lambda step, seed: torch.randn(2, 3, 8), loss=lambda model, x: model(x).square().mean(),
+    )  # fmt: skip
+    step = TrainingStep(job, Plan(uses=(use("activation-checkpointing", every=every),)))
+    stacks = (*step.model.encoder, *step.model.decoder, *step.model.heads)  # type: ignore[misc]
+    assert sum("forward" in vars(block) for block in stacks) == again
+    step.run(job.make_batch(0, 0))
 
 
 def test_adapters_are_not_proposed_to_blocks_without_linear_layers() -> None:

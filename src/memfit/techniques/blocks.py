@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memfit.types.errors import UserError
@@ -27,6 +28,23 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
     return max(
         found, key=lambda pair: (sum(p.numel() for b in pair[1] for p in b.parameters()), len(pair[1]))
     )
+
+
+def find_stacks(
+    model: torch.nn.Module, path: str | None = None, more: Sequence[str] = ()
+) -> list[list[torch.nn.Module]]:
+    """The blocks of `find_blocks`, then those at the paths ``more``, and of other stacks whose members are
+    of the same class, or are recomputed by Hugging Face as well: an encoder's beside a decoder's."""
+    first, blocks = find_blocks(model, path)
+    stacks = {first: blocks} | {name: _children_at(model, name) for name in more}
+    kinds = {kind for kind in type(blocks[0]).__mro__ if kind.__name__ == "GradientCheckpointingLayer"}
+    kinds.add(type(blocks[0]))
+    for name, module in model.named_modules():
+        inside = any(name == s or name.startswith(f"{s}.") or s.startswith(f"{name}.") for s in stacks)
+        children = list(module.children())
+        if not inside and _repeats(module) and isinstance(children[0], tuple(kinds)):
+            stacks[name] = children
+    return list(stacks.values())
 
 
 def _repeats(module: torch.nn.Module) -> bool:

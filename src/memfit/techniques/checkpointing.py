@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
-from memfit.techniques.blocks import find_blocks
+from memfit.techniques.blocks import find_stacks
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ def _wrap(block: torch.nn.Module, **options: Any) -> None:
 
 
 def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    _, blocks = find_blocks(bench.model, bench.job.blocks)
-    for index, block in enumerate(blocks):
-        if index % int(settings["every"]) == 0:
+    for blocks in find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks):
+        for block in blocks[:: int(settings["every"])]:
             _wrap(block)
 
 
@@ -45,8 +45,8 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
     policy = str(settings["keep"])
     kept = frozenset(_kept_operators(policy))
     judge = functools.partial(_every_second if policy == "every-second-matmul" else _all_of, kept)
-    _, blocks = find_blocks(bench.model, bench.job.blocks)
-    for block in blocks:
+    stacks = find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks)
+    for block in itertools.chain(*stacks):
         region = getattr(block.forward, "region", None)
         if region is None:
             block.forward = _without_cast_cache(block.forward)

@@ -56,7 +56,8 @@ class Job:
     many terms were averaged (default: the batch size), so that accumulated micro-batches weigh right.
     ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
     ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
-    ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads.
+    ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads. Checkpointing
+    recomputes other stacks of the same class too, and those at the paths ``more_blocks``.
     For plans of several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut where
     watching them is not enough; ``experts`` names modules called with (tokens, chosen experts, weights);
     context parallelism cuts ``sequence_dim`` and wants inputs and targets aligned in the batch.
@@ -81,6 +82,7 @@ class Job:
     metric: Metric | None = None
     optimizer: OptimizerChoice = dataclasses.field(default_factory=OptimizerChoice)
     blocks: str | None = None
+    more_blocks: tuple[str, ...] = ()
     head: str | None = None
     tokens_per_batch: int = 0  # for throughput; 0: unknown
     bound: Bound | None = None
