@@ -119,6 +119,8 @@ def test_fsdp2_gathers_islands_in_float32(units: str) -> None:
     """An island inside a block, a block, one after the blocks, and one without parameters."""
     plan = Plan(uses=(make_use("fsdp2", {"precision": "bf16", "units": units}),), ranks=2)
     assert trace(job("blocks.0.inner.1", "blocks.1", "head", "blocks.2.inner.2"), plan).spans
+    narrow = Plan(uses=(make_use("fsdp2", {"units": units}), make_use("bf16-parameters", {})), ranks=2)
+    assert trace(job("blocks.0.inner.1", "head"), narrow).spans, "groups of one dtype each"
     whole = trace(job("*"), plan)
     as_is = trace(job(), Plan(uses=(make_use("fsdp2", {"units": units}),), ranks=2))
     assert [a.size_bytes for a in whole.allocations] == [a.size_bytes for a in as_is.allocations]

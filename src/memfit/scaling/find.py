@@ -115,7 +115,10 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
     if not shared and len(limits.tensor) > 1:  # a vocabulary of a size that cannot be cut?
         cut["vocabulary"] = "whole"
         tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
-    return dataclasses.replace(limits, tensor=tensor, context=context, vocabulary=shared), refused
+    found = dataclasses.replace(
+        limits, tensor=tensor, context=context, sharing=traced.sharing, vocabulary=shared
+    )
+    return found, refused
 
 
 class _Pricing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy
@@ -20,7 +21,8 @@ Seconds = Callable[[Sequence[OpCall]], float]
 
 
 def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
-    """Of a trace of `BLOCKS` blocks at ``path``, without data parallelism, played for one micro-batch.
+    """Of a trace of `BLOCKS` blocks at ``path``, without data parallelism, played for one micro-batch. A
+    model may pass through them several times before the pass that it learns from, as recycling does.
     Raises UserError where the blocks do not run one after the other."""
     look = _Look(trace, path, seconds)
     forward, backward = look.firsts(Phase.FORWARD), look.firsts(Phase.BACKWARD)
@@ -52,12 +54,20 @@ class _Look:
     def span(self, phase: Phase) -> PhaseSpan:
         return [s for s in self.trace.spans if s.phase is phase and s.step == self.last][-1]
 
+    def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
+        """What blocks do, (number, operators) of each time that one runs."""
+        span, prefix = self.span(phase), f"{self.path}."
+        within = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
+        grouped = itertools.groupby(within, lambda o: o.module.removeprefix(prefix).partition(".")[0])
+        return [(number, list(ops)) for number, ops in grouped]
+
     def _of_block(self, phase: Phase, index: int) -> list[OpCall]:
-        name, span = f"{self.path}.{index}", self.span(phase)
-        return [
-            o for o in self.ops
-            if span.start <= o.clock < span.end and (o.module == name or o.module.startswith(name + "."))
-        ]  # fmt: skip
+        """The last time it runs."""
+        return next((ops for number, ops in reversed(self._runs(phase)) if number == str(index)), [])
+
+    def passes(self) -> int:
+        """Times that the model goes forward through a block."""
+        return sum(number == "1" for number, _ in self._runs(Phase.FORWARD))
 
     def firsts(self, phase: Phase) -> list[int]:
         found = [self._of_block(phase, i) for i in range(BLOCKS)]
@@ -83,20 +93,24 @@ class _Look:
         return self.ops[first:end]
 
     def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> Piece:
-        """``module`` None: what is in no block and works in these windows."""
+        """``module`` None: what is in no block and works in these windows. Passes that nothing is learned
+        from take time in the blocks and memory before them."""
         kept = self.level(forward[1]) - self.level(forward[0])
         made = (a for a in self.trace.allocations if a.category is Category.GRADIENT and a.step == self.last)
         gradients = sum(a.size_bytes for a in made if backward[0] <= a.start < backward[1])
         ahead, back = self.within(forward), self.within(backward)
+        if module is None:
+            ahead = [o for o in ahead if not o.module.startswith(f"{self.path}.")]
+        times = 1 if module is None else self.passes()
         return Piece(
-            forward_s=self.seconds(ahead),
+            forward_s=self.seconds(ahead) * times,
             backward_s=self.seconds(back),
             kept_bytes=kept,
             forward_top_bytes=self.top(forward),
             backward_top_bytes=self.top(backward),
             parameter_bytes=gradients,
-            flops=sum(o.flops for o in (*ahead, *back)),
-            forward_travel=_travel(ahead),
+            flops=sum(o.flops for o in (*(ahead * times), *back)),
+            forward_travel=_travel(ahead) * times,
             backward_travel=_travel(back),
         )
 

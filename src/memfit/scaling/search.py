@@ -20,7 +20,7 @@ from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
-from memfit.search.layouts import Limits
+from memfit.search.layouts import CUTTING, Limits
 from memfit.search.space import complexity
 from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, technique
 from memfit.techniques.world import layout
@@ -252,9 +252,8 @@ def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fit
 
 def _kind(plan: Plan) -> tuple[object, ...]:
     """What decides how far a sketch is off: the layout, and the technique of data parallelism."""
-    names = ("tensor-parallel", "context-parallel", "pipeline")
     cut = tuple((u.technique, tuple(k for k in u.knobs if k[0] != "micro_batches")) for u in plan.uses
-                if u.technique in names)  # fmt: skip
+                if u.technique in CUTTING)  # fmt: skip
     return cut, tuple(u.technique for u in plan.uses if technique(u.technique).slot == "data-parallel")
 
 

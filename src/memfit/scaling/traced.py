@@ -9,6 +9,7 @@ from typing import Any
 
 from memfit.scaling.parts import BLOCKS, Seconds, parts_of, updating_of
 from memfit.search.layouts import Uses
+from memfit.techniques.axial_parallel import knowing
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.registry import make_use
 from memfit.trace.few_blocks import FirstBlocks
@@ -46,8 +47,10 @@ class Traced:
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.device = job, device
-        self.path, blocks = find_blocks(fake_model(job), job.blocks)
+        model = fake_model(job)
+        self.path, blocks = find_blocks(model, job.blocks)
         self.blocks = len(blocks)
+        self.sharing = "axial-parallel" if knowing(model) else "context-parallel"
         self.kept: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, Trace] = {}
         self._batch = job.make_batch(0, 0)  # once, and among real tensors
@@ -94,7 +97,7 @@ class Traced:
             knobs = {"degree": key.tensor, "sequence": key.sequence, "vocabulary": key.vocabulary}
             uses.append(make_use("tensor-parallel", knobs))
         if key.context > 1:
-            uses.append(make_use("context-parallel", {"degree": key.context}))
+            uses.append(make_use(self.sharing, {"degree": key.context}))
         plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context)
         try:
             return trace(

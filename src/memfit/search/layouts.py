@@ -17,12 +17,14 @@ from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 
 Uses = tuple[Use, ...]
+CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the job, the machine and the goal allow. ``batch``: samples of a step, over all ranks;
-    ``tensor``, ``context``: degrees that the model can be cut by; ``per_host``: ranks in one host."""
+    ``tensor``, ``context``: degrees that the model can be cut by; ``sharing``: the technique by which ranks
+    of a context share a sample; ``per_host``: ranks in one host."""
 
     ranks: int
     per_host: int
@@ -31,6 +33,7 @@ class Limits:
     device: str
     tensor: tuple[int, ...] = (1,)
     context: tuple[int, ...] = (1,)
+    sharing: str = "context-parallel"
     pipeline: bool = True
     chunks: bool = False
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
@@ -49,6 +52,7 @@ class Layout:
     sequence: bool = False
     vocabulary: str = "whole"
     context: int = 1
+    sharing: str = "context-parallel"
     stages: int = 1
     schedule: str = ""
     virtual: int = 1
@@ -64,7 +68,7 @@ class Layout:
             found.append(_use("tensor-parallel", degree=self.tensor, sequence=self.sequence,
                               vocabulary=self.vocabulary))  # fmt: skip
         if self.context > 1:
-            found.append(_use("context-parallel", degree=self.context))
+            found.append(_use(self.sharing, degree=self.context))
         return tuple(found)
 
 
@@ -137,7 +141,7 @@ def _layouts(limits: Limits) -> Iterator[Layout]:
         for stages, schedule, virtual in _pipelines(limits, limits.ranks // within):
             layout = Layout(
                 ranks=limits.ranks, tensor=tensor, sequence=sequence, vocabulary=vocabulary,
-                context=context, stages=stages, schedule=schedule, virtual=virtual,
+                context=context, sharing=limits.sharing, stages=stages, schedule=schedule, virtual=virtual,
             )  # fmt: skip
             probe = layout.uses
             if stages > 1:
@@ -246,7 +250,7 @@ def _fine(uses: Uses, limits: Limits) -> bool:
 @functools.cache
 def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[str]) -> bool:
     one = technique(used.technique)
-    asked = one.slot == "data-parallel" or one.name in ("tensor-parallel", "context-parallel", "pipeline")
+    asked = one.slot == "data-parallel" or one.name in CUTTING
     mild = effect_of(Plan(uses=(used,))) <= (max(effect, EffectClass.E1) if asked else effect)
     return mild and device in one.devices and not one.missing and used.technique not in forbidden
 

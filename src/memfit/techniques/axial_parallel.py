@@ -9,21 +9,27 @@ see the same samples and draw the same dropout. What is outside of the stacks ru
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.techniques.axial import Axial
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     mesh = bench.world.sub("context")
     if mesh is None:
         return
-    from memfit.techniques.axial import Axial, Cut
+    from memfit.techniques.axial import Cut
     from memfit.techniques.together import Together, averaging
 
-    knowing = [module for module in bench.model.modules() if isinstance(module, Axial)]
-    if not knowing:
+    modules = knowing(bench.model)
+    if not modules:
         raise UserError(
             f"axial-parallel finds nothing to cut in {type(bench.model).__name__}",
             allowed="a model whose modules derive from memfit.techniques.axial.Axial, as those of alphafold2",
@@ -32,9 +38,16 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     together = Together(
         group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size()
     )
-    for module in knowing:
+    for module in modules:
         module.across = Cut(together)
     bench.before_micro_batch.append(averaging(bench, together))
+
+
+def knowing(model: torch.nn.Module) -> list[Axial]:
+    """Its modules that know that their inputs may be cut."""
+    from memfit.techniques.axial import Axial
+
+    return [module for module in model.modules() if isinstance(module, Axial)]
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:

@@ -106,7 +106,8 @@ def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[
     from torch.distributed.fsdp import fully_shard
 
     wanted = _groups(bench, str(settings.get("units")), settings["reshard"])
-    if settings["precision"] == "as-is" or not bench.islands:
+    narrow = settings["precision"] != "as-is" or len({p.dtype for p in bench.model.parameters()}) > 1
+    if not narrow or not bench.islands:
         return [fully_shard(modules, reshard_after_forward=free, **options) for modules, free in wanted]
     apart = {i for i in bench.islands.values() if next(i.parameters(), None) is not None}
     wide = {m for i in apart for m in i.modules()}
