@@ -537,4 +537,5 @@ def test_errors_of_the_users_own_code_are_one_line(
     assert main(["explain", f"{tmp_path / 'own.py'}:job"]) == 2
     err = capfd.readouterr().err
     assert told in err
-    assert len(err.strip().splitlines()) == 1
+    lines = err.strip().splitlines()  # on a busy machine the progress says first that it is loading
+    assert len([line for line in lines if not line.startswith("loading (")]) == 1

@@ -24,6 +24,7 @@ from memfit.cli import (
     plan,
     poc,
     precision,
+    record,
     report,
     run,
     techniques,
@@ -47,7 +48,8 @@ app = typer.Typer(
 for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
-    ("precision", precision.precision), ("report", report.report), ("jobs", jobs.jobs),
+    ("precision", precision.precision), ("report", report.report), ("record", record.record),
+    ("compare", record.compare), ("jobs", jobs.jobs),
     ("techniques", techniques.techniques), ("machines", machines.machines), ("engine", engine.engine),
     ("engines", engines.engines), ("doctor", doctor.doctor),
 ):  # fmt: skip

@@ -23,6 +23,7 @@ from memfit.types.result import Record
 
 APPLICATION_ID: Final = 0x6D666974  # "mfit", in the file's header: says whose file this is
 SCHEMA_VERSION: Final = 1
+TAKEN: Final = "taken"  # kind of a row that holds another group's record
 _WAIT_S: Final = 30.0  # for another process's append
 _OTHER: Final = "choose another file with --store"
 
@@ -93,8 +94,10 @@ class Store:
         return tuple(Record(**dict(zip(names, row, strict=True))) for row in rows)
 
     def poc_ids(self) -> tuple[str, ...]:
-        """Every PoC that has a row, oldest first."""
-        rows = self._rows("SELECT poc_id FROM record GROUP BY poc_id ORDER BY min(record_id)")
+        """Every PoC of this store's own, oldest first: records taken in from others are not."""
+        rows = self._rows(
+            "SELECT poc_id FROM record WHERE kind != ? GROUP BY poc_id ORDER BY min(record_id)", TAKEN
+        )
         return tuple(poc_id for (poc_id,) in rows)
 
     def latest_poc_id(self) -> str | None:
