@@ -169,6 +169,7 @@ ACCELERATE = {
     "accelerate-deepspeed-twice": case(
         (ds(), acc(mixed_precision="bf16", deepspeed_config=FILE)), (ds(), acc(deepspeed_config=FILE))
     ),
+    "accelerate-other-launcher": case((ds(), acc("FSDP")), (ds(), acc(deepspeed_config=FILE))),
     "accelerate-zero3-init": case(
         acc(deepspeed_config={"zero_stage": 2, "zero3_init_flag": True}),
         acc(deepspeed_config={"zero_stage": 3, "zero3_init_flag": True}),
@@ -304,6 +305,10 @@ MEGATRON = {
     "megatron-torch-fsdp2": case(
         mg("--use-torch-fsdp2 --untie-embeddings-and-output-weights"),
         mg("--use-torch-fsdp2 --untie-embeddings-and-output-weights --no-gradient-accumulation-fusion"),
+    ),
+    "megatron-positions": case(
+        mg("--seq-length 4096 --max-position-embeddings 2048"),
+        mg("--seq-length 4096 --max-position-embeddings 4096"),
     ),
     "megatron-batch-schedule": case(
         mg("--step-batch-size-schedule 0:8 --global-batch-size 8"), mg("--step-batch-size-schedule 0:8")

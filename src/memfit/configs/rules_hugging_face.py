@@ -31,6 +31,12 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
         yield {"keys": ", ".join(keys), "path": path}
 
 
+def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
+    told = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
+    if told and s.trainer is None:  # whose own argument may name the file
+        yield {"kind": _kind(a)}
+
+
 def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
     stage = d.count("zero_optimization.stage")
     if a.on("deepspeed_config.zero3_init_flag") and stage is not None and stage < 3:
@@ -225,7 +231,9 @@ CHECKS = {
     ("accelerate",): (
         accelerate_deepspeed_twice, accelerate_section_ignored, accelerate_processes,
     ),
-    ("accelerate", "deepspeed"): (accelerate_zero3_init, accelerate_deepspeed_precision),
+    ("accelerate", "deepspeed"): (
+        accelerate_other_launcher, accelerate_zero3_init, accelerate_deepspeed_precision,
+    ),
     ("deepspeed", "trainer"): (
         trainer_deepspeed_batch, trainer_deepspeed_accumulation, trainer_deepspeed_clipping,
         trainer_deepspeed_hyperparameters, trainer_deepspeed_precision, trainer_optimizer_twice,

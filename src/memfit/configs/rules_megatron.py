@@ -206,6 +206,12 @@ def megatron_context_length(m: Options, s: Setup) -> Found:
         yield {"length": length, "context": context}
 
 
+def megatron_positions(m: Options, s: Setup) -> Found:
+    length, most = m.count("seq_length"), m.count("max_position_embeddings")
+    if length and most and length > most:
+        yield {"length": length, "most": most}
+
+
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
     if not m.on("use_torch_fsdp2"):
         return
@@ -233,6 +239,6 @@ _ALL = (
     megatron_virtual_pipeline, megatron_batch, megatron_ranks, megatron_interleaved_batch, megatron_recompute,
     megatron_recompute_off, megatron_overlap_gather, megatron_connections, megatron_two_precisions,
     megatron_heads, megatron_experts, megatron_moe_sequence, megatron_context_length, megatron_torch_fsdp2,
-    megatron_batch_schedule, megatron_tensor_overlap,
+    megatron_batch_schedule, megatron_tensor_overlap, megatron_positions,
 )  # fmt: skip
 CHECKS = {("megatron",): _ALL}
