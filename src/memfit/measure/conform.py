@@ -353,11 +353,8 @@ class Watch:
     def _replicas(self) -> None:
         """Where every rank has whole parameters they are the same after a step, or gradients were not
         averaged."""
-        if (
-            self.layout.data == 1
-            or self.layout.ranks != self.layout.data
-            or self._sharded("parameters")[0] > 1
-        ):
+        alike = self.layout.data * self.layout.context
+        if alike == 1 or self.layout.ranks != alike or self._sharded("parameters")[0] > 1:
             return
         own_parts = (getattr(p, "to_local", lambda p=p: p)().detach() for p in self._trainable())
         norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in own_parts]
@@ -380,9 +377,9 @@ class Watch:
 _SEEN = {
     "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "activation-checkpointing",
     "selective-checkpointing", "bf16-autocast", "fp16-autocast", "bf16-parameters", "gradient-accumulation",
-    "expert-parallel",
+    "expert-parallel", "context-parallel", "axial-parallel",
 }  # fmt: skip
-_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2")
+_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
 def _listed(indices: list[int]) -> str:
