@@ -76,6 +76,10 @@ def _no_sync() -> Iterator[None]:
         yield
 
 
+def _not_averaged() -> Any:
+    return mock.patch("memfit.techniques.together.averaging", lambda *_: lambda last: None)
+
+
 def _full_precision() -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -97,6 +101,7 @@ FAST = {"reduce_bucket_elements": 100_000, "persist_elements": 1}
 NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "ddp": (_plan(ddp={}), _off("ddp"), "ddp: replicas"),
     "ddp, never in sync": (_plan(ddp={}), _no_sync, "ddp: replicas"),
+    "context, not averaged": (_plan(context_parallel={}), _not_averaged, "context-parallel: replicas"),
     "fsdp2": (_plan(fsdp2={}), _off("fsdp2"), "fsdp2: parameters"),
     "fsdp2, precision": (_plan(fsdp2={"precision": "bf16"}), _full_precision, "fsdp2: precision"),
     "zero 3": (_plan(zero={"stage": 3, **FAST}), _stage(2), "zero stage 3: parameters"),
