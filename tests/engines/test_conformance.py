@@ -77,7 +77,7 @@ def _no_sync() -> Iterator[None]:
 
 
 def _not_averaged() -> Any:
-    return mock.patch("memfit.techniques.together.averaging", lambda *_: lambda last: None)
+    return mock.patch("memfit.techniques.together.averaging", return_value=lambda last: None)
 
 
 def _full_precision() -> Any:
