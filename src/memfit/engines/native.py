@@ -16,7 +16,7 @@ from memfit.types.launch import LaunchConfig, RunSpec
 _SOURCE = Path(__file__).parents[2]
 
 ENGINE = Engine(
-    name="native", summary="torch alone: DDP, FSDP2, tensor, pipeline, context and expert parallelism",
+    name="native", summary="torch alone: DDP, FSDP2, tensor, pipeline, context, axial and expert parallelism",
     carries=frozenset(TECHNIQUES),
 )  # fmt: skip
 
