@@ -27,6 +27,7 @@ from memfit.cli import (
     record,
     report,
     run,
+    scale,
     techniques,
 )
 from memfit.cli.options import grouped
@@ -49,7 +50,7 @@ for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
     ("precision", precision.precision), ("report", report.report), ("record", record.record),
-    ("compare", record.compare), ("jobs", jobs.jobs),
+    ("compare", record.compare), ("scale", scale.scale), ("jobs", jobs.jobs),
     ("techniques", techniques.techniques), ("machines", machines.machines), ("engine", engine.engine),
     ("engines", engines.engines), ("doctor", doctor.doctor),
 ):  # fmt: skip

@@ -55,10 +55,7 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
         kept.append(taken.poc_id, TAKEN, taken.model_dump(mode="json"))
         emit({"added": taken.poc_id}) if output.json else print(f"added {taken.poc_id}")
         return
-    wanted = own.poc or kept.latest_poc_id()
-    if wanted is None:
-        raise UserError(f"the store {kept.path} is empty", hint="run `memfit poc` first")
-    text = shared.text(_stored(kept, wanted))
+    text = shared.text(found_record(own.poc, store.store))
     if own.out is None:
         print(text, end="")
     else:
@@ -71,7 +68,7 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
     quiet_libraries()
     from memfit import shared
 
-    rows = shared.compare(*(_found(name, store.store) for name in (own.a, own.b)))
+    rows = shared.compare(*(found_record(name, store.store) for name in (own.a, own.b)))
     if output.json:
         emit({"a": own.a, "b": own.b, "compared": [r.model_dump() for r in rows]})
         return
@@ -88,15 +85,20 @@ def _told(value: float | str | None) -> str:
     return f"{value:,.6g}" if isinstance(value, int | float) else value or "none"
 
 
-def _found(name: str, path: Path | None) -> memfit.shared.Shared:
+def found_record(name: str | None, path: Path | None) -> memfit.shared.Shared:
+    """A file, or an ID in the store, the last PoC's by default. Raises UserError."""
     from memfit import shared
     from memfit.store import Store
 
-    if Path(name).is_file():
+    if name is not None and Path(name).is_file():
         return shared.read(Path(name))
-    if "/" in name or name.endswith(".json"):
+    if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(f"there is no file {name}")
-    return _stored(Store(path), name)
+    kept = Store(path)
+    wanted = name or kept.latest_poc_id()
+    if wanted is None:
+        raise UserError(f"the store {kept.path} is empty", hint="run `memfit poc` first")
+    return _stored(kept, wanted)
 
 
 def _stored(kept: memfit.store.Store, wanted: str) -> memfit.shared.Shared:

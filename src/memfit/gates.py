@@ -1,0 +1,158 @@
+"""The gate between two stages of a roll-out: what a proof of concept must have shown before the next.
+
+A gate compares a figure of the record with a limit that the user may set in a TOML file. What was not
+measured does not pass a gate that asks for it. Loosening a limit never fails a gate that held.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from memfit.shared import Shared, Side
+from memfit.types.errors import UserError
+
+_Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Limit = Annotated[_Number | None, pydantic.BeforeValidator(lambda v: None if v is False else v)]
+Kind = Literal["equivalent", "undecided", "different"]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Memory(_Strict):
+    """``prediction_error``: the largest of |predicted / measured - 1|; ``under_cap``: the recommended plan
+    was trained under the cap."""
+
+    prediction_error: Limit = 0.02
+    under_cap: bool = True
+
+
+class Time(_Strict):
+    """Of the recommended plan's step by plain training's."""
+
+    step_ratio: Limit = 2.0
+
+
+class Accuracy(_Strict):
+    verdicts: tuple[Kind, ...] = ("equivalent",)
+
+
+class Reproducibility(_Strict):
+    same_again: bool = True
+
+
+class Energy(_Strict):
+    """Of a run of the recommended plan by plain training's, both inside one boundary."""
+
+    ratio: Limit = None
+
+
+class Effort(_Strict):
+    failed_attempts: Limit = 3
+    attended_minutes: Limit = None
+
+
+class Gates(_Strict):
+    """Limits; false asks for nothing."""
+
+    memory: Memory = Memory()
+    time: Time = Time()
+    accuracy: Accuracy = Accuracy()
+    reproducibility: Reproducibility = Reproducibility()
+    energy: Energy = Energy()
+    effort: Effort = Effort()
+
+
+class Gate(_Strict):
+    """One figure held against its limit."""
+
+    name: str
+    found: float | bool | str | None
+    limit: str
+    holds: bool
+
+    @property
+    def reason(self) -> str:
+        found = "not measured" if self.found is None else self.found
+        return f"{self.name} is {found:.4g}" if isinstance(found, float) else f"{self.name} is {found}"
+
+
+def read(path: Path) -> Gates:
+    """Raises UserError with the place of the first fault."""
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    try:
+        return Gates.model_validate(given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(f"{n}.{k}" for n, part in _parts(Gates()).items() for k in part)
+        raise UserError(f"{path} is wrong at {place}: {first['msg']}", allowed=allowed) from error
+
+
+def _parts(gates: Gates) -> Mapping[str, Mapping[str, Any]]:
+    return gates.model_dump()
+
+
+def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
+    """Every gate that asks for something, in the order in which they should be looked at."""
+    plain, chosen = record.baseline, record.recommended
+    effort = record.effort
+    found = [
+        _most("memory: prediction error", _error(plain, chosen), gates.memory.prediction_error),
+        _must("memory: trained under the cap", chosen.under_cap == "ok", gates.memory.under_cap),
+        _most("time: step by plain's", _ratio(chosen.step_s, plain.step_s), gates.time.step_ratio),
+        _verdict(record, gates.accuracy.verdicts),
+        _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
+        _most("energy: run by plain's", _joules(plain, chosen), gates.energy.ratio),
+        _most("effort: failed attempts", float(effort.failed_attempts), gates.effort.failed_attempts),
+        _most("effort: attended minutes", effort.attended_minutes, gates.effort.attended_minutes),
+    ]
+    return tuple(gate for gate in found if gate is not None)
+
+
+def _most(name: str, found: float | None, limit: float | None) -> Gate | None:
+    if limit is None:
+        return None
+    return Gate(
+        name=name, found=found, limit=f"at most {limit:g}", holds=found is not None and found <= limit
+    )
+
+
+def _must(name: str, found: bool | None, asked: bool) -> Gate | None:
+    return Gate(name=name, found=found, limit="yes", holds=found is True) if asked else None
+
+
+def _verdict(record: Shared, allowed: tuple[Kind, ...]) -> Gate:
+    kind = record.verdict.kind if record.verdict is not None else None
+    limit = " or ".join(allowed) or "nothing"
+    return Gate(name="accuracy: verdict", found=kind, limit=limit, holds=kind in allowed)
+
+
+def _error(*sides: Side) -> float | None:
+    return max(_errors(*sides), default=None)
+
+
+def _errors(*sides: Side) -> Iterator[float]:
+    for side in sides:
+        if side.predicted_peak_bytes is not None and side.measured_peak_bytes:
+            yield abs(side.predicted_peak_bytes / side.measured_peak_bytes - 1)
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
+
+
+def _joules(plain: Side, chosen: Side) -> float | None:
+    one, other = chosen.energy, plain.energy
+    if one is None or other is None or one.boundary != other.boundary:
+        return None
+    return one.joules / other.joules

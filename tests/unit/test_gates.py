@@ -1,0 +1,125 @@
+"""Gates of a roll-out: what holds, what fails, and that loosening never fails what held."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_fixture import full_poc
+
+from memfit import gates, shared
+from memfit.cli.app import main
+from memfit.store import Store
+from memfit.types.errors import UserError
+
+RECORD = shared.of_poc(full_poc())
+
+
+def changed(**sides: dict[str, Any]) -> shared.Shared:
+    found: dict[str, Any] = json.loads(shared.text(RECORD))
+    for name, values in sides.items():
+        found[name].update(values)
+    return shared.parsed(json.dumps(found), what="it")
+
+
+def failing(record: shared.Shared, limits: gates.Gates | None = None) -> set[str]:
+    return {g.name for g in gates.evaluate(record, limits or gates.Gates()) if not g.holds}
+
+
+def test_a_good_poc_passes() -> None:
+    assert failing(RECORD) == set()
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (changed(recommended={"under_cap": "oom"}), "memory: trained under the cap"),
+        (changed(recommended={"predicted_peak_bytes": 1}), "memory: prediction error"),
+        (changed(recommended={"step_s": 99.0}), "time: step by plain's"),
+        (changed(recommended={"step_s": None}), "time: step by plain's"),
+        (changed(verdict={"kind": "undecided"}), "accuracy: verdict"),
+        (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
+    ],
+)
+def test_each_gate_can_fail(record: shared.Shared, name: str) -> None:
+    assert failing(record) == {name}
+
+
+def test_energy_of_another_boundary_is_not_measured() -> None:
+    limits = gates.Gates(energy=gates.Energy(ratio=10))
+    one, other = {"joules": 3.0, "boundary": "package"}, {"joules": 4.0, "boundary": "wall"}
+    assert failing(changed(baseline={"energy": one}, recommended={"energy": one}), limits) == set()
+    record = changed(baseline={"energy": one}, recommended={"energy": other})
+    assert failing(record, limits) == {"energy: run by plain's"}
+
+
+limit = st.floats(0, 5)
+
+
+@given(tight=st.tuples(limit, limit, limit), more=st.tuples(limit, limit, limit), step=st.floats(0.01, 5))
+def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
+    tight: tuple[float, ...], more: tuple[float, ...], step: float
+) -> None:
+    def limits(error: float, ratio: float, attempts: float) -> gates.Gates:
+        return gates.Gates(
+            memory=gates.Memory(prediction_error=error), time=gates.Time(step_ratio=ratio),
+            effort=gates.Effort(failed_attempts=attempts),
+        )  # fmt: skip
+
+    record = changed(recommended={"step_s": step}, effort={"failed_attempts": 2})
+    loose = limits(*(a + b for a, b in zip(tight, more, strict=True)))
+    assert failing(record, loose) <= failing(record, limits(*tight))
+
+
+def test_asking_for_nothing_passes_anything() -> None:
+    nothing = gates.Gates(
+        memory=gates.Memory(prediction_error=None, under_cap=False), time=gates.Time(step_ratio=None),
+        accuracy=gates.Accuracy(verdicts=("equivalent", "undecided", "different")),
+        reproducibility=gates.Reproducibility(same_again=False), effort=gates.Effort(failed_attempts=None),
+    )  # fmt: skip
+    assert failing(changed(recommended={"under_cap": "oom", "step_s": None}), nothing) == set()
+
+
+def stored(folder: Path) -> str:
+    poc = full_poc()
+    for kind in ("begin", "poc"):
+        Store(folder / "s").append(poc.poc_id, kind, poc)
+    return str(folder / "s")
+
+
+def test_the_command_ends_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, limits = stored(tmp_path), tmp_path / "gates.toml"
+    assert main(["scale", "--store", store]) == 0
+    assert "Every gate holds" in capsys.readouterr().out
+    limits.write_text("[time]\nstep_ratio = 0.5\n")
+    asked = ["scale", "--store", store, "--gates", str(limits), "--pilot", "H100-SXM", "--json"]
+    assert main(asked) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["holds"], told["stages"]) == (False, {})
+    assert [g["name"] for g in told["gates"] if not g["holds"]] == ["time: step by plain's"]
+    assert main(asked[:-3]) == 1
+    assert "Stopped before the next stage: time: step by plain's is" in capsys.readouterr().out
+
+
+def test_limits_are_read_strictly(tmp_path: Path) -> None:
+    path = tmp_path / "gates.toml"
+    for text, place in (("[time]\nratio = 1", "time.ratio"), ("[memory]\nprediction_error = -1", "memory")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=place):
+            gates.read(path)
+    path.write_text("[time]\nstep_ratio = false\n[effort]\nattended_minutes = 30\n")
+    assert (gates.read(path).time.step_ratio, gates.read(path).effort.attended_minutes) == (None, 30)
+    path.write_text("[time")
+    with pytest.raises(UserError, match="cannot read"):
+        gates.read(path)
+
+
+def test_an_unknown_machine_is_told_before_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scale", "--store", stored(tmp_path), "--pilot", "H900"]) == 2
+    assert "H900" in capsys.readouterr().err
