@@ -95,7 +95,7 @@ def report(store: Store, *, poc_id: str | None, path: Path | None, lang: str) ->
     """Write the HTML of a stored PoC, the latest by default; an interrupted one shows what there is."""
     wanted = poc_id or store.latest_poc_id()
     if wanted is None:
-        raise UserError(f"the store {store.path} is empty", hint="run `memfit poc` first")
+        raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
     found = stored_poc(store, wanted)
     path = path or Path(f"memfit-{wanted}.{lang}.html")
     return write_html(found, path, lang=lang)

@@ -64,7 +64,7 @@ def test_out_in_and_out_again_are_the_same_bytes(tmp_path: Path, capsys: pytest.
     assert first.read_bytes() == second.read_bytes()
     capsys.readouterr()
     assert main(["record", "--store", str(theirs)]) == 2, "a record taken in is not a PoC of ours"
-    assert "is empty" in capsys.readouterr().err
+    assert "no proof of concept" in capsys.readouterr().err
 
 
 BROKEN: dict[str, tuple[Change, str]] = {

@@ -43,8 +43,9 @@ def test_what_is_appended_is_read_back_in_order(store: Store) -> None:
 
 def test_poc_ids_are_oldest_first_and_the_latest_is_the_one_begun_last(store: Store) -> None:
     assert (store.poc_ids(), store.latest_poc_id()) == ((), None)
+    store.append("run", "run", {})  # of `memfit run`
     for poc_id in ("b", "a", "b"):
-        store.append(poc_id, "run", {})
+        store.append(poc_id, "begin", {})
     assert (store.poc_ids(), store.latest_poc_id()) == (("b", "a"), "a")
 
 

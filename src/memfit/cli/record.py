@@ -97,7 +97,7 @@ def found_record(name: str | None, path: Path | None) -> memfit.shared.Shared:
     kept = Store(path)
     wanted = name or kept.latest_poc_id()
     if wanted is None:
-        raise UserError(f"the store {kept.path} is empty", hint="run `memfit poc` first")
+        raise UserError(f"there is no proof of concept in {kept.path}", hint="run `memfit poc` first")
     return _stored(kept, wanted)
 
 

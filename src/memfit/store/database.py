@@ -94,9 +94,9 @@ class Store:
         return tuple(Record(**dict(zip(names, row, strict=True))) for row in rows)
 
     def poc_ids(self) -> tuple[str, ...]:
-        """Every PoC of this store's own, oldest first: records taken in from others are not."""
+        """Every PoC begun here, oldest first; not runs alone, nor what was taken in from others."""
         rows = self._rows(
-            "SELECT poc_id FROM record WHERE kind != ? GROUP BY poc_id ORDER BY min(record_id)", TAKEN
+            "SELECT poc_id FROM record WHERE kind IN ('begin', 'poc') GROUP BY poc_id ORDER BY min(record_id)"
         )
         return tuple(poc_id for (poc_id,) in rows)
 
