@@ -185,6 +185,12 @@ ROWS = (
     row("llama", 2, pipeline={"schedule": "interleaved", "virtual": 2}, activation_checkpointing={}),
     row("llama", 4, pipeline={"micro_batches": 2}, tensor_parallel={}),
     row("moe", 4, expert_parallel={"degree": 4, "capacity_percent": 125}, fsdp2={}, rounding=float("inf")),
+    row("folds", 2, axial_parallel={}),
+    row("folds", 2, axial_parallel={}, ddp={}),
+    row("folds", 2, axial_parallel={}, fsdp2={}, activation_checkpointing={}),
+    row("folds", 2, axial_parallel={}, ddp={}, bf16_autocast={}, rounding=2e-2),
+    row("folds", 4, axial_parallel={"degree": 4}, ddp={}),
+    row("folds", 4, axial_parallel={}, fsdp2={}, rounding=float("inf")),  # dropout of each pair's own
 )
 
 

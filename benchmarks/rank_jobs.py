@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from memfit.jobs import alphafold2
 from memfit.types.job import Job
 
 VOCABULARY, LENGTH, BATCH = 1024, 64, 8
@@ -355,3 +357,9 @@ class Translator(nn.Module):
 
 def translator() -> Job:
     return dataclasses.replace(gpt(), name="translator", build_model=Translator)
+
+
+@functools.cache
+def folds() -> Job:
+    """AlphaFold 2; every rank that shares a sample draws the dropout of the whole."""
+    return alphafold2.make(batch=2, length=23)

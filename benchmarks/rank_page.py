@@ -52,8 +52,13 @@ def page(records: list[Record]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def _machine(environment: Any) -> str:
+    processor, cores = environment.get("processor"), environment.get("cores")
+    return f"{processor}, {cores} cores, torch {environment.get('torch')}"
+
+
 def _facts(records: list[Record]) -> list[str]:
-    environment = records[-1]["environment"]
+    machines = Counter(_machine(r["environment"]) for r in records)
     found = [errors(r) for r in records]
     peaks = [abs(e) for one in found for (_, phase), e in one.items() if phase == "peak"]
     phases = [abs(e) for one in found for (_, phase), e in one.items() if phase != "peak"]
@@ -62,7 +67,7 @@ def _facts(records: list[Record]) -> list[str]:
     places = [_place(r, rank, run) for r in records for rank, runs in enumerate(r["repeats"]) for run in runs]
     equal = sum(r["losses_equal"] for r in records)
     settled = sum(all(run["settled"] for run in _settled(runs)) for r in records for runs in r["repeats"])
-    hardware = f"{environment.get('processor')}, {environment.get('cores')} cores"
+    hardware = "; ".join(f"{name} ({n} rows)" if len(machines) > 1 else name for name, n in machines.items())
     by_rank = f"median {_percent(statistics.median(peaks))}, worst {_percent(max(peaks))}"
     by_phase = f"median {_percent(statistics.median(phases))}, worst {_percent(max(phases))}"
     within = sum(w <= TOLERANCE for w in worst)
@@ -70,7 +75,7 @@ def _facts(records: list[Record]) -> list[str]:
     dates = sorted(r["created"] for r in records)
     between = f"{places.count(0)} of {len(places)}, {places.count(1)} above, {places.count(-1)} below"
     facts = (
-        f"{hardware}, torch {environment.get('torch')}, gloo, a process a rank; {dates[0]} to {dates[-1]}",
+        f"{hardware}; gloo, a process a rank; {dates[0]} to {dates[-1]}",
         f"{len(records)} configurations: {_counted(records)}",
         f"peaks of ranks against settled repeats: {by_rank}",
         f"{within} of {len(records)} configurations within 1 % on every rank",
