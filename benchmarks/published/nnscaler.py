@@ -29,6 +29,25 @@ _CHUNK = 4  # rows of the extra MSA
 _again: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
 
 
+class _Softmax(torch.autograd.Function):
+    """Along the last axis as CUDA's kernel does it: backward multiplies gradient and output into a tensor of
+    its own first (aten/src/ATen/native/cuda/SoftMax.cu), which no trace of operators sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        weights = functional.softmax(x, dim=-1)
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (weights,) = ctx.saved_tensors
+        product = grads[0] * weights
+        out = torch.ops.aten._softmax_backward_data(grads[0], weights, -1, weights.dtype)
+        del product
+        return out  # type: ignore[no-any-return]
+
+
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
@@ -55,7 +74,7 @@ class Attention(nn.Module):
         shape = parts[0].shape  # batch, rows, heads, n, head
         q, k, v, gate = (t.reshape(-1, *shape[-2:]) for t in parts)
         weights = torch.bmm(q, k.transpose(1, 2)) * _HEAD**-0.5
-        weights = functional.softmax(weights, dim=-1)
+        weights = _Softmax.apply(weights)  # type: ignore[no-untyped-call]
         if bias is not None:
             weights = (weights.view(*shape[:3], shape[3], shape[3]) + bias).flatten(0, 2)
         return (torch.bmm(weights, v) * gate).view(shape).transpose(2, 3).flatten(-2)
@@ -84,7 +103,7 @@ class Global(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = ((x.sum(dim=-2) @ self.q) * _HEAD**-0.5).unflatten(-1, (self.heads, -1))
-        weights = functional.softmax(q @ (x @ self.k).transpose(-1, -2), dim=-1)
+        weights = _Softmax.apply(q @ (x @ self.k).transpose(-1, -2))  # type: ignore[no-untyped-call]
         gate = torch.sigmoid(x @ self.gate).unflatten(-1, (self.heads, -1))
         return ((weights @ (x @ self.v)).unsqueeze(-3) * gate).flatten(-2) @ self.out
 
@@ -218,7 +237,7 @@ class SharedBlock(Block):
         return _Gathered.apply(x, axis, self.devices)  # type: ignore[no-any-return]
 
     def _rows(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        return super()._rows(m, self._whole(z, 1))
+        return super()._rows(self._turn(m, 2, 1), self._whole(z, 1))
 
     def _product(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         outer = self.outer
@@ -257,7 +276,7 @@ class SharedBlock(Block):
         z = run(lambda t: self._triangle(0, self._turn(t, 2, 1)), z)
         z = run(lambda t: self._triangle(1, self._turn(t, 1, 2)), z)
         z = run(lambda t: (t := self._turn(t, 2, 1)) + self.pair_transition(t), z)
-        return self._turn(m, 2, 1), z
+        return m, z
 
 
 class Stack(nn.Module):
@@ -270,7 +289,7 @@ class Stack(nn.Module):
     def forward(self, m: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         m, z = self.norm_m(m), self.norm_z(z)  # on every device whole
         if self.devices > 1:
-            m, z = (t.chunk(self.devices, dim=1)[0].contiguous() for t in (m, z))
+            m, z = (t.chunk(self.devices, dim=d)[0].contiguous() for t, d in ((m, 2), (z, 1)))
         for block in self.blocks:
             m, z = block(m, z)
         return m.sum() * z.sum()

@@ -381,5 +381,5 @@ def test_devices_that_share_a_sample_hold_parts_of_its_shapes() -> None:
             lambda m, args, out: shapes.append([tuple(t.shape) for t in (*args, *out)])
         )
     model(*given).backward()
-    assert shapes == [[(1, 4, 6, 64), (1, 3, 6, 32)] * 2] * 2  # rows of the MSA, first residues of pairs
+    assert shapes == [[(1, 8, 3, 64), (1, 3, 6, 32)] * 2] * 2  # residues of the MSA, first ones of pairs
     assert all(p.grad is not None for p in model.parameters())
