@@ -22,6 +22,7 @@ from memfit.planning import (
     Request,
     autocast,
     calibrate,
+    is_long,
     model_sizes,
     search,
 )
@@ -139,7 +140,8 @@ class _Story:
 
     def begin(self, asked: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
-        metric, alone = job.metric, request.ranks == 1
+        # Other machines and sizes are told of one device, and of models that are traced in a second.
+        metric, beyond = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
         found = Poc(
             poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -169,11 +171,10 @@ class _Story:
                 for name, plan in ((BASELINE, self.baseline), (RECOMMENDED, self.recommended))
             },
             place=request.machine.place.name if request.machine.place else "",
-            # other machines and sizes are told of one device
-            paper=outlook.paper_rows(self.planning, self.progress) if alone else (),
-            reach=outlook.reach(self.planning, self.progress) if alone else (),
+            paper=outlook.paper_rows(self.planning, self.progress) if beyond else (),
+            reach=outlook.reach(self.planning, self.progress) if beyond else (),
             steps_per_run=self.steps,
-            notes=_notes(request.job, asked.job),
+            notes=_notes(request.job, asked.job, beyond=beyond or request.ranks > 1),
             finished=False,
         )
         self.store.append(found.poc_id, "begin", found)
@@ -268,15 +269,20 @@ class _Story:
                 )  # fmt: skip
 
 
-def _notes(used: JobRef, asked: JobRef) -> tuple[str, ...]:
+def _notes(used: JobRef, asked: JobRef, *, beyond: bool) -> tuple[str, ...]:
     """What the reader must know about this very PoC."""
-    if used == asked:
-        return ()
-    note = (
-        "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
-        f"the verdict included, is for a batch of {used.batch}."
-    )
-    return (note,)
+    notes = []
+    if used != asked:
+        notes.append(
+            "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
+            f"the verdict included, is for a batch of {used.batch}."
+        )
+    if not beyond and "paper" in outlook.sizes(used.spec):
+        notes.append(
+            "The full size was not planned here, as a trace of this model takes long: "
+            f"`memfit plan {used.spec} --size paper --on MACHINE` does it."
+        )
+    return tuple(notes)
 
 
 def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:

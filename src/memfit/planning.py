@@ -162,7 +162,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
         left_out=left_out, price=Prices(
             pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-            pricer.sketch if _long(pricer) else None,
+            pricer.sketch if is_long(pricer) else None,
         ),
     )  # fmt: skip
     if result.recommended is None:
@@ -258,7 +258,7 @@ def _price(
     every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
     pricer.prepare(every, lambda *begun: progress("search", *begun))
     sketches = [pricer.sketch(plan) for plan in every]
-    most = _FEWER_FINALISTS if _long(pricer) else FINALISTS
+    most = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
     chosen = finalists(sketches, fits, request.goal, most)
     pricer.trace_all(chosen, lambda *begun: progress("finalists", *begun))
     if request.is_here:
@@ -266,7 +266,7 @@ def _price(
     return [pricer.whole(plan) for plan in chosen], len(every), left_out
 
 
-def _long(pricer: Pricer) -> bool:
+def is_long(pricer: Pricer) -> bool:
     return len(pricer.trace(plain(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
 
 

@@ -14,7 +14,11 @@ from torch import nn
 from memfit.jobs import alphafold2
 from memfit.jobs.alphafold import evoformer, model, structure
 from memfit.jobs.alphafold.structure import Frames
+from memfit.jobs.registry import load
+from memfit.techniques.blocks import find_stacks
+from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
+from memfit.types.job import JobRef
 
 WIDTHS = evoformer.Widths(
     c_m=6, c_z=4, msa_heads=3, msa_head_width=2, pair_heads=2, pair_head_width=3, triangle=5, outer=3,
@@ -281,3 +285,10 @@ def test_every_term_of_the_loss_has_a_gradient_and_paper_sizes_have_batches() ->
     batch = alphafold2.make(size="initial").make_batch(0, 0)
     assert batch["extra"].shape == (1, 1024, 256, 25)
     assert batch["template"].shape == (1, 4, 256, 256, 88)
+
+
+@pytest.mark.parametrize(("size", "stacks"), [("tiny", [2, 1]), ("paper", [48, 4, 2])])
+def test_every_stack_can_be_recomputed(size: str, stacks: list[int]) -> None:
+    job = load(JobRef(spec="alphafold2", size=size))
+    found = find_stacks(fake_model(job), job.blocks, job.more_blocks)
+    assert [len(blocks) for blocks in found] == stacks

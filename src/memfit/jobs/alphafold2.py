@@ -82,7 +82,7 @@ def make(
         tokens_per_batch=shape.batch_size * shape.residues,
         steps=60 if size == "tiny" else 40,
         blocks="blocks",
-        more_blocks=("extra", "templates.blocks") if shape.templates else ("extra",),
+        more_blocks=("extra", "template.blocks") if shape.templates else ("extra",),
         islands=("structure", "recycle", "heads"),
         data_source=DATA_SOURCE,
     )  # fmt: skip
