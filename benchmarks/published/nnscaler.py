@@ -29,25 +29,6 @@ _CHUNK = 4  # rows of the extra MSA
 _again: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
 
 
-class _Softmax(torch.autograd.Function):
-    """Along the last axis as CUDA's kernel does it: backward multiplies gradient and output into a tensor of
-    its own first (aten/src/ATen/native/cuda/SoftMax.cu), which no trace of operators sees."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        weights = functional.softmax(x, dim=-1)
-        ctx.save_for_backward(weights)
-        return weights
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (weights,) = ctx.saved_tensors
-        product = grads[0] * weights
-        out = torch.ops.aten._softmax_backward_data(grads[0], weights, -1, weights.dtype)
-        del product
-        return out  # type: ignore[no-any-return]
-
-
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
@@ -74,7 +55,7 @@ class Attention(nn.Module):
         shape = parts[0].shape  # batch, rows, heads, n, head
         q, k, v, gate = (t.reshape(-1, *shape[-2:]) for t in parts)
         weights = torch.bmm(q, k.transpose(1, 2)) * _HEAD**-0.5
-        weights = _Softmax.apply(weights)  # type: ignore[no-untyped-call]
+        weights = functional.softmax(weights, dim=-1)
         if bias is not None:
             weights = (weights.view(*shape[:3], shape[3], shape[3]) + bias).flatten(0, 2)
         return (torch.bmm(weights, v) * gate).view(shape).transpose(2, 3).flatten(-2)
@@ -103,7 +84,7 @@ class Global(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = ((x.sum(dim=-2) @ self.q) * _HEAD**-0.5).unflatten(-1, (self.heads, -1))
-        weights = _Softmax.apply(q @ (x @ self.k).transpose(-1, -2))  # type: ignore[no-untyped-call]
+        weights = functional.softmax(q @ (x @ self.k).transpose(-1, -2), dim=-1)
         gate = torch.sigmoid(x @ self.gate).unflatten(-1, (self.heads, -1))
         return ((weights @ (x @ self.v)).unsqueeze(-3) * gate).flatten(-2) @ self.out
 

@@ -10,6 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from memfit.trace.lens import device_lens
+from memfit.trace.tracer import trace
+from memfit.types.job import Job
+from memfit.types.plan import Plan
 
 _SHAPE = (4, 8, 16)
 _COUNT = 4 * 8 * 16
@@ -81,3 +84,17 @@ def test_without_a_lens_nothing_changes() -> None:
     with FakeTensorMode(), device_lens("cpu"), torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
         assert torch.softmax(x, dim=-1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("device", "tensors"), [("cpu", 1), ("cuda", 2)])
+def test_softmax_backward_on_cuda_multiplies_into_a_tensor_of_its_own(device: str, tensors: int) -> None:
+    """`Tensor tmp = grad * output;` in softmax_backward_cuda_out, aten/src/ATen/native/cuda/SoftMax.cu."""
+    job = Job(
+        name="softmax", build_model=lambda: torch.nn.Linear(16, 16), batch_size=4,
+        make_batch=lambda step, seed: {"x": torch.zeros(4, 8, 16)},
+        loss=lambda model, batch: (model(batch["x"]).softmax(-1) * batch["x"]).sum(),
+    )  # fmt: skip
+    made = [a for a in trace(job, Plan(), device=device).allocations if "_softmax_backward" in a.op]
+    last = [a for a in made if a.step == max(m.step for m in made)]
+    assert [a.requested_bytes for a in last] == tensors * [4 * _COUNT]
+    assert all(a.end is not None for a in last)

@@ -186,6 +186,8 @@ class Ledger(TorchDispatchMode):
             out = self.results.of(key, func, args, kwargs, values)
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
+            elif func is operators.SOFTMAX_BACKWARD and self.device == "cuda":
+                self.guesses.scratch.append(torch.empty_like(args[1]))  # times the gradient: SoftMax.cu
             elif func in operators.NORMS:
                 out = of_kernels_types(func, args, out, self.device)
         outputs = tensors_in(out)

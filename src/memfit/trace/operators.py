@@ -288,6 +288,7 @@ NORM_GRADIENTS = frozenset(
         _ATEN.native_batch_norm_backward.default,
     }
 )  # fmt: skip
+SOFTMAX_BACKWARD = _ATEN._softmax_backward_data.default
 NORMS = NORM_GRADIENTS | {_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default}
 LIFT = _ATEN.lift_fresh.default
 _COMM: Any = torch.ops._c10d_functional
