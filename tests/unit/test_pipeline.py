@@ -162,7 +162,7 @@ def test_an_interrupted_poc_shows_the_runs_it_got(whole: Whole, tmp_path: Path) 
 
 def test_there_must_be_something_to_report(tmp_path: Path) -> None:
     store = Store(tmp_path / "empty.sqlite3")
-    with pytest.raises(UserError, match="no proof of concept in .*; run `memfit poc` first"):
+    with pytest.raises(UserError, match=r"no proof of concept in .*; run `memfit poc` first"):
         report(store, poc_id=None, path=None, lang="en")
     with pytest.raises(UserError, match=r"no PoC 'x' in .*; allowed: none"):
         stored_poc(store, "x")
