@@ -4,9 +4,8 @@
     python benchmarks/alphafold_case.py --page                 the page from the records only
 
 ``memory`` predicts published sizes on an H100, ``train`` trains the tiny one here under every plan of the
-ladder, ``devices`` predicts several GPUs, ``search`` lets memfit choose for one, ``published`` predicts runs
-of a file with published.csv's columns (--csv). Each line of benchmarks/records/alphafold_case.jsonl is one
-plan or run; of equal ones the last counts.
+ladder, ``devices`` predicts several GPUs, ``published`` runs of a file with published.csv's columns (--csv).
+Each line of benchmarks/records/alphafold_case.jsonl is one plan or run; of equal ones the last counts.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import time
@@ -34,7 +34,7 @@ from memfit.configs.openfold import SIZES as PUBLISHED_SIZES
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.measure import here
-from memfit.planning import Request, make_pricer, needed_bytes, search
+from memfit.planning import Request, make_pricer, needed_bytes
 from memfit.running import explain, run_spec
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import effect_of, make_use
@@ -62,10 +62,9 @@ LADDER: Mapping[str, dict[str, Any]] = {
     "bf16 parameters": _HALF,
     "bf16 parameters, checkpointing per block": {**_HALF, **_BLOCKS},
     "bf16 parameters, checkpointing, chunking by 16": {**_HALF, **_BLOCKS, "chunking": {"parts": 16}},
-    "bf16 parameters, checkpointing, chunking by 64": {**_HALF, **_BLOCKS, "chunking": {"parts": 64}},
 }
 
-KEYS = ("plain", "autocast", "half", "blocks", "chunks16", "chunks64")  # of its plans, in the report
+KEYS = ("plain", "autocast", "half", "blocks", "chunks16")  # of its plans, in the report
 SHORT = {
     "pair": "pair", "MSA": "msa", "triangle attention logits": "triangle_logits",
     "MSA attention logits": "msa_logits", "template": "template", "structure": "structure",
@@ -103,7 +102,8 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
     plan = plan_of({**LADDER, **BESIDE}[name], devices.device_count)
     samples = devices.device_count if name in LADDER else 1
     ref = JobRef(spec="alphafold2", size=size, batch=samples)
-    _, pricer = make_pricer(Request(job=ref, machine=devices, ranks=plan.ranks), replicas=name in LADDER)
+    job, pricer = make_pricer(Request(job=ref, machine=devices, ranks=plan.ranks), replicas=name in LADDER)
+    pricer.job = dataclasses.replace(job, make_batch=functools.partial(_alike, size, samples))
     found = pricer.whole(plan)
     traced = pricer.trace(plan, found.rank)
     step, kept = found.step_s, found.device_bytes
@@ -119,6 +119,12 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
         "block_keeps": kept_by_block(traced), "parameters": traced.parameter_count,
         "took_s": round(time.perf_counter() - begun),
     }  # fmt: skip
+
+
+def _alike(size: str, samples: int, step: int, seed: int) -> dict[str, Any]:
+    """One sample seen many times: 128 of fine-tuning would be 57 GB."""
+    one = load(JobRef(spec="alphafold2", size=size)).make_batch(step, seed)
+    return {name: tensor.expand(samples, *tensor.shape[1:]) for name, tensor in one.items()}
 
 
 def at_peak(traced: Trace) -> dict[str, int]:
@@ -202,21 +208,7 @@ def judged(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     return found
 
 
-# -- a search, and runs of others ---------------------------------------------------------------------------
-
-
-def searched(size: str) -> dict[str, Any]:
-    """What memfit recommends for one device, and how long it took to find."""
-    begun = time.perf_counter()
-    asked = Request(job=JobRef(spec="alphafold2", size=size), machine=catalog.machine(ONE))
-    result = search(asked, lambda *_: None).result
-    assert result.recommended is not None, "search raises NothingFits otherwise"
-    best = result.recommended.estimate
-    return {
-        "kind": "searched", "size": size, "name": "search", "machine": ONE, "plan": best.plan.label,
-        "peak_bytes": best.allocated_bytes.value, "step_s": best.step_s.value if best.step_s else None,
-        "considered": result.considered, "took_s": round(time.perf_counter() - begun),
-    }  # fmt: skip
+# -- runs of others -----------------------------------------------------------------------------------------
 
 
 def others(path: Path) -> Iterator[dict[str, Any]]:
@@ -309,8 +301,6 @@ def made(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield from trained(name, args.seeds)
     elif part == "devices":
         yield from (predicted(*asked) for asked in SEVERAL)
-    elif part == "search":
-        yield from (searched(size) for size in SIZES)
     elif args.csv is not None:
         yield from others(args.csv)
 
@@ -328,7 +318,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parts = ("memory", "train", "devices", "search", "published")
+    parts = ("memory", "train", "devices", "published")
     parser.add_argument(
         "--only", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts)
     )

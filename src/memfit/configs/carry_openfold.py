@@ -79,15 +79,13 @@ def _recomputation(setup: Setup, draft: Draft) -> None:
     together = openfold.blocks_per_ckpt(setup)
     if together is None:
         if openfold.changed(setup, [openfold.EXTRA_CKPT], True) is True:
-            draft.leave(openfold.EXTRA_CKPT, "memfit recomputes blocks of the Evoformer only")
+            draft.leave(openfold.EXTRA_CKPT, "memfit recomputes all stacks or none")
         return
     draft.take("activation-checkpointing", f"blocks_per_ckpt {together}", every=1)
     if together > 1:
         draft.leave(f"blocks_per_ckpt {together}", "predicted as each block by itself")
-    draft.leave(
-        "recomputation of extra-MSA and template blocks",
-        "memfit recomputes blocks of the Evoformer only: OpenFold takes less than predicted",
-    )
+    if openfold.changed(setup, [openfold.EXTRA_CKPT], True) is not True:
+        draft.leave(f"{openfold.EXTRA_CKPT} false", "memfit recomputes all stacks or none")
 
 
 def _size(setup: Setup, draft: Draft) -> str:

@@ -141,11 +141,6 @@ def notes(plan: Plan) -> Iterator[str]:
         "Extra-MSA rows attend in OpenFold's own kernel, which keeps less than the plan has. "
         "`globals.use_deepspeed_evo_attention` would keep no logits at all; it is off, as in the plan."
     )
-    if plan.get("activation-checkpointing") is not None:
-        yield (
-            "OpenFold recomputes the blocks of its extra-MSA and template stacks too; memfit's plan keeps "
-            "them: it will take less than predicted."
-        )
     if plan.get("bf16-parameters") is not None:
         yield (
             "DeepSpeed shards gradients, masters and optimizer state over processes (ZeRO stage 2); the plan "
