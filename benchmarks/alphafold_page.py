@@ -191,6 +191,7 @@ def _losses(of: Sequence[Record], seed: int) -> Any:
 
 def _trained(name: str, of: Sequence[Record], verdict: Record | None) -> list[str]:
     measured = [r["run"]["measurement"] for r in of]
+    name += f" (checkpointing {of[0]['then']}, as it was when this ran)" if "then" in of[0] else ""
     ended = [m["outcome"] for m in measured if m["outcome"] != "ok"]
     if ended:
         return [name, "-", "-", "-", "-", "-", f"ended {', '.join(ended)}"]
