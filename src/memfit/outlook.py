@@ -125,6 +125,7 @@ class _Ladder:
     planning: Planning
     rungs: Mapping[str, JobRef]
     loaded: dict[str, list[Pricer]] = dataclasses.field(default_factory=dict)
+    shortened: bool = False  # a rung was found that cannot be loaded: it and those above are gone
 
     def stands(self) -> bool:
         """Whether there is a first rung: grids, or molecules in space, have no length."""
@@ -135,15 +136,30 @@ class _Ladder:
 
     def pricer(self, name: str, index: int) -> Pricer:
         if name not in self.loaded:
-            self.loaded[name] = _pricers(self.planning, self.rungs[name])
+            try:
+                self.loaded[name] = _pricers(self.planning, self.rungs[name])
+            except UserError:  # the data at hand are shorter than that
+                names = list(self.rungs)
+                self.rungs = {n: self.rungs[n] for n in names[: names.index(name)]}
+                self.shortened = True
+                raise
         return self.loaded[name][index]
 
     def highest(self, index: int, *, tight: bool) -> str | None:
         """The last rung that fits machine ``index``, by halving: what does not fit is below nothing that
         does. None where not even the first fits."""
-        names = list(self.rungs)
-        below = bisect.bisect_left(names, True, key=lambda name: not self._fits(name, index, tight=tight))
-        return names[below - 1] if below else None
+        while True:
+            names = list(self.rungs)
+            try:
+                below = bisect.bisect_left(
+                    names, True, key=lambda name: not self._fits(name, index, tight=tight)
+                )
+            except UserError:
+                if not self.shortened:
+                    raise
+                self.shortened = False
+            else:
+                return names[below - 1] if below else None
 
     def _fits(self, name: str, index: int, *, tight: bool) -> bool:
         pricer = self.pricer(name, index)

@@ -142,3 +142,15 @@ def test_published_sizes_are_those_of_the_built_in_jobs(monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert "paper" in outlook.sizes("protein-ss")
     assert outlook.sizes("own.py:job") == ()
+
+
+def test_lengths_that_the_data_do_not_have_end_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(ref: JobRef) -> Job:
+        if ref.size == "paper@2048":
+            raise UserError("the text has 9 bytes", allowed="at least 20490")
+        return sized(ref)
+
+    monkeypatch.setattr(outlook, "load", load)
+    found = reached("length", Accuracy.ANY)
+    assert {r.recommended for r in found.values()} == {1024.0}
+    assert all(r.at_limit for r in found.values())
