@@ -101,7 +101,8 @@ def read(path: str | None, length: int) -> Text:
     whole = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
     cut = len(whole) - len(whole) // 10
     if len(whole) - cut < length + 1:
-        raise UserError(f"{path or 'the built-in text'} has {len(whole)} bytes", allowed=f"at least {10 * (length + 1)}")
+        named = path or "the built-in text"
+        raise UserError(f"{named} has {len(whole)} bytes", allowed=f"at least {10 * (length + 1)}")
     return Text(train=whole[:cut], test=whole[cut:], source=path or DATA_SOURCE)
 
 
