@@ -7,9 +7,9 @@ measured does not pass a gate that asks for it. Loosening a limit never fails a 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -94,12 +94,8 @@ def read(path: Path) -> Gates:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        allowed = ", ".join(f"{n}.{k}" for n, part in _parts(Gates()).items() for k in part)
+        allowed = ", ".join(f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part)
         raise UserError(f"{path} is wrong at {place}: {first['msg']}", allowed=allowed) from error
-
-
-def _parts(gates: Gates) -> Mapping[str, Mapping[str, Any]]:
-    return gates.model_dump()
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:

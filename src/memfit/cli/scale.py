@@ -78,6 +78,7 @@ def _job(spec: str, size: str | None) -> JobOptions:
 def _stage(name: str, job: JobOptions, on: str, goal: GoalOptions, here: HereOptions) -> dict[str, Any]:
     """The plan of one stage with what is predicted for it."""
     from memfit import planning
+    from memfit.types.units import format_bytes
 
     asked = request(job, goal, here, on)
     with Bars("en") as progress:
@@ -95,7 +96,7 @@ def _stage(name: str, job: JobOptions, on: str, goal: GoalOptions, here: HereOpt
         "usd_per_1000_steps": 1000 * estimate.usd if estimate.usd is not None else None,
         "kwh_per_1000_steps": estimate.energy_j / 3600 if estimate.energy_j is not None else None,
         "stop_when": [
-            f"the measured memory is above {memory.high:.0f} bytes",
+            f"the measured memory is above {format_bytes(memory.high)}",
             *([f"a step takes longer than {estimate.step_s.high:.3g} s"] if estimate.step_s else []),
             "a loss or a gradient norm is not finite",
             "the metric leaves its margin",

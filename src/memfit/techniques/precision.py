@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 
 def _apply_autocast(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    _autocast(bench, "bfloat16")
+
+
+def _apply_fp16(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    _autocast(bench, "float16")
+    bench.loss_scale = LossScale()
+
+
+def _autocast(bench: Workbench, dtype: str) -> None:
     import torch
 
     # The tensors' own device: a CUDA prediction is traced on CPU tensors, whose cast list differs
     # in a few reductions only.
     device = next(bench.model.parameters()).device.type
-    bench.forward_contexts.append(lambda: torch.autocast(device, dtype=torch.bfloat16))
-
-
-def _apply_fp16(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    import torch
-
-    device = next(bench.model.parameters()).device.type
-    bench.forward_contexts.append(lambda: torch.autocast(device, dtype=torch.float16))
-    bench.loss_scale = LossScale()
+    bench.forward_contexts.append(lambda: torch.autocast(device, dtype=getattr(torch, dtype)))
 
 
 class LossScale:
