@@ -18,7 +18,7 @@ TASK = "task.yaml"
 _RUN = """\
 set -euo pipefail
 export NODE_RANK="$SKYPILOT_NODE_RANK" RUN_ID="$SKYPILOT_TASK_ID"
-HEAD_ADDR="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"
+HEAD_ADDR="$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)"
 export HEAD_ADDR
 exec bash {script}
 """

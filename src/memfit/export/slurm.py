@@ -19,7 +19,7 @@ if [ ! -f {script} ]; then
   echo "{script} is not in $SLURM_SUBMIT_DIR: submit from the folder of this file" >&2
   exit 2
 fi
-HEAD_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+HEAD_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 HEAD_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 RUN_ID="$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"
 LOGS="logs/$RUN_ID"
