@@ -25,7 +25,7 @@ def _rows(table: Any, where: str = "") -> Iterator[tuple[str, list[Any]]]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _rows(value, f"{where}{key}.")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and key != "aliases":
             yield f"{where}{key}", value
 
 
@@ -38,7 +38,7 @@ SANE = {
     r"hosts\..*\.usd_to_buy": (1_000, 1_000_000),
     r"tariffs\.japan-.*\.energy_per_kwh": (10, 45),
     r"tariffs\.japan-.*\.levy_per_kwh": (2, 5),
-    r"tariffs\.japan-.*\.basic_per_kw_month": (200, 3_000),
+    r"tariffs\.japan-.*\.basic_per_kw_month": (200, 3_100),
     r"tariffs\.(?!japan).*": (0.01, 40),
     r"defaults\..*(ratio|rate)": (0, 1),
     r"defaults\..*_spread": (0.5, 2),
@@ -74,6 +74,34 @@ def test_names_are_those_of_the_other_tables() -> None:
         one = finance.tariff(name)
         assert one.place in places
         assert one.currency in finance.currency_codes()
+
+
+def test_suppliers_are_told_apart() -> None:
+    names = [[name, *row["aliases"]] for name, row in ROOMS["suppliers"].items()]
+    flat = [name.lower() for group in names for name in group]
+    assert len(flat) == len(set(flat))
+    assert finance.supplier_co2("tepco").value == finance.supplier_co2("TEPCO-EP").value == 421
+    assert all(row["place"] == "japan" for row in ROOMS["suppliers"].values())
+
+
+def test_prices_printed_with_tax_are_divided() -> None:
+    """4.18 JPY/kWh of levy, 1155.84 JPY/kW and 28.59 JPY/kWh are printed with Japan's 10 %."""
+    power, light = finance.tariff("japan-low-voltage-power"), finance.tariff("japan-kansai-low-voltage")
+    for fact, printed in (
+        (power.levy_per_kwh, 4.18),
+        (power.basic_per_kw_month, 1155.84),
+        (light.energy_per_kwh, 28.59),
+    ):
+        assert fact is not None
+        assert fact.value * 1.1 == pytest.approx(printed, abs=0.01)
+
+
+def test_there_is_something_to_choose_from() -> None:
+    assert len(finance.currency_codes()) >= 12
+    assert len(finance.supplier_names()) >= 10
+    classes = ("japan-low-voltage", "japan-high-voltage", "japan-special-high-voltage")
+    totals = [finance.tariff(name).energy_per_kwh.value for name in classes]
+    assert totals == sorted(totals, reverse=True)
 
 
 def test_currencies_are_told_apart() -> None:
