@@ -34,7 +34,7 @@ READS_ENVIRONMENT = {"store/environment.py", "run/child.py"}
 UNITS = (
     "_bytes", "_s", "_j", "_w", "_usd", "_flops", "_tokens", "_steps", "_ratio", "_g", "_kg", "_mib",
     "_minutes", "_per_hour", "_per_kwh", "_per_batch", "_per_step", "_to_buy", "_count",
-    "_per_host",
+    "_per_host", "_percent", "_per_run", "_per_year", "_per_month", "_per_usd", "_years", "_hours", "_factor",
 )  # fmt: skip
 DIMENSIONLESS = {
     "nccl_channels", "nccl_multicast_channels", "oom_probability", "rank", "ranks", "communicators",
@@ -53,6 +53,11 @@ DIMENSIONLESS = {
     # in the unit that stands beside them (Metric.unit, Fact's field, Interaction.quantity, Reach.quantity)
     "margin", "naive", "metric", "metric_naive", "difference", "low", "high", "value",
     "neither", "first_only", "second_only", "both", "plain", "recommended",
+    # in the currency of the case (Decision.currency), or as their key says (Risk.values)
+    "own", "setup", "purchase", "initial", "residual", "present_cost", "net_present_value", "loss", "spent",
+    "to_spend", "values",
+    # which ways, and how many of what they are named after
+    "shown", "best", "reference", "decimals", "machines", "most_machines", "years", "hours",
     # the unit itself
     "flops", "usd",
 }  # fmt: skip

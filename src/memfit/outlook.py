@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memfit import catalog
@@ -20,7 +20,7 @@ from memfit.techniques.base import Space
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use, use
-from memfit.types.result import PaperRow, Reach
+from memfit.types.result import Estimate, Offer, PaperRow, Reach
 
 MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
 LENGTHS = tuple(1024 * 2**k for k in range(8))  # 1,024 to 131,072
@@ -29,12 +29,44 @@ _FULL_LENGTH = ("650M", "3B", "15B", "124M", "1.3B")
 _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing", "adamw-8bit")
 
 
-def paper_rows(planning: Planning, progress: Progress) -> tuple[PaperRow, ...]:
-    """Plain and recommended on three machines; empty where the job has no paper size."""
+def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...], tuple[Offer, ...]]:
+    """Plain and recommended at paper size, or as the job is where it has no such size: in full on three
+    machines (paper sizes only), in short on every machine of the catalog that has a price."""
     ref = _at(planning, "paper")
-    if ref is None:
-        return ()
-    return tuple(_row(planning, pricer, ref, progress) for pricer in _pricers(planning, ref))
+    rows = [
+        _row(planning, pricer, progress)
+        for pricer in _pricers(planning, ref or planning.request.job, _priced())
+    ]
+    offers = tuple(offer for row in rows for offer in _offers(row))
+    return tuple(row for row in rows if ref is not None and row.machine in MACHINES), offers
+
+
+def _priced() -> tuple[str, ...]:
+    """Single accelerators that somebody sells or rents at a price that is known."""
+    devices = map(catalog.device, catalog.device_names())
+    return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)
+
+
+def _offers(row: PaperRow) -> Iterator[Offer]:
+    sides = [(row.plain, True, row.plain_fits)]
+    if row.recommended is not None and row.recommended.plan != row.plain.plan:
+        sides.append((row.recommended, False, True))
+    for estimate, plain, fits in sides:
+        yield offer(estimate, machine=row.machine, size=row.size, plain=plain, fits=fits)
+
+
+def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
+    step, joules = estimate.step_s, estimate.energy_j
+    return Offer(
+        machine=machine,
+        size=size,
+        plan=estimate.plan.label,
+        plain=plain,
+        fits=fits,
+        memory_bytes=estimate.device_bytes or estimate.allocated_bytes,
+        step_s=step,
+        power_w=joules / step.value if joules is not None and step is not None else None,
+    )
 
 
 def sizes(spec: str) -> tuple[str, ...]:
@@ -49,14 +81,14 @@ def _at(planning: Planning, size: str) -> JobRef | None:
     return dataclasses.replace(ref, size=size, batch=None, steps=None, data=None, weights=None)
 
 
-def _pricers(planning: Planning, ref: JobRef) -> list[Pricer]:
+def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
     """One a machine; machines with the same kernels share their traces."""
     job = load(ref)
     place = planning.request.machine.place
     shared: dict[Any, Any] = {}
     spaces: dict[str, Space] = {}
     made = []
-    for name in MACHINES:
+    for name in machines:
         machine = catalog.machine(name, place.name if place else "world")
         kind = machine.device.kind
         if kind not in spaces:
@@ -67,10 +99,10 @@ def _pricers(planning: Planning, ref: JobRef) -> list[Pricer]:
     return made
 
 
-def _row(planning: Planning, pricer: Pricer, ref: JobRef, progress: Progress) -> PaperRow:
+def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
     machine = pricer.machine
     fits = fits_under(int(machine.device.memory_bytes.value), machine)
-    progress("outlook", 0, 0, f"{ref.size} on {machine.name}")
+    progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
     plain = pricer.sketch(Plan())
     fitting = [e for e in map(pricer.sketch, _paper_plans(planning, pricer)) if fits(e)]
     return PaperRow(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import json
 import statistics
 import time
 import uuid
@@ -14,6 +15,8 @@ from pathlib import Path
 from memfit import outlook, wire
 from memfit.adoption import effort
 from memfit.cost.memory import timeline
+from memfit.decision import case as cases
+from memfit.decision.decide import decide as decide_on
 from memfit.engines.registry import engine
 from memfit.measure import here
 from memfit.planning import (
@@ -33,6 +36,7 @@ from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import effect_of, plain, without
+from memfit.types.decision import Decision
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -41,6 +45,7 @@ from memfit.types.result import (
     Interaction,
     Measurement,
     NamedVerdict,
+    Offer,
     OutcomeKind,
     Poc,
     Reproducibility,
@@ -55,6 +60,7 @@ __all__ = [
     "search",
 ]  # fmt: skip
 
+CASE, OFFER = "case", "offer"  # records beside a PoC's own: the user's figures, predictions made later
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
 _CHECKPOINTING = use("activation-checkpointing", every=1)
@@ -87,19 +93,40 @@ def poc(
     path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = dataclasses.replace(found, took_s=time.perf_counter() - begun, report=str(path))
-    write_html(found, path, lang=lang)
+    write_html(found, path, lang=lang, decision=decide_on(found, cases.Case()))
     store.append(found.poc_id, "poc", found)
     return found
 
 
-def report(store: Store, *, poc_id: str | None, path: Path | None, lang: str) -> Path:
+def report(
+    store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
+) -> Path:
     """Write the HTML of a stored PoC, the latest by default; an interrupted one shows what there is."""
+    found, decision = decide(store, poc_id=poc_id, case=case)
+    path = path or Path(f"memfit-{found.poc_id}.{lang}.html")
+    return write_html(found, path, lang=lang, decision=decision)
+
+
+def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
+    """A stored PoC, the latest by default, and the decision from it: with the user's figures in the file
+    `case`, which is kept; without one, with those that were kept last."""
     wanted = poc_id or store.latest_poc_id()
     if wanted is None:
         raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
     found = stored_poc(store, wanted)
-    path = path or Path(f"memfit-{wanted}.{lang}.html")
-    return write_html(found, path, lang=lang)
+    kept = store.records(wanted, CASE)
+    if case is not None:
+        own, name = cases.read(case), str(case)
+    elif kept:
+        last = json.loads(kept[-1].body)
+        own, name = cases.parsed(last["text"], f"the case that was kept, {last['name']},"), last["name"]
+    else:
+        own, name = cases.Case(), ""
+    more = [wire.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(wanted, OFFER)]
+    decision = decide_on(found, own, more=more, name=name)
+    if case is not None:
+        store.append(wanted, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
+    return found, decision
 
 
 def stored_poc(store: Store, poc_id: str) -> Poc:
@@ -142,6 +169,7 @@ class _Story:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         # Other machines and sizes are told of one device, and of models that are traced in a second.
         metric, beyond = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
+        paper, offers = outlook.paper(self.planning, self.progress) if beyond else ((), ())
         found = Poc(
             poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -171,7 +199,8 @@ class _Story:
                 for name, plan in ((BASELINE, self.baseline), (RECOMMENDED, self.recommended))
             },
             place=request.machine.place.name if request.machine.place else "",
-            paper=outlook.paper_rows(self.planning, self.progress) if beyond else (),
+            paper=paper,
+            offers=offers,
             reach=outlook.reach(self.planning, self.progress) if beyond else (),
             steps_per_run=self.steps,
             notes=_notes(request.job, asked.job, beyond=beyond or request.ranks > 1),

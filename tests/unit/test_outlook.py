@@ -68,8 +68,12 @@ def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, Rea
 
 
 def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> None:
-    rows = outlook.paper_rows(planning(Accuracy.ROUNDING), quiet)
-    assert tuple(r.machine for r in rows) == outlook.MACHINES
+    rows, offers = outlook.paper(planning(Accuracy.ROUNDING), quiet)
+    assert {r.machine for r in rows} == set(outlook.MACHINES)
+    assert {o.machine for o in offers} > set(outlook.MACHINES)
+    for row in rows:
+        (plain,) = (o for o in offers if o.machine == row.machine and o.plain)
+        assert (plain.fits, plain.step_s) == (row.plain_fits, row.plain.step_s)
     assert jobs == [JobRef(spec="protein-ss", size="paper")]  # the tiny batch and steps are not the paper's
     for row in rows:
         assert row.device_memory_bytes == catalog.machine(row.machine, "world").device.memory_bytes.value
@@ -81,15 +85,20 @@ def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> 
 
 def test_what_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
+    monkeypatch.setattr(outlook, "_priced", lambda: ("RTX-4090",))
     monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
-    (row,) = outlook.paper_rows(planning(), quiet)
+    (row,), (offer,) = outlook.paper(planning(), quiet)
+    assert (offer.plain, offer.fits) == (True, False)
     assert (row.plain_fits, row.recommended, row.size) == (False, None, "15B")
 
 
-def test_a_job_without_published_sizes_has_no_outlook() -> None:
+def test_a_job_without_published_sizes_is_offered_as_it_is(jobs: list[JobRef]) -> None:
     own = planning()
-    own.request.job = JobRef(spec="own.py:job")
-    assert outlook.paper_rows(own, quiet) == ()
+    own.request.job = JobRef(spec="own.py:job", batch=2)
+    rows, offers = outlook.paper(own, quiet)
+    assert rows == ()
+    assert jobs == [own.request.job]
+    assert [(o.plain, o.fits) for o in offers if o.machine == "RTX-4090"][0] == (True, True)
     assert outlook.reach(own, quiet) == ()
 
 
@@ -123,6 +132,7 @@ def test_samples_without_a_length_reach_none(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
+    monkeypatch.setattr(outlook, "_priced", lambda: ("RTX-4090",))
     monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
     (row,) = reached("parameters").values()
     assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)

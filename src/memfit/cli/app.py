@@ -12,6 +12,7 @@ import typer.main
 
 from memfit import __version__
 from memfit.cli import (
+    decide,
     doctor,
     engine,
     engines,
@@ -50,7 +51,7 @@ for _name, _function in (
     ("poc", poc.poc), ("plan", plan.plan), ("explain", explain.explain), ("run", run.run),
     ("lint", lint.lint), ("export", export.export), ("lengths", lengths.lengths),
     ("precision", precision.precision), ("report", report.report), ("record", record.record),
-    ("compare", record.compare), ("scale", scale.scale), ("jobs", jobs.jobs),
+    ("compare", record.compare), ("scale", scale.scale), ("decide", decide.decide), ("jobs", jobs.jobs),
     ("techniques", techniques.techniques), ("machines", machines.machines), ("engine", engine.engine),
     ("engines", engines.engines), ("doctor", doctor.doctor),
 ):  # fmt: skip

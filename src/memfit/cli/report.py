@@ -22,6 +22,9 @@ class ReportOptions:
     poc: Annotated[
         str | None, typer.Option(metavar="ID", help="Which proof of concept. Default: the last.")
     ] = None
+    case: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Your figures, as of `memfit decide`.")
+    ] = None
 
 
 def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, output: JsonOptions) -> None:
@@ -32,7 +35,7 @@ def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, outpu
     from memfit import pipeline
     from memfit.store import Store
 
-    written = pipeline.report(Store(store.store), poc_id=own.poc, path=path, lang=words)
+    written = pipeline.report(Store(store.store), poc_id=own.poc, case=own.case, path=path, lang=words)
     if output.json:
         emit({"report": str(written)})
     else:

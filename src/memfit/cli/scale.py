@@ -59,7 +59,7 @@ def scale(
     stages: dict[str, Any] = {}
     if not failed:
         job = _job(record.model.job, own.size)
-        stages = {name: _stage(name, job, on, goal, here) for name, on in machines.items()}
+        stages = {name: _stage(record.poc_id, job, on, goal, here, store) for name, on in machines.items()}
     if output.json:
         told = {"gates": [g.model_dump() for g in held], "limits": limits.model_dump(), "stages": stages}
         emit({"poc_id": record.poc_id, "holds": not failed, **told})
@@ -75,16 +75,20 @@ def _job(spec: str, size: str | None) -> JobOptions:
     return JobOptions(job=spec, size=size or ("paper" if "paper" in sizes(spec) else None))
 
 
-def _stage(name: str, job: JobOptions, on: str, goal: GoalOptions, here: HereOptions) -> dict[str, Any]:
-    """The plan of one stage with what is predicted for it."""
+def _stage(
+    poc_id: str, job: JobOptions, on: str, goal: GoalOptions, here: HereOptions, store: StoreOptions
+) -> dict[str, Any]:
+    """The plan of one stage with what is predicted for it, which is kept for the decision."""
     from memfit import planning
     from memfit.types.units import format_bytes
 
     asked = request(job, goal, here, on)
     with Bars("en") as progress:
-        found = planning.search(asked, progress).result.recommended
+        result = planning.search(asked, progress).result
+    found = result.recommended
     assert found is not None, "search raises NothingFits otherwise"
     estimate = found.estimate
+    _keep(poc_id, result, asked.machine.name, job.size or "", store)
     memory = estimate.device_bytes or estimate.allocated_bytes
     return {
         "machine": on,
@@ -103,6 +107,20 @@ def _stage(name: str, job: JobOptions, on: str, goal: GoalOptions, here: HereOpt
         ],
         "way_back": "the stage before, with its plan and checkpoints (`memfit run --save`, `--resume`)",
     }
+
+
+def _keep(
+    poc_id: str, result: memfit.types.result.SearchResult, machine: str, size: str, store: StoreOptions
+) -> None:
+    from memfit import outlook, pipeline
+    from memfit.store import Store
+
+    kept, best = Store(store.store), result.recommended
+    sides = [(result.baseline, True), (best, False)] if best is not None else []
+    for choice, plain in sides:
+        if plain or choice.estimate.plan != result.baseline.estimate.plan:
+            offer = outlook.offer(choice.estimate, machine=machine, size=size, plain=plain, fits=choice.fits)
+            kept.append(poc_id, pipeline.OFFER, offer)
 
 
 def _print(record: memfit.shared.Shared, held: tuple[memfit.gates.Gate, ...], stages: dict[str, Any]) -> None:

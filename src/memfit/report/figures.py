@@ -22,8 +22,8 @@ class Mark(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, points, or the
-    metric's own unit. ``value`` is None where nothing is known."""
+    """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, points, ``money SYMBOL DECIMALS``, or
+    the metric's own unit. ``value`` is None where nothing is known."""
 
     value: float | None
     unit: str
@@ -58,8 +58,9 @@ _SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {
 }
 
 
-# ratio and points are words of a language: figure_text adds them
-_SUFFIXES: Final = {"": "", "ratio": "", "points": "", "percent": " %", "percentage points": " %"}
+# these are words of a language: figure_text adds them
+_WORDED: Final = ("ratio", "points", "years", "hours", "steps", "runs", "factor")
+_SUFFIXES: Final = {"": "", "percent": " %", "percentage points": " %"} | dict.fromkeys(_WORDED, "")
 
 
 def apart(unit: str) -> str:
@@ -73,6 +74,8 @@ def number_text(value: float, unit: str) -> str:
         return format_bytes(value)
     if unit == "s":
         return format_seconds(value)
+    if unit.startswith("money "):
+        return _cash(value, unit)
     if unit == "usd":
         return f"${_plain(value, 3)}" if value >= 1e-6 or value == 0 else f"${value:.1e}"
     if unit in _SCALES:
@@ -83,13 +86,21 @@ def number_text(value: float, unit: str) -> str:
     return f"{_plain(value, digits)}{_SUFFIXES.get(unit, f' {unit}')}"
 
 
+def _cash(value: float, unit: str) -> str:
+    """``(1234.5, "money $ 2")`` to ``$1,234.50``: to the smallest coin, and so is a loss."""
+    _, symbol, decimals = unit.split(" ")
+    text = f"{abs(value):,.{int(decimals)}f}"
+    sign = "-" if value < 0 and any(c in "123456789" for c in text) else ""
+    return f"{sign}{symbol}{text}"
+
+
 def figure_text(figure: Figure, words: Words) -> str:
     """The figure as text; an unknown one says in words that it is not known."""
     if figure.value is None or not math.isfinite(figure.value):
         return words.get(f"missing.{figure.mark}")
     sign = "+" if figure.signed and figure.value > 0 else ""
     text = (sign + number_text(figure.value, figure.unit)).replace("-", "\u2212")
-    return words.get(f"unit.{figure.unit}", value=text) if figure.unit in ("ratio", "points") else text
+    return words.get(f"unit.{figure.unit}", value=text) if figure.unit in _WORDED else text
 
 
 def sentence_text(sentence: Sentence, words: Words) -> str:

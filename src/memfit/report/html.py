@@ -1,39 +1,90 @@
-"""One self-contained HTML file from a Poc: no script, no network, every number marked with its provenance."""
+"""One self-contained HTML file from a Poc and its Decision: no network, one script of our own that the page's
+policy names by its hash, every number marked with its provenance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memfit.report import charts, drawing
 from memfit.report.case import CLASSES
-from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted
+from memfit.report.decision import MONEY, DecisionView, decision_view, played, way_name
+from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted, sentence_text
 from memfit.report.files import write_whole
 from memfit.report.rows import PocView
 from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words
+from memfit.types.decision import DRAWS, Decision
 from memfit.types.result import Poc
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-def write_html(poc: Poc, path: Path, *, lang: str) -> Path:
+def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
     """Write the report and return its path. The file appears whole or not at all.
 
     Raises UserError for a language without a catalog; OSError when the folder cannot be written.
     """
-    text = render_html(poc, lang=lang)
+    text = render_html(poc, lang=lang, decision=decision)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_whole(path, text.encode())
 
 
-def render_html(poc: Poc, *, lang: str) -> str:
+def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str:
     words = load_words(lang)
     view = poc_view(poc)
-    return render("template.html.j2", words, view=view, poc=poc, **_drawings(view, words))
+    shown = decision_view(poc, decision) if decision is not None else None
+    return render(
+        "template.html.j2", words, view=view, poc=poc, decision=shown, **_drawings(view, words),
+        **_script(shown, words),
+    )  # fmt: skip
+
+
+def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
+    """The sliders' data and the hash by which the page's policy lets our script, and no other, run."""
+    from markupsafe import Markup
+
+    if shown is None or shown.best is None:
+        return {
+            "script_hash": "",
+            "played": "",
+            "money_rows": MONEY,
+            "draws": DRAWS,
+            "swing_css": _swing_css(()),
+        }
+    told = played(shown)
+    labels = [sentence_text(way_name(way), words) for way in shown.made.ways]
+    plain = words.get("way.plain")
+    plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in shown.made.ways]
+    text = json.dumps({**told, "labels": labels, "plans": plans}, ensure_ascii=False)
+    for bad in "<>&\u2028\u2029":  # nothing in it can end the element or begin another
+        text = text.replace(bad, f"\\u{ord(bad):04x}")
+    digest = hashlib.sha256(_asset("decision.js").encode()).digest()
+    return {
+        "script_hash": f"sha256-{base64.b64encode(digest).decode()}",
+        "played": Markup(text),
+        "money_rows": MONEY,
+        "draws": DRAWS,
+        "swing_css": _swing_css([(low, high) for _, low, high in shown.swings]),
+    }
+
+
+def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Figure], str]:
+    """Where a bar lies between the lowest and the highest end of all."""
+    ends = [f.value for swing in swings for f in swing if f.value is not None]
+    least, span = (min(ends), max(ends) - min(ends) or 1.0) if ends else (0.0, 1.0)
+
+    def css(low: Figure, high: Figure) -> str:
+        a, b = sorted((low.value or 0.0, high.value or 0.0))
+        return f"left:{100 * (a - least) / span:.2f}%;width:{100 * (b - a) / span:.2f}%"
+
+    return css
 
 
 def render(template: str, words: Words, **values: Any) -> str:

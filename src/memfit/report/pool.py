@@ -40,3 +40,19 @@ def peak_bytes(runs: Iterable[Run]) -> int | None:
 def step_s(runs: Iterable[Run]) -> float | None:
     medians = [step for run in ok_runs(runs) if (step := median_step_s(run.measurement)) is not None]
     return statistics.median(medians) if medians else None
+
+
+def energy_saved(runs: Iterable[Run]) -> tuple[float, str] | None:
+    """Percent of plain training's energy that the recommended plan saved in a run of equal steps, with the
+    boundary of both; negative where saving memory cost energy. None where both were not told inside one
+    boundary."""
+    told: dict[str, list[tuple[float, str]]] = {"baseline": [], "recommended": []}
+    for run in ok_runs(runs):
+        m = run.measurement
+        if run.spec.role in told and m.energy_j:
+            told[run.spec.role].append((m.energy_j, m.energy_boundary))
+    boundaries = {boundary for side in told.values() for _, boundary in side}
+    if not all(told.values()) or len(boundaries) != 1:
+        return None
+    plain, chosen = (statistics.median(joules for joules, _ in side) for side in told.values())
+    return 100 * (1 - chosen / plain), boundaries.pop()

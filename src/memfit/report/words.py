@@ -37,8 +37,11 @@ def load_words(lang: str) -> Words:
     """Raises UserError for a language without a catalog."""
     if lang not in LANGUAGES:
         raise UserError(f"no such language: {lang!r}", allowed=", ".join(LANGUAGES))
-    text = resources.files("memfit.report").joinpath("words", f"{lang}.toml").read_text(encoding="utf-8")
-    return Words(lang=lang, texts=dict(_flatten(tomllib.loads(text))))
+    texts: dict[str, str] = {}
+    for file in (f"{lang}.toml", f"{lang}_decision.toml"):
+        text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
+        texts |= dict(_flatten(tomllib.loads(text)))
+    return Words(lang=lang, texts=texts)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -247,6 +247,22 @@ class PaperRow:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What one machine would do with one plan, as predicted; small, so that a record can hold many.
+    ``power_w``: of its devices and hosts during a step. ``size``: of the job."""
+
+    machine: str
+    size: str
+    plan: str  # its label
+    plain: bool
+    fits: bool
+    memory_bytes: Interval  # on a device, where its parts are known; else allocated
+    step_s: Interval | None
+    power_w: float | None
+    engine: str = "native"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
     """The largest that fits one machine. ``quantity``: "parameters" or "length" (tokens or residues).
     None: not even the smallest tried fits; ``at_limit``: the largest tried still fits."""
@@ -298,6 +314,7 @@ class Poc:
     predicted_timeline_bytes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     paper: tuple[PaperRow, ...] = ()
     reach: tuple[Reach, ...] = ()
+    offers: tuple[Offer, ...] = ()  # of every machine in the catalog that has a price
     place: str = ""
     steps_per_run: int = 0
     notes: tuple[str, ...] = ()  # honest limits of this very PoC

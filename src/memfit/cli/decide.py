@@ -1,0 +1,51 @@
+"""``memfit decide``: what to do for which money, from a proof of concept and your own figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memfit.cli.options import OutputOptions, StoreOptions
+from memfit.cli.output import console, emit, language
+from memfit.cli.quiet import quiet_libraries
+from memfit.types.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecideOptions:
+    poc: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Which proof of concept. Default: the last.")
+    ] = None
+    case: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Your figures. Default: those that were given last, or none."),
+    ] = None
+    template: Annotated[
+        bool, typer.Option("--template", help="Print a case file with every figure that can be given.")
+    ] = False
+
+
+def decide(own: DecideOptions, store: StoreOptions, output: OutputOptions) -> None:
+    """Put the machine you have, a purchase, the cloud and doing nothing side by side."""
+    words = language(output.lang)
+    if own.template:
+        if own.case is not None or own.poc is not None:
+            raise UserError("--template with a case or an ID", allowed="--template alone")
+        from memfit.decision.case import TEMPLATE
+
+        print(TEMPLATE, end="")
+        return
+    quiet_libraries()
+    from memfit import pipeline, wire
+    from memfit.store import Store
+
+    poc, found = pipeline.decide(Store(store.store), poc_id=own.poc, case=own.case)
+    if output.json:
+        emit({"poc_id": poc.poc_id, "decision": wire.to_plain(found)})
+    else:
+        from memfit.report.decision_terminal import print_decision
+
+        print_decision(poc, found, lang=words, console=console())

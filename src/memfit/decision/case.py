@@ -1,0 +1,255 @@
+"""The user's own figures: one TOML file, strict, in which every number may stand alone or with its range."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from memfit.types.decision import Term
+from memfit.types.errors import UserError
+
+_LONGEST = 20
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(_Strict):
+    """``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer", date = "2026-03-03"}``."""
+
+    value: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+    low: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
+    high: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
+    source: str = ""
+    date: str = ""
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Figure:
+        low, high = self.bounds
+        if not low <= self.value <= high:
+            raise ValueError(f"low {low:g}, value {self.value:g} and high {high:g} are out of order")
+        if self.date:
+            datetime.date.fromisoformat(self.date)
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        low = self.value if self.low is None else self.low
+        return low, self.value if self.high is None else self.high
+
+
+def _figure(given: Any) -> Any:
+    bare = isinstance(given, int | float) and not isinstance(given, bool)
+    return {"value": given} if bare else given
+
+
+Given = Annotated[Figure, pydantic.BeforeValidator(_figure)]
+Name = Annotated[str, pydantic.Field(min_length=1, max_length=200)]
+Hours = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
+
+
+def _above(given: Figure) -> Figure:
+    if given.bounds[0] <= 0:
+        raise ValueError("a number above 0 is needed")
+    return given
+
+
+def _ratio(given: Figure) -> Figure:
+    if given.bounds[1] > 1:
+        raise ValueError("a ratio of at most 1 is needed: 0.1 for 10 %")
+    return given
+
+
+Above = Annotated[Given, pydantic.AfterValidator(_above)]
+Ratio = Annotated[Given, pydantic.AfterValidator(_ratio)]
+Share = Annotated[Given, pydantic.AfterValidator(_above), pydantic.AfterValidator(_ratio)]
+
+
+class Work(_Strict):
+    """How much is to be trained."""
+
+    steps_per_run: Whole | None = None
+    runs_per_year: Above | None = None
+    years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
+    utilisation_ratio: Share | None = None
+    value_per_run: Given | None = None  # what a finished run is worth to you
+
+
+class Money(_Strict):
+    """Prices that all ways share, in the case's currency."""
+
+    labour_per_hour: Given | None = None
+    energy_per_kwh: Above | None = None
+    levy_per_kwh: Given | None = None
+    basic_per_kw_month: Given | None = None
+    per_usd: Above | None = None  # units of the currency for a US dollar
+    tax_ratio: Ratio | None = None
+    discount_ratio: Ratio | None = None
+    life_years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
+    support_ratio: Ratio | None = None
+    pue_ratio: Above | None = None
+    co2_g_per_kwh: Given | None = None
+
+
+class Effort(_Strict):
+    """Hours of people. ``setup_hours``: to adopt the recommended plan; unset, what the PoC counted."""
+
+    setup_hours: Given | None = None
+
+
+class Machine(_Strict):
+    """What stands for a way, as of --on, with what memfit cannot predict for it or you know better."""
+
+    machine: Name | None = None
+    hours_plain: Hours | None = None  # of one run
+    hours_recommended: Hours | None = None
+    power_w: Above | None = None  # of its devices and host under load
+    setup_hours: Given | None = None
+    operating_hours_per_year: Given | None = None
+
+
+class Existing(Machine):
+    """The machine that you have. ``price``: 0, it is paid for."""
+
+    machines: Whole = 1
+
+
+class Purchase(Machine):
+    """``price``: of one machine with all its devices, without tax."""
+
+    price: Above | None = None
+
+
+class Cloud(Machine):
+    """``per_hour``: of one machine with all its devices, without tax."""
+
+    per_hour: Above | None = None
+    storage_per_month: Given | None = None
+
+
+class Case(_Strict):
+    """Everything may be left out: the catalog's then, or asked for."""
+
+    currency: Name = "USD"
+    place: Name | None = None
+    tariff: Name | None = None
+    supplier: Name | None = None
+    work: Work = Work()
+    money: Money = Money()
+    effort: Effort = Effort()
+    existing: Existing = Existing()
+    purchase: Purchase = Purchase()
+    cloud: Cloud = Cloud()
+
+
+def read(path: Path) -> Case:
+    """Raises UserError with the place of the first fault and what is allowed there."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return parsed(text, str(path))
+
+
+def parsed(text: str, what: str) -> Case:
+    try:
+        return Case.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{what} is not TOML: {error}") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = [str(p) for p in first["loc"]]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] != "extra_forbidden":
+            raise UserError(f"{what} is wrong at {'.'.join(place)}: {message}") from error
+        known = _keys(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{what} has an unknown key: {'.'.join(place)}", allowed=", ".join(known), hint=hint
+        ) from error
+
+
+def _keys(place: list[str]) -> list[str]:
+    part: Any = Case()
+    for name in place:
+        part = getattr(part, name, None)
+    return list(type(part).model_fields if isinstance(part, _Strict) else Figure.model_fields)
+
+
+def term(name: str, given: Figure, unit: str) -> Term:
+    """The user's number with its range; a source that nobody told is the case's file."""
+    low, high = given.bounds
+    return Term(
+        name=name, value=given.value, unit=unit, low=low, high=high,
+        source=given.source or "your case", date=given.date,
+    )  # fmt: skip
+
+
+TEMPLATE = """\
+# Your figures for `memfit decide --case FILE`. Remove the # from what you know; the rest is taken from the
+# catalog, each with its source, or asked for. Money is in this currency and without tax. A number may have
+# a range: {value = 25.5, low = 20, high = 32, source = "bill of May", date = "2026-05-31"}
+
+currency = "USD"
+# place = "japan"                    # whose electricity, tax and write-off: `memfit machines` lists places
+# tariff = "japan-high-voltage"      # instead of the place's average price
+# supplier = "tepco-ep"              # instead of the grid's average CO2
+
+[work]
+# steps_per_run = 10000
+# runs_per_year = 12
+# years = 5
+# utilisation_ratio = 0.7            # share of a year in which a machine can be busy
+# value_per_run = 0                  # what a finished run is worth to you
+
+[money]
+# labour_per_hour = 0
+# energy_per_kwh = 0
+# levy_per_kwh = 0
+# basic_per_kw_month = 0
+# per_usd = 1                        # units of the currency for a US dollar
+# tax_ratio = 0                      # that you cannot reclaim: 0.1 for 10 %
+# discount_ratio = 0.03
+# life_years = 5                     # in which a machine is written off
+# support_ratio = 0.1                # of the price, a year
+# pue_ratio = 1.56
+# co2_g_per_kwh = 481
+
+[effort]
+# setup_hours = 0                    # to adopt the recommended plan; else what the PoC counted
+
+[existing]                           # the machine that you have
+# machine = "RTX-4090"               # as of --on
+# machines = 1
+# hours_plain = 0                    # of one run, where you know better than the prediction
+# hours_recommended = 0
+# power_w = 0
+# setup_hours = 0
+# operating_hours_per_year = 0
+
+[purchase]                           # unset: the cheapest of the catalog
+# machine = "H100-PCIe"
+# price = 0                          # of one machine with all its devices
+# hours_plain = 0
+# hours_recommended = 0
+# power_w = 0
+# setup_hours = 0
+# operating_hours_per_year = 0
+
+[cloud]                              # unset: the cheapest of the catalog
+# machine = "8xH100-SXM"
+# per_hour = 0                       # of one machine with all its devices
+# storage_per_month = 0
+# hours_plain = 0
+# hours_recommended = 0
+# setup_hours = 0
+# operating_hours_per_year = 0
+"""

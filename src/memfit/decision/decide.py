@@ -1,0 +1,100 @@
+"""``decide``: a PoC and the user's figures as one decision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from memfit import catalog
+from memfit.decision import chance, money
+from memfit.decision.case import Case
+from memfit.decision.risks import risks
+from memfit.decision.stages import stages
+from memfit.decision.terms import Told, told
+from memfit.decision.ways import Asking, asked
+from memfit.types.decision import Decision, Sheet, Swing, Term, Way
+from memfit.types.errors import UserError
+from memfit.types.result import Offer, Poc
+
+
+def decide(poc: Poc, case: Case, *, more: Sequence[Offer] = (), name: str = "") -> Decision:
+    """`more`: predictions made after the PoC, which count before its own. Raises UserError."""
+    newer = {(o.machine, o.plain): o for o in more}
+    offers = [*newer.values(), *(o for o in poc.offers if (o.machine, o.plain) not in newer)]
+    known = told(case, place=_place(poc.place), offers=offers)
+    counted = poc.effort.attended_minutes
+    own = case.effort.setup_hours
+    plan_hours = own.value if own is not None else None if counted is None else counted / 60
+    labour = case.money.labour_per_hour is not None
+    asking = Asking(
+        case=case, offers=offers, steps_per_run=known.steps_per_run, plan_hours=plan_hours,
+        labour_known=labour,
+    )  # fmt: skip
+    ways = asking.ways()
+    sheets = tuple(money.sheet(way, known.terms) for way in ways)
+    hours = Term(name="setup_hours", value=plan_hours, unit="hours", mark="assumed", source="your case")
+    if own is None:
+        hours = dataclasses.replace(hours, mark="measured", source="counted in the PoC")
+    made = _weighed(known, ways, sheets, case, name, (*known.numbers, hours))
+    made = dataclasses.replace(made, stages=stages(poc, made, offers))
+    return dataclasses.replace(made, risks=risks(poc, made))
+
+
+def _place(name: str) -> str:
+    """The PoC's, unless that was a machine file's own."""
+    try:
+        return catalog.place(name or "world").name
+    except UserError:
+        return "world"
+
+
+def _weighed(
+    known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], case: Case, name: str, numbers: Sequence[Term]
+) -> Decision:
+    """Which way is best, what it is held against, and how sure that is."""
+    picks = {kind: money.cheapest(ways, sheets, _open(ways, kind)) for kind in ("purchase", "cloud")}
+    mine = _open(ways, "existing")
+    best = money.cheapest(ways, sheets, [*mine, *(p for p in picks.values() if p is not None)])
+    plain = [i for i, w in enumerate(ways) if w.of_catalog and w.plain and w.kind in picks]
+    reference = money.cheapest(ways, sheets, plain)
+    shown = [*mine, *picks.values(), reference, 0]
+    listed = tuple(dict.fromkeys(i for i in shown if i is not None))
+    saved = interval = odds = years = None
+    kind, swings = "", tuple[Swing, ...]()
+    if best is not None and reference is not None:
+        pair = ways[best], ways[reference]
+        saved = money.saved_percent(sheets[best], sheets[reference])
+        kind, years = money.payback(sheets[best], sheets[reference])
+        spread = chance.interval(*pair, known.terms, numbers)
+        interval, odds = spread if spread is not None else (None, None)
+        swings = chance.tornado(*pair, known.terms, numbers)
+    return Decision(
+        currency=known.currency.code,
+        symbol=known.currency.symbol,
+        decimals=known.currency.decimals,
+        place=known.place,
+        case=name,
+        steps_per_run=known.steps_per_run,
+        terms=known.terms,
+        told=tuple(numbers),
+        ways=tuple(ways),
+        sheets=tuple(sheets),
+        shown=listed,
+        best=best,
+        reference=reference,
+        saved_percent=saved,
+        saved_interval_percent=interval,
+        chance_percent=odds,
+        payback_years=years,
+        payback=kind,
+        swings=swings,
+        asked=asked([ways[i] for i in listed], case),
+        why_none="" if best is not None else "no_offers" if len(ways) == 1 else "none_does_it",
+    )
+
+
+def _open(ways: Sequence[Way], kind: str) -> list[int]:
+    """Where the user named a machine, only that."""
+    found = [i for i, w in enumerate(ways) if w.kind == kind]
+    own = [i for i in found if not ways[i].of_catalog]
+    return own or found

@@ -1,0 +1,126 @@
+"""What a way costs: the formulas of docs/decisions/014-money.md and nothing else. The page's sliders play
+the same formulas (report/decision.js)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from memfit.types.decision import Sheet, Terms, Way
+
+HOURS_PER_YEAR: Final = 8760
+
+
+def sheet(way: Way, terms: Terms) -> Sheet:
+    """Everything in the currency of the case. Doing nothing costs nothing and brings nothing."""
+    works = way.kind != "nothing"
+    hours = way.hours * _time_factor(way, terms)
+    yearly = hours * terms.runs_per_year
+    machines = needed(yearly, terms) if works else 0
+    taxed = 1 + terms.tax_ratio
+    meter_kw = None if way.power_w is None else way.power_w / 1000 * terms.pue_ratio
+    price = way.price.at(terms.per_usd) * terms.hardware_factor if way.price else 0.0
+    purchase = price * machines * taxed
+    rent = way.per_hour.at(terms.per_usd) * terms.rental_factor if way.per_hour else 0.0
+    setup = way.setup_hours * terms.labour_per_hour
+    own = way.kind != "cloud"  # a rental's electricity is in its price
+    electricity = _electricity(meter_kw or 0.0, yearly, machines, terms) * taxed if own else 0.0
+    rental = (yearly * rent + 12 * way.storage_per_month) * taxed
+    people = way.operating_hours * terms.labour_per_hour
+    support = terms.support_ratio * purchase
+    running = electricity + rental + people + support
+    bought, residual = _purchases(purchase, terms)
+    factor = annuity(terms.discount_ratio, terms.years)
+    present = setup + bought + running * factor - residual / (1 + terms.discount_ratio) ** terms.years
+    value = terms.value_per_run
+    worth = None if value is None else value * terms.runs_per_year * factor - present
+    operation = None if meter_kw is None else hours * meter_kw * terms.co2_g_per_kwh
+    embodied = _embodied(way, hours, terms)
+    return Sheet(
+        machines=machines,
+        hours_per_year=yearly,
+        kwh_per_run=None if meter_kw is None else hours * meter_kw,
+        setup=setup,
+        purchase=purchase,
+        initial=setup + purchase,
+        electricity_per_year=electricity,
+        rental_per_year=rental,
+        people_per_year=people,
+        support_per_year=support,
+        running_per_year=running,
+        residual=residual,
+        present_cost=present,
+        cost_per_run=present / (terms.runs_per_year * terms.years),
+        net_present_value=worth if works else 0.0,
+        operation_g=operation if works else 0.0,
+        embodied_g=embodied if works else 0.0,
+        sci_g=(operation + embodied if operation is not None and embodied is not None else None)
+        if works
+        else 0.0,
+        enough=way.most_machines is None or machines <= way.most_machines,
+    )
+
+
+def _time_factor(way: Way, terms: Terms) -> float:
+    if not way.predicted:
+        return 1.0
+    return terms.plain_time_factor if way.plain else terms.recommended_time_factor
+
+
+def needed(hours_per_year: float, terms: Terms) -> int:
+    """How many machines do so many hours of work a year; at least one."""
+    return max(1, math.ceil(hours_per_year / (HOURS_PER_YEAR * terms.utilisation_ratio) - 1e-9))
+
+
+def annuity(discount_ratio: float, years: int) -> float:
+    """What 1 at the end of every year is worth today."""
+    return sum((1 + discount_ratio) ** -t for t in range(1, years + 1))
+
+
+def _electricity(meter_kw: float, hours: float, machines: int, terms: Terms) -> float:
+    per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
+    return hours * meter_kw * per_kwh + 12 * terms.basic_per_kw_month.at(terms.per_usd) * meter_kw * machines
+
+
+def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
+    """Today's worth of all purchases, and what is left of the last at the end (straight line)."""
+    life, years = terms.life_years, terms.years
+    times = math.ceil(years / life)
+    bought = sum(purchase * (1 + terms.discount_ratio) ** -(life * j) for j in range(times))
+    return bought, purchase * (times * life - years) / life
+
+
+def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
+    """Grams: the devices' own, for the hours of a run among those they work in their life."""
+    if way.embodied_kg is None:
+        return None
+    return 1000 * way.embodied_kg * hours / (HOURS_PER_YEAR * terms.utilisation_ratio * terms.life_years)
+
+
+# -- two ways --------------------------------------------------------------------------------------------
+
+
+def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
+    """The index of the lowest present cost among those that do all the work; the first of equals."""
+    fit = [i for i in among if sheets[i].enough and ways[i].kind != "nothing"]
+    return min(fit, key=lambda i: sheets[i].present_cost, default=None)
+
+
+def saved_percent(one: Sheet, reference: Sheet) -> float | None:
+    """Of the reference's present cost; negative is a loss."""
+    if reference.present_cost <= 0:
+        return None
+    return 100 * (1 - one.present_cost / reference.present_cost)
+
+
+def payback(one: Sheet, reference: Sheet) -> tuple[str, float | None]:
+    """("at once", 0), ("years", until the first cost is earned back), ("never", None), or ("until", years
+    for which the way is cheaper)."""
+    more = one.initial - reference.initial
+    gain = reference.running_per_year - one.running_per_year
+    if more <= 0 <= gain:
+        return "at once", 0.0
+    if more > 0 and gain > 0:
+        return "years", more / gain
+    return ("never", None) if more > 0 else ("until", more / gain)

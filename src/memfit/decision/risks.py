@@ -1,0 +1,115 @@
+"""The risk register: each risk with the evidence of this very PoC. Words are the report's; see its catalogs.
+
+A level follows from the evidence by the rules below; where there is none the level is "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from memfit import catalog
+from memfit.decision.stages import pilot_cost
+from memfit.types.decision import Decision, Risk
+from memfit.types.result import OutcomeKind, Poc, Run
+
+_TIGHT_PERCENT = 2.0  # of the cap left free at the tightest step: below this, "some"
+_FEW_MACHINES = 5
+
+
+def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
+    """`loss`: the pilot, all of it; unknown for security, where money is not the measure."""
+    loss = pilot_cost(made)
+    found = (
+        _accuracy(poc), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc), _supply(made),
+        _security(poc),
+    )  # fmt: skip
+    return tuple(
+        Risk(kind=kind, level=level, evidence=f"evidence.{key}", values=values, source=source,
+             loss=None if kind == "security" else loss)
+        for kind, level, key, values, source in found
+    )  # fmt: skip
+
+
+_Values = dict[str, str | float | None]
+_Found = tuple[str, str, str, Mapping[str, str | float | None], str]
+
+
+def _runs(poc: Poc) -> list[Run]:
+    return [r for r in poc.runs if r.spec.role == "recommended"]
+
+
+def _accuracy(poc: Poc) -> _Found:
+    named = next((n.verdict for n in poc.verdicts if n.name == "recommended"), None)
+    if named is None:
+        return ("accuracy", "unknown", "accuracy.none", {}, "")
+    level = {"equivalent": "low", "different": "high"}.get(named.kind.value, "some")
+    values: _Values = {"metric": named.metric, "pairs": float(named.pairs), "reason": named.reason}
+    return ("accuracy", level, f"accuracy.{named.kind.value}", values, "#verdicts")
+
+
+def _stability(poc: Poc) -> _Found:
+    runs = _runs(poc)
+    if not runs:
+        return ("stability", "unknown", "stability.none", {}, "")
+    fine = [r for r in runs if r.measurement.outcome is OutcomeKind.OK]
+    values: _Values = {"runs": float(len(runs)), "fine": float(len(fine))}
+    if len(fine) < len(runs):
+        return ("stability", "high", "stability.failed", values, "#runs")
+    spare = [
+        100 * min(r.measurement.headroom_bytes) / r.spec.cap_bytes
+        for r in fine
+        if r.measurement.headroom_bytes and r.spec.cap_bytes
+    ]
+    if not spare:
+        return ("stability", "low", "stability.fine", values, "#runs")
+    values["spare"] = min(spare)
+    level = "low" if min(spare) >= _TIGHT_PERCENT else "some"
+    return ("stability", level, "stability.spare", values, "#runs")
+
+
+def _reproducibility(poc: Poc) -> _Found:
+    seen = poc.reproducibility.reproducible
+    level, key = ("unknown", "none") if seen is None else ("low", "yes") if seen else ("some", "no")
+    return ("reproducibility", level, f"reproducibility.{key}", {}, "#reproducible")
+
+
+def _load(poc: Poc) -> _Found:
+    effort = poc.effort
+    values = {
+        "commands": float(effort.commands), "lines": float(effort.changed_lines),
+        "packages": float(effort.packages), "failed": float(effort.failed_attempts),
+        "minutes": effort.attended_minutes,
+    }  # fmt: skip
+    counted = effort.attended_minutes is not None
+    level = "some" if effort.failed_attempts or effort.packages or not counted else "low"
+    return ("load", level, "load.counted" if counted else "load.uncounted", values, "#effort")
+
+
+def _maturity(poc: Poc) -> _Found:
+    engine = next((r.spec.engine for r in _runs(poc)), "native")
+    facts = catalog.engine_facts(engine)
+    if "status" not in facts:
+        return ("maturity", "unknown", "maturity.none", {"engine": engine}, "")
+    status, source, date = facts["status"]
+    values: _Values = {"engine": engine, "status": status}
+    for name in ("release", "torch", "licence"):
+        values[name] = facts[name][0] if name in facts else "?"
+    level = "low" if status == "released regularly" else "high"
+    return ("maturity", level, "maturity.known", values, f"{source}, {date}")
+
+
+def _supply(made: Decision) -> _Found:
+    offered = [w for w in made.ways if w.of_catalog and w.kind != "nothing"]
+    plain, tight = ({w.machine for w in offered if w.plain is side} for side in (True, False))
+    if not offered:
+        return ("supply", "unknown", "supply.none", {}, "")
+    able = plain | tight
+    values = {"machines": float(len(able)), "plain": float(len(plain))}
+    level = "low" if len(able) >= _FEW_MACHINES else "some"
+    return ("supply", level, "supply.counted", values, "#money")
+
+
+def _security(poc: Poc) -> _Found:
+    packages = float(poc.effort.packages)
+    level = "low" if not packages else "some"
+    return ("security", level, "security.packages", {"packages": packages}, "#effort")

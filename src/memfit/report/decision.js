@@ -1,0 +1,190 @@
+// The formulas of docs/decisions/014-money.md once more, so that the sliders can move them: the same as
+// decision/money.py, which a test holds beside this file. Without a script the page is whole, but still.
+"use strict";
+(() => {
+  const told = JSON.parse(document.getElementById("decision-data").textContent);
+  const HOURS = 8760;
+  const at = (amount, rate) => amount.usd * rate + amount.own;
+  const annuity = (ratio, years) => {
+    let sum = 0;
+    for (let t = 1; t <= years; t++) sum += (1 + ratio) ** -t;
+    return sum;
+  };
+
+  function sheet(way, terms) {
+    const factor = !way.predicted ? 1 : way.plain ? terms.plain_time_factor : terms.recommended_time_factor;
+    const works = way.kind !== "nothing", hours = way.hours * factor, yearly = hours * terms.runs_per_year;
+    const machines = works ? Math.max(1, Math.ceil(yearly / (HOURS * terms.utilisation_ratio) - 1e-9)) : 0;
+    const taxed = 1 + terms.tax_ratio, kw = ((way.power_w ?? 0) / 1000) * terms.pue_ratio;
+    const purchase = (way.price ? at(way.price, terms.per_usd) * terms.hardware_factor : 0) * machines * taxed;
+    const rent = way.per_hour ? at(way.per_hour, terms.per_usd) * terms.rental_factor : 0;
+    const perKwh = at(terms.energy_per_kwh, terms.per_usd) + at(terms.levy_per_kwh, terms.per_usd);
+    const basic = 12 * at(terms.basic_per_kw_month, terms.per_usd) * kw * machines;
+    const electricity = way.kind === "cloud" ? 0 : (yearly * kw * perKwh + basic) * taxed;
+    const rental = (yearly * rent + 12 * way.storage_per_month) * taxed;
+    const people = way.operating_hours * terms.labour_per_hour, support = terms.support_ratio * purchase;
+    const setup = way.setup_hours * terms.labour_per_hour;
+    const years = terms.years, life = terms.life_years, times = Math.ceil(years / life);
+    let bought = 0;
+    for (let j = 0; j < times; j++) bought += purchase * (1 + terms.discount_ratio) ** -(life * j);
+    const residual = (purchase * (times * life - years)) / life;
+    const running = electricity + rental + people + support, worth = annuity(terms.discount_ratio, years);
+    const present = setup + bought + running * worth - residual / (1 + terms.discount_ratio) ** years;
+    const value = terms.value_per_run;
+    return {
+      machines, setup, purchase, residual, hours, initial: setup + purchase, electricity_per_year: electricity,
+      rental_per_year: rental, people_per_year: people, support_per_year: support, running_per_year: running,
+      present_cost: present, cost_per_run: present / (terms.runs_per_year * years),
+      net_present_value: !works ? 0 : value === null ? null : value * terms.runs_per_year * worth - present,
+      enough: way.most_machines === null || machines <= way.most_machines,
+      parts: [setup + bought, electricity * worth, rental * worth, (people + support) * worth],
+    };
+  }
+
+  const saved = (one, other) => (other.present_cost > 0 ? 100 * (1 - one.present_cost / other.present_cost) : null);
+
+  function picked(ways, sheets) {
+    const among = (test) => {
+      let best = null;
+      ways.forEach((way, i) => {
+        if (way.kind === "nothing" || !sheets[i].enough || !test(way)) return;
+        if (best === null || sheets[i].present_cost < sheets[best].present_cost) best = i;
+      });
+      return best;
+    };
+    const of = (kind) => among((w) => w.kind === kind && !(told.own[kind] && w.of_catalog));
+    const slots = { purchase: of("purchase"), cloud: of("cloud"), nothing: 0 };
+    slots.reference = among((w) => w.of_catalog && w.plain && (w.kind === "purchase" || w.kind === "cloud"));
+    for (const { slot, index } of told.slots) if (slot.startsWith("existing")) slots[slot] = index;
+    const open = Object.entries(slots).filter(([slot, i]) => i !== null && i !== 0 && slot !== "reference");
+    const mine = open.map(([, i]) => i).filter((i) => sheets[i].enough);
+    mine.sort((a, b) => sheets[a].present_cost - sheets[b].present_cost || a - b);
+    return { slots, best: mine.length ? mine[0] : null };
+  }
+
+  const minus = (text) => text.replace("-", "\u2212");
+  const cash = (value) => {
+    const digits = { minimumFractionDigits: told.decimals, maximumFractionDigits: told.decimals };
+    const text = Math.abs(value).toLocaleString("en-US", digits);
+    return minus((value < 0 && /[1-9]/.test(text) ? "-" : "") + told.symbol + text);
+  };
+  const short = (value) => {
+    if (value === 0) return "0";
+    const digits = Math.abs(value) < 1 ? 2 : 3;
+    return minus(value.toLocaleString("en-US", { maximumSignificantDigits: digits, minimumSignificantDigits: digits }));
+  };
+  const percent = (value) => (value === null ? "\u2013" : `${short(value)} %`);
+
+  const still = (input) => Math.abs(Number(input.value) - told.sliders[input.name].start) <= Number(input.step) / 2;
+
+  function moved() {
+    // a slider knows its steps only: one that was not moved stands for the number itself
+    const value = (input) => (still(input) ? told.sliders[input.name].start : Number(input.value));
+    const now = Object.fromEntries(inputs.map((input) => [input.name, value(input)]));
+    const terms = structuredClone(told.terms), started = told.sliders;
+    if (now.energy !== started.energy.start) {
+      terms.energy_per_kwh = { usd: 0, own: now.energy };
+      terms.levy_per_kwh = { usd: 0, own: 0 };
+    }
+    terms.hardware_factor = now.hardware;
+    terms.labour_per_hour = now.labour;
+    terms.runs_per_year = now.runs;
+    terms.utilisation_ratio = now.utilisation;
+    const more = now.setup - started.setup.start;
+    const ways = told.ways.map((w) =>
+      w.kind === "nothing" || w.plain ? w : { ...w, setup_hours: w.setup_hours + more });
+    return { terms, ways, now };
+  }
+
+  function swung(terms, name, value) {
+    const next = { ...terms }, amount = terms[name];
+    if (amount !== null && typeof amount === "object") {
+      const ratio = value / at(amount, terms.per_usd);
+      next[name] = { usd: amount.usd * ratio, own: amount.own * ratio };
+    } else next[name] = value;
+    return next;
+  }
+
+  function show(cell, text, value) {
+    if (!cell) return;
+    const span = cell.querySelector(".num");
+    if (span) span.firstChild.data = text;
+    else cell.textContent = text;
+    cell.dataset.value = value;
+  }
+
+  function draw() {
+    const { terms, ways, now } = moved();
+    const sheets = ways.map((way) => sheet(way, terms));
+    const { slots, best } = picked(ways, sheets);
+    const reference = slots.reference === null ? null : sheets[slots.reference];
+    let widest = 0;
+    const seen = [...document.querySelectorAll("tr[data-slot]")];
+    for (const row of seen) {
+      const index = slots[row.dataset.slot] ?? null;
+      row.hidden = index === null;
+      if (index !== null) widest = Math.max(widest, sheets[index].parts.reduce((a, b) => a + b, 0));
+    }
+    for (const row of seen) {
+      const index = slots[row.dataset.slot] ?? null;
+      if (index === null) continue;
+      const own = sheets[index], way = ways[index];
+      row.querySelector("[data-name]").textContent = told.labels[index];
+      row.querySelector("[data-plan]").textContent = told.plans[index];
+      row.classList.toggle("best", index === best && row.dataset.slot !== "reference");
+      row.querySelector("[data-enough]").hidden = own.enough;
+      for (const cell of row.querySelectorAll("[data-figure]")) {
+        const name = cell.dataset.figure;
+        const value = name === "saved" ? (reference && way.kind !== "nothing" ? saved(own, reference) : null) : own[name];
+        if (value !== null) show(cell, name === "saved" ? percent(value) : name === "machines" ? String(value) : cash(value), value);
+      }
+      row.querySelectorAll(".purse i").forEach((bar, part) => {
+        bar.style.width = `${widest ? (100 * own.parts[part]) / widest : 0}%`;
+      });
+    }
+    const live = (name, text, value) => document.querySelectorAll(`[data-live="${name}"]`).forEach((c) => show(c, text, value));
+    if (best !== null) {
+      live("best", told.labels[best], best);
+      live("present", cash(sheets[best].present_cost), sheets[best].present_cost);
+      live("initial", cash(sheets[best].initial), sheets[best].initial);
+      live("running", cash(sheets[best].running_per_year), sheets[best].running_per_year);
+      if (reference) {
+        const share = saved(sheets[best], reference);
+        live("saved", percent(share), share);
+        live("reference", told.labels[slots.reference], slots.reference);
+        const rows = [...document.querySelectorAll("[data-swing]")];
+        const ends = rows.map((row) => {
+          const swing = told.swings.find((s) => s.name === row.dataset.swing);
+          const scale = row.dataset.swing === "runs_per_year" ? now.runs / swing.value : row.dataset.swing === "utilisation_ratio" ? now.utilisation / swing.value : 1;
+          return [swing.low, swing.high].map((end) => {
+            const next = swung(terms, swing.name, end * scale);
+            return saved(sheet(ways[best], next), sheet(ways[slots.reference], next)) ?? share;
+          });
+        });
+        const all = [...ends.flat(), share], low = Math.min(...all), span = Math.max(...all) - low || 1;
+        rows.forEach((row, i) => {
+          const [a, b] = ends[i], bar = row.querySelector(".swing i");
+          bar.style.left = `${(100 * (Math.min(a, b) - low)) / span}%`;
+          bar.style.width = `${(100 * Math.abs(b - a)) / span}%`;
+          show(row.querySelector("[data-end=low]"), percent(a), a);
+          show(row.querySelector("[data-end=high]"), percent(b), b);
+        });
+      }
+    }
+    document.querySelectorAll("[data-at-start]").forEach((e) => { e.hidden = inputs.every(still); });
+    for (const input of inputs) {
+      const money = input.name === "energy" || input.name === "labour";
+      const text = input.name === "energy" ? told.symbol + short(now.energy) : money ? cash(now.labour)
+        : input.name === "runs" ? now.runs.toLocaleString("en-US") : short(now[input.name]);
+      document.getElementById(`out-${input.name}`).textContent = text;
+      input.setAttribute("aria-valuetext", text);
+    }
+  }
+
+  const form = document.getElementById("sliders");
+  const inputs = [...form.querySelectorAll("input[type=range]")];
+  form.hidden = false;
+  form.addEventListener("input", draw);
+  form.addEventListener("reset", () => setTimeout(draw));
+  draw();
+})();

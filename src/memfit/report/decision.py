@@ -1,0 +1,395 @@
+"""A Decision as the rows and sentences of the page: figures with their marks, no markup."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from memfit import catalog
+from memfit.report.answer import answer
+from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted
+from memfit.report.pool import energy_saved
+from memfit.types.decision import Decision, Sheet, Stage, Term, Way
+from memfit.types.result import Interval, Poc
+from memfit.wire import to_plain
+
+Filled = Mapping[str, Figure | str | Sentence]
+QUESTIONS: Final = ("fits", "money", "risk", "next")
+ENGINES: Final = ("native", "accelerate", "deepspeed", "megatron", "colossalai", "fairscale")
+MONEY: Final = (  # of a way, in the order of the table: the sheet's names
+    "setup", "purchase", "initial", "electricity_per_year", "rental_per_year", "people_per_year",
+    "support_per_year", "running_per_year", "residual", "present_cost", "cost_per_run",
+    "net_present_value",
+)  # fmt: skip
+_MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WayRow:
+    """``slot``: which column of the page, where another machine may stand once a slider moves."""
+
+    slot: str
+    index: int
+    name: Sentence
+    plan: str
+    plain: bool
+    best: bool
+    reference: bool
+    enough: bool
+    at_least: bool  # hours of people are missing in it
+    hours: Figure
+    machines: int
+    money: Mapping[str, Figure]
+    saved: Figure
+    kwh: Figure
+    operation: Figure
+    embodied: Figure
+    sci: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RiskRow:
+    kind: str
+    level: str
+    evidence: Sentence
+    source: str
+    loss: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    stage: Stage
+    name: Sentence | None
+    memory: tuple[Figure, Figure]
+    step: tuple[Figure, Figure]
+    spent: Figure
+    to_spend: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TermRow:
+    name: str
+    value: Figure
+    low: Figure
+    high: Figure
+    ranged: bool
+    source: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionView:
+    made: Decision
+    questions: Mapping[str, tuple[Sentence, ...]]
+    ways: tuple[WayRow, ...]
+    best: WayRow | None
+    reference: WayRow | None
+    saved: Figure
+    saved_low: Figure
+    saved_high: Figure
+    chance: Figure
+    payback: Sentence | None
+    swings: tuple[tuple[str, Figure, Figure], ...]
+    risks: tuple[RiskRow, ...]
+    stages: tuple[StageRow, ...]
+    phrases: tuple[Sentence, ...]
+    terms: tuple[TermRow, ...]
+    energy_saved: tuple[Figure, str] | None
+    sliders: Mapping[str, Mapping[str, float]]
+
+
+def decision_view(poc: Poc, made: Decision) -> DecisionView:
+    ways = tuple(_way(made, slot, index) for slot, index in _slots(made))
+    best = next((w for w in ways if w.best), None)
+    reference = next((w for w in ways if w.reference), None)
+    spread = made.saved_interval_percent
+    energy = energy_saved(poc.runs)
+    view = DecisionView(
+        made=made,
+        questions={},
+        ways=ways,
+        best=best,
+        reference=reference,
+        saved=_percent(made.saved_percent),
+        saved_low=_percent(spread.low if spread else None),
+        saved_high=_percent(spread.high if spread else None),
+        chance=predicted(made.chance_percent, "percent"),
+        payback=_payback(made),
+        swings=tuple((s.name, _percent(s.low_percent), _percent(s.high_percent)) for s in made.swings),
+        risks=tuple(
+            RiskRow(
+                kind=r.kind, level=r.level, source=r.source, loss=cash(made, r.loss),
+                evidence=Sentence(key=r.evidence, values=_filled(r.values)),
+            )
+            for r in made.risks
+        ),
+        stages=tuple(_stage(made, stage) for stage in made.stages),
+        phrases=(),
+        terms=tuple(_term(made, term) for term in made.told),
+        energy_saved=energy and (_energy_saved(*energy), energy[1]),
+        sliders=_sliders(made),
+    )  # fmt: skip
+    asked = {"fits": _fits(poc, view), "money": _money(view), "risk": _risk(poc, view), "next": _next(view)}
+    return dataclasses.replace(view, questions=asked, phrases=tuple(_phrases(poc, view)))
+
+
+def cash(made: Decision, value: float | None, mark: Mark = Mark.PREDICTED) -> Figure:
+    """Money of the case, to its smallest coin."""
+    return Figure(value=value, unit=f"money {made.symbol} {made.decimals}", mark=mark)
+
+
+def _energy_saved(percent: float, boundary: str) -> Figure:
+    """A boundary that says it is modelled is no meter."""
+    return predicted(percent, "percent") if "model" in boundary else measured(percent, "percent")
+
+
+def _percent(value: float | None) -> Figure:
+    return Figure(value=value, unit="percent", mark=Mark.PREDICTED)
+
+
+def _slots(made: Decision) -> Iterator[tuple[str, int]]:
+    """One column a slot; a way that is also the reference stands in both."""
+    mine = iter(("existing", "existing_plain"))
+    for index in made.shown:
+        way = made.ways[index]
+        if way.kind == "existing":
+            yield next(mine), index
+        elif not (index == made.reference and any(w == way.kind for w in _taken(made, index))):
+            yield way.kind, index
+    if made.reference is not None:
+        yield "reference", made.reference
+
+
+def _taken(made: Decision, index: int) -> list[str]:
+    """Kinds that a way before this one already stands for."""
+    return [made.ways[i].kind for i in made.shown[: made.shown.index(index)]]
+
+
+def way_name(way: Way) -> Sentence:
+    return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
+
+
+def _way(made: Decision, slot: str, index: int) -> WayRow:
+    way, sheet = made.ways[index], made.sheets[index]
+    reference = None if made.reference is None else made.sheets[made.reference].present_cost
+    nothing = way.kind == "nothing"
+    saved = 100 * (1 - sheet.present_cost / reference) if reference and not nothing else None
+    mark = Mark.PREDICTED if way.predicted else Mark.ASSUMED
+    return WayRow(
+        slot=slot,
+        index=index,
+        name=way_name(way),
+        plan=way.plan,
+        plain=way.plain,
+        best=index == made.best and slot != "reference",
+        reference=slot == "reference",
+        enough=sheet.enough,
+        at_least=bool(way.unknown),
+        hours=Figure(value=3600 * way.hours, unit="s", mark=mark),
+        machines=sheet.machines,
+        money={name: cash(made, getattr(sheet, name)) for name in MONEY},
+        saved=_percent(saved),
+        kwh=_kwh(sheet),
+        operation=predicted(sheet.operation_g, "g"),
+        embodied=predicted(sheet.embodied_g, "g"),
+        sci=predicted(sheet.sci_g, "g"),
+    )
+
+
+def _kwh(sheet: Sheet) -> Figure:
+    return predicted(None if sheet.kwh_per_run is None else 3.6e6 * sheet.kwh_per_run, "j")
+
+
+def _payback(made: Decision) -> Sentence | None:
+    if not made.payback:
+        return None
+    years = predicted(made.payback_years, "years")
+    key = made.payback.replace(" ", "_")
+    return Sentence(key=f"payback.{key}", values={"years": years})
+
+
+def _filled(values: Mapping[str, str | float | None]) -> Filled:
+    """Numbers of a PoC are counted, so measured; a share of the cap is a percentage."""
+
+    def one(name: str, value: str | float | None) -> Figure | str:
+        if isinstance(value, str):
+            return value
+        return measured(value, "percent" if name == "spare" else "min" if name == "minutes" else "count")
+
+    return {name: one(name, value) for name, value in values.items()}
+
+
+def _stage(made: Decision, stage: Stage) -> StageRow:
+    return StageRow(
+        stage=stage,
+        name=None if not stage.machine else Sentence(key="way.at", values={"machine": stage.machine}),
+        memory=_ends(stage.memory_bytes, "bytes"),
+        step=_ends(stage.step_s, "s"),
+        spent=cash(made, stage.spent, Mark.MEASURED),
+        to_spend=cash(made, stage.to_spend),
+    )
+
+
+def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:
+    ends = (None, None) if span is None else (span.low, span.high)
+    return predicted(ends[0], unit), predicted(ends[1], unit)
+
+
+def _term(made: Decision, term: Term) -> TermRow:
+    def figure(value: float | None) -> Figure:
+        if term.unit == "money":
+            return cash(made, value, Mark(term.mark))
+        return Figure(value=value, unit="count" if term.unit == "" else term.unit, mark=Mark(term.mark))
+
+    ranged = term.low is not None and term.high is not None and term.low < term.high
+    return TermRow(
+        name=term.name, value=figure(term.value), low=figure(term.low), high=figure(term.high), ranged=ranged,
+        source=term.source, date=term.date,
+    )  # fmt: skip
+
+
+# -- the four questions ----------------------------------------------------------------------------------
+
+
+def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
+    """The PoC's own answer, then the user's machine at full size where it was named."""
+    seen = answer(poc)[:2]
+    mine = [w for w in view.ways if w.slot.startswith("existing")]
+    if not mine:
+        return (*seen, Sentence(key="decide.fits.unnamed"))
+    machine = view.made.ways[mine[0].index].machine
+    kinds = {w.plain: w.enough for w in mine}
+    does = [plain for plain, enough in kinds.items() if enough]
+    key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
+    hours = mine[0].hours
+    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan}
+    return (Sentence(key=f"decide.fits.{key}", values=values), *seen)
+
+
+def _money(view: DecisionView) -> tuple[Sentence, ...]:
+    if view.best is None:
+        return (Sentence(key=f"decide.money.{view.made.why_none}"),)
+    best = view.best
+    values: dict[str, Figure | str | Sentence] = {
+        "way": best.name,
+        "cost": best.money["present_cost"],
+        "years": assumed(view.made.terms.years, "count"),
+        "initial": best.money["initial"],
+        "running": best.money["running_per_year"],
+        "saved": view.saved,
+        "low": view.saved_low,
+        "high": view.saved_high,
+    }
+    if view.reference is None or view.saved.value is None:
+        key = "no_reference"
+    else:
+        values["reference"] = view.reference.name
+        key = "does_not_pay" if best.plain else "saves" if view.saved.value > 0 else "loses"
+    told = [Sentence(key=f"decide.money.{key}", values=values)]
+    told.append(Sentence(key="decide.money.first", values=values))
+    if best.at_least:
+        told.append(Sentence(key="decide.money.at_least"))
+    return tuple(told)
+
+
+_ORDER: Final = {"high": 0, "unknown": 1, "some": 2, "low": 3}
+
+
+def _risk(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
+    science = answer(poc)[2]
+    if not view.risks:
+        return (science,)
+    worst = min(view.risks, key=lambda r: _ORDER[r.level])
+    name = Sentence(key=f"risk.{worst.kind}")
+    key = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
+    values: Filled = {"name": name, "evidence": worst.evidence}
+    way_out = Sentence(key="decide.risk.way_out", values={"loss": worst.loss})
+    return (science, Sentence(key=key, values=values), way_out)
+
+
+def _next(view: DecisionView) -> tuple[Sentence, ...]:
+    if len(view.stages) < 2:
+        return (Sentence(key="decide.next.unfinished"),)
+    first, pilot = view.stages[0].stage, view.stages[1]
+    failed = [g for g in first.gates if not g[3]]
+    if failed:
+        gate, found, limit, _ = failed[0]
+        values: Filled = {"gate": gate, "found": found or "–", "limit": limit}
+        return (Sentence(key="decide.next.stopped", values=values),)
+    if not pilot.stage.machine:
+        return (Sentence(key="decide.next.predict"),)
+    told: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.memory[1]}
+    known = pilot.stage.memory_bytes is not None
+    return (
+        Sentence(key="decide.next.pilot", values=told),
+        Sentence(key="decide.next.stop" if known else "decide.next.stop_unpriced", values=told),
+    )
+
+
+# -- phrases for a meeting -------------------------------------------------------------------------------
+
+
+def _phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
+    best, reference = view.best, view.reference
+    if best is not None and reference is not None and view.saved.value is not None:
+        change = dataclasses.replace(view.saved, value=-view.saved.value, signed=True)
+        values: Filled = {"change": change, "way": best.name, "reference": reference.name}
+        yield Sentence(key="phrase.cost", values=values)
+    else:
+        yield Sentence(key="phrase.no_cost")
+    if len(view.stages) == 3 and view.stages[1].stage.machine:
+        pilot, full = view.stages[1], view.stages[2]
+        yield Sentence(key="phrase.staged", values={"pilot": pilot.to_spend, "full": full.to_spend})
+    else:
+        yield Sentence(key="phrase.staged_unknown")
+    found = {r.kind: r.evidence for r in view.risks}
+    if {"load", "reproducibility"} <= found.keys():
+        yield Sentence(
+            key="phrase.risks",
+            values={"load": found["load"], "reproducibility": found["reproducibility"]},
+        )
+    used = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
+    for name in ENGINES:
+        facts = catalog.engine_facts(name)
+        told = {k: facts[k][0] if k in facts else "?" for k in ("release", "torch", "licence", "status")}
+        key = "phrase.used" if name == used else "phrase.candidate"
+        yield Sentence(key=key, values={"engine": name, **told})
+
+
+def _sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
+    """Where each slider starts and how far it goes."""
+    t = made.terms
+    energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
+    hour = t.labour_per_hour or 50 * t.per_usd
+    hours = next((n.value for n in made.told if n.name == "setup_hours"), None) or 0.0
+    spans = {
+        "energy": (energy, 0.0, 4 * energy, energy / 100),
+        "hardware": (1.0, 0.2, 3.0, 0.01),
+        "labour": (t.labour_per_hour, 0.0, 4 * hour, hour / 100),
+        "setup": (hours, 0.0, max(200.0, 2 * hours), 0.5),
+        "runs": (t.runs_per_year, 1.0, max(200.0, 4 * t.runs_per_year), 1.0),
+        "utilisation": (t.utilisation_ratio, 0.05, 1.0, 0.01),
+    }
+    return {name: dict(zip(("start", "low", "high", "step"), spans[name], strict=True)) for name in _MOVED}
+
+
+def played(view: DecisionView) -> Mapping[str, Any]:
+    """What decision.js needs to compute the same sheets: ways, terms, slots, sliders."""
+    made = view.made
+    own = {w.kind for w in made.ways if not w.of_catalog}
+    return {
+        "ways": to_plain(made.ways),
+        "terms": to_plain(made.terms),
+        "own": {kind: kind in own for kind in ("purchase", "cloud")},
+        "slots": [{"slot": w.slot, "index": w.index} for w in view.ways],
+        "sliders": to_plain(view.sliders),
+        "symbol": made.symbol,
+        "decimals": made.decimals,
+        "swings": [
+            {"name": s.name, "low": t.low, "high": t.high, "value": t.value}
+            for s in made.swings
+            for t in made.told
+            if t.name == s.name
+        ],
+    }  # fmt: skip

@@ -1,0 +1,177 @@
+"""The decision: ways to get the work done, what each costs, and what it rests on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final
+
+from memfit.types.result import Interval
+
+DRAWS: Final = 4000  # of the uncertain numbers, behind the interval of what is saved
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Amount:
+    """Money: what the catalog prices in US dollars, and what the user told in the currency of the case."""
+
+    usd: float = 0.0
+    own: float = 0.0
+
+    def at(self, per_usd: float) -> float:
+        return self.usd * per_usd + self.own
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One number that the decision rests on. ``mark``: measured, predicted or assumed; an unknown value is
+    None and is asked for. ``low`` and ``high`` are equal to it where no range is known."""
+
+    name: str
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    mark: str = "assumed"
+    source: str = ""
+    date: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What all ways share; see docs/decisions/014-money.md. ``labour`` 0 where nobody told it."""
+
+    runs_per_year: float
+    years: int
+    life_years: int
+    discount_ratio: float
+    utilisation_ratio: float
+    tax_ratio: float
+    support_ratio: float
+    labour_per_hour: float
+    per_usd: float
+    energy_per_kwh: Amount
+    levy_per_kwh: Amount
+    basic_per_kw_month: Amount
+    co2_g_per_kwh: float
+    pue_ratio: float
+    value_per_run: float | None = None
+    hardware_factor: float = 1.0
+    rental_factor: float = 1.0
+    plain_time_factor: float = 1.0
+    recommended_time_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to do the work. ``kind``: existing, purchase, cloud or nothing. Prices are of one machine with
+    all its devices; ``power_w`` is of its devices and host, before PUE. ``hours``: of one run."""
+
+    kind: str
+    machine: str = ""
+    plan: str = ""
+    plain: bool = True
+    hours: float = 0.0
+    predicted: bool = True  # whether hours are memfit's, not the user's: they move with a time factor
+    power_w: float | None = None
+    price: Amount | None = None
+    per_hour: Amount | None = None
+    storage_per_month: float = 0.0
+    setup_hours: float = 0.0  # the machine's and the plan's, as far as they are known
+    operating_hours: float = 0.0  # a year
+    most_machines: int | None = None
+    embodied_kg: float | None = None  # of all devices of one machine
+    of_catalog: bool = True
+    unknown: tuple[str, ...] = ()  # names of terms that nobody told and that count as nothing
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """What a way costs, in the currency of the case; a year where it says so, else over all years."""
+
+    machines: int
+    hours_per_year: float
+    kwh_per_run: float | None
+    setup: float
+    purchase: float  # the first
+    initial: float
+    electricity_per_year: float
+    rental_per_year: float
+    people_per_year: float
+    support_per_year: float
+    running_per_year: float
+    residual: float
+    present_cost: float
+    cost_per_run: float
+    net_present_value: float | None
+    operation_g: float | None
+    embodied_g: float | None
+    sci_g: float | None  # per run
+    enough: bool  # the machines that there are do all runs of a year
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Swing:
+    """What one term alone does to the share that is saved, at both ends of its range."""
+
+    name: str
+    low_percent: float
+    high_percent: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Risk:
+    """``evidence`` and ``mitigation``: keys of the word catalogs with what fills them. ``level``: low, some,
+    high or unknown. ``loss``: at most, if we go on to the next stage; None: not known."""
+
+    kind: str
+    level: str
+    evidence: str
+    values: Mapping[str, str | float | None] = dataclasses.field(default_factory=dict)
+    source: str = ""
+    loss: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stage of the roll-out. ``state``: done, next, stopped or later."""
+
+    name: str
+    state: str
+    machine: str = ""
+    plan: str = ""
+    engine: str = ""
+    memory_bytes: Interval | None = None
+    step_s: Interval | None = None
+    spent: float | None = None
+    to_spend: float | None = None
+    gates: tuple[tuple[str, str, str, bool], ...] = ()  # name, found, limit, holds
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """``ways`` and ``sheets`` go together. Indices are into them; None where there is no such way."""
+
+    currency: str
+    symbol: str
+    decimals: int
+    place: str
+    case: str  # the user's file; "" where every number is a default
+    steps_per_run: int
+    terms: Terms
+    told: tuple[Term, ...]
+    ways: tuple[Way, ...]
+    sheets: tuple[Sheet, ...]
+    shown: tuple[int, ...]  # the ways put side by side
+    best: int | None
+    reference: int | None
+    saved_percent: float | None
+    saved_interval_percent: Interval | None
+    chance_percent: float | None  # of saving anything
+    payback_years: float | None
+    payback: str  # "at once", "years", "never", "until" or ""
+    swings: tuple[Swing, ...] = ()
+    asked: tuple[str, ...] = ()
+    risks: tuple[Risk, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    why_none: str = ""  # why nothing could be put side by side
