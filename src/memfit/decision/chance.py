@@ -52,8 +52,9 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
     for name, value in values.items():
         now = getattr(terms, name)
         if isinstance(now, Amount):
-            ratio = value / now.at(terms.per_usd)
-            changes[name] = Amount(usd=now.usd * ratio, own=now.own * ratio)
+            whole = now.at(terms.per_usd)
+            ratio = value / whole if whole else 0.0
+            changes[name] = Amount(usd=now.usd * ratio, own=now.own * ratio if whole else value)
         else:
             changes[name] = value
     return dataclasses.replace(terms, **changes)
@@ -65,7 +66,8 @@ def _ranged(told: Sequence[Term]) -> dict[str, Interval]:
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
         for t in told
-        if t.name in fields and t.value and t.low is not None and t.high is not None and t.low < t.high
+        if t.name in fields and t.value is not None and t.low is not None and t.high is not None
+        if t.low < t.high
     }
 
 

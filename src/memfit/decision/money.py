@@ -123,4 +123,4 @@ def payback(one: Sheet, reference: Sheet) -> tuple[str, float | None]:
         return "at once", 0.0
     if more > 0 and gain > 0:
         return "years", more / gain
-    return ("never", None) if more > 0 else ("until", more / gain)
+    return ("never", None) if more >= 0 else ("until", more / gain)

@@ -43,8 +43,8 @@ class Asking:
         return (Way(kind="nothing"), *mine, *every)
 
     def _needs_a_machine(self, kind: str, given: Machine) -> None:
-        """Hours and prices belong to a machine; labour at one does not."""
-        aside = {"setup_hours", "operating_hours_per_year"}
+        """Hours and prices belong to a machine; labour at one and the storage of the data do not."""
+        aside = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
         odd = sorted(given.model_fields_set - aside)
         if odd:
             raise UserError(f"[{kind}] has {', '.join(odd)} but names no machine", hint='machine = "..."')
