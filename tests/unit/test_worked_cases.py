@@ -1,0 +1,365 @@
+"""The cases of docs/cases, computed again as in a spreadsheet from docs/decisions/014-money.md alone: every
+number is typed in by hand, every row is exact decimal arithmetic, and memfit must find the same coin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixture import full_poc
+
+from memfit.cli.app import main
+from memfit.store import Store
+from memfit.types.result import Interval, Offer
+from memfit.types.units import GIB
+
+CASES = Path(__file__).parents[2] / "docs" / "cases"
+NEAR = Decimal("0.001")  # of a yen, a cent, a gram: far below the smallest coin
+Row = dict[str, Any]
+
+
+def num(text: str | int | Decimal) -> Decimal:
+    return Decimal(text)
+
+
+def column(case: dict[str, str], **given: str) -> Row:
+    """One way, row by row. `case` and `given` are what stands in the file and in the catalog; hours of a run
+    are told as steps and seconds."""
+    c = {name: num(text) for name, text in case.items()}
+    g = {name: num(text) for name, text in given.items()}
+    zero, one = num(0), num(1)
+    n, taxed, wage = c["runs"], one + c["tax"], c["labour"]
+    years, life = int(c["years"]), int(c["life"])
+    h = c["steps"] * g["step_s"] / 3600
+    hours_of_a_machine = 8760 * c["use"]
+    m = 1
+    while m * hours_of_a_machine < n * h:
+        m += 1
+    kw = g["watt"] / 1000 * c["pue"]
+    bought, rented = g.get("price", zero), g.get("per_hour")
+    electricity = (n * h * kw * (c["energy"] + c["levy"]) + 12 * c["basic"] * kw * m) * taxed
+    rental = zero
+    if rented is not None:
+        electricity, rental = zero, (n * h * rented + 12 * g["storage"]) * taxed
+    people = g["operating"] * wage
+    support = c["support"] * bought * m * taxed
+    setup = (g["setup"] + g.get("plan_setup", zero)) * wage
+    purchase = bought * m * taxed
+    running = electricity + rental + people + support
+    residual, present = zero, setup
+    last = 0
+    for year in range(0, years, life):
+        present += purchase / (one + c["discount"]) ** year
+        last = year
+    for year in range(1, years + 1):
+        present += running / (one + c["discount"]) ** year
+    residual = purchase * (last + life - years) / life
+    present -= residual / (one + c["discount"]) ** years
+    annuity = sum((one / (one + c["discount"]) ** year for year in range(1, years + 1)), zero)
+    operation = h * kw * c["co2"]
+    embodied = g["embodied_g"] * h / (hours_of_a_machine * life) if "embodied_g" in g else None
+    return {
+        "machines": m,
+        "hours_per_year": n * h,
+        "kwh_per_run": h * kw,
+        "setup": setup,
+        "purchase": purchase,
+        "initial": setup + purchase,
+        "electricity_per_year": electricity,
+        "rental_per_year": rental,
+        "people_per_year": people,
+        "support_per_year": support,
+        "running_per_year": running,
+        "residual": residual,
+        "present_cost": present,
+        "cost_per_run": present / (n * years),
+        "net_present_value": c["value"] * n * annuity - present if "value" in c else None,
+        "operation_g": operation,
+        "embodied_g": embodied,
+        "sci_g": None if embodied is None else operation + embodied,
+    }
+
+
+def saved(way: Row, reference: Row) -> Decimal:
+    share: Decimal = way["present_cost"] / reference["present_cost"]
+    return 100 * (1 - share)
+
+
+def same(found: float | None, mine: Decimal | int | None, what: str) -> None:
+    if mine is None or found is None:
+        assert found is mine, what
+        return
+    assert abs(Decimal(found) - mine) < NEAR, f"{what}: memfit {found}, by hand {mine}"
+
+
+# What was predicted: machine, plain or not, whether it fits, seconds of a step, watts.
+Told = tuple[str, bool, bool, float | None, float | None]
+
+
+def offer(machine: str, plain: bool, fits: bool, step_s: float | None, power_w: float | None) -> Offer:
+    span = None if step_s is None else Interval(value=step_s, low=0.9 * step_s, high=1.1 * step_s)
+    memory = Interval(value=20.0 * GIB, low=19.0 * GIB, high=21.0 * GIB)
+    plan = "plain training" if plain else "checkpointing"
+    return Offer(
+        machine=machine, size="tiny", plan=plan, plain=plain, fits=fits, memory_bytes=memory,
+        step_s=span, power_w=power_w,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Decided:
+    """What `memfit decide --json` says."""
+
+    found: dict[str, Any]
+    said: str  # without --json
+
+    def index(self, kind: str, machine: str, *, plain: bool, of_catalog: bool) -> int:
+        wanted = (kind, machine, plain, of_catalog)
+        hits = [
+            i
+            for i, w in enumerate(self.found["ways"])
+            if (w["kind"], w["machine"], w["plain"], w["of_catalog"]) == wanted
+        ]
+        assert len(hits) == 1, f"{wanted}: {len(hits)}"
+        return hits[0]
+
+    def check(self, rows: dict[tuple[str, str, bool, bool], Row]) -> None:
+        """Every row of every column; and every way that is shown has a column here."""
+        places = {self.index(k, m, plain=p, of_catalog=c): row for (k, m, p, c), row in rows.items()}
+        shown = {i for i in self.found["shown"] if self.found["ways"][i]["kind"] != "nothing"}
+        assert shown <= set(places)
+        for i, row in places.items():
+            sheet = self.found["sheets"][i]
+            assert set(sheet) == {*row, "enough"}
+            for name, mine in row.items():
+                same(sheet[name], mine, f"{self.found['ways'][i]['machine']} {i}: {name}")
+
+    def answer(self, which: str) -> tuple[str, str, bool, bool]:
+        way = self.found["ways"][self.found[which]]
+        return way["kind"], way["machine"], way["plain"], way["of_catalog"]
+
+    def swing(self, name: str) -> tuple[float, float]:
+        hit = next(s for s in self.found["swings"] if s["name"] == name)
+        return hit["low_percent"], hit["high_percent"]
+
+
+@pytest.fixture
+def decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(case: str, *offers: Told) -> Decided:
+        poc = dataclasses.replace(full_poc(), offers=tuple(offer(*o) for o in offers))
+        store, path = tmp_path / "s.sqlite3", tmp_path / "case.toml"
+        for kind in ("begin", "poc"):
+            Store(store).append(poc.poc_id, kind, poc)
+        path.write_text(case, encoding="utf-8")
+        assert main(["decide", "--json", "--store", str(store), "--case", str(path)]) == 0
+        found = json.loads(capsys.readouterr().out)["decision"]
+        assert main(["decide", "--lang", "en", "--store", str(store)]) == 0
+        return Decided(found, " ".join(capsys.readouterr().out.split()))
+
+    return run
+
+
+def lowest(rows: dict[Any, Row]) -> Any:
+    return min(rows, key=lambda key: rows[key]["present_cost"])
+
+
+# ---- 1. One laboratory with one 24 GB card, in yen ---------------------------------------------------------
+
+LABORATORY = {
+    "steps": "18000", "runs": "60", "years": "5", "use": "0.5", "labour": "4200", "tax": "0.1",
+    "discount": "0.03", "life": "5", "support": "0.05", "pue": "1.0",
+    "energy": "29.99", "levy": "3.8", "basic": "275.61", "co2": "421",
+}  # fmt: skip
+LABORATORY_OFFERS: tuple[Told, ...] = (
+    ("RTX-4090", True, False, None, None),
+    ("RTX-4090", False, True, 2.5, 560.0),
+    ("RTX-A6000", True, True, 2.9, 450.0),
+    ("RTX-A6000", False, True, 3.3, 440.0),
+    ("A100-80GB-SXM", True, True, 1.2, 650.0),
+    ("A100-80GB-SXM", False, True, 1.5, 640.0),
+)
+# The catalog: an A6000 is rented at 1.09 $ an hour and sold at 4,650 $ in a server of 20,000 $; an A100 is
+# rented at 2.79 $; 154.5 yen to the dollar; making an A100 takes 127.6 kg of CO2.
+A6000_PRICE, A6000_HOUR, A100_HOUR = (str(num(usd) * num("154.5")) for usd in ("24650", "1.09", "2.79"))
+
+
+def laboratory(case: dict[str, str], *, plain: str = "1", quick: str = "1") -> dict[Any, Row]:
+    """`plain` and `quick` stretch the step times of plain training and of the recommended plan."""
+
+    def s(step_s: str, by: str) -> str:
+        return str(num(step_s) * num(by))
+
+    bought = {"setup": "16", "operating": "12"}
+    rented = {"setup": "8", "operating": "30", "storage": "2500"}
+    a100 = {"watt": "650", "step_s": s("1.2", plain), "embodied_g": "127600"}
+    own = {"setup": "0", "plan_setup": "6", "operating": "12", "watt": "560", "step_s": s("2.5", quick)}
+    return {
+        ("existing", "RTX-4090", False, False): column(case, **own),
+        ("purchase", "RTX-A6000", True, False): column(
+            case, price="880000", watt="450", step_s=s("2.9", plain), **bought
+        ),
+        ("purchase", "RTX-A6000", False, False): column(
+            case, price="880000", watt="440", step_s=s("3.3", quick), plan_setup="6", **bought
+        ),
+        ("cloud", "A100-80GB-SXM", True, False): column(case, per_hour="450", **a100, **rented),
+        ("cloud", "A100-80GB-SXM", False, False): column(
+            case, per_hour="450", watt="640", step_s=s("1.5", quick), embodied_g="127600", plan_setup="6",
+            **rented,
+        ),
+        ("purchase", "RTX-A6000", True, True): column(
+            case, price=A6000_PRICE, watt="450", step_s=s("2.9", plain), **bought
+        ),
+        ("cloud", "RTX-A6000", True, True): column(
+            case, per_hour=A6000_HOUR, watt="450", step_s=s("2.9", plain), **rented
+        ),
+        ("cloud", "A100-80GB-SXM", True, True): column(case, per_hour=A100_HOUR, **a100, **rented),
+    }  # fmt: skip
+
+
+OWN_CARD, REFERENCE = ("existing", "RTX-4090", False, False), ("cloud", "RTX-A6000", True, True)
+
+
+def test_a_laboratory_with_one_card(decided: Any) -> None:
+    found = decided((CASES / "laboratory.toml").read_text(encoding="utf-8"), *LABORATORY_OFFERS)
+    rows = laboratory(LABORATORY)
+    found.check(rows)
+    assert (found.found["currency"], found.found["decimals"]) == ("JPY", 0)
+    named = {key: row for key, row in rows.items() if not key[3]}
+    fits_plain = {key: row for key, row in rows.items() if key[2] and key[3]}
+    assert found.answer("best") == lowest(named) == OWN_CARD
+    assert found.answer("reference") == lowest(fits_plain) == REFERENCE
+    same(found.found["saved_percent"], saved(rows[OWN_CARD], rows[REFERENCE]), "saved")
+    own, theirs = rows[OWN_CARD], rows[REFERENCE]
+    assert own["initial"] < theirs["initial"]
+    assert own["running_per_year"] < theirs["running_per_year"]
+    assert (found.found["payback"], found.found["payback_years"]) == ("at once", 0)
+    assert found.found["asked"] == ["existing.setup_hours", "work.value_per_run"]
+    assert "does not pay" not in found.said
+
+
+def test_the_laboratory_s_tornado(decided: Any) -> None:
+    found = decided((CASES / "laboratory.toml").read_text(encoding="utf-8"), *LABORATORY_OFFERS)
+    ends = {
+        "labour_per_hour": [laboratory(LABORATORY | {"labour": w}) for w in ("3500", "5000")],
+        "energy_per_kwh": [laboratory(LABORATORY | {"energy": e}) for e in ("26.2", "35.9")],
+        "plain_time_factor": [laboratory(LABORATORY, plain=x) for x in ("0.9", "1.1")],
+        "recommended_time_factor": [laboratory(LABORATORY, quick=x) for x in ("0.9", "1.1")],
+    }
+    for name, sides in ends.items():
+        mine = [saved(rows[OWN_CARD], rows[REFERENCE]) for rows in sides]
+        for found_percent, by_hand in zip(found.swing(name), mine, strict=True):
+            same(found_percent, by_hand, name)
+
+
+# ---- 2. A group with servers of eight H100, in dollars -----------------------------------------------------
+
+GROUP = {
+    "steps": "60000", "runs": "500", "years": "5", "use": "0.8", "labour": "95", "tax": "0.06",
+    "discount": "0.05", "life": "3", "support": "0.04", "pue": "1.3", "value": "900",
+    "energy": "0.128", "levy": "0", "basic": "11.5", "co2": "350",
+}  # fmt: skip
+GROUP_OFFERS: tuple[Told, ...] = (
+    ("8xH100-SXM", True, False, None, None),
+    ("8xH100-SXM", False, True, 1.5, 8400.0),
+    ("8xB300", True, True, 1.0, 13000.0),
+)
+
+
+def test_a_group_that_buys_or_rents_eight_h100(decided: Any) -> None:
+    found = decided((CASES / "group.toml").read_text(encoding="utf-8"), *GROUP_OFFERS)
+    h100 = {"step_s": "1.5", "watt": "8400", "embodied_g": str(8 * 164_000), "plan_setup": "40"}
+    rented = {"setup": "24", "operating": "80", "storage": "480"}
+    bought = {"setup": "60", "operating": "200"}
+    buy, rent = ("purchase", "8xH100-SXM", False, False), ("cloud", "8xH100-SXM", False, False)
+    other = ("cloud", "8xB300", True, True)  # 6.99 $ a device and hour; nobody sells one
+    rows = {
+        buy: column(GROUP, price="305000", **h100, **bought),
+        rent: column(GROUP, per_hour="27.6", **h100, **rented),
+        other: column(GROUP, per_hour=str(8 * num("6.99")), step_s="1.0", watt="13000", **rented),
+    }
+    found.check(rows)
+    first = rows[buy]
+    assert first["machines"] == 2, "12,500 hours are more than the 7,008 of one"
+    assert first["residual"] == num("305000") * 2 * num("1.06") / 3, "a third of the second purchase is left"
+    assert found.answer("best") == lowest({buy: rows[buy], rent: rows[rent]}) == buy
+    assert found.answer("reference") == other
+    same(found.found["saved_percent"], saved(first, rows[other]), "saved")
+    more = first["initial"] - rows[other]["initial"]
+    gain = rows[other]["running_per_year"] - first["running_per_year"]
+    assert more > 0 < gain
+    assert found.found["payback"] == "years"
+    same(found.found["payback_years"], more / gain, "payback")
+    assert found.found["asked"] == ["existing.machine"]
+
+
+# ---- 3. Saving memory does not pay, in euros ---------------------------------------------------------------
+
+NOT_WORTH_IT = {
+    "steps": "10000", "runs": "200", "years": "5", "use": "0.7", "labour": "60", "tax": "0",
+    "discount": "0.03", "life": "5", "support": "0.1", "pue": "1.2",
+    "energy": "0.3052", "levy": "0", "basic": "0", "co2": "330",
+}  # fmt: skip
+NOT_WORTH_IT_OFFERS: tuple[Told, ...] = (
+    ("RTX-4090", True, True, 0.9, 480.0),
+    ("RTX-4090", False, True, 1.2, 470.0),
+)
+# The catalog: 1,599 $ in a workstation of 2,500 $, or 0.756 $ an hour; 0.8573 euros to the dollar.
+CARD_PRICE, CARD_HOUR = (str(num(usd) * num("0.8573")) for usd in ("4099", "0.756"))
+
+
+def not_worth_it(case: dict[str, str]) -> dict[Any, Row]:
+    plans = {True: {"step_s": "0.9", "watt": "480"}, False: {"step_s": "1.2", "watt": "470"}}
+    rows = {}
+    for plain, predicted in plans.items():
+        given = predicted | ({} if plain else {"plan_setup": "20"})
+        rows["existing", "RTX-4090", plain, False] = column(case, setup="0", operating="5", **given)
+        bought = {"price": CARD_PRICE, "setup": "8", "operating": "5"}
+        rows["purchase", "RTX-4090", plain, True] = column(case, **bought, **given)
+        rented = {"per_hour": CARD_HOUR, "setup": "4", "operating": "10", "storage": "0"}
+        rows["cloud", "RTX-4090", plain, True] = column(case, **rented, **given)
+    return rows
+
+
+def test_where_plain_training_is_the_answer(decided: Any) -> None:
+    found = decided((CASES / "not_worth_it.toml").read_text(encoding="utf-8"), *NOT_WORTH_IT_OFFERS)
+    rows = not_worth_it(NOT_WORTH_IT)
+    found.check(rows)
+    reference = lowest({key: row for key, row in rows.items() if key[2] and key[0] != "existing"})
+    assert found.answer("best") == lowest(rows) == ("existing", "RTX-4090", True, False)
+    assert found.answer("reference") == reference
+    same(found.found["saved_percent"], saved(rows[lowest(rows)], rows[reference]), "saved")
+    assert "Saving memory does not pay here" in found.said
+    for kind, machine, plain, catalog in rows:
+        if not plain:
+            pair = (rows[kind, machine, False, catalog], rows[kind, machine, True, catalog])
+            assert saved(*pair) < 0, "on one and the same machine, saving memory is a loss"
+            sheets = [
+                found.found["sheets"][found.index(kind, machine, plain=p, of_catalog=catalog)]
+                for p in (False, True)
+            ]
+            same(100 * (1 - sheets[0]["present_cost"] / sheets[1]["present_cost"]), saved(*pair), "loss")
+
+
+def test_a_loss_is_a_negative_number(decided: Any) -> None:
+    """The same people may only buy or rent a dear card, and their own takes 100 hours of work a year."""
+    text = (CASES / "not_worth_it.toml").read_text(encoding="utf-8")
+    text = text.replace("operating_hours_per_year = 5", "operating_hours_per_year = 100", 1)
+    text = text.replace("[purchase]", '[purchase]\nmachine = "RTX-6000-Ada"\nprice = 30000')
+    text = text.replace("[cloud]", '[cloud]\nmachine = "RTX-6000-Ada"\nper_hour = 20')
+    dear = ("RTX-6000-Ada", True, True, 0.9, 480.0)
+    found = decided(text, *NOT_WORTH_IT_OFFERS, dear)
+    own = column(NOT_WORTH_IT, step_s="0.9", watt="480", setup="0", operating="100")
+    cloud = not_worth_it(NOT_WORTH_IT)["cloud", "RTX-4090", True, True]
+    assert found.answer("best") == ("existing", "RTX-4090", True, False)
+    assert found.answer("reference") == ("cloud", "RTX-4090", True, True)
+    assert saved(own, cloud) < 0
+    same(found.found["saved_percent"], saved(own, cloud), "saved")
+    more = own["initial"] - cloud["initial"]
+    gain = cloud["running_per_year"] - own["running_per_year"]
+    assert more < 0 > gain
+    assert found.found["payback"] == "until"
+    same(found.found["payback_years"], more / gain, "payback")
