@@ -239,6 +239,9 @@ def test_a_laboratory_with_one_card(decided: Any) -> None:
     assert (found.found["payback"], found.found["payback_years"]) == ("at once", 0)
     assert found.found["asked"] == ["existing.setup_hours", "work.value_per_run"]
     assert "does not pay" not in found.said
+    energy, basic = num("12.5") * num("0.56") * num("33.79"), num("275.61") * num("0.56")
+    assert found.found["stages"][1]["machine"] == "RTX-4090"
+    same(found.found["stages"][1]["to_spend"], own["setup"] + (energy + basic) * num("1.1"), "pilot")
 
 
 def test_the_laboratory_s_tornado(decided: Any) -> None:
@@ -294,6 +297,8 @@ def test_a_group_that_buys_or_rents_eight_h100(decided: Any) -> None:
     assert found.found["payback"] == "years"
     same(found.found["payback_years"], more / gain, "payback")
     assert found.found["asked"] == ["existing.machine"]
+    run, month = 25 * num("27.6"), num("480")
+    same(found.found["stages"][1]["to_spend"], 64 * num("95") + (run + month) * num("1.06"), "pilot, rented")
 
 
 # ---- 3. Saving memory does not pay, in euros ---------------------------------------------------------------

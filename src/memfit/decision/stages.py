@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from memfit import gates, shared
 from memfit.cost.money import J_PER_KWH
-from memfit.decision.money import sheet
-from memfit.types.decision import Decision, Stage, Way
+from memfit.decision.money import HOURS_PER_YEAR, sheet
+from memfit.types.decision import Amount, Decision, Stage, Way
 from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
@@ -75,11 +76,18 @@ def pilot(made: Decision) -> Way | None:
 
 
 def pilot_cost(made: Decision) -> float | None:
-    """Set-up and one run; None where a pilot would need the purchase first."""
+    """Set-up and one run, with the monthly charges of the months that it begins; None where a pilot would
+    need the purchase first."""
     way = pilot(made)
     if way is None:
         return None
-    once = sheet(way, dataclasses.replace(made.terms, runs_per_year=1, years=1))
+    part = max(1, math.ceil(12 * way.hours / HOURS_PER_YEAR)) / 12
+    basic = made.terms.basic_per_kw_month
+    terms = dataclasses.replace(
+        made.terms, runs_per_year=1, years=1,
+        basic_per_kw_month=Amount(usd=basic.usd * part, own=basic.own * part),
+    )  # fmt: skip
+    once = sheet(dataclasses.replace(way, storage_per_month=way.storage_per_month * part), terms)
     return once.setup + once.electricity_per_year + once.rental_per_year
 
 
