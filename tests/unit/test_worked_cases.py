@@ -272,33 +272,50 @@ GROUP_OFFERS: tuple[Told, ...] = (
 )
 
 
+BUY, RENT = ("purchase", "8xH100-SXM", False, False), ("cloud", "8xH100-SXM", False, False)
+OTHER = ("cloud", "8xB300", True, True)  # 6.99 $ a device and hour; nobody sells one
+
+
+def group(*, price: str = "305000", hours: str = "40", rent: str = "1") -> dict[Any, Row]:
+    """`rent` moves the catalog's rental; the price that was told for the cloud stays."""
+    h100 = {"step_s": "1.5", "watt": "8400", "embodied_g": str(8 * 164_000), "plan_setup": hours}
+    rented = {"setup": "24", "operating": "80", "storage": "480"}
+    b300 = str(8 * num("6.99") * num(rent))
+    return {
+        BUY: column(GROUP, price=price, setup="60", operating="200", **h100),
+        RENT: column(GROUP, per_hour="27.6", **h100, **rented),
+        OTHER: column(GROUP, per_hour=b300, step_s="1.0", watt="13000", **rented),
+    }
+
+
 def test_a_group_that_buys_or_rents_eight_h100(decided: Any) -> None:
     found = decided((CASES / "group.toml").read_text(encoding="utf-8"), *GROUP_OFFERS)
-    h100 = {"step_s": "1.5", "watt": "8400", "embodied_g": str(8 * 164_000), "plan_setup": "40"}
-    rented = {"setup": "24", "operating": "80", "storage": "480"}
-    bought = {"setup": "60", "operating": "200"}
-    buy, rent = ("purchase", "8xH100-SXM", False, False), ("cloud", "8xH100-SXM", False, False)
-    other = ("cloud", "8xB300", True, True)  # 6.99 $ a device and hour; nobody sells one
-    rows = {
-        buy: column(GROUP, price="305000", **h100, **bought),
-        rent: column(GROUP, per_hour="27.6", **h100, **rented),
-        other: column(GROUP, per_hour=str(8 * num("6.99")), step_s="1.0", watt="13000", **rented),
-    }
+    rows = group()
     found.check(rows)
-    first = rows[buy]
+    first, other = rows[BUY], rows[OTHER]
     assert first["machines"] == 2, "12,500 hours are more than the 7,008 of one"
     assert first["residual"] == num("305000") * 2 * num("1.06") / 3, "a third of the second purchase is left"
-    assert found.answer("best") == lowest({buy: rows[buy], rent: rows[rent]}) == buy
-    assert found.answer("reference") == other
-    same(found.found["saved_percent"], saved(first, rows[other]), "saved")
-    more = first["initial"] - rows[other]["initial"]
-    gain = rows[other]["running_per_year"] - first["running_per_year"]
+    assert found.answer("best") == lowest({key: rows[key] for key in (BUY, RENT)}) == BUY
+    assert found.answer("reference") == OTHER
+    same(found.found["saved_percent"], saved(first, other), "saved")
+    more = first["initial"] - other["initial"]
+    gain = other["running_per_year"] - first["running_per_year"]
     assert more > 0 < gain
     assert found.found["payback"] == "years"
     same(found.found["payback_years"], more / gain, "payback")
     assert found.found["asked"] == ["existing.machine"]
     run, month = 25 * num("27.6"), num("480")
     same(found.found["stages"][1]["to_spend"], 64 * num("95") + (run + month) * num("1.06"), "pilot, rented")
+    ends = {
+        "purchase_price": [group(price=p) for p in ("290000", "366000")],
+        "setup_hours": [group(hours=h) for h in ("20", "80")],
+        "rental_factor": [group(rent=f) for f in ("0.6", "1.3")],
+    }
+    for name, sides in ends.items():
+        mine = [saved(side[BUY], side[OTHER]) for side in sides]
+        for found_percent, by_hand in zip(found.swing(name), mine, strict=True):
+            same(found_percent, by_hand, name)
+    assert "hardware_factor" not in {s["name"] for s in found.found["swings"]}, "the price was told"
 
 
 # ---- 3. Saving memory does not pay, in euros ---------------------------------------------------------------

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from memfit.decision.money import saved_percent, sheet
 from memfit.types.decision import DRAWS, Amount, Swing, Term, Terms, Way
 from memfit.types.result import Interval
+
+_OFFERS: Final = (
+    ("price", "purchase_price", "hardware_factor"),
+    ("per_hour", "rental_price", "rental_factor"),
+)
+_OWN: Final = ("setup_hours", *(own for _, own, _ in _OFFERS))
 
 
 def interval(
@@ -18,7 +24,8 @@ def interval(
     share of draws (percent) in which anything is saved. None where nothing can be saved."""
     import numpy
 
-    point = _saved(best, reference, terms)
+    saved_at = _saver(best, reference, terms, told)
+    point = saved_at({})
     ranged = _ranged(told)
     if point is None:
         return None
@@ -29,7 +36,7 @@ def interval(
     found = []
     for row in zip(*columns, strict=True):
         drawn = {name: float(value) for name, value in zip(ranged, row, strict=True)}
-        saved = _saved(best, reference, moved(terms, drawn))
+        saved = saved_at(drawn)
         found.append(point if saved is None else saved)
     low, high = (float(numpy.percentile(found, at)) for at in (5, 95))
     chance = 100.0 * float(numpy.mean([f > 0 for f in found]))
@@ -38,9 +45,9 @@ def interval(
 
 def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
     """The terms with a range, the widest swing first; those that change nothing are left out."""
-    found = []
+    found, saved_at = [], _saver(best, reference, terms, told)
     for name, span in _ranged(told).items():
-        low, high = (_saved(best, reference, moved(terms, {name: end})) for end in (span.low, span.high))
+        low, high = (saved_at({name: end}) for end in (span.low, span.high))
         if low is not None and high is not None and low != high:
             found.append(Swing(name=name, low_percent=low, high_percent=high))
     return tuple(sorted(found, key=lambda s: -abs(s.high_percent - s.low_percent)))
@@ -61,8 +68,8 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
 
 
 def _ranged(told: Sequence[Term]) -> dict[str, Interval]:
-    """Those of the terms that all ways share and that have a range."""
-    fields = {f.name for f in dataclasses.fields(Terms)}
+    """Those of the terms that have a range and move the money of a way."""
+    fields = {*_OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
         for t in told
@@ -71,5 +78,31 @@ def _ranged(told: Sequence[Term]) -> dict[str, Interval]:
     }
 
 
-def _saved(best: Way, reference: Way, terms: Terms) -> float | None:
-    return saved_percent(sheet(best, terms), sheet(reference, terms))
+def _saver(
+    best: Way, reference: Way, terms: Terms, told: Sequence[Term]
+) -> Callable[[Mapping[str, float]], float | None]:
+    """The percent that is saved, with some of the terms at other values."""
+    own = {t.name: t.value for t in told if t.name in _OWN and t.value is not None}
+
+    def saved_at(values: Mapping[str, float]) -> float | None:
+        there = moved(terms, {name: value for name, value in values.items() if name not in _OWN})
+        ways = (_placed(way, values, own, terms) for way in (best, reference))
+        return saved_percent(*(sheet(way, there) for way in ways))
+
+    return saved_at
+
+
+def _placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], terms: Terms) -> Way:
+    """A way with the user's own figures at other values. A price that the user told has its own range: what
+    moves the catalog's prices does not move it."""
+    changes: dict[str, Any] = {}
+    if "setup_hours" in values and not way.plain:
+        changes["setup_hours"] = way.setup_hours + values["setup_hours"] - own["setup_hours"]
+    for field, name, common in _OFFERS:
+        amount: Amount | None = getattr(way, field)
+        if amount is None or way.of_catalog or name not in own:
+            continue
+        usual = getattr(terms, common)
+        ratio = values.get(name, own[name]) / own[name] * usual / values.get(common, usual)
+        changes[field] = Amount(usd=amount.usd * ratio, own=amount.own * ratio)
+    return dataclasses.replace(way, **changes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from memfit import catalog
 from memfit.decision import chance, money
-from memfit.decision.case import Case
+from memfit.decision.case import Case, term
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
 from memfit.decision.terms import Told, told
@@ -32,9 +32,12 @@ def decide(poc: Poc, case: Case, *, more: Sequence[Offer] = (), name: str = "") 
     )  # fmt: skip
     ways = asking.ways()
     sheets = tuple(money.sheet(way, known.terms) for way in ways)
-    hours = Term(name="setup_hours", value=plan_hours, unit="hours", mark="assumed", source="your case")
-    if own is None:
-        hours = dataclasses.replace(hours, mark="measured", source="counted in the PoC")
+    if own is not None:
+        hours = term("setup_hours", own, "hours")
+    else:
+        hours = Term(
+            name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
+        )
     made = _weighed(known, ways, sheets, case, name, (*known.numbers, hours))
     made = dataclasses.replace(made, stages=stages(poc, made, offers))
     return dataclasses.replace(made, risks=risks(poc, made))

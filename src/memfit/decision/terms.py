@@ -136,16 +136,13 @@ class _Here:
 
 
 def _factors(case: Case, offers: Sequence[Offer]) -> Iterable[Term]:
-    """What moves all purchases, all rentals, and all predicted step times alike."""
-    for name, given, default in (
-        ("hardware_factor", case.purchase.price, "hardware_spread"),
-        ("rental_factor", case.cloud.per_hour, "rental_spread"),
-    ):
-        fact = finance.default(default)
+    """What moves all of the catalog's purchases, its rentals, and all predicted step times alike; and the
+    prices that the user told, each with its own range."""
+    for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
+        yield _number(name, None, finance.default(default), "factor")
+    for name, given in (("purchase_price", case.purchase.price), ("rental_price", case.cloud.per_hour)):
         if given is not None:
-            low, high = (bound / given.value for bound in given.bounds)
-            fact = Fact(value=1.0, low=low, high=high, source=given.source or "your case", date=given.date)
-        yield _number(name, None, fact, "factor")
+            yield _number(name, given, None, "money")
     for name, plain in (("plain_time_factor", True), ("recommended_time_factor", False)):
         spans = [o.step_s for o in offers if o.plain is plain and o.step_s is not None]
         low = min((s.low / s.value for s in spans), default=1.0)
