@@ -258,6 +258,16 @@ def test_the_laboratory_s_tornado(decided: Any) -> None:
             same(found_percent, by_hand, name)
 
 
+def test_a_machine_that_is_not_enough_is_no_answer(decided: Any) -> None:
+    text = (CASES / "laboratory.toml").read_text(encoding="utf-8")
+    found = decided(text.replace("runs_per_year = 60", "runs_per_year = 600"), *LABORATORY_OFFERS)
+    rows = laboratory(LABORATORY | {"runs": "600"})
+    found.check(rows)
+    assert rows[OWN_CARD]["machines"] == 2, "7,500 hours are more than the 4,380 of one"
+    assert lowest(rows) == OWN_CARD, "the cheapest, had they two"
+    assert found.answer("best") == lowest({k: r for k, r in rows.items() if k != OWN_CARD and not k[3]})
+
+
 # ---- 2. A group with servers of eight H100, in dollars -----------------------------------------------------
 
 GROUP = {
