@@ -16,6 +16,7 @@ from memfit.types.result import (
     Interval,
     Measurement,
     NamedVerdict,
+    Offer,
     OutcomeKind,
     PaperRow,
     Poc,
@@ -342,4 +343,31 @@ def minimal_poc() -> Poc:
         data_source="",
         place="",
         finished=False,
+    )
+
+
+def offers() -> tuple[Offer, ...]:
+    """Two small cards that take the recommended plan only, and two larger that take plain training too."""
+
+    def offer(machine: str, plain: bool, fits: bool, step_s: float, watts: float) -> Offer:
+        return Offer(
+            machine=machine,
+            size="paper",
+            plan="plain training" if plain else RECOMMENDED.label,
+            plain=plain,
+            fits=fits,
+            memory_bytes=Interval(value=20.0 * GIB, low=19.0 * GIB, high=21.0 * GIB),
+            step_s=Interval(value=step_s, low=0.7 * step_s, high=1.3 * step_s),
+            power_w=watts,
+        )
+
+    return (
+        offer("RTX-4090", True, False, 1.0, 500.0),
+        offer("RTX-4090", False, True, 1.25, 500.0),
+        offer("L4", True, False, 4.0, 150.0),
+        offer("L4", False, True, 5.0, 150.0),
+        offer("A100-80GB-PCIe", True, True, 0.8, 420.0),
+        offer("A100-80GB-PCIe", False, True, 0.9, 420.0),
+        offer("H100-PCIe", True, True, 0.5, 600.0),
+        offer("H100-PCIe", False, True, 0.55, 600.0),
     )

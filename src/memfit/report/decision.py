@@ -60,6 +60,7 @@ class RiskRow:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StageRow:
     stage: Stage
+    gates: tuple[tuple[Sentence, Sentence | str, Sentence | str, bool], ...]
     name: Sentence | None
     memory: tuple[Figure, Figure]
     step: tuple[Figure, Figure]
@@ -192,8 +193,8 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
         saved=_percent(saved),
         kwh=_kwh(sheet),
         operation=predicted(sheet.operation_g, "g"),
-        embodied=predicted(sheet.embodied_g, "g"),
-        sci=predicted(sheet.sci_g, "g"),
+        embodied=assumed(sheet.embodied_g, "g"),
+        sci=assumed(sheet.sci_g, "g"),
     )
 
 
@@ -223,10 +224,11 @@ def _filled(values: Mapping[str, str | float | None]) -> Filled:
 def _stage(made: Decision, stage: Stage) -> StageRow:
     return StageRow(
         stage=stage,
+        gates=tuple((*gate_words(gate), gate[3]) for gate in stage.gates),
         name=None if not stage.machine else Sentence(key="way.at", values={"machine": stage.machine}),
         memory=_ends(stage.memory_bytes, "bytes"),
         step=_ends(stage.step_s, "s"),
-        spent=cash(made, stage.spent, Mark.MEASURED),
+        spent=cash(made, stage.spent),  # from energy that is a model's unless a meter was there
         to_spend=cash(made, stage.to_spend),
     )
 
@@ -238,9 +240,10 @@ def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:
 
 def _term(made: Decision, term: Term) -> TermRow:
     def figure(value: float | None) -> Figure:
-        if term.unit == "money":
-            return cash(made, value, Mark(term.mark))
-        return Figure(value=value, unit="count" if term.unit == "" else term.unit, mark=Mark(term.mark))
+        unit, more = term.unit, 2 if term.name.endswith("_per_kwh") else 0  # a kWh costs some coins
+        if unit == "money":
+            unit = f"money {made.symbol} {made.decimals + more}"
+        return Figure(value=value, unit="rate" if term.name == "per_usd" else unit, mark=Mark(term.mark))
 
     ranged = term.low is not None and term.high is not None and term.low < term.high
     return TermRow(
@@ -263,7 +266,8 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     does = [plain for plain, enough in kinds.items() if enough]
     key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
     hours = mine[0].hours
-    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan}
+    needed = Figure(value=mine[0].machines, unit="count", mark=hours.mark)
+    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan, "needed": needed}
     return (Sentence(key=f"decide.fits.{key}", values=values), *seen)
 
 
@@ -301,11 +305,17 @@ def _risk(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     if not view.risks:
         return (science,)
     worst = min(view.risks, key=lambda r: _ORDER[r.level])
-    name = Sentence(key=f"risk.{worst.kind}")
-    key = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
-    values: Filled = {"name": name, "evidence": worst.evidence}
-    way_out = Sentence(key="decide.risk.way_out", values={"loss": worst.loss})
-    return (science, Sentence(key=key, values=values), way_out)
+    kinds = [n.verdict.kind.value for n in poc.verdicts if n.name == "recommended"]
+    values: Filled = {
+        "name": Sentence(key=f"risk.{worst.kind}"),
+        "evidence": worst.evidence,
+        "verdict": Sentence(key=f"verdict.{kinds[0]}" if kinds else "decide.risk.unjudged"),
+        "loss": next(r.loss for r in view.risks if r.kind != "security"),
+    }
+    about = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
+    keys = ("decide.risk.short", about, "decide.risk.way_out")
+    short, one, way_out = (Sentence(key=key, values=values) for key in keys)
+    return (short, science, one, way_out)
 
 
 def _next(view: DecisionView) -> tuple[Sentence, ...]:
@@ -314,8 +324,8 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
     first, pilot = view.stages[0].stage, view.stages[1]
     failed = [g for g in first.gates if not g[3]]
     if failed:
-        gate, found, limit, _ = failed[0]
-        values: Filled = {"gate": gate, "found": found or "–", "limit": limit}
+        gate, found, limit = gate_words(failed[0])
+        values: Filled = {"gate": gate, "found": found, "limit": limit}
         return (Sentence(key="decide.next.stopped", values=values),)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)
@@ -327,15 +337,30 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
     )
 
 
+def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | str, Sentence | str]:
+    """A gate's name, what was found and what is asked for, in the reader's language."""
+    name, found, limit, _ = gate
+    return Sentence(key=f"gate.{name}"), _gate_value(found), _gate_value(limit)
+
+
+def _gate_value(text: str) -> Sentence | str:
+    if text in ("", "yes", "no"):
+        return Sentence(key=f"gate_value.{text}" if text else "stages.not_measured")
+    if text in ("equivalent", "different", "undecided"):
+        return Sentence(key=f"verdict.{text}")
+    most = text.removeprefix("at most ")
+    return text if most == text else Sentence(key="gate_value.at_most", values={"value": most})
+
+
 # -- phrases for a meeting -------------------------------------------------------------------------------
 
 
 def _phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     best, reference = view.best, view.reference
     if best is not None and reference is not None and view.saved.value is not None:
-        change = dataclasses.replace(view.saved, value=-view.saved.value, signed=True)
+        change = dataclasses.replace(view.saved, value=abs(view.saved.value))
         values: Filled = {"change": change, "way": best.name, "reference": reference.name}
-        yield Sentence(key="phrase.cost", values=values)
+        yield Sentence(key=f"phrase.{'less' if view.saved.value >= 0 else 'more'}", values=values)
     else:
         yield Sentence(key="phrase.no_cost")
     if len(view.stages) == 3 and view.stages[1].stage.machine:

@@ -58,6 +58,7 @@ _SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {
 }
 
 
+_WHOLE: Final = ("years", "hours", "steps", "runs")  # without decimals where there are none
 # these are words of a language: figure_text adds them
 _WORDED: Final = ("ratio", "points", "years", "hours", "steps", "runs", "factor")
 _SUFFIXES: Final = {"": "", "percent": " %", "percentage points": " %"} | dict.fromkeys(_WORDED, "")
@@ -80,7 +81,9 @@ def number_text(value: float, unit: str) -> str:
         return f"${_plain(value, 3)}" if value >= 1e-6 or value == 0 else f"${value:.1e}"
     if unit in _SCALES:
         return _scaled(value, _SCALES[unit])
-    if unit == "count":
+    if unit == "rate":
+        return _plain(value, 5)
+    if unit == "count" or (unit in _WHOLE and float(value).is_integer()):
         return f"{value:,.0f}" if float(value).is_integer() else _plain(value, 3)
     digits = 2 if abs(value) < 1 else 3
     return f"{_plain(value, digits)}{_SUFFIXES.get(unit, f' {unit}')}"

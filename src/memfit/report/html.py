@@ -126,7 +126,9 @@ def _helpers(words: Words) -> Mapping[str, Any]:
         plan = key in ("plan", "technique")
         return Markup('<span class="plan">{}</span>').format(value) if plan else value
 
-    def say(sentence: Sentence) -> Markup:
+    def say(sentence: Sentence | str) -> Markup:
+        if isinstance(sentence, str):
+            return escape(sentence)
         return t(sentence.key, **{k: _shown(v) for k, v in sentence.values.items()})
 
     def _shown(value: object) -> object:

@@ -1,0 +1,255 @@
+"""The decision in a real browser: four answers first, sliders that follow the formulas, no other script."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixture import full_poc, offers
+
+from memfit.decision import money
+from memfit.decision.case import Case, parsed
+from memfit.decision.decide import decide
+from memfit.report.html import write_html
+from memfit.types.decision import Amount, Decision, Sheet, Terms, Way
+
+YEN = """
+currency = "JPY"
+place = "japan"
+tariff = "japan-high-voltage"
+[work]
+steps_per_run = 400000
+runs_per_year = 60
+value_per_run = 30000
+[money]
+labour_per_hour = {value = 6000, low = 5000, high = 8000}
+[effort]
+setup_hours = 12
+[existing]
+machine = "RTX-4090"
+setup_hours = 2
+operating_hours_per_year = 40
+[purchase]
+setup_hours = 8
+operating_hours_per_year = 40
+[cloud]
+setup_hours = 4
+operating_hours_per_year = 10
+"""
+EVIL = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 1'>{0}[red]"
+
+
+def made(text: str = YEN) -> Decision:
+    return decide(dataclasses.replace(full_poc(), offers=offers()), parsed(text, "it"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    folder = tmp_path_factory.mktemp("decisions")
+    poc = dataclasses.replace(full_poc(), offers=offers())
+    decisions = {"yen": made(), "bare": made(""), "none": decide(full_poc(), Case())}
+    return {
+        f"{name}-{lang}": write_html(poc, folder / f"{name}-{lang}.html", lang=lang, decision=one)
+        for name, one in decisions.items()
+        for lang in ("en", "ja")
+    }
+
+
+@pytest.fixture
+def opened(browser: Any, pages: Mapping[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
+    name, width, scheme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.said = []
+    page.on("console", lambda message: page.said.append(message.text))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.goto(pages[name].as_uri())
+    yield page
+    page.close()
+
+
+def at(*names: str, width: int = 1280, scheme: str = "light") -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("opened", [(n, width, scheme) for n in names], indirect=True, ids=str)
+
+
+OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return (box.right > innerWidth + 0.5 || box.left < -0.5) && box.width > 1 && !e.closest(".scroll");
+}).map(e => e.tagName + "." + (e.className.baseVal ?? e.className))"""
+
+
+EVERY = [
+    (f"{n}-{lang}", w, "light") for n in ("yen", "bare", "none") for lang in ("en", "ja") for w in (1280, 390)
+]
+EVERY += [("yen-en", width, "dark") for width in (1280, 390)]
+
+
+@pytest.mark.parametrize("opened", EVERY, indirect=True, ids=str)
+def test_the_page_is_whole_and_accessible(opened: Any) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    opened.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert opened.said == []
+    assert opened.evaluate("document.documentElement.scrollWidth") <= opened.viewport_size["width"]
+    assert opened.evaluate(OVERFLOWING) == []
+    found = Axe().run(opened).response["violations"]
+    grave = [
+        (v["id"], [n["target"] for n in v["nodes"]][:3])
+        for v in found
+        if v["impact"] in ("serious", "critical")
+    ]
+    assert grave == []
+
+
+@at("yen-en", "yen-ja", "bare-en", "bare-ja", "none-en", "none-ja")
+def test_the_first_screen_answers_the_four_questions(opened: Any) -> None:
+    cards = opened.query_selector_all(".four .card")
+    assert len(cards) == 4
+    for card in cards:
+        box = card.bounding_box()
+        assert box["y"] + box["height"] <= 900
+        assert len(card.query_selector_all("p")) >= 1
+
+
+# -- sliders ---------------------------------------------------------------------------------------------
+
+SHOWN = ("initial", "running_per_year", "present_cost", "cost_per_run", "electricity_per_year", "residual")
+MOVES: list[dict[str, float]] = [
+    {},
+    {"energy": 60.0},
+    {"hardware": 0.4},
+    {"hardware": 2.5, "runs": 150},
+    {"labour": 15000.0, "setup": 90.0},
+    {"runs": 1},
+    {"utilisation": 0.12},
+    {"energy": 5.0, "hardware": 0.3, "labour": 900.0, "setup": 1.0, "runs": 200, "utilisation": 0.95},
+]
+SET = """([name, value]) => {
+  const input = document.querySelector(`#sliders input[name=${name}]`);
+  input.step = "any"; input.max = 1e9; input.value = value;
+  input.dispatchEvent(new Event("input", {bubbles: true}));
+}"""
+
+
+def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Way], Terms]:
+    """What the sliders mean, by the document's words."""
+    terms, hours = decision.terms, 12.0
+    if "energy" in moves:
+        terms = dataclasses.replace(terms, energy_per_kwh=Amount(own=moves["energy"]), levy_per_kwh=Amount())
+    names = {
+        "hardware": "hardware_factor", "labour": "labour_per_hour", "runs": "runs_per_year",
+        "utilisation": "utilisation_ratio",
+    }  # fmt: skip
+    terms = dataclasses.replace(terms, **{names[k]: v for k, v in moves.items() if k in names})
+    more = moves.get("setup", hours) - hours
+    ways = [w if w.plain else dataclasses.replace(w, setup_hours=w.setup_hours + more) for w in decision.ways]
+    return ways, terms
+
+
+@pytest.mark.parametrize("moves", MOVES, ids=lambda m: ",".join(m) or "start")
+@at("yen-en")
+def test_sliders_follow_the_formulas(opened: Any, moves: dict[str, float]) -> None:
+    decision = made()
+    ways, terms = after(decision, moves)
+    for name, value in moves.items():
+        opened.evaluate(SET, [name, value])
+    sheets = [money.sheet(way, terms) for way in ways]
+
+    def pick(kind: str) -> int | None:
+        return money.cheapest(ways, sheets, [i for i, w in enumerate(ways) if w.kind == kind])
+
+    plain = [i for i, w in enumerate(ways) if w.of_catalog and w.plain and w.kind in ("purchase", "cloud")]
+    reference = money.cheapest(ways, sheets, plain)
+    mine = next(i for i, w in enumerate(ways) if w.kind == "existing")
+    slots = {"existing": mine, "purchase": pick("purchase"), "cloud": pick("cloud"), "reference": reference}
+    assert reference is not None
+    for slot, index in slots.items():
+        row = opened.locator(f"tr[data-slot={slot}]").first
+        if index is None:
+            assert not row.is_visible()
+            continue
+        assert row.locator("[data-name]").inner_text().endswith(ways[index].machine)
+        _same(opened, slot, sheets[index])
+        if slot != "reference":
+            share = money.saved_percent(sheets[index], sheets[reference])
+            told = float(row.locator("[data-figure=saved]").get_attribute("data-value"))
+            assert told == pytest.approx(share, rel=1e-9, abs=1e-9)
+    candidates = [i for i in (mine, slots["purchase"], slots["cloud"]) if i is not None and sheets[i].enough]
+    best = min(candidates, key=lambda i: sheets[i].present_cost)
+    assert opened.locator("[data-live=present]").inner_text().strip() == yen(sheets[best].present_cost)
+    assert opened.locator("tr.best [data-name]").first.inner_text().endswith(ways[best].machine)
+
+
+def _same(page: Any, slot: str, sheet: Sheet) -> None:
+    for name in SHOWN:
+        cell = page.locator(f"tr[data-slot={slot}] [data-figure={name}]").first
+        assert float(cell.get_attribute("data-value")) == pytest.approx(
+            getattr(sheet, name), rel=1e-9, abs=1e-6
+        )
+
+
+def yen(value: float) -> str:
+    return f"¥{value:,.0f}"
+
+
+@at("yen-en", "bare-ja")
+def test_untouched_sliders_change_nothing(opened: Any) -> None:
+    """What the script draws at the start is what was written: the page reads the same without it."""
+    live = "[data-figure], [data-live], [data-end]"
+    drawn = [e.text_content() for e in opened.query_selector_all(live)]
+    still = opened.context.browser.new_page(java_script_enabled=False)
+    still.goto(opened.url)
+    written = [
+        e.inner_text().strip() for e in still.query_selector_all("[data-figure], [data-live], [data-end]")
+    ]
+    still.close()
+    squeezed = ["".join(t.split()) for t in drawn]
+    visible = [(a, b) for a, b in zip(squeezed, ("".join(t.split()) for t in written), strict=True) if b]
+    assert len(visible) > 20
+    assert [a for a, b in visible if a != b] == []
+
+
+@at("yen-en")
+def test_reset_brings_the_start_back(opened: Any) -> None:
+    before = opened.inner_text("#money tbody")
+    opened.locator("#in-hardware").fill("3")
+    assert opened.inner_text("#money tbody") != before
+    opened.click("#sliders button[type=reset]")
+    opened.locator("[data-at-start]").wait_for(state="hidden")
+    assert opened.inner_text("#money tbody") == before
+
+
+# -- paper and strangers ---------------------------------------------------------------------------------
+
+
+@at("yen-en", "yen-ja")
+def test_it_prints(opened: Any) -> None:
+    opened.emulate_media(media="print")
+    assert not opened.locator("#sliders").is_visible()
+    assert opened.locator("#risks").is_visible()
+    assert opened.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_hostile_texts_are_shown_and_do_not_run(browser: Any, tmp_path: Path) -> None:
+    case = parsed(
+        f"[existing]\nmachine = {json.dumps(EVIL)}\nhours_recommended = 3\npower_w = 300\n"
+        f"[money]\nlabour_per_hour = {{value = 60, source = {json.dumps(EVIL)}}}\n",
+        "it",
+    )
+    poc = dataclasses.replace(
+        full_poc(), offers=offers(), job_title=EVIL, job_name=EVIL, machine=EVIL, notes=(EVIL,), metric=EVIL,
+        command=EVIL, data_source=EVIL, environment={EVIL: EVIL},
+    )  # fmt: skip
+    path = write_html(poc, tmp_path / "evil.html", lang="en", decision=decide(poc, case, name=EVIL))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    assert page.evaluate("window.hit") is None
+    assert page.evaluate("document.scripts.length") == 2
+    assert page.evaluate("document.images.length") == 0
+    assert page.inner_text("body").count(EVIL) >= 8
+    opened = page.locator("[data-name]", has_text="existing").first.inner_text()
+    assert opened == f"the existing {EVIL}"  # after the script wrote it, too
+    page.close()
