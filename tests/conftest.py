@@ -18,7 +18,7 @@ from hypothesis import settings
 # Not the rooms that handle tensors: a checking wrapper holds its arguments and so changes what is measured.
 _DATA_ROOMS = (
     "types", "catalog", "cost", "search", "engines", "run", "verify", "store", "report", "export", "wire",
-    "pipeline", "cli",
+    "pipeline", "cli", "decision",
 )  # fmt: skip
 beartype_packages(
     tuple(f"memfit.{room}" for room in _DATA_ROOMS),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, offers
 
-from memfit.decision import money
+from memfit.decision import chance, money
 from memfit.decision.case import Case, parsed
 from memfit.decision.decide import decide
 from memfit.report.html import write_html
@@ -28,7 +28,7 @@ value_per_run = 30000
 [money]
 labour_per_hour = {value = 6000, low = 5000, high = 8000}
 [effort]
-setup_hours = 12
+setup_hours = {value = 12, low = 6, high = 30}
 [existing]
 machine = "RTX-4090"
 setup_hours = 2
@@ -37,6 +37,8 @@ operating_hours_per_year = 40
 setup_hours = 8
 operating_hours_per_year = 40
 [cloud]
+machine = "A100-80GB-PCIe"
+per_hour = {value = 180, low = 150, high = 220}
 setup_hours = 4
 operating_hours_per_year = 10
 """
@@ -161,7 +163,7 @@ def test_sliders_follow_the_formulas(opened: Any, moves: dict[str, float]) -> No
     def pick(kind: str) -> int | None:
         return money.cheapest(ways, sheets, [i for i, w in enumerate(ways) if w.kind == kind])
 
-    plain = [i for i, w in enumerate(ways) if w.of_catalog and w.plain and w.kind in ("purchase", "cloud")]
+    plain = [i for i, w in enumerate(ways) if w.plain and w.kind in ("purchase", "cloud")]
     reference = money.cheapest(ways, sheets, plain)
     mine = next(i for i, w in enumerate(ways) if w.kind == "existing")
     slots = {"existing": mine, "purchase": pick("purchase"), "cloud": pick("cloud"), "reference": reference}
@@ -181,6 +183,33 @@ def test_sliders_follow_the_formulas(opened: Any, moves: dict[str, float]) -> No
     best = min(candidates, key=lambda i: sheets[i].present_cost)
     assert opened.locator("[data-live=present]").inner_text().strip() == yen(sheets[best].present_cost)
     assert opened.locator("tr.best [data-name]").first.inner_text().endswith(ways[best].machine)
+    if not moves or moves.keys() <= {"runs", "hardware"}:
+        _same_swings(opened, decision, ways, terms, best, reference)
+
+
+def _same_swings(
+    page: Any, decision: Decision, ways: list[Way], terms: Terms, best: int, reference: int
+) -> None:
+    """Each range moves with its slider; how a number moves a way is the drawing's own code."""
+    ratio = terms.hardware_factor / decision.terms.hardware_factor
+    told = [
+        dataclasses.replace(t, value=ratio * t.value, low=ratio * t.low, high=ratio * t.high)
+        if t.name == "hardware_factor" and t.value and t.low and t.high
+        else t
+        for t in decision.told
+    ]
+    wanted = {s.name: s for s in chance.tornado(ways[best], ways[reference], terms, told)}
+    rows = page.query_selector_all("[data-swing]")
+    assert len(rows) > 5
+    for row in rows:
+        ends = [
+            float(row.query_selector(f"[data-end={e}]").get_attribute("data-value")) for e in ("low", "high")
+        ]
+        swing = wanted.get(row.get_attribute("data-swing"))
+        if swing is not None:
+            assert ends == pytest.approx([swing.low_percent, swing.high_percent], rel=1e-9, abs=1e-9)
+        else:
+            assert ends[0] == pytest.approx(ends[1])
 
 
 def _same(page: Any, slot: str, sheet: Sheet) -> None:

@@ -51,7 +51,8 @@ def _figure(given: Any) -> Any:
 
 Given = Annotated[Figure, pydantic.BeforeValidator(_figure)]
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=200)]
-Hours = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]  # these take no range
+Bare = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 
@@ -108,11 +109,11 @@ class Machine(_Strict):
     """What stands for a way, as of --on, with what memfit cannot predict for it or you know better."""
 
     machine: Name | None = None
-    hours_plain: Hours | None = None  # of one run
-    hours_recommended: Hours | None = None
-    power_w: Above | None = None  # of its devices and host under load
-    setup_hours: Given | None = None
-    operating_hours_per_year: Given | None = None
+    hours_plain: Positive | None = None  # of one run
+    hours_recommended: Positive | None = None
+    power_w: Positive | None = None  # of its devices and host under load
+    setup_hours: Bare | None = None
+    operating_hours_per_year: Bare | None = None
 
 
 class Existing(Machine):
@@ -131,7 +132,7 @@ class Cloud(Machine):
     """``per_hour``: of one machine with all its devices, without tax."""
 
     per_hour: Above | None = None
-    storage_per_month: Given | None = None
+    storage_per_month: Bare | None = None
 
 
 class Case(_Strict):

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from memfit.decision.money import saved_percent, sheet
-from memfit.types.decision import DRAWS, Amount, Swing, Term, Terms, Way
+from memfit.types.decision import DRAWS, OFFERS, OWN, Amount, Swing, Term, Terms, Way
 from memfit.types.result import Interval
-
-_OFFERS: Final = (
-    ("price", "purchase_price", "hardware_factor"),
-    ("per_hour", "rental_price", "rental_factor"),
-)
-_OWN: Final = ("setup_hours", *(own for _, own, _ in _OFFERS))
 
 
 def interval(
@@ -69,7 +63,7 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
 
 def _ranged(told: Sequence[Term]) -> dict[str, Interval]:
     """Those of the terms that have a range and move the money of a way."""
-    fields = {*_OWN, *(f.name for f in dataclasses.fields(Terms))}
+    fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
         for t in told
@@ -82,10 +76,10 @@ def _saver(
     best: Way, reference: Way, terms: Terms, told: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
     """The percent that is saved, with some of the terms at other values."""
-    own = {t.name: t.value for t in told if t.name in _OWN and t.value is not None}
+    own = {t.name: t.value for t in told if t.name in OWN and t.value is not None}
 
     def saved_at(values: Mapping[str, float]) -> float | None:
-        there = moved(terms, {name: value for name, value in values.items() if name not in _OWN})
+        there = moved(terms, {name: value for name, value in values.items() if name not in OWN})
         ways = (_placed(way, values, own, terms) for way in (best, reference))
         return saved_percent(*(sheet(way, there) for way in ways))
 
@@ -98,7 +92,7 @@ def _placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], ter
     changes: dict[str, Any] = {}
     if "setup_hours" in values and not way.plain:
         changes["setup_hours"] = way.setup_hours + values["setup_hours"] - own["setup_hours"]
-    for field, name, common in _OFFERS:
+    for field, name, common in OFFERS:
         amount: Amount | None = getattr(way, field)
         if amount is None or way.of_catalog or name not in own:
             continue

@@ -58,7 +58,7 @@ def _weighed(
     picks = {kind: money.cheapest(ways, sheets, _open(ways, kind)) for kind in ("purchase", "cloud")}
     mine = _open(ways, "existing")
     best = money.cheapest(ways, sheets, [*mine, *(p for p in picks.values() if p is not None)])
-    plain = [i for i, w in enumerate(ways) if w.of_catalog and w.plain and w.kind in picks]
+    plain = [i for i, w in enumerate(ways) if w.plain and w.kind in picks]
     reference = money.cheapest(ways, sheets, plain)
     shown = [*mine, *picks.values(), reference, 0]
     listed = tuple(dict.fromkeys(i for i in shown if i is not None))

@@ -71,7 +71,7 @@ class Asking:
         self, kind: str, given: Machine, name: str, plain: bool, hours: float | None, offer: Offer | None,
         known: CatalogMachine | None,
     ) -> Way:  # fmt: skip
-        power_w = given.power_w.value if given.power_w else offer.power_w if offer else _power_w(known)
+        power_w = given.power_w if given.power_w else offer.power_w if offer else _power_w(known)
         way = self._labelled(kind, name, plain, offer)
         price: Amount | None = None
         per_hour: Amount | None = None
@@ -114,9 +114,8 @@ class Asking:
         """With the hours of people, and the names of those that nobody told."""
         given: Machine = getattr(self.case, kind)
         hours = {
-            f"{kind}.setup_hours": given.setup_hours and given.setup_hours.value,
-            f"{kind}.operating_hours_per_year": given.operating_hours_per_year
-            and given.operating_hours_per_year.value,
+            f"{kind}.setup_hours": given.setup_hours,
+            f"{kind}.operating_hours_per_year": given.operating_hours_per_year,
         }
         if not plain:
             hours["effort.setup_hours"] = self.plan_hours
@@ -131,13 +130,9 @@ class Asking:
             plain=plain,
             setup_hours=(setup or 0.0) + (hours.get("effort.setup_hours") or 0.0),
             operating_hours=operating or 0.0,
-            storage_per_month=self._storage() if kind == "cloud" else 0.0,
+            storage_per_month=self.case.cloud.storage_per_month or 0.0 if kind == "cloud" else 0.0,
             unknown=tuple(unknown),
         )
-
-    def _storage(self) -> float:
-        given = self.case.cloud.storage_per_month
-        return given.value if given else 0.0
 
     def _hours(self, offer: Offer | None) -> float:
         assert offer is not None and offer.step_s is not None, "asked for by whoever has one"

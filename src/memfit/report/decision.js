@@ -54,7 +54,7 @@
     };
     const of = (kind) => among((w) => w.kind === kind && !(told.own[kind] && w.of_catalog));
     const slots = { purchase: of("purchase"), cloud: of("cloud"), nothing: 0 };
-    slots.reference = among((w) => w.of_catalog && w.plain && (w.kind === "purchase" || w.kind === "cloud"));
+    slots.reference = among((w) => w.plain && (w.kind === "purchase" || w.kind === "cloud"));
     for (const { slot, index } of told.slots) if (slot.startsWith("existing")) slots[slot] = index;
     const open = Object.entries(slots).filter(([slot, i]) => i !== null && i !== 0 && slot !== "reference");
     const mine = open.map(([, i]) => i).filter((i) => sheets[i].enough);
@@ -96,13 +96,33 @@
     return { terms, ways, now };
   }
 
+  const isAmount = (value) => value !== null && typeof value === "object";
+  const times = (amount, ratio) => ({ usd: amount.usd * ratio, own: amount.own * ratio });
+
+  // terms and a way with one number elsewhere, as decision/chance.py moves them
   function swung(terms, name, value) {
-    const next = { ...terms }, amount = terms[name];
-    if (amount !== null && typeof amount === "object") {
-      const ratio = value / at(amount, terms.per_usd);
-      next[name] = { usd: amount.usd * ratio, own: amount.own * ratio };
-    } else next[name] = value;
+    if (!(name in terms)) return terms;
+    const now = terms[name];
+    if (!isAmount(now)) return { ...terms, [name]: value };
+    const whole = at(now, terms.per_usd);
+    return { ...terms, [name]: whole ? times(now, value / whole) : { usd: 0, own: value } };
+  }
+
+  function placed(way, terms, name, value) {
+    const next = { ...way }, mine = told.own_terms;
+    if (name === "setup_hours" && !way.plain) next.setup_hours += value - mine.setup_hours;
+    for (const [field, own, common] of told.offers) {
+      if (way[field] === null || way.of_catalog || !(own in mine)) continue;
+      const ratio = name === own ? value / mine[own] : name === common ? terms[common] / value : 1;
+      next[field] = times(way[field], ratio);
+    }
     return next;
+  }
+
+  // a range that moved with its slider
+  function scaled(terms, name, end) {
+    const size = (t) => (isAmount(t[name]) ? at(t[name], t.per_usd) : t[name]);
+    return name in terms && size(told.terms) ? (end * size(terms)) / size(told.terms) : end;
   }
 
   function show(cell, text, value) {
@@ -153,12 +173,12 @@
         live("saved", percent(share), share);
         live("reference", told.labels[slots.reference], slots.reference);
         const rows = [...document.querySelectorAll("[data-swing]")];
+        const pair = [ways[best], ways[slots.reference]];
         const ends = rows.map((row) => {
-          const swing = told.swings.find((s) => s.name === row.dataset.swing);
-          const scale = row.dataset.swing === "runs_per_year" ? now.runs / swing.value : row.dataset.swing === "utilisation_ratio" ? now.utilisation / swing.value : 1;
-          return [swing.low, swing.high].map((end) => {
-            const next = swung(terms, swing.name, end * scale);
-            return saved(sheet(ways[best], next), sheet(ways[slots.reference], next)) ?? share;
+          const { name, low, high } = told.swings.find((s) => s.name === row.dataset.swing);
+          return [low, high].map((bound) => {
+            const end = scaled(terms, name, bound), next = swung(terms, name, end);
+            return saved(...pair.map((way) => sheet(placed(way, terms, name, end), next))) ?? share;
           });
         });
         const all = [...ends.flat(), share], low = Math.min(...all), span = Math.max(...all) - low || 1;

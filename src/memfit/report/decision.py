@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 from memfit import catalog
 from memfit.report.answer import answer
 from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted
 from memfit.report.pool import energy_saved
+from memfit.report.sliders import sliders
 from memfit.types.decision import Decision, Sheet, Stage, Term, Way
 from memfit.types.result import Interval, Poc
-from memfit.wire import to_plain
 
 Filled = Mapping[str, Figure | str | Sentence]
 QUESTIONS: Final = ("fits", "money", "risk", "next")
@@ -22,7 +22,6 @@ MONEY: Final = (  # of a way, in the order of the table: the sheet's names
     "support_per_year", "running_per_year", "residual", "present_cost", "cost_per_run",
     "net_present_value",
 )  # fmt: skip
-_MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +128,7 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
         phrases=(),
         terms=tuple(_term(made, term) for term in made.told),
         energy_saved=energy and (_energy_saved(*energy), energy[1]),
-        sliders=_sliders(made),
+        sliders=sliders(made),
     )  # fmt: skip
     asked = {"fits": _fits(poc, view), "money": _money(view), "risk": _risk(poc, view), "next": _next(view)}
     return dataclasses.replace(view, questions=asked, phrases=tuple(_phrases(poc, view)))
@@ -293,8 +292,19 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     told = [Sentence(key=f"decide.money.{key}", values=values)]
     told.append(Sentence(key="decide.money.first", values=values))
     if best.at_least:
-        told.append(Sentence(key="decide.money.at_least"))
+        told.append(_unknown(view, best))
     return tuple(told)
+
+
+def _unknown(view: DecisionView, best: WayRow) -> Sentence:
+    """Up to which labour cost the saving holds, where there is one and labour is missing in it."""
+    made, reference = view.made, view.reference
+    spare = 0.0
+    if reference is not None:
+        spare = made.sheets[reference.index].present_cost - made.sheets[best.index].present_cost
+    if spare <= 0:
+        return Sentence(key="decide.money.at_least")
+    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare)})
 
 
 _ORDER: Final = {"high": 0, "unknown": 1, "some": 2, "low": 3}
@@ -380,41 +390,3 @@ def _phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
         told = {k: facts[k][0] if k in facts else "?" for k in ("release", "torch", "licence", "status")}
         key = "phrase.used" if name == used else "phrase.candidate"
         yield Sentence(key=key, values={"engine": name, **told})
-
-
-def _sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
-    """Where each slider starts and how far it goes."""
-    t = made.terms
-    energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
-    hour = t.labour_per_hour or 50 * t.per_usd
-    hours = next((n.value for n in made.told if n.name == "setup_hours"), None) or 0.0
-    spans = {
-        "energy": (energy, 0.0, 4 * energy, energy / 100),
-        "hardware": (1.0, 0.2, 3.0, 0.01),
-        "labour": (t.labour_per_hour, 0.0, 4 * hour, hour / 100),
-        "setup": (hours, 0.0, max(200.0, 2 * hours), 0.5),
-        "runs": (t.runs_per_year, 1.0, max(200.0, 4 * t.runs_per_year), 1.0),
-        "utilisation": (t.utilisation_ratio, 0.05, 1.0, 0.01),
-    }
-    return {name: dict(zip(("start", "low", "high", "step"), spans[name], strict=True)) for name in _MOVED}
-
-
-def played(view: DecisionView) -> Mapping[str, Any]:
-    """What decision.js needs to compute the same sheets: ways, terms, slots, sliders."""
-    made = view.made
-    own = {w.kind for w in made.ways if not w.of_catalog}
-    return {
-        "ways": to_plain(made.ways),
-        "terms": to_plain(made.terms),
-        "own": {kind: kind in own for kind in ("purchase", "cloud")},
-        "slots": [{"slot": w.slot, "index": w.index} for w in view.ways],
-        "sliders": to_plain(view.sliders),
-        "symbol": made.symbol,
-        "decimals": made.decimals,
-        "swings": [
-            {"name": s.name, "low": t.low, "high": t.high, "value": t.value}
-            for s in made.swings
-            for t in made.told
-            if t.name == s.name
-        ],
-    }  # fmt: skip

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.report import charts, drawing
 from memfit.report.case import CLASSES
-from memfit.report.decision import MONEY, DecisionView, decision_view, played, way_name
+from memfit.report.decision import MONEY, DecisionView, decision_view, way_name
 from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted, sentence_text
 from memfit.report.files import write_whole
 from memfit.report.rows import PocView
+from memfit.report.sliders import played
 from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words
 from memfit.types.decision import DRAWS, Decision
@@ -58,7 +59,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
             "draws": DRAWS,
             "swing_css": _swing_css(()),
         }
-    told = played(shown)
+    told = played(shown.made, [(w.slot, w.index) for w in shown.ways])
     labels = [sentence_text(way_name(way), words) for way in shown.made.ways]
     plain = words.get("way.plain")
     plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in shown.made.ways]

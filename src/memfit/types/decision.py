@@ -8,6 +8,12 @@ from typing import Final
 
 from memfit.types.result import Interval
 
+# A way's price, the name of the user's own offer for it, and the factor that moves the catalog's.
+OFFERS: Final = (
+    ("price", "purchase_price", "hardware_factor"),
+    ("per_hour", "rental_price", "rental_factor"),
+)
+OWN: Final = ("setup_hours", *(own for _, own, _ in OFFERS))  # told numbers that are of ways, not of terms
 DRAWS: Final = 4000  # of the uncertain numbers, behind the interval of what is saved
 
 

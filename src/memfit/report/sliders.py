@@ -1,0 +1,46 @@
+"""What the page's sliders need: where they start and end, and the numbers that decision.js plays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from memfit.types.decision import OFFERS, OWN, Decision
+from memfit.wire import to_plain
+
+_MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
+
+
+def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
+    """Where each slider starts and how far it goes."""
+    t = made.terms
+    energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
+    hour = t.labour_per_hour or 50 * t.per_usd
+    hours = next((n.value for n in made.told if n.name == "setup_hours"), None) or 0.0
+    spans = {
+        "energy": (energy, 0.0, 4 * energy, energy / 100),
+        "hardware": (1.0, 0.2, 3.0, 0.01),
+        "labour": (t.labour_per_hour, 0.0, 4 * hour, hour / 100),
+        "setup": (hours, 0.0, max(200.0, 2 * hours), 0.5),
+        "runs": (t.runs_per_year, 1.0, max(200.0, 4 * t.runs_per_year), 1.0),
+        "utilisation": (t.utilisation_ratio, 0.05, 1.0, 0.01),
+    }
+    return {name: dict(zip(("start", "low", "high", "step"), spans[name], strict=True)) for name in _MOVED}
+
+
+def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
+    """What decision.js needs to compute the same sheets: ways, terms, which way stands in which slot."""
+    own = {w.kind for w in made.ways if not w.of_catalog}
+    names = {swing.name for swing in made.swings}
+    return {
+        "ways": to_plain(made.ways),
+        "terms": to_plain(made.terms),
+        "own": {kind: kind in own for kind in ("purchase", "cloud")},
+        "own_terms": {t.name: t.value for t in made.told if t.name in OWN and t.value is not None},
+        "offers": OFFERS,
+        "slots": [{"slot": slot, "index": index} for slot, index in slots],
+        "sliders": to_plain(sliders(made)),
+        "symbol": made.symbol,
+        "decimals": made.decimals,
+        "swings": [{"name": t.name, "low": t.low, "high": t.high} for t in made.told if t.name in names],
+    }
