@@ -78,16 +78,29 @@ class Gate(_Strict):
     holds: bool
 
     @property
-    def reason(self) -> str:
-        found = "not measured" if self.found is None else self.found
-        return f"{self.name} is {found:.4g}" if isinstance(found, float) else f"{self.name} is {found}"
+    def words(self) -> tuple[str, str, str, bool]:
+        """Name, what was found ("" if it was not measured), limit, whether it holds: as reports take it."""
+        found = self.found
+        if isinstance(found, bool):
+            told = "yes" if found else "no"
+        else:
+            told = f"{found:.4g}" if isinstance(found, float) else found or ""
+        return self.name, told, self.limit, self.holds
 
 
 def read(path: Path) -> Gates:
     """Raises UserError with the place of the first fault."""
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parsed(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def parsed(text: str, path: str) -> Gates:
+    """Raises UserError with the place of the first fault; `path` names the text."""
+    try:
+        given = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
         return Gates.model_validate(given)

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from memfit import outlook, wire
+from memfit import gates, outlook, wire
 from memfit.adoption import effort
 from memfit.cost.memory import timeline
 from memfit.decision import case as cases
@@ -60,7 +60,8 @@ __all__ = [
     "search",
 ]  # fmt: skip
 
-CASE, OFFER = "case", "offer"  # records beside a PoC's own: the user's figures, predictions made later
+# Records beside a PoC's own: the user's figures, predictions made later, machines of stages, limits.
+CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
 _CHECKPOINTING = use("activation-checkpointing", every=1)
@@ -123,7 +124,11 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
     else:
         own, name = cases.Case(), ""
     more = [wire.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(wanted, OFFER)]
-    decision = decide_on(found, own, more=more, name=name)
+    named = {s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(wanted, STAGE)))}
+    limits = [gates.parsed(json.loads(r.body)["text"], "its gates") for r in store.records(wanted, GATES)]
+    decision = decide_on(
+        found, own, more=more, name=name, named=named, limits=limits[-1] if limits else gates.Gates()
+    )
     if case is not None:
         store.append(wanted, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
     return found, decision

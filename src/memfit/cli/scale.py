@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, StoreOptions
-from memfit.cli.output import console, emit, print_table
+from memfit.cli.options import GoalOptions, HereOptions, JobOptions, OutputOptions, StoreOptions
+from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
 from memfit.cli.record import found_record
 from memfit.cli.request import machine_of, request
 
 if TYPE_CHECKING:
+    import rich.console
+
     import memfit.gates
     import memfit.shared
+    import memfit.types.decision
     import memfit.types.result
 
 
@@ -40,12 +43,13 @@ class ScaleOptions:
 
 
 def scale(
-    own: ScaleOptions, goal: GoalOptions, here: HereOptions, store: StoreOptions, output: JsonOptions
+    own: ScaleOptions, goal: GoalOptions, here: HereOptions, store: StoreOptions, output: OutputOptions
 ) -> None:
     """Hold a proof of concept against the gate to the next stage, and predict that stage.
 
     Exit code 1 where a gate does not hold: nothing further is predicted then.
     """
+    lang = language(output.lang)
     machines = {n: m for n, m in (("pilot", own.pilot), ("full", own.full)) if m is not None}
     for name in machines.values():
         machine_of(name, here.place)  # known before anything long begins
@@ -60,11 +64,12 @@ def scale(
     if not failed:
         job = _job(record.model.job, own.size)
         stages = {name: _stage(record.poc_id, job, on, goal, here, store) for name, on in machines.items()}
+    made = _decision(record.poc_id, stages, own.gates, store)
     if output.json:
         told = {"gates": [g.model_dump() for g in held], "limits": limits.model_dump(), "stages": stages}
         emit({"poc_id": record.poc_id, "holds": not failed, **told})
     else:
-        _print(record, held, stages)
+        _print(record, held, stages, made, lang)
     if failed:
         raise typer.Exit(1)
 
@@ -91,7 +96,7 @@ def _stage(
     _keep(poc_id, result, asked.machine.name, job.size or "", store)
     memory = estimate.device_bytes or estimate.allocated_bytes
     return {
-        "machine": on,
+        "machine": asked.machine.name,
         "size": job.size,
         "plan": estimate.plan.to_dict(),
         "label": estimate.plan.label,
@@ -123,15 +128,49 @@ def _keep(
             kept.append(poc_id, pipeline.OFFER, offer)
 
 
-def _print(record: memfit.shared.Shared, held: tuple[memfit.gates.Gate, ...], stages: dict[str, Any]) -> None:
-    from memfit.types.units import format_bytes
+def _decision(
+    poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
+) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None:
+    """Money of each stage, with the figures that were given last; the user's limits and machines are kept for
+    the report. None for a record of others."""
+    from memfit import pipeline
+    from memfit.store import Store
+
+    kept = Store(store.store)
+    if poc_id not in kept.poc_ids():
+        return None
+    for name, stage in stages.items():
+        kept.append(poc_id, pipeline.STAGE, {"name": name, "machine": stage["machine"]})
+    if gates is not None:
+        kept.append(poc_id, pipeline.GATES, {"text": gates.read_text(encoding="utf-8")})
+    poc, made = pipeline.decide(kept, poc_id=poc_id, case=None)
+    for stage in made.stages:
+        if stage.name in stages:
+            money = {"currency": made.currency, "to_spend": stage.to_spend}
+            stages[stage.name] |= money
+    return poc, made
+
+
+def _print(
+    record: memfit.shared.Shared, held: tuple[memfit.gates.Gate, ...], stages: dict[str, Any],
+    made: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None, lang: str,
+) -> None:  # fmt: skip
+    from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages
 
     out = console()
     out.print(f"PoC {record.poc_id}: {record.model.job} {record.model.size}", markup=False)
-    print_table(
-        ("Gate", "Found", "Limit", ""),
-        [(g.name, _told(g.found), g.limit, "holds" if g.holds else "FAILS") for g in held],
-    )
+    print_gates([g.words for g in held], console=out, lang=lang)
+    if made is not None and all(g.holds for g in held):
+        print_stages(*made, only=["poc", *(stages or ("pilot", "full"))], console=out, lang=lang)
+    elif made is None:
+        _print_plain(stages, out)
+    print_gate_end([g.words for g in held], predicted=bool(stages), console=out, lang=lang)
+
+
+def _print_plain(stages: dict[str, Any], out: rich.console.Console) -> None:
+    """Of a record that others made: what is predicted, without money."""
+    from memfit.types.units import format_bytes
+
     for name, stage in stages.items():
         memory, step = stage["memory_bytes"], stage["step_s"]
         out.print(f"{name} on {stage['machine']}, size {stage['size']}: {stage['label']}", markup=False)
@@ -140,16 +179,3 @@ def _print(record: memfit.shared.Shared, held: tuple[memfit.gates.Gate, ...], st
         out.print(f"  predicted memory {span}; step {speed}", markup=False)
         out.print(f"  stop when {'; or '.join(stage['stop_when'])}", markup=False)
         out.print(f"  way back: {stage['way_back']}", markup=False)
-    failed = [gate.reason for gate in held if not gate.holds]
-    if failed:
-        out.print(f"Stopped before the next stage: {'; '.join(failed)}.", markup=False)
-    elif not stages:
-        out.print("Every gate holds. --pilot MACHINE and --full MACHINE predict the next stages.")
-
-
-def _told(found: float | bool | str | None) -> str:
-    if found is None:
-        return "not measured"
-    if isinstance(found, bool):
-        return "yes" if found else "no"
-    return f"{found:.4g}" if isinstance(found, float) else found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from memfit import catalog
+from memfit import catalog, gates
 from memfit.decision import chance, money
 from memfit.decision.case import Case, term
 from memfit.decision.risks import risks
@@ -17,8 +17,17 @@ from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
 
-def decide(poc: Poc, case: Case, *, more: Sequence[Offer] = (), name: str = "") -> Decision:
-    """`more`: predictions made after the PoC, which count before its own. Raises UserError."""
+def decide(
+    poc: Poc,
+    case: Case,
+    *,
+    more: Sequence[Offer] = (),
+    name: str = "",
+    named: Mapping[str, str] | None = None,
+    limits: gates.Gates | None = None,
+) -> Decision:
+    """`more`: predictions made after the PoC, which count before its own; `named`: machines of the stages;
+    `limits`: of the gate. Raises UserError."""
     newer = {(o.machine, o.plain): o for o in more}
     offers = [*newer.values(), *(o for o in poc.offers if (o.machine, o.plain) not in newer)]
     known = told(case, place=_place(poc.place), offers=offers)
@@ -39,7 +48,7 @@ def decide(poc: Poc, case: Case, *, more: Sequence[Offer] = (), name: str = "") 
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
     made = _weighed(known, ways, sheets, case, name, (*known.numbers, hours))
-    made = dataclasses.replace(made, stages=stages(poc, made, offers))
+    made = dataclasses.replace(made, stages=stages(poc, made, offers, named or {}, limits or gates.Gates()))
     return dataclasses.replace(made, risks=risks(poc, made))
 
 

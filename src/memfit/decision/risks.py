@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memfit import catalog
-from memfit.decision.stages import pilot_cost
 from memfit.types.decision import Decision, Risk
 from memfit.types.result import OutcomeKind, Poc, Run
 
@@ -18,7 +17,7 @@ _FEW_MACHINES = 5
 
 def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
     """`loss`: the pilot, all of it; unknown for security, where money is not the measure."""
-    loss = pilot_cost(made)
+    loss = next((s.to_spend for s in made.stages if s.name == "pilot"), None)
     found = (
         _accuracy(poc), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc), _supply(made),
         _security(poc),

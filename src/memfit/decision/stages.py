@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from memfit import gates, shared
 from memfit.cost.money import J_PER_KWH
@@ -14,14 +14,16 @@ from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
 
-def stages(poc: Poc, made: Decision, offers: Sequence[Offer]) -> tuple[Stage, ...]:
-    """Empty for a PoC that did not finish: half a record passes no gate."""
+def stages(
+    poc: Poc, made: Decision, offers: Sequence[Offer], named: Mapping[str, str], limits: gates.Gates
+) -> tuple[Stage, ...]:
+    """`named`: the machine that the user gave a stage, by the stage's name. Empty for a PoC that did not
+    finish: half a record passes no gate."""
     try:
         record = shared.of_poc(poc)
     except UserError:
         return ()
-    held = gates.evaluate(record, gates.Gates())
-    passed = all(gate.holds for gate in held)
+    held = gates.evaluate(record, limits)
     first = Stage(
         name="poc",
         state="done",
@@ -30,30 +32,48 @@ def stages(poc: Poc, made: Decision, offers: Sequence[Offer]) -> tuple[Stage, ..
         engine=record.recommended.engine,
         spent=_spent(poc, made),
         to_spend=0.0,
-        gates=tuple((g.name, _told(g.found), g.limit, g.holds) for g in held),
+        gates=tuple(gate.words for gate in held),
     )
-    trial = pilot(made)
-    if trial is None or made.best is None:
-        return (
-            first,
-            Stage(name="pilot", state="next" if passed else "stopped"),
-            Stage(name="full", state="later"),
-        )
-    best = made.ways[made.best]
+    state = "next" if all(gate.holds for gate in held) else "stopped"
+    trial = _named(made, named.get("pilot")) or (pilot(made) if "pilot" not in named else None)
+    whole = _named(made, named.get("full"))
+    if whole is None and "full" not in named and made.best is not None:
+        whole = made.ways[made.best]
     return (
         first,
-        _stage("pilot", "next" if passed else "stopped", trial, offers, pilot_cost(made)),
-        _stage("full", "later", best, offers, made.sheets[made.best].present_cost),
+        _stage("pilot", state, named.get("pilot", ""), trial, offers, pilot_cost(made, trial)),
+        _stage("full", "later", named.get("full", ""), whole, offers, _whole_cost(made, whole)),
     )
 
 
-def _stage(name: str, state: str, way: Way, offers: Sequence[Offer], cost: float | None) -> Stage:
-    offer = next((o for o in offers if o.machine == way.machine and o.plain is way.plain), None)
+def _named(made: Decision, machine: str | None) -> Way | None:
+    """The cheapest plan on it, where it is already there before it is rented, and rented before it is
+    bought; None where it has no price."""
+    order = ("existing", "cloud", "purchase")
+    found = [i for i, w in enumerate(made.ways) if w.machine == machine and w.kind in order]
+    best = min(
+        found, key=lambda i: (order.index(made.ways[i].kind), made.sheets[i].present_cost), default=None
+    )
+    return None if best is None else made.ways[best]
+
+
+def _whole_cost(made: Decision, way: Way | None) -> float | None:
+    return None if way is None else sheet(way, made.terms).present_cost
+
+
+def _stage(
+    name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], cost: float | None
+) -> Stage:
+    """What is predicted stands even where nobody has a price for the machine."""
+    machine = way.machine if way is not None else machine
+    fit = [o for o in offers if o.machine == machine and o.fits]
+    same = [o for o in fit if way is None or o.plain is way.plain]
+    offer = min(same, key=lambda o: o.plain, default=None)
     return Stage(
         name=name,
         state=state,
-        machine=way.machine,
-        plan=way.plan,
+        machine=machine,
+        plan=way.plan if way is not None else offer.plan if offer is not None else "",
         engine=offer.engine if offer else "",
         memory_bytes=offer.memory_bytes if offer else None,
         step_s=offer.step_s if offer else None,
@@ -75,11 +95,10 @@ def pilot(made: Decision) -> Way | None:
     return min(same or rented, key=lambda w: sheet(w, one_run).rental_per_year, default=None)
 
 
-def pilot_cost(made: Decision) -> float | None:
+def pilot_cost(made: Decision, way: Way | None) -> float | None:
     """Set-up and one run, with the monthly charges of the months that it begins; None where a pilot would
     need the purchase first."""
-    way = pilot(made)
-    if way is None:
+    if way is None or way.kind == "purchase":
         return None
     part = max(1, math.ceil(12 * way.hours / HOURS_PER_YEAR)) / 12
     basic = made.terms.basic_per_kw_month
@@ -101,12 +120,3 @@ def _spent(poc: Poc, made: Decision) -> float | None:
     if not joules:
         return None
     return power + (minutes or 0.0) / 60 * terms.labour_per_hour
-
-
-def _told(found: float | bool | str | None) -> str:
-    """As `memfit scale` prints it; "" was not measured."""
-    if found is None:
-        return ""
-    if isinstance(found, bool):
-        return "yes" if found else "no"
-    return f"{found:.4g}" if isinstance(found, float) else found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.text import Text
 
-from memfit.report.decision import DecisionView, decision_view
-from memfit.report.figures import figure_text, sentence_text
+from memfit.report.decision import DecisionView, decision_view, gate_words
+from memfit.report.figures import Figure, figure_text, sentence_text
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
 from memfit.types.decision import Decision
@@ -29,6 +31,60 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
         for key in made.asked:
             console.print(Text(f"  {words.get(f'ask.{key}')}  ({key})"))
         console.print(Text(words.get("lead.terms"), style="dim"))
+
+
+def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console, lang: str) -> None:
+    """What was found against what is asked for. Raises UserError for an unknown `lang`."""
+    words = load_words(lang)
+    columns = ("gate", "found", "limit", "holds")
+    table = new_table([words.get(f"gate_column.{name}") for name in columns], left=len(columns))
+    for gate in gates:
+        ends = words.get("stages.holds" if gate[3] else "stages.fails")
+        table.add_row(*map(Text, _gate(gate, words)), Text(ends, style="" if gate[3] else "red"))
+    console.print(table)
+
+
+def print_gate_end(
+    gates: Sequence[tuple[str, str, str, bool]], *, predicted: bool, console: Console, lang: str
+) -> None:
+    """Why it stopped, or what would come next where nothing was predicted."""
+    words = load_words(lang)
+    failed = [_gate(gate, words) for gate in gates if not gate[3]]
+    if failed:
+        reasons = "; ".join(words.get("scale.reason", gate=name, found=found) for name, found, _ in failed)
+        console.print(Text(words.get("scale.stopped", reasons=reasons), style="red"))
+    elif not predicted:
+        console.print(Text(words.get("scale.holds")))
+
+
+def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
+    return [part if isinstance(part, str) else sentence_text(part, words) for part in gate_words(gate)]
+
+
+def print_stages(poc: Poc, made: Decision, *, only: Sequence[str], console: Console, lang: str) -> None:
+    """Each stage with its money, intervals, stop criterion, way back and what to watch."""
+    words = load_words(lang)
+    for row in (r for r in decision_view(poc, made).stages if r.stage.name in only):
+        stage = row.stage
+        state = words.get(f"stage_state.{stage.state}")
+        console.print(Text(f"{words.get(f'stages.{stage.name}')} ({state})", style="bold"))
+        if not stage.machine:
+            console.print(Text(f"  {words.get('stages.unknown')}"))
+            continue
+        lines = [("machine", f"{stage.machine}: {stage.plan}")]
+        lines += [("memory", _span(row.memory, words))] if stage.memory_bytes else []
+        lines += [("step", _span(row.step, words))] if stage.step_s else []
+        if stage.name == "poc":
+            lines.append(("spent", figure_text(row.spent, words)))
+        else:
+            lines.append(("to_spend", figure_text(row.to_spend, words)))
+            lines += [(name, words.get(f"stages.{name}_text")) for name in ("stop", "back", "watch")]
+        for name, text in lines:
+            console.print(Text(f"  {words.get(f'stages.{name}')}: {text}"))
+
+
+def _span(ends: tuple[Figure, Figure], words: Words) -> str:
+    return " – ".join(figure_text(end, words) for end in ends)
 
 
 def _print_ways(view: DecisionView, console: Console, words: Words) -> None:
