@@ -3,8 +3,9 @@
     python benchmarks/alphafold_case.py [--only PART ...]      run parts, record, write the page
     python benchmarks/alphafold_case.py --page                 the page from the records only
 
-``memory`` predicts published sizes on an H100, ``train`` trains the tiny one here under every plan of the
-ladder, ``devices`` predicts several GPUs, ``published`` runs of a file with published.csv's columns (--csv).
+``memory`` predicts published sizes on an H100, ``offers`` the initial size on every device with a price,
+``train`` trains the tiny one here under every plan of the ladder, ``devices`` predicts several GPUs,
+``published`` runs of a file with published.csv's columns (--csv).
 Each line of benchmarks/records/alphafold_case.jsonl is one plan or run; of equal ones the last counts.
 """
 
@@ -28,13 +29,14 @@ from published.predict import traces_of
 from published.rows import Setup, read, setup_of
 from published.score import score
 
-from memfit import catalog, wire
+from memfit import catalog, outlook, wire
 from memfit.configs.openfold import PRESETS
 from memfit.configs.openfold import SIZES as PUBLISHED_SIZES
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
 from memfit.measure import here
-from memfit.planning import Request, make_pricer, needed_bytes
+from memfit.planning import Request, make_pricer, needed_bytes, space_of
+from memfit.pricing import Pricer
 from memfit.running import explain, run_spec
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import effect_of, make_use
@@ -119,6 +121,29 @@ def predicted(size: str, name: str, machine: str = ONE) -> dict[str, Any]:
         "block_keeps": kept_by_block(traced), "parameters": traced.parameter_count,
         "took_s": round(time.perf_counter() - begun),
     }  # fmt: skip
+
+
+OFFERED = ("plain, fp32", "bf16 parameters, checkpointing per block")
+
+
+def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
+    """One sample a step on single devices: what a decision on a machine is made from."""
+    job = load(JobRef(spec="alphafold2", size=size, batch=1))
+    devices = [catalog.machine(name) for name in outlook.priced()]
+    space = space_of(job, "cuda")
+    for name in OFFERED:
+        plan, traces = plan_of(LADDER[name]), {}
+        for machine in (m for m in devices if "bfloat16" in m.device.peak_flops):
+            pricer = Pricer(job=job, machine=machine, space=space)
+            pricer.traces = traces  # of one kind of device: made once
+            found = pricer.whole(plan)
+            traces = pricer.traces
+            fits = needed_bytes(found, machine) <= machine.device.memory_bytes.value
+            told = outlook.offer(found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits)
+            yield {
+                "kind": "offer", "size": size, "name": name, "machine": machine.name,
+                "offer": json.loads(wire.dumps(told)),
+            }  # fmt: skip
 
 
 def _alike(size: str, samples: int, step: int, seed: int) -> dict[str, Any]:
@@ -280,6 +305,7 @@ def for_the_report(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "created": max(r["created"] for r in found if r["kind"] == "predicted")[:10],
         "device": devices.device.name, "memory_bytes": devices.device.memory_bytes.value, "sizes": sizes,
+        "offers": [r["offer"] for r in found if r["kind"] == "offer"],
     }  # fmt: skip
 
 
@@ -301,6 +327,8 @@ def made(part: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield from trained(name, args.seeds)
     elif part == "devices":
         yield from (predicted(*asked) for asked in SEVERAL)
+    elif part == "offers":
+        yield from offered()
     elif args.csv is not None:
         yield from others(args.csv)
 
@@ -318,7 +346,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parts = ("memory", "train", "devices", "published")
+    parts = ("memory", "offers", "train", "devices", "published")
     parser.add_argument(
         "--only", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts)
     )

@@ -35,13 +35,13 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
     ref = _at(planning, "paper")
     rows = [
         _row(planning, pricer, progress)
-        for pricer in _pricers(planning, ref or planning.request.job, _priced())
+        for pricer in _pricers(planning, ref or planning.request.job, priced())
     ]
     offers = tuple(offer for row in rows for offer in _offers(row))
     return tuple(row for row in rows if ref is not None and row.machine in MACHINES), offers
 
 
-def _priced() -> tuple[str, ...]:
+def priced() -> tuple[str, ...]:
     """Single accelerators that somebody sells or rents at a price that is known."""
     devices = map(catalog.device, catalog.device_names())
     return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)

@@ -29,6 +29,7 @@ from memfit.planning import (
     model_sizes,
     search,
 )
+from memfit.report.case import case_offers
 from memfit.report.html import write_html
 from memfit.report.pool import median_step_s
 from memfit.running import anatomy, explain, run_plan, run_spec
@@ -174,7 +175,7 @@ class _Story:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
         # Other machines and sizes are told of one device, and of models that are traced in a second.
         metric, beyond = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
-        paper, offers = outlook.paper(self.planning, self.progress) if beyond else ((), ())
+        paper, offers = outlook.paper(self.planning, self.progress) if beyond else ((), case_offers(job.name))
         found = Poc(
             poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -85,7 +85,7 @@ def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> 
 
 def test_what_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
-    monkeypatch.setattr(outlook, "_priced", lambda: ("RTX-4090",))
+    monkeypatch.setattr(outlook, "priced", lambda: ("RTX-4090",))
     monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
     (row,), (offer,) = outlook.paper(planning(), quiet)
     assert (offer.plain, offer.fits) == (True, False)
@@ -132,7 +132,7 @@ def test_samples_without_a_length_reach_none(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
-    monkeypatch.setattr(outlook, "_priced", lambda: ("RTX-4090",))
+    monkeypatch.setattr(outlook, "priced", lambda: ("RTX-4090",))
     monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
     (row,) = reached("parameters").values()
     assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)

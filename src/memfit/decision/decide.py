@@ -38,6 +38,7 @@ def decide(
     asking = Asking(
         case=case, offers=offers, steps_per_run=known.steps_per_run, plan_hours=plan_hours,
         labour_known=labour,
+        recommended=poc.search.recommended.estimate.plan.label if poc.search.recommended else "",
     )  # fmt: skip
     ways = asking.ways()
     sheets = tuple(money.sheet(way, known.terms) for way in ways)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
@@ -28,6 +29,7 @@ class Asking:
     steps_per_run: int
     plan_hours: float | None
     labour_known: bool
+    recommended: str = ""  # the PoC's own plan: of machines for which none was predicted
 
     def ways(self) -> tuple[Way, ...]:
         """Doing nothing first. Raises UserError for a machine of which nothing is known."""
@@ -59,10 +61,15 @@ class Asking:
             if hours is None and (offer is None or not offer.fits or offer.step_s is None):
                 continue
             found.append(self._way(kind, given, name, plain, hours, offer, known))
+        if not found and known is None:
+            raise UserError(
+                f"[{kind}] machine {name!r} is not in the catalog",
+                hint=_near(name)
+                + "give hours_plain or hours_recommended, and power_w, of a machine of your own",
+            )
         if not found:
             raise UserError(
                 f"no prediction for [{kind}] machine {name!r} in this record",
-                allowed=", ".join(dict.fromkeys(o.machine for o in self.offers if o.fits)) or "none",
                 hint=f"`memfit scale --pilot {name}` makes one, or give hours_plain or hours_recommended",
             )
         return found
@@ -93,6 +100,7 @@ class Asking:
             most_machines=given.machines if isinstance(given, Existing) else None,
             embodied_kg=_embodied_kg(known),
             of_catalog=False,
+            unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
         )
 
     def _of_catalog(self, offer: Offer) -> Iterator[Way]:
@@ -126,7 +134,7 @@ class Asking:
         return Way(
             kind=kind,
             machine=name,
-            plan=PLAIN if plain else offer.plan if offer is not None else "",
+            plan=PLAIN if plain else offer.plan if offer is not None else self.recommended,
             plain=plain,
             setup_hours=(setup or 0.0) + (hours.get("effort.setup_hours") or 0.0),
             operating_hours=operating or 0.0,
@@ -137,6 +145,11 @@ class Asking:
     def _hours(self, offer: Offer | None) -> float:
         assert offer is not None and offer.step_s is not None, "asked for by whoever has one"
         return self.steps_per_run * offer.step_s.value / 3600
+
+
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, catalog.device_names(), n=1)
+    return f"did you mean {near[0]}? or " if near else ""
 
 
 def _known(name: str) -> CatalogMachine | None:

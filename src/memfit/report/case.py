@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from importlib import resources
-from typing import Final
+from typing import Any, Final
 
+from memfit import wire
 from memfit.report.figures import Figure, assumed, predicted
+from memfit.types.result import Offer
 
 CLASSES: Final = (
     "pair", "msa", "triangle_logits", "msa_logits", "extra", "template", "structure", "states", "other",
@@ -49,10 +51,9 @@ class CaseView:
 
 def case_view(job: str) -> CaseView | None:
     """What was recorded of the job; None for a job without such a record."""
-    kept = resources.files("memfit.report").joinpath("cases", f"{job}.json")
-    if not job.isidentifier() or not kept.is_file():
+    told = _kept(job)
+    if told is None:
         return None
-    told = json.loads(kept.read_text(encoding="utf-8"))
     sizes = tuple(
         CaseSize(
             name=size["name"], residues=size["residues"], rows=size["rows"],
@@ -64,6 +65,20 @@ def case_view(job: str) -> CaseView | None:
         created=told["created"], device=told["device"], memory=assumed(told["memory_bytes"], "bytes"),
         sizes=sizes,
     )  # fmt: skip
+
+
+def case_offers(job: str) -> tuple[Offer, ...]:
+    """Single devices with a price, each with plain training and the plan that was kept for it; none for a job
+    without such a record."""
+    told = _kept(job) or {}
+    return tuple(wire.loads(Offer, json.dumps(one), what="a kept case") for one in told.get("offers", ()))
+
+
+def _kept(job: str) -> dict[str, Any] | None:
+    kept = resources.files("memfit.report").joinpath("cases", f"{job}.json")
+    if not job.isidentifier() or not kept.is_file():
+        return None
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def _rung(told: dict[str, object], first_bytes: float) -> CaseRung:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from memfit.report.decision import DecisionView, decision_view, gate_words
+from memfit.report.decision import decision_view
+from memfit.report.decision_answers import gate_words
+from memfit.report.decision_rows import DecisionView
 from memfit.report.figures import Figure, figure_text, sentence_text
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
@@ -26,6 +28,8 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
             console.print(Text(f"  {sentence_text(sentence, words).strip()}"))
     if view.best is not None:
         _print_ways(view, console, words)
+    for sentence in view.gains:
+        console.print(Text(sentence_text(sentence, words)))
     if made.asked:
         console.print(Text(words.get("decide.asked"), style="bold"))
         for key in made.asked:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from memfit.report import charts, drawing
 from memfit.report.case import CLASSES
-from memfit.report.decision import MONEY, DecisionView, decision_view, way_name
+from memfit.report.decision import MONEY, decision_view, way_name
+from memfit.report.decision_rows import DecisionView
 from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted, sentence_text
 from memfit.report.files import write_whole
 from memfit.report.rows import PocView

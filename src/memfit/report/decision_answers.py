@@ -1,0 +1,181 @@
+"""What the decision says in sentences: four answers, and phrases for a meeting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from memfit import catalog
+from memfit.report.answer import answer
+from memfit.report.decision_rows import DecisionView, WayRow, cash
+from memfit.report.figures import Figure, Sentence, assumed, predicted
+from memfit.types.result import Poc
+
+Filled = Mapping[str, Figure | str | Sentence]
+ENGINES: Final = ("native", "accelerate", "deepspeed", "megatron", "colossalai", "fairscale")
+
+
+def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
+    """The four that a budget owner asks, in this order; the first sentence of each is the short answer."""
+    return {"fits": _fits(poc, view), "money": _money(view), "risk": _risk(poc, view), "next": _next(view)}
+
+
+def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
+    """The PoC's own answer, then the user's machine at full size where it was named."""
+    seen = answer(poc)[:2]
+    mine = [w for w in view.ways if w.slot.startswith("existing")]
+    if not mine:
+        return (*seen, Sentence(key="decide.fits.unnamed"))
+    machine = view.made.ways[mine[0].index].machine
+    kinds = {w.plain: w.enough for w in mine}
+    does = [plain for plain, enough in kinds.items() if enough]
+    key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
+    hours = mine[0].hours
+    needed = Figure(value=mine[0].machines, unit="count", mark=hours.mark)
+    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan, "needed": needed}
+    return (Sentence(key=f"decide.fits.{key}", values=values), *seen)
+
+
+def _money(view: DecisionView) -> tuple[Sentence, ...]:
+    if view.best is None:
+        return (Sentence(key=f"decide.money.{view.made.why_none}"),)
+    best = view.best
+    values: dict[str, Figure | str | Sentence] = {
+        "way": best.name,
+        "cost": best.money["present_cost"],
+        "years": assumed(view.made.terms.years, "count"),
+        "initial": best.money["initial"],
+        "running": best.money["running_per_year"],
+        "saved": view.saved,
+        "low": view.saved_low,
+        "high": view.saved_high,
+    }
+    if view.reference is None or view.saved.value is None:
+        key = "no_reference"
+    else:
+        values["reference"] = view.reference.name
+        key = "does_not_pay" if best.plain else "saves" if view.saved.value > 0 else "loses"
+    told = [Sentence(key=f"decide.money.{key}", values=values)]
+    told.append(Sentence(key="decide.money.first", values=values))
+    if best.at_least:
+        told.append(_unknown(view, best))
+    return tuple(told)
+
+
+def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
+    """Time of a run against the reference's, and what a machine could not train before."""
+    if view.best is None:
+        return
+    if view.reference is not None and view.reference.index != view.best.index:
+        values: Filled = {"hours": view.best.hours, "other": view.reference.hours}
+        yield Sentence(key="decide.money.gain_time", values=values)
+    machine = view.made.ways[view.best.index].machine
+    grown = [r for r in poc.reach if r.recommended and (r.plain is None or r.recommended > r.plain)]
+    own = [r for r in grown if r.machine == machine] or grown
+    for reach in own[:1]:
+        unit = "parameters" if reach.quantity == "parameters" else "count"
+        told: Filled = {
+            "machine": reach.machine,
+            "what": Sentence(key=f"quantity.{reach.quantity}"),
+            "most": predicted(reach.recommended, unit),
+            "plain": predicted(reach.plain, unit),
+        }
+        key = "gain_reach" if reach.plain is not None else "gain_reach_new"
+        yield Sentence(key=f"decide.money.{key}", values=told)
+
+
+def _unknown(view: DecisionView, best: WayRow) -> Sentence:
+    """Up to which labour cost the saving holds, where there is one and labour is missing in it."""
+    made, reference = view.made, view.reference
+    spare = 0.0
+    if reference is not None:
+        spare = made.sheets[reference.index].present_cost - made.sheets[best.index].present_cost
+    if spare <= 0:
+        return Sentence(key="decide.money.at_least")
+    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare)})
+
+
+_ORDER: Final = {"high": 0, "unknown": 1, "some": 2, "low": 3}
+
+
+def _risk(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
+    science = answer(poc)[2]
+    if not view.risks:
+        return (science,)
+    worst = min(view.risks, key=lambda r: _ORDER[r.level])
+    kinds = [n.verdict.kind.value for n in poc.verdicts if n.name == "recommended"]
+    values: Filled = {
+        "name": Sentence(key=f"risk.{worst.kind}"),
+        "evidence": worst.evidence,
+        "verdict": Sentence(key=f"verdict.{kinds[0]}" if kinds else "decide.risk.unjudged"),
+        "loss": next(r.loss for r in view.risks if r.kind != "security"),
+    }
+    about = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
+    keys = ("decide.risk.short", about, "decide.risk.way_out")
+    short, one, way_out = (Sentence(key=key, values=values) for key in keys)
+    return (short, science, one, way_out)
+
+
+def _next(view: DecisionView) -> tuple[Sentence, ...]:
+    if len(view.stages) < 2:
+        return (Sentence(key="decide.next.unfinished"),)
+    first, pilot = view.stages[0].stage, view.stages[1]
+    failed = [g for g in first.gates if not g[3]]
+    if failed:
+        gate, found, limit = gate_words(failed[0])
+        values: Filled = {"gate": gate, "found": found, "limit": limit}
+        return (Sentence(key="decide.next.stopped", values=values),)
+    if not pilot.stage.machine:
+        return (Sentence(key="decide.next.predict"),)
+    told: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.memory[1]}
+    known = pilot.stage.memory_bytes is not None
+    return (
+        Sentence(key="decide.next.pilot", values=told),
+        Sentence(key="decide.next.stop" if known else "decide.next.stop_unpriced", values=told),
+    )
+
+
+def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | str, Sentence | str]:
+    """A gate's name, what was found and what is asked for, in the reader's language."""
+    name, found, limit, _ = gate
+    return Sentence(key=f"gate.{name}"), _gate_value(found), _gate_value(limit)
+
+
+def _gate_value(text: str) -> Sentence | str:
+    if text in ("", "yes", "no"):
+        return Sentence(key=f"gate_value.{text}" if text else "stages.not_measured")
+    if text in ("equivalent", "different", "undecided"):
+        return Sentence(key=f"verdict.{text}")
+    most = text.removeprefix("at most ")
+    return text if most == text else Sentence(key="gate_value.at_most", values={"value": most})
+
+
+# -- phrases for a meeting -------------------------------------------------------------------------------
+
+
+def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
+    best, reference = view.best, view.reference
+    if best is not None and reference is not None and view.saved.value is not None:
+        change = dataclasses.replace(view.saved, value=abs(view.saved.value))
+        values: Filled = {"change": change, "way": best.name, "reference": reference.name}
+        yield Sentence(key=f"phrase.{'less' if view.saved.value >= 0 else 'more'}", values=values)
+    else:
+        yield Sentence(key="phrase.no_cost")
+    if len(view.stages) == 3 and view.stages[1].stage.machine:
+        pilot, full = view.stages[1], view.stages[2]
+        yield Sentence(key="phrase.staged", values={"pilot": pilot.to_spend, "full": full.to_spend})
+    else:
+        yield Sentence(key="phrase.staged_unknown")
+    found = {r.kind: r.evidence for r in view.risks}
+    if {"load", "reproducibility"} <= found.keys():
+        yield Sentence(
+            key="phrase.risks",
+            values={"load": found["load"], "reproducibility": found["reproducibility"]},
+        )
+    used = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
+    for name in ENGINES:
+        facts = catalog.engine_facts(name)
+        told = {k: facts[k][0] if k in facts else "?" for k in ("release", "torch", "licence", "status")}
+        key = "phrase.used" if name == used else "phrase.candidate"
+        yield Sentence(key=key, values={"engine": name, **told})

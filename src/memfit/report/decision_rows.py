@@ -1,0 +1,90 @@
+"""The rows of the decision's page: figures and sentences, no markup."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from memfit.report.figures import Figure, Mark, Sentence
+from memfit.types.decision import Decision, Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WayRow:
+    """``slot``: which column of the page, where another machine may stand once a slider moves."""
+
+    slot: str
+    index: int
+    name: Sentence
+    plan: str
+    plain: bool
+    best: bool
+    reference: bool
+    enough: bool
+    at_least: bool  # hours of people are missing in it
+    hours: Figure
+    machines: int
+    money: Mapping[str, Figure]
+    saved: Figure
+    kwh: Figure
+    operation: Figure
+    embodied: Figure
+    sci: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RiskRow:
+    kind: str
+    level: str
+    evidence: Sentence
+    source: str
+    loss: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StageRow:
+    stage: Stage
+    gates: tuple[tuple[Sentence, Sentence | str, Sentence | str, bool], ...]
+    name: Sentence | None
+    memory: tuple[Figure, Figure]
+    step: tuple[Figure, Figure]
+    spent: Figure
+    to_spend: Figure
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TermRow:
+    name: str
+    value: Figure
+    low: Figure
+    high: Figure
+    ranged: bool
+    source: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionView:
+    made: Decision
+    questions: Mapping[str, tuple[Sentence, ...]]
+    ways: tuple[WayRow, ...]
+    best: WayRow | None
+    reference: WayRow | None
+    saved: Figure
+    saved_low: Figure
+    saved_high: Figure
+    chance: Figure
+    payback: Sentence | None
+    swings: tuple[tuple[str, Figure, Figure], ...]
+    risks: tuple[RiskRow, ...]
+    stages: tuple[StageRow, ...]
+    gains: tuple[Sentence, ...]
+    phrases: tuple[Sentence, ...]
+    terms: tuple[TermRow, ...]
+    energy_saved: tuple[Figure, str] | None
+    sliders: Mapping[str, Mapping[str, float]]
+
+
+def cash(made: Decision, value: float | None, mark: Mark = Mark.PREDICTED) -> Figure:
+    """Money of the case, to its smallest coin."""
+    return Figure(value=value, unit=f"money {made.symbol} {made.decimals}", mark=mark)
