@@ -116,6 +116,16 @@ def test_the_first_screen_answers_the_four_questions(opened: Any) -> None:
         assert len(card.query_selector_all("p")) >= 1
 
 
+@at("yen-en", "yen-ja", "bare-en", "bare-ja", width=390)
+def test_a_phone_shows_the_four_short_answers(opened: Any) -> None:
+    opened.set_viewport_size({"width": 390, "height": 844})
+    for card in opened.query_selector_all(".four .card"):
+        short = card.query_selector(".brief, .purse-facts")
+        assert short is not None
+        box = short.bounding_box()
+        assert box["y"] + box["height"] <= 844
+
+
 # -- sliders ---------------------------------------------------------------------------------------------
 
 SHOWN = ("initial", "running_per_year", "present_cost", "cost_per_run", "electricity_per_year", "residual")
