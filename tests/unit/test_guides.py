@@ -1,0 +1,138 @@
+"""The guides of docs/guides do what they say: every command of every console block is run, in order.
+
+A guide is read like this: a block in Python, TOML or YAML that begins with ``# NAME`` is written to that
+file. In a console block, a line with ``$`` is run; its exit code is 0 unless it ends in ``# exit code N``;
+the lines below it stand in its output, ``...`` for anything. Blocks marked ``text`` are not run: they need a
+cluster, a card, or many minutes, and the guide says so.
+
+All share one folder and one store. Two things are not as the reader has them. A `memfit poc` that a guide
+before ran in the same words is not run again: its output is looked at again. And the managers' guides begin
+after a PoC that takes many minutes: a record made by hand (report_fixture), with offers made by hand, is put
+into the store in its place. The file `theirs.json`, which another group would send, is that record too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import report_fixture
+
+from memfit import shared
+from memfit.cli.app import main
+from memfit.store import Store, default_path
+from memfit.types.result import Interval, Offer, Poc
+from memfit.types.units import GIB
+
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+MADE = ("scientist.md", "platform-engineer.md")  # in this order: the second uses the first's files
+MANAGERS = ("manager.md", "manager.ja.md")
+Step = tuple[str, int, list[str]]  # command, exit code, lines shown
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    yield from re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def steps(block: str) -> Iterator[Step]:
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, *lines = part.splitlines()
+        code = re.search(r"\s+# exit code (\d)$", command)
+        yield command[: code.start()] if code else command, int(code[1]) if code else 0, lines
+
+
+def missing(output: str, lines: list[str]) -> list[str]:
+    """Lines are broken by the terminal's width anywhere, so spaces do not count."""
+    flat = "".join(output.split())
+    wanted = [piece for line in lines for piece in line.split("...")]
+    return [piece for piece in wanted if "".join(piece.split()) not in flat]
+
+
+def made_by_hand() -> Poc:
+    """One 24 GB card that plain training does not fit, and larger ones that it fits."""
+
+    def offer(machine: str, *, plain: bool, fits: bool, step_s: float, power_w: float) -> Offer:
+        memory = Interval(value=20.0 * GIB, low=19.0 * GIB, high=21.0 * GIB)
+        step = Interval(value=step_s, low=0.9 * step_s, high=1.1 * step_s)
+        plan = "plain training" if plain else "checkpointing"
+        return Offer(
+            machine=machine, size="650M", plan=plan, plain=plain, fits=fits,
+            memory_bytes=memory, step_s=step, power_w=power_w,
+        )  # fmt: skip
+
+    offers = (
+        offer("RTX-4090", plain=True, fits=False, step_s=1.0, power_w=550.0),
+        offer("RTX-4090", plain=False, fits=True, step_s=1.4, power_w=560.0),
+        offer("RTX-A6000", plain=True, fits=True, step_s=1.3, power_w=420.0),
+        offer("RTX-A6000", plain=False, fits=True, step_s=1.8, power_w=420.0),
+        offer("H100-SXM", plain=True, fits=True, step_s=0.3, power_w=1000.0),
+        offer("H100-SXM", plain=False, fits=True, step_s=0.4, power_w=1010.0),
+    )
+    return dataclasses.replace(report_fixture.full_poc(), offers=offers)
+
+
+class Reader:
+    """Does what a guide says, and remembers what a `memfit poc` said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+        self.proofs: dict[str, tuple[int, str]] = {}
+
+    def follow(self, guide: str) -> None:
+        for language, body in blocks((GUIDES / guide).read_text(encoding="utf-8")):
+            if language in ("python", "toml", "yaml") and (name := re.match(r"# (\S+\.\w+)\n", body)):
+                Path(name[1]).write_text(body, encoding="utf-8")
+            elif language == "console":
+                for command, code, lines in steps(body):
+                    found, output = self.run(command)
+                    assert found == code, f"{guide}: {command}: exit code {found}\n{output}"
+                    assert not missing(output, lines), (
+                        f"{guide}: {command}: {missing(output, lines)}\n{output}"
+                    )
+
+    def run(self, command: str) -> tuple[int, str]:
+        if command in self.proofs:
+            return self.proofs[command]
+        line, _, target = command.partition(" > ")
+        program, *arguments = shlex.split(line)
+        assert program == "memfit"
+        code = main(arguments)
+        told = self.capsys.readouterr()
+        if target:
+            Path(target).write_text(told.out, encoding="utf-8")
+        if arguments[0] == "poc":
+            self.proofs[command] = code, told.out + told.err
+        return code, told.out + told.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's data folder is moved as Linux has it")
+def test_every_command_of_the_guides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {p.name for p in GUIDES.glob("*.md")} == {*MADE, *MANAGERS}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("COLUMNS", "110")
+    by_hand, reader = made_by_hand(), Reader(capsys)
+    Path("theirs.json").write_text(shared.text(shared.of_poc(by_hand)), encoding="utf-8")
+    for guide in MADE:
+        reader.follow(guide)
+    assert len(reader.proofs) == 1, "one proof of concept is shared, so that the test is quick"
+    for kind in ("begin", "poc"):
+        Store(default_path()).append(by_hand.poc_id, kind, by_hand)
+    for guide in MANAGERS:
+        reader.follow(guide)
+
+
+def test_a_missing_word_or_a_broken_command_is_seen() -> None:
+    assert missing("Peak  3\nGiB, 5 ms", ["Peak 3 GiB ... ms"]) == []
+    assert missing("Peak 3 GiB", ["Peak 4 GiB", "GiB"]) == ["Peak 4 GiB"]
+    assert list(steps("$ memfit lint a    # exit code 1\nbad\n$ memfit jobs\n")) == [
+        ("memfit lint a", 1, ["bad"]),
+        ("memfit jobs", 0, []),
+    ]
