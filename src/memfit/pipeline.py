@@ -95,8 +95,8 @@ def poc(
     path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = dataclasses.replace(found, took_s=time.perf_counter() - begun, report=str(path))
-    write_html(found, path, lang=lang, decision=decide_on(found, cases.Case()))
     store.append(found.poc_id, "poc", found)
+    write_html(found, path, lang=lang, decision=decide_on(found, cases.Case()))
     return found
 
 

@@ -62,7 +62,7 @@ def scale(
     failed = [gate for gate in held if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed:
-        job = _job(record.model.job, own.size)
+        job = _job(_spec(record, store), own.size)
         stages = {name: _stage(record.poc_id, job, on, goal, here, store) for name, on in machines.items()}
     made = _decision(record.poc_id, stages, own.gates, store)
     if output.json:
@@ -72,6 +72,17 @@ def scale(
         _print(record, held, stages, made, lang)
     if failed:
         raise typer.Exit(1)
+
+
+def _spec(record: memfit.shared.Shared, store: StoreOptions) -> str:
+    """Which job the record is of: a name does not find a job of the user's own, its file does."""
+    from memfit import pipeline
+    from memfit.store import Store
+
+    kept = Store(store.store)
+    if record.poc_id not in kept.poc_ids():
+        return record.model.job
+    return pipeline.stored_poc(kept, record.poc_id).runs[0].spec.job.spec
 
 
 def _job(spec: str, size: str | None) -> JobOptions:

@@ -55,11 +55,21 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
         key = "no_reference"
     else:
         values["reference"] = view.reference.name
-        key = "does_not_pay" if best.plain else "saves" if view.saved.value > 0 else "loses"
+        same = view.reference.index == best.index
+        key = (
+            "is_reference"
+            if same
+            else "does_not_pay"
+            if best.plain
+            else "saves"
+            if view.saved.value > 0
+            else "loses"
+        )
     told = [Sentence(key=f"decide.money.{key}", values=values)]
     told.append(Sentence(key="decide.money.first", values=values))
     if best.at_least:
         told.append(_unknown(view, best))
+        told += _rank(view, best)
     return tuple(told)
 
 
@@ -94,6 +104,18 @@ def _unknown(view: DecisionView, best: WayRow) -> Sentence:
     if spare <= 0:
         return Sentence(key="decide.money.at_least")
     return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare)})
+
+
+def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
+    """A way whose hours are all told may be cheaper than one whose hours are missing."""
+    made = view.made
+    told = [w for w in view.ways if w.enough and not w.at_least and w.slot != "nothing"]
+    cost = {w.index: made.sheets[w.index].present_cost for w in told}
+    if not told:
+        return []
+    other = min(told, key=lambda w: cost[w.index])
+    gap = cash(made, cost[other.index] - made.sheets[best.index].present_cost)
+    return [Sentence(key="decide.money.rank", values={"other": other.name, "gap": gap})]
 
 
 _ORDER: Final = {"high": 0, "unknown": 1, "some": 2, "low": 3}
@@ -156,7 +178,9 @@ def _gate_value(text: str) -> Sentence | str:
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     best, reference = view.best, view.reference
-    if best is not None and reference is not None and view.saved.value is not None:
+    if best is not None and reference is not None and reference.index == best.index:
+        yield Sentence(key="phrase.same", values={"way": best.name})
+    elif best is not None and reference is not None and view.saved.value is not None:
         change = dataclasses.replace(view.saved, value=abs(view.saved.value))
         values: Filled = {"change": change, "way": best.name, "reference": reference.name}
         yield Sentence(key=f"phrase.{'less' if view.saved.value >= 0 else 'more'}", values=values)

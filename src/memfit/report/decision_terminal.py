@@ -108,6 +108,9 @@ def _print_ways(view: DecisionView, console: Console, words: Words) -> None:
         saved = "–" if row.saved.value is None else figure_text(row.saved, words)
         table.add_row(Text(name), *map(Text, figures), Text(saved), style="bold" if row.best else "")
     console.print(table)
+    if view.best is not None and view.reference is not None and view.best.index == view.reference.index:
+        console.print(Text(words.get("uncertainty.same")))
+        return
     if view.saved_low.value is not None:
         told = {
             "saved": view.saved, "low": view.saved_low, "high": view.saved_high, "chance": view.chance,
