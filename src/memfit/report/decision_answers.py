@@ -34,7 +34,8 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     hours = mine[0].hours
     needed = Figure(value=mine[0].machines, unit="count", mark=hours.mark)
     values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan, "needed": needed}
-    return (Sentence(key=f"decide.fits.{key}", values=values), *seen)
+    here = Sentence(key="decide.fits.here", values={"told": seen[0]})
+    return (Sentence(key=f"decide.fits.{key}", values=values), here, *seen[1:])
 
 
 def _money(view: DecisionView) -> tuple[Sentence, ...]:
