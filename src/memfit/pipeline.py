@@ -14,6 +14,7 @@ from pathlib import Path
 
 from memfit import gates, outlook, wire
 from memfit.adoption import effort
+from memfit.cost.correction import corrected
 from memfit.cost.memory import timeline
 from memfit.decision import case as cases
 from memfit.decision.decide import decide as decide_on
@@ -65,6 +66,7 @@ __all__ = [
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
+_SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")  # of machines whose times correct each other
 _CHECKPOINTING = use("activation-checkpointing", every=1)
 
 
@@ -144,6 +146,31 @@ def stored_poc(store: Store, poc_id: str) -> Poc:
         raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")
     runs = tuple(wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, "run"))
     return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
+
+
+def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
+    """`request` with step times corrected by the runs of a PoC of the same job on this machine, the last one
+    by default. Raises UserError for another job, machine or torch, and where no run ended well."""
+    wanted = poc_id or store.latest_poc_id()
+    if wanted is None:
+        raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
+    found, now = stored_poc(store, wanted), fingerprint()
+    job = found.runs[0].spec.job.spec if found.runs else found.job_name
+    if not request.is_here or job != request.job.spec:
+        raise UserError(f"PoC {wanted} ran {job} on this machine", allowed="plans for the same job here")
+    other = [name for name in _SAME if found.environment.get(name) != now.get(name)]
+    if other:
+        told = "; ".join(f"{n} {found.environment.get(n)} then, {now.get(n)} now" for n in other)
+        raise UserError(f"PoC {wanted} was measured elsewhere: {told}")
+    ratios: dict[Plan, list[float]] = {}
+    for run in found.runs:
+        seconds = median_step_s(run.measurement)
+        if run.measurement.outcome is OutcomeKind.OK and seconds and run.predicted_step_s:
+            ratios.setdefault(run.spec.plan, []).append(seconds / run.predicted_step_s)
+    if not ratios:
+        raise UserError(f"no run of PoC {wanted} ended well: it corrects nothing")
+    seen = [(plan, statistics.median(of_plan)) for plan, of_plan in ratios.items()]
+    return dataclasses.replace(request, correction=corrected(request.correction, seen, source=wanted))
 
 
 @dataclasses.dataclass(kw_only=False)

@@ -56,6 +56,7 @@ class Request:
     engine: str = "native"
     bounds: Bounds = dataclasses.field(default_factory=Bounds)
     ranks: int = 1
+    correction: Calibration = dataclasses.field(default_factory=Calibration)  # by runs on this machine
 
     @property
     def is_here(self) -> bool:
@@ -124,7 +125,10 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
     if replicas and job.batch_size < ranks:
         raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
     space = space_of(job, request.machine.device.kind, request.ranks, half_of(request.machine))
-    return job, Pricer(job=job, machine=request.machine, space=space, engine=request.engine)
+    return job, Pricer(
+        job=job, machine=request.machine, space=space, engine=request.engine,
+        calibration=request.correction,
+    )  # fmt: skip
 
 
 def model_sizes(name: str, job: Job) -> Mapping[str, str]:
@@ -347,7 +351,8 @@ def _merged(old: Calibration, new: Calibration) -> Calibration:
     rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]
     return dataclasses.replace(
-        new,
+        old,  # with what runs taught
+        threads=new.threads,
         machine="this machine",
         flops_s=rates,
         disk_bytes_s=max(old.disk_bytes_s, new.disk_bytes_s),
@@ -356,5 +361,6 @@ def _merged(old: Calibration, new: Calibration) -> Calibration:
         op_s={**old.op_s, **new.op_s},
         op_peak_bytes={**old.op_peak_bytes, **new.op_peak_bytes},
         op_kept_bytes={**old.op_kept_bytes, **new.op_kept_bytes},
+        idle_w=new.idle_w,
         took_s=old.took_s + new.took_s,
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy
 
+from memfit.cost.correction import factor
 from memfit.cost.estimate import around, estimate, modelled_boundary
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.memory import levels, step_ops
@@ -231,7 +232,8 @@ class Pricer:
         }
         phase = max(peaks, key=lambda p: peaks[p])
         timed = self.model is not None and plan.ranks == 1  # collectives and waiting are not priced
-        step_s = float(micros * vector[_MICRO_S] + vector[_STEP_S]) if timed else None
+        seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
+        step_s = seconds if timed else None
         cost = bill(self.machine, step_s=step_s)
         allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)

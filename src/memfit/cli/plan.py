@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from memfit.cli.request import request, writable
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.units import parse_duration
+
+if TYPE_CHECKING:
+    import memfit.planning
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,15 @@ class FromOptions:
             "and lint it, and tell what would be better. May be given several times.",
         ),
     ] = None
+    corrected_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|last", help="Correct step times by what this proof of concept measured here."
+        ),
+    ] = None
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The store it is in. Default: in your data folder.")
+    ] = None
 
 
 def plan(
@@ -66,6 +78,8 @@ def plan(
     words = language(output.lang)
     if save.save is not None:
         writable(save.save, overwrite=save.force)
+    if yours.given and yours.corrected_by is not None:
+        raise UserError("--corrected-by with --from", allowed="one of them")
     if yours.given:
         from memfit.cli.given import plan_given
 
@@ -75,6 +89,8 @@ def plan(
             write_plan(save.save, carried, note=f"for {job.job}, read from {read_from}")
         return
     asked = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
+    if yours.corrected_by is not None:
+        asked = _corrected(asked, yours)
     with Bars(words) as progress:
         from memfit import pipeline
 
@@ -87,11 +103,19 @@ def plan(
     if output.json:
         from memfit.cli.views import search_view
 
-        emit(search_view(result))
+        emit(search_view(result, asked.correction))
     else:
         from memfit.report.terminal import print_search
 
-        print_search(result, lang=words, console=console())
+        print_search(result, lang=words, console=console(), correction=asked.correction)
+
+
+def _corrected(asked: memfit.planning.Request, yours: FromOptions) -> memfit.planning.Request:
+    from memfit import pipeline
+    from memfit.store import Store
+
+    which = None if yours.corrected_by == "last" else yours.corrected_by
+    return pipeline.corrected_by(asked, Store(yours.store), which)
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:

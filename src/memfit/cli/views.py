@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memfit import wire
+from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.result import Choice, Estimate, Measurement, Poc, Run, SearchResult
 
@@ -33,9 +34,12 @@ def choice_view(choice: Choice) -> View:
     }
 
 
-def search_view(result: SearchResult) -> View:
-    """``recommended`` is null when nothing fits; then ``smallest`` is the least that would do."""
+def search_view(result: SearchResult, correction: Calibration | None = None) -> View:
+    """``recommended`` is null when nothing fits; then ``smallest`` is the least that would do.
+    ``correction``: what runs taught about step times, null before any."""
+    known = correction is not None and correction.corrected_by
     return {
+        "correction": correction_view(correction) if correction is not None and known else None,
         "recommended": choice_view(result.recommended) if result.recommended else None,
         "frontier": [choice_view(c) for c in result.frontier],
         "baseline": choice_view(result.baseline),
@@ -44,6 +48,16 @@ def search_view(result: SearchResult) -> View:
         "goal": result.goal,
         "considered": result.considered,
         "sensitivity": [wire.to_plain(s) for s in result.sensitivity],
+    }
+
+
+def correction_view(found: Calibration) -> View:
+    return {
+        "poc_id": found.corrected_by,
+        "plans": found.corrected_count,
+        "step_ratio": found.step_ratio,
+        "technique_ratio": dict(found.technique_ratio),
+        "step_spread_ratio": found.step_spread_ratio,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memfit.cost.correction import factor
 from memfit.cost.device import with_workspaces
 from memfit.cost.footprint import footprint
 from memfit.cost.memory import memory_profile, step_ops
@@ -41,7 +42,7 @@ def estimate(
     allocated = around(profile.peak_bytes, MEMORY_RATIO)
     memory = footprint(trace, allocated, machine)
     ops = step_ops(trace)
-    step_s = step.step_s if step is not None else None
+    step_s = step.step_s * factor(calibration, plan) if step is not None else None
     cost = bill(machine, step_s=step_s)
     return Estimate(
         plan=plan,
@@ -69,6 +70,8 @@ def estimate(
 
 
 def _spread(calibration: Calibration, machine: Machine) -> float:
+    if calibration.step_spread_ratio is not None:
+        return calibration.step_spread_ratio
     if calibration.flops_s:
         return CALIBRATED_TIME_RATIO
     return CATALOG_TIME_RATIO if machine.device.kind == "cpu" else KERNELS_TIME_RATIO

@@ -16,6 +16,7 @@ from memfit.report.figures import Figure, Sentence, figure_text, measured, predi
 from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
 from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
+from memfit.types.machine import Calibration
 from memfit.types.result import Effort, Estimate, Poc, SearchResult
 
 _STYLES: Final = {
@@ -46,7 +47,9 @@ def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     console.print(Text(f"{report}  ({took})" if report else took))
 
 
-def print_search(result: SearchResult, *, console: Console, lang: str) -> None:
+def print_search(
+    result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
+) -> None:
     """The frontier, the recommended line, and the reasons. Raises UserError for an unknown `lang`."""
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
@@ -54,6 +57,8 @@ def print_search(result: SearchResult, *, console: Console, lang: str) -> None:
     title = words.get("terminal.search", goal=goal, cap=cap, considered=view.considered)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
+    if correction is not None and correction.corrected_by:
+        console.print(Text(_correction(correction, words), style="dim"))
     if view.frontier:
         console.print(_frontier(view.frontier, words))
     if view.recommended is None:
@@ -68,6 +73,14 @@ def print_search(result: SearchResult, *, console: Console, lang: str) -> None:
         console.print(Text(words.get("sensitivity.title"), style="bold"))
     for change in view.sensitivity:
         console.print(Padding(Text(f"? {sentence_text(change, words).strip()}"), (0, 0, 0, 2)))
+
+
+def _correction(found: Calibration, words: Words) -> str:
+    spread = found.step_spread_ratio
+    percent = predicted(None if spread is None else 100 * spread, "percent")
+    told = {"poc": found.corrected_by, "plans": found.corrected_count}
+    ratio = _text(measured(found.step_ratio, "ratio"), words)
+    return words.get("terminal.corrected", ratio=ratio, spread=_text(percent, words), **told)
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:

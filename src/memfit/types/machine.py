@@ -99,6 +99,8 @@ class Calibration:
     bytes it takes at its own peak, outputs included. ``overhead_s`` is the cost of one operator call
     of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
     rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back.
+    ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are what short runs taught about whole
+    steps (cost/correction.py); ``corrected_by`` and ``corrected_count`` say which, and of how many plans.
     """
 
     machine: str = ""
@@ -112,3 +114,8 @@ class Calibration:
     op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace handed to backward
     idle_w: float | None = None
     took_s: float = 0.0
+    step_ratio: float = 1.0
+    technique_ratio: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    step_spread_ratio: float | None = None
+    corrected_by: str = ""
+    corrected_count: int = 0

@@ -1,0 +1,120 @@
+"""The closed loop: what runs teach about the step times of other plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_fixture import BF16, BOTH, CHECKPOINTED, PLAIN, RECOMMENDED, full_poc
+from rich.console import Console
+
+from memfit import pipeline
+from memfit.cli.app import main
+from memfit.cost.correction import LEAST_SPREAD, corrected, factor
+from memfit.measure import here
+from memfit.planning import Request
+from memfit.report import terminal
+from memfit.store import Store
+from memfit.store.environment import fingerprint
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan, use
+
+OFFLOADED = Plan(uses=(use("activation-offload"),))
+ALL = (PLAIN, CHECKPOINTED, BF16, BOTH, RECOMMENDED)
+
+
+def test_no_runs_correct_nothing() -> None:
+    assert corrected(Calibration(), [], source="x") == Calibration()
+    assert factor(Calibration(), BOTH) == 1.0
+
+
+@given(ratio=st.floats(0.2, 5))
+def test_runs_that_are_all_off_alike_teach_that(ratio: float) -> None:
+    found = corrected(Calibration(), [(plan, ratio) for plan in ALL], source="x")
+    assert [factor(found, plan) for plan in (*ALL, OFFLOADED)] == pytest.approx(6 * [ratio])
+    assert found.step_spread_ratio == LEAST_SPREAD
+    assert found.corrected_count == len(ALL)
+
+
+@given(base=st.floats(0.5, 2), slow=st.floats(1.05, 2))
+def test_a_technique_that_is_always_slower_is_found(base: float, slow: float) -> None:
+    """Drawn to nothing by the ridge, but on the right side and more than half of it."""
+    seen = [(plan, base * (slow if plan.get("activation-checkpointing") else 1.0)) for plan in ALL]
+    found = corrected(Calibration(), seen, source="x")
+    assert 1 < found.technique_ratio["activation-checkpointing"] < slow * 1.001
+    errors = [abs(factor(found, plan) / ratio - 1) for plan, ratio in seen]
+    flat = corrected(Calibration(), [(PLAIN, r) for _, r in seen], source="x")
+    assert sum(errors) < sum(abs(factor(flat, plan) / ratio - 1) for plan, ratio in seen)
+
+
+def test_two_plans_say_nothing_of_the_interval() -> None:
+    assert corrected(Calibration(), [(PLAIN, 1.1), (BF16, 1.2)], source="x").step_spread_ratio is None
+
+
+def test_a_run_that_others_do_not_foresee_widens_it() -> None:
+    seen = [(PLAIN, 1.0), (CHECKPOINTED, 1.0), (BF16, 1.0), (OFFLOADED, 2.0)]
+    found = corrected(Calibration(), seen, source="x")
+    assert found.step_spread_ratio == pytest.approx(0.5)  # the others say half of what it took
+
+
+def stored(folder: Path, **changes: str) -> Store:
+    poc = dataclasses.replace(full_poc(), environment={**fingerprint(), **changes})
+    store = Store(folder / "s")
+    for kind in ("begin", "poc"):
+        store.append(poc.poc_id, kind, poc)
+    return store
+
+
+def asked(spec: str) -> Request:
+    return Request(job=JobRef(spec=spec), machine=here.this_machine("world"))
+
+
+def test_a_proof_of_concept_corrects_plans_for_its_job_here(tmp_path: Path) -> None:
+    store, poc = stored(tmp_path), full_poc()
+    spec = poc.runs[0].spec.job.spec
+    found = pipeline.corrected_by(asked(spec), store, None).correction
+    assert found.corrected_by == poc.poc_id
+    assert found.corrected_count >= 3
+    with pytest.raises(UserError, match="the same job"):
+        pipeline.corrected_by(asked("weather"), store, None)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"elsewhere: torch 1\.0"):
+        pipeline.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
+
+
+def test_a_corrected_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("from tiny import words\njob = words()\n")
+    store, poc = Store(tmp_path / "s"), full_poc()
+    runs = tuple(
+        dataclasses.replace(r, spec=dataclasses.replace(r.spec, job=JobRef(spec=f"{mine}:job")))
+        for r in poc.runs
+    )
+    poc = dataclasses.replace(poc, runs=runs, environment=dict(fingerprint()))
+    for kind in ("begin", "poc"):
+        store.append(poc.poc_id, kind, poc)
+    arguments = ["plan", f"{mine}:job", "--store", str(store.path), "--corrected-by", "last"]
+    arguments += ["--memory", "64MiB"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    step = told["baseline"]["estimate"]["step_s"]
+    spread = told["correction"]["step_spread_ratio"]
+    assert step["high"] / step["value"] == pytest.approx(1 + spread)
+    assert main([*arguments, "--on", "H100-SXM"]) == 2
+    assert "here" in capsys.readouterr().err
+
+
+def test_the_terminal_says_it() -> None:
+    out = io.StringIO()
+    found = corrected(Calibration(), [(plan, 1.25) for plan in ALL], source="some-poc")
+    console = Console(file=out, width=300)
+    terminal.print_search(full_poc().search, console=console, lang="en", correction=found)
+    assert "Step times are corrected by 5 plans that PoC some-poc ran here (1.25×" in out.getvalue()
+    assert "±5.00 %" in out.getvalue()
