@@ -57,7 +57,7 @@ DIMENSIONLESS = {
     "own", "setup", "purchase", "initial", "residual", "present_cost", "net_present_value", "loss", "spent",
     "to_spend", "values",
     # which ways, and how many of what they are named after
-    "shown", "best", "reference", "decimals", "machines", "most_machines", "years", "hours",
+    "shown", "slots", "best", "reference", "decimals", "machines", "most_machines", "years", "hours",
     # the unit itself
     "flops", "usd",
 }  # fmt: skip

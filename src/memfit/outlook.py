@@ -19,7 +19,7 @@ from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
-from memfit.types.plan import Plan, Use, use
+from memfit.types.plan import EffectClass, Plan, Use, use
 from memfit.types.result import Estimate, Offer, PaperRow, Reach
 
 MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
@@ -33,12 +33,20 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
     """Plain and recommended at paper size, or as the job is where it has no such size: in full on three
     machines (paper sizes only), in short on every machine of the catalog that has a price."""
     ref = _at(planning, "paper")
+    pricers = _pricers(planning, ref or planning.request.job, priced())
     rows = [
         _row(planning, pricer, progress)
-        for pricer in _pricers(planning, ref or planning.request.job, priced())
+        for pricer in pricers
+        if ref is not None and pricer.machine.name in MACHINES
     ]
-    offers = tuple(offer for row in rows for offer in _offers(row))
-    return tuple(row for row in rows if ref is not None and row.machine in MACHINES), offers
+    return tuple(rows), tuple(_offers(planning, pricers, progress))
+
+
+def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
+    """The job as it was planned on every machine of the catalog that has a price; ``trained``: the plan that
+    a proof of concept trained."""
+    pricers = _pricers(planning, planning.request.job, priced())
+    return tuple(_offers(planning, pricers, progress, trained))
 
 
 def priced() -> tuple[str, ...]:
@@ -47,12 +55,50 @@ def priced() -> tuple[str, ...]:
     return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)
 
 
-def _offers(row: PaperRow) -> Iterator[Offer]:
-    sides = [(row.plain, True, row.plain_fits)]
-    if row.recommended is not None and row.recommended.plan != row.plain.plan:
-        sides.append((row.recommended, False, True))
-    for estimate, plain, fits in sides:
-        yield offer(estimate, machine=row.machine, size=row.size, plain=plain, fits=fits)
+def _offers(
+    planning: Planning, pricers: Sequence[Pricer], progress: Progress, trained: Plan | None = None
+) -> Iterator[Offer]:
+    """Plain, and the best of the plans whose science the proof of concept has seen; of the others only where
+    none of those fits."""
+    if trained is None:
+        best_here = planning.result.recommended
+        trained = best_here.estimate.plan if best_here is not None else Plan()
+    for pricer in pricers:
+        machine = pricer.machine
+        progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
+        fits = fits_under(int(machine.device.memory_bytes.value), machine)
+        plain = pricer.sketch(Plan())
+        yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
+        for plans_ in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
+            fitting = [e for e in map(pricer.sketch, plans_) if fits(e)]
+            found = best(fitting, planning.request.goal)
+            if found is not None:
+                break
+        if found is not None and found.plan != plain.plan:
+            yield offer(found, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
+
+
+def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
+    """What was trained, with its settings where they decide the numbers, and what changes no result but in
+    the last bits."""
+    techniques, _ = usable(pricer.space, planning.request.accuracy)
+    own = {u.technique for u in trained.uses}
+    kept = [t for t in techniques if t.name in own or (t.name in _AT_PAPER and t.effect <= EffectClass.E1)]
+    narrow = {t.name for t in kept if t.effect > EffectClass.E1}
+    return [
+        p
+        for p in plans(pricer.space, kept)
+        if _one_setting(p) and all(p.get(n) in (None, trained.get(n)) for n in narrow)
+    ]
+
+
+def stage_offers(planned: Planning) -> Iterator[Offer]:
+    """Plain training and the recommendation of a finished search."""
+    result, machine, size = planned.result, planned.request.machine.name, planned.job.size
+    basis, chosen = result.baseline, result.recommended
+    yield offer(basis.estimate, machine=machine, size=size, plain=True, fits=basis.fits)
+    if chosen is not None and chosen.estimate.plan != basis.estimate.plan:
+        yield offer(chosen.estimate, machine=machine, size=size, plain=False, fits=True)
 
 
 def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:

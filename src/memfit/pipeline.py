@@ -126,7 +126,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
         own, name = cases.parsed(last["text"], f"the case that was kept, {last['name']},"), last["name"]
     else:
         own, name = cases.Case(), ""
-    more = [wire.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(wanted, OFFER)]
+    more = offers_of(store, wanted)
     named = {s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(wanted, STAGE)))}
     limits = [gates.parsed(json.loads(r.body)["text"], "its gates") for r in store.records(wanted, GATES)]
     decision = decide_on(
@@ -135,6 +135,11 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
     if case is not None:
         store.append(wanted, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
     return found, decision
+
+
+def offers_of(store: Store, poc_id: str) -> list[Offer]:
+    """What was predicted for machines after the PoC, in the order in which it was."""
+    return [wire.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)]
 
 
 def stored_poc(store: Store, poc_id: str) -> Poc:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from memfit.report.pool import ok_runs, peak_bytes, step_s
-from memfit.techniques.registry import effect_of
+from memfit.techniques.registry import TECHNIQUES, effect_of
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 from memfit.types.result import Poc, Run, Verdict
@@ -125,6 +125,28 @@ class Shared(_Part):
     effort: Trouble
     notes: Sequence[str]
 
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Shared:
+        """A verdict that its own numbers do not carry is no verdict."""
+        for name in ("baseline", "recommended"):
+            unknown = [n for n in getattr(self, name).plan if n not in TECHNIQUES]
+            if unknown:
+                raise ValueError(f"{name}: there is no technique {unknown[0]!r}")
+        judged = self.verdict
+        if judged is None:
+            return self
+        if judged.effect != self.recommended.effect:
+            raise ValueError(f"the verdict is on {judged.effect}, the plan is {self.recommended.effect}")
+        seeds = [len(side.metric_by_seed) for side in (self.baseline, self.recommended)]
+        if all(seeds) and judged.pairs > min(seeds):
+            raise ValueError(f"the verdict has {judged.pairs} pairs, the runs {min(seeds)} seeds")
+        ends = (judged.low, judged.high, judged.margin)
+        if judged.kind == "equivalent" and None not in ends:
+            low, high, margin = (end or 0.0 for end in ends)
+            if not -margin <= low <= high <= margin:
+                raise ValueError("the verdict is equivalent, its interval is not inside its margin")
+        return self
+
 
 def schema() -> Mapping[str, Any]:
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{FORMAT} {VERSION}"}
@@ -142,6 +164,8 @@ def parsed(raw: str, *, what: str) -> Shared:
         found = json.loads(raw)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
+    except RecursionError:
+        raise UserError(f"{what} is nested deeper than a record") from None
     named = isinstance(found, dict) and found.get("format") == FORMAT
     if named and found.get("version") != VERSION:
         raise UserError(f"{what} has version {found.get('version')!r} of the format", allowed=str(VERSION))
@@ -150,7 +174,8 @@ def parsed(raw: str, *, what: str) -> Shared:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole record"
-        raise UserError(f"{what} is broken at {place}: {first['msg']}") from error
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise UserError(f"{what} is broken at {place}: {message}") from error
 
 
 def read(path: Path) -> Shared:
@@ -250,7 +275,9 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
     same_model = [*_unlike("model", a.model, b.model)]
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     where = [*_unlike("hardware", a.hardware, b.hardware)]
-    torch = _unlike("software: torch", a.software.get("torch"), b.software.get("torch"))
+    torch = [*_unlike("software: torch", a.software.get("torch"), b.software.get("torch"))]
+    limit = "env OMP_NUM_THREADS"
+    threads = [*_unlike("threads", a.software.get(limit), b.software.get(limit))]
     found = []
     for name in ("baseline", "recommended"):
         one, other = getattr(a, name), getattr(b, name)
@@ -258,15 +285,21 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
             found.append(_row(f"{name}: plan", _label(one), _label(other), []))
         plans = list(_unlike("plan", _label(one), _label(other)))
         source = list(_unlike("how peaks were measured", one.peak_source, other.peak_source))
+        run = [
+            *same_work,
+            *_unlike("ranks", one.ranks, other.ranks),
+            *_unlike("engine", one.engine, other.engine),
+        ]
         found.append(
             _row(f"{name}: peak_bytes", one.measured_peak_bytes, other.measured_peak_bytes,
-                 [*same_work, *source, *torch])
+                 [*run, *source, *torch])
         )  # fmt: skip
-        found.append(_row(f"{name}: step_s", one.step_s, other.step_s, [*same_work, *where]))
-        found.append(_energy(f"{name}: joules", one.energy, other.energy, [*same_work, *where]))
+        found.append(_row(f"{name}: step_s", one.step_s, other.step_s, [*run, *where, *threads]))
+        found.append(_energy(f"{name}: joules", one.energy, other.energy, [*run, *where, *threads]))
         metric = list(_unlike("metric", (a.metric, a.metric_unit), (b.metric, b.metric_unit)))
         classes = list(_unlike("effect class", one.effect, other.effect))
-        scores = [*same_work, *metric, *(classes if plans else ())]
+        seeds = list(_unlike("seeds", sorted(one.metric_by_seed), sorted(other.metric_by_seed)))
+        scores = [*same_work, *metric, *seeds, *(classes if plans else ())]
         found.append(_row(f"{name}: {a.metric or 'metric'}", _mean(one), _mean(other), scores))
     found.append(_verdicts(a, b, same_work))
     return tuple(found)

@@ -40,7 +40,7 @@ def planning(accuracy: Accuracy = Accuracy.EXACT) -> Any:
         accuracy=accuracy,
         goal=Objective.FASTEST,
     )
-    return SimpleNamespace(request=request)
+    return SimpleNamespace(request=request, result=SimpleNamespace(recommended=None))
 
 
 @pytest.fixture(autouse=True)

@@ -81,6 +81,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "effect class of nobody": (lambda r: r["recommended"].update(effect="E9"), "recommended.effect"),
     "interval upside down": (lambda r: r["verdict"].update(low=2.0, high=1.0), "verdict"),
     "not a number": (lambda r: r["baseline"]["metric_by_seed"].update({"0": float("nan")}), "metric_by_seed"),
+    "equivalent outside its margin": (lambda r: r["verdict"].update(low=-50.0), "not inside its margin"),
+    "more pairs than seeds": (lambda r: r["verdict"].update(pairs=99), "99 pairs"),
+    "a verdict on another class": (lambda r: r["verdict"].update(effect="E0"), "the verdict is on E0"),
+    "a technique of nobody": (lambda r: r["recommended"].update(plan={"magic": {}}), "no technique 'magic'"),
     "an ID that is a path": (lambda r: r.update(poc_id="../../x"), "poc_id"),
 }  # fmt: skip
 
@@ -106,6 +110,13 @@ def test_text_that_is_no_json_is_told_by_its_line(tmp_path: Path) -> None:
         shared.read(path)
 
 
+def test_text_nested_without_end_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested deeper"):
+        shared.read(path)
+
+
 def rows(a: shared.Shared, b: shared.Shared) -> dict[str, shared.Compared]:
     return {row.quantity: row for row in shared.compare(a, b)}
 
@@ -120,12 +131,26 @@ def test_equal_conditions_are_compared() -> None:
     assert found["recommended: joules"].against == ["A has none", "B has none"]
 
 
+def _other_seeds(r: dict[str, Any]) -> None:
+    scores = r["baseline"]["metric_by_seed"]
+    r["baseline"]["metric_by_seed"] = {str(int(seed) + 7): score for seed, score in scores.items()}
+
+
+def _exact(r: dict[str, Any]) -> None:
+    for part in ("verdict", "recommended"):
+        r[part]["effect"] = "E0"
+
+
 @pytest.mark.parametrize(
     ("change", "quantity", "why"),
     [
         (lambda r: r["baseline"]["energy"].update(boundary="wall socket"), "baseline: joules", "boundary"),
-        (lambda r: r["verdict"].update(effect="E0"), "verdict", "effect"),
+        (_exact, "verdict", "effect"),
         (lambda r: r["model"].update(size="paper"), "baseline: peak_bytes", "size"),
+        (lambda r: r["recommended"].update(ranks=4), "recommended: peak_bytes", "ranks"),
+        (lambda r: r["recommended"].update(engine="deepspeed"), "recommended: step_s", "engine"),
+        (lambda r: r["software"].update({"env OMP_NUM_THREADS": "1"}), "baseline: step_s", "threads"),
+        (_other_seeds, "baseline: Q3", "seeds"),
         (lambda r: r["hardware"].update(processor="another"), "baseline: step_s", "processor"),
         (lambda r: r["data"].update(batch_size=999), "recommended: step_s", "batch_size"),
         (lambda r: r["software"].update(torch="1.0"), "baseline: peak_bytes", "torch"),
@@ -145,7 +170,7 @@ def test_unequal_conditions_are_not_compared(change: Change, quantity: str, why:
 
 def test_other_plans_of_other_effect_classes_are_not_the_same_claim() -> None:
     a = shared.of_poc(full_poc())
-    b = changed(lambda r: r["recommended"].update(effect="E0", plan={}))
+    b = changed(lambda r: (r["recommended"].update(effect="E0", plan={}), r["verdict"].update(effect="E0")))
     metric = rows(a, b)[f"recommended: {a.metric}"]
     assert metric.ratio is None
     assert any("effect class E2 and E0" in reason for reason in metric.against)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import rich.console
 
     import memfit.gates
+    import memfit.planning
     import memfit.shared
     import memfit.types.decision
     import memfit.types.result
@@ -62,8 +63,11 @@ def scale(
     failed = [gate for gate in held if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed:
-        job = _job(_spec(record, store), own.size)
-        stages = {name: _stage(record.poc_id, job, on, goal, here, store) for name, on in machines.items()}
+        job, found = _job(_spec(record, store), own.size), []
+        for name, on in machines.items():
+            stages[name], planned = _stage(job, on, goal, here)
+            found.append(planned)
+        _keep(record.poc_id, found, store)
     made = _decision(record.poc_id, stages, own.gates, store)
     if output.json:
         told = {"gates": [g.model_dump() for g in held], "limits": limits.model_dump(), "stages": stages}
@@ -92,23 +96,22 @@ def _job(spec: str, size: str | None) -> JobOptions:
 
 
 def _stage(
-    poc_id: str, job: JobOptions, on: str, goal: GoalOptions, here: HereOptions, store: StoreOptions
-) -> dict[str, Any]:
-    """The plan of one stage with what is predicted for it, which is kept for the decision."""
+    job: JobOptions, on: str, goal: GoalOptions, here: HereOptions
+) -> tuple[dict[str, Any], memfit.planning.Planning]:
+    """The plan of one stage with what is predicted for it."""
     from memfit import planning
     from memfit.types.units import format_bytes
 
     asked = request(job, goal, here, on)
     with Bars("en") as progress:
-        result = planning.search(asked, progress).result
-    found = result.recommended
+        planned = planning.search(asked, progress)
+    found = planned.result.recommended
     assert found is not None, "search raises NothingFits otherwise"
     estimate = found.estimate
-    _keep(poc_id, result, asked.machine.name, job.size or "", store)
     memory = estimate.device_bytes or estimate.allocated_bytes
-    return {
+    told = {
         "machine": asked.machine.name,
-        "size": job.size,
+        "size": planned.job.size,
         "plan": estimate.plan.to_dict(),
         "label": estimate.plan.label,
         "memory_bytes": dataclasses.asdict(memory),
@@ -123,20 +126,29 @@ def _stage(
         ],
         "way_back": "the stage before, with its plan and checkpoints (`memfit run --save`, `--resume`)",
     }
+    return told, planned
 
 
-def _keep(
-    poc_id: str, result: memfit.types.result.SearchResult, machine: str, size: str, store: StoreOptions
-) -> None:
+def _keep(poc_id: str, found: list[memfit.planning.Planning], store: StoreOptions) -> None:
+    """For the decision: what was predicted for the stages, and, where it is of another size than what the PoC
+    predicted, the catalog's machines at that size beside it. All of it or nothing."""
     from memfit import outlook, pipeline
+    from memfit.planning import is_long
     from memfit.store import Store
 
-    kept, best = Store(store.store), result.recommended
-    sides = [(result.baseline, True), (best, False)] if best is not None else []
-    for choice, plain in sides:
-        if plain or choice.estimate.plan != result.baseline.estimate.plan:
-            offer = outlook.offer(choice.estimate, machine=machine, size=size, plain=plain, fits=choice.fits)
-            kept.append(poc_id, pipeline.OFFER, offer)
+    kept = Store(store.store)
+    if not found or poc_id not in kept.poc_ids():
+        return
+    poc, first = pipeline.stored_poc(kept, poc_id), found[0]
+    offers: list[memfit.types.result.Offer] = []
+    known = {o.size for o in poc.offers} | {o.size for o in pipeline.offers_of(kept, poc_id)}
+    slow = first.pricer.space.ranks == 1 and is_long(first.pricer)
+    if first.job.size not in known and not slow and poc.search.recommended is not None:
+        with Bars("en") as progress:
+            offers += outlook.offers(first, poc.search.recommended.estimate.plan, progress)
+    offers += [offer for planned in found for offer in outlook.stage_offers(planned)]
+    for offer in offers:
+        kept.append(poc_id, pipeline.OFFER, offer)
 
 
 def _decision(
@@ -152,8 +164,8 @@ def _decision(
         return None
     for name, stage in stages.items():
         kept.append(poc_id, pipeline.STAGE, {"name": name, "machine": stage["machine"]})
-    if gates is not None:
-        kept.append(poc_id, pipeline.GATES, {"text": gates.read_text(encoding="utf-8")})
+    text = gates.read_text(encoding="utf-8") if gates is not None else ""
+    kept.append(poc_id, pipeline.GATES, {"text": text})  # the report's gate is the one held last
     poc, made = pipeline.decide(kept, poc_id=poc_id, case=None)
     for stage in made.stages:
         if stage.name in stages:

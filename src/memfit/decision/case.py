@@ -80,6 +80,7 @@ class Work(_Strict):
     runs_per_year: Above | None = None
     years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
     utilisation_ratio: Share | None = None
+    longest_run_hours: Positive | None = None  # ways that take longer for a run do not do the work
     value_per_run: Given | None = None  # what a finished run is worth to you
 
 
@@ -87,7 +88,7 @@ class Money(_Strict):
     """Prices that all ways share, in the case's currency."""
 
     labour_per_hour: Given | None = None
-    energy_per_kwh: Above | None = None
+    energy_per_kwh: Given | None = None
     levy_per_kwh: Given | None = None
     basic_per_kw_month: Given | None = None
     per_usd: Above | None = None  # units of the currency for a US dollar
@@ -125,13 +126,13 @@ class Existing(Machine):
 class Purchase(Machine):
     """``price``: of one machine with all its devices, without tax."""
 
-    price: Above | None = None
+    price: Given | None = None
 
 
 class Cloud(Machine):
     """``per_hour``: of one machine with all its devices, without tax."""
 
-    per_hour: Above | None = None
+    per_hour: Given | None = None
     storage_per_month: Bare | None = None
 
 
@@ -209,6 +210,7 @@ currency = "USD"
 # runs_per_year = 12
 # years = 5
 # utilisation_ratio = 0.7            # share of a year in which a machine can be busy
+# longest_run_hours = 720            # a way whose run takes longer does not do the work
 # value_per_run = 0                  # what a finished run is worth to you
 
 [money]

@@ -97,6 +97,7 @@ def _placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], ter
         if amount is None or way.of_catalog or name not in own:
             continue
         usual = getattr(terms, common)
-        ratio = values.get(name, own[name]) / own[name] * usual / values.get(common, usual)
+        told = values.get(name, own[name]) / own[name] if own[name] else 1.0
+        ratio = told * usual / values.get(common, usual)
         changes[field] = Amount(usd=amount.usd * ratio, own=amount.own * ratio)
     return dataclasses.replace(way, **changes)

@@ -14,6 +14,7 @@ from memfit.decision.terms import Told, told
 from memfit.decision.ways import Asking, asked
 from memfit.types.decision import Decision, Sheet, Swing, Term, Way
 from memfit.types.errors import UserError
+from memfit.types.plan import Plan
 from memfit.types.result import Offer, Poc
 
 
@@ -28,8 +29,9 @@ def decide(
 ) -> Decision:
     """`more`: predictions made after the PoC, which count before its own; `named`: machines of the stages;
     `limits`: of the gate. Raises UserError."""
-    newer = {(o.machine, o.plain): o for o in more}
-    offers = [*newer.values(), *(o for o in poc.offers if (o.machine, o.plain) not in newer)]
+    size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
+    last = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}  # ways to the same work
+    offers = list(last.values())
     known = told(case, place=_place(poc.place), offers=offers)
     counted = poc.effort.attended_minutes
     own = case.effort.setup_hours
@@ -38,7 +40,7 @@ def decide(
     asking = Asking(
         case=case, offers=offers, steps_per_run=known.steps_per_run, plan_hours=plan_hours,
         labour_known=labour,
-        recommended=poc.search.recommended.estimate.plan.label if poc.search.recommended else "",
+        trained=poc.search.recommended.estimate.plan if poc.search.recommended else Plan(),
     )  # fmt: skip
     ways = asking.ways()
     sheets = tuple(money.sheet(way, known.terms) for way in ways)
@@ -48,7 +50,8 @@ def decide(
         hours = Term(
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
-    made = _weighed(known, ways, sheets, case, name, (*known.numbers, hours))
+    made = _weighed(known, ways, sheets, case, (*known.numbers, hours))
+    made = dataclasses.replace(made, case=name, size=size)
     made = dataclasses.replace(made, stages=stages(poc, made, offers, named or {}, limits or gates.Gates()))
     return dataclasses.replace(made, risks=risks(poc, made))
 
@@ -62,16 +65,25 @@ def _place(name: str) -> str:
 
 
 def _weighed(
-    known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], case: Case, name: str, numbers: Sequence[Term]
+    known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], case: Case, numbers: Sequence[Term]
 ) -> Decision:
     """Which way is best, what it is held against, and how sure that is."""
-    picks = {kind: money.cheapest(ways, sheets, _open(ways, kind)) for kind in ("purchase", "cloud")}
-    mine = _open(ways, "existing")
-    best = money.cheapest(ways, sheets, [*mine, *(p for p in picks.values() if p is not None)])
-    plain = [i for i, w in enumerate(ways) if w.plain and w.kind in picks]
+    of = {
+        kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("existing", "purchase", "cloud")
+    }
+    picks = [money.cheapest(ways, sheets, of[kind]) for kind in ("purchase", "cloud")]
+    own = [
+        money.cheapest(ways, sheets, [i for i in of[kind] if not ways[i].of_catalog])
+        for kind in ("purchase", "cloud")
+    ]
+    best = money.cheapest(ways, sheets, [i for found in of.values() for i in found])
+    plain = [i for kind in ("purchase", "cloud") for i in of[kind] if ways[i].plain]
     reference = money.cheapest(ways, sheets, plain)
-    shown = [*mine, *picks.values(), reference, 0]
+    shown = [*of["existing"], *own, *picks, reference, 0]
     listed = tuple(dict.fromkeys(i for i in shown if i is not None))
+    mine = zip(("existing", "existing_plain"), of["existing"], strict=False)
+    named = [*zip(("own_purchase", "own_cloud", "purchase", "cloud"), [*own, *picks], strict=True)]
+    slots = [*mine, *named, ("nothing", 0), ("reference", reference)]
     saved = interval = odds = years = None
     kind, swings = "", tuple[Swing, ...]()
     if best is not None and reference is not None:
@@ -86,13 +98,15 @@ def _weighed(
         symbol=known.currency.symbol,
         decimals=known.currency.decimals,
         place=known.place,
-        case=name,
+        case="",
+        size="",
         steps_per_run=known.steps_per_run,
         terms=known.terms,
         told=tuple(numbers),
         ways=tuple(ways),
         sheets=tuple(sheets),
         shown=listed,
+        slots=tuple((slot, index) for slot, index in slots if index is not None),
         best=best,
         reference=reference,
         saved_percent=saved,
@@ -104,10 +118,3 @@ def _weighed(
         asked=asked([ways[i] for i in listed], case),
         why_none="" if best is not None else "no_offers" if len(ways) == 1 else "none_does_it",
     )
-
-
-def _open(ways: Sequence[Way], kind: str) -> list[int]:
-    """Where the user named a machine, only that."""
-    found = [i for i, w in enumerate(ways) if w.kind == kind]
-    own = [i for i in found if not ways[i].of_catalog]
-    return own or found

@@ -58,7 +58,8 @@ def sheet(way: Way, terms: Terms) -> Sheet:
         sci_g=(operation + embodied if operation is not None and embodied is not None else None)
         if works
         else 0.0,
-        enough=way.most_machines is None or machines <= way.most_machines,
+        enough=(way.most_machines is None or machines <= way.most_machines)
+        and (terms.longest_run_hours is None or hours <= terms.longest_run_hours),
     )
 
 

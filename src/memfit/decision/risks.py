@@ -19,8 +19,8 @@ def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
     """`loss`: the pilot, all of it; unknown for security, where money is not the measure."""
     loss = next((s.to_spend for s in made.stages if s.name == "pilot"), None)
     found = (
-        _accuracy(poc), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc), _supply(made),
-        _security(poc),
+        _accuracy(poc, made), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc),
+        _supply(made), _security(poc),
     )  # fmt: skip
     return tuple(
         Risk(kind=kind, level=level, evidence=f"evidence.{key}", values=values, source=source,
@@ -37,13 +37,20 @@ def _runs(poc: Poc) -> list[Run]:
     return [r for r in poc.runs if r.spec.role == "recommended"]
 
 
-def _accuracy(poc: Poc) -> _Found:
+def _accuracy(poc: Poc, made: Decision) -> _Found:
     named = next((n.verdict for n in poc.verdicts if n.name == "recommended"), None)
     if named is None:
         return ("accuracy", "unknown", "accuracy.none", {}, "")
-    level = {"equivalent": "low", "different": "high"}.get(named.kind.value, "some")
-    values: _Values = {"metric": named.metric, "pairs": float(named.pairs), "reason": named.reason}
-    return ("accuracy", level, f"accuracy.{named.kind.value}", values, "#verdicts")
+    kind = named.kind.value
+    level = {"equivalent": "low", "different": "high"}.get(kind, "some")
+    untried = made.ways[made.best].untried if made.best is not None else ()
+    if untried and level == "low":
+        return ("accuracy", "some", "accuracy.untried", {"names": ", ".join(untried)}, "#money")
+    if not named.metric:
+        bare: _Values = {"verdict": f"verdict.{kind}", "pairs": float(named.pairs)}
+        return ("accuracy", level, "accuracy.bare", bare, "#verdicts")
+    values: _Values = {"metric": named.metric, "pairs": float(named.pairs)}
+    return ("accuracy", level, f"accuracy.{kind}", values, "#verdicts")
 
 
 def _stability(poc: Poc) -> _Found:

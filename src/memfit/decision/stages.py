@@ -111,12 +111,16 @@ def pilot_cost(made: Decision, way: Way | None) -> float | None:
 
 
 def _spent(poc: Poc, made: Decision) -> float | None:
-    """Electricity of the PoC's runs, and its hours of labour where they were counted and have a price."""
-    terms = made.terms
-    joules = [r.measurement.energy_j for r in poc.runs if r.measurement.energy_j is not None]
+    """Electricity of the PoC's runs, and its hours of labour where they were counted and have a price. What
+    no meter read is modelled: the power of plain training's step for as long as the run took."""
+    terms, basis = made.terms, poc.search.baseline.estimate
+    power_w = basis.energy_j / basis.step_s.value if basis.energy_j and basis.step_s else None
+    joules = 0.0
+    for run in poc.runs:
+        read = run.measurement.energy_j
+        if read is None and power_w is None:
+            return None
+        joules += read if read is not None else (power_w or 0.0) * run.measurement.wall_s
     per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
-    power = sum(joules) / J_PER_KWH * terms.pue_ratio * per_kwh * (1 + terms.tax_ratio)
-    minutes = poc.effort.attended_minutes
-    if not joules:
-        return None
-    return power + (minutes or 0.0) / 60 * terms.labour_per_hour
+    power = joules / J_PER_KWH * terms.pue_ratio * per_kwh * (1 + terms.tax_ratio)
+    return power + (poc.effort.attended_minutes or 0.0) / 60 * terms.labour_per_hour

@@ -55,6 +55,7 @@ def told(case: Case, *, place: str, offers: Sequence[Offer]) -> Told:
         co2_g_per_kwh=value("co2_g_per_kwh"),
         pue_ratio=value("pue_ratio"),
         value_per_run=value("value_per_run"),
+        longest_run_hours=case.work.longest_run_hours,
     )
     return Told(
         currency=currency,

@@ -10,9 +10,11 @@ from typing import Final
 from memfit import catalog
 from memfit.catalog import finance
 from memfit.decision.case import Case, Cloud, Existing, Machine, Purchase
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.decision import Amount, Way
 from memfit.types.errors import UserError
 from memfit.types.machine import Machine as CatalogMachine
+from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Offer
 
 _ANY_NUMBER: Final = ("workstation", "PCIe")  # hosts that are sold with any number of boards
@@ -29,7 +31,7 @@ class Asking:
     steps_per_run: int
     plan_hours: float | None
     labour_known: bool
-    recommended: str = ""  # the PoC's own plan: of machines for which none was predicted
+    trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose science the PoC judged
 
     def ways(self) -> tuple[Way, ...]:
         """Doing nothing first. Raises UserError for a machine of which nothing is known."""
@@ -99,6 +101,7 @@ class Asking:
             per_hour=per_hour,
             most_machines=given.machines if isinstance(given, Existing) else None,
             embodied_kg=_embodied_kg(known),
+            plain_j=self._plain_j(name),
             of_catalog=False,
             unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
         )
@@ -116,6 +119,7 @@ class Asking:
                 price=amount if kind == "purchase" else None,
                 per_hour=amount if kind == "cloud" else None,
                 embodied_kg=_embodied_kg(machine),
+                plain_j=self._plain_j(offer.machine),
             )
 
     def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Way:
@@ -130,17 +134,31 @@ class Asking:
         unknown = [n for n, h in hours.items() if h is None]
         if not self.labour_known and any(h != 0 for h in hours.values()):
             unknown.append("money.labour_per_hour")
+        label = PLAIN if plain else offer.plan if offer is not None else self.trained.label
         setup, operating = hours[f"{kind}.setup_hours"], hours[f"{kind}.operating_hours_per_year"]
         return Way(
             kind=kind,
             machine=name,
-            plan=PLAIN if plain else offer.plan if offer is not None else self.recommended,
+            plan=label,
+            untried=() if plain else self._untried(label),
             plain=plain,
             setup_hours=(setup or 0.0) + (hours.get("effort.setup_hours") or 0.0),
             operating_hours=operating or 0.0,
             storage_per_month=self.case.cloud.storage_per_month or 0.0 if kind == "cloud" else 0.0,
             unknown=tuple(unknown),
         )
+
+    def _plain_j(self, machine: str) -> float | None:
+        offer = next((o for o in self.offers if o.machine == machine and o.plain), None)
+        if offer is None or offer.step_s is None or offer.power_w is None:
+            return None
+        return self.steps_per_run * offer.step_s.value * offer.power_w
+
+    def _untried(self, label: str) -> tuple[str, ...]:
+        names = [part.partition("(")[0] for part in label.split(" + ")]
+        own = {u.technique for u in self.trained.uses}
+        new = [TECHNIQUES[n] for n in names if n in TECHNIQUES and n not in own]
+        return tuple(t.name for t in new if t.effect > EffectClass.E1)
 
     def _hours(self, offer: Offer | None) -> float:
         assert offer is not None and offer.step_s is not None, "asked for by whoever has one"

@@ -36,7 +36,8 @@
       rental_per_year: rental, people_per_year: people, support_per_year: support, running_per_year: running,
       present_cost: present, cost_per_run: present / (terms.runs_per_year * years),
       net_present_value: !works ? 0 : value === null ? null : value * terms.runs_per_year * worth - present,
-      enough: way.most_machines === null || machines <= way.most_machines,
+      enough: (way.most_machines === null || machines <= way.most_machines)
+        && (terms.longest_run_hours === null || hours <= terms.longest_run_hours),
       parts: [setup + bought, electricity * worth, rental * worth, (people + support) * worth],
     };
   }
@@ -52,14 +53,12 @@
       });
       return best;
     };
-    const of = (kind) => among((w) => w.kind === kind && !(told.own[kind] && w.of_catalog));
+    const of = (kind, own) => among((w) => w.kind === kind && !(own && w.of_catalog));
     const slots = { purchase: of("purchase"), cloud: of("cloud"), nothing: 0 };
+    for (const kind of ["purchase", "cloud"]) slots[`own_${kind}`] = told.own[kind] ? of(kind, true) : null;
     slots.reference = among((w) => w.plain && (w.kind === "purchase" || w.kind === "cloud"));
     for (const { slot, index } of told.slots) if (slot.startsWith("existing")) slots[slot] = index;
-    const open = Object.entries(slots).filter(([slot, i]) => i !== null && i !== 0 && slot !== "reference");
-    const mine = open.map(([, i]) => i).filter((i) => sheets[i].enough);
-    mine.sort((a, b) => sheets[a].present_cost - sheets[b].present_cost || a - b);
-    return { slots, best: mine.length ? mine[0] : null };
+    return { slots, best: among(() => true) };
   }
 
   const minus = (text) => text.replace("-", "\u2212");
@@ -113,7 +112,7 @@
     if (name === "setup_hours" && !way.plain) next.setup_hours += value - mine.setup_hours;
     for (const [field, own, common] of told.offers) {
       if (way[field] === null || way.of_catalog || !(own in mine)) continue;
-      const ratio = name === own ? value / mine[own] : name === common ? terms[common] / value : 1;
+      const ratio = name === own && mine[own] ? value / mine[own] : name === common ? terms[common] / value : 1;
       next[field] = times(way[field], ratio);
     }
     return next;
@@ -142,7 +141,7 @@
     const seen = [...document.querySelectorAll("tr[data-slot]")];
     for (const row of seen) {
       const index = slots[row.dataset.slot] ?? null;
-      row.hidden = index === null;
+      row.hidden = index === null || slots[`own_${row.dataset.slot}`] === index;
       if (index !== null) widest = Math.max(widest, sheets[index].parts.reduce((a, b) => a + b, 0));
     }
     for (const row of seen) {
@@ -153,6 +152,8 @@
       row.querySelector("[data-plan]").textContent = told.plans[index];
       row.classList.toggle("best", index === best && row.dataset.slot !== "reference");
       row.querySelector("[data-enough]").hidden = own.enough;
+      row.querySelector("[data-untried]").hidden = !way.untried.length;
+      row.querySelector("[data-names]").textContent = way.untried.join(", ");
       for (const cell of row.querySelectorAll("[data-figure]")) {
         const name = cell.dataset.figure;
         const value = name === "saved" ? (reference && way.kind !== "nothing" ? saved(own, reference) : null) : own[name];
@@ -191,7 +192,9 @@
         });
       }
     }
-    document.querySelectorAll("[data-at-start]").forEach((e) => { e.hidden = inputs.every(still); });
+    const start = inputs.every(still);
+    document.querySelectorAll("[data-at-start]").forEach((e) => { e.hidden = start; });
+    document.querySelectorAll("[data-of-start]").forEach((e) => { e.hidden = !start; });
     for (const input of inputs) {
       const money = input.name === "energy" || input.name === "labour";
       const text = input.name === "energy" ? told.symbol + short(now.energy) : money ? cash(now.labour)

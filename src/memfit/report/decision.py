@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from memfit.report.decision_answers import gains, gate_words, phrases, questions
-from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash
+from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
 from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted
 from memfit.report.pool import energy_saved
 from memfit.report.sliders import sliders
@@ -23,8 +23,8 @@ MONEY: Final = (  # of a way, in the order of the table: the sheet's names
 
 
 def decision_view(poc: Poc, made: Decision) -> DecisionView:
-    ways = tuple(_way(made, slot, index) for slot, index in _slots(made))
-    best = next((w for w in ways if w.best), None)
+    ways = tuple(_way(made, slot, index) for slot, index in made.slots)
+    best = next((w for w in ways if w.best and not w.again), None)
     reference = next((w for w in ways if w.reference), None)
     spread = made.saved_interval_percent
     energy = energy_saved(poc.runs)
@@ -71,28 +71,6 @@ def _percent(value: float | None) -> Figure:
     return Figure(value=value, unit="percent", mark=Mark.PREDICTED)
 
 
-def _slots(made: Decision) -> Iterator[tuple[str, int]]:
-    """One column a slot; a way that is also the reference stands in both."""
-    mine = iter(("existing", "existing_plain"))
-    for index in made.shown:
-        way = made.ways[index]
-        if way.kind == "existing":
-            yield next(mine), index
-        elif not (index == made.reference and any(w == way.kind for w in _taken(made, index))):
-            yield way.kind, index
-    if made.reference is not None:
-        yield "reference", made.reference
-
-
-def _taken(made: Decision, index: int) -> list[str]:
-    """Kinds that a way before this one already stands for."""
-    return [made.ways[i].kind for i in made.shown[: made.shown.index(index)]]
-
-
-def way_name(way: Way) -> Sentence:
-    return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
-
-
 def _way(made: Decision, slot: str, index: int) -> WayRow:
     way, sheet = made.ways[index], made.sheets[index]
     reference = None if made.reference is None else made.sheets[made.reference].present_cost
@@ -105,6 +83,8 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
         name=way_name(way),
         plan=way.plan,
         plain=way.plain,
+        again=(f"own_{slot}", index) in made.slots,
+        untried=way.untried,
         best=index == made.best and slot != "reference",
         reference=slot == "reference",
         enough=sheet.enough,
@@ -114,10 +94,18 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
         money={name: cash(made, getattr(sheet, name)) for name in MONEY},
         saved=_percent(saved),
         kwh=_kwh(sheet),
+        energy_saved=_percent(None if way.plain else _energy_percent(way)),
         operation=predicted(sheet.operation_g, "g"),
         embodied=assumed(sheet.embodied_g, "g"),
         sci=assumed(sheet.sci_g, "g"),
     )
+
+
+def _energy_percent(way: Way) -> float | None:
+    """Of plain training's on the same machine; both before PUE."""
+    if not way.plain_j or way.power_w is None:
+        return None
+    return 100 * (1 - 3600 * way.hours * way.power_w / way.plain_j)
 
 
 def _kwh(sheet: Sheet) -> Figure:
@@ -135,9 +123,9 @@ def _payback(made: Decision) -> Sentence | None:
 def _filled(values: Mapping[str, str | float | None]) -> Filled:
     """Numbers of a PoC are counted, so measured; a share of the cap is a percentage."""
 
-    def one(name: str, value: str | float | None) -> Figure | str:
+    def one(name: str, value: str | float | None) -> Figure | str | Sentence:
         if isinstance(value, str):
-            return value
+            return Sentence(key=value) if name == "verdict" else value
         return measured(value, "percent" if name == "spare" else "min" if name == "minutes" else "count")
 
     return {name: one(name, value) for name, value in values.items()}

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from memfit import catalog
+from memfit.engines.registry import engine
 from memfit.report.answer import answer
-from memfit.report.decision_rows import DecisionView, WayRow, cash
+from memfit.report.decision_rows import DecisionView, WayRow, cash, way_name
 from memfit.report.figures import Figure, Sentence, assumed, predicted
 from memfit.types.result import Poc
 
@@ -18,7 +19,12 @@ ENGINES: Final = ("native", "accelerate", "deepspeed", "megatron", "colossalai",
 
 def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
     """The four that a budget owner asks, in this order; the first sentence of each is the short answer."""
-    return {"fits": _fits(poc, view), "money": _money(view), "risk": _risk(poc, view), "next": _next(view)}
+    return {
+        "fits": _fits(poc, view),
+        "money": _money(view, poc.job_size),
+        "risk": _risk(poc, view),
+        "next": _next(view),
+    }
 
 
 def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
@@ -38,7 +44,7 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     return (Sentence(key=f"decide.fits.{key}", values=values), here, *seen[1:])
 
 
-def _money(view: DecisionView) -> tuple[Sentence, ...]:
+def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
     if view.best is None:
         return (Sentence(key=f"decide.money.{view.made.why_none}"),)
     best = view.best
@@ -67,7 +73,12 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
             else "loses"
         )
     told = [Sentence(key=f"decide.money.{key}", values=values)]
+    told += _with_saving(view) if best.plain else []
     told.append(Sentence(key="decide.money.first", values=values))
+    if best.untried:
+        told.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
+    if view.made.size == job_size:
+        told.append(Sentence(key="decide.money.same_size", values={"size": job_size}))
     if best.at_least:
         told.append(_unknown(view, best))
         told += _rank(view, best)
@@ -105,6 +116,18 @@ def _unknown(view: DecisionView, best: WayRow) -> Sentence:
     if spare <= 0:
         return Sentence(key="decide.money.at_least")
     return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare)})
+
+
+def _with_saving(view: DecisionView) -> list[Sentence]:
+    """Where plain training is the answer: what the best way with the recommended plan would lose."""
+    made, reference = view.made, view.reference
+    tight = [i for i, w in enumerate(made.ways) if not w.plain and made.sheets[i].enough]
+    if not tight or reference is None:
+        return []
+    index = min(tight, key=lambda i: made.sheets[i].present_cost)
+    share = 100 * (1 - made.sheets[index].present_cost / made.sheets[reference.index].present_cost)
+    values: Filled = {"way": way_name(made.ways[index]), "saved": predicted(share, "percent")}
+    return [Sentence(key="decide.money.with_saving", values=values)]
 
 
 def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
@@ -198,9 +221,12 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
             key="phrase.risks",
             values={"load": found["load"], "reproducibility": found["reproducibility"]},
         )
+    plan = poc.search.recommended.estimate.plan if poc.search.recommended else None
     used = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
     for name in ENGINES:
         facts = catalog.engine_facts(name)
         told = {k: facts[k][0] if k in facts else "?" for k in ("release", "torch", "licence", "status")}
-        key = "phrase.used" if name == used else "phrase.candidate"
+        gaps = engine(name).supports(plan) if plan is not None else ()
+        key = "phrase.used" if name == used else "phrase.gap" if gaps else "phrase.candidate"
+        told["gap"] = gaps[0] if gaps else ""
         yield Sentence(key=key, values={"engine": name, **told})

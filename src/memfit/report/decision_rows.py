@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from memfit.report.figures import Figure, Mark, Sentence
-from memfit.types.decision import Decision, Stage
+from memfit.types.decision import Decision, Stage, Way
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +18,8 @@ class WayRow:
     name: Sentence
     plan: str
     plain: bool
+    again: bool  # the user's own machine is the cheapest of its kind, and stands in a row of its own
+    untried: tuple[str, ...]  # techniques in its plan that the PoC did not train
     best: bool
     reference: bool
     enough: bool
@@ -27,6 +29,7 @@ class WayRow:
     money: Mapping[str, Figure]
     saved: Figure
     kwh: Figure
+    energy_saved: Figure  # percent of plain training's on the same machine
     operation: Figure
     embodied: Figure
     sci: Figure
@@ -88,3 +91,7 @@ class DecisionView:
 def cash(made: Decision, value: float | None, mark: Mark = Mark.PREDICTED) -> Figure:
     """Money of the case, to its smallest coin."""
     return Figure(value=value, unit=f"money {made.symbol} {made.decimals}", mark=mark)
+
+
+def way_name(way: Way) -> Sentence:
+    return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})

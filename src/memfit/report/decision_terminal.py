@@ -9,7 +9,7 @@ from rich.text import Text
 
 from memfit.report.decision import decision_view
 from memfit.report.decision_answers import gate_words
-from memfit.report.decision_rows import DecisionView
+from memfit.report.decision_rows import DecisionView, StageRow
 from memfit.report.figures import Figure, figure_text, sentence_text
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
@@ -82,9 +82,18 @@ def print_stages(poc: Poc, made: Decision, *, only: Sequence[str], console: Cons
             lines.append(("spent", figure_text(row.spent, words)))
         else:
             lines.append(("to_spend", figure_text(row.to_spend, words)))
-            lines += [(name, words.get(f"stages.{name}_text")) for name in ("stop", "back", "watch")]
+            lines += [("stop", _stop(row, words))]
+            lines += [(name, words.get(f"stages.{name}_text")) for name in ("back", "watch")]
         for name, text in lines:
             console.print(Text(f"  {words.get(f'stages.{name}')}: {text}"))
+
+
+def _stop(row: StageRow, words: Words) -> str:
+    memory, step = row.memory[1], row.step[1]
+    if memory.value is None or step.value is None:
+        return words.get("stages.stop_text")
+    told = {"memory": figure_text(memory, words), "step": figure_text(step, words)}
+    return words.get("stages.stop_numbers", **told)
 
 
 def _span(ends: tuple[Figure, Figure], words: Words) -> str:
@@ -94,10 +103,11 @@ def _span(ends: tuple[Figure, Figure], words: Words) -> str:
 def _print_ways(view: DecisionView, console: Console, words: Words) -> None:
     names = ("way", *_COLUMNS)
     table = new_table([*(words.get(f"money.{name}") for name in names), words.get("money.saved")])
-    for row in view.ways:
+    for row in (w for w in view.ways if not w.again):
         name = sentence_text(row.name, words)
         notes = [
             words.get("way.plain") if row.plain else row.plan,
+            *([f"{words.get('way.untried')} {', '.join(row.untried)}"] if row.untried else []),
             *([words.get("way.best")] if row.best else []),
             *([words.get("way.reference")] if row.reference else []),
             *([] if row.enough else [words.get("way.not_enough")]),

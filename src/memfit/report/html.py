@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from memfit.report import charts, drawing
 from memfit.report.case import CLASSES
-from memfit.report.decision import MONEY, decision_view, way_name
-from memfit.report.decision_rows import DecisionView
+from memfit.report.decision import MONEY, decision_view
+from memfit.report.decision_rows import DecisionView, way_name
 from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted, sentence_text
 from memfit.report.files import write_whole
 from memfit.report.rows import PocView
@@ -26,6 +26,9 @@ from memfit.types.result import Poc
 
 if TYPE_CHECKING:
     from markupsafe import Markup
+
+
+_TURNING: Final = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
 def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
@@ -65,6 +68,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
     plain = words.get("way.plain")
     plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in shown.made.ways]
     text = json.dumps({**told, "labels": labels, "plans": plans}, ensure_ascii=False)
+    text = text.translate(_TURNING)
     for bad in "<>&\u2028\u2029":  # nothing in it can end the element or begin another
         text = text.replace(bad, f"\\u{ord(bad):04x}")
     digest = hashlib.sha256(_asset("decision.js").encode()).digest()
@@ -99,8 +103,14 @@ def render(template: str, words: Words, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown_whole,
     )
     return environment.get_template(template).render(words=words, **_helpers(words), **values)
+
+
+def _shown_whole(value: Any) -> Any:
+    """Characters that turn the reading direction of what follows are shown as unknown ones."""
+    return value.translate(_TURNING) if isinstance(value, str) else value
 
 
 def _asset(name: str) -> str:

@@ -62,6 +62,7 @@ class Terms:
     co2_g_per_kwh: float
     pue_ratio: float
     value_per_run: float | None = None
+    longest_run_hours: float | None = None
     hardware_factor: float = 1.0
     rental_factor: float = 1.0
     plain_time_factor: float = 1.0
@@ -87,7 +88,9 @@ class Way:
     operating_hours: float = 0.0  # a year
     most_machines: int | None = None
     embodied_kg: float | None = None  # of all devices of one machine
+    plain_j: float | None = None  # of a run of plain training on it, where that is predicted, fits or not
     of_catalog: bool = True
+    untried: tuple[str, ...] = ()  # techniques that can change results and that the PoC did not train
     unknown: tuple[str, ...] = ()  # names of terms that nobody told and that count as nothing
 
 
@@ -164,11 +167,13 @@ class Decision:
     place: str
     case: str  # the user's file; "" where every number is a default
     steps_per_run: int
+    size: str  # of the job that all ways train; "" where nothing was predicted
     terms: Terms
     told: tuple[Term, ...]
     ways: tuple[Way, ...]
     sheets: tuple[Sheet, ...]
     shown: tuple[int, ...]  # the ways put side by side
+    slots: tuple[tuple[str, int], ...]  # where each stands on the page; a way may stand in several
     best: int | None
     reference: int | None
     saved_percent: float | None
