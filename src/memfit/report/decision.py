@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
-from memfit.report.decision_answers import gains, gate_words, phrases, questions
+from memfit.report.decision_answers import engine_fact, gains, gate_words, phrases, questions
 from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
 from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted
 from memfit.report.pool import energy_saved
@@ -125,7 +125,7 @@ def _filled(values: Mapping[str, str | float | None]) -> Filled:
 
     def one(name: str, value: str | float | None) -> Figure | str | Sentence:
         if isinstance(value, str):
-            return Sentence(key=value) if name == "verdict" else value
+            return Sentence(key=value) if name == "verdict" else engine_fact(value)
         return measured(value, "percent" if name == "spare" else "min" if name == "minutes" else "count")
 
     return {name: one(name, value) for name, value in values.items()}

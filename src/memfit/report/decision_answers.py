@@ -200,6 +200,17 @@ def _gate_value(text: str) -> Sentence | str:
 # -- phrases for a meeting -------------------------------------------------------------------------------
 
 
+_FACTS: Final = (
+    "comes with torch", "released regularly", "no release for over a year",
+    "dormant: no release since 2022",
+)  # fmt: skip
+
+
+def engine_fact(text: str) -> Sentence | str:
+    """What the catalog says of an engine, in the reader's language where it is words."""
+    return Sentence(key=f"engine_fact.{text}") if text in _FACTS else text
+
+
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     best, reference = view.best, view.reference
     if best is not None and reference is not None and reference.index == best.index:
@@ -225,7 +236,10 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     used = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
     for name in ENGINES:
         facts = catalog.engine_facts(name)
-        told = {k: facts[k][0] if k in facts else "?" for k in ("release", "torch", "licence", "status")}
+        told: dict[str, Figure | str | Sentence] = {
+            k: engine_fact(facts[k][0]) if k in facts else "?"
+            for k in ("release", "torch", "licence", "status")
+        }
         gaps = engine(name).supports(plan) if plan is not None else ()
         key = "phrase.used" if name == used else "phrase.gap" if gaps else "phrase.candidate"
         told["gap"] = gaps[0] if gaps else ""
