@@ -141,9 +141,10 @@ def _keep(poc_id: str, found: list[memfit.planning.Planning], store: StoreOption
         return
     poc, first = pipeline.stored_poc(kept, poc_id), found[0]
     offers: list[memfit.types.result.Offer] = []
-    known = {o.size for o in poc.offers} | {o.size for o in pipeline.offers_of(kept, poc_id)}
+    told = (*poc.offers, *pipeline.offers_of(kept, poc_id))
+    known = {o.machine for o in told if o.size == first.job.size} >= set(outlook.priced())
     slow = first.pricer.space.ranks == 1 and is_long(first.pricer)
-    if first.job.size not in known and not slow and poc.search.recommended is not None:
+    if not known and not slow and poc.search.recommended is not None:
         with Bars("en") as progress:
             offers += outlook.offers(first, poc.search.recommended.estimate.plan, progress)
     offers += [offer for planned in found for offer in outlook.stage_offers(planned)]
