@@ -19,6 +19,18 @@ FLAGS = (
 )  # fmt: skip
 
 
+# Elements that stick out of the page although no scrolling box of theirs holds them.
+OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return (box.right > innerWidth + 0.5 || box.left < -0.5) && box.width > 1 && !e.closest(".scroll");
+}).map(e => e.tagName + "." + (e.className.baseVal ?? e.className))"""
+
+
+@pytest.fixture
+def overflowing() -> str:
+    return OVERFLOWING
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = "no Chromium on this machine" if CHROMIUM is None else ""
     if not reason and importlib.util.find_spec("playwright") is None:

@@ -50,8 +50,7 @@ def decide(
         hours = Term(
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
-    made = _weighed(known, ways, sheets, case, (*known.numbers, hours))
-    made = dataclasses.replace(made, case=name, size=size)
+    made = _weighed(known, ways, sheets, (*known.numbers, hours), case=case, name=name, size=size)
     made = dataclasses.replace(made, stages=stages(poc, made, offers, named or {}, limits or gates.Gates()))
     return dataclasses.replace(made, risks=risks(poc, made))
 
@@ -65,25 +64,24 @@ def _place(name: str) -> str:
 
 
 def _weighed(
-    known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], case: Case, numbers: Sequence[Term]
-) -> Decision:
+    known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], numbers: Sequence[Term], *,
+    case: Case, name: str, size: str,
+) -> Decision:  # fmt: skip
     """Which way is best, what it is held against, and how sure that is."""
-    of = {
-        kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("existing", "purchase", "cloud")
-    }
-    picks = [money.cheapest(ways, sheets, of[kind]) for kind in ("purchase", "cloud")]
-    own = [
-        money.cheapest(ways, sheets, [i for i in of[kind] if not ways[i].of_catalog])
-        for kind in ("purchase", "cloud")
+    had = [i for i, w in enumerate(ways) if w.kind == "existing"]
+    paid = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
+    offered = {kind: [i for i in found if not ways[i].of_catalog] for kind, found in paid.items()}
+    best = money.cheapest(ways, sheets, range(len(ways)))
+    reference = money.cheapest(ways, sheets, [i for found in paid.values() for i in found if ways[i].plain])
+    open_slots = [
+        *zip(("existing", "existing_plain"), had, strict=False),
+        *((f"own_{kind}", money.cheapest(ways, sheets, found)) for kind, found in offered.items()),
+        *((kind, money.cheapest(ways, sheets, found)) for kind, found in paid.items()),
+        ("nothing", 0),
+        ("reference", reference),
     ]
-    best = money.cheapest(ways, sheets, [i for found in of.values() for i in found])
-    plain = [i for kind in ("purchase", "cloud") for i in of[kind] if ways[i].plain]
-    reference = money.cheapest(ways, sheets, plain)
-    shown = [*of["existing"], *own, *picks, reference, 0]
-    listed = tuple(dict.fromkeys(i for i in shown if i is not None))
-    mine = zip(("existing", "existing_plain"), of["existing"], strict=False)
-    named = [*zip(("own_purchase", "own_cloud", "purchase", "cloud"), [*own, *picks], strict=True)]
-    slots = [*mine, *named, ("nothing", 0), ("reference", reference)]
+    slots = tuple((slot, index) for slot, index in open_slots if index is not None)
+    listed = tuple(dict.fromkeys(index for _, index in slots))
     saved = interval = odds = years = None
     kind, swings = "", tuple[Swing, ...]()
     if best is not None and reference is not None:
@@ -98,15 +96,15 @@ def _weighed(
         symbol=known.currency.symbol,
         decimals=known.currency.decimals,
         place=known.place,
-        case="",
-        size="",
+        case=name,
+        size=size,
         steps_per_run=known.steps_per_run,
         terms=known.terms,
         told=tuple(numbers),
         ways=tuple(ways),
         sheets=tuple(sheets),
         shown=listed,
-        slots=tuple((slot, index) for slot, index in slots if index is not None),
+        slots=slots,
         best=best,
         reference=reference,
         saved_percent=saved,

@@ -39,10 +39,11 @@ def stages(
     whole = _named(made, named.get("full"))
     if whole is None and "full" not in named and made.best is not None:
         whole = made.ways[made.best]
+    cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
     return (
         first,
         _stage("pilot", state, named.get("pilot", ""), trial, offers, pilot_cost(made, trial)),
-        _stage("full", "later", named.get("full", ""), whole, offers, _whole_cost(made, whole)),
+        _stage("full", "later", named.get("full", ""), whole, offers, cost),
     )
 
 
@@ -50,15 +51,9 @@ def _named(made: Decision, machine: str | None) -> Way | None:
     """The cheapest plan on it, where it is already there before it is rented, and rented before it is
     bought; None where it has no price."""
     order = ("existing", "cloud", "purchase")
-    found = [i for i, w in enumerate(made.ways) if w.machine == machine and w.kind in order]
-    best = min(
-        found, key=lambda i: (order.index(made.ways[i].kind), made.sheets[i].present_cost), default=None
-    )
-    return None if best is None else made.ways[best]
-
-
-def _whole_cost(made: Decision, way: Way | None) -> float | None:
-    return None if way is None else sheet(way, made.terms).present_cost
+    found = [(w, s) for w, s in zip(made.ways, made.sheets, strict=True) if w.machine == machine]
+    priced = [(order.index(w.kind), s.present_cost, w) for w, s in found if w.kind in order]
+    return min(priced, key=lambda one: one[:2])[2] if priced else None
 
 
 def _stage(
