@@ -58,3 +58,23 @@ def test_what_dies_in_a_copy_is_called_here() -> None:
 
     calls: list[Callable[[], int]] = [partial(dies, n) for n in range(5)]
     assert side_by_side(calls) == list(range(5))
+
+
+def refused(n: int, here: int) -> int:
+    """As autograd answers in a copy of a process where its threads for devices have started."""
+    if os.getpid() != here:
+        raise RuntimeError(
+            "Unable to handle autograd's threading in combination with fork-based multiprocessing."
+        )
+    return n
+
+
+def test_where_copies_cannot_run_backward_the_original_makes_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(parallel, "_REFUSED", seen)
+    calls = [partial(refused, n, os.getpid()) for n in range(4)]
+    assert side_by_side(calls) == list(range(4))
+    assert side_by_side(calls) == list(range(4))
+    assert len(seen) == 1  # nor is it tried again

@@ -27,8 +27,8 @@ def side_by_side(
     another, so that what torch loads and remembers for the first serves the others.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if min(len(calls), cores) < 2 or not _may_fork():
-        return [(tell(index), call())[1] for index, call in enumerate(calls)]  # type: ignore[func-returns-value]
+    if min(len(calls), cores) < 2 or _REFUSED or not _may_fork():
+        return _one_by_one(calls, tell)
     waiting, working = list(range(len(calls))), dict[Connection, int]()
     found: dict[int, tuple[bool, Any]] = {}
     copies = [_copy(calls) for _ in range(min(cores, len(calls)))]
@@ -45,6 +45,9 @@ def side_by_side(
                 try:
                     found[index] = ready.recv()
                     free.append(ready)
+                    if _no_backward(*found[index]):
+                        _REFUSED.append(str(found[index][1]))
+                        return _one_by_one(calls, tell)
                 except EOFError:  # killed, perhaps for its memory: here the error can be seen
                     found[index] = (True, calls[index]())
                     copies.append(_copy(calls))
@@ -59,6 +62,19 @@ def side_by_side(
         if not worked:
             raise value
     return [found[i][1] for i in range(len(calls))]
+
+
+_REFUSED: list[str] = []  # what autograd said in a copy: later calls do not try again
+
+
+def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Callable[[int], None]) -> list[_T]:
+    return [(tell(index), call())[1] for index, call in enumerate(calls)]  # type: ignore[func-returns-value]
+
+
+def _no_backward(worked: bool, value: Any) -> bool:
+    """Where autograd has threads for devices (CUDA builds), no backward runs in a copy once one has run in
+    the original."""
+    return not worked and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
 
 
 def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
