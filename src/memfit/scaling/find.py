@@ -24,11 +24,17 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Machine
 from memfit.types.parts import Parts, Piece
 from memfit.types.plan import Plan
+from memfit.types.trace import OpCall, Phase
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
 _BLAS_THREADS = 2  # the caller's and autograd's, each with a handle of its own
 _LEVELS_PER_DOUBLING = 4  # of memory, the best of each being kept for the frontier
 _WORTH = 0.005  # a gain in time below this makes no point of the frontier
+_COPIED_BYTES = 1 << 30
+_COPY = OpCall(
+    clock=0, op="aten.copy_.default", signature="", phase=Phase.FORWARD, step=0, module="", dtype="float32",
+    flops=0, moved_bytes=_COPIED_BYTES,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +115,9 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
 
     plain = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
     cut = dict[str, Any](sequence=True, vocabulary="parallel-loss")
+    widest = [dataclasses.replace(plain, tensor=max(limits.tensor), **cut)] * (max(limits.tensor) > 1)
+    longest = [dataclasses.replace(plain, context=max(limits.context))] * (max(limits.context) > 1)
+    traced.trace([*widest, *longest])  # side by side; most models can be cut so
     tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
     context = upto(limits.context, lambda d: dataclasses.replace(plain, context=d))
     shared = tensor != (1,)
@@ -137,6 +146,7 @@ class _Pricing:
             per_host=per_host(machine),
             host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
             host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
+            copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
             beside=Player(model=model, machine=machine, members={}).beside,
         )

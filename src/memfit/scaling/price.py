@@ -44,6 +44,7 @@ class Rates:
     per_host: int
     host_bytes_s: float
     host_update_bytes_s: float
+    copied_bytes_s: float  # read and written by a device's own plain copies
     workspace_bytes: float  # of BLAS, inside the allocator
     beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
 
@@ -136,11 +137,12 @@ def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, awa
     depth = _deepest(given.blocks, layout)
     ahead, back = _travel(layout, axes, elements.block, rates)
     moved = 2 * axes.inside("kept_bytes") * away / rates.host_bytes_s
-    forward = axes.inside("forward_s") + moved / 2
-    backward = axes.inside("backward_s") + moved / 2
-    # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes.
     every = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
     reshard = axes.states(lambda s: s.reshard)
+    opening = axes.states(lambda s: _opening_bytes(s) * elements.block / rates.copied_bytes_s)
+    forward = axes.inside("forward_s") + moved / 2 + opening * reshard
+    backward = axes.inside("backward_s") + moved / 2 + opening * reshard
+    # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes.
     repeated = depth * (
         _beside(forward, ahead * reshard, rates) + _beside(backward, ahead * reshard + back * every, rates)
     )
@@ -164,7 +166,31 @@ def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, awa
             busiest=busiest, through=stages * repeated + first + last, ahead=depth * forward, send=send
         )
         step = _pipelined(layout, counts, line) + once + root_ahead + root_back * (1 - every)
+    own = depth * elements.block + elements.before + elements.after
+    step = step + (1 - reshard) * depth * opening + _handed_on(axes, own, every, rates)
     return step + _update(axes, elements, depth, layout, rates)
+
+
+def _opening_bytes(state: State) -> float:
+    """Of an element that is gathered: its shard copied in, in the dtype of the gather, and everything copied
+    out to parameters (torch.distributed.fsdp, foreach_all_gather)."""
+    if state.parameter_shards == 1:
+        return 0.0
+    return (state.stored + state.gathered) / state.parameter_shards + 2 * state.gathered
+
+
+def _handed_on(axes: _Axes, own: float, every: Array, rates: Rates) -> Array:
+    """Seconds of a step to copy gradients into what is reduced, and to add those of several micro-batches:
+    to shards where each is reduced, to whole gradients where only the last is."""
+    counts, states = axes.counts, axes.states
+    travels = states(lambda s: s.kind in ("fsdp2", "zero") and s.gradient_shards * s.state_shards > 1)
+    copied = travels * states(lambda s: s.gathered + s.reduced)
+    to_shards = states(lambda s: 3 * s.gradient / s.gradient_shards)
+    whole = states(lambda s: s.gathered + 2 * s.reduced if s.gradient_shards > 1 else 3 * s.gradient)
+    added = (counts - 1) * (every * to_shards + (1 - every) * whole)
+    moved_bytes = copied * (every * counts + (1 - every)) + added
+    seconds: Array = own * moved_bytes / rates.copied_bytes_s
+    return seconds
 
 
 def _beside(work: Array, travel: Array, rates: Rates) -> Array:

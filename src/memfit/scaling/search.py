@@ -251,10 +251,10 @@ def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fit
 
 
 def _kind(plan: Plan) -> tuple[object, ...]:
-    """What decides how far a sketch is off: the layout, and the technique of data parallelism."""
+    """What decides how far a sketch is off: the layout, and how data parallelism is set."""
     cut = tuple((u.technique, tuple(k for k in u.knobs if k[0] != "micro_batches")) for u in plan.uses
                 if u.technique in CUTTING)  # fmt: skip
-    return cut, tuple(u.technique for u in plan.uses if technique(u.technique).slot == "data-parallel")
+    return cut, tuple(u for u in plan.uses if technique(u.technique).slot == "data-parallel")
 
 
 def _family(plan: Plan) -> tuple[object, ...]:

@@ -201,8 +201,8 @@ def _states(limits: Limits, layout: Layout) -> list[Uses]:
     optimizers += [(_use(n),) for n in ("adafactor", "sgd")]
     precisions: list[Uses] = [(), (_use("bf16-autocast"),)]
     precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
-    shared = _data(limits, layout)
-    return [(*d, *p, *o) for d in shared for p in precisions for o in optimizers]
+    axes = [[u for u in axis if _fine(u, limits)] for axis in (_data(limits, layout), precisions, optimizers)]
+    return [(*d, *p, *o) for d, p, o in itertools.product(*axes)]
 
 
 def _data(limits: Limits, layout: Layout) -> list[Uses]:
@@ -236,8 +236,10 @@ def _data(limits: Limits, layout: Layout) -> list[Uses]:
 def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
     kept = []
     for uses in axis:
+        if not _fine(uses, limits):
+            continue
         plan = Plan(uses=(*extra, *uses), ranks=limits.ranks)
-        if conflict(plan) is None and _fine(uses, limits) and not limits.refuses(plan):
+        if conflict(plan) is None and not limits.refuses(plan):
             kept.append(uses)
     return tuple(kept)
 
