@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from memfit.cli import main
 
+
+def run() -> int:
+    """The command line's own process, which ends with the command: no search for garbage at its end, which
+    takes longer than many a command where torch and transformers are loaded."""
+    code = main()
+    gc.freeze()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
