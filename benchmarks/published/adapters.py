@@ -16,7 +16,8 @@ from memfit.techniques.nf4 import Nf4Linear
 class Lora:
     """``targets``: roles among q, k, v, o, gate, up, down, head. ``base``: "" or "nf4". ``adapter_dtype``:
     "" is the base's own. ``double``: the scales of the 4-bit base are quantised once more. ``keeps_input``:
-    the 4-bit product holds its input until the whole graph is gone (bitsandbytes before 0.43.2)."""
+    the 4-bit product holds its input until the whole graph is gone (bitsandbytes before 0.43.2). ``stored``:
+    the 4-bit base is a parameter of half precision, as ranks share it (bitsandbytes' quant_storage)."""
 
     rank: int
     targets: frozenset[str]
@@ -26,6 +27,7 @@ class Lora:
     keeps_input: bool = False
     adapter_dtype: str = ""
     style: str = "peft"  # or "litgpt"
+    stored: bool = False
 
 
 class LinearMaker:
@@ -57,8 +59,23 @@ def _quantised(linear: nn.Linear, lora: Lora) -> nn.Module:
     product widens twice."""
     if lora.style == "litgpt":
         linear.weight = nn.Parameter(linear.weight.detach().half())
-    kind = KeepingNf4Linear if lora.keeps_input else Nf4Linear
+    kind = StoredNf4Linear if lora.stored else KeepingNf4Linear if lora.keeps_input else Nf4Linear
     return kind(linear, double=lora.double)  # type: ignore[arg-type]
+
+
+class StoredNf4Linear(Nf4Linear):
+    """Its packed weights are seen as half precision by who shares them out; the scales are not shared out."""
+
+    def __init__(self, linear: nn.Linear, *, double: bool = False) -> None:
+        half = linear.weight.dtype
+        super().__init__(linear, double=double)
+        packed: torch.Tensor = self.packed  # type: ignore[assignment]
+        del self.packed
+        self.stored = nn.Parameter(packed.flatten().view(half).unsqueeze(-1), requires_grad=False)
+
+    @property
+    def packed(self) -> torch.Tensor:
+        return self.stored.view(torch.uint8).view(-1, 1)
 
 
 class KeepingNf4Linear(Nf4Linear):

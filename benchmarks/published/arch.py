@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from memfit.types.errors import UserError
+from published import words
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,12 +293,12 @@ def arch_of(row: Mapping[str, str]) -> Arch | None:
     size["head_dim"] = size["head_dim"] or size["hidden"] // size["heads"]
     gated = more.get("mlp", "swiglu") == "swiglu"
     size["ffn"] = size["ffn"] or (-(-8 * size["hidden"] // 3 // 256) * 256 if gated else 4 * size["hidden"])
-    tied = row.get("tied_emb", "").lower()[:1]
     if size["heads"] % size["kv_heads"] and not given["kv_heads"]:
         size["kv_heads"] = size["heads"]  # the public one's are of another size
     if size["heads"] % size["kv_heads"]:
         raise UserError(f"heads {size['heads']} is no multiple of kv_heads {size['kv_heads']}")
-    more["tied"] = tied == "y" if tied in ("y", "n") else bool(known.get("tied", more.get("tied", False)))
+    said = words.tied(row.get("tied_emb", ""))
+    more["tied"] = bool(known.get("tied", more.get("tied", False))) if said is None else said
     more |= _extra(row)
     if "moe" not in more and (known_moe := _PUBLIC_MOE.get(public_name(row["model"]))):
         more["moe"] = Moe(experts=known_moe[0], top_k=known_moe[1], ffn=known_moe[2])
@@ -310,10 +311,12 @@ def _extra(row: Mapping[str, str]) -> dict[str, object]:
     """Free text in ``moe`` and ``extra_arch``."""
     text = f"{row.get('moe', '')}; {row.get('extra_arch', '')}".lower()
     more: dict[str, object] = {}
-    if "learned pos" in text:
+    if re.search(r"learned (absolute )?pos", text):
         more |= {"learned_positions": True, "rotary": 0.0}
     if re.search(r"\bbiases\b", text):
         more["bias"] = True
+    if dropout := re.search(r"dropout\W{0,3}(?:of |p\W{0,3})?(0?\.\d+)", text):
+        more["dropout"] = float(dropout[1])
     if (experts := re.search(r"(\d+)\s*experts?", text)) and (top := re.search(r"top[- ]?(\d+)", text)):
         width = re.search(r"expert[- ]ffn\s*(\d+)", text)
         shared = re.search(r"shared\s*(?:ffn\s*)?(\d+)", text)

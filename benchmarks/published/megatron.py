@@ -300,9 +300,12 @@ class Layer(nn.Module):
         self.out = make(arch.hidden, heads * mla.value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        attended = self._attend_latent(x) if self.arch.mla else self._attend(x)
-        x = x + attended
-        return x + self._feed(x)
+        x = x + self._dropped(self._attend_latent(x) if self.arch.mla else self._attend(x))
+        return x + self._dropped(self._feed(x))
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """One byte an element is kept: what was dropped."""
+        return torch.native_dropout(x, self.arch.dropout, True)[0] if self.arch.dropout else x
 
     def _linear(
         self, x: torch.Tensor, layer: Weight, *, gather: bool = False, scatter: bool = False
@@ -397,15 +400,19 @@ class Rank(nn.Module):
         vocab = -(-arch.vocab // (128 * shape.tensor)) * 128
         if stage.first:
             self.embed = Weight(vocab, arch.hidden, scraps=scraps)
+            if arch.learned_positions:
+                self.position = Weight(shape.length, arch.hidden, scraps=scraps)
         dense = arch.moe.dense_layers if arch.moe else arch.layers
         self.blocks = nn.ModuleList(
             Layer(arch, shape, index >= dense and arch.moe is not None, scraps) for index in stage.layers
         )
         if stage.last:
-            self.head = Weight(vocab, arch.hidden, scraps=scraps)
+            shared = arch.tied and stage.first
+            self.head = self.embed if shared else Weight(vocab, arch.hidden, scraps=scraps)
         stage.claim(self)
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, head: bool = True) -> torch.Tensor:
+        """Without its head where another chunk of an interleaved schedule has it."""
         x = (
             _Embed.apply(self.anchor, self.embed, self.shape)
             if self.stage.first
@@ -413,7 +420,7 @@ class Rank(nn.Module):
         )
         for block in self.blocks:
             x = block(x)
-        if not self.stage.last:
+        if not (self.stage.last and head):
             return _Sent.apply(x)  # type: ignore[no-any-return]
         return _Vocabulary.apply(_Normed.apply(x), self.head, self.shape, self.stage.fused_loss)  # type: ignore[no-any-return]
 
@@ -509,7 +516,8 @@ def _job(setup: Setup, arch: Arch, shape: Shape, stage: Stage) -> Job:
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         waiting.clear()
-        waiting.extend(model() for _ in range(stage.in_flight - 1))
+        ends = stage.chunks == 1  # else the micro-batches that wait are in the chunks before the last
+        waiting.extend(model(head=ends) for _ in range(stage.in_flight - 1))
         out: torch.Tensor = model()
         return out
 

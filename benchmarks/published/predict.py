@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import re
 from typing import Any
 
-from memfit.catalog.load import device
 from memfit.cost.allocator import Settings, replay
 from memfit.cost.device import outside, with_workspaces
 from memfit.cost.memory import levels
@@ -19,6 +17,7 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Device
 from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.trace import Phase, Trace
+from published import cards
 from published.megatron import rank_jobs
 from published.models import STACKS, job_of, known, needed
 from published.rows import Setup, before_torch_2, card_bytes, when
@@ -110,14 +109,15 @@ def _graphs(setup: Setup) -> str:
 def _sharding(setup: Setup) -> list[Use]:
     if setup.ranks["dp"] == 1 and setup.ranks["cp"] == 1:
         return []
-    if setup.lora is not None and setup.lora.base:
+    if setup.lora is not None and setup.lora.base and setup.sharding == "zero3":
         raise UserError("how the ranks share a 4-bit base is not expressed")
     if setup.sharding in ("fsdp1", "fsdp2"):
         units, reshard = _groups(setup)
         options: dict[str, Any] = {
             "precision": "bf16" if setup.parameters == "float32" else "as-is",
             "reshard": setup.reshard and reshard, "units": units,
-            "prefetch": 1, "replicas": 1, "offload": "parameters" in setup.offload, "sync": "every",
+            "prefetch": 1, "replicas": setup.replicas, "sync": "every",
+            "offload": "parameters" in setup.offload,
         }  # fmt: skip
         return [use("fsdp2", **options)]
     if setup.sharding == "ddp":
@@ -164,9 +164,12 @@ _PARTS = 4  # of a phase's span: a peak lies near its start or its end
 
 def predict(setup: Setup) -> Prediction:
     """Raises UserError with the reason where the row cannot be expressed, or contradicts itself: a run that
-    was measured did fit its card."""
-    found = _predicted(setup)
-    card = card_bytes(setup.row)
+    was measured did fit its card. Where it does so only because the row says nothing of recomputation, blocks
+    were recomputed."""
+    found, card = _predicted(setup), card_bytes(setup.row)
+    open_left = not setup.row["act_ckpt"] and setup.arch is not None and setup.row["scope"] == "train_step"
+    if card and found.allocated_bytes > card and open_left:
+        found = _predicted(dataclasses.replace(setup, recompute="full"))
     if card and found.allocated_bytes > card:
         raise UserError(
             f"as the row states it the run takes {found.allocated_bytes / 2**30:.1f} GiB, more than its card"
@@ -177,7 +180,7 @@ def predict(setup: Setup) -> Prediction:
 def _predicted(setup: Setup) -> Prediction:
     if setup.float8 and setup.code != "megatron" and not setup.recompute:
         raise UserError("which float8 casts the compiler keeps for backward is not expressed")
-    if setup.code == "megatron":
+    if setup.code == "megatron" or as_megatron(setup):
         arch = known(setup)
         needed(setup)
         plan = _recomputed(setup)
@@ -187,6 +190,15 @@ def _predicted(setup: Setup) -> Prediction:
         if setup.ranks[name] > 1:
             raise UserError(f"{name} {setup.ranks[name]} is not expressed yet")
     return _of(setup, plan_of(setup))
+
+
+def as_megatron(setup: Setup) -> bool:
+    """Whether another code base cuts its model as Megatron does: stages of a pipeline, experts, or parts of
+    layers, whose replicas at most share the optimizer's states."""
+    if setup.arch is None or setup.lora is not None or setup.sharding not in ("", "ddp", "zero1", "zero2"):
+        return False
+    cut = max(setup.ranks["pp"], setup.ranks["ep"]) > 1
+    return cut or (setup.ranks["tp"] > 1 and setup.ranks["dp"] > 1)
 
 
 def _of(setup: Setup, plan: Plan) -> Prediction:
@@ -249,7 +261,7 @@ def _number_of(text: str) -> int:
 
 def _on_a_line(setup: Setup, plan: Plan) -> Prediction | None:
     """Peaks grow by as much with every further period of blocks; None where a third depth says otherwise."""
-    card, period = _card(setup.row["gpu"]), _period(plan)
+    card, period = _card(setup), _period(plan)
     found = [traced(setup, plan, _FEW_BLOCKS + i * period) for i in range(3)]
     few, more, most = (_tops(with_workspaces(t, card) if card else t) for t in found)
     times = (_count(setup) - _FEW_BLOCKS) / period
@@ -282,7 +294,7 @@ def _tops(traced: Trace) -> dict[tuple[str, int], int]:
 
 def of_trace(setup: Setup, traced: Trace) -> Prediction:
     """Of a whole trace: the allocator can be replayed, and what lies beside it added."""
-    card = _card(setup.row["gpu"])
+    card = _card(setup)
     seen = with_workspaces(traced, card) if card else traced
     tops = _tops(seen)
     where = max(tops, key=lambda key: tops[key])
@@ -317,13 +329,8 @@ def _resident(traced: Trace) -> int:
     )
 
 
-def _card(name: str) -> Device | None:
-    """The catalog's card of that name, or None. China's A800 and H800 have slower links, nothing else."""
-    known = name.replace("A800", "A100").replace("H800", "H100")
-    for spelled in (known, known.split("-")[0] + "-SXM", known.split("-")[0]):
-        with contextlib.suppress(UserError):
-            return device(spelled)
-    return None
+def _card(setup: Setup) -> Device | None:
+    return cards.card(setup.row["gpu"], card_bytes(setup.row) / cards.GIB)
 
 
 def card_of(setup: Setup) -> Device | None:
@@ -331,7 +338,7 @@ def card_of(setup: Setup) -> Device | None:
     roofline_utils.py says so) and a limit of 500 W (torchtitan's reports)."""
     name = setup.row["gpu"]
     theirs = re.search("torchao|torchtitan", setup.row["group"].lower()) and "h100" in name.lower()
-    return _card("H100-96GB-HBM2e" if theirs else name)
+    return cards.card("H100-96GB-HBM2e") if theirs else _card(setup)
 
 
 def _expandable(setup: Setup) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from memfit.types.errors import UserError
+from published import words
 from published.adapters import Lora
 from published.arch import Arch, arch_of
 
@@ -52,6 +53,7 @@ class Setup:
     lora: Lora | None
     sharding: str
     reshard: bool
+    replicas: int
     recompute: str
     compiled: bool
     ranks: Mapping[str, int]  # dp, tp, pp, vp, cp, ep
@@ -93,23 +95,23 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def setup_of(row: Mapping[str, str]) -> Setup:
     code = _code(row)
-    precision, sharding = row["precision"].lower(), _sharding(row)
-    parameters, compute = _dtypes(precision, code, sharding)
     data = _data_ranks(row)
+    precision, sharding = row["precision"].lower(), words.sharding(row["zero_fsdp"], data, when(row))
+    parameters, compute = words.dtypes(precision, code, sharding)
     micro = _number(row["micro_batch"]) or _micro_batch(row, data)
     return Setup(
         row=row, code=code, arch=_arch(row, code), measured=_measured(row),
         length=_number(row["seq_len"]), micro_batch=micro,
         micro_batches=_number(row["grad_accum"]) or _accumulated(row, micro, data),
         parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
-        optimizer="sgd" if code == "nnscaler" else _optimizer(row["optimizer"].lower()),
+        optimizer="sgd" if code == "nnscaler" else words.optimizer(row["optimizer"]),
         fused=_fused(row, code),
-        lora=_lora(row, code), sharding=sharding,
-        reshard=not re.search(r"zero-?2|reshard_after_forward false", row["zero_fsdp"].lower()),
-        recompute=_recompute(row["act_ckpt"].lower()), compiled=row["compile"].lower()[:1] == "y",
+        lora=_lora(row, code, sharding), sharding=sharding,
+        reshard=words.reshards(row["zero_fsdp"]), replicas=words.replicas(row["zero_fsdp"], data),
+        recompute=_recompute(row["act_ckpt"], code), compiled=words.yes(row["compile"]),
         ranks={k: _number(row[k]) or 1 for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
-        sequence_parallel=row["sp"].lower()[:1] == "y",
-        offload=_offload(row["offload"].lower(), row["notes"].lower()),
+        sequence_parallel=words.yes(row["sp"]),
+        offload=words.offload(row["offload"], row["notes"], sharding),
     )  # fmt: skip
 
 
@@ -186,54 +188,6 @@ def _kernels(notes: str) -> str:
     return "liger" if re.search(r"liger", notes) else "hf"
 
 
-def _sharding(row: Mapping[str, str]) -> str:
-    text = row["zero_fsdp"].lower()
-    if found := re.search(r"zero-?([0123])", text):
-        named = f"zero{found[1]}" if found[1] != "0" else ""
-        return ("fsdp2" if "fsdp2" in text else "fsdp1") if "fsdp" in text else named
-    if "fsdp1" in text or ("fsdp" in text and "fsdp2" not in text and "full_shard" in text):
-        return "fsdp1"
-    if "fsdp" in text:
-        return "fsdp2"
-    if "distributed optimizer" in text:
-        return "zero1"
-    data = _data_ranks(row)
-    return "ddp" if "ddp" in text or data > 1 else ""
-
-
-def _dtypes(precision: str, code: str, sharding: str) -> tuple[str, str]:
-    """(parameters' dtype, dtype of the arithmetic)."""
-    half = "float16" if re.search(r"fp16|float16", precision) and "bf16" not in precision else "bfloat16"
-    if re.search(r"^\s*(fp32|float32|tf32)", precision):
-        return "float32", "float32"
-    if sharding == "fsdp1" and re.search(r"fp32 master|upcast", precision):
-        return "float32", half
-    if re.search(r"true|pure|full|bf16 param|bf16 base|params and states", precision):
-        return half, half
-    if re.search(r"amp|mixed|mp\b|fp32 param|master", precision) or code == "titan":
-        return "float32", half
-    if code in ("evoformer", "nnscaler"):
-        return half, half
-    if code in ("hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
-        return half, half
-    return "float32", half
-
-
-def _optimizer(text: str) -> str:
-    if "adafactor" in text:
-        return "adafactor"
-    if "lion" in text and "adamw" not in text:
-        return "lion"
-    if "paged" in text:
-        return "adamw-paged"
-    for bits in ("8", "4"):
-        if re.search(rf"{bits}-?bit", text):
-            return f"adamw-{bits}bit"
-    if re.search(r"\bsgd\b", text):
-        return "sgd"
-    return "adamw"
-
-
 def _fused(row: Mapping[str, str], code: str) -> bool:
     """torchtitan's configurations of 2024 and later say fused; its first ones and most others do not."""
     text = f"{row['optimizer']}".lower()
@@ -242,36 +196,46 @@ def _fused(row: Mapping[str, str], code: str) -> bool:
     return "fused" in text
 
 
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 _ROLES: Mapping[str, tuple[str, ...]] = {
-    "query": ("q",), "key": ("k",), "value": ("v",), "projection": ("o",), "mlp": ("gate", "up", "down"),
+    "query": ("q",), "key": ("k",), "value": ("v",), "projection": ("o",), "mlp": _MLP, "ffn": _MLP,
     "head": ("head",), "q": ("q",), "k": ("k",), "v": ("v",), "o": ("o",), "c_attn": ("q", "k", "v"),
     "attn c_proj": ("o",), "w1": ("gate",), "w2": ("up",), "q_proj": ("q",), "k_proj": ("k",),
     "v_proj": ("v",), "o_proj": ("o",), "gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",),
-    "output": ("head",), "all linear": ("q", "k", "v", "o", "gate", "up", "down"),
-    "all-linear": ("q", "k", "v", "o", "gate", "up", "down"), "attention": ("q", "k", "v", "o"),
+    "gate": ("gate",), "up": ("up",), "down": ("down",), "gate_up_proj": ("gate", "up"),
+    "w_pack": ("q", "k", "v"), "qkv": ("q", "k", "v"), "qkv_proj": ("q", "k", "v"), "lm_head": ("head",),
+    "query_key_value": ("q", "k", "v"), "dense_h_to_4h": ("gate", "up"), "dense_4h_to_h": ("down",),
+    "fc1": ("gate", "up"), "fc2": ("down",), "out_proj": ("o",), "attn": _ATTENTION,
+    "output": ("head",), "all linear": _ATTENTION + _MLP, "all-linear": _ATTENTION + _MLP,
+    "all": _ATTENTION + _MLP, "attention": _ATTENTION, "linear layers": _ATTENTION + _MLP,
 }  # fmt: skip
 
 
-def _lora(row: Mapping[str, str], code: str) -> Lora | None:
+def _lora(row: Mapping[str, str], code: str, sharding: str) -> Lora | None:
     text = f"{row['lora']} {row['method']}".lower()
     if "lora" not in row["method"].lower() and not row["lora"]:
         return None
-    rank = re.search(r"\br\s*=?\s*(\d+)", text)
-    words = re.sub(r"\(.*?\)", "", row["lora"].lower())
-    targets = {
-        r for word, roles in _ROLES.items() if re.search(rf"(?<![\w-]){word}(?![\w-])", words) for r in roles
-    }
+    rank = re.search(r"\br(?:ank)?\W{0,3}(\d+)|rank\W{0,3}(\d+)", text)
+    dropout = re.search(r"dropout\W{0,3}(0?\.\d+)", text)
+    outside = re.sub(r"\(.*?\)", "", row["lora"].lower())
+    targets = _targets(outside) or _targets(row["lora"].lower())
     base = "nf4" if re.search(r"nf4|fp4|int4|4-?bit|qlora", text) else ""
     return Lora(
-        rank=int(rank[1]) if rank else 8,
+        rank=int(rank[1] or rank[2]) if rank else 8,
         targets=frozenset(targets or {"q", "v"}),
-        dropout=0.05 if code == "litgpt" else 0.0,
+        dropout=float(dropout[1]) if dropout else 0.05 if code == "litgpt" else 0.0,
         base=base,
         double=bool(base) and code != "tune" and (code != "litgpt" or "dq" in text),
         keeps_input=bool(base) and _holds_inputs(row, code),
-        adapter_dtype="float32" if "fp32 adapter" in row["precision"].lower() else "",
+        adapter_dtype="float32" if words.wide_adapters(row["precision"]) else "",
         style="litgpt" if code in ("litgpt", "thunder") else "peft",
+        stored=bool(base) and bool(sharding),
     )
+
+
+def _targets(text: str) -> set[str]:
+    named = (roles for word, roles in _ROLES.items() if re.search(rf"(?<![\w-]){word}(?![\w-])", text))
+    return {role for roles in named for role in roles}
 
 
 def _holds_inputs(row: Mapping[str, str], code: str) -> bool:
@@ -282,29 +246,11 @@ def _holds_inputs(row: Mapping[str, str], code: str) -> bool:
     return (int(version[1]), int(version[2]), int(version[3])) < (0, 43, 2)
 
 
-def _recompute(text: str) -> str:
-    if re.search(r"finer|chunk", text):
-        return "inside"  # of blocks: the model's own code does it
-    if found := re.search(r"every (\d+)", text):
-        return f"every-{found[1]}"
-    if re.search(r"selective.*(op|operator)", text):
-        return "operators"
-    if "selective" in text:
-        return "attention"
-    if re.search(r"full|per.*block|\by(es)?\b|recompute", text) and not text.startswith("none"):
-        return "full"
-    return ""
-
-
-def _offload(text: str, notes: str) -> frozenset[str]:
-    kinds = {
-        "optimizer": "optimizer",
-        "param": "parameters",
-        "grad": "gradients",
-        "activation": "activations",
-    }
-    found = {v for k, v in kinds.items() if k in text}
-    return frozenset(found | {"activations"} if re.search(r"activation offload\w* on\b", notes) else found)
+def _recompute(text: str, code: str) -> str:
+    """Selective recomputation without more is Megatron's of attention, elsewhere torch's by operator."""
+    found = words.recompute(text)
+    of_attention = code == "megatron" or re.search("attn|attention", text.lower())
+    return "operators" if found == "attention" and not of_attention else found
 
 
 def _measured(row: Mapping[str, str]) -> Measured | None:
@@ -326,8 +272,8 @@ def _measured(row: Mapping[str, str]) -> Measured | None:
 def _kind(metric: str) -> str:
     for pattern, kind in (
         (r"resident after", "resident"),
-        (r"nvidia-smi|nvml", "device"),
-        (r"reserved", "reserved"),
+        (r"nvidia-?smi|rocm-?smi|nvml|gpustat|nvtop|nvitop", "device"),
+        (r"reserved|cached", "reserved"),
         (r"alloc|active", "allocated"),
     ):
         if re.search(pattern, metric):

@@ -21,7 +21,7 @@ from memfit.types.trace import Category, OpCall, Phase, Trace
 from published.layers import FULL_SUM, kernel
 from published.models import known, needed
 from published.pipelines import Run
-from published.predict import EXPRESSED, card_of, plan_of, traces_of
+from published.predict import EXPRESSED, as_megatron, card_of, plan_of, traces_of
 from published.rows import Setup, when
 
 _TOKENS = 16384  # of a micro-batch, where a source states none: what its card holds at once
@@ -101,9 +101,9 @@ def fetched_s(setup: Setup, parameters: float) -> float:
 
 
 def simpler(setup: Setup) -> Setup:
-    """What memory cannot leave out and time hardly feels: how ranks share a 4-bit base (half a byte of each
-    weight is gathered, beside the work), the optimizer's kind, replicas whose kind is not told."""
-    if setup.lora is not None and setup.lora.base and setup.ranks["dp"] > 1:
+    """What memory cannot leave out and time hardly feels: how ZeRO's ranks share a 4-bit base (half a byte of
+    each weight is gathered, beside the work), the optimizer's kind, replicas whose kind is not told."""
+    if setup.lora is not None and setup.lora.base and setup.sharding == "zero3":
         setup = dataclasses.replace(setup, ranks={**setup.ranks, "dp": 1}, sharding="")
     if setup.optimizer not in EXPRESSED:
         setup = dataclasses.replace(setup, optimizer="adamw")
@@ -119,7 +119,8 @@ def by_calls(setup: Setup, card: Device) -> bool:
     fused kernels; and V100, which has no flash attention, where GPT was Megatron's as well."""
     gpt = setup.arch is not None and setup.arch.learned_positions
     old = "v100" in card.name.lower() or "fused dense" in setup.row["attn_impl"].lower()
-    return setup.code == "megatron" or max(setup.ranks["pp"], setup.ranks["ep"]) > 1 or (gpt and old)
+    cut = max(setup.ranks["pp"], setup.ranks["ep"]) > 1 or as_megatron(setup)
+    return setup.code == "megatron" or cut or (gpt and old)
 
 
 def on_line(traces: list[tuple[float, Trace]], one: Callable[[Trace], Played]) -> Played:

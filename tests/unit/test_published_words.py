@@ -1,0 +1,153 @@
+"""Other sources' wordings: cards, sharding, precision, recomputation and offload as people write them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from published import words
+from published.cards import card
+from published.models import job_of
+from published.predict import plan_of, predict
+from published.rows import COLUMNS, Setup, setup_of
+from published.seconds import predicted
+
+from memfit.trace.tracer import fake_model
+
+
+def _setup(**given: str) -> Setup:
+    sizes = {
+        "layers": "8", "hidden": "256", "heads": "4", "kv_heads": "2", "ffn": "512", "vocab": "1024",
+        "seq_len": "256", "micro_batch": "2", "precision": "bf16", "n_gpus": "1", "model": "Llama",
+        "gpu": "A100", "gpu_mem_gb": "80",
+    }  # fmt: skip
+    basic = {"id": "x-1", "scope": "train_step", "quality": "A", "method": "pretrain"}
+    return setup_of({**dict.fromkeys(COLUMNS, ""), **basic, **sizes, **given})
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_gb", "known"),
+    [("DGX A100", 80, "A100-80GB-SXM"), ("A100(40G)", 0, "A100-40GB-SXM"), ("A100", 40, "A100-40GB-SXM"),
+     ("H100 x 1", 80, "H100-SXM"), ("8xH100 80GB HBM3", 0, "H100-SXM"),
+     ("NVIDIA A100-PCIE-40GB", 0, "A100-40GB-PCIe"), ("RTX Pro 6000", 96, "RTX-PRO-6000"), ("V100 32G (DGX-1)", 32, "V100-32GB-SXM2"), ("4x3090", 24, "RTX-3090"),
+     ("NVIDIA L40S", 48, "L40S"), ("L4", 24, "L4"), ("A800", 80, "A100-80GB-SXM"), ("RTX 3090 Ti", 24, ""),
+     ("Titan RTX", 24, ""), ("not stated", 0, ""), ("", 80, "")],
+)  # fmt: skip
+def test_a_card_is_known_by_what_it_is_called(name: str, memory_gb: float, known: str) -> None:
+    found = card(name, memory_gb)
+    assert (found.name if found else "") == known
+
+
+@pytest.mark.parametrize(
+    ("text", "sharding"),
+    [("zero_stage: 1", "zero1"), ("ZeRO stage 3", "zero3"), ("zero2(dp8)", "zero2"), ("stage 2", "zero2"),
+     ("--use-distributed-optimizer", "zero1"), ("HSDP", "fsdp2"), ("FULL_SHARD", "fsdp1"),
+     ("--ddp-backend fully_sharded", "fsdp1"), ("fully_shard (FSDP2)", "fsdp2"), ("FSDP NO_SHARD", "ddp"),
+     ("SHARD_GRAD_OP", "fsdp1"), ("DistributedDataParallel", "ddp"), ("ZeRO-0", "ddp"), ("", "ddp")],
+)  # fmt: skip
+def test_sharding_is_read_from_flags_and_names(text: str, sharding: str) -> None:
+    assert words.sharding(text, 8, (2025, 1)) == sharding
+    assert words.sharding("FSDP", 8, (2023, 6)) == "fsdp1"
+    assert words.reshards(text) is (text not in ("zero2(dp8)", "SHARD_GRAD_OP"))
+
+
+@pytest.mark.parametrize(
+    ("text", "recompute"),
+    [("gradient checkpointing (use_reentrant=False)", "full"), ("gradient_checkpointing true", "full"),
+     ("--checkpoint-activations", "full"), ("w/ Gradient checkpointing", "full"), ("yes", "full"),
+     ("gradient_checkpointing ✘", ""), ("use_gc false", ""), ("No AC", ""), ("n", ""), ("", ""), ("off", ""),
+     ("selective (every 2nd layer)", "every-2"), ("50% of layers", "every-2"), ("SAC 1/3", "every-3"),
+     ("selective (op)", "operators"), ("--recompute-granularity selective", "attention"),
+     ("--recompute-granularity full --recompute-num-layers 1", "full"), ("full (flags not captured)", "full"),
+     ("checkpointing not stated", "")],
+)  # fmt: skip
+def test_recomputation_is_read_from_flags_and_words(text: str, recompute: str) -> None:
+    assert words.recompute(text) == recompute
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "dtypes"),
+    [("dtype bfloat16, use_amp false", "hf", ("bfloat16", "bfloat16")),
+     ("bfloat16 autocast", "hf", ("float32", "bfloat16")),
+     ("torch.bfloat16", "hf", ("bfloat16", "bfloat16")), ("TF32", "hf", ("float32", "float32")),
+     ("mixed precision (AMP FP16)", "hf", ("float32", "float16")), ("float16", "hf", ("float16", "float16")),
+     ("BF16 (torch_dtype bfloat16, mixed_precision bf16)", "hf", ("bfloat16", "bfloat16"))],
+)  # fmt: skip
+def test_bfloat16_is_no_float16_and_a_switch_that_is_off_is_off(
+    text: str, code: str, dtypes: tuple[str, str]
+) -> None:
+    assert words.dtypes(text, code, "") == dtypes
+
+
+def test_switches_and_offload() -> None:
+    assert words.yes("true")
+    assert words.yes("torch.compile (inductor)")
+    assert not words.yes("not stated (likely n)")
+    assert not words.yes("False")
+    assert (words.tied("true"), words.tied("untied"), words.tied("")) == (True, False, None)
+    assert words.offload("--cpu-offload", "", "fsdp1") == {"parameters", "optimizer", "gradients"}
+    assert words.offload("CPU offload True", "", "zero2") == {"optimizer", "gradients"}
+    assert not words.offload("none", "", "fsdp1")
+    assert words.optimizer("FusedLAMB") == "adamw"
+    assert words.optimizer("galore_adamw8bit_per_layer") == "galore"
+
+
+def test_hybrid_sharding_is_within_hosts() -> None:
+    setup = _setup(zero_fsdp="HSDP", n_gpus="32", precision="bf16 mixed")
+    shared = plan_of(setup).get("fsdp2")
+    assert shared is not None
+    assert shared.settings["replicas"] == 4
+    assert words.replicas("HSDP", 8) == words.replicas("FSDP", 32) == 1
+
+
+def test_selective_without_more_is_of_operators_outside_megatron() -> None:
+    assert _setup(act_ckpt="Selective AC").recompute == "operators"
+    assert _setup(act_ckpt="selective", software="Megatron-LM").recompute == "attention"
+
+
+def test_adapters_are_read_from_configuration_keys() -> None:
+    lora = "lora_rank 64, dropout 0.1; DEFAULT (W_pack)"
+    found = _setup(method="LoRA", lora=lora, precision="dtype bfloat16, autocast_adapter_dtype true").lora
+    assert found is not None
+    assert (found.rank, found.dropout, found.adapter_dtype) == (64, 0.1, "float32")
+    assert found.targets == {"q", "k", "v"}
+
+
+def test_fsdp_shares_a_four_bit_base_and_ddp_does_not() -> None:
+    def peak(**more: str) -> int:
+        given = {"method": "QLoRA", "hidden": "1024", "ffn": "4096", "seq_len": "16", "act_ckpt": "full"}
+        return predict(_setup(**given, **more)).allocated_bytes
+
+    alone, shared = peak(), peak(n_gpus="4", zero_fsdp="FSDP full_shard")
+    assert shared < 0.7 * alone
+    assert peak(n_gpus="4", zero_fsdp="DDP") == pytest.approx(alone, rel=0.05)
+
+
+def test_a_pipeline_of_another_code_base_is_cut_as_megatrons() -> None:
+    whole = predict(_setup(global_batch="8")).allocated_bytes
+    cut = predict(_setup(global_batch="8", pp="2", tp="2", n_gpus="4", zero_fsdp="zero_stage: 1"))
+    assert cut.allocated_bytes < whole
+    assert predicted(_setup(global_batch="8", pp="2", tp="2", n_gpus="4", zero_fsdp="zero1")).step_s > 0
+
+
+def test_one_chunk_of_an_interleaved_schedule_has_the_head() -> None:
+    given = {"software": "Megatron-LM", "vocab": "200000", "pp": "2", "n_gpus": "2", "global_batch": "32"}
+    whole, parts = predict(_setup(**given)), predict(_setup(**given, vp="4"))
+    assert parts.allocated_bytes < 1.2 * whole.allocated_bytes  # not four times the logits
+
+
+def test_megatron_keeps_dropped_elements_and_shares_a_tied_embedding() -> None:
+    given = {"software": "Megatron-LM", "model": "GPT", "kv_heads": "4"}
+    plain = predict(_setup(**given)).allocated_bytes
+    assert predict(_setup(**given, extra_arch="dropout 0.1")).allocated_bytes > plain
+    assert predict(_setup(**given, tied_emb="untied")).allocated_bytes > plain
+
+
+def test_blocks_are_recomputed_where_the_row_says_nothing_and_would_not_fit() -> None:
+    fits = {"layers": "64", "seq_len": "4096", "micro_batch": "4", "gpu_mem_gb": "4"}
+    assert predict(_setup(**fits)).allocated_bytes < 4 * 2**30
+    assert fake_model(job_of(_setup(**fits))) is not None
