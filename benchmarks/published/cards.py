@@ -8,8 +8,7 @@ import re
 from memfit.catalog.load import device, device_names
 from memfit.types.errors import UserError
 from memfit.types.machine import Device
-
-GIB = 2**30
+from published.quantities import GIB
 
 
 def card(name: str, memory_gb: float = 0.0) -> Device | None:

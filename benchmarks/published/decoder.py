@@ -25,8 +25,8 @@ MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (role, inputs, output
 class Dialect:
     """``norm``: "whole" (float32 until the weight is applied), "early" (back to the input's type before the
     weight), "fused" (one kernel). ``rope``: "half" (x * cos + rotate_half(x) * sin), "complex" (float32
-    pairs), "in-place" (one kernel that overwrites its input). ``attention``: "sdpa" or "flash" (the
-    flash-attn package: keys and values are not repeated)."""
+    pairs), "in-place" (one kernel that overwrites its input). ``attention``: "sdpa", "flash" (the flash-attn
+    package: keys and values are not repeated) or "eager" (written out, softmax in float32)."""
 
     norm: str
     rope: str
@@ -152,13 +152,15 @@ class Attention(nn.Module):
             return flash(q, k, v, 0.0, True, False)[0]  # type: ignore[no-any-return]
         if arch.kv_heads != arch.heads:
             k, v = (t.repeat_interleave(arch.heads // arch.kv_heads, dim=1) for t in (k, v))
-        if arch.softcap:
-            return _capped(q, k, v)
+        if arch.softcap or self.dialect.attention == "eager":
+            return _written_out(q, k, v, capped=arch.softcap)
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    scores = torch.tanh(q @ k.mT / math.sqrt(q.shape[-1]) / 50.0) * 50.0
+def _written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, capped: bool) -> torch.Tensor:
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if capped:
+        scores = torch.tanh(scores / 50.0) * 50.0
     mask = torch.ones(q.shape[2], q.shape[2], dtype=q.dtype).triu(diagonal=1)
     return functional.softmax(scores + mask, dim=-1, dtype=torch.float).to(q.dtype) @ v
 

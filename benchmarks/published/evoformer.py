@@ -267,7 +267,8 @@ def fold_of(setup: Setup, *, told: bool = False) -> Fold:
         return int(next(g for g in found.groups() if g)) if found else default
 
     sizes = {
-        "sequences": number(r"n_(?:seq|extra|msa)\s*(\d+)"), "residues": number(r"n_res\s*(\d+)"),
+        "sequences": number(r"n_(?:seq|extra|msa)\s*(\d+)|(\d+)\s*(?:msa|sequences)(?! heads)"),
+        "residues": number(r"n_res\s*(\d+)|(\d+)\s*res(?:idues)?\b|crop\D{0,8}(\d+)"),
         "c_m": number(r"c_m\s*(\d+)"), "c_z": number(r"c_z\s*(\d+)"),
         "blocks": int(setup.row["layers"] or 0),
     }  # fmt: skip

@@ -20,10 +20,11 @@ class Loss:
     without: one head, its shifted logits copied, the loss over 128 rows at a time), "plain" (logits in their
     own type), "float" (titan: one float32 copy), "compiled" (titan since spring 2025: no float32 copy),
     "eighths" (torchtune since autumn 2024: head and loss over an eighth of the positions at a time),
-    "eighths-compiled" (no float32 copies either), "shift-12" and "shift-14" (Hugging Face before and from
-    4.46: a float32 copy, its shifted copy; then also the half-precision logits), "fused-linear" (Liger: a few
-    rows of logits at a time), "fast" (unsloth's kernel: gradients overwrite the logits). Chunks and outputs
-    that the loop's variables hold stay until the next step overwrites them; ``alone``: what the step before
+    "eighths-compiled" (no float32 copies either), "shift-12", "shift-14" and "padded" (Hugging Face before
+    4.46: a float32 copy and its shifted copy; from 4.46 the half-precision logits too; from 4.49 labels are
+    shifted and logits are not copied), "fused-linear" (Liger: a few rows of logits at a time), "fast"
+    (unsloth's kernel: gradients overwrite the logits). Chunks and outputs that the loop's variables hold stay
+    until the next step overwrites them; ``alone``: what the step before
     holds does not count, its samples were much shorter."""
 
     def __init__(self, kind: str, *, alone: bool = False) -> None:
@@ -107,6 +108,10 @@ class Loss:
         logits = head(hidden)
         wide = logits.float()
         return functional.cross_entropy(_shifted(wide), targets[:, 1:].flatten())
+
+    def _inside_padded(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def _inside_fast(self, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head(hidden).float()

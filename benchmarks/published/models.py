@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -57,9 +58,22 @@ def job_of(setup: Setup) -> Job:
         raise UserError(f"models of {setup.code} are not expressed yet")
     loss = Loss(_loss_kind(setup), alone="longest example stated" in setup.row["notes"].lower())
     dialect = _DIALECTS[setup.code]
+    if setup.code == "hf" and (kind := _attention(setup)):
+        dialect = dataclasses.replace(dialect, attention=kind)
     if setup.ranks["tp"] > 1:  # which features complex numbers hold is not followed; they are recomputed
         dialect = dataclasses.replace(dialect, rope="half")
     return decoder_job(setup, arch, dialect, loss)
+
+
+def _attention(setup: Setup) -> str:
+    """How Hugging Face's decoder attends; empty: by flash-attn. Until December 2023 it wrote attention out
+    unless flash-attn was asked for."""
+    text, told = setup.row["attn_impl"].lower(), when(setup.row)
+    if re.search(r"eager|unfused|naive|vanilla|(no|not|without) flash|flash\w*\W+(false|off|no|✘)", text):
+        return "eager"
+    if not text and told is not None and told < (2023, 12):
+        return "eager"
+    return "sdpa" if "sdpa" in text and "flash" not in text else ""
 
 
 # Encoders with decoders, convolutions, scans: their sizes are not those of the columns.
@@ -87,22 +101,32 @@ def needed(setup: Setup, *, length: bool = True) -> None:
 
 
 def bert_job(setup: Setup, arch: Arch) -> Job:
-    """transformers' own encoder with a classification head, attention written out."""
-    from transformers import BertConfig, BertForSequenceClassification
+    """transformers' own encoder, with heads for masked words and the next sentence where it is pre-trained,
+    for classes elsewhere. Attention is written out unless the row names a kernel."""
+    from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
+    told = " ".join(setup.row[c] for c in ("method", "extra_arch")).lower()
+    masked = bool(re.search(r"\bmlm\b|masked|pre-?train", told))
+    kernel = re.search(
+        r"(?<!un)fused attention|flash|sdpa|mem\w*[\s_-]efficient", setup.row["attn_impl"].lower()
+    )
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
     config = BertConfig(
         vocab_size=arch.vocab, hidden_size=arch.hidden, num_hidden_layers=arch.layers,
-        num_attention_heads=arch.heads, intermediate_size=arch.ffn, attn_implementation="eager",
-        max_position_embeddings=max(512, setup.length),
+        num_attention_heads=arch.heads, intermediate_size=arch.ffn,
+        attn_implementation="sdpa" if kernel else "eager", max_position_embeddings=max(512, setup.length),
     )  # fmt: skip
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         tokens = torch.zeros(samples, setup.length, dtype=torch.int64)
-        return {"input_ids": tokens, "labels": torch.zeros(samples, dtype=torch.int64)}
+        classes = torch.zeros(samples, dtype=torch.int64)
+        if masked:
+            return {"input_ids": tokens, "labels": tokens.clone(), "next_sentence_label": classes}
+        return {"input_ids": tokens, "labels": classes}
 
     def build() -> torch.nn.Module:
-        model: torch.nn.Module = BertForSequenceClassification(config)
+        kind: Any = BertForPreTraining if masked else BertForSequenceClassification
+        model: torch.nn.Module = kind(config)
         return keeping_gradients(model) if before_torch_2(setup) else model
 
     return Job(
@@ -179,6 +203,11 @@ def _hugging_face_loss(setup: Setup) -> str:
         return "fused-linear"
     if "fast ce" in text:
         return "fast"
-    version = re.search(r"transformers\s*~?(\d+)\.(\d+)", setup.row["software"].lower())
-    recent = version is not None and (int(version[1]), int(version[2])) >= (4, 46)
-    return "shift-14" if recent else "shift-12"
+    version = re.search(r"transformers\s*[~=v]*\s*(\d+)\.(\d+)", setup.row["software"].lower())
+    told = when(setup.row)
+    if version is not None:
+        number = (int(version[1]), int(version[2]))
+        return "padded" if number >= (4, 49) else "shift-14" if number >= (4, 46) else "shift-12"
+    if told is None or told < (2024, 11):
+        return "shift-12"
+    return "padded" if told >= (2025, 3) else "shift-14"

@@ -17,9 +17,10 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Device
 from memfit.types.plan import KnobValue, Plan, Use
 from memfit.types.trace import Phase, Trace
-from published import cards
+from published import cards, words
 from published.megatron import rank_jobs
 from published.models import STACKS, job_of, known, needed
+from published.quantities import GIB
 from published.rows import Setup, before_torch_2, card_bytes, when
 
 
@@ -78,7 +79,7 @@ def _autocast(setup: Setup) -> bool:
     return adapters or (setup.parameters == "float32" and setup.compute != "float32")
 
 
-EXPRESSED = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-paged", "adafactor", "sgd")
+EXPRESSED = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-paged", "adafactor", "sgd", "lion")
 
 
 def _optimizer(setup: Setup) -> list[Use]:
@@ -86,7 +87,7 @@ def _optimizer(setup: Setup) -> list[Use]:
         raise UserError(f"the optimizer {setup.optimizer} is not expressed")
     uses: list[Use] = []
     if setup.optimizer != "adamw":
-        uses.append(use(setup.optimizer))
+        uses.append(use("sgd" if setup.optimizer == "lion" else setup.optimizer))  # one moment each
     elif setup.fused or setup.sharding.startswith("zero"):  # DeepSpeed's own is one kernel (ops/adam)
         uses.append(use("adamw-fused"))
     elif before_torch_2(setup):
@@ -167,14 +168,20 @@ def predict(setup: Setup) -> Prediction:
     was measured did fit its card. Where it does so only because the row says nothing of recomputation, blocks
     were recomputed."""
     found, card = _predicted(setup), card_bytes(setup.row)
-    open_left = not setup.row["act_ckpt"] and setup.arch is not None and setup.row["scope"] == "train_step"
-    if card and found.allocated_bytes > card and open_left:
+    if card and found.allocated_bytes > card and _left_open(setup):
         found = _predicted(dataclasses.replace(setup, recompute="full"))
     if card and found.allocated_bytes > card:
         raise UserError(
             f"as the row states it the run takes {found.allocated_bytes / 2**30:.1f} GiB, more than its card"
         )
     return found
+
+
+def _left_open(setup: Setup) -> bool:
+    """Whether blocks may have been recomputed: the row says nothing, or selectively and not of what."""
+    told = words.recompute(setup.row["act_ckpt"])
+    said = setup.row["act_ckpt"] and (told != "attention" or setup.code == "megatron")
+    return not said and setup.arch is not None and setup.row["scope"] == "train_step"
 
 
 def _predicted(setup: Setup) -> Prediction:
@@ -330,7 +337,7 @@ def _resident(traced: Trace) -> int:
 
 
 def _card(setup: Setup) -> Device | None:
-    return cards.card(setup.row["gpu"], card_bytes(setup.row) / cards.GIB)
+    return cards.card(setup.row["gpu"], card_bytes(setup.row) / GIB)
 
 
 def card_of(setup: Setup) -> Device | None:

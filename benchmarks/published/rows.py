@@ -12,14 +12,7 @@ from memfit.types.errors import UserError
 from published import words
 from published.adapters import Lora
 from published.arch import Arch, arch_of
-
-GIB = 2**30
-_UNITS = {
-    "gib": GIB, "mib": 2**20, "kib": 2**10, "tib": 2**40, "bytes": 1, "byte": 1, "b": 1, "gb(1e9)": 10**9,
-    "mb(1e6)": 10**6, "gb(2^30)": GIB, "mb(2^20)": 2**20,
-}  # fmt: skip
-# Where a source only says "GB" or "MB": tools print powers of two under these names more often than not.
-_UNSURE = {"gb(base?)": GIB, "mb(base?)": 2**20, "gb": GIB, "mb": 2**20, "kb": 2**10, "g": GIB, "m": 2**20}
+from published.quantities import GIB, amount, batch, degree, devices, unit, whole
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,18 +91,19 @@ def setup_of(row: Mapping[str, str]) -> Setup:
     data = _data_ranks(row)
     precision, sharding = row["precision"].lower(), words.sharding(row["zero_fsdp"], data, when(row))
     parameters, compute = words.dtypes(precision, code, sharding)
-    micro = _number(row["micro_batch"]) or _micro_batch(row, data)
+    length = whole(row["seq_len"])
+    micro = whole(row["micro_batch"]) or _micro_batch(row, data, length)
     return Setup(
         row=row, code=code, arch=_arch(row, code), measured=_measured(row),
-        length=_number(row["seq_len"]), micro_batch=micro,
-        micro_batches=_number(row["grad_accum"]) or _accumulated(row, micro, data),
+        length=length, micro_batch=micro,
+        micro_batches=whole(row["grad_accum"]) or _accumulated(row, micro, data, length),
         parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
         optimizer="sgd" if code == "nnscaler" else words.optimizer(row["optimizer"]),
         fused=_fused(row, code),
         lora=_lora(row, code, sharding), sharding=sharding,
         reshard=words.reshards(row["zero_fsdp"]), replicas=words.replicas(row["zero_fsdp"], data),
         recompute=_recompute(row["act_ckpt"], code), compiled=words.yes(row["compile"]),
-        ranks={k: _number(row[k]) or 1 for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
+        ranks={k: degree(row, k) for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
         sequence_parallel=words.yes(row["sp"]),
         offload=words.offload(row["offload"], row["notes"], sharding),
     )  # fmt: skip
@@ -119,8 +113,8 @@ def _data_ranks(row: Mapping[str, str]) -> int:
     """What other kinds of parallelism leave of the devices, where the row does not say."""
     others = 1
     for name in ("tp", "pp", "cp"):
-        others *= _number(row[name]) or 1
-    return _number(row["dp"]) or max(1, _devices(row["n_gpus"]) // others)
+        others *= degree(row, name)
+    return whole(row["dp"]) or max(1, devices(row["n_gpus"]) // others)
 
 
 def _arch(row: Mapping[str, str], code: str) -> Arch | None:
@@ -129,30 +123,15 @@ def _arch(row: Mapping[str, str], code: str) -> Arch | None:
     return dataclasses.replace(arch, tied=False) if arch and code in ("litgpt", "thunder") else arch
 
 
-def _number(text: str) -> int:
-    """The whole number that a text begins with, ``4,096`` or ``4k`` (times 1024); 0 where there is none."""
-    found = re.match(r"\s*(\d[\d,_]*)(\.\d+)?\s*(k\b)?", text or "", re.IGNORECASE)
-    if not found:
-        return 0
-    value = float(re.sub("[,_]", "", found[1]) + (found[2] or "")) * (1024 if found[3] else 1)
-    return int(value) if value.is_integer() else 0
-
-
-def _devices(text: str) -> int:
-    """``8``, or nodes times devices: ``2x8``."""
-    found = re.match(r"\s*(\d+)\s*(?:nodes?\s*)?[x×*]\s*(\d+)", text)
-    return int(found[1]) * int(found[2]) if found else _number(text)
-
-
-def _micro_batch(row: Mapping[str, str], data: int) -> int:
+def _micro_batch(row: Mapping[str, str], data: int, length: int) -> int:
     """What the whole batch says, where the row tells how often it is accumulated."""
-    accumulated = _number(row["grad_accum"])
-    return _number(row["global_batch"]) // (data * accumulated) if accumulated else 0
+    accumulated = whole(row["grad_accum"])
+    return batch(row, length) // (data * accumulated) if accumulated else 0
 
 
-def _accumulated(row: Mapping[str, str], micro: int, data: int) -> int:
-    whole = _number(row["global_batch"])
-    return max(1, whole // (micro * data)) if whole and micro else 1
+def _accumulated(row: Mapping[str, str], micro: int, data: int, length: int) -> int:
+    samples = batch(row, length)
+    return max(1, samples // (micro * data)) if samples and micro else 1
 
 
 _CODES: tuple[tuple[str, str], ...] = (
@@ -163,7 +142,10 @@ _CODES: tuple[tuple[str, str], ...] = (
     (r"thunder", "thunder"),
     (r"litgpt", "litgpt"),
     (r"timm|\bvit\b|vit[-_]|deit", "vision"),
-    (r"simumax|megatron|nemo|transformer[- ]engine|\bte\b|internevo|bloom|korthikanti", "megatron"),
+    (
+        r"simumax|megatron|mcore|primus|nemo|transformer[- ]engine|\bte\b|internevo|bloom|korthikanti",
+        "megatron",
+    ),
     (
         r"hf trainer|transformers|hugging ?face|\btrl\b|qwen|axolotl|llama-?factory|fms|peft|deepspeed",
         "hf",
@@ -175,10 +157,18 @@ def _code(row: Mapping[str, str]) -> str:
     """The most telling columns first; a plain decoder of Hugging Face's kind where nothing is said."""
     for columns in (("model", "group"), ("software", "source", "notes"), ("optimizer", "extra_arch")):
         text = " ".join(row.get(c, "") for c in columns).lower()
-        for pattern, code in _CODES:
-            if re.search(pattern, text) and not (code == "hf" and columns[0] == "model"):
+        for pattern, named in _CODES:
+            if re.search(pattern, text) and not (named == "hf" and columns[0] == "model"):
+                code = "hf" if named == "megatron" and _only_layers(row, text) else named
                 return _kernels(row["notes"].lower()) if code == "hf" else code
     return "hf"
+
+
+def _only_layers(row: Mapping[str, str], text: str) -> bool:
+    """Transformer Engine's layers in a trainer of Hugging Face's kind, with torch's own optimizer."""
+    own = re.search(r"simumax|megatron|mcore|primus|nemo|internevo|bloom|korthikanti", text)
+    trainer = r"accelerate\b|hf trainer|\btrl\b|torch\.optim|transformers\b"
+    return own is None and bool(re.search(trainer, f"{row['software']} {row['optimizer']}".lower()))
 
 
 def _kernels(notes: str) -> str:
@@ -229,7 +219,7 @@ def _lora(row: Mapping[str, str], code: str, sharding: str) -> Lora | None:
         keeps_input=bool(base) and _holds_inputs(row, code),
         adapter_dtype="float32" if words.wide_adapters(row["precision"]) else "",
         style="litgpt" if code in ("litgpt", "thunder") else "peft",
-        stored=bool(base) and bool(sharding),
+        stored=bool(base) and bool(sharding) and _data_ranks(row) > 1,
     )
 
 
@@ -254,14 +244,13 @@ def _recompute(text: str, code: str) -> str:
 
 
 def _measured(row: Mapping[str, str]) -> Measured | None:
-    unit = row["mem_unit"].lower()
-    sure = unit in _UNITS
-    value = re.match(r"\d[\d,]*(\.\d+)?", row["mem_value"])
+    value, base = amount(row["mem_value"]), unit(row["mem_unit"], row["mem_value"])
     if row["mem_gib"]:
-        sure = True
-        size = _decimal(row, "mem_gib") * GIB
-    elif value and unit in _UNSURE | _UNITS:
-        size = float(value[0].replace(",", "")) * (_UNITS | _UNSURE)[unit]
+        if not amount(row["mem_gib"]):
+            raise UserError(f"mem_gib is no number: {row['mem_gib']!r}")
+        size, sure = amount(row["mem_gib"]) * GIB, True
+    elif value and base:
+        size, sure = value * base[0], base[1]
     elif row["mem_value"]:
         raise UserError(f"mem_value {row['mem_value']!r} with mem_unit {row['mem_unit']!r} is no size")
     else:
@@ -279,13 +268,6 @@ def _kind(metric: str) -> str:
         if re.search(pattern, metric):
             return kind
     return "unstated"
-
-
-def _decimal(row: Mapping[str, str], column: str) -> float:
-    try:
-        return float(row[column] or 0)
-    except ValueError:
-        raise UserError(f"{column} is no number: {row[column]!r}") from None
 
 
 # Stable releases of torch, from its release notes: (minor of 2, year, month).
@@ -326,4 +308,4 @@ def before_torch_2(setup: Setup) -> bool:
 
 def card_bytes(row: Mapping[str, str]) -> float:
     """0 where the row does not say."""
-    return _decimal(row, "gpu_mem_gb") * GIB
+    return amount(row["gpu_mem_gb"]) * GIB

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from memfit.types.errors import UserError
 from published.predict import forget, predict
-from published.rows import GIB, Setup, card_bytes, setup_of
+from published.quantities import GIB, amount
+from published.rows import Setup, card_bytes, setup_of
 from published.seconds import measured_s, timed
 from published.seconds import predicted as seconds_of
 
@@ -127,10 +128,7 @@ def _tried(made: Callable[[], _Found], refused: Callable[[str], _Found]) -> _Fou
 
 
 def _number_in(row: Mapping[str, str], column: str) -> float:
-    try:
-        return float(row.get(column) or 0)
-    except ValueError:
-        return 0.0
+    return amount(row.get(column, ""))
 
 
 def _timed(row: Mapping[str, str], bare: Speed) -> Speed:

@@ -22,6 +22,7 @@ from published.layers import FULL_SUM, kernel
 from published.models import known, needed
 from published.pipelines import Run
 from published.predict import EXPRESSED, as_megatron, card_of, plan_of, traces_of
+from published.quantities import amount
 from published.rows import Setup, when
 
 _TOKENS = 16384  # of a micro-batch, where a source states none: what its card holds at once
@@ -32,10 +33,7 @@ def measured_s(setup: Setup) -> float | None:
     row = setup.row
 
     def number(column: str) -> float:
-        try:
-            return float(row.get(column) or 0)
-        except ValueError:
-            return 0.0
+        return amount(row.get(column, ""))
 
     samples = setup.micro_batch * setup.micro_batches * setup.ranks["dp"]
     tokens = samples * setup.length
@@ -146,6 +144,8 @@ def play(setup: Setup, card: Device, trace: Trace) -> Played:
         ops = tuple(o for op in ops for o in float8(op, 3 if setup.compiled else 5))
     if setup.compute == "float16":  # autocast on the CPU that traces knows bfloat16 only
         ops = tuple(dataclasses.replace(o, dtype=o.dtype.replace("bfloat16", "float16")) for o in ops)
+    if "tf32" in setup.row["precision"].lower():  # products only
+        ops = tuple(dataclasses.replace(o, dtype="tf32") if o.flops else o for o in ops)
     if "torchao" in setup.row["group"].lower() and re.search("-[48]bit", setup.optimizer):
         ops = one_optimizer(trace, ops)
     if setup.ranks["cp"] > 1 and setup.code in ("hf", "liger", "foak"):

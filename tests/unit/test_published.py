@@ -283,8 +283,8 @@ def test_zero_has_a_precision_of_its_own() -> None:
 
 
 def test_optimizers_that_are_not_expressed_are_refused() -> None:
-    with pytest.raises(UserError, match="lion"):
-        plan_of(setup_of(_row(model="Llama-2-7B", optimizer="Lion")))
+    with pytest.raises(UserError, match="muon"):
+        plan_of(setup_of(_row(model="Llama-2-7B", optimizer="Muon")))
     used = plan_of(setup_of(_row(model="Llama-2-7B", optimizer="AdamW, optimizer_in_bwd")))
     assert used.get("optimizer-in-backward") is not None
 

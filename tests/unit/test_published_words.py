@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from published import words
 from published.cards import card
 from published.models import job_of
+from published.names import public
 from published.predict import plan_of, predict
+from published.quantities import amount, unit, whole
 from published.rows import COLUMNS, Setup, setup_of
 from published.seconds import predicted
 
@@ -33,7 +35,8 @@ def _setup(**given: str) -> Setup:
     ("name", "memory_gb", "known"),
     [("DGX A100", 80, "A100-80GB-SXM"), ("A100(40G)", 0, "A100-40GB-SXM"), ("A100", 40, "A100-40GB-SXM"),
      ("H100 x 1", 80, "H100-SXM"), ("8xH100 80GB HBM3", 0, "H100-SXM"),
-     ("NVIDIA A100-PCIE-40GB", 0, "A100-40GB-PCIe"), ("RTX Pro 6000", 96, "RTX-PRO-6000"), ("V100 32G (DGX-1)", 32, "V100-32GB-SXM2"), ("4x3090", 24, "RTX-3090"),
+     ("NVIDIA A100-PCIE-40GB", 0, "A100-40GB-PCIe"), ("RTX Pro 6000", 96, "RTX-PRO-6000"),
+     ("V100 32G (DGX-1)", 32, "V100-32GB-SXM2"), ("4x3090", 24, "RTX-3090"),
      ("NVIDIA L40S", 48, "L40S"), ("L4", 24, "L4"), ("A800", 80, "A100-80GB-SXM"), ("RTX 3090 Ti", 24, ""),
      ("Titan RTX", 24, ""), ("not stated", 0, ""), ("", 80, "")],
 )  # fmt: skip
@@ -81,6 +84,73 @@ def test_bfloat16_is_no_float16_and_a_switch_that_is_off_is_off(
     text: str, code: str, dtypes: tuple[str, str]
 ) -> None:
     assert words.dtypes(text, code, "") == dtypes
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4,096", 4096), ("4k", 4096), ("max 2048", 2048), ("TP=4", 4), ("2 per GPU", 2), ("up to 8192", 8192),
+     ("1024 sequences (4.19M tokens)", 1024), ("1.5", 0), ("variable length", 0), ("N_seq 128", 0)],
+)  # fmt: skip
+def test_whole_numbers_are_read_after_words_at_most(text: str, number: int) -> None:
+    assert whole(text) == number
+
+
+def test_sizes_degrees_and_batches_are_read_where_they_are_written() -> None:
+    measured = _setup(mem_value="~45.2 GiB", mem_metric="GPU memory (rocm-smi)", gpu_mem_gb="80 GB").measured
+    assert measured is not None
+    assert (measured.size_bytes, measured.sure, measured.kind) == (45.2 * 2**30, True, "device")
+    assert unit("GiB per GPU", "") == (2**30, True)
+    assert unit("", "45") is None
+    assert amount("5,762") == 5762
+    assert amount("3.2k") == 3200
+    cut = _setup(zero_fsdp="zero1(dp2)+tp2+pp4", n_gpus="2x8", global_batch="4M tokens", seq_len="4k")
+    assert (cut.ranks["dp"], cut.ranks["tp"], cut.ranks["pp"]) == (2, 2, 4)
+    assert cut.micro_batches == round(4e6 / 4096) // 4
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "hidden"),
+    [("GPT-2 (124M)", 12, 768), ("GPT3 175B", 96, 12288), ("gpt2-xl", 48, 1600), ("7B Llama 2", 32, 4096),
+     ("deit_base_patch16_224", 12, 768), ("ESM-2 650M", 33, 1280), ("Code Llama 34B", 48, 8192),
+     ("Llama-2-like 13B", 40, 5120), ("baichuan2-7b-chat", 32, 4096)],
+)  # fmt: skip
+def test_models_are_known_by_the_names_people_use(model: str, layers: int, hidden: int) -> None:
+    found = public(model)
+    assert found is not None
+    assert found[:2] == (layers, hidden)
+    assert public("GPT-2 13B") is None  # another size than the family's first
+
+
+def test_hugging_face_attends_and_loses_as_its_version_does() -> None:
+    def peak(**more: str) -> int:
+        given = {"seq_len": "2048", "vocab": "32000", "software": "transformers 4.44", "kv_heads": "4"}
+        return predict(_setup(**{**given, **more})).allocated_bytes
+
+    flash = peak(attn_impl="flash-attn 2")
+    assert peak(attn_impl="eager") > flash
+    assert peak(attn_impl="", software="mid-2023") > flash
+    assert peak(attn_impl="sdpa", kv_heads="1") > peak(attn_impl="flash-attn 2", kv_heads="1")
+    newest = peak(attn_impl="flash-attn 2", software="transformers==4.49.0")
+    assert newest < peak(attn_impl="flash-attn 2", software="transformers 4.46")
+    assert newest == peak(attn_impl="flash-attn 2", software="June 2025")
+
+
+def test_masked_language_models_have_a_head_over_the_vocabulary() -> None:
+    def count(**more: str) -> int:
+        found = fake_model(job_of(_setup(model="BERT-large", kv_heads="", **more)))
+        return sum(p.numel() for p in found.parameters())
+
+    assert count(method="MLM pre-training") > count(method="sequence classification")
+
+
+def test_tf32_products_are_quicker_than_float32s() -> None:
+    steps = [predicted(_setup(precision=p, seq_len="2048", hidden="2048")).step_s for p in ("TF32", "fp32")]
+    assert steps[0] < steps[1]
+
+
+def test_engines_layers_in_a_trainer_of_torchs_are_no_megatron() -> None:
+    assert _setup(group="te-llama", software="transformers, accelerate").code == "hf"
+    assert _setup(group="te-llama", software="Transformer Engine").code == "megatron"
 
 
 def test_switches_and_offload() -> None:
