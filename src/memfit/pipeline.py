@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -263,7 +264,9 @@ class _Story:
 
     def _ablations(self) -> Iterator[tuple[str, Plan]]:
         for used in self.recommended.uses:
-            yield f"without {used.technique}", without(self.recommended, used.technique)
+            less = without(self.recommended, used.technique)
+            with contextlib.suppress(UserError):  # a budget that cannot be met without it
+                yield f"without {used.technique}", self.planning.pricer.settled(less)
         yield "precision only", self.baseline.with_use(self.mixed)
         if self.planning.pricer.space.block_count:
             yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)

@@ -13,11 +13,13 @@ from memfit.engines.registry import engine
 from memfit.jobs.registry import load
 from memfit.measure import here
 from memfit.pricing import Pricer, signatures_by_weight
+from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
 from memfit.search.choose import Objective, Prices, best, decide, frontier, score
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
+from memfit.techniques.recompute import NAME
 from memfit.techniques.registry import plain
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
@@ -161,7 +163,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     fits = fits_under(cap_bytes, request.machine)
     states = states_bytes(basis)
     small = states if states < _SMALL_STATES_RATIO * cap_bytes else None
-    estimates, considered, left_out = _price(pricer, request, fits, progress, small=small)
+    estimates, considered, left_out = _price(pricer, request, cap_bytes, progress, small=small)
     result = decide(
         estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
         left_out=left_out, price=Prices(
@@ -249,7 +251,7 @@ def states_bytes(estimate: Estimate) -> int:
 def _price(
     pricer: Pricer,
     request: Request,
-    fits: Callable[[Estimate], bool],
+    cap_bytes: int,
     progress: Progress,
     *,
     small: int | None = None,
@@ -263,11 +265,15 @@ def _price(
     pricer.prepare(every, lambda *begun: progress("search", *begun))
     sketches = [pricer.sketch(plan) for plan in every]
     most = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
-    chosen = finalists(sketches, fits, request.goal, most)
+    chosen = finalists(sketches, fits_under(cap_bytes, request.machine), request.goal, most)
     pricer.trace_all(chosen, lambda *begun: progress("finalists", *begun))
     if request.is_here:
         calibrate(pricer, request, progress, plans=chosen)
-    return [pricer.whole(plan) for plan in chosen], len(every), left_out
+    made = [pricer.whole(plan) for plan in chosen]
+    if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
+        cap = Cap(bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries)
+        made += budgeted(pricer.whole, sketches, made, request.goal, cap, progress)
+    return made, len(every), left_out
 
 
 def is_long(pricer: Pricer) -> bool:

@@ -25,7 +25,7 @@ from memfit.cost.play import Played
 from memfit.cost.steps import played
 from memfit.cost.time import TimeModel, time_model
 from memfit.engines.registry import engine
-from memfit.recomputation import chosen, nominal_s, open_budget
+from memfit.recomputation import Choices, nominal_s, open_budget, possible
 from memfit.techniques.base import Space
 from memfit.techniques.registry import plain, technique
 from memfit.techniques.world import layout
@@ -72,7 +72,7 @@ class Pricer:
     traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # of a plan's rank
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
-    settled_plans: dict[Plan, Plan] = dataclasses.field(default_factory=dict)
+    choices: Choices = dataclasses.field(default_factory=Choices)
     reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
 
     def __post_init__(self) -> None:
@@ -90,18 +90,16 @@ class Pricer:
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.model = time_model(self.machine.device, calibration, self.seen())
-        self.settled_plans.clear()
+        self.choices = Choices()
 
     def settled(self, plan: Plan) -> Plan:
         """The plan with what it leaves open chosen: which tensors to recompute under its budget."""
         if open_budget(plan) is None:
             return plan
-        if plan not in self.settled_plans:
-            seconds = self.model.op_s if self.model else nominal_s
-            self.settled_plans[plan] = chosen(
-                self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration
-            )
-        return self.settled_plans[plan]
+        seconds = self.model.op_s if self.model else nominal_s
+        return self.choices.of(
+            self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration
+        )
 
     def seen(self) -> list[OpCall]:
         """Distinct operators of every trace so far."""
@@ -161,8 +159,9 @@ class Pricer:
     def trace_all(
         self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *begun: None
     ) -> None:
-        """Traces of several plans, side by side. ``tell(index, count, plan)`` when one is begun."""
-        new = [p for p in dict.fromkeys(map(self.settled, plans)) if (p, 0) not in self.traces]
+        """Traces of several plans, side by side. ``tell(index, count, plan)`` when one is begun. Those whose
+        budget cannot be met say so when they are priced."""
+        new = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
         with uncollected():
             made = side_by_side(
                 [functools.partial(self._made, plan, [0]) for plan in new],

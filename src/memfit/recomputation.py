@@ -1,24 +1,30 @@
-"""A budget for the step's peak becomes the tensors to drop: record, solve, trace the answer, correct.
+"""A budget for the step's peak becomes the tensors to drop: record, solve, trace the answer, correct. A
+search proposes such a budget where it could be worth it.
 
 The prediction of a chosen plan is the trace of that very plan.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from memfit.cost.memory import memory_profile
 from memfit.cost.recompute import smallest, solve
 from memfit.cost.replay import Replay, replay
+from memfit.search.choose import Objective, best, score
 from memfit.techniques.recompute import NAME, dropped_text
-from memfit.techniques.registry import check, make_use
+from memfit.techniques.registry import brief, check, conflict, make_use
 from memfit.trace.recording import record
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
+from memfit.types.result import Estimate
 from memfit.types.trace import OpCall
 from memfit.types.units import format_bytes
 
@@ -26,6 +32,67 @@ _MIB = 2**20
 _TRIES = 6
 _SPARE_RATIO = 0.001  # of the budget: how far a measured peak was seen above its prediction, doubled
 _LEAST_RATIO = 1 / 20_000  # of the budget: smaller tensors are always kept
+_ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99  # plans that a search tries; the gain it hopes for; of the cap
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cap:
+    """``needs``: the part of it that an estimate asks for; ``refuses``: why an engine has no such plan."""
+
+    bytes: int
+    needs: Callable[[Estimate], int]
+    refuses: Callable[[Plan], tuple[str, ...]]
+
+    def has(self, estimate: Estimate) -> bool:
+        return self.needs(estimate) <= self.bytes
+
+    def may(self, plan: Plan) -> bool:
+        budget = plan.with_use(make_use(NAME, {}))
+        return conflict(budget) is None and not self.refuses(budget)
+
+    def room_bytes(self, made: Sequence[Estimate]) -> int:
+        """Peak of all tensors that a plan may have, on the line through the plans with the lowest and the
+        highest peak."""
+        low, high = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
+        tensors, needed = low.allocated_bytes.value, self.needs(low)
+        rise = self.needs(high) - needed
+        slope = (high.allocated_bytes.value - tensors) / rise if rise > 0 else tensors / needed
+        return max(0, int(tensors + (self.bytes * _UNDER_CAP - needed) * slope))
+
+
+def budgeted(
+    whole: Callable[[Plan], Estimate],
+    sketches: Sequence[Estimate],
+    made: Sequence[Estimate],
+    goal: Objective,
+    cap: Cap,
+    tell: Callable[[str, int, int, str], None],
+) -> list[Estimate]:
+    """The best plan that does not fit, made to fit by choosing what to recompute: one that would be quicker
+    than the best of ``made`` that fits if recomputation were free. Nothing where there is none."""
+    if goal is Objective.SMALLEST:
+        return []
+    limit = min((score(e, goal) for e in made if cap.has(e)), default=math.inf) * (1 - _WORTH)
+    traced = {e.plan for e in made}
+    known = [*made, *(e for e in sketches if e.plan not in traced)]
+    waiting = [e for e in known if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
+    room_bytes = cap.room_bytes(made)
+    for _ in range(_ATTEMPTS):
+        bare = best(waiting, goal)
+        if bare is None or room_bytes < _MIB:
+            break
+        plan = bare.plan.with_use(make_use(NAME, {"budget_mib": room_bytes // _MIB}))
+        tell("finalists", 0, 1, brief(plan))
+        try:
+            found = whole(plan)
+        except UserError:  # not even with everything recomputed
+            waiting.remove(bare)
+            continue
+        if cap.has(found):
+            return [found]
+        # What a device has beside a step's own tensors, and the sizes in which an allocator takes memory.
+        room_bytes -= int(max(cap.needs(found) - cap.bytes, found.allocated_bytes.value - room_bytes))
+    return []
 
 
 def nominal_s(op: OpCall) -> float:
@@ -71,6 +138,32 @@ def chosen(
         allowed=f"at least {math.ceil(least / (1 - _SPARE_RATIO) / _MIB)} MiB, the least found for this job",
         hint="a smaller batch, gradient-accumulation, or bf16-autocast lowers what there is to keep",
     )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Choices:
+    """What was chosen, kept: a plan, or why there is none."""
+
+    kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
+
+    def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
+        """`chosen`, once."""
+        if plan not in self.kept:
+            try:
+                self.kept[plan] = chosen(job, plan, **how)
+            except UserError as error:
+                self.kept[plan] = error
+        found = self.kept[plan]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+
+def possible(plans: Iterable[Plan], settled: Callable[[Plan], Plan]) -> Iterator[Plan]:
+    """Settled, those whose budget can be met."""
+    for plan in plans:
+        with contextlib.suppress(UserError):
+            yield settled(plan)
 
 
 def _aim(budget_bytes: int) -> int:

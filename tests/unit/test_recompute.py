@@ -19,11 +19,14 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
+from memfit.catalog import machine
 from memfit.cost.memory import memory_profile
 from memfit.cost.recompute import smallest, solve
 from memfit.cost.replay import Replay, replay
 from memfit.jobs.step import TrainingStep
+from memfit.planning import Request, needed_bytes, search
 from memfit.recomputation import chosen, nominal_s
+from memfit.search.choose import Objective, score
 from memfit.techniques.planfile import plan_text, read_plan
 from memfit.techniques.recompute import dropped_text, read_dropped
 from memfit.techniques.registry import make_use
@@ -31,9 +34,9 @@ from memfit.techniques.tape import Call, Tape, Value
 from memfit.trace.recording import record
 from memfit.trace.tracer import trace
 from memfit.types.errors import MemfitError, UserError
-from memfit.types.job import Job
+from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration
-from memfit.types.plan import Plan, use
+from memfit.types.plan import Accuracy, Bounds, Plan, use
 
 EVERYTHING = frozenset(range(10_000))
 
@@ -331,3 +334,18 @@ def test_nothing_waits_for_the_garbage_collector(name: str) -> None:
         assert not alive() - before
     finally:
         gc.enable()
+
+
+def test_a_search_proposes_a_budget_where_it_beats_every_other_plan() -> None:
+    on = machine("L4")
+    asked = Request(job=JobRef(spec="char-lm"), machine=on, accuracy=Accuracy.EXACT)
+    basis = search(asked, lambda *told: None).result.baseline.estimate
+    tight = dataclasses.replace(asked, cap_bytes=needed_bytes(basis, on) - 20 * 2**20)
+    without = dataclasses.replace(tight, bounds=Bounds(without=("optimal-checkpointing",)))
+    proposed, other = (search(r, lambda *told: None).result.recommended for r in (tight, without))
+    assert proposed is not None
+    assert other is not None
+    assert proposed.estimate.plan.get("optimal-checkpointing") is not None
+    assert other.estimate.plan.get("optimal-checkpointing") is None
+    assert needed_bytes(proposed.estimate, on) <= (tight.cap_bytes or 0)
+    assert score(proposed.estimate, Objective.FASTEST) < score(other.estimate, Objective.FASTEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -49,6 +50,12 @@ class _Changed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(functional.relu_(self.inner(x)))
+
+
+def test_an_error_of_the_users_after_a_trace_names_no_rank() -> None:
+    before = sys.excepthook
+    trace(regression(), on_two(ddp={}))
+    assert sys.excepthook is before
 
 
 def test_zero_3_takes_models_that_work_in_place() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from memfit.search.space import complexity
 from memfit.techniques.registry import effect_of, plain, without
+from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
@@ -128,7 +129,11 @@ def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Rea
     """For each technique of the plan: what its removal alone would cost in memory and gain in time."""
     reasons = []
     for use in estimate.plan.uses:
-        less = price(without(estimate.plan, use.technique))
+        try:
+            less = price(without(estimate.plan, use.technique))
+        except UserError:  # a budget that cannot be met without it
+            reasons.append(Reason(kind="needed", technique=use.technique))
+            continue
         if less.plan == estimate.plan:
             continue  # DDP, which several ranks fall back to
         reasons.append(

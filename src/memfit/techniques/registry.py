@@ -94,8 +94,11 @@ def plain(ranks: int = 1) -> Plan:
 
 
 def without(plan: Plan, name: str) -> Plan:
-    """The plan with one technique less; several ranks fall back to DDP, as they must share the work."""
+    """The plan with one technique less; several ranks fall back to DDP, as they must share the work. What is
+    recomputed under a budget is to be chosen anew, as it was for other operators."""
     rest = plan.without(name)
+    if (budget := rest.get(recompute.NAME)) is not None:
+        rest = rest.with_use(make_use(recompute.NAME, {**budget.settings, "dropped": ""}))
     if technique(name).slot != "data-parallel" or plan.ranks == 1:
         return rest
     return rest.with_use(make_use("ddp", {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -37,12 +38,14 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
             "a plan of several ranks cannot be traced while a process group is initialised here"
         )
     _forget_other_worlds(layout(plan), rank)
+    hook = sys.excepthook  # torch puts one before it that names the rank in whatever the user sees later
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
         with _without_values():
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 _last_world: list[Any] = [None]

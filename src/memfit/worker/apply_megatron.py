@@ -8,6 +8,7 @@ which Megatron asks `torch.cuda.current_device`, and the state of the CUDA gener
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -147,7 +148,7 @@ def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
     from megatron.core import parallel_state
 
     with _disable_current_modes():
-        alone = not dist.is_initialized()
+        alone, hook = not dist.is_initialized(), sys.excepthook
         if alone and traced:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -164,6 +165,7 @@ def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         if alone:
             dist.destroy_process_group()
+            sys.excepthook = hook
 
 
 def _uncoalesced() -> Any:
