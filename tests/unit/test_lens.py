@@ -13,6 +13,7 @@ from memfit.trace.lens import device_lens
 from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.plan import Plan
+from memfit.types.trace import Phase
 
 _SHAPE = (4, 8, 16)
 _COUNT = 4 * 8 * 16
@@ -54,6 +55,23 @@ def test_softmax_into_float32_keeps_its_output_only() -> None:
         _kept_bytes(lambda x: functional.log_softmax(x, dim=-1, dtype=torch.float32), torch.bfloat16)
         == 4 * _COUNT
     )
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float16, 0), (torch.bfloat16, 1)])
+def test_softmax_into_float32_is_one_kernel_for_float16_only(dtype: torch.dtype, copies: int) -> None:
+    """aten/src/ATen/native/SoftMax.cpp converts bfloat16 first."""
+    job = Job(
+        name="softmax", build_model=lambda: torch.nn.Linear(16, 16, dtype=dtype), batch_size=4,
+        make_batch=lambda step, seed: {"x": torch.zeros(4, 8, 16, dtype=dtype)},
+        loss=lambda model, batch: model(batch["x"]).softmax(-1, dtype=torch.float32).sum(),
+    )  # fmt: skip
+    found = trace(job, Plan(), device="cuda")
+    made = [
+        a
+        for a in found.allocations
+        if "_to_copy" in a.op and a.phase is Phase.FORWARD and a.step == found.steps - 1
+    ]
+    assert len(made) == copies
 
 
 def test_autocast_normalises_in_float32() -> None:

@@ -7,7 +7,8 @@ For CUDA:
 - dropout keeps one byte an element (``native_dropout``), where the CPU keeps a mask of the input's type;
 - under autocast, the functions of CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h); the
   CPU's list is another, and leaves most of them in half precision;
-- ``softmax(dtype=float32)`` of a half-precision tensor is one kernel, without a float32 copy of its input;
+- ``softmax(dtype=float32)`` of a float16 tensor is one kernel, without a float32 copy of its input; of a
+  bfloat16 tensor it is not (``softmax`` in aten/src/ATen/native/SoftMax.cpp);
 - layer normalisation keeps its statistics in float32.
 """
 
@@ -113,11 +114,11 @@ def _dropout(
 def _softmax(
     kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """One kernel from half to float32 where that is what was asked for; autocast asks for it as well."""
+    """One kernel from float16 to float32 where that is what was asked for; autocast asks for it as well."""
     tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
     if torch.is_autocast_enabled("cpu"):
         dtype = dtype or torch.float32
-    if tensor.dtype in _HALF and dtype == torch.float32 and dim is not None:
+    if tensor.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
         if kernel is torch._softmax:
             return torch._softmax(tensor, dim, True)
         return _HalfToFloat.apply(tensor)  # type: ignore[no-any-return,no-untyped-call]
