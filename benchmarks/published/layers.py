@@ -13,7 +13,7 @@ import math
 
 from memfit.types.trace import OpCall, Phase
 from published.arch import Arch, Mla, Moe
-from published.megatron import Shape
+from published.calls import Shape
 
 # Backward's float8 products add up in full precision (TE's and torchao's default), which takes the tensor
 # cores more instructions: about three quarters of the quick sum's rate; assumed.

@@ -19,245 +19,22 @@ from torch.utils.checkpoint import checkpoint
 
 from memfit.types.job import Job
 from published.arch import Arch, Moe
+from published.calls import (
+    AttentionCall,
+    EmbedCall,
+    ExpertsCall,
+    GeluCall,
+    LinearCall,
+    NormedCall,
+    ReceivedCall,
+    SentCall,
+    Shape,
+    SplitCall,
+    SwigluCall,
+    VocabularyCall,
+    Weight,
+)
 from published.rows import Setup
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """What one rank works on. ``length``: of a sequence here, before sequence parallelism splits it.
-    ``float8``: linear layers keep their inputs in one byte. ``recompute``: attention's insides run again in
-    backward."""
-
-    length: int
-    batch: int
-    tensor: int
-    sequence_parallel: bool
-    context: int
-    experts_here: int
-    flash: bool
-    dtype: torch.dtype
-    float8: bool = False
-    recompute: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows of the tensors between tensor-parallel parts."""
-        whole = self.length * self.batch
-        return whole // self.tensor if self.sequence_parallel else whole
-
-    @property
-    def whole_rows(self) -> int:
-        return self.length * self.batch
-
-
-class Weight(nn.Module):
-    """A weight, and the one scrap tensor of its shape that stands for its gradient (TE's get_dummy_wgrad)."""
-
-    def __init__(self, outputs: int, inputs: int, *, norm: bool = False, scraps: dict[Any, Any]) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.empty(outputs, inputs))
-        self.norm, self.scraps = norm, scraps
-
-    def scrap(self) -> None:
-        key = tuple(self.weight.shape)
-        if key not in self.scraps:
-            self.scraps[key] = torch.empty_like(self.weight)  # type: ignore[arg-type]
-
-
-class _Linear(torch.autograd.Function):
-    """(Normalise,) gather along the sequence, multiply; backward gathers again for the weight's gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layer: Weight, shape: Shape, gather: bool, scatter: bool
-    ) -> torch.Tensor:
-        ctx.layer, ctx.shape, ctx.gather, ctx.scatter = layer, shape, gather, scatter
-        ctx.like = x.new_empty(0)
-        kept = torch.uint8 if shape.float8 else x.dtype
-        given = torch.empty_like(x, dtype=kept) if layer.norm or shape.float8 else x
-        statistics = x.new_empty(x.shape[0], dtype=torch.float32) if layer.norm else None
-        ctx.save_for_backward(x if layer.norm else None, given, statistics)
-        total = given.new_empty(shape.whole_rows, x.shape[1]) if gather else given
-        out = _product(total, layer.weight.t(), x.dtype)
-        del total
-        return out.new_empty(shape.rows, out.shape[1]) if scatter else out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        _, given, _ = ctx.saved_tensors
-        layer, shape = ctx.layer, ctx.shape
-        grad = grads[0].new_empty(shape.whole_rows, grads[0].shape[1]) if ctx.scatter else grads[0]
-        if shape.float8:
-            grad = torch.empty_like(grad, dtype=torch.uint8)
-        total = given.new_empty(shape.whole_rows, given.shape[1]) if ctx.gather else given
-        out = _product(grad, layer.weight, ctx.like.dtype)
-        layer.scrap()
-        del total
-        if ctx.gather:
-            out = ctx.like.new_empty(given.shape)
-        return (torch.empty_like(out) if layer.norm else out), None, None, None, None
-
-
-def _product(x: torch.Tensor, weight: Any, dtype: torch.dtype) -> torch.Tensor:
-    return x @ weight if x.dtype == dtype else x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
-
-
-class _Attention(torch.autograd.Function):
-    """Fused attention: query, key, value, output and one float32 per head and row are kept. ``apart``: the
-    output is exchanged between context-parallel ranks, and kept from before as well. ``again``: it runs a
-    second time in backward, and what it gives is not kept here."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, width: int, apart: bool,
-        again: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        out = q.new_empty(q.shape[0], width)
-        statistics = q.new_empty(q.shape[0], heads, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, *(() if again else (out, statistics)))
-        return torch.empty_like(out) if apart else out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, *kept = ctx.saved_tensors
-        out = None if kept else torch.empty_like(grads[0])
-        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        del out
-        return *found, None, None, None, None
-
-
-class _Split(torch.autograd.Function):
-    """Rotated query and key and a contiguous value, all new; the fused projection is let go of."""
-
-    @staticmethod
-    def forward(ctx: Any, mixed: torch.Tensor, *widths: int) -> Any:
-        ctx.width = mixed.shape[1]
-        return tuple(mixed.new_empty(mixed.shape[0], w) for w in widths)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return (grads[0].new_empty(grads[0].shape[0], ctx.width), *[None] * len(grads))
-
-
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(wide)
-        return wide.new_empty(wide.shape[0], wide.shape[1] // 2)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return torch.empty_like(ctx.saved_tensors[0])
-
-
-class _Gelu(_Swiglu):
-    @staticmethod
-    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(wide)
-        return torch.empty_like(wide)
-
-
-class _Vocabulary(torch.autograd.Function):
-    """Head and cross-entropy over this rank's part of the vocabulary. ``fused``: TE's kernel writes the
-    gradient over the logits; otherwise a float32 copy becomes softmax and gradient in place."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, layer: Weight, shape: Shape, fused: bool) -> torch.Tensor:
-        ctx.layer, ctx.shape = layer, shape
-        gather = shape.sequence_parallel and shape.tensor > 1
-        total = hidden.new_empty(shape.whole_rows, hidden.shape[1]) if gather else hidden
-        logits = total @ layer.weight.t()
-        kept = logits if fused else logits.float()
-        ctx.kept = kept
-        ctx.save_for_backward(hidden)
-        return hidden.new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (hidden,) = ctx.saved_tensors
-        shape, layer = ctx.shape, ctx.layer
-        grad = ctx.kept.to(hidden.dtype)
-        ctx.kept = None
-        out = grad @ layer.weight
-        wasted = torch.empty_like(layer.weight)  # Megatron's own linear makes this one each time
-        if shape.sequence_parallel and shape.tensor > 1:
-            out = torch.empty_like(hidden)
-        del wasted
-        return out, None, None, None
-
-
-class _Embed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, layer: Weight, shape: Shape) -> torch.Tensor:
-        ctx.layer = layer
-        whole = layer.weight.new_empty(shape.whole_rows, layer.weight.shape[1])
-        return whole.new_empty(shape.rows, whole.shape[1]) if shape.rows != shape.whole_rows else whole
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        dense = torch.empty_like(ctx.layer.weight)  # then added to the float32 buffer
-        del dense
-        return grads[0].new_empty(1), None, None
-
-
-class _Sent(torch.autograd.Function):
-    """A stage's output goes to the next stage and is let go of; its gradient arrives in a new buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
-        ctx.shape, ctx.dtype = out.shape, out.dtype
-        return out.new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0].new_empty(ctx.shape, dtype=ctx.dtype)
-
-
-class _Received(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, shape: Shape, width: int) -> torch.Tensor:
-        return anchor.new_empty(shape.rows, width, dtype=shape.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0].new_empty(1, dtype=torch.float32), None, None
-
-
-class _Experts(torch.autograd.Function):
-    """Tokens permuted and exchanged, grouped products of the local experts, and back: what the all-to-all
-    dispatcher with fused permutation and TE's grouped linear keep."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, up: Weight, down: Weight, routed: int) -> torch.Tensor:
-        ctx.up, ctx.down = up, down
-        permuted = x.new_empty(routed, x.shape[1])
-        arrived = torch.empty_like(permuted)
-        del permuted
-        wide = x.new_empty(routed, up.weight.shape[0])
-        act = x.new_empty(routed, down.weight.shape[1])
-        out = torch.empty_like(arrived)
-        ctx.save_for_backward(arrived, wide, act, out)
-        back = torch.empty_like(out)
-        result = torch.empty_like(x)
-        del back
-        ctx.rows = x.shape
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        arrived, wide, act, out = ctx.saved_tensors
-        grad = torch.empty_like(out)
-        there = torch.empty_like(grad)
-        del grad
-        inner = torch.empty_like(act)
-        ctx.down.scrap()
-        del there
-        outer = torch.empty_like(wide)
-        del inner
-        home = torch.empty_like(arrived)
-        ctx.up.scrap()
-        del outer, home
-        return grads[0].new_empty(ctx.rows), None, None, None
 
 
 class Layer(nn.Module):
@@ -300,7 +77,8 @@ class Layer(nn.Module):
         self.out = make(arch.hidden, heads * mla.value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._dropped(self._attend_latent(x) if self.arch.mla else self._attend(x))
+        attended = self._dropped(self._attend_latent(x) if self.arch.mla else self._attend(x))
+        x = x + attended
         return x + self._dropped(self._feed(x))
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
@@ -311,19 +89,19 @@ class Layer(nn.Module):
         self, x: torch.Tensor, layer: Weight, *, gather: bool = False, scatter: bool = False
     ) -> torch.Tensor:
         parallel = self.shape.sequence_parallel and self.shape.tensor > 1
-        out: torch.Tensor = _Linear.apply(x, layer, self.shape, gather and parallel, scatter and parallel)
+        out: torch.Tensor = LinearCall.apply(x, layer, self.shape, gather and parallel, scatter and parallel)
         return out
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         mixed = self._linear(x, self.qkv, gather=True)
-        q, k, v = _Split.apply(mixed, self.query, self.key, self.key)
+        q, k, v = SplitCall.apply(mixed, self.query, self.key, self.key)
         del mixed
         return self._linear(self._core(q, k, v, self.query), self.out, scatter=True)
 
     def _core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int) -> torch.Tensor:
         heads = self.arch.heads // self.shape.tensor
         if self.shape.flash:
-            out: torch.Tensor = _Attention.apply(
+            out: torch.Tensor = AttentionCall.apply(
                 q, k, v, heads, width, self.shape.context > 1, self.shape.recompute
             )
             return out
@@ -334,22 +112,22 @@ class Layer(nn.Module):
     def _attend_latent(self, x: torch.Tensor) -> torch.Tensor:
         mla, heads = self.arch.mla, self.arch.heads // self.shape.tensor
         assert mla is not None
-        normed = _Normed.apply(x)
+        normed = NormedCall.apply(x)
         query = self._linear(self._linear(normed, self.query_down), self.query_up, gather=True)
         latent = self._linear(normed, self.key_down)
         pair = self._linear(latent[:, : mla.kv_rank].contiguous(), self.key_up, gather=True)
-        q = _Split.apply(query, heads * (mla.nope + mla.rope))[0]
-        k, v = _Split.apply(pair, heads * (mla.nope + mla.rope), heads * mla.value)
+        q = SplitCall.apply(query, heads * (mla.nope + mla.rope))[0]
+        k, v = SplitCall.apply(pair, heads * (mla.nope + mla.rope), heads * mla.value)
         del query, pair, latent, normed
         return self._linear(self._core(q, k, v, heads * mla.value), self.out, scatter=True)
 
     def _feed(self, x: torch.Tensor) -> torch.Tensor:
         if self.moe is None:
             return self._dense(x)
-        normed = _Normed.apply(x)
+        normed = NormedCall.apply(x)
         scores = normed.float()  # the router's input, in float32
         routed = math.ceil(self.shape.rows * self.moe.top_k)
-        out: torch.Tensor = _Experts.apply(
+        out: torch.Tensor = ExpertsCall.apply(
             normed, self._joined("experts_up"), self._joined("experts_down"), routed
         )
         del scores
@@ -360,20 +138,9 @@ class Layer(nn.Module):
 
     def _dense(self, x: torch.Tensor) -> torch.Tensor:
         wide = self._linear(x, self.up, gather=True)
-        act = (_Swiglu if self.gates == 2 else _Gelu).apply(wide)
+        act = (SwigluCall if self.gates == 2 else GeluCall).apply(wide, self.shape.plain)
         del wide
         return self._linear(act, self.down, scatter=True)
-
-
-class _Normed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, x.new_empty(x.shape[0], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return torch.empty_like(ctx.saved_tensors[0])
 
 
 def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, shape: Shape) -> torch.Tensor:
@@ -414,15 +181,15 @@ class Rank(nn.Module):
     def forward(self, head: bool = True) -> torch.Tensor:
         """Without its head where another chunk of an interleaved schedule has it."""
         x = (
-            _Embed.apply(self.anchor, self.embed, self.shape)
+            EmbedCall.apply(self.anchor, self.embed, self.shape)
             if self.stage.first
-            else _Received.apply(self.anchor, self.shape, self.width)
+            else ReceivedCall.apply(self.anchor, self.shape, self.width)
         )
         for block in self.blocks:
             x = block(x)
         if not (self.stage.last and head):
-            return _Sent.apply(x)  # type: ignore[no-any-return]
-        return _Vocabulary.apply(_Normed.apply(x), self.head, self.shape, self.stage.fused_loss)  # type: ignore[no-any-return]
+            return SentCall.apply(x)  # type: ignore[no-any-return]
+        return VocabularyCall.apply(NormedCall.apply(x), self.head, self.shape, self.stage.fused_loss)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -500,7 +267,7 @@ def rank_jobs(setup: Setup, arch: Arch) -> list[Job]:
         sequence_parallel=setup.sequence_parallel, context=setup.ranks["cp"],
         experts_here=max(1, arch.moe.experts // setup.ranks["ep"]) if arch.moe else 0,
         flash="unfused" not in attention, dtype=dtype, float8=setup.float8,
-        recompute=setup.recompute == "attention",
+        recompute=setup.recompute == "attention", plain=setup.code != "megatron",
     )  # fmt: skip
     return [_job(setup, arch, shape, stage) for stage in stages_of(setup, arch)]
 

@@ -15,8 +15,8 @@ from memfit.cost.time import ASSUMED_LINK_BYTES_S, time_model
 from memfit.types.machine import Calibration, Machine
 from memfit.types.trace import OpCall
 from published.arch import Arch
+from published.calls import Shape
 from published.layers import Calls, kernel, parameters
-from published.megatron import Shape
 from published.rows import Setup
 
 _STATE_BYTES = (

@@ -205,6 +205,12 @@ def test_a_pipeline_of_another_code_base_is_cut_as_megatrons() -> None:
     assert predicted(_setup(global_batch="8", pp="2", tp="2", n_gpus="4", zero_fsdp="zero1")).step_s > 0
 
 
+def test_plain_layers_keep_the_sequence_that_they_gathered() -> None:
+    given = {"tp": "4", "n_gpus": "8", "zero_fsdp": "zero_stage: 1", "sp": "yes", "seq_len": "4096"}
+    own = predict(_setup(**given, software="Megatron-LM")).allocated_bytes
+    assert predict(_setup(**given)).allocated_bytes > 1.1 * own
+
+
 def test_one_chunk_of_an_interleaved_schedule_has_the_head() -> None:
     given = {"software": "Megatron-LM", "vocab": "200000", "pp": "2", "n_gpus": "2", "global_batch": "32"}
     whole, parts = predict(_setup(**given)), predict(_setup(**given, vp="4"))
