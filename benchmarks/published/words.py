@@ -27,7 +27,8 @@ def tied(text: str) -> bool | None:
 
 # -- sharding -------------------------------------------------------------------------------------------
 
-_STAGE = r"zero[\s_-]*(?:optimi[sz]ation|optimizer)?[\s_-]*(?:stage)?[\s:=_-]*([0-3])(?!\d)"
+_ZERO = r"zero[\s_-]*(?:redundancy)?[\s_-]*(?:optimi[sz]ation|optimizer)?[\s_-]*(?:stage)?[\s:=_-]*"
+_STAGE = rf"{_ZERO}([0-3])(?!\d)|(?:^|deepspeed)\W*stage[\s:=_-]*([0-3])"
 
 
 def sharding(text: str, data: int, told: tuple[int, int] | None) -> str:
@@ -37,8 +38,9 @@ def sharding(text: str, data: int, told: tuple[int, int] | None) -> str:
     plain = "ddp" if data > 1 else ""
     if re.search(r"no_?shard", text):
         return "ddp"
-    if found := re.search(_STAGE, text) or re.search(r"^\W*stage[\s:=_-]*([0-3])", text):
-        named = f"zero{found[1]}" if found[1] != "0" else plain if "fsdp" not in text else ""
+    if found := re.search(_STAGE, text):
+        stage = found[1] or found[2]
+        named = f"zero{stage}" if stage != "0" else plain if "fsdp" not in text else ""
         return ("fsdp2" if "fsdp2" in text else "fsdp1") if "fsdp" in text else named
     if re.search(r"fsdp|hsdp|full[\s_-]*shard|fully[\s_-]*shard|shard_grad|hybrid[\s_-]*shard", text):
         if re.search(r"fsdp\W?2|fully_shard\b", text):
@@ -52,7 +54,7 @@ def sharding(text: str, data: int, told: tuple[int, int] | None) -> str:
 
 def reshards(text: str) -> bool:
     """Whether gathered parameters are freed after forward."""
-    late = r"zero[\s_-]*2|shard_?grad|reshard_after_forward\W*false|no[\s_-]reshard"
+    late = rf"{_ZERO}2|shard_?grad|reshard_after_forward\W*false|no[\s_-]reshard"
     return not re.search(late, text.lower())
 
 
@@ -70,7 +72,9 @@ _HOST = 8
 
 def half(text: str) -> str:
     """bfloat16 holds the letters of float16."""
-    short = re.search(r"(?<!b)(fp16|float16)", text) and not re.search("bf16|bfloat16", text)
+    short = re.search(r"(?<!b)(fp16|float16)|(?<!bf)\b16-(mixed|true)", text) and not re.search(
+        "bf16|bfloat16", text
+    )
     return "float16" if short else "bfloat16"
 
 
@@ -78,7 +82,7 @@ def dtypes(text: str, code: str, shared: str) -> tuple[str, str]:
     """(parameters' dtype, dtype of the arithmetic) of ``code``'s modules, ``shared`` out by what."""
     text = re.sub(rf"(use_)?amp\W+({_NO})\b|(no|without) (amp|autocast|mixed precision)", "", text.lower())
     low = half(text)
-    if re.search(r"^\W*(fp32|float32|tf32|32-true|single precision|full precision)", text):
+    if re.search(r"^\W*(fp32|float32|tf32|32-(true|bit)|single precision|full precision)", text):
         return "float32", "float32"
     if shared == "fsdp1" and re.search(r"fp32 master|upcast", text):
         return "float32", low

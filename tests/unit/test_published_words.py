@@ -47,7 +47,8 @@ def test_a_card_is_known_by_what_it_is_called(name: str, memory_gb: float, known
 
 @pytest.mark.parametrize(
     ("text", "sharding"),
-    [("zero_stage: 1", "zero1"), ("ZeRO stage 3", "zero3"), ("zero2(dp8)", "zero2"), ("stage 2", "zero2"),
+    [("zero_stage: 1", "zero1"), ("ZeRO stage 3", "zero3"), ("zero_stage=2", "zero2"), ("zero2(dp8)", "zero2"),
+     ("stage 2", "zero2"), ("DeepSpeed stage 3", "zero3"),
      ("--use-distributed-optimizer", "zero1"), ("HSDP", "fsdp2"), ("FULL_SHARD", "fsdp1"),
      ("--ddp-backend fully_sharded", "fsdp1"), ("fully_shard (FSDP2)", "fsdp2"), ("FSDP NO_SHARD", "ddp"),
      ("SHARD_GRAD_OP", "fsdp1"), ("DistributedDataParallel", "ddp"), ("ZeRO-0", "ddp"), ("", "ddp")],
@@ -55,7 +56,7 @@ def test_a_card_is_known_by_what_it_is_called(name: str, memory_gb: float, known
 def test_sharding_is_read_from_flags_and_names(text: str, sharding: str) -> None:
     assert words.sharding(text, 8, (2025, 1)) == sharding
     assert words.sharding("FSDP", 8, (2023, 6)) == "fsdp1"
-    assert words.reshards(text) is (text not in ("zero2(dp8)", "SHARD_GRAD_OP"))
+    assert words.reshards(text) is (text not in ("zero2(dp8)", "SHARD_GRAD_OP", "zero_stage=2"))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_recomputation_is_read_from_flags_and_words(text: str, recompute: str) -
     ("text", "code", "dtypes"),
     [("dtype bfloat16, use_amp false", "hf", ("bfloat16", "bfloat16")),
      ("bfloat16 autocast", "hf", ("float32", "bfloat16")),
+     ("16-mixed", "hf", ("float32", "float16")), ("bf16-mixed", "hf", ("float32", "bfloat16")),
      ("torch.bfloat16", "hf", ("bfloat16", "bfloat16")), ("TF32", "hf", ("float32", "float32")),
      ("mixed precision (AMP FP16)", "hf", ("float32", "float16")), ("float16", "hf", ("float16", "float16")),
      ("BF16 (torch_dtype bfloat16, mixed_precision bf16)", "hf", ("bfloat16", "bfloat16"))],
