@@ -181,6 +181,8 @@ _PUBLIC: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "minicpm-2b": (40, 2304, 36, 36, 64, 5760, 122753, True),
     "yi-9b": (48, 4096, 32, 4, 128, 11008, 64000, False),
     "olmoe-1b-7b": (16, 2048, 16, 16, 128, 1024, 50304, False),
+    "gpt-oss-20b": (24, 2880, 64, 8, 64, 2880, 201088, False),
+    "gpt-oss-120b": (36, 2880, 64, 8, 64, 2880, 201088, False),
     "deit-tiny": (12, 192, 3, 3, 64, 768, 1000, False),
     "deit-small": (12, 384, 6, 6, 64, 1536, 1000, False),
     "deit-base": (12, 768, 12, 12, 64, 3072, 1000, False),
@@ -198,12 +200,14 @@ _PUBLIC: Mapping[str, tuple[int, int, int, int, int, int, int, bool]] = {
 _PUBLIC_MOE: Mapping[str, tuple[int, int, int]] = {
     "mixtral-8x7b": (8, 2, 14336), "mixtral-8x22b": (8, 2, 16384),
     "qwen3-30b-a3b": (128, 8, 768), "qwen3-235b-a22b": (128, 8, 1536), "olmoe-1b-7b": (64, 8, 1024),
+    "gpt-oss-20b": (32, 4, 2880), "gpt-oss-120b": (128, 4, 2880),
 }  # fmt: skip
 
 
 def plain(name: str) -> str:
     """``Meta-Llama-3.1-8B``, ``llama 3.1 8b``, ``8B Llama 3.1`` and ``Llama-3.1-like 8B`` are the same."""
-    joined = re.sub(r"[\s_/]+", "-", name.strip().lower()).replace("meta-llama-", "llama-")
+    joined = re.sub(r"[\s_/]+", "-", name.strip().lower())
+    joined = joined.replace("meta-llama-", "llama-").replace("llama-1-", "llama-")
     joined = re.sub(r"-(like|style|based|type)(?=-|$)", "", joined)
     joined = re.sub(r"^(\d+(?:\.\d+)?[bm])-(.+)$", r"\2-\1", joined)
     joined = re.sub(r"\bqwen-(?=\d(\.\d)?-)", "qwen", joined).replace("esm-2", "esm2")
@@ -220,7 +224,7 @@ def public(model: str) -> tuple[int, int, int, int, int, int, int, bool] | None:
 def public_name(model: str) -> str:
     """Not inside a longer word or number: neither distilbert-base nor 1.7b are others' names."""
     name = plain(model)
-    found = [k for k in _PUBLIC if re.search(rf"(?<![a-z0-9.]){re.escape(k)}(?![a-z0-9]|\\.\\d)", name)]
+    found = [k for k in _PUBLIC if re.search(rf"(?<![a-z0-9.]){re.escape(k)}(?![a-z0-9]|\.\d)", name)]
     return max((k for k in found if _of_stated_size(k, name)), key=len, default="")
 
 

@@ -47,8 +47,8 @@ def test_a_card_is_known_by_what_it_is_called(name: str, memory_gb: float, known
 
 @pytest.mark.parametrize(
     ("text", "sharding"),
-    [("zero_stage: 1", "zero1"), ("ZeRO stage 3", "zero3"), ("zero_stage=2", "zero2"), ("zero2(dp8)", "zero2"),
-     ("stage 2", "zero2"), ("DeepSpeed stage 3", "zero3"),
+    [("zero_stage: 1", "zero1"), ("ZeRO stage 3", "zero3"), ("zero_stage=2", "zero2"),
+     ("zero2(dp8)", "zero2"), ("stage 2", "zero2"), ("DeepSpeed stage 3", "zero3"),
      ("--use-distributed-optimizer", "zero1"), ("HSDP", "fsdp2"), ("FULL_SHARD", "fsdp1"),
      ("--ddp-backend fully_sharded", "fsdp1"), ("fully_shard (FSDP2)", "fsdp2"), ("FSDP NO_SHARD", "ddp"),
      ("SHARD_GRAD_OP", "fsdp1"), ("DistributedDataParallel", "ddp"), ("ZeRO-0", "ddp"), ("", "ddp")],
@@ -121,6 +121,7 @@ def test_models_are_known_by_the_names_people_use(model: str, layers: int, hidde
     assert found is not None
     assert found[:2] == (layers, hidden)
     assert public("GPT-2 13B") is None  # another size than the family's first
+    assert public("phi-2.5") is None
 
 
 def test_hugging_face_attends_and_loses_as_its_version_does() -> None:
