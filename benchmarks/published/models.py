@@ -16,6 +16,7 @@ from published.adapters import LinearMaker, freeze
 from published.arch import Arch
 from published.decoder import FOAK, HUGGING_FACE, LIGER, LITGPT, TITAN, TUNE, Decoder, Dialect
 from published.evoformer import stack_job
+from published.folding import fold_job
 from published.losses import Loss
 from published.nnscaler import nnscaler_job
 from published.rows import Setup, before_torch_2, when
@@ -37,8 +38,8 @@ _TENSOR_PARALLEL = {
 
 def job_of(setup: Setup) -> Job:
     """Raises UserError where the row leaves out a size, or names a model that is not expressed here."""
-    if setup.code in STACKS:
-        return STACKS[setup.code](setup)
+    if made := {**STACKS, "fold": fold_job}.get(setup.code):
+        return made(setup)
     if setup.arch is not None and setup.row["scope"] == "activation_only" and not setup.arch.vocab:
         setup = dataclasses.replace(setup, arch=dataclasses.replace(setup.arch, vocab=1024))
         return decoder_job(setup, setup.arch, _DIALECTS["hf"], Loss("hidden"))

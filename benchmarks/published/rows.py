@@ -153,8 +153,14 @@ _CODES: tuple[tuple[str, str], ...] = (
 )
 
 
+_PART = r"evoformer|stack|block|extra-?\W?msa|trunk"
+
+
 def _code(row: Mapping[str, str]) -> str:
     """The most telling columns first; a plain decoder of Hugging Face's kind where nothing is said."""
+    folds = re.search(r"alphafold|openfold", row["model"].lower()) and row["scope"] == "train_step"
+    if folds and not re.search(_PART, row["model"].lower()):
+        return "fold"
     for columns in (("model", "group"), ("software", "source", "notes"), ("optimizer", "extra_arch")):
         text = " ".join(row.get(c, "") for c in columns).lower()
         for pattern, named in _CODES:

@@ -91,6 +91,8 @@ def dtypes(text: str, code: str, shared: str) -> tuple[str, str]:
         return low, low
     if re.search(r"amp|mixed|autocast|mp\b|fp32 param|master|upcast", text) or code == "titan":
         return "float32", low
+    if code == "fold":  # Lightning's bf16 is autocast
+        return "float32", low
     if code in ("evoformer", "nnscaler", "hf", "liger", "foak", "megatron", "thunder", "litgpt", "tune"):
         return low, low
     return "float32", low

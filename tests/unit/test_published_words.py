@@ -157,6 +157,21 @@ def test_engines_layers_in_a_trainer_of_torchs_are_no_megatron() -> None:
     assert _setup(group="te-llama", software="Transformer Engine").code == "megatron"
 
 
+def test_a_whole_alphafold_is_the_built_in_jobs_network() -> None:
+    given = {
+        "layers": "2",
+        "method": "initial_training",
+        "act_ckpt": "blocks_per_ckpt 1",
+        "precision": "bf16",
+    }
+    setup = _setup(model="AlphaFold 2 (OpenFold)", extra_arch="crop 32 residues, 4 MSA, 8 extra MSA", **given)
+    job = job_of(setup)
+    assert (setup.code, setup.parameters, setup.compute) == ("fold", "float32", "bfloat16")
+    assert job.make_batch(0, 0)["msa"].shape[1:3] == (4, 32)
+    assert "structure" in job.islands
+    assert _setup(model="AlphaFold2 Evoformer stack", **given).code == "evoformer"
+
+
 def test_switches_and_offload() -> None:
     assert words.yes("true")
     assert words.yes("torch.compile (inductor)")
