@@ -48,6 +48,19 @@ def ask(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return run
 
 
+def test_an_export_is_linted_whole(ask: Ask, tmp_path: Path) -> None:
+    """Every file of it may be named: what memfit wrote for itself is passed by."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    for name in ("export.json", "run.json", "plan.yaml", "README.md"):
+        (folder / name).write_text("{}")
+    (folder / "deepspeed.json").write_text(CLEAN)
+    code, out, _ = ask("lint", *map(str, sorted(folder.iterdir())), "--json")
+    assert code == 0
+    assert json.loads(out)["files"] == [str(folder / "deepspeed.json")]
+    assert ask("lint", str(folder / "export.json"))[0] == 2  # nothing of a library in it
+
+
 def test_an_error_is_exit_code_1_and_other_findings_are_none(ask: Ask) -> None:
     code, out, err = ask("lint", "bad.json")
     assert (code, err) == (1, "")

@@ -285,6 +285,28 @@ def test_fewest_devices_and_the_cheapest_may_leave_devices_idle() -> None:
     assert found.recommended.estimate.plan.ranks == 1
 
 
+def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
+    """What is told of it compares traces with traces, sketches with sketches. Optimizers of small models stay
+    on the device, as copies and operators of so many tensors would have to be started."""
+    on = machine("4xH100-SXM")
+    found = search_scale(pricer_of(8, on), 4, aim(on, accuracy="rounding"))
+    assert found.recommended is not None
+    assert found.baseline.fits
+    assert score(found.recommended.estimate, Objective.FASTEST) <= 1.03 * score(
+        found.baseline.estimate, Objective.FASTEST
+    )
+    told = {r.kind for r in found.recommended.reasons}
+    assert "needed" not in told  # plain training fits
+    assert not any(u.settings.get("offload") for u in found.recommended.estimate.plan.uses)
+
+
+def test_pipelines_have_as_many_micro_batches_as_their_schedule_needs() -> None:
+    wanted = limits(ranks=8, batch=32, tensor=(1,), context=(1,))
+    for grid in grids(wanted):
+        if grid.layout.schedule == "1f1b":
+            assert all(count >= grid.layout.stages for _, count in grid.micro)
+
+
 def test_techniques_that_nobody_wants_are_in_no_plan() -> None:
     on = machine("4xL4")
     unwanted = Bounds(without=("fsdp2", "tensor-parallel"))

@@ -368,3 +368,12 @@ def test_on_the_cpu_nothing_is_sent_elsewhere_and_the_work_is_counted() -> None:
 
 def test_block_is_what_the_arithmetic_above_says() -> None:
     assert Block().inner[1].out_features == 4 * WIDTH
+
+
+def test_host_memory_that_is_pinned_is_the_memory_it_was(plain: Trace) -> None:
+    """As FSDP2 pins offloaded parameters where an engine's own step asks for it."""
+    pinning = dataclasses.replace(
+        regression(), loss=lambda model, b: functional.mse_loss(model(b[0].pin_memory()), b[1])
+    )
+    assert by_category(trace(pinning, Plan())) == by_category(plain)
+    assert torch.Tensor.pin_memory is torch._C.TensorBase.pin_memory

@@ -40,7 +40,7 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     from memfit.configs.lint import check
     from memfit.configs.read import read
 
-    setup = read(options.files, ranks=options.ranks)
+    setup = read(_of_libraries(options.files), ranks=options.ranks)
     found = check(setup, lang=words)
     if output.json:
         emit({"files": list(setup.files), "findings": findings_view(found)})
@@ -48,6 +48,21 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
         print_findings(found, lang=words)
     if any(f.severity == "error" for f in found):
         raise typer.Exit(1)
+
+
+# Of an export: what memfit, a cluster or an engine without a linted configuration reads.
+_NOT_LINTED = frozenset({
+    "export.json", "run.json", "plan.yaml", "README.md", "torchrun.sh", "job.sbatch", "job.yaml", "task.yaml",
+    "colossalai.json", "fairscale.json", "torchtitan.args",
+})  # fmt: skip
+
+
+def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
+    """Without what an export has beside them. All that were given where that leaves none."""
+    from memfit.export.write import MANIFEST
+
+    others = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
+    return others or files
 
 
 def findings_view(found: Sequence[memfit.configs.lint.Finding]) -> list[dict[str, Any]]:

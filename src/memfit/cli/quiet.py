@@ -20,6 +20,8 @@ _CHATTER: Final = {
     "torchao": _Without("Failed to load "),
     # torch tells the authors of torchao about a deprecation
     "torch.utils._pytree": _Without("register_constant()"),
+    # that there is no GPU, on standard output, where Accelerate asks which engine it has
+    "DeepSpeed": _Without("Setting accelerator to CPU"),
     # an optional accelerator of bitsandbytes that nobody asked for
     "bitsandbytes.backends.cpu.ops": _Without("from kernels-community"),
 }

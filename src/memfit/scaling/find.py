@@ -12,7 +12,7 @@ import numpy
 
 from memfit.cost.collectives import collective_s
 from memfit.cost.play import ASSUMED_HOST_BYTES_S, Player
-from memfit.cost.time import ASSUMED_LINK_BYTES_S, TimeModel
+from memfit.cost.time import ASSUMED_ISSUE_S, ASSUMED_LINK_BYTES_S, TimeModel
 from memfit.scaling.compose import Composer, Cut
 from memfit.scaling.price import Communicate, Given, Priced, Rates, price
 from memfit.scaling.states import State, compute_of, state_of
@@ -146,6 +146,7 @@ class _Pricing:
             per_host=per_host(machine),
             host_bytes_s=link.value if link else ASSUMED_LINK_BYTES_S,
             host_update_bytes_s=ASSUMED_HOST_BYTES_S / per_host(machine),
+            host_call_s=ASSUMED_ISSUE_S[Phase.BACKWARD],
             copied_bytes_s=_COPIED_BYTES / model.op_s(_COPY),
             workspace_bytes=_BLAS_THREADS * (blas.value if blas else 0.0),
             beside=Player(model=model, machine=machine, members={}).beside,
@@ -190,7 +191,8 @@ class _Pricing:
         states = [self._state(s, ranks, staged) for s in grid.states]
         cut = layout.context * (layout.tensor if layout.sequence else 1)
         given = Given(
-            blocks=self.traced.blocks, hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
+            blocks=self.traced.blocks, tensors=self.traced.tensors,
+            hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
             inside=inside, ends=ends, states=states,
         )  # fmt: skip
         return price(grid, given, self.rates)

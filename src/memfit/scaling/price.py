@@ -23,6 +23,8 @@ Communicate = Callable[[str, Any, int, int], Any]
 
 GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes of a parameter that forward reads
 _MICRO_SIZES: Final = (1, 2)  # that are traced; others lie on the line through them
+# For each tensor: its gradient there and its new value back; FSDP2 also updates tensor by tensor.
+_CALLS_AWAY: Final = {"zero": 2, "fsdp2": 4}
 _OFFLOADED_KEEPS: Final = 0.02  # of what is kept: tensors too small to be worth moving
 
 
@@ -44,6 +46,7 @@ class Rates:
     per_host: int
     host_bytes_s: float
     host_update_bytes_s: float
+    host_call_s: float  # to start a copy or an operator of a host's optimizer
     copied_bytes_s: float  # read and written by a device's own plain copies
     workspace_bytes: float  # of BLAS, inside the allocator
     beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
@@ -55,6 +58,7 @@ class Given:
     micro-batch size for the i-th value of the axis inside, ``ends[i]`` those for the loss."""
 
     blocks: int
+    tensors: int  # that are trained, of the whole model
     hidden_bytes: float  # of what one block hands to the next, for one sample
     inside: Sequence[Sequence[Parts]]
     ends: Sequence[Sequence[Parts]]
@@ -260,6 +264,8 @@ def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates:
         mine = own / state.state_shards
         if state.offload:  # by the host's cores, and there and back over the bus
             moved = mine * (state.gradient + state.stored) / rates.host_bytes_s
+            calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.given.tensors
+            moved += calls / layout.stages * rates.host_call_s
             return moved + mine * state.updating.moved_bytes / rates.host_update_bytes_s
         extra = 0.0
         if state.kind == "zero" and state.parameter_shards == 1 and state.state_shards > 1:

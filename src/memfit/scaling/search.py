@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ class Scale:
         self.engine = engine(pricer.engine)
         self.refused: dict[Plan, str] = {}
         self.sketched: dict[Plan, Estimate] = {}
+        self.pairs: list[tuple[Estimate, Estimate]] = []  # finalists, sketched and traced
         if pricer.model is None:
             raise UserError(
                 f"speeds of {self.machine.device.name} are unknown",
@@ -120,8 +122,21 @@ class Scale:
         return found
 
     def like(self, winner: Estimate, other: Estimate) -> Estimate:
-        """The winner as what the other is, traced or sketched, so that like is compared with like."""
-        return winner if other.traced else self.sketched.get(winner.plan, winner)
+        """The winner as what the other is, traced or sketched, so that like is compared with like. One that
+        no grid has (plain training in float32) is as far from its sketch as those traced were on average."""
+        if other.traced or not self.pairs:
+            return winner
+        if winner.plan in self.sketched:
+            return self.sketched[winner.plan]
+        step = statistics.median(
+            s.step_s.value / w.step_s.value for s, w in self.pairs if s.step_s and w.step_s
+        )
+        memory = statistics.median(s.allocated_bytes.value / w.allocated_bytes.value for s, w in self.pairs)
+        return dataclasses.replace(
+            winner, step_s=_times(winner.step_s, step),
+            allocated_bytes=_times(winner.allocated_bytes, memory),
+            usd=winner.usd and winner.usd * step, co2_g=winner.co2_g and winner.co2_g * step, traced=False,
+        )  # fmt: skip
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
         """(resource, seconds saved by a tenth less work for it) of the traced plan, largest first."""
@@ -160,11 +175,18 @@ class Scale:
         """Traced. Seconds, where the trace gives none, are the sketch's."""
         traced = self.pricer.whole(sketched_as.plan)
         if traced.step_s is not None:
+            self.pairs.append((sketched_as, traced))
             return traced
         return dataclasses.replace(
             traced, step_s=sketched_as.step_s, usd=sketched_as.usd, co2_g=sketched_as.co2_g,
             energy_j=sketched_as.energy_j,
         )  # fmt: skip
+
+
+def _times(interval: Any, factor: float) -> Any:
+    return interval and dataclasses.replace(
+        interval, value=interval.value * factor, low=interval.low * factor, high=interval.high * factor
+    )
 
 
 def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
@@ -190,9 +212,11 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     tried = {e.plan for e in finalists}
     known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
     unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
-    basis = next((e for e in known if e.plan == unshared), None) or scale.pricer.whole(unshared)
+    basis = next((e for e in known if e.plan == unshared), None)
+    if basis is None or (not basis.traced and fits(basis)):
+        basis = scale.pricer.whole(unshared)
     known = [e for e in known if e.plan != basis.plan]
-    winner = best([e for e in finalists if fits(e)], goal)
+    winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
     if winner is None:
         raise _nothing(scale, [*finalists, basis], ranks)
     choices = [e for e in frontier([*known, basis]) if fits(e)]
@@ -202,7 +226,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
 
-    recommended = choice(winner, (*_rivals(scale, winner, known, fits), *_cannot(scale)))
+    recommended = choice(winner, (*_rivals(scale, winner, [*known, basis], fits), *_cannot(scale)))
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
         goal=goal.value, cap_bytes=aim.cap_bytes, considered=sum(scale.found[n].considered for n in sizes),

@@ -50,6 +50,7 @@ class Traced:
         model = fake_model(job)
         self.path, blocks = find_blocks(model, job.blocks)
         self.blocks = len(blocks)
+        self.tensors = sum(p.requires_grad for p in model.parameters())
         self.sharing = "axial-parallel" if knowing(model) else "context-parallel"
         self.kept: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, Trace] = {}
