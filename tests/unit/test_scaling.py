@@ -303,8 +303,12 @@ def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
 def test_pipelines_have_as_many_micro_batches_as_their_schedule_needs() -> None:
     wanted = limits(ranks=8, batch=32, tensor=(1,), context=(1,))
     for grid in grids(wanted):
+        stages = grid.layout.stages
         if grid.layout.schedule == "1f1b":
-            assert all(count >= grid.layout.stages for _, count in grid.micro)
+            assert all(count >= stages for _, count in grid.micro)
+        if grid.layout.schedule.startswith("zero-bubble"):
+            assert all(count % max(1, count // stages) == 0 for _, count in grid.micro)
+            assert not any(u.technique == "compile" for uses in grid.inside for u in uses)
 
 
 def test_techniques_that_nobody_wants_are_in_no_plan() -> None:

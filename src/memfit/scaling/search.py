@@ -67,7 +67,6 @@ class Scale:
         self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
         self.engine = engine(pricer.engine)
         self.refused: dict[Plan, str] = {}
-        self.sketched: dict[Plan, Estimate] = {}
         self.pairs: list[tuple[Estimate, Estimate]] = []  # finalists, sketched and traced
         if pricer.model is None:
             raise UserError(
@@ -117,25 +116,19 @@ class Scale:
         )  # fmt: skip
 
     def estimates(self, ranks: int) -> list[Estimate]:
-        found = [self.estimate(s) for s in self.sketches(ranks).sketches]
-        self.sketched |= {e.plan: e for e in found}
-        return found
+        return [self.estimate(s) for s in self.sketches(ranks).sketches]
 
-    def like(self, winner: Estimate, other: Estimate) -> Estimate:
-        """The winner as what the other is, traced or sketched, so that like is compared with like. One that
-        no grid has (plain training in float32) is as far from its sketch as those traced were on average."""
-        if other.traced or not self.pairs:
-            return winner
-        if winner.plan in self.sketched:
-            return self.sketched[winner.plan]
-        step = statistics.median(
-            s.step_s.value / w.step_s.value for s, w in self.pairs if s.step_s and w.step_s
-        )
-        memory = statistics.median(s.allocated_bytes.value / w.allocated_bytes.value for s, w in self.pairs)
+    def expected(self, e: Estimate) -> Estimate:
+        """As a trace would have it: a sketch is as far off as those traced of its kind, or as all that were
+        traced, in the middle."""
+        if e.traced or not self.pairs:
+            return e
+        alike = [p for p in self.pairs if _kind(p[0].plan) == _kind(e.plan)] or self.pairs
+        step = statistics.median(w.step_s.value / s.step_s.value for s, w in alike if s.step_s and w.step_s)
+        memory = statistics.median(w.allocated_bytes.value / s.allocated_bytes.value for s, w in alike)
         return dataclasses.replace(
-            winner, step_s=_times(winner.step_s, step),
-            allocated_bytes=_times(winner.allocated_bytes, memory),
-            usd=winner.usd and winner.usd * step, co2_g=winner.co2_g and winner.co2_g * step, traced=False,
+            e, step_s=_times(e.step_s, step), allocated_bytes=_times(e.allocated_bytes, memory),
+            usd=e.usd and e.usd * step, co2_g=e.co2_g and e.co2_g * step,
         )  # fmt: skip
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
@@ -298,8 +291,8 @@ def _rivals(scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Fit
     """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
     goal = scale.aim.goal
 
-    def relative(e: Estimate) -> float:
-        return score(e, goal) / score(scale.like(winner, e), goal)
+    def relative(e: Estimate) -> float:  # like with like
+        return score(scale.expected(e), goal) / score(winner, goal)
 
     used = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
@@ -310,10 +303,9 @@ def _rivals(scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Fit
             yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
             continue
         rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan)))
-        basis = scale.like(winner, rival)
-        worse = relative(rival) > 1 + _GAIN
-        ratio = rival.step_s.value / basis.step_s.value if rival.step_s and basis.step_s else None
-        change = int(basis.allocated_bytes.value - rival.allocated_bytes.value)
+        worse, rival = relative(rival) > 1 + _GAIN, scale.expected(rival)
+        ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
+        change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
         kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
         yield Reason(
             kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
@@ -334,22 +326,20 @@ def _sensitivity(
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
 
     def better(e: Estimate) -> bool:
-        return score(e, goal) < score(scale.like(winner, e), goal) * (1 - _GAIN)
+        return score(scale.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
 
     bigger = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
     if bigger:
         least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
         more = scale.needs(least) - cap_bytes
-        yield _told("memory", scale.like(winner, least), least, more_bytes=more)
+        yield _told("memory", winner, scale.expected(least), more_bytes=more)
     if goal is not Objective.FEWEST:
         try:
             twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
         except UserError:
             twice = None
         if twice is not None:
-            yield _told(
-                "devices", scale.like(winner, twice), twice, more_devices=2 * ranks - winner.plan.ranks
-            )
+            yield _told("devices", winner, scale.expected(twice), more_devices=2 * ranks - winner.plan.ranks)
     for resource, saved_s in scale.bottleneck(winner.plan):
         step_s = winner.step_s.value if winner.step_s else math.inf
         if saved_s > 0.005 * step_s:

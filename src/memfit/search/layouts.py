@@ -173,6 +173,8 @@ def _micro(limits: Limits, layout: Layout) -> tuple[tuple[int, int], ...]:
         found = [f for f in found if f[0] == limits.micro_batch]
     if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many as there are stages
         found = [f for f in found if f[1] % layout.stages == 0]
+    elif layout.schedule == "zero-bubble":  # and here rounds of equally many
+        found = [f for f in found if f[1] % max(1, f[1] // layout.stages) == 0]
     elif layout.schedule == "1f1b":  # torch's has no fewer than there are stages
         found = [f for f in found if f[1] >= layout.stages]
     return tuple(found)

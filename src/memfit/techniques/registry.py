@@ -120,6 +120,8 @@ def conflict(plan: Plan) -> str | None:
     split = staged is not None and str(staged.settings.get("schedule")).startswith("zero-bubble")
     if split and plan.get("selective-checkpointing") is not None:
         return "zero-bubble runs backward in two parts, and selective-checkpointing keeps values for one"
+    if split and plan.get("compile") is not None:
+        return "zero-bubble runs backward in two parts, and compile makes one graph of it"
     return None
 
 
