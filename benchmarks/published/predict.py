@@ -88,6 +88,10 @@ def _optimizer(setup: Setup) -> list[Use]:
     uses: list[Use] = []
     if setup.optimizer != "adamw":
         uses.append(use("sgd" if setup.optimizer == "lion" else setup.optimizer))  # one moment each
+    elif _on_host(setup):
+        uses.append(use("adamw-paged"))
+        if "gradients" in setup.offload:  # each leaves when it is complete
+            uses.append(use("optimizer-in-backward"))
     elif setup.fused or setup.sharding.startswith("zero"):  # DeepSpeed's own is one kernel (ops/adam)
         uses.append(use("adamw-fused"))
     elif before_torch_2(setup):
@@ -95,6 +99,13 @@ def _optimizer(setup: Setup) -> list[Use]:
     if re.search(r"in[_ -]b(ack)?wa?r?d", setup.row["optimizer"].lower()):
         uses.append(use("optimizer-in-backward"))
     return uses
+
+
+def _on_host(setup: Setup) -> bool:
+    """Whether an optimizer of its own keeps the states in host memory, where no sharding does (torchao's
+    CPUOffloadOptimizer)."""
+    shared = setup.sharding not in ("", "ddp") and setup.ranks["dp"] > 1
+    return "optimizer" in setup.offload and not shared and "no offload" not in setup.row["optimizer"].lower()
 
 
 def _graphs(setup: Setup) -> str:

@@ -185,6 +185,14 @@ def test_switches_and_offload() -> None:
     assert words.optimizer("galore_adamw8bit_per_layer") == "galore"
 
 
+def test_an_offloading_optimizer_has_its_states_and_gradients_elsewhere() -> None:
+    plain = predict(_setup(seq_len="16")).allocated_bytes
+    states = predict(_setup(seq_len="16", offload="optimizer states", optimizer="CPUOffloadOptimizer"))
+    more = predict(_setup(seq_len="16", offload="optimizer states + gradients", optimizer="CPUOffload"))
+    assert more.allocated_bytes < states.allocated_bytes < plain
+    assert predict(_setup(seq_len="16", offload="optimizer", optimizer="no offload")).allocated_bytes == plain
+
+
 def test_hybrid_sharding_is_within_hosts() -> None:
     setup = _setup(zero_fsdp="HSDP", n_gpus="32", precision="bf16 mixed")
     shared = plan_of(setup).get("fsdp2")

@@ -25,6 +25,7 @@ from memfit.search.layouts import CUTTING, Limits
 from memfit.search.space import complexity
 from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, technique
 from memfit.techniques.world import layout
+from memfit.types.collector import uncollected
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
@@ -99,9 +100,9 @@ class Scale:
     def sketches(self, ranks: int) -> Found:
         if ranks not in self.found:
             self.tell("search", 0, 0, f"{ranks} devices")
-            self.found[ranks] = find(
-                self.traced, self.machine, self.model, self._limits(ranks), self.cap_bytes
-            )
+            limits = self._limits(ranks)
+            with uncollected():
+                self.found[ranks] = find(self.traced, self.machine, self.model, limits, self.cap_bytes)
         return self.found[ranks]
 
     def _limits(self, ranks: int) -> Limits:
