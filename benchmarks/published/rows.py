@@ -91,6 +91,11 @@ def setup_of(row: Mapping[str, str]) -> Setup:
     data = _data_ranks(row)
     precision, sharding = row["precision"].lower(), words.sharding(row["zero_fsdp"], data, when(row))
     parameters, compute = words.dtypes(precision, code, sharding)
+    offload = words.offload(row["offload"], row["notes"], sharding)
+    if sharding.startswith("zero") and "optimizer" in offload and data == 1:
+        parameters = (
+            compute  # ZeRO-Offload on one device: the float32 copy is the optimizer's, in host memory
+        )
     length = whole(row["seq_len"])
     micro = whole(row["micro_batch"]) or _micro_batch(row, data, length)
     return Setup(
@@ -105,7 +110,7 @@ def setup_of(row: Mapping[str, str]) -> Setup:
         recompute=_recompute(row["act_ckpt"], code), compiled=words.yes(row["compile"]),
         ranks={k: degree(row, k) for k in ("tp", "pp", "vp", "cp", "ep")} | {"dp": data},
         sequence_parallel=words.yes(row["sp"]),
-        offload=words.offload(row["offload"], row["notes"], sharding),
+        offload=offload,
     )  # fmt: skip
 
 

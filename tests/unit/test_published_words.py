@@ -191,6 +191,8 @@ def test_an_offloading_optimizer_has_its_states_and_gradients_elsewhere() -> Non
     more = predict(_setup(seq_len="16", offload="optimizer states + gradients", optimizer="CPUOffload"))
     assert more.allocated_bytes < states.allocated_bytes < plain
     assert predict(_setup(seq_len="16", offload="optimizer", optimizer="no offload")).allocated_bytes == plain
+    alone = _setup(zero_fsdp="ZeRO-2", offload="optimizer+gradients (ZeRO-Offload)", precision="fp16 mixed")
+    assert (alone.parameters, alone.compute) == ("float16", "float16")
 
 
 def test_hybrid_sharding_is_within_hosts() -> None:
