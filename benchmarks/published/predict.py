@@ -55,7 +55,7 @@ def _memory(setup: Setup) -> list[Use]:
     if setup.micro_batches > 1:
         uses.append(use("gradient-accumulation", micro_batches=setup.micro_batches))
     if _autocast(setup):
-        uses.append(use("bf16-autocast"))
+        uses.append(use("fp16-autocast" if setup.compute == "float16" else "bf16-autocast"))
     if setup.recompute == "full" or setup.recompute.startswith("every"):
         every = int(setup.recompute.rpartition("-")[2]) if "-" in setup.recompute else 1
         uses.append(use("activation-checkpointing", every=every))

@@ -142,7 +142,7 @@ def play(setup: Setup, card: Device, trace: Trace) -> Played:
         ops = fused(ops)
     if setup.float8:
         ops = tuple(o for op in ops for o in float8(op, 3 if setup.compiled else 5))
-    if setup.compute == "float16":  # autocast on the CPU that traces knows bfloat16 only
+    if setup.compute == "float16":  # sharding's own precision is traced in bfloat16
         ops = tuple(dataclasses.replace(o, dtype=o.dtype.replace("bfloat16", "float16")) for o in ops)
     if "tf32" in setup.row["precision"].lower():  # products only
         ops = tuple(dataclasses.replace(o, dtype="tf32") if o.flops else o for o in ops)
