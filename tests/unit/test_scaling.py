@@ -19,7 +19,7 @@ from memfit.catalog import machine
 from memfit.cost.time import time_model
 from memfit.planning import needed_bytes, space_of
 from memfit.pricing import Pricer
-from memfit.scaling.find import Found, _by_compute, _computes, _Pricing, _sketch, find
+from memfit.scaling.find import Found, Sketch, _by_compute, _computes, _picked, _Pricing, find
 from memfit.scaling.search import Aim, Scale, search_scale
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
@@ -148,7 +148,7 @@ def test_sketches_are_near_what_whole_traces_say() -> None:
         part = dataclasses.replace(grid, states=states, away=((),))
         priced = found.price(part, compute)
         assert priced is not None
-        sketch = _sketch(part, priced, rng.randrange(priced.step_s.size))
+        sketch = Sketch(part, *_picked(part, priced, rng.randrange(priced.step_s.size)))
         if sketch.plan.get("chunked-cross-entropy"):  # whose loss is outside of the model here
             continue
         kinds[kind] = kinds.get(kind, 0) + 1

@@ -15,7 +15,7 @@ from memfit.planning import half_of
 from memfit.search.choose import TIE_RATIO, Objective, best, decide, frontier, score
 from memfit.search.space import complexity, plans, usable
 from memfit.techniques.base import Space
-from memfit.techniques.registry import conflict, effect_of
+from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.plan import Accuracy, EffectClass, Plan, use
 from memfit.types.result import Estimate, Interval, Reason
 
@@ -260,3 +260,13 @@ def test_mixed_precision_is_what_the_device_multiplies_in(device: str, mixed: st
     offered, _ = usable(dataclasses.replace(SPACE, device="cuda", half=half), Accuracy.ROUNDING)
     assert {t.name for t in offered if t.slot == "precision"} & {"fp16-autocast", "bf16-autocast"} == {mixed}
     assert (half == "float16") == ("bf16-parameters" not in {t.name for t in offered})
+
+
+def test_stochastic_rounding_takes_no_other_optimizer_beside_it() -> None:
+    """It would be ignored: the rounding is in an AdamW of its own."""
+    rounded = use("bf16-parameters", rounding="stochastic")
+    for name in ("sgd", "adafactor", "adamw-8bit", "adamw-fused"):
+        clash = conflict(Plan(uses=(rounded, make_use(name, {}))))
+        assert clash is not None
+        assert name in clash
+        assert conflict(Plan(uses=(use("bf16-parameters", rounding="master"), make_use(name, {})))) is None

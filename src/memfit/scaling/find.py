@@ -20,6 +20,7 @@ from memfit.scaling.traced import Key, Traced
 from memfit.search.choose import TIE_RATIO
 from memfit.search.layouts import Grid, Layout, Limits, Uses, grids
 from memfit.techniques.registry import effect_of, technique
+from memfit.trace.parallel import side_by_side
 from memfit.types.errors import UserError
 from memfit.types.machine import Machine
 from memfit.types.parts import Parts, Piece
@@ -37,7 +38,7 @@ _COPY = OpCall(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Sketch:
     """A plan with what it was priced at; its plan is made when asked for."""
 
@@ -50,6 +51,9 @@ class Sketch:
     @property
     def plan(self) -> Plan:
         return self.grid.plan(self.index)
+
+
+_Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its grid
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +79,19 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
     pricing = _Pricing(traced, machine, model, limits)
     pricing.prepare(todo)
     todo = [(pricing.traceable(grid, compute, refused), compute, states) for grid, compute, states in todo]
-    sketches: list[Sketch] = []
-    considered = 0
-    for grid, compute, states in todo:
-        part = dataclasses.replace(grid, states=states)
-        priced = pricing.price(part, compute) if part.inside and part.ends else None
-        if priced is None:
-            continue
-        considered += priced.step_s.size
-        sketches += _best(part, priced, cap_bytes)
+    grids_of = [
+        (dataclasses.replace(grid, states=states), compute)
+        for grid, compute, states in todo if grid.inside and grid.ends
+    ]  # fmt: skip
+    cores = 2  # more bring less than their copies of this process take
+    shares = [grids_of[at::cores] for at in range(cores)]
+    best = side_by_side([functools.partial(pricing.best, share, cap_bytes) for share in shares])
+    sketches, considered = list[Sketch](), 0
+    for share, found in zip(shares, best, strict=True):
+        for (grid, _), (plans, picked) in zip(share, found, strict=True):
+            considered += plans
+            sketches += [Sketch(grid, *one) for one in picked]
+    sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
     return Found(sketches=tuple(_few(sketches, cap_bytes)), considered=considered, refused=tuple(refused))
 
 
@@ -179,6 +187,14 @@ class _Pricing:
 
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
+    def best(self, parts: Sequence[tuple[Grid, str]], cap_bytes: float) -> list[tuple[int, list[_Picked]]]:
+        """Of each grid: how many plans it has, and the best of them."""
+        found = []
+        for grid, compute in parts:
+            priced = self.price(grid, compute)
+            found.append((priced.step_s.size, _best(grid, priced, cap_bytes)) if priced else (0, []))
+        return found
+
     def price(self, grid: Grid, compute: str) -> Priced | None:
         """None where the model cannot be run so."""
         layout, composer = grid.layout, self.composer
@@ -252,7 +268,7 @@ def _updating(uses: Uses) -> Uses:
     return tuple(u for u in kept if u.technique != "bf16-autocast")
 
 
-def _best(grid: Grid, priced: Priced, cap_bytes: float) -> list[Sketch]:
+def _best(grid: Grid, priced: Priced, cap_bytes: float) -> list[_Picked]:
     """The quickest that fits, the simplest that is as quick, and the quickest of each memory level."""
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picked: dict[int, None] = {}
@@ -267,7 +283,7 @@ def _best(grid: Grid, priced: Priced, cap_bytes: float) -> list[Sketch]:
         at = numpy.flatnonzero(level == one)
         picked[int(at[numpy.argmin(step[at])])] = None
     picked[int(numpy.argmin(memory))] = None
-    return [_sketch(grid, priced, at) for at in picked]
+    return [_picked(grid, priced, at) for at in picked]
 
 
 def _burden(grid: Grid) -> numpy.ndarray:
@@ -306,9 +322,9 @@ def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:
     return list({id(s): s for s in kept}.values())
 
 
-def _sketch(grid: Grid, priced: Priced, at: int) -> Sketch:
+def _picked(grid: Grid, priced: Priced, at: int) -> _Picked:
     index = tuple(int(i) for i in numpy.unravel_index(at, grid.shape))
-    return Sketch(
-        grid=grid, index=index, step_s=float(priced.step_s[index]),
-        allocated_bytes=float(priced.allocated_bytes[index]), host_bytes=float(priced.host_bytes[index]),
+    return (
+        index, float(priced.step_s[index]), float(priced.allocated_bytes[index]),
+        float(priced.host_bytes[index]),
     )  # fmt: skip

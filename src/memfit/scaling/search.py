@@ -16,6 +16,7 @@ from memfit.cost.estimate import around, modelled_boundary
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.money import bill
 from memfit.cost.play import Player
+from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
@@ -112,7 +113,8 @@ class Scale:
             ranks=ranks, per_host=each, batch=self.pricer.job.batch_size, blocks=self.traced.blocks,
             device=self.pricer.device, tensor=degrees, context=tuple(d for d in degrees if d <= 8),
             chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
-            micro_batch=self.bounds.micro_batch, refuses=self.engine.supports,
+            micro_batch=self.bounds.micro_batch,
+            refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known),
         )  # fmt: skip
 

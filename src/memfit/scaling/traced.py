@@ -79,8 +79,9 @@ class Traced:
         return updating_of(self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """All at once, side by side."""
+        """All at once, side by side, those that are compiled first, as they take longest."""
         new = [k for k in dict.fromkeys(keys) if k not in self.kept]
+        new.sort(key=lambda key: not any(u.technique == "compile" for u in key.uses))
         more = [u for u in dict.fromkeys(updates) if u not in self.updates]
         calls: list[Any] = [functools.partial(self._traced, k) for k in new]
         calls += [functools.partial(self._updated, u) for u in more]

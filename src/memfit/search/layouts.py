@@ -39,7 +39,9 @@ class Limits:
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
     without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
-    refuses: Callable[[Plan], object] = lambda plan: None  # why the engine cannot carry such a plan
+    refuses: Callable[[Plan], object] | None = (
+        None  # why the engine cannot carry a plan; None: it carries all
+    )
     micro_batch: int = 0  # 0: any
 
 
@@ -119,7 +121,7 @@ def grids(limits: Limits) -> Iterator[Grid]:
             staged = _use("pipeline", stages=layout.stages, schedule=layout.schedule, virtual=layout.virtual,
                           micro_batches=2)  # fmt: skip
             extra = (*extra, staged)
-        states = _allowed(_states(limits, layout), extra, limits)
+        states = _carried(_states(limits, layout, extra), extra, limits)
         inside = _allowed(_inside(), extra, limits)
         ends = _allowed(_ends(limits, layout), extra, limits)
         away = _allowed([(), (_use("activation-offload", to="host"),)], extra, limits)
@@ -199,14 +201,26 @@ def _ends(limits: Limits, layout: Layout) -> list[Uses]:
     return [(), *((_use("chunked-cross-entropy", chunks=n),) for n in (4, 16) if plain)]
 
 
-def _states(limits: Limits, layout: Layout) -> list[Uses]:
+def _states(limits: Limits, layout: Layout, extra: Uses) -> list[Uses]:
+    """Rules are between two techniques each: few pairs are asked about, and many states are made of them."""
     optimizers: list[Uses] = [()]
     optimizers += [(_use(n),) for n in ("adamw-fused", "adamw-single", "adamw-8bit", "adamw-4bit")]
     optimizers += [(_use(n),) for n in ("adafactor", "sgd")]
     precisions: list[Uses] = [(), (_use("bf16-autocast"),)]
     precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
-    axes = [[u for u in axis if _fine(u, limits)] for axis in (_data(limits, layout), precisions, optimizers)]
-    return [(*d, *p, *o) for d, p, o in itertools.product(*axes)]
+    axes = [
+        [u for u in axis if _fine(u, limits) and _go_together(extra, u)]
+        for axis in (_data(limits, layout), precisions, optimizers)
+    ]
+    data, ways, steps = axes
+    stepped = [[_go_together(p, o) for o in steps] for p in ways]
+    found: list[Uses] = []
+    for d in data:
+        beside = [_go_together(d, o) for o in steps]
+        for p, alike in zip(ways, stepped, strict=True):
+            if _go_together(d, p):
+                found += [(*d, *p, *o) for o, a, b in zip(steps, alike, beside, strict=True) if a and b]
+    return found
 
 
 def _data(limits: Limits, layout: Layout) -> list[Uses]:
@@ -238,14 +252,15 @@ def _data(limits: Limits, layout: Layout) -> list[Uses]:
 
 
 def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
-    kept = []
-    for uses in axis:
-        if not _fine(uses, limits):
-            continue
-        plan = Plan(uses=(*extra, *uses), ranks=limits.ranks)
-        if conflict(plan) is None and not limits.refuses(plan):
-            kept.append(uses)
-    return tuple(kept)
+    kept = [u for u in axis if _fine(u, limits) and _go_together(extra, u)]
+    return _carried(kept, extra, limits)
+
+
+def _carried(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
+    refuses = limits.refuses
+    if refuses is None:
+        return tuple(axis)
+    return tuple(u for u in axis if not refuses(Plan(uses=(*extra, *u), ranks=limits.ranks)))
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:

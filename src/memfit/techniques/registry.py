@@ -113,6 +113,14 @@ def conflict(plan: Plan) -> str | None:
                 return f"{one.name} and {other.name} both set the {one.slot}"
             if _forbids(one, other) or _forbids(other, one):
                 return f"{one.name} cannot be combined with {other.name}"
+    return _conflict_of_settings(plan, used)
+
+
+def _conflict_of_settings(plan: Plan, used: list[Technique]) -> str | None:
+    narrow = plan.get("bf16-parameters")
+    other = next((one.name for one in used if one.slot == "optimizer"), None)
+    if other and narrow is not None and narrow.settings.get("rounding") == "stochastic":
+        return f"stochastic rounding of bf16-parameters has an AdamW of its own, not {other}"
     sharded = plan.get("zero")
     if sharded is not None and sharded.settings.get("stage") == 3 and plan.get("compile") is not None:
         return "zero of stage 3 gathers parameters inside of blocks, and compile makes one graph of each"
