@@ -265,7 +265,7 @@ def test_mixed_precision_is_what_the_device_multiplies_in(device: str, mixed: st
 def test_stochastic_rounding_takes_no_other_optimizer_beside_it() -> None:
     """It would be ignored: the rounding is in an AdamW of its own."""
     rounded = use("bf16-parameters", rounding="stochastic")
-    for name in ("sgd", "adafactor", "adamw-8bit", "adamw-fused"):
+    for name in ("sgd", "adafactor", "adamw-fused", "adamw-single"):
         clash = conflict(Plan(uses=(rounded, make_use(name, {}))))
         assert clash is not None
         assert name in clash
