@@ -377,3 +377,21 @@ def test_host_memory_that_is_pinned_is_the_memory_it_was(plain: Trace) -> None:
     )
     assert by_category(trace(pinning, Plan())) == by_category(plain)
     assert torch.Tensor.pin_memory is torch._C.TensorBase.pin_memory
+
+
+def test_a_compiled_block_may_end_in_a_view() -> None:
+    """A linear layer's result of three dimensions is a view of a matrix: no copy is made of it."""
+
+    def build() -> nn.Module:
+        blocks = (nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(3))
+        return nn.Sequential(*blocks)
+
+    def batch(step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(4, 16, 8), torch.zeros(4, 16, 8)
+
+    job = dataclasses.replace(regression(), build_model=build, make_batch=batch, batch_size=4)
+    compiled = trace(job, Plan(uses=(use("compile", scope="blocks"),)), device="cuda")
+    assert not [a for a in compiled.allocations if "clone" in a.op]
+    eager = trace(job, Plan(), device="cuda")
+    peaks = [memory_profile(t, Calibration()).peak_bytes for t in (compiled, eager)]
+    assert peaks[0] <= peaks[1]

@@ -131,9 +131,8 @@ def _joint(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    single = False
-    count = 0
-    names: set[str] = set()
+    single, count = False, 0
+    names, apart = set[str](), False  # apart: outputs, which may be views, from what they are views of
 
     def flat(*given: torch.Tensor) -> tuple[Any, ...]:
         nonlocal single, count
@@ -143,17 +142,38 @@ def _joint(
         single = isinstance(outs, torch.Tensor)
         found = (outs,) if single else tuple(outs)
         count = len(found)
-        return found
+        return tuple(o.clone() for o in found) if apart else found
 
     with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
         copies = [
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(t.requires_grad)
             for t in tensors
         ]
-        joint = aot_export_joint_simple(
-            flat, tuple(copies), trace_joint=True, decompositions=select_decomp_table()
-        )
+
+        def exported() -> Any:
+            return aot_export_joint_simple(
+                flat, tuple(copies), trace_joint=True, decompositions=select_decomp_table()
+            )
+
+        try:
+            joint = exported()
+        except RuntimeError as error:
+            if "outputs that alias" not in str(error):
+                raise
+            apart = True
+            joint = _without_last_copies(exported(), count)
     return joint, copies, single, count, names
+
+
+def _without_last_copies(joint: Any, outputs: int) -> Any:
+    """torch.compile returns views as views; to export them they were copied."""
+    last = next(n for n in joint.graph.nodes if n.op == "output")
+    found = list(last.args[0])
+    found[:outputs] = (n.args[0] if n.target is torch.ops.aten.clone.default else n for n in found[:outputs])
+    last.args = (found,)
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+    return joint
 
 
 class _Run(torch.autograd.Function):
