@@ -32,6 +32,7 @@ _MIB = 2**20
 _TRIES = 6
 _SPARE_RATIO = 0.001  # of the budget: how far a measured peak was seen above its prediction, doubled
 _LEAST_RATIO = 1 / 20_000  # of the budget: smaller tensors are always kept
+_SEGMENT = 20 * _MIB
 _ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99  # plans that a search tries; the gain it hopes for; of the cap
 
 
@@ -76,12 +77,12 @@ def budgeted(
     traced = {e.plan for e in made}
     known = [*made, *(e for e in sketches if e.plan not in traced)]
     waiting = [e for e in known if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
-    room_bytes = cap.room_bytes(made)
+    room_bytes, beside_bytes = cap.room_bytes(made), 0  # what a device has beside a step's own tensors
     for _ in range(_ATTEMPTS):
-        bare = best(waiting, goal)
-        if bare is None or room_bytes < _MIB:
+        bare, budget_bytes = best(waiting, goal), room_bytes - beside_bytes
+        if bare is None or budget_bytes < _MIB:
             break
-        plan = bare.plan.with_use(make_use(NAME, {"budget_mib": room_bytes // _MIB}))
+        plan = bare.plan.with_use(make_use(NAME, {"budget_mib": budget_bytes // _MIB}))
         tell("finalists", 0, 1, brief(plan))
         try:
             found = whole(plan)
@@ -90,8 +91,11 @@ def budgeted(
             continue
         if cap.has(found):
             return [found]
-        # What a device has beside a step's own tensors, and the sizes in which an allocator takes memory.
-        room_bytes -= int(max(cap.needs(found) - cap.bytes, found.allocated_bytes.value - room_bytes))
+        more = int(found.allocated_bytes.value) - budget_bytes
+        if more > beside_bytes + _MIB:
+            beside_bytes = more
+        else:  # the caching allocator takes segments of 20 MiB and more
+            room_bytes -= math.ceil((cap.needs(found) - cap.bytes) / _SEGMENT) * _SEGMENT
     return []
 
 

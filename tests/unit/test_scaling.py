@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memfit.catalog import machine
+from memfit.cost.money import bill
 from memfit.cost.time import time_model
 from memfit.planning import needed_bytes, space_of
 from memfit.pricing import Pricer
@@ -282,7 +283,11 @@ def test_fewest_devices_and_the_cheapest_may_leave_devices_idle() -> None:
     on = machine("4xL4")
     found = search_scale(pricer_of(8, on), 4, aim(on, goal="fewest"))
     assert found.recommended is not None
-    assert found.recommended.estimate.plan.ranks == 1
+    estimate = found.recommended.estimate
+    assert estimate.plan.ranks == 1
+    assert estimate.step_s is not None
+    one = dataclasses.replace(on, device_count=1)  # what stands idle is not paid for
+    assert estimate.usd == pytest.approx(bill(one, step_s=estimate.step_s.value).usd)
 
 
 def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from memfit.cli.options import JsonOptions, LanguageOptions
 from memfit.cli.output import console, emit, language
+from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
     import memfit.configs.lint
@@ -58,11 +59,16 @@ _NOT_LINTED = frozenset({
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
-    """Without what an export has beside them. All that were given where that leaves none."""
+    """Without what an export has beside them. Raises UserError where that leaves none."""
     from memfit.export.write import MANIFEST
 
     others = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
-    return others or files
+    if not others:
+        raise UserError(
+            f"{', '.join(map(str, files))} of an export: no configuration of another library",
+            allowed="an export for DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan or OpenFold",
+        )
+    return others
 
 
 def findings_view(found: Sequence[memfit.configs.lint.Finding]) -> list[dict[str, Any]]:

@@ -298,8 +298,8 @@ def _burden(grid: Grid) -> numpy.ndarray:
 
 
 def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:
-    """What a choice is made from: no worse in both time and memory than all others, or the best of its own
-    layout that fits."""
+    """What a choice is made from: no worse in both time and memory than all others, or the quickest or the
+    smallest of its own layout that fits."""
     ordered = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
     kept: list[Sketch] = []
     quickest = math.inf
@@ -315,6 +315,7 @@ def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:
     for group in best.values():
         group.sort(key=lambda s: (s.step_s, s.allocated_bytes))
         kept += group[:_KEPT_PER_LAYOUT]
+        kept.append(min(group, key=lambda s: (s.allocated_bytes, s.step_s)))
     fitting = [s for s in sketches if s.allocated_bytes <= cap_bytes]
     if fitting:
         limit = min(s.step_s for s in fitting) * (1 + TIE_RATIO)

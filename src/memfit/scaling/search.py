@@ -34,6 +34,9 @@ from memfit.types.result import Choice, Estimate, Reason, SearchResult, Sensitiv
 
 FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48  # more of small models, whose traces are quick
 _TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to a quarter off, most of them less than this
+_TOO_LARGE = (
+    0.5  # and of memory: pipelines of a few blocks, where what is gathered at the ends is half of all
+)
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
 _GAIN = 0.03  # a change of the score that is worth telling
 
@@ -169,14 +172,18 @@ class Scale:
 
     def whole(self, sketched_as: Estimate) -> Estimate:
         """Traced. Seconds, where the trace gives none, are the sketch's."""
-        traced = self.pricer.whole(sketched_as.plan)
-        if traced.step_s is not None:
+        if (traced := self.billed(self.pricer.whole(sketched_as.plan))).step_s is not None:
             self.pairs.append((sketched_as, traced))
             return traced
         return dataclasses.replace(
             traced, step_s=sketched_as.step_s, usd=sketched_as.usd, co2_g=sketched_as.co2_g,
             energy_j=sketched_as.energy_j,
         )  # fmt: skip
+
+    def billed(self, e: Estimate) -> Estimate:
+        """For the devices that the plan uses, as sketches are."""
+        cost = bill(self._machine(e.plan.ranks), step_s=e.step_s.value if e.step_s else None)
+        return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)
 
 
 def _times(interval: Any, factor: float) -> Any:
@@ -210,17 +217,18 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
     basis = next((e for e in known if e.plan == unshared), None)
     if basis is None or (not basis.traced and fits(basis)):
-        basis = scale.pricer.whole(unshared)
+        basis = scale.billed(scale.pricer.whole(unshared))
     known = [e for e in known if e.plan != basis.plan]
     winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
     if winner is None:
         raise _nothing(scale, [*finalists, basis], ranks)
-    choices = [e for e in frontier([*known, basis]) if fits(e)]
+    choices = frontier([scale.expected(e) for e in (*known, basis) if fits(e)])
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
+        held = any(c is e for c in choices) or fits(e)
+        return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
     recommended = choice(winner, (*_rivals(scale, winner, [*known, basis], fits), *_cannot(scale)))
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
@@ -239,10 +247,11 @@ def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fit
     waiting = _tied_first([e for e in estimates if fits(e)], goal)
     traced: list[Estimate] = []
     known: dict[object, float] = {}  # by kind: what whole traces are of their sketches
+    too_high = _TOO_LARGE if goal is Objective.SMALLEST else _TOO_SLOW
     heaviest, most = 1.0, max(FINALISTS, min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks))
 
     def hoped(e: Estimate) -> float:
-        return score(e, goal) * known.get(_kind(e.plan), _TOO_SLOW)
+        return score(e, goal) * known.get(_kind(e.plan), too_high)
 
     for tries in range(3 * most):
         waiting = [e for e in waiting if scale.needs(e) * heaviest <= scale.aim.cap_bytes]

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -244,6 +245,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True))
+        stack.enter_context(warnings.catch_warnings())  # of the model where it runs, which tells them itself
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         # Host memory is host memory: fake tensors cannot be pinned.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
