@@ -24,7 +24,7 @@ from memfit.cost.memory import memory_profile
 from memfit.cost.recompute import smallest, solve
 from memfit.cost.replay import Replay, replay
 from memfit.jobs.step import TrainingStep
-from memfit.planning import Request, needed_bytes, search
+from memfit.planning import Request, make_pricer, needed_bytes, search
 from memfit.recomputation import chosen, nominal_s
 from memfit.search.choose import Objective, score
 from memfit.techniques.planfile import plan_text, read_plan
@@ -339,7 +339,7 @@ def test_nothing_waits_for_the_garbage_collector(name: str) -> None:
 def test_a_search_proposes_a_budget_where_it_beats_every_other_plan() -> None:
     on = machine("L4")
     asked = Request(job=JobRef(spec="char-lm"), machine=on, accuracy=Accuracy.EXACT)
-    basis = search(asked, lambda *told: None).result.baseline.estimate
+    basis = make_pricer(asked)[1].whole(Plan())
     tight = dataclasses.replace(asked, cap_bytes=needed_bytes(basis, on) - 20 * 2**20)
     without = dataclasses.replace(tight, bounds=Bounds(without=("optimal-checkpointing",)))
     proposed, other = (search(r, lambda *told: None).result.recommended for r in (tight, without))
