@@ -31,6 +31,7 @@ _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
 _BLAS_THREADS = 2  # the caller's and autograd's, each with a handle of its own
 _LEVELS_PER_DOUBLING = 4  # of memory, the best of each being kept for the frontier
 _WORTH = 0.005  # a gain in time below this makes no point of the frontier
+_SHARES = 2  # that are priced side by side
 _COPIED_BYTES = 1 << 30
 _COPY = OpCall(
     clock=0, op="aten.copy_.default", signature="", phase=Phase.FORWARD, step=0, module="", dtype="float32",
@@ -83,8 +84,7 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
         (dataclasses.replace(grid, states=states), compute)
         for grid, compute, states in todo if grid.inside and grid.ends
     ]  # fmt: skip
-    cores = 2  # more bring less than their copies of this process take
-    shares = [grids_of[at::cores] for at in range(cores)]
+    shares = [grids_of[at::_SHARES] for at in range(_SHARES)]
     best = side_by_side([functools.partial(pricing.best, share, cap_bytes) for share in shares])
     sketches, considered = list[Sketch](), 0
     for share, found in zip(shares, best, strict=True):

@@ -227,7 +227,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        held = any(c is e for c in choices) or fits(e)
+        held = not e.traced or fits(e)  # sketches that do not are in no choice
         return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
     recommended = choice(winner, (*_rivals(scale, winner, [*known, basis], fits), *_cannot(scale)))

@@ -39,9 +39,7 @@ class Limits:
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
     without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
-    refuses: Callable[[Plan], object] | None = (
-        None  # why the engine cannot carry a plan; None: it carries all
-    )
+    refuses: Callable[[Plan], object] | None = None  # why the engine cannot carry a plan; None: it can any
     micro_batch: int = 0  # 0: any
 
 
