@@ -222,7 +222,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
     if winner is None:
         raise _nothing(scale, [*finalists, basis], ranks)
-    choices = frontier([scale.expected(e) for e in (*known, basis) if fits(e)])
+    choices = [e for e in frontier([*known, basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
