@@ -138,7 +138,9 @@ def test_no_number_stands_without_a_mark(name: str, lang: str) -> None:
 def test_sentences_of_the_cards_hold_no_number_of_their_own(lang: str) -> None:
     """What is a digit in the words themselves is a name or a fixed level, never a result."""
     walk = walked("decided", lang)
-    fixed = re.compile(r"90 %|[1-9] (回|台|ステップ|時間|kWh)|[A-Z]+-?\d+[-\w]*|2-core x86-64 processor, 8 GiB")
+    fixed = re.compile(
+        r"90 %|[1-9] (回|台|ステップ|時間|kWh)|[A-Z]+-?\d+[-\w]*|2-core x86-64 processor, 8 GiB"
+    )
     for text, node in walk.texts:
         if any(n.has("card") for n in (*node.parents, node)) and not node.inside("num", *NAMES):
             assert not DIGIT.search(fixed.sub("", text)), text

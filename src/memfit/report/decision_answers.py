@@ -10,7 +10,7 @@ from memfit import catalog
 from memfit.engines.registry import engine
 from memfit.report.answer import answer
 from memfit.report.decision_rows import DecisionView, WayRow, cash, way_name
-from memfit.report.figures import MANY, Figure, Sentence, assumed, measured, predicted
+from memfit.report.figures import MANY, Figure, Sentence, assumed, measured, number_text, predicted
 from memfit.report.records import GATES, POC, SAVING, reach_anchor, term_anchor, way_anchor
 from memfit.types.result import Poc
 
@@ -186,8 +186,18 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
     """A gate's name, what was found and what is asked for, in the reader's language."""
-    name, found, limit, _ = gate
-    return Sentence(key=f"gate.{name}"), _gate_value(found, name), _gate_value(limit, name)
+    name, found, limit, holds = gate
+    seen, asked = _gate_value(found, name), _gate_value(limit, name)
+    if isinstance(seen, Figure) and isinstance(asked, Sentence) and not holds:
+        most = asked.values.get("value")
+        if isinstance(most, Figure) and _same_text(seen, most):
+            seen = dataclasses.replace(seen, unit="rate")  # with the digits in which they differ
+    return Sentence(key=f"gate.{name}"), seen, asked
+
+
+def _same_text(one: Figure, other: Figure) -> bool:
+    pair = [number_text(f.value, f.unit) for f in (one, other) if f.value is not None]
+    return len(pair) == 2 and pair[0] == pair[1]
 
 
 _KINDS: Final = ("equivalent", "different", "undecided")
