@@ -143,7 +143,7 @@ def sentence_text(sentence: Sentence, words: Words) -> str:
 def value_text(value: Figure | str | Sentence, words: Words) -> str:
     if isinstance(value, Figure):
         return figure_text(value, words)
-    return value if isinstance(value, str) else sentence_text(value, words)
+    return words.of(value) if isinstance(value, str) else sentence_text(value, words)
 
 
 def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:

@@ -179,12 +179,13 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
 
     def named(key: str, value: object) -> object:
         _no_bare_number(value)
-        plan = key in ("plan", "technique")
-        return Markup('<span class="plan">{}</span>').format(value) if plan else value
+        if key in ("plan", "technique"):
+            return Markup('<span class="plan">{}</span>').format(value)
+        return words.of(value) if type(value) is str else value
 
     def say(sentence: Sentence | Figure | str) -> Markup:
         if isinstance(sentence, str):
-            return escape(sentence)
+            return escape(words.of(sentence))
         if isinstance(sentence, Figure):
             return num(sentence)
         return t(sentence.key, **{k: _shown(v) for k, v in sentence.values.items()})

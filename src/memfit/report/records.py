@@ -27,14 +27,14 @@ MARGIN = "record-margin"
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """``label``: the short name by which figures call it; ``of``: anchors of the records it is made from;
-    ``facts``: (what is known, source, date); ``source``: text of others, shown as it is."""
+    ``facts``: (what is known, source, date); ``sources``: texts of others."""
 
     anchor: str
     label: str
     what: Sentence
     of: tuple[str, ...] = ()
     facts: tuple[tuple[Sentence, str, str], ...] = ()
-    source: str = ""
+    sources: tuple[str, ...] = ()
     date: str = ""
 
 
@@ -109,7 +109,7 @@ def _role(role: str) -> Sentence:
 
 def _poc(poc: Poc) -> Record:
     what = _said("poc", id=poc.poc_id, machine=poc.machine)
-    return Record(anchor=POC, label="PoC", what=what, source=poc.command, date=poc.created[:10])
+    return Record(anchor=POC, label="PoC", what=what, sources=(poc.command,), date=poc.created[:10])
 
 
 def _runs(poc: Poc) -> Iterator[Record]:
@@ -117,8 +117,8 @@ def _runs(poc: Poc) -> Iterator[Record]:
         spec, m = run.spec, run.measurement
         told = _said("run", role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
         notes = (f"{poc.poc_id} / {spec.name} / {i + 1}", spec.engine, m.peak_source, m.energy_boundary)
-        source = "; ".join(n for n in notes if n)
-        yield Record(anchor=run_anchor(i), label=f"R{i + 1}", what=told, of=(POC,), source=source)
+        sources = tuple(n for n in notes if n)
+        yield Record(anchor=run_anchor(i), label=f"R{i + 1}", what=told, of=(POC,), sources=sources)
 
 
 def _of(poc: Poc, runs: Sequence[Run]) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ def _tests(poc: Poc) -> Iterator[Record]:
         yield Record(
             anchor=verdict_anchor(named.name), label=f"V{i + 1}",
             what=_said("verdict", plan=named.plan.label), of=_of(poc, [*plain, *tried]),
-            source=named.verdict.test,
+            sources=(named.verdict.test,),
         )  # fmt: skip
     for i, table in enumerate(poc.interactions):
         what = _said("interaction", first=table.first, second=table.second)
@@ -177,7 +177,7 @@ def _tests(poc: Poc) -> Iterator[Record]:
         yield Record(anchor=interaction_anchor(i), label=f"I{i + 1}", what=what, of=of)
     if poc.metric_margin_source:
         what = _said("margin", metric=poc.metric)
-        yield Record(anchor=MARGIN, label="D", what=what, source=poc.metric_margin_source)
+        yield Record(anchor=MARGIN, label="D", what=what, sources=(poc.metric_margin_source,))
 
 
 # -- of the decision -------------------------------------------------------------------------------------
