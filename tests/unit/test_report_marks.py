@@ -13,7 +13,7 @@ from report_fixture import full_poc, minimal_poc, offers
 from memfit.decision.case import parsed
 from memfit.decision.decide import decide
 from memfit.report import html
-from memfit.report.figures import Mark, measured, predicted, sourced
+from memfit.report.figures import Mark, figure_text, measured, predicted, sourced
 from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
 
@@ -160,6 +160,20 @@ def test_a_figure_of_no_record_is_refused() -> None:
 def _shown(value: object) -> str:
     helpers = html.helpers(load_words("en"), {"run-1": "R1"})
     return str(helpers["t"]("text.paper_step", step=value))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (78.5, "78.5 %"),
+        (-12.34, "\u221212.3 %"),
+        (-200.0, "\u2212200 %"),
+        (-240.0, "\u2212240 % (3.4 times as much)"),
+        (-3000.0, "\u22123,000 % (31 times as much)"),
+    ],
+)
+def test_a_loss_many_times_the_base_is_told_in_words_too(value: float, text: str) -> None:
+    assert figure_text(predicted(value, "saving"), load_words("en")) == text
 
 
 def test_a_row_gives_its_source_to_figures_that_have_none() -> None:

@@ -139,7 +139,7 @@
     if (num) num.firstChild.data = text;
     else cell.textContent = text;
     if (num && way !== null && num.hash.startsWith("#way-")) {
-      num.hash = `#way-${way}`;
+      num.setAttribute("href", `#way-${way}`); // not as .hash, which would write the whole address
       num.title = num.title.replace(/W\d+$/, `W${way}`);
       num.querySelector(".tag").setAttribute("aria-label", num.title);
     }
