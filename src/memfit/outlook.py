@@ -19,6 +19,7 @@ from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
+from memfit.types.machine import Machine
 from memfit.types.plan import EffectClass, Plan, Use, use
 from memfit.types.result import Estimate, Offer, PaperRow, Reach
 
@@ -70,12 +71,19 @@ def _offers(
         plain = pricer.sketch(Plan())
         yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
         for plans_ in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
-            fitting = [e for e in map(pricer.sketch, plans_) if fits(e)]
+            sketched = [e for e in map(pricer.sketch, plans_) if fits(e)]
+            fitting = [e for e in sketched if _surely(e, machine)] or sketched
             found = best(fitting, planning.request.goal)
             if found is not None:
                 break
         if found is not None and found.plan != plain.plan:
             yield offer(found, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
+
+
+def _surely(sketch: Estimate, machine: Machine) -> bool:
+    """Whether the upper end fits: a plan is chosen by that, plain training by the value."""
+    whole = sketch.device_bytes
+    return whole is None or whole.high <= machine.device.memory_bytes.value
 
 
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
@@ -150,7 +158,8 @@ def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
     fits = fits_under(int(machine.device.memory_bytes.value), machine)
     progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
     plain = pricer.sketch(Plan())
-    fitting = [e for e in map(pricer.sketch, _paper_plans(planning, pricer)) if fits(e)]
+    sketched = [e for e in map(pricer.sketch, _paper_plans(planning, pricer)) if fits(e)]
+    fitting = [e for e in sketched if _surely(e, machine)] or sketched
     return PaperRow(
         machine=machine.name,
         size=pricer.job.size,

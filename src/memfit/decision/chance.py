@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from memfit.decision.money import saved_percent, sheet
 from memfit.types.decision import DRAWS, OFFERS, OWN, Amount, Swing, Term, Terms, Way
 from memfit.types.result import Interval
+
+_DUST: Final = 1e-9  # of the saving: a swing below this is rounding
 
 
 def interval(
@@ -18,18 +21,16 @@ def interval(
     share of draws (percent) in which anything is saved. None where nothing can be saved."""
     import numpy
 
-    saved_at = _saver(best, reference, terms, told)
+    saved_at, spans = _saver(best, reference, terms, told), ranged(told)
     point = saved_at({})
-    ranged = _ranged(told)
     if point is None:
         return None
-    if not ranged or best == reference:
+    if not spans or best == reference:
         return Interval(value=point, low=point, high=point), 100.0 * (point > 0)
-    random = numpy.random.default_rng(0)
-    columns = [random.triangular(span.low, span.value, span.high, size=draws) for span in ranged.values()]
+    columns = [_drawn(name, span, draws) for name, span in spans.items()]
     found = []
     for row in zip(*columns, strict=True):
-        drawn = {name: float(value) for name, value in zip(ranged, row, strict=True)}
+        drawn = {name: float(value) for name, value in zip(spans, row, strict=True)}
         saved = saved_at(drawn)
         found.append(point if saved is None else saved)
     low, high = (float(numpy.percentile(found, at)) for at in (5, 95))
@@ -37,12 +38,27 @@ def interval(
     return Interval(value=point, low=min(low, point), high=max(high, point)), chance
 
 
+def _drawn(name: str, span: Interval, draws: int) -> Any:
+    """From a triangle over the range, by a stream of the number's own name: the same whatever else is drawn,
+    and the same share of its range in every currency."""
+    import numpy
+
+    at = numpy.random.default_rng(zlib.crc32(name.encode())).random(draws)
+    width, left, right = span.high - span.low, span.value - span.low, span.high - span.value
+    rising = span.low + width * numpy.sqrt(at * (left / width))
+    falling = span.high - width * numpy.sqrt((1 - at) * (right / width))
+    return numpy.where(at < left / width, rising, falling)
+
+
 def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
-    """The terms with a range, the widest swing first; those that change nothing are left out."""
+    """The terms with a range, the widest swing first; those that change nothing but the last bits of a sum
+    are left out."""
     found, saved_at = [], _saver(best, reference, terms, told)
-    for name, span in _ranged(told).items():
+    for name, span in ranged(told).items():
         low, high = (saved_at({name: end}) for end in (span.low, span.high))
-        if low is not None and high is not None and low != high:
+        if low is None or high is None:
+            continue
+        if abs(high - low) > _DUST * max(100.0, abs(low), abs(high)):
             found.append(Swing(name=name, low_percent=low, high_percent=high))
     return tuple(sorted(found, key=lambda s: -abs(s.high_percent - s.low_percent)))
 
@@ -61,7 +77,7 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
     return dataclasses.replace(terms, **changes)
 
 
-def _ranged(told: Sequence[Term]) -> dict[str, Interval]:
+def ranged(told: Sequence[Term]) -> dict[str, Interval]:
     """Those of the terms that have a range and move the money of a way."""
     fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
@@ -80,13 +96,13 @@ def _saver(
 
     def saved_at(values: Mapping[str, float]) -> float | None:
         there = moved(terms, {name: value for name, value in values.items() if name not in OWN})
-        ways = (_placed(way, values, own, terms) for way in (best, reference))
+        ways = (placed(way, values, own, terms) for way in (best, reference))
         return saved_percent(*(sheet(way, there) for way in ways))
 
     return saved_at
 
 
-def _placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], terms: Terms) -> Way:
+def placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], terms: Terms) -> Way:
     """A way with the user's own figures at other values. A price that the user told has its own range: what
     moves the catalog's prices does not move it."""
     changes: dict[str, Any] = {}

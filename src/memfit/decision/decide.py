@@ -52,7 +52,10 @@ def decide(
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
     made = _weighed(known, ways, sheets, (*known.numbers, hours), case=case, name=name, size=size)
-    made = dataclasses.replace(made, stages=stages(poc, made, offers, named or {}, limits or gates.Gates()))
+    held = limits or gates.Gates()
+    made = dataclasses.replace(
+        made, stages=stages(poc, made, offers, named or {}, held), own_limits=held != gates.Gates()
+    )
     return dataclasses.replace(made, risks=risks(poc, made))
 
 
@@ -75,6 +78,19 @@ def _place(name: str) -> str:
         return "world"
 
 
+def _own(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
+    """The user's own offer stands there also where its cost is not known."""
+    unknown = [i for i in among if sheets[i].present_cost is None]
+    best = money.cheapest(ways, sheets, among)
+    return best if best is not None or not unknown else unknown[0]
+
+
+def _why_none(sheets: Sequence[Sheet]) -> str:
+    if len(sheets) == 1:
+        return "no_offers"
+    return "none_priced" if any(s.enough and s.present_cost is None for s in sheets) else "none_does_it"
+
+
 def _weighed(
     known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], numbers: Sequence[Term], *,
     case: Case, name: str, size: str,
@@ -87,7 +103,7 @@ def _weighed(
     reference = money.cheapest(ways, sheets, [i for found in paid.values() for i in found if ways[i].plain])
     open_slots = [
         *zip(("existing", "existing_plain"), had, strict=False),
-        *((f"own_{kind}", money.cheapest(ways, sheets, found)) for kind, found in offered.items()),
+        *((f"own_{kind}", _own(ways, sheets, found)) for kind, found in offered.items()),
         *((kind, money.cheapest(ways, sheets, found)) for kind, found in paid.items()),
         ("nothing", 0),
         ("reference", reference),
@@ -119,6 +135,7 @@ def _weighed(
         slots=slots,
         best=best,
         reference=reference,
+        tight=money.cheapest(ways, sheets, [i for i, w in enumerate(ways) if not w.plain]),
         saved_percent=saved,
         saved_interval_percent=interval,
         chance_percent=odds,
@@ -126,5 +143,5 @@ def _weighed(
         payback=kind,
         swings=swings,
         asked=asked([ways[i] for i in listed], case),
-        why_none="" if best is not None else "no_offers" if len(ways) == 1 else "none_does_it",
+        why_none="" if best is not None else _why_none(sheets),
     )

@@ -15,7 +15,7 @@ HOURS_PER_YEAR: Final = 8760
 def sheet(way: Way, terms: Terms) -> Sheet:
     """Everything in the currency of the case. Doing nothing costs nothing and brings nothing."""
     works = way.kind != "nothing"
-    hours = way.hours * _time_factor(way, terms)
+    hours = run_hours(way, terms)
     yearly = hours * terms.runs_per_year
     machines = needed(yearly, terms) if works else 0
     taxed = 1 + terms.tax_ratio
@@ -26,6 +26,7 @@ def sheet(way: Way, terms: Terms) -> Sheet:
     setup = way.setup_hours * terms.labour_per_hour
     own = way.kind != "cloud"  # a rental's electricity is in its price
     electricity = _electricity(meter_kw or 0.0, yearly, machines, terms) * taxed if own else 0.0
+    known = meter_kw is not None or not own or not works  # what nobody can say is not nothing
     rental = (yearly * rent + 12 * way.storage_per_month) * taxed
     people = way.operating_hours * terms.labour_per_hour
     support = terms.support_ratio * purchase
@@ -34,7 +35,7 @@ def sheet(way: Way, terms: Terms) -> Sheet:
     factor = annuity(terms.discount_ratio, terms.years)
     present = setup + bought + running * factor - residual / (1 + terms.discount_ratio) ** terms.years
     value = terms.value_per_run
-    worth = None if value is None else value * terms.runs_per_year * factor - present
+    worth = None if value is None or not known else value * terms.runs_per_year * factor - present
     operation = None if meter_kw is None else hours * meter_kw * terms.co2_g_per_kwh
     embodied = _embodied(way, hours, terms)
     return Sheet(
@@ -44,14 +45,14 @@ def sheet(way: Way, terms: Terms) -> Sheet:
         setup=setup,
         purchase=purchase,
         initial=setup + purchase,
-        electricity_per_year=electricity,
+        electricity_per_year=electricity if known else None,
         rental_per_year=rental,
         people_per_year=people,
         support_per_year=support,
-        running_per_year=running,
+        running_per_year=running if known else None,
         residual=residual,
-        present_cost=present,
-        cost_per_run=present / (terms.runs_per_year * terms.years),
+        present_cost=present if known else None,
+        cost_per_run=present / (terms.runs_per_year * terms.years) if known else None,
         net_present_value=worth if works else 0.0,
         operation_g=operation if works else 0.0,
         embodied_g=embodied if works else 0.0,
@@ -63,10 +64,10 @@ def sheet(way: Way, terms: Terms) -> Sheet:
     )
 
 
-def _time_factor(way: Way, terms: Terms) -> float:
+def run_hours(way: Way, terms: Terms) -> float:
     if not way.predicted:
-        return 1.0
-    return terms.plain_time_factor if way.plain else terms.recommended_time_factor
+        return way.hours
+    return way.hours * (terms.plain_time_factor if way.plain else terms.recommended_time_factor)
 
 
 def needed(hours_per_year: float, terms: Terms) -> int:
@@ -103,22 +104,23 @@ def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
 
 
 def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
-    """The index of the lowest present cost among those that do all the work; the first of equals."""
-    fit = [i for i in among if sheets[i].enough and ways[i].kind != "nothing"]
-    return min(fit, key=lambda i: sheets[i].present_cost, default=None)
+    """The index of the lowest present cost among those that do all the work; the first of equals. One whose
+    cost is unknown is none of them."""
+    costs = {i: sheets[i].present_cost for i in among if sheets[i].enough and ways[i].kind != "nothing"}
+    known = {i: cost for i, cost in costs.items() if cost is not None}
+    return min(known, key=lambda i: known[i], default=None)
 
 
 def saved_percent(one: Sheet, reference: Sheet) -> float | None:
-    """Of the reference's present cost; negative is a loss."""
-    if reference.present_cost <= 0:
-        return None
-    return 100 * (1 - one.present_cost / reference.present_cost)
+    return one.saved_percent(reference)
 
 
 def payback(one: Sheet, reference: Sheet) -> tuple[str, float | None]:
     """("at once", 0), ("years", until the first cost is earned back), ("never", None), or ("until", years
     for which the way is cheaper)."""
     more = one.initial - reference.initial
+    if reference.running_per_year is None or one.running_per_year is None:
+        return "", None
     gain = reference.running_per_year - one.running_per_year
     if more <= 0 <= gain:
         return "at once", 0.0

@@ -16,8 +16,8 @@ _FEW_MACHINES = 5
 
 
 def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
-    """`loss`: the pilot, all of it; unknown for security, where money is not the measure."""
-    loss = next((s.to_spend for s in made.stages if s.name == "pilot"), None)
+    """`loss`: the pilot at most, all of it; unknown for security, where money is not the measure."""
+    loss = next((s.most for s in made.stages if s.name == "pilot"), None)
     found = (
         _accuracy(poc, made), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc),
         _supply(made), _security(poc),

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 
 from memfit import gates, shared
 from memfit.cost.money import J_PER_KWH
-from memfit.decision.money import HOURS_PER_YEAR, sheet
-from memfit.types.decision import Amount, Decision, Stage, Way
+from memfit.decision import chance
+from memfit.decision.money import HOURS_PER_YEAR, run_hours, sheet
+from memfit.decision.ways import usable_bytes
+from memfit.types.decision import OWN, Amount, Decision, Stage, Terms, Way
 from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
@@ -32,6 +34,7 @@ def stages(
         engine=record.recommended.engine,
         spent=_spent(poc, made),
         to_spend=0.0,
+        unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, made),
         gates=tuple(gate.words for gate in held),
     )
     state = "next" if all(gate.holds for gate in held) else "stopped"
@@ -39,12 +42,35 @@ def stages(
     whole = _named(made, named.get("full"))
     if whole is None and "full" not in named and made.best is not None:
         whole = made.ways[made.best]
-    cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
+    pilot_stage = _stage("pilot", state, named.get("pilot", ""), trial, offers, made)
+    full = _stage("full", "later", named.get("full", ""), whole, offers, made)
     return (
         first,
-        _stage("pilot", state, named.get("pilot", ""), trial, offers, pilot_cost(made, trial)),
-        _stage("full", "later", named.get("full", ""), whole, offers, cost),
+        dataclasses.replace(pilot_stage, to_spend=pilot_cost(made, trial), most=pilot_most(made, trial)),
+        dataclasses.replace(full, to_spend=_rest(made, whole, trial)),
     )
+
+
+def _unpaid_poc(poc: Poc, made: Decision) -> tuple[str, ...]:
+    if poc.effort.attended_minutes is None:
+        return ("poc.attended_minutes",)
+    return _unpriced(made)
+
+
+def _unpriced(made: Decision) -> tuple[str, ...]:
+    priced = any(t.name == "labour_per_hour" and t.value is not None for t in made.told)
+    return () if priced else ("money.labour_per_hour",)
+
+
+def _rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
+    """What the full stage costs after the pilot, which has paid set-up of the same machine and plan."""
+    cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
+    if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
+        return cost
+    same_machine = (trial.kind, trial.machine) == (whole.kind, whole.machine)
+    paid = min(trial.plan_hours, whole.plan_hours)
+    paid += whole.setup_hours - whole.plan_hours if same_machine else 0.0
+    return cost - paid * made.terms.labour_per_hour
 
 
 def _named(made: Decision, machine: str | None) -> Way | None:
@@ -52,18 +78,24 @@ def _named(made: Decision, machine: str | None) -> Way | None:
     bought; None where it has no price."""
     order = ("existing", "cloud", "purchase")
     found = [(w, s) for w, s in zip(made.ways, made.sheets, strict=True) if w.machine == machine]
-    priced = [(order.index(w.kind), s.present_cost, w) for w, s in found if w.kind in order]
+    priced = [
+        (order.index(w.kind), s.present_cost, w)
+        for w, s in found
+        if w.kind in order and s.present_cost is not None
+    ]
     return min(priced, key=lambda one: one[:2])[2] if priced else None
 
 
 def _stage(
-    name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], cost: float | None
+    name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], made: Decision
 ) -> Stage:
     """What is predicted stands even where nobody has a price for the machine."""
     machine = way.machine if way is not None else machine
     fit = [o for o in offers if o.machine == machine and o.fits]
     same = [o for o in fit if way is None or o.plain is way.plain]
     offer = min(same, key=lambda o: o.plain, default=None)
+    back, back_way = _back(made, machine, way is not None and way.plain)
+    usable = usable_bytes(machine)
     return Stage(
         name=name,
         state=state,
@@ -72,8 +104,22 @@ def _stage(
         engine=offer.engine if offer else "",
         memory_bytes=offer.memory_bytes if offer else None,
         step_s=offer.step_s if offer else None,
-        to_spend=cost,
+        unpaid=tuple(n for n in way.unknown if not n.endswith("power_w")) if way is not None else (),
+        stop_bytes=min(offer.memory_bytes.high, usable or math.inf) if offer else None,
+        back=back,
+        back_way=back_way,
     )
+
+
+def _back(made: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
+    """Where to turn if it fails: to plain training on the same machine, if it surely fits there, else to the
+    cheapest machine on which it fits; none of both: to what is done today."""
+    own = [i for i, w in enumerate(made.ways) if w.machine == machine and w.plain and made.sheets[i].enough]
+    sure = [i for i in own if made.ways[i].fit_percent == 100]
+    if sure and not plain:
+        return "plain", sure[0]
+    elsewhere = made.reference is not None and made.ways[made.reference].machine != machine
+    return ("reference", made.reference) if elsewhere and not plain else ("stay", None)
 
 
 def pilot(made: Decision) -> Way | None:
@@ -93,16 +139,33 @@ def pilot(made: Decision) -> Way | None:
 def pilot_cost(made: Decision, way: Way | None) -> float | None:
     """Set-up and one run, with the monthly charges of the months that it begins; None where a pilot would
     need the purchase first."""
+    return None if way is None or way.kind == "purchase" else _one_run(way, made.terms)[0]
+
+
+def pilot_most(made: Decision, way: Way | None) -> float | None:
+    """The same with every number at the end of its range that costs most, and with the hours of operating the
+    machine in the months that the run begins."""
     if way is None or way.kind == "purchase":
         return None
-    part = max(1, math.ceil(12 * way.hours / HOURS_PER_YEAR)) / 12
-    basic = made.terms.basic_per_kw_month
+    ends = {n: s.low if n == "utilisation_ratio" else s.high for n, s in chance.ranged(made.told).items()}
+    own = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
+    dear = chance.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
+    cost, people = _one_run(chance.placed(way, ends, own, made.terms), dear)
+    return None if cost is None else cost + people
+
+
+def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
+    """Set-up, electricity and rental; and people."""
+    part = max(1, math.ceil(12 * run_hours(way, there) / HOURS_PER_YEAR)) / 12
+    basic = there.basic_per_kw_month
     terms = dataclasses.replace(
-        made.terms, runs_per_year=1, years=1,
+        there, runs_per_year=1, years=1,
         basic_per_kw_month=Amount(usd=basic.usd * part, own=basic.own * part),
     )  # fmt: skip
     once = sheet(dataclasses.replace(way, storage_per_month=way.storage_per_month * part), terms)
-    return once.setup + once.electricity_per_year + once.rental_per_year
+    if once.electricity_per_year is None:
+        return None, 0.0
+    return once.setup + once.electricity_per_year + once.rental_per_year, once.people_per_year * part
 
 
 def _spent(poc: Poc, made: Decision) -> float | None:

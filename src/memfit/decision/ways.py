@@ -19,6 +19,7 @@ from memfit.types.result import Offer
 
 _ANY_NUMBER: Final = ("workstation", "PCIe")  # hosts that are sold with any number of boards
 PLAIN: Final = "plain training"
+_SURE: Final = 100.0  # percent: the upper end fits
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Asking:
                 mine += self._named(kind, given)
             elif given != type(given)():
                 self._needs_a_machine(kind, given)
-        every = [way for offer in self.offers if offer.fits for way in self._of_catalog(offer)]
+        every = [way for offer in self.offers if _counts(offer) for way in self._of_catalog(offer)]
         return (Way(kind="nothing"), *mine, *every)
 
     def _needs_a_machine(self, kind: str, given: Machine) -> None:
@@ -93,7 +94,7 @@ class Asking:
             if per_hour is None:
                 raise UserError(f"[cloud] {name} has no rental price in the catalog", hint="per_hour = ...")
         return dataclasses.replace(
-            way,
+            _roomy(way, offer if hours is None else None),
             hours=hours if hours is not None else self._hours(offer),
             predicted=hours is None,
             power_w=power_w,
@@ -113,7 +114,7 @@ class Asking:
             if amount is None or offer.step_s is None:
                 continue
             yield dataclasses.replace(
-                self._labelled(kind, offer.machine, offer.plain, offer),
+                _roomy(self._labelled(kind, offer.machine, offer.plain, offer), offer),
                 hours=self._hours(offer),
                 power_w=offer.power_w,
                 price=amount if kind == "purchase" else None,
@@ -143,6 +144,7 @@ class Asking:
             untried=() if plain else self._untried(label),
             plain=plain,
             setup_hours=(setup or 0.0) + (hours.get("effort.setup_hours") or 0.0),
+            plan_hours=hours.get("effort.setup_hours") or 0.0,
             operating_hours=operating or 0.0,
             storage_per_month=self.case.cloud.storage_per_month or 0.0 if kind == "cloud" else 0.0,
             unknown=tuple(unknown),
@@ -163,6 +165,41 @@ class Asking:
     def _hours(self, offer: Offer | None) -> float:
         assert offer is not None and offer.step_s is not None, "asked for by whoever has one"
         return self.steps_per_run * offer.step_s.value / 3600
+
+
+def _counts(offer: Offer) -> bool:
+    """A plan of ours counts where the upper end of its memory fits; plain training, which it is held against,
+    where it is likely to: no doubt makes the comparison look better than it is."""
+    return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
+
+
+def _roomy(way: Way, offer: Offer | None) -> Way:
+    """With what is predicted of its memory; a way with the user's own hours is taken as they told it."""
+    if offer is None:
+        return way
+    return dataclasses.replace(
+        way, memory_bytes=offer.memory_bytes, usable_bytes=usable_bytes(offer.machine),
+        fit_percent=_fit_percent(offer),
+    )  # fmt: skip
+
+
+def usable_bytes(machine: str) -> float | None:
+    """What a program may take of one device; None where the catalog does not have it."""
+    known = _known(machine)
+    return known.device.memory_bytes.value if known is not None else None
+
+
+def _fit_percent(offer: Offer) -> float:
+    """The share of a triangle over the predicted memory that the device holds."""
+    span, most = offer.memory_bytes, usable_bytes(offer.machine)
+    if most is None or most >= span.high:
+        return 100.0
+    if most <= span.low:
+        return 0.0
+    width = span.high - span.low
+    if most >= span.value:
+        return 100 * (1 - (span.high - most) ** 2 / (width * (span.high - span.value)))
+    return 100 * (most - span.low) ** 2 / (width * (span.value - span.low))
 
 
 def _near(name: str) -> str:

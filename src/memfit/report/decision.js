@@ -29,26 +29,28 @@
     for (let j = 0; j < times; j++) bought += purchase * (1 + terms.discount_ratio) ** -(life * j);
     const residual = (purchase * (times * life - years)) / life;
     const running = electricity + rental + people + support, worth = annuity(terms.discount_ratio, years);
-    const present = setup + bought + running * worth - residual / (1 + terms.discount_ratio) ** years;
-    const value = terms.value_per_run;
+    const value = terms.value_per_run, left = residual / (1 + terms.discount_ratio) ** years;
+    const present = setup + bought + running * worth - left;
+    const known = !works || way.kind === "cloud" || way.power_w !== null; // without its watts nobody knows what it costs
+    const sure = (figure) => (known ? figure : null);
     return {
-      machines, setup, purchase, residual, hours, initial: setup + purchase, electricity_per_year: electricity,
-      rental_per_year: rental, people_per_year: people, support_per_year: support, running_per_year: running,
-      present_cost: present, cost_per_run: present / (terms.runs_per_year * years),
-      net_present_value: !works ? 0 : value === null ? null : value * terms.runs_per_year * worth - present,
+      machines, setup, purchase, residual, hours, initial: setup + purchase, electricity_per_year: sure(electricity),
+      rental_per_year: rental, people_per_year: people, support_per_year: support, running_per_year: sure(running),
+      present_cost: sure(present), cost_per_run: sure(present / (terms.runs_per_year * years)),
+      net_present_value: !works ? 0 : value === null ? null : sure(value * terms.runs_per_year * worth - present),
       enough: (way.most_machines === null || machines <= way.most_machines)
         && (terms.longest_run_hours === null || hours <= terms.longest_run_hours),
-      parts: [setup + bought, electricity * worth, rental * worth, (people + support) * worth],
+      parts: [setup + bought - left, electricity * worth, rental * worth, (people + support) * worth],
     };
   }
 
-  const saved = (one, other) => (other.present_cost > 0 ? 100 * (1 - one.present_cost / other.present_cost) : null);
+  const saved = (one, other) => (one.present_cost !== null && other.present_cost > 0 ? 100 * (1 - one.present_cost / other.present_cost) : null);
 
   function picked(ways, sheets) {
     const among = (test) => {
       let best = null;
       ways.forEach((way, i) => {
-        if (way.kind === "nothing" || !sheets[i].enough || !test(way)) return;
+        if (way.kind === "nothing" || !sheets[i].enough || sheets[i].present_cost === null || !test(way)) return;
         if (best === null || sheets[i].present_cost < sheets[best].present_cost) best = i;
       });
       return best;
@@ -57,7 +59,9 @@
     const slots = { purchase: of("purchase"), cloud: of("cloud"), nothing: 0 };
     for (const kind of ["purchase", "cloud"]) slots[`own_${kind}`] = told.own[kind] ? of(kind, true) : null;
     slots.reference = among((w) => w.plain && (w.kind === "purchase" || w.kind === "cloud"));
-    for (const { slot, index } of told.slots) if (slot.startsWith("existing")) slots[slot] = index;
+    for (const { slot, index } of told.slots) {
+      if (slot.startsWith("existing") || (slots[slot] === null && sheets[index].present_cost === null)) slots[slot] = index;
+    }
     return { slots, best: among(() => true) };
   }
 
@@ -174,12 +178,13 @@
         if (value !== null) show(cell, name === "saved" ? percent(value) : name === "machines" ? String(value) : cash(value), value, index);
       }
       row.querySelectorAll(".purse i").forEach((bar, part) => {
-        bar.style.width = `${widest ? (100 * own.parts[part]) / widest : 0}%`;
+        bar.style.width = `${widest && own.present_cost !== null ? (100 * own.parts[part]) / widest : 0}%`;
       });
     }
     const live = (name, text, value) => document.querySelectorAll(`[data-live="${name}"]`).forEach((c) => show(c, text, value, best));
     if (best !== null) {
       live("best", told.labels[best], best);
+      live("plan", told.plans[best], best);
       live("present", cash(sheets[best].present_cost), sheets[best].present_cost);
       live("initial", cash(sheets[best].initial), sheets[best].initial);
       live("running", cash(sheets[best].running_per_year), sheets[best].running_per_year);

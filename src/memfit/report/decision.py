@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from memfit.report.decision_answers import engine_fact, gains, gate_words, phrases, questions
+from memfit.report.decision_phrases import way_back
 from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
 from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted, sourced
 from memfit.report.pool import energy_saved
@@ -50,6 +51,7 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
         energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
         sliders=sliders(made),
     )  # fmt: skip
+    view = dataclasses.replace(view, stages=tuple(_with_back(view, row) for row in view.stages))
     return dataclasses.replace(
         view,
         questions=questions(poc, view),
@@ -79,9 +81,8 @@ def _risk(made: Decision, risk: Risk) -> RiskRow:
 
 def _way(made: Decision, slot: str, index: int) -> WayRow:
     way, sheet = made.ways[index], made.sheets[index]
-    reference = None if made.reference is None else made.sheets[made.reference].present_cost
-    nothing = way.kind == "nothing"
-    saved = 100 * (1 - sheet.present_cost / reference) if reference and not nothing else None
+    other = None if made.reference is None or way.kind == "nothing" else made.sheets[made.reference]
+    saved = None if other is None else sheet.saved_percent(other)
     mark = Mark.PREDICTED if way.predicted else Mark.ASSUMED
     row = WayRow(
         slot=slot,
@@ -148,8 +149,15 @@ def _stage(made: Decision, stage: Stage) -> StageRow:
         step=_ends(stage.step_s, "s"),
         spent=cash(made, stage.spent),  # from energy that is a model's unless a meter was there
         to_spend=cash(made, stage.to_spend),
+        most=cash(made, stage.most),
+        stop=predicted(stage.stop_bytes, "bytes"),
+        back=None,
     )
     return sourced(row, stage_anchor(stage.name))
+
+
+def _with_back(view: DecisionView, row: StageRow) -> StageRow:
+    return dataclasses.replace(row, back=way_back(view, row)) if row.stage.back else row
 
 
 def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:

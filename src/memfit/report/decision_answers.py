@@ -9,9 +9,19 @@ from typing import Final
 from memfit import catalog
 from memfit.engines.registry import engine
 from memfit.report.answer import answer
+from memfit.report.decision_phrases import (
+    claim,
+    costs_more,
+    headline,
+    likely,
+    main_risks,
+    staged,
+    stake,
+    way_back,
+)
 from memfit.report.decision_rows import DecisionView, WayRow, cash, way_name
-from memfit.report.figures import MANY, Figure, Sentence, assumed, measured, number_text, predicted
-from memfit.report.records import GATES, POC, SAVING, reach_anchor, term_anchor, way_anchor
+from memfit.report.figures import Figure, Sentence, assumed, measured, number_text, predicted, sourced
+from memfit.report.records import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]
@@ -35,13 +45,20 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     if not mine:
         return (*seen, Sentence(key="decide.fits.unnamed"))
     machine = view.made.ways[mine[0].index].machine
-    kinds = {w.plain: w.enough for w in mine}
-    does = [plain for plain, enough in kinds.items() if enough]
+    able = [w for w in mine if w.enough]
+    sure = [w for w in able if view.made.ways[w.index].fit_percent == 100]
+    one = (sure or able or mine)[0]
+    does = [w.plain for w in sure or able]
     key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
-    hours = mine[0].hours
-    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan, "needed": mine[0].machines}
+    if key == "recommended" and len(mine) == 2:
+        key = "with"  # plain training may fit, or fits and is too slow
+    values: Filled = {"machine": machine, "hours": one.hours, "plan": one.plan, "needed": one.machines}
     here = Sentence(key="decide.fits.here", values={"told": seen[0]})
-    return (Sentence(key=f"decide.fits.{key}", values=values), here, *seen[1:])
+    said = Sentence(key=f"decide.fits.{key}", values=values)
+    if does and not sure:
+        said = likely(view, one.index)
+        return (said, Sentence(key="decide.fits.likely_with", values=values), here, *seen[1:])
+    return (said, here, *seen[1:])
 
 
 def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
@@ -58,20 +75,9 @@ def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
         "low": view.saved_low,
         "high": view.saved_high,
     }
-    if view.reference is None or view.saved.value is None:
-        key = "no_reference"
-    else:
+    key = headline(view)
+    if view.reference is not None:
         values["reference"] = view.reference.name
-        same = view.reference.index == best.index
-        key = (
-            "is_reference"
-            if same
-            else "does_not_pay"
-            if best.plain
-            else "saves"
-            if view.saved.value > 0
-            else "loses"
-        )
     told = [Sentence(key=f"decide.money.{key}", values=values)]
     told += _with_saving(view) if best.plain else []
     told.append(Sentence(key="decide.money.first", values=values))
@@ -79,10 +85,24 @@ def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
         told.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
     if view.made.size == job_size:
         told.append(Sentence(key="decide.money.same_size", values={"size": job_size}))
+    told += [
+        _unpriced(w) for w in view.ways if w.money["present_cost"].value is None and w.slot != "nothing"
+    ][:1]
+    told += [likely(view, i) for i in _doubtful(view)]
     if best.at_least:
         told.append(_unknown(view, best))
         told += _rank(view, best)
     return tuple(told)
+
+
+def _unpriced(row: WayRow) -> Sentence:
+    return Sentence(key="decide.money.unpriced", values={"way": row.name})
+
+
+def _doubtful(view: DecisionView) -> list[int]:
+    """Of the two ways compared, those that fit by their expected memory only."""
+    pair = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
+    return [i for i in pair if view.made.ways[i].fit_percent < 100]
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
@@ -111,9 +131,8 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 def _unknown(view: DecisionView, best: WayRow) -> Sentence:
     """Up to which labour cost the saving holds, where there is one and labour is missing in it."""
     made, reference = view.made, view.reference
-    spare = 0.0
-    if reference is not None:
-        spare = made.sheets[reference.index].present_cost - made.sheets[best.index].present_cost
+    ends = (made.sheets[reference.index if reference else best.index], made.sheets[best.index])
+    spare = (ends[0].present_cost or 0.0) - (ends[1].present_cost or 0.0)
     if spare <= 0:
         return Sentence(key="decide.money.at_least")
     return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare, SAVING)})
@@ -122,25 +141,28 @@ def _unknown(view: DecisionView, best: WayRow) -> Sentence:
 def _with_saving(view: DecisionView) -> list[Sentence]:
     """Where plain training is the answer: what the best way with the recommended plan would lose."""
     made, reference = view.made, view.reference
-    tight = [i for i, w in enumerate(made.ways) if not w.plain and made.sheets[i].enough]
-    if not tight or reference is None:
+    index = made.tight
+    if index is None or reference is None:
         return []
-    index = min(tight, key=lambda i: made.sheets[i].present_cost)
-    share = 100 * (1 - made.sheets[index].present_cost / made.sheets[reference.index].present_cost)
+    share = made.sheets[index].saved_percent(made.sheets[reference.index])
     saved = predicted(share, "saving", way_anchor(index))
-    values: Filled = {"way": way_name(made.ways[index]), "saved": saved}
-    return [Sentence(key="decide.money.with_saving", values=values)]
+    values: dict[str, Figure | str | Sentence] = {"way": way_name(made.ways[index]), "saved": saved}
+    if (more := costs_more(view, index)) is None:
+        return [Sentence(key="decide.money.with_saving", values=values)]
+    return [Sentence(key="decide.money.with_saving_more", values=values | {"more": more})]
 
 
 def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
     """A way whose hours are all told may be cheaper than one whose hours are missing."""
     made = view.made
-    told = [w for w in view.ways if w.enough and not w.at_least and w.slot != "nothing"]
-    cost = {w.index: made.sheets[w.index].present_cost for w in told}
-    if not told:
+    cost = {w.index: made.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
+    known = {i: c for i, c in cost.items() if c is not None and made.ways[i].kind != "nothing"}
+    if not known:
         return []
-    other = min(told, key=lambda w: cost[w.index])
-    gap = cash(made, cost[other.index] - made.sheets[best.index].present_cost, way_anchor(other.index))
+    index = min(known, key=lambda i: known[i])
+    other = next(w for w in view.ways if w.index == index)
+    more = known[index] - (made.sheets[best.index].present_cost or 0.0)
+    gap = cash(made, more, way_anchor(index))
     return [Sentence(key="decide.money.rank", values={"other": other.name, "gap": gap})]
 
 
@@ -153,35 +175,44 @@ def _risk(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
         return (science,)
     worst = min(view.risks, key=lambda r: _ORDER[r.level])
     kinds = [n.verdict.kind.value for n in poc.verdicts if n.name == "recommended"]
-    values: Filled = {
+    values: dict[str, Figure | str | Sentence] = {
         "name": Sentence(key=f"risk.{worst.kind}"),
         "evidence": worst.evidence,
         "verdict": Sentence(key=f"verdict.{kinds[0]}" if kinds else "decide.risk.unjudged"),
-        "loss": next(r.loss for r in view.risks if r.kind != "security"),
+        "stake": Sentence(key="stake.unknown"),
     }
     about = "decide.risk.low" if worst.level == "low" else "decide.risk.worst"
-    keys = ("decide.risk.short", about, "decide.risk.way_out")
-    short, one, way_out = (Sentence(key=key, values=values) for key in keys)
-    return (short, science, one, way_out)
+    keys = ["decide.risk.short", about]
+    for row in (row for row in view.stages if row.stage.name == "pilot"):
+        values |= {"stake": stake(row), "back": way_back(view, row)}
+        keys.append("decide.risk.way_out")
+    short, *rest = (Sentence(key=key, values=values) for key in keys)
+    return (short, science, *rest)
 
 
 def _next(view: DecisionView) -> tuple[Sentence, ...]:
     if len(view.stages) < 2:
         return (Sentence(key="decide.next.unfinished"),)
-    first, pilot = view.stages[0].stage, view.stages[1]
-    failed = [g for g in first.gates if not g[3]]
-    if failed:
-        gate, found, limit = gate_words(failed[0])
-        values: Filled = {"gate": gate, "found": found, "limit": limit}
-        return (Sentence(key="decide.next.stopped", values=values),)
+    pilot = view.stages[1]
+    if (stopped := _stopped(view)) is not None:
+        return (Sentence(key="decide.next.stopped", values=stopped),)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)
-    told: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.memory[1]}
-    known = pilot.stage.memory_bytes is not None
+    told: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.stop}
+    known = pilot.stop.value is not None
     return (
         Sentence(key="decide.next.pilot", values=told),
         Sentence(key="decide.next.stop" if known else "decide.next.stop_unpriced", values=told),
     )
+
+
+def _stopped(view: DecisionView) -> Filled | None:
+    """The first gate that failed."""
+    failed = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
+    if not failed:
+        return None
+    gate, found, limit = sourced(gate_words(failed[0]), stage_anchor("poc"))
+    return {"gate": gate, "found": found, "limit": limit}
 
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
@@ -245,29 +276,10 @@ def engine_fact(text: str) -> Sentence | str:
 
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    best, reference = view.best, view.reference
-    if best is not None and reference is not None and reference.index == best.index:
-        yield Sentence(key="phrase.same", values={"way": best.name})
-    elif best is not None and reference is not None and view.saved.value is not None:
-        share = view.saved.value
-        change = dataclasses.replace(view.saved, value=abs(share), unit="percent")
-        times = dataclasses.replace(view.saved, value=1 - share / 100, unit="times")
-        values: Filled = {"change": change, "times": times, "way": best.name, "reference": reference.name}
-        key = "less" if share >= 0 else "more" if share >= MANY else "times"
-        yield Sentence(key=f"phrase.{key}", values=values)
-    else:
-        yield Sentence(key="phrase.no_cost")
-    if len(view.stages) == 3 and view.stages[1].stage.machine:
-        pilot, full = view.stages[1], view.stages[2]
-        yield Sentence(key="phrase.staged", values={"pilot": pilot.to_spend, "full": full.to_spend})
-    else:
-        yield Sentence(key="phrase.staged_unknown")
-    found = {r.kind: r.evidence for r in view.risks}
-    if {"load", "reproducibility"} <= found.keys():
-        yield Sentence(
-            key="phrase.risks",
-            values={"load": found["load"], "reproducibility": found["reproducibility"]},
-        )
+    stopped = _stopped(view)
+    yield claim(poc, view, stopped)
+    yield staged(view, stopped)
+    yield from main_risks(poc, view)
     plan = poc.search.recommended.estimate.plan if poc.search.recommended else None
     used = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
     for name in ENGINES:

@@ -53,6 +53,9 @@ class StageRow:
     step: tuple[Figure, Figure]
     spent: Figure
     to_spend: Figure
+    most: Figure  # of what is to be spent
+    stop: Figure
+    back: Sentence | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

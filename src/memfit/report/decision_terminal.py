@@ -83,13 +83,14 @@ def print_stages(poc: Poc, made: Decision, *, only: Sequence[str], console: Cons
         else:
             lines.append(("to_spend", figure_text(row.to_spend, words)))
             lines += [("stop", _stop(row, words))]
-            lines += [(name, words.get(f"stages.{name}_text")) for name in ("back", "watch")]
+            back = sentence_text(row.back, words) if row.back else words.get("stages.back_text")
+            lines += [("back", back), ("watch", words.get("stages.watch_text"))]
         for name, text in lines:
             console.print(Text(f"  {words.get(f'stages.{name}')}: {text}"))
 
 
 def _stop(row: StageRow, words: Words) -> str:
-    memory, step = row.memory[1], row.step[1]
+    memory, step = row.stop, row.step[1]
     if memory.value is None or step.value is None:
         return words.get("stages.stop_text")
     told = {"memory": figure_text(memory, words), "step": figure_text(step, words)}

@@ -92,11 +92,16 @@ class Way:
     of_catalog: bool = True
     untried: tuple[str, ...] = ()  # techniques that can change results and that the PoC did not train
     unknown: tuple[str, ...] = ()  # names of terms that nobody told and that count as nothing
+    plan_hours: float = 0.0  # the part of setup_hours that is the plan's
+    memory_bytes: Interval | None = None  # on a device, as predicted
+    usable_bytes: float | None = None  # what the device has
+    fit_percent: float = 100.0  # how probable it is that the plan fits: below 100 the upper end does not
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """What a way costs, in the currency of the case; a year where it says so, else over all years."""
+    """What a way costs, in the currency of the case; a year where it says so, else over all years. None where
+    it rests on watts that nobody knows."""
 
     machines: int
     hours_per_year: float
@@ -104,19 +109,24 @@ class Sheet:
     setup: float
     purchase: float  # the first
     initial: float
-    electricity_per_year: float
+    electricity_per_year: float | None
     rental_per_year: float
     people_per_year: float
     support_per_year: float
-    running_per_year: float
+    running_per_year: float | None
     residual: float
-    present_cost: float
-    cost_per_run: float
+    present_cost: float | None
+    cost_per_run: float | None
     net_present_value: float | None
     operation_g: float | None
     embodied_g: float | None
     sci_g: float | None  # per run
     enough: bool  # the machines that there are do all runs of a year
+
+    def saved_percent(self, reference: Sheet) -> float | None:
+        """Of the reference's present cost; negative is a loss."""
+        mine, other = self.present_cost, reference.present_cost
+        return None if mine is None or other is None or other <= 0 else 100 * (1 - mine / other)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +165,11 @@ class Stage:
     spent: float | None = None
     to_spend: float | None = None
     gates: tuple[tuple[str, str, str, bool], ...] = ()  # name, found, limit, holds
+    most: float | None = None  # to spend, every number at the end of its range that costs most
+    unpaid: tuple[str, ...] = ()  # hours of people that nobody told and that are not in the money
+    stop_bytes: float | None = None  # above this it ends: the prediction's upper end, or all that there is
+    back: str = ""  # to what: "plain" (on the same machine), "reference" or "stay"
+    back_way: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +191,7 @@ class Decision:
     slots: tuple[tuple[str, int], ...]  # where each stands on the page; a way may stand in several
     best: int | None
     reference: int | None
+    tight: int | None  # the cheapest with the recommended plan
     saved_percent: float | None
     saved_interval_percent: Interval | None
     chance_percent: float | None  # of saving anything
@@ -186,3 +202,4 @@ class Decision:
     risks: tuple[Risk, ...] = ()
     stages: tuple[Stage, ...] = ()
     why_none: str = ""  # why nothing could be put side by side
+    own_limits: bool = False  # the gate is held against limits that the user gave

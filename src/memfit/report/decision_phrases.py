@@ -1,0 +1,140 @@
+"""What a meeting is told of the money: the headline's own answer, a loss as a loss, with what it hangs on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from memfit.report.decision_rows import DecisionView, StageRow, way_name
+from memfit.report.figures import MANY, Figure, Sentence, predicted
+from memfit.report.records import way_anchor
+from memfit.types.result import Poc
+
+Filled = Mapping[str, Figure | str | Sentence]
+
+
+def headline(view: DecisionView) -> str:
+    """The answer on money, by the key of its sentence: the card and the phrases say the same."""
+    if view.best is None:
+        return view.made.why_none
+    if view.reference is None or view.saved.value is None:
+        return "no_reference"
+    if view.reference.index == view.best.index:
+        return "is_reference"
+    if view.best.plain:
+        return "does_not_pay"
+    return "saves" if view.saved.value > 0 else "loses"
+
+
+def costs_more(view: DecisionView, index: int) -> Sentence | None:
+    """By how much a way is dearer than the best one: in percent, or as a multiple."""
+    sheets, best = view.made.sheets, view.made.best
+    here, least = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
+    if here is None or not least or least <= 0:
+        return None
+    return _more(here / least, way_anchor(index))
+
+
+def _more(ratio: float, source: str) -> Sentence:
+    if 100 * (1 - ratio) < MANY:
+        return Sentence(key="phrase.by_times", values={"times": predicted(ratio, "times", source)})
+    return Sentence(
+        key="phrase.by_percent", values={"change": predicted(100 * (ratio - 1), "percent", source)}
+    )
+
+
+def claim(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
+    """The first phrase. `stopped`: the gate that failed, as words."""
+    said = _claim(view)
+    if view.best is None:
+        return said
+    for caveat in _caveats(poc, view, stopped):
+        said = Sentence(key="phrase.but", values={"claim": said, "caveat": caveat})
+    return said
+
+
+def _claim(view: DecisionView) -> Sentence:
+    key, best, reference = headline(view), view.best, view.reference
+    if best is None or reference is None or view.saved.value is None:
+        return Sentence(key="phrase.no_cost")
+    if key in ("is_reference", "does_not_pay"):
+        tight = view.made.tight
+        more = None if tight is None else costs_more(view, tight)
+        if tight is None or more is None:
+            return Sentence(key="phrase.same", values={"way": best.name})
+        told = {"way": best.name, "tight": way_name(view.made.ways[tight]), "more": more}
+        return Sentence(key="phrase.does_not_pay", values=told)
+    values: Filled = {
+        "way": best.name, "reference": reference.name, "low": view.saved_low, "high": view.saved_high,
+        "change": dataclasses.replace(view.saved, unit="percent"),
+        "more": _more(1 - view.saved.value / 100, view.saved.source),
+    }  # fmt: skip
+    return Sentence(key="phrase.less" if key == "saves" else "phrase.more", values=values)
+
+
+def _caveats(poc: Poc, view: DecisionView, stopped: Filled | None) -> Iterator[Sentence]:
+    """What the answer hangs on. Of plain training's cost nothing hangs on the science."""
+    best = view.best
+    assert best is not None, "told of an answer only"
+    way = view.made.ways[best.index]
+    if way.fit_percent < 100:
+        yield likely(view, best.index)
+    if not best.plain:
+        kind = next((n.verdict.kind.value for n in poc.verdicts if n.name == "recommended"), None)
+        if kind != "equivalent":
+            verdict = Sentence(key=f"verdict.{kind}" if kind else "decide.risk.unjudged")
+            yield Sentence(key="phrase.caveat_science", values={"verdict": verdict})
+        if best.untried:
+            yield Sentence(key="phrase.caveat_untried", values={"names": ", ".join(best.untried)})
+        if stopped is not None:
+            yield Sentence(key="phrase.caveat_stopped", values=stopped)
+    if best.at_least:
+        yield Sentence(key="phrase.caveat_hours")
+
+
+def likely(view: DecisionView, index: int) -> Sentence:
+    """How probable it is that a way's plan fits, where the upper end of its memory does not."""
+    way, source = view.made.ways[index], way_anchor(index)
+    high = None if way.memory_bytes is None else way.memory_bytes.high
+    values: Filled = {
+        "machine": way.machine,
+        "chance": predicted(way.fit_percent, "percent", source),
+        "high": predicted(high, "bytes", source),
+        "usable": predicted(way.usable_bytes, "bytes", source),
+    }
+    return Sentence(key="decide.fits.likely", values=values)
+
+
+def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
+    if stopped is not None:
+        return Sentence(key="phrase.staged_stopped", values=stopped)
+    if len(view.stages) < 3 or not view.stages[1].stage.machine:
+        return Sentence(key="phrase.staged_unknown")
+    pilot, full = view.stages[1], view.stages[2]
+    return Sentence(key="phrase.staged", values={"pilot": stake(pilot), "full": full.to_spend})
+
+
+def stake(pilot: StageRow) -> Sentence:
+    """The most that a pilot can cost, and what is not in it."""
+    key = "unknown" if pilot.most.value is None else "without_labour" if pilot.stage.unpaid else "known"
+    return Sentence(key=f"stake.{key}", values={"loss": pilot.most})
+
+
+def way_back(view: DecisionView, row: StageRow) -> Sentence:
+    """To something that fits: its name."""
+    to = row.stage.back_way
+    values = {} if to is None else {"way": way_name(view.made.ways[to])}
+    return Sentence(key=f"back.{row.stage.back}", values=values)
+
+
+def main_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
+    """Operating load and reproducibility, each with whether it was evaluated at all."""
+    found = {r.kind: r.evidence for r in view.risks}
+    if not {"load", "reproducibility"} <= found.keys():
+        return
+    load = poc.effort.attended_minutes is not None
+    again = poc.reproducibility.reproducible is not None
+    key = "risks" if load and again else "risks_load" if again else "risks_again" if load else "risks_open"
+    yield Sentence(
+        key=f"phrase.{key}", values={"load": found["load"], "reproducibility": found["reproducibility"]}
+    )

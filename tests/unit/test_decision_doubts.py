@@ -1,0 +1,222 @@
+"""What a sceptical room would catch: a phrase against the answer, a bound that is none, a way back to what
+does not fit, a stop that cannot happen, a machine of unknown watts that costs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from report_fixture import full_poc, offers
+
+from memfit.decision import money
+from memfit.decision.case import parsed
+from memfit.decision.decide import decide
+from memfit.report.decision import decision_view
+from memfit.report.decision_rows import DecisionView
+from memfit.report.figures import sentence_text
+from memfit.report.words import LANGUAGES, load_words
+from memfit.types.decision import Decision
+from memfit.types.result import Interval, Poc
+from memfit.types.units import GIB
+
+WORDS = load_words("en")
+PLAIN = """
+[money]
+labour_per_hour = 60
+[effort]
+setup_hours = 20
+[existing]
+machine = "A100-80GB-PCIe"
+setup_hours = 0
+operating_hours_per_year = 0
+[purchase]
+setup_hours = 3
+operating_hours_per_year = 0
+[cloud]
+setup_hours = 2
+operating_hours_per_year = 0
+"""
+CARD = "[work]\nruns_per_year = 200\n" + PLAIN.replace("A100-80GB-PCIe", "RTX-4090").replace("= 20", "= 2")
+
+
+def poc(**changed: Any) -> Poc:
+    return dataclasses.replace(full_poc(), **{"offers": offers(), **changed})
+
+
+def seen(text: str = "", **changed: Any) -> tuple[Decision, DecisionView]:
+    record = poc(**changed)
+    made = decide(record, parsed(text, "it"))
+    return made, decision_view(record, made)
+
+
+def phrases(view: DecisionView, lang: str = "en") -> str:
+    return "\n".join(sentence_text(p, load_words(lang)) for p in view.phrases)
+
+
+def card(view: DecisionView, name: str, lang: str = "en") -> str:
+    return " ".join(sentence_text(s, load_words(lang)) for s in view.questions[name])
+
+
+# -- the same answer everywhere ------------------------------------------------------------------------
+
+
+def test_where_plain_training_is_the_answer_no_phrase_claims_a_saving() -> None:
+    made, view = seen(PLAIN)
+    assert made.best is not None
+    assert made.ways[made.best].plain
+    assert made.saved_percent is not None
+    assert made.saved_percent > 0, "the machine that there is saves, memory saving does not"
+    assert "does not pay" in card(view, "money")
+    first = phrases(view).splitlines()[0]
+    assert first.startswith("Saving memory does not pay here: the cheapest way is plain training")
+    assert " less" not in first
+    assert ("more" in first) != ("times as much" in first)
+
+
+def test_a_phrase_carries_what_the_answer_hangs_on() -> None:
+    kinds = {n.name: n for n in full_poc().verdicts}
+    named = kinds["recommended"]
+    doubtful = dataclasses.replace(
+        named, verdict=dataclasses.replace(named.verdict, kind=type(named.verdict.kind)("undecided"))
+    )
+    _, view = seen(CARD, verdicts=(doubtful,))
+    first, second, *_ = phrases(view).splitlines()
+    assert "undecided, so this is not yet a saving at equal quality" in first
+    assert "The gate has stopped the roll-out" in first
+    assert second.startswith("We stop here for now")
+    assert "90 % interval" in first
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+@pytest.mark.parametrize("case", ["", PLAIN, CARD])
+def test_phrases_are_whole_in_every_language(case: str, lang: str) -> None:
+    _, view = seen(case)
+    for text in (phrases(view, lang), *(card(view, n, lang) for n in view.questions)):
+        assert "{" not in text
+
+
+# -- at most, back and stop ----------------------------------------------------------------------------
+
+
+def known(figure: float | None) -> float:
+    assert figure is not None
+    return figure
+
+
+def pilot(made: Decision) -> Any:
+    return next(s for s in made.stages if s.name == "pilot")
+
+
+def test_what_is_at_stake_is_the_upper_end() -> None:
+    """By hand: 10,000 steps of 1.25 s are 3.47 h; steps may take 1.3 times as long, and power and rates their
+    own upper ends; 2 hours of set-up at 60 $."""
+    made, view = seen(CARD)
+    stage, terms = pilot(made), {t.name: t for t in made.told}
+    kwh = 10_000 * 1.25 / 3600 * 0.5
+    end = {
+        n: known(terms[n].high)
+        for n in ("energy_per_kwh", "pue_ratio", "recommended_time_factor", "tax_ratio")
+    }
+    most = kwh * end["energy_per_kwh"] * end["pue_ratio"] * end["recommended_time_factor"]
+    assert end["recommended_time_factor"] >= 1.3
+    assert stage.most == pytest.approx(2 * 60 + most * (1 + end["tax_ratio"]))
+    assert stage.most > stage.to_spend
+    assert stage.unpaid == ()
+    assert all(r.loss == stage.most for r in made.risks if r.kind != "security")
+    assert "at most without labour" not in card(view, "risk")
+
+
+@pytest.mark.parametrize("missing", ["[effort]\nsetup_hours = 2\n", "[money]\nlabour_per_hour = 60\n"])
+def test_what_is_at_most_says_that_labour_is_missing_and_asks_for_it(missing: str) -> None:
+    made, view = seen(
+        CARD.replace(missing, ""), effort=dataclasses.replace(full_poc().effort, attended_minutes=None)
+    )
+    assert "at most without labour, whose hours or price are not known and are asked for" in card(
+        view, "risk"
+    )
+    assert {"effort.setup_hours", "money.labour_per_hour"} & {*made.asked}
+
+
+def test_the_way_back_is_one_that_fits() -> None:
+    made, view = seen(CARD)
+    back = pilot(made).back_way
+    assert back is not None
+    way = made.ways[back]
+    assert way.plain
+    assert way.machine != "RTX-4090", "plain training does not fit that"
+    assert way.machine in card(view, "risk")
+    made, view = seen(PLAIN)
+    assert pilot(made).back == "stay", "plain training has no other way back"
+    assert "checkpoints" not in card(view, "risk")
+    assert "いつでも" not in card(view, "risk", "ja")
+
+
+def tight(high_gib: float) -> Mapping[str, Any]:
+    span = Interval(value=0.93 * high_gib * GIB, low=0.8 * high_gib * GIB, high=high_gib * GIB)
+    return {"offers": tuple(dataclasses.replace(o, memory_bytes=span) for o in offers())}
+
+
+@pytest.mark.parametrize("high_gib", [20.0, 23.0, 24.7])
+def test_the_pilot_stops_before_the_device_is_full(high_gib: float) -> None:
+    made, _ = seen(CARD, **tight(high_gib))
+    stage = pilot(made)
+    way = next(w for w in made.ways if w.machine == "RTX-4090" and w.kind == "existing")
+    assert way.usable_bytes is not None
+    if stage.machine == "RTX-4090":
+        assert stage.stop_bytes <= way.usable_bytes
+
+
+def test_what_only_its_expected_memory_fits_is_likely_and_no_purchase() -> None:
+    made, view = seen(CARD, **tight(24.7))
+    here = next(w for w in made.ways if w.machine == "RTX-4090" and w.kind == "existing")
+    assert here.usable_bytes is not None
+    assert 0.93 * 24.7 * GIB < here.usable_bytes < 24.7 * GIB
+    low, mode, high = (x * 24.7 * GIB for x in (0.8, 0.93, 1.0))
+    inside = 1 - (high - here.usable_bytes) ** 2 / ((high - low) * (high - mode))
+    assert here.fit_percent == pytest.approx(100 * inside)
+    assert card(view, "fits").startswith("Likely, with a probability of")
+    assert "Yes" not in card(view, "fits")
+    assert not [w for w in made.ways if w.of_catalog and w.machine == "RTX-4090"]
+    made, view = seen(CARD, **tight(23.0))
+    assert card(view, "fits").startswith("Yes")
+
+
+# -- unknown stays unknown -----------------------------------------------------------------------------
+
+OWN = '[existing]\nmachine = "our own"\nhours_plain = 3\nsetup_hours = 0\noperating_hours_per_year = 0\n'
+
+
+@pytest.mark.parametrize("kind", ["existing", "purchase"])
+def test_a_machine_without_watts_is_asked_for_and_not_free(kind: str) -> None:
+    text = OWN.replace("existing", kind) + ("price = 5000\n" if kind == "purchase" else "")
+    made, view = seen(text)
+    index = next(i for i, w in enumerate(made.ways) if w.machine == "our own")
+    assert made.sheets[index].present_cost is None
+    assert made.best != index
+    assert f"{kind}.power_w" in made.asked
+    row = next(w for w in view.ways if w.index == index)
+    assert (row.money["present_cost"].value, row.saved.value) == (None, None)
+    assert "nobody has told its watts" in card(view, "money")
+    made, view = seen(text, offers=())
+    assert made.best is None
+    assert card(view, "money") == WORDS.get("decide.money.none_priced")
+    made, _ = seen(text + "power_w = 300\n")
+    assert made.sheets[index].present_cost is not None
+
+
+# -- once --------------------------------------------------------------------------------------------
+
+
+def test_set_up_is_paid_once() -> None:
+    made, _ = seen(CARD)
+    first, full = made.stages[1], made.stages[2]
+    assert made.best is not None
+    best = made.ways[made.best]
+    assert (first.machine, full.machine) == (best.machine, best.machine)
+    assert full.to_spend == pytest.approx(
+        known(made.sheets[made.best].present_cost) - made.sheets[made.best].setup
+    )
+    assert best.plan_hours == 2
+    assert money.sheet(best, made.terms).setup == 2 * 60
