@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, offers
 
+from memfit import catalog
+from memfit.catalog import finance
 from memfit.decision import money
 from memfit.decision.case import parsed
 from memfit.decision.decide import decide
 from memfit.report.decision import decision_view
-from memfit.report.decision_rows import DecisionView
+from memfit.report.decision_rows import DecisionView, way_name
 from memfit.report.figures import sentence_text
+from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
 from memfit.types.decision import Decision
 from memfit.types.result import Interval, Poc
@@ -220,3 +223,29 @@ def test_set_up_is_paid_once() -> None:
     )
     assert best.plan_hours == 2
     assert money.sheet(best, made.terms).setup == 2 * 60
+
+
+# -- prices -------------------------------------------------------------------------------------------
+
+
+def test_every_machine_in_the_table_shows_its_prices_and_watts_with_source_and_date() -> None:
+    made, view = seen(CARD)
+    for _, index in made.slots:
+        way = made.ways[index]
+        rows = [r for r in view.prices if r.name == way_name(way)]
+        wanted = {"existing": {"watts"}, "purchase": {"device", "server", "watts"}, "cloud": {"rent"}}
+        assert {r.what for r in rows} == wanted.get(way.kind, set())
+        assert all(r.value.value and r.source and r.date for r in rows)
+    made, view = seen(CARD.replace("[cloud]", '[cloud]\nmachine = "H100-PCIe"\nper_hour = 2\n') + "\n")
+    assert "your case" in {r.source for r in view.prices if r.what == "own_rent"}
+    page = render_html(poc(), lang="en", decision=made)
+    assert WORDS.get("price.heading") in page
+
+
+def test_every_price_of_the_catalog_says_what_sort_it_is() -> None:
+    for name in catalog.device_names():
+        device = catalog.device(name)
+        for fact in (device.usd_per_hour, device.usd_to_buy):
+            assert fact is None or finance.price_kind(fact.source), (name, fact)
+    assert finance.price_kind("Akash on demand, starting price, read by a price comparison") == "starting"
+    assert {f"price_kind.{k}" for k in finance.PRICE_KINDS} <= WORDS.texts.keys()

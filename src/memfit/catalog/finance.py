@@ -13,6 +13,16 @@ from memfit.catalog.tables import fact, facts, find, table
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 
+PRICE_KINDS: Final = {  # what a source calls its price
+    "spot": ("spot",),
+    "starting": ("starting price",),
+    "reserved": ("active worker",),
+    "launch": ("launch price",),
+    "street": ("street price",),
+    "named": ("named by", "quotation", "quotes"),
+    "list": ("list price",),
+    "on_demand": ("on demand", "on-demand", "Secure Cloud"),
+}
 _PART: Final = re.compile(r"^\d+/\d+ of | with \d+ devices$")  # what catalog.host says of a part
 
 
@@ -98,6 +108,11 @@ def host_usd(name: str) -> Fact | None:
         return None
     row = _rows("hosts").get(known)
     return fact(row["usd_to_buy"], _sources()) if row else None
+
+
+def price_kind(source: str) -> str:
+    """What sort of price a source tells, a key of `PRICE_KINDS`; "" where it does not say."""
+    return next((kind for kind, names in PRICE_KINDS.items() if any(n in source for n in names)), "")
 
 
 def default(name: str) -> Fact:

@@ -98,6 +98,7 @@ class Asking:
             hours=hours if hours is not None else self._hours(offer),
             predicted=hours is None,
             power_w=power_w,
+            own_power=bool(given.power_w),
             price=price,
             per_hour=per_hour,
             most_machines=given.machines if isinstance(given, Existing) else None,

@@ -9,6 +9,7 @@ from typing import Final
 
 from memfit.report.decision_answers import engine_fact, gains, gate_words, phrases, questions
 from memfit.report.decision_phrases import way_back
+from memfit.report.decision_prices import price_rows
 from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
 from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted, sourced
 from memfit.report.pool import energy_saved
@@ -48,6 +49,7 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
         gains=(),
         phrases=(),
         terms=tuple(_term(made, term) for term in made.told),
+        prices=tuple(price_rows(made)),
         energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
         sliders=sliders(made),
     )  # fmt: skip

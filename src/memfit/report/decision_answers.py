@@ -32,7 +32,7 @@ def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]
     """The four that a budget owner asks, in this order; the first sentence of each is the short answer."""
     return {
         "fits": _fits(poc, view),
-        "money": _money(view, poc.job_size),
+        "money": _money(view),
         "risk": _risk(poc, view),
         "next": _next(view),
     }
@@ -61,7 +61,7 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     return (said, here, *seen[1:])
 
 
-def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
+def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if view.best is None:
         return (Sentence(key=f"decide.money.{view.made.why_none}"),)
     best = view.best
@@ -83,15 +83,12 @@ def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
     told.append(Sentence(key="decide.money.first", values=values))
     if best.untried:
         told.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
-    if view.made.size == job_size:
-        told.append(Sentence(key="decide.money.same_size", values={"size": job_size}))
     told += [
         _unpriced(w) for w in view.ways if w.money["present_cost"].value is None and w.slot != "nothing"
     ][:1]
     told += [likely(view, i) for i in _doubtful(view)]
     if best.at_least:
         told.append(_unknown(view, best))
-        told += _rank(view, best)
     return tuple(told)
 
 
@@ -106,9 +103,14 @@ def _doubtful(view: DecisionView) -> list[int]:
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Time of a run against the reference's, and what a machine could not train before."""
+    """What stands below the table: time of a run against the reference's, what a machine could not train
+    before, and how far the answer carries."""
     if view.best is None:
         return
+    if view.best.at_least:
+        yield from _rank(view, view.best)
+    if view.made.size == poc.job_size:
+        yield Sentence(key="decide.money.same_size", values={"size": poc.job_size})
     if view.reference is not None and view.reference.index != view.best.index:
         values: Filled = {"hours": view.best.hours, "other": view.reference.hours}
         yield Sentence(key="decide.money.gain_time", values=values)

@@ -59,6 +59,18 @@ class StageRow:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PriceRow:
+    """``what``: rent, device, server or watts. ``kind``: of the price, as its source has it; "" for watts."""
+
+    name: Sentence
+    what: str
+    value: Figure
+    kind: str
+    source: str
+    date: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TermRow:
     name: str
     value: Figure
@@ -87,6 +99,7 @@ class DecisionView:
     gains: tuple[Sentence, ...]
     phrases: tuple[Sentence, ...]
     terms: tuple[TermRow, ...]
+    prices: tuple[PriceRow, ...]
     energy_saved: tuple[Figure, str] | None
     sliders: Mapping[str, Mapping[str, float]]
 

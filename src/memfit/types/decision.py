@@ -92,6 +92,7 @@ class Way:
     of_catalog: bool = True
     untried: tuple[str, ...] = ()  # techniques that can change results and that the PoC did not train
     unknown: tuple[str, ...] = ()  # names of terms that nobody told and that count as nothing
+    own_power: bool = False  # the watts are the user's
     plan_hours: float = 0.0  # the part of setup_hours that is the plan's
     memory_bytes: Interval | None = None  # on a device, as predicted
     usable_bytes: float | None = None  # what the device has

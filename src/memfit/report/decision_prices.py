@@ -1,0 +1,64 @@
+"""Prices and watts of the machines put side by side, each with the row of the catalog that it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memfit import catalog
+from memfit.catalog import finance
+from memfit.report.decision_rows import PriceRow, cash, way_name
+from memfit.report.figures import Sentence, assumed, predicted
+from memfit.report.records import machine_anchor, term_anchor, way_anchor
+from memfit.types.decision import Decision, Way
+from memfit.types.errors import UserError
+from memfit.types.machine import Device, Fact
+
+
+def price_rows(made: Decision) -> Iterator[PriceRow]:
+    """Of every way that stands in the table, once for a machine that is had in one manner."""
+    shown = [(i, made.ways[i]) for i in dict.fromkeys(index for _, index in made.slots)]
+    for index, way in {(w.kind, w.machine, w.of_catalog): (i, w) for i, w in shown[::-1]}.values():
+        if way.kind != "nothing":
+            yield from _of(made, index, way)
+
+
+def _of(made: Decision, index: int, way: Way) -> Iterator[PriceRow]:
+    device = _device(way.machine)
+    name, told = way_name(way), {t.name: t for t in made.told}
+    own = told.get({"purchase": "purchase_price", "cloud": "rental_price"}.get(way.kind, ""))
+    if own is not None and not way.of_catalog:
+        value = cash(made, own.value, term_anchor(own.name))
+        what = "own_rent" if way.kind == "cloud" else "own_price"
+        yield PriceRow(name=name, what=what, value=value, kind="", source=own.source, date=own.date)
+    elif device is not None:
+        server = finance.host_usd(catalog.host_of(device.name)) if catalog.host_of(device.name) else None
+        prices = {"device": device.usd_to_buy, "server": server} if way.kind == "purchase" else {}
+        if way.kind == "cloud":
+            prices = {"rent": device.usd_per_hour}
+        for what, fact in prices.items():
+            if fact is not None:
+                yield _price(name, what, fact, way.machine)
+    if way.kind != "cloud":  # a rental's electricity is in its price
+        yield _watts(name, index, way, device)
+
+
+def _price(name: Sentence, what: str, fact: Fact, machine: str) -> PriceRow:
+    return PriceRow(
+        name=name, what=what, value=assumed(fact.value, "usd", machine_anchor(machine)),
+        kind=finance.price_kind(fact.source), source=fact.source, date=fact.date,
+    )  # fmt: skip
+
+
+def _watts(name: Sentence, index: int, way: Way, device: Device | None) -> PriceRow:
+    fact = None if way.own_power or device is None else device.power_w
+    return PriceRow(
+        name=name, what="watts", value=predicted(way.power_w, "W", way_anchor(index)), kind="",
+        source=fact.source if fact else "your case" if way.power_w else "", date=fact.date if fact else "",
+    )  # fmt: skip
+
+
+def _device(machine: str) -> Device | None:
+    try:
+        return catalog.machine(machine).device
+    except UserError:
+        return None
