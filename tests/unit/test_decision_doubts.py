@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from report_fixture import full_poc, offers
+from report_fixture import RECOMMENDED, full_poc, offers
 
 from memfit import catalog
 from memfit.catalog import finance
@@ -20,6 +20,7 @@ from memfit.report.decision_rows import DecisionView, way_name
 from memfit.report.figures import sentence_text
 from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
+from memfit.techniques.registry import TECHNIQUES, technique
 from memfit.types.decision import Decision
 from memfit.types.result import Interval, Poc
 from memfit.types.units import GIB
@@ -249,3 +250,35 @@ def test_every_price_of_the_catalog_says_what_sort_it_is() -> None:
             assert fact is None or finance.price_kind(fact.source), (name, fact)
     assert finance.price_kind("Akash on demand, starting price, read by a price comparison") == "starting"
     assert {f"price_kind.{k}" for k in finance.PRICE_KINDS} <= WORDS.texts.keys()
+
+
+# -- what was evaluated, and what is behind the plan ----------------------------------------------------
+
+
+def test_what_was_not_counted_was_not_evaluated() -> None:
+    effort = full_poc().effort
+    for minutes, whole in ((None, False), (12.0, True)):
+        _, view = seen(CARD, effort=dataclasses.replace(effort, attended_minutes=minutes))
+        assert ("both were evaluated" in phrases(view)) is whole
+        assert ("operating load only in part" in phrases(view)) is not whole
+
+
+def test_maturity_looks_at_the_libraries_behind_the_plan() -> None:
+    made, _ = seen(CARD)
+    found = next(r for r in made.risks if r.kind == "maturity")
+    names = {n for u in RECOMMENDED.uses for n in technique(u.technique).needs}
+    told = str(found.values.get("libraries", ""))
+    assert all(f"{n} {catalog.package_facts(n)['release'][0]}" in told for n in names)
+    label = "bf16-parameters(rounding=stochastic) + adamw-8bit"
+    others = tuple(o if o.plain else dataclasses.replace(o, plan=label) for o in offers())
+    made, _ = seen(CARD, offers=others)
+    told = str(next(r for r in made.risks if r.kind == "maturity").values["libraries"])
+    assert "torchao 0.18.0" in told
+    assert "bitsandbytes 0.50.2, 2026-08-27, torch >=2.4,<3, MIT" in told
+
+
+def test_every_library_that_a_technique_needs_has_dated_rows() -> None:
+    for needed in {n for t in TECHNIQUES.values() for n in t.needs} | {"torchao"}:
+        facts = catalog.package_facts(needed)
+        assert {"release", "licence", "status"} <= facts.keys(), needed
+        assert all(source and date for _, source, date in facts.values())

@@ -292,7 +292,7 @@ def test_reset_brings_the_start_back(opened: Any) -> None:
     opened.locator("#in-hardware").fill("3")
     assert opened.inner_text("#money tbody") != before
     opened.click("#sliders button[type=reset]")
-    opened.locator("[data-at-start]").wait_for(state="hidden")
+    opened.locator("#sliders [data-at-start]").wait_for(state="hidden")
     assert opened.inner_text("#money tbody") == before
 
 

@@ -15,6 +15,7 @@ from memfit.catalog.load import (
     link_names,
     network,
     network_names,
+    package_facts,
     place,
     place_names,
 )
@@ -22,7 +23,22 @@ from memfit.catalog.spelled import machine
 from memfit.catalog.user import from_toml
 
 __all__ = [
-    "cpu_power", "device", "device_names", "devices_of", "efficiency", "engine_facts", "from_toml", "host",
-    "host_names", "host_of", "link", "link_names", "machine", "network", "network_names", "place",
+    "cpu_power",
+    "device",
+    "device_names",
+    "devices_of",
+    "efficiency",
+    "engine_facts",
+    "from_toml",
+    "host",
+    "host_names",
+    "host_of",
+    "link",
+    "link_names",
+    "machine",
+    "network",
+    "network_names",
+    "package_facts",
+    "place",
     "place_names",
 ]  # fmt: skip

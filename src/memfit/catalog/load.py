@@ -100,8 +100,17 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
 
 def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
     """What is known of an engine's packages and upkeep: fact -> (value, source, date)."""
+    return _upkeep("engines", name)
+
+
+def package_facts(name: str) -> dict[str, tuple[str, str, str]]:
+    """The same of a library that a technique needs."""
+    return _upkeep("packages", name)
+
+
+def _upkeep(room: str, name: str) -> dict[str, tuple[str, str, str]]:
     engines = table("engines.toml")
-    row: dict[str, list[Any]] = engines["engines"].get(name, {})
+    row: dict[str, list[Any]] = engines[room].get(name, {})
     sources = {key: engines["sources"][source] for key, (_, source) in row.items()}
     return {
         key: (str(value), sources[key]["source"], sources[key]["date"]) for key, (value, _) in row.items()

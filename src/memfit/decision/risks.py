@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memfit import catalog
+from memfit.techniques.registry import TECHNIQUES
 from memfit.types.decision import Decision, Risk
 from memfit.types.result import OutcomeKind, Poc, Run
 
@@ -19,7 +20,7 @@ def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
     """`loss`: the pilot at most, all of it; unknown for security, where money is not the measure."""
     loss = next((s.most for s in made.stages if s.name == "pilot"), None)
     found = (
-        _accuracy(poc, made), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc),
+        _accuracy(poc, made), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc, made),
         _supply(made), _security(poc),
     )  # fmt: skip
     return tuple(
@@ -91,17 +92,45 @@ def _load(poc: Poc) -> _Found:
     return ("load", level, "load.counted" if counted else "load.uncounted", values, "#effort")
 
 
-def _maturity(poc: Poc) -> _Found:
+def _maturity(poc: Poc, made: Decision) -> _Found:
+    """Of the engine and of the libraries behind the techniques of the plans, the worst."""
     engine = next((r.spec.engine for r in _runs(poc)), "native")
     facts = catalog.engine_facts(engine)
     if "status" not in facts:
         return ("maturity", "unknown", "maturity.none", {"engine": engine}, "")
-    status, source, date = facts["status"]
-    values: _Values = {"engine": engine, "status": status}
+    values: _Values = {"engine": engine, "status": facts["status"][0]}
     for name in ("release", "torch", "licence"):
         values[name] = facts[name][0] if name in facts else "?"
-    level = "low" if status == "released regularly" else "high"
-    return ("maturity", level, "maturity.known", values, f"{source}, {date}")
+    libraries = {name: catalog.package_facts(name) for name in _libraries(poc, made)}
+    upkeep = [facts.get("status"), *(known.get("status") for known in libraries.values())]
+    level = "low" if all(found and found[0] == "released regularly" for found in upkeep) else "high"
+    if any(found is None for found in upkeep) and level == "high":
+        level = "unknown"
+    sources = dict.fromkeys(f"{found[1]}, {found[2]}" for found in upkeep if found)
+    if not libraries:
+        return ("maturity", level, "maturity.known", values, "; ".join(sources))
+    values["libraries"] = "; ".join(_told(name, known) for name, known in libraries.items())
+    return ("maturity", level, "maturity.known_with", values, "; ".join(sources))
+
+
+def _told(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
+    torch = f"torch {facts['torch'][0]}" if "torch" in facts else ""
+    release, licence = (facts[k][0] if k in facts else "?" for k in ("release", "licence"))
+    return ", ".join(p for p in (f"{name} {release}", torch, licence) if p)
+
+
+def _libraries(poc: Poc, made: Decision) -> tuple[str, ...]:
+    """What the techniques of the trained plan and of the one that the money rests on need to be installed."""
+    chosen = poc.search.recommended
+    labels = [chosen.estimate.plan.label] if chosen else []
+    labels += [made.ways[made.best].plan] if made.best is not None and not made.ways[made.best].plain else []
+    found: dict[str, None] = {}
+    for part in (part for label in labels for part in label.split(" + ")):
+        known = TECHNIQUES.get(part.partition("(")[0])
+        found |= dict.fromkeys(known.needs if known else ())
+        if "rounding=stochastic" in part:
+            found["torchao"] = None
+    return tuple(found)
 
 
 def _supply(made: Decision) -> _Found:

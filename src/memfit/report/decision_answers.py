@@ -97,9 +97,11 @@ def _unpriced(row: WayRow) -> Sentence:
 
 
 def _doubtful(view: DecisionView) -> list[int]:
-    """Of the two ways compared, those that fit by their expected memory only."""
+    """Of the two ways compared, those that fit by their expected memory only; the first card tells of the
+    machine that there is."""
     pair = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
-    return [i for i in pair if view.made.ways[i].fit_percent < 100]
+    ways = view.made.ways
+    return [i for i in pair if ways[i].fit_percent < 100 and ways[i].kind != "existing"]
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:

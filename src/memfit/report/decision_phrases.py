@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from memfit.report.decision_rows import DecisionView, StageRow, way_name
-from memfit.report.figures import MANY, Figure, Sentence, predicted
-from memfit.report.records import way_anchor
+from memfit.report.figures import MANY, Figure, Sentence, assumed, predicted
+from memfit.report.records import machine_anchor, way_anchor
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]
@@ -100,7 +100,7 @@ def likely(view: DecisionView, index: int) -> Sentence:
         "machine": way.machine,
         "chance": predicted(way.fit_percent, "percent", source),
         "high": predicted(high, "bytes", source),
-        "usable": predicted(way.usable_bytes, "bytes", source),
+        "usable": assumed(way.usable_bytes, "bytes", machine_anchor(way.machine)),
     }
     return Sentence(key="decide.fits.likely", values=values)
 

@@ -16,10 +16,13 @@ from memfit.types.machine import Device, Fact
 
 def price_rows(made: Decision) -> Iterator[PriceRow]:
     """Of every way that stands in the table, once for a machine that is had in one manner."""
-    shown = [(i, made.ways[i]) for i in dict.fromkeys(index for _, index in made.slots)]
-    for index, way in {(w.kind, w.machine, w.of_catalog): (i, w) for i, w in shown[::-1]}.values():
-        if way.kind != "nothing":
+    seen = set()
+    for index in dict.fromkeys(index for _, index in made.slots):
+        way = made.ways[index]
+        key = way.kind, way.machine, way.of_catalog
+        if way.kind != "nothing" and key not in seen:
             yield from _of(made, index, way)
+        seen.add(key)
 
 
 def _of(made: Decision, index: int, way: Way) -> Iterator[PriceRow]:

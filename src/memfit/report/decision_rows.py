@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from memfit.report.figures import Figure, Sentence, predicted
+from memfit.report.figures import Figure, Sentence, assumed, predicted
 from memfit.types.decision import Decision, Stage, Way
 
 
@@ -105,7 +105,9 @@ class DecisionView:
 
 
 def cash(made: Decision, value: float | None, source: str = "") -> Figure:
-    """Money of the case, to its smallest coin."""
+    """Money of the case, to its smallest coin; what nobody told is not known rather than not predicted."""
+    if value is None:
+        return assumed(None, f"money {made.symbol} {made.decimals}", source)
     return predicted(value, f"money {made.symbol} {made.decimals}", source)
 
 

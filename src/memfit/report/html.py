@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
+_LONG: Final = 24  # characters: a longer figure has a long unit in it, and may break
 _TURNING: Final = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
@@ -149,20 +150,21 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
 
     def num(figure: Figure) -> Markup:
         text = figure_text(figure, words)
+        css = f"{figure.mark} long" if len(text) > _LONG else str(figure.mark)
         if figure.value is None:
             return Markup('<span class="missing">{}</span>').format(text)
         mark = words.get(f"mark.{figure.mark}")
         if labels is None:
             return Markup(
                 '<span class="num {0}">{1}<i class="tag" role="img" aria-label="{2}" title="{2}"></i></span>'
-            ).format(figure.mark, text, mark)
+            ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(f"{text} ({mark}) is from no record of this page: {figure.source!r}")
         told = words.get("mark_of", mark=mark, record=labels[figure.source])
         return Markup(
             '<a class="num {0}" href="#{1}" title="{3}">{2}'
             '<i class="tag" role="img" aria-label="{3}"></i></a>'
-        ).format(figure.mark, figure.source, text, told)
+        ).format(css, figure.source, text, told)
 
     return num
 
