@@ -4,16 +4,17 @@ does not fit, a stop that cannot happen, a machine of unknown watts that costs n
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from report_fixture import RECOMMENDED, full_poc, offers
 
-from memfit import catalog
+from memfit import catalog, wire
 from memfit.catalog import finance
 from memfit.decision import money
-from memfit.decision.case import parsed
+from memfit.decision.case import TEMPLATE, parsed
 from memfit.decision.decide import decide
 from memfit.report.decision import decision_view
 from memfit.report.decision_rows import DecisionView, way_name
@@ -22,6 +23,7 @@ from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
 from memfit.techniques.registry import TECHNIQUES, technique
 from memfit.types.decision import Decision
+from memfit.types.errors import UserError
 from memfit.types.result import Interval, Poc
 from memfit.types.units import GIB
 
@@ -282,3 +284,54 @@ def test_every_library_that_a_technique_needs_has_dated_rows() -> None:
         facts = catalog.package_facts(needed)
         assert {"release", "licence", "status"} <= facts.keys(), needed
         assert all(source and date for _, source, date in facts.values())
+
+
+# -- figures that cannot be ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[money]\npue_ratio = 0.5", "1 to 10"),
+        ("[money]\npue_ratio = 1e9", "1 to 10"),
+        ("[money]\nlabour_per_hour = 1e308", "less than or equal"),
+        ("[effort]\nsetup_hours = 1e308", "less than or equal"),
+        ("[work]\nruns_per_year = 1e-300", "at least 1e-09"),
+        ("[existing]\nmachine = 'own'\nhours_plain = 1e308", "less than or equal"),
+        ("currency = 'JPY'\n[money]\nper_usd = 1e300", "less than or equal"),
+        ("currency = 'JPY'\n[money]\nper_usd = 0.0065", "the catalog has 154.5"),
+        ("currency = 'USD'\n[money]\nper_usd = 2", "the catalog has 1"),
+        ("place = 'japan'\ntariff = 'germany-business'", "mixes countries"),
+        ("place = 'us'\nsupplier = 'tepco-ep'", "mixes countries"),
+    ],
+)
+def test_a_figure_that_cannot_be_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        seen(text)
+    assert said in str(error.value)
+
+
+def test_a_tariff_alone_says_where_it_is() -> None:
+    made, _ = seen("currency = 'EUR'\ntariff = 'germany-business'")
+    assert made.place == "germany"
+
+
+def test_the_largest_figures_stay_finite() -> None:
+    made, _ = seen(
+        "[work]\nruns_per_year = 1e15\nsteps_per_run = 1000000000000\nvalue_per_run = 1e15\n"
+        "[money]\nlabour_per_hour = 1e15\n[effort]\nsetup_hours = 1e15\n"
+    )
+    json.dumps(wire.to_plain(made), allow_nan=False)
+
+
+def test_the_template_with_every_line_taken_in_is_a_case() -> None:
+    lines = [line.removeprefix("# ") for line in TEMPLATE.splitlines()[3:]]
+    text = (
+        "\n".join(lines)
+        .replace('currency = "USD"', 'currency = "JPY"')
+        .replace("per_usd = 1 ", "per_usd = 150 ")
+    )
+    for whole in (text, "\n".join(lines)):
+        made, _ = seen(whole)
+        kinds = {made.ways[i].kind for _, i in made.slots}
+        assert {"existing", "purchase", "cloud"} <= kinds

@@ -93,6 +93,12 @@ def tariff(name: str) -> Tariff:
     return Tariff(name=known, place=row["place"], currency=row["currency"], **prices)
 
 
+def supplier_place(name: str) -> str:
+    known = find(name, what="electricity supplier", rows=_rows("suppliers"))
+    place: str = _rows("suppliers")[known]["place"]
+    return place
+
+
 def supplier_co2(name: str) -> Fact:
     """Grams of CO2 per kWh that a supplier sells. Raises UserError with the closest names."""
     known = find(name, what="electricity supplier", rows=_rows("suppliers"))

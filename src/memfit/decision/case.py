@@ -14,6 +14,12 @@ from memfit.types.decision import Term
 from memfit.types.errors import UserError
 
 _LONGEST = 20
+_MOST = 1e15  # of any figure: sums of such stay finite
+_LEAST = 1e-9  # of one that must be above 0
+_PUE = (
+    1.0,
+    10.0,
+)  # of all of a site's electricity by its computers': below 1 none is, above 10 a typing error
 
 
 class _Strict(pydantic.BaseModel):
@@ -23,9 +29,9 @@ class _Strict(pydantic.BaseModel):
 class Figure(_Strict):
     """``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer", date = "2026-03-03"}``."""
 
-    value: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-    low: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
-    high: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
+    value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
+    low: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)] | None = None
+    high: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)] | None = None
     source: str = ""
     date: str = ""
 
@@ -51,14 +57,20 @@ def _figure(given: Any) -> Any:
 
 Given = Annotated[Figure, pydantic.BeforeValidator(_figure)]
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=200)]
-Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]  # these take no range
-Bare = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, pydantic.Field(ge=_LEAST, le=_MOST, allow_inf_nan=False)]  # these take no range
+Bare = Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
 Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 
 def _above(given: Figure) -> Figure:
-    if given.bounds[0] <= 0:
-        raise ValueError("a number above 0 is needed")
+    if given.bounds[0] < _LEAST:
+        raise ValueError(f"a number above 0 is needed, at least {_LEAST:g}")
+    return given
+
+
+def _pue(given: Figure) -> Figure:
+    if not _PUE[0] <= given.bounds[0] <= given.bounds[1] <= _PUE[1]:
+        raise ValueError("a PUE is all of a site's electricity by its computers': 1 to 10")
     return given
 
 
@@ -69,6 +81,7 @@ def _ratio(given: Figure) -> Figure:
 
 
 Above = Annotated[Given, pydantic.AfterValidator(_above)]
+Pue = Annotated[Given, pydantic.AfterValidator(_pue)]
 Ratio = Annotated[Given, pydantic.AfterValidator(_ratio)]
 Share = Annotated[Given, pydantic.AfterValidator(_above), pydantic.AfterValidator(_ratio)]
 
@@ -96,7 +109,7 @@ class Money(_Strict):
     discount_ratio: Ratio | None = None
     life_years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
     support_ratio: Ratio | None = None
-    pue_ratio: Above | None = None
+    pue_ratio: Pue | None = None
     co2_g_per_kwh: Given | None = None
 
 
@@ -232,27 +245,27 @@ currency = "USD"
 [existing]                           # the machine that you have
 # machine = "RTX-4090"               # as of --on
 # machines = 1
-# hours_plain = 0                    # of one run, where you know better than the prediction
-# hours_recommended = 0
-# power_w = 0
+# hours_plain = 24                   # of one run, where you know better than the prediction
+# hours_recommended = 30
+# power_w = 500
 # setup_hours = 0
 # operating_hours_per_year = 0
 
 [purchase]                           # unset: the cheapest of the catalog
 # machine = "H100-PCIe"
-# price = 0                          # of one machine with all its devices
-# hours_plain = 0
-# hours_recommended = 0
-# power_w = 0
+# price = 30000                      # of one machine with all its devices
+# hours_plain = 24
+# hours_recommended = 30
+# power_w = 500
 # setup_hours = 0
 # operating_hours_per_year = 0
 
 [cloud]                              # unset: the cheapest of the catalog
 # machine = "8xH100-SXM"
-# per_hour = 0                       # of one machine with all its devices
+# per_hour = 24                      # of one machine with all its devices
 # storage_per_month = 0
-# hours_plain = 0
-# hours_recommended = 0
+# hours_plain = 24
+# hours_recommended = 30
 # setup_hours = 0
 # operating_hours_per_year = 0
 """

@@ -11,9 +11,11 @@ from memfit import catalog
 from memfit.catalog import finance
 from memfit.decision.case import Case, Figure
 from memfit.types.decision import Amount, Term, Terms
+from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 from memfit.types.result import Offer
 
+_ODD: Final = 10.0  # times the catalog's: an exchange rate beyond it is a typing error
 _WHOLE: Final = ("steps_per_run", "years", "life_years")
 
 
@@ -35,8 +37,8 @@ def told(
     the PoC's own runs. Raises UserError for a currency, place, tariff or supplier that the catalog does not
     have."""
     currency = finance.currency(case.currency)
-    where = catalog.place(case.place).name if case.place else place
-    rate = _number("per_usd", case.money.per_usd, currency.per_usd, "")
+    where = _where(case, place)
+    rate = _rate(case, currency)
     here = _Here(case, currency, where, rate)
     numbers = [
         rate,
@@ -75,6 +77,35 @@ def told(
         terms=terms,
         numbers=tuple(numbers),
     )
+
+
+def _where(case: Case, place: str) -> str:
+    """The place told, else that of the tariff or supplier told, else the PoC's. Raises UserError where they
+    contradict each other."""
+    told = {
+        "place": catalog.place(case.place).name if case.place else None,
+        "tariff": finance.tariff(case.tariff).place if case.tariff else None,
+        "supplier": finance.supplier_place(case.supplier) if case.supplier else None,
+    }
+    known = {name: where for name, where in told.items() if where is not None}
+    if len(set(known.values())) > 1:
+        given = ", ".join(f"{name} {getattr(case, name)!r} is of {where}" for name, where in known.items())
+        raise UserError(f"the case mixes countries: {given}", allowed="tariff and supplier of the place")
+    return next(iter(known.values()), place)
+
+
+def _rate(case: Case, currency: finance.Currency) -> Term:
+    """Raises UserError for an exchange rate that is another currency's, or upside down."""
+    told, usual = case.money.per_usd, currency.per_usd.value
+    if told is not None:
+        low, high = told.bounds
+        most = 1.0 if currency.code == "USD" else _ODD
+        if low < usual / most or high > usual * most:
+            raise UserError(
+                f"money.per_usd is {told.value:g}: units of {currency.code} for a US dollar",
+                allowed=f"{usual / most:g} to {usual * most:g}; the catalog has {usual:g}",
+            )
+    return _number("per_usd", told, currency.per_usd, "")
 
 
 def _work(case: Case) -> Iterable[Term]:
