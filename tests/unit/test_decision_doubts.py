@@ -16,9 +16,10 @@ from memfit.catalog import finance
 from memfit.decision import money
 from memfit.decision.case import TEMPLATE, parsed
 from memfit.decision.decide import decide
+from memfit.gates import Gates, Time
 from memfit.report.decision import decision_view
 from memfit.report.decision_rows import DecisionView, way_name
-from memfit.report.figures import sentence_text
+from memfit.report.figures import figure_text, sentence_text
 from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
 from memfit.techniques.registry import TECHNIQUES, technique
@@ -335,3 +336,14 @@ def test_the_template_with_every_line_taken_in_is_a_case() -> None:
         made, _ = seen(whole)
         kinds = {made.ways[i].kind for _, i in made.slots}
         assert {"existing", "purchase", "cloud"} <= kinds
+
+
+def test_limits_of_ones_own_are_told_and_money_never_told_is_not_known() -> None:
+    record, told = poc(), WORDS.get("stages.own_limits")
+    for limits, own in ((Gates(time=Time(step_ratio=0.01)), True), (Gates(), False)):
+        made = decide(record, parsed(CARD, "it"), limits=limits)
+        assert (told in render_html(record, lang="en", decision=made)) is own
+        assert (told in card(decision_view(record, made), "next")) is own
+    _, view = seen(CARD)
+    worth = view.ways[0].money["net_present_value"]
+    assert figure_text(worth, WORDS) == WORDS.get("missing.assumed") == "not known"

@@ -199,7 +199,8 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
         return (Sentence(key="decide.next.unfinished"),)
     pilot = view.stages[1]
     if (stopped := _stopped(view)) is not None:
-        return (Sentence(key="decide.next.stopped", values=stopped),)
+        own = [Sentence(key="stages.own_limits")] if view.made.own_limits else []
+        return (Sentence(key="decide.next.stopped", values=stopped), *own)
     if not pilot.stage.machine:
         return (Sentence(key="decide.next.predict"),)
     told: Filled = {"machine": pilot.stage.machine, "cost": pilot.to_spend, "memory": pilot.stop}
