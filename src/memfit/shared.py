@@ -101,7 +101,8 @@ class Trouble(_Part):
 
 
 class Shared(_Part):
-    """One proof of concept."""
+    """One proof of concept. ``step_time_ratio``: the recommended plan's step by plain training's, median of
+    the pairs that ran one after the other; absent from records older than it."""
 
     format: Literal["memfit-record"]
     version: Literal[1]
@@ -120,6 +121,7 @@ class Shared(_Part):
     metric_naive: Finite | None
     baseline: Side
     recommended: Side
+    step_time_ratio: Positive | None = None
     verdict: Judgement | None
     reproducible: bool | None
     effort: Trouble
@@ -155,7 +157,10 @@ def schema() -> Mapping[str, Any]:
 
 def text(record: Shared) -> str:
     """The one way to write it: equal records are equal bytes."""
-    return json.dumps(record.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    told = record.model_dump(mode="json")
+    if told["step_time_ratio"] is None:
+        del told["step_time_ratio"]  # a record from before it was written stays as it was
+    return json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def parsed(raw: str, *, what: str) -> Shared:
@@ -192,7 +197,7 @@ def read(path: Path) -> Shared:
 
 _AS_IT_IS = (
     "poc_id", "created", "command", "place", "cap_bytes", "cap_reason", "metric", "metric_unit",
-    "metric_naive",
+    "metric_naive", "step_time_ratio",
 )  # fmt: skip
 _OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
 

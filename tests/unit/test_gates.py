@@ -13,16 +13,19 @@ from report_fixture import full_poc
 
 from memfit import gates, shared
 from memfit.cli.app import main
+from memfit.report.decision_answers import gate_words
+from memfit.report.figures import value_text
+from memfit.report.words import load_words
 from memfit.store import Store
 from memfit.types.errors import UserError
 
 RECORD = shared.of_poc(full_poc())
 
 
-def changed(**sides: dict[str, Any]) -> shared.Shared:
+def changed(**sides: Any) -> shared.Shared:
     found: dict[str, Any] = json.loads(shared.text(RECORD))
     for name, values in sides.items():
-        found[name].update(values)
+        found[name] = found[name] | values if isinstance(values, dict) else values
     return shared.parsed(json.dumps(found), what="it")
 
 
@@ -39,14 +42,31 @@ def test_a_good_poc_passes() -> None:
     [
         (changed(recommended={"under_cap": "oom"}), "memory: trained under the cap"),
         (changed(recommended={"predicted_peak_bytes": 1}), "memory: prediction error"),
-        (changed(recommended={"step_s": 99.0}), "time: step by plain's"),
-        (changed(recommended={"step_s": None}), "time: step by plain's"),
+        (changed(step_time_ratio=2.01), "time: step by plain's"),
+        (changed(step_time_ratio=None, recommended={"step_s": 99.0}), "time: step by plain's"),
+        (changed(step_time_ratio=None, recommended={"step_s": None}), "time: step by plain's"),
         (changed(verdict={"kind": "undecided"}), "accuracy: verdict"),
         (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
     ],
 )
 def test_each_gate_can_fail(record: shared.Shared, name: str) -> None:
     assert failing(record) == {name}
+
+
+def test_the_gate_s_step_ratio_is_the_one_of_the_report() -> None:
+    """1.31, the median of the pairs; the ratio of both medians, 1.30, is for records without it."""
+    found = {g.name: g.found for g in gates.evaluate(RECORD, gates.Gates())}
+    assert found["time: step by plain's"] == full_poc().step_time_ratio == 1.31
+    old = changed(step_time_ratio=None)
+    assert "step_time_ratio" not in shared.text(old)
+    found = {g.name: g.found for g in gates.evaluate(old, gates.Gates())}
+    assert found["time: step by plain's"] == pytest.approx(1.30)
+
+
+def test_a_figure_just_past_its_limit_does_not_read_as_the_limit() -> None:
+    near = next(g for g in gates.evaluate(changed(step_time_ratio=2.003), gates.Gates()) if not g.holds)
+    name, found, limit = (value_text(part, load_words("en")) for part in gate_words(near.words))
+    assert (name, found, limit) == ("time: step by plain's", "2.0030", "at most 2.00×")
 
 
 def test_energy_of_another_boundary_is_not_measured() -> None:
