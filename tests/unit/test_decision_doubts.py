@@ -347,3 +347,9 @@ def test_limits_of_ones_own_are_told_and_money_never_told_is_not_known() -> None
     _, view = seen(CARD)
     worth = view.ways[0].money["net_present_value"]
     assert figure_text(worth, WORDS) == WORDS.get("missing.assumed") == "not known"
+
+
+@pytest.mark.parametrize("given", ["true", '"5"', "[5]"])
+def test_what_is_no_number_is_told_what_is_needed(given: str) -> None:
+    with pytest.raises(UserError, match="a number is needed, or"):
+        seen(f"[money]\nlabour_per_hour = {given}")

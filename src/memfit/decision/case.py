@@ -51,8 +51,9 @@ class Figure(_Strict):
 
 
 def _figure(given: Any) -> Any:
-    bare = isinstance(given, int | float) and not isinstance(given, bool)
-    return {"value": given} if bare else given
+    if isinstance(given, bool | str | list):
+        raise ValueError("a number is needed, or {value = ..., low = ..., high = ...}")
+    return {"value": given} if isinstance(given, int | float) else given
 
 
 Given = Annotated[Figure, pydantic.BeforeValidator(_figure)]

@@ -47,7 +47,8 @@ def _of(made: Decision, index: int, way: Way) -> Iterator[PriceRow]:
 
 def _price(name: Sentence, what: str, fact: Fact, machine: str) -> PriceRow:
     return PriceRow(
-        name=name, what=what, value=assumed(fact.value, "usd", machine_anchor(machine)),
+        name=name, what=what,
+        value=assumed(fact.value, f"money $ {3 if what == 'rent' else 0}", machine_anchor(machine)),
         kind=finance.price_kind(fact.source), source=fact.source, date=fact.date,
     )  # fmt: skip
 

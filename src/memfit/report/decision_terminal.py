@@ -78,10 +78,13 @@ def print_stages(poc: Poc, made: Decision, *, only: Sequence[str], console: Cons
         lines = [("machine", f"{stage.machine}: {stage.plan}")]
         lines += [("memory", _span(row.memory, words))] if stage.memory_bytes else []
         lines += [("step", _span(row.step, words))] if stage.step_s else []
+        short = f" ({words.get('stages.without_labour')})" if stage.unpaid else ""
         if stage.name == "poc":
-            lines.append(("spent", figure_text(row.spent, words)))
+            lines.append(("spent", f"{figure_text(row.spent, words)}{short}"))
         else:
-            lines.append(("to_spend", figure_text(row.to_spend, words)))
+            spans = stage.most is not None and stage.most > (stage.to_spend or 0.0)
+            told = _span((row.to_spend, row.most), words) if spans else figure_text(row.to_spend, words)
+            lines.append(("to_spend", f"{told}{short}"))
             lines += [("stop", _stop(row, words))]
             back = sentence_text(row.back, words) if row.back else words.get("stages.back_text")
             lines += [("back", back), ("watch", words.get("stages.watch_text"))]
