@@ -48,8 +48,10 @@ def claim(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
     said = _claim(view)
     if view.best is None:
         return said
+    key = "phrase.but"
     for caveat in _caveats(poc, view, stopped):
-        said = Sentence(key="phrase.but", values={"claim": said, "caveat": caveat})
+        said = Sentence(key=key, values={"claim": said, "caveat": caveat})
+        key = "phrase.also"
     return said
 
 
@@ -78,7 +80,7 @@ def _caveats(poc: Poc, view: DecisionView, stopped: Filled | None) -> Iterator[S
     assert best is not None, "told of an answer only"
     way = view.made.ways[best.index]
     if way.fit_percent < 100:
-        yield likely(view, best.index)
+        yield dataclasses.replace(likely(view, best.index), key="phrase.caveat_likely")
     if not best.plain:
         kind = next((n.verdict.kind.value for n in poc.verdicts if n.name == "recommended"), None)
         if kind != "equivalent":
