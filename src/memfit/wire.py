@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    import pydantic
 
 T = TypeVar("T")
 
@@ -52,6 +56,25 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
     try:
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"]) or "the whole text"
-        raise UserError(f"{what} is broken at {place}: {first['msg']}") from error
+        raise fault(error, what) from error
+
+
+_SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
+_LONGEST = 60
+
+
+def fault(error: pydantic.ValidationError, what: str) -> UserError:
+    """The first fault in one line: its place, what was given, what is allowed."""
+    first, *rest = error.errors(include_url=False, include_context=False)
+    branches = [e for e in rest if first["loc"] and e["loc"][:-1] == first["loc"][:-1]]
+    branches = [e for e in branches if e["input"] is first["input"]]  # of a value that may be one of several
+    path = first["loc"][:-1] if branches else first["loc"]
+    place = ".".join(map(str, path)) or ("the whole text" if first["type"] == "json_invalid" else "")
+    broken = f"{what} is broken at {place}" if place else f"{what} is broken"
+    allowed = [m[1] for e in (first, *branches) if (m := _SHOULD.fullmatch(e["msg"]))]
+    allowed = allowed or (["a list"] if first["type"] == "sequence_str" else [])
+    if not allowed:
+        return UserError(f"{broken}: {first['msg'].removeprefix('Value error, ')}")
+    given = ascii(first["input"])
+    told = given if len(given) <= _LONGEST else f"{given[:_LONGEST]}..."
+    return UserError(f"{broken}: it is {told}", allowed=" or ".join(allowed))

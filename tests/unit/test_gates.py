@@ -17,6 +17,8 @@ from memfit.store import Store
 from memfit.types.errors import UserError
 
 RECORD = shared.of_poc(full_poc())
+UNDECIDED = {"kind": "undecided"} | dict.fromkeys(("margin", "difference", "low", "high"))
+NO_PEAKS = dict.fromkeys(("predicted_peak_bytes", "measured_peak_bytes"))
 
 
 def changed(**sides: dict[str, Any]) -> shared.Shared:
@@ -38,15 +40,23 @@ def test_a_good_poc_passes() -> None:
     ("record", "name"),
     [
         (changed(recommended={"under_cap": "oom"}), "memory: trained under the cap"),
+        (changed(recommended={"under_cap": ""}), "memory: trained under the cap"),
         (changed(recommended={"predicted_peak_bytes": 1}), "memory: prediction error"),
+        (changed(recommended=NO_PEAKS), "memory: prediction error"),
+        (changed(recommended={"measured_peak_bytes": None}), "memory: prediction error"),
+        (changed(baseline={"predicted_peak_bytes": None}), "memory: prediction error"),
         (changed(recommended={"step_s": 99.0}), "time: step by plain's"),
         (changed(recommended={"step_s": None}), "time: step by plain's"),
-        (changed(verdict={"kind": "undecided"}), "accuracy: verdict"),
+        (changed(verdict=UNDECIDED), "accuracy: verdict"),
         (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
     ],
 )
 def test_each_gate_can_fail(record: shared.Shared, name: str) -> None:
     assert failing(record) == {name}
+
+
+def test_plain_training_that_cannot_be_run_does_not_close_the_gate() -> None:
+    assert failing(changed(baseline=NO_PEAKS)) == set()
 
 
 def test_energy_of_another_boundary_is_not_measured() -> None:
@@ -78,10 +88,11 @@ def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
 def test_asking_for_nothing_passes_anything() -> None:
     nothing = gates.Gates(
         memory=gates.Memory(prediction_error=None, under_cap=False), time=gates.Time(step_ratio=None),
-        accuracy=gates.Accuracy(verdicts=("equivalent", "undecided", "different")),
+        accuracy=gates.Accuracy(verdicts=None),
         reproducibility=gates.Reproducibility(same_again=False), effort=gates.Effort(failed_attempts=None),
     )  # fmt: skip
-    assert failing(changed(recommended={"under_cap": "oom", "step_s": None}), nothing) == set()
+    record = changed(recommended={"under_cap": "oom", "step_s": None}, verdict=UNDECIDED)
+    assert failing(record, nothing) == set()
 
 
 def stored(folder: Path) -> str:
@@ -111,11 +122,33 @@ def test_limits_are_read_strictly(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=place):
             gates.read(path)
-    path.write_text("[time]\nstep_ratio = false\n[effort]\nattended_minutes = 30\n")
-    assert (gates.read(path).time.step_ratio, gates.read(path).effort.attended_minutes) == (None, 30)
+    path.write_text(
+        "[time]\nstep_ratio = false\n[effort]\nattended_minutes = 30\n[accuracy]\nverdicts = false\n"
+    )
+    found = gates.read(path)
+    assert (found.time.step_ratio, found.effort.attended_minutes) == (None, 30)
+    assert found.accuracy.verdicts is None
     path.write_text("[time")
     with pytest.raises(UserError, match="cannot read"):
         gates.read(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[time]\nstep_ratio = true", "[time]\nstep_ratio = '2'", "[time]\nstep_ratio = nan",
+        "[effort]\nfailed_attempts = [1]", "[memory]\nunder_cap = 1", "[memory]\nunder_cap = 'yes'",
+        "[accuracy]\nverdicts = true", "[accuracy]\nverdicts = []", "[accuracy]\nverdicts = 'equivalent'",
+        "[accuracy]\nverdicts = ['fine']", "time = 3",
+    ],
+)  # fmt: skip
+def test_a_limit_of_another_type_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "gates.toml"
+    path.write_text(text)
+    place = ".".join(w for w in text.replace("[", "").replace("]", " ").split()[:2] if w != "=")
+    with pytest.raises(UserError, match=place) as told:
+        gates.read(path)
+    assert told.value.allowed
 
 
 def test_an_unknown_machine_is_told_before_anything(
