@@ -116,6 +116,28 @@ def test_the_command_ends_with_its_reason(tmp_path: Path, capsys: pytest.Capture
     assert "Stopped before the next stage: time: step by plain's is" in capsys.readouterr().out
 
 
+def test_minutes_that_people_told_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, limits = stored(tmp_path), tmp_path / "gates.toml"
+    limits.write_text("[effort]\nattended_minutes = 60\n")
+    asked = ["scale", "--store", store, "--gates", str(limits)]
+    assert main(asked) == 1
+    told = capsys.readouterr().out
+    assert "attended minutes is not measured" in told
+    assert "--attended-minutes MIN" in told
+    assert main([*asked, "--attended-minutes", "90"]) == 1
+    assert "attended minutes is 90" in capsys.readouterr().out
+    assert main([*asked, "--attended-minutes", "45"]) == 0
+    assert main(asked) == 0, "they are kept"
+    for wrong in ("-1", "nan", "inf"):
+        assert main([*asked, "--attended-minutes", wrong]) == 2
+    capsys.readouterr()
+    assert main(["record", "--store", store]) == 0
+    assert json.loads(capsys.readouterr().out)["effort"]["attended_minutes"] == 45
+    assert main(["decide", "--store", store, "--json", "--attended-minutes", "30"]) == 0
+    numbers = json.loads(capsys.readouterr().out)["decision"]["told"]
+    assert [n["value"] for n in numbers if n["name"] == "setup_hours"] == [0.5]
+
+
 def test_limits_are_read_strictly(tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     for text, place in (("[time]\nratio = 1", "time.ratio"), ("[memory]\nprediction_error = -1", "memory")):
