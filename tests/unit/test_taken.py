@@ -115,7 +115,8 @@ def test_what_others_wrote_is_shown_and_not_obeyed(
     )  # fmt: skip
     assert main(["record", "--store", ours, "--add", theirs, "--from", HOSTILE]) == 0
     for command in (
-        ["compare", ID, theirs], ["compare", "theirs", ID], ["compare", "theirs", ID, "--json"], ["scale", theirs], ["scale", "theirs"],
+        ["compare", ID, theirs], ["compare", "theirs", ID], ["compare", "theirs", ID, "--json"],
+        ["scale", theirs], ["scale", "theirs"],
         ["scale", "theirs", "--pilot", "L4"], ["record", "--poc", "theirs"], ["decide", "theirs"],
     ):  # fmt: skip
         main([*command, "--store", ours])
