@@ -60,7 +60,8 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
 
 
 _SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
-_LONGEST = 60
+_OBJECT = re.compile(r"a valid dictionary( or (?:an )?instance of \w+)?")  # as JSON calls it
+_LONGEST = 80
 
 
 def fault(error: pydantic.ValidationError, what: str) -> UserError:
@@ -70,11 +71,14 @@ def fault(error: pydantic.ValidationError, what: str) -> UserError:
     branches = [e for e in branches if e["input"] is first["input"]]  # of a value that may be one of several
     path = first["loc"][:-1] if branches else first["loc"]
     place = ".".join(map(str, path)) or ("the whole text" if first["type"] == "json_invalid" else "")
-    broken = f"{what} is broken at {place}" if place else f"{what} is broken"
-    allowed = [m[1] for e in (first, *branches) if (m := _SHOULD.fullmatch(e["msg"]))]
+    broken = f"{what} is broken at {_short(place)}" if place else f"{what} is broken"
+    told = (_SHOULD.fullmatch(_OBJECT.sub("an object", e["msg"])) for e in (first, *branches))
+    allowed = [m[1] for m in told if m]
     allowed = allowed or (["a list"] if first["type"] == "sequence_str" else [])
     if not allowed:
-        return UserError(f"{broken}: {first['msg'].removeprefix('Value error, ')}")
-    given = ascii(first["input"])
-    told = given if len(given) <= _LONGEST else f"{given[:_LONGEST]}..."
-    return UserError(f"{broken}: it is {told}", allowed=" or ".join(allowed))
+        return UserError(f"{broken}: {_short(first['msg'].removeprefix('Value error, '), 6 * _LONGEST)}")
+    return UserError(f"{broken}: it is {_short(ascii(first['input']))}", allowed=" or ".join(allowed))
+
+
+def _short(text: str, longest: int = _LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."

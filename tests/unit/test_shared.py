@@ -139,6 +139,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "half a character": (lambda r: r.update(command="\ud800"), "command: '\\ud800' has half a character"),
     "half a character in a name": (lambda r: r["hardware"].update({"\ud800": ""}), "hardware"),
+    "a setting without end": (
+        lambda r: r["recommended"]["plan"].update({"zero": {"offload": "x" * 10**6}}), "offload is 'xxx",
+    ),
     "notes that are text": (lambda r: r.update(notes="none"), "notes: it is 'none'; allowed: a list"),
 }  # fmt: skip
 
@@ -161,6 +164,7 @@ def test_a_broken_record_is_one_clear_line(
     told = capsys.readouterr().err
     assert place in told
     assert told.count("\n") == 1
+    assert len(told) < 1000
     assert not Store(tmp_path / "s").records()
 
 

@@ -173,7 +173,8 @@ def parsed(raw: str, *, what: str) -> Shared:
     if isinstance(found, dict) and found.get("format") == FORMAT:
         version = found.get("version")
         if isinstance(version, bool) or version != VERSION:
-            raise UserError(f"{what} has version {version!r} of the format", allowed=str(VERSION))
+            told = ascii(version)[:40]
+            raise UserError(f"{what} has version {told} of the format", allowed=str(VERSION))
     return checked(found, what=what)
 
 
