@@ -43,7 +43,7 @@ class Memory(_Strict):
 
 
 class Time(_Strict):
-    """Of the recommended plan's step by plain training's."""
+    """Of the recommended plan's step by plain training's, pair by pair."""
 
     step_ratio: Limit = 2.0
 
@@ -128,7 +128,7 @@ def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
     found = [
         _most("memory: prediction error", _error(plain, chosen), gates.memory.prediction_error),
         _must("memory: trained under the cap", _capped(chosen), gates.memory.under_cap),
-        _most("time: step by plain's", _ratio(chosen.step_s, plain.step_s), gates.time.step_ratio),
+        _most("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
         _verdict(record, gates.accuracy.verdicts),
         _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
         _most("energy: run by plain's", _joules(plain, chosen), gates.energy.ratio),
@@ -170,6 +170,12 @@ def _error(plain: Side, chosen: Side) -> float | None:
         if side.predicted_peak_bytes is not None and side.measured_peak_bytes
     ]
     return max(errors) if len(errors) == len(sides) else None
+
+
+def _step_ratio(record: Shared) -> float | None:
+    """The one that the report tells; the ratio of both medians where a record does not have it."""
+    told = record.step_time_ratio
+    return told if told is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

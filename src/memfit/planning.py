@@ -34,6 +34,7 @@ _LONG_TRACE_CALLS = 10_000
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
+_GAP_RATIO = 0.05  # in a search, where a better answer takes longer than it saves
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
 CPU_HEADROOM_RATIO, CPU_HEADROOM_BYTES = 1.05, 2 * 2**20
@@ -157,6 +158,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     basis = pricer.whole(plain(request.ranks))
     if request.is_here and must_run:
         request, job, pricer, basis = _runnable(request, job, pricer, basis)
+    pricer.gap_ratio = _GAP_RATIO
     cap_bytes, cap_reason = _cap(request, basis)
     if request.is_here:
         calibrate(pricer, request, progress)

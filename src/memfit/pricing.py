@@ -22,6 +22,7 @@ from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.money import bill
 from memfit.cost.play import Played
+from memfit.cost.recompute import GAP_RATIO
 from memfit.cost.steps import played
 from memfit.cost.time import TimeModel, time_model
 from memfit.engines.registry import engine
@@ -73,6 +74,7 @@ class Pricer:
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
     choices: Choices = dataclasses.field(default_factory=Choices)
+    gap_ratio: float = GAP_RATIO  # of what is recomputed under a budget
     reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
 
     def __post_init__(self) -> None:
@@ -98,8 +100,9 @@ class Pricer:
             return plan
         seconds = self.model.op_s if self.model else nominal_s
         return self.choices.of(
-            self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration
-        )
+            self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration,
+            gap_ratio=self.gap_ratio,
+        )  # fmt: skip
 
     def seen(self) -> list[OpCall]:
         """Distinct operators of every trace so far."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from memfit.cost.memory import memory_profile
-from memfit.cost.recompute import smallest, solve
+from memfit.cost.recompute import GAP_RATIO, smallest, solve
 from memfit.cost.replay import Replay, replay
 from memfit.search.choose import Objective, best, score
 from memfit.techniques.recompute import NAME, dropped_text
@@ -117,9 +117,11 @@ def chosen(
     device: str = "cpu",
     seconds: Callable[[OpCall], float] = nominal_s,
     calibration: Calibration | None = None,
+    gap_ratio: float = GAP_RATIO,
 ) -> Plan:
     """The plan with its tensors chosen; itself where there is nothing to choose. ``seconds``: of one call.
-    Raises UserError with the least possible peak where the budget is below it."""
+    ``gap_ratio``: within which what recomputation costs is least. Raises UserError with the least possible
+    peak where the budget is below it."""
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
         return plan
@@ -133,7 +135,7 @@ def chosen(
         made = _with(plan, dropped_text(recording.key, played.closure(dropped)))
         return made, memory_profile(trace(job, made, device=device), known).peak_bytes
 
-    found = _closed(played, traced, _aim(budget_bytes))
+    found = _closed(played, traced, _aim(budget_bytes), gap_ratio)
     if found is not None:
         return found
     _, least = traced(smallest(played).dropped)
@@ -175,14 +177,14 @@ def _aim(budget_bytes: int) -> int:
 
 
 def _closed(
-    played: Replay, traced: Callable[[frozenset[int]], tuple[Plan, int]], wanted_bytes: int
+    played: Replay, traced: Callable[[frozenset[int]], tuple[Plan, int]], wanted_bytes: int, gap_ratio: float
 ) -> Plan | None:
     """What a whole trace finds above the budget is taken off the next try's; what one finds below it is given
     back once, as long as that still fits."""
     best: tuple[float, Plan] | None = None
     budget_bytes, given_back = wanted_bytes, False
     for _ in range(_TRIES):
-        choice = solve(played, budget_bytes)
+        choice = solve(played, budget_bytes, gap_ratio=gap_ratio)
         if choice is None:
             break
         plan, peak_bytes = traced(choice.dropped)

@@ -19,6 +19,7 @@ from memfit.catalog import finance
 from memfit.decision import case as cases
 from memfit.decision import chance, money
 from memfit.decision.decide import decide
+from memfit.decision.terms import widened
 from memfit.store import Store
 from memfit.types.decision import Amount, Decision, Sheet, Term, Terms, Way
 from memfit.types.result import Interval, Offer
@@ -206,6 +207,45 @@ def test_a_number_that_is_nothing_may_have_a_range(pair: Pair, terms: Terms) -> 
         assert [(s.low_percent, s.high_percent) for s in found] == (
             [] if ends[0] == ends[1] else [tuple(ends)]
         )
+
+
+# -- what the proof of concept saw ---------------------------------------------------------------------
+
+
+@few
+@given(low=number(0.25, 1), high=number(1, 3), ratio=number(0.25, 4), worse=number(1, 4))
+def test_an_error_that_was_seen_widens_both_ends(low: float, high: float, ratio: float, worse: float) -> None:
+    least, most = widened(low, high, ratio)
+    assert least <= low * (1 + 1e-12)
+    assert most >= high * (1 - 1e-12)
+    assert least <= min(ratio, 1 / ratio) * (1 + 1e-12)
+    assert most >= max(ratio, 1 / ratio) * (1 - 1e-12)
+    assert widened(low, high, 1.0) == pytest.approx((low, high), rel=1e-12)
+    assert widened(low, high, 1 / ratio) == pytest.approx((least, most), rel=1e-12)
+    further = widened(low, high, ratio * worse if ratio >= 1 else ratio / worse)
+    assert further[0] <= least * (1 + 1e-12)
+    assert further[1] >= most * (1 - 1e-12)
+
+
+def test_the_money_s_interval_is_wider_where_step_times_were_missed_by_more() -> None:
+    """The same answer, and more doubt about it."""
+    case = told("USD", 1.0, (60.0, 0.2, 0.0, 0.0, 5000.0, 1.0, 0.0, 0.0), named=False)
+    spans = []
+    for factor in (None, 1.0, 1.5, 3.0):
+        runs = [
+            dataclasses.replace(
+                r, predicted_step_s=None if factor is None else r.predicted_step_s * factor / 1.04
+            )
+            for r in POC.runs
+            if r.predicted_step_s is not None
+        ]
+        made = decide(dataclasses.replace(POC, runs=tuple(runs)), case)
+        found = made.saved_interval_percent
+        assert found is not None
+        spans.append((found.value, found.high - found.low))
+    assert len({value for value, _ in spans}) == 1
+    assert spans[0][1] == pytest.approx(spans[1][1], rel=1e-6)
+    assert spans[1][1] < spans[2][1] < spans[3][1]
 
 
 # -- whatever the currency, the language and the place -----------------------------------------------

@@ -13,6 +13,9 @@ from report_fixture import full_poc
 
 from memfit import gates, shared
 from memfit.cli.app import main
+from memfit.report.decision_answers import gate_words
+from memfit.report.figures import value_text
+from memfit.report.words import load_words
 from memfit.store import Store
 from memfit.types.errors import UserError
 
@@ -21,10 +24,10 @@ UNDECIDED = {"kind": "undecided"} | dict.fromkeys(("margin", "difference", "low"
 NO_PEAKS = dict.fromkeys(("predicted_peak_bytes", "measured_peak_bytes"))
 
 
-def changed(**sides: dict[str, Any]) -> shared.Shared:
+def changed(**sides: Any) -> shared.Shared:
     found: dict[str, Any] = json.loads(shared.text(RECORD))
     for name, values in sides.items():
-        found[name].update(values)
+        found[name] = found[name] | values if isinstance(values, dict) else values
     return shared.parsed(json.dumps(found), what="it")
 
 
@@ -45,8 +48,9 @@ def test_a_good_poc_passes() -> None:
         (changed(recommended=NO_PEAKS), "memory: prediction error"),
         (changed(recommended={"measured_peak_bytes": None}), "memory: prediction error"),
         (changed(baseline={"predicted_peak_bytes": None}), "memory: prediction error"),
-        (changed(recommended={"step_s": 99.0}), "time: step by plain's"),
-        (changed(recommended={"step_s": None}), "time: step by plain's"),
+        (changed(step_time_ratio=2.01), "time: step by plain's"),
+        (changed(step_time_ratio=None, recommended={"step_s": 99.0}), "time: step by plain's"),
+        (changed(step_time_ratio=None, recommended={"step_s": None}), "time: step by plain's"),
         (changed(verdict=UNDECIDED), "accuracy: verdict"),
         (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
     ],
@@ -57,6 +61,22 @@ def test_each_gate_can_fail(record: shared.Shared, name: str) -> None:
 
 def test_plain_training_that_cannot_be_run_does_not_close_the_gate() -> None:
     assert failing(changed(baseline=NO_PEAKS)) == set()
+
+
+def test_the_gate_s_step_ratio_is_the_one_of_the_report() -> None:
+    """1.31, the median of the pairs; the ratio of both medians, 1.30, is for records without it."""
+    found = {g.name: g.found for g in gates.evaluate(RECORD, gates.Gates())}
+    assert found["time: step by plain's"] == full_poc().step_time_ratio == 1.31
+    old = changed(step_time_ratio=None)
+    assert "step_time_ratio" not in shared.text(old)
+    found = {g.name: g.found for g in gates.evaluate(old, gates.Gates())}
+    assert found["time: step by plain's"] == pytest.approx(1.30)
+
+
+def test_a_figure_just_past_its_limit_does_not_read_as_the_limit() -> None:
+    near = next(g for g in gates.evaluate(changed(step_time_ratio=2.003), gates.Gates()) if not g.holds)
+    name, found, limit = (value_text(part, load_words("en")) for part in gate_words(near.words))
+    assert (name, found, limit) == ("time: step by plain's", "2.0030", "at most 2.00×")
 
 
 def test_energy_of_another_boundary_is_not_measured() -> None:
@@ -91,7 +111,9 @@ def test_asking_for_nothing_passes_anything() -> None:
         accuracy=gates.Accuracy(verdicts=None),
         reproducibility=gates.Reproducibility(same_again=False), effort=gates.Effort(failed_attempts=None),
     )  # fmt: skip
-    record = changed(recommended={"under_cap": "oom", "step_s": None}, verdict=UNDECIDED)
+    record = changed(
+        step_time_ratio=None, recommended={"under_cap": "oom", "step_s": None}, verdict=UNDECIDED
+    )
     assert failing(record, nothing) == set()
 
 

@@ -367,6 +367,55 @@ out += [attempt(int(1.04 * out[1])), attempt(int(0.99 * out[1]))]
     assert below[1] <= 0.99 * peak
 
 
+@needs_compiler
+@LINUX
+def test_freed_blocks_are_used_again_and_never_make_the_process_larger() -> None:
+    """As in the allocator that a user trains with; otherwise mapping pages takes half of a step."""
+    out = child(
+        COUNTED
+        + f"""
+from memfit.measure.memory import data_bytes
+c.install()
+start = data_bytes()
+def room(): return (data_bytes() - start) // {MIB}
+a = torch.empty({8 * MIB}, dtype=torch.uint8)
+first = a.data_ptr()
+del a
+out = [room(), torch.empty({8 * MIB}, dtype=torch.uint8).data_ptr() == first, c.live_bytes(), *c.counts()]
+for size in range(1, 9):                       # none is of a size that is kept
+    b = torch.empty(size * {MIB} - 64, dtype=torch.uint8)
+    del b
+    out.append(room() <= 8)
+out.append(room() >= 7)                        # some are kept
+c.release()
+out.append(room())
+"""
+    )
+    assert out == [8, True, 0, 2, 2, 0, *[True] * 8, True, 0]
+
+
+@needs_compiler
+@LINUX
+def test_kept_blocks_go_before_a_capped_allocation_fails() -> None:
+    out = child(
+        TRAIN
+        + f"""
+keep = torch.empty({48 * MIB}, dtype=torch.uint8)
+del keep                                       # before the cap: no part of the footprint
+limit = MemoryLimit({64 * MIB}, counter=counter)
+limit.apply()
+def most(mib):
+    try:
+        return torch.empty(int(mib * {MIB}), dtype=torch.uint8).fill_(1)[0].item() == 1
+    except RuntimeError as error:
+        return False if is_oom_error(error) else repr(error)
+out = [most(40), most(60), most(65), most(30), most(63)]
+limit.lift()
+"""
+    )
+    assert out == [True, True, False, True, True]
+
+
 def test_errors_that_mean_no_memory() -> None:
     class OutOfMemoryError(RuntimeError):
         """As torch names its own."""

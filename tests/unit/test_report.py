@@ -327,10 +327,13 @@ def test_html_holds_the_key_numbers_with_their_provenance() -> None:
     page = Page(text)
     for number in ("1.282 GiB", "246.1 MiB", "18.7 %", "1.31×", "+4.00 %", "67.2 %", "131 GiB", "3.17×"):
         assert number in page.text
-    marks = {m for m in Mark if f'<span class="num {m}">' in text}
+    marks = {m for m in Mark if f'<a class="num {m}" href="#' in text}
     assert marks == set(Mark)
-    assert '<span class="num measured">246.1 MiB<i class="tag" role="img" aria-label="measured"' in text
-    assert '<span class="num assumed">328 MiB<i class="tag" role="img" aria-label="assumed"' in text
+    for value, mark in (("246.1 MiB", "measured"), ("328 MiB", "assumed")):
+        told = (
+            rf'<a class="num {mark}" href="#[\w-]+" title="{mark}, from \w+">{value}<i class="tag" role="img"'
+        )
+        assert re.search(told, text)
     drawn = [a for t, a in page.tags if t == "svg" and a.get("role") == "img"]
     assert [a["aria-labelledby"] for a in drawn] == [
         "timeline-t timeline-d",

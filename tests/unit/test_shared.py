@@ -139,6 +139,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "half a character": (lambda r: r.update(command="\ud800"), "command: '\\ud800' has half a character"),
     "half a character in a name": (lambda r: r["hardware"].update({"\ud800": ""}), "hardware"),
+    "a step time ratio of nothing": (lambda r: r["baseline"].update(step_s=None), "step_time_ratio is given"),
     "a setting without end": (
         lambda r: r["recommended"]["plan"].update({"zero": {"offload": "x" * 10**6}}), "offload is 'xxx",
     ),

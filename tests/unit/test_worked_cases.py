@@ -252,13 +252,18 @@ def test_a_laboratory_with_one_card(decided: Any) -> None:
     same(found.found["stages"][1]["to_spend"], own["setup"] + (energy + basic) * num("1.1"), "pilot")
 
 
+# Predicted between 0.9 and 1.1, and, in the PoC's own runs, 1.04 times as long as measured.
+APART = [(num(end).ln() ** 2 + num("1.04").ln() ** 2).sqrt() for end in ("0.9", "1.1")]
+STRETCHED = str((-APART[0]).exp()), str(APART[1].exp())
+
+
 def test_the_laboratory_s_tornado(decided: Any) -> None:
     found = decided((CASES / "laboratory.toml").read_text(encoding="utf-8"), *LABORATORY_OFFERS)
     ends = {
         "labour_per_hour": [laboratory(LABORATORY | {"labour": w}) for w in ("3500", "5000")],
         "energy_per_kwh": [laboratory(LABORATORY | {"energy": e}) for e in ("26.2", "35.9")],
-        "plain_time_factor": [laboratory(LABORATORY, plain=x) for x in ("0.9", "1.1")],
-        "recommended_time_factor": [laboratory(LABORATORY, quick=x) for x in ("0.9", "1.1")],
+        "plain_time_factor": [laboratory(LABORATORY, plain=x) for x in STRETCHED],
+        "recommended_time_factor": [laboratory(LABORATORY, quick=x) for x in STRETCHED],
     }
     for name, sides in ends.items():
         mine = [saved(rows[OWN_CARD], rows[REFERENCE]) for rows in sides]

@@ -14,7 +14,9 @@ from report_fixture import full_poc, offers
 from memfit.decision import chance, money
 from memfit.decision.case import Case, parsed
 from memfit.decision.decide import decide
+from memfit.report.figures import MANY, figure_text, predicted
 from memfit.report.html import write_html
+from memfit.report.words import load_words
 from memfit.types.decision import Amount, Decision, Sheet, Terms, Way
 
 YEN = """
@@ -222,6 +224,45 @@ def _same(page: Any, slot: str, sheet: Sheet) -> None:
         assert float(cell.get_attribute("data-value")) == pytest.approx(
             getattr(sheet, name), rel=1e-9, abs=1e-6
         )
+
+
+@at("yen-en", "yen-ja")
+def test_figures_follow_their_way_to_its_record(opened: Any) -> None:
+    """Where a slider puts another machine into a row, the marks of its figures lead to that one's line."""
+    opened.evaluate(SET, ["energy", 600.0])
+    seen = set()
+    for row in opened.query_selector_all("#money tbody tr[data-slot]"):
+        if not row.is_visible() or row.get_attribute("data-slot") == "nothing":
+            continue
+        machine = row.query_selector("[data-name]").inner_text()
+        for link in row.query_selector_all("[data-figure] a.num"):
+            target = link.get_attribute("href")
+            record = opened.query_selector(target)
+            assert machine in record.inner_text()
+            assert link.get_attribute("title").endswith(record.query_selector("th").inner_text())
+            assert link.query_selector(".tag").get_attribute("aria-label") == link.get_attribute("title")
+            seen.add(target)
+    assert len(seen) > 2
+    start = {i for slot, i in made().slots if slot != "nothing"}
+    assert {int(t.removeprefix("#way-")) for t in seen} != start, "another machine stands in a row now"
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_a_great_loss_is_told_alike_by_page_and_script(
+    browser: Any, pages: Mapping[str, Path], lang: str
+) -> None:
+    page = browser.new_page()
+    page.goto(pages[f"yen-{lang}"].as_uri())
+    page.evaluate(SET, ["labour", 200000.0])
+    page.evaluate(SET, ["hardware", 50.0])
+    words, told = load_words(lang), []
+    for cell in page.query_selector_all("#money [data-figure=saved]"):
+        value = cell.get_attribute("data-value")
+        if value is not None and cell.is_visible():
+            assert cell.inner_text().strip() == figure_text(predicted(float(value), "saving"), words)
+            told.append(float(value))
+    assert min(told) < MANY < max(told)
+    page.close()
 
 
 def yen(value: float) -> str:

@@ -22,7 +22,7 @@ from memfit.cost.replay import Candidate, Replay
 
 _WINDOW = 24  # first needs before a tensor's own at which it may be made again
 _ROUNDS = 6
-_GAP_RATIO = 0.003
+GAP_RATIO = 0.003
 _STEPS_UP = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)  # from the lowest bound to the plain peak
 _NODES = 400  # of the branch and bound: a limit in time would not be deterministic
 
@@ -36,7 +36,7 @@ class Choice:
     cost_s: float
 
 
-def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = _GAP_RATIO) -> Choice | None:
+def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> Choice | None:
     """The cheapest choice found whose replayed peak is within the budget."""
     program = _Program(replay)
     found: list[Choice] = []

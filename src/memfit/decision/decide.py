@@ -12,6 +12,7 @@ from memfit.decision.risks import risks
 from memfit.decision.stages import stages
 from memfit.decision.terms import Told, told
 from memfit.decision.ways import Asking, asked
+from memfit.report.pool import ok_runs, step_s
 from memfit.types.decision import Decision, Sheet, Swing, Term, Way
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -32,7 +33,7 @@ def decide(
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
     last = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}  # ways to the same work
     offers = list(last.values())
-    known = told(case, place=_place(poc.place), offers=offers)
+    known = told(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
     counted = poc.effort.attended_minutes
     own = case.effort.setup_hours
     plan_hours = own.value if own is not None else None if counted is None else counted / 60
@@ -53,6 +54,17 @@ def decide(
     made = _weighed(known, ways, sheets, (*known.numbers, hours), case=case, name=name, size=size)
     made = dataclasses.replace(made, stages=stages(poc, made, offers, named or {}, limits or gates.Gates()))
     return dataclasses.replace(made, risks=risks(poc, made))
+
+
+def _step_errors(poc: Poc) -> Mapping[bool, float]:
+    """Measured by predicted step time of plain training and of the recommended plan, where both are known."""
+    found = {}
+    for role, plain in (("baseline", True), ("recommended", False)):
+        runs = ok_runs(r for r in poc.runs if r.spec.role == role)
+        measured, guess = step_s(runs), next((r.predicted_step_s for r in runs), None)
+        if measured and guess:
+            found[plain] = measured / guess
+    return found
 
 
 def _place(name: str) -> str:

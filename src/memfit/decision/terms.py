@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from memfit import catalog
@@ -27,13 +28,23 @@ class Told:
     numbers: tuple[Term, ...]
 
 
-def told(case: Case, *, place: str, offers: Sequence[Offer]) -> Told:
-    """Raises UserError for a currency, place, tariff or supplier that the catalog does not have."""
+def told(
+    case: Case, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
+) -> Told:
+    """`seen`: measured by predicted step time of plain training (True) and of the recommended plan (False) in
+    the PoC's own runs. Raises UserError for a currency, place, tariff or supplier that the catalog does not
+    have."""
     currency = finance.currency(case.currency)
     where = catalog.place(case.place).name if case.place else place
     rate = _number("per_usd", case.money.per_usd, currency.per_usd, "")
     here = _Here(case, currency, where, rate)
-    numbers = [rate, *_work(case), *_money(case, where), *here.electricity(), *_factors(case, offers)]
+    numbers = [
+        rate,
+        *_work(case),
+        *_money(case, where),
+        *here.electricity(),
+        *_factors(case, offers, seen or {}),
+    ]
     known = {n.name: n for n in numbers}
 
     def value(name: str) -> Any:
@@ -136,7 +147,7 @@ class _Here:
         return dataclasses.replace(here, value=row.value * scale, low=low, high=high)
 
 
-def _factors(case: Case, offers: Sequence[Offer]) -> Iterable[Term]:
+def _factors(case: Case, offers: Sequence[Offer], seen: Mapping[bool, float]) -> Iterable[Term]:
     """What moves all of the catalog's purchases, its rentals, and all predicted step times alike; and the
     prices that the user told, each with its own range."""
     for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
@@ -149,7 +160,18 @@ def _factors(case: Case, offers: Sequence[Offer]) -> Iterable[Term]:
         low = min((s.low / s.value for s in spans), default=1.0)
         high = max((s.high / s.value for s in spans), default=1.0)
         source = "the interval of the predicted step times"
+        if plain in seen:
+            low, high = widened(low, high, seen[plain])
+            source = f"{source}, widened by the error that the PoC's own runs showed"
         yield Term(name=name, value=1.0, unit="factor", low=low, high=high, mark="predicted", source=source)
+
+
+def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
+    """A range around 1 with an error of `ratio` (measured / predicted) beside it: both are factors, so their
+    logarithms add up as independent errors do, by squares, on both sides."""
+    error = math.log(ratio)
+    least = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
+    return least, math.exp(math.hypot(math.log(high), error))
 
 
 def _spread(row: Fact, spread: Fact) -> Fact:

@@ -124,6 +124,11 @@ class CountingAllocator:
         events = tuple(Event(*out[i : i + 3]) for i in range(0, 3 * length, 3))
         return Log(self._log_start_bytes, events)
 
+    def release(self, cap_bytes: int = 0) -> None:
+        """Give freed blocks that are kept for reuse back to the system; under a cap of `cap_bytes` above what
+        is live now, fewer are kept."""
+        self._library.memfit_release(cap_bytes)
+
     def watch_data(self, on: bool) -> None:
         """Keep (or stop keeping) the highest VmData seen after each allocation of 64 KiB or more."""
         self._library.memfit_watch_data(int(on))
@@ -154,6 +159,7 @@ def _load(path: Path) -> ctypes.CDLL:
         raise AllocatorUnavailable(f"the counting allocator does not load: {error}") from error
     for name in ("live", "peak", "start_log", "stop_log", "data_peak"):
         getattr(library, f"memfit_{name}").restype = ctypes.c_int64
+    library.memfit_release.argtypes = (ctypes.c_int64,)
     library.memfit_read_log.argtypes = (ctypes.POINTER(ctypes.c_int64), ctypes.c_int64)
     return library
 

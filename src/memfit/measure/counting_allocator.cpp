@@ -4,11 +4,18 @@
 // sizes are therefore kept in a table. One mutex guards table, counters and log together: their order
 // is one order, so the peak and the log are exact with any number of threads. The pointer leaves the
 // table before the memory is freed, because another thread may be given the same address at once.
+//
+// Large blocks that are freed are kept for the next of their size, as the allocator that a user trains
+// with keeps them: mapping and unmapping each took half of a step's time. What is kept never makes the
+// process larger than its live bytes once were, and all of it goes before an allocation fails.
 #include <c10/core/CPUAllocator.h>
 
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
+#include <iterator>
+#include <list>
 #include <mutex>
 #include <new>
 #include <unordered_map>
@@ -29,8 +36,17 @@ struct Event {
   int64_t delta_bytes, time_ns, thread;
 };
 
+struct Block {
+  void* ptr;
+  int64_t size;
+};
+using Blocks = std::list<Block>;
+
 struct Counter {
   std::mutex mutex;
+  Blocks kept;  // free, the oldest first
+  std::unordered_map<int64_t, std::deque<Blocks::iterator>> kept_of;  // size -> the oldest first
+  int64_t kept_bytes = 0, highest = 0, ceiling = 0;  // ceiling: live and kept bytes under a cap; 0: no cap
   std::unordered_map<void*, int64_t> sizes;
   std::vector<Event> log;
   int64_t live = 0, peak = 0, allocs = 0, frees = 0;
@@ -72,6 +88,7 @@ void keep(Counter& c, int64_t delta) noexcept {
 void change(Counter& c, int64_t delta) {  // the mutex is held
   c.live += delta;
   if (c.live > c.peak) c.peak = c.live;
+  if (c.live > c.highest) c.highest = c.live;
   ++(delta > 0 ? c.allocs : c.frees);
   if (c.logging) keep(c, delta);
 }
@@ -93,32 +110,107 @@ void watch_data(Counter& c) {
 
 c10::Allocator* inner = nullptr;
 
+// A kept block of the size, the youngest, as it may still be in the processor's cache; the mutex is held.
+void* take(Counter& c, int64_t size) {
+  auto found = c.kept_of.find(size);
+  if (found == c.kept_of.end() || found->second.empty()) return nullptr;
+  Blocks::iterator block = found->second.back();
+  found->second.pop_back();
+  void* ptr = block->ptr;
+  c.kept.erase(block);
+  c.kept_bytes -= size;
+  return ptr;
+}
+
+// Moves the oldest kept blocks to `gone` until there is room beside `live` bytes; the mutex is held.
+void make_room(Counter& c, int64_t live, Blocks& gone) {
+  int64_t most = live > c.highest ? live : c.highest;
+  if (c.ceiling > 0 && c.ceiling < most) most = c.ceiling;
+  while (!c.kept.empty() && live + c.kept_bytes > most) {
+    c.kept_of[c.kept.front().size].pop_front();
+    c.kept_bytes -= c.kept.front().size;
+    gone.splice(gone.end(), c.kept, c.kept.begin());
+  }
+}
+
+void give_back(Blocks& gone) {
+  for (Block& block : gone) inner->raw_deleter()(block.ptr);
+  gone.clear();
+}
+
 void free_counted(void* ptr) {
+  Blocks gone;
   {
     Counter& c = counter();
     std::lock_guard<std::mutex> hold(c.mutex);
     auto found = c.sizes.find(ptr);
-    if (found != c.sizes.end()) {  // else: made before the install, passes uncounted
-      change(c, -found->second);
+    int64_t size = 0;  // made before the install, passes uncounted
+    if (found != c.sizes.end()) {
+      size = found->second;
+      change(c, -size);
       c.sizes.erase(found);
     }
+    if (size >= static_cast<int64_t>(kMapped)) {
+      c.kept.push_back({ptr, size});
+      c.kept_of[size].push_back(std::prev(c.kept.end()));
+      c.kept_bytes += size;
+      make_room(c, c.live, gone);
+      ptr = nullptr;
+    }
   }
-  inner->raw_deleter()(ptr);
+  if (ptr != nullptr) inner->raw_deleter()(ptr);
+  give_back(gone);
+}
+
+// All that is kept goes back to the system.
+void release() {
+  Blocks gone;
+  {
+    Counter& c = counter();
+    std::lock_guard<std::mutex> hold(c.mutex);
+    gone.swap(c.kept);
+    c.kept_of.clear();
+    c.kept_bytes = 0;
+  }
+  give_back(gone);
+}
+
+c10::DataPtr fresh(size_t n) {
+  try {
+    return inner->allocate(n);
+  } catch (const c10::Error&) {
+    release();
+    return inner->allocate(n);
+  }
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
-    c10::DataPtr data = inner->allocate(n);
+    int64_t rounded = (static_cast<int64_t>(n) + kAlign - 1) / kAlign * kAlign;
+    bool large = rounded >= static_cast<int64_t>(kMapped);
+    Counter& c = counter();
+    if (large) {
+      Blocks gone;
+      {
+        std::lock_guard<std::mutex> hold(c.mutex);
+        if (void* ptr = take(c, rounded)) {
+          c.sizes[ptr] = rounded;
+          change(c, rounded);
+          return {ptr, ptr, &free_counted, c10::Device(c10::DeviceType::CPU)};
+        }
+        make_room(c, c.live + rounded, gone);
+      }
+      give_back(gone);
+    }
+    c10::DataPtr data = fresh(large ? rounded : n);
     void* ptr = data.get();
     if (ptr == nullptr) return data;
     data.release_context();
     c10::DataPtr counted(ptr, ptr, &free_counted, data.device());
-    Counter& c = counter();
     std::lock_guard<std::mutex> hold(c.mutex);
-    int64_t rounded = (static_cast<int64_t>(n) + kAlign - 1) / kAlign * kAlign;
     c.sizes[ptr] = rounded;
     change(c, rounded);
-    if (c.statm >= 0 && n >= kMapped) watch_data(c);
+    if (c.statm >= 0 && large) watch_data(c);
     return counted;
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free_counted; }
@@ -139,6 +231,15 @@ int memfit_install() {
   inner = current;
   c10::SetCPUAllocator(new CountingAllocator, /*priority=*/255);
   return 1;
+}
+
+// Nothing is kept any more, and from now on only as much as leaves room in `cap` above what is live (0: no
+// cap): an eighth, for what does not come from this allocator.
+void memfit_release(int64_t cap) {
+  release();
+  Counter& c = counter();
+  std::lock_guard<std::mutex> hold(c.mutex);
+  c.ceiling = cap > 0 ? c.live + cap - cap / 8 : 0;
 }
 
 int64_t memfit_live() {

@@ -38,7 +38,9 @@ class MemoryLimit:
         self.footprint_bytes: int | None = None  # None until apply()
         self._used_bytes: int | None = None  # None until lift()
         self._lifted = False
-        self._cap: _Cap = _CudaFraction(device) if device.startswith("cuda") else _cpu_cap(cap_bytes, counter)
+        self._allocator = counter if isinstance(counter, CountingAllocator) else None
+        cuda = device.startswith("cuda")
+        self._cap: _Cap = _CudaFraction(device) if cuda else _cpu_cap(cap_bytes, self._allocator)
 
     @property
     def kind(self) -> str:
@@ -46,6 +48,8 @@ class MemoryLimit:
 
     def apply(self) -> None:
         """From now on an allocation beyond the cap fails (RLIMIT_DATA, CUDA) or kills (cgroup)."""
+        if self._allocator is not None:
+            self._allocator.release(self.cap_bytes)
         _trim()
         self.footprint_bytes = self._cap.apply(self.cap_bytes)
 
@@ -55,6 +59,8 @@ class MemoryLimit:
             self._lifted = True
             self._used_bytes = self._cap.used_bytes()
             self._cap.lift()
+            if self._allocator is not None:
+                self._allocator.release()
 
     def used_bytes(self) -> int | None:
         """Peak above the footprint from apply() to now or to lift(), as the cap sees it; None: not known."""
@@ -73,9 +79,9 @@ class _Cap(Protocol):
     def used_bytes(self) -> int | None: ...
 
 
-def _cpu_cap(cap_bytes: int, counter: PeakCounter | None) -> _Cap:
+def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
     if _data_limit_holds():
-        return _DataLimit(counter if isinstance(counter, CountingAllocator) else None)
+        return _DataLimit(allocator)
     group = Group.of(os.getpid())
     if group is not None:
         with contextlib.suppress(OSError):  # not allowed after all

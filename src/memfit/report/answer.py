@@ -5,9 +5,10 @@ Each sentence says what was seen; where nothing was seen, what is predicted; whe
 
 from __future__ import annotations
 
-from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted
+from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
 from memfit.report.pool import ok_runs, peak_bytes
-from memfit.types.result import NamedVerdict, Poc, Run, Verdict
+from memfit.report.records import MARGIN, POC, group_anchor, prediction_anchor, verdict_anchor
+from memfit.types.result import NamedVerdict, Poc, Run
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
@@ -15,10 +16,11 @@ def answer(poc: Poc) -> tuple[Sentence, ...]:
 
 
 def _plain(poc: Poc) -> Sentence:
-    cap = assumed(poc.cap_bytes, "bytes")
+    cap = assumed(poc.cap_bytes, "bytes", POC)
     capped = [r for r in _runs(poc, "baseline") if r.spec.cap_bytes is not None]
     need = peak_bytes(_runs(poc, "baseline"))
-    needs = measured(need, "bytes") if need else _predicted_peak(poc)
+    base = group_anchor("baseline", poc.search.baseline.estimate.plan)
+    needs = measured(need, "bytes", base) if need else _predicted_peak(poc)
     if not capped:
         key = "answer.plain.predicted_fits" if poc.search.baseline.fits else "answer.plain.predicted_oom"
         return Sentence(key=key, values={"cap": cap, "peak": _predicted_peak(poc)})
@@ -28,7 +30,8 @@ def _plain(poc: Poc) -> Sentence:
 
 
 def _predicted_peak(poc: Poc) -> Figure:
-    return predicted(poc.search.baseline.estimate.allocated_bytes.value, "bytes")
+    basis = poc.search.baseline.estimate
+    return predicted(basis.allocated_bytes.value, "bytes", prediction_anchor(basis.plan))
 
 
 def _runs(poc: Poc, role: str) -> list[Run]:
@@ -38,18 +41,19 @@ def _runs(poc: Poc, role: str) -> list[Run]:
 def _recommended(poc: Poc) -> Sentence:
     best = poc.search.recommended
     if best is None:
-        least = predicted(poc.search.smallest.estimate.allocated_bytes.value, "bytes")
-        cap = assumed(poc.cap_bytes, "bytes")
+        small = poc.search.smallest.estimate
+        least = predicted(small.allocated_bytes.value, "bytes", prediction_anchor(small.plan))
+        cap = assumed(poc.cap_bytes, "bytes", POC)
         return Sentence(key="answer.plan.none", values={"cap": cap, "least": least})
     plan = best.estimate.plan.label
     runs = _runs(poc, "recommended")
     peak = peak_bytes(runs)
     if peak is not None:
-        return _measured_plan(poc, plan, peak)
+        return sourced(_measured_plan(poc, plan, peak), group_anchor("recommended", runs[0].spec.plan))
     if runs:
         outcome = Sentence(key=f"outcome.{runs[-1].measurement.outcome}")
         return Sentence(key="answer.plan.broke", values={"plan": plan, "outcome": outcome})
-    guess = predicted(best.estimate.allocated_bytes.value, "bytes")
+    guess = predicted(best.estimate.allocated_bytes.value, "bytes", prediction_anchor(best.estimate.plan))
     return Sentence(key="answer.plan.predicted", values={"plan": plan, "peak": guess})
 
 
@@ -72,12 +76,13 @@ def _science(poc: Poc) -> Sentence:
     verdict = named.verdict
     if verdict.difference is None or verdict.margin is None:
         return Sentence(key=f"answer.science.{verdict.kind}", values={"reproducible": again})
-    values = {**_interval(named, poc.metric_unit), "reproducible": again}
-    return Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
+    values = {**_interval(named, poc), "reproducible": again}
+    told = Sentence(key=f"answer.science.{verdict.kind}_interval", values=values)
+    return sourced(told, verdict_anchor(named.name))
 
 
-def _interval(named: NamedVerdict, unit: str) -> dict[str, Figure | str | Sentence]:
-    verdict: Verdict = named.verdict
+def _interval(named: NamedVerdict, poc: Poc) -> dict[str, Figure | str | Sentence]:
+    verdict, unit = named.verdict, poc.metric_unit
 
     def bound(value: float | None) -> Figure:
         return Figure(value=value, unit=apart(unit), mark=Mark.MEASURED, signed=True)
@@ -87,8 +92,8 @@ def _interval(named: NamedVerdict, unit: str) -> dict[str, Figure | str | Senten
         "difference": bound(verdict.difference),
         "low": bound(verdict.low),
         "high": bound(verdict.high),
-        "margin": assumed(verdict.margin, apart(unit)),
-        "pairs": str(verdict.pairs),
+        "margin": assumed(verdict.margin, apart(unit), MARGIN if poc.metric_margin_source else ""),
+        "pairs": measured(verdict.pairs, "count"),
     }
 
 
@@ -100,4 +105,5 @@ def _reproducible(poc: Poc) -> Sentence:
         return Sentence(key="answer.reproducible.yes")
     if found.first_differing_step is None:
         return Sentence(key="answer.reproducible.no")
-    return Sentence(key="answer.reproducible.no_step", values={"step": str(found.first_differing_step)})
+    step = measured(found.first_differing_step, "count", POC)
+    return Sentence(key="answer.reproducible.no_step", values={"step": step})

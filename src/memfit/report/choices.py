@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from memfit.report.figures import Figure, Mark, Sentence, assumed, predicted
+from memfit.report.figures import Figure, Mark, Sentence, assumed, predicted, sourced
+from memfit.report.records import POC, prediction_anchor
 from memfit.report.rows import ChoiceRow, SearchView
 from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
 
@@ -11,17 +12,19 @@ def search_view(result: SearchResult) -> SearchView:
     best = result.recommended
 
     def row(choice: Choice) -> ChoiceRow:
-        return _choice(choice, recommended=best is not None and choice.estimate.plan == best.estimate.plan)
+        plan = choice.estimate.plan
+        made = _choice(choice, recommended=best is not None and plan == best.estimate.plan)
+        return sourced(made, prediction_anchor(plan))
 
     return SearchView(
         goal=result.goal,
-        considered=result.considered,
-        cap=assumed(result.cap_bytes, "bytes"),
+        considered=predicted(result.considered, "count", POC),
+        cap=assumed(result.cap_bytes, "bytes", POC),
         baseline=row(result.baseline),
         frontier=tuple(row(choice) for choice in result.frontier),
         recommended=row(best) if best else None,
         smallest=row(result.smallest),
-        sensitivity=tuple(map(_sensitivity, result.sensitivity)),
+        sensitivity=sourced(tuple(map(_sensitivity, result.sensitivity)), POC),
     )
 
 

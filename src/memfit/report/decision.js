@@ -72,7 +72,15 @@
     const digits = Math.abs(value) < 1 ? 2 : 3;
     return minus(value.toLocaleString("en-US", { maximumSignificantDigits: digits, minimumSignificantDigits: digits }));
   };
-  const percent = (value) => (value === null ? "\u2013" : `${short(value)} %`);
+  const many = (value) => {
+    const ratio = 1 - value / 100;
+    return ratio < 10 ? ratio.toPrecision(2) : Math.floor(ratio + 0.5).toLocaleString("en-US");
+  };
+  const percent = (value) => {
+    if (value === null) return "\u2013";
+    const text = `${short(value)} %`;
+    return value < told.least ? told.many.replace("{value}", text).replace("{times}", many(value)) : text;
+  };
 
   const still = (input) => Math.abs(Number(input.value) - told.sliders[input.name].start) <= Number(input.step) / 2;
 
@@ -124,11 +132,17 @@
     return name in terms && size(told.terms) ? (end * size(terms)) / size(told.terms) : end;
   }
 
-  function show(cell, text, value) {
+  // `way`: which way the figure is of; its mark links to that way's record
+  function show(cell, text, value, way = null) {
     if (!cell) return;
-    const span = cell.querySelector(".num");
-    if (span) span.firstChild.data = text;
+    const num = cell.querySelector(".num");
+    if (num) num.firstChild.data = text;
     else cell.textContent = text;
+    if (num && way !== null && num.hash.startsWith("#way-")) {
+      num.setAttribute("href", `#way-${way}`); // not as .hash, which would write the whole address
+      num.title = num.title.replace(/W\d+$/, `W${way}`);
+      num.querySelector(".tag").setAttribute("aria-label", num.title);
+    }
     cell.dataset.value = value;
   }
 
@@ -157,13 +171,13 @@
       for (const cell of row.querySelectorAll("[data-figure]")) {
         const name = cell.dataset.figure;
         const value = name === "saved" ? (reference && way.kind !== "nothing" ? saved(own, reference) : null) : own[name];
-        if (value !== null) show(cell, name === "saved" ? percent(value) : name === "machines" ? String(value) : cash(value), value);
+        if (value !== null) show(cell, name === "saved" ? percent(value) : name === "machines" ? String(value) : cash(value), value, index);
       }
       row.querySelectorAll(".purse i").forEach((bar, part) => {
         bar.style.width = `${widest ? (100 * own.parts[part]) / widest : 0}%`;
       });
     }
-    const live = (name, text, value) => document.querySelectorAll(`[data-live="${name}"]`).forEach((c) => show(c, text, value));
+    const live = (name, text, value) => document.querySelectorAll(`[data-live="${name}"]`).forEach((c) => show(c, text, value, best));
     if (best !== null) {
       live("best", told.labels[best], best);
       live("present", cash(sheets[best].present_cost), sheets[best].present_cost);

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from memfit.report.decision_answers import engine_fact, gains, gate_words, phrases, questions
 from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
-from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted
+from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted, sourced
 from memfit.report.pool import energy_saved
+from memfit.report.records import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
 from memfit.report.sliders import sliders
-from memfit.types.decision import Decision, Sheet, Stage, Term, Way
+from memfit.types.decision import Decision, Risk, Sheet, Stage, Term, Way
 from memfit.types.result import Interval, Poc
 
 Filled = Mapping[str, Figure | str | Sentence]
@@ -37,21 +39,15 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
         saved=_percent(made.saved_percent),
         saved_low=_percent(spread.low if spread else None),
         saved_high=_percent(spread.high if spread else None),
-        chance=predicted(made.chance_percent, "percent"),
+        chance=predicted(made.chance_percent, "percent", SAVING),
         payback=_payback(made),
         swings=tuple((s.name, _percent(s.low_percent), _percent(s.high_percent)) for s in made.swings),
-        risks=tuple(
-            RiskRow(
-                kind=r.kind, level=r.level, source=r.source, loss=cash(made, r.loss),
-                evidence=Sentence(key=r.evidence, values=_filled(r.values)),
-            )
-            for r in made.risks
-        ),
+        risks=tuple(map(partial(_risk, made), made.risks)),
         stages=tuple(_stage(made, stage) for stage in made.stages),
         gains=(),
         phrases=(),
         terms=tuple(_term(made, term) for term in made.told),
-        energy_saved=energy and (_energy_saved(*energy), energy[1]),
+        energy_saved=energy and (sourced(_energy_saved(*energy), POC), energy[1]),
         sliders=sliders(made),
     )  # fmt: skip
     return dataclasses.replace(
@@ -64,11 +60,21 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
 
 def _energy_saved(percent: float, boundary: str) -> Figure:
     """A boundary that says it is modelled is no meter."""
-    return predicted(percent, "percent") if "model" in boundary else measured(percent, "percent")
+    return predicted(percent, "saving") if "model" in boundary else measured(percent, "saving")
 
 
 def _percent(value: float | None) -> Figure:
-    return Figure(value=value, unit="percent", mark=Mark.PREDICTED)
+    return predicted(value, "saving", SAVING)
+
+
+def _risk(made: Decision, risk: Risk) -> RiskRow:
+    mark = Mark.PREDICTED if risk.kind == "supply" else Mark.MEASURED
+    evidence = Sentence(key=risk.evidence, values=_filled(risk.values, mark))
+    return RiskRow(
+        kind=risk.kind, level=risk.level, source=risk.source,
+        loss=cash(made, risk.loss, stage_anchor("pilot")),
+        evidence=sourced(evidence, verdict_anchor("recommended") if risk.source == "#verdicts" else POC),
+    )  # fmt: skip
 
 
 def _way(made: Decision, slot: str, index: int) -> WayRow:
@@ -77,7 +83,7 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
     nothing = way.kind == "nothing"
     saved = 100 * (1 - sheet.present_cost / reference) if reference and not nothing else None
     mark = Mark.PREDICTED if way.predicted else Mark.ASSUMED
-    return WayRow(
+    row = WayRow(
         slot=slot,
         index=index,
         name=way_name(way),
@@ -90,15 +96,16 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
         enough=sheet.enough,
         at_least=bool(way.unknown),
         hours=Figure(value=3600 * way.hours, unit="s", mark=mark),
-        machines=sheet.machines,
+        machines=predicted(sheet.machines, "count"),
         money={name: cash(made, getattr(sheet, name)) for name in MONEY},
-        saved=_percent(saved),
+        saved=predicted(saved, "saving"),
         kwh=_kwh(sheet),
-        energy_saved=_percent(None if way.plain else _energy_percent(way)),
+        energy_saved=predicted(None if way.plain else _energy_percent(way), "saving"),
         operation=predicted(sheet.operation_g, "g"),
         embodied=assumed(sheet.embodied_g, "g"),
         sci=assumed(sheet.sci_g, "g"),
     )
+    return sourced(row, way_anchor(index))
 
 
 def _energy_percent(way: Way) -> float | None:
@@ -115,24 +122,25 @@ def _kwh(sheet: Sheet) -> Figure:
 def _payback(made: Decision) -> Sentence | None:
     if not made.payback:
         return None
-    years = predicted(made.payback_years, "years")
+    years = predicted(made.payback_years, "years", SAVING)
     key = made.payback.replace(" ", "_")
     return Sentence(key=f"payback.{key}", values={"years": years})
 
 
-def _filled(values: Mapping[str, str | float | None]) -> Filled:
-    """Numbers of a PoC are counted, so measured; a share of the cap is a percentage."""
+def _filled(values: Mapping[str, str | float | None], mark: Mark) -> Filled:
+    """A share of the cap is a percentage; what is not named is a count."""
 
     def one(name: str, value: str | float | None) -> Figure | str | Sentence:
         if isinstance(value, str):
             return Sentence(key=value) if name == "verdict" else engine_fact(value)
-        return measured(value, "percent" if name == "spare" else "min" if name == "minutes" else "count")
+        unit = "percent" if name == "spare" else "min" if name == "minutes" else "count"
+        return Figure(value=value, unit=unit, mark=mark)
 
     return {name: one(name, value) for name, value in values.items()}
 
 
 def _stage(made: Decision, stage: Stage) -> StageRow:
-    return StageRow(
+    row = StageRow(
         stage=stage,
         gates=tuple((*gate_words(gate), gate[3]) for gate in stage.gates),
         name=None if not stage.machine else Sentence(key="way.at", values={"machine": stage.machine}),
@@ -141,6 +149,7 @@ def _stage(made: Decision, stage: Stage) -> StageRow:
         spent=cash(made, stage.spent),  # from energy that is a model's unless a meter was there
         to_spend=cash(made, stage.to_spend),
     )
+    return sourced(row, stage_anchor(stage.name))
 
 
 def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:
@@ -156,7 +165,8 @@ def _term(made: Decision, term: Term) -> TermRow:
         return Figure(value=value, unit="rate" if term.name == "per_usd" else unit, mark=Mark(term.mark))
 
     ranged = term.low is not None and term.high is not None and term.low < term.high
-    return TermRow(
+    row = TermRow(
         name=term.name, value=figure(term.value), low=figure(term.low), high=figure(term.high), ranged=ranged,
         source=term.source, date=term.date,
     )  # fmt: skip
+    return sourced(row, term_anchor(term.name))

@@ -10,7 +10,8 @@ from memfit import catalog
 from memfit.engines.registry import engine
 from memfit.report.answer import answer
 from memfit.report.decision_rows import DecisionView, WayRow, cash, way_name
-from memfit.report.figures import Figure, Sentence, assumed, predicted
+from memfit.report.figures import MANY, Figure, Sentence, assumed, measured, number_text, predicted
+from memfit.report.records import GATES, POC, SAVING, reach_anchor, term_anchor, way_anchor
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]
@@ -38,8 +39,7 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     does = [plain for plain, enough in kinds.items() if enough]
     key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
     hours = mine[0].hours
-    needed = Figure(value=mine[0].machines, unit="count", mark=hours.mark)
-    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan, "needed": needed}
+    values: Filled = {"machine": machine, "hours": hours, "plan": mine[0].plan, "needed": mine[0].machines}
     here = Sentence(key="decide.fits.here", values={"told": seen[0]})
     return (Sentence(key=f"decide.fits.{key}", values=values), here, *seen[1:])
 
@@ -51,7 +51,7 @@ def _money(view: DecisionView, job_size: str) -> tuple[Sentence, ...]:
     values: dict[str, Figure | str | Sentence] = {
         "way": best.name,
         "cost": best.money["present_cost"],
-        "years": assumed(view.made.terms.years, "count"),
+        "years": assumed(view.made.terms.years, "count", term_anchor("years")),
         "initial": best.money["initial"],
         "running": best.money["running_per_year"],
         "saved": view.saved,
@@ -97,11 +97,12 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     own = [r for r in grown if r.machine == machine] or grown
     for reach in own[:1]:
         unit = "parameters" if reach.quantity == "parameters" else "count"
+        source = reach_anchor(poc.reach.index(reach))
         told: Filled = {
             "machine": reach.machine,
             "what": Sentence(key=f"quantity.{reach.quantity}"),
-            "most": predicted(reach.recommended, unit),
-            "plain": predicted(reach.plain, unit),
+            "most": predicted(reach.recommended, unit, source),
+            "plain": predicted(reach.plain, unit, source),
         }
         key = "gain_reach" if reach.plain is not None else "gain_reach_new"
         yield Sentence(key=f"decide.money.{key}", values=told)
@@ -115,7 +116,7 @@ def _unknown(view: DecisionView, best: WayRow) -> Sentence:
         spare = made.sheets[reference.index].present_cost - made.sheets[best.index].present_cost
     if spare <= 0:
         return Sentence(key="decide.money.at_least")
-    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare)})
+    return Sentence(key="decide.money.at_least_up_to", values={"spare": cash(made, spare, SAVING)})
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
@@ -126,7 +127,8 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
         return []
     index = min(tight, key=lambda i: made.sheets[i].present_cost)
     share = 100 * (1 - made.sheets[index].present_cost / made.sheets[reference.index].present_cost)
-    values: Filled = {"way": way_name(made.ways[index]), "saved": predicted(share, "percent")}
+    saved = predicted(share, "saving", way_anchor(index))
+    values: Filled = {"way": way_name(made.ways[index]), "saved": saved}
     return [Sentence(key="decide.money.with_saving", values=values)]
 
 
@@ -138,7 +140,7 @@ def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
     if not told:
         return []
     other = min(told, key=lambda w: cost[w.index])
-    gap = cash(made, cost[other.index] - made.sheets[best.index].present_cost)
+    gap = cash(made, cost[other.index] - made.sheets[best.index].present_cost, way_anchor(other.index))
     return [Sentence(key="decide.money.rank", values={"other": other.name, "gap": gap})]
 
 
@@ -182,19 +184,50 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
     )
 
 
-def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | str, Sentence | str]:
+def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
     """A gate's name, what was found and what is asked for, in the reader's language."""
-    name, found, limit, _ = gate
-    return Sentence(key=f"gate.{name}"), _gate_value(found), _gate_value(limit)
+    name, found, limit, holds = gate
+    seen, asked = _gate_value(found, name), _gate_value(limit, name)
+    if isinstance(seen, Figure) and isinstance(asked, Sentence) and not holds:
+        most = asked.values.get("value")
+        if isinstance(most, Figure) and _same_text(seen, most):
+            seen = dataclasses.replace(seen, unit="rate")  # with the digits in which they differ
+    return Sentence(key=f"gate.{name}"), seen, asked
 
 
-def _gate_value(text: str) -> Sentence | str:
+def _same_text(one: Figure, other: Figure) -> bool:
+    pair = [number_text(f.value, f.unit) for f in (one, other) if f.value is not None]
+    return len(pair) == 2 and pair[0] == pair[1]
+
+
+_KINDS: Final = ("equivalent", "different", "undecided")
+
+
+def _gate_value(text: str, name: str) -> Sentence | Figure:
     if text in ("", "yes", "no"):
         return Sentence(key=f"gate_value.{text}" if text else "stages.not_measured")
-    if text in ("equivalent", "different", "undecided"):
-        return Sentence(key=f"verdict.{text}")
+    if text == "nothing":
+        return Sentence(key="gate_value.nothing")
+    kinds = text.split(" or ")
+    if all(kind in _KINDS for kind in kinds):
+        first, *rest = (Sentence(key=f"verdict.{kind}") for kind in kinds)
+        for kind in rest:
+            first = Sentence(key="gate_value.either", values={"one": first, "other": kind})
+        return first
     most = text.removeprefix("at most ")
-    return text if most == text else Sentence(key="gate_value.at_most", values={"value": most})
+    unit, scale = _GATE_UNITS.get(name, ("count", 1.0))
+    if most == text:
+        return measured(scale * float(text), unit, POC)
+    limit = assumed(scale * float(most), unit, GATES)
+    return Sentence(key="gate_value.at_most", values={"value": limit})
+
+
+_GATE_UNITS: Final[Mapping[str, tuple[str, float]]] = {
+    "memory: prediction error": ("percent", 100.0),
+    "time: step by plain's": ("ratio", 1.0),
+    "energy: run by plain's": ("ratio", 1.0),
+    "effort: attended minutes": ("min", 1.0),
+}
 
 
 # -- phrases for a meeting -------------------------------------------------------------------------------
@@ -216,9 +249,12 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     if best is not None and reference is not None and reference.index == best.index:
         yield Sentence(key="phrase.same", values={"way": best.name})
     elif best is not None and reference is not None and view.saved.value is not None:
-        change = dataclasses.replace(view.saved, value=abs(view.saved.value))
-        values: Filled = {"change": change, "way": best.name, "reference": reference.name}
-        yield Sentence(key=f"phrase.{'less' if view.saved.value >= 0 else 'more'}", values=values)
+        share = view.saved.value
+        change = dataclasses.replace(view.saved, value=abs(share), unit="percent")
+        times = dataclasses.replace(view.saved, value=1 - share / 100, unit="times")
+        values: Filled = {"change": change, "times": times, "way": best.name, "reference": reference.name}
+        key = "less" if share >= 0 else "more" if share >= MANY else "times"
+        yield Sentence(key=f"phrase.{key}", values=values)
     else:
         yield Sentence(key="phrase.no_cost")
     if len(view.stages) == 3 and view.stages[1].stage.machine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from memfit.report.figures import Figure, Mark, Sentence
+from memfit.report.figures import Figure, Sentence, predicted
 from memfit.types.decision import Decision, Stage, Way
 
 
@@ -25,7 +25,7 @@ class WayRow:
     enough: bool
     at_least: bool  # hours of people are missing in it
     hours: Figure
-    machines: int
+    machines: Figure
     money: Mapping[str, Figure]
     saved: Figure
     kwh: Figure
@@ -47,7 +47,7 @@ class RiskRow:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StageRow:
     stage: Stage
-    gates: tuple[tuple[Sentence, Sentence | str, Sentence | str, bool], ...]
+    gates: tuple[tuple[Sentence, Sentence | Figure, Sentence | Figure, bool], ...]
     name: Sentence | None
     memory: tuple[Figure, Figure]
     step: tuple[Figure, Figure]
@@ -88,9 +88,9 @@ class DecisionView:
     sliders: Mapping[str, Mapping[str, float]]
 
 
-def cash(made: Decision, value: float | None, mark: Mark = Mark.PREDICTED) -> Figure:
+def cash(made: Decision, value: float | None, source: str = "") -> Figure:
     """Money of the case, to its smallest coin."""
-    return Figure(value=value, unit=f"money {made.symbol} {made.decimals}", mark=mark)
+    return predicted(value, f"money {made.symbol} {made.decimals}", source)
 
 
 def way_name(way: Way) -> Sentence:

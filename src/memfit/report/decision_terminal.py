@@ -10,7 +10,7 @@ from rich.text import Text
 from memfit.report.decision import decision_view
 from memfit.report.decision_answers import gate_words
 from memfit.report.decision_rows import DecisionView, StageRow
-from memfit.report.figures import Figure, figure_text, sentence_text
+from memfit.report.figures import Figure, figure_text, sentence_text, value_text
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
 from memfit.types.decision import Decision
@@ -62,7 +62,7 @@ def print_gate_end(
 
 
 def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
-    return [part if isinstance(part, str) else sentence_text(part, words) for part in gate_words(gate)]
+    return [value_text(part, words) for part in gate_words(gate)]
 
 
 def print_stages(poc: Poc, made: Decision, *, only: Sequence[str], console: Console, lang: str) -> None:

@@ -6,10 +6,12 @@ import dataclasses
 import enum
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 from memfit.report.words import Words
 from memfit.types.units import format_bytes, format_seconds
+
+T = TypeVar("T")
 
 
 class Mark(enum.StrEnum):
@@ -22,13 +24,15 @@ class Mark(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, points, ``money SYMBOL DECIMALS``, or
-    the metric's own unit. ``value`` is None where nothing is known."""
+    """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, saving (in percent), times, points,
+    ``money SYMBOL DECIMALS``, or the metric's own unit. ``value`` is None where nothing is known. ``source``:
+    the anchor of the record that it is from; a page that lists its records shows no figure without one."""
 
     value: float | None
     unit: str
     mark: Mark
     signed: bool = False
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +43,31 @@ class Sentence:
     values: Mapping[str, Figure | str | Sentence] = dataclasses.field(default_factory=dict)
 
 
-def measured(value: float | None, unit: str) -> Figure:
-    return Figure(value=value, unit=unit, mark=Mark.MEASURED)
+def measured(value: float | None, unit: str, source: str = "") -> Figure:
+    return Figure(value=value, unit=unit, mark=Mark.MEASURED, source=source)
 
 
-def predicted(value: float | None, unit: str) -> Figure:
-    return Figure(value=value, unit=unit, mark=Mark.PREDICTED)
+def predicted(value: float | None, unit: str, source: str = "") -> Figure:
+    return Figure(value=value, unit=unit, mark=Mark.PREDICTED, source=source)
 
 
-def assumed(value: float | None, unit: str) -> Figure:
-    return Figure(value=value, unit=unit, mark=Mark.ASSUMED)
+def assumed(value: float | None, unit: str, source: str = "") -> Figure:
+    return Figure(value=value, unit=unit, mark=Mark.ASSUMED, source=source)
+
+
+def sourced(value: T, source: str) -> T:
+    """A row, a sentence or several, every figure in it from that record unless it names one of its own."""
+    found: Any = value
+    if isinstance(value, Figure):
+        found = value if value.source else dataclasses.replace(value, source=source)
+    elif isinstance(value, tuple):
+        found = tuple(sourced(one, source) for one in value)
+    elif isinstance(value, Mapping):
+        found = {key: sourced(one, source) for key, one in value.items()}
+    elif dataclasses.is_dataclass(value) and type(value).__module__.startswith("memfit.report."):
+        names = [f.name for f in dataclasses.fields(value)]
+        found = dataclasses.replace(value, **{n: sourced(getattr(value, n), source) for n in names})  # type: ignore[type-var]
+    return cast(T, found)
 
 
 _SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {
@@ -61,7 +80,9 @@ _SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {
 _WHOLE: Final = ("years", "hours", "steps", "runs")  # without decimals where there are none
 # these are words of a language: figure_text adds them
 _WORDED: Final = ("ratio", "points", "years", "hours", "steps", "runs", "factor")
-_SUFFIXES: Final = {"": "", "percent": " %", "percentage points": " %"} | dict.fromkeys(_WORDED, "")
+MANY: Final = -200.0  # % saved: a loss beyond it is told as a multiple, too
+_PERCENT: Final = dict.fromkeys(("percent", "saving", "percentage points"), " %")
+_SUFFIXES: Final = {"": ""} | _PERCENT | dict.fromkeys(_WORDED, "")
 
 
 def apart(unit: str) -> str:
@@ -101,19 +122,28 @@ def figure_text(figure: Figure, words: Words) -> str:
     """The figure as text; an unknown one says in words that it is not known."""
     if figure.value is None or not math.isfinite(figure.value):
         return words.get(f"missing.{figure.mark}")
+    if figure.unit == "times":
+        return _times(figure.value)
     sign = "+" if figure.signed and figure.value > 0 else ""
     text = (sign + number_text(figure.value, figure.unit)).replace("-", "\u2212")
+    if figure.unit == "saving" and figure.value < MANY:
+        return words.get("unit.many", value=text, times=_times(1 - figure.value / 100))
     return words.get(f"unit.{figure.unit}", value=text) if figure.unit in _WORDED else text
 
 
+def _times(ratio: float) -> str:
+    """How many times as much, in words' accuracy: ``3.4``, ``31``."""
+    return _plain(ratio, 2) if ratio < 10 else f"{math.floor(ratio + 0.5):,}"
+
+
 def sentence_text(sentence: Sentence, words: Words) -> str:
-    return words.get(sentence.key, **{k: _value_text(v, words) for k, v in sentence.values.items()})
+    return words.get(sentence.key, **{k: value_text(v, words) for k, v in sentence.values.items()})
 
 
-def _value_text(value: Figure | str | Sentence, words: Words) -> str:
+def value_text(value: Figure | str | Sentence, words: Words) -> str:
     if isinstance(value, Figure):
         return figure_text(value, words)
-    return value if isinstance(value, str) else sentence_text(value, words)
+    return words.of(value) if isinstance(value, str) else sentence_text(value, words)
 
 
 def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:

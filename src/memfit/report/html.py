@@ -15,8 +15,18 @@ from memfit.report import charts, drawing
 from memfit.report.case import CLASSES
 from memfit.report.decision import MONEY, decision_view
 from memfit.report.decision_rows import DecisionView, way_name
-from memfit.report.figures import Figure, Sentence, assumed, figure_text, measured, predicted, sentence_text
+from memfit.report.figures import (
+    MANY,
+    Figure,
+    Sentence,
+    assumed,
+    figure_text,
+    measured,
+    predicted,
+    sentence_text,
+)
 from memfit.report.files import write_whole
+from memfit.report.records import CASE, POC, SAVING, Record, report_records, term_anchor
 from memfit.report.rows import PocView
 from memfit.report.sliders import played
 from memfit.report.view import poc_view
@@ -45,10 +55,17 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
     words = load_words(lang)
     view = poc_view(poc)
     shown = decision_view(poc, decision) if decision is not None else None
+    records = report_records(poc, decision, view.case.created if view.case else "")
     return render(
-        "template.html.j2", words, view=view, poc=poc, decision=shown, **_drawings(view, words),
-        **_script(shown, words),
+        "template.html.j2", words, labels=_labels(records, decision, words), view=view, poc=poc,
+        decision=shown, records=records, **_drawings(view, words), **_script(shown, words),
     )  # fmt: skip
+
+
+def _labels(records: Sequence[Record], decision: Decision | None, words: Words) -> Mapping[str, str]:
+    """How figures call what they link to, by anchor."""
+    terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.told} if decision else {}
+    return {r.anchor: r.label for r in records} | terms
 
 
 def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
@@ -67,7 +84,8 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
     labels = [sentence_text(way_name(way), words) for way in shown.made.ways]
     plain = words.get("way.plain")
     plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in shown.made.ways]
-    text = json.dumps({**told, "labels": labels, "plans": plans}, ensure_ascii=False)
+    more = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
+    text = json.dumps({**told, **more}, ensure_ascii=False)
     text = text.translate(_TURNING)
     for bad in "<>&\u2028\u2029":  # nothing in it can end the element or begin another
         text = text.replace(bad, f"\\u{ord(bad):04x}")
@@ -93,8 +111,9 @@ def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Fig
     return css
 
 
-def render(template: str, words: Words, **values: Any) -> str:
-    """One of this room's templates with the helpers that all of them may call."""
+def render(template: str, words: Words, *, labels: Mapping[str, str] | None = None, **values: Any) -> str:
+    """One of this room's templates with the helpers that all of them may call. `labels`: the page's records
+    by anchor; with them, a figure from none of these raises ValueError."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -105,42 +124,70 @@ def render(template: str, words: Words, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_shown_whole,
     )
-    return environment.get_template(template).render(words=words, **_helpers(words), **values)
+    return environment.get_template(template).render(words=words, **helpers(words, labels), **values)
 
 
 def _shown_whole(value: Any) -> Any:
-    """Characters that turn the reading direction of what follows are shown as unknown ones."""
+    """Characters that turn the reading direction of what follows are shown as unknown ones. A bare number is
+    refused: it would stand there without its mark."""
+    _no_bare_number(value)
     return value.translate(_TURNING) if isinstance(value, str) else value
+
+
+def _no_bare_number(value: object) -> None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise TypeError(f"{value!r} is shown without a mark: make it a Figure, or text if it is a name")
 
 
 def _asset(name: str) -> str:
     return resources.files("memfit.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _helpers(words: Words) -> Mapping[str, Any]:
-    """What the template may call: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence."""
-    from markupsafe import Markup, escape
+def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure], Markup]:
+    """A figure with its mark and, on a page with records, a link to the one that it is from."""
+    from markupsafe import Markup
 
     def num(figure: Figure) -> Markup:
         text = figure_text(figure, words)
         if figure.value is None:
             return Markup('<span class="missing">{}</span>').format(text)
         mark = words.get(f"mark.{figure.mark}")
+        if labels is None:
+            return Markup(
+                '<span class="num {0}">{1}<i class="tag" role="img" aria-label="{2}" title="{2}"></i></span>'
+            ).format(figure.mark, text, mark)
+        if figure.source not in labels:
+            raise ValueError(f"{text} ({mark}) is from no record of this page: {figure.source!r}")
+        told = words.get("mark_of", mark=mark, record=labels[figure.source])
         return Markup(
-            '<span class="num {0}">{1}<i class="tag" role="img" aria-label="{2}" title="{2}"></i></span>'
-        ).format(figure.mark, text, mark)
+            '<a class="num {0}" href="#{1}" title="{3}">{2}'
+            '<i class="tag" role="img" aria-label="{3}"></i></a>'
+        ).format(figure.mark, figure.source, text, told)
+
+    return num
+
+
+def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]:
+    """What the template may call: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence."""
+    from markupsafe import Markup, escape
+
+    num = _marked(words, labels)
 
     def t(key: str, **values: object) -> Markup:
         shown = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
         return Markup(escape(words.texts[key])).format(**shown)
 
     def named(key: str, value: object) -> object:
-        plan = key in ("plan", "technique")
-        return Markup('<span class="plan">{}</span>').format(value) if plan else value
+        _no_bare_number(value)
+        if key in ("plan", "technique"):
+            return Markup('<span class="plan">{}</span>').format(value)
+        return words.of(value) if type(value) is str else value
 
-    def say(sentence: Sentence | str) -> Markup:
+    def say(sentence: Sentence | Figure | str) -> Markup:
         if isinstance(sentence, str):
-            return escape(sentence)
+            return escape(words.of(sentence))
+        if isinstance(sentence, Figure):
+            return num(sentence)
         return t(sentence.key, **{k: _shown(v) for k, v in sentence.values.items()})
 
     def _shown(value: object) -> object:
@@ -162,6 +209,11 @@ def _helpers(words: Words) -> Mapping[str, Any]:
         "assumed": assumed,
         "counted": measured,
         "guessed": predicted,
+        "of_poc": POC,
+        "of_case": CASE,
+        "of_saving": SAVING,
+        "of_term": term_anchor,
+        "labels": labels or {},
         "case_classes": CLASSES,
     }
 

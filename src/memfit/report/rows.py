@@ -60,7 +60,7 @@ class ResourceRow:
 
     role: str
     plan: str
-    steps: int
+    steps: Figure
     time: Figure
     energy: Figure
     boundary: str
@@ -114,7 +114,7 @@ class VerdictRow:
     low: Figure
     high: Figure
     margin: Figure
-    pairs: int
+    pairs: Figure
     power: Figure
     in_margins: tuple[float, float, float] | None  # low, difference, high
 
@@ -170,7 +170,7 @@ class ReachRow:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchView:
     goal: str
-    considered: int
+    considered: Figure
     cap: Figure
     baseline: ChoiceRow
     frontier: tuple[ChoiceRow, ...]

@@ -54,7 +54,8 @@ def print_search(
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
     goal = words.name("goal", view.goal)
-    title = words.get("terminal.search", goal=goal, cap=cap, considered=view.considered)
+    priced = _text(view.considered, words)
+    title = words.get("terminal.search", goal=goal, cap=cap, considered=priced)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
     if correction is not None and correction.corrected_by:
@@ -175,7 +176,7 @@ def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) 
 def _verdict_line(row: VerdictRow, words: Words) -> str:
     names = ("difference", "low", "high", "margin", "power")
     figures = {name: _text(getattr(row, name), words) for name in names}
-    return words.get("text.verdict_line", metric=row.metric, pairs=row.pairs, **figures)
+    return words.get("text.verdict_line", metric=row.metric, pairs=_text(row.pairs, words), **figures)
 
 
 def _effort(effort: Effort, words: Words) -> str:

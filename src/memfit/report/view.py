@@ -14,8 +14,19 @@ from typing import Final
 from memfit.report.answer import answer
 from memfit.report.case import case_view
 from memfit.report.choices import search_view
-from memfit.report.figures import Figure, Mark, apart, assumed, measured, predicted
+from memfit.report.figures import Figure, Mark, apart, assumed, measured, predicted, sourced
 from memfit.report.pool import by_plan, median_step_s, ok_runs, peak_bytes, step_s
+from memfit.report.records import (
+    CASE,
+    MARGIN,
+    POC,
+    group_anchor,
+    interaction_anchor,
+    paper_anchor,
+    reach_anchor,
+    run_anchor,
+    verdict_anchor,
+)
 from memfit.report.rows import (
     EstimateView,
     InteractionTable,
@@ -52,21 +63,31 @@ def poc_view(poc: Poc) -> PocView:
     return PocView(
         poc=poc,
         answer=answer(poc),
-        cap=assumed(poc.cap_bytes, "bytes"),
-        runs=tuple(_run_row(run, poc.metric_unit) for run in poc.runs),
-        phases=tuple(rows for runs in groups if (rows := _phase_rows(runs))),
+        cap=assumed(poc.cap_bytes, "bytes", POC),
+        runs=tuple(sourced(_run_row(r, poc.metric_unit), run_anchor(i)) for i, r in enumerate(poc.runs)),
+        phases=tuple(sourced(rows, _group(runs)) for runs in groups if (rows := _phase_rows(runs))),
         timelines=_timelines(poc),
         ladder=_ladder(groups),
         search=search_view(poc.search),
-        interactions=tuple(_interaction(i, poc.metric_unit) for i in poc.interactions),
+        interactions=tuple(
+            sourced(_interaction(table, poc.metric_unit), interaction_anchor(i))
+            for i, table in enumerate(poc.interactions)
+        ),
         losses=_losses(poc.runs),
-        naive=assumed(poc.metric_naive, poc.metric_unit),
-        verdicts=tuple(_verdict(n.name, n.plan.label, n.verdict, poc.metric_unit) for n in poc.verdicts),
-        resources=tuple(_resources(runs, _estimates(poc.search)) for runs in groups),
-        paper=tuple(_paper(row) for row in poc.paper),
-        reach=tuple(_reach(row) for row in poc.reach),
-        case=case_view(poc.job_name),
+        naive=assumed(poc.metric_naive, poc.metric_unit, POC),
+        verdicts=tuple(
+            sourced(_verdict(n.name, n.plan.label, n.verdict, poc), verdict_anchor(n.name))
+            for n in poc.verdicts
+        ),
+        resources=tuple(sourced(_resources(runs, _estimates(poc.search)), _group(runs)) for runs in groups),
+        paper=tuple(sourced(_paper(row), paper_anchor(i)) for i, row in enumerate(poc.paper)),
+        reach=tuple(sourced(_reach(row), reach_anchor(i)) for i, row in enumerate(poc.reach)),
+        case=sourced(case_view(poc.job_name), CASE),
     )
+
+
+def _group(runs: Sequence[Run]) -> str:
+    return group_anchor(runs[0].spec.role, runs[0].spec.plan)
 
 
 def estimate_view(estimate: Estimate) -> EstimateView:
@@ -163,7 +184,7 @@ def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
 
 def _ladder(groups: Sequence[Sequence[Run]]) -> tuple[Rung, ...]:
     base = next((peak_bytes(g) for g in groups if g[0].spec.role == "baseline"), None)
-    return tuple(_rung(group, base) for group in groups)
+    return tuple(sourced(_rung(group, base), _group(group)) for group in groups)
 
 
 def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
@@ -212,7 +233,8 @@ def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
     return tuple(curves.values())
 
 
-def _verdict(name: str, plan: str, verdict: Verdict, unit: str) -> VerdictRow:
+def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
+    unit = poc.metric_unit
     bounds = (verdict.low, verdict.difference, verdict.high)
     margin = verdict.margin
     scaled = [b / margin for b in bounds if b is not None and margin]
@@ -230,8 +252,8 @@ def _verdict(name: str, plan: str, verdict: Verdict, unit: str) -> VerdictRow:
         difference=difference,
         low=low,
         high=high,
-        margin=assumed(margin, apart(unit)),
-        pairs=verdict.pairs,
+        margin=assumed(margin, apart(unit), MARGIN if poc.metric_margin_source else ""),
+        pairs=measured(verdict.pairs, "count"),
         power=predicted(None if verdict.power is None else 100 * verdict.power, "percent"),
         in_margins=(scaled[0], scaled[1], scaled[2]) if len(scaled) == 3 else None,
     )
@@ -272,7 +294,7 @@ def _resources(runs: Sequence[Run], estimates: Mapping[str, Estimate]) -> Resour
     return ResourceRow(
         role=first.spec.role,
         plan=first.spec.plan.label,
-        steps=steps,
+        steps=assumed(steps, "count", POC),
         time=time,
         energy=energy,
         boundary=boundary,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -15,10 +17,12 @@ LANGUAGES: Final = ("en", "ja")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``."""
+    """``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``told`` maps texts
+    that other rooms write, in English, to this language; empty for English itself."""
 
     lang: str
     texts: Mapping[str, str]
+    told: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def get(self, key: str, **placeholders: object) -> str:
         """The text of `key`, filled. Raises KeyError for a key or placeholder that is not there."""
@@ -27,6 +31,15 @@ class Words:
     def name(self, group: str, value: str) -> str:
         """The word for a name that other rooms made (a phase, a category), or the name itself."""
         return self.texts.get(f"{group}.{value}", value.replace("_", " "))
+
+    def of(self, text: str) -> str:
+        """A text of another room in this language, or as it is: a name, a citation, somebody's own words."""
+        if text in self.told:
+            return self.told[text]
+        for pattern, template in _patterns(self.lang):
+            if found := pattern.fullmatch(text):
+                return template.format(**{k: self.told.get(v, v) for k, v in found.groupdict().items()})
+        return text
 
     def all(self, group: str) -> tuple[str, ...]:
         """Every text under a group, in the catalog's order."""
@@ -41,7 +54,26 @@ def load_words(lang: str) -> Words:
     for file in (f"{lang}.toml", f"{lang}_decision.toml"):
         text = resources.files("memfit.report").joinpath("words", file).read_text(encoding="utf-8")
         texts |= dict(_flatten(tomllib.loads(text)))
-    return Words(lang=lang, texts=texts)
+    return Words(lang=lang, texts=texts, told=_told(lang))
+
+
+@functools.cache
+def _told(lang: str) -> Mapping[str, str]:
+    file = resources.files("memfit.report").joinpath("words", f"{lang}_told.toml")
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+@functools.cache
+def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
+    """Those of the told texts in which something changes, the longest first."""
+    changing = sorted((text for text in _told(lang) if "{" in text), key=len, reverse=True)
+    return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in changing)
+
+
+def _pattern(text: str) -> str:
+    parts = re.split(r"\{(\w+)\}", text)
+    named = (f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    return "".join(named)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -34,6 +34,8 @@ def faults(record: Shared) -> Iterator[str]:
             yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
         if side.under_cap == "ok" and peak is not None and peak > record.cap_bytes:
             yield f"{name}.under_cap is ok with a peak of {peak} B above the cap of {record.cap_bytes} B"
+    if record.step_time_ratio is not None and None in (record.baseline.step_s, record.recommended.step_s):
+        yield "step_time_ratio is given, and step_s of a plan is not"
     if record.verdict is not None:
         yield from _of_verdict(record, record.verdict, same=plans[0] == plans[1])
 

@@ -30,6 +30,8 @@ def of_poc(poc: Poc) -> Shared:
     judged = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     seen = dict(poc.environment)
     told = {name: getattr(poc, name) for name in _AS_IT_IS}
+    plain, chosen = (_side(poc.runs, c.estimate.plan) for c in (poc.search.baseline, recommended))
+    timed = None not in (plain["step_s"], chosen["step_s"])  # else of a run that did not finish
     return checked(
         told
         | {
@@ -43,8 +45,9 @@ def of_poc(poc: Poc) -> Shared:
             },
             "hardware": {"machine": poc.machine} | {n: seen.pop(n) for n in _OF_HARDWARE if n in seen},
             "software": seen,
-            "baseline": _side(poc.runs, poc.search.baseline.estimate.plan),
-            "recommended": _side(poc.runs, recommended.estimate.plan),
+            "baseline": plain,
+            "recommended": chosen,
+            "step_time_ratio": poc.step_time_ratio if timed else None,
             "verdict": judged and _judgement(judged),
             "reproducible": poc.reproducibility.reproducible,
             "effort": dataclasses.asdict(poc.effort),

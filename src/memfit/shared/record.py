@@ -117,7 +117,8 @@ class Trouble(Part):
 
 
 class Shared(Part):
-    """One proof of concept."""
+    """One proof of concept. ``step_time_ratio``: the recommended plan's step by plain training's, median of
+    the pairs that ran one after the other; absent from records older than it."""
 
     format: Literal["memfit-record"]
     version: Literal[1]
@@ -136,6 +137,7 @@ class Shared(Part):
     metric_naive: Finite | None
     baseline: Side
     recommended: Side
+    step_time_ratio: Positive | None = None
     verdict: Judgement | None
     reproducible: bool | None
     effort: Trouble
@@ -156,8 +158,10 @@ def schema() -> Mapping[str, Any]:
 
 def text(record: Shared) -> str:
     """The one way to write it: equal records are equal bytes."""
-    plain = record.model_dump(mode="json")
-    return escaped(json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
+    told = record.model_dump(mode="json")
+    if told["step_time_ratio"] is None:
+        del told["step_time_ratio"]  # a record from before it was written stays as it was
+    return escaped(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
 def parsed(raw: str, *, what: str) -> Shared:
