@@ -7,27 +7,36 @@ measured does not pass a gate that asks for it. Loosening a limit never fails a 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
+from memfit import wire
 from memfit.shared import Shared, Side
 from memfit.types.errors import UserError
 
 _Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-Limit = Annotated[_Number | None, pydantic.BeforeValidator(lambda v: None if v is False else v)]
 Kind = Literal["equivalent", "undecided", "different"]
 
 
+def _asked(given: Any) -> Any:
+    """TOML knows no null."""
+    return None if given is False else given
+
+
+Limit = Annotated[_Number | None, pydantic.BeforeValidator(_asked)]
+Kinds = Annotated[Sequence[Kind], pydantic.Field(min_length=1)]
+
+
 class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Memory(_Strict):
-    """``prediction_error``: the largest of |predicted / measured - 1|; ``under_cap``: the recommended plan
-    was trained under the cap."""
+    """``prediction_error``: the largest of |predicted / measured - 1|, of the recommended plan, and of plain
+    training where that could be run; ``under_cap``: the recommended plan was trained under the cap."""
 
     prediction_error: Limit = 0.02
     under_cap: bool = True
@@ -40,7 +49,7 @@ class Time(_Strict):
 
 
 class Accuracy(_Strict):
-    verdicts: tuple[Kind, ...] = ("equivalent",)
+    verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_asked)] = ("equivalent",)
 
 
 class Reproducibility(_Strict):
@@ -105,10 +114,11 @@ def parsed(text: str, path: str) -> Gates:
     try:
         return Gates.model_validate(given)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        if error.errors()[0]["type"] != "extra_forbidden":
+            raise wire.fault(error, path) from error
+        place = ".".join(map(str, error.errors()[0]["loc"]))
         allowed = ", ".join(f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part)
-        raise UserError(f"{path} is wrong at {place}: {first['msg']}", allowed=allowed) from error
+        raise UserError(f"{path} has an unknown key: {place}", allowed=allowed) from error
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
@@ -117,7 +127,7 @@ def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
     effort = record.effort
     found = [
         _most("memory: prediction error", _error(plain, chosen), gates.memory.prediction_error),
-        _must("memory: trained under the cap", chosen.under_cap == "ok", gates.memory.under_cap),
+        _must("memory: trained under the cap", _capped(chosen), gates.memory.under_cap),
         _most("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
         _verdict(record, gates.accuracy.verdicts),
         _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
@@ -140,20 +150,26 @@ def _must(name: str, found: bool | None, asked: bool) -> Gate | None:
     return Gate(name=name, found=found, limit="yes", holds=found is True) if asked else None
 
 
-def _verdict(record: Shared, allowed: tuple[Kind, ...]) -> Gate:
+def _verdict(record: Shared, allowed: Sequence[Kind] | None) -> Gate | None:
+    if allowed is None:
+        return None
     kind = record.verdict.kind if record.verdict is not None else None
-    limit = " or ".join(allowed) or "nothing"
-    return Gate(name="accuracy: verdict", found=kind, limit=limit, holds=kind in allowed)
+    return Gate(name="accuracy: verdict", found=kind, limit=" or ".join(allowed), holds=kind in allowed)
 
 
-def _error(*sides: Side) -> float | None:
-    return max(_errors(*sides), default=None)
+def _capped(side: Side) -> bool | None:
+    return side.under_cap == "ok" if side.under_cap else None
 
 
-def _errors(*sides: Side) -> Iterator[float]:
-    for side in sides:
-        if side.predicted_peak_bytes is not None and side.measured_peak_bytes:
-            yield abs(side.predicted_peak_bytes / side.measured_peak_bytes - 1)
+def _error(plain: Side, chosen: Side) -> float | None:
+    """None where the recommended plan's is not known, or plain training's though it was run."""
+    sides = [chosen, *([plain] if plain.measured_peak_bytes else [])]
+    errors = [
+        abs(side.predicted_peak_bytes / side.measured_peak_bytes - 1)
+        for side in sides
+        if side.predicted_peak_bytes is not None and side.measured_peak_bytes
+    ]
+    return max(errors) if len(errors) == len(sides) else None
 
 
 def _step_ratio(record: Shared) -> float | None:

@@ -38,6 +38,7 @@ from memfit.running import anatomy, explain, run_plan, run_spec
 from memfit.search.choose import Objective
 from memfit.store.database import Store
 from memfit.store.environment import fingerprint
+from memfit.store.pocs import attended, stored_poc, wanted_poc
 from memfit.techniques.registry import effect_of, plain, without
 from memfit.types.decision import Decision
 from memfit.types.errors import UserError
@@ -59,8 +60,8 @@ from memfit.types.result import (
 from memfit.verify import reproducibility, verdict
 
 __all__ = [
-    "Objective", "Planning", "Progress", "Request", "anatomy", "explain", "poc", "report", "run_plan",
-    "search",
+    "Objective", "Planning", "Progress", "Request", "anatomy", "attended", "explain", "poc", "report",
+    "run_plan", "search", "stored_poc",
 ]  # fmt: skip
 
 # Records beside a PoC's own: the user's figures, predictions made later, machines of stages, limits.
@@ -115,9 +116,7 @@ def report(
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
     """A stored PoC, the latest by default, and the decision from it: with the user's figures in the file
     `case`, which is kept; without one, with those that were kept last."""
-    wanted = poc_id or store.latest_poc_id()
-    if wanted is None:
-        raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
+    wanted = wanted_poc(store, poc_id)
     found = stored_poc(store, wanted)
     kept = store.records(wanted, CASE)
     if case is not None:
@@ -143,23 +142,10 @@ def offers_of(store: Store, poc_id: str) -> list[Offer]:
     return [wire.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)]
 
 
-def stored_poc(store: Store, poc_id: str) -> Poc:
-    """The finished PoC, or the beginning of an unfinished one with the runs it got."""
-    if finished := store.records(poc_id, "poc"):
-        return wire.loads(Poc, finished[-1].body, what=f"record {finished[-1].record_id}")
-    started = store.records(poc_id, "begin")
-    if not started:
-        raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")
-    runs = tuple(wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, "run"))
-    return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
-
-
 def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
     """`request` with step times corrected by the runs of a PoC of the same job on this machine, the last one
     by default. Raises UserError for another job, machine or torch, and where no run ended well."""
-    wanted = poc_id or store.latest_poc_id()
-    if wanted is None:
-        raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
+    wanted = wanted_poc(store, poc_id)
     found, now = stored_poc(store, wanted), fingerprint()
     job = found.runs[0].spec.job.spec if found.runs else found.job_name
     if not request.is_here or job != request.job.spec:

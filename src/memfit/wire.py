@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    import pydantic
 
 T = TypeVar("T")
 
@@ -52,6 +56,29 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
     try:
         return pydantic.TypeAdapter(kind).validate_json(text)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"]) or "the whole text"
-        raise UserError(f"{what} is broken at {place}: {first['msg']}") from error
+        raise fault(error, what) from error
+
+
+_SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
+_OBJECT = re.compile(r"a valid dictionary( or (?:an )?instance of \w+)?")  # as JSON calls it
+_LONGEST = 80
+
+
+def fault(error: pydantic.ValidationError, what: str) -> UserError:
+    """The first fault in one line: its place, what was given, what is allowed."""
+    first, *rest = error.errors(include_url=False, include_context=False)
+    branches = [e for e in rest if first["loc"] and e["loc"][:-1] == first["loc"][:-1]]
+    branches = [e for e in branches if e["input"] is first["input"]]  # of a value that may be one of several
+    path = first["loc"][:-1] if branches else first["loc"]
+    place = ".".join(map(str, path)) or ("the whole text" if first["type"] == "json_invalid" else "")
+    broken = f"{what} is broken at {_short(place)}" if place else f"{what} is broken"
+    told = (_SHOULD.fullmatch(_OBJECT.sub("an object", e["msg"])) for e in (first, *branches))
+    allowed = [m[1] for m in told if m]
+    allowed = allowed or (["a list"] if first["type"] == "sequence_str" else [])
+    if not allowed:
+        return UserError(f"{broken}: {_short(first['msg'].removeprefix('Value error, '), 6 * _LONGEST)}")
+    return UserError(f"{broken}: it is {_short(ascii(first['input']))}", allowed=" or ".join(allowed))
+
+
+def _short(text: str, longest: int = _LONGEST) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -20,6 +20,8 @@ from memfit.store import Store
 from memfit.types.errors import UserError
 
 RECORD = shared.of_poc(full_poc())
+UNDECIDED = {"kind": "undecided"} | dict.fromkeys(("margin", "difference", "low", "high"))
+NO_PEAKS = dict.fromkeys(("predicted_peak_bytes", "measured_peak_bytes"))
 
 
 def changed(**sides: Any) -> shared.Shared:
@@ -41,16 +43,24 @@ def test_a_good_poc_passes() -> None:
     ("record", "name"),
     [
         (changed(recommended={"under_cap": "oom"}), "memory: trained under the cap"),
+        (changed(recommended={"under_cap": ""}), "memory: trained under the cap"),
         (changed(recommended={"predicted_peak_bytes": 1}), "memory: prediction error"),
+        (changed(recommended=NO_PEAKS), "memory: prediction error"),
+        (changed(recommended={"measured_peak_bytes": None}), "memory: prediction error"),
+        (changed(baseline={"predicted_peak_bytes": None}), "memory: prediction error"),
         (changed(step_time_ratio=2.01), "time: step by plain's"),
         (changed(step_time_ratio=None, recommended={"step_s": 99.0}), "time: step by plain's"),
         (changed(step_time_ratio=None, recommended={"step_s": None}), "time: step by plain's"),
-        (changed(verdict={"kind": "undecided"}), "accuracy: verdict"),
+        (changed(verdict=UNDECIDED), "accuracy: verdict"),
         (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
     ],
 )
 def test_each_gate_can_fail(record: shared.Shared, name: str) -> None:
     assert failing(record) == {name}
+
+
+def test_plain_training_that_cannot_be_run_does_not_close_the_gate() -> None:
+    assert failing(changed(baseline=NO_PEAKS)) == set()
 
 
 def test_the_gate_s_step_ratio_is_the_one_of_the_report() -> None:
@@ -98,10 +108,13 @@ def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
 def test_asking_for_nothing_passes_anything() -> None:
     nothing = gates.Gates(
         memory=gates.Memory(prediction_error=None, under_cap=False), time=gates.Time(step_ratio=None),
-        accuracy=gates.Accuracy(verdicts=("equivalent", "undecided", "different")),
+        accuracy=gates.Accuracy(verdicts=None),
         reproducibility=gates.Reproducibility(same_again=False), effort=gates.Effort(failed_attempts=None),
     )  # fmt: skip
-    assert failing(changed(recommended={"under_cap": "oom", "step_s": None}), nothing) == set()
+    record = changed(
+        step_time_ratio=None, recommended={"under_cap": "oom", "step_s": None}, verdict=UNDECIDED
+    )
+    assert failing(record, nothing) == set()
 
 
 def stored(folder: Path) -> str:
@@ -125,17 +138,61 @@ def test_the_command_ends_with_its_reason(tmp_path: Path, capsys: pytest.Capture
     assert "Stopped before the next stage: time: step by plain's is" in capsys.readouterr().out
 
 
+def test_minutes_that_people_told_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, limits = stored(tmp_path), tmp_path / "gates.toml"
+    limits.write_text("[effort]\nattended_minutes = 60\n")
+    asked = ["scale", "--store", store, "--gates", str(limits)]
+    assert main(asked) == 1
+    told = capsys.readouterr().out
+    assert "attended minutes is not measured" in told
+    assert "--attended-minutes MIN" in told
+    assert main([*asked, "--attended-minutes", "90"]) == 1
+    assert "attended minutes is 90" in capsys.readouterr().out
+    assert main([*asked, "--attended-minutes", "45"]) == 0
+    assert main(asked) == 0, "they are kept"
+    for wrong in ("-1", "nan", "inf"):
+        assert main([*asked, "--attended-minutes", wrong]) == 2
+    capsys.readouterr()
+    assert main(["record", "--store", store]) == 0
+    assert json.loads(capsys.readouterr().out)["effort"]["attended_minutes"] == 45
+    assert main(["decide", "--store", store, "--json", "--attended-minutes", "30"]) == 0
+    numbers = json.loads(capsys.readouterr().out)["decision"]["told"]
+    assert [n["value"] for n in numbers if n["name"] == "setup_hours"] == [0.5]
+
+
 def test_limits_are_read_strictly(tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     for text, place in (("[time]\nratio = 1", "time.ratio"), ("[memory]\nprediction_error = -1", "memory")):
         path.write_text(text)
         with pytest.raises(UserError, match=place):
             gates.read(path)
-    path.write_text("[time]\nstep_ratio = false\n[effort]\nattended_minutes = 30\n")
-    assert (gates.read(path).time.step_ratio, gates.read(path).effort.attended_minutes) == (None, 30)
+    path.write_text(
+        "[time]\nstep_ratio = false\n[effort]\nattended_minutes = 30\n[accuracy]\nverdicts = false\n"
+    )
+    found = gates.read(path)
+    assert (found.time.step_ratio, found.effort.attended_minutes) == (None, 30)
+    assert found.accuracy.verdicts is None
     path.write_text("[time")
     with pytest.raises(UserError, match="cannot read"):
         gates.read(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[time]\nstep_ratio = true", "[time]\nstep_ratio = '2'", "[time]\nstep_ratio = nan",
+        "[effort]\nfailed_attempts = [1]", "[memory]\nunder_cap = 1", "[memory]\nunder_cap = 'yes'",
+        "[accuracy]\nverdicts = true", "[accuracy]\nverdicts = []", "[accuracy]\nverdicts = 'equivalent'",
+        "[accuracy]\nverdicts = ['fine']", "time = 3",
+    ],
+)  # fmt: skip
+def test_a_limit_of_another_type_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "gates.toml"
+    path.write_text(text)
+    place = ".".join(w for w in text.replace("[", "").replace("]", " ").split()[:2] if w != "=")
+    with pytest.raises(UserError, match=place) as told:
+        gates.read(path)
+    assert told.value.allowed
 
 
 def test_an_unknown_machine_is_told_before_anything(

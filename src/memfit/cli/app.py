@@ -34,6 +34,7 @@ from memfit.cli import (
 from memfit.cli.options import grouped
 from memfit.cli.output import emit, one_of
 from memfit.types.errors import MemfitError
+from memfit.types.text import one_line
 
 INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
 # typer carries its own copy of click in newer releases; this is the UsageError of whichever it uses.
@@ -116,7 +117,7 @@ def _usage(error: BaseException) -> str:
 
 
 def _fail(message: str, exit_code: int, as_json: bool) -> int:
-    line = " ".join(message.split())
+    line = one_line(message)
     print(f"memfit: {line}", file=sys.stderr)
     if as_json:
         emit({"error": {"message": line, "exit_code": exit_code}})

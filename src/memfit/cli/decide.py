@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from memfit.cli.options import OutputOptions, StoreOptions
+from memfit.cli.options import EffortOptions, OutputOptions, StoreOptions
 from memfit.cli.output import console, emit, language
 from memfit.cli.quiet import quiet_libraries
 from memfit.types.errors import UserError
@@ -28,7 +28,7 @@ class DecideOptions:
     ] = False
 
 
-def decide(own: DecideOptions, store: StoreOptions, output: OutputOptions) -> None:
+def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
     """Put the machine you have, a purchase, the cloud and doing nothing side by side."""
     words = language(output.lang)
     if own.template:
@@ -42,7 +42,10 @@ def decide(own: DecideOptions, store: StoreOptions, output: OutputOptions) -> No
     from memfit import pipeline, wire
     from memfit.store import Store
 
-    poc, found = pipeline.decide(Store(store.store), poc_id=own.poc, case=own.case)
+    kept = Store(store.store)
+    if effort.attended_minutes is not None:
+        pipeline.attended(kept, own.poc, effort.attended_minutes)
+    poc, found = pipeline.decide(kept, poc_id=own.poc, case=own.case)
     if output.json:
         emit({"poc_id": poc.poc_id, "decision": wire.to_plain(found)})
     else:

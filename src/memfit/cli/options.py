@@ -125,6 +125,16 @@ class StoreOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EffortOptions:
+    """What only people can tell of a proof of concept."""
+
+    attended_minutes: Annotated[
+        float | None,
+        typer.Option(metavar="MIN", help="Minutes that people sat beside it, kept with the proof."),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageOptions:
     """In which language the result is told."""
 

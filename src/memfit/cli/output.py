@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfit.types.errors import UserError
+from memfit.types.text import escaped
 
 if TYPE_CHECKING:
     import rich.console
@@ -18,15 +19,15 @@ def emit(value: Any) -> None:
     """One JSON object on standard output."""
     from memfit import wire
 
-    print(wire.dumps(value, indent=2))
+    print(escaped(wire.dumps(value, indent=2)))
 
 
 def console() -> rich.console.Console:
     """Standard output, in colour where it is a terminal."""
-    from rich.console import Console
+    from memfit.cli.shown import Shown
 
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=_PIPE_COLUMNS)
+    plain = Shown(highlight=False)
+    return plain if plain.is_terminal else Shown(highlight=False, width=_PIPE_COLUMNS)
 
 
 def one_of(what: str, given: str, allowed: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from memfit.types.text import one_line
 from memfit.types.units import format_seconds
 
 if TYPE_CHECKING:
@@ -196,4 +197,5 @@ class _Lines:
 
 
 def _short(text: str) -> str:
+    text = one_line(text)
     return text if len(text) <= _DETAIL_COLUMNS else f"{text[: _DETAIL_COLUMNS - 1]}…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from memfit.cli.output import console, emit, print_table
 from memfit.cli.quiet import quiet_libraries
 from memfit.cli.request import writable
 from memfit.types.errors import UserError
+from memfit.types.text import one_line
 
 if TYPE_CHECKING:
     import memfit.shared
@@ -28,6 +30,10 @@ class RecordOptions:
     add: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Take another group's record into the store.")
     ] = None
+    said_by: Annotated[
+        str | None,
+        typer.Option("--from", metavar="NAME", help="With --add: whose it is. Default: the file's name."),
+    ] = None
     schema: Annotated[bool, typer.Option("--schema", help="Print the format's JSON Schema.")] = False
 
 
@@ -41,6 +47,8 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
     """Write a proof of concept as one JSON file that others can read, or take theirs in."""
     if sum((own.schema, own.add is not None, own.poc is not None or own.out is not None)) > 1:
         raise UserError("--schema, --add and --poc or --out together", allowed="one of them")
+    if own.said_by is not None and own.add is None:
+        raise UserError("--from without --add", allowed="both, or neither")
     quiet_libraries()
     from memfit import shared
     from memfit.store import Store
@@ -52,10 +60,14 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
     kept = Store(store.store)
     if own.add is not None:
         taken = shared.read(own.add)
-        kept.append(taken.poc_id, TAKEN, taken.model_dump(mode="json"))
-        emit({"added": taken.poc_id}) if output.json else print(f"added {taken.poc_id}")
+        known = _known(kept, taken, str(own.add))
+        if known is None:
+            body = {"from": own.said_by or own.add.name, "record": taken.model_dump(mode="json")}
+            kept.append(taken.poc_id, TAKEN, body)
+        done = "added" if known is None else "already there:"
+        emit({"added": taken.poc_id}) if output.json else print(f"{done} {taken.poc_id}")
         return
-    text = shared.text(found_record(own.poc, store.store))
+    text = shared.text(found_record(own.poc, store.store).record)
     if own.out is None:
         print(text, end="")
     else:
@@ -68,9 +80,12 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
     quiet_libraries()
     from memfit import shared
 
-    rows = shared.compare(*(found_record(name, store.store) for name in (own.a, own.b)))
+    both = [found_record(name, store.store) for name in (own.a, own.b)]
+    rows = shared.compare(*(found.record for found in both))
+    sources = {side: found.taken_from for side, found in zip("AB", both, strict=True)}
     if output.json:
-        emit({"a": own.a, "b": own.b, "compared": [r.model_dump() for r in rows]})
+        told = {"a": own.a, "b": own.b, "taken_from": sources}
+        emit(told | {"compared": [r.model_dump() for r in rows]})
         return
     print_table(
         ("Quantity", "A", "B", "B / A"),
@@ -78,34 +93,68 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
     )
     for row in rows:
         if row.against:
-            console().print(f"{row.quantity}: not comparable: {'; '.join(row.against)}", markup=False)
+            line = f"{row.quantity}: not comparable: {'; '.join(row.against)}"
+            console().print(one_line(line), markup=False)
+    for side, source in sources.items():
+        if source:
+            console().print(one_line(f"{side} was not measured here: {source} says so"), markup=False)
 
 
 def _told(value: float | str | None) -> str:
     return f"{value:,.6g}" if isinstance(value, int | float) else value or "none"
 
 
-def found_record(name: str | None, path: Path | None) -> memfit.shared.Shared:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """``taken_from``: who says so; "" for what was measured here."""
+
+    record: memfit.shared.Shared
+    taken_from: str
+
+
+def found_record(name: str | None, path: Path | None) -> Found:
     """A file, or an ID in the store, the last PoC's by default. Raises UserError."""
     from memfit import shared
     from memfit.store import Store
 
+    kept = Store(path)
     if name is not None and Path(name).is_file():
-        return shared.read(Path(name))
+        given = shared.read(Path(name))
+        known = _known(kept, given, name)
+        return known or Found(record=given, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(f"there is no file {name}")
-    kept = Store(path)
     wanted = name or kept.latest_poc_id()
     if wanted is None:
         raise UserError(f"there is no proof of concept in {kept.path}", hint="run `memfit poc` first")
     return _stored(kept, wanted)
 
 
-def _stored(kept: memfit.store.Store, wanted: str) -> memfit.shared.Shared:
+def _stored(kept: memfit.store.Store, wanted: str) -> Found:
     """Our own PoC, or a record that was taken in."""
     from memfit import pipeline, shared
+    from memfit.store.database import TAKEN, taken_from
+
+    taken = kept.records(wanted, TAKEN)
+    if not taken or wanted in kept.poc_ids():
+        return Found(record=shared.of_poc(pipeline.stored_poc(kept, wanted)), taken_from="")
+    body = json.loads(taken[-1].body)
+    record = shared.parsed(json.dumps(body.get("record", body)), what=f"record {wanted}")
+    return Found(record=record, taken_from=taken_from(taken[-1]))
+
+
+def _known(kept: memfit.store.Store, given: memfit.shared.Shared, what: str) -> Found | None:
+    """What the store has under the ID of `given`, where that is the same to the byte; None where it has
+    nothing. Raises UserError where it has something else: two records of one ID are one too many."""
+    from memfit import shared
     from memfit.store.database import TAKEN
 
-    if taken := kept.records(wanted, TAKEN):
-        return shared.parsed(taken[-1].body, what=f"record {wanted}")
-    return shared.of_poc(pipeline.stored_poc(kept, wanted))
+    if given.poc_id not in kept.poc_ids() and not kept.records(given.poc_id, TAKEN):
+        return None
+    found = _stored(kept, given.poc_id)
+    if shared.text(found.record) != shared.text(given):
+        raise UserError(
+            f"{what} has the ID {given.poc_id}, and is not the record that the store has under it",
+            hint=f"`memfit record --poc {given.poc_id}` writes that one; --store names another store",
+        )
+    return found

@@ -23,6 +23,7 @@ from memfit.cli.request import plan_file, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.launch import Keep
 from memfit.types.result import OutcomeKind, Run
+from memfit.types.text import shown
 from memfit.types.units import format_bytes, format_seconds
 
 
@@ -82,7 +83,7 @@ def run(
 
         emit(run_view(done))
     else:
-        print(*lines(done), sep="\n")
+        print(shown("\n".join(lines(done))))
     if done.measurement.outcome is not OutcomeKind.OK:
         raise typer.Exit(1)
 

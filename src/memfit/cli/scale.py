@@ -8,19 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memfit.cli.options import GoalOptions, HereOptions, JobOptions, OutputOptions, StoreOptions
+from memfit.cli.options import (
+    EffortOptions,
+    GoalOptions,
+    HereOptions,
+    JobOptions,
+    OutputOptions,
+    StoreOptions,
+)
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
-from memfit.cli.record import found_record
+from memfit.cli.record import Found, found_record
 from memfit.cli.request import machine_of, request
+from memfit.types.errors import UserError
+from memfit.types.text import one_line
 
 if TYPE_CHECKING:
     import rich.console
 
     import memfit.gates
     import memfit.planning
-    import memfit.shared
+    import memfit.report.words
     import memfit.types.decision
     import memfit.types.result
 
@@ -41,11 +50,18 @@ class ScaleOptions:
         str | None,
         typer.Option(metavar="NAME", help="The job's size there. Default: paper, if it has that."),
     ] = None
+    job: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB", help="What to predict there. Default: the record's, if that is built in."
+        ),
+    ] = None
 
 
 def scale(
-    own: ScaleOptions, goal: GoalOptions, here: HereOptions, store: StoreOptions, output: OutputOptions
-) -> None:
+    own: ScaleOptions, effort: EffortOptions, goal: GoalOptions, here: HereOptions, store: StoreOptions,
+    output: OutputOptions,
+) -> None:  # fmt: skip
     """Hold a proof of concept against the gate to the next stage, and predict that stage.
 
     Exit code 1 where a gate does not hold: nothing further is predicted then.
@@ -58,35 +74,59 @@ def scale(
     from memfit import gates
 
     limits = gates.read(own.gates) if own.gates is not None else gates.Gates()
-    record = found_record(own.record, store.store)
+    found = found_record(own.record, store.store)
+    if effort.attended_minutes is not None:
+        found = _attended(found, effort.attended_minutes, store)
+    record = found.record
     held = gates.evaluate(record, limits)
     failed = [gate for gate in held if not gate.holds]
     stages: dict[str, Any] = {}
-    if not failed:
-        job, found = _job(_spec(record, store), own.size), []
+    if not failed and machines:
+        job, plans = _job(own.job or _spec(found, store), own.size), []
         for name, on in machines.items():
             stages[name], planned = _stage(job, on, goal, here)
-            found.append(planned)
-        _keep(record.poc_id, found, store)
-    made = _decision(record.poc_id, stages, own.gates, store)
+            plans.append(planned)
+        if not found.taken_from:
+            _keep(record.poc_id, plans, store)
+    made = None if found.taken_from else _decision(record.poc_id, stages, own.gates, store)
     if output.json:
         told = {"gates": [g.model_dump() for g in held], "limits": limits.model_dump(), "stages": stages}
-        emit({"poc_id": record.poc_id, "holds": not failed, **told})
+        emit({"poc_id": record.poc_id, "taken_from": found.taken_from, "holds": not failed, **told})
     else:
-        _print(record, held, stages, made, lang)
+        _print(found, held, stages, made, lang)
     if failed:
         raise typer.Exit(1)
 
 
-def _spec(record: memfit.shared.Shared, store: StoreOptions) -> str:
-    """Which job the record is of: a name does not find a job of the user's own, its file does."""
+def _attended(found: Found, minutes: float, store: StoreOptions) -> Found:
+    """The record with the minutes, which are kept. Raises UserError for a record of others."""
     from memfit import pipeline
     from memfit.store import Store
 
-    kept = Store(store.store)
-    if record.poc_id not in kept.poc_ids():
+    poc_id = found.record.poc_id
+    if found.taken_from:
+        raise UserError(f"--attended-minutes for {poc_id}, which was not measured here: {found.taken_from}")
+    pipeline.attended(Store(store.store), poc_id, minutes)
+    return found_record(poc_id, store.store)
+
+
+def _spec(found: Found, store: StoreOptions) -> str:
+    """Which job the record is of: a name does not find a job of the user's own, its file does. Raises
+    UserError for a file that others name, as predicting it would run it."""
+    from memfit import pipeline
+    from memfit.jobs.registry import names
+    from memfit.store import Store
+
+    record = found.record
+    if not found.taken_from:
+        return pipeline.stored_poc(Store(store.store), record.poc_id).runs[0].spec.job.spec
+    if record.model.job in names():
         return record.model.job
-    return pipeline.stored_poc(kept, record.poc_id).runs[0].spec.job.spec
+    raise UserError(
+        f"the record of {found.taken_from} is of the job {record.model.job!r}; what others name is not run",
+        allowed=", ".join(names()),
+        hint="--job FILE.py:NAME says which of your jobs it is",
+    )
 
 
 def _job(spec: str, size: str | None) -> JobOptions:
@@ -137,7 +177,7 @@ def _keep(poc_id: str, found: list[memfit.planning.Planning], store: StoreOption
     from memfit.store import Store
 
     kept = Store(store.store)
-    if not found or poc_id not in kept.poc_ids():
+    if not found:
         return
     poc, first = pipeline.stored_poc(kept, poc_id), found[0]
     offers: list[memfit.types.result.Offer] = []
@@ -154,15 +194,13 @@ def _keep(poc_id: str, found: list[memfit.planning.Planning], store: StoreOption
 
 def _decision(
     poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
-) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None:
+) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
     """Money of each stage, with the figures that were given last; the user's limits and machines are kept for
-    the report. None for a record of others."""
+    the report."""
     from memfit import pipeline
     from memfit.store import Store
 
     kept = Store(store.store)
-    if poc_id not in kept.poc_ids():
-        return None
     for name, stage in stages.items():
         kept.append(poc_id, pipeline.STAGE, {"name": name, "machine": stage["machine"]})
     text = gates.read_text(encoding="utf-8") if gates is not None else ""
@@ -176,30 +214,40 @@ def _decision(
 
 
 def _print(
-    record: memfit.shared.Shared, held: tuple[memfit.gates.Gate, ...], stages: dict[str, Any],
+    found: Found, held: tuple[memfit.gates.Gate, ...], stages: dict[str, Any],
     made: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None, lang: str,
 ) -> None:  # fmt: skip
     from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages
+    from memfit.report.words import load_words
 
-    out = console()
-    out.print(f"PoC {record.poc_id}: {record.model.job} {record.model.size}", markup=False)
+    out, words, model = console(), load_words(lang), found.record.model
+    out.print(one_line(f"PoC {found.record.poc_id}: {model.job} {model.size}"), markup=False)
+    if found.taken_from:
+        told = words.get("scale.taken", source=found.taken_from)
+        out.print(one_line(told), markup=False, style="yellow")
     print_gates([g.words for g in held], console=out, lang=lang)
     if made is not None and all(g.holds for g in held):
         print_stages(*made, only=["poc", *(stages or ("pilot", "full"))], console=out, lang=lang)
     elif made is None:
-        _print_plain(stages, out)
+        _print_plain(stages, out, words)
     print_gate_end([g.words for g in held], predicted=bool(stages), console=out, lang=lang)
+    unknown = [g.name for g in held if g.name == "effort: attended minutes" and g.found is None]
+    if unknown and not found.taken_from:
+        out.print(words.get("scale.ask_attended"), markup=False)
 
 
-def _print_plain(stages: dict[str, Any], out: rich.console.Console) -> None:
+def _print_plain(stages: dict[str, Any], out: rich.console.Console, words: memfit.report.words.Words) -> None:
     """Of a record that others made: what is predicted, without money."""
     from memfit.types.units import format_bytes
 
     for name, stage in stages.items():
         memory, step = stage["memory_bytes"], stage["step_s"]
-        out.print(f"{name} on {stage['machine']}, size {stage['size']}: {stage['label']}", markup=False)
-        span = " to ".join(format_bytes(memory[end]) for end in ("low", "high"))
-        speed = f"{step['value']:.3g} s ({step['low']:.3g} to {step['high']:.3g})" if step else "not known"
-        out.print(f"  predicted memory {span}; step {speed}", markup=False)
-        out.print(f"  stop when {'; or '.join(stage['stop_when'])}", markup=False)
-        out.print(f"  way back: {stage['way_back']}", markup=False)
+        told = {"memory": format_bytes(memory["high"]), "step": f"{step['high']:.3g} s" if step else ""}
+        stop = words.get("stages.stop_numbers", **told) if step else words.get("stages.stop_text")
+        lines = [("machine", f"{stage['machine']}, {stage['size']}: {stage['label']}")]
+        lines += [("memory", " – ".join(format_bytes(memory[end]) for end in ("low", "high")))]
+        lines += [("step", f"{step['low']:.3g} – {step['high']:.3g} s")] if step else []
+        lines += [("stop", stop), *((end, words.get(f"stages.{end}_text")) for end in ("back", "watch"))]
+        out.print(words.get(f"stages.{name}"), style="bold", markup=False)
+        for key, text in lines:
+            out.print(f"  {words.get(f'stages.{key}')}: {text}", markup=False)

@@ -23,7 +23,7 @@ from memfit.types.result import Record
 
 APPLICATION_ID: Final = 0x6D666974  # "mfit", in the file's header: says whose file this is
 SCHEMA_VERSION: Final = 1
-TAKEN: Final = "taken"  # kind of a row that holds another group's record
+TAKEN: Final = "taken"  # kind of a row that holds another group's record and who says so
 _WAIT_S: Final = 30.0  # for another process's append
 _OTHER: Final = "choose another file with --store"
 
@@ -154,6 +154,11 @@ class Store:
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def taken_from(row: Record) -> str:
+    """Who says what a row of the kind TAKEN holds."""
+    return str(json.loads(row.body).get("from", "others"))
 
 
 @contextlib.contextmanager

@@ -29,23 +29,28 @@ class _Away:
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
-        self.resident = set[int]()
+        self.resident: dict[int, Any] = {}  # by the address of the storage: the parameter
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         from torch.autograd.graph import saved_tensors_hooks
 
-        self.resident = {p.untyped_storage()._cdata for p in self.bench.model.parameters()}
+        self.resident = {p.untyped_storage()._cdata: p for p in self.bench.model.parameters()}
         with saved_tensors_hooks(self._pack, self._unpack):
             yield
 
     def _pack(self, tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage.nbytes() < self.minimum_bytes or storage._cdata in self.resident or not self._can(tensor):
+        if storage.nbytes() < self.minimum_bytes or self._is_resident(storage) or not self._can(tensor):
             return tensor
         if self.bench.on_offload is not None:
             self.bench.on_offload(tensor.numel() * tensor.element_size())
         return self._put(tensor)
+
+    def _is_resident(self, storage: Any) -> bool:
+        """ZeRO 3 gives parameters other storages in forward; what had theirs may then have the address."""
+        param = self.resident.get(storage._cdata)
+        return param is not None and param.untyped_storage()._cdata == storage._cdata
 
     def _can(self, tensor: Any) -> bool:
         return True

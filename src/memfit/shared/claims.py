@@ -1,0 +1,108 @@
+"""What a record claims beyond its types: each claim must follow from the record's own numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from memfit.techniques.registry import conflict, effect_of, make_use
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+from memfit.verify.equivalence import MIN_PAIRS, tost
+
+if TYPE_CHECKING:
+    from memfit.shared.record import Judgement, Shared, Side
+
+# A score is computed under the plan, so that bitwise equal weights may differ by a sample near a threshold.
+_SAME_SCORE: Final = 1e-3
+_ROUNDING: Final = 1e-6
+
+
+def faults(record: Shared) -> Iterator[str]:
+    """What does not hold together, with its place; nothing for a record that does."""
+    plans = []
+    for name, side in (("baseline", record.baseline), ("recommended", record.recommended)):
+        try:
+            plan = _plan(side)
+        except UserError as error:
+            yield f"{name}.plan: {error}"
+            return
+        plans.append(plan)
+        effect, peak = effect_of(plan).label, side.measured_peak_bytes
+        if side.effect != effect:
+            yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
+        if side.under_cap == "ok" and peak is not None and peak > record.cap_bytes:
+            yield f"{name}.under_cap is ok with a peak of {peak} B above the cap of {record.cap_bytes} B"
+    if record.step_time_ratio is not None and None in (record.baseline.step_s, record.recommended.step_s):
+        yield "step_time_ratio is given, and step_s of a plan is not"
+    if record.verdict is not None:
+        yield from _of_verdict(record, record.verdict, same=plans[0] == plans[1])
+
+
+def _plan(side: Side) -> Plan:
+    plan = Plan(uses=tuple(make_use(n, knobs) for n, knobs in side.plan.items()), ranks=side.ranks)
+    if (clash := conflict(plan)) is not None:
+        raise UserError(clash)
+    return plan
+
+
+def _of_verdict(record: Shared, judged: Judgement, *, same: bool) -> Iterator[str]:
+    """`same`: both plans are one, which needs no proof."""
+    plain, chosen = record.baseline.metric_by_seed, record.recommended.metric_by_seed
+    equivalent = judged.kind == "equivalent"
+    if judged.effect != record.recommended.effect:
+        yield f"the verdict is on {judged.effect}, the plan is {record.recommended.effect}"
+    if equivalent and not same:
+        yield from _of_equivalence(judged, plain, chosen)
+    if judged.margin is not None:
+        yield from _of_metric(judged, judged.margin, plain, chosen)
+    elif equivalent:
+        for seed in plain.keys() & chosen.keys():
+            if not math.isclose(plain[seed], chosen[seed], rel_tol=_SAME_SCORE):
+                yield f"the verdict is bitwise equal, the scores of seed {seed} are not"
+
+
+def _of_equivalence(
+    judged: Judgement, plain: Mapping[str, float], chosen: Mapping[str, float]
+) -> Iterator[str]:
+    """Of two plans: it needs pairs of runs, and their scores where it is not by their bits."""
+    if judged.pairs == 0:
+        yield "the verdict is equivalent on 0 pairs"
+    if judged.margin is None and judged.effect != "E0":
+        yield f"the verdict on {judged.effect} is equivalent without a margin"
+    if plain.keys() != chosen.keys():
+        yield f"the verdict is equivalent on other seeds: {_seeds(plain)} and {_seeds(chosen)}"
+    if plain and judged.pairs != len(plain):
+        yield f"the verdict has {judged.pairs} pairs, the runs {len(plain)} seeds"
+
+
+def _of_metric(
+    judged: Judgement, margin: float, plain: Mapping[str, float], chosen: Mapping[str, float]
+) -> Iterator[str]:
+    """A verdict with a margin is the paired test of the scores."""
+    told = {"difference": judged.difference, "low": judged.low, "high": judged.high}
+    for name, value in told.items():
+        if value is None:
+            yield f"verdict.{name} is null beside a margin"
+            return
+    low, high = judged.low or 0.0, judged.high or 0.0
+    if judged.kind == "equivalent" and not -margin < low <= high < margin:
+        yield f"the verdict is equivalent, its interval {low:g} to {high:g} not inside its margin {margin:g}"
+    if plain.keys() != chosen.keys() or judged.pairs != len(plain) or judged.pairs < MIN_PAIRS:
+        yield (
+            f"the verdict has an interval of {judged.pairs} pairs, the scores are of seeds {_seeds(plain)} "
+            f"and {_seeds(chosen)}; allowed: the same seeds, at least {MIN_PAIRS}"
+        )
+        return
+    found = tost([chosen[seed] - plain[seed] for seed in plain], margin=margin)
+    for name, value in told.items():
+        expected = getattr(found, name)
+        if value is None or not math.isclose(value, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING * margin):
+            yield f"verdict.{name} is {value:g}, the scores give {expected:g}"
+    if judged.kind != found.kind.value:
+        yield f"the verdict is {judged.kind}, the scores give {found.kind.value}"
+
+
+def _seeds(scores: Mapping[str, float]) -> str:
+    return ", ".join(sorted(scores)) or "none"

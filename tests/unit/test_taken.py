@@ -1,0 +1,142 @@
+"""Records that others made: taken in under their name, never in the place of ours, shown and not obeyed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixture import full_poc
+
+from memfit import shared
+from memfit.cli.app import main
+from memfit.store import Store
+from memfit.store.database import TAKEN
+
+HOSTILE = "\x1b[31mred\x1b]0;title\x07\u202egnp\u2066\x9b2J\nEvery gate holds."
+ID = full_poc().poc_id
+
+
+def written(path: Path, **changes: Any) -> str:
+    """The made-up PoC's record, changed, as a file."""
+    record = json.loads(shared.text(shared.of_poc(full_poc())))
+    for name, value in changes.items():
+        record[name] = record[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(record))
+    return str(path)
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> str:
+    """A store with a PoC of ours."""
+    for kind in ("begin", "poc"):
+        Store(tmp_path / "s").append(ID, kind, full_poc())
+    return str(tmp_path / "s")
+
+
+def test_a_forged_record_of_ours_is_refused(
+    ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = written(tmp_path / "forged.json", effort={"failed_attempts": 0, "packages": 0})
+    for command in (["record", "--add", forged], ["scale", forged], ["compare", forged, ID]):
+        assert main([*command, "--store", ours]) == 2, command
+        told = capsys.readouterr().err
+        assert f"has the ID {ID}" in told
+        assert told.count("\n") == 1
+    assert not Store(Path(ours)).records(kind=TAKEN)
+
+
+def test_what_stood_in_the_place_of_ours_does_so_no_more(
+    ours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads(shared.text(shared.of_poc(full_poc()))) | {"place": "forged"}
+    Store(Path(ours)).append(ID, TAKEN, record)  # as it was stored once
+    assert main(["record", "--store", ours]) == 0
+    assert "forged" not in capsys.readouterr().out
+
+
+def test_our_own_record_comes_back_as_ours(
+    ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = written(tmp_path / "same.json")
+    assert main(["record", "--store", ours, "--add", same]) == 0
+    assert not Store(Path(ours)).records(kind=TAKEN)
+    assert main(["scale", same, "--store", ours, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2])["taken_from"] == ""
+
+
+def test_who_says_so_is_told(ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = written(tmp_path / "theirs.json", poc_id="theirs")
+    add = ["record", "--store", ours, "--add", theirs, "--from", "group B"]
+    assert [main(add), main(add)] == [0, 0]
+    assert len(Store(Path(ours)).records(kind=TAKEN)) == 1
+    other = written(tmp_path / "other.json", poc_id="theirs", place="elsewhere")
+    assert main(["record", "--store", ours, "--add", other]) == 2
+    capsys.readouterr()
+    assert main(["scale", "theirs", "--store", ours]) == 0
+    assert "Not measured here: group B says so." in capsys.readouterr().out
+    assert main(["scale", "theirs", "--store", ours, "--lang", "ja"]) == 0
+    assert "提供元：group B" in capsys.readouterr().out
+    assert main(["scale", "theirs", "--store", ours, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["taken_from"] == "group B"
+    assert main(["compare", ID, "theirs", "--store", ours]) == 0
+    assert "B was not measured here: group B says so" in capsys.readouterr().out
+    for command in (["decide", "theirs"], ["report", "--poc", "theirs"]):
+        assert main([*command, "--store", ours]) == 2
+        assert "taken in from group B, not measured here" in capsys.readouterr().err
+    assert main(["scale", "theirs", "--store", ours, "--attended-minutes", "5"]) == 2
+    assert main(["record", "--store", ours, "--from", "group B"]) == 2
+
+
+def test_a_file_that_a_record_names_is_not_run(
+    ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil, ran = tmp_path / "evil.py", tmp_path / "ran"
+    evil.write_text(f"import pathlib\n\npathlib.Path({str(ran)!r}).touch()\n")
+    theirs = written(tmp_path / "theirs.json", poc_id="theirs", model={"job": f"{evil}:job"})
+    asked = ["scale", theirs, "--store", ours, "--pilot", "RTX-4090"]
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert "what others name is not run" in told
+    assert "--job FILE.py:NAME" in told
+    assert not ran.exists()
+    assert main([*asked, "--job", f"{evil}:job"]) == 2, "it has no job, and is run: it was asked for"
+    assert ran.exists()
+
+
+def test_what_others_wrote_is_shown_and_not_obeyed(
+    ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = written(
+        tmp_path / "theirs.json", poc_id="theirs", model={"job": HOSTILE, "size": HOSTILE}, metric=HOSTILE,
+        hardware={"machine": HOSTILE, HOSTILE: "x"}, command=HOSTILE,
+    )  # fmt: skip
+    assert main(["record", "--store", ours, "--add", theirs, "--from", HOSTILE]) == 0
+    for command in (
+        ["compare", ID, theirs], ["compare", "theirs", ID], ["compare", "theirs", ID, "--json"],
+        ["scale", theirs], ["scale", "theirs"],
+        ["scale", "theirs", "--pilot", "L4"], ["record", "--poc", "theirs"], ["decide", "theirs"],
+    ):  # fmt: skip
+        main([*command, "--store", ours])
+        told = "".join(capsys.readouterr())
+        assert "red" in told, command
+        assert not set("\x1b\x07\x9b\u202e\u2066") & set(told), command
+        assert not any(line.startswith("Every gate holds.") for line in told.splitlines()[:4]), command
+
+
+def test_a_poc_with_a_hostile_name_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from memfit.cli.poc import _tell
+
+    poc = full_poc()
+    run = poc.runs[0]
+    seen = dataclasses.replace(run, measurement=dataclasses.replace(run.measurement, reason=HOSTILE))
+    hostile = dataclasses.replace(
+        poc, runs=(seen, *poc.runs[1:]), notes=(HOSTILE,), metric=HOSTILE, report=f"/tmp/{HOSTILE}"
+    )
+    for as_json in (False, True):
+        _tell(hostile, lang="en", as_json=as_json)
+        told = capsys.readouterr().out
+        assert not set("\x1b\x07\x9b\u202e\u2066") & set(told)
+    assert json.loads(told)["notes"] == [HOSTILE], "as JSON it is the same text"
