@@ -85,15 +85,24 @@ def test_where_plain_training_is_the_answer_no_phrase_claims_a_saving() -> None:
 def test_a_phrase_carries_what_the_answer_hangs_on() -> None:
     kinds = {n.name: n for n in full_poc().verdicts}
     named = kinds["recommended"]
-    doubtful = dataclasses.replace(
-        named, verdict=dataclasses.replace(named.verdict, kind=type(named.verdict.kind)("undecided"))
-    )
+    kind = type(named.verdict.kind)("undecided")
+    doubtful = dataclasses.replace(named, verdict=dataclasses.replace(named.verdict, kind=kind))
     _, view = seen(CARD, verdicts=(doubtful,))
-    first, second, *_ = phrases(view).splitlines()
+    first = phrases(view).splitlines()[0]
     assert "undecided, so this is not yet a saving at equal quality" in first
-    assert "The gate has stopped the roll-out" in first
-    assert second.startswith("We stop here for now")
     assert "90 % interval" in first
+
+
+def test_where_the_gate_stopped_no_phrase_goes_on() -> None:
+    record = poc()
+    made = decide(record, parsed(CARD, "it"), limits=Gates(time=Time(step_ratio=0.01)))
+    first, second, *_ = phrases(decision_view(record, made)).splitlines()
+    assert "The gate has stopped the roll-out: time" in first
+    assert second.startswith("We stop here for now")
+    _, view = seen(CARD)
+    first, second, *_ = phrases(view).splitlines()
+    assert "stopped" not in first
+    assert second.startswith("We start small")
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
