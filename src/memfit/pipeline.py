@@ -65,6 +65,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Records beside a PoC's own: the user's figures, predictions made later, machines of stages, limits.
+_KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
@@ -128,7 +129,8 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
         own, name = cases.Case(), ""
     more = offers_of(store, wanted)
     named = {s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(wanted, STAGE)))}
-    limits = [gates.parsed(json.loads(r.body)["text"], "its gates") for r in store.records(wanted, GATES)]
+    held = store.records(wanted, GATES)[-1:]  # those before may be of an older version
+    limits = [gates.parsed(json.loads(r.body)["text"], _KEPT_GATES) for r in held]
     decision = decide_on(
         found, own, more=more, name=name, named=named, limits=limits[-1] if limits else gates.Gates()
     )

@@ -6,12 +6,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 from report_fixture import RECOMMENDED, full_poc, offers
 
-from memfit import catalog, wire
+from memfit import catalog, pipeline, wire
 from memfit.catalog import finance
 from memfit.decision import money
 from memfit.decision.case import TEMPLATE, parsed
@@ -22,6 +23,7 @@ from memfit.report.decision_rows import DecisionView, way_name
 from memfit.report.figures import figure_text, sentence_text
 from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
+from memfit.store import Store
 from memfit.techniques.registry import TECHNIQUES, technique
 from memfit.types.decision import Decision
 from memfit.types.errors import UserError
@@ -362,3 +364,14 @@ def test_limits_of_ones_own_are_told_and_money_never_told_is_not_known() -> None
 def test_what_is_no_number_is_told_what_is_needed(given: str) -> None:
     with pytest.raises(UserError, match="a number is needed, or"):
         seen(f"[money]\nlabour_per_hour = {given}")
+
+
+def test_limits_of_an_older_version_end_with_the_next_gate(tmp_path: Path) -> None:
+    store, record = Store(tmp_path / "s.sqlite3"), poc()
+    for kind in ("begin", "poc"):
+        store.append(record.poc_id, kind, record)
+    store.append(record.poc_id, pipeline.GATES, {"text": "[accuracy]\nverdicts = []\n"})
+    with pytest.raises(UserError, match="memfit scale without it forgets it"):
+        pipeline.decide(store, poc_id=None, case=None)
+    store.append(record.poc_id, pipeline.GATES, {"text": ""})
+    assert not pipeline.decide(store, poc_id=None, case=None)[1].own_limits
