@@ -364,6 +364,7 @@ def _merged(old: Calibration, new: Calibration) -> Calibration:
         machine="this machine",
         flops_s=rates,
         disk_bytes_s=max(old.disk_bytes_s, new.disk_bytes_s),
+        disk_file_s=min(c.disk_file_s for c in (old, new) if c.flops_s),
         bandwidth_bytes_s=max(old.bandwidth_bytes_s, new.bandwidth_bytes_s),
         overhead_s=min(overheads),
         op_s={**old.op_s, **new.op_s},

@@ -49,8 +49,8 @@ _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
 _RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED = range(5)
 _FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # as in a later micro-batch, beside the gradients of the earlier ones
-_STEPPED, _FLOPS, _MICRO_S, _STEP_S = range(7, 11)  # the first: backward with the optimizer stepping inside
-_ENTRIES = 11
+_STEPPED, _FLOPS, _TENSORS, _MICRO_S, _STEP_S = range(7, 12)  # the first: backward with the optimizer inside
+_ENTRIES = 12
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
 
 
@@ -222,7 +222,9 @@ class Pricer:
             vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
         if plan.get("activation-offload"):
             vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
-            vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s if self.model else 0.0
+            if self.model:
+                vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s
+                vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s
         return self._priced(plan, vector, micros)
 
     def _priced(self, plan: Plan, vector: numpy.ndarray, micros: int = 1) -> Estimate:
@@ -322,6 +324,7 @@ def _digested(traced: Trace) -> _Part:
         again[Phase.BACKWARD] - base,
         stepped[Phase.BACKWARD] - base,
         sum(o.flops * n for o, n in micro) / micros,
+        sum(size >= _OFFLOADED_BYTES for size in kept),
     ]
     return memory, micro, rest, micros
 

@@ -2,13 +2,14 @@
 
 A guide is read like this: a block in Python, TOML or YAML that begins with ``# NAME`` is written to that
 file. In a console block, a line with ``$`` is run; its exit code is 0 unless it ends in ``# exit code N``;
-the lines below it stand in its output, ``...`` for anything. Blocks marked ``text`` are not run: they need a
-cluster, a card, or many minutes, and the guide says so.
+the lines below it stand in its output, ``...`` for anything. A whole command inside a sentence is run after
+its guide. Of blocks marked ``text`` those that need a cluster or a card are not run, and the guide says so.
 
 All share one folder and one store. Two things are not as the reader has them. A `memfit poc` that a guide
-before ran in the same words is not run again: its output is looked at again. And the managers' guides begin
-after a PoC that takes many minutes: a record made by hand (report_fixture), with offers made by hand, is put
-into the store in its place. The file `theirs.json`, which another group would send, is that record too.
+before ran in the same words is not run again: its output is looked at again. And the managers' PoC, which
+takes many minutes, is run with two steps and one seed; what the guides then look at is a record made by
+hand (report_fixture), with offers made by hand. The file `theirs.json`, which another group would send, is
+that record too.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ def made_by_hand() -> Poc:
     return dataclasses.replace(report_fixture.full_poc(), offers=offers)
 
 
+def is_whole(words: list[str]) -> bool:
+    """Not only the name of a command, or of an option of it."""
+    return words in (["machines"], ["doctor"]) or (len(words) > 1 and not words[1].startswith("-"))
+
+
 class Reader:
     """Does what a guide says, and remembers what a `memfit poc` said."""
 
@@ -94,6 +100,22 @@ class Reader:
                     assert not missing(output, lines), (
                         f"{guide}: {command}: {missing(output, lines)}\n{output}"
                     )
+
+    def prove(self, guide: str) -> None:
+        """The PoC that the guide begins after, with fewer steps and seeds."""
+        for language, body in blocks((GUIDES / guide).read_text(encoding="utf-8")):
+            for command, code, _ in steps(body) if language == "text" else ():
+                found, output = self.run(f"{command} --steps 2 --seeds 1")
+                assert found == code, output
+
+    def run_those_in_sentences(self, guide: str) -> int:
+        """How many there are."""
+        text = re.sub(r"^```.*?^```", "", (GUIDES / guide).read_text(encoding="utf-8"), flags=re.M | re.S)
+        whole = [c for c in re.findall(r"`(memfit [^`]+)`", text) if is_whole(c.split()[1:])]
+        for command in whole:
+            found, output = self.run(command)
+            assert found == 0, f"{guide}: {command}: {output}"
+        return len(whole)
 
     def run(self, command: str) -> tuple[int, str]:
         if command in self.proofs:
@@ -122,15 +144,21 @@ def test_every_command_of_the_guides(
     Path("theirs.json").write_text(shared.text(shared.of_poc(by_hand)), encoding="utf-8")
     for guide in MADE:
         reader.follow(guide)
+        assert reader.run_those_in_sentences(guide)
     assert len(reader.proofs) == 1, "one proof of concept is shared, so that the test is quick"
     for guide in MANAGERS:  # each begins after a PoC of its own
+        reader.prove(guide)
         proof = dataclasses.replace(by_hand, poc_id=f"by-hand-{guide}")
         for kind in ("begin", "poc"):
             Store(default_path()).append(proof.poc_id, kind, proof)
         reader.follow(guide)
+        assert reader.run_those_in_sentences(guide)
+    assert len(reader.proofs) == 2
 
 
 def test_a_missing_word_or_a_broken_command_is_seen() -> None:
+    asked = ("doctor", "plan a.py:job --from b.yaml", "scale", "run --save")
+    assert [is_whole(c.split()) for c in asked] == [True, True, False, False]
     assert missing("Peak  3\nGiB, 5 ms", ["Peak 3 GiB ... ms"]) == []
     assert missing("Peak 3 GiB", ["Peak 4 GiB", "GiB"]) == ["Peak 4 GiB"]
     assert list(steps("$ memfit lint a    # exit code 1\nbad\n$ memfit jobs\n")) == [

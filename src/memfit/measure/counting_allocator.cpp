@@ -5,24 +5,26 @@
 // is one order, so the peak and the log are exact with any number of threads. The pointer leaves the
 // table before the memory is freed, because another thread may be given the same address at once.
 //
-// Large blocks that are freed are kept for the next of their size, as the allocator that a user trains
-// with keeps them: mapping and unmapping each took half of a step's time. What is kept never makes the
-// process larger than its live bytes once were, and all of it goes before an allocation fails.
+// Large blocks are pages of our own. Freed pages are kept for what comes next, as the allocator that a
+// user trains with keeps them: mapping and touching fresh ones each time took half of a step. What is kept
+// never makes the process larger than its live bytes once were, and all of it goes before an allocation
+// fails.
 #include <c10/core/CPUAllocator.h>
 
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
-#include <deque>
-#include <iterator>
-#include <list>
+#include <map>
 #include <mutex>
 #include <new>
+#include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -30,24 +32,23 @@
 namespace {
 
 constexpr int64_t kAlign = 64;  // torch aligns CPU storages to 64 bytes
-constexpr size_t kMapped = 65536;  // from here on malloc maps (MALLOC_MMAP_THRESHOLD_ of the child)
+constexpr int64_t kMapped = 65536;  // from here on in pages of our own
 
 struct Event {
   int64_t delta_bytes, time_ns, thread;
 };
 
-struct Block {
-  void* ptr;
-  int64_t size;
+struct Size {
+  int64_t bytes;  // as it counts
+  int64_t mapped;  // pages of our own; 0: torch's own allocator has it
 };
-using Blocks = std::list<Block>;
 
 struct Counter {
   std::mutex mutex;
-  Blocks kept;  // free, the oldest first
-  std::unordered_map<int64_t, std::deque<Blocks::iterator>> kept_of;  // size -> the oldest first
-  int64_t kept_bytes = 0, highest = 0, ceiling = 0;  // ceiling: live and kept bytes under a cap; 0: no cap
-  std::unordered_map<void*, int64_t> sizes;
+  std::map<char*, int64_t> kept;                   // free pages: address -> bytes, neighbours joined
+  std::set<std::pair<int64_t, char*>> kept_sizes;  // the same by size
+  int64_t kept_bytes = 0, highest = 0, ceiling = 0;  // ceiling: of live and kept bytes, under a cap
+  std::unordered_map<void*, Size> sizes;
   std::vector<Event> log;
   int64_t live = 0, peak = 0, allocs = 0, frees = 0;
   bool logging = false, log_lost = false;
@@ -93,6 +94,15 @@ void change(Counter& c, int64_t delta) {  // the mutex is held
   if (c.logging) keep(c, delta);
 }
 
+int64_t page_bytes() {
+#ifdef __linux__
+  static const int64_t bytes = sysconf(_SC_PAGESIZE);
+  return bytes;
+#else
+  return 4096;
+#endif
+}
+
 // The kernel keeps no peak of VmData, which is what RLIMIT_DATA limits, so it is read where it grows.
 void watch_data(Counter& c) {
 #ifdef __linux__
@@ -103,59 +113,89 @@ void watch_data(Counter& c) {
   char* at = text;  // size resident shared text lib data dt, in pages
   int64_t pages = 0;
   for (int field = 0; field < 6; ++field) pages = std::strtoll(at, &at, 10);
-  static const int64_t page_bytes = sysconf(_SC_PAGESIZE);
-  if (pages * page_bytes > c.data_peak) c.data_peak = pages * page_bytes;
+  if (pages * page_bytes() > c.data_peak) c.data_peak = pages * page_bytes();
 #endif
 }
 
 c10::Allocator* inner = nullptr;
 
-// A kept block of the size, the youngest, as it may still be in the processor's cache; the mutex is held.
-void* take(Counter& c, int64_t size) {
-  auto found = c.kept_of.find(size);
-  if (found == c.kept_of.end() || found->second.empty()) return nullptr;
-  Blocks::iterator block = found->second.back();
-  found->second.pop_back();
-  void* ptr = block->ptr;
-  c.kept.erase(block);
-  c.kept_bytes -= size;
+using Pages = std::vector<std::pair<char*, int64_t>>;
+
+int64_t in_pages(int64_t size) { return (size + page_bytes() - 1) / page_bytes() * page_bytes(); }
+
+void give_back(const Pages& gone) {
+#ifdef __linux__
+  for (auto& [ptr, size] : gone) munmap(ptr, static_cast<size_t>(size));
+#endif
+}
+
+// The mutex is held for all of these.
+void forget(Counter& c, std::map<char*, int64_t>::iterator range) {
+  c.kept_bytes -= range->second;
+  c.kept_sizes.erase({range->second, range->first});
+  c.kept.erase(range);
+}
+
+void keep_range(Counter& c, char* ptr, int64_t size) {
+  auto next = c.kept.lower_bound(ptr);
+  if (next != c.kept.end() && ptr + size == next->first) {
+    size += next->second;
+    forget(c, next);
+  }
+  auto before = c.kept.lower_bound(ptr);
+  if (before != c.kept.begin() && (--before)->first + before->second == ptr) {
+    ptr = before->first;
+    size += before->second;
+    forget(c, before);
+  }
+  c.kept[ptr] = size;
+  c.kept_sizes.insert({size, ptr});
+  c.kept_bytes += size;
+}
+
+// So many kept pages in a row, from the smallest range that has them; null where there are none.
+char* take(Counter& c, int64_t size) {
+  auto found = c.kept_sizes.lower_bound({size, nullptr});
+  if (found == c.kept_sizes.end()) return nullptr;
+  auto [whole, ptr] = *found;
+  forget(c, c.kept.find(ptr));
+  if (whole > size) keep_range(c, ptr + size, whole - size);
   return ptr;
 }
 
-// Moves the oldest kept blocks to `gone` until there is room beside `live` bytes; the mutex is held.
-void make_room(Counter& c, int64_t live, Blocks& gone) {
+// Moves kept pages to `gone`, the smallest ranges first, until there is room beside `live` bytes.
+void make_room(Counter& c, int64_t live, Pages& gone) {
   int64_t most = live > c.highest ? live : c.highest;
   if (c.ceiling > 0 && c.ceiling < most) most = c.ceiling;
   while (!c.kept.empty() && live + c.kept_bytes > most) {
-    c.kept_of[c.kept.front().size].pop_front();
-    c.kept_bytes -= c.kept.front().size;
-    gone.splice(gone.end(), c.kept, c.kept.begin());
+    auto [size, ptr] = *c.kept_sizes.begin();
+    int64_t over = in_pages(live + c.kept_bytes - most);
+    forget(c, c.kept.find(ptr));
+    if (over < size) keep_range(c, ptr, size - over);
+    gone.push_back({over < size ? ptr + size - over : ptr, over < size ? over : size});
   }
 }
 
-void give_back(Blocks& gone) {
-  for (Block& block : gone) inner->raw_deleter()(block.ptr);
-  gone.clear();
+void count(Counter& c, void* ptr, Size size) {
+  c.sizes[ptr] = size;
+  change(c, size.bytes);
 }
 
 void free_counted(void* ptr) {
-  Blocks gone;
+  Pages gone;
   {
     Counter& c = counter();
     std::lock_guard<std::mutex> hold(c.mutex);
     auto found = c.sizes.find(ptr);
-    int64_t size = 0;  // made before the install, passes uncounted
-    if (found != c.sizes.end()) {
-      size = found->second;
-      change(c, -size);
+    if (found != c.sizes.end()) {  // else: made before the install, passes uncounted
+      Size size = found->second;
+      change(c, -size.bytes);
       c.sizes.erase(found);
-    }
-    if (size >= static_cast<int64_t>(kMapped)) {
-      c.kept.push_back({ptr, size});
-      c.kept_of[size].push_back(std::prev(c.kept.end()));
-      c.kept_bytes += size;
-      make_room(c, c.live, gone);
-      ptr = nullptr;
+      if (size.mapped > 0) {
+        keep_range(c, static_cast<char*>(ptr), size.mapped);
+        make_room(c, c.live, gone);
+        ptr = nullptr;
+      }
     }
   }
   if (ptr != nullptr) inner->raw_deleter()(ptr);
@@ -164,53 +204,64 @@ void free_counted(void* ptr) {
 
 // All that is kept goes back to the system.
 void release() {
-  Blocks gone;
-  {
-    Counter& c = counter();
-    std::lock_guard<std::mutex> hold(c.mutex);
-    gone.swap(c.kept);
-    c.kept_of.clear();
-    c.kept_bytes = 0;
-  }
-  give_back(gone);
+  Counter& c = counter();
+  std::lock_guard<std::mutex> hold(c.mutex);
+  give_back(Pages(c.kept.begin(), c.kept.end()));
+  c.kept.clear();
+  c.kept_sizes.clear();
+  c.kept_bytes = 0;
 }
 
-c10::DataPtr fresh(size_t n) {
-  try {
-    return inner->allocate(n);
-  } catch (const c10::Error&) {
+void* fresh_pages(int64_t size) {
+#ifdef __linux__
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    void* ptr = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (ptr != MAP_FAILED) return ptr;
     release();
-    return inner->allocate(n);
   }
+#endif
+  return nullptr;
+}
+
+// Pages of our own, counted; null where torch's own allocator has to say what is wrong.
+void* large_block(Counter& c, int64_t bytes) {
+  Pages gone;
+  int64_t mapped = in_pages(bytes);
+  {
+    std::lock_guard<std::mutex> hold(c.mutex);
+    if (void* ptr = take(c, mapped)) {
+      count(c, ptr, {bytes, mapped});
+      return ptr;
+    }
+    make_room(c, c.live + bytes, gone);
+  }
+  give_back(gone);
+  void* ptr = fresh_pages(mapped);
+  if (ptr == nullptr) return nullptr;
+  std::lock_guard<std::mutex> hold(c.mutex);
+  count(c, ptr, {bytes, mapped});
+  if (c.statm >= 0) watch_data(c);
+  return ptr;
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     int64_t rounded = (static_cast<int64_t>(n) + kAlign - 1) / kAlign * kAlign;
-    bool large = rounded >= static_cast<int64_t>(kMapped);
     Counter& c = counter();
-    if (large) {
-      Blocks gone;
-      {
-        std::lock_guard<std::mutex> hold(c.mutex);
-        if (void* ptr = take(c, rounded)) {
-          c.sizes[ptr] = rounded;
-          change(c, rounded);
-          return {ptr, ptr, &free_counted, c10::Device(c10::DeviceType::CPU)};
-        }
-        make_room(c, c.live + rounded, gone);
+    if (rounded >= kMapped) {
+      if (void* ptr = large_block(c, rounded)) {
+        return {ptr, ptr, &free_counted, c10::Device(c10::DeviceType::CPU)};
       }
-      give_back(gone);
     }
-    c10::DataPtr data = fresh(large ? rounded : n);
+    c10::DataPtr data = inner->allocate(n);
     void* ptr = data.get();
     if (ptr == nullptr) return data;
     data.release_context();
     c10::DataPtr counted(ptr, ptr, &free_counted, data.device());
     std::lock_guard<std::mutex> hold(c.mutex);
-    c.sizes[ptr] = rounded;
-    change(c, rounded);
-    if (c.statm >= 0 && large) watch_data(c);
+    count(c, ptr, {rounded, 0});
+    if (c.statm >= 0 && rounded >= kMapped) watch_data(c);
     return counted;
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free_counted; }

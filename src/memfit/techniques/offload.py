@@ -91,13 +91,13 @@ class DiskSpool(_Away):
 
     def _put(self, tensor: Any) -> Any:
         self.count += 1
-        return _Parked(tensor, Path(self.folder.name) / str(self.count))
+        return Parked(tensor, Path(self.folder.name) / str(self.count))
 
     def _unpack(self, packed: Any) -> Any:
-        return packed.restore() if isinstance(packed, _Parked) else packed
+        return packed.restore() if isinstance(packed, Parked) else packed
 
 
-class _Parked:
+class Parked:
     """A tensor on disk: raw bytes, shape and dtype."""
 
     def __init__(self, tensor: Any, path: Path) -> None:

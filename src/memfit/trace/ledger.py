@@ -70,7 +70,7 @@ class Ledger(TorchDispatchMode):
         self.guesses = guesses or Guesses()
         self.guesses.shadows = self.shadows
         self.results = operators.Results(self.guesses)
-        self.offloaded_bytes = 0
+        self.offloaded_bytes = self.offloaded_tensors = 0
         self.paused = False
         self.place = ""  # where tensors are made: "" with the model, "host", or another stream's pool
         self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
@@ -110,6 +110,7 @@ class Ledger(TorchDispatchMode):
 
     def note_offload(self, size_bytes: int) -> None:
         self.offloaded_bytes += size_bytes
+        self.offloaded_tensors += 1
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage has grown or shrunk in place: the old block's life ends, the new one's begins."""

@@ -111,7 +111,13 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     ]
     line = {
         name: getattr(shallow, name) + times * (getattr(deeper, name) - getattr(shallow, name))
-        for name in ("parameter_count", "trainable_count", "offloaded_bytes", "host_peak_bytes")
+        for name in (
+            "parameter_count",
+            "trainable_count",
+            "offloaded_bytes",
+            "offloaded_tensors",
+            "host_peak_bytes",
+        )
     }
     return dataclasses.replace(whole.trace, allocations=tuple(grown), ops=ops, **line)
 

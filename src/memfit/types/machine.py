@@ -98,7 +98,8 @@ class Calibration:
     ``op_s`` and ``op_peak_bytes`` map an operator signature to its time alone (seconds) and to the
     bytes it takes at its own peak, outputs included. ``overhead_s`` is the cost of one operator call
     of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
-    rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back.
+    rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back, ``disk_file_s``
+    what each file takes beside.
     ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are what short runs taught about whole
     steps (cost/correction.py); ``corrected_by`` and ``corrected_count`` say which, and of how many plans.
     """
@@ -109,6 +110,7 @@ class Calibration:
     flops_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bandwidth_bytes_s: float = 0.0
     disk_bytes_s: float = 0.0
+    disk_file_s: float = 0.0
     op_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     op_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace handed to backward

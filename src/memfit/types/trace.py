@@ -97,6 +97,7 @@ class Trace:
     trainable_count: int
     repeated_micro_steps: int = 0
     offloaded_bytes: int = 0  # written out in the played part of one step, and read back
+    offloaded_tensors: int = 0  # in so many pieces
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
     guessed: tuple[str, ...] = ()  # lines that asked for a number which nothing decides but weights
     rank: int = 0  # the one traced, of `ranks`
