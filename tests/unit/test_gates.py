@@ -100,7 +100,7 @@ def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
             effort=gates.Effort(failed_attempts=attempts),
         )  # fmt: skip
 
-    record = changed(recommended={"step_s": step}, effort={"failed_attempts": 2})
+    record = changed(step_time_ratio=None, recommended={"step_s": step}, effort={"failed_attempts": 2})
     loose = limits(*(a + b for a, b in zip(tight, more, strict=True)))
     assert failing(record, loose) <= failing(record, limits(*tight))
 

@@ -139,6 +139,11 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "half a character": (lambda r: r.update(command="\ud800"), "command: '\\ud800' has half a character"),
     "half a character in a name": (lambda r: r["hardware"].update({"\ud800": ""}), "hardware"),
+    "a step time ratio of other steps": (lambda r: r.update(step_time_ratio=0.01), "step_time_ratio is 0.01"),
+    "a baseline that saves memory": (
+        lambda r: r["baseline"].update(plan={"activation-checkpointing": {"every": 1}}, effect="E0"),
+        "allowed: plain training",
+    ),
     "a step time ratio of nothing": (lambda r: r["baseline"].update(step_s=None), "step_time_ratio is given"),
     "a setting without end": (
         lambda r: r["recommended"]["plan"].update({"zero": {"offload": "x" * 10**6}}), "offload is 'xxx",
@@ -276,6 +281,7 @@ def _other_seeds(r: dict[str, Any]) -> None:
         (lambda r: r["hardware"].update(processor="another"), "baseline: step_s", "processor"),
         (lambda r: r["data"].update(batch_size=999), "recommended: step_s", "batch_size"),
         (lambda r: r["software"].update(torch="1.0"), "baseline: peak_bytes", "torch"),
+        (lambda r: r["software"].update(torch="1.0"), "baseline: step_s", "torch"),
         (lambda r: r.update(metric="another"), "baseline: another", "metric"),
     ],
 )
@@ -299,3 +305,10 @@ def test_other_plans_of_one_effect_class_are_compared() -> None:
 def test_an_unfinished_poc_has_no_record() -> None:
     with pytest.raises(UserError, match="interrupted"):
         shared.of_poc(dataclasses.replace(full_poc(), finished=False))
+
+
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    text = shared.text(shared.of_poc(full_poc()))
+    twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
+    with pytest.raises(UserError, match="'reproducible' is there twice"):
+        shared.parsed(twice, what="b")

@@ -153,8 +153,8 @@ class Asking:
 
     def _plain_j(self, machine: str) -> float | None:
         offer = next((o for o in self.offers if o.machine == machine and o.plain), None)
-        if offer is None or offer.step_s is None or offer.power_w is None:
-            return None
+        if offer is None or not offer.fits or offer.step_s is None or offer.power_w is None:
+            return None  # what cannot run there saves nothing
         return self.steps_per_run * offer.step_s.value * offer.power_w
 
     def _untried(self, label: str) -> tuple[str, ...]:

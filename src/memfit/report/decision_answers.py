@@ -28,6 +28,10 @@ Filled = Mapping[str, Figure | str | Sentence]
 ENGINES: Final = ("native", "accelerate", "deepspeed", "megatron", "colossalai", "fairscale")
 
 
+# Without it the short answer on money would say something else, so that a small screen does not fold it.
+DECISIVE: Final = ("decide.money.with_saving", "decide.money.with_saving_more")
+
+
 def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
     """The four that a budget owner asks, in this order; the first sentence of each is the short answer."""
     return {
@@ -42,8 +46,8 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     """The PoC's own answer, then the user's machine at full size where it was named."""
     seen = answer(poc)[:2]
     mine = [w for w in view.ways if w.slot.startswith("existing")]
-    if not mine:
-        return (*seen, Sentence(key="decide.fits.unnamed"))
+    if not mine:  # what the plan did answers the question, what plain training did not
+        return (*reversed(seen), Sentence(key="decide.fits.unnamed"))
     machine = view.made.ways[mine[0].index].machine
     able = [w for w in mine if w.enough]
     sure = [w for w in able if view.made.ways[w.index].fit_percent == 100]

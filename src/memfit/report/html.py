@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from memfit.report import charts, drawing
 from memfit.report.case import CLASSES
 from memfit.report.decision import MONEY, decision_view
+from memfit.report.decision_answers import DECISIVE
 from memfit.report.decision_rows import DecisionView, way_name
 from memfit.report.figures import (
     MANY,
@@ -79,6 +80,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
             "played": "",
             "money_rows": MONEY,
             "draws": DRAWS,
+            "decisive": DECISIVE,
             "swing_css": _swing_css(()),
         }
     told = played(shown.made, [(w.slot, w.index) for w in shown.ways])
@@ -96,6 +98,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
         "played": Markup(text),
         "money_rows": MONEY,
         "draws": DRAWS,
+        "decisive": DECISIVE,
         "swing_css": _swing_css([(low, high) for _, low, high in shown.swings]),
     }
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # A score is computed under the plan, so that bitwise equal weights may differ by a sample near a threshold.
 _SAME_SCORE: Final = 1e-3
 _ROUNDING: Final = 1e-6
+_PAIRED: Final = 1.6  # pairs on a machine whose speed changes between them
 
 
 def faults(record: Shared) -> Iterator[str]:
@@ -34,10 +35,20 @@ def faults(record: Shared) -> Iterator[str]:
             yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
         if side.under_cap == "ok" and peak is not None and peak > record.cap_bytes:
             yield f"{name}.under_cap is ok with a peak of {peak} B above the cap of {record.cap_bytes} B"
-    if record.step_time_ratio is not None and None in (record.baseline.step_s, record.recommended.step_s):
-        yield "step_time_ratio is given, and step_s of a plan is not"
+    if plans[0].uses:
+        yield f"baseline.plan is {plans[0].label}, allowed: plain training"
+    if record.step_time_ratio is not None:
+        yield from _of_ratio(record.step_time_ratio, record.baseline.step_s, record.recommended.step_s)
     if record.verdict is not None:
         yield from _of_verdict(record, record.verdict, same=plans[0] == plans[1])
+
+
+def _of_ratio(told: float, plain_s: float | None, chosen_s: float | None) -> Iterator[str]:
+    """The median over pairs lies near the ratio of the medians."""
+    if plain_s is None or chosen_s is None:
+        yield "step_time_ratio is given, and step_s of a plan is not"
+    elif not 1 / _PAIRED <= told * plain_s / chosen_s <= _PAIRED:
+        yield f"step_time_ratio is {told:g}, step_s of the plans give {chosen_s / plain_s:g}"
 
 
 def _plan(side: Side) -> Plan:

@@ -27,8 +27,8 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     where = [*_unlike("hardware", a.hardware, b.hardware)]
     torch = [*_unlike("software: torch", a.software.get("torch"), b.software.get("torch"))]
-    limit = "env OMP_NUM_THREADS"
-    threads = [*_unlike("threads", a.software.get(limit), b.software.get(limit))]
+    limits = ("env OMP_NUM_THREADS", "env MKL_NUM_THREADS")
+    threads = [r for x in limits for r in _unlike(f"threads: {x}", a.software.get(x), b.software.get(x))]
     found = []
     for name in ("baseline", "recommended"):
         one, other = getattr(a, name), getattr(b, name)
@@ -45,12 +45,12 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
             _row(f"{name}: peak_bytes", one.measured_peak_bytes, other.measured_peak_bytes,
                  [*run, *source, *torch])
         )  # fmt: skip
-        found.append(_row(f"{name}: step_s", one.step_s, other.step_s, [*run, *where, *threads]))
-        found.append(_energy(f"{name}: joules", one.energy, other.energy, [*run, *where, *threads]))
+        found.append(_row(f"{name}: step_s", one.step_s, other.step_s, [*run, *where, *torch, *threads]))
+        found.append(_energy(f"{name}: joules", one.energy, other.energy, [*run, *where, *torch, *threads]))
         metric = list(_unlike("metric", (a.metric, a.metric_unit), (b.metric, b.metric_unit)))
         classes = _unlike("effect class", one.effect, other.effect)
         seeds = list(_unlike("seeds", sorted(one.metric_by_seed), sorted(other.metric_by_seed)))
-        scores = [*same_work, *metric, *seeds, *classes]
+        scores = [*same_work, *torch, *metric, *seeds, *classes]
         found.append(_row(f"{name}: {a.metric or 'metric'}", _mean(one), _mean(other), scores))
     found.append(_verdicts(a, b, same_work))
     return tuple(found)

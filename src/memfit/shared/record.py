@@ -164,10 +164,19 @@ def text(record: Shared) -> str:
     return escaped(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a field that is there twice: which one counts is up to the reader."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return found
+
+
 def parsed(raw: str, *, what: str) -> Shared:
     """Raises UserError with the first fault: its place, what was given, what is allowed."""
     try:
-        found = json.loads(raw)
+        found = json.loads(raw, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(f"{what} is not JSON: {error.msg} in line {error.lineno}") from error
     except RecursionError:
