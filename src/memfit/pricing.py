@@ -242,24 +242,14 @@ class Pricer:
         allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
         return Estimate(
-            plan=plan,
-            allocated_bytes=allocated,
-            phase_peak_bytes=peaks,
-            at_peak_bytes={},
-            by_module_bytes={},
-            step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
-            flops_per_step=int(micros * vector[_FLOPS]),
-            energy_j=cost.energy_j,
-            energy_boundary=modelled_boundary(self.machine),
-            usd=cost.usd,
-            co2_g=cost.co2_g,
-            peak_phase=phase,
-            traced=False,
-            reserved_bytes=memory.reserved_bytes,
-            device_bytes=memory.device_bytes,
-            device_parts_bytes=memory.device_parts_bytes,
+            plan=plan, allocated_bytes=allocated, phase_peak_bytes=peaks, at_peak_bytes={},
+            by_module_bytes={}, step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            flops_per_step=int(micros * vector[_FLOPS]), energy_j=cost.energy_j,
+            energy_boundary=modelled_boundary(self.machine), usd=cost.usd, co2_g=cost.co2_g,
+            peak_phase=phase, traced=False, reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
             oom_probability=memory.oom_probability,
-        )
+        )  # fmt: skip
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
         """Two smaller block counts to extrapolate from; None for a model too small or uneven to cut."""
