@@ -41,7 +41,8 @@ DIMENSIONLESS = {
     # counts and indices
     "batch", "batch_size", "changed_lines", "commands", "considered", "failed_attempts",
     "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed",
-    "sequence_dim", "micro_batch", "more_devices", "offloaded_tensors", "step", "steps", "steps_done", "steps_per_run", "threads",
+    "sequence_dim", "micro_batch", "more_devices", "offloaded_tensors",
+    "step", "steps", "steps_done", "steps_per_run", "threads",
     # ticks of the trace's clock
     "clock", "start", "end", "last_read", "needs",
     # numbers of calls and of what they made
@@ -57,7 +58,8 @@ DIMENSIONLESS = {
     "own", "setup", "purchase", "initial", "residual", "present_cost", "net_present_value", "loss", "spent",
     "to_spend", "values", "most",
     # which ways, and how many of what they are named after
-    "shown", "slots", "best", "tight", "back_way", "reference", "decimals", "machines", "most_machines", "years", "hours",
+    "shown", "slots", "best", "tight", "back_way", "reference",
+    "decimals", "machines", "most_machines", "years", "hours",
     # the unit itself
     "flops", "usd",
 }  # fmt: skip
