@@ -3,7 +3,8 @@
 A guide is read like this: a block in Python, TOML or YAML that begins with ``# NAME`` is written to that
 file. In a console block, a line with ``$`` is run; its exit code is 0 unless it ends in ``# exit code N``;
 the lines below it stand in its output, ``...`` for anything. A whole command inside a sentence is run after
-its guide. Of blocks marked ``text`` those that need a cluster or a card are not run, and the guide says so.
+its guide. Blocks marked ``text`` need a cluster or a card: those of the shell are run with stand-ins for
+Slurm and for torch's launcher.
 
 All share one folder and one store. Two things are not as the reader has them. A `memfit poc` that a guide
 before ran in the same words is not run again: its output is looked at again. And the managers' PoC, which
@@ -15,8 +16,10 @@ that record too.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +85,31 @@ def is_whole(words: list[str]) -> bool:
     return words in (["machines"], ["doctor"]) or (len(words) > 1 and not words[1].startswith("-"))
 
 
+STAND_INS = {
+    "sbatch": 'exec bash "$1"',
+    "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"',
+    "scontrol": "echo localhost",
+    "stand-in-python": 'echo "$@"',
+}
+JOB = {
+    "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_CPUS_PER_TASK": "8",
+    "SLURM_NNODES": "1", "PYTHON": "stand-in-python",
+}  # fmt: skip
+
+
+def launch(command: str) -> subprocess.CompletedProcess[str]:
+    """The command of a shell, with what it would start on a cluster told in the place of started."""
+    stubs = Path("stand-ins").absolute()
+    stubs.mkdir(exist_ok=True)
+    for name, body in STAND_INS.items():
+        (stubs / name).write_text(f"#!/usr/bin/env bash\n{body}\n", encoding="utf-8")
+        (stubs / name).chmod(0o755)
+    place = re.match(r"cd (\S+) && ", command)
+    submitted = {"SLURM_SUBMIT_DIR": str(Path(place[1]).absolute() if place else Path.cwd())}
+    env = {**os.environ, **JOB, **submitted, "PATH": f"{stubs}:{os.environ['PATH']}"}
+    return subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
+
+
 class Reader:
     """Does what a guide says, and remembers what a `memfit poc` said."""
 
@@ -100,6 +128,11 @@ class Reader:
                     assert not missing(output, lines), (
                         f"{guide}: {command}: {missing(output, lines)}\n{output}"
                     )
+            elif language == "text":
+                for command, code, _ in (s for s in steps(body) if not s[0].startswith("memfit")):
+                    launched = launch(command)
+                    assert launched.returncode == code, f"{guide}: {command}\n{launched.stderr}"
+                    assert re.search(r"-m torch\.distributed\.run .* \w+\.py", launched.stdout)
 
     def prove(self, guide: str) -> None:
         """The PoC that the guide begins after, with fewer steps and seeds."""
