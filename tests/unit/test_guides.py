@@ -81,8 +81,9 @@ def made_by_hand() -> Poc:
 
 
 def is_whole(words: list[str]) -> bool:
-    """Not only the name of a command, or of an option of it."""
-    return words in (["machines"], ["doctor"]) or (len(words) > 1 and not words[1].startswith("-"))
+    """Not only the name of a command, or of an option of it; and no PoC, which takes minutes."""
+    named = len(words) > 1 and not words[1].startswith("-")
+    return words in (["machines"], ["doctor"]) or (named and words[0] != "poc")
 
 
 STAND_INS = {
