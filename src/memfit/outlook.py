@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memfit import catalog
@@ -71,19 +71,24 @@ def _offers(
         plain = pricer.sketch(Plan())
         yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
         for plans_ in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
-            sketched = [e for e in map(pricer.sketch, plans_) if fits(e)]
-            fitting = [e for e in sketched if _surely(e, machine)] or sketched
-            found = best(fitting, planning.request.goal)
+            found = best(_fitting(pricer, plans_, fits, machine), planning.request.goal)
             if found is not None:
                 break
         if found is not None and found.plan != plain.plan:
             yield offer(found, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
 
 
-def _surely(sketch: Estimate, machine: Machine) -> bool:
-    """Whether the upper end fits: a plan is chosen by that, plain training by the value."""
-    whole = sketch.device_bytes
-    return whole is None or whole.high <= machine.device.memory_bytes.value
+def _fitting(
+    pricer: Pricer, plans_: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
+) -> list[Estimate]:
+    """Those whose upper end fits, else those that are likely to: plain training is held to the value."""
+
+    def surely(sketch: Estimate) -> bool:
+        whole = sketch.device_bytes
+        return whole is None or whole.high <= machine.device.memory_bytes.value
+
+    likely = [e for e in map(pricer.sketch, plans_) if fits(e)]
+    return [e for e in likely if surely(e)] or likely
 
 
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
@@ -158,8 +163,7 @@ def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
     fits = fits_under(int(machine.device.memory_bytes.value), machine)
     progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
     plain = pricer.sketch(Plan())
-    sketched = [e for e in map(pricer.sketch, _paper_plans(planning, pricer)) if fits(e)]
-    fitting = [e for e in sketched if _surely(e, machine)] or sketched
+    fitting = _fitting(pricer, _paper_plans(planning, pricer), fits, machine)
     return PaperRow(
         machine=machine.name,
         size=pricer.job.size,

@@ -65,8 +65,8 @@ __all__ = [
 ]  # fmt: skip
 
 # Records beside a PoC's own: the user's figures, predictions made later, machines of stages, limits.
-_KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
+_KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
 _SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")  # of machines whose times correct each other

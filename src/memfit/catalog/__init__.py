@@ -23,22 +23,7 @@ from memfit.catalog.spelled import machine
 from memfit.catalog.user import from_toml
 
 __all__ = [
-    "cpu_power",
-    "device",
-    "device_names",
-    "devices_of",
-    "efficiency",
-    "engine_facts",
-    "from_toml",
-    "host",
-    "host_names",
-    "host_of",
-    "link",
-    "link_names",
-    "machine",
-    "network",
-    "network_names",
-    "package_facts",
-    "place",
-    "place_names",
+    "cpu_power", "device", "device_names", "devices_of", "efficiency", "engine_facts", "from_toml", "host",
+    "host_names", "host_of", "link", "link_names", "machine", "network", "network_names", "package_facts",
+    "place", "place_names",
 ]  # fmt: skip

@@ -116,6 +116,7 @@ def found_record(name: str | None, path: Path | None) -> Found:
     """A file, or an ID in the store, the last PoC's by default. Raises UserError."""
     from memfit import shared
     from memfit.store import Store
+    from memfit.store.pocs import wanted_poc
 
     kept = Store(path)
     if name is not None and Path(name).is_file():
@@ -124,10 +125,7 @@ def found_record(name: str | None, path: Path | None) -> Found:
         return known or Found(record=given, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(f"there is no file {name}")
-    wanted = name or kept.latest_poc_id()
-    if wanted is None:
-        raise UserError(f"there is no proof of concept in {kept.path}", hint="run `memfit poc` first")
-    return _stored(kept, wanted)
+    return _stored(kept, wanted_poc(kept, name))
 
 
 def _stored(kept: memfit.store.Store, wanted: str) -> Found:

@@ -16,10 +16,8 @@ from memfit.types.errors import UserError
 _LONGEST = 20
 _MOST = 1e15  # of any figure: sums of such stay finite
 _LEAST = 1e-9  # of one that must be above 0
-_PUE = (
-    1.0,
-    10.0,
-)  # of all of a site's electricity by its computers': below 1 none is, above 10 a typing error
+# All of a site's electricity by its computers': below 1 none is, above 10 is a typing error.
+_PUE = (1.0, 10.0)
 
 
 class _Strict(pydantic.BaseModel):

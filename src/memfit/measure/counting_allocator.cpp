@@ -119,13 +119,11 @@ void watch_data(Counter& c) {
 
 c10::Allocator* inner = nullptr;
 
-using Pages = std::vector<std::pair<char*, int64_t>>;
-
 int64_t in_pages(int64_t size) { return (size + page_bytes() - 1) / page_bytes() * page_bytes(); }
 
-void give_back(const Pages& gone) {
+void unmap(char* ptr, int64_t size) {
 #ifdef __linux__
-  for (auto& [ptr, size] : gone) munmap(ptr, static_cast<size_t>(size));
+  munmap(ptr, static_cast<size_t>(size));
 #endif
 }
 
@@ -136,7 +134,8 @@ void forget(Counter& c, std::map<char*, int64_t>::iterator range) {
   c.kept.erase(range);
 }
 
-void keep_range(Counter& c, char* ptr, int64_t size) {
+// A free may not throw: where there is no memory to remember pages, they go.
+void keep_range(Counter& c, char* ptr, int64_t size) noexcept {
   auto next = c.kept.lower_bound(ptr);
   if (next != c.kept.end() && ptr + size == next->first) {
     size += next->second;
@@ -148,9 +147,14 @@ void keep_range(Counter& c, char* ptr, int64_t size) {
     size += before->second;
     forget(c, before);
   }
-  c.kept[ptr] = size;
-  c.kept_sizes.insert({size, ptr});
-  c.kept_bytes += size;
+  try {
+    c.kept_sizes.insert({size, ptr});
+    c.kept[ptr] = size;
+    c.kept_bytes += size;
+  } catch (const std::bad_alloc&) {
+    c.kept_sizes.erase({size, ptr});
+    unmap(ptr, size);
+  }
 }
 
 // So many kept pages in a row, from the smallest range that has them; null where there are none.
@@ -163,8 +167,8 @@ char* take(Counter& c, int64_t size) {
   return ptr;
 }
 
-// Moves kept pages to `gone`, the smallest ranges first, until there is room beside `live` bytes.
-void make_room(Counter& c, int64_t live, Pages& gone) {
+// Gives kept pages back, the smallest ranges first, until there is room beside `live` bytes.
+void make_room(Counter& c, int64_t live) {
   int64_t most = live > c.highest ? live : c.highest;
   if (c.ceiling > 0 && c.ceiling < most) most = c.ceiling;
   while (!c.kept.empty() && live + c.kept_bytes > most) {
@@ -172,17 +176,56 @@ void make_room(Counter& c, int64_t live, Pages& gone) {
     int64_t over = in_pages(live + c.kept_bytes - most);
     forget(c, c.kept.find(ptr));
     if (over < size) keep_range(c, ptr, size - over);
-    gone.push_back({over < size ? ptr + size - over : ptr, over < size ? over : size});
+    unmap(over < size ? ptr + size - over : ptr, over < size ? over : size);
   }
+}
+
+// All that is kept goes back to the system.
+void release(Counter& c) {
+  for (auto& [ptr, size] : c.kept) unmap(ptr, size);
+  c.kept.clear();
+  c.kept_sizes.clear();
+  c.kept_bytes = 0;
 }
 
 void count(Counter& c, void* ptr, Size size) {
   c.sizes[ptr] = size;
   change(c, size.bytes);
+  if (c.statm >= 0 && size.bytes >= kMapped) watch_data(c);
+}
+
+void* fresh_pages(Counter& c, int64_t size) {
+#ifdef __linux__
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    void* ptr = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (ptr != MAP_FAILED) return ptr;
+    release(c);
+  }
+#endif
+  return nullptr;
+}
+
+// Pages of our own, counted; null where torch's own allocator has to say what is wrong.
+void* large_block(Counter& c, int64_t bytes) {
+  int64_t mapped = in_pages(bytes);
+  std::lock_guard<std::mutex> hold(c.mutex);
+  void* ptr = take(c, mapped);
+  if (ptr == nullptr) {
+    make_room(c, c.live + bytes);
+    ptr = fresh_pages(c, mapped);
+  }
+  if (ptr == nullptr) return nullptr;
+  try {
+    count(c, ptr, {bytes, mapped});
+  } catch (const std::bad_alloc&) {
+    unmap(static_cast<char*>(ptr), mapped);
+    return nullptr;
+  }
+  return ptr;
 }
 
 void free_counted(void* ptr) {
-  Pages gone;
   {
     Counter& c = counter();
     std::lock_guard<std::mutex> hold(c.mutex);
@@ -193,56 +236,12 @@ void free_counted(void* ptr) {
       c.sizes.erase(found);
       if (size.mapped > 0) {
         keep_range(c, static_cast<char*>(ptr), size.mapped);
-        make_room(c, c.live, gone);
-        ptr = nullptr;
+        make_room(c, c.live);
+        return;
       }
     }
   }
-  if (ptr != nullptr) inner->raw_deleter()(ptr);
-  give_back(gone);
-}
-
-// All that is kept goes back to the system.
-void release() {
-  Counter& c = counter();
-  std::lock_guard<std::mutex> hold(c.mutex);
-  give_back(Pages(c.kept.begin(), c.kept.end()));
-  c.kept.clear();
-  c.kept_sizes.clear();
-  c.kept_bytes = 0;
-}
-
-void* fresh_pages(int64_t size) {
-#ifdef __linux__
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    void* ptr = mmap(nullptr, static_cast<size_t>(size), PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (ptr != MAP_FAILED) return ptr;
-    release();
-  }
-#endif
-  return nullptr;
-}
-
-// Pages of our own, counted; null where torch's own allocator has to say what is wrong.
-void* large_block(Counter& c, int64_t bytes) {
-  Pages gone;
-  int64_t mapped = in_pages(bytes);
-  {
-    std::lock_guard<std::mutex> hold(c.mutex);
-    if (void* ptr = take(c, mapped)) {
-      count(c, ptr, {bytes, mapped});
-      return ptr;
-    }
-    make_room(c, c.live + bytes, gone);
-  }
-  give_back(gone);
-  void* ptr = fresh_pages(mapped);
-  if (ptr == nullptr) return nullptr;
-  std::lock_guard<std::mutex> hold(c.mutex);
-  count(c, ptr, {bytes, mapped});
-  if (c.statm >= 0) watch_data(c);
-  return ptr;
+  inner->raw_deleter()(ptr);
 }
 
 struct CountingAllocator final : c10::Allocator {
@@ -261,7 +260,6 @@ struct CountingAllocator final : c10::Allocator {
     c10::DataPtr counted(ptr, ptr, &free_counted, data.device());
     std::lock_guard<std::mutex> hold(c.mutex);
     count(c, ptr, {rounded, 0});
-    if (c.statm >= 0 && rounded >= kMapped) watch_data(c);
     return counted;
   }
   c10::DeleterFnPtr raw_deleter() const override { return &free_counted; }
@@ -287,9 +285,9 @@ int memfit_install() {
 // Nothing is kept any more, and from now on only as much as leaves room in `cap` above what is live (0: no
 // cap): an eighth, for what does not come from this allocator.
 void memfit_release(int64_t cap) {
-  release();
   Counter& c = counter();
   std::lock_guard<std::mutex> hold(c.mutex);
+  release(c);
   c.ceiling = cap > 0 ? c.live + cap - cap / 8 : 0;
 }
 

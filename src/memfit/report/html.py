@@ -34,13 +34,13 @@ from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words
 from memfit.types.decision import DRAWS, Decision
 from memfit.types.result import Poc
+from memfit.types.text import TURNING
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 
 _LONG: Final = 24  # characters: a longer figure has a long unit in it, and may break
-_TURNING: Final = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
 def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
@@ -89,7 +89,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
     plans = ["" if w.kind == "nothing" else plain if w.plain else w.plan for w in shown.made.ways]
     more = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
     text = json.dumps({**told, **more}, ensure_ascii=False)
-    text = text.translate(_TURNING)
+    text = text.translate(TURNING)
     for bad in "<>&\u2028\u2029":  # nothing in it can end the element or begin another
         text = text.replace(bad, f"\\u{ord(bad):04x}")
     digest = hashlib.sha256(_asset("decision.js").encode()).digest()
@@ -135,7 +135,7 @@ def _shown_whole(value: Any) -> Any:
     """Characters that turn the reading direction of what follows are shown as unknown ones. A bare number is
     refused: it would stand there without its mark."""
     _no_bare_number(value)
-    return value.translate(_TURNING) if isinstance(value, str) else value
+    return value.translate(TURNING) if isinstance(value, str) else value
 
 
 def _no_bare_number(value: object) -> None:

@@ -95,6 +95,9 @@ class Blocks:
         return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
 
+_ON_A_LINE = ("parameter_count", "trainable_count", "offloaded_bytes", "offloaded_tensors", "host_peak_bytes")
+
+
 def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:
     """The trace with the ``wanted`` blocks from one with the ``given`` and one with a period more.
 
@@ -111,13 +114,7 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     ]
     line = {
         name: getattr(shallow, name) + times * (getattr(deeper, name) - getattr(shallow, name))
-        for name in (
-            "parameter_count",
-            "trainable_count",
-            "offloaded_bytes",
-            "offloaded_tensors",
-            "host_peak_bytes",
-        )
+        for name in _ON_A_LINE
     }
     return dataclasses.replace(whole.trace, allocations=tuple(grown), ops=ops, **line)
 

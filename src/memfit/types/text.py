@@ -8,6 +8,7 @@ from typing import Final
 # direction of what follows, and halves of characters.
 _CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
 _TURNING: Final = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+TURNING: Final = dict.fromkeys(_TURNING, "\ufffd")  # for str.translate
 _UNSEEN: Final = (*_CONTROLS, *_TURNING, *range(0xD800, 0xE000))
 _SHOWN: Final = dict.fromkeys((c for c in _UNSEEN if chr(c) not in "\n\t"), "\ufffd")
 _ESCAPED: Final = {c: f"\\u{c:04x}" for c in _UNSEEN if c >= 0x20}
