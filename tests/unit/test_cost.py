@@ -310,8 +310,9 @@ def test_offload_is_written_and_read_once_a_micro_step() -> None:
         assert found is not None
         return found.step_s
 
-    once = made(offloaded_bytes=10**6)
+    once = made(offloaded_bytes=10**6, restored_bytes=10**6)
     assert seconds(once) == pytest.approx(2.0)
+    assert seconds(dataclasses.replace(once, restored_bytes=3 * 10**6)) == pytest.approx(4.0)  # kept thrice
     assert seconds(dataclasses.replace(once, repeated_micro_steps=3)) == pytest.approx(8.0)  # one of four
     assert seconds(made()) == 0
 

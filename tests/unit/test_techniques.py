@@ -20,6 +20,7 @@ from memfit.jobs.step import TrainingStep
 from memfit.planning import space_of
 from memfit.techniques.base import Knob, Space, Workbench
 from memfit.techniques.blocks import find_blocks, find_head
+from memfit.techniques.offload import DiskSpool, HostCopies, Parked, Spool
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.planfile import parse_plan, plan_text, read_plan
 from memfit.techniques.precision import MasterWeights
@@ -361,14 +362,56 @@ def test_offload_writes_what_backward_needs_and_leaves_no_file(tmp_path: Path, m
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     step = TrainingStep(words(), Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),)))
-    written: list[int] = []
-    step.bench.on_offload = written.append
+    moved: list[tuple[int, int]] = []
+    step.bench.on_offload = lambda out, back: moved.append((out, back))
     step.run(step.job.make_batch(0, 0))
-    assert 8 * 12 * 64 * 4 in written  # the wide activation inside a block
-    assert min(written) >= 1024
+    assert (8 * 12 * 64 * 4,) * 2 in moved  # the wide activation inside a block
+    assert min(back for _, back in moved) >= 1024
     assert list(tmp_path.rglob("*/*")) == []
     step.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_several_operators_keep_leaves_once_and_what_changed_in_place_leaves_again() -> None:
+    step = TrainingStep(words(), Plan())
+    bench = step.bench
+    moved: list[tuple[int, int]] = []
+    bench.on_offload = lambda out, back: moved.append((out, back))
+    for away in (DiskSpool(bench, 0), HostCopies(bench, 0)):
+        moved.clear()
+        kept = torch.arange(24.0).reshape(2, 3, 4)
+        with away.hooks():
+            packed = [away._pack(kept), away._pack(kept.view(6, 4))]
+            with torch.no_grad():
+                kept += 1
+            packed.append(away._pack(kept))
+        assert moved == [(96, 96), (0, 96), (96, 96)]
+        first, flat, later = map(away._unpack, packed)
+        assert torch.equal(first, kept - 1)
+        assert torch.equal(flat, first.view(6, 4))
+        assert torch.equal(later, kept)
+        assert first.data_ptr() != flat.data_ptr()
+    step.close()
+
+
+def test_a_spool_uses_what_is_free_before_it_grows(tmp_path: Path, monkeypatch: Any) -> None:
+    import os
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spool = Spool()
+    first, second = Parked(torch.ones(1000), spool), Parked(torch.zeros(1000, dtype=torch.bfloat16), spool)
+    place = first.place
+    assert first.back().sum() == 1000
+    del first
+    third = Parked(torch.full((1000,), 3.0), spool)
+    assert third.place == place
+    assert second.back().sum() == 0
+    assert list(tmp_path.iterdir()) == []  # without a name: gone however the process ends
+    part = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: part(file, data[:700], at))
+    assert torch.equal(Parked(torch.arange(999.0), spool).back(), torch.arange(999.0))
+    spool.close()
 
 
 def test_masters_keep_updates_that_bfloat16_would_lose() -> None:

@@ -35,15 +35,10 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
 
 def _with_offload(found: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
     """What leaves the device and comes back, by copies that compute waits for."""
-    more_s = 2 * offloaded_bytes(trace) / host_bytes_s(machine, model)
+    more_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
     more_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
     busy = {**found.busy_s, "host link": more_s} if more_s else found.busy_s
     return dataclasses.replace(found, step_s=found.step_s + more_s, busy_s=busy)
-
-
-def offloaded_bytes(trace: Trace) -> float:
-    """Written out in one whole step, and read back."""
-    return _whole(trace, trace.offloaded_bytes)
 
 
 def _whole(trace: Trace, played: int) -> float:

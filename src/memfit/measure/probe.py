@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from memfit.measure.memory import PeakCounter
-from memfit.techniques.offload import Parked
+from memfit.techniques.offload import Parked, Spool
 from memfit.types.machine import Calibration
 
 _RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
@@ -27,6 +25,7 @@ _OP_LIMIT_S = 0.1  # no single operator may eat the budget
 _MATMUL_SIZE = 1024
 _COPY_BYTES = 64 * 2**20
 _BETWEEN_BYTES = 8 * 2**20  # what other operators of a step put into the caches between two calls
+_LARGE_BYTES = 4 * 2**20
 _FILE_BYTES, _FILES = 64 * 2**10, 64
 
 
@@ -178,23 +177,24 @@ def _copy_bytes_s() -> float:
 
 
 def _disk() -> tuple[float, float]:
-    """(bytes a second, seconds a tensor more) of writing tensors to files and reading them back, as
-    activation offload does: through the page cache, a large one and many of the smallest."""
-    large, small = torch.ones(_COPY_BYTES // 4), torch.ones(_FILE_BYTES // 4)
-    with tempfile.TemporaryDirectory() as folder:
+    """(bytes a second, seconds a tensor more) of writing tensors to a file and reading them back, as
+    activation offload does: through the page cache, large ones and many of the smallest, in places that
+    a step before has used."""
+    spool = Spool()
 
-        def seconds(tensor: torch.Tensor, count: int) -> float:
-            start = time.perf_counter()
-            parked = [Parked(tensor, Path(folder) / str(i)) for i in range(count)]
-            for one in parked:
-                one.restore()
-            parked.clear()
-            del one
-            return time.perf_counter() - start
+    def seconds(tensor: torch.Tensor, count: int) -> float:
+        start = time.perf_counter()
+        parked = [Parked(tensor, spool) for _ in range(count)]
+        while parked:
+            parked.pop().back()
+        return time.perf_counter() - start
 
-        bytes_s = 2 * _COPY_BYTES / min(seconds(large, 1) for _ in range(2))
-        each_s = min(seconds(small, _FILES) for _ in range(3)) / _FILES
-    return bytes_s, max(0.0, each_s - 2 * _FILE_BYTES / bytes_s)
+    large, small = torch.ones(_LARGE_BYTES // 4), torch.ones(_FILE_BYTES // 4)
+    large_s = min(seconds(large, _COPY_BYTES // _LARGE_BYTES) for _ in range(3))
+    small_s = min(seconds(small, _FILES) for _ in range(3))
+    spool.close()
+    bytes_s = 2 * _COPY_BYTES / large_s
+    return bytes_s, max(0.0, small_s / _FILES - 2 * _FILE_BYTES / bytes_s)
 
 
 def _overhead_s() -> float:

@@ -141,7 +141,7 @@ class Workbench:
     on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step
-    on_offload: Callable[[int], None] | None = None  # and here: bytes that leave memory
+    on_offload: Callable[[int, int], None] | None = None  # and here: bytes that leave memory, and come back
     # and here: a "parameter" or "gradient" that a technique keeps in the place of the model's own
     on_kept: Callable[[torch.Tensor, str], None] = lambda tensor, category: None
     # and here: tensors made meanwhile lie in "host" memory, in a stream's pool, or ("") where the model is

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.types.plan import EffectClass, KnobValue
@@ -25,27 +26,45 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 class _Away:
     """Keeps saved tensors of at least ``minimum_bytes`` elsewhere; parameters are in memory
-    anyway."""
+    anyway. What several operators save of one storage goes out once and comes back for each."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
         self.resident: dict[int, Any] = {}  # by the address of the storage: the parameter
+        # What is away, by what it is of; the storage's weak reference keeps its address from another.
+        self.gone: dict[tuple[Any, ...], tuple[Any, weakref.ref[Any]]] = {}
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         from torch.autograd.graph import saved_tensors_hooks
 
         self.resident = {p.untyped_storage()._cdata: p for p in self.bench.model.parameters()}
+        self.gone.clear()
         with saved_tensors_hooks(self._pack, self._unpack):
             yield
+        self.gone.clear()
 
     def _pack(self, tensor: Any) -> Any:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
         storage = tensor.untyped_storage()
         if storage.nbytes() < self.minimum_bytes or self._is_resident(storage) or not self._can(tensor):
             return tensor
+        size_bytes = tensor.numel() * tensor.element_size()
+        # Contiguous, the same elements have one order in memory whatever their shape.
+        shape = tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
+        key = (storage._cdata, tensor._version, tensor.storage_offset(), shape, tensor.dtype)
+        known = self.gone.get(key)
+        away = known[1]() if known is not None else None
         if self.bench.on_offload is not None:
-            self.bench.on_offload(tensor.numel() * tensor.element_size())
-        return self._put(tensor)
+            self.bench.on_offload(0 if away is not None else size_bytes, size_bytes)
+        if away is None:
+            away = self._put(tensor)
+            self.gone[key] = StorageWeakRef(storage), weakref.ref(away)
+        return _Saved(away, tensor.shape)
+
+    def _unpack(self, packed: Any) -> Any:
+        return packed.away.back().view(packed.shape) if isinstance(packed, _Saved) else packed
 
     def _is_resident(self, storage: Any) -> bool:
         """ZeRO 3 gives parameters other storages in forward; what had theirs may then have the address."""
@@ -56,10 +75,13 @@ class _Away:
         return True
 
     def _put(self, tensor: Any) -> Any:
+        """What is away: its ``back()`` is the tensor's elements, new in memory."""
         raise NotImplementedError
 
-    def _unpack(self, packed: Any) -> Any:
-        raise NotImplementedError
+
+class _Saved(NamedTuple):
+    away: Any
+    shape: Any
 
 
 class HostCopies(_Away):
@@ -67,62 +89,99 @@ class HostCopies(_Away):
 
     def _put(self, tensor: Any) -> Any:
         with self.bench.place("host"):  # a fake tensor of either place is on the CPU
-            return tensor.device, tensor.detach().to("cpu", copy=True)
+            return _Copy(tensor.device, tensor.detach().to("cpu", copy=True))
 
-    def _unpack(self, packed: Any) -> Any:
-        if not isinstance(packed, tuple):
-            return packed
-        device, copy = packed
-        return copy.to(device, copy=True)
+
+class _Copy:
+    def __init__(self, device: Any, copy: Any) -> None:
+        self.device, self.copy = device, copy
+
+    def back(self) -> Any:
+        return self.copy.to(self.device, copy=True)
 
 
 class DiskSpool(_Away):
-    """In files of a temporary folder. Under fake tensors nothing is written, but storages come and go in the
-    same order."""
+    """In a file without a name, which is gone however the process ends. Under fake tensors nothing is
+    written, but storages come and go in the same order."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         super().__init__(bench, minimum_bytes)
-        self.count = 0
-        self.folder = tempfile.TemporaryDirectory(prefix="memfit-offload-")
-        bench.closers.append(self.folder.cleanup)
+        self.spool = Spool()
+        bench.closers.append(self.spool.close)
 
     def _can(self, tensor: Any) -> bool:
         return bool(tensor.is_contiguous())
 
     def _put(self, tensor: Any) -> Any:
-        self.count += 1
-        return Parked(tensor, Path(self.folder.name) / str(self.count))
+        return Parked(tensor, self.spool)
 
-    def _unpack(self, packed: Any) -> Any:
-        return packed.restore() if isinstance(packed, Parked) else packed
+
+class Spool:
+    """A file of places; one that is free again is used before the file grows, as pages that the kernel
+    holds are written over several times quicker than new ones."""
+
+    def __init__(self) -> None:
+        self._file: Any = None
+        self._end = 0
+        self._free: dict[int, list[int]] = {}
+
+    def write(self, data: memoryview) -> int:
+        """Its place. Raises OSError where the disk is full."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
+        free = self._free.get(data.nbytes)
+        place = free.pop() if free else self._end
+        self._end = max(self._end, place + data.nbytes)
+        done = 0
+        while done < data.nbytes:
+            done += os.pwrite(self._file.fileno(), data[done:], place + done)
+        return place
+
+    def read(self, data: memoryview, place: int) -> None:
+        done = 0
+        while done < data.nbytes:
+            read = os.preadv(self._file.fileno(), [data[done:]], place + done)
+            if not read:
+                raise OSError("the file of offloaded activations has been cut short")
+            done += read
+
+    def free(self, place: int, size_bytes: int) -> None:
+        self._free.setdefault(size_bytes, []).append(place)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class Parked:
-    """A tensor on disk: raw bytes, shape and dtype."""
+    """A tensor's elements in a spool."""
 
-    def __init__(self, tensor: Any, path: Path) -> None:
+    def __init__(self, tensor: Any, spool: Spool) -> None:
         from torch._subclasses.fake_tensor import FakeTensor
 
-        self.shape, self.dtype, self.path = tensor.shape, tensor.dtype, path
-        self.fake = isinstance(tensor, FakeTensor)
-        if not self.fake:
-            import torch
+        self.count, self.dtype, self.spool = tensor.numel(), tensor.dtype, spool
+        self.size_bytes = tensor.numel() * tensor.element_size()
+        self.place: int | None = None
+        if not isinstance(tensor, FakeTensor):
+            self.place = spool.write(_raw(tensor.detach()))
 
-            tensor.detach().view(-1).view(torch.uint8).numpy().tofile(path)
-
-    def restore(self) -> Any:
+    def back(self) -> Any:
         import torch
 
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        if not self.fake:
-            flat: Any = tensor.view(-1).view(torch.uint8).numpy()
-            with self.path.open("rb") as file:
-                file.readinto(memoryview(flat))
+        tensor = torch.empty(self.count, dtype=self.dtype)
+        if self.place is not None:
+            self.spool.read(_raw(tensor), self.place)
         return tensor
 
     def __del__(self) -> None:
-        if not self.fake:
-            self.path.unlink(missing_ok=True)
+        if self.place is not None:
+            self.spool.free(self.place, self.size_bytes)
+
+
+def _raw(tensor: Any) -> memoryview:
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:

@@ -70,7 +70,7 @@ class Ledger(TorchDispatchMode):
         self.guesses = guesses or Guesses()
         self.guesses.shadows = self.shadows
         self.results = operators.Results(self.guesses)
-        self.offloaded_bytes = self.offloaded_tensors = 0
+        self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
         self.place = ""  # where tensors are made: "" with the model, "host", or another stream's pool
         self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
@@ -108,8 +108,9 @@ class Ledger(TorchDispatchMode):
         """A tensor that never passes the dispatcher."""
         return self._note(tensor, op, self.modules.name(self.current))
 
-    def note_offload(self, size_bytes: int) -> None:
-        self.offloaded_bytes += size_bytes
+    def note_offload(self, out_bytes: int, back_bytes: int) -> None:
+        self.offloaded_bytes += out_bytes
+        self.restored_bytes += back_bytes
         self.offloaded_tensors += 1
 
     def resized(self, storage: torch.UntypedStorage) -> None:

@@ -116,6 +116,7 @@ def trace(
         trainable_count=sum(p.numel() for p in params if p.requires_grad),
         repeated_micro_steps=step.bench.micro_batches - done,
         offloaded_bytes=ledger.offloaded_bytes,
+        restored_bytes=ledger.restored_bytes,
         offloaded_tensors=ledger.offloaded_tensors,
         assumptions=tuple(ledger.guesses.assumptions),
         guessed=tuple(filter(None, ledger.guesses.open)),
@@ -165,7 +166,7 @@ def _play(
     try:
         for index in range(steps):
             inputs, terms = given(index)
-            ledger.offloaded_bytes = ledger.offloaded_tensors = 0
+            ledger.offloaded_bytes = ledger.restored_bytes = ledger.offloaded_tensors = 0
             # One process needs an earlier step for the state that its optimizer makes, no more.
             first = index < steps - 1 and step.bench.world.layout.ranks == 1
             outputs = step.run(

@@ -95,7 +95,10 @@ class Blocks:
         return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
 
-_ON_A_LINE = ("parameter_count", "trainable_count", "offloaded_bytes", "offloaded_tensors", "host_peak_bytes")
+_ON_A_LINE = (
+    "parameter_count", "trainable_count", "offloaded_bytes", "restored_bytes", "offloaded_tensors",
+    "host_peak_bytes",
+)  # fmt: skip
 
 
 def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:

@@ -96,7 +96,8 @@ class Trace:
     parameter_count: int
     trainable_count: int
     repeated_micro_steps: int = 0
-    offloaded_bytes: int = 0  # written out in the played part of one step, and read back
+    offloaded_bytes: int = 0  # written out in the played part of one step
+    restored_bytes: int = 0  # and read back, more where several operators keep one tensor
     offloaded_tensors: int = 0  # in so many pieces
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
     guessed: tuple[str, ...] = ()  # lines that asked for a number which nothing decides but weights
