@@ -80,7 +80,7 @@ def make(
         ),
         batch_size=shape.batch_size,
         tokens_per_batch=shape.batch_size * shape.residues,
-        steps=60 if size == "tiny" else 40,
+        steps=40,
         blocks="blocks",
         more_blocks=("extra", "template.blocks") if shape.templates else ("extra",),
         islands=("structure", "recycle", "heads"),
