@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import re
 import time
 from collections import Counter, defaultdict
@@ -269,6 +270,7 @@ def keep(record: Mapping[str, Any]) -> None:
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": dict(fingerprint()),
+        "load": round(os.getloadavg()[1], 2),  # of five minutes
     }
     with RECORDS.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**record, **about}) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ SIZES = {
     "initial": "initial training, 256 residues, 128 rows",
     "finetune": "fine-tuning, 384 residues, 512 rows",
 }
+_QUIET_LOAD = 2.0  # the cores: above it other work ran beside
 CLOSE = 0.10  # of a published peak
 _ABOUT = """\
 # The AlphaFold 2 case
@@ -162,12 +164,12 @@ def _tiny(found: Sequence[Record], verdicts: Mapping[str, Record], ladder: Seque
     seeds = max(len(r) for r in runs.values())
     yield "## Trained here, every step of the ladder"
     yield (
-        f"`tiny`: two Evoformer blocks on 48 residues of real chains, 60 steps, {seeds} seeds, each run in a "
-        "process of its own under the counting allocator. The metric is the share of true contacts (CB "
-        "nearer than 8 Angstrom, 12 or more residues apart) among the L/2 likeliest pairs of 120 test "
-        "chains, %; ranking by separation along the chain alone reaches 3.3. Verdicts are memfit's: bitwise "
-        "where nothing may change, else equivalence of paired seeds within the job's margin of 5 points. "
-        "Other work ran on the machine: times are a rough guide."
+        f"`tiny`: two Evoformer blocks on 48 residues of real chains, {_steps(every)} steps, {seeds} seeds, "
+        "each run in a process of its own under the counting allocator. The metric is the share of true "
+        "contacts (CB nearer than 8 Angstrom, 12 or more residues apart) among the L/2 likeliest pairs of "
+        "120 test chains, %; ranking by separation along the chain alone reaches 3.3. Verdicts are memfit's: "
+        "bitwise where nothing may change, else equivalence of paired seeds within the job's margin of 5 "
+        "points." + _shared(every)
     )
     rows = [_trained(name, of, verdicts.get(name)) for name, of in runs.items() if of]
     yield table(
@@ -183,6 +185,17 @@ def _tiny(found: Sequence[Record], verdicts: Mapping[str, Record], ladder: Seque
             "Checkpointing itself changes nothing: with and without it, losses are equal bit by bit on "
             f"{sum(same)} of {len(same)} seeds."
         )
+
+
+def _steps(every: Sequence[Record]) -> str:
+    return " or ".join(str(n) for n in sorted({r["run"]["spec"]["steps"] for r in every}))
+
+
+def _shared(every: Sequence[Record]) -> str:
+    """Whether a core was free for a run of one thread and its parent, as the load of five minutes says."""
+    if max(r.get("load", math.inf) for r in every) <= _QUIET_LOAD:
+        return ""
+    return " Other work ran on the machine: times are a rough guide."
 
 
 def _losses(of: Sequence[Record], seed: int) -> Any:
