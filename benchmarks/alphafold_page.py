@@ -164,10 +164,10 @@ def _tiny(found: Sequence[Record], verdicts: Mapping[str, Record], ladder: Seque
     seeds = max(len(r) for r in runs.values())
     yield "## Trained here, every step of the ladder"
     yield (
-        f"`tiny`: two Evoformer blocks on 48 residues of real chains, {_steps(every)} steps, {seeds} seeds, "
+        f"`tiny`: two Evoformer blocks on 40 residues of real chains, {_steps(every)} steps, {seeds} seeds, "
         "each run in a process of its own under the counting allocator. The metric is the share of true "
         "contacts (CB nearer than 8 Angstrom, 12 or more residues apart) among the L/2 likeliest pairs of "
-        "120 test chains, %; ranking by separation along the chain alone reaches 3.3. Verdicts are memfit's: "
+        "120 test chains, %; ranking by separation along the chain alone reaches 3.6. Verdicts are memfit's: "
         "bitwise where nothing may change, else equivalence of paired seeds within the job's margin of 5 "
         "points." + _shared(every)
     )

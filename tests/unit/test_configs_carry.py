@@ -53,7 +53,7 @@ def test_deepspeed_alone(tmp_path: Path) -> None:
     assert knobs(found, "zero") == {
         "stage": 2, "precision": "bf16", "overlap": True, "offload": "optimizer", "persist_elements": 100_000,
         "reduce_bucket_elements": 500_000_000, "prefetch_elements": 50_000_000,
-        "live_elements": 1_000_000_000,
+        "live_elements": 1_000_000_000, "memory_efficient_linear": True,
     }  # fmt: skip
     assert left(found) == {"zero_optimization.zero_quantized_weights"}
 
@@ -239,6 +239,7 @@ PIPELINE = {"stages": 2, "virtual": 2, "schedule": "interleaved", "micro_batches
         (deepspeed.ENGINE, (ACCUMULATED, make_use("zero", {"stage": 1, "precision": "bf16"} | BUCKET))),
         (deepspeed.ENGINE, (make_use("zero", {"stage": 2, "offload": "optimizer", "overlap": True}),)),
         (deepspeed.ENGINE, (make_use("zero", {"stage": 3, "offload": "parameters", "live_elements": 9}),)),
+        (deepspeed.ENGINE, (make_use("zero", {"stage": 3, "memory_efficient_linear": False}),)),
         (deepspeed.ENGINE, (make_use("zero", {"stage": 0}),)),
         (accelerate.ENGINE, (BESIDE,)),
         (accelerate.ENGINE, (BESIDE, make_use("bf16-autocast", {}))),

@@ -106,7 +106,7 @@ def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
 # -- DeepSpeed, alone or below Accelerate and the Trainer --------------------------------------------
 
 _ZERO_READ = {
-    "stage", "reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param",
+    "stage", "reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param", "memory_efficient_linear",
     "prefetch_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
     "param_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters", "cpu_offload",
 }  # fmt: skip
@@ -183,6 +183,8 @@ def _zero_knobs(
                 )
     if stage < 3:
         knobs["overlap"] = config.on("zero_optimization.overlap_comm")
+    elif config.raw("zero_optimization.memory_efficient_linear") is False:
+        knobs["memory_efficient_linear"] = False
     knobs["offload"] = _offload(config, stage, draft)
     return knobs
 

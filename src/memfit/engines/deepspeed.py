@@ -85,6 +85,7 @@ def _zero(used: Use) -> dict[str, Any]:
             "stage3_param_persistence_threshold": int(knobs["persist_elements"]),
             "stage3_max_live_parameters": int(knobs["live_elements"]),
             "stage3_max_reuse_distance": int(knobs["live_elements"]),
+            "memory_efficient_linear": bool(knobs["memory_efficient_linear"]),
         }
     return found
 

@@ -92,7 +92,7 @@ def _shape(size: str, length: int | None, batch: int | None) -> FoldSize:
     from memfit.jobs.alphafold.model import published, small
 
     if size == "tiny":
-        return small(residues=length or 48, batch_size=batch or 4)
+        return small(residues=length or 40, batch_size=batch or 4)
     crops = {"residues": 384, "rows": 512, "extra_rows": 5120} if size == "finetune" else {
         "residues": 256, "rows": 128, "extra_rows": 1024
     }  # fmt: skip

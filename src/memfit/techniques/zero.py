@@ -91,6 +91,13 @@ TECHNIQUE = Technique(
         Knob(name="persist_elements", default=100_000, doc="stage 3: parameters up to this size stay whole"),
         Knob(name="live_elements", default=1_000_000_000, doc="stage 3: gathered parameters kept for reuse"),
         Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: gathered ahead"),
+        Knob(
+            name="memory_efficient_linear",
+            default=True,
+            doc="stage 3: linear layers keep no gathered weight; False: torch's own, which keep "
+            "weights until backward; on one rank losses are then plain training's bits",
+            choices=(True, False),
+        ),
     ),
     forbids=(
         "optimizer-in-backward",

@@ -55,11 +55,11 @@ class ZeroThree(Reducing):
         bench.on_kept(own, "parameter")
         bench.on_kept(self.grads, "gradient")
         bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
-        linear = LinearPatch()
+        linear = LinearPatch() if settings["memory_efficient_linear"] else None
         for module in bench.model.modules():  # those without parameters too: there is time to gather ahead
             self._watch(module)
             bench.closers.append(watch_reads(module, shards.read))
-            bench.closers += linear.during(module)
+            bench.closers += linear.during(module) if linear is not None else []
         self.inner = make([self.master])
 
     def _watch(self, module: torch.nn.Module) -> None:
