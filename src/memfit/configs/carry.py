@@ -106,9 +106,10 @@ def _whose(setup: Setup) -> tuple[str, Callable[[Setup, Draft], None]]:
 # -- DeepSpeed, alone or below Accelerate and the Trainer --------------------------------------------
 
 _ZERO_READ = {
-    "stage", "reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param", "memory_efficient_linear",
+    "stage", "reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload",
     "prefetch_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
-    "param_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters", "cpu_offload",
+    "param_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters",
+    "memory_efficient_linear",
 }  # fmt: skip
 # Of checkpoints, of how often something is said, or without a byte on the device.
 _ZERO_WITHOUT_BYTES = {
