@@ -46,6 +46,7 @@ from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import (
+    Cause,
     Interaction,
     Measurement,
     NamedVerdict,
@@ -306,7 +307,7 @@ class _Story:
         else:
             same = Verdict(
                 kind=VerdictKind.EQUIVALENT, effect=effect_of(self.baseline), test="identity",
-                reason="the recommendation is plain training itself",
+                reason="the recommendation is plain training itself", cause=Cause(kind="same_plan"),
             )  # fmt: skip
             yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=same)
         for other in (r for r in runs if r.spec.role == ABLATION):

@@ -9,6 +9,7 @@ from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan, use
 from memfit.types.result import (
+    Cause,
     Choice,
     Effort,
     Estimate,
@@ -221,6 +222,7 @@ def verdicts() -> tuple[NamedVerdict, ...]:
         high=0.82,
         pairs=3,
         power=0.93,
+        cause=Cause(kind="inside"),
     )
     wide = dataclasses.replace(
         paired,
@@ -230,12 +232,15 @@ def verdicts() -> tuple[NamedVerdict, ...]:
         low=-2.7,
         high=2.3,
         power=0.41,
+        cause=Cause(kind="neither_yet", needed=5),
     )
     exact = Verdict(
         kind=VerdictKind.EQUIVALENT,
         effect=EffectClass.E0,
         test="bitwise equality of trained weights",
         reason="SHA-256 digests are equal",
+        pairs=3,
+        cause=Cause(kind="equal_bits"),
     )
     return (
         NamedVerdict(name="recommended", plan=RECOMMENDED, verdict=paired),

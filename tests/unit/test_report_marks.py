@@ -6,16 +6,20 @@ import dataclasses
 import functools
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from report_fixture import full_poc, minimal_poc, offers
 
+from memfit import pipeline
 from memfit.decision.case import parsed
 from memfit.decision.decide import decide
 from memfit.report import html
 from memfit.report.figures import Mark, figure_text, measured, predicted, sourced
 from memfit.report.html import render_html
 from memfit.report.words import LANGUAGES, load_words
+from memfit.types.result import Cause, VerdictKind
+from memfit.verify import judge
 
 CASE = """
 currency = "JPY"
@@ -144,6 +148,29 @@ def test_sentences_of_the_cards_hold_no_number_of_their_own(lang: str) -> None:
     for text, node in walk.texts:
         if any(n.has("card") for n in (*node.parents, node)) and not node.inside("num", *NAMES):
             assert not DIGIT.search(fixed.sub("", text)), text
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_every_reason_of_a_verdict_is_a_sentence_with_marked_numbers(lang: str) -> None:
+    source = (Path(judge.__file__).read_text(), Path(pipeline.__file__).read_text())
+    kinds = {kind for text in source for kind in re.findall(r'Cause\(\s*kind="(\w+)"', text)} | {
+        "better",
+        "worse",
+    }
+    words = load_words(lang)
+    assert {key.removeprefix("why.") for key in words.texts if key.startswith("why.")} == kinds
+    cause = Cause(kind="", seed=1, step=2, difference=0.25, limit=0.125, needed=7, detail="<b>")
+    for kind in kinds:
+        poc = full_poc()
+        first = poc.verdicts[0]
+        because = dataclasses.replace(cause, kind=kind)
+        open_ = dataclasses.replace(first.verdict, kind=VerdictKind.UNDECIDED, cause=because)
+        page = render_html(
+            dataclasses.replace(poc, verdicts=(dataclasses.replace(first, verdict=open_),)), lang=lang
+        )
+        told = next(n for n in Walk(page).nodes if n.attributes.get("id") == "verdicts").text
+        for piece in re.split(r"\{\w+\}", words.texts[f"why.{kind}"]):
+            assert piece.strip() in told
 
 
 def test_a_figure_of_no_record_is_refused() -> None:

@@ -107,8 +107,8 @@ class VerdictRow:
     plan: str
     kind: str
     effect: str
-    test: str
-    reason: str
+    test: Sentence | str
+    why: Sentence | str  # text where an older record says no more
     metric: str
     difference: Figure
     low: Figure

@@ -12,7 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.report.choices import search_view
-from memfit.report.figures import Figure, Sentence, figure_text, measured, predicted, sentence_text
+from memfit.report.figures import (
+    Figure,
+    Sentence,
+    figure_text,
+    measured,
+    predicted,
+    sentence_text,
+    value_text,
+)
 from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
 from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
@@ -169,7 +177,7 @@ def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) 
         effect = words.get(f"effect.{row.effect}")
         line.append("  " + words.get("terminal.verdict", plan=row.plan, effect=row.effect, meaning=effect))
         console.print(line)
-        detail = row.reason if row.in_margins is None else _verdict_line(row, words)
+        detail = value_text(row.why, words) if row.in_margins is None else _verdict_line(row, words)
         console.print(Padding(Text(detail, style="dim"), (0, 0, 0, 4)))
 
 

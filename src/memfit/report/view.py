@@ -14,7 +14,7 @@ from typing import Final
 from memfit.report.answer import answer
 from memfit.report.case import case_view
 from memfit.report.choices import search_view
-from memfit.report.figures import Figure, Mark, apart, assumed, measured, predicted, sourced
+from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
 from memfit.report.pool import by_plan, median_step_s, ok_runs, peak_bytes, step_s
 from memfit.report.records import (
     CASE,
@@ -43,6 +43,7 @@ from memfit.report.rows import (
     VerdictRow,
 )
 from memfit.types.result import (
+    Cause,
     Estimate,
     Interaction,
     OutcomeKind,
@@ -246,8 +247,8 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
         plan=plan,
         kind=verdict.kind.value,
         effect=verdict.effect.label,
-        test=verdict.test,
-        reason=verdict.reason,
+        test=verdict.test if verdict.cause is None else _test(verdict),
+        why=verdict.reason if verdict.cause is None else _why(verdict, verdict.cause),
         metric=verdict.metric,
         difference=difference,
         low=low,
@@ -257,6 +258,31 @@ def _verdict(name: str, plan: str, verdict: Verdict, poc: Poc) -> VerdictRow:
         power=predicted(None if verdict.power is None else 100 * verdict.power, "percent"),
         in_margins=(scaled[0], scaled[1], scaled[2]) if len(scaled) == 3 else None,
     )
+
+
+def _test(verdict: Verdict) -> Sentence:
+    same = verdict.cause is not None and verdict.cause.kind == "same_plan"
+    return Sentence(key=f"test.{'same' if same else verdict.effect.label}")
+
+
+def _why(verdict: Verdict, cause: Cause) -> Sentence:
+    """Seeds and steps are names here, not quantities."""
+    values: dict[str, Figure | str | Sentence] = {
+        "pairs": measured(verdict.pairs, "count"),
+        "seed": str(cause.seed),
+        "step": str(cause.step),
+        "difference": measured(_percent(cause.difference), "percent"),
+        "limit": assumed(_percent(cause.limit), "percent"),
+        "needed": predicted(cause.needed, "count"),
+        "detail": cause.detail,
+    }
+    if cause.kind == "few_pairs":
+        values["needed"] = assumed(cause.needed, "count")
+    return Sentence(key=f"why.{cause.kind}", values=values)
+
+
+def _percent(ratio: float | None) -> float | None:
+    return None if ratio is None else 100 * ratio
 
 
 def _interaction(table: Interaction, metric_unit: str) -> InteractionTable:

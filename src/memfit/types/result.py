@@ -112,6 +112,20 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """Why a verdict is what it is, for any language: ``kind`` is a key of the word catalogs
+    (``why.KIND``), the rest fills its placeholders."""
+
+    kind: str
+    seed: int | None = None
+    step: int | None = None  # from 0
+    difference: float | None = None  # of two losses, relative
+    limit: float | None = None
+    needed: int | None = None  # pairs of seeds
+    detail: str = ""  # text of others
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """Is the candidate the same science as the baseline? ``test`` names the statistical test."""
 
@@ -126,6 +140,7 @@ class Verdict:
     high: float | None = None
     pairs: int = 0
     power: float | None = None  # chance to show equivalence if there is truly no difference
+    cause: Cause | None = None  # the reason once more; None in records of older versions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

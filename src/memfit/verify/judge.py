@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from memfit.types.job import Metric
 from memfit.types.plan import EffectClass
-from memfit.types.result import OutcomeKind, Run, Verdict, VerdictKind
+from memfit.types.result import Cause, OutcomeKind, Run, Verdict, VerdictKind
 from memfit.verify import float32
 from memfit.verify.bits import first_difference
 from memfit.verify.equivalence import MIN_PAIRS, Tost, pairs_needed, tost
@@ -36,15 +36,17 @@ def verdict(
     tolerance (see `float32`), then as E2. E2 and E3: equivalence of the metric within its fixed margin.
     """
     pairs = _paired(baseline, candidate)
-    trouble = _unpaired(baseline, candidate) or _unfinished(pairs)
-    if trouble:
-        return _undecided(effect, trouble, pairs=len(pairs))
+    if trouble := _unpaired(baseline, candidate):
+        return _undecided(effect, trouble, Cause(kind="unpaired"), pairs=len(pairs))
+    if trouble := _unfinished(pairs):
+        return _undecided(effect, trouble, Cause(kind="unfinished", detail=trouble), pairs=len(pairs))
     if effect is EffectClass.E0:
         return _bitwise(pairs)
     if effect is EffectClass.E1 and (beyond := _beyond_tolerance(pairs)):
         return Verdict(
-            kind=VerdictKind.DIFFERENT, effect=effect, test=_TESTS[effect], reason=beyond, pairs=len(pairs)
-        )
+            kind=VerdictKind.DIFFERENT, effect=effect, test=_TESTS[effect], reason=_beyond_reason(beyond),
+            pairs=len(pairs), cause=beyond,
+        )  # fmt: skip
     return _by_metric(pairs, effect, metric)
 
 
@@ -80,54 +82,77 @@ def _name(run: Run) -> str:
     return f"{run.spec.name} (seed {run.spec.seed})"
 
 
-def _undecided(effect: EffectClass, reason: str, *, pairs: int) -> Verdict:
-    return Verdict(kind=VerdictKind.UNDECIDED, effect=effect, test=_TESTS[effect], reason=reason, pairs=pairs)
+def _undecided(effect: EffectClass, reason: str, cause: Cause, *, pairs: int) -> Verdict:
+    return Verdict(
+        kind=VerdictKind.UNDECIDED,
+        effect=effect,
+        test=_TESTS[effect],
+        reason=reason,
+        pairs=pairs,
+        cause=cause,
+    )
 
 
 def _bitwise(pairs: Pairs) -> Verdict:
     if any(not run.measurement.weights_digest for pair in pairs for run in pair):
-        return _undecided(EffectClass.E0, "a run recorded no digest of its weights", pairs=len(pairs))
-    differing = next((text for pair in pairs if (text := _differing_bits(*pair))), "")
+        cause = Cause(kind="no_digest")
+        return _undecided(EffectClass.E0, "a run recorded no digest of its weights", cause, pairs=len(pairs))
+    differing = next((found for pair in pairs if (found := _differing_bits(*pair))), None)
     equal = f"losses and trained weights are bitwise equal on {len(pairs)} seed(s)"
     return Verdict(
         kind=VerdictKind.DIFFERENT if differing else VerdictKind.EQUIVALENT,
         effect=EffectClass.E0,
         test=_TESTS[EffectClass.E0],
-        reason=differing or equal,
+        reason=_bits_reason(differing) if differing else equal,
         pairs=len(pairs),
+        cause=differing or Cause(kind="equal_bits"),
     )
 
 
-def _differing_bits(a: Run, b: Run) -> str:
+def _differing_bits(a: Run, b: Run) -> Cause | None:
     step = first_difference(a.measurement.losses, b.measurement.losses)
     if step is not None:
-        return f"seed {a.spec.seed}: the loss first differs at step {step} (counted from 0)"
+        return Cause(kind="loss_differs", seed=a.spec.seed, step=step)
     if a.measurement.weights_digest != b.measurement.weights_digest:
-        last = len(a.measurement.losses) - 1
-        return f"seed {a.spec.seed}: equal losses, but the weights differ after step {last} (the last)"
-    return ""
+        return Cause(kind="weights_differ", seed=a.spec.seed, step=len(a.measurement.losses) - 1)
+    return None
 
 
-def _beyond_tolerance(pairs: Pairs) -> str:
+def _bits_reason(cause: Cause) -> str:
+    if cause.kind == "loss_differs":
+        return f"seed {cause.seed}: the loss first differs at step {cause.step} (counted from 0)"
+    return f"seed {cause.seed}: equal losses, but the weights differ after step {cause.step} (the last)"
+
+
+def _beyond_tolerance(pairs: Pairs) -> Cause | None:
     for a, b in pairs:
         if beyond := float32.first_beyond(a.measurement.losses, b.measurement.losses):
             step, difference = beyond
-            return (
-                f"seed {a.spec.seed}: losses differ by {difference:.1e} at step {step} (counted from 0), "
-                f"more than reordered float32 sums explain ({float32.tolerance(step):.1e})"
-            )
-    return ""
+            return Cause(
+                kind="beyond_rounding", seed=a.spec.seed, step=step, difference=difference,
+                limit=float32.tolerance(step),
+            )  # fmt: skip
+    return None
+
+
+def _beyond_reason(cause: Cause) -> str:
+    return (
+        f"seed {cause.seed}: losses differ by {cause.difference:.1e} at step {cause.step} (counted from 0), "
+        f"more than reordered float32 sums explain ({cause.limit:.1e})"
+    )
 
 
 def _by_metric(pairs: Pairs, effect: EffectClass, metric: Metric | None) -> Verdict:
     if metric is None:
-        return _undecided(effect, "the job has no metric with a margin", pairs=len(pairs))
+        none = "the job has no metric with a margin"
+        return _undecided(effect, none, Cause(kind="no_metric"), pairs=len(pairs))
     differences = [d for a, b in pairs if (d := _difference(a, b)) is not None]
     if len(differences) < len(pairs):
-        return _undecided(effect, f"a run has no finite {metric.name}", pairs=len(pairs))
+        cause = Cause(kind="not_finite", detail=metric.name)
+        return _undecided(effect, f"a run has no finite {metric.name}", cause, pairs=len(pairs))
     if len(differences) < MIN_PAIRS:
         few = f"{len(pairs)} pair(s) of seeds; equivalence needs at least {MIN_PAIRS}"
-        return _undecided(effect, few, pairs=len(pairs))
+        return _undecided(effect, few, Cause(kind="few_pairs", needed=MIN_PAIRS), pairs=len(pairs))
     return _from_tost(tost(differences, margin=metric.margin), effect, metric)
 
 
@@ -139,7 +164,8 @@ def _difference(a: Run, b: Run) -> float | None:
 
 
 def _from_tost(t: Tost, effect: EffectClass, metric: Metric) -> Verdict:
-    reason = _tost_reason(t, metric)
+    cause = _tost_cause(t, metric)
+    reason = _tost_reason(t, metric, cause)
     return Verdict(
         kind=t.kind,
         effect=effect,
@@ -152,26 +178,35 @@ def _from_tost(t: Tost, effect: EffectClass, metric: Metric) -> Verdict:
         high=t.high,
         pairs=t.pairs,
         power=t.power,
+        cause=cause,
     )
 
 
-def _tost_reason(t: Tost, metric: Metric) -> str:
+def _tost_cause(t: Tost, metric: Metric) -> Cause:
+    if t.kind is VerdictKind.EQUIVALENT:
+        return Cause(kind="inside")
+    if t.kind is VerdictKind.DIFFERENT:
+        return Cause(kind="better" if (t.difference > 0) == metric.higher_is_better else "worse")
+    needed = pairs_needed(margin=t.margin, sd=t.sd)
+    if needed is None:
+        return Cause(kind="neither_ever")
+    return Cause(kind="neither_near") if needed <= t.pairs else Cause(kind="neither_yet", needed=needed)
+
+
+_WOULD_DECIDE = {
+    "neither_ever": "at this spread no sensible number of seeds would decide",
+    "neither_near": "the difference itself lies near the margin",
+}
+
+
+def _tost_reason(t: Tost, metric: Metric, cause: Cause) -> str:
     found = (
         f"{metric.name} differs by {t.difference:+.4g} {metric.unit} (90 % interval {t.low:+.4g} to "
         f"{t.high:+.4g}, margin {t.margin:.4g}, {t.pairs} pairs, power {t.power:.0%})"
     )
-    if t.kind is VerdictKind.EQUIVALENT:
+    if cause.kind == "inside":
         return f"{found}: inside the margin"
-    if t.kind is VerdictKind.DIFFERENT:
-        better = (t.difference > 0) == metric.higher_is_better
-        return f"{found}: beyond the margin, for the {'better' if better else 'worse'}"
-    return f"{found}: neither inside nor outside the margin; {_what_would_decide(t)}"
-
-
-def _what_would_decide(t: Tost) -> str:
-    needed = pairs_needed(margin=t.margin, sd=t.sd)
-    if needed is None:
-        return "at this spread no sensible number of seeds would decide"
-    if needed <= t.pairs:
-        return "the difference itself lies near the margin"
-    return f"about {needed} pairs would do if there is no true difference"
+    if cause.kind in ("better", "worse"):
+        return f"{found}: beyond the margin, for the {cause.kind}"
+    more = f"about {cause.needed} pairs would do if there is no true difference"
+    return f"{found}: neither inside nor outside the margin; {_WOULD_DECIDE.get(cause.kind, more)}"
