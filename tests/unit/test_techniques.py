@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -395,7 +396,6 @@ def test_what_several_operators_keep_leaves_once_and_what_changed_in_place_leave
 
 
 def test_a_spool_uses_what_is_free_before_it_grows(tmp_path: Path, monkeypatch: Any) -> None:
-    import os
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -408,9 +408,24 @@ def test_a_spool_uses_what_is_free_before_it_grows(tmp_path: Path, monkeypatch: 
     assert third.place == place
     assert second.back().sum() == 0
     assert list(tmp_path.iterdir()) == []  # without a name: gone however the process ends
-    part = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, at: part(file, data[:700], at))
-    assert torch.equal(Parked(torch.arange(999.0), spool).back(), torch.arange(999.0))
+    spool.close()
+
+
+def test_a_spool_goes_on_after_a_part(tmp_path: Path) -> None:
+    class Halting(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:700])
+
+        def readinto(self, data: Any) -> int:
+            return super().readinto(data[:900]) or 0
+
+    spool = Spool()
+    spool._file = Halting(tmp_path / "spool", "w+")
+    parked = Parked(torch.arange(999.0), spool)
+    assert torch.equal(parked.back(), torch.arange(999.0))
+    spool._file.truncate(100)
+    with pytest.raises(OSError, match="cut short"):
+        parked.back()
     spool.close()
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -122,6 +122,7 @@ class Spool:
 
     def __init__(self) -> None:
         self._file: Any = None
+        self._lock = threading.Lock()  # backward may run on threads of its own
         self._end = 0
         self._free: dict[int, list[int]] = {}
 
@@ -132,18 +133,19 @@ class Spool:
         free = self._free.get(data.nbytes)
         place = free.pop() if free else self._end
         self._end = max(self._end, place + data.nbytes)
-        done = 0
-        while done < data.nbytes:
-            done += os.pwrite(self._file.fileno(), data[done:], place + done)
+        with self._lock:
+            self._file.seek(place)
+            while data.nbytes:
+                data = data[self._file.write(data) :]
         return place
 
     def read(self, data: memoryview, place: int) -> None:
-        done = 0
-        while done < data.nbytes:
-            read = os.preadv(self._file.fileno(), [data[done:]], place + done)
-            if not read:
-                raise OSError("the file of offloaded activations has been cut short")
-            done += read
+        with self._lock:
+            self._file.seek(place)
+            while data.nbytes:
+                if not (read := self._file.readinto(data)):
+                    raise OSError("the file of offloaded activations has been cut short")
+                data = data[read:]
 
     def free(self, place: int, size_bytes: int) -> None:
         self._free.setdefault(size_bytes, []).append(place)
