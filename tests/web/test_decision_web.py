@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, offers
 
-from memfit.decision import chance, money
+from memfit.decision import chance, money, stages
 from memfit.decision.case import Case, parsed
 from memfit.decision.decide import decide
 from memfit.report.figures import MANY, figure_text, predicted
 from memfit.report.html import write_html
 from memfit.report.words import load_words
-from memfit.types.decision import Amount, Decision, Sheet, Terms, Way
+from memfit.types.decision import Amount, Decision, Sheet, Term, Terms, Way
 
 YEN = """
 currency = "JPY"
@@ -153,7 +153,12 @@ def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Way], Te
     }  # fmt: skip
     terms = dataclasses.replace(terms, **{names[k]: v for k, v in moves.items() if k in names})
     more = moves.get("setup", hours) - hours
-    ways = [w if w.plain else dataclasses.replace(w, setup_hours=w.setup_hours + more) for w in decision.ways]
+    ways = [
+        w
+        if w.plain or w.kind == "nothing"
+        else dataclasses.replace(w, setup_hours=w.setup_hours + more, plan_hours=w.plan_hours + more)
+        for w in decision.ways
+    ]
     return ways, terms
 
 
@@ -189,8 +194,42 @@ def test_sliders_follow_the_formulas(opened: Any, moves: dict[str, float]) -> No
     best = min(candidates, key=lambda i: sheets[i].present_cost)
     assert opened.locator("[data-live=present]").inner_text().strip() == yen(sheets[best].present_cost)
     assert opened.locator("tr.best [data-name]").first.inner_text().endswith(ways[best].machine)
+    _same_stages(opened, decision, ways, terms, sheets)
     if not moves or moves.keys() <= {"runs", "hardware"}:
         _same_swings(opened, decision, ways, terms, best, reference)
+
+
+def _same_stages(page: Any, decision: Decision, ways: list[Way], terms: Terms, sheets: list[Sheet]) -> None:
+    """On the machines that they began with; a range moves with its slider."""
+
+    def size(of: Terms, name: str) -> float:
+        now = getattr(of, name)
+        return now.at(of.per_usd) if isinstance(now, Amount) else now
+
+    def ranged(t: Term) -> Term:
+        if not hasattr(terms, t.name) or None in (t.value, t.low, t.high) or not size(decision.terms, t.name):
+            return t
+        ratio = size(terms, t.name) / size(decision.terms, t.name)
+        return dataclasses.replace(t, value=ratio * t.value, low=ratio * t.low, high=ratio * t.high)
+
+    there = dataclasses.replace(
+        decision, terms=terms, ways=tuple(ways), sheets=tuple(sheets), told=tuple(map(ranged, decision.told))
+    )
+    first, pilot, full = decision.stages
+    trial, whole = (None if s.way is None else ways[s.way] for s in (pilot, full))
+    wanted = {
+        "spent": stages.spent(first.kwh, first.hours, terms),
+        "pilot": stages.pilot_cost(there, trial),
+        "most": stages.pilot_most(there, trial),
+        "full": stages.rest(there, whole, trial),
+    }
+    assert None not in wanted.values()
+    for name, value in wanted.items():
+        cells = page.query_selector_all(f"[data-stage={name}]")
+        assert len(cells) >= (6 if name == "most" else 1)  # the risks have it too
+        for cell in cells:
+            assert float(cell.get_attribute("data-value")) == pytest.approx(value, rel=1e-9)
+            assert cell.inner_text().startswith(yen(value))
 
 
 def _same_swings(

@@ -26,16 +26,19 @@ def stages(
     except UserError:
         return ()
     held = gates.evaluate(record, limits)
+    kwh, hours = _kwh(poc, made.terms), (poc.effort.attended_minutes or 0.0) / 60
     first = Stage(
         name="poc",
         state="done",
         machine=poc.machine,
         plan=poc.search.recommended.estimate.plan.label if poc.search.recommended else "",
         engine=record.recommended.engine,
-        spent=_spent(poc, made),
+        spent=None if kwh is None else spent(kwh, hours, made.terms),
         to_spend=0.0,
         unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, made),
         gates=tuple(gate.words for gate in held),
+        kwh=kwh,
+        hours=hours,
     )
     state = "next" if all(gate.holds for gate in held) else "stopped"
     trial = _named(made, named.get("pilot")) or (pilot(made) if "pilot" not in named else None)
@@ -44,11 +47,10 @@ def stages(
         whole = made.ways[made.best]
     pilot_stage = _stage("pilot", state, named.get("pilot", ""), trial, offers, made)
     full = _stage("full", "later", named.get("full", ""), whole, offers, made)
-    return (
-        first,
-        dataclasses.replace(pilot_stage, to_spend=pilot_cost(made, trial), most=pilot_most(made, trial)),
-        dataclasses.replace(full, to_spend=_rest(made, whole, trial)),
+    pilot_stage = dataclasses.replace(
+        pilot_stage, to_spend=pilot_cost(made, trial), most=pilot_most(made, trial), ends=_dear(made)
     )
+    return first, pilot_stage, dataclasses.replace(full, to_spend=rest(made, whole, trial))
 
 
 def _unpaid_poc(poc: Poc, made: Decision) -> tuple[str, ...]:
@@ -62,7 +64,7 @@ def _unpriced(made: Decision) -> tuple[str, ...]:
     return () if priced else ("money.labour_per_hour",)
 
 
-def _rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
+def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
     """What the full stage costs after the pilot, which has paid set-up of the same machine and plan."""
     cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
     if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
@@ -108,6 +110,7 @@ def _stage(
         stop_bytes=min(offer.memory_bytes.high, usable or math.inf) if offer else None,
         back=back,
         back_way=back_way,
+        way=None if way is None else made.ways.index(way),
     )
 
 
@@ -147,11 +150,17 @@ def pilot_most(made: Decision, way: Way | None) -> float | None:
     machine in the months that the run begins."""
     if way is None or way.kind == "purchase":
         return None
-    ends = {n: s.low if n == "utilisation_ratio" else s.high for n, s in chance.ranged(made.told).items()}
+    ends = _dear(made)
     own = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
     dear = chance.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
     cost, people = _one_run(chance.placed(way, ends, own, made.terms), dear)
     return None if cost is None else cost + people
+
+
+def _dear(made: Decision) -> dict[str, float]:
+    """The end of each range that costs most."""
+    spans = chance.ranged(made.told).items()
+    return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 
 def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
@@ -168,10 +177,16 @@ def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
     return once.setup + once.electricity_per_year + once.rental_per_year, once.people_per_year * part
 
 
-def _spent(poc: Poc, made: Decision) -> float | None:
-    """Electricity of the PoC's runs, and its hours of labour where they were counted and have a price. What
-    no meter read is modelled: the power of plain training's step for as long as the run took."""
-    terms, basis = made.terms, poc.search.baseline.estimate
+def spent(kwh: float, hours: float, terms: Terms) -> float:
+    """Electricity of the PoC's runs, and its hours of labour where they were counted and have a price."""
+    per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
+    return kwh * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour
+
+
+def _kwh(poc: Poc, terms: Terms) -> float | None:
+    """What the PoC's runs took from the grid. What no meter read is modelled: the power of plain training's
+    step for as long as the run took."""
+    basis = poc.search.baseline.estimate
     power_w = basis.energy_j / basis.step_s.value if basis.energy_j and basis.step_s else None
     joules = 0.0
     for run in poc.runs:
@@ -179,6 +194,4 @@ def _spent(poc: Poc, made: Decision) -> float | None:
         if read is None and power_w is None:
             return None
         joules += read if read is not None else (power_w or 0.0) * run.measurement.wall_s
-    per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
-    power = joules / J_PER_KWH * terms.pue_ratio * per_kwh * (1 + terms.tax_ratio)
-    return power + (poc.effort.attended_minutes or 0.0) / 60 * terms.labour_per_hour
+    return joules / J_PER_KWH * terms.pue_ratio

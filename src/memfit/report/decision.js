@@ -103,7 +103,7 @@
     terms.utilisation_ratio = now.utilisation;
     const more = now.setup - started.setup.start;
     const ways = told.ways.map((w) =>
-      w.kind === "nothing" || w.plain ? w : { ...w, setup_hours: w.setup_hours + more });
+      w.kind === "nothing" || w.plain ? w : { ...w, setup_hours: w.setup_hours + more, plan_hours: w.plan_hours + more });
     return { terms, ways, now };
   }
 
@@ -148,6 +148,42 @@
       num.querySelector(".tag").setAttribute("aria-label", num.title);
     }
     cell.dataset.value = value;
+  }
+
+  // set-up, electricity and rental of one run, and its people, as decision/stages.py has them
+  function oneRun(way, there) {
+    const part = Math.max(1, Math.ceil((12 * sheet(way, there).hours) / HOURS)) / 12;
+    const basic = times(there.basic_per_kw_month, part);
+    const terms = { ...there, runs_per_year: 1, years: 1, basic_per_kw_month: basic };
+    const once = sheet({ ...way, storage_per_month: way.storage_per_month * part }, terms);
+    if (once.electricity_per_year === null) return null;
+    return { cost: once.setup + once.electricity_per_year + once.rental_per_year, people: once.people_per_year * part };
+  }
+
+  // the money of the stages, on the machines that they began with
+  function staged(terms, ways, sheets) {
+    const { poc, pilot, full, ends } = told.stages, found = {};
+    const perKwh = at(terms.energy_per_kwh, terms.per_usd) + at(terms.levy_per_kwh, terms.per_usd);
+    if (poc) found.spent = poc.kwh * perKwh * (1 + terms.tax_ratio) + poc.hours * terms.labour_per_hour;
+    const trial = pilot === null || ways[pilot].kind === "purchase" ? null : oneRun(ways[pilot], terms);
+    if (trial) {
+      let way = ways[pilot], dear = terms;
+      for (const [name, bound] of Object.entries(ends)) {
+        const end = scaled(terms, name, bound);
+        way = placed(way, terms, name, end);
+        dear = swung(dear, name, end);
+      }
+      const most = oneRun(way, dear);
+      found.pilot = trial.cost;
+      if (most) found.most = most.cost + most.people;
+    }
+    if (full !== null && sheets[full].present_cost !== null) {
+      const [one, all] = [ways[pilot], ways[full]];
+      const same = trial && one.kind === all.kind && one.machine === all.machine;
+      const paid = trial ? Math.min(one.plan_hours, all.plan_hours) + (same ? all.setup_hours - all.plan_hours : 0) : 0;
+      found.full = sheets[full].present_cost - paid * terms.labour_per_hour;
+    }
+    return found;
   }
 
   function draw() {
@@ -210,6 +246,9 @@
           show(row.querySelector("[data-end=high]"), percent(b), b);
         });
       }
+    }
+    for (const [name, value] of Object.entries(staged(terms, ways, sheets))) {
+      document.querySelectorAll(`[data-stage="${name}"]`).forEach((c) => show(c, cash(value), value));
     }
     const start = inputs.every(still);
     document.querySelectorAll("[data-at-start]").forEach((e) => { e.hidden = start; });

@@ -28,6 +28,18 @@ def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
     return {name: dict(zip(("start", "low", "high", "step"), spans[name], strict=True)) for name in _MOVED}
 
 
+def _stages(made: Decision) -> Mapping[str, Any]:
+    """What the money of the stages is made of: they keep their machines."""
+    found = {stage.name: stage for stage in made.stages}
+    done, pilot, full = (found.get(name) for name in ("poc", "pilot", "full"))
+    return {
+        "poc": {"kwh": done.kwh, "hours": done.hours} if done and done.kwh is not None else None,
+        "pilot": pilot.way if pilot else None,
+        "full": full.way if full else None,
+        "ends": pilot.ends if pilot else {},
+    }
+
+
 def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
     """What decision.js needs to compute the same sheets: ways, terms, which way stands in which slot."""
     own = {w.kind for w in made.ways if not w.of_catalog}
@@ -40,6 +52,7 @@ def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any
         "offers": OFFERS,
         "slots": [{"slot": slot, "index": index} for slot, index in slots],
         "sliders": to_plain(sliders(made)),
+        "stages": _stages(made),
         "symbol": made.symbol,
         "decimals": made.decimals,
         "swings": [{"name": t.name, "low": t.low, "high": t.high} for t in made.told if t.name in names],

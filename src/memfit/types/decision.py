@@ -171,6 +171,10 @@ class Stage:
     stop_bytes: float | None = None  # above this it ends: the prediction's upper end, or all that there is
     back: str = ""  # to what: "plain" (on the same machine), "reference" or "stay"
     back_way: int | None = None
+    way: int | None = None  # whose money it is, of those to come
+    ends: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of ranges, where `most` is dearest
+    kwh: float | None = None  # paid for, of the one that is done
+    hours: float = 0.0  # of people, in the same
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
