@@ -56,9 +56,9 @@ DIMENSIONLESS = {
     "neither", "first_only", "second_only", "both", "plain", "recommended",
     # in the currency of the case (Decision.currency), or as their key says (Risk.values)
     "own", "setup", "purchase", "initial", "residual", "present_cost", "net_present_value", "loss", "spent",
-    "to_spend", "values", "most",
+    "to_spend", "values", "most", "ends",
     # which ways, and how many of what they are named after
-    "shown", "slots", "best", "tight", "back_way", "reference",
+    "shown", "slots", "best", "tight", "way", "back_way", "reference",
     "decimals", "machines", "most_machines", "years", "hours",
     # the unit itself
     "flops", "usd",

@@ -232,7 +232,7 @@ def verdicts() -> tuple[NamedVerdict, ...]:
         low=-2.7,
         high=2.3,
         power=0.41,
-        cause=Cause(kind="neither_yet", needed=5),
+        cause=Cause(kind="neither_yet", needed_count=5),
     )
     exact = Verdict(
         kind=VerdictKind.EQUIVALENT,

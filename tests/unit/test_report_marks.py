@@ -159,7 +159,7 @@ def test_every_reason_of_a_verdict_is_a_sentence_with_marked_numbers(lang: str) 
     }
     words = load_words(lang)
     assert {key.removeprefix("why.") for key in words.texts if key.startswith("why.")} == kinds
-    cause = Cause(kind="", seed=1, step=2, difference=0.25, limit=0.125, needed=7, detail="<b>")
+    cause = Cause(kind="", seed=1, step=2, difference=0.25, limit_ratio=0.125, needed_count=7, detail="<b>")
     for kind in kinds:
         poc = full_poc()
         first = poc.verdicts[0]

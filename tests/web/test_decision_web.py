@@ -218,7 +218,7 @@ def _same_stages(page: Any, decision: Decision, ways: list[Way], terms: Terms, s
     first, pilot, full = decision.stages
     trial, whole = (None if s.way is None else ways[s.way] for s in (pilot, full))
     wanted = {
-        "spent": stages.spent(first.kwh, first.hours, terms),
+        "spent": stages.spent(first.energy_j, first.hours, terms),
         "pilot": stages.pilot_cost(there, trial),
         "most": stages.pilot_most(there, trial),
         "full": stages.rest(there, whole, trial),

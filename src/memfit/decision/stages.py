@@ -26,18 +26,18 @@ def stages(
     except UserError:
         return ()
     held = gates.evaluate(record, limits)
-    kwh, hours = _kwh(poc, made.terms), (poc.effort.attended_minutes or 0.0) / 60
+    energy_j, hours = _energy_j(poc, made.terms), (poc.effort.attended_minutes or 0.0) / 60
     first = Stage(
         name="poc",
         state="done",
         machine=poc.machine,
         plan=poc.search.recommended.estimate.plan.label if poc.search.recommended else "",
         engine=record.recommended.engine,
-        spent=None if kwh is None else spent(kwh, hours, made.terms),
+        spent=None if energy_j is None else spent(energy_j, hours, made.terms),
         to_spend=0.0,
         unpaid=() if poc.effort.attended_minutes == 0 else _unpaid_poc(poc, made),
         gates=tuple(gate.words for gate in held),
-        kwh=kwh,
+        energy_j=energy_j,
         hours=hours,
     )
     state = "next" if all(gate.holds for gate in held) else "stopped"
@@ -177,13 +177,13 @@ def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
     return once.setup + once.electricity_per_year + once.rental_per_year, once.people_per_year * part
 
 
-def spent(kwh: float, hours: float, terms: Terms) -> float:
+def spent(energy_j: float, hours: float, terms: Terms) -> float:
     """Electricity of the PoC's runs, and its hours of labour where they were counted and have a price."""
     per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
-    return kwh * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour
+    return energy_j / J_PER_KWH * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour
 
 
-def _kwh(poc: Poc, terms: Terms) -> float | None:
+def _energy_j(poc: Poc, terms: Terms) -> float | None:
     """What the PoC's runs took from the grid. What no meter read is modelled: the power of plain training's
     step for as long as the run took."""
     basis = poc.search.baseline.estimate
@@ -194,4 +194,4 @@ def _kwh(poc: Poc, terms: Terms) -> float | None:
         if read is None and power_w is None:
             return None
         joules += read if read is not None else (power_w or 0.0) * run.measurement.wall_s
-    return joules / J_PER_KWH * terms.pue_ratio
+    return joules * terms.pue_ratio

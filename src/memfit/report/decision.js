@@ -164,7 +164,7 @@
   function staged(terms, ways, sheets) {
     const { poc, pilot, full, ends } = told.stages, found = {};
     const perKwh = at(terms.energy_per_kwh, terms.per_usd) + at(terms.levy_per_kwh, terms.per_usd);
-    if (poc) found.spent = poc.kwh * perKwh * (1 + terms.tax_ratio) + poc.hours * terms.labour_per_hour;
+    if (poc) found.spent = (poc.energy_j / 3.6e6) * perKwh * (1 + terms.tax_ratio) + poc.hours * terms.labour_per_hour;
     const trial = pilot === null || ways[pilot].kind === "purchase" ? null : oneRun(ways[pilot], terms);
     if (trial) {
       let way = ways[pilot], dear = terms;

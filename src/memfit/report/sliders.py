@@ -33,7 +33,9 @@ def _stages(made: Decision) -> Mapping[str, Any]:
     found = {stage.name: stage for stage in made.stages}
     done, pilot, full = (found.get(name) for name in ("poc", "pilot", "full"))
     return {
-        "poc": {"kwh": done.kwh, "hours": done.hours} if done and done.kwh is not None else None,
+        "poc": {"energy_j": done.energy_j, "hours": done.hours}
+        if done and done.energy_j is not None
+        else None,
         "pilot": pilot.way if pilot else None,
         "full": full.way if full else None,
         "ends": pilot.ends if pilot else {},

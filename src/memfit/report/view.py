@@ -272,12 +272,12 @@ def _why(verdict: Verdict, cause: Cause) -> Sentence:
         "seed": str(cause.seed),
         "step": str(cause.step),
         "difference": measured(_percent(cause.difference), "percent"),
-        "limit": assumed(_percent(cause.limit), "percent"),
-        "needed": predicted(cause.needed, "count"),
+        "limit": assumed(_percent(cause.limit_ratio), "percent"),
+        "needed": predicted(cause.needed_count, "count"),
         "detail": cause.detail,
     }
     if cause.kind == "few_pairs":
-        values["needed"] = assumed(cause.needed, "count")
+        values["needed"] = assumed(cause.needed_count, "count")
     return Sentence(key=f"why.{cause.kind}", values=values)
 
 

@@ -173,7 +173,7 @@ class Stage:
     back_way: int | None = None
     way: int | None = None  # whose money it is, of those to come
     ends: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of ranges, where `most` is dearest
-    kwh: float | None = None  # paid for, of the one that is done
+    energy_j: float | None = None  # paid for, of the one that is done
     hours: float = 0.0  # of people, in the same
 
 

@@ -120,8 +120,8 @@ class Cause:
     seed: int | None = None
     step: int | None = None  # from 0
     difference: float | None = None  # of two losses, relative
-    limit: float | None = None
-    needed: int | None = None  # pairs of seeds
+    limit_ratio: float | None = None  # that a difference may have
+    needed_count: int | None = None  # pairs of seeds
     detail: str = ""  # text of others
 
 

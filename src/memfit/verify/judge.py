@@ -130,7 +130,7 @@ def _beyond_tolerance(pairs: Pairs) -> Cause | None:
             step, difference = beyond
             return Cause(
                 kind="beyond_rounding", seed=a.spec.seed, step=step, difference=difference,
-                limit=float32.tolerance(step),
+                limit_ratio=float32.tolerance(step),
             )  # fmt: skip
     return None
 
@@ -138,7 +138,7 @@ def _beyond_tolerance(pairs: Pairs) -> Cause | None:
 def _beyond_reason(cause: Cause) -> str:
     return (
         f"seed {cause.seed}: losses differ by {cause.difference:.1e} at step {cause.step} (counted from 0), "
-        f"more than reordered float32 sums explain ({cause.limit:.1e})"
+        f"more than reordered float32 sums explain ({cause.limit_ratio:.1e})"
     )
 
 
@@ -152,7 +152,7 @@ def _by_metric(pairs: Pairs, effect: EffectClass, metric: Metric | None) -> Verd
         return _undecided(effect, f"a run has no finite {metric.name}", cause, pairs=len(pairs))
     if len(differences) < MIN_PAIRS:
         few = f"{len(pairs)} pair(s) of seeds; equivalence needs at least {MIN_PAIRS}"
-        return _undecided(effect, few, Cause(kind="few_pairs", needed=MIN_PAIRS), pairs=len(pairs))
+        return _undecided(effect, few, Cause(kind="few_pairs", needed_count=MIN_PAIRS), pairs=len(pairs))
     return _from_tost(tost(differences, margin=metric.margin), effect, metric)
 
 
@@ -190,7 +190,7 @@ def _tost_cause(t: Tost, metric: Metric) -> Cause:
     needed = pairs_needed(margin=t.margin, sd=t.sd)
     if needed is None:
         return Cause(kind="neither_ever")
-    return Cause(kind="neither_near") if needed <= t.pairs else Cause(kind="neither_yet", needed=needed)
+    return Cause(kind="neither_near") if needed <= t.pairs else Cause(kind="neither_yet", needed_count=needed)
 
 
 _WOULD_DECIDE = {
@@ -208,5 +208,5 @@ def _tost_reason(t: Tost, metric: Metric, cause: Cause) -> str:
         return f"{found}: inside the margin"
     if cause.kind in ("better", "worse"):
         return f"{found}: beyond the margin, for the {cause.kind}"
-    more = f"about {cause.needed} pairs would do if there is no true difference"
+    more = f"about {cause.needed_count} pairs would do if there is no true difference"
     return f"{found}: neither inside nor outside the margin; {_WOULD_DECIDE.get(cause.kind, more)}"
