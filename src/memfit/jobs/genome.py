@@ -67,7 +67,7 @@ def make(
         name=NAME,
         title=TITLE,
         size=size,
-        steps=64,
+        steps=72,
         build_model=lambda: _build(shape, weights),
         make_batch=lambda step, seed: train_batch(genome.train, shape, batch_size, step=step, seed=seed),
         loss=functools.partial(_cross_entropy, reduction="mean"),
@@ -89,7 +89,7 @@ def _shape(size: str) -> HyenaSize:
 
     if size == "paper":
         return LARGE_1M
-    return HyenaSize(layers=3, width=64, filter_width=32, kmer=4, vocabulary=256, length=1024, batch_size=8)
+    return HyenaSize(layers=3, width=64, filter_width=32, kmer=4, vocabulary=256, length=1024, batch_size=4)
 
 
 def _build(shape: HyenaSize, weights: str | None) -> torch.nn.Module:
