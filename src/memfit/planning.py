@@ -159,7 +159,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     if request.is_here and must_run:
         request, job, pricer, basis = _runnable(request, job, pricer, basis)
     pricer.gap_ratio = _GAP_RATIO
-    cap_bytes, cap_reason = _cap(request, basis)
+    cap_bytes, cap_reason = _cap(request, basis, job.demonstration_ratio)
     if request.is_here:
         calibrate(pricer, request, progress)
     fits = fits_under(cap_bytes, request.machine)
@@ -219,12 +219,15 @@ def _runnable(
     return request, job, pricer, basis
 
 
-def _cap(request: Request, basis: Estimate) -> tuple[int, str]:
+def _cap(request: Request, basis: Estimate, share: float) -> tuple[int, str]:
     if request.cap_bytes is not None:
         return request.cap_bytes, "asked for"
     if request.machine.device.kind == "cpu":
-        reason = "demonstration: a quarter of the baseline's predicted peak"
-        return int(basis.allocated_bytes.value / 4), reason
+        if not 0 < share <= 1:
+            raise UserError(f"the job's demonstration_ratio is {share}", allowed="above 0, at most 1")
+        told = {0.25: "a quarter", 0.5: "half"}.get(share, f"{share:.0%}")
+        reason = f"demonstration: {told} of the baseline's predicted peak"
+        return int(basis.allocated_bytes.value * share), reason
     return int(request.machine.device.memory_bytes.value), "the device's memory"
 
 

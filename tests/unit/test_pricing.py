@@ -17,7 +17,7 @@ from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
 from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
-from memfit.types.result import Measurement, OutcomeKind
+from memfit.types.result import Interval, Measurement, OutcomeKind
 
 BLOCKS = 6
 
@@ -218,6 +218,21 @@ def test_without_a_cap_a_processor_gets_a_quarter_and_nothing_fits_is_told(
     )
     found = planning.search(request, quiet)
     assert (found.cap_bytes, found.cap_reason) == (2**34, "the device's memory")
+
+
+def test_a_job_says_what_part_of_plain_training_is_shown(
+    pricer: Pricer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, peak = asked(monkeypatch), Interval(value=800, low=800, high=800)
+    basis = dataclasses.replace(pricer.sketch(Plan()), allocated_bytes=peak)
+    assert planning._cap(request, basis, 0.25) == (
+        200, "demonstration: a quarter of the baseline's predicted peak",
+    )  # fmt: skip
+    assert planning._cap(request, basis, 0.4) == (
+        320, "demonstration: 40% of the baseline's predicted peak",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="at most 1"):
+        planning._cap(request, basis, 1.5)
 
 
 def test_techniques_that_nobody_wants_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class GoalOptions:
         typer.Option(
             metavar="SIZE",
             help="The memory to fit, for example 24GiB. Default on a CPU: a quarter of what plain training "
-            "needs, as a demonstration.",
+            "needs, or the part that the job says, as a demonstration.",
         ),
     ] = None
     goal: Annotated[

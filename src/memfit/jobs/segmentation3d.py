@@ -81,6 +81,7 @@ def make(
         optimizer=OptimizerChoice(learning_rate=5e-3),
         batch_size=batch_size,
         steps=100,
+        demonstration_ratio=0.5,  # a quarter takes four techniques, and a PoC also runs without each
         blocks="stages",
         data_source=DATA_SOURCE,
     )

@@ -75,6 +75,7 @@ class Job:
     loss: Callable[[torch.nn.Module, Any], torch.Tensor]
     batch_size: int
     steps: int = 40
+    demonstration_ratio: float = 0.25  # of plain training's peak: a CPU's cap where none is asked for
     size: str = "tiny"
     title: str = ""
     loss_terms: Callable[[Any], int] | None = None
