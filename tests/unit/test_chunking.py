@@ -163,6 +163,53 @@ def test_only_models_with_such_modules_are_searched_with_it() -> None:
         TrainingStep(flat, Plan(uses=(make_use("chunking", {"mib": 64}),)))
 
 
+class _Along(nn.Module):
+    """Attention along one of two axes; only a tuple says which."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order, self.qkv = order, nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x.permute(self.order)).chunk(3, -1)
+        return ((q @ k.transpose(-1, -2)).softmax(-1) @ v).permute(self.order)
+
+
+class _Reaching(nn.Module):
+    """Sees nothing beside a place but what is 32 away."""
+
+    def __init__(self, far: int) -> None:
+        super().__init__()
+        self.up = nn.Conv1d(8, 80, 3, padding=far, dilation=far)
+        self.down = nn.Conv1d(80, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+def _cuts(layers: list[nn.Module], shape: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    model = nn.Sequential(*layers)
+    batch = torch.randn(shape)
+    job = Job(
+        name="it", build_model=lambda: model, make_batch=lambda step, seed: {"x": batch},
+        loss=lambda m, b: m(b["x"]).square().mean(), batch_size=shape[0],
+    )  # fmt: skip
+    found = to_cut(model, insides(job, model), 0)
+    return {name: (cut.axes[cut.first], cut.out_axis) for name, cut in found.items()}
+
+
+def test_modules_of_one_class_that_differ_in_a_tuple_are_tried_apart() -> None:
+    found = _cuts([_Along((0, 1, 2, 3)), _Along((0, 2, 1, 3))], (2, 40, 40, 16))
+    assert (found["0"], found["1"]) == ((1, 1), (2, 2))
+
+
+def test_what_reaches_far_is_not_taken_for_independent() -> None:
+    near, far = _Reaching(1), _Reaching(32)
+    assert _cuts([nn.Sequential(nn.Conv1d(8, 80, 1), nn.Conv1d(80, 8, 1))], (2, 8, 300))["0"] == (2, 2)
+    for layers in ([near], [far], [far, near]):
+        assert all(axis == 0 for axis, _ in _cuts([*layers], (2, 8, 300)).values())
+
+
 class _Triangle(nn.Module):
     """Triangle attention on pairs that an earlier layer has made, as in a block: nobody holds a copy."""
 

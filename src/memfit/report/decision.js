@@ -4,6 +4,7 @@
 (() => {
   const told = JSON.parse(document.getElementById("decision-data").textContent);
   const HOURS = 8760;
+  told.terms.setup_hours = told.sliders.setup.start; // of the plan, so that its range moves with its slider
   const at = (amount, rate) => amount.usd * rate + amount.own;
   const annuity = (ratio, years) => {
     let sum = 0;
@@ -101,6 +102,7 @@
     terms.labour_per_hour = now.labour;
     terms.runs_per_year = now.runs;
     terms.utilisation_ratio = now.utilisation;
+    terms.setup_hours = now.setup;
     const more = now.setup - started.setup.start;
     const ways = told.ways.map((w) =>
       w.kind === "nothing" || w.plain ? w : { ...w, setup_hours: w.setup_hours + more, plan_hours: w.plan_hours + more });
@@ -121,7 +123,7 @@
 
   function placed(way, terms, name, value) {
     const next = { ...way }, mine = told.own_terms;
-    if (name === "setup_hours" && !way.plain) next.setup_hours += value - mine.setup_hours;
+    if (name === "setup_hours" && !way.plain) next.setup_hours += value - terms.setup_hours;
     for (const [field, own, common] of told.offers) {
       if (way[field] === null || way.of_catalog || !(own in mine)) continue;
       const ratio = name === own && mine[own] ? value / mine[own] : name === common ? terms[common] / value : 1;
@@ -139,7 +141,7 @@
   // `way`: which way the figure is of; its mark links to that way's record
   function show(cell, text, value, way = null) {
     if (!cell) return;
-    const num = cell.querySelector(".num");
+    const num = cell.classList.contains("num") ? cell : cell.querySelector(".num");
     if (num) num.firstChild.data = text;
     else cell.textContent = text;
     if (num && way !== null && num.hash.startsWith("#way-")) {
@@ -248,7 +250,9 @@
       }
     }
     for (const [name, value] of Object.entries(staged(terms, ways, sheets))) {
-      document.querySelectorAll(`[data-stage="${name}"]`).forEach((c) => show(c, cash(value), value));
+      document.querySelectorAll(`[data-stage="${name}"]`).forEach((c) => {
+        if (!c.closest("[data-still]")) show(c, cash(value), value);
+      });
     }
     const start = inputs.every(still);
     document.querySelectorAll("[data-at-start]").forEach((e) => { e.hidden = start; });

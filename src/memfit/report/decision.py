@@ -76,7 +76,7 @@ def _risk(made: Decision, risk: Risk) -> RiskRow:
     evidence = Sentence(key=risk.evidence, values=_filled(risk.values, mark))
     return RiskRow(
         kind=risk.kind, level=risk.level, source=risk.source,
-        loss=cash(made, risk.loss, stage_anchor("pilot")),
+        loss=dataclasses.replace(cash(made, risk.loss, stage_anchor("pilot")), live="most"),
         evidence=sourced(evidence, verdict_anchor("recommended") if risk.source == "#verdicts" else POC),
     )  # fmt: skip
 
@@ -149,9 +149,10 @@ def _stage(made: Decision, stage: Stage) -> StageRow:
         name=None if not stage.machine else Sentence(key="way.at", values={"machine": stage.machine}),
         memory=_ends(stage.memory_bytes, "bytes"),
         step=_ends(stage.step_s, "s"),
-        spent=cash(made, stage.spent),  # from energy that is a model's unless a meter was there
-        to_spend=cash(made, stage.to_spend),
-        most=cash(made, stage.most),
+        # from energy that is a model's unless a meter was there
+        spent=dataclasses.replace(cash(made, stage.spent), live="spent"),
+        to_spend=dataclasses.replace(cash(made, stage.to_spend), live=stage.name),
+        most=dataclasses.replace(cash(made, stage.most), live="most"),
         stop=predicted(stage.stop_bytes, "bytes"),
         back=None,
     )

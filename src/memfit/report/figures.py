@@ -26,13 +26,15 @@ class Mark(enum.StrEnum):
 class Figure:
     """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, saving (in percent), times, points,
     ``money SYMBOL DECIMALS``, or the metric's own unit. ``value`` is None where nothing is known. ``source``:
-    the anchor of the record that it is from; a page that lists its records shows no figure without one."""
+    the anchor of the record that it is from; a page that lists its records shows no figure without one.
+    ``live``: a name by which the page's script finds it."""
 
     value: float | None
     unit: str
     mark: Mark
     signed: bool = False
     source: str = ""
+    live: str = ""  # what of the page's sliders it follows
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,11 +163,12 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
             ).format(css, text, mark)
         if figure.source not in labels:
             raise ValueError(f"{text} ({mark}) is from no record of this page: {figure.source!r}")
+        live = Markup(' data-stage="{}"').format(figure.live) if figure.live else ""
         told = words.get("mark_of", mark=mark, record=labels[figure.source])
         return Markup(
-            '<a class="num {0}" href="#{1}" title="{3}">{2}'
+            '<a class="num {0}" href="#{1}" title="{3}"{4}>{2}'
             '<i class="tag" role="img" aria-label="{3}"></i></a>'
-        ).format(css, figure.source, text, told)
+        ).format(css, figure.source, text, told, live)
 
     return num
 

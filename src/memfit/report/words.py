@@ -70,9 +70,12 @@ def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in changing)
 
 
+_ONE_WORD: Final = dict.fromkeys(("technique", "engine", "knob"), r"\S+")  # names, not sentences of others
+
+
 def _pattern(text: str) -> str:
     parts = re.split(r"\{(\w+)\}", text)
-    named = (f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+    named = (f"(?P<{p}>{_ONE_WORD.get(p, '.+?')})" if i % 2 else re.escape(p) for i, p in enumerate(parts))
     return "".join(named)
 
 

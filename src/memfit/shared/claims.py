@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _SAME_SCORE: Final = 1e-3
 _ROUNDING: Final = 1e-6
 _PAIRED: Final = 1.6  # pairs on a machine whose speed changes between them
+_SAME_PEAK: Final = 0.05
+_SPARE, _SPARE_BYTES = 2, 2**30  # what a process may need beside its tensors
 
 
 def faults(record: Shared) -> Iterator[str]:
@@ -30,17 +33,28 @@ def faults(record: Shared) -> Iterator[str]:
             yield f"{name}.plan: {error}"
             return
         plans.append(plan)
-        effect, peak = effect_of(plan).label, side.measured_peak_bytes
-        if side.effect != effect:
-            yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
-        if side.under_cap == "ok" and peak is not None and peak > record.cap_bytes:
-            yield f"{name}.under_cap is ok with a peak of {peak} B above the cap of {record.cap_bytes} B"
+        yield from _of_side(name, side, plan, record.cap_bytes)
+    peaks = [s.measured_peak_bytes for s in (record.baseline, record.recommended)]
+    if plans[0] == plans[1] and None not in peaks and not math.isclose(*peaks, rel_tol=_SAME_PEAK):  # type: ignore[arg-type]
+        yield f"the plans are one, with peaks of {peaks[0]} B and {peaks[1]} B"
     if plans[0].uses:
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:
         yield from _of_ratio(record.step_time_ratio, record.baseline.step_s, record.recommended.step_s)
     if record.verdict is not None:
         yield from _of_verdict(record, record.verdict, same=plans[0] == plans[1])
+
+
+def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]:
+    effect, peak = effect_of(plan).label, side.measured_peak_bytes
+    if side.effect != effect:
+        yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
+    if side.under_cap == "ok" and peak is not None and peak > cap_bytes:
+        yield f"{name}.under_cap is ok with a peak of {peak} B above the cap of {cap_bytes} B"
+    if side.under_cap == "oom" and peak is not None and cap_bytes > _SPARE * peak + _SPARE_BYTES:
+        yield f"{name}.under_cap is oom with a peak of {peak} B far below the cap of {cap_bytes} B"
+    if odd := [seed for seed in side.metric_by_seed if not re.fullmatch(r"0|[1-9]\d*", seed)]:
+        yield f"{name}.metric_by_seed has the seed {odd[0]!r}, allowed: whole numbers, each written once"
 
 
 def _of_ratio(told: float, plain_s: float | None, chosen_s: float | None) -> Iterator[str]:
@@ -66,6 +80,9 @@ def _of_verdict(record: Shared, judged: Judgement, *, same: bool) -> Iterator[st
         yield f"the verdict is on {judged.effect}, the plan is {record.recommended.effect}"
     if equivalent and not same:
         yield from _of_equivalence(judged, plain, chosen)
+    told = [n for n in ("difference", "low", "high") if getattr(judged, n) is not None]
+    if judged.margin is None and told:
+        yield f"verdict.{told[0]} is given, and verdict.margin is not"
     if judged.margin is not None:
         yield from _of_metric(judged, judged.margin, plain, chosen)
     elif equivalent:

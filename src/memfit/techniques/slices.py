@@ -20,6 +20,7 @@ _MOST_PARAMETERS = 2**25  # of a module that is tried on random numbers
 _MOST_TENSORS, _MOST_TRIALS = 6, 96
 _MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
 _SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
+_FAR = (1024, 512, 256, 128, 64, 32)  # and lengths of what is cut, to see how far it reaches
 _HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
 _SEEN: dict[object, tuple[object, dict[str, Call]]] = {}  # by what decides it: a search asks for many plans
 _MOST_SEEN = 4
@@ -177,18 +178,36 @@ def _cut(module: nn.Module, call: Call, known: dict[object, Any]) -> Cut | None:
     )  # fmt: skip
 
 
+_NOT_CONSTANT = {*vars(nn.Module()), "forward"}  # torch's own, and what techniques put around a module
+
+
 def _constants(module: nn.Module) -> tuple[str, ...]:
-    """What tells modules of one class apart beside their shapes, such as which way they sum."""
-    kinds = (int, float, str, bool)
+    """What tells modules of one class apart beside their shapes, such as which way they sum or permute."""
     return tuple(
-        f"{name}.{k}={v!r}"
+        f"{name}.{k}={_told(v)}"
         for name, m in module.named_modules()
         for k, v in vars(m).items()
-        if isinstance(v, kinds)
+        if k not in _NOT_CONSTANT
     )
 
 
-def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) -> Any:
+def _told(value: Any, depth: int = 3) -> str:
+    """Equal for values that are alike; what cannot be told is like itself alone."""
+    if value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device):
+        return repr(value)
+    if depth and isinstance(value, tuple | list):
+        return f"{type(value)}{[_told(v, depth - 1) for v in value]}"
+    if depth and isinstance(value, dict):
+        return str({str(k): _told(v, depth - 1) for k, v in value.items()})
+    plain = not isinstance(value, torch.Tensor | nn.Module) and not callable(value)
+    if depth and plain and hasattr(value, "__dict__"):
+        return f"{type(value)}{_told(vars(value), depth - 1)}"
+    return f"{type(value)} {id(value)}"
+
+
+def _tried(  # noqa: C901 - four short functions of one trial
+    module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]
+) -> Any:
     """({leaf: axis}, output's axis) of the longest axis that can be cut, or None."""
     try:
         copied = _random_copy(module)
@@ -211,7 +230,10 @@ def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) ->
     def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
         return sum(map(math.prod, sizes.values())) <= _MOST_ELEMENTS
 
-    sizes = _shortened(shapes, lambda s: small(s) and run(drawn(s)) is not None)
+    def runs(sizes: dict[int, tuple[int, ...]]) -> bool:
+        return small(sizes) and run(drawn(sizes)) is not None
+
+    sizes = _shortened(shapes, runs)
     if not small(sizes):
         return None
     whole = drawn(sizes)
@@ -220,7 +242,29 @@ def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) ->
         return None
     for axes in _ways(shapes, sizes):
         for out_axis in _same(run, whole, expected, axes):
-            return axes, out_axis
+            far = _lengthened(shapes, sizes, axes, runs)
+            if far is None or out_axis in _same(run, long := drawn(far), run(long), axes):
+                return axes, out_axis
+    return None
+
+
+def _lengthened(
+    shapes: dict[int, tuple[int, ...]],
+    sizes: dict[int, tuple[int, ...]],
+    axes: Mapping[int, int],
+    runs: Callable[[dict[int, tuple[int, ...]]], bool],
+) -> dict[int, tuple[int, ...]] | None:
+    """The same with what is cut as long as it is, or as long as can be tried: what reaches far, as dilated
+    convolutions do, sees nothing beside itself in a short one."""
+    first, axis = next(iter(axes.items()))
+    length = shapes[first][axis], sizes[first][axis]
+    for wanted in (length[0], *(n for n in _FAR if length[1] < n < length[0])):
+        longer = {
+            i: tuple(wanted if both == length else both[1] for both in zip(shapes[i], s, strict=True))
+            for i, s in sizes.items()
+        }
+        if longer != sizes and runs(longer):
+            return longer
     return None
 
 
@@ -287,12 +331,13 @@ def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]])
 def _same(
     run: Callable[[Mapping[int, torch.Tensor]], torch.Tensor | None],
     whole: Mapping[int, torch.Tensor],
-    expected: torch.Tensor,
+    expected: torch.Tensor | None,
     axes: Mapping[int, int],
 ) -> Iterator[int]:
     """Axes of the output whose slices are those of the inputs."""
+    assert expected is not None, "it ran before"
     length = next(whole[i].shape[a] for i, a in axes.items())
-    slices = [(0, 2), (length - 2, 2)]
+    slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
     found = [
         run({i: t.narrow(axes[i], *part) if i in axes else t for i, t in whole.items()}) for part in slices
     ]
