@@ -507,3 +507,10 @@ def test_fixture_is_consistent() -> None:
     assert PEAKS[RECOMMENDED] <= CAP
     assert max(timeline(PEAKS[PLAIN])) == pytest.approx(PEAKS[PLAIN])
     assert sum(losses(0)[-4:]) < sum(losses(0)[:4])
+
+
+def test_a_sentence_of_others_is_not_taken_for_an_engines_refusal() -> None:
+    words = load_words("ja")
+    assert words.of("zero is not in accelerate") == "accelerate は zero に非対応"
+    source = "it is that of the 40 GB model; its larger memory is not in it"
+    assert words.of(source) == source

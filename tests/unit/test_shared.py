@@ -148,6 +148,20 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a setting without end": (
         lambda r: r["recommended"]["plan"].update({"zero": {"offload": "x" * 10**6}}), "offload is 'xxx",
     ),
+    "out of memory far below the cap": (
+        lambda r: (r["baseline"].update(measured_peak_bytes=CAP), r.update(cap_bytes=10**12)),
+        "far below the cap",
+    ),
+    "one seed as three": (
+        lambda r: r["baseline"].update(metric_by_seed={"0": 1.0, "00": 2.0, "000": 3.0}), "the seed '00'",
+    ),
+    "one plan with two peaks": (
+        lambda r: r["recommended"].update(plan={}, effect="E0", measured_peak_bytes=CAP // 2),
+        "the plans are one",
+    ),
+    "an interval without a margin": (
+        lambda r: (_bitwise(r), r["verdict"].update(low=-9.0)), "verdict.low is given",
+    ),
     "notes that are text": (lambda r: r.update(notes="none"), "notes: it is 'none'; allowed: a list"),
 }  # fmt: skip
 
