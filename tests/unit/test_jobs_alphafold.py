@@ -134,6 +134,100 @@ def test_triangle_attention_is_along_the_edges_of_one_node(starting: bool) -> No
         torch.testing.assert_close(found[i] if starting else found[:, i], wanted)
 
 
+def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    spread = ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
+    return (x - x.mean(-1, keepdim=True)) / (spread + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def test_transition_is_a_norm_two_products_and_a_ramp_between() -> None:
+    m, *_ = _inputs()
+    layer = _random(evoformer.Transition(WIDTHS.c_m, 2))
+    assert layer.up.weight.shape == (12, 6)
+    inner = (_normed(layer.norm, m) @ layer.up.weight.T + layer.up.bias).clamp(min=0)
+    torch.testing.assert_close(layer(m), inner @ layer.down.weight.T + layer.down.bias)
+
+
+def test_a_block_is_its_parts_in_the_papers_order() -> None:
+    """Algorithm 6: rows, columns, transition; the outer product of what they left; the pairs' five parts."""
+    m, z, rows, pairs = _inputs()
+    block: Any = _random(evoformer.EvoformerBlock(WIDTHS)).eval()
+    along = m + block.row(m, z, rows)
+    across = along + block.column(along, rows)
+    left = across + block.transition(across)
+    found = z + block.outer(left, rows)
+    for name in ("outgoing", "incoming", "starting", "ending"):
+        found = found + getattr(block.pairs, name)(found, pairs)
+    found = found + block.pairs.transition(found)
+    for told, wanted in zip(block(m, z, rows, pairs), (left, found), strict=True):
+        torch.testing.assert_close(told, wanted)
+
+
+def test_relative_positions_count_from_the_one_that_asks() -> None:
+    index = torch.tensor([[0, 1, 5]])
+    found = evoformer.relative_positions(index, index, 2).argmax(-1)[0]
+    assert found.tolist() == [[2, 1, 0], [3, 2, 0], [4, 4, 2]]  # i - j, clipped, from -2 on
+
+
+def test_templates_are_averaged_by_attention_and_absent_ones_are_not_seen() -> None:
+    _, z, _, pairs = _inputs()
+    layer: Any = _random(evoformer.Templates(WIDTHS, 7, c_z=4, blocks=1, head_width=3)).eval()
+    templates, real = torch.randn(1, 3, N, N, 7).double(), torch.tensor([[1.0, 0.0, 1.0]]).double()
+    found, heads, held = layer(z, pairs, templates, real)[0], WIDTHS.pair_heads, [0, 2]
+    stacked = [layer.norm(layer.blocks[0](layer.embed(templates[:, t]), pairs))[0] for t in range(3)]
+    for i, j in itertools.product(range(N), range(N)):
+        mixed = []
+        for h in range(heads):
+            one = slice(3 * h, 3 * h + 3)
+            query = layer.query(z[0, i, j])[one]
+            logits = torch.stack([query @ layer.key(stacked[t][i, j])[one] / 3**0.5 for t in held])
+            weights = logits.softmax(0)
+            mixed.append(
+                sum(w * layer.value(stacked[t][i, j])[one] for w, t in zip(weights, held, strict=True))
+            )
+        torch.testing.assert_close(found[i, j], layer.out(torch.cat(mixed)))
+    assert layer(z, pairs, templates, 0 * real).abs().max() == 0
+
+
+def test_point_attention_is_the_sum_of_algorithm_22() -> None:
+    c, points, values, heads = 3, 2, 4, 2
+    widths = structure.StructureWidths(
+        c_s=8, c_z=4, heads=heads, head_width=c, query_points=points, value_points=values
+    )
+    layer: Any = _random(structure.InvariantPointAttention(widths))
+    s, z, mask = torch.randn(1, N, 8).double(), torch.randn(1, N, N, 4).double(), torch.ones(1, N).double()
+    mask[0, -1] = 0
+    frames = _frames(1, N)
+    rotation, shift = frames.rotation[0], frames.translation[0]
+    found = layer(s, z, *frames, mask)[0]
+
+    def place(told: torch.Tensor, i: int, h: int, count: int) -> torch.Tensor:
+        return told.view(heads, count, 3)[h] @ rotation[i].T + shift[i]
+
+    gamma = torch.log1p(torch.exp(layer.head_weight))
+    w_l, w_c = (1 / 3) ** 0.5, (2 / (9 * points)) ** 0.5
+    for i in range(N - 1):
+        mixed, seen, far, paired = [], [], [], []
+        for h in range(heads):
+            logits = []
+            for j in range(N - 1):
+                one = slice(h * c, h * c + c)
+                near = (
+                    layer.query(s[0, i])[one] @ layer.key(s[0, j])[one] / c**0.5 + layer.bias(z[0, i, j])[h]
+                )
+                apart = place(layer.query_points(s[0, i]), i, h, points) - place(
+                    layer.key_points(s[0, j]), j, h, points
+                )
+                logits.append(w_l * (near - gamma[h] * w_c / 2 * (apart**2).sum()))
+            weights = torch.stack(logits).softmax(0)
+            mixed.append(sum(w * layer.value(s[0, j])[h * c : h * c + c] for j, w in enumerate(weights)))
+            paired.append(sum(w * z[0, i, j] for j, w in enumerate(weights)))
+            where = sum(w * place(layer.value_points(s[0, j]), j, h, values) for j, w in enumerate(weights))
+            seen.append((where - shift[i]) @ rotation[i])
+            far.append(((seen[-1] ** 2).sum(-1) + 1e-8).sqrt())
+        parts = [torch.cat(mixed), torch.cat(seen).flatten(), torch.cat(far), torch.cat(paired)]
+        torch.testing.assert_close(found[i], layer.out(torch.cat(parts)))
+
+
 def test_dropout_is_shared_along_a_row() -> None:
     kept = evoformer.SharedDropout(0.5, 1).train()(torch.ones(2, 6, 40))
     assert (kept == kept[:, :1]).all()
