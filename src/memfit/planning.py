@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memfit import wire
+from memfit.cost.correction import merged
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO
 from memfit.engines import native
 from memfit.engines.registry import engine
@@ -20,7 +21,7 @@ from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.recompute import NAME
-from memfit.techniques.registry import plain
+from memfit.techniques.registry import plain, without
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
@@ -33,7 +34,9 @@ _FEWER_FINALISTS = 8  # where a trace is long, as of models with thousands of sm
 _LONG_TRACE_CALLS = 10_000
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
-_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # calibration stays under ten seconds together
+_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # of probing operators
+# Rounds, and seconds of each, to measure what the best plan and its rivals need while that changes the best.
+_SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
 _GAP_RATIO = 0.05  # in a search, where a better answer takes longer than it saves
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
@@ -274,11 +277,34 @@ def _price(
     pricer.trace_all(chosen, lambda *begun: progress("finalists", *begun))
     if request.is_here:
         calibrate(pricer, request, progress, plans=chosen)
-    made = [pricer.whole(plan) for plan in chosen]
+    made = _with_rivals(pricer, request, cap_bytes, [pricer.whole(plan) for plan in chosen], progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
         cap = Cap(bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries)
         made += budgeted(pricer.whole, sketches, made, request.goal, cap, progress)
     return made, len(every), left_out
+
+
+def _with_rivals(
+    pricer: Pricer, request: Request, cap_bytes: int, made: list[Estimate], progress: Progress
+) -> list[Estimate]:
+    """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
+    the operators of all of them are measured, and again while that changes the winner."""
+    fits, refuses = fits_under(cap_bytes, request.machine), engine(request.engine).supports
+    winner = best(filter(fits, made), request.goal)
+    for _ in range(_SETTLING_ROUNDS):
+        if winner is None:
+            break
+        less = dict.fromkeys(without(winner.plan, u.technique) for u in winner.plan.uses)
+        rivals = [p for p in less if p not in {e.plan for e in made} and not refuses(p)]
+        if request.ranks == 1:
+            pricer.trace_all(rivals)
+        if request.is_here:
+            calibrate(pricer, request, progress, [winner.plan, *rivals], budget_s=_SETTLING_BUDGET_S)
+        made = [pricer.whole(plan) for plan in (*(e.plan for e in made), *rivals)]
+        before, winner = winner, best(filter(fits, made), request.goal)
+        if winner is None or winner.plan == before.plan:
+            break
+    return made
 
 
 def is_long(pricer: Pricer) -> bool:
@@ -308,8 +334,16 @@ def finalists(
 # -- calibration ----------------------------------------------------------------------------------
 
 
-def calibrate(pricer: Pricer, request: Request, progress: Progress, plans: list[Plan] | None = None) -> None:
-    """Probe the operators that matter in a child process, and merge with what is known."""
+def calibrate(
+    pricer: Pricer,
+    request: Request,
+    progress: Progress,
+    plans: list[Plan] | None = None,
+    *,
+    budget_s: float = _SECOND_BUDGET_S,
+) -> None:
+    """Probe the operators that matter in a child process, and merge with what is known. The first time of
+    all, without ``plans``, those that span the search, and the machine's rates."""
     from memfit.cost.memory import step_ops
 
     first = plans is None
@@ -318,9 +352,11 @@ def calibrate(pricer: Pricer, request: Request, progress: Progress, plans: list[
         pricer.trace_all(chosen)
     ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
     wanted = [s for s in signatures_by_weight(ops) if s not in pricer.calibration.op_s]
+    if not first and not wanted:
+        return
     progress("calibrate", 0, 0, f"{len(wanted)} operators")
-    fresh = probe_here(request, wanted, _FIRST_BUDGET_S if first else _SECOND_BUDGET_S)
-    pricer.recalibrate(_merged(pricer.calibration, fresh))
+    fresh = probe_here(request, wanted, _FIRST_BUDGET_S if first else budget_s)
+    pricer.recalibrate(merged(pricer.calibration, fresh))
 
 
 def _representatives(pricer: Pricer) -> list[Plan]:
@@ -355,24 +391,3 @@ def probe_here(request: Request, signatures: list[str], budget_s: float) -> Cali
     if not found:
         raise RunError(f"calibration did not finish: {outcome.reason or outcome.outcome.value}")
     return found[0]
-
-
-def _merged(old: Calibration, new: Calibration) -> Calibration:
-    """Newer operator figures win; the machine's rates are the better of both (noise only slows)."""
-    rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
-    overheads = [c.overhead_s for c in (old, new) if c.flops_s]
-    return dataclasses.replace(
-        old,  # with what runs taught
-        threads=new.threads,
-        machine="this machine",
-        flops_s=rates,
-        disk_bytes_s=max(old.disk_bytes_s, new.disk_bytes_s),
-        disk_file_s=min(c.disk_file_s for c in (old, new) if c.flops_s),
-        bandwidth_bytes_s=max(old.bandwidth_bytes_s, new.bandwidth_bytes_s),
-        overhead_s=min(overheads),
-        op_s={**old.op_s, **new.op_s},
-        op_peak_bytes={**old.op_peak_bytes, **new.op_peak_bytes},
-        op_kept_bytes={**old.op_kept_bytes, **new.op_kept_bytes},
-        idle_w=new.idle_w,
-        took_s=old.took_s + new.took_s,
-    )

@@ -16,6 +16,7 @@ from memfit.decision.decide import decide
 from memfit.jobs import registry
 from memfit.report.html import render_html
 from memfit.report.words import load_words
+from memfit.types.job import JobRef
 from memfit.verify import judge
 
 EN, JA = load_words("en"), load_words("ja")
@@ -58,6 +59,16 @@ def own_texts() -> list[str]:
 @pytest.mark.parametrize("text", own_texts())
 def test_our_own_words_are_told_in_japanese(text: str) -> None:
     assert JAPANESE.search(JA.of(text)), text
+
+
+def test_metrics_of_the_built_in_jobs_are_told_in_japanese() -> None:
+    names = {"Q3"}  # stand as they are
+    units = {"", "percentage points", "meV/angstrom"}
+    for job in registry.describe():
+        metric = registry.load(JobRef(spec=job.name)).metric
+        assert metric is not None
+        for text in {metric.name, metric.margin_source, metric.naive_name, metric.unit} - names - units:
+            assert JAPANESE.search(JA.of(text)), text
 
 
 def test_the_page_uses_them() -> None:

@@ -59,3 +59,24 @@ def _fit(seen: Seen) -> tuple[float, dict[str, float]]:
     right = numpy.concatenate([[math.log(ratio) for _, ratio in seen], numpy.zeros(len(names))])
     found = numpy.exp(numpy.linalg.lstsq(left, right, rcond=None)[0])
     return float(found[0]), {name: float(ratio) for name, ratio in zip(names, found[1:], strict=True)}
+
+
+def merged(old: Calibration, new: Calibration) -> Calibration:
+    """Newer operator figures win; the machine's rates are the better of both (noise only slows)."""
+    rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
+    overheads = [c.overhead_s for c in (old, new) if c.flops_s]
+    return dataclasses.replace(
+        old,  # with what runs taught
+        threads=new.threads,
+        machine="this machine",
+        flops_s=rates,
+        disk_bytes_s=max(old.disk_bytes_s, new.disk_bytes_s),
+        disk_file_s=min(c.disk_file_s for c in (old, new) if c.flops_s),
+        bandwidth_bytes_s=max(old.bandwidth_bytes_s, new.bandwidth_bytes_s),
+        overhead_s=min(overheads),
+        op_s={**old.op_s, **new.op_s},
+        op_peak_bytes={**old.op_peak_bytes, **new.op_peak_bytes},
+        op_kept_bytes={**old.op_kept_bytes, **new.op_kept_bytes},
+        idle_w=new.idle_w,
+        took_s=old.took_s + new.took_s,
+    )

@@ -138,7 +138,9 @@ def _run_table(rows: Sequence[RunRow], metric: str, words: Words) -> Table:
     peak, step = words.get("column.peak_short"), words.get("column.step_short")
     run, outcome, error = (words.get(f"column.{name}") for name in ("run", "outcome", "error"))
     numbers = (f"{peak}\n{guess}", f"{peak}\n{seen}", error, f"{step}\n{seen}")
-    table = new_table([run, outcome, *numbers, metric or words.get("column.metric")], left=2)
+    table = new_table(
+        [run, outcome, *numbers, words.of(metric) if metric else words.get("column.metric")], left=2
+    )
     for row in rows:
         table.add_row(*_run_cells(row, words))
     return table
@@ -184,7 +186,9 @@ def _print_verdicts(rows: Sequence[VerdictRow], console: Console, words: Words) 
 def _verdict_line(row: VerdictRow, words: Words) -> str:
     names = ("difference", "low", "high", "margin", "power")
     figures = {name: _text(getattr(row, name), words) for name in names}
-    return words.get("text.verdict_line", metric=row.metric, pairs=_text(row.pairs, words), **figures)
+    return words.get(
+        "text.verdict_line", metric=words.of(row.metric), pairs=_text(row.pairs, words), **figures
+    )
 
 
 def _effort(effort: Effort, words: Words) -> str:

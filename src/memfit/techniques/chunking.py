@@ -4,7 +4,9 @@ Attention over the rows of a pair representation makes tensors of residues^3; it
 Such modules are found by trial, not by name: a small copy with random parameters is run on random inputs,
 whole and on a slice of them; where the slice of the output is the same, that axis can be cut. Modules are
 cut until what one slice makes inside stays under a budget; each slice is checkpointed, so that only one
-slice's insides exist at a time. (The idea of FastFold's AutoChunk, Cheng et al. 2022, arXiv 2203.00854.)
+slice's insides exist at a time. Where nothing is asked for, the budget is half of what the largest of them
+gives out, which exists anyhow: smaller slices would save little more. (The idea of FastFold's AutoChunk,
+Cheng et al. 2022, arXiv 2203.00854.)
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from memfit.techniques.slices import insides, largest, to_cut
 
-    calls, mib = insides(bench.job, bench.model), int(settings["mib"])
-    budget = mib * MIB if mib else largest(bench.model, calls) // int(settings["parts"])
+    calls = insides(bench.job, bench.model)
+    mib, parts = int(settings["mib"]), int(settings["parts"])
+    inside, out = (0, 0) if mib else largest(bench.model, calls)
+    budget = mib * MIB or (inside // parts if parts else out // 2)
     found = to_cut(bench.model, calls, budget)
     if not found:
         raise UserError(
@@ -74,7 +78,7 @@ def _wrap(module: torch.nn.Module, cut: Cut, budget: int) -> None:
 
 
 def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return [{"parts": 16, "mib": 0}] if space.slices else []
+    return [{"parts": 0, "mib": 0}] if space.slices else []
 
 
 TECHNIQUE = Technique(
@@ -85,8 +89,12 @@ TECHNIQUE = Technique(
     settings=_settings,
     order=48,
     knobs=(
-        Knob(name="parts", default=8, doc="the budget: this part of the most that one module makes inside"),
-        Knob(name="mib", default=0, minimum=0, doc="the budget in MiB; 0: by `parts`"),
+        Knob(
+            name="parts", default=0, minimum=0, doc="budget: this part of the most that a module makes inside"
+        ),
+        Knob(
+            name="mib", default=0, minimum=0, doc="budget in MiB; both 0: half of what that module gives out"
+        ),
     ),
     forbids=(
         "optimal-checkpointing",

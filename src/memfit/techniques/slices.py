@@ -36,6 +36,7 @@ class Call:
     spec: Any
     inside_bytes: int = 0  # new tensors, the output aside
     out_shape: tuple[int, ...] | None = None
+    out_bytes: int = 0
     random: bool = False  # draws random numbers: slices would draw others
 
 
@@ -74,6 +75,7 @@ class _Watch(AnyWay):
                 self._stack[-1].random |= call.random
             if isinstance(out, torch.Tensor):
                 call.out_shape = tuple(out.shape)
+                call.out_bytes = out.nbytes
                 call.inside_bytes -= out.nbytes
             self.calls.setdefault(name, call)
 
@@ -132,9 +134,9 @@ def to_cut(model: nn.Module, calls: Mapping[str, Call], budget: int) -> dict[str
     return choose("", model)
 
 
-def largest(model: nn.Module, calls: Mapping[str, Call]) -> int:
-    """Bytes that the largest module which can be cut makes inside."""
-    return max((c.inside_bytes for c in to_cut(model, calls, 0).values()), default=0)
+def largest(model: nn.Module, calls: Mapping[str, Call]) -> tuple[int, int]:
+    """Bytes that the largest module which can be cut makes inside, and bytes that it gives out."""
+    return max(((calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0)), default=(0, 0))
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
@@ -144,7 +146,7 @@ def worth_cutting(job: Any, model: nn.Module) -> bool:
         calls[n].out_shape is not None
         and c.axes[c.first] > 0
         and c.inside_bytes > _WORTH * 4 * math.prod(calls[n].out_shape or ())
-        for n, c in to_cut(model, calls, largest(model, calls) // 2).items()
+        for n, c in to_cut(model, calls, largest(model, calls)[0] // 2).items()
     )
 
 
