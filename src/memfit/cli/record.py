@@ -91,10 +91,13 @@ def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> No
         ("Quantity", "A", "B", "B / A"),
         [(r.quantity, _told(r.a), _told(r.b), f"{r.ratio:.3f}" if r.ratio else "") for r in rows],
     )
+    reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row.against:
-            line = f"{row.quantity}: not comparable: {'; '.join(row.against)}"
-            console().print(one_line(line), markup=False)
+        for reason in row.against:
+            reasons.setdefault(reason, []).append(row.quantity)
+    for reason, quantities in reasons.items():
+        named = "all of it" if len(quantities) == len(rows) else ", ".join(quantities)
+        console().print(one_line(f"not comparable, as {reason}: {named}"), markup=False)
     for side, source in sources.items():
         if source:
             console().print(one_line(f"{side} was not measured here: {source} says so"), markup=False)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 _FAR: Final = 1e4  # times the median: an additive mask, not part of the signal
-_SAMPLE: Final = 1 << 16  # elements that are enough for a mean
+_SAMPLE: Final = 1 << 14  # elements that are enough for a mean
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:
