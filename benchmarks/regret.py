@@ -28,6 +28,7 @@ from memfit.search.choose import Objective, score
 from memfit.search.space import plans, usable
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import without
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Accuracy, Plan, use
@@ -116,10 +117,13 @@ def taught(planning: Planning, steps: int) -> dict[Plan, float]:
         [plain, best, *(without(best, u.technique) for u in best.uses), plain.with_use(mixed),
          plain.with_use(checkpointing), plain.with_use(mixed).with_use(checkpointing)]
     ):  # fmt: skip
+        try:
+            guess = planning.pricer.whole(plan).step_s
+        except UserError:  # a budget that cannot be met without the technique
+            continue
         print(f"teaching: {plan.label}", flush=True)
         row: dict[str, Any] = {"step_s": []}
         _measure_one(planning, plan, steps, row)
-        guess = planning.pricer.whole(plan).step_s
         if row["outcome"] == "ok" and guess is not None:
             found[plan] = row["step_s"][0] / guess.value
     return found

@@ -113,9 +113,9 @@ JOBS = {
     "genome": lambda: _built_in("genome", 4),
     "potential": lambda: _built_in("potential", 8),
     "weather": lambda: _built_in("weather", 4),
-    "segmentation3d": lambda: _built_in("segmentation3d", 2),
+    "segmentation3d": lambda: _built_in("segmentation3d", 4),
 }
-SLICES = use("chunking", parts=16, mib=0)
+SLICES = use("chunking", parts=0, mib=0)
 ACCUMULATE = use("gradient-accumulation", micro_batches=4)
 AUTOCAST = use("bf16-autocast")
 FLOAT16 = use("fp16-autocast")
@@ -141,6 +141,7 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *(("protein-ss", (u,)) for u in (ACCUMULATE, AUTOCAST, MASTER, FULL, SECOND, ATTENTION, MATMUL, DISK)),
     ("protein-ss", (AUTOCAST, FULL, SMALL_ADAM)),
     ("protein-ss", (ACCUMULATE, AUTOCAST, MATMUL)),
+    ("protein-ss", (use("gradient-accumulation", micro_batches=8), AUTOCAST, FULL, SLICES)),
     *(("words", (u,)) for u in (CHUNKED, ACCUMULATE)),
     ("words", (CHUNKED, AUTOCAST)),
     *(
@@ -156,11 +157,11 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *(("protein-ss", (budget(n),)) for n in (40, 60)),
     ("protein-ss", (budget(20), ACCUMULATE, AUTOCAST)),
     ("char-lm", (budget(45), AUTOCAST)),
-    *(("alphafold2", u) for u in ((SLICES,), (AUTOCAST, SLICES, FULL), (MASTER, MATMUL), (DISK,))),
+    *(("alphafold2", u) for u in ((AUTOCAST, SLICES, FULL), (MASTER, MATMUL), (DISK,))),
     *(("molecules", u) for u in ((AUTOCAST,), (MASTER, FULL), (ACCUMULATE, MATMUL))),
     *(("genome", u) for u in ((AUTOCAST,), (FULL,), (MASTER, ACCUMULATE))),
     *(("weather", u) for u in ((AUTOCAST,), (FULL,), (SLICES,), (MASTER, ACCUMULATE), (MATMUL, DISK))),
-    *(("segmentation3d", u) for u in ((AUTOCAST,), (FULL,), (MASTER, FULL), (DISK,))),
+    *(("segmentation3d", u) for u in ((AUTOCAST,), (FULL,), (MASTER, FULL), (DISK,), (FULL, SLICES))),
     *(("potential", u) for u in ((AUTOCAST,), (FULL,), (MATMUL,), (MASTER, FULL, ACCUMULATE), (DISK,))),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cli import main
+from memfit.jobs import alphafold2
+from memfit.jobs.alphafold.model import AlphaFold, small
 from memfit.precision.advise import advise, padded
 from memfit.types.job import Job
 from memfit.types.precision import Examined, PrecisionAdvice
@@ -303,6 +306,36 @@ def test_code_of_many_operators_is_innocent_and_a_long_recurrence_is_not() -> No
     for advice in advise(given, ("bf16", "fp16"), batches=1, trained=1):
         assert set(advice.islands) <= {"scan"}
     assert advise(given, ("bf16",), batches=2, trained=1)[0].islands == ("scan",)
+
+
+@pytest.fixture(scope="module")
+def fold() -> tuple[PrecisionAdvice, ...]:
+    """AlphaFold 2 at the size of its tiny job, with one block, on real chains."""
+    size = dataclasses.replace(small(residues=40, batch_size=2), blocks=1)
+    folds = alphafold2.built_in_folds()
+    job = Job(
+        name="fold", build_model=lambda: AlphaFold(size), batch_size=2, loss=alphafold2.loss,
+        make_batch=lambda step, seed: alphafold2.train_batch(folds, size, step=step, seed=seed),
+    )  # fmt: skip
+    return advise(job, ("bf16", "fp16"), batches=1, trained=40)
+
+
+def test_alphafold_s_known_islands_are_found_without_being_told(fold: tuple[PrecisionAdvice, ...]) -> None:
+    """Softmax behind large masks (float16 ends at 65,504), statistics of norms, distances and frames."""
+    bf16, fp16 = fold
+    masked = {
+        "extra.0.row", "extra.0.column.attention", "extra.0.pairs.starting", "extra.0.pairs.ending",
+        "blocks.0.row", "blocks.0.column", "blocks.0.pairs.starting", "blocks.0.pairs.ending",
+        "structure.attention",
+    }  # fmt: skip
+    assert masked <= set(fp16.islands) <= masked | {"recycle", "structure"}
+    reasons = {e.pattern.replace("*", "0"): e.reason for e in fp16.examined}
+    assert {reasons[path] for path in masked} == {"overflow"}
+    # Distances of the last round's atoms are cut into bins; frames are composed, round after round.
+    assert {"recycle", "structure"} == set(bf16.islands)
+    kinds = {e.pattern: e.kind for e in bf16.examined}
+    assert {kinds[pattern] for pattern in bf16.sums} & {"LayerNorm"}
+    assert not {kinds[pattern] for pattern in (*bf16.islands, *fp16.sums)} & {"Linear", "Transition"}
 
 
 def test_what_torch_sums_in_float32_is_told_apart() -> None:

@@ -20,6 +20,8 @@ from memfit.techniques.dataflow import AnyWay, valueless
 _MOST_PARAMETERS = 2**25  # of a module that is tried on random numbers
 _MOST_TENSORS, _MOST_TRIALS = 6, 96
 _MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
+# Bytes that a trial may make, or this part of what the real call makes: no more than the training takes.
+_MOST_INSIDE, _INSIDE_RATIO = 2**22, 1 / 16
 _SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
 _FAR = (1024, 512, 256, 128, 64, 32)  # and lengths of what is cut, to see how far it reaches
 _HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
@@ -37,6 +39,7 @@ class Call:
     inside_bytes: int = 0  # new tensors, the output aside
     out_shape: tuple[int, ...] | None = None
     out_bytes: int = 0
+    columns_bytes: int = 0  # which convolutions in float64 unfold their inputs to
     random: bool = False  # draws random numbers: slices would draw others
 
 
@@ -72,6 +75,7 @@ class _Watch(AnyWay):
             call = self._stack.pop()
             if self._stack:
                 self._stack[-1].inside_bytes += call.inside_bytes
+                self._stack[-1].columns_bytes += call.columns_bytes
                 self._stack[-1].random |= call.random
             if isinstance(out, torch.Tensor):
                 call.out_shape = tuple(out.shape)
@@ -88,6 +92,8 @@ class _Watch(AnyWay):
             given = {_storage(t) for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
             made = [t for t in _pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
             call.inside_bytes += sum(t.nbytes for t in made if _storage(t) not in given)
+            if func is torch.ops.aten.convolution.default:
+                call.columns_bytes += out.nbytes // out.shape[1] * args[1][0].numel()
             call.random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return out
 
@@ -219,8 +225,15 @@ def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) ->
     def drawn(sizes: Mapping[int, tuple[int, ...]]) -> dict[int, torch.Tensor]:
         return {i: torch.randn(s, generator=numbers, dtype=torch.float64) for i, s in sizes.items()}
 
+    def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
+        """By what the real call makes inside, in float64: no dimension is longer here than there."""
+        elements, real = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
+        made = 2 * (call.inside_bytes + call.columns_bytes) * elements / max(1, real)
+        most = max(_MOST_INSIDE, _INSIDE_RATIO * call.inside_bytes)
+        return elements <= _MOST_ELEMENTS and made <= most
+
     def runs(sizes: dict[int, tuple[int, ...]]) -> bool:
-        return _small(sizes) and run(drawn(sizes)) is not None
+        return small(sizes) and run(drawn(sizes)) is not None
 
     def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
         """Beyond its slice, where it is long."""
@@ -232,7 +245,7 @@ def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) ->
         return told is None or out_axis not in _same(run, wide, told, axes)
 
     sizes = _shortened(shapes, runs)
-    whole = drawn(sizes) if _small(sizes) else {}
+    whole = drawn(sizes) if small(sizes) else {}
     expected = run(whole) if whole else None
     if expected is None:
         return None
@@ -248,10 +261,6 @@ def _ran(module: nn.Module, call: Call, tensors: Mapping[int, torch.Tensor]) -> 
     except Exception:  # noqa: BLE001  any error says that the module does not take such shapes
         return None
     return out if isinstance(out, torch.Tensor) else None
-
-
-def _small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
-    return sum(map(math.prod, sizes.values())) <= _MOST_ELEMENTS
 
 
 def _lengthened(
