@@ -4,6 +4,7 @@ long names and paper keep the page whole."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,23 @@ operating_hours_per_year = 9
 [cloud]
 machine = "H100-PCIe"
 per_hour = 520
+setup_hours = 6
+operating_hours_per_year = 14
+"""
+EURO = """
+currency = "EUR"
+place = "germany"
+[work]
+runs_per_year = 35
+[money]
+labour_per_hour = {value = 60, low = 40, high = 90}
+[effort]
+setup_hours = {value = 5, low = 2, high = 20}
+[existing]
+machine = "RTX-4090"
+setup_hours = 1
+operating_hours_per_year = 9
+[cloud]
 setup_hours = 6
 operating_hours_per_year = 14
 """
@@ -124,3 +142,43 @@ def test_where_saving_does_not_pay_the_cards_fit_the_first_screen(browser: Any, 
         box = card.bounding_box()
         assert box["y"] + box["height"] <= 900
     opened.close()
+
+
+EDGES = {
+    "a card in Japan": "",
+    "few hours": "utilisation_ratio = 0.02",
+    "few runs": "runs_per_year = 0.2",
+    "half a run": "runs_per_year = 2.5",
+    "free electricity": "energy_per_kwh = 0",
+}
+READ = """() => {
+  const form = document.getElementById("sliders");
+  if (form) form.remove();
+  document.querySelectorAll("details").forEach((d) => { d.open = true; });
+  return document.body.innerText.split("\\n");
+}"""
+
+
+@pytest.mark.parametrize("more", EDGES.values(), ids=EDGES.keys())
+@pytest.mark.parametrize("place", ["japan", "germany"])
+def test_a_page_that_was_only_opened_says_what_was_written(
+    browser: Any, tmp_path: Path, place: str, more: str
+) -> None:
+    """In other currencies than the catalog's, and with numbers outside of a slider's range."""
+    text = CASE if place == "japan" else EURO
+    for name in ("runs_per_year", "utilisation_ratio", "energy_per_kwh"):
+        if more.startswith(name):
+            text = re.sub(rf"^{name} = .*\n", "", text, flags=re.M)
+    table = "[money]" if more.startswith("energy") else "[work]"
+    text = text.replace(table, f"{table}\n{more}", 1)
+    opened = page(browser, tmp_path, text)
+    scripted = opened.evaluate(READ)
+    html = Path(opened.url.removeprefix("file://")).read_text(encoding="utf-8")
+    opened.close()
+    still = tmp_path / "still.html"
+    still.write_text(re.sub(r"<script.*?</script>", "", html, flags=re.S), encoding="utf-8")
+    bare = browser.new_page(viewport={"width": 1280, "height": 900})
+    bare.goto(still.as_uri())
+    written = bare.evaluate(READ)
+    bare.close()
+    assert [(a, b) for a, b in zip(written, scripted, strict=True) if a != b] == []

@@ -112,12 +112,12 @@
   const isAmount = (value) => value !== null && typeof value === "object";
   const times = (amount, ratio) => ({ usd: amount.usd * ratio, own: amount.own * ratio });
 
-  // terms and a way with one number elsewhere, as decision/chance.py moves them
-  function swung(terms, name, value) {
+  // terms and a way with one number elsewhere, as decision/chance.py moves them; `rate`: at which it is told
+  function swung(terms, name, value, rate = terms.per_usd) {
     if (!(name in terms)) return terms;
     const now = terms[name];
     if (!isAmount(now)) return { ...terms, [name]: value };
-    const whole = at(now, terms.per_usd);
+    const whole = at(now, rate);
     return { ...terms, [name]: whole ? times(now, value / whole) : { usd: 0, own: value } };
   }
 
@@ -173,7 +173,7 @@
       for (const [name, bound] of Object.entries(ends)) {
         const end = scaled(terms, name, bound);
         way = placed(way, terms, name, end);
-        dear = swung(dear, name, end);
+        dear = swung(dear, name, end, terms.per_usd);
       }
       const most = oneRun(way, dear);
       found.pilot = trial.cost;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -15,17 +16,25 @@ def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
     """Where each slider starts and how far it goes."""
     t = made.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
+    usual = energy or 0.2 * t.per_usd
     hour = t.labour_per_hour or 50 * t.per_usd
     hours = next((n.value for n in made.told if n.name == "setup_hours"), None) or 0.0
     spans = {
-        "energy": (energy, 0.0, 4 * energy, energy / 100),
+        "energy": (energy, 0.0, 4 * usual, usual / 100),
         "hardware": (1.0, 0.2, 3.0, 0.01),
         "labour": (t.labour_per_hour, 0.0, 4 * hour, hour / 100),
         "setup": (hours, 0.0, max(200.0, 2 * hours), 0.5),
         "runs": (t.runs_per_year, 1.0, max(200.0, 4 * t.runs_per_year), 1.0),
         "utilisation": (t.utilisation_ratio, 0.05, 1.0, 0.01),
     }
-    return {name: dict(zip(("start", "low", "high", "step"), spans[name], strict=True)) for name in _MOVED}
+    return {name: _slider(*spans[name]) for name in _MOVED}
+
+
+def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, float]:
+    """A browser holds a slider within its range and on its steps, counted from the low end: the start is one
+    of them."""
+    low = start - math.floor((start - low) / step + 1e-9) * step if start > low else start
+    return {"start": start, "low": max(0.0, low), "high": max(high, start), "step": step}
 
 
 def _stages(made: Decision) -> Mapping[str, Any]:
