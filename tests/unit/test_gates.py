@@ -127,7 +127,13 @@ def stored(folder: Path) -> str:
 def test_the_command_ends_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, limits = stored(tmp_path), tmp_path / "gates.toml"
     assert main(["scale", "--store", store]) == 0
-    assert "Every gate holds" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert all(t in text for t in ("Every gate holds", "--pilot MACHINE", "engine: native", "spent: "))
+    assert main(["scale", "--store", store, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)["stages"]
+    assert list(whole) == ["poc", "pilot", "full"]
+    assert (whole["poc"]["state"], whole["poc"]["engine"]) == ("done", "native")
+    assert whole["poc"]["spent"] is not None
     limits.write_text("[time]\nstep_ratio = 0.5\n")
     asked = ["scale", "--store", store, "--gates", str(limits), "--pilot", "H100-SXM", "--json"]
     assert main(asked) == 1

@@ -90,6 +90,7 @@ def scale(
             _keep(record.poc_id, plans, store)
     made = None if found.taken_from else _decision(record.poc_id, stages, own.gates, store)
     if output.json:
+        stages = stages if made is None or failed else _with_money(stages, made[1])
         told = {"gates": [g.model_dump() for g in held], "limits": limits.model_dump(), "stages": stages}
         emit({"poc_id": record.poc_id, "taken_from": found.taken_from, "holds": not failed, **told})
     else:
@@ -205,12 +206,20 @@ def _decision(
         kept.append(poc_id, pipeline.STAGE, {"name": name, "machine": stage["machine"]})
     text = gates.read_text(encoding="utf-8") if gates is not None else ""
     kept.append(poc_id, pipeline.GATES, {"text": text})  # the report's gate is the one held last
-    poc, made = pipeline.decide(kept, poc_id=poc_id, case=None)
+    return pipeline.decide(kept, poc_id=poc_id, case=None)
+
+
+def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) -> dict[str, Any]:
+    """Every stage as the report has it, and what was predicted now beside it."""
+    of_record = (
+        "state", "machine", "plan", "engine", "memory_bytes", "step_s", "spent", "to_spend", "most", "unpaid"
+    )  # fmt: skip
+    found = {}
     for stage in made.stages:
-        if stage.name in stages:
-            money = {"currency": made.currency, "to_spend": stage.to_spend}
-            stages[stage.name] |= money
-    return poc, made
+        known = dataclasses.asdict(stage)
+        told = {"currency": made.currency, **{name: known[name] for name in of_record}}
+        found[stage.name] = told | stages.get(stage.name, {})
+    return found
 
 
 def _print(
@@ -227,7 +236,7 @@ def _print(
         out.print(one_line(told), markup=False, style="yellow")
     print_gates([g.words for g in held], console=out, lang=lang)
     if made is not None and all(g.holds for g in held):
-        print_stages(*made, only=["poc", *(stages or ("pilot", "full"))], console=out, lang=lang)
+        print_stages(*made, console=out, lang=lang)
     elif made is None:
         _print_plain(stages, out, words)
     print_gate_end([g.words for g in held], predicted=bool(stages), console=out, lang=lang)

@@ -57,25 +57,28 @@ def print_gate_end(
     if failed:
         reasons = "; ".join(words.get("scale.reason", gate=name, found=found) for name, found, _ in failed)
         console.print(Text(words.get("scale.stopped", reasons=reasons), style="red"))
-    elif not predicted:
+    else:
         console.print(Text(words.get("scale.holds")))
+        if not predicted:
+            console.print(Text(words.get("scale.ask_machines")))
 
 
 def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
     return [value_text(part, words) for part in gate_words(gate)]
 
 
-def print_stages(poc: Poc, made: Decision, *, only: Sequence[str], console: Console, lang: str) -> None:
+def print_stages(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
     """Each stage with its money, intervals, stop criterion, way back and what to watch."""
     words = load_words(lang)
-    for row in (r for r in decision_view(poc, made).stages if r.stage.name in only):
+    for row in decision_view(poc, made).stages:
         stage = row.stage
         state = words.get(f"stage_state.{stage.state}")
         console.print(Text(f"{words.get(f'stages.{stage.name}')} ({state})", style="bold"))
         if not stage.machine:
             console.print(Text(f"  {words.get('stages.unknown')}"))
             continue
-        lines = [("machine", f"{stage.machine}: {stage.plan}")]
+        lines = [("machine", f"{words.of(stage.machine)}: {stage.plan}")]
+        lines += [("engine", stage.engine)] if stage.engine else []
         lines += [("memory", _span(row.memory, words))] if stage.memory_bytes else []
         lines += [("step", _span(row.step, words))] if stage.step_s else []
         short = f" ({words.get('stages.without_labour')})" if stage.unpaid else ""
