@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
 from memfit.jobs.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
@@ -21,6 +22,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
+from memfit.types.trace import Phase
 
 WIDTHS = Widths(
     c_m=24, c_z=16, msa_heads=2, msa_head_width=12, pair_heads=2, pair_head_width=8, triangle=16, outer=6,
@@ -208,6 +210,48 @@ def test_what_reaches_far_is_not_taken_for_independent() -> None:
     assert _cuts([nn.Sequential(nn.Conv1d(8, 80, 1), nn.Conv1d(80, 8, 1))], (2, 8, 300))["0"] == (2, 2)
     for layers in ([near], [far], [far, near]):
         assert all(axis == 0 for axis, _ in _cuts([*layers], (2, 8, 300)).values())
+
+
+class _Shifted(nn.Module):
+    """Each place sees what lies ``far`` before it, and nothing of itself."""
+
+    def __init__(self, width: int, far: int) -> None:
+        super().__init__()
+        self.up, self.down, self.far = nn.Linear(8, width), nn.Linear(width, 8), far
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.up(x).exp()
+        return self.down(functional.pad(wide, (0, 0, self.far, 0))[:, : x.shape[1]])
+
+
+def test_what_is_too_wide_to_be_tried_long_is_not_cut_along_it() -> None:
+    wide = nn.Sequential(
+        nn.Conv1d(16, 256, 1), nn.Conv1d(256, 256, 3, padding=32, dilation=32), nn.Conv1d(256, 16, 1)
+    )
+    assert all(axis != 2 for name, (axis, _) in _cuts([wide], (2, 16, 4096)).items() if name in ("0", "0.1"))
+    assert "0" not in _cuts([_Shifted(512, 48)], (2, 4096, 8))
+    assert _cuts([_Shifted(512, 0)], (2, 4096, 8))["0"] == (1, 1)
+
+
+class _Head(nn.Module):
+    """Gives out more than it makes inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 512), nn.Linear(512, 3000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+def test_the_largest_module_is_always_cut_and_what_a_trial_takes_is_predicted() -> None:
+    job = _job(_Head, 4, 256, 32)
+    plan = Plan(uses=(make_use("chunking", {}),))
+    traced = trace(job, plan)
+    profile = memory_profile(traced, Calibration())
+    plain = memory_profile(trace(job, Plan()), Calibration())
+    assert profile.peak_bytes < plain.peak_bytes
+    assert profile.phase_peak_bytes[Phase.SETUP] > plain.phase_peak_bytes[Phase.SETUP]
 
 
 class _Triangle(nn.Module):

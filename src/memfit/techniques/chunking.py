@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    from memfit.techniques.slices import insides, largest, to_cut
+    import torch
 
-    calls = insides(bench.job, bench.model)
-    mib, parts = int(settings["mib"]), int(settings["parts"])
-    inside, out = (0, 0) if mib else largest(bench.model, calls)
-    budget = mib * MIB or (inside // parts if parts else out // 2)
-    found = to_cut(bench.model, calls, budget)
+    from memfit.techniques.slices import Trials, budget_bytes, insides, to_cut
+
+    calls, trials = insides(bench.job, bench.model), Trials()
+    budget = int(settings["mib"]) * MIB
+    budget = budget or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
+    found = to_cut(bench.model, calls, budget, trials)
+    torch.empty(trials.peak_bytes, dtype=torch.uint8)  # what the trials took, for a prediction to see it
     if not found:
         raise UserError(
             f"chunking of {type(bench.model).__name__}",

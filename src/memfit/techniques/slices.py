@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +13,10 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.techniques.dataflow import AnyWay, valueless
+from memfit.techniques.trial import Live, columns_bytes, tried
 
 _MOST_PARAMETERS = 2**25  # of a module that is tried on random numbers
-_MOST_TENSORS, _MOST_TRIALS = 6, 96
-_MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
-# Bytes that a trial may make, or this part of what the real call makes: no more than the training takes.
-_MOST_INSIDE, _INSIDE_RATIO = 2**22, 1 / 16
-_SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
-_FAR = (1024, 512, 256, 128, 64, 32)  # and lengths of what is cut, to see how far it reaches
+_MOST_TENSORS = 6
 _HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
 _SEEN: dict[object, tuple[object, dict[str, Call]]] = {}  # by what decides it: a search asks for many plans
 _MOST_SEEN = 4
@@ -39,7 +32,8 @@ class Call:
     inside_bytes: int = 0  # new tensors, the output aside
     out_shape: tuple[int, ...] | None = None
     out_bytes: int = 0
-    columns_bytes: int = 0  # which convolutions in float64 unfold their inputs to
+    columns_bytes: int = 0  # that convolutions unfold their inputs to, as those in float64 do
+    reach: int = 0  # how far its widest convolution or padding looks from one place to the next
     random: bool = False  # draws random numbers: slices would draw others
 
 
@@ -76,6 +70,7 @@ class _Watch(AnyWay):
             if self._stack:
                 self._stack[-1].inside_bytes += call.inside_bytes
                 self._stack[-1].columns_bytes += call.columns_bytes
+                self._stack[-1].reach = max(self._stack[-1].reach, call.reach)
                 self._stack[-1].random |= call.random
             if isinstance(out, torch.Tensor):
                 call.out_shape = tuple(out.shape)
@@ -93,13 +88,29 @@ class _Watch(AnyWay):
             made = [t for t in _pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
             call.inside_bytes += sum(t.nbytes for t in made if _storage(t) not in given)
             if func is torch.ops.aten.convolution.default:
-                call.columns_bytes += out.nbytes // out.shape[1] * args[1][0].numel()
+                call.columns_bytes += columns_bytes(out, args[1])
+            call.reach = max(call.reach, _reach(func, args))
             call.random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return out
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _reach(func: Any, args: Any) -> int:
+    """A dilation, or how many places something is moved by: nothing of it shows in a shorter input."""
+    if func is torch.ops.aten.convolution.default:
+        return int(max(args[5]))
+    return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
+
+
+@dataclasses.dataclass(slots=True)
+class Trials:
+    """What was found of modules, by all that decides it, and the most that one trial took."""
+
+    known: dict[object, Any] = dataclasses.field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 def insides(job: Any, model: nn.Module) -> dict[str, Call]:
@@ -120,9 +131,11 @@ def insides(job: Any, model: nn.Module) -> dict[str, Call]:
     return _SEEN[key][1]
 
 
-def to_cut(model: nn.Module, calls: Mapping[str, Call], budget: int) -> dict[str, Cut]:
+def to_cut(
+    model: nn.Module, calls: Mapping[str, Call], budget: int, trials: Trials | None = None
+) -> dict[str, Cut]:
     """The modules to cut, innermost first among those that hold the same tensors."""
-    known: dict[object, Any] = {}
+    trials = trials or Trials()
 
     def choose(name: str, module: nn.Module) -> dict[str, Cut]:
         call = calls.get(name)
@@ -134,32 +147,31 @@ def to_cut(model: nn.Module, calls: Mapping[str, Call], budget: int) -> dict[str
             below |= choose(prefix + child, inner)
         if call is None or sum(c.inside_bytes for c in below.values()) > _HELD_BELOW * call.inside_bytes:
             return below
-        cut = _cut(module, call, known)
+        cut = _cut(module, call, trials)
         return {name: cut} if cut is not None else below
 
     return choose("", model)
 
 
-def largest(model: nn.Module, calls: Mapping[str, Call]) -> tuple[int, int]:
-    """Bytes that the largest module which can be cut makes inside, and bytes that it gives out."""
-    return max(((calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0)), default=(0, 0))
+def budget_bytes(model: nn.Module, calls: Mapping[str, Call], parts: int, trials: Trials) -> int:
+    """Of the module that makes most inside among those that can be cut: this part of it, or, with no number
+    of parts, half of what it gives out, which exists anyhow; half of its insides at most."""
+    most = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
+    inside, out = max(most, default=(0, 0))
+    return inside // parts if parts else min(inside, out) // 2
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
     """Whether some module makes much inside that can be cut along something else than the batch."""
-    calls = insides(job, model)
-    return any(
-        calls[n].out_shape is not None
-        and c.axes[c.first] > 0
-        and c.inside_bytes > _WORTH * 4 * math.prod(calls[n].out_shape or ())
-        for n, c in to_cut(model, calls, largest(model, calls)[0] // 2).items()
-    )
+    calls, trials = insides(job, model), Trials()
+    found = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
+    return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in found.items())
 
 
 # -- trial -----------------------------------------------------------------------------------------------
 
 
-def _cut(module: nn.Module, call: Call, known: dict[object, Any]) -> Cut | None:
+def _cut(module: nn.Module, call: Call, trials: Trials) -> Cut | None:
     if call.random or call.out_shape is None:
         return None
     tensors = {i: t for i, t in enumerate(call.leaves) if isinstance(t, torch.Tensor)}
@@ -173,10 +185,11 @@ def _cut(module: nn.Module, call: Call, known: dict[object, Any]) -> Cut | None:
     others = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
     key = (type(module), tuple(shapes.items()), others, parameters, _constants(module))
-    if key not in known:
-        with _disable_current_modes(), torch.no_grad():
-            known[key] = _tried(module, call, shapes)
-    found = known[key]
+    if key not in trials.known:
+        with _disable_current_modes(), torch.no_grad(), Live() as live:
+            trials.known[key] = tried(module, call, shapes)
+        trials.peak_bytes = max(trials.peak_bytes, live.peak_bytes)
+    found = trials.known[key]
     if found is None:
         return None
     axes, out_axis = found
@@ -212,154 +225,3 @@ def _told(value: Any, depth: int = 3) -> str:
     if depth and plain and hasattr(value, "__dict__"):
         return f"{type(value)}{_told(vars(value), depth - 1)}"
     return f"{type(value)} {id(value)}"
-
-
-def _tried(module: nn.Module, call: Call, shapes: dict[int, tuple[int, ...]]) -> Any:
-    """({leaf: axis}, output's axis) of the longest axis that can be cut, or None."""
-    try:
-        copied = _random_copy(module)
-    except (RuntimeError, TypeError):  # what holds a file or a graph's tensor cannot be copied, so not tried
-        return None
-    numbers, run = torch.Generator().manual_seed(0), functools.partial(_ran, copied, call)
-
-    def drawn(sizes: Mapping[int, tuple[int, ...]]) -> dict[int, torch.Tensor]:
-        return {i: torch.randn(s, generator=numbers, dtype=torch.float64) for i, s in sizes.items()}
-
-    def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
-        """By what the real call makes inside, in float64: no dimension is longer here than there."""
-        elements, real = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
-        made = 2 * (call.inside_bytes + call.columns_bytes) * elements / max(1, real)
-        most = max(_MOST_INSIDE, _INSIDE_RATIO * call.inside_bytes)
-        return elements <= _MOST_ELEMENTS and made <= most
-
-    def runs(sizes: dict[int, tuple[int, ...]]) -> bool:
-        return small(sizes) and run(drawn(sizes)) is not None
-
-    def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
-        """Beyond its slice, where it is long."""
-        far = _lengthened(shapes, sizes, axes, runs)
-        if far is None:
-            return False
-        wide = drawn(far)
-        told = run(wide)
-        return told is None or out_axis not in _same(run, wide, told, axes)
-
-    sizes = _shortened(shapes, runs)
-    whole = drawn(sizes) if small(sizes) else {}
-    expected = run(whole) if whole else None
-    if expected is None:
-        return None
-    ways = ((axes, at) for axes in _ways(shapes, sizes) for at in _same(run, whole, expected, axes))
-    return next((way for way in ways if not reaches(*way)), None)
-
-
-def _ran(module: nn.Module, call: Call, tensors: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
-    leaves = [tensors.get(i, v) for i, v in enumerate(call.leaves)]
-    args, kwargs = _pytree.tree_unflatten(leaves, call.spec)
-    try:
-        out = module(*args, **kwargs)
-    except Exception:  # noqa: BLE001  any error says that the module does not take such shapes
-        return None
-    return out if isinstance(out, torch.Tensor) else None
-
-
-def _lengthened(
-    shapes: dict[int, tuple[int, ...]],
-    sizes: dict[int, tuple[int, ...]],
-    axes: Mapping[int, int],
-    runs: Callable[[dict[int, tuple[int, ...]]], bool],
-) -> dict[int, tuple[int, ...]] | None:
-    """The same with what is cut as long as it is, or as long as can be tried: what reaches far, as dilated
-    convolutions do, sees nothing beside itself in a short one."""
-    first, axis = next(iter(axes.items()))
-    length = shapes[first][axis], sizes[first][axis]
-    for wanted in (length[0], *(n for n in _FAR if length[1] < n < length[0])):
-        longer = {
-            i: tuple(wanted if both == length else both[1] for both in zip(shapes[i], s, strict=True))
-            for i, s in sizes.items()
-        }
-        if longer != sizes and runs(longer):
-            return longer
-    return None
-
-
-def _random_copy(module: nn.Module) -> nn.Module:
-    """With random float64 parameters: at zero, as some layers begin, everything would be independent."""
-    numbers = torch.Generator().manual_seed(1)
-    held: dict[int, Any] = {}
-    for parameter in module.parameters():
-        size = max(1, parameter.shape[-1] if parameter.dim() > 1 else 1)
-        values = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64) / size**0.5
-        held[id(parameter)] = nn.Parameter(values, requires_grad=False)
-    for buffer in module.buffers():
-        held[id(buffer)] = torch.randn(buffer.shape, generator=numbers, dtype=torch.float64)
-    plain = copy.deepcopy(module, held)
-    for inner in plain.modules():
-        vars(inner).pop("forward", None)  # what other techniques put around it
-        for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
-            hooks.clear()
-    return plain
-
-
-def _shortened(
-    shapes: dict[int, tuple[int, ...]], runs: Callable[[dict[int, tuple[int, ...]]], bool]
-) -> dict[int, tuple[int, ...]]:
-    """Long dimensions made short where the module still runs: equal ones together, all of them or all but
-    last ones (of every tensor or of one), which may be channels of the same number."""
-    lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
-    shorts = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
-    everywhere, none = frozenset[int](), frozenset(shapes)
-    ways = [
-        [everywhere, none, *(frozenset({i}) for i, s in shapes.items() if s and s[-1] == n), None]
-        for n in lengths
-    ]
-    for kept in itertools.islice(itertools.product(*ways), _MOST_TRIALS):
-        last_stays = dict(zip(lengths, kept, strict=True))
-
-        def size(i: int, at: int, stays: Mapping[int, frozenset[int] | None] = last_stays) -> int:
-            length = shapes[i][at]
-            held = stays.get(length)
-            whole = held is None or (i in held and at == len(shapes[i]) - 1)
-            return length if whole else shorts[length]
-
-        tried = {i: tuple(size(i, at) for at in range(len(s))) for i, s in shapes.items()}
-        if runs(tried):
-            return tried
-    return shapes
-
-
-def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
-    """Ways to cut: an axis of the largest tensor, longest first, and of the others one as long or none."""
-    first = max(shapes, key=lambda i: math.prod(shapes[i]))
-    others = [i for i in shapes if i != first]
-    long = [a for a, n in enumerate(sizes[first]) if n >= 3 and shapes[first][a] > 3]
-    for axis in sorted(long, key=lambda a: -shapes[first][a]):
-        length = shapes[first][axis], sizes[first][axis]
-        same: list[list[int | None]] = [
-            [*(a for a, n in enumerate(zip(shapes[i], sizes[i], strict=True)) if n == length), None]
-            for i in others
-        ]
-        for chosen in itertools.islice(itertools.product(*same), _MOST_TRIALS):
-            yield {first: axis} | {i: a for i, a in zip(others, chosen, strict=True) if a is not None}
-
-
-def _same(
-    run: Callable[[Mapping[int, torch.Tensor]], torch.Tensor | None],
-    whole: Mapping[int, torch.Tensor],
-    expected: torch.Tensor,
-    axes: Mapping[int, int],
-) -> Iterator[int]:
-    """Axes of the output whose slices are those of the inputs."""
-    length = next(whole[i].shape[a] for i, a in axes.items())
-    slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
-    found = [
-        run({i: t.narrow(axes[i], *part) if i in axes else t for i, t in whole.items()}) for part in slices
-    ]
-    for axis, size in enumerate(expected.shape):
-        if size == length and all(
-            out is not None
-            and out.shape == (wanted := expected.narrow(axis, *part)).shape
-            and torch.allclose(out, wanted, rtol=1e-9, atol=1e-12)
-            for out, part in zip(found, slices, strict=True)
-        ):
-            yield axis
