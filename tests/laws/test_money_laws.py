@@ -129,6 +129,34 @@ def test_parts_sum_to_the_whole(way: dict[str, Any], terms: Terms) -> None:
     assert known(s.present_cost) >= -ROUNDING * largest(s, terms), "what is left is never more than was paid"
 
 
+@given(first=ways(), second=ways(), terms=all_terms)
+def test_what_is_told_of_years_holds_while_the_first_machines_last(
+    first: dict[str, Any], second: dict[str, Any], terms: Terms
+) -> None:
+    one, other = money.sheet(Way(**first), terms), money.sheet(Way(**second), terms)
+    kind, years = money.payback(one, other, terms.life_years)
+    room = ROUNDING * (largest(one, terms) + largest(other, terms)) * 1e3
+
+    def dearer_after(t: float) -> float:
+        more = known(one.running_per_year) - known(other.running_per_year)
+        return one.initial - other.initial + more * t
+
+    life = terms.life_years if one.purchase or other.purchase else 1e3
+    if kind == "at once":
+        assert max(dearer_after(0), dearer_after(life)) <= room
+    elif kind == "never":
+        assert min(dearer_after(0), dearer_after(life)) >= -room
+    elif kind in ("years", "until"):
+        assert known(years) <= life or not (one.purchase or other.purchase)
+        sign = 1 if kind == "years" else -1
+        assert sign * dearer_after(0.99 * known(years)) >= -room
+        assert sign * dearer_after(1.01 * known(years)) <= room
+    else:
+        assert years == terms.life_years
+        sign = 1 if kind == "not in life" else -1
+        assert sign * dearer_after(0.99 * life) >= -room
+
+
 @given(way=ways(), terms=all_terms, by=number(1, 100))
 def test_more_runs_never_need_fewer_machines(way: dict[str, Any], terms: Terms, by: float) -> None:
     more = dataclasses.replace(terms, runs_per_year=terms.runs_per_year * by)

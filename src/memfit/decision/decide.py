@@ -115,7 +115,7 @@ def _weighed(
     if best is not None and reference is not None:
         pair = ways[best], ways[reference]
         saved = money.saved_percent(sheets[best], sheets[reference])
-        kind, years = money.payback(sheets[best], sheets[reference])
+        kind, years = money.payback(sheets[best], sheets[reference], known.terms.life_years)
         spread = chance.interval(*pair, known.terms, numbers)
         interval, odds = spread if spread is not None else (None, None)
         swings = chance.tornado(*pair, known.terms, numbers)

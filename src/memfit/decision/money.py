@@ -115,15 +115,19 @@ def saved_percent(one: Sheet, reference: Sheet) -> float | None:
     return one.saved_percent(reference)
 
 
-def payback(one: Sheet, reference: Sheet) -> tuple[str, float | None]:
+def payback(one: Sheet, reference: Sheet, life_years: float = math.inf) -> tuple[str, float | None]:
     """("at once", 0), ("years", until the first cost is earned back), ("never", None), or ("until", years
-    for which the way is cheaper)."""
+    for which the way is cheaper). What lies beyond the life of the first machines, when others are bought,
+    is not told: ("not in life", that life) or ("all life", that life)."""
     more = one.initial - reference.initial
     if reference.running_per_year is None or one.running_per_year is None:
         return "", None
     gain = reference.running_per_year - one.running_per_year
     if more <= 0 <= gain:
         return "at once", 0.0
-    if more > 0 and gain > 0:
-        return "years", more / gain
-    return ("never", None) if more >= 0 else ("until", more / gain)
+    if more >= 0 >= gain:
+        return "never", None
+    years, life = more / gain, life_years if one.purchase or reference.purchase else math.inf
+    if years > life:
+        return ("not in life" if more > 0 else "all life"), life
+    return ("years" if more > 0 else "until"), years

@@ -37,6 +37,8 @@ def faults(record: Shared) -> Iterator[str]:
     peaks = [s.measured_peak_bytes for s in (record.baseline, record.recommended)]
     if plans[0] == plans[1] and None not in peaks and not math.isclose(*peaks, rel_tol=_SAME_PEAK):  # type: ignore[arg-type]
         yield f"the plans are one, with peaks of {peaks[0]} B and {peaks[1]} B"
+    if not record.metric.strip() and (record.baseline.metric_by_seed or record.recommended.metric_by_seed):
+        yield "metric has no name, and plans have scores by it"
     if plans[0].uses:
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:

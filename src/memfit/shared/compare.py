@@ -27,8 +27,8 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     where = [*_unlike("hardware", a.hardware, b.hardware)]
     torch = [*_unlike("software: torch", a.software.get("torch"), b.software.get("torch"))]
-    limits = ("env OMP_NUM_THREADS", "env MKL_NUM_THREADS")
-    threads = [r for x in limits for r in _unlike(f"threads: {x}", a.software.get(x), b.software.get(x))]
+    limits = ("threads", "env OMP_NUM_THREADS", "env MKL_NUM_THREADS")
+    threads = [r for x in limits for r in _unlike(f"software: {x}", a.software.get(x), b.software.get(x))]
     found = []
     for name in ("baseline", "recommended"):
         one, other = getattr(a, name), getattr(b, name)

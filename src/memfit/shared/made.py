@@ -44,7 +44,7 @@ def of_poc(poc: Poc) -> Shared:
                 "steps_per_run": poc.steps_per_run,
             },
             "hardware": {"machine": poc.machine} | {n: seen.pop(n) for n in _OF_HARDWARE if n in seen},
-            "software": seen,
+            "software": seen | {"threads": str(poc.runs[0].spec.threads)},
             "baseline": plain,
             "recommended": chosen,
             "step_time_ratio": poc.step_time_ratio if timed else None,

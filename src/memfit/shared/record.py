@@ -37,13 +37,15 @@ Told = Annotated[str, pydantic.Field(pattern=r"\S")]  # not blank
 
 def _dated(given: str) -> str:
     try:
-        datetime.datetime.fromisoformat(given)
+        moment = datetime.datetime.fromisoformat(given)
     except ValueError as error:
         raise ValueError(f"{given} is no date: {error}") from error
+    if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks differ
+        raise ValueError(f"{given} is in the future")
     return given
 
 
-_MOMENT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})?$"
+_MOMENT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 Moment = Annotated[str, pydantic.Field(pattern=_MOMENT), pydantic.AfterValidator(_dated)]
 
 
@@ -76,11 +78,11 @@ class Side(Part):
 
     plan: Mapping[str, Mapping[str, bool | int | str]]
     ranks: Whole
-    engine: str
+    engine: Told
     effect: Effect
     under_cap: Outcome
-    predicted_peak_bytes: Count | None
-    measured_peak_bytes: Count | None
+    predicted_peak_bytes: Whole | None
+    measured_peak_bytes: Whole | None
     peak_source: str
     predicted_step_s: Positive | None
     step_s: Positive | None

@@ -201,7 +201,7 @@ class Decision:
     saved_interval_percent: Interval | None
     chance_percent: float | None  # of saving anything
     payback_years: float | None
-    payback: str  # "at once", "years", "never", "until" or ""
+    payback: str  # as money.payback names it; "" where it is not known
     swings: tuple[Swing, ...] = ()
     asked: tuple[str, ...] = ()
     risks: tuple[Risk, ...] = ()
