@@ -181,7 +181,8 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
 
     def t(key: str, **values: object) -> Markup:
         shown = {k: num(v) if isinstance(v, Figure) else named(k, v) for k, v in values.items()}
-        return Markup(escape(words.texts[key])).format(**shown)
+        plain = {k: figure_text(v, words) if isinstance(v, Figure) else shown[k] for k, v in values.items()}
+        return Markup(escape(words.tight(key, plain))).format(**shown)
 
     def named(key: str, value: object) -> object:
         _no_bare_number(value)

@@ -13,6 +13,7 @@ from typing import Any, Final
 from memfit.types.errors import UserError
 
 LANGUAGES: Final = ("en", "ja")
+_JAPANESE: Final = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,16 @@ class Words:
 
     def get(self, key: str, **placeholders: object) -> str:
         """The text of `key`, filled. Raises KeyError for a key or placeholder that is not there."""
-        return self.texts[key].format(**placeholders)
+        return self.tight(key, placeholders).format(**placeholders)
+
+    def tight(self, key: str, values: Mapping[str, object]) -> str:
+        """The text of `key`, unfilled, without the space behind a value that ends in a Japanese word where
+        another one follows."""
+        text = self.texts[key]
+        for name, value in values.items() if self.lang == "ja" else ():
+            if isinstance(value, str) and value and _JAPANESE.match(value[-1]):
+                text = re.sub(rf"(\{{{name}\}}) (?={_JAPANESE.pattern})", r"\1", text)
+        return text
 
     def name(self, group: str, value: str) -> str:
         """The word for a name that other rooms made (a phase, a category), or the name itself."""
