@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch or memfit is imported: torch reads the first once, beartype hooks imports.
@@ -27,6 +28,27 @@ beartype_packages(
 
 settings.register_profile("memfit", deadline=None, derandomize=True)
 settings.load_profile("memfit")
+
+# Real runs in child processes and predictions beside them: what they cover, tests of units cover too, and
+# counting lines would make them half as long again.
+_UNCOUNTED = {Path(__file__).parent / room for room in ("cpu", "engines")}
+_OF_CHILDREN = "COVERAGE_PROCESS_CONFIG"  # by which coverage begins in a child process
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    plugin = item.config.pluginmanager.getplugin("_cov")
+    counting = getattr(plugin, "cov_controller", None)
+    if counting is None or item.path.parent not in _UNCOUNTED:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(_OF_CHILDREN, raising=False)
+        counting.pause()
+        try:
+            return (yield)
+        finally:
+            counting.resume()
+
 
 _connect = socket.socket.connect
 
