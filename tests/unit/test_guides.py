@@ -8,9 +8,9 @@ Slurm and for torch's launcher.
 
 All share one folder and one store. Two things are not as the reader has them. A `memfit poc` that a guide
 before ran in the same words is not run again: its output is looked at again. And the managers' guides begin
-after a PoC that takes many minutes, which is not run (two steps and one pair of runs of it, tried on a busy
-machine, ended well after six minutes): what they look at is a record made by hand (report_fixture), with
-offers made by hand. The file `theirs.json`, which another group would send, is that record too.
+after a PoC that takes minutes, which another test runs (tests/cpu/test_managers_proof.py): what they look at
+here is a record made by hand (report_fixture), with offers made by hand, so that their lines stand. The file
+`theirs.json`, which another group would send, is that record too.
 """
 
 from __future__ import annotations
