@@ -53,6 +53,8 @@ def own_texts() -> list[str]:
     """Titles and data of the built-in jobs, tests, places, and the defaults that are our own assumptions."""
     jobs = [text for job in registry.describe() for text in (job.title, job.data_source)]
     sources = [finance.default(name).source for name in finance.default_names()]
+    prices = {catalog.place(name).usd_per_kwh.source for name in catalog.place_names()}
+    sources += sorted(source for source in prices if "recalled" in source)
     return [*jobs, *judge._TESTS.values(), *catalog.place_names(), *sources]
 
 
