@@ -83,8 +83,8 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if view.reference is not None:
         values["reference"] = view.reference.name
     told = [Sentence(key=f"decide.money.{key}", values=values)]
+    told.append(Sentence(key="decide.money.first", values=values))  # of the way that was named just before
     told += _with_saving(view) if best.plain else []
-    told.append(Sentence(key="decide.money.first", values=values))
     if best.untried:
         told.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
     told += [

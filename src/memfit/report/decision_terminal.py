@@ -27,6 +27,7 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
         for sentence in sentences:
             console.print(Text(f"  {sentence_text(sentence, words).strip()}"))
     if view.best is not None:
+        console.print(Text(_work(made, words), style="dim"))
         _print_ways(view, console, words)
     for sentence in view.gains:
         console.print(Text(sentence_text(sentence, words)))
@@ -35,6 +36,13 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
         for key in made.asked:
             console.print(Text(f"  {words.get(f'ask.{key}')}  ({key})"))
         console.print(Text(words.get("lead.terms"), style="dim"))
+
+
+def _work(made: Decision, words: Words) -> str:
+    """What all ways are priced for."""
+    told = {"runs": made.terms.runs_per_year, "steps": made.steps_per_run, "years": made.terms.years}
+    figures = {name: f"{value:,.10g}" for name, value in told.items()}
+    return words.get("lead.money", size=made.size or "–", **figures)
 
 
 def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console, lang: str) -> None:

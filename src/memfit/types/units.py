@@ -27,7 +27,8 @@ def parse_bytes(text: str) -> int:
     """``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes to a number of bytes.
 
     ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as Docker and Slurm do.
-    Raises UserError when the text is no positive size.
+    Raises UserError when the text is no positive size, or so small a number without a unit that it cannot be
+    meant in bytes.
     """
     match = _SIZE.fullmatch(text)
     unit = match.group(2).lower() if match else None
@@ -37,6 +38,8 @@ def parse_bytes(text: str) -> int:
             allowed="a positive number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB)",
             hint="for example 24GiB or 512MiB",
         )
+    if not unit and float(match.group(1)) < MIB:
+        raise UserError(f"{text} has no unit", allowed="B, KiB, MiB, GiB, TiB", hint=f"{text}GiB?")
     return int(float(match.group(1)) * _UNIT_BYTES[unit])
 
 
