@@ -6,8 +6,8 @@
 Each job and plan of benchmarks/memory_truth.py is predicted for the catalog's row of this GPU, and then runs
 in a process of its own that never traces. Allocated and reserved come from torch.cuda.memory_stats, device
 memory from NVML: what is used on the card at the end less what was used before the process touched it, so
-nothing else may run there. Time is a median, energy NVML's counter over the steps after the warm-up. Without
-a GPU it says so and measures nothing.
+nothing else may run there. One Evoformer block at AlphaFold 2's published crops is among them. Time is a
+median, energy NVML's counter over the steps after the warm-up. Without a GPU it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import memory_truth
 import torch
-from memory_truth import cases, jobs
 from torch.utils import _pytree
 
 from memfit import catalog
 from memfit.api import estimate
+from memfit.jobs.alphafold.evoformer import EvoformerBlock
+from memfit.jobs.alphafold.model import published
 from memfit.jobs.step import TrainingStep
 from memfit.measure.energy import EnergyMeter
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Device, Fact, Machine
-from memfit.types.plan import Plan
+from memfit.types.plan import Plan, use
 
 _HERE = Path(__file__).parent
 PAGE, RECORDS = _HERE / "steps.md", _HERE.parent / "records" / "gpu_steps.jsonl"
@@ -47,6 +49,43 @@ NO_GPU = "not measured: no GPU"
 # A case that fails, out of memory among them, is a row that says so; the others go on.
 _REFUSALS = (UserError, RuntimeError, ValueError, TypeError, NotImplementedError)
 _LIMITS = {"allocated": "worst 1 %", "reserved": "worst 5 %", "device": "worst 300 MiB"}
+
+
+_BLOCKS = {"evoformer-256": (256, 128), "evoformer-384": (384, 512)}  # residues, rows of the alignment
+_OF_BLOCKS = (
+    (), (use("bf16-autocast"),), (use("bf16-parameters", rounding="master"),),
+    (use("chunking", parts=0, mib=0),),
+)  # fmt: skip
+
+
+def _block(name: str) -> Job:
+    """One block of AlphaFold 2 at a published crop: initial training, fine-tuning."""
+    residues, rows = _BLOCKS[name]
+    widths = published(residues=residues, rows=rows, extra_rows=rows, batch_size=1).widths
+
+    def batch(step: int, seed: int) -> list[torch.Tensor]:
+        numbers = torch.Generator().manual_seed(step)
+        m = torch.randn(1, rows, residues, widths.c_m, generator=numbers)
+        z = torch.randn(1, residues, residues, widths.c_z, generator=numbers)
+        return [m, z, torch.ones(1, rows, residues), torch.ones(1, residues, residues)]
+
+    def loss(model: Any, given: Any) -> torch.Tensor:
+        m, z = model(*given)
+        return m.square().mean() + z.square().mean()  # type: ignore[no-any-return]
+
+    return Job(
+        name=name, build_model=lambda: EvoformerBlock(widths), make_batch=batch, loss=loss, batch_size=1
+    )
+
+
+def jobs(only: Sequence[str] | None) -> list[Job]:
+    blocks = [_block(name) for name in _BLOCKS if not only or name in only]
+    others = [name for name in only or () if name not in _BLOCKS]
+    return [*(job for job, _ in memory_truth.jobs(others or None) if others or not only), *blocks]
+
+
+def cases(name: str) -> list[Plan]:
+    return [Plan(uses=uses) for uses in _OF_BLOCKS] if name in _BLOCKS else memory_truth.cases(name)
 
 
 def main() -> int:
@@ -71,7 +110,7 @@ def main() -> int:
 def run(only: Sequence[str] | None) -> dict[str, Any]:
     machine, rows = this_gpu(), []
     card = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    for job, _ in jobs(only):
+    for job in jobs(only):
         for index, plan in enumerate(cases(job.name)):
             said = predicted(job, plan, machine)  # before the step runs
             found = said if "error" in said else {"predicted": said, **_child(job.name, index, card)}
@@ -135,7 +174,7 @@ def _child(name: str, case: int, card: str) -> dict[str, Any]:
 
 
 def measured(name: str, case: int, card: str) -> dict[str, Any]:
-    job = next(j for j, _ in jobs([name]))
+    job = jobs([name])[0]
     try:
         return {"measured": _truth(job, cases(name)[case], card)}
     except _REFUSALS as error:
