@@ -31,7 +31,7 @@ from memfit.types.units import GIB, MIB, format_bytes, format_seconds, parse_byt
         ("80 GB", 80 * 10**9),
         ("512m", 512 * 2**20),
         ("1.5k", 1536),
-        ("7", 7),
+        ("25769803776", 24 * 2**30),
         ("7 B", 7),
         (" 2 tib ", 2**41),
         ("0.5TB", 5 * 10**11),
@@ -44,6 +44,12 @@ def test_sizes_as_people_write_them(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "0 GiB", "1 GiX", "1e9", "1,5 GiB", "GiB"])
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UserError, match="for example 24GiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["24", "80.5", "1048575"])
+def test_a_few_bytes_are_not_what_was_meant(text: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {text}GiB"):
         parse_bytes(text)
 
 

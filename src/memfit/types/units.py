@@ -39,7 +39,8 @@ def parse_bytes(text: str) -> int:
             hint="for example 24GiB or 512MiB",
         )
     if not unit and float(match.group(1)) < MIB:
-        raise UserError(f"{text} has no unit", allowed="B, KiB, MiB, GiB, TiB", hint=f"did you mean {text}GiB?")
+        units = "B, KiB, MiB, GiB, TiB"
+        raise UserError(f"{text} has no unit", allowed=units, hint=f"did you mean {text}GiB?")
     return int(float(match.group(1)) * _UNIT_BYTES[unit])
 
 
