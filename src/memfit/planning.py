@@ -300,7 +300,8 @@ def _with_rivals(
             pricer.trace_all(rivals)
         if request.is_here:
             calibrate(pricer, request, progress, [winner.plan, *rivals], budget_s=_SETTLING_BUDGET_S)
-        made = [pricer.whole(plan) for plan in (*(e.plan for e in made), *rivals)]
+            made = [pricer.whole(e.plan) for e in made]  # by what is known now
+        made = [*made, *map(pricer.whole, rivals)]
         before, winner = winner, best(filter(fits, made), request.goal)
         if winner is None or winner.plan == before.plan:
             break

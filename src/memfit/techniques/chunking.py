@@ -33,8 +33,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     from memfit.techniques.slices import Trials, budget_bytes, insides, to_cut
 
     calls, trials = insides(bench.job, bench.model), Trials()
-    budget = int(settings["mib"]) * MIB
-    budget = budget or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
+    asked_bytes = int(settings["mib"]) * MIB
+    budget = asked_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     found = to_cut(bench.model, calls, budget, trials)
     torch.empty(trials.peak_bytes, dtype=torch.uint8)  # what the trials took, for a prediction to see it
     if not found:
