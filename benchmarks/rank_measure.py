@@ -1,17 +1,22 @@
 """What one rank of the distributed benchmark measures: every allocation and free of whole trainings.
 
-A settled repeat asks the system to let gloo's threads go first (memfit/measure/gloo.py says why); the others
-take things as they come.
+A settled repeat asks the system to let gloo's threads go first (memfit/measure/gloo.py says why) and waits
+half a millisecond longer for each collective; the others take things as they come.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, Log
@@ -22,6 +27,7 @@ from memfit.types.plan import Plan
 from memfit.types.trace import Phase
 
 STEPS = 3
+PATIENCE_S = 5e-4
 Mark = tuple[int, str]  # (events so far, phase that begins)
 
 
@@ -39,7 +45,7 @@ class Repeat:
 
 
 def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, settle: bool = False) -> Repeat:
-    with gloo_first(settle) as ask:
+    with gloo_first(settle) as ask, _patient() if settle else contextlib.nullcontext():
         ask()
         gc.collect()
         base, begun, losses = counter.live_bytes(), _events(counter), list[float]()
@@ -74,6 +80,21 @@ def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, set
         settled=settled, peaks=peaks, inside=_highest_of_gloo(log, live) == peaks["peak"], losses=losses,
         second_step=list(log.deltas_bytes[slice(*steps[1])]),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _patient() -> Iterator[None]:
+    """Waiting for a collective takes a moment longer, in which a thread of gloo that has told that it is done
+    lets go what it holds. Threads on several cores race without it, whatever their priority."""
+    waits = dist.Work.wait
+
+    def wait(work: dist.Work, *args: Any) -> bool:
+        done = waits(work, *args)
+        time.sleep(PATIENCE_S)
+        return done
+
+    with mock.patch.object(dist.Work, "wait", wait):
+        yield
 
 
 def phase_peaks(live: Sequence[int], marks: Sequence[Mark]) -> dict[str, int]:

@@ -19,8 +19,9 @@ finished collective, while the program has gone on; for how long is decided by t
 plan's peak is not one number on CPU ranks. Two predictions stand here: *predicted* takes each collective as
 over when it is called, *at most* keeps what it holds until its group's next collective.
 
-- *settled* repeats ask the system to run gloo's threads first; errors are of the predicted value against the
-  median of these repeats, of the worst rank. Where the system refused, the row says so.
+- *settled* repeats ask the system to run gloo's threads first, and wait half a millisecond longer for each
+  collective, in which a thread that has told that it is done lets go; errors are of the predicted value
+  against the median of these repeats, of the worst rank. Where the system refused, the row says so.
 - *range* is the lowest and highest peak of all repeats, settled or not, of the rank with the highest,
   against the predicted value: what gloo's threads add shows here. No repeat and no row is left out.
 - *in a collective*: the highest level is reached by a block that a thread of gloo took, seen in the

@@ -395,19 +395,6 @@ def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
 
 
-def test_a_hugging_face_esm2_checkpoint_loads_into_both_protein_jobs(tmp_path: Path) -> None:
-    torch.manual_seed(2)
-    size = esm.EsmSize(layers=4, width=128, heads=4, length=128, batch_size=2)
-    checkpoint = esm._masked_lm(size)
-    checkpoint.save_pretrained(tmp_path, max_shard_size="1MB")
-    assert (tmp_path / "model.safetensors.index.json").exists(), "the case with shards"
-    for name in ("protein-lm", "protein-ss"):
-        model = load(name, weights=str(tmp_path)).build_model()
-        wanted = checkpoint.esm.encoder.state_dict()
-        got = model.esm.encoder.state_dict()  # type: ignore[union-attr]
-        assert all(torch.equal(wanted[k], got[k]) for k in wanted)
-
-
 def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     job = load("char-lm", weights=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="no such folder of weights"):

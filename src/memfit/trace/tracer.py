@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -159,6 +160,13 @@ def _play(
 ) -> int:
     """Run the steps; the number of micro-batches played in each."""
     played = min(step.bench.micro_batches, most)
+    with _not_tracing():  # building the model may have imported what had not been
+        return _played(ledger, step, given, steps=steps, played=played, update=update)
+
+
+def _played(
+    ledger: Ledger, step: TrainingStep, given: Callable[[int], Any], *, steps: int, played: int, update: bool
+) -> int:
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = ledger.note_offload
     ledger.modules.watch(step.model)
@@ -241,9 +249,7 @@ def _fake_world() -> Iterator[FakeTensorMode]:
     failures = logging.getLogger("torch._subclasses.fake_tensor")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(failures, "disabled", True))
-        for target in ("transformers.utils.import_utils.is_tracing", "transformers.masking_utils.is_tracing"):
-            with contextlib.suppress(ImportError, AttributeError):
-                stack.enter_context(mock.patch(target, lambda *a, **k: False))
+        stack.enter_context(_not_tracing())
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True))
@@ -252,6 +258,16 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         # Host memory is host memory: fake tensors cannot be pinned.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@contextlib.contextmanager
+def _not_tracing() -> Iterator[None]:
+    """transformers, if loaded, takes its ordinary branch: importing it takes as long as a prediction."""
+    with contextlib.ExitStack() as stack:
+        for name in ("transformers.utils.import_utils", "transformers.masking_utils"):
+            if hasattr(module := sys.modules.get(name), "is_tracing"):
+                stack.enter_context(mock.patch.object(module, "is_tracing", lambda *a, **k: False))
+        yield
 
 
 def _random_states(ledger: Ledger) -> Any:
