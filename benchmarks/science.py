@@ -1,10 +1,12 @@
 """Is the science still right under a tight cap? `memfit poc` of every science job, over paired seeds.
 
     python benchmarks/science.py [JOB ...] [--seeds 3]   run, record, write the page
+    python benchmarks/science.py [JOB ...] --seeds 1     how long it takes with one seed, which judges nothing
     python benchmarks/science.py --page                  the page from the records only
 
 Each job runs as a user would start it, in a process of its own. Every number in the page comes from
-benchmarks/records/science.jsonl; of several records of a job the latest counts.
+benchmarks/records/science.jsonl; of several records of a job the latest counts, with one seed and with more
+apart.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memfit.jobs.registry import load
 from memfit.store.environment import fingerprint
+from memfit.types.job import JobRef
 from memfit.types.units import format_bytes
 
 RECORDS = Path(__file__).parent / "records" / "science.jsonl"
@@ -44,8 +48,8 @@ def main() -> None:
         record = measure(job, options.seeds)
         with RECORDS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        PAGE.write_text(page(latest()), encoding="utf-8")
-    PAGE.write_text(page(latest()), encoding="utf-8")
+        PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     print(PAGE.read_text())
 
 
@@ -84,17 +88,20 @@ def measure(job: str, seeds: int) -> dict[str, Any]:
     }
 
 
-def latest() -> list[dict[str, Any]]:
+def latest(*, judged: bool) -> dict[str, dict[str, Any]]:
+    """By job: over several seeds, or with one."""
     if not RECORDS.exists():
-        return []
-    found = {r["job"]: r for r in map(json.loads, RECORDS.read_text(encoding="utf-8").splitlines())}
-    return [found[job] for job in JOBS if job in found]
+        return {}
+    records = map(json.loads, RECORDS.read_text(encoding="utf-8").splitlines())
+    found = {r["job"]: r for r in records if (r["seeds"] > 1) is judged}
+    return {job: found[job] for job in JOBS if job in found}
 
 
 # -- page ------------------------------------------------------------------------------------------------
 
 
-def page(records: list[dict[str, Any]]) -> str:
+def page() -> str:
+    records, alone = latest(judged=True).values(), latest(judged=False)
     lines = [
         "# Science jobs under a tight cap, over paired seeds",
         "",
@@ -103,13 +110,19 @@ def page(records: list[dict[str, Any]]) -> str:
         "`memfit poc JOB --seeds N`: plain training under the cap (it must fail) and without it, the",
         "recommended plan under the cap, pairs of seeds run in turn. Peaks are the counting allocator's, the",
         "highest over seeds; `off` is the prediction's worst error over all finished runs. `step` is the",
-        "recommended plan's step time by plain training's, the median over pairs. Minutes: wall time of the",
-        "whole, wall time without the runs of further seeds, processor time. `load`: of the last five",
-        "minutes; above 2 (the cores) other work ran beside and wall times are too long.",
+        "recommended plan's step time by plain training's, the median over pairs.",
         "",
-        "| job | plain peak | cap | plain under it | recommended | its peak | off | step | minutes | load |",
-        "|---|--:|--:|---|---|--:|--:|--:|--:|--:|",
+        "| job | plain peak | cap | plain under it | recommended | its peak | off | step |",
+        "|---|--:|--:|---|---|--:|--:|--:|",
         *map(_memory_row, records),
+        "",
+        "Minutes of wall time: of `--seeds 1`, a run of its own, and of all these seeds; in brackets",
+        "processor time. `load`: of the last five minutes; above 2 (the cores) other work ran beside and",
+        "wall times are too long.",
+        "",
+        "| job | one seed | load | what it recommended | seeds | all seeds | load | taken on |",
+        "|---|--:|--:|---|--:|--:|--:|---|",
+        *(_time_row(alone.get(r["job"]), r) for r in records),
         "",
         "The metric on held-out data: mean over seeds, in brackets the lowest and highest.",
         "",
@@ -118,6 +131,8 @@ def page(records: list[dict[str, Any]]) -> str:
         *map(_metric_row, records),
         "",
         *(line for r in records for line in _why(r)),
+        "",
+        *(f"- `{r['job']}`: naive: {_naive_name(r['job'])}" for r in records),
     ]
     return "\n".join(lines) + "\n"
 
@@ -130,15 +145,25 @@ def _memory_row(record: dict[str, Any]) -> str:
     plain, chosen = _runs(record, "baseline", capped=False), _runs(record, "recommended")
     peak = max(r["measured_peak_bytes"] for r in plain)
     own = max((r["measured_peak_bytes"] or 0 for r in chosen), default=0)
-    whole, further = record["wall_s"], sum(r["wall_s"] for r in (*plain, *chosen) if r["seed"] > 0)
-    times = f"{whole / 60:.1f}, {(whole - further) / 60:.1f}, {record['cpu_s'] / 60:.1f}"
     ratio = record["step_time_ratio"]
     return (
         f"| {record['job']} | {format_bytes(peak)} | {format_bytes(record['cap_bytes'])},"
         f" 1/{peak / record['cap_bytes']:.1f} | {_runs(record, 'baseline', capped=True)[0]['outcome']}"
         f" | {record['recommended']} ({record['effect']}) | {format_bytes(own)} | {_worst(record):.3f} %"
-        f" | {f'{ratio:.2f}' if ratio else '?'} | {times} | {record['load']:.1f} |"
+        f" | {f'{ratio:.2f}' if ratio else '?'} |"
     )
+
+
+def _time_row(alone: dict[str, Any] | None, record: dict[str, Any]) -> str:
+    one = f"{_minutes(alone)} | {alone['load']:.1f} | {alone['recommended']}" if alone else "not measured | |"
+    return (
+        f"| {record['job']} | {one} | {record['seeds']} | {_minutes(record)} | {record['load']:.1f}"
+        f" | {record['created'][:10]} |"
+    )
+
+
+def _minutes(record: dict[str, Any]) -> str:
+    return f"{record['wall_s'] / 60:.1f} ({record['cpu_s'] / 60:.1f})"
 
 
 def _worst(record: dict[str, Any]) -> float:
@@ -157,6 +182,11 @@ def _metric_row(record: dict[str, Any]) -> str:
         f" | {_spread(plain)} | {_spread(chosen)} | {record['seeds']}"
         f" | {record['verdicts']['recommended']['kind']} | {_said(record['reproducible'])} |"
     )
+
+
+def _naive_name(job: str) -> str:
+    metric = load(JobRef(spec=job)).metric
+    return metric.naive_name if metric else "none"
 
 
 def _said(found: bool | None) -> str:
