@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from memfit import wire
 from memfit.types.decision import Term
 from memfit.types.errors import UserError
 
@@ -167,8 +168,10 @@ def read(path: Path) -> Case:
     """Raises UserError with the place of the first fault and what is allowed there."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
     return parsed(text, str(path))
 
 
@@ -179,10 +182,9 @@ def parsed(text: str, what: str) -> Case:
         raise UserError(f"{what} is not TOML: {error}") from error
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = [str(p) for p in first["loc"]]
-        message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] != "extra_forbidden":
-            raise UserError(f"{what} is wrong at {'.'.join(place)}: {message}") from error
+            raise wire.fault(error, what) from error
+        place = [str(p) for p in first["loc"]]
         known = _keys(place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else ""

@@ -105,6 +105,8 @@ def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
 
 def _checked(path: str, number: int, line: str, alphabet: str, what: str) -> str:
     upper = line.upper()
+    if set(upper) <= set(alphabet):
+        return upper
     for column, letter in enumerate(upper, start=1):
         if letter not in alphabet:
             raise UserError(

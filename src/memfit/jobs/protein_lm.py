@@ -115,8 +115,15 @@ def read_sequences(path: str | None) -> Sequences:
 
 def encode(sequence: str) -> Array:
     """ESM-2's token numbers of an upper-case sequence, int64 (residues,)."""
-    table = {letter: _FIRST + i for i, letter in enumerate(_LETTERS)}
-    return np.array([table.get(letter, table["X"]) for letter in sequence], np.int64)
+    return _token_numbers()[np.frombuffer(sequence.encode("ascii"), np.uint8)]
+
+
+@functools.cache
+def _token_numbers() -> Array:
+    """By a letter's ASCII number."""
+    table = np.full(128, _FIRST + _LETTERS.index("X"), np.int64)
+    table[[ord(letter) for letter in _LETTERS]] = _FIRST + np.arange(len(_LETTERS))
+    return table
 
 
 def train_batch(
