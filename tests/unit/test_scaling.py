@@ -20,7 +20,7 @@ from memfit.cost.money import bill
 from memfit.cost.time import time_model
 from memfit.planning import needed_bytes, space_of
 from memfit.pricing import Pricer
-from memfit.scaling.find import Found, Sketch, _by_compute, _computes, _picked, _Pricing, find
+from memfit.scaling.find import Found, Sketch, _picked, _Pricing, _todo, find
 from memfit.scaling.search import Aim, Scale, search_scale
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
@@ -97,9 +97,8 @@ def pricing(wanted: Limits, on: Machine) -> tuple[_Pricing, list[Any]]:
     model = time_model(on.device, Calibration())
     assert model is not None
     found = _Pricing(traced(), on, model, wanted)
-    todo = [t for g in grids(wanted) for t in ((g, *pair) for pair in _by_compute(g))]
-    todo = [t for t in todo if t[1] in _computes(on, wanted)]
-    found.prepare(todo)
+    todo = _todo(on, wanted)
+    traced().trace(*found.needed(todo))
     return found, todo
 
 

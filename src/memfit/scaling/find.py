@@ -54,6 +54,7 @@ class Sketch:
         return self.grid.plan(self.index)
 
 
+_Todo = list[tuple[Grid, str, tuple[Uses, ...]]]  # with each precision of the forward, and states in it
 _Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its grid
 
 
@@ -70,15 +71,18 @@ class Found:
 def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap_bytes: float) -> Found:
     """Prices every plan of the grids. ``cap_bytes``: below which a peak fits. Raises UserError where there is
     no plan."""
+    hoped = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
+    todo = _todo(machine, hoped)
+    traced.trace(*_Pricing(traced, machine, model, hoped).needed(todo))  # at once: most models can be cut
     limits, refused = _cuttable(traced, machine, limits)
-    todo = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
-    todo = [t for t in todo if t[1] in _computes(machine, limits)]
+    if limits != hoped:
+        todo = _todo(machine, limits)
     if not todo:
         from memfit.search.layouts import none_at_all
 
         raise none_at_all(limits)
     pricing = _Pricing(traced, machine, model, limits)
-    pricing.prepare(todo)
+    traced.trace(*pricing.needed(todo))
     todo = [(pricing.traceable(grid, compute, refused), compute, states) for grid, compute, states in todo]
     grids_of = [
         (dataclasses.replace(grid, states=states), compute)
@@ -93,6 +97,11 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
             sketches += [Sketch(grid, *one) for one in picked]
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
     return Found(sketches=tuple(_few(sketches, cap_bytes)), considered=considered, refused=tuple(refused))
+
+
+def _todo(machine: Machine, limits: Limits) -> _Todo:
+    todo = [(grid, compute, states) for grid in grids(limits) for compute, states in _by_compute(grid)]
+    return [t for t in todo if t[1] in _computes(machine, limits)]
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
@@ -123,9 +132,6 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
 
     plain = Key(tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute, uses=(), samples=1)
     cut = dict[str, Any](sequence=True, vocabulary="parallel-loss")
-    widest = [dataclasses.replace(plain, tensor=max(limits.tensor), **cut)] * (max(limits.tensor) > 1)
-    longest = [dataclasses.replace(plain, context=max(limits.context))] * (max(limits.context) > 1)
-    traced.trace([*widest, *longest])  # side by side; most models can be cut so
     tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
     context = upto(limits.context, lambda d: dataclasses.replace(plain, context=d))
     shared = tensor != (1,)
@@ -160,15 +166,15 @@ class _Pricing:
             beside=Player(model=model, machine=machine, members={}).beside,
         )
 
-    def prepare(self, todo: Sequence[tuple[Grid, str, tuple[Uses, ...]]]) -> None:
-        """All traces at once, side by side."""
+    def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
+        """What has to be traced to price them."""
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
         for grid, compute, states in todo:
             inside |= dict.fromkeys(grid.inside)
             ends |= dict.fromkeys(grid.ends)
             updates |= dict.fromkeys(map(_updating, states))
             computes[compute] = None
-        self.traced.trace(self.composer.keys(tuple(inside), tuple(ends), tuple(computes)), list(updates))
+        return list(self.composer.keys(tuple(inside), tuple(ends), tuple(computes))), list(updates)
 
     def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
         """Without recomputation, compilation and loss chunks that this model cannot be traced with."""
