@@ -1,7 +1,8 @@
 """What one rank of the distributed benchmark measures: every allocation and free of whole trainings.
 
 A settled repeat asks the system to let gloo's threads go first (memfit/measure/gloo.py says why) and waits
-half a millisecond longer for each collective; the others take things as they come.
+half a millisecond longer for each collective, and for each of several gathers; the others take things as they
+come.
 """
 
 from __future__ import annotations
@@ -85,15 +86,25 @@ def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, set
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
     """Waiting for a collective takes a moment longer, in which a thread of gloo that has told that it is done
-    lets go what it holds. Threads on several cores race without it, whatever their priority."""
-    waits = dist.Work.wait
+    lets go what it holds: threads on several cores race without it, whatever their priority. Gathers that are
+    begun together (ZeRO's) are over one after the other, as they are predicted, not two on two threads."""
+    waits, gathers = dist.Work.wait, dist.ProcessGroup._allgather_base
 
     def wait(work: dist.Work, *args: Any) -> bool:
         done = waits(work, *args)
         time.sleep(PATIENCE_S)
         return done
 
-    with mock.patch.object(dist.Work, "wait", wait):
+    def gather(group: dist.ProcessGroup, *args: Any) -> dist.Work:
+        work = gathers(group, *args)
+        while not work.is_completed():
+            time.sleep(PATIENCE_S)
+        return work
+
+    with (
+        mock.patch.object(dist.Work, "wait", wait),
+        mock.patch.object(dist.ProcessGroup, "_allgather_base", gather),
+    ):
         yield
 
 

@@ -20,8 +20,9 @@ plan's peak is not one number on CPU ranks. Two predictions stand here: *predict
 over when it is called, *at most* keeps what it holds until its group's next collective.
 
 - *settled* repeats ask the system to run gloo's threads first, and wait half a millisecond longer for each
-  collective, in which a thread that has told that it is done lets go; errors are of the predicted value
-  against the median of these repeats, of the worst rank. Where the system refused, the row says so.
+  collective, in which a thread that has told that it is done lets go; gathers that are begun together are
+  over one after the other. Errors are of the predicted value against the median of these repeats, of the
+  worst rank. Where the system refused, the row says so.
 - *range* is the lowest and highest peak of all repeats, settled or not, of the rank with the highest,
   against the predicted value: what gloo's threads add shows here. No repeat and no row is left out.
 - *in a collective*: the highest level is reached by a block that a thread of gloo took, seen in the
