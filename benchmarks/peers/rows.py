@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -119,7 +120,19 @@ def run_together(sharding: str) -> list[Row]:
 
 
 def rank_rows(sharding: str) -> list[Row]:
-    return [r for r in run_together(sharding) if {u.technique for u in r.plan.uses} <= DATA_PARALLEL]
+    """Of models whose inputs and sizes every peer can be told."""
+    return [
+        r for r in run_together(sharding)
+        if {u.technique for u in r.plan.uses} <= DATA_PARALLEL and (r.job in SHAPES or _gpt_of(r.job))
+    ]  # fmt: skip
+
+
+@functools.cache
+def _gpt_of(job: str) -> rank_jobs.Gpt | None:
+    with torch.device("meta"):
+        model = getattr(rank_jobs, job)().build_model()
+    plain = type(model) is rank_jobs.Gpt and all(p.requires_grad for p in model.parameters())
+    return model if plain else None
 
 
 def job_of(case: Case) -> Job:
@@ -192,15 +205,14 @@ def rank_question(row: Row) -> Question:
         shape=SHAPES.get(row.job, (rank_jobs.LENGTH,)),
         bucket_elements=int(own.get("reduce_bucket_elements", 0)),
         facts=None if row.job in SHAPES else _rank_facts(
-            job, batch, compute, weights="bfloat16" if half and sharding == "zero" else "float32",
+            row.job, batch, compute, weights="bfloat16" if half and sharding == "zero" else "float32",
             recompute="full" if "activation-checkpointing" in uses else ""),
     )  # fmt: skip
 
 
-def _rank_facts(job: Job, batch: int, compute: str, *, weights: str, recompute: str) -> Facts:
-    with torch.device("meta"):
-        model = job.build_model()
-    assert isinstance(model, rank_jobs.Gpt)
+def _rank_facts(job: str, batch: int, compute: str, *, weights: str, recompute: str) -> Facts:
+    model = _gpt_of(job)
+    assert model is not None
     width = model.embed.embedding_dim
     heads = width // 32
     return Facts(
