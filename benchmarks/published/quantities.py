@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from memfit.types.errors import UserError
+
 GIB = 2**30
 UNITS = {
     "gib": GIB, "mib": 2**20, "kib": 2**10, "tib": 2**40, "bytes": 1, "byte": 1, "b": 1, "gb(1e9)": 10**9,
@@ -28,8 +30,11 @@ def whole(text: str) -> int:
 
 
 def amount(text: str) -> float:
-    """A measured number: ``5,762``, ``~45.2 GB``, ``3.2k``, ``1e4``; 0 where there is none."""
+    """A measured number: ``5,762``, ``~45.2 GB``, ``3.2k``, ``1e4``; 0 where there is none.
+    Raises UserError for a comma that groups no thousands."""
     found = re.match(r"[~≈<>=\s]*(\d[\d,_]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*(k\b)?", (text or "").lower())
+    if found and "," in found[1] and not re.match(r"\d{1,3}(,\d{3})+(?![\d,])", found[1]):
+        raise UserError(f"{text!r}: a comma groups thousands, a point begins the decimals")
     return float(re.sub("[,_]", "", found[1])) * (1000 if found[2] else 1) if found else 0.0
 
 

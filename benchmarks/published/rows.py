@@ -99,7 +99,7 @@ def setup_of(row: Mapping[str, str]) -> Setup:
     length = whole(row["seq_len"])
     micro = whole(row["micro_batch"]) or _micro_batch(row, data, length)
     return Setup(
-        row=row, code=code, arch=_arch(row, code), measured=_measured(row),
+        row=row, code=code, arch=_arch(row, code), measured=measured_of(row),
         length=length, micro_batch=micro,
         micro_batches=whole(row["grad_accum"]) or _accumulated(row, micro, data, length),
         parameters=parameters, compute=compute, float8="fp8" in precision or "float8" in precision,
@@ -119,7 +119,12 @@ def _data_ranks(row: Mapping[str, str]) -> int:
     others = 1
     for name in ("tp", "pp", "cp"):
         others *= degree(row, name)
-    return whole(row["dp"]) or max(1, devices(row["n_gpus"]) // others)
+    stated, count = whole(row["dp"]), devices(row["n_gpus"])
+    if row["n_gpus"].strip() and not count:
+        raise UserError(f"n_gpus is no whole number: {row['n_gpus']!r}")
+    if stated and count and stated * others > count:
+        raise UserError(f"{stated * others} ranks (dp x tp x pp x cp) on n_gpus {row['n_gpus']!r}")
+    return stated or max(1, count // others)
 
 
 def _arch(row: Mapping[str, str], code: str) -> Arch | None:
@@ -254,7 +259,8 @@ def _recompute(text: str, code: str) -> str:
     return "operators" if found == "attention" and not of_attention else found
 
 
-def _measured(row: Mapping[str, str]) -> Measured | None:
+def measured_of(row: Mapping[str, str]) -> Measured | None:
+    """Raises UserError where what is given is no size."""
     value, base = amount(row["mem_value"]), unit(row["mem_unit"], row["mem_value"])
     if row["mem_gib"]:
         if not amount(row["mem_gib"]):

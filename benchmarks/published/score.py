@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from memfit.types.errors import UserError
 from published.predict import forget, predict
 from published.quantities import GIB, amount
-from published.rows import Setup, card_bytes, setup_of
+from published.rows import Setup, card_bytes, measured_of, setup_of
 from published.seconds import measured_s, timed
 from published.seconds import predicted as seconds_of
 
@@ -105,8 +105,13 @@ def score(row: Mapping[str, str]) -> Scored:
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        measured = _tried(lambda: measured_of(row), lambda why: None)
+        if measured is not None:  # known also of a row that is refused
+            found = dataclasses.replace(
+                found, compared=measured.kind, measured_bytes=measured.size_bytes, sure=measured.sure
+            )
         found = _tried(lambda: _scored(row, found), lambda why: dataclasses.replace(found, reason=why))
-        unit = next((c for c in _SPEEDS if _number_in(row, c)), None)
+        unit = _tried(lambda: next((c for c in _SPEEDS if _number_in(row, c)), None), lambda why: None)
         if unit is None or found.reference:
             return found
         bare = Speed(unit=unit, value=_number_in(row, unit))
@@ -149,9 +154,7 @@ def _scored(row: Mapping[str, str], found: Scored) -> Scored:
     measured, card = setup.measured, card_bytes(row)
     if measured is not None:
         full = bool(card) and measured.size_bytes / _times_counted(setup) > FULL_RATIO * card
-        found = dataclasses.replace(
-            found, compared=measured.kind, measured_bytes=measured.size_bytes, full=full, sure=measured.sure
-        )
+        found = dataclasses.replace(found, full=full)
     if found.reference:
         return dataclasses.replace(found, reason="a paper's formula, not a measurement")
     try:

@@ -290,6 +290,14 @@ def test_a_request_just_below_max_split_size_grows_by_a_segment_a_round() -> Non
     assert (capped.fits, capped.retries) == (True, 0)
 
 
+def test_expandable_segments_are_not_given_back_as_oversize_blocks() -> None:
+    """With a `max_split_size` too: their pages are unmapped when everything cached is given back."""
+    loop = steps(("a", 100 * MIB), ("b", 10 * MIB), ("a",), ("c", 150 * MIB))
+    how = Settings(expandable_segments=True, max_split_size_bytes=50 * MIB, cap_bytes=200 * MIB)
+    found = run(loop, how)
+    assert (found.fits, found.retries, found.reserved_bytes) == (True, 1, 160 * MIB)
+
+
 @given(st.lists(sizes, min_size=1, max_size=40))
 def test_expandable_segments_waste_less_than_a_page_while_nothing_is_freed(asked: list[int]) -> None:
     found = run([(i, s, "") for i, s in enumerate(asked)], EXPANDABLE)

@@ -102,7 +102,12 @@ def lines(run: Run) -> Iterator[str]:
     cap = f"under {format_bytes(cap_bytes)} ({seen.limit_kind})" if cap_bytes else "without a cap"
     yield ": ".join(filter(None, (run.spec.plan.label, f"{seen.outcome.value} {cap}", seen.reason)))
     if seen.peak_bytes is not None:
-        peak = _beside(run.predicted_peak_bytes, seen.peak_bytes, format_bytes)
+        if seen.outcome is OutcomeKind.OK:
+            peak = _beside(run.predicted_peak_bytes, seen.peak_bytes, format_bytes)
+        else:  # what it would have come to, nobody saw
+            peak = f"{format_bytes(seen.peak_bytes)} when it ended"
+            if run.predicted_peak_bytes:
+                peak += f", {format_bytes(run.predicted_peak_bytes)} predicted for the whole"
         yield f"  peak    {peak}, {seen.peak_source}"
     if (step := step_s(seen)) is not None:
         yield f"  step    {_beside(run.predicted_step_s, step, format_seconds)}"

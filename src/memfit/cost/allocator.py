@@ -249,8 +249,8 @@ class CachingAllocator:
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
         """With a `max_split_size`: the smallest oversize block that would do, else the largest ones until
-        enough is given back."""
-        if self._unsplit_bytes is None:
+        enough is given back. Expandable segments are passed over."""
+        if self._unsplit_bytes is None or self.settings.expandable_segments:
             return False
         wanted = max(size, self._unsplit_bytes)
         at = bisect.bisect_left(pool.free, (wanted,))
