@@ -102,13 +102,7 @@ def lines(run: Run) -> Iterator[str]:
     cap = f"under {format_bytes(cap_bytes)} ({seen.limit_kind})" if cap_bytes else "without a cap"
     yield ": ".join(filter(None, (run.spec.plan.label, f"{seen.outcome.value} {cap}", seen.reason)))
     if seen.peak_bytes is not None:
-        if seen.outcome is OutcomeKind.OK:
-            peak = _beside(run.predicted_peak_bytes, seen.peak_bytes, format_bytes)
-        else:  # what it would have come to, nobody saw
-            peak = f"{format_bytes(seen.peak_bytes)} when it ended"
-            if run.predicted_peak_bytes:
-                peak += f", {format_bytes(run.predicted_peak_bytes)} predicted for the whole"
-        yield f"  peak    {peak}, {seen.peak_source}"
+        yield f"  peak    {_peak(run, seen.peak_bytes)}, {seen.peak_source}"
     if (step := step_s(seen)) is not None:
         yield f"  step    {_beside(run.predicted_step_s, step, format_seconds)}"
     keep, count = run.spec.keep, len(seen.losses)
@@ -122,6 +116,17 @@ def lines(run: Run) -> Iterator[str]:
         yield f"  saved   {keep.save}"
     if seen.metric is not None:
         yield f"  metric  {seen.metric:.4g} on held-out data"
+
+
+def _peak(run: Run, peak_bytes: int) -> str:
+    """An error only of what was predicted: a run that ended early, or before its second step, saw less."""
+    told, predicted = format_bytes(peak_bytes), run.predicted_peak_bytes
+    if run.measurement.outcome is not OutcomeKind.OK:
+        more = f", {format_bytes(predicted)} predicted for the whole" if predicted else ""
+        return f"{told} when it ended{more}"
+    if run.spec.steps == 1 and predicted and predicted > peak_bytes:
+        return f"{told} measured, {format_bytes(predicted)} predicted from the second step on"
+    return _beside(predicted, peak_bytes, format_bytes)
 
 
 def _beside(predicted: float | None, measured: float, text: Callable[[float], str]) -> str:

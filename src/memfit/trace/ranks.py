@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from memfit.techniques.world import World, layout, make_world
 from memfit.trace.flows import group_of
-from memfit.types.errors import MemfitError
+from memfit.types.errors import MemfitError, UserError
 from memfit.types.plan import Plan
 from memfit.types.trace import Allocation
 
@@ -41,11 +41,28 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
     hook = sys.excepthook  # torch puts one before it that names the rank in whatever the user sees later
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
-        with _without_values():
+        with _without_values(), _cut_columns_told(plan):
             yield make_world(plan, rank=rank, device="cpu")
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def _cut_columns_told(plan: Plan) -> Iterator[None]:
+    """The user's code may view what a Linear gives by its full width, of which a rank has a part: an error
+    there is the plan's, and the message says so."""
+    try:
+        yield
+    except UserError as error:
+        its_own = error.__cause__ is None or isinstance(error.__cause__, MemfitError)
+        if plan.get("tensor-parallel") is None or its_own:
+            raise
+        raise UserError(
+            f"tensor-parallel: {error.given}",
+            hint="a rank has a part of the columns of each Linear that is cut; name those that can be cut in "
+            'Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+        ) from error
 
 
 _last_world: list[Any] = [None]
