@@ -88,12 +88,16 @@ def measure(job: str, seeds: int) -> dict[str, Any]:
     }
 
 
-def latest(*, judged: bool) -> dict[str, dict[str, Any]]:
-    """By job: over several seeds, or with one."""
+def recorded(*, judged: bool) -> list[dict[str, Any]]:
+    """Over several seeds, or with one."""
     if not RECORDS.exists():
-        return {}
+        return []
     records = map(json.loads, RECORDS.read_text(encoding="utf-8").splitlines())
-    found = {r["job"]: r for r in records if (r["seeds"] > 1) is judged}
+    return [r for r in records if (r["seeds"] > 1) is judged]
+
+
+def latest(*, judged: bool) -> dict[str, dict[str, Any]]:
+    found = {r["job"]: r for r in recorded(judged=judged)}
     return {job: found[job] for job in JOBS if job in found}
 
 
@@ -124,7 +128,11 @@ def page() -> str:
         "|---|--:|--:|---|--:|--:|--:|---|",
         *(_time_row(alone.get(r["job"]), r) for r in records),
         "",
-        "The metric on held-out data: mean over seeds, in brackets the lowest and highest.",
+        "The metric on held-out data: mean over seeds, in brackets the lowest and highest. Verdicts are by",
+        "the rule of one look; where a plan was looked at more than once, below, the chance of a wrong",
+        "`equivalent` is larger than 5 %. The trainings are short, and in some jobs simple fits of the same",
+        "data do as well or better (README, Limits): the table says whether a plan trains alike, not how good",
+        "the science is.",
         "",
         "| job | metric | naive | plain | recommended | seeds | verdict | same again |",
         "|---|---|--:|--:|--:|--:|---|---|",
@@ -202,8 +210,15 @@ def _spread(runs: list[dict[str, Any]]) -> str:
 
 def _why(record: dict[str, Any]) -> list[str]:
     verdict = record["verdicts"]["recommended"]
-    return [f"- `{record['job']}`: {verdict['kind']}: {verdict['reason']}"] + [
-        f"  {n}" for n in record["notes"]
+    looks = [
+        f"{r['verdicts']['recommended']['kind']} over {r['seeds']} pairs ({r['created'][:16]})"
+        for r in recorded(judged=True)
+        if (r["job"], r["recommended"]) == (record["job"], record["recommended"]) and r != record
+    ]
+    return [
+        f"- `{record['job']}`: {verdict['kind']}: {verdict['reason']}",
+        *(f"  {note}" for note in record["notes"]),
+        *([f"  Looked at before with this plan: {'; '.join(looks)}."] if looks else []),
     ]
 
 
