@@ -53,7 +53,7 @@ def test_a_micro_batch_that_is_not_told_is_one_that_fits() -> None:
     found = timed(setup(micro_batch="", grad_accum="", global_batch="64", seq_len="4096"))
     assert (found.micro_batch, found.micro_batches) == (4, 2)
     assert timed(setup(micro_batch="", notes="yaml uses micro-batch 12")).micro_batch == 12
-    cut = timed(dataclasses.replace(setup(software="torchtitan", pp="4", micro_batch="8")))
+    cut = timed(dataclasses.replace(setup(software="torchtitan", pp="4", n_gpus="32", micro_batch="8")))
     assert (cut.micro_batch, cut.micro_batches) == (2, 4)
 
 
