@@ -68,7 +68,7 @@ def _told(prediction: Any) -> int:
 
 
 def imports() -> int:
-    """What no prediction of this model can do without."""
+    """What a prediction of Hugging Face's model cannot do without; ours is written out."""
     import torch  # noqa: F401
     from transformers.models.esm import modeling_esm  # noqa: F401
 
