@@ -99,12 +99,7 @@ class Gate(_Strict):
 
 def read(path: Path) -> Gates:
     """Raises UserError with the place of the first fault."""
-    try:
-        return parsed(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}") from error
+    return parsed(wire.toml_text(path), str(path))
 
 
 def parsed(text: str, path: str) -> Gates:

@@ -11,6 +11,7 @@ import enum
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfit.types.errors import UserError
@@ -62,6 +63,16 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
 _SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
 _OBJECT = re.compile(r"a valid dictionary( or (?:an )?instance of \w+)?")  # as JSON calls it
 _LONGEST = 80
+
+
+def toml_text(path: Path) -> str:
+    """What a TOML file of the user's says. Raises UserError where it cannot be read as text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
 
 
 def fault(error: pydantic.ValidationError, what: str) -> UserError:

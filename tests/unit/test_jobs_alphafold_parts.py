@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from alphafold_doubles import Gives
 from torch import nn
 
 from memfit.jobs import alphafold2
@@ -34,17 +35,6 @@ def _random(module: Any) -> Any:
     return module.double()
 
 
-class _Gives(nn.Module):
-    """The same everywhere, whatever it is given."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return torch.full_like(x, self.value)
-
-
 # -- dropout, where it is ---------------------------------------------------------------------------------
 
 
@@ -55,7 +45,7 @@ def test_updates_of_pairs_lose_rows_or_columns_as_in_algorithm_6(part: str, shar
     """By rows after multiplications and attention from the starting node, by columns after the other."""
     stack: Any = evoformer.PairStack(WIDTHS).train()
     for name in ("outgoing", "incoming", "starting", "ending", "transition"):
-        setattr(stack, name, _Gives(1.0 if name == part else 0.0))
+        setattr(stack, name, Gives(1.0 if name == part else 0.0))
     z = torch.zeros(1, 40, 40, 4)
     found = stack(z, torch.ones(1, 40, 40))
     values = set(found.unique().tolist())
@@ -69,12 +59,12 @@ def test_updates_of_pairs_lose_rows_or_columns_as_in_algorithm_6(part: str, shar
 
 def test_row_attention_of_the_alignment_loses_the_same_in_every_row() -> None:
     block: Any = evoformer.EvoformerBlock(WIDTHS).train()
-    block.row, block.column, block.transition = _Gives(1.0), _Gives(0.0), _Gives(0.0)
+    block.row, block.column, block.transition = Gives(1.0), Gives(0.0), Gives(0.0)
     m, z = torch.zeros(1, 9, 40, 6), torch.zeros(1, 40, 40, 4)
     found = block(m, z, torch.ones(1, 9, 40), torch.ones(1, 40, 40))[0]
     assert set(found.unique().tolist()) == {0.0, 2.0}
     assert (found == found[:, :1]).all()
-    block.row, block.column = _Gives(0.0), _Gives(1.0)
+    block.row, block.column = Gives(0.0), Gives(1.0)
     assert (block(m, z, torch.ones(1, 9, 40), torch.ones(1, 40, 40))[0] == 1).all(), "columns lose nothing"
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from alphafold_doubles import Gives
 from torch import nn
 
 from memfit.jobs import alphafold2
@@ -29,17 +30,6 @@ PUBLISHED = model.published(residues=256, rows=128, extra_rows=1024, batch_size=
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-class _Gives(nn.Module):
-    """The same everywhere, whatever it is given."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return torch.full_like(x, self.value)
 
 
 def _random(module: Any, std: float = 0.2) -> Any:
@@ -360,13 +350,13 @@ def test_the_published_structure_module_has_8_rounds() -> None:
 def test_the_published_rates_of_dropout_are_15_percent_of_rows_and_25_of_pairs(stack: str) -> None:
     widths = dataclasses.replace(getattr(PUBLISHED, stack), c_m=8, c_z=8, triangle=4, outer=2)
     block: Any = evoformer.EvoformerBlock(widths).train()
-    block.row, block.column, block.transition = _Gives(1.0), _Gives(0.0), _Gives(0.0)
+    block.row, block.column, block.transition = Gives(1.0), Gives(0.0), Gives(0.0)
     held = torch.ones(1, 1, 100), torch.ones(1, 100, 100)
     if stack != "template":  # whose blocks have no rows
         found = block(torch.zeros(1, 1, 100, 8), torch.zeros(1, 1, 1, 8), *held)[0]
         assert found.unique().tolist() == pytest.approx([0, 1 / 0.85])
     for name in ("outgoing", "incoming", "starting", "ending", "transition"):
-        setattr(block.pairs, name, _Gives(float(name != "transition")))
+        setattr(block.pairs, name, Gives(float(name != "transition")))
     found = block.pairs(torch.zeros(1, 40, 40, 8), held[1])
     assert found.unique().tolist() == pytest.approx([k / 0.75 for k in range(5)])
 
@@ -376,7 +366,7 @@ def test_structure_dropout_is_a_tenth_of_the_sums_before_both_norms() -> None:
     module: Any = structure.StructureModule(dataclasses.replace(PUBLISHED.structure, iterations=1)).train()
     for name in ("norm_s", "norm_z", "first", "norm_attention", "norm_transition"):
         setattr(module, name, nn.Identity())
-    module.attention, module.transition = _Gives(2.0), _Gives(4.0)
+    module.attention, module.transition = Gives(2.0), Gives(4.0)
     given = torch.ones(1, 100, 384), torch.zeros(1), torch.ones(1, 100)
     calls, _ = _flow(module, *given)
     first, second = (calls[name][0][0][0] for name in ("norm_attention", "norm_transition"))

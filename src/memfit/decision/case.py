@@ -166,13 +166,7 @@ class Case(_Strict):
 
 def read(path: Path) -> Case:
     """Raises UserError with the place of the first fault and what is allowed there."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}") from error
-    return parsed(text, str(path))
+    return parsed(wire.toml_text(path), str(path))
 
 
 def parsed(text: str, what: str) -> Case:
