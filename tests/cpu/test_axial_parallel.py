@@ -6,18 +6,16 @@ The file is also the program that each rank runs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_ranks import leave, run_children
 from torch import nn
 
 from memfit.jobs import alphafold2
@@ -26,7 +24,6 @@ from memfit.jobs.alphafold.model import AlphaFold, small
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.gloo import gloo_first
-from memfit.run.ranks import free_port, rank_env
 from memfit.techniques.axial import Axial
 from memfit.techniques.registry import make_use
 from memfit.techniques.world import make_world
@@ -203,31 +200,13 @@ def _rank(target: Path) -> None:
 # -- and what is made of it ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _children(folder: Path, ranks: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / str(rank))],
-            env={**os.environ, **rank_env(rank, ranks, port), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        yield started
-    finally:
-        for child in started:
-            child.kill()
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks, what each rank has found."""
     found = {}
     for ranks in SAME:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        with _children(folder, ranks) as started:
-            assert [child.wait(240) for child in started] == [0] * ranks
+        run_children(__file__, [[folder / str(rank)] for rank in range(ranks)])
         found[ranks] = [torch.load(folder / str(rank)) for rank in range(ranks)]
     return found
 
@@ -278,3 +257,4 @@ def test_a_rank_holds_little_more_than_its_half(index: int, told: dict[int, list
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]))
+    leave()

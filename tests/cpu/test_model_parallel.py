@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_ranks import leave, run_children
 from torch import nn
 from torch.nn import functional
 
@@ -25,7 +24,6 @@ from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.gloo import gloo_first
-from memfit.run.ranks import free_port, rank_env
 from memfit.techniques.dataflow import observe
 from memfit.techniques.registry import make_use
 from memfit.techniques.world import make_world
@@ -237,19 +235,8 @@ def _rank(target: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[dict[str, Any]]]]:
     """Of each rank, its runs of every case."""
-    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / str(rank))],
-            env={**os.environ, **rank_env(rank, 2, port), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [child.wait(240) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    folder = tmp_path_factory.mktemp("ranks")
+    run_children(__file__, [[folder / str(rank)] for rank in range(2)])
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 
@@ -320,3 +307,4 @@ def test_what_cannot_be_cut_is_one_line(name: str, ranks_: int, uses: dict[str, 
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]))
+    leave()

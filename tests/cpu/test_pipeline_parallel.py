@@ -9,14 +9,13 @@ import functools
 import gc
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_ranks import leave, run_children
 from torch import nn
 from torch.nn import functional
 
@@ -26,7 +25,6 @@ from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.gloo import gloo_first
 from memfit.measure.probe import probe
-from memfit.run.ranks import free_port, rank_env
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -168,19 +166,7 @@ def _rank(cases: tuple[tuple[str, Plan], ...], target: Path) -> None:
 
 def _run(ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
     """Of every rank, what it found in each case."""
-    port = free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(ranks), str(folder / str(rank))],
-            env={**os.environ, **rank_env(rank, ranks, port), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        assert [child.wait(240) for child in children] == [0] * ranks
-    finally:
-        for child in children:
-            child.kill()
+    run_children(__file__, [[str(ranks), folder / str(rank)] for rank in range(ranks)])
     return [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
 
 
@@ -345,3 +331,4 @@ def test_what_cannot_be_cut_is_said(model: Any, plan: Plan, word: str) -> None:
 
 if __name__ == "__main__":
     _rank({2: TWO, 4: FOUR}[int(sys.argv[1])], Path(sys.argv[2]))
+    leave()

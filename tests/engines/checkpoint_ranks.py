@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from child_ranks import leave
 from torch import nn
 from torch.nn import functional
 
@@ -210,3 +211,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
     dist.destroy_process_group()
+    leave()

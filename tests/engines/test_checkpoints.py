@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from child_ranks import run_children
 from hypothesis import given, strategies
 
 from memfit.cli import main
 from memfit.engines.registry import render
 from memfit.jobs import checkpoints
 from memfit.run.child import run
-from memfit.run.ranks import free_port, rank_env
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import OptimizerChoice
 from memfit.types.launch import Keep
@@ -60,17 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Losses]:
 
 
 def two_ranks(folder: Path) -> Losses:
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", SCRIPT, folder],
-            env={**os.environ, **rank_env(rank, 2, port), "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = [child.communicate()[1] for child in started]
-    assert [c.returncode for c in started] == [0, 0], told[0][-2000:] + told[1][-2000:]
+    run_children(SCRIPT, [[folder]] * 2, env={"DS_ACCELERATOR": "cpu"})
     found: Losses = json.loads((folder / "losses.json").read_text())
     return found
 

@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +17,14 @@ from unittest import mock
 
 import pytest
 import torch
+from child_ranks import leave, run_children
 
 from memfit.api import conform
 from memfit.engines.registry import render
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
 from memfit.measure.conform import Watch
-from memfit.run.ranks import free_port, rank_env, run_ranks
+from memfit.run.ranks import run_ranks
 from memfit.techniques.registry import make_use
 from memfit.techniques.world import make_world
 from memfit.types.conformance import NotConforming
@@ -156,19 +155,8 @@ def _rank(target: Path) -> None:
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
     """Of each rank, by case: what was said of the honest step and of the sabotaged one."""
-    folder, port = tmp_path_factory.mktemp("told"), free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / str(rank))],
-            env={**os.environ, **rank_env(rank, 2, port), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [child.wait(240) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    folder = tmp_path_factory.mktemp("told")
+    run_children(__file__, [[folder / str(rank)] for rank in range(2)])
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 
@@ -246,3 +234,4 @@ def test_a_users_own_model_in_one_process() -> None:
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]))
+    leave()

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_ranks import leave, run_children
 from torch import nn
 from torch.nn import functional
 
@@ -28,7 +29,6 @@ from memfit.engines.registry import render
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.gloo import gloo_first
-from memfit.run.ranks import free_port, rank_env
 from memfit.techniques.registry import make_use
 from memfit.techniques.world import make_world
 from memfit.trace.tracer import trace
@@ -170,21 +170,9 @@ Found = list[dict[str, Any]]
 
 
 def _ran(folder: Path, ranks: int) -> Found:
-    port = free_port()
-    env = {**os.environ, **ENGINE.env, "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(ranks), str(folder / f"{rank}.json")],
-            env={**env, **rank_env(rank, ranks, port)} if ranks > 1 else env,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        assert [child.wait(200) for child in children] == [0] * ranks
-    finally:
-        for child in children:
-            child.kill()
+    run_children(
+        __file__, [[folder, str(ranks), folder / f"{rank}.json"] for rank in range(ranks)], env=ENGINE.env
+    )
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -312,3 +300,4 @@ def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str)
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    leave()

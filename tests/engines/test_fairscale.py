@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_ranks import leave, run_children
 from torch import nn
 from torch.nn import functional
 
@@ -27,7 +28,6 @@ from memfit.engines.registry import render
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
 from memfit.measure.gloo import gloo_first
-from memfit.run.ranks import free_port, rank_env
 from memfit.techniques.registry import make_use
 from memfit.techniques.sharded_ddp import owners
 from memfit.techniques.world import layout, make_world
@@ -147,19 +147,8 @@ def _train(
 def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")
-    folder, port = tmp_path_factory.mktemp("ran"), free_port()
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(folder / f"{rank}.json")],
-            env={**os.environ, **rank_env(rank, 2, port), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [child.wait(200) for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    folder = tmp_path_factory.mktemp("ran")
+    run_children(__file__, [[folder, folder / f"{rank}.json"] for rank in range(2)])
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -195,7 +184,7 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], str(Path(sys.argv[1]).parent / "unit")
 import test_fairscale as t
 torch.set_num_threads(1)
 plan = t.ALONE["alone"]
@@ -253,3 +242,4 @@ def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str)
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

@@ -1,0 +1,51 @@
+"""Several ranks of a test over gloo: child processes that run the test's own file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from memfit.run.ranks import free_port, rank_env
+
+
+def run_children(
+    script: str | Path,
+    arguments: Sequence[Sequence[str | Path]],
+    *,
+    env: Mapping[str, str] = {},
+    limit_s: float = 240,
+) -> None:
+    """``python script *arguments[rank]`` on every rank, until each has ended well. One rank joins nothing."""
+    ranks, port = len(arguments), free_port()
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", script, *of_rank],
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **env,
+                **(rank_env(rank, ranks, port) if ranks > 1 else {}),
+            },
+            stdout=subprocess.DEVNULL,
+        )
+        for rank, of_rank in enumerate(arguments)
+    ]  # fmt: skip
+    try:
+        codes = [child.wait(limit_s) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert codes == [0] * ranks, f"the ranks of {Path(script).name} ended with {codes}"
+
+
+def leave() -> NoReturn:
+    """End this rank at once. A thread of gloo that outlives its group can ask for the interpreter's lock
+    while the interpreter ends, which aborts a process that has done all it should ("terminate called without
+    an active exception", seen once in some hundred runs)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
