@@ -29,8 +29,8 @@ def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array
     """Which of ``count`` examples step ``step`` uses, shape ``(batch_size,)``. Every epoch is a new
     permutation drawn from (seed, epoch); a batch may reach over the end of an epoch."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = places // count
-    orders = {e: np.random.default_rng((seed, int(e))).permutation(count) for e in np.unique(epochs)}
+    epochs: list[int] = (places // count).tolist()
+    orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in set(epochs)}
     return np.array([orders[e][p % count] for e, p in zip(epochs, places, strict=True)])
 
 

@@ -98,9 +98,12 @@ def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
 
 
 def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
+    whole = "".join(text for _, text in lines).removesuffix("*").upper()
+    if not whole.strip(RESIDUES + _AMBIGUOUS):  # nothing else in it: the usual case, at once
+        return whole
     *first, (number, last) = lines
-    whole = [*first, (number, last.removesuffix("*"))]
-    return "".join(_checked(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in whole)
+    parts = [*first, (number, last.removesuffix("*"))]
+    return "".join(_checked(path, n, text, RESIDUES + _AMBIGUOUS, "an amino acid") for n, text in parts)
 
 
 def _checked(path: str, number: int, line: str, alphabet: str, what: str) -> str:

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable
 from typing import Final
 
-from memfit.jobs import (
-    alphafold2,
-    char_lm,
-    genome,
-    huggingface,
-    molecules,
-    potential,
-    protein_lm,
-    protein_ss,
-    segmentation3d,
-    weather,
-)
+from memfit.jobs import huggingface
 from memfit.jobs.user import load_user_job
 from memfit.types.collector import uncollected
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 
-DEFAULT: Final = protein_ss.NAME
+DEFAULT: Final = "protein-ss"
 MOST_TOKENS: Final = 262_144
 
 
@@ -39,30 +29,26 @@ class BuiltIn:
     make: Callable[..., Job]
 
 
-_BUILT_IN: Final[Mapping[str, BuiltIn]] = {
-    room.NAME: BuiltIn(
-        name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
-    )
-    for room in (
-        alphafold2,
-        protein_ss,
-        protein_lm,
-        char_lm,
-        molecules,
-        genome,
-        weather,
-        potential,
-        segmentation3d,
-    )
-}
+# Each is the module of that name with underscores, loaded when it is asked for.
+_BUILT_IN: Final = (
+    "alphafold2", "protein-ss", "protein-lm", "char-lm", "molecules", "genome", "weather", "potential",
+    "segmentation3d",
+)  # fmt: skip
 
 
 def names() -> tuple[str, ...]:
-    return tuple(_BUILT_IN)
+    return _BUILT_IN
 
 
 def describe() -> tuple[BuiltIn, ...]:
-    return tuple(_BUILT_IN.values())
+    return tuple(map(_built_in, _BUILT_IN))
+
+
+def _built_in(name: str) -> BuiltIn:
+    room = importlib.import_module(f"memfit.jobs.{name.replace('-', '_')}")
+    return BuiltIn(
+        name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
+    )
 
 
 def load(ref: JobRef) -> Job:
@@ -86,8 +72,9 @@ def _make(ref: JobRef) -> Job:
         _check_size(ref, huggingface.SIZES)
         return huggingface.make(ref.spec.removeprefix(huggingface.PREFIX), **options)  # type: ignore[arg-type]
     if ref.spec in _BUILT_IN:
-        _check_size(ref, _BUILT_IN[ref.spec].sizes)
-        return _BUILT_IN[ref.spec].make(**options)
+        built_in = _built_in(ref.spec)
+        _check_size(ref, built_in.sizes)
+        return built_in.make(**options)
     if ":" in ref.spec:
         return load_user_job(ref.spec, options)
     close = difflib.get_close_matches(ref.spec, names(), n=1)
