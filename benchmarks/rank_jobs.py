@@ -130,6 +130,47 @@ def gpt_house() -> Job:
     )  # fmt: skip
 
 
+class SequenceFirst(nn.Module):
+    """memfit's GPT in plain torch, its sums in the order that Megatron-core has: (length, batch, width),
+    query, key and value by head, every bias added apart from its product."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.source = source
+        for block in source.blocks:
+            for param in block.query_key_value.parameters():
+                by_head = param.data.unflatten(0, (3, block.heads, -1)).transpose(0, 1)
+                param.data = by_head.reshape(param.shape)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        source = self.source
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        x = (source.embed(tokens) + source.position(positions)).transpose(0, 1).contiguous()
+        for block in source.blocks:
+            x = x + _apart(block.mix, self._attend(block, block.norm_attention(x)))
+            x = x + _apart(block.narrow, functional.gelu(_apart(block.widen, block.norm_feed(x))))
+        return functional.linear(source.norm(x), source.head.weight).transpose(0, 1).contiguous()
+
+    def _attend(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        mixed = _apart(block.query_key_value, x).unflatten(-1, (block.heads, -1))
+        q, k, v = (part.permute(1, 2, 0, 3) for part in mixed.chunk(3, -1))
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+def _apart(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return functional.linear(x, linear.weight) + linear.bias
+
+
+def gpt_sequence_first() -> Job:
+    """`gpt_house` as Megatron-core computes it: what its losses are compared with to the bit."""
+    house = gpt_house()
+    return dataclasses.replace(
+        house, name="gpt_sequence_first", build_model=lambda: SequenceFirst(house.build_model()),
+        blocks="source.blocks", head="source.head",
+    )  # fmt: skip
+
+
 def gpt_tied() -> Job:
     return _language_model("gpt_tied", 128, 4, tied=True)
 
