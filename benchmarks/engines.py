@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from memfit.cost.memory import memory_profile
+from memfit.engines.environment import recorded
 from memfit.engines.registry import engine, render
 from memfit.jobs.registry import load
 from memfit.measure.allocator import CountingAllocator
@@ -109,6 +110,7 @@ def rows() -> Iterator[Row]:
     for sequence in (False, True):
         cut = {"sequence": sequence, "vocabulary": "gathered"}
         yield Row("megatron", "gpt_house", {"tensor-parallel": cut}, short=True)
+    yield Row("colossalai", "gpt", {}, ranks=1, bits=True)
     yield Row("colossalai", "mlp", {"ddp": {}}, short=True)
 
 
@@ -136,7 +138,7 @@ class Bench:
         self.counter = CountingAllocator()
         self.counter.install()
         self.probes: dict[str, Probed | None] = {}
-        self.references: dict[tuple[str, int], list[float]] = {}
+        self.references: dict[tuple[str, ...], list[float]] = {}
 
     def record(self, row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -168,12 +170,18 @@ class Bench:
         }
 
     def reference(self, row: Row, seed: int) -> list[float]:
-        """Losses of one native process trained plainly."""
-        key = (row.reference or row.job, seed)
+        """Losses of one native process trained plainly, in the engine's own environment where it has one: its
+        torch is another."""
+        config = render(spec_of(dataclasses.replace(row, ranks=1, uses={}))) if recorded(row.engine) else None
+        job = row.reference or row.job
+        key = (job, str(seed), config.argv[0] if config else "")
         if key not in self.references:
-            beside = dataclasses.replace(row, job=key[0])
-            plain = dataclasses.replace(spec_of(beside), plan=Plan(), engine="native", seed=seed)
-            done = run(render(plain), on_event=_silent)
+            beside = dataclasses.replace(spec_of(dataclasses.replace(row, job=job)), plan=Plan(), seed=seed)
+            plain = render(dataclasses.replace(beside, engine="native"))
+            if config:
+                argv = (config.argv[0], *plain.argv[1:])
+                plain = dataclasses.replace(plain, argv=argv, env={**plain.env, **config.env})
+            done = run(plain, on_event=_silent)
             assert done.outcome is OutcomeKind.OK, done.reason
             self.references[key] = list(done.losses)
         return self.references[key]
@@ -275,7 +283,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "",
         "Losses are the mean over ranks beside one native process, plainly trained. *Bits* are the same at",
         f"one rank; fp32 is within {ROUNDING:g} of it in every step; bf16 is nearer than another seed of the",
-        "reference comes. Peaks are of the rank that is furthest off. Megatron-core keeps another layout and",
+        "reference comes. Peaks are of the rank that is furthest off. Colossal-AI's environment has an older",
+        "torch, and its reference is trained by that. Megatron-core keeps another layout and",
         "adds biases apart: at one rank its reference is the same model in plain torch with its sums in that",
         "order (`gpt_sequence_first` in `benchmarks/rank_jobs.py`).",
         "",
