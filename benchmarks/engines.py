@@ -100,6 +100,9 @@ def rows() -> Iterator[Row]:
     yield Row("accelerate", "gpt", {"fsdp2": {}, "activation-checkpointing": {}}, short=True)
     yield Row("accelerate", "gpt", {"ddp": {"sync": "last"}, "gradient-accumulation": {"micro_batches": 2}})
     yield Row("accelerate", "gpt", {"fsdp2": {"precision": "bf16"}}, low=True)
+    for stage in (1, 2, 3):
+        yield Row("accelerate", "gpt", {"zero": {"stage": stage, **SMALL}}, short=stage == 2)
+    yield Row("accelerate", "gpt", {"zero": {"stage": 1, **SMALL}}, ranks=1, bits=True)
     yield Row("deepspeed", "gpt", {"zero": {"stage": 2, "precision": "bf16", **SMALL}}, low=True)
     split = {"gradient-accumulation": {"micro_batches": 2}}
     yield Row("deepspeed", "gpt", {"zero": {"stage": 2, **SMALL}, **split})

@@ -199,9 +199,11 @@ def test_accelerate_that_does_not_shard() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_of_another_stage(stage: int) -> None:
-    launch = _launch("deepspeed", _plan(zero={"stage": stage, "reduce_bucket_elements": 1_000_000}))
+@pytest.mark.parametrize(
+    ("engine", "stage"), [("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 2)]
+)
+def test_deepspeed_of_another_stage(engine: str, stage: int) -> None:
+    launch = _launch(engine, _plan(zero={"stage": stage, "reduce_bucket_elements": 1_000_000}))
     config = json.loads(launch.files["deepspeed.json"])
     config["zero_optimization"]["stage"] = stage - 1
     files = {**launch.files, "deepspeed.json": json.dumps(config)}

@@ -92,9 +92,9 @@ def test_what_is_recycled_is_normed_and_distances_lie_in_their_bins() -> None:
     c_m, c_z = SMALL.widths.c_m, SMALL.widths.c_z
     first, z = torch.randn(1, N, c_m), torch.randn(1, N, N, c_z)
     beta = torch.zeros(1, N, 3)
-    beta[0, :, 0] = torch.tensor([0.0, 3.0, 6.5, 11.3, 20.9, 60.0])
+    beta[0, :, 0] = torch.tensor([0.0, 3.1, 6.5, 11.3, 20.9, 60.0])
     row, pairs = layer(first, z, beta)
-    edges = [3.375 + k * (21.375 - 3.375) / 14 for k in range(15)]
+    places = [3.375 + k * (21.375 - 3.375) / 14 for k in range(15)]
 
     def normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
         around = x - x.mean()
@@ -105,11 +105,22 @@ def test_what_is_recycled_is_normed_and_distances_lie_in_their_bins() -> None:
         for j in range(N):
             apart = abs(float(beta[0, i, 0] - beta[0, j, 0]))
             told = torch.zeros(15)
-            if apart > edges[0]:
-                told[max(k for k, edge in enumerate(edges) if apart > edge)] = 1
+            told[min(range(15), key=lambda k: abs(apart - places[k]))] = 1
             torch.testing.assert_close(
                 pairs[0, i, j], normed(z[0, i, j], layer.norm_z) + layer.distance(told)
             )
+
+
+def test_a_templates_block_attends_before_it_multiplies() -> None:
+    """Algorithm 16, unlike the Evoformer's algorithm 6."""
+    block = _random(evoformer.TemplateBlock(SMALL.template)).double().eval()
+    z, pairs = torch.randn(1, N, N, SMALL.template.c_z).double(), torch.ones(1, N, N).double()
+    wanted = z
+    for part in (block.starting, block.ending, block.outgoing, block.incoming):
+        wanted = wanted + part(wanted, pairs)
+    torch.testing.assert_close(block(z, pairs), wanted + block.transition(wanted))
+    other = evoformer.PairStack.forward(block, z, pairs)
+    assert not torch.allclose(other, block(z, pairs), rtol=1e-3)
 
 
 def _seen(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, list[Any]]:

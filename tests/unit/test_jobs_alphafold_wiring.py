@@ -256,11 +256,12 @@ def test_lddt_is_of_held_residues_within_15_angstrom() -> None:
 # -- the loss ---------------------------------------------------------------------------------------------
 
 
-def test_recycled_distances_are_told_by_the_nearest_bin() -> None:
-    """Algorithm 32, line 2; a little beyond each of 15 places from 3 3/8 to 21 3/8 Angstrom."""
+@pytest.mark.parametrize("beside", [-0.6, 0.6])
+def test_recycled_distances_are_told_by_the_nearest_bin(beside: float) -> None:
+    """Algorithm 32, line 2; a little before and beyond each of 15 places from 3 3/8 to 21 3/8 Angstrom."""
     layer = _random(model.RecyclingEmbedder(SMALL))
     beta, z = torch.zeros(15, 2, 3), torch.zeros(15, 2, 2, SMALL.widths.c_z)
-    beta[:, 1, 2] = torch.arange(15) * 18 / 14 + 3.375 + 0.3
+    beta[:, 1, 2] = torch.arange(15) * 18 / 14 + 3.375 + beside
     _, found = layer(torch.zeros(15, 2, SMALL.widths.c_m), z, beta)
     wanted = layer.norm_z(z[:, 0, 1]) + layer.distance.weight.T + layer.distance.bias
     torch.testing.assert_close(found[:, 0, 1], wanted)

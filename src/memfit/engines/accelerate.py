@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: DDP and FSDP2 through its Accelerator, with its YAML.
+"""Hugging Face Accelerate: DDP, FSDP2 and DeepSpeed's ZeRO through its Accelerator, with its YAML.
 
 Field names are those of accelerate/commands/config/config_args.py and accelerate/utils/dataclasses.py (1.15).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from memfit.engines import deepspeed
 from memfit.engines.base import BESIDE, Engine
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
@@ -15,7 +16,7 @@ CONFIG = "accelerate.yaml"
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
-    found = []
+    found = list(deepspeed.ENGINE.reasons(plan)) if plan.get("zero") is not None else []
     for used in plan.uses:
         knobs = used.settings
         if used.technique == "fsdp2":
@@ -33,7 +34,8 @@ def _reasons(plan: Plan) -> tuple[str, ...]:
 def _files(spec: RunSpec) -> dict[str, str]:
     import yaml
 
-    return {CONFIG: yaml.safe_dump(config(spec.plan), sort_keys=False)}
+    beside = deepspeed.ENGINE.files(spec) if spec.plan.get("zero") is not None else {}
+    return {CONFIG: yaml.safe_dump(config(spec.plan), sort_keys=False), **beside}
 
 
 def config(plan: Plan) -> dict[str, Any]:
@@ -67,16 +69,20 @@ def config(plan: Plan) -> dict[str, Any]:
             "fsdp_cpu_ram_efficient_loading": False,
             "fsdp_activation_checkpointing": False,
         }
+    if plan.get("zero") is not None:  # what DeepSpeed's own file says must not be said here again
+        found["distributed_type"] = "DEEPSPEED"
+        found["deepspeed_config"] = {"deepspeed_config_file": deepspeed.CONFIG, "zero3_init_flag": False}
+        del found["mixed_precision"]
     return found
 
 
 ENGINE = Engine(
     name="accelerate",
-    summary="Hugging Face Accelerate: DDP and FSDP2 through its Accelerator",
+    summary="Hugging Face Accelerate: DDP, FSDP2 and DeepSpeed's ZeRO through its Accelerator",
     distribution="accelerate",
     tested=("1.15", "1.16"),
     install="pip install 'memfit[accelerate]'",
-    carries=frozenset({"ddp", "fsdp2", "bf16-autocast", "gradient-accumulation"}),
+    carries=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "gradient-accumulation"}),
     beside=BESIDE | {"adamw-4bit", "bf16-parameters"},
     reasons=_reasons,
     own_trace=True,

@@ -1,11 +1,13 @@
 """The training step as Hugging Face Accelerate makes it: model and optimizer prepared by its Accelerator.
 
 On CPU, Accelerate 1.15 has no branch for FSDP: `prepare` wraps in DDP or nothing, without a word. Setting the
-distributed type and the plugin on its state after it was made shards in truth; this worker does so on CPU.
+distributed type and the plugin on its state after it was made shards in truth; this worker does so on CPU,
+and the same for DeepSpeed, which `cpu=True` leaves out as silently.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +22,9 @@ from memfit.techniques.base import OptimizerLike
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.registry import in_order
 from memfit.types.errors import UserError
+from memfit.types.job import Job
 from memfit.types.plan import Plan
+from memfit.worker import apply_deepspeed
 
 _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
 
@@ -28,6 +32,11 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 class Step(TrainingStep):
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
+
+    def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
+        """Of a run with ZeRO: DeepSpeed's step, which Accelerate makes. Its trace is memfit's own ZeRO."""
+        through = plan.get("zero") is not None and cls.folder is not None
+        return super().__new__(_ThroughDeepspeed if through else cls)
 
     def _prepare(self) -> OptimizerLike:
         plan, bench = self.plan, self.bench
@@ -85,6 +94,25 @@ class Step(TrainingStep):
             self.accelerator.backward(loss)
 
 
+class _ThroughDeepspeed(apply_deepspeed.Step, Step):
+    """Accelerate's own `backward` steps as well; here DeepSpeed's two calls are apart, to tell the phases."""
+
+    carried = Step.carried
+
+    def _prepare(self) -> OptimizerLike:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for a device at import
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self.folder = Step.folder
+        return super()._prepare()
+
+    def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
+        assert self.folder is not None
+        given = yaml.safe_load((self.folder / CONFIG).read_text())
+        self.accelerator = _accelerator(given, self.plan, folder=self.folder)
+        self.bench.closers.append(self.accelerator.free_memory)
+        return self.accelerator.prepare(model, optimizer)[0]
+
+
 class _Forwarding:
     """Calls go through what Accelerate made, attributes to the model inside."""
 
@@ -106,7 +134,7 @@ def _block_classes(bench: Any) -> Iterator[str]:
     yield from sorted({type(b).__name__ for b in blocks})
 
 
-def _accelerator(given: Mapping[str, Any], plan: Plan) -> Any:
+def _accelerator(given: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
     """An Accelerator configured by the file, through the variables that `accelerate launch` would set from
     it. Buckets of DDP are not in the file: a program hands them over."""
     from accelerate import Accelerator
@@ -117,6 +145,8 @@ def _accelerator(given: Mapping[str, Any], plan: Plan) -> Any:
         accelerator = Accelerator(cpu=True, kwargs_handlers=list(_handlers(plan)))
         if given.get("fsdp_config"):
             _shard_on_cpu(accelerator)
+        if given.get("deepspeed_config") and folder is not None:
+            _deepspeed_on_cpu(accelerator, folder / given["deepspeed_config"]["deepspeed_config_file"])
     return accelerator
 
 
@@ -132,11 +162,13 @@ def _handlers(plan: Plan) -> Iterator[Any]:
 
 def _variables(given: Mapping[str, Any]) -> dict[str, str]:
     """As accelerate/utils/launch.py sets them."""
-    found = {"ACCELERATE_MIXED_PRECISION": str(given["mixed_precision"])}
+    found = {"ACCELERATE_MIXED_PRECISION": str(given.get("mixed_precision", "no"))}
     if sharding := given.get("fsdp_config"):
         found["ACCELERATE_USE_FSDP"] = "true"
         named = {k.upper(): v for k, v in sharding.items()}
         found |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in named.items()}
+    if given.get("deepspeed_config"):
+        found["ACCELERATE_USE_DEEPSPEED"] = "true"
     return found
 
 
@@ -156,3 +188,14 @@ def _shard_on_cpu(accelerator: Any) -> None:
         plugin.set_mixed_precision(state.mixed_precision)
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = plugin
+
+
+def _deepspeed_on_cpu(accelerator: Any, config: Path) -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+    state = accelerator.state
+    for one in (PartialState(), state):  # the first is copied over the second each time that it is asked for
+        one.distributed_type = DistributedType.DEEPSPEED
+    state.deepspeed_plugins = {"default": DeepSpeedPlugin(hf_ds_config=str(config))}
+    state.select_deepspeed_plugin("default")

@@ -16,23 +16,27 @@ from memfit.techniques.precision import Bf16Inputs
 
 class Step(TrainingStep):
     carried = ENGINE.carries - {"gradient-accumulation"}
-    folder: Path
+    folder: Path | None = None
 
     def _prepare(self) -> OptimizerLike:
-        deepspeed = imported()
+        imported()
         bench, model = self.bench, self.model
+        assert self.folder is not None
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:
             bench.forward_contexts.append(lambda: Bf16Inputs(model))
         linear = torch.nn.functional.linear  # stage 3 replaces it in the whole process
         _join_alone()
-        engine: Any = deepspeed.initialize(
-            model=model, optimizer=cast(Any, bench.make_optimizer(bench.trainable())), config=config
-        )[0]
+        engine = self._initialized(model, bench.make_optimizer(bench.trainable()), config)
         self.wrapped, self.model, bench.call = engine, engine.module, engine
         bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
         bench.closers += [engine.destroy, lambda: setattr(torch.nn.functional, "linear", linear)]
         return cast(OptimizerLike, engine.optimizer)
+
+    def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
+        import deepspeed
+
+        return deepspeed.initialize(model=model, optimizer=cast(Any, optimizer), config=config)[0]
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss, scale_wrt_gas=False)  # losses carry their share already

@@ -260,6 +260,17 @@ class PairStack(nn.Module):
         return z + self.transition(z)  # type: ignore[no-any-return]
 
 
+class TemplateBlock(PairStack):
+    """Algorithm 16, line by line: here attention comes before multiplication."""
+
+    def forward(self, z: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        z = z + self.by_row(self.starting(z, pairs))
+        z = z + self.by_column(self.ending(z, pairs))
+        z = z + self.by_row(self.outgoing(z, pairs))
+        z = z + self.by_row(self.incoming(z, pairs))
+        return z + self.transition(z)  # type: ignore[no-any-return]
+
+
 class EvoformerBlock(Axial):
     """Algorithm 6; with ``widths.global_columns`` a block of the extra-MSA stack (algorithm 18)."""
 
@@ -289,7 +300,7 @@ class Templates(Axial):
     def __init__(self, widths: Widths, features: int, c_z: int, blocks: int, head_width: int) -> None:
         super().__init__()
         self.embed = nn.Linear(features, widths.c_z)
-        self.blocks = nn.ModuleList(PairStack(widths) for _ in range(blocks))
+        self.blocks = nn.ModuleList(TemplateBlock(widths) for _ in range(blocks))
         self.norm, self.heads = nn.LayerNorm(widths.c_z), widths.pair_heads
         inner = self.heads * head_width
         self.query = nn.Linear(c_z, inner, bias=False)
@@ -320,8 +331,10 @@ def relative_positions(own: torch.Tensor, index: torch.Tensor, reach: int) -> to
 
 
 def binned(squared: torch.Tensor, least: float, most: float, bins: int) -> torch.Tensor:
-    """One-hot of distances in equal bins from ``least`` to ``most`` Angstrom; the last has no end, what is
-    nearer than ``least`` is in none (algorithm 32)."""
-    edges = torch.linspace(least, most, bins, device=squared.device) ** 2
-    beyond: Any = torch.cat([edges[1:], edges.new_full((1,), torch.inf)])
-    return ((squared[..., None] > edges) & (squared[..., None] <= beyond)).float()  # type: ignore[no-any-return]
+    """One-hot of the nearest of ``bins`` places from ``least`` to ``most`` Angstrom (algorithms 32 and 5; the
+    published code has other places, and none for what is nearer than its first)."""
+    places = torch.linspace(least, most, bins, device=squared.device)
+    between, no_end = ((places[1:] + places[:-1]) / 2) ** 2, places.new_full((1,), torch.inf)
+    above: Any = torch.cat([-no_end, between])
+    below: Any = torch.cat([between, no_end])
+    return ((squared[..., None] > above) & (squared[..., None] <= below)).float()  # type: ignore[no-any-return]
