@@ -48,7 +48,9 @@ def test_losses_and_peaks(row: Any, bench: Any) -> None:
     assert abs(rest) <= WORST_REST_RATIO
 
 
-@pytest.mark.parametrize("uses", [{"ddp": {}}, {"fsdp2": {"precision": "bf16", "reshard": False}}], ids=str)
+@pytest.mark.parametrize(
+    "uses", [{"ddp": {}}, {"fsdp2": {"precision": "bf16", "reshard": False}}, {"zero": {"stage": 2}}], ids=str
+)
 def test_accelerate_reads_its_own_file(uses: dict[str, Any], tmp_path: Path) -> None:
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
     from memfit.engines.registry import render
@@ -59,7 +61,9 @@ def test_accelerate_reads_its_own_file(uses: dict[str, Any], tmp_path: Path) -> 
     read = config_args.load_config_from_file(str(path))
     assert read.num_processes == 2
     sharding = read.fsdp_config
-    assert (read.distributed_type.value, read.mixed_precision) == (
-        ("FSDP", "bf16") if "fsdp2" in uses else ("MULTI_GPU", "no")
+    kinds = {"fsdp2": ("FSDP", "bf16"), "zero": ("DEEPSPEED", None), "ddp": ("MULTI_GPU", "no")}
+    assert (read.distributed_type.value, read.mixed_precision) == kinds[next(iter(uses))]
+    assert read.deepspeed_config.get("deepspeed_config_file") == (
+        "deepspeed.json" if "zero" in uses else None
     )
     assert not sharding or (sharding["fsdp_version"], sharding["fsdp_reshard_after_forward"]) == (2, False)

@@ -7,6 +7,7 @@ and the same for DeepSpeed, which `cpu=True` leaves out as silently.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import yaml
 
+from memfit.engines import deepspeed
 from memfit.engines.accelerate import CONFIG, ENGINE, config
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
@@ -100,6 +102,9 @@ class _ThroughDeepspeed(apply_deepspeed.Step, Step):
     carried = Step.carried
 
     def _prepare(self) -> OptimizerLike:
+        if importlib.util.find_spec("deepspeed") is None:
+            hint = deepspeed.ENGINE.install
+            raise UserError("engine accelerate with zero: deepspeed is not installed", hint=hint)
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for a device at import
         os.environ.setdefault("LOCAL_RANK", "0")
         self.folder = Step.folder
