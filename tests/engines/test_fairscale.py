@@ -15,6 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,15 +28,18 @@ from memfit.engines.fairscale import CONFIG, ENGINE, config
 from memfit.engines.registry import render
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
+from memfit.measure.conform import Watch
 from memfit.measure.gloo import gloo_first
 from memfit.techniques.registry import make_use
 from memfit.techniques.sharded_ddp import owners
 from memfit.techniques.world import layout, make_world
 from memfit.trace.tracer import trace
+from memfit.types.conformance import NotConforming
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
+from memfit.types.trace import Phase
 from memfit.worker.train import joined, step_maker
 
 installed = pytest.mark.skipif(
@@ -113,7 +117,38 @@ def _rank(folder: Path, target: Path) -> None:
             for _ in range(REPEATS):
                 peaks = min(peaks, _train(kind, plan, counter, settle, rank, 2)[1])
             found[name] = {"losses": losses, "peak": peaks}
+        found["not sharded"] = _told_of_one_owner(folder / f"one-{rank}", rank)
     target.write_text(json.dumps(found))
+
+
+def _told_of_one_owner(folder: Path, rank: int) -> str:
+    """What is said where OSS gives all but one of the parameters to the first rank."""
+    from fairscale.optim.oss import OSS
+
+    def unshared(oss: Any) -> list[list[dict[str, Any]]]:
+        parts = (slice(None, -1), slice(-1, None))
+        return [[{**g, "params": g["params"][part]} for g in oss.param_groups] for part in parts]
+
+    plan = PLANS["defaults"]
+    with mock.patch.object(OSS, "partition_parameters", unshared):
+        kind = step_maker("fairscale", _configured(folder, plan))
+        step = kind(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
+    whole = sum(p.numel() for p in JOB.build_model().parameters())
+    watch = Watch(step.model, step.optimizer, plan, whole_elements=whole)
+
+    def on_phase(phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER:
+            watch.before_update()
+
+    part, terms = step.local(JOB.make_batch(0, 0))
+    try:
+        with watch:
+            step.run(part, on_phase, terms_per_rank=terms)
+        return f"fine: {watch.conclude()}"
+    except NotConforming as error:
+        return str(error)
+    finally:
+        step.close()
 
 
 def _configured(folder: Path, plan: Plan) -> Path:
@@ -154,6 +189,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def _losses(step: TrainingStep) -> list[float]:
     return [float(step.run(JOB.make_batch(index, 0))[0]) for index in range(STEPS)]
+
+
+@installed
+def test_what_is_not_sharded_is_named(ran: list[dict[str, Any]]) -> None:
+    for of_rank in ran:
+        assert of_rank["not sharded"].startswith("the plan was not applied"), of_rank["not sharded"]
+        assert "sharded-ddp: optimizer state" in of_rank["not sharded"]
 
 
 @pytest.fixture(scope="module")

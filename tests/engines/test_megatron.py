@@ -188,12 +188,19 @@ def test_heads_that_ranks_cannot_share_are_refused() -> None:
 
 
 @installed
-def test_tensor_parallelism_that_is_not_applied_is_named() -> None:
-    plan = PLANS["tensor"][0]
-    launch = render(_spec(plan, engine="megatron"))
+@pytest.mark.parametrize(
+    ("name", "line", "instead"),
+    [
+        ("tensor", "--tensor-model-parallel-size 2\n", "--tensor-model-parallel-size 1\n"),
+        ("sequence", "--sequence-parallel\n", ""),
+    ],
+)
+def test_tensor_parallelism_that_is_not_applied_is_named(name: str, line: str, instead: str) -> None:
+    plan, attribute = PLANS[name]
+    launch = render(_spec(plan, attribute, engine="megatron"))
     text = launch.files[CONFIG]
-    assert "--tensor-model-parallel-size 2\n" in text
-    whole = text.replace("--tensor-model-parallel-size 2\n", "--tensor-model-parallel-size 1\n")
+    assert line in text
+    whole = text.replace(line, instead)
     ranks = run_ranks(dataclasses.replace(launch, files={**launch.files, CONFIG: whole}))
     assert all(r.outcome is OutcomeKind.FAILED and "tensor-parallel" in r.reason for r in ranks), ranks[
         0

@@ -565,3 +565,18 @@ def test_an_optimizer_with_a_closure_is_refused() -> None:
         memfit.estimate(
             nn.Linear(4, 4), torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=lbfgs
         )
+
+
+@counted
+def test_an_inverse_transform_asks_whether_its_windows_overlap() -> None:
+    """torch.istft raises where they do not, by a condition on values that no mode sees otherwise."""
+
+    def forward(case: Any, x: torch.Tensor) -> Any:
+        window = torch.hann_window(32)
+        waves = torch.stft(case.first(x), 32, 8, window=window, return_complex=True)
+        return torch.istft(waves * 2, 32, 8, window=window, length=32)
+
+    case = job(forward, 40, 32)
+    found = trace(case, Plan())
+    assert any("equal answered False" in told for told in found.assumptions)
+    assert memory_profile(found, Calibration()).peak_bytes > 0

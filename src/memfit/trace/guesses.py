@@ -288,9 +288,12 @@ def _log_softmax_backward(
     return grad.new_empty(grad.shape, dtype=dtype)
 
 
-def _equal(self: Guesses, *args: Any, **kwargs: Any) -> bool:
-    self._tell("equal answered True", user_line())
-    return True
+def _equal(self: Guesses, one: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    """No, where torch asks a condition of its own whether it is true (is_scalar_tensor_true in TensorUtils,
+    of istft's windows): what is true there is an error."""
+    answer = one.dim() > 0 or one.dtype is not torch.bool
+    self._tell(f"equal answered {answer}", user_line())
+    return answer
 
 
 _ATEN: Any = torch.ops.aten

@@ -8,7 +8,6 @@ and the same for DeepSpeed, which `cpu=True` leaves out as silently.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -105,10 +104,12 @@ class _ThroughDeepspeed(apply_deepspeed.Step, Step):
         if importlib.util.find_spec("deepspeed") is None:
             hint = deepspeed.ENGINE.install
             raise UserError("engine accelerate with zero: deepspeed is not installed", hint=hint)
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for a device at import
-        os.environ.setdefault("LOCAL_RANK", "0")
+        from accelerate.utils import patch_environment
+
         self.folder = Step.folder
-        return super()._prepare()
+        # DeepSpeed looks for a device when it is imported, and for a place among its host's on one rank too.
+        with patch_environment(DS_ACCELERATOR="cpu", LOCAL_RANK=str(self.bench.world.rank)):
+            return super()._prepare()
 
     def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
         assert self.folder is not None

@@ -58,8 +58,8 @@ class Step(TrainingStep):
         """Of the gradients that this rank owns: the others are gone or half summed."""
         sharded: Any = self.optimizer
         own = [p for p, rank in sharded._param_to_rank.items() if rank == sharded.rank]
-        norms = [torch.linalg.vector_norm(p.grad) for p in own if p.grad is not None]
-        total = torch.stack(norms).float().square().sum()
+        norms = [torch.linalg.vector_norm(p.grad).float() for p in own if p.grad is not None]
+        total = torch.stack(norms or [torch.zeros(())]).square().sum()  # a rank may own nothing
         torch.distributed.all_reduce(total, group=sharded.group)
         return total.sqrt()
 

@@ -24,6 +24,7 @@ from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
 from memfit.jobs.step import TrainingStep
 from memfit.techniques import islands
 from memfit.techniques.base import OptimizerLike
+from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
@@ -63,6 +64,7 @@ class Step(TrainingStep):
             around.enter_context(_on_cpu())
             around.enter_context(_parallel_state(degree, traced=traced))
             config = transformer_config(shape, **_transformer(given))
+            self._check_sequence(bool(config.sequence_parallel))
             with bench.place(""):  # its buffers too are made where it trains
                 self.model = bench.model = inner = MegatronGpt(shape, config)
                 copy_weights(source, inner, rank=bench.world.rank % degree)
@@ -74,6 +76,17 @@ class Step(TrainingStep):
             return parse((self.folder / CONFIG).read_text())
         job = JobRef(spec=self.job.name)
         return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
+
+    def _check_sequence(self, found: bool) -> None:
+        """Raises NotConforming: no parameter's size tells whether activations are cut along the sequence."""
+        used = self.plan.get("tensor-parallel")
+        planned = used is not None and bool(used.settings["sequence"])
+        if planned != found:
+            words = {True: "cut along the sequence too", False: "whole between the layers that are cut"}
+            difference = Difference(
+                feature="tensor-parallel: activations", planned=words[planned], found=words[found]
+            )
+            raise NotConforming(Conformance(differences=(difference,), checked=(), unseen=()))
 
     def _sync_last(self, last: bool) -> None:
         if self.syncing is not None:
