@@ -99,12 +99,14 @@ def family_of(model: str) -> dict[str, object]:
 
 
 def _integer(row: Mapping[str, str], key: str) -> int:
-    """0 where the column is blank. Raises UserError where it is no whole number."""
+    """0 where the column is blank. Raises UserError where it is no whole number above 0."""
     text = re.sub(r"[,\s]", "", row.get(key, "") or "")
     if text in ("", "-", "?", "none", "n/a"):
         return 0
     if not re.fullmatch(r"\d+(\.0*)?", text):
         raise UserError(f"{key} is no whole number: {row[key]!r}")
+    if not float(text):
+        raise UserError(f"{key} is 0", hint="leave it blank where it is not known")
     return int(float(text))
 
 

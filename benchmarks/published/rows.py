@@ -97,6 +97,8 @@ def setup_of(row: Mapping[str, str]) -> Setup:
             compute  # ZeRO-Offload on one device: the float32 copy is the optimizer's, in host memory
         )
     length = whole(row["seq_len"])
+    if (row["micro_batch"] or "").strip() == "0":
+        raise UserError("micro_batch is 0", hint="leave it blank where it is not known")
     micro = whole(row["micro_batch"]) or _micro_batch(row, data, length)
     return Setup(
         row=row, code=code, arch=_arch(row, code), measured=measured_of(row),

@@ -175,6 +175,17 @@ def test_garbage_is_collected_above_the_threshold() -> None:
     assert eager.retries == 0
 
 
+def test_garbage_of_all_streams_ages_by_one_count() -> None:
+    """PyTorch counts requests of its one pool of large blocks, whatever their streams: when the last is made,
+    the side stream's 60 MiB have aged by two, the main stream's 40 by one; the older of them goes."""
+    events = [
+        ("s", 60 * MIB, "side"), ("o", 40 * MIB, ""), ("s", -1, ""), ("p", 20 * MIB, "third"), ("o", -1, ""),
+        ("x", 60 * MIB, ""),
+    ]  # fmt: skip
+    found = run(events, Settings(cap_bytes=220 * MIB, garbage_collection_threshold=0.5))
+    assert found.reserved_bytes == 120 * MIB
+
+
 # -- traces -----------------------------------------------------------------------------------------
 
 

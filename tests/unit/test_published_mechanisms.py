@@ -149,7 +149,8 @@ def test_megatron_keeps_inputs_of_linear_layers_in_one_byte() -> None:
      ({"layers": "twelve"}, "layers is no whole number"), ({"kv_heads": "3"}, "no multiple of kv_heads"),
      ({"layers": "", "model": "FooNet"}, "no layers"), ({"model": "flan-t5-xl"}, "flan-t5's kind"),
      ({"model": "Foo-8x7B"}, "the moe column"), ({"mem_value": "9", "mem_unit": "furlongs"}, "no size"),
-     ({"micro_batch": "1.5"}, "micro_batch")],
+     ({"micro_batch": "1.5"}, "micro_batch"), ({"micro_batch": "0"}, "micro_batch is 0"),
+     ({"layers": "0"}, "layers is 0")],
 )  # fmt: skip
 def test_what_cannot_be_expressed_is_named(more: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):

@@ -71,6 +71,7 @@ class CachingAllocator:
         self.retries = 0
         self._unsplit_bytes = self.settings.max_split_size_bytes
         self._pools: dict[tuple[str, bool], Pool] = {}
+        self._searches = ([0], [0])  # of large requests, of small ones
         self._live: dict[Hashable, Block] = {}
         self._held: dict[Hashable, Block] = {}
         self._next_address = 0
@@ -81,7 +82,7 @@ class CachingAllocator:
         small = size <= SMALL_BYTES
         pool = self._pools.get((stream, small))
         if pool is None:
-            pool = self._pools[stream, small] = Pool(small=small)
+            pool = self._pools[stream, small] = Pool(small=small, searches=self._searches[small])
         block = self._cached(pool, size) or self._fresh(pool, size)
         if block is None:
             return False
@@ -116,7 +117,7 @@ class CachingAllocator:
 
     def _cached(self, pool: Pool, size: int) -> Block | None:
         """Best fit. With a `max_split_size`, oversize blocks serve only requests of nearly their size."""
-        pool.searches += 1
+        pool.searches[0] += 1
         free = pool.free
         at = bisect.bisect_left(free, (size,))
         if at == len(free):

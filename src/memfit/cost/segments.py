@@ -58,12 +58,14 @@ class Block:
 
 
 class Pool:
-    """Idle blocks of one stream and size class: mapped ones by (size, address), unmapped by address."""
+    """Idle blocks of one stream and size class: mapped ones by (size, address), unmapped by address.
+    ``searches`` counts requests of the size class, for all streams together: PyTorch has one pool for them,
+    whose blocks it tells apart by stream."""
 
     __slots__ = ("free", "page_bytes", "searches", "small", "unmapped")
 
-    def __init__(self, *, small: bool) -> None:
-        self.small, self.searches = small, 0
+    def __init__(self, *, small: bool, searches: list[int]) -> None:
+        self.small, self.searches = small, searches
         self.page_bytes = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
         self.free: list[tuple[int, int, Block]] = []
         self.unmapped: list[tuple[int, Block]] = []
@@ -71,7 +73,7 @@ class Pool:
     def add(self, block: Block) -> None:
         block.idle = True
         if block.mapped:
-            block.born = self.searches
+            block.born = self.searches[0]
             bisect.insort(self.free, (block.size, block.address, block))
         else:
             bisect.insort(self.unmapped, (block.address, block))
@@ -83,7 +85,7 @@ class Pool:
             del self.unmapped[bisect.bisect_left(self.unmapped, (block.address,))]
 
     def age(self, block: Block) -> int:
-        return self.searches - block.born
+        return self.searches[0] - block.born
 
 
 def merge(block: Block, neighbour: Block | None) -> None:
