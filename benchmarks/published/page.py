@@ -72,7 +72,8 @@ def page(record: Mapping[str, Any]) -> str:
     lines += _table("Predicted", [r for r in known if r["predicted"] is not None], why["rows"])
     lines += _refusals("Not expressed", [r for r in known if r["predicted"] is None])
     without = [r for r in rows if r["measured"] is None or r["reference"]]
-    lines += ["", f"{len(without)} more rows publish no memory, or a formula's; they are in the record."]
+    names = ", ".join(f"`{r['id']}`" for r in without)
+    lines += ["", f"{len(without)} more rows publish no memory, or a formula's (step time below): {names}."]
     lines += tables(record, why["time"])
     return "\n".join(lines) + "\n"
 
