@@ -1,4 +1,4 @@
-"""Our Evoformer and point attention against OpenFold's, run beside them on the same weights and inputs.
+"""Our Evoformer, template block and point attention against OpenFold's, run beside them on the same weights.
 
     python benchmarks/openfold_agreement.py FOLDER
 
@@ -127,6 +127,33 @@ def blocks() -> Iterator[tuple[str, float, float]]:
         yield name, _apart(found[0][0], found[1][0]), _apart(found[0][1], found[1][1])
 
 
+def template_block() -> tuple[str, float, float]:
+    """As their monomer presets have it: attention first."""
+    from openfold.model.template import TemplatePairStackBlock
+
+    widths = evoformer.Widths(
+        c_m=15, c_z=10, msa_heads=HEADS, msa_head_width=5, pair_heads=2, pair_head_width=4, triangle=11,
+        outer=6, transition=2, dropout=(0.0, 0.0),
+    )  # fmt: skip
+    ours = _random(evoformer.TemplateBlock(widths))
+    theirs = TemplatePairStackBlock(
+        10, 4, 11, 2, 2, 0.0, tri_mul_first=False, fuse_projection_weights=False, inf=1e9
+    ).double()
+    names = {n: theirs_of(f"pairs.{n}", one_query=False) for n, _ in ours.named_parameters()}
+    theirs.load_state_dict({names[n].removeprefix("pair_stack."): p for n, p in ours.named_parameters()})
+    held = torch.ones(1, N).double()
+    held[:, -2:] = 0
+    pairs, found = held.unsqueeze(1) * held.unsqueeze(2), []
+    for one in (ours, theirs):
+        numbers = torch.Generator().manual_seed(3)
+        z = torch.randn(1, N, N, 10, generator=numbers, dtype=torch.float64).requires_grad_()
+        out = one(z, pairs) if one is ours else one(z[:, None], pairs[:, None], chunk_size=None)[:, 0]
+        seen = out * pairs[..., None]
+        (seen * torch.randn(seen.shape, generator=numbers, dtype=torch.float64)).sum().backward()
+        found.append(([seen.detach()], [z.grad]))
+    return "template block", _apart(found[0][0], found[1][0]), _apart(found[0][1], found[1][1])
+
+
 def attention() -> tuple[str, float, float]:
     from openfold.model.structure_module import InvariantPointAttention
     from openfold.utils.rigid_utils import Rigid, Rotation
@@ -194,7 +221,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     openfold(folder)
     torch.manual_seed(0)
-    rows = [*blocks(), attention()]
+    rows = [*blocks(), template_block(), attention()]
     commit = sys.argv[2] if len(sys.argv) > 2 else subprocess.run(
         ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
         capture_output=True, text=True, check=False,
