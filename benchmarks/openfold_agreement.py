@@ -10,6 +10,7 @@ benchmarks/openfold_agreement.md.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -25,6 +26,10 @@ from memfit.jobs.alphafold import evoformer, structure
 
 PAGE = Path(__file__).with_suffix(".md")
 ROWS, N, HEADS = 7, 13, 3
+WIDTHS = evoformer.Widths(
+    c_m=15, c_z=10, msa_heads=HEADS, msa_head_width=5, pair_heads=2, pair_head_width=4, triangle=11,
+    outer=6, transition=2, dropout=(0.0, 0.0),
+)  # fmt: skip
 NAMES = (  # ours, theirs
     (r"^row\.attention\.norm", "msa_att_row.layer_norm_m"), (r"^row\.bias\.norm", "msa_att_row.layer_norm_z"),
     (r"^row\.bias\.weight", "msa_att_row.linear_z"), (r"^row\.attention", "msa_att_row.mha"),
@@ -80,10 +85,7 @@ def theirs_of(name: str, *, one_query: bool) -> str:
 def block(one_query: bool) -> tuple[nn.Module, nn.Module]:
     from openfold.model.evoformer import EvoformerBlock, ExtraMSABlock
 
-    widths = evoformer.Widths(
-        c_m=15, c_z=10, msa_heads=HEADS, msa_head_width=5, pair_heads=2, pair_head_width=4, triangle=11,
-        outer=6, transition=2, dropout=(0.0, 0.0), global_columns=one_query,
-    )  # fmt: skip
+    widths = dataclasses.replace(WIDTHS, global_columns=one_query)
     given = {
         "c_m": 15, "c_z": 10, "c_hidden_msa_att": 5, "c_hidden_opm": 6, "c_hidden_mul": 11,
         "c_hidden_pair_att": 4, "no_heads_msa": HEADS, "no_heads_pair": 2, "transition_n": 2,
@@ -131,11 +133,7 @@ def template_block() -> tuple[str, float, float]:
     """As their monomer presets have it: attention first."""
     from openfold.model.template import TemplatePairStackBlock
 
-    widths = evoformer.Widths(
-        c_m=15, c_z=10, msa_heads=HEADS, msa_head_width=5, pair_heads=2, pair_head_width=4, triangle=11,
-        outer=6, transition=2, dropout=(0.0, 0.0),
-    )  # fmt: skip
-    ours = _random(evoformer.TemplateBlock(widths))
+    ours = _random(evoformer.TemplateBlock(WIDTHS))
     theirs = TemplatePairStackBlock(
         10, 4, 11, 2, 2, 0.0, tri_mul_first=False, fuse_projection_weights=False, inf=1e9
     ).double()

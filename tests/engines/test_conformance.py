@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import child_ranks
 import pytest
 import torch
-from child_ranks import leave, run_children
 
 from memfit.api import conform
 from memfit.engines.registry import render
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
-from memfit.measure.conform import Watch
 from memfit.run.ranks import run_ranks
 from memfit.techniques.registry import make_use
 from memfit.techniques.world import make_world
@@ -32,7 +31,6 @@ from memfit.types.job import Job, JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import OutcomeKind
-from memfit.types.trace import Phase
 from memfit.worker.train import joined
 
 SIZE = GptSize(layers=2, width=64, heads=4, length=32, vocabulary=128, batch_size=4)
@@ -122,22 +120,7 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
 def _told(plan: Plan, rank: int) -> str:
     torch.manual_seed(0)
     step = TrainingStep(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
-    part, terms = step.local(JOB.make_batch(0, 0))
-    whole = sum(p.numel() for p in Gpt(SIZE).parameters())
-    watch = Watch(step.model, step.optimizer, plan, whole_elements=whole)
-
-    def on_phase(phase: Phase) -> None:
-        if phase is Phase.OPTIMIZER:
-            watch.before_update()
-
-    try:
-        with watch:
-            step.run(part, on_phase, terms_per_rank=terms)
-        return f"fine: {watch.conclude()}"
-    except NotConforming as error:
-        return str(error)
-    finally:
-        step.close()
+    return child_ranks.told(step, sum(p.numel() for p in Gpt(SIZE).parameters()))
 
 
 def _rank(target: Path) -> None:
@@ -156,7 +139,7 @@ def _rank(target: Path) -> None:
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
     """Of each rank, by case: what was said of the honest step and of the sabotaged one."""
     folder = tmp_path_factory.mktemp("told")
-    run_children(__file__, [[folder / str(rank)] for rank in range(2)])
+    child_ranks.run_children(__file__, [[folder / str(rank)] for rank in range(2)])
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 
@@ -236,4 +219,4 @@ def test_a_users_own_model_in_one_process() -> None:
 
 if __name__ == "__main__":
     _rank(Path(sys.argv[1]))
-    leave()
+    child_ranks.leave()

@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
-from child_ranks import leave, run_children
+from child_ranks import leave, run_children, told
 from torch import nn
 from torch.nn import functional
 
@@ -28,18 +28,15 @@ from memfit.engines.fairscale import CONFIG, ENGINE, config
 from memfit.engines.registry import render
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.conform import Watch
 from memfit.measure.gloo import gloo_first
 from memfit.techniques.registry import make_use
 from memfit.techniques.sharded_ddp import owners
 from memfit.techniques.world import layout, make_world
 from memfit.trace.tracer import trace
-from memfit.types.conformance import NotConforming
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.trace import Phase
 from memfit.worker.train import joined, step_maker
 
 installed = pytest.mark.skipif(
@@ -134,21 +131,7 @@ def _told_of_one_owner(folder: Path, rank: int) -> str:
         kind = step_maker("fairscale", _configured(folder, plan))
         step = kind(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
     whole = sum(p.numel() for p in JOB.build_model().parameters())
-    watch = Watch(step.model, step.optimizer, plan, whole_elements=whole)
-
-    def on_phase(phase: Phase) -> None:
-        if phase is Phase.OPTIMIZER:
-            watch.before_update()
-
-    part, terms = step.local(JOB.make_batch(0, 0))
-    try:
-        with watch:
-            step.run(part, on_phase, terms_per_rank=terms)
-        return f"fine: {watch.conclude()}"
-    except NotConforming as error:
-        return str(error)
-    finally:
-        step.close()
+    return told(step, whole)
 
 
 def _configured(folder: Path, plan: Plan) -> Path:

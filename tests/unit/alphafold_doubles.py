@@ -1,4 +1,4 @@
-"""What the tests of alphafold2 put in the place of its parts."""
+"""What the tests of alphafold2 put in the place of its parts, and in their weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from memfit.jobs.alphafold import model
+
+PUBLISHED = model.published(residues=256, rows=128, extra_rows=1024, batch_size=1)
 
 
 class Gives(nn.Module):
@@ -17,3 +21,10 @@ class Gives(nn.Module):
 
     def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         return torch.full_like(x, self.value)
+
+
+def drawn(module: Any, std: float = 0.2) -> Any:
+    """The module with weights that are not at zero anywhere."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module

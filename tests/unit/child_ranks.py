@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from memfit.jobs.step import TrainingStep
+from memfit.measure.conform import Watch
 from memfit.run.ranks import free_port, rank_env
+from memfit.types.conformance import NotConforming
+from memfit.types.trace import Phase
 
 
 def run_children(
@@ -40,6 +44,25 @@ def run_children(
             child.kill()
             child.wait()
     assert codes == [0] * ranks, f"the ranks of {Path(script).name} ended with {codes}"
+
+
+def told(step: TrainingStep, whole_elements: int) -> str:
+    """What is said of one training step beside its plan; "fine: ..." where it conforms."""
+    watch = Watch(step.model, step.optimizer, step.plan, whole_elements=whole_elements)
+
+    def on_phase(phase: Phase) -> None:
+        if phase is Phase.OPTIMIZER:
+            watch.before_update()
+
+    part, terms = step.local(step.job.make_batch(0, 0))
+    try:
+        with watch:
+            step.run(part, on_phase, terms_per_rank=terms)
+        return f"fine: {watch.conclude()}"
+    except NotConforming as error:
+        return str(error)
+    finally:
+        step.close()
 
 
 def leave() -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -579,4 +580,6 @@ def test_an_inverse_transform_asks_whether_its_windows_overlap() -> None:
     case = job(forward, 40, 32)
     found = trace(case, Plan())
     assert any("equal answered False" in told for told in found.assumptions)
-    assert memory_profile(found, Calibration()).peak_bytes > 0
+    # Its transforms' kernels have scratch memory of their own, which a trace alone does not see.
+    most, least = (max(itertools.accumulate(sizes)) for sizes in (measured(case), predicted(found)))
+    assert least == pytest.approx(most, rel=0.01)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from alphafold_doubles import Gives
+from alphafold_doubles import PUBLISHED, Gives, drawn
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -20,19 +20,12 @@ from memfit.jobs.alphafold.structure import Frames
 Array = np.ndarray[Any, Any]
 N = 24
 SHAPE = dataclasses.replace(model.small(residues=N, batch_size=3), blocks=1, templates=2, rows=4)
-PUBLISHED = model.published(residues=256, rows=128, extra_rows=1024, batch_size=1)
 LENGTHS = (9, 26, 40, 30, 30)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def _random(module: Any, std: float = 0.2) -> Any:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    return module
 
 
 def _folds(lengths: tuple[int, ...] = LENGTHS, train_count: int = 3) -> alphafold2.Folds:
@@ -90,7 +83,7 @@ TAUGHT = {
 
 @pytest.mark.parametrize("term", TAUGHT)
 def test_a_term_teaches_every_part_that_led_to_it(term: str) -> None:
-    network, batch = _random(model.AlphaFold(SHAPE)).eval(), _batch()
+    network, batch = drawn(model.AlphaFold(SHAPE)).eval(), _batch()
     alphafold2.terms(network(batch), batch)[term].backward()
     learned = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
     found = {part for part in ALL | HEADS if any(name.startswith(f"{part}.") for name in learned)}
@@ -108,7 +101,7 @@ def _learned(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_point_attention_has_the_gradients_of_finite_differences() -> None:
     """By the residues, the pairs, and the frames' rotations and translations."""
     widths = structure.StructureWidths(c_s=3, c_z=2, heads=2, head_width=2, query_points=1, value_points=2)
-    layer = _random(structure.InvariantPointAttention(widths)).double()
+    layer = drawn(structure.InvariantPointAttention(widths)).double()
     s, z, shift = torch.randn(1, 3, 3).double(), torch.randn(1, 3, 3, 2).double(), torch.randn(1, 3, 3)
     given = _learned(s, z, _turned(1, 3), shift.double())
     assert gradcheck(lambda *x: layer(*x, torch.ones(1, 3).double()), given)
@@ -126,7 +119,7 @@ def test_aligned_errors_have_the_gradients_of_finite_differences() -> None:
 
 
 def test_an_outer_products_mean_is_over_the_rows_that_hold_both_residues() -> None:
-    layer, m = _random(evoformer.OuterProductMean(SHAPE.widths)).double(), torch.randn(1, 6, 4, 48).double()
+    layer, m = drawn(evoformer.OuterProductMean(SHAPE.widths)).double(), torch.randn(1, 6, 4, 48).double()
     rows = (torch.rand(1, 6, 4) < 0.6).double()
     rows[0, 0] = 1
     found, x = layer(m, rows)[0], layer.norm(m[0])
@@ -139,7 +132,7 @@ def test_an_outer_products_mean_is_over_the_rows_that_hold_both_residues() -> No
 
 @pytest.mark.parametrize("starting", [True, False])
 def test_a_pair_that_is_not_held_is_not_seen_along_its_own_edge(starting: bool) -> None:
-    layer = _random(evoformer.TriangleAttention(SHAPE.widths, starting=starting))
+    layer = drawn(evoformer.TriangleAttention(SHAPE.widths, starting=starting))
     nn.init.zeros_(layer.bias.weight.weight)
     z, pairs, (i, k) = torch.randn(1, 5, 5, 32), torch.ones(1, 5, 5), (0, 3) if starting else (3, 0)
     pairs[0, i, k] = 0
@@ -152,7 +145,7 @@ def test_a_pair_that_is_not_held_is_not_seen_along_its_own_edge(starting: bool) 
 
 
 def test_what_is_masked_is_hidden_from_whatever_looks_for_it() -> None:
-    layer = _random(evoformer.RowAttention(SHAPE.widths))
+    layer = drawn(evoformer.RowAttention(SHAPE.widths))
     nn.init.constant_(layer.bias.weight.weight, 1e6)
     m, z, rows = torch.randn(1, 1, 5, 48), torch.randn(1, 5, 5, 32), torch.ones(1, 1, 5)
     rows[..., -1] = 0
@@ -311,7 +304,7 @@ def test_crops_begin_anywhere_in_a_longer_chain() -> None:
 
 def test_classes_are_weighed_in_single_precision() -> None:
     batch = _batch()
-    out = dict(_random(model.AlphaFold(SHAPE)).eval()(batch))
+    out = dict(drawn(model.AlphaFold(SHAPE)).eval()(batch))
     low = out | {name: out[name].bfloat16() for name in ("distance", "residue", "confidence")}
     found, wanted = (
         alphafold2.terms(low, batch),

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from alphafold_doubles import Gives
+from alphafold_doubles import PUBLISHED, Gives, drawn
 from torch import nn
 
 from memfit.jobs import alphafold2
@@ -24,18 +24,11 @@ N = 10
 SMALL = dataclasses.replace(
     model.small(residues=N, batch_size=1), blocks=2, extra_blocks=2, templates=2, template_blocks=2
 )
-PUBLISHED = model.published(residues=256, rows=128, extra_rows=1024, batch_size=1)
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def _random(module: Any, std: float = 0.2) -> Any:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=std)
-    return module
 
 
 def _batch() -> dict[str, torch.Tensor]:
@@ -136,7 +129,7 @@ def _changed(before: Any, after: Any) -> None:
 
 def test_every_stage_takes_up_what_the_one_before_left() -> None:
     """Algorithm 2, lines 5 to 20, in both passes."""
-    calls, out = _flow(_random(model.AlphaFold(SMALL)).eval(), batch := _batch())
+    calls, out = _flow(drawn(model.AlphaFold(SMALL)).eval(), batch := _batch())
     beta = torch.tensor(_left_handed_beta(_backbone(np.zeros((1, 3)))[0])).float()
     first, pairs = torch.zeros(1, N, SMALL.widths.c_m), torch.zeros(1, N, N, SMALL.widths.c_z)
     for turn, placed in enumerate((calls["recycle"][1][0][2], out["beta"])):
@@ -165,7 +158,7 @@ def test_every_stage_takes_up_what_the_one_before_left() -> None:
 
 def test_templates_go_through_their_whole_stack() -> None:
     """Algorithm 2, line 10, and algorithm 16, template by template."""
-    calls, _ = _flow(_random(model.AlphaFold(SMALL)).eval(), batch := _batch())
+    calls, _ = _flow(drawn(model.AlphaFold(SMALL)).eval(), batch := _batch())
     names = ("template.embed", "template.blocks.0", "template.blocks.1", "template.norm")
     for index, line in enumerate(zip(*(calls[name] for name in names), strict=True)):
         _same(line[0][0], [batch["template"][:, index % 2]])
@@ -179,7 +172,7 @@ def test_templates_go_through_their_whole_stack() -> None:
 
 def test_what_is_masked_is_seen_by_nothing() -> None:
     """The network on more residues, of which those beyond the mask are noise, gives the same."""
-    network, batch = _random(model.AlphaFold(SMALL), 0.15).eval(), _batch()
+    network, batch = drawn(model.AlphaFold(SMALL), 0.15).eval(), _batch()
     kept, less = N - 3, dict(batch)
     batch["mask"][:, kept:] = 0
     at = {"target": [1], "index": [1], "mask": [1], "msa": [2], "extra": [2], "template": [2, 3]}
@@ -197,7 +190,7 @@ def test_what_is_masked_is_seen_by_nothing() -> None:
 def test_point_attention_hides_masked_keys_and_lowers_a_masked_query_alike_everywhere() -> None:
     """By the mask of pairs, as published (folding.py); a shift of all of a query's logits is no change."""
     widths = structure.StructureWidths(c_s=8, c_z=4, heads=2, head_width=3, query_points=2, value_points=2)
-    layer = _random(structure.InvariantPointAttention(widths), 0.5).double()
+    layer = drawn(structure.InvariantPointAttention(widths), 0.5).double()
     s, z = torch.randn(1, N, 8).double(), torch.randn(1, N, N, 4).double()
     rotation = structure.rotation_of(torch.randn(1, N, 3).double())
     shift, mask = torch.randn(1, N, 3).double(), torch.ones(1, N).double()
@@ -259,7 +252,7 @@ def test_lddt_is_of_held_residues_within_15_angstrom() -> None:
 @pytest.mark.parametrize("beside", [-0.6, 0.6])
 def test_recycled_distances_are_told_by_the_nearest_bin(beside: float) -> None:
     """Algorithm 32, line 2; a little before and beyond each of 15 places from 3 3/8 to 21 3/8 Angstrom."""
-    layer = _random(model.RecyclingEmbedder(SMALL))
+    layer = drawn(model.RecyclingEmbedder(SMALL))
     beta, z = torch.zeros(15, 2, 3), torch.zeros(15, 2, 2, SMALL.widths.c_z)
     beta[:, 1, 2] = torch.arange(15) * 18 / 14 + 3.375 + beside
     _, found = layer(torch.zeros(15, 2, SMALL.widths.c_m), z, beta)

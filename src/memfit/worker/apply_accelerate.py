@@ -173,7 +173,7 @@ def _variables(given: Mapping[str, Any]) -> dict[str, str]:
         found["ACCELERATE_USE_FSDP"] = "true"
         named = {k.upper(): v for k, v in sharding.items()}
         found |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in named.items()}
-    if given.get("deepspeed_config"):
+    if given.get("deepspeed_config"):  # read when an Accelerator is made, on a CPU too
         found["ACCELERATE_USE_DEEPSPEED"] = "true"
     return found
 
