@@ -7,17 +7,12 @@ come.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import itertools
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any
-from unittest import mock
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from memfit.jobs.step import TrainingStep
 from memfit.measure.allocator import CountingAllocator, Log
@@ -28,7 +23,6 @@ from memfit.types.plan import Plan
 from memfit.types.trace import Phase
 
 STEPS = 3
-PATIENCE_S = 5e-4
 Mark = tuple[int, str]  # (events so far, phase that begins)
 
 
@@ -46,7 +40,7 @@ class Repeat:
 
 
 def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, settle: bool = False) -> Repeat:
-    with gloo_first(settle) as ask, _patient() if settle else contextlib.nullcontext():
+    with gloo_first(settle, patient=settle) as ask:
         ask()
         gc.collect()
         base, begun, losses = counter.live_bytes(), _events(counter), list[float]()
@@ -81,31 +75,6 @@ def train(job: Job, plan: Plan, world: World, counter: CountingAllocator, *, set
         settled=settled, peaks=peaks, inside=_highest_of_gloo(log, live) == peaks["peak"], losses=losses,
         second_step=list(log.deltas_bytes[slice(*steps[1])]),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _patient() -> Iterator[None]:
-    """Waiting for a collective takes a moment longer, in which a thread of gloo that has told that it is done
-    lets go what it holds: threads on several cores race without it, whatever their priority. Gathers that are
-    begun together (ZeRO's) are over one after the other, as they are predicted, not two on two threads."""
-    waits, gathers = dist.Work.wait, dist.ProcessGroup._allgather_base
-
-    def wait(work: dist.Work, *args: Any) -> bool:
-        done = waits(work, *args)
-        time.sleep(PATIENCE_S)
-        return done
-
-    def gather(group: dist.ProcessGroup, *args: Any) -> dist.Work:
-        work = gathers(group, *args)
-        while not work.is_completed():
-            time.sleep(PATIENCE_S)
-        return work
-
-    with (
-        mock.patch.object(dist.Work, "wait", wait),
-        mock.patch.object(dist.ProcessGroup, "_allgather_base", gather),
-    ):
-        yield
 
 
 def phase_peaks(live: Sequence[int], marks: Sequence[Mark]) -> dict[str, int]:

@@ -167,7 +167,7 @@ def _activations(job: Job, plan: Plan, world: Any, counter: CountingAllocator) -
     """Most bytes in a step beside parameters, inputs included; of gradients and optimizer state there are
     none when the first one begins, and what they take meanwhile is not taken off."""
     gc.collect()
-    with gloo_first(plan.ranks > 1) as ask:
+    with gloo_first(patient=True) as ask:
         step = TrainingStep(job, plan, world=world)
         ask()
         held = counter.live_bytes()

@@ -205,7 +205,7 @@ def _measure(job: Job, plan: Plan, world: Any, counter: CountingAllocator | None
     if counter:
         counter.reset_peak()
     torch.manual_seed(0)
-    with gloo_first() as ask:
+    with gloo_first(patient=True) as ask:
         step = TrainingStep(job, plan, world=world)
         settled, told = ask(), []
         for index in range(2):

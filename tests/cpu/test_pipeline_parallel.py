@@ -134,7 +134,7 @@ def _measure(job: Job, plan: Plan, world: Any, counter: CountingAllocator | None
     turn("setup")
     torch.manual_seed(0)
     told = []
-    with gloo_first() as ask:
+    with gloo_first(patient=True) as ask:
         step = TrainingStep(job, plan, world=world)
         ask()
         for index in range(2):

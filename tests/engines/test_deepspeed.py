@@ -116,7 +116,7 @@ def _rank(folder: Path, ranks: int, target: Path) -> None:
     counter = CountingAllocator()
     counter.install()
     plans = PLANS if ranks > 1 else ALONE
-    with _joined(ranks) as rank, gloo_first(ranks > 1) as settle:
+    with _joined(ranks) as rank, gloo_first(patient=True) as settle:  # one rank has a group too
         found: dict[str, Any] = {}
         for name, plan in plans.items():
             (folder / f"{name}-{rank}").mkdir()

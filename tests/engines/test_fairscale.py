@@ -105,7 +105,7 @@ def _rank(folder: Path, target: Path) -> None:
     counter = CountingAllocator()
     counter.install()
     found: dict[str, Any] = {}
-    with joined(PLANS["defaults"]), gloo_first(True) as settle:
+    with joined(PLANS["defaults"]), gloo_first(patient=True) as settle:
         rank = torch.distributed.get_rank()
         for name, plan in PLANS.items():
             kind = step_maker("fairscale", _configured(folder / f"{name}-{rank}", plan))
