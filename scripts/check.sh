@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and checks everything: style, types, layers, tests with coverage. bash scripts/check.sh [pytest options]
+# Sets up and checks everything: style, types, layers, tests. bash scripts/check.sh [pytest options]
+# With coverage, for which tests of units take twice as long: bash scripts/check.sh --cov --cov-fail-under=90
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install all,dev
 
@@ -16,5 +17,4 @@ say "ruff"; ruff check .; ruff format --check .
 say "mypy"; mypy
 say "import-linter"; lint-imports --no-cache
 say "pytest"
-if [ $# -gt 0 ]; then exec python -m pytest -n auto "$@"; fi # a selection says nothing about coverage
-exec python -m pytest -n auto --cov --cov-fail-under=90
+exec python -m pytest -n auto "$@"
