@@ -92,3 +92,16 @@ def test_logits_in_chunks_need_a_head_that_stays() -> None:
     trace(words(), on_two(chunked_cross_entropy={}, fsdp2={"reshard": False}))
     with pytest.raises(UserError, match="has let the head go"):
         trace(words(), on_two(chunked_cross_entropy={}, fsdp2={}))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 8, 9])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_parts_of_a_parameter_are_those_that_fsdp_makes(rows: int, count: int) -> None:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import _chunk_with_empty
+
+    from memfit.trace.ranks import _Chunks
+
+    tensor = torch.arange(2.0 * rows).reshape(rows, 2)
+    theirs, mine = _chunk_with_empty(tensor, count, dim=0), _Chunks(tensor, count, dim=0)
+    for index, part in enumerate(theirs):
+        assert torch.equal(mine[index], part), index  # of one shape, too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from memfit.scaling.parts import BLOCKS, Seconds, parts_of, updating_of
@@ -79,16 +79,20 @@ class Traced:
         return updating_of(self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """All at once, side by side, those that are compiled first, as they take longest."""
-        new = [k for k in dict.fromkeys(keys) if k not in self.kept]
-        new.sort(key=lambda key: not any(u.technique == "compile" for u in key.uses))
-        more = [u for u in dict.fromkeys(updates) if u not in self.updates]
-        calls: list[Any] = [functools.partial(self._traced, k) for k in new]
-        calls += [functools.partial(self._updated, u) for u in more]
+        """All at once, side by side: first what is compiled, last what is cut, each of which loads parts of
+        torch that the other does without."""
+        todo: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
+            (_loads(key), self.kept, key, self._traced) for key in dict.fromkeys(keys) if key not in self.kept
+        ]
+        todo += [
+            (-1, self.updates, uses, self._updated)
+            for uses in dict.fromkeys(updates) if uses not in self.updates
+        ]  # fmt: skip
+        todo.sort(key=lambda one: one[0])
         with uncollected():
-            found: list[Any] = side_by_side(calls)
-        self.kept |= dict(zip(new, found, strict=False))
-        self.updates |= dict(zip(more, found[len(new) :], strict=True))
+            found = side_by_side([functools.partial(make, what) for _, _, what, make in todo])
+        for (_, known, what, _), made in zip(todo, found, strict=True):
+            known[what] = made
 
     def _updated(self, uses: Uses) -> Trace:
         return trace(self._small(1, 1), Plan(uses=uses), device=self.device, steps=2)
@@ -113,6 +117,13 @@ class Traced:
             self.job, batch_size=samples, make_batch=_Few(self._batch, self.job.batch_size, samples),
             build_model=FirstBlocks(self.job, blocks),
         )  # fmt: skip
+
+
+def _loads(key: Key) -> int:
+    """-1: torch's compiler, which optimizers of fewer bits load too; 1: its distributed tensors."""
+    if any(u.technique == "compile" for u in key.uses):
+        return -1
+    return int(key.tensor > 1 or key.context > 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

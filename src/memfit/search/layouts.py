@@ -280,18 +280,25 @@ def _compatible(
 ) -> Iterator[Grid]:  # fmt: skip
     """Axes whose values go with each other, all of them: states are parted by what they forbid, and where
     optimizers step inside of what is accumulated."""
+    for kept, alike in _parted((inside, ends, away), states):
+        yield Grid(layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=alike)
+
+
+@functools.cache  # most layouts have the same axes
+def _parted(
+    axes: tuple[tuple[Uses, ...], ...], states: tuple[Uses, ...]
+) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:
     parted: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
-    axes = (inside, ends, away)
     for state in states:
         fits = tuple(tuple(_go_together(state, other) for other in axis) for axis in axes)
         parted.setdefault(fits, []).append(state)
+    found = []
     for fits, alike in parted.items():
         kept = [tuple(v for v, fit in zip(axis, f, strict=True) if fit)
                 for axis, f in zip(axes, fits, strict=True)]  # fmt: skip
         if all(kept):
-            yield Grid(
-                layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=tuple(alike)
-            )
+            found.append((kept, tuple(alike)))
+    return found
 
 
 @functools.cache

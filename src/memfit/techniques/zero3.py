@@ -97,8 +97,11 @@ class ZeroThree(Reducing):
         self.pending, self.elements = [], 0
 
     def _scattered(self, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
-        if len(grads) == 1 and grads[0].numel() == sizes[0] * self.ranks:
+        even = all(g.numel() == n * self.ranks for g, n in zip(grads, sizes, strict=True))
+        if even and len(grads) == 1:
             whole = grads[0]
+        elif even:  # one piece for all ranks: thousands of them take longer than what they are for
+            whole = torch.cat([g.view(self.ranks, -1) for g in grads], dim=1).view(-1)
         else:
             pieces = [
                 c
@@ -108,7 +111,7 @@ class ZeroThree(Reducing):
             ]
             whole = torch.cat(pieces)
         whole.div_(self.ranks)
-        own: torch.Tensor = whole.chunk(self.ranks)[self.rank]
+        own = whole.narrow(0, self.rank * sum(sizes), sum(sizes))
         if self.ranks > 1:
             self.group._reduce_scatter_base(own, whole, ReduceScatterOptions()).wait()
         return own
@@ -363,8 +366,13 @@ class Shards:
         at, rows = 0, flight.flat.view(self.ranks, -1)
         for one in flight.params:
             size, count = self.size[one], math.prod(self.shape[one])
-            pieces = [rows[r, at : at + min(size, count - r * size)] for r in range(self.ranks)]
-            self._arrived(one, torch.cat([p for p in pieces if p.numel()]))
+            if count == size * self.ranks:
+                together = rows[:, at : at + size].clone(memory_format=torch.contiguous_format).view(-1)
+            else:
+                pieces = [rows[r, at : at + min(size, count - r * size)] for r in range(self.ranks)]
+                together = torch.cat([p for p in pieces if p.numel()])
+            self._arrived(one, together)
+            del together
             at += size
 
     def _arrived(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:

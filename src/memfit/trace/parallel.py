@@ -24,7 +24,8 @@ def side_by_side(
 
     A copy of a process (fork) needs neither imports nor a job that can be pickled, but it is safe only where
     nothing else runs in it: elsewhere the calls are made one after the other. Each copy makes one call after
-    another, so that what torch loads and remembers for the first serves the others.
+    another, so that what torch loads and remembers for the first serves the others: every second copy takes
+    them from the end, so give first and last what has least in common.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if min(len(calls), cores) < 2 or _REFUSED or not _may_fork():
@@ -33,13 +34,14 @@ def side_by_side(
     found: dict[int, tuple[bool, Any]] = {}
     copies = [_copy(calls) for _ in range(min(cores, len(calls)))]
     free = [channel for channel, _ in copies]
+    from_end = set(free[1::2])
     try:
         while waiting or working:
             while waiting and free:
-                tell(waiting[0])
-                channel = free.pop()
-                channel.send(waiting[0])
-                working[channel] = waiting.pop(0)
+                channel = free.pop(0)
+                working[channel] = waiting.pop(-1 if channel in from_end else 0)
+                tell(working[channel])
+                channel.send(working[channel])
             for ready in [c for c in wait(list(working)) if isinstance(c, Connection)]:
                 index = working.pop(ready)
                 try:

@@ -85,9 +85,11 @@ def _forget_other_worlds(*world: Any) -> None:
 def _without_values() -> Iterator[None]:
     """DDP compares and broadcasts values of parameters when it starts; fake tensors have none. A device
     mesh, which parts of meshes are too, looks for its rank in a real tensor. Among fake tensors functional
-    collectives would be waited for at once, not when their result is used."""
+    collectives would be waited for at once, not when their result is used. FSDP2 cuts a parameter for every
+    rank and takes one part: with thousands of ranks that is most of the work, so the others are not made."""
     from torch.distributed import _functional_collectives as functional
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
     from torch.nn.parallel import distributed
 
     inner = DeviceMesh.__init__
@@ -100,8 +102,24 @@ def _without_values() -> Iterator[None]:
         mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True),
         mock.patch.object(DeviceMesh, "__init__", init),
         mock.patch.object(functional, "_are_we_tracing", lambda: False),
+        mock.patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
     ):
         yield
+
+
+class _Chunks:
+    """What `torch.chunk` gives, with empty ones up to ``count``, each made when it is asked for."""
+
+    def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._each = -(-tensor.shape[dim] // count)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start = index * self._each
+        left = self._tensor.shape[self._dim] - start
+        if self._each and left <= 0:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(self._each, left))
 
 
 _LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=False)

@@ -134,13 +134,23 @@ def _compiled(module: torch.nn.Module) -> bool:
 
 
 def fake_model(job: Job) -> torch.nn.Module:
-    """The job's model without memory for its parameters, to look at its structure."""
+    """The job's model without memory for its parameters, to look at its structure: it is not to be changed,
+    as who asks next gets the same."""
+    with contextlib.suppress(TypeError, KeyError):  # a function that cannot be remembered, or is not yet
+        model = _FAKES[job.build_model]
+        islands.find(model, job.islands)
+        return model
     ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that ask for values
     with _fake_world(), ledger:
-        model: torch.nn.Module = ledger.unseen(job.build_model)()
+        model = ledger.unseen(job.build_model)()
     remember(job, model)
     islands.find(model, job.islands)
+    with contextlib.suppress(TypeError):
+        _FAKES[job.build_model] = model
     return model
+
+
+_FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDictionary()
 
 
 def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
