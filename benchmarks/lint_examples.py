@@ -24,7 +24,7 @@ from pathlib import Path
 
 from memfit.configs.carry import over
 from memfit.configs.lint import CHECKS, Finding, check
-from memfit.configs.read import Setup, read
+from memfit.configs.read import KINDS, Setup, read
 from memfit.types.errors import UserError
 
 HERE = Path(__file__).parent
@@ -74,10 +74,8 @@ def files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def kind(setup: Setup) -> str:
-    for name in ("accelerate", "megatron", "torchtitan", "trainer", "deepspeed"):
-        if getattr(setup, name) is not None:
-            return name
-    raise AssertionError(setup)
+    """Of the file that was read: Accelerate's may hold another's settings, and all may name DeepSpeed's."""
+    return next(n for n in ("accelerate", *reversed(KINDS)) if getattr(setup, n) is not None)
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from memfit.configs.lint import CHECKS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -66,6 +68,16 @@ def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing
+
+
+def test_the_rules_of_lint_are_as_many_as_the_pages_say() -> None:
+    """benchmarks/lint_examples.py writes the record: a new rule is tried on the libraries' own examples."""
+    record = (ROOT / "benchmarks/lint_examples.md").read_text(encoding="utf-8")
+    linted, rules = re.findall(r"^(\d+) configurations, (\d+) rules:", record, re.MULTILINE)[0]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    told = re.findall(r"(\d+) (?:known )?misconfigurations", README + changes)
+    assert {int(n) for n in (*told, rules)} == {len(CHECKS)}
+    assert f"{int(linted):,}" in README
 
 
 def test_every_dependency_is_justified_in_the_readme() -> None:

@@ -20,7 +20,7 @@ REFUSED = (
     "deepspeed-untested-optimizer", "deepspeed-scheduler-steps", "deepspeed-no-zero",
     "trainer-deepspeed-batch", "trainer-deepspeed-accumulation", "trainer-deepspeed-clipping",
     "trainer-deepspeed-hyperparameters", "trainer-deepspeed-precision", "trainer-two-precisions",
-    "fsdp2-reshard",
+    "fsdp2-reshard", "fsdp-prefetch",
 )  # fmt: skip
 # Where the good one needs a disk, eight processes, an optimizer that is compiled for a minute.
 BAD_ALONE = ("deepspeed-nvme-path", "deepspeed-batch-product", "deepspeed-one-bit")

@@ -38,6 +38,23 @@ STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
         ((fsdp(2, backward_prefetch="NO_PREFETCH", sync_module_states=False),), None),  # asks for nothing
         ((tt(parallelism=mesh(tensor=4)),), 8),  # what is left is sharded
         ((tt(training={"local_batch_size": 1}, parallelism={}),), None),
+        ((acc(num_machines=2, num_processes=16, machine_rank=3),), None),  # pdsh reads a hostfile
+        ((acc("MULTI_GPU", compute_environment="AMAZON_SAGEMAKER", num_machines=2, num_processes=16),), None),
+        ((acc("MULTI_GPU", gpu_ids="all", num_processes=4),), None),
+        ((acc("NO", use_cpu=True, gpu_ids="0", num_processes=4),), None),
+        ((fsdp(backward_prefetch=None, transformer_layer_cls_to_wrap="Block"),), None),  # no policy is said
+        ((ds(**zero(3, offload_param=CPU)),), None),  # alone: the state stays on the device, and it works
+        ((ds(fp16={"enabled": True, "loss_scale": 128, "min_loss_scale": 1e6}),), None),  # a static scale
+        ((ds(fp16={"enabled": False, "min_loss_scale": 1e6}),), None),
+        ((ds(**zero(3, zero_hpz_partition_size=16)),), 6),  # a group of all of them
+        ((mg("--num-attention-heads 8 --num-query-groups 8"),), None),  # what it is without the switch
+        ((mg("--num-attention-heads 8 --num-query-groups 1 --multi-latent-attention"),), None),
+        ((mg("--train-samples 8 --train-iters 8 --skip-train"),), None),
+        ((mg("--expert-model-parallel-size 2 --moe-grouped-gemm --num-experts $EXPERTS"),), None),
+        ((tt(training={"seq_len": 4099}, parallelism={}),), None),
+        ((tt(model={"name": "flux"}, training={"seq_len": 9}, parallelism=mesh(context=2)),), None),
+        ((tt(activation_checkpoint={"mode": "full", "selective_ac_option": "layer"}),), None),
+        ((tt(encoder={"my_own": 1}, training={"batch_size": 8, "tensor_parallel_degree": 2}),), None),
     ],
 )
 def test_nothing_is_said(files: tuple[File, ...], ranks: int | None, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_content_says_the_kind(kind: str, name: str, text: str, tmp_path: Path) 
     ("name", "text", "says"),
     [
         ("a.json", '{"name": "x"}', "its keys are name"),
+        ("a.json", '{"model.layers.0.mlp": 1, "lm_head": 2}', "its keys are model.layers.0.mlp"),
         ("a.json", "[1, 2]", "a list"),
         ("a.json", "{", "is no JSON"),
         ("a.yaml", "a: [", "is no YAML"),

@@ -101,6 +101,12 @@ REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"
 EARLY, COMPILED = {"early_step_in_backward": True}, {"enable": True}
 ASYNC = {"enable_async_tensor_parallel": True} | mesh(tensor=2)
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+TORCH_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}}
+DISK = NVME | {"nvme_path": "/disk"}
+TWO = {"num_machines": 2, "num_processes": 16}
+DENSE = "--hidden-size 1024"
+GROUPED = f"{DENSE} --num-attention-heads 24 --group-query-attention"
+RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MOE = "--num-experts 8 --expert-model-parallel-size 2 --train-iters 5"
 DEEPSPEED = {
     "deepspeed-batch-product": case(
@@ -164,6 +170,19 @@ DEEPSPEED = {
     ),
     "deepspeed-no-zero": case((BARE, tr()), BARE),
     "deepspeed-gather-on-save": case((ds(**zero(3)), tr()), (ds(**zero(3)), tr(save_strategy="no"))),
+    "deepspeed-nvme-stage": case(
+        ds(**zero(2, offload_optimizer=DISK)), ds(**zero(3, offload_optimizer=DISK))
+    ),
+    "deepspeed-torch-adam": case(
+        ds(**TORCH_ADAM, **zero(2, offload_optimizer=CPU)), ds(**TORCH_ADAM, **zero(2))
+    ),
+    "deepspeed-hpz-ranks": case(
+        ds(**zero(3, zero_hpz_partition_size=6)), ds(**zero(3, zero_hpz_partition_size=8)), ranks=16
+    ),
+    "deepspeed-least-scale": case(
+        ds(fp16={"enabled": True, "min_loss_scale": 1024, "initial_scale_power": 8}),
+        ds(fp16={"enabled": True, "min_loss_scale": 256, "initial_scale_power": 8}),
+    ),
 }
 ACCELERATE = {
     "accelerate-deepspeed-twice": case(
@@ -192,8 +211,27 @@ ACCELERATE = {
         fsdp(auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=1000),
     ),
     "accelerate-processes": case(
-        acc("MULTI_GPU", num_machines=2, num_processes=3), acc("MULTI_GPU", num_machines=2, num_processes=16)
+        acc("MULTI_GPU", num_machines=2, num_processes=3, main_process_ip="node0"),
+        acc("MULTI_GPU", main_process_ip="node0", **TWO),
     ),
+    "accelerate-rendezvous": case(
+        acc("FSDP", main_process_port=29500, **TWO), acc("FSDP", main_process_ip="node0", **TWO)
+    ),
+    "accelerate-machine-rank": case(
+        acc("MULTI_GPU", machine_rank=2, main_process_ip="node0", **TWO),
+        acc("MULTI_GPU", machine_rank=1, main_process_ip="node0", **TWO),
+    ),
+    "accelerate-few-devices": case(
+        acc("MULTI_GPU", gpu_ids="0,1", num_processes=4), acc("MULTI_GPU", gpu_ids="0,1", num_processes=2)
+    ),
+    "accelerate-idle-devices": case(
+        acc("MULTI_GPU", gpu_ids="0,1,2,3", num_processes=2),
+        acc("MULTI_GPU", gpu_ids="0,1,2,3,4,5,6,7", main_process_ip="node0", **TWO),
+    ),
+    "accelerate-cpu-fp16": case(
+        acc("NO", use_cpu=True, mixed_precision="fp16"), acc("NO", use_cpu=True, mixed_precision="bf16")
+    ),
+    "fsdp-prefetch": case(fsdp(backward_prefetch="BACKWARD"), fsdp(backward_prefetch="backward_pre")),
 }
 TRAINER = {
     "trainer-deepspeed-batch": case(
@@ -317,6 +355,28 @@ MEGATRON = {
         mg("--tp-comm-overlap --tensor-model-parallel-size 2"),
         mg("--tp-comm-overlap --tensor-model-parallel-size 2 --sequence-parallel"),
     ),
+    "megatron-query-groups": case(
+        mg(f"{GROUPED} --num-query-groups 6 --tensor-model-parallel-size 4"),
+        mg(f"{GROUPED} --num-query-groups 8 --tensor-model-parallel-size 4"),
+    ),
+    "megatron-few-query-groups": case(
+        mg(f"{GROUPED} --num-query-groups 2 --tensor-model-parallel-size 4"),
+        mg(f"{GROUPED} --num-query-groups 4 --tensor-model-parallel-size 4"),
+    ),
+    "megatron-query-groups-off": case(
+        mg("--num-attention-heads 16 --num-query-groups 4"),
+        mg("--num-attention-heads 16 --num-query-groups 4 --group-query-attention"),
+    ),
+    "megatron-two-lengths": case(
+        mg("--train-samples 800 --train-iters 100"), mg("--train-iters 100 --lr-decay-iters 100")
+    ),
+    "megatron-distributed-activations": case(
+        mg(f"--distribute-saved-activations {RECOMPUTED} --tensor-model-parallel-size 2 --sequence-parallel"),
+        mg(f"--distribute-saved-activations {RECOMPUTED} --tensor-model-parallel-size 2"),
+    ),
+    "megatron-grouped-gemm": case(
+        mg(f"{DENSE} --moe-grouped-gemm"), mg(f"{DENSE} --moe-grouped-gemm --num-experts 8")
+    ),
 }
 TORCHTITAN = {
     "torchtitan-degrees": case(
@@ -347,6 +407,17 @@ TORCHTITAN = {
     "torchtitan-budget-eager": case(
         tt(activation_checkpoint={"mode": "memory_budget"}),
         tt(activation_checkpoint={"mode": "memory_budget"}, compile=COMPILED),
+    ),
+    "torchtitan-sequence": case(
+        tt(training={"seq_len": 8200}, parallelism=mesh(context=4, tensor=2)),
+        tt(training={"seq_len": 8192}, parallelism=mesh(context=4, tensor=2)),
+    ),
+    "torchtitan-selective-option": case(
+        tt(activation_checkpoint={"mode": "selective", "selective_ac_option": "layer"}),
+        tt(activation_checkpoint={"mode": "selective", "selective_ac_option": "2"}),
+    ),
+    "torchtitan-unknown-key": case(
+        tt(training={"local_batch_sizes": 8}), tt(training={"local_batch_size": 8, "my_own": 1})
     ),
 }
 OPENFOLD = {
@@ -420,6 +491,57 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
     found = check(setup, lang="ja")
     assert [f.severity for f in found] == [Severity.ERROR, Severity.WARNING, Severity.NOTE]
     assert "両方" in found[0].says
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "says"),
+    [
+        ("accelerate-rendezvous", acc("MULTI_CPU", **TWO), "main_process_ip and main_process_port"),
+        ("accelerate-rendezvous", acc("NO", main_process_ip="node0", **TWO), "main_process_port"),
+        (
+            "accelerate-rendezvous",
+            acc(deepspeed_config={"deepspeed_multinode_launcher": "standard"}, **TWO),
+            "main_process_ip",
+        ),
+        ("accelerate-machine-rank", acc("MULTI_GPU", machine_rank=1, num_machines=1), "machine_rank 1"),
+        ("accelerate-few-devices", acc("MULTI_GPU", gpu_ids=0, num_processes=2), "gpu_ids 0"),
+        (
+            "fsdp-wrapping",
+            fsdp(auto_wrap_policy="NO_WRAP", transformer_layer_cls_to_wrap="Block"),
+            "fsdp_transformer_layer_cls_to_wrap",
+        ),
+        ("fsdp-wrapping", fsdp(auto_wrap_policy="NO_WRAP", min_num_params=100), "fsdp_min_num_params"),
+        ("fsdp-prefetch", fsdp(backward_prefetch=True), "fsdp_backward_prefetch True"),
+        ("deepspeed-nvme-stage", ds(**zero(1, offload_optimizer=DISK)), "the stage is 1"),
+        ("deepspeed-least-scale", ds(fp16={"enabled": True, "min_loss_scale": 100000}), "65536"),
+        ("megatron-experts", mg(f"{DENSE} --expert-model-parallel-size 2"), "no experts"),
+        ("megatron-experts", mg("--num-experts 6 --expert-model-parallel-size 4"), "share 6 experts"),
+        (
+            "megatron-moe-sequence",
+            mg("--num-experts 8 --tensor-model-parallel-size 2 --nproc_per_node 8 --global-batch-size 8"),
+            "8 experts",
+        ),
+        ("megatron-distributed-activations", mg(f"--distribute-saved-activations {RECOMPUTED}"), "-size 1"),
+        (
+            "megatron-distributed-activations",
+            mg("--distribute-saved-activations --tensor-model-parallel-size 2"),
+            "no --recompute-granularity full",
+        ),
+        ("torchtitan-sequence", tt(training={"seq_len": 4098}, parallelism=mesh(tensor=4)), "4098"),
+        ("torchtitan-unknown-key", tt(traning={"seq_len": 8}), "traning"),
+        ("torchtitan-unknown-key", tt(optimizer={"max_norm": 1.0}), "optimizer.max_norm"),
+        ("torchtitan-unknown-key", tt(**{"quantize.linear.float8": {"filter_fqn": []}}), "filter_fqn"),
+    ],
+)
+def test_other_ways_to_the_same_finding(rule: str, file: File, says: str, tmp_path: Path) -> None:
+    found = findings((file,), case(file, file), tmp_path)
+    assert [f.rule for f in found] == [rule]
+    assert says in found[0].says
+
+
+def test_a_key_of_another_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+    file = tt(optimizer={"max_norm": 1.0})
+    assert findings((file,), case(file, file), tmp_path)[0].do == "Did you mean training.max_norm?"
 
 
 def test_one_precision_in_each_file_is_a_contradiction(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ _MARKS = {
 _SCRIPTS = ("megatron", "trainer", "openfold")
 # What OpenFold's configuration has at its top; changes of it are named by flat keys, globals.chunk_size.
 OPENFOLD_PARTS = frozenset({"data", "globals", "model", "relax", "loss", "ema"})
+# Keys of any other network start with "model.layers.".
+_FOLD = re.compile(r"(data|globals|relax|loss|ema|model\.(template|heads|\w+_(embedder|msa|stack|module)))\.")
 _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "optimizer", "lr_scheduler"}
 
 
@@ -208,7 +210,7 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
         raise UserError(
             f"{path} is nested", allowed='flat keys, as OpenFold reads them: "globals.chunk_size"'
         )
-    if not any("." in key and key.partition(".")[0] in OPENFOLD_PARTS for key in keys):
+    if not any(map(_FOLD.match, keys)):
         return None
     found: dict[str, Any] = {}
     for key, value in data.items():

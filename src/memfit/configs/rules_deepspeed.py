@@ -101,6 +101,37 @@ def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
             yield {"name": name}
 
 
+def deepspeed_nvme_stage(d: Options, s: Setup) -> Found:
+    """Stages 1 and 2 take any device for the host, and never look at the path."""
+    if _device(d, "offload_optimizer") == "nvme" and (stage := _stage(d)) in {1, 2}:
+        yield {"stage": stage}
+
+
+def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
+    """DeepSpeed refuses another Adam that is handed over, and makes the one that its own file asks for."""
+    adam = str(d.get("optimizer.type")).lower() in ("adam", "adamw")
+    device = _device(d, "offload_optimizer")
+    if adam and d.on("optimizer.params.torch_adam") and device != "none" and _stage(d):
+        yield {"device": device}
+
+
+def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
+    """A group is not larger than all ranks: a size beyond them is taken for theirs."""
+    size = d.size("zero_optimization.zero_hpz_partition_size") or 1
+    if _stage(d) == 3 and s.ranks is not None and size < s.ranks and s.ranks % size:
+        yield {"size": size, "ranks": s.ranks}
+
+
+def deepspeed_least_scale(d: Options, s: Setup) -> Found:
+    """Of a dynamic loss scale; DeepSpeed's defaults are 2**16 and 1."""
+    least, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
+    power = 16 if d.raw("fp16.initial_scale_power") is None else power
+    if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or least is None or power is None:
+        return
+    if 0 <= power <= 64 and least > 2**power:
+        yield {"least": f"{least:g}", "first": 2**power, "power": power}
+
+
 def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
     section = "activation_checkpointing"
     if d.on(f"{section}.contiguous_memory_optimization") and not d.on(f"{section}.partition_activations"):
@@ -288,6 +319,7 @@ _OWN = (
     deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_unknown_key,
     deepspeed_zero_key, deepspeed_text_for_number, deepspeed_auto_unfilled, deepspeed_untested_optimizer,
     deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps, deepspeed_pipeline,
-    deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp,
+    deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp, deepspeed_nvme_stage,
+    deepspeed_torch_adam, deepspeed_hpz_ranks, deepspeed_least_scale,
 )  # fmt: skip
 CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}

@@ -65,6 +65,55 @@ def accelerate_processes(a: Options, s: Setup) -> Found:
         yield {"processes": processes, "machines": machines}
 
 
+def _machines(a: Options) -> int | None:
+    """None where another launcher counts them: SageMaker's, or DeepSpeed's, which reads a hostfile."""
+    local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
+    own = _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
+    return a.size("num_machines") if local and own and _kind(a) not in ("XLA", "TPU") else None
+
+
+def accelerate_rendezvous(a: Options, s: Setup) -> Found:
+    """Without a port torchrun's launchers take 29500; the plain one, for CPUs, takes none."""
+    plain = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
+    needed = ("main_process_ip", "main_process_port") if plain else ("main_process_ip",)
+    missing = [n for n in needed if a.raw(n) in (None, "")]
+    if (machines := _machines(a)) is not None and machines > 1 and missing:
+        yield {"machines": machines, "missing": " and ".join(missing)}
+
+
+def accelerate_machine_rank(a: Options, s: Setup) -> Found:
+    rank, machines = a.count("machine_rank"), _machines(a)
+    if rank is not None and machines is not None and not 0 <= rank < machines:
+        yield {"rank": rank, "machines": machines, "last": machines - 1}
+
+
+def _devices(a: Options) -> tuple[int, int] | None:
+    """Devices that gpu_ids names, and processes of one machine; None where one is not known."""
+    ids = a.get("gpu_ids")
+    named = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
+    processes, machines = a.size("num_processes"), a.size("num_machines") or 1
+    if processes is None or processes % machines or a.on("use_cpu") or not all(n.isdigit() for n in named):
+        return None
+    return (len(named), processes // machines) if named else None
+
+
+def accelerate_few_devices(a: Options, s: Setup) -> Found:
+    found = _devices(a)
+    if found is not None and found[0] < found[1]:
+        yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
+
+
+def accelerate_idle_devices(a: Options, s: Setup) -> Found:
+    found = _devices(a)
+    if found is not None and found[0] > found[1]:
+        yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
+
+
+def accelerate_cpu_fp16(a: Options, s: Setup) -> Found:
+    if a.on("use_cpu") and str(a.get("mixed_precision")).lower() == "fp16":
+        yield {}
+
+
 # -- FSDP, in Accelerate's file or the Trainer's -------------------------------------------------------------
 
 
@@ -103,10 +152,21 @@ def fsdp_efficient_loading(o: Options, s: Setup) -> Found:
 
 def fsdp_wrapping(o: Options, s: Setup) -> Found:
     policy = _of("auto_wrap_policy", o)
-    if policy == "size_based_wrap" and _of("transformer_layer_cls_to_wrap", o) != "none":
+    by_class, by_size = policy == "transformer_based_wrap", policy == "size_based_wrap"
+    if not (by_class or by_size or policy == "no_wrap"):
+        return
+    if not by_class and _of("transformer_layer_cls_to_wrap", o) not in ("none", ""):
         yield {"key": "fsdp_transformer_layer_cls_to_wrap", "policy": policy.upper()}
-    if policy == "transformer_based_wrap" and (o.number("fsdp_config.min_num_params") or 0) > 0:
+    if not by_size and (o.number("fsdp_config.min_num_params") or 0) > 0:
         yield {"key": "fsdp_min_num_params", "policy": policy.upper()}
+
+
+_PREFETCH = ("backward_pre", "backward_post", "no_prefetch", "1", "2", "none")
+
+
+def fsdp_prefetch(o: Options, s: Setup) -> Found:
+    if _of("backward_prefetch", o) not in _PREFETCH:
+        yield {"value": o.raw("fsdp_config.backward_prefetch")}
 
 
 # -- the Trainer against what it drives --------------------------------------------------------------------
@@ -226,10 +286,11 @@ def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
         yield {"norm": "1.0 (its default)" if norm is None else norm}
 
 
-_FSDP = (fsdp2_old_options, fsdp2_reshard, fsdp_efficient_loading, fsdp_wrapping)
+_FSDP = (fsdp2_old_options, fsdp2_reshard, fsdp_efficient_loading, fsdp_wrapping, fsdp_prefetch)
 CHECKS = {
     ("accelerate",): (
-        accelerate_deepspeed_twice, accelerate_section_ignored, accelerate_processes,
+        accelerate_deepspeed_twice, accelerate_section_ignored, accelerate_processes, accelerate_rendezvous,
+        accelerate_machine_rank, accelerate_few_devices, accelerate_idle_devices, accelerate_cpu_fp16,
     ),
     ("accelerate", "deepspeed"): (
         accelerate_other_launcher, accelerate_zero3_init, accelerate_deepspeed_precision,

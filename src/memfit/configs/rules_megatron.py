@@ -181,18 +181,75 @@ def megatron_heads(m: Options, s: Setup) -> Found:
         yield {"heads": heads, "tensor": tensor}
 
 
+def _groups(m: Options) -> int | None:
+    """Query groups that are used: without the switch every head has keys and values of its own."""
+    used = m.on("group_query_attention") or not m.defaults
+    return m.size("num_query_groups") if used else None
+
+
+def megatron_query_groups(m: Options, s: Setup) -> Found:
+    """Since core 0.16 the ranks of a group may also hold it together."""
+    tensor, groups = _size(m, "tensor_model"), _groups(m)
+    if groups and tensor and groups % tensor and tensor % groups:
+        yield {"groups": groups, "tensor": tensor}
+
+
+def megatron_few_query_groups(m: Options, s: Setup) -> Found:
+    tensor, groups = _size(m, "tensor_model"), _groups(m)
+    if groups and tensor and groups < tensor and tensor % groups == 0:
+        yield {"groups": groups, "tensor": tensor, "each": tensor // groups}
+
+
+def megatron_query_groups_off(m: Options, s: Setup) -> Found:
+    groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
+    plain = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
+    if groups and heads and groups != heads and plain and _without(m, "use_checkpoint_args"):
+        yield {"groups": groups, "heads": heads}
+
+
+def megatron_two_lengths(m: Options, s: Setup) -> Found:
+    samples, iterations = m.size("train_samples"), m.size("train_iters")
+    if samples and iterations and _without(m, "skip_train"):
+        yield {"samples": samples, "iterations": iterations}
+
+
+def megatron_distributed_activations(m: Options, s: Setup) -> Found:
+    if not m.on("distribute_saved_activations"):
+        return
+    clash = ["--sequence-parallel"] if m.on("sequence_parallel") else []
+    clash += ["--tensor-model-parallel-size 1"] if _size(m, "tensor_model") == 1 else []
+    full = m.get("recompute_granularity") == "full" or "recompute_granularity" in m.unsure
+    clash += ["no --recompute-granularity full"] if not full and m.defaults else []
+    if clash:
+        yield {"clash": ", ".join(clash)}
+
+
+def _dense(m: Options) -> bool:
+    """Certainly without experts: the network is described, and no number of them is given."""
+    described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
+    experts = m.get("num_experts")
+    return described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
+
+
 def megatron_experts(m: Options, s: Setup) -> Found:
     size = _size(m, "expert_model")
-    if size is None or size == 1 or "num_experts" in m.unsure or m.count("num_layers") is None:
+    if size is None or size == 1:
         return
     experts = m.count("num_experts")
-    if m.raw("num_experts") is None or (experts and experts % size):
+    if _dense(m) or (experts and experts % size):
         yield {"experts": experts or "no", "size": size}
+
+
+def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
+    if m.on("moe_grouped_gemm") and _dense(m) and _size(m, "expert_model") == 1 and m.defaults:
+        yield {}
 
 
 def megatron_moe_sequence(m: Options, s: Setup) -> Found:
     tensor = _size(m, "tensor_model")
-    trains = m.raw("train_iters") is not None or m.raw("train_samples") is not None
+    trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
+    # A part of the arguments says nothing; one that is started with so many processes is no part.
+    trains = trains or (s.ranks is not None and m.raw("global_batch_size") is not None)
     trains = trains and _without(m, "deepspeed")  # whose mixture of experts is its own
     mixture = (m.count("num_experts") or 1) > 1
     if mixture and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
@@ -239,6 +296,8 @@ _ALL = (
     megatron_virtual_pipeline, megatron_batch, megatron_ranks, megatron_interleaved_batch, megatron_recompute,
     megatron_recompute_off, megatron_overlap_gather, megatron_connections, megatron_two_precisions,
     megatron_heads, megatron_experts, megatron_moe_sequence, megatron_context_length, megatron_torch_fsdp2,
-    megatron_batch_schedule, megatron_tensor_overlap, megatron_positions,
+    megatron_batch_schedule, megatron_tensor_overlap, megatron_positions, megatron_query_groups,
+    megatron_few_query_groups, megatron_query_groups_off, megatron_two_lengths,
+    megatron_distributed_activations, megatron_grouped_gemm,
 )  # fmt: skip
 CHECKS = {("megatron",): _ALL}

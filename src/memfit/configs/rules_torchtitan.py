@@ -1,8 +1,14 @@
 """What goes wrong in torchtitan's TOML. Checked against v0.2.2, its last release with TOML files
-(parallel_dims.py, pipeline_parallel.py, components/optimizer.py, train.py; read 2026-11)."""
+(parallel_dims.py, pipeline_parallel.py, components/optimizer.py, train.py, config/manager.py,
+activation_checkpoint.py; read 2026-11)."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from memfit.configs.names_torchtitan import KEYS
 from memfit.configs.read import Found, Options, Setup
 
 _DEGREES = (
@@ -101,9 +107,54 @@ def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
         yield {}
 
 
+def torchtitan_sequence(t: Options, s: Setup) -> Found:
+    """Every network of language asks for it; images have no length."""
+    _, _, tensor, _, context = _degrees(t)
+    length, images = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
+    split = min(tensor, context) > 0 and tensor * context > 1 and not images
+    if split and length and length % (tensor * 2 * context):
+        yield {"length": length, "tensor": tensor, "context": context}
+
+
+def torchtitan_selective_option(t: Options, s: Setup) -> Found:
+    value, mode = t.get("activation_checkpoint.selective_ac_option"), t.get("activation_checkpoint.mode")
+    if isinstance(value, str) and value != "op" and not value.isdigit() and mode in (None, "selective"):
+        yield {"value": value}
+
+
+def torchtitan_unknown_key(t: Options, s: Setup) -> Found:
+    """Misspelt, or of another table. A module of one's own may add others, which look like neither."""
+    for path, near in _misnamed(t.data, ""):
+        if t.raw(near) is None:
+            yield {"key": path, "near": near}
+
+
+def _misnamed(data: Mapping[str, Any], above: str) -> Iterable[tuple[str, str]]:
+    """Path of each key and what it is taken for."""
+    for key, value in data.items():
+        path = above + key
+        if not isinstance(value, Mapping):
+            yield from ((path, near) for near in _meant(above.removesuffix("."), key))
+        elif path in KEYS:
+            yield from _misnamed(value, f"{path}.")
+        else:
+            tables = [name for name in KEYS if name.rpartition(".")[0] == above.removesuffix(".")]
+            yield from ((path, near) for near in difflib.get_close_matches(path, tables, n=1, cutoff=0.85))
+
+
+def _meant(table: str, key: str) -> list[str]:
+    """Of the same table by likeness, else of the one other table that has it."""
+    known = KEYS.get(table, frozenset())
+    if key in known or not known:
+        return []
+    near = [f"{table}.{k}" for k in difflib.get_close_matches(key, known, n=1, cutoff=0.85)]
+    homes = [f"{name}.{key}" for name, keys in KEYS.items() if key in keys]
+    return near or (homes if len(homes) == 1 else [])
+
+
 _ALL = (
     torchtitan_degrees, torchtitan_async_tensor, torchtitan_float8_eager, torchtitan_replicate,
     torchtitan_step_in_backward, torchtitan_unclipped, torchtitan_microbatches, torchtitan_batch,
-    torchtitan_budget_eager,
+    torchtitan_budget_eager, torchtitan_sequence, torchtitan_selective_option, torchtitan_unknown_key,
 )  # fmt: skip
 CHECKS = {("torchtitan",): _ALL}
