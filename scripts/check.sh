@@ -11,6 +11,9 @@ if ! command -v chromium >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get 
         echo "   could not be installed: those tests will be skipped" >&2
 fi
 
+say "putting other trainers' parsers into .parsers"
+bash scripts/parsers.sh || echo "   could not be installed: their tests will be skipped" >&2
+
 export OMP_NUM_THREADS=1 # two threads can be far slower than one on tiny operators when cores are shared
 
 say "ruff"; ruff check .; ruff format --check .

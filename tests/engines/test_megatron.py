@@ -254,7 +254,7 @@ def test_the_trainers_arguments_say_what_the_plan_says(name: str) -> None:
     assert wanted.items() <= _arguments(plan).items()
 
 
-# The trainer's parser is in its repository alone (benchmarks/megatron_arguments.py loads it); these are
+# The trainer's parser reads them in test_megatron_parser.py; these are
 # the configurations of the package that its options become.
 _DDP = {
     "overlap-grad-reduce": "overlap_grad_reduce", "ddp-bucket-size": "bucket_size",

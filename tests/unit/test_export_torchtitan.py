@@ -1,8 +1,12 @@
-"""torchtitan's TOML and arguments: its keys, its own config manager where installed, back to a plan."""
+"""torchtitan's TOML and arguments: its keys, its own config managers, back to a plan."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
-# Fields that are written, of torchtitan/config/job_config.py (v0.2.2); its manager took them on 2026-11-25.
+# Fields that are written, of torchtitan/config/job_config.py (v0.2.2).
 TRAINING = {
     "local_batch_size", "global_batch_size", "enable_cpu_offload", "dtype", "mixed_precision_param",
     "mixed_precision_reduce",
@@ -64,6 +68,8 @@ PLANS = {
     "context": plan(4, context_parallel={"degree": 2}, fsdp2=ENDS),
     "early": plan(optimizer_in_backward={}),
 }
+NEWER = [name for name in PLANS if name not in {"every", "op", "gathered", "early"}]  # v0.3 can say these
+PARSERS = Path(__file__).parents[2] / ".parsers"
 
 
 def exported(given: Plan) -> dict[str, str]:
@@ -100,30 +106,63 @@ def test_the_toml_reads_back_as_the_same_plan(tmp_path: Path, name: str) -> None
     assert not [f for f in check(setup) if f.severity == "error"]
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_its_own_config_manager_takes_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    pytest.importorskip("torchtitan", reason="it is not on the machine")
-    from torchtitan.config import ConfigManager
+def its_own(release: str, cases: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What the config manager of that release makes of command lines, by case."""
+    package = PARSERS / f"torchtitan-{release}"
+    if not package.is_dir():
+        pytest.skip(f"bash scripts/parsers.sh puts torchtitan {release} there")
+    child = subprocess.run(
+        (sys.executable, Path(__file__).parent / "parse_torchtitan.py"),
+        input=json.dumps(cases), capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(package)},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    found: dict[str, dict[str, Any]] = json.loads(child.stdout.splitlines()[-1])
+    return found
 
-    write(tmp_path / "out", bundle("torchtitan", handover(PLANS[name])))
-    monkeypatch.chdir(tmp_path / "out")
-    old = hasattr(__import__("torchtitan.config").config, "JobConfig")
-    given = Path("torchtitan.args")
-    if not old and not given.exists():
-        pytest.skip("v0.3 cannot say this plan")
+
+@pytest.fixture(scope="module")
+def by_toml(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("toml")
+    for name, given in PLANS.items():
+        (folder / f"{name}.toml").write_text(exported(given)["torchtitan.toml"], encoding="utf-8")
+    return its_own("0.2", {name: ["--job.config_file", str(folder / f"{name}.toml")] for name in PLANS})
+
+
+@pytest.fixture(scope="module")
+def by_arguments() -> dict[str, dict[str, Any]]:
     chosen = ["--module", "llama3", "--config", "llama3_debugmodel"]
-    words = ["--job.config_file", "torchtitan.toml"] if old else [*chosen, *given.read_text().split()]
-    config = ConfigManager().parse_args(words)
-    for table, options in tomllib.loads(Path("torchtitan.toml").read_text()).items():
-        if table == "activation_checkpoint" and not old:
-            kind = type(config.activation_checkpoint).__qualname__.partition(".")[0]
-            assert kind == {"none": "NoneType", "full": "FullAC"}[options["mode"]]
-            continue
-        for option, value in options.items():
-            if old or (table, option) not in GONE:
-                assert getattr(getattr(config, table), option) == value, option
+    cases = {n: [*chosen, *exported(PLANS[n])["torchtitan.args"].split()] for n in NEWER}
+    return its_own("0.3", {**cases, "unknown": [*chosen, "--parallelism.no-such-degree", "2"]})
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_config_manager_of_0_2_takes_the_toml(name: str, by_toml: dict[str, dict[str, Any]]) -> None:
+    found = by_toml[name]
+    assert "refused" not in found, found
+    for table, options in tomllib.loads(exported(PLANS[name])["torchtitan.toml"]).items():
+        assert options.items() <= found["sections"][table].items()
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_the_config_manager_of_0_3_takes_the_arguments(
+    name: str, by_arguments: dict[str, dict[str, Any]]
+) -> None:
+    found = by_arguments[name]
+    assert "refused" not in found, found
+    told = tomllib.loads(exported(PLANS[name])["torchtitan.toml"])
+    kind = {"none": "NoneType", "full": "FullAC.Config"}[told.pop("activation_checkpoint")["mode"]]
+    assert found["sections"]["activation_checkpoint"]["class"] == kind
+    assert found["sections"]["training"]["disable_cuda_graphs"]
+    for table, options in told.items():
+        kept = {option: value for option, value in options.items() if (table, option) not in GONE}
+        assert kept.items() <= found["sections"][table].items()
+
+
+def test_the_config_manager_of_0_3_refuses_what_it_does_not_know(
+    by_arguments: dict[str, dict[str, Any]],
+) -> None:
+    assert "no-such-degree" in by_arguments["unknown"]["refused"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""Megatron-LM's trainer reads what is rendered for it: its own parser and validation, of a package beside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / ".parsers" / "megatron-core"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import megatron_arguments  # noqa: E402
+
+COUNT = len(megatron_arguments.PLANS)
+pytestmark = pytest.mark.skipif(
+    not PACKAGE.is_dir(), reason="bash scripts/parsers.sh puts megatron-core's trainer there"
+)
+
+
+@pytest.fixture(scope="module")
+def judged() -> list[dict[str, Any]]:
+    return megatron_arguments.judged(PACKAGE)
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_the_trainer_takes_the_arguments_as_planned(number: int, judged: list[dict[str, Any]]) -> None:
+    assert judged[number]["refused"] == "", judged[number]
+
+
+def test_the_trainer_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = megatron_arguments._rendered
+    monkeypatch.setattr(megatron_arguments, "_rendered", lambda plan: rendered(plan) + "--no-such-option 1\n")
+    assert all("no-such-option" in line["refused"] for line in megatron_arguments.judged(PACKAGE))
