@@ -13,6 +13,7 @@ from memfit.configs.read import read
 SWIFT = (
     "megatron sft --num_layers 8 --micro_batch_size 1 --overlap_param_gather true --overlap_grad_reduce true"
 )
+PART = ("part.sh", "python train.py --micro-batch-size 1 --expert-model-parallel-size 2 --moe-grouped-gemm")
 UNEVEN = "--pipeline-model-parallel-size 16 --deepspeed"
 NAMED = {"gather_16bit_weights_on_model_save": True}
 STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
@@ -51,6 +52,7 @@ STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
         ((mg("--num-attention-heads 8 --num-query-groups 1 --multi-latent-attention"),), None),
         ((mg("--train-samples 8 --train-iters 8 --skip-train"),), None),
         ((mg("--expert-model-parallel-size 2 --moe-grouped-gemm --num-experts $EXPERTS"),), None),
+        ((PART,), None),  # the network is described elsewhere
         ((tt(training={"seq_len": 4099}, parallelism={}),), None),
         ((tt(model={"name": "flux"}, training={"seq_len": 9}, parallelism=mesh(context=2)),), None),
         ((tt(activation_checkpoint={"mode": "full", "selective_ac_option": "layer"}),), None),

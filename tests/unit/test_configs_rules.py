@@ -521,6 +521,11 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
             mg("--num-experts 8 --tensor-model-parallel-size 2 --nproc_per_node 8 --global-batch-size 8"),
             "8 experts",
         ),
+        (
+            "megatron-query-groups-off",
+            mg("--num-attention-heads 24 --num-query-groups 6 --tensor-model-parallel-size 4"),
+            "all 24 heads",
+        ),
         ("megatron-distributed-activations", mg(f"--distribute-saved-activations {RECOMPUTED}"), "-size 1"),
         (
             "megatron-distributed-activations",
@@ -530,6 +535,7 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
         ("torchtitan-sequence", tt(training={"seq_len": 4098}, parallelism=mesh(tensor=4)), "4098"),
         ("torchtitan-unknown-key", tt(traning={"seq_len": 8}), "traning"),
         ("torchtitan-unknown-key", tt(optimizer={"max_norm": 1.0}), "optimizer.max_norm"),
+        ("torchtitan-unknown-key", ("job.toml", "max_norm = 1.0\n[job]\n[model]\n"), "max_norm is none"),
         ("torchtitan-unknown-key", tt(**{"quantize.linear.float8": {"filter_fqn": []}}), "filter_fqn"),
     ],
 )

@@ -145,7 +145,7 @@ def _misnamed(data: Mapping[str, Any], above: str) -> Iterable[tuple[str, str]]:
 def _meant(table: str, key: str) -> list[str]:
     """Of the same table by likeness, else of the one other table that has it."""
     known = KEYS.get(table, frozenset())
-    if key in known or not known:
+    if key in known:
         return []
     near = [f"{table}.{k}" for k in difflib.get_close_matches(key, known, n=1, cutoff=0.85)]
     homes = [f"{name}.{key}" for name, keys in KEYS.items() if key in keys]
