@@ -83,14 +83,28 @@ def _full_precision() -> Any:
     return mock.patch("memfit.techniques.data_parallel._precision", return_value=MixedPrecisionPolicy())
 
 
-def _stage(number: int) -> Callable[[], Any]:
-    from memfit.techniques import zero
+def _other(technique: str, **settings: Any) -> Callable[[], Any]:
+    """The technique is applied with other settings than the plan's."""
+    from memfit.techniques.registry import TECHNIQUES
 
-    inner = zero.TECHNIQUE.apply
+    inner = TECHNIQUES[technique].apply
     other = dataclasses.replace(
-        zero.TECHNIQUE, apply=lambda bench, settings: inner(bench, {**settings, "stage": number})
+        TECHNIQUES[technique], apply=lambda bench, planned: inner(bench, {**planned, **settings})
     )
-    return lambda: mock.patch.dict("memfit.techniques.registry.TECHNIQUES", {"zero": other})
+    return lambda: mock.patch.dict("memfit.techniques.registry.TECHNIQUES", {technique: other})
+
+
+def _left(shape: tuple[int, ...] | None) -> Callable[[], Any]:
+    """The pipeline runs, and parameters of ``shape`` (None: all) stay with every stage."""
+    from memfit.techniques import stages
+
+    drop = stages._drop
+
+    def kept(module: Any, key: str, held: dict[str, Any]) -> None:
+        if shape is not None and held[key].shape != shape:
+            drop(module, key, held)
+
+    return lambda: mock.patch.object(stages, "_drop", kept)
 
 
 FAST = {"reduce_bucket_elements": 100_000, "persist_elements": 1}
@@ -101,7 +115,7 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "context, not averaged": (_plan(context_parallel={}), _not_averaged, "context-parallel: replicas"),
     "fsdp2": (_plan(fsdp2={}), _off("fsdp2"), "fsdp2: parameters"),
     "fsdp2, precision": (_plan(fsdp2={"precision": "bf16"}), _full_precision, "fsdp2: precision"),
-    "zero 3": (_plan(zero={"stage": 3, **FAST}), _stage(2), "zero stage 3: parameters"),
+    "zero 3": (_plan(zero={"stage": 3, **FAST}), _other("zero", stage=2), "zero stage 3: parameters"),
     "zero 2": (_plan(zero={"stage": 2, **FAST}), _off("zero"), "zero stage 2: optimizer state"),
     "tensor-parallel": (_plan(tensor_parallel={}), _off("tensor-parallel"), "tensor-parallel"),
     "checkpointing": (
@@ -113,6 +127,31 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "accumulation": (
         _plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _off("gradient-accumulation"),
         "gradient-accumulation",
+    ),
+    "context": (_plan(context_parallel={}), _off("context-parallel"), "context-parallel: parts of a sample"),
+    "pipeline": (_plan(pipeline={}), _off("pipeline"), "pipeline: blocks"),
+    "pipeline, blocks left": (_plan(pipeline={}), _left(None), "pipeline: blocks"),
+    "pipeline, embedding left": (
+        _plan(pipeline={}), _left((SIZE.vocabulary, SIZE.width)), "pipeline: parameters: planned only",
+    ),
+    "pipeline, micro-batches": (
+        _plan(pipeline={"micro_batches": 4}), _other("pipeline", micro_batches=2),
+        "pipeline: micro-batches: planned 4 micro-batches, found 2",
+    ),
+    "fsdp2, offload": (
+        _plan(fsdp2={"offload": True}), _other("fsdp2", offload=False),
+        "fsdp2: offload: planned optimizer, parameters in host memory, found none",
+    ),
+    "fsdp2, offload unasked": (
+        _plan(fsdp2={}), _other("fsdp2", offload=True), "found optimizer, parameters",
+    ),
+    "zero 2, offload": (
+        _plan(zero={"stage": 2, "offload": "optimizer", **FAST}), _other("zero", offload="none"),
+        "zero: offload: planned optimizer in host memory, found none",
+    ),
+    "zero 3, offload": (
+        _plan(zero={"stage": 3, "offload": "parameters", **FAST}), _other("zero", offload="optimizer"),
+        "zero: offload: planned optimizer, parameters in host memory, found optimizer",
     ),
 }  # fmt: skip
 
@@ -211,8 +250,12 @@ def test_a_users_own_model_in_one_process() -> None:
         NotConforming, match=r"activation-checkpointing: planned blocks 0, 1, 2 .* found none"
     ):
         conform(model, optimizer, {"activation-checkpointing": {}}, step=step)
-    seen = conform(model, optimizer, {"techniques": {"sgd": {}}, "ranks": 1}, step=step)
-    assert seen.unseen == ("sgd: nothing of it is looked at",)
+    with pytest.raises(NotConforming, match=r"sgd: planned at most 4 bytes of state an element, found 8\.00"):
+        conform(model, optimizer, {"sgd": {}}, step=step)
+    seen = conform(model, optimizer, {"techniques": {"chunking": {}}, "ranks": 1}, step=step)
+    assert seen.unseen == ("chunking: nothing of it is looked at",)
+    idle = conform(model, optimizer, {"activation-offload": {}})
+    assert "activation-offload: no step was watched" in idle.unseen
     with pytest.raises(NotConforming, match="ranks: planned 2, found 1"):
         conform(model, optimizer, {"ddp": {}}, step=step, ranks=2)
 
