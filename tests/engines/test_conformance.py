@@ -21,6 +21,7 @@ import torch
 
 from memfit.api import conform
 from memfit.engines.registry import render
+from memfit.jobs import alphafold2
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
 from memfit.run.ranks import run_ranks
@@ -48,6 +49,43 @@ def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 JOB = Job(name="gpt", build_model=lambda: Gpt(SIZE), make_batch=_batch, loss=_loss, batch_size=4)
+
+
+class _Experts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(4)])
+
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.each):
+            out = out + expert(tokens) * (weights * (chosen == number)).sum(1, keepdim=True)
+        return out
+
+
+class _Mixture(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(128, 16), torch.nn.Linear(16, 128)
+        self.routers = torch.nn.ModuleList([torch.nn.Linear(16, 4) for _ in range(2)])
+        self.experts = torch.nn.ModuleList([_Experts() for _ in range(2)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for router, experts in zip(self.routers, self.experts, strict=True):
+            flat = x.flatten(0, 1)
+            weights, chosen = router(flat).softmax(-1).topk(2)
+            x = x + experts(flat, chosen, weights).view_as(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+JOBS = {
+    "experts": Job(
+        name="mixture", build_model=_Mixture, make_batch=_batch, loss=_loss, batch_size=4,
+        experts="experts.?",
+    ),
+    "axial": alphafold2.make(batch=2, length=23),
+}  # fmt: skip
 
 
 def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
@@ -129,6 +167,10 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
         "gradient-accumulation",
     ),
     "context": (_plan(context_parallel={}), _off("context-parallel"), "context-parallel: parts of a sample"),
+    "axial": (_plan(axial_parallel={}), _off("axial-parallel"), "axial-parallel: parts of a sample"),
+    "experts": (
+        _plan(expert_parallel={}, ddp={}), _off("expert-parallel"), "expert-parallel: planned experts dealt",
+    ),
     "pipeline": (_plan(pipeline={}), _off("pipeline"), "pipeline: blocks"),
     "pipeline, blocks left": (_plan(pipeline={}), _left(None), "pipeline: blocks"),
     "pipeline, embedding left": (
@@ -156,10 +198,12 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
 }  # fmt: skip
 
 
-def _told(plan: Plan, rank: int) -> str:
+def _told(name: str, plan: Plan, rank: int) -> str:
+    job = JOBS.get(name, JOB)
     torch.manual_seed(0)
-    step = TrainingStep(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
-    return child_ranks.told(step, sum(p.numel() for p in Gpt(SIZE).parameters()))
+    whole = sum(p.numel() for p in job.build_model().parameters())
+    step = TrainingStep(job, plan, world=make_world(plan, rank=rank, device="cpu"))
+    return child_ranks.told(step, whole)
 
 
 def _rank(target: Path) -> None:
@@ -168,9 +212,9 @@ def _rank(target: Path) -> None:
     with joined(_plan(ddp={})):
         rank = torch.distributed.get_rank()
         for name, (plan, sabotage, _) in NATIVE.items():
-            honest = _told(plan, rank)
+            honest = _told(name, plan, rank)
             with sabotage():
-                found[name] = (honest, _told(plan, rank))
+                found[name] = (honest, _told(name, plan, rank))
     target.write_text(json.dumps(found))
 
 
@@ -230,6 +274,34 @@ def test_deepspeed_of_another_stage(engine: str, stage: int) -> None:
     config["zero_optimization"]["stage"] = stage - 1
     files = {**launch.files, "deepspeed.json": json.dumps(config)}
     assert f"zero stage {stage}" in _fails(dataclasses.replace(launch, files=files))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("stage", "where", "dropped", "found"),
+    [
+        (2, "optimizer", "offload_optimizer", "found none"),
+        (3, "parameters", "offload_param", "found optimizer"),
+    ],
+)
+def test_deepspeed_that_keeps_states_on_the_device(stage: int, where: str, dropped: str, found: str) -> None:
+    launch = _launch("deepspeed", _plan(zero={"stage": stage, "offload": where, **FAST}))
+    assert {m.outcome for m in run_ranks(launch)} == {OutcomeKind.OK}
+    config = json.loads(launch.files["deepspeed.json"])
+    del config["zero_optimization"][dropped]
+    reason = _fails(dataclasses.replace(launch, files={**launch.files, "deepspeed.json": json.dumps(config)}))
+    assert "zero: offload: planned" in reason
+    assert found in reason
+
+
+def test_accelerate_that_keeps_shards_on_the_device() -> None:
+    """With offload Accelerate asks torch for pinned memory, which needs an accelerator."""
+    launch = _launch("accelerate", _plan(fsdp2={"offload": True}))
+    text = launch.files["accelerate.yaml"]
+    assert "fsdp_offload_params: true" in text
+    other = text.replace("fsdp_offload_params: true", "fsdp_offload_params: false")
+    reason = _fails(dataclasses.replace(launch, files={**launch.files, "accelerate.yaml": other}))
+    assert "fsdp2: offload: planned optimizer, parameters in host memory, found none" in reason
 
 
 # -- by hand ---------------------------------------------------------------------------------------------
