@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -180,6 +181,8 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
         _plan(pipeline={"micro_batches": 4}), _other("pipeline", micro_batches=2),
         "pipeline: micro-batches: planned 4 micro-batches, found 2",
     ),
+    "pipeline, compiled": (_plan(pipeline={}, compile={}), _off("compile"), "compile: planned blocks"),
+    "fsdp2, compiled": (_plan(fsdp2={}, compile={}), _off("compile"), "compile: planned blocks 0, 1 run"),
     "fsdp2, offload": (
         _plan(fsdp2={"offload": True}), _other("fsdp2", offload=False),
         "fsdp2: offload: planned optimizer, parameters in host memory, found none",
@@ -209,7 +212,8 @@ def _told(name: str, plan: Plan, rank: int) -> str:
 def _rank(target: Path) -> None:
     torch.set_num_threads(1)
     found = {}
-    with joined(_plan(ddp={})):
+    quick = functools.partial(torch.compile, backend="aot_eager")  # without the C++ compiler
+    with joined(_plan(ddp={})), mock.patch.object(torch, "compile", quick):
         rank = torch.distributed.get_rank()
         for name, (plan, sabotage, _) in NATIVE.items():
             honest = _told(name, plan, rank)

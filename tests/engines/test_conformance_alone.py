@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,8 @@ from torch import nn
 from memfit.api import conform
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
+from memfit.measure.across import offloaded_states
+from memfit.measure.conform import Watch
 from memfit.measure.graph import Graph
 from memfit.measure.looks import SEEN
 from memfit.recomputation import chosen
@@ -144,19 +147,20 @@ def quick_compiler() -> Any:
 
 
 def _never() -> Any:
-    return mock.patch.object(nn.Module, "compile")
+    return mock.patch.object(torch, "compile", lambda forward: forward)
 
 
 def _first_only() -> Any:
-    compiled: list[nn.Module] = []
-    plain = nn.Module.compile
+    compiled: list[Any] = []
+    plain = torch.compile
 
-    def once(self: nn.Module) -> None:
-        if not compiled:
-            compiled.append(self)
-            plain(self)
+    def once(forward: Any) -> Any:
+        if compiled:
+            return forward
+        compiled.append(forward)
+        return plain(forward)
 
-    return mock.patch.object(nn.Module, "compile", once)
+    return mock.patch.object(torch, "compile", once)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on loading its compiler
@@ -183,6 +187,23 @@ def test_what_is_not_compiled(
     assert found in told
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_blocks_of_torchs_own_classes_are_compiled(quick_compiler: None) -> None:
+    def build() -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*blocks))
+
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    own = Job(name="own", build_model=build, make_batch=lambda *_: {"x": torch.ones(4, 8)}, loss=loss,
+              batch_size=4)  # fmt: skip
+    told = _told(_plan("compile"), own)
+    assert told.startswith("fine: as planned"), told
+    assert "compile" in told.partition("; not seen")[0]
+
+
 def test_every_technique_is_looked_at_or_told() -> None:
     assert set(TECHNIQUES) >= SEEN
     assert set(TECHNIQUES) - SEEN == {"chunking"}
@@ -195,6 +216,41 @@ def test_reading_the_graph_changes_nothing() -> None:
         model(torch.ones(2, 4)).square().sum().backward()
     assert (graph.backwards, graph.away) == (1, 0)
     assert torch.autograd.backward is plain
+
+
+def _on_a_device(around: Any) -> None:
+    """A step on torch's meta device, as on an accelerator: what lies in host memory lies elsewhere."""
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Tanh(), nn.Linear(64, 64, device="meta"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        with around:
+            loss = model(torch.ones(64, 64, device="meta")).square().sum()
+        loss.backward()
+        optimizer.step()
+
+    plan = {"activation-offload": {"to": "host", "minimum_kib": 1}}
+    assert "activation-offload" in conform(model, optimizer, plan, step=step).checked
+
+
+def test_offload_to_the_host_of_an_accelerator() -> None:
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    _on_a_device(hooks(lambda t: torch.zeros(t.shape), lambda t: t.to("meta")))
+    with pytest.raises(NotConforming, match=r"go to host, found 0 went, [1-9]\d* stayed"):
+        _on_a_device(hooks(lambda t: (t,), lambda t: t[0]))
+
+
+@pytest.mark.parametrize("planned", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("found", ["none", "optimizer", "parameters"])
+def test_devices_tell_where_states_are(planned: str, found: str) -> None:
+    model = nn.Linear(64, 64, bias=False, device="cpu" if found == "parameters" else "meta")
+    state = torch.zeros(64, 64, device="meta" if found == "none" else "cpu")
+    optimizer = SimpleNamespace(state={model.weight: {"exp_avg": state}}, step=lambda: None)
+    plan = _plan("zero", stage=1 if planned != "parameters" else 3, offload=planned)
+    watch = Watch(model, optimizer, plan)
+    watch.graph.device = "meta"
+    offloaded_states(watch)
+    assert bool(watch._differences) == (planned != found)
 
 
 def test_torchs_own_offload_and_a_step_without_it() -> None:

@@ -76,10 +76,10 @@ class Watch:
 
     def __enter__(self) -> Self:
         self.graph.__enter__()
-        compiled = self.plan.get("compile") is not None  # a hook would cut the graph in two
-        if not compiled:
+        compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
+        if compiled is None or compiled.settings["scope"] != "model":
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
-        for index, block in enumerate(self.blocks if not compiled else ()):
+        for index, block in enumerate(self.blocks if compiled is None else ()):
             inside = list(block.modules())[1:] or [block]
             for module in inside:
                 self._handles.append(module.register_forward_pre_hook(self._on_block(index)))

@@ -6,6 +6,7 @@ Nothing is unpacked, so nothing comes back from where it waits and nothing is co
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 from unittest import mock
@@ -30,7 +31,7 @@ class Graph:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # who never leaves must not keep it alive
         self.backwards, self.device = 0, ""
         self.here: list[int] = []
         self.away = self.packed = 0
@@ -59,7 +60,8 @@ class Graph:
     def _look(self, roots: list[Any]) -> None:
         tensors = [r for r in roots if isinstance(r, torch.Tensor)]
         self.device = tensors[0].device.type if tensors else self.device
-        resident = {t.untyped_storage()._cdata for t in _resident(self.model)}
+        model = self._model()
+        resident = {t.untyped_storage()._cdata for t in _resident(model)} if model is not None else set[int]()
         seen = set[int]()
         for node in _nodes(t.grad_fn for t in tensors):
             fused = node.name() == "CompiledFunctionBackward"
