@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from memfit.api import conform
 from memfit.engines.registry import render
+from memfit.jobs import alphafold2
 from memfit.jobs.gpt import Gpt, GptSize
 from memfit.jobs.step import TrainingStep
 from memfit.run.ranks import run_ranks
@@ -48,6 +50,43 @@ def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 JOB = Job(name="gpt", build_model=lambda: Gpt(SIZE), make_batch=_batch, loss=_loss, batch_size=4)
+
+
+class _Experts(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(4)])
+
+    def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.each):
+            out = out + expert(tokens) * (weights * (chosen == number)).sum(1, keepdim=True)
+        return out
+
+
+class _Mixture(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(128, 16), torch.nn.Linear(16, 128)
+        self.routers = torch.nn.ModuleList([torch.nn.Linear(16, 4) for _ in range(2)])
+        self.experts = torch.nn.ModuleList([_Experts() for _ in range(2)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for router, experts in zip(self.routers, self.experts, strict=True):
+            flat = x.flatten(0, 1)
+            weights, chosen = router(flat).softmax(-1).topk(2)
+            x = x + experts(flat, chosen, weights).view_as(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+JOBS = {
+    "experts": Job(
+        name="mixture", build_model=_Mixture, make_batch=_batch, loss=_loss, batch_size=4,
+        experts="experts.?",
+    ),
+    "axial": alphafold2.make(batch=2, length=23),
+}  # fmt: skip
 
 
 def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
@@ -83,14 +122,28 @@ def _full_precision() -> Any:
     return mock.patch("memfit.techniques.data_parallel._precision", return_value=MixedPrecisionPolicy())
 
 
-def _stage(number: int) -> Callable[[], Any]:
-    from memfit.techniques import zero
+def _other(technique: str, **settings: Any) -> Callable[[], Any]:
+    """The technique is applied with other settings than the plan's."""
+    from memfit.techniques.registry import TECHNIQUES
 
-    inner = zero.TECHNIQUE.apply
+    inner = TECHNIQUES[technique].apply
     other = dataclasses.replace(
-        zero.TECHNIQUE, apply=lambda bench, settings: inner(bench, {**settings, "stage": number})
+        TECHNIQUES[technique], apply=lambda bench, planned: inner(bench, {**planned, **settings})
     )
-    return lambda: mock.patch.dict("memfit.techniques.registry.TECHNIQUES", {"zero": other})
+    return lambda: mock.patch.dict("memfit.techniques.registry.TECHNIQUES", {technique: other})
+
+
+def _left(shape: tuple[int, ...] | None) -> Callable[[], Any]:
+    """The pipeline runs, and parameters of ``shape`` (None: all) stay with every stage."""
+    from memfit.techniques import stages
+
+    drop = stages._drop
+
+    def kept(module: Any, key: str, held: dict[str, Any]) -> None:
+        if shape is not None and held[key].shape != shape:
+            drop(module, key, held)
+
+    return lambda: mock.patch.object(stages, "_drop", kept)
 
 
 FAST = {"reduce_bucket_elements": 100_000, "persist_elements": 1}
@@ -101,7 +154,7 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "context, not averaged": (_plan(context_parallel={}), _not_averaged, "context-parallel: replicas"),
     "fsdp2": (_plan(fsdp2={}), _off("fsdp2"), "fsdp2: parameters"),
     "fsdp2, precision": (_plan(fsdp2={"precision": "bf16"}), _full_precision, "fsdp2: precision"),
-    "zero 3": (_plan(zero={"stage": 3, **FAST}), _stage(2), "zero stage 3: parameters"),
+    "zero 3": (_plan(zero={"stage": 3, **FAST}), _other("zero", stage=2), "zero stage 3: parameters"),
     "zero 2": (_plan(zero={"stage": 2, **FAST}), _off("zero"), "zero stage 2: optimizer state"),
     "tensor-parallel": (_plan(tensor_parallel={}), _off("tensor-parallel"), "tensor-parallel"),
     "checkpointing": (
@@ -114,24 +167,58 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
         _plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _off("gradient-accumulation"),
         "gradient-accumulation",
     ),
+    "context": (_plan(context_parallel={}), _off("context-parallel"), "context-parallel: parts of a sample"),
+    "axial": (_plan(axial_parallel={}), _off("axial-parallel"), "axial-parallel: parts of a sample"),
+    "experts": (
+        _plan(expert_parallel={}, ddp={}), _off("expert-parallel"), "expert-parallel: planned experts dealt",
+    ),
+    "pipeline": (_plan(pipeline={}), _off("pipeline"), "pipeline: blocks"),
+    "pipeline, blocks left": (_plan(pipeline={}), _left(None), "pipeline: blocks"),
+    "pipeline, embedding left": (
+        _plan(pipeline={}), _left((SIZE.vocabulary, SIZE.width)), "pipeline: parameters: planned only",
+    ),
+    "pipeline, micro-batches": (
+        _plan(pipeline={"micro_batches": 4}), _other("pipeline", micro_batches=2),
+        "pipeline: micro-batches: planned 4 micro-batches, found 2",
+    ),
+    "pipeline, compiled": (_plan(pipeline={}, compile={}), _off("compile"), "compile: planned blocks"),
+    "fsdp2, compiled": (_plan(fsdp2={}, compile={}), _off("compile"), "compile: planned blocks 0, 1 run"),
+    "fsdp2, offload": (
+        _plan(fsdp2={"offload": True}), _other("fsdp2", offload=False),
+        "fsdp2: offload: planned optimizer, parameters in host memory, found none",
+    ),
+    "fsdp2, offload unasked": (
+        _plan(fsdp2={}), _other("fsdp2", offload=True), "found optimizer, parameters",
+    ),
+    "zero 2, offload": (
+        _plan(zero={"stage": 2, "offload": "optimizer", **FAST}), _other("zero", offload="none"),
+        "zero: offload: planned optimizer in host memory, found none",
+    ),
+    "zero 3, offload": (
+        _plan(zero={"stage": 3, "offload": "parameters", **FAST}), _other("zero", offload="optimizer"),
+        "zero: offload: planned optimizer, parameters in host memory, found optimizer",
+    ),
 }  # fmt: skip
 
 
-def _told(plan: Plan, rank: int) -> str:
+def _told(name: str, plan: Plan, rank: int) -> str:
+    job = JOBS.get(name, JOB)
     torch.manual_seed(0)
-    step = TrainingStep(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
-    return child_ranks.told(step, sum(p.numel() for p in Gpt(SIZE).parameters()))
+    whole = sum(p.numel() for p in job.build_model().parameters())
+    step = TrainingStep(job, plan, world=make_world(plan, rank=rank, device="cpu"))
+    return child_ranks.told(step, whole)
 
 
 def _rank(target: Path) -> None:
     torch.set_num_threads(1)
     found = {}
-    with joined(_plan(ddp={})):
+    quick = functools.partial(torch.compile, backend="aot_eager")  # without the C++ compiler
+    with joined(_plan(ddp={})), mock.patch.object(torch, "compile", quick):
         rank = torch.distributed.get_rank()
         for name, (plan, sabotage, _) in NATIVE.items():
-            honest = _told(plan, rank)
+            honest = _told(name, plan, rank)
             with sabotage():
-                found[name] = (honest, _told(plan, rank))
+                found[name] = (honest, _told(name, plan, rank))
     target.write_text(json.dumps(found))
 
 
@@ -193,6 +280,34 @@ def test_deepspeed_of_another_stage(engine: str, stage: int) -> None:
     assert f"zero stage {stage}" in _fails(dataclasses.replace(launch, files=files))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("stage", "where", "dropped", "found"),
+    [
+        (2, "optimizer", "offload_optimizer", "found none"),
+        (3, "parameters", "offload_param", "found optimizer"),
+    ],
+)
+def test_deepspeed_that_keeps_states_on_the_device(stage: int, where: str, dropped: str, found: str) -> None:
+    launch = _launch("deepspeed", _plan(zero={"stage": stage, "offload": where, **FAST}))
+    assert {m.outcome for m in run_ranks(launch)} == {OutcomeKind.OK}
+    config = json.loads(launch.files["deepspeed.json"])
+    del config["zero_optimization"][dropped]
+    reason = _fails(dataclasses.replace(launch, files={**launch.files, "deepspeed.json": json.dumps(config)}))
+    assert "zero: offload: planned" in reason
+    assert found in reason
+
+
+def test_accelerate_that_keeps_shards_on_the_device() -> None:
+    """With offload Accelerate asks torch for pinned memory, which needs an accelerator."""
+    launch = _launch("accelerate", _plan(fsdp2={"offload": True}))
+    text = launch.files["accelerate.yaml"]
+    assert "fsdp_offload_params: true" in text
+    other = text.replace("fsdp_offload_params: true", "fsdp_offload_params: false")
+    reason = _fails(dataclasses.replace(launch, files={**launch.files, "accelerate.yaml": other}))
+    assert "fsdp2: offload: planned optimizer, parameters in host memory, found none" in reason
+
+
 # -- by hand ---------------------------------------------------------------------------------------------
 
 
@@ -211,8 +326,12 @@ def test_a_users_own_model_in_one_process() -> None:
         NotConforming, match=r"activation-checkpointing: planned blocks 0, 1, 2 .* found none"
     ):
         conform(model, optimizer, {"activation-checkpointing": {}}, step=step)
-    seen = conform(model, optimizer, {"techniques": {"sgd": {}}, "ranks": 1}, step=step)
-    assert seen.unseen == ("sgd: nothing of it is looked at",)
+    with pytest.raises(NotConforming, match=r"sgd: planned at most 4 bytes of state an element, found 8\.00"):
+        conform(model, optimizer, {"sgd": {}}, step=step)
+    seen = conform(model, optimizer, {"techniques": {"chunking": {}}, "ranks": 1}, step=step)
+    assert seen.unseen == ("chunking: nothing of it is looked at",)
+    idle = conform(model, optimizer, {"activation-offload": {}})
+    assert "activation-offload: no step was watched" in idle.unseen
     with pytest.raises(NotConforming, match="ranks: planned 2, found 1"):
         conform(model, optimizer, {"ddp": {}}, step=step, ranks=2)
 

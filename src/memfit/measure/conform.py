@@ -2,8 +2,8 @@
 
 Engines ignore switches without a word. So nothing here asks an engine for its settings: what is looked at
 is how many elements of parameters, gradients and optimizer state this rank holds, their dtypes, which modules
-run again in backward, whether autocast is on where layers run, and whether replicas are still equal after a
-step.
+run again in backward, whether autocast is on where layers run, whether replicas are still equal after a
+step, and what looks.py, across.py and graph.py add.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memfit.measure import across, looks
+from memfit.measure.graph import Graph
 from memfit.measure.held import in_backward, layers, local_elements, state_elements, whole, world_size
 from memfit.techniques import islands
 from memfit.techniques.blocks import find_blocks
@@ -26,7 +28,6 @@ from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
 _PADDING = 64  # elements a rank, of flat buffers
-_REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
 _LOOKS = 16  # in one backward pass
 
 
@@ -44,10 +45,11 @@ class Watch:
         plan: Plan,
         *,
         blocks: str | None = None,
+        head: str | None = None,
         whole_elements: int | None = None,
         micro_batches: int | None = None,
     ) -> None:
-        self.model, self.optimizer, self.plan = model, optimizer, plan
+        self.model, self.optimizer, self.plan, self.head = model, optimizer, plan, head
         self.layout = layout(plan)
         self.whole_elements, self.micro_batches = whole_elements, micro_batches
         try:
@@ -60,6 +62,9 @@ class Watch:
         self.again: set[int] = set()
         self.autocast: set[str] = set()
         self.computed: set[torch.dtype] = set()
+        self.entered: list[float] = []  # figures of what the first block's modules were given first
+        self.graph = Graph(model)
+        self.learned: set[int] = set()  # parameters that got a gradient, by address
         self.gradients: int | None = None
         self.arrived, self.waiting = 0, 0  # gradients in backward; most elements held there
         self._handles: list[Any] = []
@@ -70,19 +75,23 @@ class Watch:
     # -- listening ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
-        for index, block in enumerate(self.blocks):
+        self.graph.__enter__()
+        compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
+        if compiled is None or compiled.settings["scope"] != "model":
+            self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+        for index, block in enumerate(self.blocks if compiled is None else ()):
             inside = list(block.modules())[1:] or [block]
             for module in inside:
                 self._handles.append(module.register_forward_pre_hook(self._on_block(index)))
         inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
-        for param in (trainable := list(self._trainable())):
+        for param in (trainable := list(self.trainable())):
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
         if inner:
             self._handles.append(inner[-1].register_step_pre_hook(lambda *_: self.before_update()))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.graph.__exit__()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -90,16 +99,18 @@ class Watch:
     def _on_gradient(self, count: int) -> Callable[[nn.Parameter], None]:
         def listen(param: nn.Parameter) -> None:
             self.arrived += 1
+            self.learned.add(id(param))
             if self.arrived % max(1, count // _LOOKS) == 0 or self.arrived % count == 0:
                 self.waiting = max(self.waiting, self._held_gradients())
 
         return listen
 
     def _held_gradients(self) -> int:
-        return sum(local_elements(p.grad) for p in self._trainable() if p.grad is not None)
+        return sum(local_elements(p.grad) for p in self.trainable() if p.grad is not None)
 
     def before_update(self) -> None:
         """Gradients are complete and the optimizer has not begun."""
+        self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
         if self.gradients is None:
             self.gradients = self._held_gradients()
 
@@ -113,6 +124,8 @@ class Watch:
                 self.again.add(index)
                 return
             self.ran.add(index)
+            if index == min(self.ran) and len(self.entered) < _LOOKS and self.layout.context > 1:
+                self.entered += across.entering(args)
             for p in () if module in self.islands else module.parameters(recurse=False):
                 if p.is_floating_point() and p.numel():
                     kind = p.device.type
@@ -130,15 +143,14 @@ class Watch:
         if not self._differences:
             if self.plan.get("expert-parallel") is None:
                 self._parameters()
-            else:
-                self._unseen.append("sharding: experts are dealt out beside it")
             self._dtypes()
-            if self.ran or self.forwards:
+            for look in (*looks.AT_REST, *across.AT_REST):
+                look(self)
+            if stepped := bool(self.ran or self.forwards or self.graph.backwards):
                 self._stepped()
             elif self.plan.uses:
-                self._unseen.append("gradients, recomputation and replicas: no step was watched")
-        names = [u.technique for u in self.plan.uses if u.technique not in _SEEN]
-        self._unseen += [f"{name}: nothing of it is looked at" for name in names]
+                self.unseen("gradients, recomputation and replicas: no step was watched")
+            self._unseen += looks.not_looked_at(self, stepped=stepped)
         found = self._gathered()
         if found.differences:
             raise NotConforming(found)
@@ -151,9 +163,14 @@ class Watch:
         if self.plan.get("expert-parallel") is None:
             self._gradients()
             self._state()
-            self._replicas()
+        for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP):
+            look(self)
 
-    def _differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
+    def unseen(self, what: str) -> None:
+        """Of the plan, and not looked at, with why."""
+        self._unseen.append(what)
+
+    def differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
         if feature not in self._checked:
             self._checked.append(feature)
         if wrong:
@@ -170,43 +187,30 @@ class Watch:
 
     def _ranks(self) -> None:
         found = world_size()
-        self._differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
+        self.differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
 
-    def _trainable(self) -> Iterator[nn.Parameter]:
+    def trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def _parameters(self) -> None:
         """Held by this rank: all of its part of the model, or the shard that the plan says."""
         params = list(self.model.parameters())
-        held, part = sum(map(local_elements, params)), self._part(params)
-        degree, feature = self._sharded("parameters")
+        held, part = sum(map(local_elements, params)), self.part(params)
+        degree, feature = self.sharded("parameters")
         if degree > 1 and not held:
-            self._unseen.append(f"{feature}: no shards could be found")
+            self.unseen(f"{feature}: no shards could be found")
         elif degree > 1:
             kept = sum(whole(p) for p in params if self._persists(p))
             most = kept + self._shard([p for p in params if not self._persists(p)], degree)
-            self._differs(
+            self.differs(
                 feature, f"1/{degree} of {part:,} elements on a rank", f"{held:,}", wrong=held > most
             )
         elif part:
-            self._differs(
+            self.differs(
                 "parameters", "whole", f"{held:,} of {part:,} elements on a rank", wrong=held < 0.99 * part
             )
-        self._tensor_parallel(part)
 
-    def _tensor_parallel(self, part: int) -> None:
-        degree = self.layout.tensor
-        if degree == 1:
-            return
-        # DTensors tell their whole size
-        total = self.whole_elements or sum(p.numel() for p in self.model.parameters())
-        most = total * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
-        self._differs(
-            "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
-            wrong=part > most,
-        )  # fmt: skip
-
-    def _part(self, params: list[nn.Parameter]) -> int:
+    def part(self, params: list[nn.Parameter]) -> int:
         """Elements of this rank's part of the model; parameters may have been let go of."""
         found = sum(map(whole, params))
         gone = any(not p.numel() and getattr(p, "ds_numel", None) is None for p in params)
@@ -216,7 +220,7 @@ class Watch:
         """Most elements that one of ``degree`` ranks holds of them: whole rows of each with fsdp2, whole
         parameters where those are dealt out, else even parts."""
         sizes = [whole(p) for p in params]
-        if (part := self._part(params)) > sum(sizes):
+        if (part := self.part(params)) > sum(sizes):
             return part / degree + _PADDING * degree
         if self.plan.get("sharded-ddp") is not None:
             return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
@@ -246,7 +250,7 @@ class Watch:
         used = self.plan.get("zero")
         return used is not None and whole(param) <= int(used.settings["persist_elements"])
 
-    def _sharded(self, what: str) -> tuple[int, str]:
+    def sharded(self, what: str) -> tuple[int, str]:
         """(over how many ranks the plan shards it, which technique says so)."""
         shard = self.layout.shard * self.layout.context if self.plan.get("fsdp2") else self.layout.shard
         if self.plan.get("fsdp2") is not None:
@@ -267,17 +271,17 @@ class Watch:
         feature = "bf16-parameters" if self.plan.get("bf16-parameters") else "parameter dtype"
         wanted = torch.bfloat16 if low else torch.float32
         apart = {p for m in self.islands for p in m.parameters(recurse=False)}
-        others = (p for p in self._trainable() if p not in apart)
+        others = (p for p in self.trainable() if p not in apart)
         found = {p.dtype for p in others if p.is_floating_point() and p.dtype != torch.float64}
         told = ", ".join(sorted(map(str, found)))
         if low or torch.bfloat16 in found or torch.float16 in found:
-            self._differs(feature, str(wanted), told, wrong=bool(found - {wanted}))
+            self.differs(feature, str(wanted), told, wrong=bool(found - {wanted}))
 
     def _recomputation(self) -> None:
         used = self.plan.get("activation-checkpointing") or self.plan.get("selective-checkpointing")
         if not self.ran:
             if used is not None:
-                self._unseen.append(f"{used.technique}: no repeated blocks were seen running")
+                self.unseen(f"{used.technique}: no repeated blocks were seen running")
             return
         wanted = set[int]()
         if used is not None:
@@ -287,16 +291,18 @@ class Watch:
         if self.plan.get("chunking") is not None:
             found &= wanted  # parts of the others run again, slice by slice
         told = [_listed(sorted(s)) for s in (wanted, found)]
-        self._differs(feature, f"blocks {told[0]} run again in backward", told[1], wrong=told[0] != told[1])
+        self.differs(feature, f"blocks {told[0]} run again in backward", told[1], wrong=told[0] != told[1])
 
     def _autocast(self) -> None:
-        if not self.autocast:
-            return
         kinds = {"bf16-autocast": "torch.bfloat16", "fp16-autocast": "torch.float16"}
         feature = next((n for n in kinds if self.plan.get(n)), "bf16-autocast")
+        if not self.autocast:
+            if self.plan.get(feature):
+                self.unseen(f"{feature}: no layers of repeated blocks were heard")
+            return
         wanted = kinds[feature] if self.plan.get(feature) else "off"
         told = ", ".join(sorted(self.autocast))
-        self._differs(feature, wanted, told, wrong=self.autocast != {wanted})
+        self.differs(feature, wanted, told, wrong=self.autocast != {wanted})
         fsdp = self.plan.get("fsdp2")
         if fsdp is not None:
             low = fsdp.settings["precision"] == "bf16"
@@ -304,25 +310,28 @@ class Watch:
             planned, found = (
                 ", ".join(sorted(map(str, d))) for d in ({torch.bfloat16} if low else held, self.computed)
             )
-            self._differs("fsdp2: precision", f"layers in {planned}", found, wrong=planned != found)
+            self.differs("fsdp2: precision", f"layers in {planned}", found, wrong=planned != found)
 
     def _micro_batches(self) -> None:
-        used = self.plan.get("gradient-accumulation")
+        used, staged = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
         wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
-        if self.forwards and self.layout.pipeline == 1:
-            self._differs(
-                "gradient-accumulation", f"{wanted} micro-batches", str(self.forwards),
-                wrong=self.forwards != wanted,
-            )  # fmt: skip
+        found, feature = self.forwards or self.graph.backwards, "gradient-accumulation"
+        if staged is not None:  # every stage on this rank runs each
+            wanted *= int(staged.settings["micro_batches"]) * int(staged.settings["virtual"])
+            found, feature = self.forwards, "pipeline: micro-batches"
+        if found:
+            self.differs(feature, f"{wanted} micro-batches", str(found), wrong=found != wanted)
+        elif used is not None or staged is not None:
+            self.unseen(f"{feature}: no forward pass was heard")
 
     def _gradients(self) -> None:
-        params = list(self._trainable())
-        degree, feature = self._sharded("gradients")
+        params = list(self.trainable())
+        degree, feature = self.sharded("gradients")
         if degree == 1 or self.gradients is None:
             return
-        part = self._part(params)
+        part = self.part(params)
         most = self._shard(params, degree)
-        self._differs(
+        self.differs(
             feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
             wrong=self.gradients > most + self._bucketed(),
         )  # fmt: skip
@@ -332,54 +341,23 @@ class Watch:
         bucket = int(zero.settings["reduce_bucket_elements"])
         most = self._overlapping(params, degree) + bucket + max(map(whole, params))  # the last one under way
         if most >= part:
-            self._unseen.append(f"{feature} in backward: the reduce bucket could hold them all")
+            self.unseen(f"{feature} in backward: the reduce bucket could hold them all")
         else:
-            self._differs(
+            self.differs(
                 feature, f"at most {int(most):,} of {part:,} elements in backward", f"{self.waiting:,}",
                 wrong=self.waiting > most,
             )  # fmt: skip
 
     def _state(self) -> None:
         held = state_elements(self.optimizer)
-        params = list(self._trainable())
-        part = self._part(params)
-        degree, feature = self._sharded("optimizer state")
+        params = list(self.trainable())
+        part = self.part(params)
+        degree, feature = self.sharded("optimizer state")
         if not held:
-            self._unseen.append("optimizer state: it has none that could be found")
+            self.unseen("optimizer state: it has none that could be found")
         elif degree > 1:
             most = self._shard(params, degree)
-            self._differs(feature, f"of 1/{degree} of {part:,} elements", f"of {held:,}", wrong=held > most)
-
-    def _replicas(self) -> None:
-        """Where every rank has whole parameters they are the same after a step, or gradients were not
-        averaged."""
-        alike = self.layout.data * self.layout.context
-        if alike == 1 or self.layout.ranks != alike or self._sharded("parameters")[0] > 1:
-            return
-        own_parts = (getattr(p, "to_local", lambda p=p: p)().detach() for p in self._trainable())
-        norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in own_parts]
-        own = torch.stack(norms).tolist()
-        every: list[Any] = [None] * self.plan.ranks
-        dist.all_gather_object(every, own)
-        apart = max(
-            abs(a - b) / max(abs(a), abs(b), 1e-300)
-            for of_rank in every
-            for a, b in zip(own, of_rank, strict=True)
-        )
-        feature = next((u.technique for u in self.plan.uses if u.technique in _AVERAGING), "replicas")
-        self._differs(
-            f"{feature}: replicas", "equal parameters on every rank after a step",
-            f"parameter norms up to {apart:.1e} apart: gradients are not averaged",
-            wrong=apart > _REPLICAS_RATIO,
-        )  # fmt: skip
-
-
-_SEEN = {
-    "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "activation-checkpointing",
-    "selective-checkpointing", "bf16-autocast", "fp16-autocast", "bf16-parameters", "gradient-accumulation",
-    "expert-parallel", "context-parallel", "axial-parallel",
-}  # fmt: skip
-_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
+            self.differs(feature, f"of 1/{degree} of {part:,} elements", f"of {held:,}", wrong=held > most)
 
 
 def _listed(indices: list[int]) -> str:

@@ -57,15 +57,37 @@ def layers(optimizer: Any) -> Iterator[Any]:
         optimizer = next((i for i in inner if i is not None and hasattr(i, "step")), None)
 
 
-def state_elements(optimizer: Any) -> int:
-    """Elements that the optimizer has a state for on this rank: of each entry the largest tensor."""
+def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
+    """(parameter, tensors of its state that are no scalars) on this rank."""
     for layer in reversed(list(layers(optimizer))):
         state = getattr(layer, "state", None)
         if isinstance(state, Mapping) and state:
-            entries = [_tensors(entry) for entry in state.values() if isinstance(entry, Mapping)]
-            return sum(max((local_elements(t) for t in e if t.dim()), default=0) for e in entries)
-    return 0
+            for param, entry in state.items():
+                if isinstance(entry, Mapping):
+                    yield param, [v for v in entry.values() if isinstance(v, torch.Tensor) and v.dim()]
+            return
 
 
-def _tensors(entry: Mapping[str, Any]) -> list[torch.Tensor]:
-    return [v for v in entry.values() if isinstance(v, torch.Tensor)]
+def state_elements(optimizer: Any) -> int:
+    """Elements that the optimizer has a state for on this rank: of each entry the largest tensor."""
+    return sum(max(map(local_elements, tensors), default=0) for _, tensors in states(optimizer))
+
+
+def local_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of it on this rank; of a tensor made of others, as those of 4 bits are, of all of them."""
+    local: Any = getattr(tensor, "to_local", lambda: tensor)()
+    if hasattr(local, "__tensor_flatten__"):
+        return sum(local_bytes(getattr(local, name)) for name in local.__tensor_flatten__()[0])
+    return int(local.numel() * local.element_size())
+
+
+def fsdp_groups(model: nn.Module) -> Iterator[Any]:
+    """Parameter groups of fsdp2: torch has no public way to ask."""
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        yield from getattr(state, "_fsdp_param_groups", ())
+
+
+def fsdp_params(model: nn.Module) -> Iterator[Any]:
+    for group in fsdp_groups(model):
+        yield from group.fsdp_params

@@ -68,6 +68,8 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
             recorder = _Recorder(names, path, blocks)
             part = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
             with torch.no_grad(), contextlib.ExitStack() as stack, recorder, recorder.watching(bench.model):
+                # What a mode saw once the compiler leaves alone for good.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for context in bench.forward_contexts:
                     stack.enter_context(context())
                 bench.job.loss(bench.call or bench.model, part)

@@ -163,8 +163,8 @@ def _conform(
     from memfit.measure.conform import Watch
 
     watch = Watch(
-        step.model, step.optimizer, spec.plan, blocks=job.blocks, whole_elements=whole_elements,
-        micro_batches=1,
+        step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head,
+        whole_elements=whole_elements, micro_batches=1,
     )  # fmt: skip
 
     def on_phase(phase: Phase) -> None:

@@ -1,0 +1,213 @@
+"""What `Watch` looks at of parallel plans beyond sharded elements: one function a technique or two.
+
+Gathers are the same on every rank: whether one is made depends on the plan alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from memfit.measure.held import fsdp_groups, layers, local_bytes, states, whole
+from memfit.measure.looks import told
+
+if TYPE_CHECKING:
+    from memfit.measure.conform import Watch
+
+_REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
+_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
+
+
+def tensor_parallel(watch: Watch) -> None:
+    degree = watch.layout.tensor
+    if degree == 1 or watch.plan.get("expert-parallel") is not None:
+        return
+    params = list(watch.model.parameters())
+    part, staged = watch.part(params), watch.layout.pipeline > 1
+    # DTensors tell their whole size
+    total = (not staged and watch.whole_elements) or sum(p.numel() for p in params)
+    most = total * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
+    watch.differs(
+        "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
+        wrong=part > most,
+    )  # fmt: skip
+
+
+def replicas(watch: Watch) -> None:
+    """Where every rank has whole parameters they are the same after a step, or gradients were not
+    averaged."""
+    alike = watch.layout.data * watch.layout.context
+    if alike == 1 or watch.layout.ranks != alike or watch.sharded("parameters")[0] > 1:
+        return
+    if watch.plan.get("expert-parallel") is not None:
+        return
+    own_parts = (getattr(p, "to_local", lambda p=p: p)().detach() for p in watch.trainable())
+    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in own_parts]
+    own = torch.stack(norms).tolist()
+    apart = max(
+        abs(a - b) / max(abs(a), abs(b), 1e-300)
+        for of_rank in _from_all(own)
+        for a, b in zip(own, of_rank, strict=True)
+    )
+    feature = next((u.technique for u in watch.plan.uses if u.technique in _AVERAGING), "replicas")
+    watch.differs(
+        f"{feature}: replicas", "equal parameters on every rank after a step",
+        f"parameter norms up to {apart:.1e} apart: gradients are not averaged",
+        wrong=apart > _REPLICAS_RATIO,
+    )  # fmt: skip
+
+
+def offloaded_states(watch: Watch) -> None:
+    """Of parameters and of optimizer state. Where layers compute on an accelerator, devices tell; else what
+    is asked is the object that would move them."""
+    used = watch.plan.get("fsdp2") or watch.plan.get("zero")
+    if used is None:
+        return
+    planned = _planned_on_host(str(used.settings["offload"]))
+    found = _by_policy(watch) if watch.graph.device in ("", "cpu") else _on_devices(watch)
+    feature = f"{used.technique}: offload"
+    if found is None:
+        if planned:
+            watch.unseen(f"{feature}: no object that moves tensors to the host was found")
+        return
+    watch.differs(
+        feature, f"{told(planned)} in host memory", told(sorted(found)), wrong=set(planned) != found
+    )
+
+
+def _planned_on_host(offload: str) -> list[str]:
+    return {"True": ["optimizer", "parameters"], "parameters": ["optimizer", "parameters"],
+            "optimizer": ["optimizer"]}.get(offload, [])  # fmt: skip
+
+
+def _on_devices(watch: Watch) -> set[str]:
+    """Named is what has most of its bytes on the host: ZeRO leaves small parameters where they are."""
+    shards = (getattr(p, "ds_tensor", p) for p in watch.model.parameters())
+    state = (t for _, tensors in states(watch.optimizer) for t in tensors)
+    found = {"parameters": list(shards), "optimizer": list(state)}
+    return {name for name, tensors in found.items() if _mostly_on_host(tensors)}
+
+
+def _mostly_on_host(tensors: list[torch.Tensor]) -> bool:
+    on_host = sum(local_bytes(t) for t in tensors if t.device.type == "cpu")
+    return on_host > sum(map(local_bytes, tensors)) / 2
+
+
+def _by_policy(watch: Watch) -> set[str] | None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    if policies := [isinstance(g.offload_policy, CPUOffloadPolicy) for g in fsdp_groups(watch.model)]:
+        return {"optimizer", "parameters"} if all(policies) else set()
+    for layer in layers(watch.optimizer):
+        if hasattr(layer, "state_on"):  # memfit's ZeRO
+            parameters = getattr(getattr(layer, "shards", None), "offload", False)
+            return _named(optimizer=layer.state_on == "host", parameters=parameters)
+        if hasattr(layer, "cpu_offload") or hasattr(layer, "offload_optimizer"):  # DeepSpeed's
+            flags = [getattr(layer, name, False) for name in ("cpu_offload", "offload_optimizer")]
+            return _named(optimizer=any(flags), parameters=getattr(layer, "offload_param", False))
+    return None
+
+
+def _named(**said: bool) -> set[str]:
+    return {name for name, so in said.items() if so}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Stage:
+    """What one rank holds of a pipeline. ``held``: names of parameters that learn; ``learned``: of those, the
+    ones that got a gradient."""
+
+    place: int
+    held: dict[str, int]
+    learned: set[str]
+
+
+def stages(watch: Watch) -> None:
+    """Each rank holds its own stages and nothing else."""
+    used = watch.plan.get("pipeline")
+    if used is None:
+        return
+    virtual = int(used.settings["virtual"])
+    held = [i for i, b in enumerate(watch.blocks) if any(map(whole, b.parameters()))]
+    most = virtual * math.ceil(len(watch.blocks) / (watch.layout.pipeline * virtual))
+    if watch.whole_elements:
+        watch.differs(
+            "pipeline: blocks", f"at most {most} of {len(watch.blocks)} on a rank",
+            f"{len(held)} ({told(held)})", wrong=len(held) > most,
+        )  # fmt: skip
+    else:
+        watch.unseen("pipeline: how many blocks a rank holds: the whole model is not known")
+    named = {n: p for n, p in watch.model.named_parameters() if p.requires_grad}
+    learned = {n for n, p in named.items() if id(p) in watch.learned}
+    own = _Stage(
+        watch.layout.coordinate(dist.get_rank())["pipeline"], {n: whole(p) for n, p in named.items()}, learned
+    )
+    everyone: list[_Stage] = _from_all(own)
+    elsewhere = set[str]().union(*(s.learned for s in everyone if s.place != own.place))
+    if not all(s.learned for s in everyone):
+        watch.unseen("pipeline: parameters: no gradients were seen")
+        return
+    idle = sorted((elsewhere - own.learned) & own.held.keys())
+    watch.differs(
+        "pipeline: parameters", "only those that this rank's stages use",
+        f"{sum(own.held[n] for n in idle):,} elements that other stages train ({told(idle[:3])})",
+        wrong=bool(idle),
+    )  # fmt: skip
+
+
+def shared_samples(watch: Watch) -> None:
+    """Ranks that share a sample work on different parts of it."""
+    used = watch.plan.get("context-parallel") or watch.plan.get("axial-parallel")
+    if used is None or watch.layout.context == 1:
+        return
+    feature = f"{used.technique}: parts of a sample"
+    place = watch.layout.coordinate(dist.get_rank())
+    group = tuple(v for name, v in place.items() if name != "context")
+    every: list[tuple[Any, list[float]]] = _from_all((group, watch.entered))
+    partners = [entered for other, entered in every if other == group]
+    if not all(entered for _, entered in every):  # the same on every rank
+        watch.unseen(f"{feature}: nothing that blocks are given could be compared")
+        return
+    watch.differs(
+        feature, f"another one on each of {watch.layout.context} ranks", "the same",
+        wrong=all(p == partners[0] for p in partners),
+    )  # fmt: skip
+
+
+def entering(args: Iterable[Any]) -> Iterator[float]:
+    """Figures that are equal where two ranks are given the same; none of what is the same all over."""
+    for value in args:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
+            local = getattr(value, "_local_tensor", value).detach()
+            if local.numel() and local.min() != local.max():
+                yield from (float(local.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(local)))
+
+
+def experts(watch: Watch) -> None:
+    used = watch.plan.get("expert-parallel")
+    if used is None:
+        return
+    held = sum(map(whole, watch.model.parameters()))
+    if not watch.whole_elements:
+        watch.unseen("expert-parallel: how many experts a rank holds: the whole model is not known")
+        return
+    total = watch.whole_elements
+    watch.differs(
+        "expert-parallel", f"experts dealt to {used.settings['degree']} ranks",
+        f"{held:,} of {total:,} elements on a rank", wrong=held >= total,
+    )  # fmt: skip
+
+
+def _from_all(own: Any) -> list[Any]:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
+
+
+AT_REST: tuple[Callable[[Watch], None], ...] = (tensor_parallel, experts)
+AFTER_A_STEP: tuple[Callable[[Watch], None], ...] = (replicas, offloaded_states, stages, shared_samples)

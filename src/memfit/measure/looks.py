@@ -1,0 +1,241 @@
+"""What `Watch` looks at beyond sharding, dtypes and recomputation: one function a technique or two.
+
+Each compares an effect of the technique with the plan. Where there is nothing to see, it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from memfit.measure.graph import gathered
+from memfit.measure.held import layers, local_bytes, states, whole
+from memfit.techniques.blocks import find_head
+from memfit.types.errors import UserError
+
+if TYPE_CHECKING:
+    from memfit.measure.conform import Watch
+
+_SMALL = 4096  # elements: bitsandbytes and torchao keep states of smaller parameters in float32
+# Most bytes of state that an optimizer keeps for an element of a parameter, scales of blocks with it; SGD one
+# moment of the parameter's own dtype.
+_STATE_BYTES = {"adamw-8bit": 3.0, "adamw-paged": 3.0, "adamw-4bit": 2.0, "adafactor": 1.0}
+_KINDS = (*_STATE_BYTES, "sgd")
+_LOW_RANK = 32  # rows and columns from which factored moments are clearly smaller than whole ones
+
+
+def offloaded_activations(watch: Watch) -> None:
+    used = watch.plan.get("activation-offload")
+    if used is None:
+        return
+    graph, least = watch.graph, int(used.settings["minimum_kib"]) * 1024
+    if used.settings["to"] == "host" and graph.device == "cpu":
+        watch.unseen("activation-offload: the step runs in host memory, there is nowhere to go")
+        return
+    here = sum(size >= least for size in graph.here)
+    if not graph.away + here:
+        watch.unseen(f"activation-offload: no saved tensors of {least // 1024} KiB or more were found")
+        return
+    watch.differs(
+        "activation-offload", f"saved tensors of {least // 1024} KiB or more go to {used.settings['to']}",
+        f"{graph.away} went, {here} stayed", wrong=graph.away < here,
+    )  # fmt: skip
+
+
+def dropped_tensors(watch: Watch) -> None:
+    used = watch.plan.get("optimal-checkpointing")
+    if used is None or used.settings["dropped"] in ("", "none"):
+        return
+    count = watch.graph.packed
+    watch.differs("optimal-checkpointing", "tensors that backward makes again", str(count), wrong=not count)
+
+
+def compiled(watch: Watch) -> None:
+    used = watch.plan.get("compile")
+    if used is None:
+        return
+    graph, shards = watch.graph, {id(p): id(s) for p, s in gathered(watch.model)}
+    fused = {shards.get(i, i) for i in graph.compiled}
+    seen = fused | {shards.get(i, i) for i in graph.eager}
+    blocks = [watch.model] if used.settings["scope"] == "model" else watch.blocks
+    wanted, found = [], []
+    for index, block in enumerate(blocks):
+        own = {id(p): whole(p) for p in block.parameters()}
+        if reached := sum(own[i] for i in own.keys() & seen):
+            wanted.append(index)
+            found += [index] * (sum(own[i] for i in own.keys() & fused) > reached / 2)  # graphs may break
+    if not wanted:
+        watch.unseen("compile: no parameters of what is to be compiled were found in the graph")
+        return
+    what = "the whole model" if used.settings["scope"] == "model" else f"blocks {told(wanted)}"
+    watch.differs("compile", f"{what} run compiled", told(found), wrong=found != wanted)
+
+
+def chunked_loss(watch: Watch) -> None:
+    used = watch.plan.get("chunked-cross-entropy")
+    if used is None:
+        return
+    feature, graph = "chunked-cross-entropy", watch.graph
+    try:
+        head = find_head(watch.model, watch.head)[1]
+    except UserError:
+        watch.unseen(f"{feature}: no head was found")
+        return
+    width = head.out_features
+    others = (m for m in watch.model.modules() if isinstance(m, nn.Linear) and m is not head)
+    if any(width in (m.in_features, m.out_features) for m in others) or not graph.backwards:
+        watch.unseen(f"{feature}: logits cannot be told from what other layers make")
+    elif not graph.rows.get(width) and graph.packed:
+        watch.unseen(f"{feature}: what is saved for backward is somewhere else")
+    else:
+        rows = graph.rows.get(width, 0)
+        watch.differs(
+            feature, f"no logits of {width} classes kept for backward", f"{rows} rows of them", wrong=rows > 0
+        )
+
+
+# -- what learns, and how ---------------------------------------------------------------------------------
+
+
+def adapters(watch: Watch) -> None:
+    used = watch.plan.get("lora") or watch.plan.get("qlora")
+    if used is None:
+        return
+    feature, rank = used.technique, int(used.settings["rank"])
+    matrices = [p for b in watch.blocks for p in b.parameters() if len(_shape(p)) > 1]
+    if not matrices:
+        watch.unseen(f"{feature}: no blocks with weights were found")
+        return
+    low = sum(whole(p) for p in matrices if p.requires_grad and min(_shape(p)[:2]) <= rank)
+    learning = [p for p in matrices if p.requires_grad and min(_shape(p)[:2]) > rank]
+    watch.differs(
+        feature, f"of the blocks' weights only matrices of rank {rank} learn",
+        f"{low:,} elements of such, {sum(map(whole, learning)):,} of others", wrong=bool(learning) or not low,
+    )  # fmt: skip
+    if feature == "qlora":
+        wide = [p for p in matrices if not p.requires_grad and p.is_floating_point()]
+        watch.differs(
+            "qlora: frozen weights", "in 4 bits", f"{sum(map(whole, wide)):,} elements that are not",
+            wrong=bool(wide),
+        )  # fmt: skip
+
+
+def _shape(param: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def optimizer_kind(watch: Watch) -> None:
+    """By the bytes of state for an element of the parameters."""
+    used = next((u for u in watch.plan.uses if u.technique in _KINDS), None)
+    if used is None:
+        return
+    kind, elements, size_bytes, most = used.technique, 0, 0, 0.0
+    shared = set[int]()  # tables of the values that a code stands for
+    for param, tensors in states(watch.optimizer):
+        if not isinstance(param, torch.Tensor) or not _counts(kind, param):
+            continue
+        elements += (count := local_bytes(param) // param.element_size())
+        most += count * _STATE_BYTES.get(kind, float(param.element_size()))
+        for tensor in tensors:
+            if count and (address := _address(tensor)) not in shared:
+                shared.add(address)
+                size_bytes += local_bytes(tensor)
+    if not elements or not size_bytes:
+        watch.unseen(f"{kind}: no state of parameters large enough to tell was found")
+        return
+    watch.differs(
+        kind, f"at most {most / elements:g} bytes of state an element", f"{size_bytes / elements:.2f}",
+        wrong=size_bytes > 1.01 * most,
+    )  # fmt: skip
+
+
+def update_kernel(watch: Watch) -> None:
+    """Which update torch's own optimizer runs: it does as its groups say, or raises."""
+    used = watch.plan.get("adamw-fused") or watch.plan.get("adamw-single")
+    if used is None:
+        return
+    inner = [o for o in layers(watch.optimizer) if hasattr(o, "param_groups")][-1:]
+    inner = list(getattr(watch.optimizer, "optimizers", {}).values()) or inner
+    groups = [g for o in inner for g in getattr(o, "param_groups", ())]
+    if not groups:
+        watch.unseen(f"{used.technique}: no optimizer of torch's own was found")
+        return
+    found = sorted({_kernel(g) for g in groups})
+    wanted = used.technique.removeprefix("adamw-")
+    watch.differs(used.technique, f"a {wanted} update", told(found), wrong=found != [wanted])
+
+
+def _kernel(group: dict[str, Any]) -> str:
+    if group.get("fused"):
+        return "fused"
+    on_host = all(p.device.type == "cpu" for p in group["params"])
+    foreach = group.get("foreach")
+    return "foreach" if foreach or (foreach is None and not on_host) else "single"
+
+
+def in_backward_updates(watch: Watch) -> None:
+    if watch.plan.get("optimizer-in-backward") is None:
+        return
+    sizes = [whole(p) for p in watch.model.parameters() if p.requires_grad]
+    most = max(sizes, default=0)
+    if not watch.arrived or sum(sizes) <= 2 * most:
+        watch.unseen("optimizer-in-backward: no gradients, or one parameter that is most of the model")
+        return
+    watch.differs(
+        "optimizer-in-backward", f"at most {most:,} elements of gradients at a time", f"{watch.waiting:,}",
+        wrong=watch.waiting > most,
+    )  # fmt: skip
+
+
+def _counts(kind: str, param: torch.Tensor) -> bool:
+    if kind == "adafactor":
+        return param.dim() > 1 and min(param.shape[-2:]) >= _LOW_RANK
+    return kind == "sgd" or param.numel() >= _SMALL
+
+
+def _address(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return id(tensor)
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return int(local.untyped_storage()._cdata)
+
+
+def told(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+AT_REST: tuple[Callable[[Watch], None], ...] = (adapters, update_kernel)
+AFTER_A_STEP: tuple[Callable[[Watch], None], ...] = (
+    offloaded_activations, dropped_tensors, compiled, chunked_loss,
+    optimizer_kind, in_backward_updates,
+)  # fmt: skip
+
+_BY_A_STEP = frozenset({
+    "activation-offload", "optimal-checkpointing", "compile", "chunked-cross-entropy", "pipeline",
+    "context-parallel", "axial-parallel", "optimizer-in-backward", "gradient-accumulation",
+    "activation-checkpointing", "selective-checkpointing", "bf16-autocast", "fp16-autocast", *_KINDS,
+})  # fmt: skip
+_PARTLY = {
+    "expert-parallel": "sharding, gradients and replicas of what lies beside the experts",
+    "selective-checkpointing": "what blocks keep, beyond that they run again",
+    "adamw-paged": "whether the host and the device share the state by pages",
+    "tensor-parallel": "whether activations are cut, beside parameters",
+}
+# Techniques that a look, here or in `Watch`, is for.
+SEEN = _BY_A_STEP | {
+    "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "bf16-parameters", "expert-parallel", "lora",
+    "qlora", "adamw-fused", "adamw-single",
+}  # fmt: skip
+
+
+def not_looked_at(watch: Watch, *, stepped: bool) -> Iterator[str]:
+    for name in (u.technique for u in watch.plan.uses):
+        if name not in SEEN:
+            yield f"{name}: nothing of it is looked at"
+        elif name in _BY_A_STEP and not stepped:
+            yield f"{name}: no step was watched"
+        elif name in _PARTLY:
+            yield f"{name}: {_PARTLY[name]}"

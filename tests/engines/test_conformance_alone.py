@@ -1,0 +1,272 @@
+"""What memfit says where one process did not do what the plan says, and where there is nothing to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import child_ranks
+import pytest
+import torch
+from torch import nn
+
+from memfit.api import conform
+from memfit.jobs.gpt import Gpt, GptSize
+from memfit.jobs.step import TrainingStep
+from memfit.measure.across import offloaded_states
+from memfit.measure.conform import Watch
+from memfit.measure.graph import Graph
+from memfit.measure.looks import SEEN
+from memfit.recomputation import chosen
+from memfit.techniques.registry import TECHNIQUES, make_use
+from memfit.types.conformance import NotConforming
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+
+SIZE = GptSize(layers=3, width=64, heads=4, length=32, vocabulary=320, batch_size=4)
+
+
+def _batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 320, (4, 33), generator=torch.Generator().manual_seed(1000 * seed + step))
+    return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+JOB = Job(name="gpt", build_model=lambda: Gpt(SIZE), make_batch=_batch, loss=_loss, batch_size=4)
+
+
+def _told(plan: Plan, job: Job = JOB) -> str:
+    torch.manual_seed(0)
+    return child_ranks.told(TrainingStep(job, plan), sum(p.numel() for p in Gpt(SIZE).parameters()))
+
+
+def _plan(name: str, **settings: Any) -> Plan:
+    return Plan(uses=(make_use(name, settings),))
+
+
+PLANS = {
+    "activation-offload": _plan("activation-offload", minimum_kib=4),
+    "chunked-cross-entropy": _plan("chunked-cross-entropy"),
+    "lora": _plan("lora"),
+    "qlora": _plan("qlora"),
+    "adamw-8bit": _plan("adamw-8bit"),
+    "adamw-4bit": _plan("adamw-4bit"),
+    "adamw-paged": _plan("adamw-paged"),
+    "adamw-fused": _plan("adamw-fused"),
+    "adafactor": _plan("adafactor"),
+    "sgd": _plan("sgd"),
+    "optimizer-in-backward": _plan("optimizer-in-backward"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_switched_off_is_named(name: str) -> None:
+    if missing := TECHNIQUES[name].missing:
+        pytest.skip(f"{', '.join(missing)} is not installed")
+    honest = _told(PLANS[name])
+    assert honest.startswith("fine: as planned"), honest
+    assert name in honest.partition("; not seen")[0]
+    with mock.patch.object(TrainingStep, "carried", frozenset({name})):
+        sabotaged = _told(PLANS[name])
+    assert sabotaged.startswith("the plan was not applied"), sabotaged
+    assert name in sabotaged
+
+
+def test_offload_that_keeps_a_copy_in_memory() -> None:
+    """Hooks are in force and nothing goes away."""
+    with mock.patch("memfit.techniques.offload.Parked", lambda tensor, spool: Kept(tensor)):
+        told = _told(PLANS["activation-offload"])
+    assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found 0 went" in told
+
+
+class Kept:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.copy = tensor.detach().clone().view(-1)
+
+    def back(self) -> torch.Tensor:
+        return self.copy
+
+
+def test_offload_to_the_host_that_computes_is_not_looked_at() -> None:
+    told = _told(_plan("activation-offload", to="host", minimum_kib=4))
+    assert "as planned" in told
+    assert "activation-offload: the step runs in host memory" in told.partition("not seen")[2]
+
+
+def test_logits_that_the_loss_makes_after_all() -> None:
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = model(batch["input_ids"]).flatten(0, 1)
+        return nn.functional.nll_loss(logits.log_softmax(-1), batch["labels"].flatten())
+
+    told = _told(PLANS["chunked-cross-entropy"], Job(**{**_fields(JOB), "loss": loss}))
+    assert "chunked-cross-entropy: planned no logits of 320 classes kept for backward, found 128 rows" in told
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    return {name: getattr(job, name) for name in ("name", "build_model", "make_batch", "loss", "batch_size")}
+
+
+def test_a_single_update_that_is_not_single() -> None:
+    plan = _plan("adamw-single")
+    assert "fine: as planned" in _told(plan)
+    step = TrainingStep(JOB, plan)
+    step.optimizer.param_groups[0]["foreach"] = True  # type: ignore[attr-defined]
+    told = child_ranks.told(step, 0)
+    assert "adamw-single: planned a single update, found foreach" in told
+
+
+def test_qlora_whose_weights_stay_wide() -> None:
+    if TECHNIQUES["qlora"].missing:
+        pytest.skip("peft and bitsandbytes are not installed")
+    with mock.patch("memfit.techniques.nf4.Nf4Linear", lambda linear: linear):
+        assert "qlora: frozen weights: planned in 4 bits" in _told(PLANS["qlora"])
+
+
+def test_tensors_that_are_not_dropped() -> None:
+    plan = chosen(JOB, _plan("optimal-checkpointing", budget_mib=4))
+    assert plan.uses[0].settings["dropped"] != "none"
+    assert "optimal-checkpointing" in _told(plan).partition("not seen")[0]
+    with mock.patch("memfit.techniques.recompute._without", return_value=contextlib.nullcontext()):
+        assert "optimal-checkpointing: planned tensors that backward makes again, found 0" in _told(plan)
+
+
+@pytest.fixture
+def quick_compiler() -> Any:
+    """torch's own graphs without the C++ compiler."""
+    quick = functools.partial(torch.compile, backend="aot_eager")
+    with mock.patch.object(torch, "compile", quick):
+        yield
+    torch._dynamo.reset()
+
+
+def _never() -> Any:
+    return mock.patch.object(torch, "compile", lambda forward: forward)
+
+
+def _first_only() -> Any:
+    compiled: list[Any] = []
+    plain = torch.compile
+
+    def once(forward: Any) -> Any:
+        if compiled:
+            return forward
+        compiled.append(forward)
+        return plain(forward)
+
+    return mock.patch.object(torch, "compile", once)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on loading its compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # its compiler looks and hides that it does
+@pytest.mark.parametrize(
+    ("scope", "sabotage", "found"),
+    [
+        ("blocks", _never, "blocks 0, 1, 2 run compiled, found none"),
+        ("blocks", _first_only, "blocks 0, 1, 2 run compiled, found 0"),
+        ("blocks", lambda: torch.compiler.set_stance("force_eager"), "found none"),
+        ("model", _never, "the whole model run compiled, found none"),
+    ],
+)
+def test_what_is_not_compiled(
+    scope: str, sabotage: Callable[[], Any], found: str, quick_compiler: None
+) -> None:
+    plan = _plan("compile", scope=scope)
+    honest = _told(plan)
+    assert honest.startswith("fine: as planned"), honest
+    assert "compile" in honest.partition("; not seen")[0]
+    with sabotage():
+        told = _told(plan)
+    assert "compile: planned" in told, told
+    assert found in told
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_blocks_of_torchs_own_classes_are_compiled(quick_compiler: None) -> None:
+    def build() -> nn.Module:
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*blocks))
+
+    def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"]).square().mean()  # type: ignore[no-any-return]
+
+    own = Job(name="own", build_model=build, make_batch=lambda *_: {"x": torch.ones(4, 8)}, loss=loss,
+              batch_size=4)  # fmt: skip
+    told = _told(_plan("compile"), own)
+    assert told.startswith("fine: as planned"), told
+    assert "compile" in told.partition("; not seen")[0]
+
+
+def test_every_technique_is_looked_at_or_told() -> None:
+    assert set(TECHNIQUES) >= SEEN
+    assert set(TECHNIQUES) - SEEN == {"chunking"}
+
+
+def test_reading_the_graph_changes_nothing() -> None:
+    model = nn.Linear(4, 4)
+    plain = torch.autograd.backward
+    with Graph(model) as graph:
+        model(torch.ones(2, 4)).square().sum().backward()
+    assert (graph.backwards, graph.away) == (1, 0)
+    assert torch.autograd.backward is plain
+
+
+def _on_a_device(around: Any) -> None:
+    """A step on torch's meta device, as on an accelerator: what lies in host memory lies elsewhere."""
+    model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Tanh(), nn.Linear(64, 64, device="meta"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        with around:
+            loss = model(torch.ones(64, 64, device="meta")).square().sum()
+        loss.backward()
+        optimizer.step()
+
+    plan = {"activation-offload": {"to": "host", "minimum_kib": 1}}
+    assert "activation-offload" in conform(model, optimizer, plan, step=step).checked
+
+
+def test_offload_to_the_host_of_an_accelerator() -> None:
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    _on_a_device(hooks(lambda t: torch.zeros(t.shape), lambda t: t.to("meta")))
+    with pytest.raises(NotConforming, match=r"go to host, found 0 went, [1-9]\d* stayed"):
+        _on_a_device(hooks(lambda t: (t,), lambda t: t[0]))
+
+
+@pytest.mark.parametrize("planned", ["none", "optimizer", "parameters"])
+@pytest.mark.parametrize("found", ["none", "optimizer", "parameters"])
+def test_devices_tell_where_states_are(planned: str, found: str) -> None:
+    model = nn.Linear(64, 64, bias=False, device="cpu" if found == "parameters" else "meta")
+    state = torch.zeros(64, 64, device="meta" if found == "none" else "cpu")
+    optimizer = SimpleNamespace(state={model.weight: {"exp_avg": state}}, step=lambda: None)
+    plan = _plan("zero", stage=1 if planned != "parameters" else 3, offload=planned)
+    watch = Watch(model, optimizer, plan)
+    watch.graph.device = "meta"
+    offloaded_states(watch)
+    assert bool(watch._differences) == (planned != found)
+
+
+def test_torchs_own_offload_and_a_step_without_it() -> None:
+    """`save_on_cpu` keeps its copies where this process computes: nothing to be seen."""
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = {"activation-offload": {"to": "disk", "minimum_kib": 1}}
+
+    def step(around: Any) -> None:
+        with around:
+            loss = model(torch.ones(64, 64)).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.raises(NotConforming, match=r"activation-offload: planned .* found 0 went"):
+        conform(model, optimizer, plan, step=lambda: step(torch.autograd.graph.save_on_cpu()))
+    numpy_copies = torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), torch.from_numpy)
+    assert not conform(model, optimizer, plan, step=lambda: step(numpy_copies)).differences
