@@ -18,7 +18,7 @@ CONFIG = "fairscale.json"
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
     if plan.get("fsdp2") is not None:
-        return ("fsdp2: its FullyShardedDataParallel asks for CUDA, and is FSDP of torch 1",)
+        return ("fsdp2: its FullyShardedDataParallel asks for CUDA streams, and is FSDP of torch 1",)
     if plan.ranks > 1 and plan.get("sharded-ddp") is None:
         return ("several ranks: sharded-ddp is what it does with them",)
     return ()
