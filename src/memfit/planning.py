@@ -84,6 +84,7 @@ class Planning:
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
     """Counts blocks and outputs on a model built without memory. ``half``: `half_of` the device."""
     from memfit.techniques.adapters import block_linears
+    from memfit.techniques.scalars import scalars
     from memfit.techniques.slices import worth_cutting
     from memfit.trace.tracer import fake_model
 
@@ -110,6 +111,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
         ranks=ranks,
         half=half,
         linears=linears,
+        scalars=bool(scalars(model)),
         slices=ranks == 1 and worth_cutting(job, model),
     )
 

@@ -29,6 +29,7 @@ from memfit.engines.registry import engine
 from memfit.recomputation import Choices, nominal_s, open_budget, possible
 from memfit.techniques.base import Space
 from memfit.techniques.registry import plain, technique
+from memfit.techniques.scalars import refuse_scalars
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces, repeated
 from memfit.trace.few_blocks import with_blocks
@@ -125,6 +126,8 @@ class Pricer:
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
         """Of the engine's own step, where it has one that can be traced here."""
         carried = engine(self.engine)
+        if carried.no_scalars(plan):
+            refuse_scalars(fake_model(self.job), self.engine)
         if not carried.own_trace:
             plan = carried.predicted(plan)
             return deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)

@@ -22,6 +22,7 @@ from memfit.planning import (
 from memfit.pricing import Pricer
 from memfit.recomputation import open_budget
 from memfit.report.explain import Explained
+from memfit.run.again import OnEvent, run_through
 from memfit.run.child import run
 from memfit.run.ranks import run_ranks
 from memfit.store.database import Store
@@ -140,6 +141,8 @@ def run_spec(
             progress("run", int(str(event["step"])) + 1, spec.steps, label)
         elif event["event"] == "stage":
             progress("run", 0, spec.steps, f"{label}: {event['stage']}")
+        elif event["event"] == "restarted":
+            progress("run", 0, spec.steps, f"{label}: started again, {event['why']}")
 
     progress("run", 0, spec.steps, label)
     return Run(
@@ -154,15 +157,21 @@ def run_spec(
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
     """Of several ranks the one that ran out of memory or failed, else the one with the highest peak, as
     predictions are, with the mean of all ranks' losses."""
+    seen = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
     if spec.plan.ranks == 1:
-        return run(render(spec), on_event=listen)
-    seen = run_ranks(render(spec), on_event=lambda rank, event: None if rank else listen(event))
+        return seen[0]
     # ranks whose neighbour ran out of memory fail for want of it
     failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
     if failed:
         return min(failed, key=lambda m: m.outcome is not OutcomeKind.OOM)
     losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
     return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
+
+
+def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
+    if spec.plan.ranks == 1:
+        return [run(render(spec), on_event=lambda event: on_event(0, event))]
+    return run_ranks(render(spec), on_event=on_event)
 
 
 def _unlimited(job: JobRef) -> JobRef:

@@ -284,6 +284,37 @@ def test_its_own_parser_reads_what_the_plan_says(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+_SECTION = """
+import json, sys
+import torch
+from memfit.worker.apply_deepspeed import _join_alone, imported
+deepspeed, found = imported(), []
+_join_alone()
+for section in ({}, {"activation_checkpointing": {"partition_activations": True, "number_checkpoints": 2}}):
+    calls, model = [], torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    config = json.load(open(sys.argv[1])) | section
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    engine.backward(engine(torch.ones(4, 4)).sum())
+    read = engine._config.activation_checkpointing_config.partition_activations
+    found.append([read, len(calls), deepspeed.checkpointing.is_configured()])
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+@installed
+def test_what_recomputes_is_not_in_its_file_where_it_would_change_nothing(tmp_path: Path) -> None:
+    """DeepSpeed takes the section and runs no layer again for it."""
+    plan = _plan(1, zero={"stage": 2}, activation_checkpointing={})
+    text = render(_spec(plan)).files[CONFIG]
+    assert "activation_checkpointing" not in json.loads(text)
+    (tmp_path / CONFIG).write_text(text)
+    command = [sys.executable, "-c", _SECTION, str(tmp_path / CONFIG), str(tmp_path / "found.json")]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **ENGINE.env})
+    assert json.loads((tmp_path / "found.json").read_text()) == [[False, 1, False], [True, 1, False]]
+
+
 @pytest.mark.parametrize(
     ("plan", "why"),
     [

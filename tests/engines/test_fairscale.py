@@ -33,6 +33,7 @@ from memfit.techniques.registry import make_use
 from memfit.techniques.sharded_ddp import owners
 from memfit.techniques.world import layout, make_world
 from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
@@ -85,6 +86,11 @@ PLANS = {
         sharded_ddp={"reduce_buffer_elements": 50_000}, gradient_accumulation={"micro_batches": 2}
     ),
     "defaults": _plan(sharded_ddp={}, activation_checkpointing={}),
+    "some in buckets, recomputed": _plan(
+        sharded_ddp={"reduce_buffer_elements": 50_000},
+        activation_checkpointing={"every": 2},
+        gradient_accumulation={"micro_batches": 2},
+    ),
 }
 ALONE = {"alone": _plan(1, sharded_ddp={})}
 
@@ -115,6 +121,7 @@ def _rank(folder: Path, target: Path) -> None:
                 peaks = min(peaks, _train(kind, plan, counter, settle, rank, 2)[1])
             found[name] = {"losses": losses, "peak": peaks}
         found["not sharded"] = _told_of_one_owner(folder / f"one-{rank}", rank)
+        found["not recomputed"] = _told_without_wrapper(folder / f"kept-{rank}", rank)
     target.write_text(json.dumps(found))
 
 
@@ -132,6 +139,14 @@ def _told_of_one_owner(folder: Path, rank: int) -> str:
         step = kind(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
     whole = sum(p.numel() for p in JOB.build_model().parameters())
     return told(step, whole)
+
+
+def _told_without_wrapper(folder: Path, rank: int) -> str:
+    plan = PLANS["defaults"]
+    with mock.patch("fairscale.nn.checkpoint.checkpoint_wrapper", lambda block: block):
+        kind = step_maker("fairscale", _configured(folder, plan))
+        step = kind(JOB, plan, world=make_world(plan, rank=rank, device="cpu"))
+    return told(step, sum(p.numel() for p in JOB.build_model().parameters()))
 
 
 def _configured(folder: Path, plan: Plan) -> Path:
@@ -181,6 +196,12 @@ def test_what_is_not_sharded_is_named(ran: list[dict[str, Any]]) -> None:
         assert "sharded-ddp: optimizer state" in of_rank["not sharded"]
 
 
+@installed
+def test_what_is_not_recomputed_is_named(ran: list[dict[str, Any]]) -> None:
+    for of_rank in ran:
+        assert "activation-checkpointing: planned blocks 0, 1, 2 run again" in of_rank["not recomputed"]
+
+
 @pytest.fixture(scope="module")
 def reference() -> list[float]:
     torch.manual_seed(0)
@@ -204,6 +225,78 @@ def test_memory_is_what_was_predicted(name: str, ran: list[dict[str, Any]]) -> N
         assert ran[rank][name]["peak"] == pytest.approx(profile.peak_bytes, rel=PEAK_RATIO)
 
 
+class Shallow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x).tanh()
+
+
+class Named(Shallow):
+    def forward(self, given: Any) -> Any:
+        return {"x": super().forward(_tensor(given))}
+
+
+class Nested(Shallow):
+    def forward(self, given: Any) -> Any:
+        x = super().forward(_tensor(given))
+        return x, (x,)
+
+
+def _tensor(given: Any) -> torch.Tensor:
+    return given["x"] if isinstance(given, dict) else given[1][0] if isinstance(given, tuple) else given
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([kind() for _ in range(2)])
+
+    def forward(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return _tensor(x)
+
+
+def _stack(kind: type[nn.Module], **fields: Any) -> Job:
+    given: dict[str, Any] = {"loss": lambda model, batch: model(batch).square().mean(), **fields}
+    return Job(
+        name="stack", build_model=lambda: Stack(kind), blocks="blocks", batch_size=8, **given,
+        make_batch=lambda step, seed: torch.randn(8, 4, generator=torch.Generator().manual_seed(step)),
+    )  # fmt: skip
+
+
+def _force(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    batch = batch.clone().requires_grad_()
+    return torch.autograd.grad(model(batch).sum(), batch, create_graph=True)[0].square().mean()
+
+
+def checkpointed(folder: Path) -> dict[str, Any]:
+    """Which blocks of one rank FairScale recomputes, and what is said of those that it cannot."""
+    recomputed: dict[str, dict[str, Any]] = {"activation_checkpointing": {}}
+    found: dict[str, Any] = {}
+    for name, job, plan in (
+        ("plain", _stack(Shallow), _plan(1, **recomputed)),
+        ("every 2", _stack(Shallow), _plan(1, activation_checkpointing={"every": 2})),
+        ("autocast", _stack(Shallow), _plan(1, **recomputed, bf16_autocast={})),
+        ("island", _stack(Shallow, islands=("blocks.1",)), _plan(1, **recomputed)),
+        ("named", _stack(Named), _plan(1, **recomputed)),
+        ("nested", _stack(Nested), _plan(1, **recomputed)),
+        ("force", _stack(Shallow, loss=_force), _plan(1, **recomputed)),
+    ):
+        step = step_maker("fairscale", _configured(folder / name, plan))(job, plan)
+        functions = [getattr(vars(b).get("forward"), "func", None) for b in step.model.blocks]
+        carried = [getattr(f, "__module__", "").startswith("fairscale.") for f in functions]
+        try:
+            said = told(step, sum(p.numel() for p in step.model.parameters()))
+        except UserError as error:
+            said = str(error)
+        found[name] = [carried, said]
+    return found
+
+
 _ALONE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -215,16 +308,44 @@ torch.set_num_threads(1)
 plan = t.ALONE["alone"]
 torch.manual_seed(0)
 step = t.step_maker("fairscale", t._configured(Path(sys.argv[2]) / "alone", plan))(t.JOB, plan)
-Path(sys.argv[3]).write_text(json.dumps(t._losses(step)))
+losses = t._losses(step)
+Path(sys.argv[3]).write_text(json.dumps({"losses": losses, **t.checkpointed(Path(sys.argv[2]))}))
 """
 
 
-@installed
-def test_on_one_rank_losses_are_the_same_bits(tmp_path: Path, reference: list[float]) -> None:
-    target = tmp_path / "losses.json"
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tmp_path = tmp_path_factory.mktemp("one")
+    target = tmp_path / "found.json"
     command = [sys.executable, "-c", _ALONE, str(Path(__file__).parent), str(tmp_path), str(target)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert json.loads(target.read_text()) == reference
+    found: dict[str, Any] = json.loads(target.read_text())
+    return found
+
+
+@installed
+def test_on_one_rank_losses_are_the_same_bits(one: dict[str, Any], reference: list[float]) -> None:
+    assert one["losses"] == reference
+
+
+@installed
+@pytest.mark.parametrize(
+    ("name", "carried", "said"),
+    [
+        ("plain", [True, True], "fine: "),
+        ("every 2", [True, False], "fine: "),
+        ("autocast", [False, False], "fine: "),
+        ("island", [True, False], "fine: "),
+        ("named", [True, True], "would lose gradients of what Named returns"),
+        ("nested", [True, True], "would lose gradients of what Nested returns"),
+        ("force", [True, True], "cannot recompute for a loss that takes gradients itself"),
+    ],
+)
+def test_blocks_are_recomputed_by_fairscale_where_it_can(
+    name: str, carried: list[bool], said: str, one: dict[str, Any]
+) -> None:
+    assert one[name][0] == carried
+    assert said in one[name][1]
 
 
 def test_its_arguments_are_the_plans() -> None:

@@ -85,6 +85,7 @@ ENGINE = Engine(
     carries=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "gradient-accumulation"}),
     beside=BESIDE | {"adamw-4bit", "bf16-parameters"},
     reasons=_reasons,
+    no_scalars=lambda plan: plan.get("zero") is not None,
     own_trace=True,
     files=_files,
 )  # fmt: skip

@@ -34,8 +34,9 @@ class Engine:
     """A way to train. ``carries``: techniques that the engine applies itself, ``beside``: those that memfit
     applies to the model or the step and that the engine leaves alone; anything else it cannot do.
     ``reasons(plan)``: why it cannot carry a plan of such techniques after all; ``asks_cuda(plan)``: which
-    parts of it run on NVIDIA GPUs alone. ``files(spec)``: its own configuration, name -> text, beside
-    run.json; the worker reads these very files. ``tested``: versions from (included) to (excluded) with which
+    parts of it run on NVIDIA GPUs alone; ``no_scalars(plan)``: whether it takes no parameters without
+    dimensions. ``files(spec)``: its own configuration, name -> text, beside run.json; the worker reads these
+    very files. ``tested``: versions from (included) to (excluded) with which
     it was tried. ``own_trace``: its step runs on fake tensors, so predictions for it are traces of that step;
     else ``predicted(plan)`` is the plan whose native step has its memory. ``requirements``: what pip installs
     in an environment of its own, where it clashes with memfit's.
@@ -50,16 +51,21 @@ class Engine:
     beside: frozenset[str] = frozenset()
     reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
+    no_scalars: Callable[[Plan], bool] = lambda plan: False
     own_trace: bool = False
     predicted: Callable[[Plan], Plan] = lambda plan: plan
     requirements: tuple[str, ...] = ()
     files: Callable[[RunSpec], Files] = no_files
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def known(self) -> frozenset[str]:
+        return self.carries | self.beside
+
     def supports(self, plan: Plan) -> tuple[str, ...]:
         """Why it cannot carry the plan; empty: it can."""
-        known = self.carries | self.beside
-        unknown = tuple(f"{u.technique} is not in {self.name}" for u in plan.uses if u.technique not in known)
+        gaps = (u.technique for u in plan.uses if u.technique not in self.known)
+        unknown = tuple(f"{technique} is not in {self.name}" for technique in gaps)
         return unknown or self.reasons(plan)
 
     def probe(self) -> Probe:

@@ -1,7 +1,9 @@
 """DeepSpeed: ZeRO stages 0 to 3 through `deepspeed.initialize`, with its JSON.
 
 Keys are those of deepspeed/runtime/config.py and deepspeed/runtime/zero/config.py (0.19). Every one that
-decides about memory is written, whether it is DeepSpeed's default or not.
+decides about memory is written, whether it is DeepSpeed's default or not. `activation_checkpointing` is not:
+DeepSpeed's engine parses it and hands it to nobody. It speaks to models that call `deepspeed.checkpointing`
+themselves; what recomputes here is torch's checkpoint around blocks, with any engine.
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ ENGINE = Engine(
     carries=frozenset({"ddp", "zero", "gradient-accumulation"}),
     beside=BESIDE,
     reasons=_reasons,
+    no_scalars=lambda plan: True,  # parameters are sent as bytes, to which torch cannot view such a one
     predicted=as_zero,
     files=_files,
     env={"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},  # the second is asked for on one rank too

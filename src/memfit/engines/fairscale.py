@@ -1,4 +1,4 @@
-"""FairScale: OSS and ShardedDataParallel, configured in Python alone.
+"""FairScale: OSS, ShardedDataParallel and checkpoint_wrapper, configured in Python alone.
 
 FairScale 0.4.13 is of December 2022 and no longer maintained. With torch 2 its optimizer's own `zero_grad`
 takes bucketed gradients out of their buckets (the default became `set_to_none=True`), after which their sums
@@ -18,7 +18,7 @@ CONFIG = "fairscale.json"
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
     if plan.get("fsdp2") is not None:
-        return ("fsdp2: its FullyShardedDataParallel asks for CUDA, and is FSDP of torch 1",)
+        return ("fsdp2: its FullyShardedDataParallel asks for CUDA streams, and is FSDP of torch 1",)
     if plan.ranks > 1 and plan.get("sharded-ddp") is None:
         return ("several ranks: sharded-ddp is what it does with them",)
     return ()
@@ -47,8 +47,8 @@ ENGINE = Engine(
     distribution="fairscale",
     tested=("0.4.13", "0.4.14"),
     install="pip install 'memfit[fairscale]'",
-    carries=frozenset({"sharded-ddp", "gradient-accumulation", "fsdp2"}),
-    beside=BESIDE | {"bf16-autocast"},
+    carries=frozenset({"sharded-ddp", "gradient-accumulation", "fsdp2", "activation-checkpointing"}),
+    beside=(BESIDE | {"bf16-autocast"}) - {"activation-checkpointing"},
     reasons=_reasons,
     files=_files,
 )  # fmt: skip

@@ -110,7 +110,7 @@ class Scale:
         return self.found[ranks]
 
     def _limits(self, ranks: int) -> Limits:
-        each, known = per_host(self.machine), self.engine.carries | self.engine.beside
+        each, known = per_host(self.machine), self.engine.known - self.pricer.space.refused
         degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(each, 1)))
         return Limits(
             ranks=ranks, per_host=each, batch=self.pricer.job.batch_size, blocks=self.traced.blocks,

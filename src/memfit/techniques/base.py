@@ -59,7 +59,13 @@ class Space:
     ranks: int = 1
     half: str = "bfloat16"  # the half precision that the device multiplies in
     linears: bool = True  # its blocks have linear layers, which adapters go beside
+    scalars: bool = False  # it has parameters without dimensions
     slices: bool = False  # some module makes much inside that can be cut into independent slices
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """Techniques that do not take the model at all."""
+        return frozenset({"fsdp2"}) if self.scalars else frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def _wrap(block: torch.nn.Module, **options: Any) -> None:
+def recompute(block: torch.nn.Module, **options: Any) -> None:
+    """Its forward keeps inputs alone in training; ``options`` are those of torch's checkpoint."""
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
@@ -38,7 +39,7 @@ def _wrap(block: torch.nn.Module, **options: Any) -> None:
 def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     for blocks in find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks):
         for block in blocks[:: int(settings["every"])]:
-            _wrap(block)
+            recompute(block)
 
 
 def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -50,7 +51,7 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
         region = getattr(block.forward, "region", None)
         if region is None:
             block.forward = _without_cast_cache(block.forward)
-            _wrap(block, context_fn=functools.partial(_contexts, judge))
+            recompute(block, context_fn=functools.partial(_contexts, judge))
         else:  # a compiled block's graph is cut with the policy in mind
             region.recompute = judge
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.techniques.base import Knob, Space, Technique, Workbench
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.optimizers import stepping_on_host
+from memfit.techniques.scalars import refuse_scalars
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -78,6 +79,7 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
     if mesh is None:
         return
+    refuse_scalars(bench.model, "fsdp2", left_alone=bench.own_parameters)
     pinned = bench.device == "cuda" and torch._guards.active_fake_mode() is None  # fakes cannot be pinned
     offload = CPUOffloadPolicy(pin_memory=pinned) if settings["offload"] else OffloadPolicy()
     options: dict[str, Any] = {
@@ -222,6 +224,10 @@ def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[
     return lambda space: settings if space.ranks > 1 else ()
 
 
+def _sharding(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return () if "fsdp2" in space.refused else _on_ranks({}, {"precision": "bf16"})(space)
+
+
 DDP = Technique(
     name="ddp",
     summary="the same model on every rank, gradients averaged in buckets",
@@ -243,7 +249,7 @@ FSDP2 = Technique(
     summary="each rank keeps a shard of parameters, gradients and optimizer state (ZeRO-3; HSDP by replicas)",
     effect=EffectClass.E1,
     apply=_apply_fsdp2,
-    settings=_on_ranks({}, {"precision": "bf16"}),
+    settings=_sharding,
     order=90,
     slot="data-parallel",
     knobs=(

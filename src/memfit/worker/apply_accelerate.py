@@ -22,6 +22,7 @@ from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.registry import in_order
+from memfit.techniques.scalars import refuse_scalars
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -47,6 +48,7 @@ class Step(TrainingStep):
             return self._as_native()
         self.accelerator = accelerator = _accelerator(given, plan)
         if sharded:
+            refuse_scalars(self.model, "fsdp2")
             cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
         optimizer = self._prepared_fake() if sharded and self.folder is None else self._prepared()
         bench.call = _Forwarding(self.wrapped, accelerator.unwrap_model(self.wrapped))

@@ -12,6 +12,7 @@ from memfit.engines.deepspeed import CONFIG, ENGINE
 from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.precision import Bf16Inputs
+from memfit.techniques.scalars import refuse_scalars
 
 
 class Step(TrainingStep):
@@ -19,8 +20,9 @@ class Step(TrainingStep):
     folder: Path | None = None
 
     def _prepare(self) -> OptimizerLike:
-        imported()
         bench, model = self.bench, self.model
+        refuse_scalars(model, "deepspeed")
+        imported()
         assert self.folder is not None
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:

@@ -1,0 +1,100 @@
+"""A parameter without dimensions: who takes none says so before training, and all in the same words."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_scaling import aim
+from tiny import Words, words_batch, words_loss
+from torch import nn
+
+from memfit.catalog import machine
+from memfit.jobs.step import TrainingStep
+from memfit.measure import here
+from memfit.planning import space_of
+from memfit.pricing import Pricer
+from memfit.scaling.search import Scale
+from memfit.techniques.registry import make_use, technique
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.worker.train import step_maker
+
+
+class Scaled(Words):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(tokens)
+
+
+JOB = Job(
+    name="scaled", build_model=Scaled, make_batch=words_batch, loss=words_loss, batch_size=8, blocks="blocks"
+)
+TOLD = r"takes no parameters without dimensions, and 'scale' has none; .*torch\.ones\(1\)"
+
+
+def _plan(name: str, ranks: int = 2, **settings: Any) -> Plan:
+    return Plan(ranks=ranks, uses=(make_use(name, settings),))
+
+
+def _missing(*names: str) -> bool:
+    return any(importlib.util.find_spec(name) is None for name in names)
+
+
+@pytest.mark.parametrize(
+    ("engine", "plan", "who"),
+    [
+        ("native", _plan("fsdp2"), "fsdp2"),
+        ("accelerate", _plan("fsdp2"), "fsdp2"),
+        ("accelerate", _plan("zero"), "accelerate"),
+        ("deepspeed", _plan("ddp"), "deepspeed"),
+        ("deepspeed", _plan("zero", stage=3), "deepspeed"),
+        ("deepspeed", Plan(), "deepspeed"),
+    ],
+)
+def test_a_prediction_refuses_it(engine: str, plan: Plan, who: str) -> None:
+    if engine == "accelerate" and _missing("accelerate"):
+        pytest.skip("accelerate is not installed: native's step is traced")
+    pricer = Pricer(job=JOB, machine=here.this_machine("world"), space=space_of(JOB, "cpu", 2), engine=engine)
+    with pytest.raises(UserError, match=f"^{who} {TOLD}"):
+        pricer.whole(plan)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
+def test_a_worker_refuses_it_before_its_library_sees_it(engine: str, tmp_path: Path) -> None:
+    if _missing("deepspeed", engine):
+        pytest.skip(f"deepspeed or {engine} is not installed")
+    kind: Any = step_maker(engine, tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"^deepspeed {TOLD}"):
+            kind(JOB, _plan("zero", ranks=1))
+    finally:
+        kind.folder = None
+
+
+@pytest.mark.parametrize("plan", [_plan("zero", ranks=1, stage=3, persist_elements=1), Plan()])
+def test_the_others_train_it(plan: Plan) -> None:
+    torch.manual_seed(0)
+    step = TrainingStep(JOB, plan)
+    before = float(step.run(JOB.make_batch(0, 0))[0])
+    assert float(step.run(JOB.make_batch(0, 0))[0]) < before
+    assert step.model.scale.numel() in {0, 1}
+    step.close()
+
+
+def test_a_search_does_not_propose_what_refuses_it() -> None:
+    assert not list(technique("fsdp2").settings(space_of(JOB, "cpu", 2)))
+    assert list(technique("ddp").settings(space_of(JOB, "cpu", 2)))
+
+
+def test_nor_does_one_for_many_devices() -> None:
+    on = machine("4xL4")
+    scale = Scale(Pricer(job=JOB, machine=on, space=space_of(JOB, "cuda", 4)), aim(on))
+    assert "fsdp2" in scale._limits(4).without
