@@ -78,3 +78,26 @@ def test_the_configuration_lies_beside_the_run() -> None:
     launch = render(spec)
     assert set(launch.files) == {"run.json", "accelerate.yaml"}
     assert "distributed_type: FSDP" in launch.files["accelerate.yaml"]
+
+
+def test_accelerate_carries_fp16_on_gpus_alone() -> None:
+    half = Plan(uses=(make_use("fp16-autocast", {}), make_use("ddp", {})), ranks=2)
+    spec = RunSpec(
+        name="t", role="t", job=JobRef(spec="char-lm"), plan=half, engine="accelerate", seed=0, steps=1
+    )
+    assert "mixed_precision: fp16" in render(spec).files["accelerate.yaml"]
+    assert carrying("accelerate", half)
+    with pytest.raises(UserError, match="cannot train this plan here: fp16-autocast asks for CUDA"):
+        ready("accelerate", half)
+    assert not ENGINES["accelerate"].asks_cuda(half.without("fp16-autocast"))
+    sharded = Plan(uses=(make_use("fp16-autocast", {}), make_use("fsdp2", {})), ranks=2)
+    with pytest.raises(UserError, match="fp16-autocast: with FSDP2 its fp16 is the dtype of gathered"):
+        carrying("accelerate", sharded)
+
+
+def test_accelerate_leaves_fp16_out_on_a_processor() -> None:
+    """Which is why such a run is refused here."""
+    accelerate = pytest.importorskip("accelerate")
+    made = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
+    assert (made.mixed_precision, made.native_amp, made.scaler) == ("fp16", False, None)
+    made.state._reset_state(reset_partial_state=True)

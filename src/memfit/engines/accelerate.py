@@ -17,6 +17,8 @@ CONFIG = "accelerate.yaml"
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
     found = list(deepspeed.ENGINE.reasons(plan)) if plan.get("zero") is not None else []
+    if plan.get("fsdp2") is not None and plan.get("fp16-autocast") is not None:
+        found.append("fp16-autocast: with FSDP2 its fp16 is the dtype of gathered parameters")
     for used in plan.uses:
         knobs = used.settings
         if used.technique == "fsdp2":
@@ -41,7 +43,7 @@ def _files(spec: RunSpec) -> dict[str, str]:
 def config(plan: Plan) -> dict[str, Any]:
     """What `accelerate launch --config_file` reads. Under FSDP2 `mixed_precision` is the dtype of gathered
     parameters, elsewhere autocast."""
-    mixed = "bf16" if plan.get("bf16-autocast") else "no"
+    mixed = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
     found: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
@@ -76,15 +78,21 @@ def config(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def _asks_cuda(plan: Plan) -> tuple[str, ...]:
+    """On a CPU an Accelerator that was told fp16 trains in float32, without a word."""
+    return ("fp16-autocast",) if plan.get("fp16-autocast") is not None else ()
+
+
 ENGINE = Engine(
     name="accelerate",
     summary="Hugging Face Accelerate: DDP, FSDP2 and DeepSpeed's ZeRO through its Accelerator",
     distribution="accelerate",
     tested=("1.15", "1.16"),
     install="pip install 'memfit[accelerate]'",
-    carries=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "gradient-accumulation"}),
+    carries=frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast", "gradient-accumulation"}),
     beside=BESIDE | {"adamw-4bit", "bf16-parameters"},
     reasons=_reasons,
+    asks_cuda=_asks_cuda,
     no_scalars=lambda plan: plan.get("zero") is not None,
     own_trace=True,
     files=_files,
