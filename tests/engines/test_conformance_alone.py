@@ -270,3 +270,66 @@ def test_torchs_own_offload_and_a_step_without_it() -> None:
         conform(model, optimizer, plan, step=lambda: step(torch.autograd.graph.save_on_cpu()))
     numpy_copies = torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy(force=True), torch.from_numpy)
     assert not conform(model, optimizer, plan, step=lambda: step(numpy_copies)).differences
+
+
+def _contrastive(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():  # a look at something else in between
+        model(batch["input_ids"].flip(0))
+    one, other = model(batch["input_ids"]), model(batch["input_ids"].flip(1))
+    return _loss(lambda _: one, batch) + (one.mean() - other.mean()).square()
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(), _plan("gradient-accumulation", micro_batches=2), _plan("activation-checkpointing")]
+)
+def test_a_loss_may_call_the_model_several_times(plan: Plan) -> None:
+    told = _told(plan, Job(**{**_fields(JOB), "loss": _contrastive}))
+    assert told.startswith("fine: as planned"), told
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_an_optimizer_may_go_over_a_step_several_times(updates: int) -> None:
+    model = Gpt(SIZE)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=updates)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = _loss(model, _batch(0, 0))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    assert conform(model, optimizer, {}, step=lambda: optimizer.step(closure)).checked
+
+
+class _Wide(nn.Module):
+    """A norm that its author keeps in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = self.norm(x.float())
+        return self.inner(x.to(self.inner.weight.dtype))
+
+
+@pytest.mark.parametrize("name", ["bf16-autocast", "bf16-parameters"])
+@pytest.mark.parametrize("off", [False, True])
+def test_layers_that_the_model_itself_keeps_in_float32_are_none_of_a_plan_s(name: str, off: bool) -> None:
+    model = nn.Sequential(*(_Wide(64) for _ in range(3)))
+    if name == "bf16-parameters" and not off:
+        model.to(torch.bfloat16)
+        for block in model:
+            block.norm.float()  # type: ignore[union-attr,operator]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bf16-autocast" and not off):
+            loss = model(torch.randn(4, 64)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+
+    told = pytest.raises(NotConforming, match=name) if off else contextlib.nullcontext()
+    with told:
+        conform(model, optimizer, {name: {}}, step=step)

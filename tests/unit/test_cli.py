@@ -539,3 +539,12 @@ def test_errors_of_the_users_own_code_are_one_line(
     assert told in err
     lines = err.strip().splitlines()  # on a busy machine the progress says first that it is loading
     assert len([line for line in lines if not line.startswith("loading (")]) == 1
+
+
+def test_doctor_names_every_extra_that_a_technique_lacks() -> None:
+    from memfit.cli.doctor import Check, techniques
+
+    lacking = [Check(name=n, ok=False, detail="not installed", fix="one") for n in ("peft", "bitsandbytes")]
+    fixes = {check.name: check.fix for check in techniques(lacking)}
+    assert fixes["qlora"] == "pip install 'memfit[lora,lowbit]'"
+    assert fixes["lora"] == "one"

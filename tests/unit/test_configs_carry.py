@@ -17,6 +17,7 @@ from memfit.configs.read import Setup, read
 from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.base import Engine
 from memfit.techniques.registry import conflict, make_use
+from memfit.techniques.world import layout
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
@@ -160,12 +161,13 @@ def test_megatron(tmp_path: Path) -> None:
     pipe = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3"
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     found = carried(tmp_path, mg(f"{flags} {pipe} {full} --fp8-format hybrid"), ranks=8)
-    assert (found.engine, found.micro_batch, found.batch) == ("megatron", 1, 32)
+    assert (found.engine, found.micro_batch, found.batch) == ("megatron", 1, 16)  # of one of two replicas
+    assert (found.plan.ranks, layout(found.plan).data, conflict(found.plan)) == (4, 1, None)
     assert knobs(found, "tensor-parallel")["sequence"] is True
     wanted = {"stages": 2, "virtual": 4, "schedule": "interleaved", "micro_batches": 16}
     assert knobs(found, "pipeline") == knobs(found, "pipeline") | wanted
     assert "activation-checkpointing" in names(found)
-    assert left(found) >= {"--fp8-format", "gradients in fp32"}
+    assert left(found) >= {"--fp8-format", "gradients in fp32", "2 data-parallel replicas"}
 
 
 def test_megatrons_distributed_optimizer_is_zero_of_stage_1(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from memfit.catalog import machine
 from memfit.cost.money import bill
 from memfit.cost.time import time_model
+from memfit.engines.registry import engine
 from memfit.planning import needed_bytes, space_of
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, _picked, _Pricing, _todo, find
@@ -25,7 +26,7 @@ from memfit.scaling.search import Aim, Scale, search_scale
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
 from memfit.search.layouts import Limits, grids
-from memfit.techniques.registry import conflict, plain
+from memfit.techniques.registry import TECHNIQUES, conflict, plain
 from memfit.techniques.world import layout
 from memfit.types.errors import NothingFits
 from memfit.types.job import Job
@@ -337,3 +338,19 @@ def test_a_technique_that_a_model_cannot_be_traced_with_is_left_out_alone(
     on = machine("4xL4")
     found = search_scale(pricer_of(8, on), 4, aim(on))
     assert found.recommended is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("native", 10_000), ("deepspeed", 500), ("accelerate", 500), ("fairscale", 0)]
+)
+def test_an_engine_s_plans_are_those_that_it_carries(name: str, least: int) -> None:
+    carrier = engine(name)
+    limits = Limits(
+        ranks=8, per_host=8, batch=64, blocks=4, device="cuda", chunks=True,
+        refuses=None if name == "native" else carrier.supports,
+        without=frozenset(TECHNIQUES) - carrier.known,
+    )  # fmt: skip
+    plans = [g.plan(i) for g in grids(limits) for i in itertools.product(*map(range, g.shape))]
+    assert len(plans) >= least
+    assert bool(plans) == bool(least)
+    assert not [why for p in plans if (why := carrier.supports(p))]

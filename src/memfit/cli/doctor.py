@@ -187,7 +187,9 @@ def _technique(name: str, summary: str, without: Sequence[Check]) -> Check:
     if not without:
         return Check(name=name, ok=True, detail=summary)
     why = "; ".join(f"needs {check.name}: {check.detail}" for check in without)
-    return Check(name=name, ok=False, detail=why, fix=without[0].fix)
+    extras = ",".join(dict.fromkeys(EXTRAS[check.name] for check in without if check.name in EXTRAS))
+    fix = f"pip install 'memfit[{extras}]'" if len(without) > 1 and extras else without[0].fix
+    return Check(name=name, ok=False, detail=why, fix=fix)
 
 
 def engines() -> Iterator[Check]:

@@ -103,8 +103,13 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
             "--use-distributed-optimizer",
             "beside other parallelism memfit shards no optimizer state alone: predicted whole on every rank",
         )
-    if data > 1 and tensor > 1:
-        draft.take("fsdp2", "data parallel", replicas=data)
+    if data > 1 and tensor > 1:  # memfit has no DDP beside it, and torch's FSDP2 needs something to shard
+        draft.ranks //= data
+        draft.batch = draft.batch // data if draft.batch else None
+        draft.leave(
+            f"{data} data-parallel replicas",
+            "memfit has none beside tensor parallelism: predicted as one of them with its part of the batch",
+        )
     elif data > 1:
         draft.take("ddp", "data parallel")
     if half:

@@ -108,7 +108,8 @@ def _notes(target: str, handover: Handover) -> Iterator[str]:
         yield f"Ranks that are started again go on from the newest complete checkpoint in {where}."
     else:
         yield "It keeps no checkpoints: a restart begins at the first step (`--save DIR` changes that)."
-    yield "Every node needs Python with memfit and the engine's packages: `pip install 'memfit[ENGINE]'`."
+    extra = "" if handover.config.engine == "native" else f"[{handover.config.engine}]"
+    yield f"Every node needs Python with memfit and the engine's packages: `pip install 'memfit{extra}'`."
     given = [f"`{p}`" for p in (spec.job.data, spec.job.weights) if p]
     if given:
         yield f"These must be there on every node: {', '.join(given)}."

@@ -29,6 +29,7 @@ from memfit.types.plan import Plan
 
 _PADDING = 64  # elements a rank, of flat buffers
 _LOOKS = 16  # in one backward pass
+_OWN_WIDE_RATIO = 0.1  # of elements
 
 
 class Watch:
@@ -60,7 +61,7 @@ class Watch:
         self.forwards = 0
         self.ran: set[int] = set()  # blocks, by index
         self.again: set[int] = set()
-        self.autocast: set[str] = set()
+        self.autocast: set[tuple[int, str]] = set()  # of a block's layers
         self.computed: set[torch.dtype] = set()
         self.entered: list[float] = []  # figures of what the first block's modules were given first
         self.graph = Graph(model)
@@ -115,7 +116,7 @@ class Watch:
             self.gradients = self._held_gradients()
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if not in_backward():
+        if not in_backward() and torch.is_grad_enabled():  # torch's pipelines find shapes without
             self.forwards += 1
 
     def _on_block(self, index: int) -> Callable[[nn.Module, Any], None]:
@@ -130,7 +131,7 @@ class Watch:
                 if p.is_floating_point() and p.numel():
                     kind = p.device.type
                     on = torch.is_autocast_enabled(kind)
-                    self.autocast.add(str(torch.get_autocast_dtype(kind)) if on else "off")
+                    self.autocast.add((index, str(torch.get_autocast_dtype(kind)) if on else "off"))
                     self.computed.add(p.dtype)
 
         return listen
@@ -272,10 +273,13 @@ class Watch:
         wanted = torch.bfloat16 if low else torch.float32
         apart = {p for m in self.islands for p in m.parameters(recurse=False)}
         others = (p for p in self.trainable() if p not in apart)
-        found = {p.dtype for p in others if p.is_floating_point() and p.dtype != torch.float64}
-        told = ", ".join(sorted(map(str, found)))
+        counted = [p for p in others if p.is_floating_point() and p.dtype != torch.float64]
+        found = {p.dtype for p in counted}
+        wide = sum(whole(p) for p in counted if p.dtype != wanted)
+        # Normalisation that the model keeps in float32 by itself is a small part of it.
+        wrong = wide > _OWN_WIDE_RATIO * sum(map(whole, counted)) if low else bool(found - {wanted})
         if low or torch.bfloat16 in found or torch.float16 in found:
-            self.differs(feature, str(wanted), told, wrong=bool(found - {wanted}))
+            self.differs(feature, str(wanted), ", ".join(sorted(map(str, found))), wrong=wrong)
 
     def _recomputation(self) -> None:
         used = self.plan.get("activation-checkpointing") or self.plan.get("selective-checkpointing")
@@ -301,28 +305,34 @@ class Watch:
                 self.unseen(f"{feature}: no layers of repeated blocks were heard")
             return
         wanted = kinds[feature] if self.plan.get(feature) else "off"
-        told = ", ".join(sorted(self.autocast))
-        self.differs(feature, wanted, told, wrong=self.autocast != {wanted})
+        found, blocks = {kind for _, kind in self.autocast}, {index for index, _ in self.autocast}
+        # A model may keep a layer in float32 by itself; a whole block outside of autocast is none of it.
+        without = wanted != "off" and any((index, wanted) not in self.autocast for index in blocks)
+        unasked = wanted == "off" and found != {wanted}
+        self.differs(feature, wanted, ", ".join(sorted(found)), wrong=without or unasked)
         fsdp = self.plan.get("fsdp2")
         if fsdp is not None:
             low = fsdp.settings["precision"] == "bf16"
             held = {p.dtype for block in self.blocks for p in block.parameters() if p.is_floating_point()}
-            planned, found = (
+            planned, computed = (
                 ", ".join(sorted(map(str, d))) for d in ({torch.bfloat16} if low else held, self.computed)
             )
-            self.differs("fsdp2: precision", f"layers in {planned}", found, wrong=planned != found)
+            self.differs("fsdp2: precision", f"layers in {planned}", computed, wrong=planned != computed)
 
     def _micro_batches(self) -> None:
         used, staged = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
         wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
-        found, feature = self.forwards or self.graph.backwards, "gradient-accumulation"
         if staged is not None:  # every stage on this rank runs each
             wanted *= int(staged.settings["micro_batches"]) * int(staged.settings["virtual"])
             found, feature = self.forwards, "pipeline: micro-batches"
-        if found:
-            self.differs(feature, f"{wanted} micro-batches", str(found), wrong=found != wanted)
+        else:  # a loss may call the model several times, and look at other data in between
+            found, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
+        if found and (staged is not None or wanted > 1):
+            # LBFGS and sharpness-aware steps go over their micro-batches several times
+            wrong = found != wanted if staged is not None else bool(found % wanted)
+            self.differs(feature, f"{wanted} micro-batches", str(found), wrong=wrong)
         elif used is not None or staged is not None:
-            self.unseen(f"{feature}: no forward pass was heard")
+            self.unseen(f"{feature}: no pass was heard")
 
     def _gradients(self) -> None:
         params = list(self.trainable())
@@ -331,9 +341,10 @@ class Watch:
             return
         part = self.part(params)
         most = self._shard(params, degree)
+        never = self.plan.get("fsdp2") is not None and not self.gradients  # they were not reduced to shards
         self.differs(
             feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
-            wrong=self.gradients > most + self._bucketed(),
+            wrong=never or self.gradients > most + self._bucketed(),
         )  # fmt: skip
         zero = self.plan.get("zero")
         if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:

@@ -223,6 +223,11 @@ _PARTLY = {
     "selective-checkpointing": "what blocks keep, beyond that they run again",
     "adamw-paged": "whether the host and the device share the state by pages",
     "tensor-parallel": "whether activations are cut, beside parameters",
+    "pipeline": "in which order micro-batches run",
+    "ddp": "whether ranks train on different samples",
+    "context-parallel": "whether attention reaches the other ranks' part of a sample",
+    "activation-offload": "whether more than half of them went",
+    "lora": "a rank below the planned one, and adapters that do not learn",
 }
 # Techniques that a look, here or in `Watch`, is for.
 SEEN = _BY_A_STEP | {

@@ -123,7 +123,11 @@ def grids(limits: Limits) -> Iterator[Grid]:
         inside = _allowed(_inside(), extra, limits)
         ends = _allowed(_ends(limits, layout), extra, limits)
         away = _allowed([(), (_use("activation-offload", to="host"),)], extra, limits)
-        yield from _compatible(layout, micro, inside, ends, away, states)
+        accumulates = layout.stages == 1 and any(count > 1 for _, count in micro)
+        asked = (*extra, *((_use("gradient-accumulation", micro_batches=2),) if accumulates else ()))
+        refused = None if limits.refuses is None else (limits.refuses, asked, limits.ranks)
+        for kept, alike in _parted((inside, ends, away), states, refused):
+            yield Grid(layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=alike)
 
 
 def _layouts(limits: Limits) -> Iterator[Layout]:
@@ -250,8 +254,7 @@ def _data(limits: Limits, layout: Layout) -> list[Uses]:
 
 
 def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
-    kept = [u for u in axis if _fine(u, limits) and _go_together(extra, u)]
-    return _carried(kept, extra, limits)
+    return tuple(u for u in axis if _fine(u, limits) and _go_together(extra, u))
 
 
 def _carried(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
@@ -274,23 +277,24 @@ def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[
     return mild and device in one.devices and not one.missing and used.technique not in forbidden
 
 
-def _compatible(
-    layout: Layout, micro: tuple[tuple[int, int], ...], inside: tuple[Uses, ...], ends: tuple[Uses, ...],
-    away: tuple[Uses, ...], states: tuple[Uses, ...],
-) -> Iterator[Grid]:  # fmt: skip
-    """Axes whose values go with each other, all of them: states are parted by what they forbid, and where
-    optimizers step inside of what is accumulated."""
-    for kept, alike in _parted((inside, ends, away), states):
-        yield Grid(layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=alike)
-
-
 @functools.cache  # most layouts have the same axes
 def _parted(
-    axes: tuple[tuple[Uses, ...], ...], states: tuple[Uses, ...]
-) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:
+    axes: tuple[tuple[Uses, ...], ...], states: tuple[Uses, ...],
+    engine: tuple[Callable[[Plan], object], Uses, int] | None,
+) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:  # fmt: skip
+    """Axes whose values go with each other, all of them: states are parted by what they forbid, and where
+    optimizers step inside of what is accumulated. ``engine``: its refusals, what the layout uses, ranks; most
+    engines refuse several ranks that nothing is said of, so nothing is asked about without a state."""
+
+    def fit(state: Uses, other: Uses) -> bool:
+        if engine is None or not _go_together(state, other):
+            return _go_together(state, other)
+        refuses, extra, ranks = engine
+        return not refuses(Plan(uses=(*extra, *state, *other), ranks=ranks))
+
     parted: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
     for state in states:
-        fits = tuple(tuple(_go_together(state, other) for other in axis) for axis in axes)
+        fits = tuple(tuple(fit(state, other) for other in axis) for axis in axes)
         parted.setdefault(fits, []).append(state)
     found = []
     for fits, alike in parted.items():
@@ -322,6 +326,12 @@ def _use(name: str, **settings: KnobValue) -> Use:
 
 def none_at_all(limits: Limits) -> UserError:
     """Why there is no grid."""
+    if limits.batch % limits.ranks == 0 and limits.refuses is not None:
+        return UserError(
+            f"none of the plans for {limits.ranks} devices that a search knows is carried by this engine",
+            allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
+            hint="`memfit engines JOB --plan FILE` prices a plan of your own, and says who carries it",
+        )
     return UserError(
         f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} ranks",
         allowed="a global batch that is a multiple of the data-parallel ranks",
