@@ -119,6 +119,15 @@ JOBS = {
 }
 
 
+def _has_lstm_in_bf16() -> bool:
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(8, 8)(torch.randn(3, 1, 8))
+    except RuntimeError:
+        return False
+    return True
+
+
 def trained(job: Job, *uses: Any, dropped: frozenset[int] | None = None) -> Any:
     """Losses, weights and buffers after three steps."""
     torch.manual_seed(0)
@@ -145,6 +154,8 @@ def trained(job: Job, *uses: Any, dropped: frozenset[int] | None = None) -> Any:
     ids=["plain", "autocast", "accumulated"],
 )
 def test_dropping_everything_changes_no_bit(name: str, uses: tuple[Any, ...]) -> None:
+    if "own function" in name and use("bf16-autocast") in uses and not _has_lstm_in_bf16():
+        pytest.skip("oneDNN has no LSTM in bfloat16 for this processor (no AVX-512)")
     expected, given_up = trained(JOBS[name](), *uses), trained(JOBS[name](), *uses, dropped=EVERYTHING)
     assert given_up[0] == expected[0]
     assert all(torch.equal(given_up[1][n], expected[1][n]) for n in expected[1])
