@@ -333,3 +333,11 @@ def test_layers_that_the_model_itself_keeps_in_float32_are_none_of_a_plan_s(name
     told = pytest.raises(NotConforming, match=name) if off else contextlib.nullcontext()
     with told:
         conform(model, optimizer, {name: {}}, step=step)
+
+
+@pytest.mark.parametrize("name", ["activation-offload", "chunked-cross-entropy"])
+def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
+    with mock.patch("memfit.measure.graph._raw", lambda node: [object()]):
+        told = _told(PLANS[name])
+    assert told.startswith("fine: as planned")
+    assert name in told.partition("; not seen")[2]

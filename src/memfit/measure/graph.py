@@ -25,7 +25,8 @@ class Graph:
 
     ``here``: bytes of each storage that is kept for backward where the loss was computed, parameters and
     buffers left out; ``away``: tensors that a saved-tensor hook left no copy of there; ``packed``: all that
-    hooks have put something else in the place of, checkpoints left out. ``rows``: most rows kept, by their
+    hooks have put something else in the place of, checkpoints left out; ``unread``: what this torch does not
+    show. ``rows``: most rows kept, by their
     width. ``compiled``, ``eager``: addresses of parameters whose gradient comes out of a compiled graph, or
     out of an operator's own backward.
     """
@@ -34,7 +35,7 @@ class Graph:
         self._model = weakref.ref(model)  # who never leaves must not keep it alive
         self.backwards, self.device = 0, ""
         self.here: list[int] = []
-        self.away = self.packed = 0
+        self.away = self.packed = self.unread = 0
         self.rows: dict[int, int] = {}
         self.compiled: set[int] = set()
         self.eager: set[int] = set()
@@ -75,6 +76,9 @@ class Graph:
         try:
             kept = raw.data
         except RuntimeError:  # freed
+            return
+        except AttributeError:  # a torch that does not show it (2.5)
+            self.unread += 1
             return
         if type(kept).__module__ == "torch.utils.checkpoint" or kept is None:
             return

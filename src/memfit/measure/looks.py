@@ -50,6 +50,9 @@ def dropped_tensors(watch: Watch) -> None:
     if used is None or used.settings["dropped"] in ("", "none"):
         return
     count = watch.graph.packed
+    if watch.graph.unread:
+        watch.unseen("optimal-checkpointing: this torch does not show what is saved for backward")
+        return
     watch.differs("optimal-checkpointing", "tensors that backward makes again", str(count), wrong=not count)
 
 
@@ -88,7 +91,7 @@ def chunked_loss(watch: Watch) -> None:
     others = (m for m in watch.model.modules() if isinstance(m, nn.Linear) and m is not head)
     if any(width in (m.in_features, m.out_features) for m in others) or not graph.backwards:
         watch.unseen(f"{feature}: logits cannot be told from what other layers make")
-    elif not graph.rows.get(width) and graph.packed:
+    elif not graph.rows.get(width) and (graph.packed or graph.unread):
         watch.unseen(f"{feature}: what is saved for backward is somewhere else")
     else:
         rows = graph.rows.get(width, 0)
