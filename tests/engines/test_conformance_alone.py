@@ -337,7 +337,7 @@ def test_layers_that_the_model_itself_keeps_in_float32_are_none_of_a_plan_s(name
 
 @pytest.mark.parametrize("name", ["activation-offload", "chunked-cross-entropy"])
 def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
-    with mock.patch("memfit.measure.graph._raw", lambda node: [object()]):
+    with mock.patch("memfit.measure.graph._raw", return_value=[object()]):
         told = _told(PLANS[name])
     assert told.startswith("fine: as planned")
     assert name in told.partition("; not seen")[2]
