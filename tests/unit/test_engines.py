@@ -98,6 +98,7 @@ def test_accelerate_carries_fp16_on_gpus_alone() -> None:
 def test_accelerate_leaves_fp16_out_on_a_processor() -> None:
     """Which is why such a run is refused here."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # what tests before left
     made = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
     assert (made.mixed_precision, made.native_amp, made.scaler) == ("fp16", False, None)
     made.state._reset_state(reset_partial_state=True)
