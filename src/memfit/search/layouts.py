@@ -287,10 +287,11 @@ def _parted(
     engines refuse several ranks that nothing is said of, so nothing is asked about without a state."""
 
     def fit(state: Uses, other: Uses) -> bool:
-        if engine is None or not _go_together(state, other):
+        if engine is None:
             return _go_together(state, other)
         refuses, extra, ranks = engine
-        return not refuses(Plan(uses=(*extra, *state, *other), ranks=ranks))
+        plan = Plan(uses=(*extra, *state, *other), ranks=ranks)
+        return _go_together(state, other) and not refuses(plan)
 
     parted: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
     for state in states:
