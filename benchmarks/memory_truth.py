@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import FIRST_SET, SECOND_SET
-from later_architectures import THIRD_SET
+from architectures import FIRST_SET, SECOND_SET, THIRD_SET
 from sequences import equal_but_for_scratch, first_difference, predicted_sequence
 
 from memfit.cost.memory import memory_profile

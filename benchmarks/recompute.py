@@ -28,7 +28,10 @@ from typing import Any
 
 import numpy
 import torch
-from architectures import Residual, UNet, _hf, _own_loss, _text, evoformer, job, pictures, to_class, to_target
+from architectures.attention import evoformer
+from architectures.common import job, pictures, to_class, to_target
+from architectures.convolutions import Residual, UNet
+from architectures.hugging_face import _hf, _own_loss, _text
 from torch import nn
 
 from memfit.cost.memory import memory_profile

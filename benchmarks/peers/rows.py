@@ -12,7 +12,8 @@ from typing import Any
 
 import rank_jobs
 import torch
-from architectures import resnet, several
+from architectures.attention import several
+from architectures.convolutions import resnet
 from memory_truth_ranks import ROWS, Row
 from published.arch import Arch
 from published.rows import Setup, read, setup_of
