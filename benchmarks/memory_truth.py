@@ -19,17 +19,16 @@ import dataclasses
 import datetime
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from architectures import FIRST_SET, SECOND_SET, THIRD_SET
+from memory_truth_page import LOOSE, PHASES, THIRD, line, page, science, table
 from sequences import equal_but_for_scratch, first_difference, predicted_sequence
 
 from memfit.cost.memory import memory_profile
@@ -47,12 +46,10 @@ from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration
 from memfit.types.plan import Accuracy, Plan, Use, use
 from memfit.types.trace import Trace
-from memfit.types.units import format_bytes
 
 RECORDS = Path(__file__).parent / "records" / "memory_truth.jsonl"
 PAGE = Path(__file__).parent / "memory_truth.md"
 STEPS = 2
-PHASES = ("forward", "backward", "optimizer")
 SCIENCE = {  # built-in jobs and the batch they are measured with
     "alphafold2": 2, "protein-ss": 8, "protein-lm": 4, "weather": 4, "molecules": 16, "potential": 8,
     "genome": 4, "segmentation3d": 2, "char-lm": 8,
@@ -72,20 +69,6 @@ DISK = use("activation-offload", to="disk", minimum_kib=16)
 def parts(count: int) -> Use:
     return use("gradient-accumulation", micro_batches=count)
 
-
-_THIRD = "third set"
-_SEQUENCES = "the last step's whole sequence of allocations and frees, against the allocator's log"
-_UNPROBED = (
-    "equal without running any kernel, memory that lives inside one operator left out of the allocator's log"
-)
-_LEGEND = (
-    "`*` the peak lies inside a kernel whose scratch memory was probed. Sequence: number of events, whether "
-    "they are equal as traced (=), with the scratch memory of probed kernels put in (~), either with frees "
-    "between two allocations in any order ('), or not. Blocks of 64 B (a Python number made a tensor, a step "
-    "count) are left out of it."
-)
-_LOOSE = ", frees in any order"
-_SIGNS = {"as traced": "=", f"as traced{_LOOSE}": "='", "probed": "~", f"probed{_LOOSE}": "~'"}
 
 # Beside plain training, which every architecture has.
 PLANS: dict[str, tuple[tuple[Use, ...], ...]] = {
@@ -146,16 +129,16 @@ def main() -> None:
         record = run(list(SCIENCE) if options.science else named)
         _write(record["rows"], options)
         if options.only:
-            print(_table(record["rows"]))
+            print(table(record["rows"]))
             return
         with RECORDS.open("a", encoding="utf-8") as file:
             marks = {"first_run": True} if options.first else {"science": True} if options.science else {}
             file.write(json.dumps(record | marks) + "\n")
     records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
     first = next((r for r in records if r.get("first_run")), None)
-    science = next((r for r in reversed(records) if r.get("science")), None)
+    of_jobs = next((r for r in reversed(records) if r.get("science")), None)
     main_run = [r for r in records if not r.get("first_run") and not r.get("science")][-1]
-    text = page(main_run, first) + "".join(f"{line}\n" for line in _science(science))
+    text = page(main_run, first) + "".join(f"{line}\n" for line in science(of_jobs))
     PAGE.write_text(text, encoding="utf-8")
     print(PAGE.read_text())
 
@@ -198,7 +181,7 @@ def jobs(only: Sequence[str] | None) -> list[tuple[Job, str]]:
     """(job, why it counts as new); a first-set job counts as known. What the third set's first run showed is
     a record."""
     known = [(make(), "") for make in FIRST_SET]
-    new = [(make(), told) for make, told in SECOND_SET] + [(make(), _THIRD) for make in THIRD_SET]
+    new = [(make(), told) for make, told in SECOND_SET] + [(make(), THIRD) for make in THIRD_SET]
     science = [(science_job(name), "") for name in SCIENCE if only and name in only]
     return [pair for pair in known + new if not only or pair[0].name in only] + science
 
@@ -270,7 +253,7 @@ def run(only: Sequence[str] | None) -> dict[str, Any]:
         truths += [{"error": f"the child ended with {child.returncode}"}] * (len(predictions) - len(truths))
         for plan, predicted, truth in zip(cases(job.name), predictions, truths, strict=True):
             rows.append(_row(job, plan, predicted, truth, new))
-            print(_line(rows[-1]), flush=True)
+            print(line(rows[-1]), flush=True)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "took_s": round(time.perf_counter() - begun),
@@ -313,7 +296,7 @@ def _row(
     }
     compared = [
         (
-            f"{name}{'' if strictly else _LOOSE}",
+            f"{name}{'' if strictly else LOOSE}",
             first_difference(sequence, real, above=SEQUENCE_BYTES, strictly=strictly),
         )
         for name, sequence in sequences.items()
@@ -336,121 +319,7 @@ def _row(
     }
 
 
-# --- tables
-
-
-def summary(rows: Iterable[dict[str, Any]], field: str = "error_ratio") -> str:
-    errors = [r[field] for r in rows]
-    under = [e for e in errors if e < 0]
-    return (
-        f"{len(errors)} rows: median {_percent(statistics.median(map(abs, errors)))}, worst "
-        f"{_percent(max(map(abs, errors)))}, worst underestimate {_percent(min(*errors, 0.0))}, "
-        f"P(under) {len(under)}/{len(errors)}, by more than 0.05 %: {sum(e < -0.0005 for e in errors)}"
-    )
-
-
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.3f} %"
-
-
-def page(record: dict[str, Any], first: dict[str, Any] | None) -> str:
-    rows = [r for r in record["rows"] if "error" not in r]
-    failed = [r for r in record["rows"] if "error" in r]
-    new = [r for r in rows if r["new"]]
-    environment = record["environment"]
-    kinds, apart = Counter(r["sequence"] for r in rows), [r for r in rows if r["sequence"] == "differs"]
-    phases = [abs(e) for r in rows for e in r["phases"].values()]
-    where = f"{environment.get('processor', 'unknown processor')}, torch {environment.get('torch')}"
-    lines = [
-        "# Memory truth: predicted and measured peaks of real steps, one process",
-        "",
-        "Generated by `python benchmarks/memory_truth.py` from `benchmarks/records/memory_truth.jsonl`.",
-        "",
-        f"{record['created']}, {where}, {record['took_s']} s for all rows.",
-        "",
-        f"- **{len({r['architecture'] for r in rows})} architectures, {summary(rows)}**",
-        f"- without probing any kernel: {summary(rows, 'without_probe_ratio')}",
-        f"- architectures written after the tracer (below: what their first run showed): {summary(new)}",
-        f"- phases of all rows: median {_percent(statistics.median(phases))}, worst {_percent(max(phases))}",
-        f"- {_SEQUENCES}: " + ", ".join(f"{name} {count}" for name, count in kinds.most_common()),
-        f"- {_UNPROBED}: {sum(r.get('equal_without_probe', False) for r in rows)}",
-        f"- rows that could not be measured: {len(failed)}",
-        *(f"  - {r['architecture']} {r['plan']}: {r['error']}" for r in failed),
-        "",
-        _LEGEND,
-        "",
-        _table(rows),
-        "",
-        "## Where sequences differ first",
-        "",
-        *(f"- {r['architecture']}, {r['plan']}: {r['first_difference']}" for r in apart),
-        "",
-        "## Written after the tracer",
-        "",
-        *(f"- {r['architecture']}: {r['new']}" for r in new if r["plan"] == "plain" and r["new"] != _THIRD),
-        "",
-        *(_first_run(first) if first else ()),
-    ]
-    return "\n".join(lines)
-
-
-def _first_run(record: dict[str, Any]) -> list[str]:
-    """What the third set showed before anything was changed for it."""
-    found = [r for r in record["rows"] if "error" not in r]
-    return [
-        "## The third set in its first run",
-        "",
-        f"{record['created']}, before any change that these rows asked for.",
-        "",
-        f"- {summary(found)}",
-        f"- rows without a prediction or a measurement: {len(record['rows']) - len(found)}",
-        "",
-        _table(record["rows"]),
-        "",
-    ]
-
-
-def _science(record: dict[str, Any] | None) -> list[str]:
-    if record is None:
-        return []
-    rows = [r for r in record["rows"] if "error" not in r]
-    failed = [r for r in record["rows"] if "error" in r]
-    jobs_seen = len({r["architecture"] for r in record["rows"]})
-    return [
-        "",
-        "## The built-in jobs with every technique the search offers them",
-        "",
-        f"{record['created']}, {record['environment'].get('processor')}, {record['took_s']} s; tiny sizes,",
-        "small batches, two steps.",
-        "",
-        f"- **{jobs_seen} jobs, {summary(rows)}**",
-        f"- without probing any kernel: {summary(rows, 'without_probe_ratio')}",
-        f"- rows that could not be measured: {len(failed)}",
-        *(f"  - {r['architecture']} {r['plan']}: {r['error']}" for r in failed),
-        "",
-        _table(rows),
-    ]
-
-
-def _table(rows: Iterable[dict[str, Any]]) -> str:
-    head = (
-        "| architecture | plan | measured | predicted | error | without probe | forward | backward "
-        "| optimizer | sequence |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
-    )
-    return "\n".join([head, *(_line(r) for r in rows)])
-
-
-def _line(row: dict[str, Any]) -> str:
-    start = f"| {row['architecture']}{' (new)' if row['new'] else ''} | {row['plan']} | "
-    if "error" in row:
-        return start + row["error"] + " |"
-    sign = _SIGNS.get(row["sequence"], "differs")
-    phases = " | ".join(f"{100 * row['phases'][p]:+.3f} %" for p in PHASES)
-    return (
-        f"{start}{format_bytes(row['measured_bytes'])} | {format_bytes(row['predicted_bytes'])} | "
-        f"{100 * row['error_ratio']:+.3f} %{' *' if row['probed'] else ''} | "
-        f"{100 * row['without_probe_ratio']:+.3f} % | {phases} | {row['events']} {sign} |"
-    )
+# --- files
 
 
 def _write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
