@@ -178,8 +178,7 @@ SMALL: Mapping[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
 def small(name: str) -> dict[str, Any]:
     from memfit.catalog import machine
     from memfit.scaling.find import _cuttable
-    from memfit.scaling.search import keeps
-    from memfit.search.choose import best, score
+    from memfit.search.choose import best, keeps, score
     from memfit.search.layouts import grids
     from memfit.techniques.registry import brief
 

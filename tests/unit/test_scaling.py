@@ -25,10 +25,10 @@ from memfit.scaling.find import Found, Sketch, _picked, _Pricing, _todo, find
 from memfit.scaling.search import Aim, Scale, search_scale
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, score
-from memfit.search.layouts import Limits, grids
+from memfit.search.layouts import Limits, grids, none_at_all
 from memfit.techniques.registry import TECHNIQUES, conflict, plain
 from memfit.techniques.world import layout
-from memfit.types.errors import NothingFits
+from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan
@@ -288,6 +288,32 @@ def test_fewest_devices_and_the_cheapest_may_leave_devices_idle() -> None:
     assert estimate.step_s is not None
     one = dataclasses.replace(on, device_count=1)  # what stands idle is not paid for
     assert estimate.usd == pytest.approx(bill(one, step_s=estimate.step_s.value).usd)
+
+
+def test_a_number_of_devices_without_a_plan_does_not_end_a_search_that_has_others() -> None:
+    on = machine("4xL4")
+    whole = Bounds(without=("tensor-parallel", "pipeline"))
+    scale = Scale(pricer_of(8, on), aim(on, goal="cheapest", bounds=whole))
+    assert {e.plan.ranks for e in scale.over((3, 2))} == {2}
+    with pytest.raises(UserError, match="a batch of 8 cannot be shared evenly by 3 ranks"):
+        scale.over((3,))
+
+
+def test_a_search_without_narrow_numbers_is_in_float32() -> None:
+    on = machine("2xL4")
+    left = Bounds(without=("bf16-autocast", "bf16-parameters", "tensor-parallel", "pipeline", "zero"))
+    found = search_scale(pricer_of(8, on), 2, aim(on, goal="cheapest", accuracy="rounding", bounds=left))
+    assert found.recommended is not None
+    scale = Scale(pricer_of(8, on), aim(on, accuracy="rounding", bounds=left))
+    plans = [e.plan for e in scale.estimates(1)]
+    assert plans
+    assert all(p.get("bf16-autocast") is None for p in plans)
+
+
+def test_what_is_left_out_is_blamed_where_a_batch_could_be_shared() -> None:
+    limits = Limits(ranks=2, per_host=2, batch=4, blocks=2, device="cuda", micro_batch=3)
+    with pytest.raises(UserError, match="leave no plan for 2 devices"):
+        raise none_at_all(limits)
 
 
 def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:

@@ -77,6 +77,10 @@ def _spread(calibration: Calibration, machine: Machine) -> float:
     return CATALOG_TIME_RATIO if machine.device.kind == "cpu" else KERNELS_TIME_RATIO
 
 
+def scaled(interval: Interval, factor: float) -> Interval:
+    return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
+
+
 def around(value: float, ratio: float) -> Interval:
     return Interval(value=value, low=value * (1 - ratio), high=value * (1 + ratio))
 

@@ -105,9 +105,13 @@ def _todo(machine: Machine, limits: Limits) -> _Todo:
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
-    """float32 forward where the goal wants it exact, or where the device has nothing narrower."""
+    """float32 forward where the goal wants it exact, where the device has nothing narrower, and beside the
+    narrower ones where what makes them on any number of devices is left out."""
     narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
-    return ("bf16", "autocast") if narrow and limits.effect >= 2 else ("fp32",)
+    if not narrow or limits.effect < 2:
+        return ("fp32",)
+    left_out = {"bf16-autocast", "bf16-parameters"} <= limits.without
+    return ("bf16", "autocast", "fp32") if left_out else ("bf16", "autocast")
 
 
 def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from memfit.cost.estimate import around, modelled_boundary
+from memfit.cost.estimate import around, modelled_boundary, scaled
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
 from memfit.cost.money import bill
 from memfit.cost.play import Player
@@ -21,7 +21,7 @@ from memfit.engines.registry import engine
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
 from memfit.scaling.traced import Traced
-from memfit.search.choose import Objective, best, frontier, score
+from memfit.search.choose import Objective, best, frontier, keeps, score
 from memfit.search.layouts import CUTTING, Limits
 from memfit.search.space import complexity
 from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, technique
@@ -34,22 +34,12 @@ from memfit.types.result import Choice, Estimate, Reason, SearchResult, Sensitiv
 
 FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48  # more of small models, whose traces are quick
 _TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to a quarter off, most of them less than this
-_TOO_LARGE = (
-    0.5  # and of memory: pipelines of a few blocks, where what is gathered at the ends is half of all
-)
+_TOO_LARGE = 0.5  # and of memory: short pipelines, where what is gathered at the ends is half of all
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
 _GAIN = 0.03  # a change of the score that is worth telling
 
 Fits = Callable[[Estimate], bool]
 Tell = Callable[[str, int, int, str], None]
-
-
-def keeps(bounds: Bounds, estimate: Estimate) -> bool:
-    """Whether the whole training is done by the deadline, within the budget."""
-    step_s = estimate.step_s.value if estimate.step_s else math.inf
-    usd = estimate.usd if estimate.usd is not None else math.inf
-    late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
-    return not late and (bounds.budget_usd is None or usd * bounds.steps <= bounds.budget_usd)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +114,18 @@ class Scale:
     def estimates(self, ranks: int) -> list[Estimate]:
         return [self.estimate(s) for s in self.sketches(ranks).sketches]
 
+    def over(self, counts: Sequence[int]) -> list[Estimate]:
+        """Of all these numbers of devices; raises the first one's UserError where none of them has a plan."""
+        found, reasons = list[Estimate](), list[UserError]()
+        for ranks in counts:
+            try:
+                found += self.estimates(ranks)
+            except UserError as error:
+                reasons.append(error)
+        if len(reasons) == len(counts):
+            raise reasons[0]
+        return found
+
     def expected(self, e: Estimate) -> Estimate:
         """As a trace would have it: a sketch is as far off as those traced of its kind, or as all that were
         traced, in the middle."""
@@ -133,7 +135,7 @@ class Scale:
         step = statistics.median(w.step_s.value / s.step_s.value for s, w in alike if s.step_s and w.step_s)
         memory = statistics.median(w.allocated_bytes.value / s.allocated_bytes.value for s, w in alike)
         return dataclasses.replace(
-            e, step_s=_times(e.step_s, step), allocated_bytes=_times(e.allocated_bytes, memory),
+            e, step_s=e.step_s and scaled(e.step_s, step), allocated_bytes=scaled(e.allocated_bytes, memory),
             usd=e.usd and e.usd * step, co2_g=e.co2_g and e.co2_g * step,
         )  # fmt: skip
 
@@ -186,12 +188,6 @@ class Scale:
         return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)
 
 
-def _times(interval: Any, factor: float) -> Any:
-    return interval and dataclasses.replace(
-        interval, value=interval.value * factor, low=interval.low * factor, high=interval.high * factor
-    )
-
-
 def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
     """Numbers of devices to try: all of them, or fewer too where that can be better."""
     if goal in (Objective.FASTEST, Objective.SMALLEST):
@@ -210,7 +206,7 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         return scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
 
     sizes = counts(ranks, goal)
-    estimates = [e for n in sizes for e in scale.estimates(n)]
+    estimates = scale.over(sizes)
     finalists = _finalists(scale, estimates, goal, fits)
     tried = {e.plan for e in finalists}
     known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
@@ -231,9 +227,10 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
     recommended = choice(winner, (*_rivals(scale, winner, [*known, basis], fits), *_cannot(scale)))
+    considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
-        goal=goal.value, cap_bytes=aim.cap_bytes, considered=sum(scale.found[n].considered for n in sizes),
+        goal=goal.value, cap_bytes=aim.cap_bytes, considered=considered,
         baseline=choice(basis), frontier=tuple(recommended if e is winner else choice(e) for e in ordered),
         recommended=recommended, smallest=choice(smallest),
         sensitivity=tuple(_sensitivity(scale, winner, known, ranks)),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from memfit.search.space import complexity
 from memfit.techniques.registry import effect_of, plain, without
 from memfit.types.errors import UserError
-from memfit.types.plan import Plan
+from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 # Plans closer than this in the objective are equally good; the milder and simpler one is taken.
@@ -23,6 +23,14 @@ class Objective(enum.StrEnum):
     CHEAPEST = "cheapest"
     GREENEST = "greenest"
     FEWEST = "fewest"
+
+
+def keeps(bounds: Bounds, estimate: Estimate) -> bool:
+    """Whether the whole training is done by the deadline, within the budget."""
+    step_s = estimate.step_s.value if estimate.step_s else math.inf
+    usd = estimate.usd if estimate.usd is not None else math.inf
+    late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
+    return not late and (bounds.budget_usd is None or usd * bounds.steps <= bounds.budget_usd)
 
 
 def score(estimate: Estimate, goal: Objective) -> float:

@@ -333,6 +333,12 @@ def none_at_all(limits: Limits) -> UserError:
             allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
             hint="`memfit engines JOB --plan FILE` prices a plan of your own, and says who carries it",
         )
+    if limits.batch % limits.ranks == 0:
+        return UserError(
+            f"what is left out, the accuracy and the micro-batch asked for leave no plan for {limits.ranks} "
+            f"device{'s' * (limits.ranks > 1)}",
+            hint="ask for less of --without, --accuracy or --micro-batch",
+        )
     return UserError(
         f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} ranks",
         allowed="a global batch that is a multiple of the data-parallel ranks",
