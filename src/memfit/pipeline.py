@@ -96,7 +96,7 @@ def poc(
     specs = list(story.specs())
     calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
     for index, spec in enumerate(specs):
-        found = story.add_run(found, spec, f"{spec.name} ({index + 1} of {len(specs)})")
+        found = story.add_run(found, story.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
     found = story.conclude(found)
     path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,6 +272,15 @@ class _Story:
             threads=request.threads or max(1, here.threads() // request.ranks), timeline=seed == 0,
         )  # fmt: skip
 
+    def shortened(self, spec: RunSpec) -> RunSpec:
+        """An ablation that is many times slower than plain training, as bfloat16 is on a processor without
+        it, is run for its memory and step time only."""
+        own, plain_s = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
+        if spec.role != ABLATION or own is None or plain_s is None or own.value < _SLOW * plain_s.value:
+            return spec
+        few = max(_FEWEST_STEPS, int(_SLOW_RUN_S / own.value))
+        return dataclasses.replace(spec, steps=few, evaluate=False) if few < spec.steps else spec
+
     def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
         done = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
         self.store.append(found.poc_id, "run", done)
@@ -349,6 +358,7 @@ def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
     return next((r for r in fine if r.spec.plan == plan), None)
 
 
+_SLOW, _SLOW_RUN_S, _FEWEST_STEPS = 5.0, 30.0, 5  # times plain training's step; of such an ablation
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
     "peak_bytes": lambda m: m.peak_bytes,
     "step_s": median_step_s,

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from memfit import pipeline, planning, running, wire
+from memfit.cost.estimate import around
 from memfit.cost.memory import memory_profile
 from memfit.measure import here
 from memfit.measure.allocator import available
-from memfit.pipeline import Objective, Request, explain, poc, report, run_plan, stored_poc
+from memfit.pipeline import ABLATION, Objective, Request, explain, poc, report, run_plan, stored_poc
 from memfit.search import space
 from memfit.search.choose import score
 from memfit.store.database import Store
@@ -285,3 +286,34 @@ def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Reques
     names = [s.name for s in story.specs()]
     assert names[:4] == ["baseline", "baseline", "recommended", "recommended again"]
     assert list(story._interactions([])) == []
+
+
+def test_only_ablations_that_are_many_times_slower_are_run_in_a_few_steps(
+    whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there for memory and step time; what is judged is run whole."""
+    _, pricer = planning.make_pricer(request_)
+    finished = planning.Planning(
+        request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=whole[0].search
+    )
+    story = pipeline._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
+    seconds = {story.baseline: 0.4, story.recommended: 30.0}
+    estimate = whole[0].search.baseline.estimate
+    assert estimate.step_s is not None
+    slow, quick = around(4.0, 0.1), around(1.9, 0.1)
+
+    def told(step_s: Any) -> None:
+        monkeypatch.setattr(
+            type(pricer), "whole",
+            lambda self, plan: dataclasses.replace(
+                estimate, step_s=around(seconds[plan], 0.1) if plan in seconds else step_s
+            ),
+        )  # fmt: skip
+
+    specs = list(story.specs())
+    for step_s, steps in ((quick, {40}), (slow, {7}), (around(100.0, 0.1), {5})):
+        told(step_s)
+        short = [story.shortened(s) for s in specs]
+        assert {s.steps for s in short if s.role == ABLATION and s.plan not in seconds} == steps
+        assert all(s.evaluate == (s.steps == 40) for s in short)
+        assert {s.steps for s in short if s.role != ABLATION} == {40}

@@ -226,7 +226,7 @@ def test_changed_algorithms_are_judged_by_metric_and_kept_off_the_ladder() -> No
         ({"metric": math.inf}, "no finite Q3"),
         ({"losses": ()}, "no finite losses"),
         ({"losses": (1.0, math.nan, 1.0)}, "no finite losses"),
-        ({"losses": (1.0, 1.0)}, "different number of steps"),
+        ({"losses": (1.0, 1.0)}, "took 3 steps and baseline (seed 3) 2"),
     ],
 )
 def test_unusable_runs_are_undecided(measured: dict[str, Any], words: str) -> None:

@@ -73,8 +73,8 @@ def _unfinished(pairs: Pairs) -> str:
         if not m.losses or not all(map(math.isfinite, m.losses)):
             return f"{_name(run)} recorded no finite losses"
     for a, b in pairs:
-        if len(a.measurement.losses) != len(b.measurement.losses):
-            return f"{_name(a)} and {_name(b)} took a different number of steps"
+        if (one := len(a.measurement.losses)) != (other := len(b.measurement.losses)):
+            return f"{_name(a)} took {one} steps and {_name(b)} {other}"
     return ""
 
 
