@@ -68,14 +68,16 @@ class Flow(AnyWay):
         self.views: list[tuple[str, tuple[int, ...]]] = []
         self.inside: dict[str, int] = {}
         self._stack: list[_Call] = []
-        self._used: list[tuple[torch.Tensor, str]] = []
+        # By number, with the tensor, so that the number stays its own: the modules that used it.
+        self._used: dict[int, tuple[torch.Tensor, list[str]]] = {}
 
     def gather_at(self, name: str) -> tuple[str, int | str]:
         """(module, argument) where the input of this Linear can be gathered for all that need it: the
         outermost one given that very tensor and using it for nothing but Linears cut by columns."""
         fed = self.linears[name]
+        _, users = self._used.get(id(fed.input), (None, ()))
         for call in fed.within:
-            used = any(t is fed.input and _in(at, call.name) for t, at in self._used)
+            used = any(_in(at, call.name) for at in users)
             place = next((key for key, t in call.given if t is fed.input), None)
             if place is not None and not used:
                 return call.name, place
@@ -113,7 +115,10 @@ class Flow(AnyWay):
             for source in columns:
                 self.linears[source].reaches_rows = True
         if role != COLWISE:
-            self._used.append((given, name))
+            self._use(given, name)
+
+    def _use(self, tensor: torch.Tensor, at: str) -> None:
+        self._used.setdefault(id(tensor), (tensor, []))[1].append(at)
 
     def _leaving(self, name: str, last: bool) -> Any:
         def leave(module: nn.Module, args: Any, out: Any) -> None:
@@ -131,7 +136,8 @@ class Flow(AnyWay):
         given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         at = self._stack[-1].name if self._stack else ""
         if at not in self.linears:
-            self._used += [(t, at) for t in given]
+            for tensor in given:
+                self._use(tensor, at)
         # Integers, such as a router's choice of experts, carry no features.
         found = frozenset[str]().union(*(_sources(t) for t in given if t.is_floating_point()))
         for tensor in _pytree.tree_leaves(out):
