@@ -24,6 +24,7 @@ from memfit.measure.looks import SEEN
 from memfit.recomputation import chosen
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
+from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 
@@ -341,3 +342,29 @@ def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
         told = _told(PLANS[name])
     assert told.startswith("fine: as planned")
     assert name in told.partition("; not seen")[2]
+
+
+@pytest.mark.parametrize(
+    "plan", [{"fsdp2": {}}, "ddp", "fsdp2: {}", {"techniques": {"context-parallel": {}}}], ids=str
+)
+def test_one_process_is_none_of_several(plan: Any) -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    with pytest.raises(NotConforming, match=r"ranks: planned several, for .*, found a world size of 1"):
+        conform(model, torch.optim.SGD(model.parameters()), plan)
+    alone = {"ranks": 1, "techniques": {"fsdp2": {}}}
+    assert "ranks" in conform(model, torch.optim.SGD(model.parameters()), alone).checked
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"step": 5}, "step is 5; allowed: a function without arguments"),
+        ({"step": lambda batch: batch}, "step cannot be called without arguments: missing .*'batch'"),
+        ({"model": [1]}, "the model is a list; allowed: a torch.nn.Module"),
+    ],
+)
+def test_what_conform_cannot_take_is_one_error(changed: dict[str, Any], told: str) -> None:
+    model = nn.Linear(8, 8)
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "plan": {}, **changed}
+    with pytest.raises(UserError, match=told):
+        conform(**given)
