@@ -22,6 +22,7 @@ from memfit.measure.conform import Watch
 from memfit.measure.graph import Graph
 from memfit.measure.looks import SEEN
 from memfit.recomputation import chosen
+from memfit.techniques.offload import Parked
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
@@ -247,7 +248,8 @@ def test_devices_tell_where_states_are(planned: str, found: str) -> None:
     model = nn.Linear(64, 64, bias=False, device="cpu" if found == "parameters" else "meta")
     state = torch.zeros(64, 64, device="meta" if found == "none" else "cpu")
     optimizer = SimpleNamespace(state={model.weight: {"exp_avg": state}}, step=lambda: None)
-    plan = _plan("zero", stage=1 if planned != "parameters" else 3, offload=planned)
+    stage = 1 if planned != "parameters" else 3
+    plan = _plan("zero", stage=stage, offload=planned, persist_elements=1)
     watch = Watch(model, optimizer, plan)
     watch.graph.device = "meta"
     offloaded_states(watch)
@@ -368,3 +370,29 @@ def test_what_conform_cannot_take_is_one_error(changed: dict[str, Any], told: st
     given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "plan": {}, **changed}
     with pytest.raises(UserError, match=told):
         conform(**given)
+
+
+@pytest.mark.parametrize("keeps", [lambda i: i % 2, lambda i: i % 3], ids=["half", "two thirds"])
+def test_offload_that_keeps_half_of_the_tensors(keeps: Callable[[int], int]) -> None:
+    count = iter(range(1000))
+
+    def some(tensor: torch.Tensor, spool: Any) -> Any:
+        return Kept(tensor) if keeps(next(count)) else Parked(tensor, spool)
+
+    with mock.patch("memfit.techniques.offload.Parked", some):
+        told = _told(PLANS["activation-offload"])
+    assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found" in told
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_offload_of_half_of_the_parameters(share: float) -> None:
+    """Of FSDP2, on an accelerator: here torch's meta device."""
+    count = int(8 * share)
+    model = nn.Sequential(
+        *[nn.Linear(64, 64, bias=False, device="cpu" if i < count else "meta") for i in range(8)]
+    )
+    state = {p: {"exp_avg": torch.zeros(64, 64)} for p in model.parameters()}
+    watch = Watch(model, SimpleNamespace(state=state, step=lambda: None), _plan("fsdp2", offload=True))
+    watch.graph.device = "meta"
+    offloaded_states(watch)
+    assert bool(watch._differences) == (share < 1)
