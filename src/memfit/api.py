@@ -288,16 +288,19 @@ def conform(
     """Compare a prepared model and optimizer with a plan, on every rank of the job.
 
     ``plan``: as `estimate` takes it; where it does not say ``ranks``, they are those given, by default the
-    world's. ``blocks``: module path of the repeated blocks, as in ``Job(blocks=...)``.
+    world's, and one process is too few for techniques of several. ``blocks``: module path of the repeated
+    blocks, as in ``Job(blocks=...)``.
 
     Looked at now: ranks, elements of parameters on this rank, their dtypes, which weights of blocks learn
-    (LoRA) and in how many bits the frozen ones are, and which update torch's AdamW runs. ``step`` runs one
-    whole training step; with it also: gradients and optimizer state on this rank and the state's bytes an
-    element, micro-batches, which blocks run again in backward and which compiled, autocast, equal replicas,
-    whether ranks that share a sample work on different parts, whether stages of a pipeline hold what others
-    train, and of what autograd keeps for backward, what went away, was dropped, or is whole logits. CPU
-    offload is told by devices where the step runs on an accelerator, else by the policy that FSDP2, or the
-    ZeRO optimizer, has in force.
+    (LoRA: of which rank, beside how many layers) and in how many bits the frozen ones are, and which update
+    torch's AdamW runs. ``step`` runs one whole training step; with it also: gradients and optimizer state on
+    this rank and the state's bytes an element, micro-batches, which blocks run again in backward and which
+    compiled, autocast, equal replicas, whether data-parallel ranks are given different samples, whether ranks
+    that share a sample work on different parts and look at each other's (a block is run four times more for
+    that), whether stages of a pipeline hold what others train and follow the planned schedule, and of what
+    autograd keeps for backward, what went away, was dropped, or is whole logits. CPU offload is told by
+    devices where the step runs on an accelerator, else by the policy that FSDP2, or the ZeRO optimizer, has
+    in force.
 
     What the plan says and was not looked at is in ``unseen``, with the reason: it is not said to conform.
     Raises NotConforming naming each difference, on all ranks alike; UserError where what is given is wrong.
