@@ -180,9 +180,9 @@ def optimizer_kind(watch: Watch) -> None:
     code_bytes = sum(local_bytes(p) for t in kept.values() for p in _parts(t) if p.element_size() == 1)
     enough = code_bytes if kind in _CODED else size_bytes
     planned = f"{least / elements:g} to {most / elements:g}" if least < most else f"{most / elements:g}"
+    codes = (", in codes", f", {code_bytes / elements:.2f} in codes") if kind in _CODED else ("", "")
     watch.differs(
-        kind, f"{planned} bytes of state an element{', in codes' if kind in _CODED else ''}",
-        f"{size_bytes / elements:.2f}, {code_bytes / elements:.2f} of them codes",
+        kind, f"{planned} bytes of state an element{codes[0]}", f"{size_bytes / elements:.2f}{codes[1]}",
         wrong=size_bytes > 1.01 * most or enough < 0.99 * least,
     )  # fmt: skip
 
