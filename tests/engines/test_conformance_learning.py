@@ -141,6 +141,26 @@ def test_another_optimizer(planned: str, found: str) -> None:
         assert "bytes of state an element" in told
 
 
+@CODES
+def test_states_that_stay_wide_by_the_optimizers_own_rules() -> None:
+    """Those of embeddings, as bitsandbytes advises, and of parameters that are no whole blocks."""
+    model = nn.Sequential(nn.Embedding(128, 64), nn.Linear(64, 128, bias=False), nn.Linear(128, 65))
+    optimizer = torch.optim.AdamW(model.parameters())
+    codes = {f"state{i}": torch.zeros(128, 64, dtype=torch.uint8) for i in (1, 2)}
+
+    def step() -> None:
+        optimizer.state.pop(model[1].weight, None)
+        model(torch.arange(4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.state[model[1].weight] = codes
+
+    assert "adamw-8bit" in conform(model, optimizer, {"adamw-8bit": {}}, step=step).checked
+    codes["state2"] = codes["state2"].float()
+    with pytest.raises(NotConforming, match=r"adamw-8bit: planned 2 to 3 .* found 5.00, 1.00 in codes"):
+        conform(model, optimizer, {"adamw-8bit": {}}, step=step)
+
+
 @pytest.mark.parametrize("planned", ["sgd", "adamw-single", "adafactor"])
 def test_masters_in_float32_are_no_state(planned: str) -> None:
     told = _told((planned, {}), ("bf16-parameters", {}))

@@ -20,7 +20,9 @@ from memfit.types.errors import UserError
 if TYPE_CHECKING:
     from memfit.measure.conform import Watch
 
-_SMALL = 4096  # elements: bitsandbytes and torchao keep states of smaller parameters in float32
+# Elements: bitsandbytes and torchao keep states of smaller parameters in float32, torchao those of others
+# than whole blocks too, and who follows bitsandbytes' advice those of embeddings.
+_SMALL, _BLOCK = 4096, 256
 # Least and most bytes of state that an optimizer keeps for an element of a parameter, scales with it;
 # of others, how many moments of the parameter's own dtype.
 _STATE_BYTES = {
@@ -164,9 +166,11 @@ def optimizer_kind(watch: Watch) -> None:
     if used is None:
         return
     kind, elements, least, most = used.technique, 0, 0.0, 0.0
+    embeddings = (m.weight for m in watch.model.modules() if isinstance(m, nn.Embedding) and kind in _CODED)
+    apart = set(map(id, embeddings))
     kept = dict[tuple[int, ...], torch.Tensor]()  # tables of the values that a code stands for are shared
     for param, tensors in states(watch.optimizer):
-        if not isinstance(param, torch.Tensor) or not _counts(kind, param):
+        if not isinstance(param, torch.Tensor) or id(param) in apart or not _counts(kind, param):
             continue
         if count := local_bytes(param) // param.element_size():
             elements += count
@@ -244,7 +248,8 @@ def in_backward_updates(watch: Watch) -> None:
 def _counts(kind: str, param: torch.Tensor) -> bool:
     if kind == "adafactor":
         return param.dim() > 1 and min(param.shape[-2:]) >= _LOW_RANK
-    return kind in _MOMENTS or param.numel() >= _SMALL
+    own = local_bytes(param) // param.element_size()
+    return kind in _MOMENTS or (own >= _SMALL and own % _BLOCK == 0)
 
 
 def _address(tensor: torch.Tensor) -> tuple[int, ...]:
