@@ -12,20 +12,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from memfit.given import job_of, machine_of, plan_of
+from memfit.given import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.measure.conform import Watch
 from memfit.measure.held import world_size
 from memfit.planning import fits_under, needed_bytes
 from memfit.pricing import Pricer
 from memfit.techniques.base import Space
-from memfit.techniques.registry import TECHNIQUES
+from memfit.techniques.world import SEVERAL
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.types.collector import uncollected
-from memfit.types.conformance import Conformance
+from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
@@ -155,12 +156,23 @@ def estimate(
     ``model``: a module, a function that builds one, or a Job. ``batch``: a tensor, mapping or tuple, or a
     function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
     model's own. ``optimizer``: a name, an optimizer of this model, or a function of parameters; AdamW by
-    default. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file. ``machine``: a name
-    of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
+    default. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file; a mapping of
+    techniques for several ranks that does not say ``ranks`` is for all devices of the machine. ``machine``:
+    a name of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
     decide, as in `Job`. Raises UserError.
     """
     job = job_of(model, batch, loss=loss, optimizer=optimizer, bound=bound)
-    return _predicted(job, plan_of(plan), machine_of(machine))
+    found = machine_of(machine)
+    return _predicted(job, _plan_on(plan, found), found)
+
+
+def _plan_on(plan: Any, machine: Machine) -> Plan:
+    found = plan_of(plan)
+    return plan_of(on_ranks(plan, machine.device_count)) if _of_several(found) else found
+
+
+def _of_several(plan: Plan) -> list[str]:
+    return [u.technique for u in plan.uses if u.technique in SEVERAL]
 
 
 def _predicted(job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None) -> Prediction:
@@ -220,7 +232,8 @@ def assert_fits(
         found = dataclasses.replace(model, cap_bytes=cap_bytes)
     else:
         job = job_of(model, batch, loss=loss, optimizer=optimizer, bound=bound)
-        found = _predicted(job, plan_of(plan), machine_of(machine), cap_bytes)
+        on = machine_of(machine)
+        found = _predicted(job, _plan_on(plan, on), on, cap_bytes)
     if not found.fits:
         raise AssertionError(_why_not(found))
     return found
@@ -275,27 +288,47 @@ def conform(
     """Compare a prepared model and optimizer with a plan, on every rank of the job.
 
     ``plan``: as `estimate` takes it; where it does not say ``ranks``, they are those given, by default the
-    world's. ``blocks``: module path of the repeated blocks, as in ``Job(blocks=...)``.
+    world's, and one process is too few for techniques of several. ``blocks``: module path of the repeated
+    blocks, as in ``Job(blocks=...)``.
 
     Looked at now: ranks, elements of parameters on this rank, their dtypes, which weights of blocks learn
-    (LoRA) and in how many bits the frozen ones are, and which update torch's AdamW runs. ``step`` runs one
-    whole training step; with it also: gradients and optimizer state on this rank and the state's bytes an
-    element, micro-batches, which blocks run again in backward and which compiled, autocast, equal replicas,
-    whether ranks that share a sample work on different parts, whether stages of a pipeline hold what others
-    train, and of what autograd keeps for backward, what went away, was dropped, or is whole logits. CPU
-    offload is told by devices where the step runs on an accelerator, else by the policy that FSDP2, or the
-    ZeRO optimizer, has in force.
+    (LoRA: of which rank, beside how many layers) and in how many bits the frozen ones are, and which update
+    torch's AdamW runs. ``step`` runs one whole training step; with it also: gradients and optimizer state on
+    this rank and the state's bytes an element, micro-batches, which blocks run again in backward and which
+    compiled, autocast, equal replicas, whether data-parallel ranks are given different samples, whether ranks
+    that share a sample work on different parts and look at each other's (a block is run four times more for
+    that), whether stages of a pipeline hold what others train and follow the planned schedule, and of what
+    autograd keeps for backward, what went away, was dropped, or is whole logits. CPU offload is told by
+    devices where the step runs on an accelerator, else by the policy that FSDP2, or the ZeRO optimizer, has
+    in force.
 
     What the plan says and was not looked at is in ``unseen``, with the reason: it is not said to conform.
-    Raises NotConforming naming each difference, on all ranks alike; UserError where the plan is wrong.
+    Raises NotConforming naming each difference, on all ranks alike; UserError where what is given is wrong.
     """
-    if isinstance(plan, str) and plan in TECHNIQUES:
-        plan = {plan: {}}
-    if isinstance(plan, Mapping):
-        plain = not {"techniques", "ranks", "note"} & set(plan)
-        whole = {"techniques": dict(plan)} if plain else dict(plan)
-        plan = {"ranks": ranks or world_size(), **whole}
-    with Watch(model, optimizer, plan_of(plan), blocks=blocks) as watch:
+    if not callable(getattr(model, "named_parameters", None)):
+        raise UserError(f"the model is a {type(model).__name__}", allowed="a torch.nn.Module")
+    _check_step(step)
+    asked = plan_of(on_ranks(plan, ranks or world_size()))
+    several = tuple(t for t in _of_several(asked) if t != "zero")  # which has a layout of one rank
+    if several and world_size() == 1 and ranks is None and not says_ranks(plan):
+        alone = Difference(
+            feature="ranks", planned=f"several, for {', '.join(several)}", found="a world size of 1"
+        )
+        raise NotConforming(Conformance(differences=(alone,), checked=("ranks",), unseen=()))
+    with Watch(model, optimizer, asked, blocks=blocks) as watch:
         if step is not None:
             step()
     return watch.conclude()
+
+
+def _check_step(step: object) -> None:
+    allowed = "a function without arguments that runs one whole training step"
+    if step is None:
+        return
+    if not callable(step):
+        raise UserError(f"step is {step!r:.60}", allowed=allowed)
+    with contextlib.suppress(ValueError):  # what is built in has no signature
+        try:
+            inspect.signature(step).bind()
+        except TypeError as error:
+            raise UserError(f"step cannot be called without arguments: {error}", allowed=allowed) from None

@@ -266,20 +266,41 @@ def plan_of(plan: Any) -> Plan:
         plan = plan or Plan()
         full = tuple(make_use(u.technique, u.settings) for u in plan.uses)
         return check(dataclasses.replace(plan, uses=full))
-    if isinstance(plan, Path) or (isinstance(plan, str) and plan.strip().endswith((".yaml", ".yml"))):
-        return read_plan(Path(plan))
-    data = plan
-    if isinstance(plan, str):
-        import yaml
-
-        try:
-            data = yaml.safe_load(plan)
-        except yaml.YAMLError as error:
-            raise UserError(f"the plan is no YAML: {' '.join(str(error).split())[:160]}") from error
-        data = {data: {}} if isinstance(data, str) else data
+    data = _read(plan)
+    if isinstance(data, Path):
+        return read_plan(data)
     if isinstance(data, Mapping) and not {"techniques", "ranks", "note"} & set(data):
         data = {"techniques": dict(data)}
     return parse_plan(data, what="the plan")
+
+
+def _read(plan: Any) -> Any:
+    """Text as what it says, or as the path of a file; all else as it is."""
+    if not isinstance(plan, str):
+        return plan
+    if plan.strip().endswith((".yaml", ".yml")):
+        return Path(plan)
+    import yaml
+
+    try:
+        data = yaml.safe_load(plan)
+    except yaml.YAMLError as error:
+        raise UserError(f"the plan is no YAML: {' '.join(str(error).split())[:160]}") from error
+    return {data: {}} if isinstance(data, str) else data
+
+
+def says_ranks(plan: Any) -> bool:
+    """False for a mapping, a text or a technique's name that does not tell on how many ranks."""
+    data = _read(plan)
+    return not isinstance(data, Mapping) or "ranks" in data
+
+
+def on_ranks(plan: Any, ranks: int) -> Any:
+    """What `plan_of` takes, on so many ranks where it does not say."""
+    if says_ranks(plan):
+        return plan
+    data = _read(plan)
+    return {"ranks": ranks, **(data if {"techniques", "note"} & set(data) else {"techniques": dict(data)})}
 
 
 def machine_of(machine: Any) -> Machine:

@@ -22,8 +22,10 @@ from memfit.measure.conform import Watch
 from memfit.measure.graph import Graph
 from memfit.measure.looks import SEEN
 from memfit.recomputation import chosen
+from memfit.techniques.offload import Parked
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
+from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 
@@ -246,7 +248,8 @@ def test_devices_tell_where_states_are(planned: str, found: str) -> None:
     model = nn.Linear(64, 64, bias=False, device="cpu" if found == "parameters" else "meta")
     state = torch.zeros(64, 64, device="meta" if found == "none" else "cpu")
     optimizer = SimpleNamespace(state={model.weight: {"exp_avg": state}}, step=lambda: None)
-    plan = _plan("zero", stage=1 if planned != "parameters" else 3, offload=planned)
+    stage = 1 if planned != "parameters" else 3
+    plan = _plan("zero", stage=stage, offload=planned, persist_elements=1)
     watch = Watch(model, optimizer, plan)
     watch.graph.device = "meta"
     offloaded_states(watch)
@@ -341,3 +344,55 @@ def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
         told = _told(PLANS[name])
     assert told.startswith("fine: as planned")
     assert name in told.partition("; not seen")[2]
+
+
+@pytest.mark.parametrize(
+    "plan", [{"fsdp2": {}}, "ddp", "fsdp2: {}", {"techniques": {"context-parallel": {}}}], ids=str
+)
+def test_one_process_is_none_of_several(plan: Any) -> None:
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    with pytest.raises(NotConforming, match=r"ranks: planned several, for .*, found a world size of 1"):
+        conform(model, torch.optim.SGD(model.parameters()), plan)
+    alone = {"ranks": 1, "techniques": {"fsdp2": {}}}
+    assert "ranks" in conform(model, torch.optim.SGD(model.parameters()), alone).checked
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"step": 5}, "step is 5; allowed: a function without arguments"),
+        ({"step": lambda batch: batch}, "step cannot be called without arguments: missing .*'batch'"),
+        ({"model": [1]}, "the model is a list; allowed: a torch.nn.Module"),
+    ],
+)
+def test_what_conform_cannot_take_is_one_error(changed: dict[str, Any], told: str) -> None:
+    model = nn.Linear(8, 8)
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "plan": {}, **changed}
+    with pytest.raises(UserError, match=told):
+        conform(**given)
+
+
+@pytest.mark.parametrize("keeps", [lambda i: i % 2, lambda i: i % 3], ids=["half", "two thirds"])
+def test_offload_that_keeps_half_of_the_tensors(keeps: Callable[[int], int]) -> None:
+    count = iter(range(1000))
+
+    def some(tensor: torch.Tensor, spool: Any) -> Any:
+        return Kept(tensor) if keeps(next(count)) else Parked(tensor, spool)
+
+    with mock.patch("memfit.techniques.offload.Parked", some):
+        told = _told(PLANS["activation-offload"])
+    assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found" in told
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_offload_of_half_of_the_parameters(share: float) -> None:
+    """Of FSDP2, on an accelerator: here torch's meta device."""
+    count = int(8 * share)
+    model = nn.Sequential(
+        *[nn.Linear(64, 64, bias=False, device="cpu" if i < count else "meta") for i in range(8)]
+    )
+    state = {p: {"exp_avg": torch.zeros(64, 64)} for p in model.parameters()}
+    watch = Watch(model, SimpleNamespace(state=state, step=lambda: None), _plan("fsdp2", offload=True))
+    watch.graph.device = "meta"
+    offloaded_states(watch)
+    assert bool(watch._differences) == (share < 1)

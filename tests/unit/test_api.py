@@ -316,3 +316,14 @@ def test_a_job_from_a_module_trains_on_real_tensors_too() -> None:
     step.run((X, Y))
     assert torch.equal(before, model[0].weight)
     assert not torch.equal(before, step.model[0].weight)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"fsdp2": {}}, "fsdp2", "fsdp2: {}", {"techniques": {"fsdp2": {}}}], ids=str
+)
+def test_a_plan_for_several_ranks_takes_the_machines_devices(plan: Any) -> None:
+    whole = memfit.estimate(job(), plan=plan, machine="8xH100-SXM")
+    assert whole.plan.ranks == 8
+    two = {"ranks": 2, "techniques": {"fsdp2": {}}}
+    assert memfit.estimate(job(), plan=two, machine="8xH100-SXM").plan.ranks == 2
+    assert memfit.estimate(job(), plan="sgd", machine="8xH100-SXM").plan.ranks == 1

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from memfit.measure.held import fsdp_groups, layers, local_bytes, states, whole
+from memfit.measure.held import from_all, fsdp_groups, layers, local_bytes, own_shard, states, whole
 from memfit.measure.looks import told
 
 if TYPE_CHECKING:
     from memfit.measure.conform import Watch
 
+_ALL_RATIO = 0.9  # of bytes
 _REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
@@ -51,7 +52,7 @@ def replicas(watch: Watch) -> None:
     own = torch.stack(norms).tolist()
     apart = max(
         abs(a - b) / max(abs(a), abs(b), 1e-300)
-        for of_rank in _from_all(own)
+        for of_rank in from_all(own)
         for a, b in zip(own, of_rank, strict=True)
     )
     feature = next((u.technique for u in watch.plan.uses if u.technique in _AVERAGING), "replicas")
@@ -69,7 +70,7 @@ def offloaded_states(watch: Watch) -> None:
     if used is None:
         return
     planned = _planned_on_host(str(used.settings["offload"]))
-    found = _by_policy(watch) if watch.graph.device in ("", "cpu") else _on_devices(watch)
+    found = _by_policy(watch) if watch.graph.device in ("", "cpu") else _on_devices(watch, planned)
     feature = f"{used.technique}: offload"
     if found is None:
         if planned:
@@ -85,17 +86,20 @@ def _planned_on_host(offload: str) -> list[str]:
             "optimizer": ["optimizer"]}.get(offload, [])  # fmt: skip
 
 
-def _on_devices(watch: Watch) -> set[str]:
-    """Named is what has most of its bytes on the host: ZeRO leaves small parameters where they are."""
-    shards = (getattr(p, "ds_tensor", p) for p in watch.model.parameters())
+def _on_devices(watch: Watch, planned: Sequence[str]) -> set[str]:
+    """Named is what has its bytes on the host: nearly all of them where that is the plan, else most. ZeRO
+    leaves small parameters where they are."""
+    stay = "parameters" in planned and watch.plan.get("zero") is not None
+    moved = (p for p in watch.model.parameters() if not (stay and watch.persists(p)))
     state = (t for _, tensors in states(watch.optimizer) for t in tensors)
-    found = {"parameters": list(shards), "optimizer": list(state)}
-    return {name for name, tensors in found.items() if _mostly_on_host(tensors)}
+    found = {"parameters": [own_shard(p) for p in moved], "optimizer": list(state)}
+    return {name for name, tensors in found.items() if _on_host(tensors, name in planned)}
 
 
-def _mostly_on_host(tensors: list[torch.Tensor]) -> bool:
-    on_host = sum(local_bytes(t) for t in tensors if t.device.type == "cpu")
-    return on_host > sum(map(local_bytes, tensors)) / 2
+def _on_host(tensors: list[torch.Tensor], planned: bool) -> bool:
+    all_bytes = sum(map(local_bytes, tensors))
+    host_bytes = sum(local_bytes(t) for t in tensors if t.device.type == "cpu")
+    return host_bytes > all_bytes * (_ALL_RATIO if planned else 0.5) if all_bytes else planned
 
 
 def _by_policy(watch: Watch) -> set[str] | None:
@@ -147,7 +151,7 @@ def stages(watch: Watch) -> None:
     own = _Stage(
         watch.layout.coordinate(dist.get_rank())["pipeline"], {n: whole(p) for n, p in named.items()}, learned
     )
-    everyone: list[_Stage] = _from_all(own)
+    everyone: list[_Stage] = from_all(own)
     elsewhere = set[str]().union(*(s.learned for s in everyone if s.place != own.place))
     if not all(s.learned for s in everyone):
         watch.unseen("pipeline: parameters: no gradients were seen")
@@ -168,7 +172,7 @@ def shared_samples(watch: Watch) -> None:
     feature = f"{used.technique}: parts of a sample"
     place = watch.layout.coordinate(dist.get_rank())
     group = tuple(v for name, v in place.items() if name != "context")
-    every: list[tuple[Any, list[float]]] = _from_all((group, watch.entered))
+    every: list[tuple[Any, list[float]]] = from_all((group, watch.entered))
     partners = [entered for other, entered in every if other == group]
     if not all(entered for _, entered in every):  # the same on every rank
         watch.unseen(f"{feature}: nothing that blocks are given could be compared")
@@ -201,12 +205,6 @@ def experts(watch: Watch) -> None:
         "expert-parallel", f"experts dealt to {used.settings['degree']} ranks",
         f"{held:,} of {total:,} elements on a rank", wrong=held >= total,
     )  # fmt: skip
-
-
-def _from_all(own: Any) -> list[Any]:
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, own)
-    return every
 
 
 AT_REST: tuple[Callable[[Watch], None], ...] = (tensor_parallel, experts)

@@ -17,9 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.measure import across, looks
+from memfit.measure import across, looks, order, reach, samples
 from memfit.measure.graph import Graph
-from memfit.measure.held import in_backward, layers, local_elements, state_elements, whole, world_size
+from memfit.measure.held import (
+    buffered_gradients,
+    in_backward,
+    layers,
+    lets_go,
+    local_elements,
+    state_elements,
+    whole,
+    world_size,
+)  # fmt: skip
 from memfit.techniques import islands
 from memfit.techniques.blocks import find_blocks
 from memfit.techniques.world import layout
@@ -64,7 +73,9 @@ class Watch:
         self.autocast: set[tuple[int, str]] = set()  # of a block's layers
         self.computed: set[torch.dtype] = set()
         self.entered: list[float] = []  # figures of what the first block's modules were given first
-        self.graph = Graph(model)
+        self.order, self.reach, self.samples = order.Order(plan), reach.reach_of(self), samples.Samples()
+        offloads = plan.get("activation-offload") is not None
+        self.graph = Graph(model, self.order.on_backward, weighs=offloads)
         self.learned: set[int] = set()  # parameters that got a gradient, by address
         self.gradients: int | None = None
         self.arrived, self.waiting = 0, 0  # gradients in backward; most elements held there
@@ -76,10 +87,11 @@ class Watch:
     # -- listening ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self.graph.__enter__()
+        for listener in (self.graph, self.order, self.reach):
+            listener.__enter__()
         compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
         if compiled is None or compiled.settings["scope"] != "model":
-            self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+            self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
         for index, block in enumerate(self.blocks if compiled is None else ()):
             inside = list(block.modules())[1:] or [block]
             for module in inside:
@@ -92,7 +104,8 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.graph.__exit__()
+        for listener in (self.reach, self.order, self.graph):
+            listener.__exit__()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -113,14 +126,19 @@ class Watch:
         """Gradients are complete and the optimizer has not begun."""
         self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
         if self.gradients is None:
-            self.gradients = self._held_gradients()
+            self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
 
-    def _on_forward(self, module: nn.Module, args: Any) -> None:
+    def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not in_backward() and torch.is_grad_enabled():  # torch's pipelines find shapes without
             self.forwards += 1
+            self.order.on_forward()
+            if self.layout.data > 1:
+                self.samples.hear(args, kwargs)
 
     def _on_block(self, index: int) -> Callable[[nn.Module, Any], None]:
         def listen(module: nn.Module, args: Any) -> None:
+            if self.reach.running:
+                return
             if in_backward():
                 self.again.add(index)
                 return
@@ -164,7 +182,8 @@ class Watch:
         if self.plan.get("expert-parallel") is None:
             self._gradients()
             self._state()
-        for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP):
+        more = (order.schedule, samples.different_samples, reach.other_parts)
+        for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP, *more):
             look(self)
 
     def unseen(self, what: str) -> None:
@@ -201,8 +220,8 @@ class Watch:
         if degree > 1 and not held:
             self.unseen(f"{feature}: no shards could be found")
         elif degree > 1:
-            kept = sum(whole(p) for p in params if self._persists(p))
-            most = kept + self._shard([p for p in params if not self._persists(p)], degree)
+            kept = sum(whole(p) for p in params if self.persists(p))
+            most = kept + self._shard([p for p in params if not self.persists(p)], degree)
             self.differs(
                 feature, f"1/{degree} of {part:,} elements on a rank", f"{held:,}", wrong=held > most
             )
@@ -214,7 +233,7 @@ class Watch:
     def part(self, params: list[nn.Parameter]) -> int:
         """Elements of this rank's part of the model; parameters may have been let go of."""
         found = sum(map(whole, params))
-        gone = any(not p.numel() and getattr(p, "ds_numel", None) is None for p in params)
+        gone = any(not p.numel() and not lets_go(p) for p in params)
         return max(found, self.whole_elements or 0) if gone else found
 
     def _shard(self, params: list[nn.Parameter], degree: int) -> float:
@@ -246,7 +265,7 @@ class Watch:
         used = self.plan.get("sharded-ddp")
         return int(used.settings["reduce_buffer_elements"]) * self.layout.shard if used is not None else 0
 
-    def _persists(self, param: nn.Parameter) -> bool:
+    def persists(self, param: nn.Parameter) -> bool:
         """ZeRO 3 leaves small parameters whole."""
         used = self.plan.get("zero")
         return used is not None and whole(param) <= int(used.settings["persist_elements"])
@@ -324,7 +343,8 @@ class Watch:
         wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
         if staged is not None:  # every stage on this rank runs each
             wanted *= int(staged.settings["micro_batches"]) * int(staged.settings["virtual"])
-            found, feature = self.forwards, "pipeline: micro-batches"
+            found = self.order.staged.count("F") or self.forwards  # torch's may try one to learn its shapes
+            feature = "pipeline: micro-batches"
         else:  # a loss may call the model several times, and look at other data in between
             found, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
         if found and (staged is not None or wanted > 1):

@@ -15,8 +15,8 @@ _DEEP = 8  # wrappers of wrappers of an optimizer
 
 def whole(param: nn.Parameter) -> int:
     """Elements before data-parallel sharding, of this rank's part under tensor parallelism."""
-    if (told := getattr(param, "ds_numel", None)) is not None:
-        return int(told)
+    if lets_go(param):
+        return math.prod(shape(param))
     placements = getattr(param, "placements", None)
     if placements is None:
         return param.numel()
@@ -31,6 +31,21 @@ def whole(param: nn.Parameter) -> int:
     return math.ceil(whole / int(math.prod(cut)))
 
 
+def shape(param: torch.Tensor) -> tuple[int, ...]:
+    """Of the whole, where it is let go of as well: by DeepSpeed's ZeRO 3 and by memfit's."""
+    return tuple(getattr(param, "ds_shape", getattr(param, "whole_shape", param.shape)))
+
+
+def lets_go(param: torch.Tensor) -> bool:
+    return hasattr(param, "ds_shape") or hasattr(param, "whole_shape")
+
+
+def own_shard(param: torch.Tensor) -> torch.Tensor:
+    """What of a parameter stays on this rank with ZeRO 3; else itself."""
+    found: torch.Tensor = getattr(param, "ds_tensor", getattr(param, "shard", param))
+    return found
+
+
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -39,9 +54,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def from_all(own: Any) -> list[Any]:
+    """What every rank gives, in the order of ranks."""
+    every: list[Any] = [own] * world_size()
+    if len(every) > 1:
+        dist.all_gather_object(every, own)
+    return every
+
+
 def local_elements(tensor: torch.Tensor) -> int:
     """Elements of it that this rank holds."""
-    if (shard := getattr(tensor, "ds_tensor", None)) is not None and tensor.numel() == 0:
+    if (shard := own_shard(tensor)) is not tensor and tensor.numel() == 0:
         return int(shard.numel())
     local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return int(local.numel()) if local.untyped_storage().nbytes() else 0
@@ -66,6 +89,12 @@ def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
                 if isinstance(entry, Mapping):
                     yield param, [v for v in entry.values() if isinstance(v, torch.Tensor) and v.dim()]
             return
+
+
+def buffered_gradients(optimizer: Any) -> int:
+    """Elements of gradients that memfit's ZeRO 3 keeps in a buffer of its own."""
+    buffers = (getattr(layer, "grads", None) for layer in layers(optimizer))
+    return sum(local_elements(b) for b in buffers if isinstance(b, torch.Tensor))
 
 
 def state_elements(optimizer: Any) -> int:

@@ -5,6 +5,7 @@ Each compares an effect of the technique with the plan. Where there is nothing t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,28 @@ import torch
 from torch import nn
 
 from memfit.measure.graph import gathered
-from memfit.measure.held import layers, local_bytes, states, whole
+from memfit.measure.held import layers, local_bytes, shape, states, whole
 from memfit.techniques.blocks import find_head
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
     from memfit.measure.conform import Watch
 
-_SMALL = 4096  # elements: bitsandbytes and torchao keep states of smaller parameters in float32
-# Most bytes of state that an optimizer keeps for an element of a parameter, scales of blocks with it; SGD one
-# moment of the parameter's own dtype.
-_STATE_BYTES = {"adamw-8bit": 3.0, "adamw-paged": 3.0, "adamw-4bit": 2.0, "adafactor": 1.0}
-_KINDS = (*_STATE_BYTES, "sgd")
+# Elements: bitsandbytes and torchao keep states of smaller parameters in float32, torchao those of others
+# than whole blocks too, and who follows bitsandbytes' advice those of embeddings.
+_SMALL, _BLOCK = 4096, 256
+# Least and most bytes of state that an optimizer keeps for an element of a parameter, scales with it;
+# of others, how many moments of the parameter's own dtype.
+_STATE_BYTES = {
+    "adamw-8bit": (2.0, 3.0),
+    "adamw-paged": (2.0, 3.0),
+    "adamw-4bit": (1.0, 2.0),
+    "adafactor": (0.0, 1.0),
+}
+_CODED = ("adamw-8bit", "adamw-paged", "adamw-4bit")  # of which the least are bytes of codes
+_MOMENTS = {"sgd": (1, 1), "adamw-fused": (2, 3), "adamw-single": (2, 3)}  # with AMSGrad a third
+_KINDS = (*_STATE_BYTES, *_MOMENTS)
+_STAYS_RATIO = 0.25  # of what is to be offloaded: last layers may stay, whose turn comes at once
 _LOW_RANK = 32  # rows and columns from which factored moments are clearly smaller than whole ones
 
 
@@ -35,13 +46,18 @@ def offloaded_activations(watch: Watch) -> None:
     if used.settings["to"] == "host" and graph.device == "cpu":
         watch.unseen("activation-offload: the step runs in host memory, there is nowhere to go")
         return
-    here = sum(size >= least for size in graph.here)
-    if not graph.away + here:
+    kept = graph.stuck if used.settings["to"] == "disk" else graph.here  # a file takes what is contiguous
+    here = [size for size in kept if size >= least]
+    if not graph.away + len(here):
         watch.unseen(f"activation-offload: no saved tensors of {least // 1024} KiB or more were found")
         return
+    stayed, went = sum(here), graph.away_bytes
+    if graph.unsized:  # kept by other means than Python's hooks
+        stayed, went = len(here), graph.away
     watch.differs(
         "activation-offload", f"saved tensors of {least // 1024} KiB or more go to {used.settings['to']}",
-        f"{graph.away} went, {here} stayed", wrong=graph.away < here,
+        f"{graph.away} went, {len(here)} stayed ({sum(here):,} bytes)",
+        wrong=stayed > _STAYS_RATIO * (stayed + went),
     )  # fmt: skip
 
 
@@ -108,15 +124,24 @@ def adapters(watch: Watch) -> None:
     if used is None:
         return
     feature, rank = used.technique, int(used.settings["rank"])
-    matrices = [p for b in watch.blocks for p in b.parameters() if len(_shape(p)) > 1]
+    matrices = [p for b in watch.blocks for p in b.parameters() if len(shape(p)) > 1]
     if not matrices:
         watch.unseen(f"{feature}: no blocks with weights were found")
         return
-    low = sum(whole(p) for p in matrices if p.requires_grad and min(_shape(p)[:2]) <= rank)
-    learning = [p for p in matrices if p.requires_grad and min(_shape(p)[:2]) > rank]
+    low = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) <= rank]
+    learning = [p for p in matrices if p.requires_grad and min(shape(p)[:2]) > rank]
     watch.differs(
         feature, f"of the blocks' weights only matrices of rank {rank} learn",
-        f"{low:,} elements of such, {sum(map(whole, learning)):,} of others", wrong=bool(learning) or not low,
+        f"{sum(map(whole, low)):,} elements of such, {sum(map(whole, learning)):,} of others",
+        wrong=bool(learning) or not low,
+    )  # fmt: skip
+    beside: list[Any] = [m for b in watch.blocks for m in b.modules() if _frozen_linear(m)]
+    least = sum(rank * (m.in_features + m.out_features) for m in beside)
+    found = sum(math.prod(shape(p)) for p in low if rank in shape(p)[:2])
+    watch.differs(
+        f"{feature}: adapters", f"{least:,} elements of rank {rank} beside {len(beside)} linear layers",
+        f"{found:,} of that rank, matrices of rank {told(sorted({min(shape(p)[:2]) for p in low}))}",
+        wrong=bool(low) and found < least,
     )  # fmt: skip
     if feature == "qlora":
         wide = [p for p in matrices if not p.requires_grad and p.is_floating_point()]
@@ -126,33 +151,60 @@ def adapters(watch: Watch) -> None:
         )  # fmt: skip
 
 
-def _shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))
+def _frozen_linear(module: Any) -> bool:
+    """Held by this rank, in whatever number of bits."""
+    if not isinstance(getattr(module, "in_features", None), int) or next(module.children(), None) is not None:
+        return False
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    weight = module._parameters.get("weight")
+    return bool(own) and hasattr(module, "out_features") and not (weight is not None and weight.requires_grad)
 
 
 def optimizer_kind(watch: Watch) -> None:
-    """By the bytes of state for an element of the parameters."""
+    """By the bytes of state for an element of the parameters, and by how wide its numbers are."""
     used = next((u for u in watch.plan.uses if u.technique in _KINDS), None)
     if used is None:
         return
-    kind, elements, size_bytes, most = used.technique, 0, 0, 0.0
-    shared = set[int]()  # tables of the values that a code stands for
+    kind, elements, least, most = used.technique, 0, 0.0, 0.0
+    embeddings = (m.weight for m in watch.model.modules() if isinstance(m, nn.Embedding) and kind in _CODED)
+    apart = set(map(id, embeddings))
+    kept = dict[tuple[int, ...], torch.Tensor]()  # tables of the values that a code stands for are shared
     for param, tensors in states(watch.optimizer):
-        if not isinstance(param, torch.Tensor) or not _counts(kind, param):
+        if not isinstance(param, torch.Tensor) or id(param) in apart or not _counts(kind, param):
             continue
-        elements += (count := local_bytes(param) // param.element_size())
-        most += count * _STATE_BYTES.get(kind, float(param.element_size()))
-        for tensor in tensors:
-            if count and (address := _address(tensor)) not in shared:
-                shared.add(address)
-                size_bytes += local_bytes(tensor)
+        if count := local_bytes(param) // param.element_size():
+            elements += count
+            low, high = _bounds(kind, param)
+            least, most = least + count * low, most + count * high
+            kept.update((_address(t), t) for t in tensors if t is not param)  # a master is its own state
+    size_bytes = sum(map(local_bytes, kept.values()))
     if not elements or not size_bytes:
         watch.unseen(f"{kind}: no state of parameters large enough to tell was found")
         return
+    code_bytes = sum(local_bytes(p) for t in kept.values() for p in _parts(t) if p.element_size() == 1)
+    enough = code_bytes if kind in _CODED else size_bytes
+    planned = f"{least / elements:g} to {most / elements:g}" if least < most else f"{most / elements:g}"
+    codes = (", in codes", f", {code_bytes / elements:.2f} in codes") if kind in _CODED else ("", "")
     watch.differs(
-        kind, f"at most {most / elements:g} bytes of state an element", f"{size_bytes / elements:.2f}",
-        wrong=size_bytes > 1.01 * most,
+        kind, f"{planned} bytes of state an element{codes[0]}", f"{size_bytes / elements:.2f}{codes[1]}",
+        wrong=size_bytes > 1.01 * most or enough < 0.99 * least,
     )  # fmt: skip
+
+
+def _bounds(kind: str, param: torch.Tensor) -> tuple[float, float]:
+    if (bounds := _STATE_BYTES.get(kind)) is not None:
+        return bounds
+    low, high = _MOMENTS[kind]
+    wide = 4 if kind != "sgd" else 0  # moments may be wider than a parameter in bf16
+    return low * param.element_size(), high * max(param.element_size(), wide)
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    local: Any = getattr(tensor, "to_local", lambda: tensor)()
+    if hasattr(local, "__tensor_flatten__"):
+        yield from (getattr(local, name) for name in local.__tensor_flatten__()[0])
+    else:
+        yield local
 
 
 def update_kernel(watch: Watch) -> None:
@@ -196,14 +248,15 @@ def in_backward_updates(watch: Watch) -> None:
 def _counts(kind: str, param: torch.Tensor) -> bool:
     if kind == "adafactor":
         return param.dim() > 1 and min(param.shape[-2:]) >= _LOW_RANK
-    return kind == "sgd" or param.numel() >= _SMALL
+    own = local_bytes(param) // param.element_size()
+    return kind in _MOMENTS or (own >= _SMALL and own % _BLOCK == 0)
 
 
-def _address(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor) -> tuple[int, ...]:
     if hasattr(tensor, "__tensor_flatten__"):
-        return id(tensor)
+        return (id(tensor),)
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return int(local.untyped_storage()._cdata)
+    return local.untyped_storage()._cdata, int(local.storage_offset()), local.numel()
 
 
 def told(values: Iterable[Any]) -> str:
@@ -226,11 +279,10 @@ _PARTLY = {
     "selective-checkpointing": "what blocks keep, beyond that they run again",
     "adamw-paged": "whether the host and the device share the state by pages",
     "tensor-parallel": "whether activations are cut, beside parameters",
-    "pipeline": "in which order micro-batches run",
-    "ddp": "whether ranks train on different samples",
-    "context-parallel": "whether attention reaches the other ranks' part of a sample",
-    "activation-offload": "whether more than half of them went",
-    "lora": "a rank below the planned one, and adapters that do not learn",
+    "context-parallel": "whether every block's attention reaches all of the other ranks",
+    "activation-offload": "whether more than three quarters of the bytes went",
+    "lora": "whether adapters learn",
+    "sgd": "an optimizer with as many bytes of state",
 }
 # Techniques that a look, here or in `Watch`, is for.
 SEEN = _BY_A_STEP | {

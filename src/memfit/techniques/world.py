@@ -21,6 +21,7 @@ _DEGREE_OF = {
     "pipeline": ("pipeline", "stages"),
 }
 _REPLICATED, _SHARDED = ("ddp",), ("fsdp2", "zero", "sharded-ddp")
+SEVERAL = frozenset({*_DEGREE_OF, *_REPLICATED, *_SHARDED, "expert-parallel"})  # techniques of several ranks
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

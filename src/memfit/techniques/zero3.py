@@ -191,6 +191,8 @@ class Shards:
         self.shard = {p: self._cut(p) for p in every}
         self.place: dict[torch.nn.Parameter, int] = {}
         self.flat = self._flattened(trained)
+        for param in every:  # for who looks at what a rank holds
+            param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
         self.begin()
 
     def _cut(self, param: torch.nn.Parameter) -> torch.Tensor:
