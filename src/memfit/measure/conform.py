@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.measure import across, looks, order, reach, samples
+from memfit.measure import across, heard, looks, order, reach, samples
 from memfit.measure.graph import Graph
 from memfit.measure.held import (
     buffered_gradients,
@@ -38,14 +38,14 @@ from memfit.types.plan import Plan
 
 _PADDING = 64  # elements a rank, of flat buffers
 _LOOKS = 16  # in one backward pass
-_OWN_WIDE_RATIO = 0.1  # of elements
 
 
 class Watch:
     """Listens to one training step between `__enter__` and `__exit__`; `conclude` compares.
 
     ``whole_elements``: elements of the model's parameters before anything was sharded, where the caller
-    knows. ``micro_batches``: forward passes of the step watched, where not the plan's.
+    knows. ``micro_batches``: forward passes of the step watched, where not the plan's. ``own``: what the
+    model does without a plan; where nobody knows, what a plan does not ask for is told and is no difference.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class Watch:
         head: str | None = None,
         whole_elements: int | None = None,
         micro_batches: int | None = None,
+        own: heard.Own | None = None,
     ) -> None:
+        self.own = own
         self.model, self.optimizer, self.plan, self.head = model, optimizer, plan, head
         self.layout = layout(plan)
         self.whole_elements, self.micro_batches = whole_elements, micro_batches
@@ -68,10 +70,7 @@ class Watch:
             self.blocks = []
         self.islands = frozenset(islands.members(model))
         self.forwards = 0
-        self.ran: set[int] = set()  # blocks, by index
-        self.again: set[int] = set()
-        self.autocast: set[tuple[int, str]] = set()  # of a block's layers
-        self.computed: set[torch.dtype] = set()
+        self.heard = heard.Heard()
         self.entered: list[float] = []  # figures of what the first block's modules were given first
         self.order, self.reach, self.samples = order.Order(plan), reach.reach_of(self), samples.Samples()
         offloads = plan.get("activation-offload") is not None
@@ -92,10 +91,10 @@ class Watch:
         compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
         if compiled is None or compiled.settings["scope"] != "model":
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
-        for index, block in enumerate(self.blocks if compiled is None else ()):
-            inside = list(block.modules())[1:] or [block]
-            for module in inside:
-                self._handles.append(module.register_forward_pre_hook(self._on_block(index)))
+        self._handles += self.heard.listen(
+            self.blocks if compiled is None else (), islands=self.islands, on_first=self._on_first,
+            busy=lambda: self.reach.running,
+        )  # fmt: skip
         inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
         for param in (trainable := list(self.trainable())):
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
@@ -135,24 +134,9 @@ class Watch:
             if self.layout.data > 1:
                 self.samples.hear(args, kwargs)
 
-    def _on_block(self, index: int) -> Callable[[nn.Module, Any], None]:
-        def listen(module: nn.Module, args: Any) -> None:
-            if self.reach.running:
-                return
-            if in_backward():
-                self.again.add(index)
-                return
-            self.ran.add(index)
-            if index == min(self.ran) and len(self.entered) < _LOOKS and self.layout.context > 1:
-                self.entered += across.entering(args)
-            for p in () if module in self.islands else module.parameters(recurse=False):
-                if p.is_floating_point() and p.numel():
-                    kind = p.device.type
-                    on = torch.is_autocast_enabled(kind)
-                    self.autocast.add((index, str(torch.get_autocast_dtype(kind)) if on else "off"))
-                    self.computed.add(p.dtype)
-
-        return listen
+    def _on_first(self, args: Any) -> None:
+        if len(self.entered) < _LOOKS and self.layout.context > 1:
+            self.entered += across.entering(args)
 
     # -- comparing ------------------------------------------------------------------------------------
 
@@ -162,10 +146,10 @@ class Watch:
         if not self._differences:
             if self.plan.get("expert-parallel") is None:
                 self._parameters()
-            self._dtypes()
+            heard.parameter_dtypes(self)
             for look in (*looks.AT_REST, *across.AT_REST):
                 look(self)
-            if stepped := bool(self.ran or self.forwards or self.graph.backwards):
+            if stepped := bool(self.heard.ran or self.forwards or self.graph.backwards):
                 self._stepped()
             elif self.plan.uses:
                 self.unseen("gradients, recomputation and replicas: no step was watched")
@@ -176,13 +160,11 @@ class Watch:
         return found
 
     def _stepped(self) -> None:
-        self._recomputation()
-        self._autocast()
         self._micro_batches()
         if self.plan.get("expert-parallel") is None:
             self._gradients()
             self._state()
-        more = (order.schedule, samples.different_samples, reach.other_parts)
+        more = (*heard.AFTER_A_STEP, order.schedule, samples.different_samples, reach.other_parts)
         for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP, *more):
             look(self)
 
@@ -283,61 +265,6 @@ class Watch:
             return shard, f"sharded-ddp: {what}"
         return 1, what
 
-    def _dtypes(self) -> None:
-        zero = self.plan.get("zero")
-        low = self.plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
-        if self.plan.get("qlora") is not None:
-            return
-        feature = "bf16-parameters" if self.plan.get("bf16-parameters") else "parameter dtype"
-        wanted = torch.bfloat16 if low else torch.float32
-        apart = {p for m in self.islands for p in m.parameters(recurse=False)}
-        others = (p for p in self.trainable() if p not in apart)
-        counted = [p for p in others if p.is_floating_point() and p.dtype != torch.float64]
-        found = {p.dtype for p in counted}
-        wide = sum(whole(p) for p in counted if p.dtype != wanted)
-        # Normalisation that the model keeps in float32 by itself is a small part of it.
-        wrong = wide > _OWN_WIDE_RATIO * sum(map(whole, counted)) if low else bool(found - {wanted})
-        if low or torch.bfloat16 in found or torch.float16 in found:
-            self.differs(feature, str(wanted), ", ".join(sorted(map(str, found))), wrong=wrong)
-
-    def _recomputation(self) -> None:
-        used = self.plan.get("activation-checkpointing") or self.plan.get("selective-checkpointing")
-        if not self.ran:
-            if used is not None:
-                self.unseen(f"{used.technique}: no repeated blocks were seen running")
-            return
-        wanted = set[int]()
-        if used is not None:
-            wanted = {i for i in self.ran if i % int(used.settings.get("every", 1)) == 0}
-        feature = used.technique if used is not None else "activation-checkpointing"
-        found = self.again & self.ran
-        if self.plan.get("chunking") is not None:
-            found &= wanted  # parts of the others run again, slice by slice
-        told = [_listed(sorted(s)) for s in (wanted, found)]
-        self.differs(feature, f"blocks {told[0]} run again in backward", told[1], wrong=told[0] != told[1])
-
-    def _autocast(self) -> None:
-        kinds = {"bf16-autocast": "torch.bfloat16", "fp16-autocast": "torch.float16"}
-        feature = next((n for n in kinds if self.plan.get(n)), "bf16-autocast")
-        if not self.autocast:
-            if self.plan.get(feature):
-                self.unseen(f"{feature}: no layers of repeated blocks were heard")
-            return
-        wanted = kinds[feature] if self.plan.get(feature) else "off"
-        found, blocks = {kind for _, kind in self.autocast}, {index for index, _ in self.autocast}
-        # A model may keep a layer in float32 by itself; a whole block outside of autocast is none of it.
-        without = wanted != "off" and any((index, wanted) not in self.autocast for index in blocks)
-        unasked = wanted == "off" and found != {wanted}
-        self.differs(feature, wanted, ", ".join(sorted(found)), wrong=without or unasked)
-        fsdp = self.plan.get("fsdp2")
-        if fsdp is not None:
-            low = fsdp.settings["precision"] == "bf16"
-            held = {p.dtype for block in self.blocks for p in block.parameters() if p.is_floating_point()}
-            planned, computed = (
-                ", ".join(sorted(map(str, d))) for d in ({torch.bfloat16} if low else held, self.computed)
-            )
-            self.differs("fsdp2: precision", f"layers in {planned}", computed, wrong=planned != computed)
-
     def _micro_batches(self) -> None:
         used, staged = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
         wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
@@ -389,7 +316,3 @@ class Watch:
         elif degree > 1:
             most = self._shard(params, degree)
             self.differs(feature, f"of 1/{degree} of {part:,} elements", f"of {held:,}", wrong=held > most)
-
-
-def _listed(indices: list[int]) -> str:
-    return ", ".join(map(str, indices)) or "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib
@@ -147,10 +148,10 @@ def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> None
 
     batch = job.make_batch(0, spec.seed)
     torch.manual_seed(spec.seed)
-    whole: list[int] = []
-    step = make_step(job, spec.plan, world=world, on_built=lambda bench: whole.append(_elements(bench.model)))
+    built: list[tuple[int, frozenset[Any]]] = []
+    step = make_step(job, spec.plan, world=world, on_built=lambda bench: built.append(_made(bench.model)))
     part, terms = step.local(batch)
-    _conform(step, (part, terms), job, spec, whole[0])
+    _conform(step, (part, terms), job, spec, built[0])
     step.run(part, micro_batches_played=1, terms_per_rank=terms)
     step.close()
     del step, batch, part
@@ -158,13 +159,17 @@ def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> None
 
 
 def _conform(
-    step: TrainingStep, given: tuple[Any, float], job: Job, spec: RunSpec, whole_elements: int
+    step: TrainingStep, given: tuple[Any, float], job: Job, spec: RunSpec, built: tuple[int, frozenset[Any]]
 ) -> None:
+    """``built``: elements and dtypes of the model's parameters before the plan."""
     from memfit.measure.conform import Watch
+    from memfit.measure.heard import Own
 
+    used = spec.plan.get("gradient-accumulation")
+    played = min(_WATCHED, int(used.settings["micro_batches"]) if used is not None else 1)
     watch = Watch(
-        step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head,
-        whole_elements=whole_elements, micro_batches=1,
+        step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head, whole_elements=built[0],
+        micro_batches=played, own=Own(dtypes=built[1], step=functools.partial(_own_step, job, given[0])),
     )  # fmt: skip
 
     def on_phase(phase: Phase) -> None:
@@ -172,12 +177,35 @@ def _conform(
             watch.before_update()
 
     with watch:
-        step.run(given[0], on_phase, micro_batches_played=1, terms_per_rank=given[1])
+        step.run(given[0], on_phase, micro_batches_played=played, terms_per_rank=given[1])
     tell("conformance", told=str(watch.conclude()))
 
 
-def _elements(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
+_WATCHED = 2  # micro-batches, where the plan has several
+
+
+def _own_step(job: Job, part: Any, narrow: Any) -> Any:
+    """A step of the plain model on two samples of its batch, heard; None where it does not run so."""
+    import torch
+
+    from memfit.jobs.step import batch_length, split
+    from memfit.measure.heard import Heard
+    from memfit.techniques.blocks import find_blocks
+
+    heard, model = Heard(), job.build_model().train()
+    try:
+        heard.listen(find_blocks(model, job.blocks)[1])
+        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+            loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
+        loss.backward()
+    except Exception:  # noqa: BLE001  the user's own code, on fewer samples than it may want
+        return None
+    return heard
+
+
+def _made(model: Any) -> tuple[int, frozenset[Any]]:
+    params = list(model.parameters())
+    return sum(p.numel() for p in params), frozenset(p.dtype for p in params)
 
 
 @contextlib.contextmanager
