@@ -333,8 +333,9 @@ def made(library: str, folders: list[Path]) -> tuple[Table, dict[str, Any]]:
 
 def of_others(library: str, folders: list[Path]) -> Iterator[tuple[str, Spec]]:
     for folder in folders:
-        if (folder / "megatron/training/config").is_dir():  # whose parser is made of classes, as now
-            yield from asked(library, folder)["sections"][""].items()
+        for place in ("training/config", "core/transformer/transformer_config.py"):
+            if (folder / "megatron" / place).exists():  # whose fields Megatron-LM makes options of
+                yield from of_front_ends(folder / "megatron" / place)
         yield from READ[library](folder)
 
 

@@ -70,7 +70,7 @@ def parser_takes(
             if action.choices is None and spec not in ("integer", "number", "switch"):
                 continue
             try:
-                parser.parse_known_args([names[0], *words])
+                parser.parse_known_args([names[0], *words, "train.py"])  # Accelerate asks for a script
             except (argparse.ArgumentError, ValueError, KeyError) as error:
                 yield f"{section}.{key} {value}: {error}"
 

@@ -30,7 +30,11 @@ def _newer(o: Options, s: Setup, library: str) -> Found:
 def _value(o: Options, s: Setup, library: str) -> Found:
     """DeepSpeed's autotuner takes lists of what it is to try."""
     for path, value, spec in wrong(o, library) if _read_as_written(o, s) else ():
-        if isinstance(value, list) and o.section("autotuning"):
+        if (
+            library == "deepspeed"
+            and isinstance(value, list)
+            and all(spec.takes(v, spelled=False) for v in value)
+        ):
             continue
         yield {"key": path, "value": value, "allowed": shown(spec, value)}
 
@@ -46,16 +50,19 @@ def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
     yield from _unknown(d, s, "deepspeed", refused=False)
 
 
-_LOSS_SCALE = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
+# From the fp16 section, of which deepspeed_bf16_loss_scale tells.
+_COPIED = (
+    "bf16.loss_scale", "bf16.loss_scale_window", "bf16.initial_scale_power", "bf16.hysteresis",
+    "bf16.min_loss_scale",
+)  # fmt: skip
 
 
 def deepspeed_section_key(d: Options, s: Setup) -> Found:
-    copied = {f"bf16.{key}" for key in _LOSS_SCALE}  # deepspeed_bf16_loss_scale says it
-    yield from (f for f in _unknown(d, s, "deepspeed", refused=True) if f["key"] not in copied)
+    yield from (f for f in _unknown(d, s, "deepspeed", refused=True) if f["key"] not in _COPIED)
 
 
 def deepspeed_newer_key(d: Options, s: Setup) -> Found:
-    yield from _newer(d, s, "deepspeed")
+    yield from (f for f in _newer(d, s, "deepspeed") if f["key"] not in _COPIED)
 
 
 def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
@@ -100,12 +107,9 @@ def trainer_value(t: Options, s: Setup) -> Found:
 def trainer_gone(t: Options, s: Setup) -> Found:
     """In a file of nothing but the Trainer's own arguments: other front ends have some of them still."""
     table = known("trainer")
-    gone = [key for key in t.data if key in table.older[""] and key not in _OF_FRONT_ENDS]
-    if gone and not any(unknown(t, "trainer")):
+    gone = [key for key in t.data if key in table.older[""]]
+    if gone and all(key in table.names("") for key in t.data):
         yield {"keys": ", ".join(gone), "release": table.release}
-
-
-_OF_FRONT_ENDS = ()
 
 
 def _option(found: dict[str, str]) -> dict[str, str]:
