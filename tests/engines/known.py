@@ -55,7 +55,11 @@ def deepspeed(data: dict[str, Any]) -> Iterator[str]:
 
 
 def parser_takes(
-    parser: argparse.ArgumentParser, data: dict[str, Any], front: str, section: str
+    parser: argparse.ArgumentParser,
+    data: dict[str, Any],
+    front: str,
+    section: str,
+    after: tuple[str, ...] = (),
 ) -> Iterator[str]:
     parser.exit_on_error = False
     parser.error = _raise  # type: ignore[method-assign]
@@ -70,7 +74,7 @@ def parser_takes(
             if action.choices is None and spec not in ("integer", "number", "switch"):
                 continue
             try:
-                parser.parse_known_args([names[0], *words, "train.py"])  # Accelerate asks for a script
+                parser.parse_known_args([names[0], *words, *after])
             except (argparse.ArgumentError, ValueError, KeyError) as error:
                 yield f"{section}.{key} {value}: {error}"
 
@@ -99,7 +103,7 @@ def accelerate(data: dict[str, Any]) -> Iterator[str]:
         ("deepspeed_config", ""),
     ):
         keys = {k: "text" if v == "switch" else v for k, v in data["now"][section].items()}
-        yield from parser_takes(parser, {"now": {section: keys}}, front, section)
+        yield from parser_takes(parser, {"now": {section: keys}}, front, section, ("train.py",))
 
 
 def torchtitan(data: dict[str, Any]) -> Iterator[str]:
