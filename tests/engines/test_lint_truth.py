@@ -16,7 +16,8 @@ from memfit.run.ranks import free_port
 
 # Of those that can be tried on one CPU process in a second or two.
 REFUSED = (
-    "deepspeed-two-precisions", "deepspeed-bf16-loss-scale", "deepspeed-zero-key", "deepspeed-removed",
+    "deepspeed-two-precisions", "deepspeed-bf16-loss-scale", "deepspeed-section-key", "deepspeed-removed",
+    "deepspeed-newer-key", "deepspeed-value", "trainer-value", "trainer-best-steps", "trainer-no-workers",
     "deepspeed-untested-optimizer", "deepspeed-scheduler-steps", "deepspeed-no-zero",
     "trainer-deepspeed-batch", "trainer-deepspeed-accumulation", "trainer-deepspeed-clipping",
     "trainer-deepspeed-hyperparameters", "trainer-deepspeed-precision", "trainer-two-precisions",

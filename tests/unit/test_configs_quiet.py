@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
         ((ds(**STEPS), tr()), None),
         ((ds(train_batch_size=8, tensor_parallel={"autotp_size": 4}),), 8),  # not all ranks see other samples
         ((ds(**zero(2, offload_param={"device": "none"}, offload_optimizer=CPU)),), None),
-        ((ds(my_trainer_reads_this=1, **zero(2, of_a_newer_version=1)),), None),
+        ((ds(my_trainer_reads_this=1, **zero(2)),), None),
         ((("swift.sh", SWIFT),), None),  # whose defaults are not Megatron-LM's
         ((mg(UNEVEN),), None),  # DeepSpeed cuts pipelines as it likes
         ((mg("--use-distributed-optimizer --overlap-grad-reduce"),), 1),  # for debugging
@@ -56,6 +57,26 @@ STEPS = {"scheduler": DECAY | {"params": {"total_num_steps": "auto"}}}
         ((tt(training={"seq_len": 4099}, parallelism={}),), None),
         ((tt(model={"name": "flux"}, training={"seq_len": 9}, parallelism=mesh(context=2)),), None),
         ((tt(activation_checkpoint={"mode": "full", "selective_ac_option": "layer"}),), None),
+        ((ds(**zero(2, reduce_bucket_size="500000000", overlap_comm="true")),), None),  # pydantic reads them
+        ((ds(**zero(2, reduce_bucket_size=5e8), gradient_clipping=1),), None),
+        ((ds(**zero([1, 2])),), None),  # what the autotuner is to try
+        ((acc(False, mixed_precision=False, num_processes=1),), None),  # as YAML reads "no"
+        ((acc("MULTI_GPU", mixed_precision="BF16"),), None),
+        (
+            (
+                (
+                    "flow.yaml",
+                    "fp16: {fp16: true}\ntrain_batch_size: [4]\nmy_layers: 2\nmy_heads: 4\nmy_rate: 1\n",
+                ),
+            ),
+            None,
+        ),
+        ((tr(load_best_model_at_end=True, save_strategy="best"),), None),
+        ((tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=0.1, save_steps=0.2),), None),
+        ((tr(load_best_model_at_end=True, eval_strategy="$WHEN"),), None),
+        ((("vocab.json", json.dumps({"optim": 8311, "fp16": 5} | dict.fromkeys("abcdefgh", 1))),), None),
+        ((mg("--attention-backend flash --tensor-model-parallel-size $TP"),), None),
+        ((tt(parallelism={"pipeline_parallel_schedule": "interleaved1f1b"}),), None),
         ((tt(encoder={"my_own": 1}, training={"batch_size": 8, "tensor_parallel_degree": 2}),), None),
     ],
 )

@@ -108,6 +108,7 @@ DENSE = "--hidden-size 1024"
 GROUPED = f"{DENSE} --num-attention-heads 24 --group-query-attention"
 RECOMPUTED = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MOE = "--num-experts 8 --expert-model-parallel-size 2 --train-iters 5"
+ZERO_BY_ANOTHER_NAME = '{"train_micro_batch_size_per_gpu": 4, "zero_optimisation": {"stage": 2}}'
 DEEPSPEED = {
     "deepspeed-batch-product": case(
         ds(train_batch_size=100, gradient_accumulation_steps=2),
@@ -142,8 +143,10 @@ DEEPSPEED = {
         (ds(activation_checkpointing={"cpu_checkpointing": False}), tr()),
     ),
     "deepspeed-unknown-key": case(ds(gradient_clippping=1.0), ds(gradient_clipping=1.0, my_own_tag=1)),
-    "deepspeed-zero-key": case(ds(**zero(2, aio={})), ds(**zero(2, prefetch_bucket_size=1))),
+    "deepspeed-section-key": case(ds(**zero(2, aio={})), ds(**zero(2, prefetch_bucket_size=1))),
+    "deepspeed-newer-key": case(ds(**zero(2, of_another_release=1)), ds(my_own=1)),
     "deepspeed-text-for-number": case(ds(gradient_clipping="1.0"), ds(gradient_clipping="auto")),
+    "deepspeed-value": case(ds(**zero(5)), ds(**zero(1))),
     "deepspeed-auto-unfilled": case(
         (ds(**zero(2, allgather_bucket_size="auto")), acc(deepspeed_config=FILE)),
         (ds(**zero(2, reduce_bucket_size="auto")), acc(deepspeed_config=FILE)),
@@ -200,6 +203,12 @@ ACCELERATE = {
     "accelerate-section-ignored": case(
         acc("MULTI_GPU", fsdp_config={"fsdp_version": 2}), acc("FSDP", fsdp_config={"fsdp_version": 2})
     ),
+    "accelerate-unknown-key": case(acc("FSDP", mixed_precison="bf16"), acc("FSDP", mixed_precision="bf16")),
+    "accelerate-newer-key": case(acc("FSDP", of_another_release=1), acc("FSDP", fp16=False)),
+    "accelerate-section-key": case(
+        fsdp(sharding_stratgey="FULL_SHARD"), fsdp(sharding_strategy="FULL_SHARD", my_own=1)
+    ),
+    "accelerate-value": case(fsdp(version=3), fsdp(version=2)),
     "fsdp2-old-options": case(fsdp(2, use_orig_params=True), fsdp(1, use_orig_params=True)),
     "fsdp2-reshard": case(fsdp(2, reshard_after_forward="FULL_SHARD"), fsdp(2, reshard_after_forward=True)),
     "fsdp-efficient-loading": case(
@@ -254,6 +263,26 @@ TRAINER = {
         (ds(**ADAM), tr(optim="adafactor", **RATE)), (ds(**ADAM), tr(optim="adamw_torch", **RATE))
     ),
     "trainer-fsdp-deepspeed": case((ds(), tr(fsdp="full_shard")), (ds(), tr(fsdp=""))),
+    "trainer-unknown-key": case(tr(save_stratgy="no"), tr(save_strategy="no", model_name_or_path="x")),
+    "trainer-section-key": case(
+        tr(fsdp="full_shard", fsdp_config={"auto_wrap_polcy": "NO_WRAP"}),
+        tr(fsdp="full_shard", fsdp_config={"fsdp_auto_wrap_policy": "NO_WRAP"}),
+    ),
+    "trainer-value": case(
+        tr(lr_scheduler_type="cosin"), tr(lr_scheduler_type="cosine", learning_rate="2e-5")
+    ),
+    "trainer-gone": case(tr(evaluation_strategy="no"), tr(evaluation_strategy="no", adapter="lora")),
+    "trainer-best-steps": case(
+        tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=300, save_steps=500),
+        tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=250, save_steps=500),
+    ),
+    "trainer-no-workers": case(
+        tr(dataloader_prefetch_factor=2), tr(dataloader_prefetch_factor=2, dataloader_num_workers=1)
+    ),
+    "trainer-two-warmups": case(
+        tr(warmup_ratio=0.1, warmup_steps=10, model_name_or_path="x"),
+        tr(warmup_ratio=0.1, warmup_steps=0, model_name_or_path="x"),
+    ),
     "trainer-two-precisions": case(tr(fp16=True, bf16=True), tr(fp16=False, bf16=True)),
     "trainer-accelerate-precision": case(
         (acc("MULTI_GPU", mixed_precision="fp16"), tr(bf16=True)),
@@ -367,6 +396,11 @@ MEGATRON = {
         mg("--num-attention-heads 16 --num-query-groups 4"),
         mg("--num-attention-heads 16 --num-query-groups 4 --group-query-attention"),
     ),
+    "megatron-unknown-option": case(
+        mg("--tensor-model-parallel-size 2 --sequence-paralel"),
+        mg("--tensor-model-parallel-size 2 --sequence-paral --my-own 1"),  # cut short, and of another program
+    ),
+    "megatron-value": case(mg("--lr-decay-style cosin"), mg("--lr-decay-style cosine --lr 1e-4")),
     "megatron-two-lengths": case(
         mg("--train-samples 800 --train-iters 100"), mg("--train-iters 100 --lr-decay-iters 100")
     ),
@@ -415,6 +449,13 @@ TORCHTITAN = {
     "torchtitan-selective-option": case(
         tt(activation_checkpoint={"mode": "selective", "selective_ac_option": "layer"}),
         tt(activation_checkpoint={"mode": "selective", "selective_ac_option": "2"}),
+    ),
+    "torchtitan-value": case(
+        tt(activation_checkpoint={"mode": "always"}), tt(activation_checkpoint={"mode": "full"})
+    ),
+    "torchtitan-no-workers": case(
+        tt(**{"training.dataloader": {"prefetch_factor": 2}}),
+        tt(**{"training.dataloader": {"prefetch_factor": 2, "num_workers": 1}}),
     ),
     "torchtitan-unknown-key": case(
         tt(training={"local_batch_sizes": 8}), tt(training={"local_batch_size": 8, "my_own": 1})
@@ -532,6 +573,46 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
             mg("--distribute-saved-activations --tensor-model-parallel-size 2"),
             "no --recompute-granularity full",
         ),
+        (
+            "deepspeed-bf16-loss-scale",
+            ds(fp16={"enabled": False, "loss_scale": 0}, bf16={"enabled": True, "loss_scale": 0}),
+            "loss_scale",
+        ),
+        ("deepspeed-unknown-key", ds(gradient_acumulation_steps=4), "gradient_acumulation_steps"),
+        ("deepspeed-unknown-key", ("ds.json", ZERO_BY_ANOTHER_NAME), "zero_optimisation"),
+        ("deepspeed-unknown-key", ds(optimizer={"type": "AdamW", "parms": {}}), "optimizer.parms"),
+        (
+            "deepspeed-section-key",
+            ds(fp16={"enabled": True, "inital_scale_power": 8}),
+            "fp16.inital_scale_power",
+        ),
+        ("deepspeed-section-key", ds(**zero(2, offload_optimizer=CPU | {"pin_memry": True})), "pin_memry"),
+        ("deepspeed-text-for-number", ds(**zero(2, reduce_bucket_size="5e8")), "5e8"),
+        ("deepspeed-value", ds(**zero(3, offload_param={"device": "gpu"})), "none, cpu, nvme"),
+        ("deepspeed-value", ds(**zero(2, reduce_bucket_size=0)), "integer > 0"),
+        ("deepspeed-value", ds(**zero(2, overlap_comm="ture")), "true, false"),
+        ("deepspeed-value", ds(fp16=True), "table"),
+        ("deepspeed-value", ds(wall_clock_breakdown="false"), "wall_clock_breakdown is false"),
+        ("deepspeed-value", ds(train_batch_size=2.5), "2.5"),
+        ("accelerate-unknown-key", acc(zero_stag=2), "zero_stag"),
+        ("accelerate-value", acc("MULTI_GPU", mixed_precision="fp32"), "no, fp16, bf16, fp8"),
+        ("accelerate-value", acc("MULTIGPU"), "distributed_type is MULTIGPU"),
+        ("accelerate-value", fsdp(auto_wrap_policy="LAYER_WRAP"), "LAYER_WRAP"),
+        ("accelerate-value", fsdp(offload_params="cpu"), "true, false"),
+        ("accelerate-value", acc(deepspeed_config={"zero_stage": 4}), "zero_stage is 4"),
+        ("trainer-value", tr(max_steps="many"), "integer"),
+        ("trainer-value", ("train.sh", "run.py --output_dir x --fp16 --save_strategy never"), "never"),
+        ("trainer-best-steps", tr(load_best_model_at_end=True, save_strategy="epoch"), "evaluation is by no"),
+        (
+            "trainer-best-steps",
+            tr(load_best_model_at_end=True, eval_strategy="steps", eval_steps=0.1),
+            "every 500",
+        ),
+        ("trainer-no-workers", tr(dataloader_persistent_workers=True), "dataloader_persistent_workers"),
+        ("megatron-value", mg("--seq-length 4k"), "--seq-length is 4k"),
+        ("torchtitan-value", tt(training={"dtype": "fp16"}), "bfloat16, float32, float16"),
+        ("torchtitan-value", tt(parallelism={"pipeline_parallel_schedule": "1F2B"}), "Interleaved1F1B"),
+        ("torchtitan-value", tt(training={"steps": "100"}), "integer"),
         ("torchtitan-sequence", tt(training={"seq_len": 4098}, parallelism=mesh(tensor=4)), "4098"),
         ("torchtitan-unknown-key", tt(traning={"seq_len": 8}), "traning"),
         ("torchtitan-unknown-key", tt(optimizer={"max_norm": 1.0}), "optimizer.max_norm"),

@@ -13,16 +13,26 @@ from typing import Any
 from memfit.configs import (
     rules_deepspeed,
     rules_hugging_face,
+    rules_known,
     rules_megatron,
     rules_openfold,
     rules_torchtitan,
+    rules_trainer,
 )
 from memfit.configs.read import Found, Setup
 
 # Rule -> the kinds of files it compares, and what finds it: called with their options and the whole set-up.
 CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
     check.__name__.replace("_", "-"): (kinds, check)
-    for module in (rules_deepspeed, rules_hugging_face, rules_megatron, rules_torchtitan, rules_openfold)
+    for module in (
+        rules_known,
+        rules_deepspeed,
+        rules_hugging_face,
+        rules_trainer,
+        rules_megatron,
+        rules_torchtitan,
+        rules_openfold,
+    )
     for kinds, checks in module.CHECKS.items()
     for check in checks
 }

@@ -3,7 +3,6 @@ runtime/engine.py, runtime/zero/config.py, runtime/precision_config.py; read 202
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,19 +13,6 @@ _LOSS_SCALE = ("loss_scale", "loss_scale_window", "initial_scale_power", "hyster
 _ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
 # Optimizers that ZeRO knows (runtime/zero/utils.py), and those that bring their own refusal.
 _TESTED = ("adam", "adamw", "fusedadam", "cpuadam", "adagrad", "lion", "fusedlion", "muon", *_ONE_BIT)
-_TOP = (
-    *_BATCH, "optimizer", "scheduler", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "fp16", "bf16", "bfloat16", "amp",
-    "torch_autocast", "gradient_clipping", "zero_optimization", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
-    "dump_state", "activation_checkpointing", "aio", "autotuning", "flops_profiler", "comms_logger",
-    "elasticity", "pipeline", "checkpoint", "data_types", "compression_training", "sparse_attention",
-    "tensorboard", "wandb", "csv_monitor", "comet", "monitor_config", "compile", "tensor_parallel",
-    "expert_parallel", "data_efficiency", "curriculum_learning", "progressive_layer_drop",
-    "hybrid_engine", "disable_allgather", "nebula", "timers", "seed", "load_universal_checkpoint",
-    "eigenvalue", "quantize_training", "gradient_allreduce_op", "gradient_accumulation_dtype",
-    "dataloader_drop_last",
-)  # fmt: skip
 
 
 def _stage(d: Options) -> int | None:
@@ -146,49 +132,6 @@ def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
     keys = [k for k in wanted if d.on(f"activation_checkpointing.{k}")]
     if keys:
         yield {"keys": ", ".join(keys)}
-
-
-def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
-    for key in d.data:
-        near = [] if key in _TOP else difflib.get_close_matches(str(key), _TOP, n=1, cutoff=0.85)
-        if near and near[0] not in d.data:
-            yield {"key": key, "near": near[0]}
-
-
-# Fields and aliases of zero/config.py; what is there is checked, unlike what stands beside it.
-_ALIASED = (
-    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
-    "max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save",
-    "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential",
-)  # fmt: skip
-_ZERO = (
-    "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "use_multi_rank_bucket_allreduce", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights",
-    "elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size",
-    "cpu_offload_param", "cpu_offload_use_pin_memory", "cpu_offload", "ignore_unused_parameters",
-    "stage3_gather_fp16_weights_on_model_save", "legacy_stage1", "round_robin_gradients",
-    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients", "zeropp_loco_param", "mics_shard_size", "mics_hierarchical_params_gather",
-    "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
-    "log_trace_cache_warnings", "enable_sanity_checks", "save_muon_momentum_buffer_in_memory",
-    "leaf_module", *_ALIASED, *(f"stage3_{name}" for name in _ALIASED),
-)  # fmt: skip
-
-
-def deepspeed_zero_key(d: Options, s: Setup) -> Found:
-    """Misspelt, or of the level above."""
-    for key in d.section("zero_optimization"):
-        if key in _ZERO:
-            continue
-        near = difflib.get_close_matches(str(key), _ZERO, n=1, cutoff=0.85)
-        if key in _TOP or near:
-            yield {"key": key, "near": key if key in _TOP else f"zero_optimization.{near[0]}"}
-
-
-def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
-    for key in (*_BATCH, "gradient_clipping"):
-        if isinstance(value := d.raw(key), str) and value.replace(".", "", 1).isdigit():
-            yield {"key": key, "value": value}
 
 
 # What Accelerate fills in itself (accelerator.py, _prepare_deepspeed, 1.15); the Trainer fills in more.
@@ -316,10 +259,10 @@ def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
 _OWN = (
     deepspeed_batch_product, deepspeed_two_precisions, deepspeed_fp16_off, deepspeed_bf16_loss_scale,
     deepspeed_offload_parameters, deepspeed_offload_optimizer, deepspeed_stage3_keys, deepspeed_nvme_path,
-    deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_unknown_key,
-    deepspeed_zero_key, deepspeed_text_for_number, deepspeed_auto_unfilled, deepspeed_untested_optimizer,
-    deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps, deepspeed_pipeline,
-    deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp, deepspeed_nvme_stage,
+    deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_auto_unfilled,
+    deepspeed_untested_optimizer, deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps,
+    deepspeed_pipeline, deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp,
+    deepspeed_nvme_stage,
     deepspeed_torch_adam, deepspeed_hpz_ranks, deepspeed_least_scale,
 )  # fmt: skip
 CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}

@@ -4,11 +4,6 @@ activation_checkpoint.py; read 2026-11)."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from memfit.configs.names_torchtitan import KEYS
 from memfit.configs.read import Found, Options, Setup
 
 _DEGREES = (
@@ -122,39 +117,9 @@ def torchtitan_selective_option(t: Options, s: Setup) -> Found:
         yield {"value": value}
 
 
-def torchtitan_unknown_key(t: Options, s: Setup) -> Found:
-    """Misspelt, or of another table. A module of one's own may add others, which look like neither."""
-    for path, near in _misnamed(t.data, ""):
-        if t.raw(near) is None:
-            yield {"key": path, "near": near}
-
-
-def _misnamed(data: Mapping[str, Any], above: str) -> Iterable[tuple[str, str]]:
-    """Path of each key and what it is taken for."""
-    for key, value in data.items():
-        path = above + key
-        if not isinstance(value, Mapping):
-            yield from ((path, near) for near in _meant(above.removesuffix("."), key))
-        elif path in KEYS:
-            yield from _misnamed(value, f"{path}.")
-        else:
-            tables = [name for name in KEYS if name.rpartition(".")[0] == above.removesuffix(".")]
-            yield from ((path, near) for near in difflib.get_close_matches(path, tables, n=1, cutoff=0.85))
-
-
-def _meant(table: str, key: str) -> list[str]:
-    """Of the same table by likeness, else of the one other table that has it."""
-    known = KEYS.get(table, frozenset())
-    if key in known:
-        return []
-    near = [f"{table}.{k}" for k in difflib.get_close_matches(key, known, n=1, cutoff=0.85)]
-    homes = [f"{name}.{key}" for name, keys in KEYS.items() if key in keys]
-    return near or (homes if len(homes) == 1 else [])
-
-
 _ALL = (
     torchtitan_degrees, torchtitan_async_tensor, torchtitan_float8_eager, torchtitan_replicate,
     torchtitan_step_in_backward, torchtitan_unclipped, torchtitan_microbatches, torchtitan_batch,
-    torchtitan_budget_eager, torchtitan_sequence, torchtitan_selective_option, torchtitan_unknown_key,
+    torchtitan_budget_eager, torchtitan_sequence, torchtitan_selective_option,
 )  # fmt: skip
 CHECKS = {("torchtitan",): _ALL}
