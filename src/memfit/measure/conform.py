@@ -58,9 +58,8 @@ class Watch:
         head: str | None = None,
         whole_elements: int | None = None,
         micro_batches: int | None = None,
-        own: heard.Own | None = None,
     ) -> None:
-        self.own = own
+        self.own: heard.Own | None = None  # set by who knows
         self.model, self.optimizer, self.plan, self.head = model, optimizer, plan, head
         self.layout = layout(plan)
         self.whole_elements, self.micro_batches = whole_elements, micro_batches

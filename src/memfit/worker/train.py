@@ -169,8 +169,9 @@ def _conform(
     played = min(_WATCHED, int(used.settings["micro_batches"]) if used is not None else 1)
     watch = Watch(
         step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head, whole_elements=built[0],
-        micro_batches=played, own=Own(dtypes=built[1], step=functools.partial(_own_step, job, given[0])),
+        micro_batches=played,
     )  # fmt: skip
+    watch.own = Own(dtypes=built[1], step=functools.partial(_own_step, job, given[0]))
 
     def on_phase(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER:
