@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.measure import across, heard, looks, order, reach, samples
+from memfit.measure import across, averaged, heard, looks, order, reach, samples
 from memfit.measure.graph import Graph
 from memfit.measure.held import (
     buffered_gradients,
@@ -72,6 +72,7 @@ class Watch:
         self.heard = heard.Heard()
         self.entered: list[float] = []  # figures of what the first block's modules were given first
         self.order, self.reach, self.samples = order.Order(plan), reach.reach_of(self), samples.Samples()
+        self.averages = averaged.Averages(self)
         offloads = plan.get("activation-offload") is not None
         self.graph = Graph(model, self.order.on_backward, weighs=offloads)
         self.learned: set[int] = set()  # parameters that got a gradient, by address
@@ -85,7 +86,7 @@ class Watch:
     # -- listening ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        for listener in (self.graph, self.order, self.reach):
+        for listener in (self.graph, self.order, self.reach, self.averages):
             listener.__enter__()
         compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
         if compiled is None or compiled.settings["scope"] != "model":
@@ -102,7 +103,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for listener in (self.reach, self.order, self.graph):
+        for listener in (self.averages, self.reach, self.order, self.graph):
             listener.__exit__()
         for handle in self._handles:
             handle.remove()
@@ -163,7 +164,8 @@ class Watch:
         if self.plan.get("expert-parallel") is None:
             self._gradients()
             self._state()
-        more = (*heard.AFTER_A_STEP, order.schedule, samples.different_samples, reach.other_parts)
+        more = (*heard.AFTER_A_STEP, order.schedule, samples.different_samples, reach.other_parts,
+                averaged.mean_gradients)  # fmt: skip
         for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP, *more):
             look(self)
 

@@ -8,7 +8,7 @@ every rank keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfit.techniques.base import Knob, MakeOptimizer, Space, Technique, Workbench
@@ -167,6 +167,11 @@ class ShardedDdp:
         total = torch.stack([torch.linalg.vector_norm(g) for g in grads]).float().square().sum()
         all_reduce(total, self.group)
         return total.sqrt()
+
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        """(parameter, its first element, gradient) of those that this rank updates: others' are stale."""
+        own = (p for p in self.params if self.owner[p] == self.rank)
+        return ((p, 0, p.grad) for p in own if p.grad is not None)
 
     def step(self) -> None:
         self.inner.step()

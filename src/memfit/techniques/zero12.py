@@ -90,6 +90,10 @@ class Reducing:
         for param in self.params:
             param.grad = None
 
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        """(parameter, from which element on, what of its reduced gradient this rank updates with)."""
+        return ((p, 0, p.grad) for p in self.params if p.grad is not None)
+
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
         raise NotImplementedError
 
@@ -321,6 +325,16 @@ class ZeroTwo(Reducing):
                 self.held = self.held or fresh
             self.buffers, self.own = [], None
             self.zero_grad()
+
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        if self.state_on:
+            assert self.master.grad is not None
+            first = self.rank * self.size
+            for param, (a, b) in self.mine.items():
+                yield param, a, self.master.grad.narrow(0, self.span[param][0] + a - first, b - a)
+        elif self.held:
+            starts = (a for a, _ in self.mine.values())
+            yield from zip(self.mine, starts, self._parts(), strict=True)
 
     def _parts(self) -> list[torch.Tensor]:
         return [g.view(-1)[a:b] for g, (a, b) in zip(self.held, self.mine.values(), strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +137,9 @@ class ZeroThree(Reducing):
             if self.pending:
                 self._reduce()
             self.shards.end()
+
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        return ((p, self.rank * self.shards.size[p], self.shards.of(p, self.grads)) for p in self.params)
 
     def grad_norm(self) -> torch.Tensor:
         with torch.no_grad():
