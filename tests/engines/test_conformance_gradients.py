@@ -1,4 +1,5 @@
-"""What memfit says where gradients are not averaged over all ranks, however the job does it.
+"""What memfit says where ranks do not exchange what the plan says: gradients that are not averaged over all
+of them, however the job does it, parts of sums that are not summed, parameters gathered or kept otherwise.
 
 The file is also the program that each rank runs.
 """
@@ -6,6 +7,7 @@ The file is also the program that each rank runs.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -26,15 +28,14 @@ from torch.nn.parallel import DistributedDataParallel as Ddp
 
 from memfit.api import conform
 from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
 from memfit.measure import averaged
 from memfit.techniques import zero12
-from memfit.techniques.registry import make_use
+from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.techniques.world import make_world
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job
 from memfit.types.plan import Plan
-from memfit.worker.train import joined
+from memfit.worker.train import joined, step_maker
 
 FAST = {"reduce_bucket_elements": 20_000, "persist_elements": 1}
 MEAN = "mean of gradients"
@@ -124,7 +125,36 @@ def _own_shards() -> Any:
     return mock.patch.object(ZeroThree, "_scattered", _own_part)
 
 
-# By case: ranks, what is planned, and how reductions are undone.
+def _other(technique: str, **settings: Any) -> Callable[[], Any]:
+    """The technique is applied with other settings than the plan's."""
+    kept = TECHNIQUES[technique]
+    other = dataclasses.replace(kept, apply=lambda bench, given: kept.apply(bench, {**given, **settings}))
+    return lambda: mock.patch.dict(TECHNIQUES, {technique: other})
+
+
+def _at_once() -> Any:
+    """FSDP2 wraps the model and none of its blocks."""
+    from memfit.techniques import data_parallel
+
+    return mock.patch.object(data_parallel, "_groups", lambda bench, *_: [(bench.model, True)])
+
+
+def _parts_of_sums() -> Any:
+    from torch.distributed.tensor.parallel import RowwiseParallel
+
+    def local(output_layouts: Any, use_local_output: Any, mod: Any, outputs: Any, mesh: Any) -> Any:
+        return outputs.to_local()
+
+    return mock.patch.object(RowwiseParallel, "_prepare_output_fn", staticmethod(local))
+
+
+def _megatrons_parts_of_sums() -> Any:
+    return mock.patch("megatron.core.tensor_parallel.mappings._reduce", lambda given, group: given)
+
+
+REDUCED = f"{MEAN}: planned the mean of"
+SUMS = "tensor-parallel: sums over ranks: planned the same output"
+# By case: what is planned, how it is undone, what must be named, and the engine.
 NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
     "ddp": (_plan(ddp={}), _no_sync),
     "ddp, accumulated": (_plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _no_sync),
@@ -152,10 +182,26 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
 }  # fmt: skip
 
 
-def _told(plan: Plan) -> str:
+OTHERS: dict[str, tuple[Plan, Callable[[], Any], str]] = {
+    "reshard": (
+        _plan(fsdp2={}), _other("fsdp2", reshard=False), "fsdp2: reshard: planned gathered blocks freed",
+    ),
+    "kept": (
+        _plan(fsdp2={"reshard": False}), _other("fsdp2", reshard=True),
+        "fsdp2: reshard: planned gathered blocks kept",
+    ),
+    "units": (
+        _plan(fsdp2={}), _at_once, "fsdp2: units: planned each block is gathered apart, found blocks 0, 1",
+    ),
+    "tensor": (_plan(tensor_parallel={}), _parts_of_sums, SUMS),
+    "megatron": (_plan(tensor_parallel={}), _megatrons_parts_of_sums, SUMS),
+}  # fmt: skip
+
+
+def _told(plan: Plan, engine: str = "native") -> str:
     torch.manual_seed(0)
     whole = sum(p.numel() for p in JOB.build_model().parameters())
-    step = TrainingStep(JOB, plan, world=make_world(plan, rank=dist.get_rank(), device="cpu"))
+    step = step_maker(engine, None)(JOB, plan, world=make_world(plan, rank=dist.get_rank(), device="cpu"))
     return child_ranks.told(step, whole)
 
 
@@ -364,6 +410,16 @@ def _silent() -> Iterator[None]:
         yield
 
 
+def _over_all() -> str:
+    """HSDP is planned, and the model sharded over all ranks, without replicas."""
+    model, optimizer, step = _sharded()
+    try:
+        plan = {"ranks": 4, "techniques": {"fsdp2": {"replicas": 2}}}
+        return f"fine: {conform(model, optimizer, plan, step=step)}"
+    except NotConforming as error:
+        return str(error)
+
+
 # What is planned and built; honest loops only: all of them train as planned.
 LOOPS: dict[str, tuple[dict[str, Any], Callable[[], Loop]]] = {
     "ddp": ({"ddp": {}}, lambda: _plain(_ddp())),
@@ -406,11 +462,14 @@ def _rank(target: Path) -> None:
     found: dict[str, Any] = {}
     ranks = int(os.environ["WORLD_SIZE"])
     with joined(_plan(ranks, ddp={})):
-        for name, (plan, sabotage) in NATIVE.items():
-            if plan.ranks == ranks:
-                honest = _told(plan)
+        for name, (plan, sabotage, *_) in (NATIVE | OTHERS).items():
+            engine = name.split(",")[0] if name.startswith("megatron") else "native"
+            if plan.ranks == ranks and _installed(engine):
+                honest = _told(plan, engine)
                 with sabotage():
-                    found[name] = (honest, _told(plan))
+                    found[name] = (honest, _told(plan, engine))
+        if ranks == 4:
+            found["over all"] = ("", _over_all())
         for name in LOOPS if ranks == 2 else ():
             if _installed(name):
                 found[f"loop: {name}"] = (_by_hand(name), "")
@@ -422,7 +481,9 @@ def _rank(target: Path) -> None:
 
 def _installed(name: str) -> bool:
     library = name.split(maxsplit=1)[0]
-    return library not in {"deepspeed", "fairscale"} or importlib.util.find_spec(library) is not None
+    return (
+        library not in {"deepspeed", "fairscale", "megatron"} or importlib.util.find_spec(library) is not None
+    )
 
 
 Told = dict[str, tuple[str, str]]
@@ -447,8 +508,20 @@ def test_gradients_that_are_not_averaged_are_named(name: str, told: list[Told]) 
     for honest, sabotaged in _of(told, name):
         assert honest.startswith("fine: as planned"), honest
         assert MEAN in honest.split("not seen")[0], honest
-        assert f"{MEAN}: planned the mean of" in sabotaged, sabotaged
+        assert REDUCED in sabotaged, sabotaged
     assert len(_of(told, name)) == NATIVE[name][0].ranks
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_else_is_not_exchanged_is_named(name: str, told: list[Told]) -> None:
+    plan, _, named = OTHERS[name]
+    if name.startswith("megatron") and not _installed("megatron"):
+        pytest.skip("megatron-core is not installed")
+    for honest, sabotaged in _of(told, name):
+        assert honest.startswith("fine: as planned"), honest
+        assert named.split(": planned")[0] in honest.split("not seen")[0], honest
+        assert named in sabotaged, sabotaged
+    assert len(_of(told, name)) == plan.ranks
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -463,18 +536,24 @@ def test_users_loops(name: str, told: list[Told]) -> None:
             assert f"{MEAN}: planned the mean of 2 ranks'" in sabotaged, sabotaged
 
 
+def test_shards_over_the_replicas_too(told: list[Told]) -> None:
+    assert len(_of(told, "over all")) == 4
+    for _, said in _of(told, "over all"):
+        assert "fsdp2: parameters: replicas: planned" in said, said
+
+
 def test_shards_add_up_to_the_whole_figure() -> None:
     """Of pieces that begin in the middle of a row, and of rows longer than what is copied at once."""
     torch.manual_seed(0)
     whole = torch.randn(7, 5, 3)
     for cuts in ([0, 105], [0, 50, 105], [0, 1, 16, 44, 45, 104, 105]):
-        parts = [averaged._figure(whole.flatten()[a:b], a, 15) for a, b in itertools.pairwise(cuts)]
-        torch.testing.assert_close(sum(parts), averaged._figure(whole), rtol=1e-6, atol=1e-6)
+        parts = [averaged.figure(whole.flatten()[a:b], a, 15) for a, b in itertools.pairwise(cuts)]
+        torch.testing.assert_close(sum(parts), averaged.figure(whole), rtol=1e-6, atol=1e-6)
     with mock.patch.object(averaged, "_AT_ONCE", 8):
-        torch.testing.assert_close(averaged._figure(whole), sum(parts), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(averaged.figure(whole), sum(parts), rtol=1e-6, atol=1e-6)
     changed = whole.clone()
     changed[3, 2, 1] += 1
-    assert abs(float(averaged._figure(changed) - averaged._figure(whole))) > 1e-3
+    assert abs(float(averaged.figure(changed) - averaged.figure(whole))) > 1e-3
 
 
 if __name__ == "__main__":

@@ -12,14 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree
 
-from memfit.measure.held import from_all, fsdp_groups, layers, local_bytes, own_shard, states, whole
+from memfit.measure.averaged import figure
+from memfit.measure.held import (
+    from_all,
+    fsdp_groups,
+    fsdp_params,
+    layers,
+    local_bytes,
+    local_elements,
+    own_shard,
+    states,
+    whole,
+)  # fmt: skip
 from memfit.measure.looks import told
 
 if TYPE_CHECKING:
     from memfit.measure.conform import Watch
 
 _ALL_RATIO = 0.9  # of bytes
+_ONCE_RATIO = 0.75  # of elements: shards are padded, never smaller together
+_ALIKE_RATIO = 1e-3  # of a norm: sums over ranks are the same bits on each of them, or nearly
 _REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
@@ -37,6 +52,122 @@ def tensor_parallel(watch: Watch) -> None:
         "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
         wrong=part > most,
     )  # fmt: skip
+
+
+def shards(watch: Watch) -> None:
+    """All ranks together hold the model once for each of its replicas."""
+    degree, feature = watch.sharded("parameters")
+    if degree == 1 or watch.plan.get("expert-parallel") is not None:
+        return
+    params = list(watch.model.parameters())
+    every: list[tuple[int, int]] = from_all((sum(map(local_elements, params)), watch.part(params)))
+    held, part = (sum(of_rank) for of_rank in zip(*every, strict=True))
+    if held:
+        watch.differs(
+            f"{feature}: replicas", f"{part // degree:,} elements on all ranks together", f"{held:,}",
+            wrong=held < _ONCE_RATIO * part / degree,
+        )  # fmt: skip
+
+
+def units(watch: Watch) -> None:
+    """FSDP2 gathers block by block."""
+    if watch.plan.get("fsdp2") is None or len(watch.blocks) < 2:
+        return
+    block_of = {id(p): i for i, block in enumerate(watch.blocks) for p in block.parameters()}
+    inside = [
+        {block_of.get(id(p.sharded_param), -1) for p in g.fsdp_params} for g in fsdp_groups(watch.model)
+    ]
+    if not any(inside):
+        watch.unseen("fsdp2: units: no groups of parameters could be found")
+        return
+    most = max((blocks - {-1} for blocks in inside), key=len)
+    watch.differs(
+        "fsdp2: units", "each block is gathered apart",
+        f"blocks {told(sorted(most))} together", wrong=len(most) > 1,
+    )  # fmt: skip
+
+
+def resharded(watch: Watch) -> None:
+    """What FSDP2 has gathered is freed after a block's forward, or kept, as planned. The last block's may
+    stay: it is the first that backward needs."""
+    used = watch.plan.get("fsdp2")
+    if used is None or watch.layout.pipeline > 1 or watch.layout.shard * watch.layout.context == 1:
+        return
+    kept = watch.still_gathered
+    if kept is None or len(watch.blocks) < 2 or not any(True for _ in fsdp_groups(watch.model)):
+        watch.unseen("fsdp2: reshard: nothing could be seen of it")
+        return
+    frees, others = used.settings["reshard"] is not False, len(watch.blocks) - 1
+    here = len(set(kept) - {others})
+    watch.differs(
+        "fsdp2: reshard", f"gathered blocks {'freed after' if frees else 'kept from'} forward",
+        f"{here} of {others} still gathered where backward begins", wrong=(2 * here > others) == frees,
+    )  # fmt: skip
+
+
+def _block_of(watch: Watch) -> dict[nn.Module, int]:
+    """By module: while they are gathered, parameters of modules are not the shards."""
+    return {module: i for i, block in enumerate(watch.blocks) for module in block.modules()}
+
+
+def still_gathered(watch: Watch) -> list[int]:
+    """Blocks most of whose elements are there whole, with fsdp2."""
+    at = _block_of(watch)
+    here, total = [0] * len(watch.blocks), [0] * len(watch.blocks)
+    for param in fsdp_params(watch.model):
+        if (index := at.get(param._module_info.module)) is None:
+            continue
+        total[index] += (elements := param.sharded_param.numel())
+        whole = getattr(param, "_unsharded_param", None)
+        local = getattr(whole, "_local_tensor", whole)
+        here[index] += elements if local is not None and local.untyped_storage().nbytes() else 0
+    return [i for i, (now, of) in enumerate(zip(here, total, strict=True)) if of and 2 * now > of]
+
+
+def summed(watch: Watch) -> None:
+    """Ranks of tensor parallelism leave their last block with the same numbers: parts of sums are summed."""
+    used = watch.plan.get("tensor-parallel")
+    if used is None or watch.layout.tensor == 1 or watch.plan.get("expert-parallel") is not None:
+        return
+    feature = "tensor-parallel: sums over ranks"
+    if used.settings["sequence"] or watch.plan.get("compile") is not None:
+        watch.unseen(f"{feature}: ranks hold other parts of what blocks give out, or blocks are compiled")
+        return
+    place = watch.layout.coordinate(dist.get_rank())
+    group = tuple(v for name, v in place.items() if name != "tensor")
+    every: list[tuple[Any, list[tuple[float, float]]]] = from_all((group, watch.left))
+    if not all(left for _, left in every):  # the same on every rank
+        watch.unseen(f"{feature}: what the last block gives out was not seen")
+        return
+    own = next(left for other, left in every if other == group)
+    apart = max(
+        abs(a - b) / max(size, 1e-300)
+        for other, left in every if other == group
+        for (a, size), (b, _) in zip(own, left, strict=False)
+    )  # fmt: skip
+    if apart > _ALIKE_RATIO and any(_drops(m) for m in watch.model.modules()):
+        watch.unseen(f"{feature}: dropout may differ")
+        return
+    watch.differs(
+        feature, f"the same output of the last block on {watch.layout.tensor} ranks", f"{apart:.1e} apart",
+        wrong=apart > _ALIKE_RATIO,
+    )  # fmt: skip
+
+
+def _drops(module: nn.Module) -> bool:
+    return bool(module.training and isinstance(p := getattr(module, "p", 0.0), float) and p > 0)
+
+
+def leaving(out: Any) -> list[tuple[float, float]]:
+    """(figure, norm) of the first tensor that a block gives out, where every rank has the whole of it."""
+    for value in _pytree.tree_leaves(out):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
+            continue
+        if any(not p.is_replicate() for p in getattr(value, "placements", ())):
+            return []
+        local = getattr(value, "_local_tensor", value).detach()
+        return [(float(figure(local)), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
+    return []
 
 
 def replicas(watch: Watch) -> None:
@@ -207,5 +338,7 @@ def experts(watch: Watch) -> None:
     )  # fmt: skip
 
 
-AT_REST: tuple[Callable[[Watch], None], ...] = (tensor_parallel, experts)
-AFTER_A_STEP: tuple[Callable[[Watch], None], ...] = (replicas, offloaded_states, stages, shared_samples)
+AT_REST: tuple[Callable[[Watch], None], ...] = (tensor_parallel, shards, units, experts)
+AFTER_A_STEP: tuple[Callable[[Watch], None], ...] = (
+    replicas, offloaded_states, stages, shared_samples, resharded, summed,
+)  # fmt: skip

@@ -83,7 +83,7 @@ class Averages:
         local = getattr(grad, "_local_tensor", grad).detach()
         values = local.coalesce().values() if local.is_sparse else local
         squares = torch.linalg.vector_norm(values, dtype=torch.float64).square()
-        two = torch.stack([_figure(local.to_dense() if local.is_sparse else local), squares])
+        two = torch.stack([figure(local.to_dense() if local.is_sparse else local), squares])
         before = self.own.get(name)
         self.own[name] = two if before is None else before + two
 
@@ -118,7 +118,7 @@ class Averages:
         pieces = [(n, part) for part in _held(self._watch) if (n := self._names.get(id(part.of))) is not None]
         if not pieces:
             return {}
-        figures = [_figure(p.values, p.start, p.columns).cpu() for _, p in pieces]
+        figures = [figure(p.values, p.start, p.columns).cpu() for _, p in pieces]
         found: Figures = collections.defaultdict(float)
         for (name, _), value in zip(pieces, torch.stack(figures).tolist(), strict=True):
             found[name] += value
@@ -140,7 +140,7 @@ class _Piece:
         return math.prod(local.shape[1:] if local is not None else wide)
 
 
-def _figure(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
+def figure(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
     """Of elements from ``start`` on, of a tensor whose rows (dimension 0) have so many of them."""
     columns = columns or math.prod(values.shape[1:])
     flat = values.detach().reshape(-1)

@@ -74,7 +74,9 @@ class Watch:
         self.order, self.reach, self.samples = order.Order(plan), reach.reach_of(self), samples.Samples()
         self.averages = averaged.Averages(self)
         offloads = plan.get("activation-offload") is not None
-        self.graph = Graph(model, self.order.on_backward, weighs=offloads)
+        self.graph = Graph(model, self._on_backward, weighs=offloads)
+        self.still_gathered: list[int] | None = None  # blocks, where backward begins, with fsdp2
+        self.left: list[tuple[float, float]] = []  # of what the last block gives out
         self.learned: set[int] = set()  # parameters that got a gradient, by address
         self.gradients: int | None = None
         self.arrived, self.waiting = 0, 0  # gradients in backward; most elements held there
@@ -95,6 +97,8 @@ class Watch:
             self.blocks if compiled is None else (), islands=self.islands, on_first=self._on_first,
             busy=lambda: self.reach.running,
         )  # fmt: skip
+        if self.layout.tensor > 1 and self.blocks and compiled is None:
+            self._handles.append(self.blocks[-1].register_forward_hook(self._on_last))
         inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
         for param in (trainable := list(self.trainable())):
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
@@ -137,6 +141,15 @@ class Watch:
     def _on_first(self, args: Any) -> None:
         if len(self.entered) < _LOOKS and self.layout.context > 1:
             self.entered += across.entering(args)
+
+    def _on_last(self, module: nn.Module, args: Any, out: Any) -> None:
+        if len(self.left) < _LOOKS and not in_backward() and torch.is_grad_enabled():
+            self.left += across.leaving(out)
+
+    def _on_backward(self) -> None:
+        self.order.on_backward()
+        if self.still_gathered is None and self.plan.get("fsdp2") is not None:
+            self.still_gathered = across.still_gathered(self)
 
     # -- comparing ------------------------------------------------------------------------------------
 
