@@ -10,6 +10,7 @@ from memfit import wire
 from memfit.cost.memory import memory_profile, with_workspace
 from memfit.engines.registry import carrying, ready, render
 from memfit.jobs import checkpoints
+from memfit.jobs.user import source_digest
 from memfit.measure import here
 from memfit.planning import (
     Progress,
@@ -106,6 +107,7 @@ def run_plan(
         steps=steps or job.steps, batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
+        source_digest=source_digest(request.job.spec),
     )  # fmt: skip
     done = run_spec(spec, estimate, progress, plan.label, strict=True)
     if store is not None:
@@ -121,6 +123,10 @@ def _replayed(store: Store, request: Request, plan: Plan, seed: int, estimate: E
     if not found:
         raise UserError(
             f"{store.path} has no run of this job, plan and seed", hint="`memfit run` without --engine replay"
+        )
+    if found[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
+        raise UserError(
+            f"{request.job.spec} has changed since that run", hint="`memfit run` without --engine replay"
         )
     return dataclasses.replace(
         found[-1], predicted_peak_bytes=int(estimate.allocated_bytes.value),

@@ -40,6 +40,14 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
     return _call(found, options, spec)
 
 
+def source_digest(spec: str) -> str:
+    """Of the file that a user's job is in; "" for other jobs. What it imports does not count."""
+    path = Path(spec.rpartition(":")[0])
+    return (
+        hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.suffix == ".py" and path.is_file() else ""
+    )
+
+
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "could not create a primitive", "bad_alloc")
 
 

@@ -45,6 +45,7 @@ class RunSpec:
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float = 600.0
     keep: Keep = dataclasses.field(default_factory=Keep)
+    source_digest: str = ""  # of the file that a user's job is in
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

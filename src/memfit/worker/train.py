@@ -48,6 +48,7 @@ class _Gauge:
     world: World
     settle: Callable[[], bool]
     make_step: MakeStep
+    elements: int  # of the whole model
     phase: str = "setup"
     first: int = 0  # steps that a checkpoint has done
     peak_bytes: int = 0
@@ -102,9 +103,9 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
     with joined(spec.plan) as world, gloo_first(spec.plan.ranks > 1) as settle:
         tell("stage", stage="warm-up")
         make = step_maker(spec.engine, path.parent)
-        _warm_up(job, spec, world, make)
+        elements = _warm_up(job, spec, world, make)
         begun = time.perf_counter()
-        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make)
+        gauge = _Gauge(counter, counter.live_bytes(), world, settle, make, elements)
         counter.reset_peak()
         with _cap(spec, counter) as limit:
             measurement = _guarded(job, spec, gauge, limit)
@@ -140,10 +141,10 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
     return kind  # type: ignore[no-any-return]
 
 
-def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> None:
+def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
     """Steps of one micro-batch of the run's own shape, so that kernels, their caches and thread stacks
     exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference). Raises
-    NotConforming where the step is not what the plan says."""
+    NotConforming where the step is not what the plan says. Returns elements of the whole model."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -156,6 +157,7 @@ def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> None
     step.close()
     del step, batch, part
     gc.collect()
+    return built[0][0]
 
 
 def _conform(
@@ -180,6 +182,16 @@ def _conform(
     with watch:
         step.run(given[0], on_phase, micro_batches_played=played, terms_per_rank=given[1])
     tell("conformance", told=str(watch.conclude()))
+
+
+def _still(step: TrainingStep, job: Job, elements: int) -> None:
+    """What was trained is what was watched: the warm-up's is another instance, made by the same code. Raises
+    NotConforming."""
+    from memfit.measure.conform import Watch
+
+    Watch(
+        step.model, step.optimizer, step.plan, blocks=job.blocks, head=job.head, whole_elements=elements
+    ).conclude()
 
 
 _WATCHED = 2  # micro-batches, where the plan has several
@@ -243,6 +255,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
             tell("stage", stage="evaluate")
             with step.contexts():
                 metric = job.evaluate(step.model)
+        _still(step, job, gauge.elements)
         digest = _digest(step.model)
         step.close()
     except NonFinite as error:
