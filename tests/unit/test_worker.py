@@ -12,15 +12,22 @@ from typing import Any
 import pytest
 
 from memfit import wire
+from memfit.catalog.spelled import machine
 from memfit.engines import native
 from memfit.jobs.registry import load
+from memfit.jobs.user import source_digest
 from memfit.measure import allocator, limit, memory
+from memfit.planning import Request
 from memfit.run.child import run
+from memfit.running import run_plan
+from memfit.store.database import Store
+from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, use
-from memfit.types.result import Measurement, OutcomeKind
+from memfit.types.result import Measurement, OutcomeKind, Run
 from memfit.worker import calibrate, train
 
 JOB = '''
@@ -222,6 +229,49 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
     assert found.reason == f"loss is {value} at step 1"
     assert found.steps_done == 2
     assert found.metric is None
+
+
+def test_a_model_that_is_made_otherwise_after_the_warm_up_is_named(
+    own: str, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memfit.jobs.step import TrainingStep
+
+    class Sometimes(TrainingStep):
+        """The technique is left out of every step but the first."""
+
+        made = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            Sometimes.carried = frozenset({"bf16-parameters"}) if Sometimes.made else frozenset()
+            Sometimes.made += 1
+            super().__init__(*args, **kwargs)
+
+    plan = Plan(uses=(make_use("bf16-parameters", {}),))
+    assert told(spec(own, plan=plan))[0].outcome is OutcomeKind.OK
+    monkeypatch.setattr(train, "step_maker", lambda *_: Sometimes)
+    found, _ = told(spec(own, plan=plan))
+    assert found.outcome is OutcomeKind.FAILED
+    assert "bf16-parameters: planned" in found.reason
+
+
+def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: Any) -> None:
+    store, asked = Store(tmp_path / "s.db"), spec(own, source_digest=source_digest(f"{own}:job"))
+    request = Request(job=asked.job, machine=machine("RTX-4090"), engine="replay")
+
+    def replayed() -> Run:
+        return run_plan(request, Plan(), seed=0, steps=1, capped=False, progress=lambda *_: None, store=store)
+
+    with pytest.raises(UserError, match="has no run of this job"):
+        replayed()
+    done = Run(
+        spec=asked, predicted_peak_bytes=1, predicted_phase_peak_bytes={}, predicted_step_s=None,
+        measurement=told(asked)[0],
+    )  # fmt: skip
+    store.append("run", "run", done)
+    assert replayed().measurement == done.measurement
+    Path(own).write_text(JOB.replace("width=256", "width=128"))
+    with pytest.raises(UserError, match=r"own\.py:job has changed since that run"):
+        replayed()
 
 
 def test_out_of_memory_is_an_outcome_with_its_place(own: str, told: Any) -> None:
