@@ -295,9 +295,9 @@ def conform(
     (LoRA: of which rank, beside how many layers) and in how many bits the frozen ones are, and which update
     torch's AdamW runs. ``step`` runs one whole training step; with it also: gradients and optimizer state on
     this rank and the state's bytes an element, micro-batches, which blocks run again in backward and which
-    compiled, autocast, equal replicas, whether data-parallel ranks are given different samples and update with
-    the mean of all their gradients, what FSDP2 frees after forward, whether tensor-parallel ranks leave the last
-    block with the same numbers, whether ranks
+    compiled, autocast, equal replicas, whether data-parallel ranks are given different samples and update
+    with the mean of all their gradients, what FSDP2 frees after forward, whether tensor-parallel ranks leave
+    the last block with the same numbers, whether ranks
     that share a sample work on different parts and look at each other's (a block is run four times more for
     that), whether stages of a pipeline hold what others train and follow the planned schedule, and of what
     autograd keeps for backward, what went away, was dropped, or is whole logits. CPU offload is told by
