@@ -226,6 +226,11 @@ ACCELERATE = {
     "accelerate-rendezvous": case(
         acc("FSDP", main_process_port=29500, **TWO), acc("FSDP", main_process_ip="node0", **TWO)
     ),
+    "accelerate-local-address": case(
+        acc("MULTI_GPU", main_process_ip="127.0.0.1", **TWO),
+        acc("MULTI_CPU", main_process_ip="127.0.0.1", main_process_port=1, mpirun_config={"a": 1}, **TWO),
+    ),
+    "accelerate-one-process": case(acc("NO", num_processes=8), acc("NO", num_processes=1)),
     "accelerate-machine-rank": case(
         acc("MULTI_GPU", machine_rank=2, main_process_ip="node0", **TWO),
         acc("MULTI_GPU", machine_rank=1, main_process_ip="node0", **TWO),
@@ -278,6 +283,10 @@ TRAINER = {
     ),
     "trainer-no-workers": case(
         tr(dataloader_prefetch_factor=2), tr(dataloader_prefetch_factor=2, dataloader_num_workers=1)
+    ),
+    "trainer-constant-warmup": case(
+        tr(lr_scheduler_type="constant", warmup_steps=10),
+        tr(lr_scheduler_type="constant_with_warmup", warmup_steps=10),
     ),
     "trainer-two-warmups": case(
         tr(warmup_ratio=0.1, warmup_steps=10, model_name_or_path="x"),
@@ -538,7 +547,11 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
     ("rule", "file", "says"),
     [
         ("accelerate-rendezvous", acc("MULTI_CPU", **TWO), "main_process_ip and main_process_port"),
-        ("accelerate-rendezvous", acc("NO", main_process_ip="node0", **TWO), "main_process_port"),
+        (
+            "accelerate-rendezvous",
+            acc("NO", main_process_ip="node0", num_machines=2, num_processes=2),
+            "main_process_port",
+        ),
         (
             "accelerate-rendezvous",
             acc(deepspeed_config={"deepspeed_multinode_launcher": "standard"}, **TWO),

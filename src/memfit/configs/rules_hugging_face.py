@@ -81,6 +81,31 @@ def accelerate_rendezvous(a: Options, s: Setup) -> Found:
         yield {"machines": machines, "missing": " and ".join(missing)}
 
 
+def accelerate_local_address(a: Options, s: Setup) -> Found:
+    """With mpirun its hostfile may name this machine alone."""
+    address, machines = str(a.raw("main_process_ip")), _machines(a)
+    if a.section("mpirun_config"):
+        return
+    if machines is not None and machines > 1 and (address == "localhost" or address.startswith("127.")):
+        yield {"address": address, "machines": machines}
+
+
+def accelerate_one_process(a: Options, s: Setup) -> Found:
+    """Of a file that says NO, its launcher starts one process a machine, whatever num_processes is;
+    --multi_gpu and others on the command line would say otherwise."""
+    processes = a.count("num_processes")
+    local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
+    plain = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")  # YAML's no
+    if (
+        plain
+        and local
+        and not a.on("use_cpu")
+        and processes is not None
+        and processes > (a.count("num_machines") or 1)
+    ):
+        yield {"processes": processes}
+
+
 def accelerate_machine_rank(a: Options, s: Setup) -> Found:
     rank, machines = a.count("machine_rank"), _machines(a)
     if rank is not None and machines is not None and not 0 <= rank < machines:
@@ -290,6 +315,7 @@ _FSDP = (fsdp2_old_options, fsdp2_reshard, fsdp_efficient_loading, fsdp_wrapping
 CHECKS = {
     ("accelerate",): (
         accelerate_deepspeed_twice, accelerate_section_ignored, accelerate_processes, accelerate_rendezvous,
+        accelerate_local_address, accelerate_one_process,
         accelerate_machine_rank, accelerate_few_devices, accelerate_idle_devices, accelerate_cpu_fp16,
     ),
     ("accelerate", "deepspeed"): (

@@ -70,7 +70,15 @@ def trainer_two_warmups(t: Options, s: Setup) -> Found:
         yield {"ratio": f"{ratio:g}", "steps": f"{steps:g}"}
 
 
+def trainer_constant_warmup(t: Options, s: Setup) -> Found:
+    for name in ("warmup_steps", "warmup_ratio"):
+        if t.get("lr_scheduler_type") == "constant" and (value := t.number(name)):
+            yield {"name": name, "value": f"{value:g}"}
+
+
 CHECKS = {
-    ("trainer",): (trainer_best_steps, trainer_no_workers, trainer_two_warmups),
+    ("trainer",): (
+        trainer_best_steps, trainer_no_workers, trainer_two_warmups, trainer_constant_warmup,
+    ),
     ("torchtitan",): (torchtitan_no_workers,),
-}
+}  # fmt: skip
