@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import sys
 from typing import Any
@@ -13,15 +14,43 @@ from torch import nn
 from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional
 
+from memfit.cost.memory import memory_profile
 from memfit.techniques.registry import make_use
+from memfit.trace.ranks import priming
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
+from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.trace import Category
 
 
 def on_two(**uses: dict[str, Any]) -> Plan:
     return Plan(ranks=2, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": {}, "bf16_parameters": {}}])
+def test_the_optimizer_alone_makes_a_first_step_of_an_interleaved_pipeline(
+    rank: int, more: dict[str, Any]
+) -> None:
+    """Peaks by phase and what autograd, the schedule and the optimizer run are those after a whole step."""
+    pipeline = {"schedule": "interleaved", "virtual": 2, "micro_batches": 4}
+    plan = on_two(pipeline=pipeline, **more)
+    job = words(blocks=8)
+    whole = trace(job, plan, device="cuda", rank=rank)
+    with priming():
+        primed = trace(job, plan, device="cuda", rank=rank)
+    profiles = [memory_profile(t, Calibration()) for t in (whole, primed)]
+    assert profiles[0].phase_peak_bytes == profiles[1].phase_peak_bytes
+    ops = [
+        collections.Counter((o.op, o.phase, o.module) for o in t.ops if o.step == 1) for t in (whole, primed)
+    ]
+    assert not ops[0] - ops[1]
+    assert {op for op, *_ in ops[1] - ops[0]} <= {
+        "aten.ones.default",
+        "aten.zeros.default",
+    }  # of a first pass
+    assert len(primed.ops) < 0.8 * len(whole.ops)
 
 
 def test_what_a_collective_sends_stays_until_its_result_is_used() -> None:

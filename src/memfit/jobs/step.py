@@ -105,6 +105,13 @@ class TrainingStep:
         on_phase(Phase.OPTIMIZER)
         return loss_sum, self._update() if update else self._forgo()
 
+    def prime(self, on_phase: OnPhase = _ignore) -> None:
+        """Make the optimizer's state, as a first step does, from gradients of zero. For a trace."""
+        on_phase(Phase.OPTIMIZER)
+        for param in self.bench.trainable():
+            param.grad = torch.zeros_like(param)
+        self._update()
+
     def local(self, batch: Any) -> tuple[Any, float]:
         """(this data-parallel rank's part of the whole batch as tensors of its own, mean terms per rank)."""
         world, cut = self.bench.world, self.bench.slices

@@ -26,6 +26,7 @@ from memfit.search.layouts import CUTTING, Limits
 from memfit.search.space import complexity
 from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, technique
 from memfit.techniques.world import layout
+from memfit.trace.ranks import priming
 from memfit.types.collector import uncollected
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.machine import Machine
@@ -174,7 +175,9 @@ class Scale:
 
     def whole(self, sketched_as: Estimate) -> Estimate:
         """Traced. Seconds, where the trace gives none, are the sketch's."""
-        if (traced := self.billed(self.pricer.whole(sketched_as.plan))).step_s is not None:
+        with priming():
+            traced = self.billed(self.pricer.whole(sketched_as.plan))
+        if traced.step_s is not None:
             self.pairs.append((sketched_as, traced))
             return traced
         return dataclasses.replace(

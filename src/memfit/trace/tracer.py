@@ -34,6 +34,7 @@ from memfit.trace.ranks import (
     fake_ranks,
     members,
     moves_parameters,
+    primed,
     ready_for_fakes,
     without_host,
 )
@@ -183,17 +184,18 @@ def _played(
     ledger.phase(Phase.SETUP)  # what is built is built; batches are made between steps
     try:
         for index in range(steps):
-            inputs, terms = given(index)
+            mark, inputs, outputs = _marker(ledger, step), None, None
             ledger.offloaded_bytes = ledger.restored_bytes = ledger.offloaded_tensors = 0
-            # One process needs an earlier step for the state that its optimizer makes, no more.
-            first = index < steps - 1 and step.bench.world.layout.ranks == 1
-            outputs = step.run(
-                inputs,
-                _marker(ledger, step),
-                micro_batches_played=1 if first else played,
-                update=update,
-                terms_per_rank=terms,
-            )
+            if index < steps - 1 and primed(step.plan):
+                step.prime(mark)
+            else:
+                inputs, terms = given(index)
+                # One process needs an earlier step for the state that its optimizer makes, no more.
+                first = index < steps - 1 and step.bench.world.layout.ranks == 1
+                outputs = step.run(
+                    inputs, mark, micro_batches_played=1 if first else played, update=update,
+                    terms_per_rank=terms,
+                )  # fmt: skip
             ledger.phase(Phase.SETUP)
             del outputs, inputs
             _label_state(ledger, step)
