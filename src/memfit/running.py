@@ -39,6 +39,7 @@ from memfit.types.result import (
     Run,
 )
 
+_TRAIN = "`memfit run` without --engine replay"
 _NOT_KEPT = Keep()
 
 
@@ -98,10 +99,12 @@ def run_plan(
         )  # fmt: skip
     job = make_pricer(request)[0]
     keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
+    replayed = request.engine == "replay"
+    known = _stored(store or Store(), request, seed) if replayed else []
     estimate = explain(request, plan, progress)
     plan = estimate.plan
-    if request.engine == "replay":
-        return _replayed(store or Store(), request, plan, seed, estimate)
+    if replayed:
+        return _replayed(known, request, estimate)
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
         steps=steps or job.steps, batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
@@ -115,19 +118,22 @@ def run_plan(
     return done
 
 
-def _replayed(store: Store, request: Request, plan: Plan, seed: int, estimate: Estimate) -> Run:
-    """The last stored run of this job, plan and seed, beside today's prediction. Raises UserError."""
+def _stored(store: Store, request: Request, seed: int) -> list[Run]:
+    """Runs of this job with this seed. Raises UserError where there are none."""
     stored = [wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")]
-    asked = (_unlimited(request.job), plan, seed)
-    found = [r for r in stored if (_unlimited(r.spec.job), r.spec.plan, r.spec.seed) == asked]
+    asked = (_unlimited(request.job), seed)
+    if found := [r for r in stored if (_unlimited(r.spec.job), r.spec.seed) == asked]:
+        return found
+    raise UserError(f"{store.path} has no run of this job and seed", hint=_TRAIN)
+
+
+def _replayed(known: Sequence[Run], request: Request, estimate: Estimate) -> Run:
+    """The last of those with this plan, beside today's prediction. Raises UserError."""
+    found = [r for r in known if r.spec.plan == estimate.plan]
     if not found:
-        raise UserError(
-            f"{store.path} has no run of this job, plan and seed", hint="`memfit run` without --engine replay"
-        )
+        raise UserError(f"no run of this job and seed has the plan {estimate.plan.label}", hint=_TRAIN)
     if found[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
-        raise UserError(
-            f"{request.job.spec} has changed since that run", hint="`memfit run` without --engine replay"
-        )
+        raise UserError(f"{request.job.spec} has changed since that run", hint=_TRAIN)
     return dataclasses.replace(
         found[-1], predicted_peak_bytes=int(estimate.allocated_bytes.value),
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,

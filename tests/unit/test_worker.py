@@ -26,7 +26,7 @@ from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
-from memfit.types.plan import Plan, use
+from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Measurement, OutcomeKind, Run
 from memfit.worker import calibrate, train
 
@@ -258,10 +258,12 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
     store, asked = Store(tmp_path / "s.db"), spec(own, source_digest=source_digest(f"{own}:job"))
     request = Request(job=asked.job, machine=machine("RTX-4090"), engine="replay")
 
-    def replayed() -> Run:
-        return run_plan(request, Plan(), seed=0, steps=1, capped=False, progress=lambda *_: None, store=store)
+    def replayed(*uses: Use) -> Run:
+        return run_plan(
+            request, Plan(uses=uses), seed=0, steps=1, capped=False, progress=lambda *_: None, store=store
+        )
 
-    with pytest.raises(UserError, match="has no run of this job"):
+    with pytest.raises(UserError, match="has no run of this job and seed"):
         replayed()
     done = Run(
         spec=asked, predicted_peak_bytes=1, predicted_phase_peak_bytes={}, predicted_step_s=None,
@@ -269,6 +271,8 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
     )  # fmt: skip
     store.append("run", "run", done)
     assert replayed().measurement == done.measurement
+    with pytest.raises(UserError, match="no run of this job and seed has the plan"):
+        replayed(make_use("bf16-autocast", {}))
     Path(own).write_text(JOB.replace("width=256", "width=128"))
     with pytest.raises(UserError, match=r"own\.py:job has changed since that run"):
         replayed()
