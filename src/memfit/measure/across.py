@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree
 
-from memfit.measure.averaged import figure
+from memfit.measure.figures import figures
 from memfit.measure.held import (
     from_all,
     fsdp_groups,
@@ -166,7 +166,7 @@ def leaving(out: Any) -> list[tuple[float, float]]:
         if any(not p.is_replicate() for p in getattr(value, "placements", ())):
             return []
         local = getattr(value, "_local_tensor", value).detach()
-        return [(float(figure(local)), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
+        return [(float(figures(local)[0]), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
     return []
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.measure import across, averaged, heard, looks, order, reach, samples
+from memfit.measure import across, agreement, averaged, heard, looks, order, reach, samples
 from memfit.measure.graph import Graph
 from memfit.measure.held import (
     buffered_gradients,
@@ -178,7 +178,7 @@ class Watch:
             self._gradients()
             self._state()
         more = (*heard.AFTER_A_STEP, order.schedule, samples.different_samples, reach.other_parts,
-                averaged.mean_gradients)  # fmt: skip
+                agreement.mean_gradients)  # fmt: skip
         for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP, *more):
             look(self)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from memfit.types.plan import Plan
+
 _DEEP = 8  # wrappers of wrappers of an optimizer
 
 
@@ -17,18 +21,35 @@ def whole(param: nn.Parameter) -> int:
     """Elements before data-parallel sharding, of this rank's part under tensor parallelism."""
     if lets_go(param):
         return math.prod(shape(param))
-    placements = getattr(param, "placements", None)
-    if placements is None:
-        return param.numel()
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    mesh: Any = getattr(param, "device_mesh", None)
+    cut = [mesh.size(i) for i, (p, tensor) in enumerate(placed(param)) if p.is_shard() and tensor]
+    return math.ceil(param.numel() / int(math.prod(cut)))
+
+
+_TENSOR = ("tensor", "tp", "model", "mp", "tensor_parallel", "tensor_model_parallel")
+_UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnamed is tensor", default=False)
+
+
+@contextlib.contextmanager
+def meshes_of(plan: Plan) -> Iterator[None]:
+    """A mesh without names is that of tensor parallelism where the plan has it and shards nothing else."""
+    alone = plan.get("tensor-parallel") is not None and plan.get("fsdp2") is None
+    token = _UNNAMED_IS_TENSOR.set(alone)
+    try:
+        yield
+    finally:
+        _UNNAMED_IS_TENSOR.reset(token)
+
+
+def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
+    """(placement, whether tensor parallelism decides it) of each dimension of its mesh; none of a plain
+    tensor."""
+    mesh: Any = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return []
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
-    cut = [
-        mesh.size(i)
-        for i, (p, name) in enumerate(zip(placements, names, strict=True))
-        if p.is_shard() and name in {"tensor", "tp"}
-    ]
-    whole: int = param.numel()
-    return math.ceil(whole / int(math.prod(cut)))
+    tensor = [n in _TENSOR or (not n and _UNNAMED_IS_TENSOR.get()) for n in names]
+    return list(zip(param.placements, tensor, strict=True))  # type: ignore[attr-defined]
 
 
 def shape(param: torch.Tensor) -> tuple[int, ...]:
@@ -67,6 +88,8 @@ def local_elements(tensor: torch.Tensor) -> int:
     if (shard := own_shard(tensor)) is not tensor and tensor.numel() == 0:
         return int(shard.numel())
     local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    if local.is_sparse:
+        return int(local.coalesce().values().numel())
     return int(local.numel()) if local.untyped_storage().nbytes() else 0
 
 
@@ -76,7 +99,7 @@ def layers(optimizer: Any) -> Iterator[Any]:
         if optimizer is None:
             return
         yield optimizer
-        inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "inner"))
+        inner = (getattr(optimizer, name, None) for name in ("optimizer", "optim", "inner", "base_optimizer"))
         optimizer = next((i for i in inner if i is not None and hasattr(i, "step")), None)
 
 

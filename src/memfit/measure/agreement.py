@@ -1,0 +1,185 @@
+"""Whether the gradients that an update is given are the mean of what all ranks' backward passes made.
+
+Of each parameter a few figures are taken twice: of its gradient as this rank's backward made it, and of what
+is there before the update, of this rank's shard where it is sharded. Each is a sum of the elements, each
+times a number that belongs to its place: linear, so a parameter's figures before the update are one multiple
+of the mean of the ranks', whoever averages and however, and shards' add up. Loss scaling and clipping by
+norms change the multiple only. (Plain sums would not do: transformers' gradients mostly sum up to nothing.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from memfit.measure.averaged import Figures
+from memfit.measure.figures import TURNS
+from memfit.measure.held import from_all, placed
+
+if TYPE_CHECKING:
+    from memfit.measure.conform import Watch
+
+_ROUNDING, _ROUNDING_BF16 = 2.0**-20, 2.0**-8  # of many sums in float32; gradients may be reduced in bfloat16
+_SURE = 30  # times what rounding can do, squared
+_SPREAD_RATIO = 0.01  # squared, of how far ranks lie from their mean: nearer to it is at it
+_SHARE = 0.01  # of all gradients' squares, from which on it matters
+_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rank:
+    """``group``: where it is along all dimensions but those of gradients' mean; ``copy``: which of the
+    several holders of a whole gradient it belongs to."""
+
+    group: tuple[int, ...]
+    copy: tuple[int, ...]
+    own: Figures
+    backward: Figures
+    before: Figures
+    after: Figures
+    began: bool
+    waiting: bool
+
+
+def mean_gradients(watch: Watch) -> None:
+    """Gradients of the update are the mean over all ranks that have the same parameters."""
+    ranks = watch.layout.data * watch.layout.context
+    if ranks == 1:
+        return
+    feature = next((u.technique for u in watch.plan.uses if u.technique in _AVERAGING), "replicas")
+    feature = f"{feature}: mean of gradients"
+    staged = watch.plan.get("pipeline")
+    if watch.plan.get("expert-parallel") is not None:
+        watch.unseen(f"{feature}: experts are not the same on all ranks")
+        return
+    if staged is not None and str(staged.settings["schedule"]).startswith("zero-bubble"):
+        watch.unseen(f"{feature}: those of weights come apart from backward")
+        return
+    every: list[_Rank] = from_all(_this_rank(watch))
+    groups = [[r for r in every if r.group == g] for g in dict.fromkeys(r.group for r in every)]
+    found = [_judged(group) for group in groups]
+    changed = any(getattr(m, "_comm_hooks", None) for m in watch.model.modules()) or (
+        watch.averages.hooked and watch.plan.get("fsdp2") is not None
+    )
+    if any(f.wrong for f in found) and any(from_all(changed)):
+        watch.unseen(f"{feature}: a hook makes something else of them")
+    elif unseen := [f.why for f in found if not f.wrong and f.why]:
+        watch.unseen(f"{feature}: {unseen[0]}")
+    else:
+        why = next((f.why for f in found if f.wrong), "")
+        watch.differs(feature, f"the mean of {ranks} ranks'", why, wrong=bool(why))
+
+
+def _this_rank(watch: Watch) -> _Rank:
+    averages, place = watch.averages, watch.layout.coordinate(dist.get_rank())
+    group = tuple(v for name, v in place.items() if name not in {"replicate", "shard", "context"})
+    inside = {"shard", "context"} if watch.plan.get("fsdp2") is not None else {"shard"}
+    sharded = any(watch.sharded(what)[0] > 1 for what in ("optimizer state", "gradients"))
+    copy = tuple(v for name, v in place.items() if not (sharded and name in inside))
+    cut = _cut_names(watch) if watch.layout.tensor > 1 else None
+    own = {n: t.tolist() for n, t in averages.own.items() if cut is None or n in cut}
+    return _Rank(
+        group, copy, own, averages.backward, averages.before, averages.after, bool(averages.began),
+        bool(averages.waiting),
+    )  # fmt: skip
+
+
+def _cut_names(watch: Watch) -> set[str]:
+    """Of parameters that tensor parallelism cuts: gradients of others may be parts of sums over its ranks."""
+
+    def cut(param: nn.Parameter) -> bool:
+        by_mesh = any(p.is_shard() for p, tensor in placed(param) if tensor)
+        return by_mesh or bool(getattr(param, "tensor_model_parallel", False))
+
+    return {n for n, p in watch.model.named_parameters() if cut(p)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Verdict:
+    """``why``: what is wrong, or why nothing can be said; "" where all is well."""
+
+    why: str = ""
+    wrong: bool = False
+
+
+def _judged(group: list[_Rank]) -> _Verdict:
+    if any(r.began for r in group):
+        return _Verdict("an earlier pass had left some")
+    if any(r.waiting for r in group):
+        return _Verdict("some that were not reduced when the optimizer stepped", wrong=True)
+    if not all(r.own for r in group):
+        return _Verdict("none were seen on their way")
+    ranks = _Ranks.of(group)
+    if not bool(ranks.sure.any()):
+        return _Verdict("ranks' own hardly differ")
+    copies = [[r for r in group if r.copy == c] for c in dict.fromkeys(r.copy for r in group)]
+    return _compared(ranks, copies)
+
+
+def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
+    before, after, backward = (
+        [ranks.figures([getattr(r, when) for r in copy]) for copy in copies]
+        for when in ("before", "after", "backward")
+    )
+    if not any(bool(f.any()) for f in (*before, *after, *backward)):
+        return _Verdict("what the update is given was not found")
+    if ranks.averaged(before) or ranks.averaged(after):  # or within the optimizer's step
+        return _Verdict()
+    alike = all(ranks.alike(f, before[0]) for f in before)
+    if alike and ranks.averaged(backward):
+        return _Verdict()  # clipped or decayed after it was averaged
+    if alike and len(copies) > 1 and not any(ranks.alike(before[0], one) for one in ranks.own):
+        return _Verdict("they are the same on every rank, and not a multiple of the mean")
+    off = max(map(ranks.off, before))
+    return _Verdict(f"others in {off:.0%} of them: not reduced over all ranks", wrong=True)
+
+
+class _Ranks:
+    """What ranks' backward passes made: ``own``, (ranks, parameters, figures). ``sure``: parameters whose
+    ranks differ by more than rounding."""
+
+    @classmethod
+    def of(cls, group: list[_Rank]) -> _Ranks:
+        names = sorted(set[str]().union(*(r.own for r in group)))
+        nothing = [0.0] * (len(TURNS) + 1)
+        own = torch.tensor([[r.own.get(n, nothing) for n in names] for r in group], dtype=torch.float64)
+        return cls(names, own[..., :-1], own[..., -1].mean(0))
+
+    def __init__(self, names: list[str], own: torch.Tensor, squares: torch.Tensor) -> None:
+        self._names, self.own, self._squares, self._mean = names, own, squares, own.mean(0)
+        sizes = self._mean.square().sum(-1).clamp_min(1e-300)
+        self._near = _SPREAD_RATIO * torch.stack([_apart(one, self._mean) for one in own]).amax(0)
+        noise = _SURE * squares / sizes
+        self.sure = (self._near > noise * _ROUNDING**2) & own.isfinite().all(-1).all(0)
+        self._rounding = noise * _ROUNDING_BF16**2
+
+    def figures(self, copy: list[Figures]) -> torch.Tensor:
+        """Of all shards of a copy together."""
+        nothing = [0.0] * len(TURNS)
+        shards = [[of_rank.get(n, nothing) for n in self._names] for of_rank in copy]
+        return torch.tensor(shards, dtype=torch.float64).sum(0)
+
+    def averaged(self, copies: list[torch.Tensor]) -> bool:
+        return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
+
+    def off(self, given: torch.Tensor) -> float:
+        """Share of gradients, by their squares, that are no multiple of their mean."""
+        apart = _apart(given, self._mean)
+        wrong = self.sure & (apart > self._near) & (apart > self._rounding)
+        return float(self._squares[wrong].sum() / self._squares[self.sure].sum())
+
+    def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """The same gradients but for a multiple of each parameter's, and rounding."""
+        other = self.sure & (_apart(a, b) > torch.maximum(self._near / 10, self._rounding))
+        return float(self._squares[other].sum()) < _SHARE * float(self._squares[self.sure].sum())
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared sine of the angle between figures, by parameter; 0 where one of them is nothing."""
+    product, sizes = (a * b).sum(-1).square(), a.square().sum(-1) * b.square().sum(-1)
+    there = sizes > 0
+    return torch.where(there, 1 - product / torch.where(there, sizes, 1.0), 0.0).clamp_min(0.0)

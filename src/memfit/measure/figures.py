@@ -1,0 +1,57 @@
+"""A few numbers that stand for a tensor, and of which those of its parts are a sum."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_AT_ONCE = 2**20  # elements
+# Radians from row to row and from column to column, of each figure.
+TURNS = ((2.4, 1.9), (1.1, 0.83), (0.37, 2.65), (2.9, 0.29))
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
+    """Of elements from ``start`` on, of a tensor whose rows (dimension 0) have so many of them."""
+    values = real(values.detach())
+    columns = columns or math.prod(values.shape[1:])
+    if values.is_sparse:
+        return _of_rows(values.coalesce())
+    flat = values.reshape(-1)
+    head = min(-start % columns, flat.numel())
+    body = head + (flat.numel() - head) // columns * columns
+    row, first = divmod(start, columns)
+    after = row + bool(head)
+    blocks = (
+        (flat[:head].view(1, -1), row, first),
+        (flat[head:body].view(-1, columns), after, 0),
+        (flat[body:].view(1, -1), after + (body - head) // columns, 0),
+    )
+    found = flat.new_zeros(len(TURNS), dtype=torch.float64)
+    for block, at, column in blocks:
+        if not block.numel():
+            continue
+        rows = _waves(torch.arange(at, at + block.shape[0], device=block.device), 0)
+        across = _waves(torch.arange(column, column + block.shape[1], device=block.device), 1)
+        size = max(1, _AT_ONCE // block.shape[1])  # rows, so that copies stay small
+        for part, by in zip(block.split(size), rows.split(size), strict=True):
+            found += ((part.float() @ across) * by).sum(0, dtype=torch.float64)
+    return found
+
+
+def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
+    """Of a gradient that has some rows, as embeddings give."""
+    values = sparse.values().reshape(sparse.values().shape[0], -1).float()
+    across = _waves(torch.arange(values.shape[1], device=values.device), 1)
+    found: torch.Tensor = ((values @ across) * _waves(sparse.indices()[0], 0)).sum(0, dtype=torch.float64)
+    return found
+
+
+def _waves(places: torch.Tensor, axis: int) -> torch.Tensor:
+    """(places, figures)"""
+    turns = torch.tensor([pair[axis] for pair in TURNS], dtype=torch.float64, device=places.device)
+    return (places.double()[:, None] * turns + 0.5).cos().float()
