@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree
 
-from memfit.measure.figures import figures
+from memfit.measure.figures import figures, real
 from memfit.measure.held import (
     from_all,
     fsdp_groups,
@@ -179,7 +179,7 @@ def replicas(watch: Watch) -> None:
     if watch.plan.get("expert-parallel") is not None:
         return
     own_parts = (getattr(p, "to_local", lambda p=p: p)().detach() for p in watch.trainable())
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in own_parts]
+    norms = [torch.linalg.vector_norm(real(p), dtype=torch.float64) for p in own_parts]
     own = torch.stack(norms).tolist()
     apart = max(
         abs(a - b) / max(abs(a), abs(b), 1e-300)

@@ -27,6 +27,7 @@ _ROUNDING, _ROUNDING_BF16 = 2.0**-20, 2.0**-8  # of many sums in float32; gradie
 _SURE = 30  # times what rounding can do, squared
 _SPREAD_RATIO = 0.01  # squared, of how far ranks lie from their mean: nearer to it is at it
 _SHARE = 0.01  # of all gradients' squares, from which on it matters
+_COUNT = 5  # times that of parameters
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
@@ -129,13 +130,12 @@ def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
         return _Verdict("what the update is given was not found")
     if ranks.averaged(before) or ranks.averaged(after):  # or within the optimizer's step
         return _Verdict()
-    alike = all(ranks.alike(f, before[0]) for f in before)
-    if alike and ranks.averaged(backward):
-        return _Verdict()  # clipped or decayed after it was averaged
-    if alike and len(copies) > 1 and not any(ranks.alike(before[0], one) for one in ranks.own):
-        return _Verdict("they are the same on every rank, and not a multiple of the mean")
-    off = max(map(ranks.off, before))
-    return _Verdict(f"others in {off:.0%} of them: not reduced over all ranks", wrong=True)
+    if not ranks.of_one(before[0]) and all(ranks.alike(f, before[0]) for f in before):
+        if ranks.averaged(backward):
+            return _Verdict()  # clipped or decayed after it was averaged
+        if len(copies) > 1:
+            return _Verdict("they are the same on every rank, and not a multiple of the mean")
+    return _Verdict("others: they were not reduced over all ranks", wrong=True)
 
 
 class _Ranks:
@@ -167,15 +167,29 @@ class _Ranks:
         return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
 
     def off(self, given: torch.Tensor) -> float:
-        """Share of gradients, by their squares, that are no multiple of their mean."""
+        """Share of gradients that are no multiple of their mean."""
+        return self._share(self._wrong(given))
+
+    def _wrong(self, given: torch.Tensor) -> torch.Tensor:
         apart = _apart(given, self._mean)
-        wrong = self.sure & (apart > self._near) & (apart > self._rounding)
-        return float(self._squares[wrong].sum() / self._squares[self.sure].sum())
+        return self.sure & (apart > self._near) & (apart > self._rounding)
+
+    def of_one(self, given: torch.Tensor) -> bool:
+        """Whether what is no multiple of the mean is one rank's own."""
+        wrong = self._wrong(given)
+        return any(self._share(wrong & self._differ(given, own)) < _SHARE for own in self.own)
 
     def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """The same gradients but for a multiple of each parameter's, and rounding."""
-        other = self.sure & (_apart(a, b) > torch.maximum(self._near / 10, self._rounding))
-        return float(self._squares[other].sum()) < _SHARE * float(self._squares[self.sure].sum())
+        return self._share(self.sure & self._differ(a, b)) < _SHARE
+
+    def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
+
+    def _share(self, some: torch.Tensor) -> float:
+        """By their squares, or by a part of their number: heads and embeddings may outweigh all blocks."""
+        by_squares = float(self._squares[some].sum() / self._squares[self.sure].sum())
+        return max(by_squares, float(some.sum() / self.sure.sum()) / _COUNT)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
