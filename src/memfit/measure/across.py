@@ -5,6 +5,7 @@ Gathers are the same on every rank: whether one is made depends on the plan alon
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils import _pytree
 
-from memfit.measure.figures import figures, real
+from memfit.measure.figures import real
 from memfit.measure.held import (
     from_all,
     fsdp_groups,
@@ -34,24 +34,8 @@ if TYPE_CHECKING:
 
 _ALL_RATIO = 0.9  # of bytes
 _ONCE_RATIO = 0.75  # of elements: shards are padded, never smaller together
-_ALIKE_RATIO = 1e-3  # of a norm: sums over ranks are the same bits on each of them, or nearly
 _REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
-
-
-def tensor_parallel(watch: Watch) -> None:
-    degree = watch.layout.tensor
-    if degree == 1 or watch.plan.get("expert-parallel") is not None:
-        return
-    params = list(watch.model.parameters())
-    part, staged = watch.part(params), watch.layout.pipeline > 1
-    # DTensors tell their whole size
-    total = (not staged and watch.whole_elements) or sum(p.numel() for p in params)
-    most = total * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
-    watch.differs(
-        "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
-        wrong=part > most,
-    )  # fmt: skip
 
 
 def shards(watch: Watch) -> None:
@@ -73,10 +57,12 @@ def units(watch: Watch) -> None:
     """FSDP2 gathers block by block."""
     if watch.plan.get("fsdp2") is None or len(watch.blocks) < 2:
         return
-    block_of = {id(p): i for i, block in enumerate(watch.blocks) for p in block.parameters()}
-    inside = [
-        {block_of.get(id(p.sharded_param), -1) for p in g.fsdp_params} for g in fsdp_groups(watch.model)
-    ]
+    at = _block_of(watch)
+    whole = collections.Counter(at.get(p._module_info.module, -1) for p in fsdp_params(watch.model))
+    inside = []
+    for group in fsdp_groups(watch.model):
+        here = collections.Counter(at.get(p._module_info.module, -1) for p in group.fsdp_params)
+        inside.append({block for block, count in here.items() if 2 * count > whole[block]})
     if not any(inside):
         watch.unseen("fsdp2: units: no groups of parameters could be found")
         return
@@ -124,52 +110,6 @@ def still_gathered(watch: Watch) -> list[int]:
     return [i for i, (now, of) in enumerate(zip(here, total, strict=True)) if of and 2 * now > of]
 
 
-def summed(watch: Watch) -> None:
-    """Ranks of tensor parallelism leave their last block with the same numbers: parts of sums are summed."""
-    used = watch.plan.get("tensor-parallel")
-    if used is None or watch.layout.tensor == 1 or watch.plan.get("expert-parallel") is not None:
-        return
-    feature = "tensor-parallel: sums over ranks"
-    if used.settings["sequence"] or watch.plan.get("compile") is not None:
-        watch.unseen(f"{feature}: ranks hold other parts of what blocks give out, or blocks are compiled")
-        return
-    place = watch.layout.coordinate(dist.get_rank())
-    group = tuple(v for name, v in place.items() if name != "tensor")
-    every: list[tuple[Any, list[tuple[float, float]]]] = from_all((group, watch.left))
-    if not all(left for _, left in every):  # the same on every rank
-        watch.unseen(f"{feature}: what the last block gives out was not seen")
-        return
-    own = next(left for other, left in every if other == group)
-    apart = max(
-        abs(a - b) / max(size, 1e-300)
-        for other, left in every if other == group
-        for (a, size), (b, _) in zip(own, left, strict=False)
-    )  # fmt: skip
-    if apart > _ALIKE_RATIO and any(_drops(m) for m in watch.model.modules()):
-        watch.unseen(f"{feature}: dropout may differ")
-        return
-    watch.differs(
-        feature, f"the same output of the last block on {watch.layout.tensor} ranks", f"{apart:.1e} apart",
-        wrong=apart > _ALIKE_RATIO,
-    )  # fmt: skip
-
-
-def _drops(module: nn.Module) -> bool:
-    return bool(module.training and isinstance(p := getattr(module, "p", 0.0), float) and p > 0)
-
-
-def leaving(out: Any) -> list[tuple[float, float]]:
-    """(figure, norm) of the first tensor that a block gives out, where every rank has the whole of it."""
-    for value in _pytree.tree_leaves(out):
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
-            continue
-        if any(not p.is_replicate() for p in getattr(value, "placements", ())):
-            return []
-        local = getattr(value, "_local_tensor", value).detach()
-        return [(float(figures(local)[0]), float(torch.linalg.vector_norm(local, dtype=torch.float64)))]
-    return []
-
-
 def replicas(watch: Watch) -> None:
     """Where every rank has whole parameters they are the same after a step, or gradients were not
     averaged."""
@@ -178,9 +118,7 @@ def replicas(watch: Watch) -> None:
         return
     if watch.plan.get("expert-parallel") is not None:
         return
-    own_parts = (getattr(p, "to_local", lambda p=p: p)().detach() for p in watch.trainable())
-    norms = [torch.linalg.vector_norm(real(p), dtype=torch.float64) for p in own_parts]
-    own = torch.stack(norms).tolist()
+    own = norms(watch.trainable())
     apart = max(
         abs(a - b) / max(abs(a), abs(b), 1e-300)
         for of_rank in from_all(own)
@@ -192,6 +130,19 @@ def replicas(watch: Watch) -> None:
         f"parameter norms up to {apart:.1e} apart: gradients are not averaged",
         wrong=apart > _REPLICAS_RATIO,
     )  # fmt: skip
+
+
+def norms(params: Iterable[nn.Parameter]) -> list[float]:
+    """Of what this rank holds."""
+    local = (real(getattr(p, "to_local", lambda p=p: p)().detach()) for p in params)
+    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in local]
+    return torch.stack(norms).tolist() if norms else []
+
+
+def near(a: list[float], b: list[float]) -> bool:
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=_REPLICAS_RATIO) for x, y in zip(a, b, strict=True)
+    )
 
 
 def offloaded_states(watch: Watch) -> None:
@@ -255,11 +206,12 @@ def _named(**said: bool) -> set[str]:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Stage:
     """What one rank holds of a pipeline. ``held``: names of parameters that learn; ``learned``: of those, the
-    ones that got a gradient."""
+    ones that got a gradient; ``norms``: of those that learn."""
 
     place: int
     held: dict[str, int]
     learned: set[str]
+    norms: list[float]
 
 
 def stages(watch: Watch) -> None:
@@ -280,12 +232,21 @@ def stages(watch: Watch) -> None:
     named = {n: p for n, p in watch.model.named_parameters() if p.requires_grad}
     learned = {n for n, p in named.items() if id(p) in watch.learned}
     own = _Stage(
-        watch.layout.coordinate(dist.get_rank())["pipeline"], {n: whole(p) for n, p in named.items()}, learned
+        watch.layout.coordinate(dist.get_rank())["pipeline"],
+        {n: whole(p) for n, p in named.items()},
+        learned,
+        norms(named.values()),
     )
     everyone: list[_Stage] = from_all(own)
     elsewhere = set[str]().union(*(s.learned for s in everyone if s.place != own.place))
     if not all(s.learned for s in everyone):
         watch.unseen("pipeline: parameters: no gradients were seen")
+        return
+    if all(s.learned == own.learned and near(s.norms, own.norms) for s in everyone):
+        watch.differs(
+            "pipeline: stages", "parameters that no other stage trains", "every rank trains the same ones",
+            wrong=True,
+        )  # fmt: skip
         return
     idle = sorted((elsewhere - own.learned) & own.held.keys())
     watch.differs(
@@ -338,7 +299,7 @@ def experts(watch: Watch) -> None:
     )  # fmt: skip
 
 
-AT_REST: tuple[Callable[[Watch], None], ...] = (tensor_parallel, shards, units, experts)
+AT_REST: tuple[Callable[[Watch], None], ...] = (shards, units, experts)
 AFTER_A_STEP: tuple[Callable[[Watch], None], ...] = (
-    replicas, offloaded_states, stages, shared_samples, resharded, summed,
+    replicas, offloaded_states, stages, shared_samples, resharded,
 )  # fmt: skip

@@ -81,7 +81,7 @@ def _this_rank(watch: Watch) -> _Rank:
     inside = {"shard", "context"} if watch.plan.get("fsdp2") is not None else {"shard"}
     sharded = any(watch.sharded(what)[0] > 1 for what in ("optimizer state", "gradients"))
     copy = tuple(v for name, v in place.items() if not (sharded and name in inside))
-    cut = _cut_names(watch) if watch.layout.tensor > 1 else None
+    cut = cut_names(watch) if watch.layout.tensor > 1 else None
     own = {n: t.tolist() for n, t in averages.own.items() if cut is None or n in cut}
     return _Rank(
         group, copy, own, averages.backward, averages.before, averages.after, bool(averages.began),
@@ -89,7 +89,7 @@ def _this_rank(watch: Watch) -> _Rank:
     )  # fmt: skip
 
 
-def _cut_names(watch: Watch) -> set[str]:
+def cut_names(watch: Watch) -> set[str]:
     """Of parameters that tensor parallelism cuts: gradients of others may be parts of sums over its ranks."""
 
     def cut(param: nn.Parameter) -> bool:
@@ -128,6 +128,8 @@ def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
     )
     if not any(bool(f.any()) for f in (*before, *after, *backward)):
         return _Verdict("what the update is given was not found")
+    if not any(bool(f.any()) for f in before):
+        before = backward  # the optimizer's step was not heard
     if ranks.averaged(before) or ranks.averaged(after):  # or within the optimizer's step
         return _Verdict()
     if not ranks.of_one(before[0]) and all(ranks.alike(f, before[0]) for f in before):

@@ -60,7 +60,7 @@ class Averages:
         self._patch(torch.autograd, "backward", self._backward)
         for layer in layers(watch.optimizer):
             self._patch(layer, "step", self._step)
-            if isinstance(layer, torch.optim.Optimizer):  # hooks of others come first
+            if hasattr(layer, "_optimizer_step_pre_hooks"):  # hooks of others come first
                 self._stack.callback(layer.register_step_pre_hook(lambda *_: self._stepping()).remove)
         with contextlib.suppress(ImportError):
             self._patch(_fsdp_module(), "foreach_reduce", self._reduce)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.measure import across, agreement, averaged, heard, looks, order, reach, samples
+from memfit.measure import across, agreement, averaged, heard, looks, order, reach, samples, tensor
 from memfit.measure.graph import Graph
 from memfit.measure.held import (
     buffered_gradients,
@@ -25,6 +25,8 @@ from memfit.measure.held import (
     layers,
     lets_go,
     local_elements,
+    meshes_of,
+    placed,
     state_elements,
     whole,
     world_size,
@@ -38,6 +40,7 @@ from memfit.types.plan import Plan
 
 _PADDING = 64  # elements a rank, of flat buffers
 _LOOKS = 16  # in one backward pass
+_IGNORED_RATIO = 0.05  # of elements, that may stay whole beside what FSDP2 shards
 
 
 class Watch:
@@ -78,6 +81,7 @@ class Watch:
         self.still_gathered: list[int] | None = None  # blocks, where backward begins, with fsdp2
         self.left: list[tuple[float, float]] = []  # of what the last block gives out
         self.learned: set[int] = set()  # parameters that got a gradient, by address
+        self.passes: list[int] = []  # of backward, for each step of the optimizer
         self.gradients: int | None = None
         self.arrived, self.waiting = 0, 0  # gradients in backward; most elements held there
         self._handles: list[Any] = []
@@ -104,6 +108,7 @@ class Watch:
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
         if inner:
             self._handles.append(inner[-1].register_step_pre_hook(lambda *_: self.before_update()))
+            self._handles.append(inner[-1].register_step_post_hook(lambda *_: self._on_step()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,6 +136,10 @@ class Watch:
         if self.gradients is None:
             self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
 
+    def _on_step(self) -> None:
+        """A pass may also be in the step's own closure."""
+        self.passes.append(self.graph.backwards - sum(self.passes))
+
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not in_backward() and torch.is_grad_enabled():  # torch's pipelines find shapes without
             self.forwards += 1
@@ -144,7 +153,7 @@ class Watch:
 
     def _on_last(self, module: nn.Module, args: Any, out: Any) -> None:
         if len(self.left) < _LOOKS and not in_backward() and torch.is_grad_enabled():
-            self.left += across.leaving(out)
+            self.left += tensor.leaving(out)
 
     def _on_backward(self) -> None:
         self.order.on_backward()
@@ -155,12 +164,16 @@ class Watch:
 
     def conclude(self) -> Conformance:
         """What differs on any rank. Raises NotConforming where anything does."""
+        with meshes_of(self.plan, self.model):
+            return self._concluded()
+
+    def _concluded(self) -> Conformance:
         self._ranks()
         if not self._differences:
             if self.plan.get("expert-parallel") is None:
                 self._parameters()
             heard.parameter_dtypes(self)
-            for look in (*looks.AT_REST, *across.AT_REST):
+            for look in (*looks.AT_REST, tensor.tensor_parallel, *across.AT_REST):
                 look(self)
             if stepped := bool(self.heard.ran or self.forwards or self.graph.backwards):
                 self._stepped()
@@ -178,7 +191,7 @@ class Watch:
             self._gradients()
             self._state()
         more = (*heard.AFTER_A_STEP, order.schedule, samples.different_samples, reach.other_parts,
-                agreement.mean_gradients)  # fmt: skip
+                agreement.mean_gradients, tensor.summed)  # fmt: skip
         for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP, *more):
             look(self)
 
@@ -241,8 +254,15 @@ class Watch:
         if self.plan.get("sharded-ddp") is not None:
             return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
         by_rows = self.plan.get("fsdp2") is not None
+        left = [p for p in params if not placed(p)] if by_rows else []
+        if sum(map(whole, left)) > _IGNORED_RATIO * sum(sizes):
+            left = []
+        alone = {id(p) for p in left}  # that FSDP2 was told to ignore
         rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
-        parts = (math.ceil(r / degree) * n / max(r, 1) for r, n in zip(rows, sizes, strict=True))
+        parts = (
+            n if id(p) in alone else math.ceil(r / degree) * n / max(r, 1)
+            for p, r, n in zip(params, rows, sizes, strict=True)
+        )  # fmt: skip
         return sum(parts) + _PADDING * degree
 
     def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
@@ -290,6 +310,8 @@ class Watch:
             found, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
         if found and (staged is not None or wanted > 1):
             # LBFGS and sharpness-aware steps go over their micro-batches several times
+            if staged is None and not found % wanted:
+                found = max(self.passes, default=0) or found
             wrong = found != wanted if staged is not None else bool(found % wanted)
             self.differs(feature, f"{wanted} micro-batches", str(found), wrong=wrong)
         elif used is not None or staged is not None:

@@ -31,9 +31,9 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 
 
 @contextlib.contextmanager
-def meshes_of(plan: Plan) -> Iterator[None]:
-    """A mesh without names is that of tensor parallelism where the plan has it and shards nothing else."""
-    alone = plan.get("tensor-parallel") is not None and plan.get("fsdp2") is None
+def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
+    """A mesh without names is that of tensor parallelism where the plan has it and nothing else shards."""
+    alone = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(alone)
     try:
         yield

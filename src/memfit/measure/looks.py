@@ -15,6 +15,7 @@ from torch import nn
 from memfit.measure.graph import gathered
 from memfit.measure.held import layers, local_bytes, shape, states, whole
 from memfit.techniques.blocks import find_head
+from memfit.techniques.registry import technique
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
@@ -299,3 +300,20 @@ def not_looked_at(watch: Watch, *, stepped: bool) -> Iterator[str]:
             yield f"{name}: no step was watched"
         elif name in _PARTLY:
             yield f"{name}: {_PARTLY[name]}"
+    yield from _other_settings(watch)
+
+
+# Knobs whose effect nothing looks at; told where a plan sets them otherwise than their default.
+_NO_LOOK = {
+    "ddp": ("bucket_mib", "bucket_view", "sync"),
+    "fsdp2": ("units", "prefetch", "sync"),
+    "zero": ("overlap", "live_elements", "prefetch_elements"),
+}
+
+
+def _other_settings(watch: Watch) -> Iterator[str]:
+    for used in watch.plan.uses:
+        usual = {k.name: k.default for k in technique(used.technique).knobs}
+        for name in _NO_LOOK.get(used.technique, ()):
+            if (value := used.settings.get(name)) != usual.get(name):
+                yield f"{used.technique}: {name}={value}"

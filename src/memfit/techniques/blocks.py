@@ -52,7 +52,17 @@ def _repeats(module: torch.nn.Module) -> bool:
 
     children = list(module.children())
     container = isinstance(module, torch.nn.ModuleList | torch.nn.Sequential)
-    return container and len(children) > 1 and len({type(c) for c in children}) == 1
+    return container and len(children) > 1 and len({_kind(c) for c in children}) == 1
+
+
+def _kind(module: torch.nn.Module) -> type:
+    """Its class, beneath what wraps it (checkpoint_wrapper, torch.compile) or is mixed in (fully_shard)."""
+    for name in ("_checkpoint_wrapped_module", "_orig_mod"):
+        module = module._modules.get(name) or module
+    kind = type(module)
+    while any(base.__name__ == "FSDPModule" for base in kind.__bases__):
+        kind = kind.__bases__[-1]
+    return kind
 
 
 def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
