@@ -134,9 +134,9 @@ def local_bytes(tensor: torch.Tensor) -> int:
 
 
 def fsdp_groups(model: nn.Module) -> Iterator[Any]:
-    """Parameter groups of fsdp2: torch has no public way to ask."""
-    for module in model.modules():
-        state = getattr(module, "_get_fsdp_state", lambda: None)()
+    """Parameter groups of fsdp2, also of several modules together: torch has no public way to ask."""
+    states = {id(s): s for m in model.modules() if (s := getattr(m, "_get_fsdp_state", lambda: None)())}
+    for state in states.values():
         yield from getattr(state, "_fsdp_param_groups", ())
 
 
