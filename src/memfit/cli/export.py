@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -138,6 +141,40 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _carried(path: Path) -> dict[str, str]:
+    """The file, and the modules beside it that it imports, and they. Packages are told: names of a cluster's
+    files have no folders."""
+    found: dict[str, str] = {}
+    packages: set[str] = set()
+    waiting = [path]
+    while waiting:
+        one = waiting.pop()
+        found |= (text := _read(one))
+        for name in _imported(text[one.name]):
+            beside = path.parent / f"{name}.py"
+            if beside.is_file() and beside.name not in found:
+                waiting.append(beside)
+            elif (path.parent / name / "__init__.py").is_file():
+                packages.add(name)
+    if packages:
+        told = f"not carried: {', '.join(sorted(packages))} beside {path.name}"
+        print(f"memfit: {told}; install what is a package where it runs", file=sys.stderr)
+    return found
+
+
+def _imported(source: str) -> Iterator[str]:
+    """Top names of what it imports. A file that is no Python has none."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def _read(path: Path) -> dict[str, str]:
     try:
         data = path.read_bytes()
         text = data.decode()
