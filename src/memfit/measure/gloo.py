@@ -55,11 +55,17 @@ def _patient() -> Iterator[None]:
     lets go what it holds: threads on several cores race without it, whatever their priority. Gathers that are
     begun together (ZeRO's) are over one after the other, as they are predicted, not two on two threads."""
     import torch.distributed as dist
+    from torch.distributed import _functional_collectives as functional
 
-    waits, gathers = dist.Work.wait, dist.ProcessGroup._allgather_base
+    waits, gathers, tensor_waits = dist.Work.wait, dist.ProcessGroup._allgather_base, functional.wait_tensor
 
     def wait(work: Any, *args: Any) -> Any:
         done = waits(work, *args)
+        time.sleep(_PATIENCE_S)
+        return done
+
+    def wait_tensor(tensor: Any) -> Any:
+        done = tensor_waits(tensor)  # type: ignore[no-untyped-call]
         time.sleep(_PATIENCE_S)
         return done
 
@@ -72,6 +78,7 @@ def _patient() -> Iterator[None]:
     with (
         mock.patch.object(dist.Work, "wait", wait),
         mock.patch.object(dist.ProcessGroup, "_allgather_base", gather),
+        mock.patch.object(functional, "wait_tensor", wait_tensor),
     ):
         yield
 
