@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from memfit.cli import main
+from memfit.cli.export import _carried
 from memfit.engines.registry import ENGINES, render
 from memfit.export.base import Handover
 from memfit.export.targets import bundle
@@ -363,3 +364,14 @@ def test_mistakes_are_one_line(
 
 def test_every_engine_can_be_handed_over() -> None:
     assert {engine for engine, _ in CASES} == ENGINES.keys() - {"replay"}
+
+
+def test_modules_beside_the_jobs_file_are_carried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in {
+        "jobs.py": "import torch, parts\nfrom layers.norms import Norm\n", "parts.py": "from more import x\n",
+        "more.py": "import jobs, json\n", "other.py": "", "layers/__init__.py": "",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert sorted(_carried(tmp_path / "jobs.py")) == ["jobs.py", "more.py", "parts.py"]
+    assert "not carried: layers beside jobs.py" in capsys.readouterr().err
