@@ -543,3 +543,13 @@ def test_errors_of_the_users_file_name_their_line(own: str, tmp_path: Path) -> N
     assert f"SyntaxError: '(' was never closed at {file}:1" in refusal(f"{file}:job")
     assert "takes no --size" in refusal(f"{own}:job", size="big")
     assert "cannot be called with data" in refusal(f"{own}:make", data="x")
+
+
+def test_parameters_that_ddp_waits_for_in_vain_are_told_with_a_way_out() -> None:
+    def fail() -> None:
+        raise RuntimeError(
+            "Expected to have finished reduction in the prior iteration before starting a new one."
+        )
+
+    with pytest.raises(UserError, match=r"own.py:job: ddp waits for gradients .* freeze them"):
+        guarded(fail, "own.py:job")

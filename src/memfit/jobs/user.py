@@ -102,6 +102,9 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     return module
 
 
+_NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # DDP's reducer
+
+
 def guarded(action: Any, spec: str) -> Any:
     """Any error of the user's code becomes one line with the last place in it."""
     try:
@@ -111,6 +114,11 @@ def guarded(action: Any, spec: str) -> Any:
     except (Exception, SystemExit) as error:  # the user's code: anything may come out of it
         if any(text in str(error) for text in _OUT_OF_MEMORY):
             raise  # an outcome of the run, not a mistake
+        if _NO_GRADIENT in str(error):
+            raise UserError(
+                f"{spec}: ddp waits for gradients of parameters that the loss does not use",
+                hint="freeze them (requires_grad_(False)), or shard instead: fsdp2 waits for nobody",
+            ) from error
         folder = Path(spec.rpartition(":")[0]).resolve().parent
         frames = [
             f
