@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit.jobs import char_lm, esm, fasta, protein_lm, protein_ss, registry
 from memfit.jobs.batches import epoch_indices
 from memfit.jobs.step import TrainingStep
+from memfit.jobs.user import guarded
 from memfit.jobs.weights import load_weights
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.types.errors import UserError
