@@ -10,9 +10,11 @@ from memfit.cli import main
 
 def run() -> int:
     """The command line's own process, which ends with the command: no search for garbage at its end, which
-    takes longer than many a command where torch and transformers are loaded."""
+    takes longer than many a command where torch and transformers are loaded. Triton's bindings, in torch for
+    CUDA, list on stderr what was not collected: there it is."""
     code = main()
-    gc.freeze()
+    if "triton" not in sys.modules:
+        gc.freeze()
     return code
 
 
