@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from memfit.jobs.registry import load
 from memfit.jobs.step import TrainingStep
 from memfit.planning import space_of
+from memfit.search.space import plans
 from memfit.techniques.base import Knob, Space, Workbench
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.offload import DiskSpool, HostCopies, Parked, Spool
@@ -521,3 +522,18 @@ def test_the_chunked_head_is_an_ordinary_one_in_evaluation() -> None:
     technique("activation-checkpointing").apply(bench, {"every": 1})
     model.eval()
     assert isinstance(model(job.make_batch(0, 0)["tokens"]), torch.Tensor)
+
+
+def test_packages_that_single_values_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them the values are in no search, and a plan with them says what to install."""
+    found = importlib.util.find_spec
+    without = lambda name, *more: None if name == "torchao" else found(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    narrow = TECHNIQUES["bf16-parameters"]
+    assert narrow.lacks({"rounding": "stochastic"}) == ("torchao",)
+    assert not narrow.lacks({"rounding": "master"})
+    space = Space(batch_size=8, block_count=4, has_head=True, vocabulary=64, device="cuda")
+    proposed = {u for plan in plans(space, [narrow]) for u in plan.uses}
+    assert [u.settings["rounding"] for u in proposed] == ["master"]
+    with pytest.raises(UserError, match=r"rounding=stochastic\) needs torchao, which is not installed"):
+        check(Plan(uses=(make_use("bf16-parameters", {"rounding": "stochastic"}),)))

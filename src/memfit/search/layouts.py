@@ -274,7 +274,7 @@ def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[
     one = technique(used.technique)
     asked = one.slot == "data-parallel" or one.name in CUTTING
     mild = effect_of(Plan(uses=(used,))) <= (max(effect, EffectClass.E1) if asked else effect)
-    return mild and device in one.devices and not one.missing and used.technique not in forbidden
+    return mild and device in one.devices and not one.lacks(used.settings) and used.technique not in forbidden
 
 
 @functools.cache  # most layouts have the same axes

@@ -51,7 +51,8 @@ def _shares_work(plan: Plan) -> bool:
 
 def _uses(one: Technique, space: Space) -> list[Use]:
     settings: Iterable[Mapping[str, object]] = one.settings(space)
-    return [make_use(one.name, s) for s in settings]
+    uses = [make_use(one.name, s) for s in settings]
+    return [u for u in uses if not one.lacks(u.settings)]
 
 
 _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A technique's setting: a positive integer of any size, one of ``choices``, or text of a ``pattern``."""
+    """A technique's setting: a positive integer of any size, one of ``choices``, or text of a ``pattern``.
+    ``needs``: packages that single values take, by value."""
 
     name: str
     default: KnobValue
@@ -30,6 +31,7 @@ class Knob:
     choices: tuple[KnobValue, ...] = ()
     minimum: int = 1
     pattern: re.Pattern[str] | None = None
+    needs: Mapping[KnobValue, str] = dataclasses.field(default_factory=dict)
 
     @property
     def allowed(self) -> str:
@@ -93,6 +95,11 @@ class Technique:
     def missing(self) -> tuple[str, ...]:
         """Packages this technique needs that are not installed."""
         return tuple(p for p in self.needs if importlib.util.find_spec(p) is None)
+
+    def lacks(self, settings: Mapping[str, KnobValue]) -> tuple[str, ...]:
+        """Packages that it needs with these settings and that are not installed."""
+        asked = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
+        return (*self.missing, *(p for p in asked if importlib.util.find_spec(p) is None))
 
 
 class OptimizerLike(Protocol):

@@ -190,6 +190,7 @@ PARAMETERS = Technique(
             default="master",
             doc="how small updates survive: an fp32 master copy, or stochastic rounding without one",
             choices=("master", "stochastic"),
+            needs={"stochastic": "torchao"},
         ),
     ),
     forbids=("qlora",),

@@ -142,9 +142,9 @@ def check(plan: Plan) -> Plan:
     if (clash := conflict(plan)) is not None:
         raise UserError(f"impossible plan: {clash}", hint="take one of them out")
     for u in plan.uses:
-        if missing := technique(u.technique).missing:
+        if missing := technique(u.technique).lacks(u.settings):
             raise UserError(
-                f"{u.technique} needs {', '.join(missing)}, which is not installed",
+                f"{Plan(uses=(u,)).label} needs {', '.join(missing)}, which is not installed",
                 hint=f"pip install {' '.join(missing)}",
             )
     return plan
