@@ -172,6 +172,9 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
     ),
     "fsdp2": (_plan(fsdp2={}), _no_scatter),
     "fsdp2, accumulated": (_plan(fsdp2={}, gradient_accumulation={"micro_batches": 2}), _no_scatter),
+    "fsdp2, kept, accumulated": (
+        _plan(fsdp2={"reshard": False}, gradient_accumulation={"micro_batches": 2}), _no_scatter,
+    ),
     "fsdp2, bf16": (_plan(fsdp2={"precision": "bf16"}), _no_scatter),
     "sharded-ddp": (_plan(sharded_ddp={}), _no_owners),
     "context": (_plan(context_parallel={}), _not_together),

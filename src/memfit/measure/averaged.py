@@ -46,6 +46,7 @@ class Averages:
         self.hooked = False
         self._filled = False
         self._names: dict[int, str] = {}
+        self._params: list[nn.Parameter] = []  # modules may hold gathered ones meanwhile
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -53,7 +54,8 @@ class Averages:
         if watch.layout.data * watch.layout.context == 1:
             return self
         self._names = {id(p): n for n, p in watch.model.named_parameters() if p.requires_grad}
-        for param in watch.trainable():
+        self._params = list(watch.trainable())
+        for param in self._params:
             self.hooked |= bool(getattr(param, "_post_accumulate_grad_hooks", None))
             handle = param.register_hook(functools.partial(self._made, self._names[id(param)]))
             self._stack.callback(handle.remove)
@@ -115,7 +117,11 @@ class Averages:
         return out
 
     def _read(self) -> Figures:
-        pieces = [(n, part) for part in _held(self._watch) if (n := self._names.get(id(part.of))) is not None]
+        pieces = [
+            (n, part)
+            for part in _held(self._watch, self._params)
+            if (n := self._names.get(id(part.of))) is not None
+        ]
         if not pieces:
             return {}
         every = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
@@ -153,9 +159,8 @@ def _fsdp_module() -> Any:
     raise ImportError(f"none of {_FSDP}")
 
 
-def _held(watch: Watch) -> Iterator[_Piece]:
+def _held(watch: Watch, params: list[nn.Parameter]) -> Iterator[_Piece]:
     """What of gradients this rank's update is given."""
-    params = list(watch.trainable())
     beside = watch.layout.shard * watch.layout.context if watch.plan.get("fsdp2") is not None else 1
     for layer in layers(watch.optimizer):
         if hasattr(layer, "own_gradients"):  # memfit's ZeRO and sharded DDP
