@@ -333,11 +333,11 @@ def test_what_nnscaler_recomputes_changes_no_gradient(columns: bool) -> None:
         global_columns=columns,
     )  # fmt: skip
     torch.manual_seed(0)
-    models = [Stack(fold, policy) for policy in ("", "extra" if columns else "parts")]
+    models = [Stack(fold, policy).double() for policy in ("", "extra" if columns else "parts")]
     for parameter in models[0].parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     models[1].load_state_dict(models[0].state_dict())
-    given = torch.randn(1, 8, 6, 64), torch.randn(1, 6, 6, 32)
+    given = torch.randn(1, 8, 6, 64).double(), torch.randn(1, 6, 6, 32).double()
     for model in models:
         model(*given).backward()
     for one, other in zip(*(m.parameters() for m in models), strict=True):
