@@ -65,20 +65,8 @@ class _Done:
         return True
 
 
-@contextlib.contextmanager
-def _no_sync() -> Iterator[None]:
-    inner = Ddp.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.no_sync():
-            return inner(self, *args, **kwargs)
-
-    with mock.patch.object(Ddp, "forward", forward):
-        yield
-
-
 def _never_in_sync() -> Any:
-    """As nested in a pipeline, whose stages decide."""
+    """Also in a pipeline, whose stages decide."""
     never = property(lambda self: False, lambda self, value: None)
     return mock.patch.object(Ddp, "require_backward_grad_sync", never, create=True)
 
@@ -156,8 +144,8 @@ REDUCED = f"{MEAN}: planned the mean of"
 SUMS = "tensor-parallel: sums over ranks: planned the same output"
 # By case: what is planned, how it is undone, what must be named, and the engine.
 NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
-    "ddp": (_plan(ddp={}), _no_sync),
-    "ddp, accumulated": (_plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _no_sync),
+    "ddp": (_plan(ddp={}), _never_in_sync),
+    "ddp, accumulated": (_plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _never_in_sync),
     "zero 0": (_plan(zero={"stage": 0, **FAST}), _alone),
     "zero 1": (_plan(zero={"stage": 1, **FAST}), _alone),
     "zero 2": (_plan(zero={"stage": 2, **FAST}), _alone),
@@ -495,11 +483,8 @@ Told = dict[str, tuple[str, str]]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
     """By case: what was said of the honest and of the sabotaged step; of each of 2 ranks, then of 4."""
-    folder, found = tmp_path_factory.mktemp("told"), []
-    for ranks in (2, 4):
-        child_ranks.run_children(__file__, [[folder / f"{ranks}-{rank}"] for rank in range(ranks)])
-        found += [json.loads((folder / f"{ranks}-{rank}").read_text()) for rank in range(ranks)]
-    return found
+    folder = tmp_path_factory.mktemp("told")
+    return [told for ranks in (2, 4) for told in child_ranks.answers(__file__, folder, ranks=ranks)]
 
 
 def _of(told: list[Told], name: str) -> list[tuple[str, str]]:

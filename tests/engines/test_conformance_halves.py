@@ -258,9 +258,7 @@ def _rank(target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("told")
-    child_ranks.run_children(__file__, [[folder / str(rank)] for rank in range(2)])
-    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+    return child_ranks.answers(__file__, tmp_path_factory.mktemp("told"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from memfit.jobs.step import TrainingStep
 from memfit.measure.conform import Watch
@@ -44,6 +45,13 @@ def run_children(
             child.kill()
             child.wait()
     assert codes == [0] * ranks, f"the ranks of {Path(script).name} ended with {codes}"
+
+
+def answers(script: str | Path, folder: Path, *, ranks: int = 2) -> list[Any]:
+    """What each rank of ``script`` wrote, as JSON, to the file that is its argument."""
+    files = [folder / f"{ranks}-{rank}.json" for rank in range(ranks)]
+    run_children(script, [[file] for file in files])
+    return [json.loads(file.read_text()) for file in files]
 
 
 def told(step: TrainingStep, whole_elements: int) -> str:

@@ -262,8 +262,7 @@ def shared_samples(watch: Watch) -> None:
     if used is None or watch.layout.context == 1:
         return
     feature = f"{used.technique}: parts of a sample"
-    place = watch.layout.coordinate(dist.get_rank())
-    group = tuple(v for name, v in place.items() if name != "context")
+    group = watch.beside("context")
     every: list[tuple[Any, list[float]]] = from_all((group, watch.entered))
     partners = [entered for other, entered in every if other == group]
     if not all(entered for _, entered in every):  # the same on every rank

@@ -13,7 +13,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from memfit.measure.averaged import Figures
@@ -76,16 +75,16 @@ def mean_gradients(watch: Watch) -> None:
 
 
 def _this_rank(watch: Watch) -> _Rank:
-    averages, place = watch.averages, watch.layout.coordinate(dist.get_rank())
-    group = tuple(v for name, v in place.items() if name not in {"replicate", "shard", "context"})
-    inside = {"shard", "context"} if watch.plan.get("fsdp2") is not None else {"shard"}
+    averages = watch.averages
+    group = watch.beside("replicate", "shard", "context")
+    inside = ("shard", "context") if watch.plan.get("fsdp2") is not None else ("shard",)
     sharded = any(watch.sharded(what)[0] > 1 for what in ("optimizer state", "gradients"))
-    copy = tuple(v for name, v in place.items() if not (sharded and name in inside))
+    copy = watch.beside(*inside) if sharded else watch.beside()
     cut = cut_names(watch) if watch.layout.tensor > 1 else None
     own = {n: t.tolist() for n, t in averages.own.items() if cut is None or n in cut}
     return _Rank(
         group, copy, own, averages.backward, averages.before, averages.after, bool(averages.began),
-        bool(averages.waiting),
+        averages.waiting,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from memfit.measure.figures import figures, real
-from memfit.measure.held import fsdp_groups, in_backward, layers, placed, shape
+from memfit.measure.held import fsdp_groups, in_backward, layers, meshes_of, placed, shape
 
 if TYPE_CHECKING:
     from memfit.measure.conform import Watch
@@ -32,8 +32,8 @@ class Averages:
     """Listens between `__enter__` and `__exit__`. ``own``: of each parameter, by name, the figures of its
     gradient on this rank and the sum of squares; ``backward``, ``before``, ``after``: figures of what was
     there after the last pass, and before and after the optimizer's last step; ``began``: gradients of an
-    earlier pass were there when listening began; ``waiting``: gradients that FSDP2 had not reduced when the
-    optimizer stepped; ``hooked``: the user's own hooks change gradients in backward."""
+    earlier pass were there when listening began; ``waiting``: FSDP2 had not reduced some when the optimizer
+    stepped; ``hooked``: the user's own hooks change gradients in backward."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
@@ -42,7 +42,7 @@ class Averages:
         self.before: Figures = {}
         self.after: Figures = {}
         self.began: bool | None = None
-        self.waiting: set[str] = set()
+        self.waiting = False
         self.hooked = False
         self._filled = False
         self._names: dict[int, str] = {}
@@ -61,11 +61,12 @@ class Averages:
             self._stack.callback(handle.remove)
         self._patch(torch.autograd, "backward", self._backward)
         for layer in layers(watch.optimizer):
-            self._patch(layer, "step", self._step)
-            if hasattr(layer, "_optimizer_step_pre_hooks"):  # hooks of others come first
+            hooked = hasattr(layer, "_optimizer_step_pre_hooks")
+            if hooked:  # others' hooks come first
                 self._stack.callback(layer.register_step_pre_hook(lambda *_: self._stepping()).remove)
-        with contextlib.suppress(ImportError):
-            self._patch(_fsdp_module(), "foreach_reduce", self._reduce)
+            self._patch(layer, "step", functools.partial(self._step, hooked))
+        if (module := _fsdp_module()) is not None:
+            self._patch(module, "foreach_reduce", self._reduce)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,20 +109,19 @@ class Averages:
 
     def _stepping(self) -> None:
         self.before = self._read() or self.before  # an optimizer within another may find them taken
-        self.waiting = {n for p in _unreduced(self._watch) if (n := self._names.get(id(p))) is not None}
+        self.waiting = any(id(p) in self._names for p in _unreduced(self._watch))
 
-    def _step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        self._stepping()
+    def _step(self, hooked: bool, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hooked:
+            self._stepping()
         out = inner(*args, **kwargs)
         self.after = self._read()
         return out
 
     def _read(self) -> Figures:
-        pieces = [
-            (n, part)
-            for part in _held(self._watch, self._params)
-            if (n := self._names.get(id(part.of))) is not None
-        ]
+        with meshes_of(self._watch.plan, self._watch.model):
+            held = list(_held(self._watch, self._params))
+        pieces = [(n, part) for part in held if (n := self._names.get(id(part.of))) is not None]
         if not pieces:
             return {}
         every = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
@@ -156,7 +156,7 @@ def _fsdp_module() -> Any:
     for name in _FSDP:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-    raise ImportError(f"none of {_FSDP}")
+    return None
 
 
 def _held(watch: Watch, params: list[nn.Parameter]) -> Iterator[_Piece]:
@@ -176,12 +176,8 @@ def _held(watch: Watch, params: list[nn.Parameter]) -> Iterator[_Piece]:
     for param in params:
         grad = getattr(param, "main_grad", None) if param.grad is None else param.grad  # Megatron's
         if grad is not None and (start := _starts(param)) is not None:
-            yield _Piece(
-                param,
-                start,
-                getattr(grad, "_local_tensor", grad),
-                1 if hasattr(param, "placements") else beside,
-            )
+            copies = 1 if hasattr(param, "placements") else beside
+            yield _Piece(param, start, getattr(grad, "_local_tensor", grad), copies)
 
 
 def _deepspeed(optimizer: Any) -> Iterator[_Piece]:

@@ -218,6 +218,11 @@ class Watch:
         found = world_size()
         self.differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
 
+    def beside(self, *dimensions: str) -> tuple[int, ...]:
+        """This rank's place along all other dimensions of the plan's mesh."""
+        place = self.layout.coordinate(dist.get_rank())
+        return tuple(v for name, v in place.items() if name not in dimensions)
+
     def trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self.model.parameters() if p.requires_grad)
 

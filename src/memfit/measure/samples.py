@@ -66,8 +66,7 @@ def different_samples(watch: Watch) -> None:
     if watch.layout.data == 1:
         return
     used = next((u.technique for u in watch.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
-    feature, place = f"{used}: samples", watch.layout.coordinate(dist.get_rank())
-    group = tuple(v for name, v in place.items() if name not in {"replicate", "shard"})
+    feature, group = f"{used}: samples", watch.beside("replicate", "shard")
     every: list[_Rank] = from_all(
         _Rank(
             dist.get_rank(), group, tuple(watch.samples.given), watch.samples.several, tuple(watch.graph.ends)

@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree
 
@@ -69,8 +68,7 @@ def summed(watch: Watch) -> None:
     if used.settings["sequence"] or watch.plan.get("compile") is not None:
         watch.unseen(f"{feature}: ranks hold other parts of what blocks give out, or blocks are compiled")
         return
-    place = watch.layout.coordinate(dist.get_rank())
-    group = tuple(v for name, v in place.items() if name != "tensor")
+    group = watch.beside("tensor")
     every: list[tuple[Any, list[tuple[float, float]]]] = from_all((group, watch.left))
     if not all(left for _, left in every):  # the same on every rank
         watch.unseen(f"{feature}: what the last block gives out was not seen")
@@ -96,19 +94,16 @@ def _whole_alike(watch: Watch) -> None:
     feature = "tensor-parallel: parameters that are not cut"
     params = dict(watch.model.named_parameters())
     cut = cut_names(watch)
-    named = any(hasattr(p, "tensor_model_parallel") for p in params.values()) or any(
-        map(placed, params.values())
-    )
+    named = any(hasattr(p, "tensor_model_parallel") or placed(p) for p in params.values())
     own = {n: norms([p])[0] for n, p in params.items() if n not in cut and p.requires_grad} if named else {}
-    place = watch.layout.coordinate(dist.get_rank())
-    group = tuple(v for name, v in place.items() if name != "tensor")
+    group = watch.beside("tensor")
     every: list[tuple[Any, dict[str, float]]] = from_all((group, own))
-    if not all(norms for _, norms in every):
+    if not all(of_rank for _, of_rank in every):
         watch.unseen(f"{feature}: which they are is not known")
         return
     apart = [
-        n for other, norms in every if other == group
-        for n, value in norms.items() if not math.isclose(value, own.get(n, value), rel_tol=_WHOLE_RATIO)
+        n for other, of_rank in every if other == group
+        for n, value in of_rank.items() if not math.isclose(value, own.get(n, value), rel_tol=_WHOLE_RATIO)
     ]  # fmt: skip
     if apart and any(_drops(m) for m in watch.model.modules()):
         watch.unseen(f"{feature}: dropout may differ")
