@@ -33,13 +33,12 @@ from recompute_page import EVERY, KNOB, MIB, NEAR_RATIO, OURS, PER_TURN, PLAIN, 
 from torch import nn
 
 from memfit.cost.memory import memory_profile
-from memfit.cost.time import time_model
+from memfit.cost.time import signatures_by_weight, time_model
 from memfit.jobs.registry import load
 from memfit.jobs.step import TrainingStep
 from memfit.measure import here
 from memfit.measure.allocator import CountingAllocator
 from memfit.measure.probe import calibrate
-from memfit.pricing import signatures_by_weight
 from memfit.recomputation import chosen
 from memfit.store.environment import fingerprint
 from memfit.techniques.blocks import find_blocks

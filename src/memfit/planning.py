@@ -13,7 +13,7 @@ from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.jobs.registry import load
 from memfit.measure import here
-from memfit.pricing import Pricer, signatures_by_weight
+from memfit.pricing import Pricer
 from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
 from memfit.search.choose import Objective, Prices, best, decide, frontier, score
@@ -348,6 +348,7 @@ def calibrate(
     """Probe the operators that matter in a child process, and merge with what is known. The first time of
     all, without ``plans``, those that span the search, and the machine's rates."""
     from memfit.cost.memory import step_ops
+    from memfit.cost.time import signatures_by_weight
 
     first = plans is None
     chosen = _representatives(pricer) if plans is None else plans

@@ -9,6 +9,7 @@ The best sketches are always traced whole before anything is recommended.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,7 @@ from memfit.techniques.base import Space
 from memfit.techniques.registry import plain, technique
 from memfit.techniques.scalars import refuse_scalars
 from memfit.techniques.world import layout
-from memfit.trace.compose import deep_traces, repeated
+from memfit.trace.compose import deep_traces, repeated, traces_of
 from memfit.trace.few_blocks import with_blocks
 from memfit.trace.parallel import side_by_side
 from memfit.trace.tracer import fake_model, stepping, trace
@@ -137,6 +138,18 @@ class Pricer:
             return [dataclasses.replace(t, assumptions=(*t.assumptions, told)) for t in made]
         with stepping(step_maker(self.engine, None)):
             return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
+
+    def ahead(self, plans: Sequence[Plan]) -> None:
+        """Traces every kind of rank of all these plans side by side, for who asks next. Where one cannot be
+        traced none is: who asks for that one is told."""
+        if self.engine != "native":
+            return
+        with contextlib.suppress(Exception), uncollected():
+            settled = [self.settled(plan) for plan in plans]
+            ranks = [(plan, rank) for plan in settled for rank in layout(plan).distinct_ranks()]
+            wanted = [one for one in ranks if one not in self.traces]
+            made = traces_of(self.job, wanted, device=self.device, lines=self.lines)
+            self.traces |= dict(zip(wanted, made, strict=True))
 
     # -- exact ----------------------------------------------------------------------------------------
 
@@ -385,12 +398,3 @@ def _optimizer_only(plan: Plan) -> Plan:
     slots = {"optimizer", "data-parallel"}
     kept = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]
     return Plan(uses=tuple(kept), ranks=plan.ranks)
-
-
-def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
-    """Operator signatures, those with most work in a step first (at nominal rates: 100 GFLOP/s, 10 GB/s)."""
-    weight: dict[str, float] = {}
-    for op, times in ops:
-        nominal_s = max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
-        weight[op.signature] = weight.get(op.signature, 0.0) + nominal_s * times
-    return sorted(weight, key=lambda s: -weight[s])

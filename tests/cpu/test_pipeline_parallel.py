@@ -115,6 +115,8 @@ TWO = (
 FOUR = (
     ("gpt", _plan(4, ddp={})),
     ("tied", _plan(4, fsdp2={"sync": "last", "reshard": False})),
+    ("gpt", _plan(4, "interleaved", 2, fsdp2={"sync": "last", "reshard": False})),
+    ("gpt", _plan(4, "interleaved", 2, fsdp2={"sync": "last"})),
 )
 
 # -- what a rank does ---------------------------------------------------------------------------------

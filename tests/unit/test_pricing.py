@@ -12,8 +12,9 @@ from memfit import planning, pricing
 from memfit.cost.correction import merged
 from memfit.cost.estimate import around
 from memfit.cost.memory import step_ops
+from memfit.cost.time import signatures_by_weight
 from memfit.planning import Request, finalists, fits_under, needed_bytes, space_of
-from memfit.pricing import Pricer, signatures_by_weight
+from memfit.pricing import Pricer
 from memfit.search.choose import Objective
 from memfit.search.space import usable
 from memfit.types.errors import NothingFits, RunError, UserError

@@ -138,25 +138,25 @@ def test_sketches_are_near_what_whole_traces_say() -> None:
     model_job = job(32)
     pricer = Pricer(job=model_job, machine=H100, space=space_of(model_job, "cuda", 8))
     rng = random.Random(4)
-    kinds: dict[tuple[int, int, int], int] = {}
+    kinds: dict[tuple[int, int, int, str], int] = {}
     errors = []
     rng.shuffle(todo)
     for grid, compute, states in todo:
         at = grid.layout
-        kind = (at.tensor, at.context, at.stages)
-        if kinds.get(kind, 0) >= 1 or at.schedule not in ("", "1f1b") or at.stages > 2:
+        kind = (at.tensor, at.context, at.stages, at.schedule)
+        if kinds.get(kind, 0) >= 1 or at.schedule not in ("", "1f1b", "interleaved") or at.stages > 2:
             continue
         part = dataclasses.replace(grid, states=states, away=((),))
         priced = found.price(part, compute)
         assert priced is not None
         sketch = Sketch(part, *_picked(part, priced, rng.randrange(priced.step_s.size)))
-        if sketch.plan.get("chunked-cross-entropy"):  # whose loss is outside of the model here
-            continue
+        if sketch.plan.get("chunked-cross-entropy") or sketch.plan.get("compile"):
+            continue  # the loss is outside of the model here; graphs with collectives cannot be cut
         kinds[kind] = kinds.get(kind, 0) + 1
         whole = pricer.whole(sketch.plan).allocated_bytes.value
         errors.append((abs(sketch.allocated_bytes / whole - 1), sketch.plan.label))
     errors.sort()
-    assert len(errors) >= 7
+    assert len(errors) >= 8
     assert errors[len(errors) // 2][0] < 0.08, errors
     assert errors[-1][0] < 0.40, errors[-3:]
 

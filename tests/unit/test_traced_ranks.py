@@ -21,7 +21,7 @@ from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.trace import Category
+from memfit.types.trace import Category, Phase
 
 
 def on_two(**uses: dict[str, Any]) -> Plan:
@@ -51,6 +51,18 @@ def test_the_optimizer_alone_makes_a_first_step_of_an_interleaved_pipeline(
         "aten.zeros.default",
     }  # of a first pass
     assert len(primed.ops) < 0.8 * len(whole.ops)
+
+
+@pytest.mark.parametrize(("sync", "times"), [("last", 1), ("every", 4)])
+def test_a_stage_gathers_and_reduces_once_where_gradients_wait(sync: str, times: int) -> None:
+    """Each block of each of a rank's stages, of four micro-batches, as torch's schedules do with FSDP2."""
+    pipeline = {"schedule": "interleaved", "virtual": 2, "micro_batches": 4}
+    uses = (make_use("pipeline", pipeline), make_use("fsdp2", {"reshard": False, "sync": sync}))
+    traced = trace(words(blocks=8), Plan(ranks=4, uses=uses), device="cuda")
+    made = collections.Counter(o.op for o in traced.ops if o.step == 1 and o.phase is not Phase.OPTIMIZER)
+    groups = 4 + 1  # blocks, and what is beside them
+    assert made["c10d._reduce_scatter_base_.default"] == groups * times
+    assert groups * times <= made["c10d._allgather_base_.default"] <= groups * (2 * times - 1)
 
 
 def test_what_a_collective_sends_stays_until_its_result_is_used() -> None:

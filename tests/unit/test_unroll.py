@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memfit.cost.memory import memory_profile, step_ops
+from memfit.techniques.world import layout
 from memfit.trace.compose import deep_trace, deep_traces
 from memfit.trace.few_blocks import with_blocks
 from memfit.trace.tracer import trace
@@ -68,6 +69,8 @@ def fsdp2(*uses: Use, **knobs: object) -> Plan:
     return Plan(ranks=2, uses=(*uses, use("fsdp2", **{**settings, **knobs})))  # type: ignore[arg-type]
 
 
+GATHERED, GATHERED_ONCE = (fsdp2(reshard=False, precision="as-is", sync=s).uses[0] for s in ("every", "last"))
+HALVED = use("bf16-parameters", rounding="master")
 PLANS = [
     Plan(),
     Plan(uses=(use("activation-checkpointing", every=1),)),
@@ -152,17 +155,30 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
         ("gpipe", 6, ()),  # 2 or 1 on a stage: all are traced, for few micro-batches
         ("1f1b", 18, RECOMPUTED),
         ("1f1b", 4, ()),
+        ("1f1b", 34, (GATHERED_ONCE, HALVED)),
+        ("1f1b", 18, (GATHERED, HALVED)),
+        ("gpipe", 18, (GATHERED_ONCE, HALVED)),
+        ("interleaved", 16, ()),  # a block in each chunk
+        ("interleaved", 34, (GATHERED, HALVED)),  # some have three, some two
+        ("interleaved", 31, (GATHERED_ONCE, HALVED, *RECOMPUTED)),  # the last has one
+        ("interleaved", 32, (fsdp2().uses[0], KEPT)),
     ],
 )
 def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(
     schedule: str, depth: int, used: tuple[Use, ...]
 ) -> None:
-    settings: dict[str, KnobValue] = {"stages": 4, "micro_batches": 12, "schedule": schedule, "virtual": 1}
-    plan = Plan(ranks=4, uses=(*used, use("pipeline", **settings)))
+    stages, micros, virtual = (8, 8, 2) if schedule == "interleaved" else (4, 12, 1)
+    settings: dict[str, KnobValue] = {
+        "stages": stages, "micro_batches": micros, "schedule": schedule, "virtual": virtual,
+    }  # fmt: skip
+    copies = 1 + any(u.technique == "fsdp2" for u in used)
+    plan = Plan(ranks=stages * copies, uses=(*used, use("pipeline", **settings)))
+    rows = micros * copies
     many = dataclasses.replace(
-        job(depth=depth), batch_size=12, make_batch=lambda step, seed: torch.zeros(12, 8, dtype=torch.long)
-    )
-    ranks = (0, 1, 3)
+        job(depth=depth), batch_size=rows,
+        make_batch=lambda step, seed: torch.zeros(rows, 4, dtype=torch.int32),  # 512 bytes, however few
+    )  # fmt: skip
+    ranks = layout(plan).distinct_ranks()
     for rank, deep in zip(ranks, deep_traces(many, plan, ranks, device="cuda"), strict=True):
         whole = trace(many, plan, rank=rank, device="cuda")
         assert len(deep.ops) < len(whole.ops), "it fell back to tracing the whole pipeline"

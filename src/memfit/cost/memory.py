@@ -148,7 +148,7 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     micro, rest = [s for s in last if s.phase is not Phase.OPTIMIZER], last[-1:]
     stretches = []
-    for span in (*micro, *_last_micro_step(trace) * trace.repeated_micro_steps, *rest):
+    for span in (*micro, *_repeated(trace) * trace.repeated_micro_steps, *rest):
         first, end = numpy.searchsorted(clock, (span.start, span.end))
         stretches.append([int(v) for v in live[max(0, first - 1) : end]])
     return thin_phases(stretches, points)
@@ -158,12 +158,15 @@ def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     """(operator, how often) of one whole step: the last traced one, with the micro-steps that were not
     played counted on the last one that was."""
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
-    micro, again = _last_micro_step(trace), trace.repeated_micro_steps
+    micro, again = _repeated(trace), trace.repeated_micro_steps
     return tuple((op, 1 + again if any(s.start <= op.clock < s.end for s in micro) else 1) for op in ops)
 
 
-def _last_micro_step(trace: Trace) -> tuple[PhaseSpan, ...]:
-    """Its forward and its backward; between them those of others may lie, in a pipeline."""
+def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
+    """The forwards and backwards that stand for those not played: the last micro-step's where none are named;
+    between them those of others may lie, in a pipeline."""
+    if trace.repeated_spans:
+        return trace.repeated_spans
     last = [s for s in trace.spans if s.step == trace.steps - 1]
     phases = [[s for s in last if s.phase is phase][-1:] for phase in (Phase.FORWARD, Phase.BACKWARD)]
     return (*phases[0], *phases[1])

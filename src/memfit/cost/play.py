@@ -114,20 +114,19 @@ class Player:
 
     def step(self, trace: Trace) -> Played:
         """A whole step: the last one traced, with the micro-steps that were not played on the line."""
-        before, micro, after = split(trace)
         again = trace.repeated_micro_steps
+        if trace.repeated_spans:  # of a pipeline, whose phases follow each other in its own order
+            whole, spans = self.play(_played(trace)), trace.repeated_spans
+            more = [self.play(o for o in _played(trace) if s.start <= o.clock < s.end) for s in spans]
+            return _added(whole, more, again)
+        before, micro, after = split(trace)
         if again <= _PLAYED_AGAIN:
             return self.play([*before, *micro * (again + 1), *after])
         one, two = (
             self.play([*before, *micro * (n + 1), *after]) for n in (_PLAYED_AGAIN - 1, _PLAYED_AGAIN)
         )
         times = again - _PLAYED_AGAIN
-        return Played(
-            step_s=two.step_s + times * (two.step_s - one.step_s),
-            busy_s={k: v + times * (v - one.busy_s.get(k, 0.0)) for k, v in two.busy_s.items()},
-            exposed_s=two.exposed_s + times * (two.exposed_s - one.exposed_s),
-            idle_s=two.idle_s + times * (two.idle_s - one.idle_s),
-        )
+        return _added(_added(two, [two], times), [one], -times)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
         """Resource -> seconds by which the step is shorter when it takes a tenth less for its work; the
@@ -138,6 +137,16 @@ class Player:
             faster = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
             saved[resource] = base.step_s - faster.step(trace).step_s
         return dict(sorted(saved.items(), key=lambda kv: -kv[1]))
+
+
+def _added(one: Played, more: Sequence[Played], times: int) -> Played:
+    """With each of ``more`` so many times."""
+    busy_s = {k: v + times * sum(m.busy_s.get(k, 0.0) for m in more) for k, v in one.busy_s.items()}
+    return Played(
+        step_s=one.step_s + times * sum(m.step_s for m in more), busy_s=busy_s,
+        exposed_s=one.exposed_s + times * sum(m.exposed_s for m in more),
+        idle_s=one.idle_s + times * sum(m.idle_s for m in more),
+    )  # fmt: skip
 
 
 class _Stage:
@@ -223,10 +232,14 @@ class _Stage:
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
     """Of the last step: what comes before its last micro-step, that micro-step, what comes after it."""
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
-    ops = [o for o in trace.ops if o.step == trace.steps - 1 and o.phase is not Phase.SETUP]
+    ops = _played(trace)
     first, end = _window(last)
     before = [o for o in ops if o.clock < first]
     return before, [o for o in ops if first <= o.clock < end], [o for o in ops if o.clock >= end]
+
+
+def _played(trace: Trace) -> list[OpCall]:
+    return [o for o in trace.ops if o.step == trace.steps - 1 and o.phase is not Phase.SETUP]
 
 
 def _window(last: Sequence[PhaseSpan]) -> tuple[int, int]:

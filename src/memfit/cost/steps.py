@@ -44,7 +44,7 @@ def _with_offload(found: Played, trace: Trace, machine: Machine, model: TimeMode
 def _whole(trace: Trace, played: int) -> float:
     """Of all micro-batches of a step."""
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
-    return played * (forwards + trace.repeated_micro_steps) / max(1, forwards)
+    return played * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
 
 
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
@@ -85,23 +85,20 @@ def micro_steps(trace: Trace) -> int:
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
     worked = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
     seen = sum(any(s.start <= clock < s.end for clock in worked) for s in forwards)
-    return seen + trace.repeated_micro_steps
+    return seen + trace.unplayed(Phase.FORWARD)
 
 
 def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, float]:
     """Seconds of a micro-batch's forward and backward on this rank, and of a step's rest."""
     ops = [o for o in trace.ops if o.step == trace.steps - 1]
-    seconds: dict[Phase, list[float]] = {Phase.FORWARD: [], Phase.BACKWARD: [], Phase.OPTIMIZER: [0.0]}
+    seconds: dict[Phase, float] = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0, Phase.OPTIMIZER: 0.0}
     for span in trace.spans:
         inside = [o for o in ops if span.start <= o.clock < span.end]
         if inside and span.step == trace.steps - 1 and span.phase is not Phase.SETUP:
-            seconds[span.phase].append(player.play(inside).step_s)
-    again = trace.repeated_micro_steps
-    forward, backward = (
-        (sum(found) + again * (found[-1] if found else 0.0)) / micros
-        for found in (seconds[Phase.FORWARD], seconds[Phase.BACKWARD])
-    )
-    return forward, backward, sum(seconds[Phase.OPTIMIZER])
+            times = 1 + trace.repeated_micro_steps * (span in trace.repeated_spans)
+            seconds[span.phase] += times * player.play(inside).step_s
+    forward, backward = (seconds[p] / micros for p in (Phase.FORWARD, Phase.BACKWARD))
+    return forward, backward, seconds[Phase.OPTIMIZER]
 
 
 def _send_s(trace: Trace, plan: Plan, machine: Machine) -> float:

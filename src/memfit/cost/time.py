@@ -119,3 +119,12 @@ def _curves(model: TimeModel, seen: Iterable[OpCall]) -> dict[tuple[str, str], l
         if measured and ideal_s > 0:
             points[op.op, op.dtype][math.log(ideal_s)] = ideal_s / measured
     return {key: sorted(curve.items()) for key, curve in points.items()}
+
+
+def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
+    """Operator signatures, those with most work in a step first (at nominal rates: 100 GFLOP/s, 10 GB/s)."""
+    weight: dict[str, float] = {}
+    for op, times in ops:
+        nominal_s = max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
+        weight[op.signature] = weight.get(op.signature, 0.0) + nominal_s * times
+    return sorted(weight, key=lambda s: -weight[s])

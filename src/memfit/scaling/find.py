@@ -13,8 +13,9 @@ import numpy
 from memfit.cost.collectives import collective_s
 from memfit.cost.play import ASSUMED_HOST_BYTES_S, Player
 from memfit.cost.time import ASSUMED_ISSUE_S, ASSUMED_LINK_BYTES_S, TimeModel
+from memfit.scaling.axes import Communicate, Given, Priced, Rates
 from memfit.scaling.compose import Composer, Cut
-from memfit.scaling.price import Communicate, Given, Priced, Rates, price
+from memfit.scaling.price import price
 from memfit.scaling.states import State, compute_of, state_of
 from memfit.scaling.traced import Key, Traced
 from memfit.search.choose import TIE_RATIO

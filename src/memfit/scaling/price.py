@@ -8,112 +8,25 @@ communication hides behind which computation. Finalists are traced whole, so thi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
 
 import numpy
 
+from memfit.scaling.axes import GATHERED, Array, Axes, Elements, Given, Priced, Rates, deepest
 from memfit.scaling.states import State
 from memfit.search.layouts import Grid, Layout
-from memfit.types.parts import Parts
 
-Array = Any  # of float64; what broadcasting makes of arrays has no narrower type
-Communicate = Callable[[str, Any, int, int], Any]
-"""(kind, bytes, ranks, ranks of them in one host) -> seconds"""
-
-GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes of a parameter that forward reads
-_MICRO_SIZES: Final = (1, 2)  # that are traced; others lie on the line through them
 # For each tensor: its gradient there and its new value back; FSDP2 also updates tensor by tensor.
-_CALLS_AWAY: Final = {"zero": 2, "fsdp2": 4}
-_OFFLOADED_KEEPS: Final = 0.02  # of what is kept: tensors too small to be worth moving
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Priced:
-    """Arrays of the grid's shape."""
-
-    step_s: Array
-    allocated_bytes: Array
-    host_bytes: Array
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """Of the machine: seconds of communication, and bytes a second between one device and its host's
-    memory, of one rank's optimizer in host memory, and of a point-to-point send."""
-
-    communicate: Communicate
-    per_host: int
-    host_bytes_s: float
-    host_update_bytes_s: float
-    host_call_s: float  # to start a copy or an operator of a host's optimizer
-    copied_bytes_s: float  # read and written by a device's own plain copies
-    workspace_bytes: float  # of BLAS, inside the allocator
-    beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """What a grid of one compute precision is priced from. ``inside[i]`` has the parts of each traced
-    micro-batch size for the i-th value of the axis inside, ``ends[i]`` those for the loss."""
-
-    blocks: int
-    tensors: int  # that are trained, of the whole model
-    hidden_bytes: float  # of what one block hands to the next, for one sample
-    inside: Sequence[Sequence[Parts]]
-    ends: Sequence[Sequence[Parts]]
-    states: Sequence[State]
-
-
-def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
-    """By micro-batch size, on the line through the traced ones; never below the smallest."""
-    one = float(getattr(getattr(parts[0], which), field))
-    if len(parts) == 1:
-        return one * sizes
-    two = float(getattr(getattr(parts[1], which), field))
-    slope = (two - one) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
-    value: Array = numpy.maximum(one + slope * (sizes - _MICRO_SIZES[0]), 0.0)
-    return value
-
-
-class _Axes:
-    """Values along one axis of (micro, inside, ends, away, states)."""
-
-    def __init__(self, given: Given, grid: Grid) -> None:
-        self.sizes = numpy.array([float(b) for b, _ in grid.micro])
-        self.counts = numpy.array([float(m) for _, m in grid.micro]).reshape(-1, 1, 1, 1, 1)
-        self.given = given
-
-    def inside(self, field: str) -> Array:
-        rows = [_line(parts, "block", field, self.sizes) for parts in self.given.inside]
-        return numpy.array(rows).T.reshape(len(self.sizes), -1, 1, 1, 1)
-
-    def ends(self, which: str, field: str) -> Array:
-        rows = [_line(parts, which, field, self.sizes) for parts in self.given.ends]
-        return numpy.array(rows).T.reshape(len(self.sizes), 1, -1, 1, 1)
-
-    def states(self, value: Callable[[State], float]) -> Array:
-        return numpy.array([float(value(s)) for s in self.given.states]).reshape(1, 1, 1, 1, -1)
-
-    def hidden(self) -> Array:
-        return (self.given.hidden_bytes * self.sizes).reshape(-1, 1, 1, 1, 1)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Elements:
-    """Trainable numbers on one rank: of a block, of what lies before and after the blocks."""
-
-    block: float
-    before: float
-    after: float
+_CALLS_AWAY = {"zero": 2, "fsdp2": 4}
+_OFFLOADED_KEEPS = 0.02  # of what is kept: tensors too small to be worth moving
 
 
 def price(grid: Grid, given: Given, rates: Rates) -> Priced:
-    layout, axes = grid.layout, _Axes(given, grid)
+    layout, axes = grid.layout, Axes(given, grid)
     size = GATHERED[given.states[0].compute]
     parts = given.inside[0][0]
     ends = given.ends[0][0]
-    elements = _Elements(
+    elements = Elements(
         block=parts.block.parameter_bytes / size, before=ends.before.parameter_bytes / size,
         after=ends.after.parameter_bytes / size,
     )  # fmt: skip
@@ -128,51 +41,71 @@ def price(grid: Grid, given: Given, rates: Rates) -> Priced:
     )  # fmt: skip
 
 
-def _deepest(blocks: int, layout: Layout) -> int:
-    """Blocks of the rank that has most."""
-    return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual
-
-
 # -- seconds ------------------------------------------------------------------------------------------
 
 
-def _seconds(layout: Layout, axes: _Axes, elements: _Elements, rates: Rates, away: Array) -> Array:
-    given, counts = axes.given, axes.counts
-    depth = _deepest(given.blocks, layout)
+def _seconds(layout: Layout, axes: Axes, elements: Elements, rates: Rates, away: Array) -> Array:
+    given, counts, staged = axes.given, axes.counts, layout.stages > 1
+    depth = deepest(given.blocks, layout)
     ahead, back = _travel(layout, axes, elements.block, rates)
     moved = 2 * axes.inside("kept_bytes") * away / rates.host_bytes_s
     every = numpy.maximum(axes.states(lambda s: s.every or s.kind == "zero"), counts == 1)
-    reshard = axes.states(lambda s: s.reshard)
+    stays = axes.states(lambda s: s.stays)
+    opened = _Opened.of(axes, staged=staged)
     opening = axes.states(lambda s: _opening_bytes(s) * elements.block / rates.copied_bytes_s)
-    forward = axes.inside("forward_s") + moved / 2 + opening * reshard
-    backward = axes.inside("backward_s") + moved / 2 + opening * reshard
-    # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes.
+    forward = axes.inside("forward_s") + moved / 2 + opening * opened.ahead
+    backward = axes.inside("backward_s") + moved / 2 + opening * opened.back
+    # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes. A stage's
+    # backward begins with one more gather, of a block that ran forward before it.
+    gathered = ahead * opened.back * (1 + staged * layout.virtual / depth)
     repeated = depth * (
-        _beside(forward, ahead * reshard, rates) + _beside(backward, ahead * reshard + back * every, rates)
+        _beside(forward, ahead * opened.ahead, rates) + _beside(backward, gathered + back * every, rates)
     )
-    once = depth * (
-        (1 - reshard) * numpy.maximum(ahead - forward, 0.0)
-        + (1 - every) * numpy.maximum(back - numpy.maximum(backward - ahead * reshard, 0.0), 0.0)
+    # Each time that the model or a stage begins, nothing is there yet to hide the first block's gather, and
+    # when it ends nothing any more to hide the last reduction.
+    times = layout.virtual
+    bare = times * (ahead * (opened.ahead + opened.back * staged) + back * every)
+    once = stays * (times * ahead + depth * (numpy.maximum(ahead - forward, 0.0) + opening)) + (1 - every) * (
+        times * back + depth * numpy.maximum(back - numpy.maximum(backward - ahead * opened.back, 0.0), 0.0)
     )
     first = axes.ends("before", "forward_s") + axes.ends("before", "backward_s")
     last = axes.ends("after", "forward_s") + axes.ends("after", "backward_s")
-    # Nothing is there yet to hide the first block's gather, and nothing any more to hide the last reduction.
-    first = first + ahead * reshard + back * every
-    root_ahead, root_back = _travel(layout, axes, elements.before + elements.after, rates)
-    stages = layout.stages
-    if stages == 1:
-        step = counts * (repeated + first + last + (root_ahead * reshard + root_back * every))
-        step = step + once + (1 - reshard) * root_ahead + (1 - every) * root_back
+
+    def root(size: float) -> tuple[Array, Array]:
+        there, home = _travel(layout, axes, size, rates)
+        return there * (opened.ahead + opened.back) + home * every, there * stays + home * (1 - every)
+
+    own = depth * elements.block + elements.before + elements.after
+    if not staged:
+        micro, step = root(elements.before + elements.after)
+        step = step + once + counts * (repeated + bare + first + last + micro)
     else:
         send = rates.communicate("send", axes.hidden(), 2, _spread(layout, rates))
-        busiest = repeated + numpy.maximum(first + root_back * every, last + root_back * every)
+        ends = [(first, *root(elements.before)), (last, *root(elements.after))]
+        busiest = repeated + bare + _highest([work + micro for work, micro, _ in ends])
         line = _Line(
-            busiest=busiest, through=stages * repeated + first + last, ahead=depth * forward, send=send
-        )
-        step = _pipelined(layout, counts, line) + once + root_ahead + root_back * (1 - every)
-    own = depth * elements.block + elements.before + elements.after
-    step = step + (1 - reshard) * depth * opening + _handed_on(axes, own, every, rates)
+            busiest=busiest, through=layout.stages * (repeated + bare) + first + last, ahead=depth * forward,
+            send=send,
+        )  # fmt: skip
+        step = _pipelined(layout, counts, line) + once + _highest([step for *_, step in ends])
+    step = step + _handed_on(axes, own, every, rates)
     return step + _update(axes, elements, depth, layout, rates)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """Times that parameters are gathered for a micro-batch, by state: before its forward and its backward."""
+
+    ahead: Array
+    back: Array
+
+    @staticmethod
+    def of(axes: Axes, *, staged: bool) -> _Opened:
+        """What stays after forward is freed after backward all the same, and gathered again for the next: in
+        a pipeline, whose forwards run ahead, mostly by the next backward."""
+        reshard, stays = axes.states(lambda s: s.reshard), axes.states(lambda s: s.stays)
+        kept = (1 - reshard) * (1 - stays)
+        return _Opened(ahead=reshard + kept * (not staged), back=reshard + kept * staged)
 
 
 def _opening_bytes(state: State) -> float:
@@ -183,7 +116,7 @@ def _opening_bytes(state: State) -> float:
     return (state.stored + state.gathered) / state.parameter_shards + 2 * state.gathered
 
 
-def _handed_on(axes: _Axes, own: float, every: Array, rates: Rates) -> Array:
+def _handed_on(axes: Axes, own: float, every: Array, rates: Rates) -> Array:
     """Seconds of a step to copy gradients into what is reduced, and to add those of several micro-batches:
     to shards where each is reduced, to whole gradients where only the last is."""
     counts, states = axes.counts, axes.states
@@ -233,7 +166,7 @@ def _pipelined(layout: Layout, counts: Array, line: _Line) -> Array:
     return counts * line.busiest + waiting + 2 * hops * line.send
 
 
-def _travel(layout: Layout, axes: _Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
+def _travel(layout: Layout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
     """Seconds to gather so many parameters, and to reduce their gradients, by state."""
     close = max(1, rates.per_host // layout.tensor)
     ahead, back = [], []
@@ -255,7 +188,7 @@ def _travel(layout: Layout, axes: _Axes, elements: float, rates: Rates) -> tuple
     return numpy.array(ahead).reshape(shape), numpy.array(back).reshape(shape)
 
 
-def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates: Rates) -> Array:
+def _update(axes: Axes, elements: Elements, depth: int, layout: Layout, rates: Rates) -> Array:
     own = depth * elements.block + max(elements.before, elements.after)
     if layout.stages == 1:
         own = depth * elements.block + elements.before + elements.after
@@ -280,9 +213,9 @@ def _update(axes: _Axes, elements: _Elements, depth: int, layout: Layout, rates:
 # -- bytes --------------------------------------------------------------------------------------------
 
 
-def _bytes(layout: Layout, axes: _Axes, elements: _Elements, away: Array) -> tuple[Array, Array]:
+def _bytes(layout: Layout, axes: Axes, elements: Elements, away: Array) -> tuple[Array, Array]:
     """(peak of the first or the last stage, the higher; host bytes of a rank)."""
-    depth = _deepest(axes.given.blocks, layout)
+    depth = deepest(axes.given.blocks, layout)
     if layout.stages == 1:
         found = [_stage(layout, axes, elements, depth, away, first=True, last=True)]
     else:
@@ -317,7 +250,7 @@ def _waiting(layout: Layout, counts: Array, *, first: bool) -> Array:
 
 
 def _stage(
-    layout: Layout, axes: _Axes, elements: _Elements, depth: int, away: Array, *, first: bool, last: bool
+    layout: Layout, axes: Axes, elements: Elements, depth: int, away: Array, *, first: bool, last: bool
 ) -> tuple[Array, Array]:
     counts, states = axes.counts, axes.states
     own = depth * elements.block + elements.before * first + elements.after * last
@@ -327,7 +260,8 @@ def _stage(
     kept = depth * kept_block + axes.hidden() * (not first)
     kept = kept + axes.ends("before", "kept_bytes") * first
     waiting = _waiting(layout, counts, first=first) if layout.stages > 1 else numpy.ones_like(counts)
-    held = (waiting - 1) * (kept + axes.ends("after", "kept_bytes") * last) * stays
+    losses = (waiting - 1) * (layout.schedule == "gpipe")  # other schedules go back at once from the loss
+    held = ((waiting - 1) * kept + losses * axes.ends("after", "kept_bytes") * last) * stays
 
     on_device = states(lambda s: s.offload != "all")
     state_here = states(lambda s: not s.offload)
@@ -336,7 +270,9 @@ def _stage(
     gradient = own * states(lambda s: s.gradient / s.gradient_shards) * on_device
     bucket = own * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
     again = counts > 1
-    whole = again * own * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
+    # Of one round of interleaved micro-batches each chunk has all in a row, and reduces.
+    unreduced = own / numpy.where(counts <= layout.stages, layout.virtual, 1)
+    whole = again * unreduced * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
     resident = (
         parameters + state + bucket + gradient * numpy.maximum(states(lambda s: s.kind == "ddp"), again)
     )
@@ -367,7 +303,7 @@ def _stage(
     return peak, host
 
 
-def _opened(axes: _Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
+def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
     """Whole parameters and travelling gradients of a rank that holds shards, in forward and in backward:
     the group at work, the one gathered ahead and its flat buffer; the gradient's copy in what is reduced
     (torch.distributed.fsdp, overlapping copies)."""

@@ -6,11 +6,8 @@ Nothing depends on how long anything took, so the answer is the same every time.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from memfit.cost.estimate import around, modelled_boundary, scaled
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
@@ -20,26 +17,22 @@ from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
+from memfit.scaling.race import Race, kind
+from memfit.scaling.reasons import cannot, nothing, rivals, sensitivity
 from memfit.scaling.traced import Traced
-from memfit.search.choose import Objective, best, frontier, keeps, score
-from memfit.search.layouts import CUTTING, Limits
-from memfit.search.space import complexity
-from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, technique
+from memfit.search.choose import Objective, best, frontier, keeps
+from memfit.search.layouts import Limits
+from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain
 from memfit.techniques.world import layout
 from memfit.trace.ranks import priming
 from memfit.types.collector import uncollected
-from memfit.types.errors import NothingFits, UserError
+from memfit.types.errors import UserError
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
-from memfit.types.result import Choice, Estimate, Reason, SearchResult, Sensitivity
+from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
-FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48  # more of small models, whose traces are quick
-_TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to a quarter off, most of them less than this
-_TOO_LARGE = 0.5  # and of memory: short pipelines, where what is gathered at the ends is half of all
 _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
-_GAIN = 0.03  # a change of the score that is worth telling
 
-Fits = Callable[[Estimate], bool]
 Tell = Callable[[str, int, int, str], None]
 
 
@@ -132,7 +125,7 @@ class Scale:
         traced, in the middle."""
         if e.traced or not self.pairs:
             return e
-        alike = [p for p in self.pairs if _kind(p[0].plan) == _kind(e.plan)] or self.pairs
+        alike = [p for p in self.pairs if kind(p[0].plan) == kind(e.plan)] or self.pairs
         step = statistics.median(w.step_s.value / s.step_s.value for s, w in alike if s.step_s and w.step_s)
         memory = statistics.median(w.allocated_bytes.value / s.allocated_bytes.value for s, w in alike)
         return dataclasses.replace(
@@ -173,6 +166,10 @@ class Scale:
             self.refused[sketch.plan] = f"{brief(sketch.plan)}: {reason}"
             return None
 
+    def ahead(self, plans: Sequence[Plan]) -> None:
+        with priming():
+            self.pricer.ahead(plans)
+
     def whole(self, sketched_as: Estimate) -> Estimate:
         """Traced. Seconds, where the trace gives none, are the sketch's."""
         with priming():
@@ -210,17 +207,17 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
-    finalists = _finalists(scale, estimates, goal, fits)
+    unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
+    finalists = Race(scale, fits).run(estimates, unshared)
     tried = {e.plan for e in finalists}
     known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
-    unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
     basis = next((e for e in known if e.plan == unshared), None)
     if basis is None or (not basis.traced and fits(basis)):
         basis = scale.billed(scale.pricer.whole(unshared))
     known = [e for e in known if e.plan != basis.plan]
     winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
     if winner is None:
-        raise _nothing(scale, [*finalists, basis], ranks)
+        raise nothing(scale, [*finalists, basis], ranks)
     choices = [e for e in frontier([*known, basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
@@ -229,172 +226,12 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         held = not e.traced or fits(e)  # sketches that do not are in no choice
         return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
-    recommended = choice(winner, (*_rivals(scale, winner, [*known, basis], fits), *_cannot(scale)))
+    recommended = choice(winner, (*rivals(scale, winner, [*known, basis], fits), *cannot(scale)))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
         goal=goal.value, cap_bytes=aim.cap_bytes, considered=considered,
         baseline=choice(basis), frontier=tuple(recommended if e is winner else choice(e) for e in ordered),
         recommended=recommended, smallest=choice(smallest),
-        sensitivity=tuple(_sensitivity(scale, winner, known, ranks)),
+        sensitivity=tuple(sensitivity(scale, winner, known, ranks)),
     )  # fmt: skip
-
-
-def _finalists(scale: Scale, estimates: Sequence[Estimate], goal: Objective, fits: Fits) -> list[Estimate]:
-    """The best sketches traced whole, until none of the rest could be better or enough were traced. The rest
-    are taken to be as far from their sketch as the last traced of their kind, or as much quicker as a sketch
-    may be too slow; and to need as much more memory as the heaviest that did not fit."""
-    waiting = _tied_first([e for e in estimates if fits(e)], goal)
-    traced: list[Estimate] = []
-    known: dict[object, float] = {}  # by kind: what whole traces are of their sketches
-    too_high = _TOO_LARGE if goal is Objective.SMALLEST else _TOO_SLOW
-    heaviest, most = 1.0, max(FINALISTS, min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks))
-
-    def hoped(e: Estimate) -> float:
-        return score(e, goal) * known.get(_kind(e.plan), too_high)
-
-    for tries in range(3 * most):
-        waiting = [e for e in waiting if scale.needs(e) * heaviest <= scale.aim.cap_bytes]
-        fitting = [e for e in traced if fits(e)]
-        top = best(fitting, goal)
-        sketch = min(waiting, key=hoped, default=None) if traced else next(iter(waiting), None)
-        if sketch is None or len(fitting) >= most:
-            break
-        if top is not None and score(top, goal) <= hoped(sketch):
-            break
-        waiting.remove(sketch)
-        scale.tell("finalists", tries, most, brief(sketch.plan))
-        whole = scale.traced_or_refused(sketch)
-        if whole is None:
-            waiting = [e for e in waiting if _family(e.plan) != _family(sketch.plan)]
-            continue
-        traced.append(whole)
-        known[_kind(sketch.plan)] = score(whole, goal) / score(sketch, goal)
-        if not scale.fits_memory(whole):
-            heaviest = max(heaviest, scale.needs(whole) / scale.needs(sketch))
-    if not any(map(fits, traced)):
-        smallest = sorted(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
-        found = (scale.traced_or_refused(e) for e in smallest[:FINALISTS])
-        traced += list(itertools.islice(filter(None, found), 1))
-    return traced
-
-
-def _kind(plan: Plan) -> tuple[object, ...]:
-    """What decides how far a sketch is off: the layout, and how data parallelism is set."""
-    cut = tuple((u.technique, tuple(k for k in u.knobs if k[0] != "micro_batches")) for u in plan.uses
-                if u.technique in CUTTING)  # fmt: skip
-    return cut, tuple(u for u in plan.uses if technique(u.technique).slot == "data-parallel")
-
-
-def _family(plan: Plan) -> tuple[object, ...]:
-    """What plans share that fail together: the techniques, and how data parallelism is set."""
-    data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
-    return tuple(u.technique for u in plan.uses), tuple(data)
-
-
-def _tied_first(fitting: list[Estimate], goal: Objective) -> list[Estimate]:
-    """In order, but the mildest and simplest of those that are as good as the best before it."""
-    ordered = sorted(fitting, key=lambda e: (score(e, goal), complexity(e.plan)))
-    preferred = best(ordered, goal)
-    return [preferred, *(e for e in ordered if e is not preferred)] if preferred else []
-
-
-def _rivals(scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Fits) -> Iterator[Reason]:
-    """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
-    goal = scale.aim.goal
-
-    def relative(e: Estimate) -> float:  # like with like
-        return score(scale.expected(e), goal) / score(winner, goal)
-
-    used = {u.technique for u in winner.plan.uses}
-    for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
-        inside = name in used
-        others = [e for e in known if (e.plan.get(name) is None) == inside]
-        rivals = [e for e in others if fits(e)]
-        if not rivals:
-            yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
-            continue
-        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan)))
-        worse, rival = relative(rival) > 1 + _GAIN, scale.expected(rival)
-        ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
-        change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
-        kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
-        yield Reason(
-            kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
-            detail=brief(rival.plan),
-        )  # fmt: skip
-
-
-def _cannot(scale: Scale) -> list[Reason]:
-    """What the model cannot be cut by, and finalists that could not be traced."""
-    found = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
-    return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(found)]
-
-
-def _sensitivity(
-    scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
-) -> Iterator[Sensitivity]:
-    """What more memory, more devices, or a quicker part of the machine would change."""
-    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
-
-    def better(e: Estimate) -> bool:
-        return score(scale.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
-
-    bigger = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
-    if bigger:
-        least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
-        more = scale.needs(least) - cap_bytes
-        yield _told("memory", winner, scale.expected(least), more_bytes=more)
-    if goal is not Objective.FEWEST:
-        try:
-            twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
-        except UserError:
-            twice = None
-        if twice is not None:
-            yield _told("devices", winner, scale.expected(twice), more_devices=2 * ranks - winner.plan.ranks)
-    for resource, saved_s in scale.bottleneck(winner.plan):
-        step_s = winner.step_s.value if winner.step_s else math.inf
-        if saved_s > 0.005 * step_s:
-            yield Sensitivity(kind=resource, time_ratio=1 - saved_s / step_s)
-
-
-def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitivity:
-    def ratio(value: Callable[[Estimate], float | None]) -> float | None:
-        now, then = value(winner), value(other)
-        return then / now if now and then else None
-
-    return Sensitivity(
-        kind=kind, plan=brief(other.plan), **more,
-        time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None), cost_ratio=ratio(lambda e: e.usd),
-        carbon_ratio=ratio(lambda e: e.co2_g),
-    )  # fmt: skip
-
-
-def _nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
-    """With the least changes, each alone, that would make a plan fit."""
-    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
-    least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan)))
-    ways = []
-    fitting = [e for e in known if scale.fits_memory(e)]
-    if fitting:
-        quickest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
-        dearest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
-        if scale.bounds.deadline_s is not None and quickest.step_s:
-            needed = quickest.step_s.value * scale.bounds.steps
-            ways.append(f"a deadline of {needed / 3600:.2f} h, with {brief(quickest.plan)}")
-        if scale.bounds.budget_usd is not None and dearest.usd is not None:
-            ways.append(f"a budget of {dearest.usd * scale.bounds.steps:.2f} USD, with {brief(dearest.plan)}")
-    else:
-        ways.append(f"{(scale.needs(least) - cap_bytes) / 2**30:.1f} GiB more on each device")
-    for times in (2, 4, 8, 16):
-        try:
-            wider = [e for e in scale.estimates(times * ranks) if scale.fits_memory(e)]
-        except UserError:
-            continue
-        if more := [e for e in wider if keeps(scale.bounds, e)]:
-            found = min(more, key=lambda e: (score(e, goal), complexity(e.plan)))
-            ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
-            break
-    return NothingFits(
-        cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways)
-    )

@@ -24,6 +24,7 @@ class State:
     state_shards: int
     replicas: int
     reshard: bool
+    stays: bool  # gathered parameters do, until the last micro-batch's backward
     every: bool  # gradients are reduced in every micro-step
     bucket: float  # copies of gradients that stay beside them (0 or 1)
     bucket_bytes: float  # of a fixed size
@@ -48,17 +49,17 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
     compute = compute_of(uses)
     halved = "bf16-parameters" in named
     stored = 2.0 if halved else 4.0
-    # A pipeline's schedule reduces gradients in its last micro-batch (torch.distributed.pipelining.stage).
-    every = not staged and any(u.settings.get("sync") == "every" for u in uses)
+    every = any(u.settings.get("sync") == "every" for u in uses)
     if "fsdp2" in named:
         knobs = named["fsdp2"]
         copies = int(knobs["replicas"])
         gathered = 2.0 if knobs["precision"] == "bf16" or halved else 4.0
-        shards = ranks // copies
+        shards, reshard = ranks // copies, knobs["reshard"] is True
         return State(
-            compute=compute, stored=stored, gathered=gathered, gradient=stored, reduced=4.0 if not halved
-            else 2.0, parameter_shards=shards, gradient_shards=shards, state_shards=shards, replicas=copies,
-            reshard=knobs["reshard"] is True, every=every, bucket=0.0, bucket_bytes=0.0,
+            compute=compute, stored=stored, gathered=gathered, gradient=stored,
+            reduced=2.0 if halved and knobs["precision"] != "bf16" else 4.0, parameter_shards=shards,
+            gradient_shards=shards, state_shards=shards, replicas=copies, reshard=reshard,
+            stays=staged and not reshard and not every, every=every, bucket=0.0, bucket_bytes=0.0,
             offload="all" if knobs["offload"] else "", kind="fsdp2", updating=updating,
         )  # fmt: skip
     if "zero" in named:
@@ -69,7 +70,7 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
         return State(
             compute=compute, stored=size, gathered=size, gradient=size, reduced=size,
             parameter_shards=ranks if stage == 3 else 1, gradient_shards=ranks if stage >= 2 else 1,
-            state_shards=ranks, replicas=1, reshard=stage == 3, every=True, bucket=0.0,
+            state_shards=ranks, replicas=1, reshard=stage == 3, stays=False, every=True, bucket=0.0,
             bucket_bytes=size * int(knobs["reduce_bucket_elements"]),
             offload={"none": "", "optimizer": "optimizer", "parameters": "all"}[str(knobs["offload"])],
             kind="zero", updating=master,
@@ -78,12 +79,14 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
         knobs = named["ddp"]
         return State(
             compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored,
-            parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False,
-            every=every, bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
+            parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False, stays=False,
+            every=every and not staged,  # a pipeline tells DDP of its last micro-batch only
+            bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
             offload="", kind="ddp", updating=updating,
         )  # fmt: skip
     return State(
         compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored, parameter_shards=1,
-        gradient_shards=1, state_shards=1, replicas=1, reshard=False, every=True, bucket=0.0,
+        gradient_shards=1, state_shards=1, replicas=1, reshard=False, stays=False, every=True,
+        bucket=0.0,
         bucket_bytes=0.0, offload="", kind="", updating=updating,
     )  # fmt: skip

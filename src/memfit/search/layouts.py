@@ -229,15 +229,15 @@ def _data(limits: Limits, layout: Layout) -> list[Uses]:
     data = layout.data * layout.context
     if data == 1:
         return [()]
-    accumulates = limits.batch > layout.data and layout.stages == 1  # a pipeline reduces once in any case
-    syncs = ("every", "last") if accumulates else ("every",)
+    syncs = ("every", "last") if limits.batch > layout.data else ("every",)
     hosts = max(1, limits.per_host // (layout.tensor * layout.context))  # of a shard inside one host
     replicas = sorted({1, layout.data // hosts if layout.data % hosts == 0 else 1} - {0, layout.data})
     if layout.context > 1:
         replicas = [1]
     found: list[Uses] = []
     if layout.data > 1:
-        found += [(_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs]
+        once = layout.stages > 1  # DDP in a pipeline reduces once in any case
+        found += [(_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs[: 2 - once]]
         if layout.virtual > 1:  # DDP waits for every parameter's gradient
             found = []
     for reshard, precision, sync, offload, copies in itertools.product(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import functools
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+_MODULES_OWN = frozenset(
+    {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks",
+     "_backward_hooks", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks",
+     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_compiled_call_impl"}
+)  # fmt: skip
+_DEEPEST = 12
 _HEAD_NAMES = ("lm_head", "head", "decoder", "classifier", "output")
 
 
@@ -63,6 +72,66 @@ def _kind(module: torch.nn.Module) -> type:
     while any(base.__name__ == "FSDPModule" for base in kind.__bases__):
         kind = kind.__bases__[-1]
     return kind
+
+
+def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
+    """For each block the number of an earlier one that does the same: the second of its looks, as the first
+    may be given what no other is. Its own where there is none."""
+    found: list[int] = []
+    seen: dict[object, list[int]] = {}
+    params = [p for b in blocks for p in b.parameters()]
+    apart = len({id(p) for p in params}) == len(params)
+    for index, block in enumerate(blocks):
+        alike = seen.setdefault(_looks(block, index) if apart else index, [])
+        alike.append(index)
+        found.append(alike[1] if len(alike) > 1 else index)
+    return found
+
+
+def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
+    """Equal for blocks whose modules have the same classes, numbers (but for the block's own), hooks and
+    shapes, and otherwise the very same attributes."""
+    told = _Told(index, {id(m): name for name, m in block.named_modules()})
+    modules = (
+        (name, type(m), len(m._forward_hooks), len(m._forward_pre_hooks),
+         *((k, told.of(v)) for k, v in vars(m).items() if k not in _MODULES_OWN))
+        for name, m in block.named_modules()
+    )  # fmt: skip
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    return (*modules, *((name, type(t), tuple(t.shape), t.dtype) for name, t in tensors))
+
+
+class _Told:
+    """What a module has as attributes, told so that two blocks' can be compared."""
+
+    def __init__(self, index: int, modules: Mapping[int, str]) -> None:
+        self._index, self._modules = index, modules
+
+    def of(self, value: Any, depth: int = 0) -> object:
+        if isinstance(value, bool | float | str | type(None)):
+            return value
+        if isinstance(value, int):
+            return "its number" if value == self._index else value
+        parts = _parts(value) if depth < _DEEPEST else None
+        if parts is None:
+            return self._modules.get(id(value), id(value))
+        return (type(value), *(self.of(v, depth + 1) for v in parts))
+
+
+def _parts(value: Any) -> Iterable[Any] | None:
+    """What decides about containers and functions, such as a forward that a technique has wrapped."""
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, types.FunctionType):
+        cells = (c for c in value.__closure__ or () if c != types.CellType())  # those that hold something
+        return value.__code__, value.__defaults__, value.__kwdefaults__, *(c.cell_contents for c in cells)
+    return None
 
 
 def _children_at(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:

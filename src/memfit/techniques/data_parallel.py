@@ -98,9 +98,27 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     def choose(last: bool) -> None:
         root.set_is_last_backward(last)
         if settings["sync"] == "last":
-            root.set_requires_gradient_sync(last)
+            once(last) if bench.pipeline else root.set_requires_gradient_sync(last)
 
+    once = _once_a_step(bench, root, stay=settings["reshard"] is False)
     bench.before_micro_batch.append(choose)
+
+
+def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool], None]:
+    """In a pipeline every stage reduces in its own last backward, and with ``stay`` parameters are gathered
+    until then, as where torch's schedules are given FSDP2's modules (torch.distributed.pipelining.stage)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    every = [m for m in root.modules() if isinstance(m, FSDPModule)]
+
+    def choose(last: bool) -> None:
+        for module in every:
+            ends = last or bool(bench.pipeline and module in bench.pipeline.ending)
+            module.set_requires_gradient_sync(ends, recurse=False)
+            if stay:
+                module.set_reshard_after_backward(ends, recurse=False)
+
+    return choose
 
 
 def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memfit.techniques.blocks import twins
+
 COLWISE, ROWWISE = "colwise", "rowwise"
 
 
@@ -84,12 +86,27 @@ class Flow(AnyWay):
         return name, 0
 
     def watch(self, model: nn.Module, blocks: Iterable[str]) -> None:
+        """The last of these blocks ends the run."""
         paths = tuple(blocks)
         for name, module in model.named_modules():
             if not any(_in(name, path) for path in paths):
                 continue
             module.register_forward_pre_hook(self._entering(name, name in paths), with_kwargs=True)
             module.register_forward_hook(self._leaving(name, name == paths[-1]))
+
+    def copy(self, block: str, twin: str) -> None:
+        """What was seen of ``block`` is said of its ``twin`` too, which was not run."""
+
+        def there(name: str) -> str:
+            return twin + name[len(block) :] if _in(name, block) else name
+
+        for name in [n for n in self.linears if _in(n, block)]:
+            fed = self.linears[name]
+            within = tuple(_Call(there(c.name), c.given) for c in fed.within)
+            self.linears[there(name)] = dataclasses.replace(fed, within=within)
+        self.inside |= {there(n): dims for n, dims in self.inside.items() if _in(n, block)}
+        for _, users in self._used.values():
+            users += [there(at) for at in users if _in(at, block)]
 
     def _entering(self, name: str, block: bool) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -180,17 +197,21 @@ def observe(
     job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
 ) -> Flow:
     """The flow through the blocks of a copy of ``model`` whose tensors hold no values; ``shrink(copy)``
-    may change that copy first. Nothing of it reaches modes that are active outside."""
+    may change that copy first. Nothing of it reaches modes that are active outside. Of blocks that are alike
+    two are run."""
     flow = Flow(roles)
+    alike = twins([model.get_submodule(name) for name in blocks])
     with valueless(job, model) as (copied, batch):
         if shrink is not None:
             shrink(copied)
-        flow.watch(copied, blocks)
+        flow.watch(copied, blocks[: max(alike) + 1])
         try:
             with flow:
                 job.loss(copied, batch)
         except _Done:
             pass
+    for name, twin in zip(blocks[max(alike) + 1 :], alike[max(alike) + 1 :], strict=True):
+        flow.copy(blocks[twin], name)
     return flow
 
 

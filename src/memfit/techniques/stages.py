@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, cast
 from unittest import mock
 
@@ -72,10 +72,13 @@ class Pipeline:
         self._mark: Callable[[Phase], None] = lambda phase: None
         self._pieces: Sequence[Piece] = ()
         self._weighted: WeightedLoss | None = None
-        self._last, self._backwards_left = True, 0
+        self._last, self._backwards_left = True, dict[int, int]()  # of each stage
+        self.ending: Set[object] = frozenset()  # what has its last backward of the step next
         learns = [self._learns(s) for s in range(count)]  # before parameters are dropped
         self._shared = self._find_shared()
         self._cut()
+        blocks = {s: self.chain.blocks[slice(*self.bounds[s])] for s in self.stages}
+        self._inside = {s: frozenset(m for b in found for m in b.modules()) for s, found in blocks.items()}
         self._schedule = self._make_schedule(schedule, learns)
 
     # -- cutting --------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ class Pipeline:
         """All pieces forward and backward; their weighted losses summed, the same on every stage. ``last``:
         nothing follows before the optimizer's step."""
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
-        self._backwards_left = len(pieces) * len(self.stages)
+        self._backwards_left = dict.fromkeys(self.stages, len(pieces))
         losses: list[torch.Tensor] = []
         mark(Phase.FORWARD)  # the first time, buffers to receive into are made
         for stage in getattr(self._schedule, "_stages", None) or [self._schedule._stage]:
@@ -264,10 +267,12 @@ class Pipeline:
     def before_forward(self) -> None:
         self._mark(Phase.FORWARD)
 
-    def before_backward(self, *, counts: bool) -> None:
+    def before_backward(self, stage: int, *, counts: bool) -> None:
         self._mark(Phase.BACKWARD)
-        self._backwards_left -= counts
-        final = counts and self._backwards_left == 0
+        self._backwards_left[stage] -= counts
+        ends = counts and self._last and not self._backwards_left[stage]
+        self.ending = self._inside[stage] if ends else frozenset()
+        final = counts and not any(self._backwards_left.values())
         ddp = self.bench.ddp
         if ddp is not None:
             ddp.require_backward_grad_sync = True
@@ -315,11 +320,11 @@ class _Stage(PipelineStage):
         return super().forward_one_chunk(*args, **kwargs)
 
     def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        self._pipeline.before_backward(counts=True)
+        self._pipeline.before_backward(self.stage_index, counts=True)
         return super().backward_one_chunk(*args, **kwargs)
 
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        self._pipeline.before_backward(counts=False)
+        self._pipeline.before_backward(self.stage_index, counts=False)
         return super().backward_weight_one_chunk(*args, **kwargs)
 
     def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> torch.Tensor:

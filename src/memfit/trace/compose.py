@@ -32,20 +32,26 @@ def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
 
 
 def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
-    """`trace` of models with many equal blocks at the cost of a few: two shallow traces are unrolled, and
-    their own agreement is the proof that this may be done. A model that is not so is traced whole.
+    """`traces_of` several ranks of one plan."""
+    return traces_of(job, [(plan, rank) for rank in ranks], **options)
 
-    Of a pipeline (GPipe, 1F1B) the stage of a rank is traced in a shorter pipeline with few micro-batches,
-    and what a micro-batch keeps is there as often as micro-batches are in flight. Stages that are alike
-    share their traces.
+
+def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
+    """`trace` of (plan, rank) pairs; of models with many equal blocks at the cost of a few: two shallow
+    traces are unrolled, and their own agreement is the proof that this may be done. A model that is not so is
+    traced whole.
+
+    Of a pipeline (GPipe, 1F1B, one round of interleaved) a rank's stages are traced in a shorter pipeline
+    with few micro-batches, and what a micro-batch keeps is there as often as micro-batches are in flight.
+    Stages that are alike share their traces.
     """
     model = tracer.fake_model(job)
-    found = repeated(model, job) if plan.get("optimal-checkpointing") is None else None  # blocks differ then
-    deep = [_Deep.of(job, plan, rank, *found) if found else None for rank in ranks]
+    found = repeated(model, job)
+    deep = [_Deep.of(job, plan, rank, *found) if found and _alike(plan) else None for plan, rank in wanted]
     calls: dict[Any, Callable[[], Trace]] = {}
-    for rank, one in zip(ranks, deep, strict=True):
+    for (plan, rank), one in zip(wanted, deep, strict=True):
         if one is None:
-            calls["whole", rank] = partial(tracer.trace, job, plan, rank=rank, **options)
+            calls["whole", plan, rank] = partial(tracer.trace, job, plan, rank=rank, **options)
         else:
             calls |= {one.key(d): partial(one.line.trace, d, **options) for d in one.depths()[:2]}
     large = sum(p.numel() for p in model.parameters()) >= _LARGE
@@ -53,9 +59,13 @@ def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> l
     made = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
     kept = dict(zip(calls, made, strict=True))
     return [
-        kept["whole", rank] if one is None else one.unrolled(kept, options)
-        for rank, one in zip(ranks, deep, strict=True)
+        kept["whole", plan, rank] if one is None else one.unrolled(kept, options)
+        for (plan, rank), one in zip(wanted, deep, strict=True)
     ]
+
+
+def _alike(plan: Plan) -> bool:
+    return plan.get("optimal-checkpointing") is None  # blocks differ then
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,23 +75,25 @@ class _Deep:
     line: Line
     wanted: Blocks  # on the rank
     first_depth: int
-    flat: bool  # all blocks of the rank are fewer than two shallow traces have
+    # Where all of the rank's blocks are traced, being fewer than two shallow traces have: their numbers in
+    # the short pipeline, and in the whole one.
+    numbers: dict[int, int] | None = None
 
     @staticmethod
     def of(job: Job, plan: Plan, rank: int, path: str, count: int) -> _Deep | None:
-        line = shortened(job, plan, rank)
+        line = shortened(job, plan, rank, count)
         if line is None:
             return None
-        each, more = divmod(count, line.stages)
-        local, first = each + (line.stage < more), line.stage * each + min(line.stage, more)
-        period = _period(plan)
+        own, period = line.own_blocks(count), _period(plan)
         few = _first_depth(plan, period)
-        few += (local - few) % period
-        wanted = Blocks(path=path, first=first, count=local, period=period)
-        flat = line.stages > 1 and local <= 2 * few + period
-        deep = _Deep(line=line, wanted=wanted, first_depth=few, flat=flat)
-        if flat:
-            worth = line.short_micros < line.micros and local * line.short_stages <= count
+        few += (len(own) - few) % period
+        wanted = Blocks(path=path, first=own[0], count=len(own), period=period)
+        deep = _Deep(line=line, wanted=wanted, first_depth=few)
+        if line.stages > 1 and (line.virtual > 1 or len(own) <= 2 * few + period):
+            numbers = dict(zip(line.short_blocks(line.depth(count)), own, strict=True))
+            alike = all((one - other) % period == 0 for one, other in numbers.items())
+            deep = dataclasses.replace(deep, numbers=numbers, first_depth=line.depth(count))
+            worth = line.short_micros < line.micros and len(own) * line.short_stages <= count and alike
         else:
             bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets are filled across blocks
             worth = not bucketed and deep._is_worth(few)
@@ -90,8 +102,8 @@ class _Deep:
     def depths(self) -> range:
         """Blocks of the traces that may be made; each is unrolled to the next."""
         period = self.wanted.period
-        if self.flat:
-            return range(self.wanted.count, self.wanted.count + 1)
+        if self.numbers:
+            return range(self.first_depth, self.first_depth + 1)
         return range(self.first_depth, self.first_depth + (_TRIES + 1) * period, period)
 
     def key(self, depth: int) -> Any:
@@ -99,10 +111,9 @@ class _Deep:
 
     def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
         line, wanted = self.line, self.wanted
-        if self.flat:
-            given = dataclasses.replace(wanted, first=line.short_stage * wanted.count)
+        if self.numbers:
             try:
-                return line.filled(renumbered(kept[self.key(wanted.count)], given, wanted))
+                return line.filled(renumbered(kept[self.key(self.first_depth)], wanted.path, self.numbers))
             except Mismatch:
                 return tracer.trace(line.job, line.plan, rank=line.rank, **options)
         for depth, deeper in pairwise(self.depths()):

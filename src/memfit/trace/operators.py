@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives  # registers its operators
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils.flop_counter import flop_registry
 
@@ -61,7 +62,29 @@ def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
     mode = args[0].fake_mode
     with in_kernel_invocation_manager(mode):
         out = func(*args)
-    return FakeTensor(mode, out, args[0].fake_device)
+    return faked(mode, out, args[0].fake_device)
+
+
+_STATE: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor on a device, but for its mode
+
+
+def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
+    """`FakeTensor(mode, meta, device)`, but for the first on a device without its constructor's questions,
+    which take longer than the operator."""
+    state = _STATE.get(device)
+    if state is None:
+        made = FakeTensor(mode, meta, device)
+        _STATE[device] = {k: v for k, v in vars(made).items() if k != "fake_mode"}
+        return made
+    made = torch.Tensor._make_subclass(
+        FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=device
+    )
+    if mode._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(made)
+    vars(made).update(state, fake_mode=mode)
+    return made
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +101,7 @@ class Fresh:
                 (torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
                 for size, stride, dtype, device in self.layouts
             ]
-        out = tuple(FakeTensor(self.mode, meta, device) for meta, device in made)
+        out = tuple(faked(self.mode, meta, device) for meta, device in made)
         return out if self.several else out[0]
 
 

@@ -27,6 +27,7 @@ class Line:
     rank: int
     stages: int = 1
     stage: int = 0
+    virtual: int = 1
     short_job: Job
     short_plan: Plan
     short_rank: int
@@ -34,32 +35,56 @@ class Line:
     short_stage: int = 0
     micros: int = 1
     short_micros: int = 1
-    missing: int = 0  # micro-batches in flight beyond those traced
+    missing: tuple[int, ...] = (0,)  # micro-batches in flight beyond those traced, of each chunk
+    fewer: int = 0  # blocks that the last stages lack
+
+    def own_blocks(self, count: int) -> list[int]:
+        """Numbers of the rank's blocks, of ``count``."""
+        return _numbers(count, self.stages, self.stage, self.virtual)
+
+    def short_blocks(self, depth: int) -> list[int]:
+        """And in the short pipeline."""
+        return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
+
+    def depth(self, count: int) -> int:
+        """Of the short pipeline's stages where the rank has all of its blocks."""
+        sizes = _of_rank(count, self.stages, self.stage, self.virtual)
+        return max(sizes) * self.virtual
+
+    def _short_count(self, depth: int) -> int:
+        return depth * self.short_stages - self.fewer
 
     def trace(self, depth: int, **options: Any) -> Trace:
         """With ``depth`` blocks on every stage."""
-        job = with_blocks(self.short_job, depth * self.short_stages)
+        job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:
         """With the memory of the micro-batches that were not traced."""
-        beyond = self.micros - self.short_micros
-        more = self._buffers(trace) * beyond
-        for step in range(trace.steps if beyond else 0):
-            spans = [s for s in trace.spans if s.step == step and s.phase is not Phase.SETUP]
-            forwards, backwards = (
-                [s for s in spans if s.phase is phase] for phase in (Phase.FORWARD, Phase.BACKWARD)
-            )
-            kept, left = _kept(trace, forwards[1], backwards[-1].start)
-            # The second backward has gradients to add to and nothing to reduce, as all but two have.
-            in_flight = [dataclasses.replace(a, end=backwards[1].end - 1) for a in kept]
-            more += in_flight * self.missing + left * beyond
+        found, beyond = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
+        if self.stages > 1:
+            beyond = self.micros - self.short_micros
+            played = len(_spans(trace, trace.steps - 1, Phase.BACKWARD)) // len(self.missing)
+            again = (played // self.short_micros + trace.repeated_micro_steps) * self.micros - played
+        if self.stages == 1 or not again:
+            return found
+        more, between = self._buffers(trace) * beyond, tuple[PhaseSpan, ...]()
+        for step in range(trace.steps):
+            forwards, backwards = (_spans(trace, step, p) for p in (Phase.FORWARD, Phase.BACKWARD))
+            if not backwards:  # primed
+                continue
+            receives = len(forwards) > len(backwards)  # before the first, and in the first step makes buffers
+            seconds = [
+                c * self.short_micros + min(1, self.short_micros - 1) for c in range(len(self.missing))
+            ]
+            ahead, back = [forwards[receives + at] for at in seconds], [backwards[at] for at in seconds[::-1]]
+            for forward, backward, missing in zip(ahead, back, self.missing, strict=True):
+                kept, left = _kept(trace, forward, backwards[-1].start)
+                # The second backward has gradients to add to and nothing to reduce, as all but two have.
+                more += [dataclasses.replace(a, end=backward.end - 1) for a in kept] * missing + left * beyond
+            between = (*ahead, *back)
         return dataclasses.replace(
-            trace,
-            allocations=(*trace.allocations, *more),
-            rank=self.rank,
-            ranks=self.plan.ranks,
-            repeated_micro_steps=trace.repeated_micro_steps + beyond,
+            found, allocations=(*trace.allocations, *more), repeated_micro_steps=again, repeated_spans=between
         )
 
     def _buffers(self, trace: Trace) -> list[Allocation]:
@@ -75,6 +100,10 @@ class Line:
         return ones
 
 
+def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
+    return [s for s in trace.spans if s.step == step and s.phase is phase]
+
+
 def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation], list[Allocation]]:
     """What a micro-batch's forward keeps for its backward, and what until the ``last`` one, such as its
     loss."""
@@ -86,10 +115,23 @@ def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation]
 
 
 _IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches that a shortened pipeline keeps
+_ROUND = 3  # of an interleaved one: a first, a last and one between
 
 
-def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
-    """None where the schedule's micro-batches in flight are not those of a shorter pipeline."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Short:
+    """Of the shorter pipeline."""
+
+    stages: int
+    stage: int
+    micros: int
+    missing: tuple[int, ...]
+    fewer: int = 0
+
+
+def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> Line | None:
+    """``blocks``: of the whole model. None where the schedule's micro-batches in flight are not those of a
+    shorter pipeline."""
     used, place = plan.get("pipeline"), layout(plan)
     if used is None:
         return Line(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
@@ -97,34 +139,76 @@ def shortened(job: Job, plan: Plan, rank: int) -> Line | None:
     schedule = used.settings["schedule"]
     accumulated = plan.get("gradient-accumulation")
     parts = place.data * micros * (int(accumulated.settings["micro_batches"]) if accumulated else 1)
-    if schedule not in _IN_FLIGHT or job.batch_size % parts:
-        return None
     per_stage = plan.ranks // stages
     stage = rank // per_stage
-    flying = micros if schedule == "gpipe" else min(micros, stages - stage)
-    kept = min(flying, _IN_FLIGHT[schedule])
-    short_stage = min(stage, 1)
-    short_stages = short_stage + (kept if schedule == "1f1b" else 1 + (stage < stages - 1))
-    short_stages = max(short_stages, 2)
-    short_micros = min(micros, max(short_stages, 3))  # a first, a last and one between
-    knobs = {**used.settings, "stages": short_stages, "micro_batches": short_micros}
+    if schedule == "interleaved":
+        short = _interleaved(stages, stage, micros, int(used.settings["virtual"]), blocks)
+    else:
+        short = _straight(str(schedule), stages, stage, micros)
+    if short is None or job.batch_size % parts:
+        return None
+    knobs = {**used.settings, "stages": short.stages, "micro_batches": short.micros}
     return Line(
         job=job,
         plan=plan,
         rank=rank,
         stages=stages,
         stage=stage,
-        short_job=_first_rows(job, job.batch_size // micros * short_micros),
+        virtual=int(used.settings["virtual"]),
+        short_job=_first_rows(job, job.batch_size // micros * short.micros),
         short_plan=dataclasses.replace(
-            plan.with_use(use("pipeline", **knobs)), ranks=per_stage * short_stages
+            plan.with_use(use("pipeline", **knobs)), ranks=per_stage * short.stages
         ),
-        short_rank=short_stage * per_stage + rank % per_stage,
-        short_stages=short_stages,
-        short_stage=short_stage,
+        short_rank=short.stage * per_stage + rank % per_stage,
+        short_stages=short.stages,
+        short_stage=short.stage,
         micros=micros,
-        short_micros=short_micros,
-        missing=flying - kept,
+        short_micros=short.micros,
+        missing=short.missing,
+        fewer=short.fewer,
     )
+
+
+def _straight(schedule: str, stages: int, stage: int, micros: int) -> _Short | None:
+    if schedule not in _IN_FLIGHT:
+        return None
+    flying = micros if schedule == "gpipe" else min(micros, stages - stage)
+    kept = min(flying, _IN_FLIGHT[schedule])
+    place = min(stage, 1)
+    count = max(2, place + (kept if schedule == "1f1b" else 1 + (stage < stages - 1)))
+    traced = min(micros, max(count, 3))  # a first, a last and one between
+    return _Short(stages=count, stage=place, micros=traced, missing=(flying - kept,))
+
+
+def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
+    """One round of micro-batches, of which a rank does every chunk's in a row. All forwards come before the
+    first backward on the first rank and the second; the last goes back at once from its last chunk
+    (`cost.schedules`)."""
+    last = stage == stages - 1
+    if micros != stages or stages <= _ROUND or not (stage < 2 or last):
+        return None
+    place = _ROUND - 1 if last else stage
+    own = _of_rank(blocks, stages, stage, virtual)
+    most = max(own) * _ROUND * virtual
+    alike = (f for f in range(_ROUND * virtual) if _of_rank(most - f, _ROUND, place, virtual) == own)
+    fewer = next(alike, None)
+    if fewer is None:
+        return None
+    missing = [stages - _ROUND] * (virtual - last) + [0] * last
+    return _Short(stages=_ROUND, stage=place, micros=_ROUND, missing=tuple(missing), fewer=fewer)
+
+
+def _numbers(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
+    """Of a rank's blocks, chunk by chunk."""
+    each, more = divmod(blocks, stages * virtual)
+    sizes = zip(range(stage, stages * virtual, stages), _of_rank(blocks, stages, stage, virtual), strict=True)
+    return [each * at + min(at, more) + i for at, size in sizes for i in range(size)]
+
+
+def _of_rank(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
+    """Blocks of each of a rank's chunks."""
+    each, more = divmod(blocks, stages * virtual)
+    return [each + (at < more) for at in range(stage, stages * virtual, stages)]
 
 
 def _first_rows(job: Job, rows: int) -> Job:

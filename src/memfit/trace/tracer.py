@@ -267,6 +267,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True))
         stack.enter_context(warnings.catch_warnings())  # of the model where it runs, which tells them itself
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        silent: dict[str, Any] = {"__enter__": lambda self: self, "__exit__": lambda *raised: None}
+        stack.enter_context(mock.patch.multiple(torch.autograd.profiler.record_function, **silent))
         # Host memory is host memory: fake tensors cannot be pinned.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from memfit.types.trace import Allocation, OpCall, Phase, PhaseSpan, Trace, rounded
@@ -122,14 +122,16 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
     return dataclasses.replace(whole.trace, allocations=tuple(grown), ops=ops, **line)
 
 
-def renumbered(trace: Trace, given: Blocks, wanted: Blocks) -> Trace:
-    """The trace of as many blocks that have other numbers."""
-    assert given.count == wanted.count, (given, wanted)
+def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
+    """The trace of as many blocks at ``path`` that have other numbers."""
 
     def moved(made: _Made) -> _Made:
-        if given.period_of(made.module) is None:
+        if not made.module.startswith(f"{path}."):
             return made
-        return dataclasses.replace(made, module=given.moved(made.module, wanted.first, 0))
+        number, dot, rest = made.module[len(path) + 1 :].partition(".")
+        if not number.isdecimal():
+            return made
+        return dataclasses.replace(made, module=f"{path}.{numbers[int(number)]}{dot}{rest}")
 
     return dataclasses.replace(
         trace, allocations=tuple(map(moved, trace.allocations)), ops=tuple(map(moved, trace.ops))

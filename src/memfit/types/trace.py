@@ -85,8 +85,8 @@ class PhaseSpan:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """``repeat``: of `micro_batches` equal micro-steps only the first few are played; the op stream of
-    the last played one stands for the rest (`repeated_micro_steps` more times, for time and FLOPs)."""
+    """Of equal micro-steps only a few are played: the rest, `repeated_micro_steps` of them, are like the last
+    that was, or in a pipeline like the forwards and backwards of `repeated_spans`, for time and FLOPs."""
 
     device: str  # whose kernels were chosen: "cpu", "cuda"
     steps: int
@@ -96,6 +96,7 @@ class Trace:
     parameter_count: int
     trainable_count: int
     repeated_micro_steps: int = 0
+    repeated_spans: tuple[PhaseSpan, ...] = ()
     offloaded_bytes: int = 0  # written out in the played part of one step
     restored_bytes: int = 0  # and read back, more where several operators keep one tensor
     offloaded_tensors: int = 0  # in so many pieces
@@ -106,3 +107,8 @@ class Trace:
     host_peak_bytes: int = 0  # of tensors that lie in host memory beside the device; not in `allocations`
     communicators: tuple[tuple[str, int], ...] = ()  # (name, ranks in it) of every process group in use
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
+
+    def unplayed(self, phase: Phase) -> int:
+        """Forwards or backwards of a step beyond those played."""
+        each = sum(s.phase is phase for s in self.repeated_spans) or 1
+        return each * self.repeated_micro_steps

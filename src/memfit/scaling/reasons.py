@@ -1,0 +1,121 @@
+"""What an answer tells beside its plan: rivals, what cannot be, what more would buy, what would fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memfit.search.choose import Objective, best, keeps, score
+from memfit.search.space import complexity
+from memfit.techniques.registry import brief
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.result import Estimate, Reason, Sensitivity
+
+if TYPE_CHECKING:
+    from memfit.scaling.search import Scale
+
+_GAIN = 0.03  # a change of the score that is worth telling
+
+
+def rivals(
+    scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+) -> Iterator[Reason]:
+    """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
+    goal = scale.aim.goal
+
+    def relative(e: Estimate) -> float:  # like with like
+        return score(scale.expected(e), goal) / score(winner, goal)
+
+    used = {u.technique for u in winner.plan.uses}
+    for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
+        inside = name in used
+        others = [e for e in known if (e.plan.get(name) is None) == inside]
+        rivals = [e for e in others if fits(e)]
+        if not rivals:
+            yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
+            continue
+        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan)))
+        worse, rival = relative(rival) > 1 + _GAIN, scale.expected(rival)
+        ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
+        change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
+        kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
+        yield Reason(
+            kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
+            detail=brief(rival.plan),
+        )  # fmt: skip
+
+
+def cannot(scale: Scale) -> list[Reason]:
+    """What the model cannot be cut by, and finalists that could not be traced."""
+    found = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
+    return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(found)]
+
+
+def sensitivity(
+    scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
+) -> Iterator[Sensitivity]:
+    """What more memory, more devices, or a quicker part of the machine would change."""
+    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
+
+    def better(e: Estimate) -> bool:
+        return score(scale.expected(e), goal) < score(winner, goal) * (1 - _GAIN)
+
+    bigger = [e for e in known if keeps(scale.bounds, e) and scale.needs(e) > cap_bytes and better(e)]
+    if bigger:
+        least = min(bigger, key=lambda e: (scale.needs(e), score(e, goal)))
+        more = scale.needs(least) - cap_bytes
+        yield _told("memory", winner, scale.expected(least), more_bytes=more)
+    if goal is not Objective.FEWEST:
+        try:
+            twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
+        except UserError:
+            twice = None
+        if twice is not None:
+            yield _told("devices", winner, scale.expected(twice), more_devices=2 * ranks - winner.plan.ranks)
+    for resource, saved_s in scale.bottleneck(winner.plan):
+        step_s = winner.step_s.value if winner.step_s else math.inf
+        if saved_s > 0.005 * step_s:
+            yield Sensitivity(kind=resource, time_ratio=1 - saved_s / step_s)
+
+
+def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitivity:
+    def ratio(value: Callable[[Estimate], float | None]) -> float | None:
+        now, then = value(winner), value(other)
+        return then / now if now and then else None
+
+    return Sensitivity(
+        kind=kind, plan=brief(other.plan), **more,
+        time_ratio=ratio(lambda e: e.step_s.value if e.step_s else None), cost_ratio=ratio(lambda e: e.usd),
+        carbon_ratio=ratio(lambda e: e.co2_g),
+    )  # fmt: skip
+
+
+def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
+    """With the least changes, each alone, that would make a plan fit."""
+    goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
+    least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan)))
+    ways = []
+    fitting = [e for e in known if scale.fits_memory(e)]
+    if fitting:
+        quickest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
+        dearest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
+        if scale.bounds.deadline_s is not None and quickest.step_s:
+            needed = quickest.step_s.value * scale.bounds.steps
+            ways.append(f"a deadline of {needed / 3600:.2f} h, with {brief(quickest.plan)}")
+        if scale.bounds.budget_usd is not None and dearest.usd is not None:
+            ways.append(f"a budget of {dearest.usd * scale.bounds.steps:.2f} USD, with {brief(dearest.plan)}")
+    else:
+        ways.append(f"{(scale.needs(least) - cap_bytes) / 2**30:.1f} GiB more on each device")
+    for times in (2, 4, 8, 16):
+        try:
+            wider = [e for e in scale.estimates(times * ranks) if scale.fits_memory(e)]
+        except UserError:
+            continue
+        if more := [e for e in wider if keeps(scale.bounds, e)]:
+            found = min(more, key=lambda e: (score(e, goal), complexity(e.plan)))
+            ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
+            break
+    return NothingFits(
+        cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways)
+    )

@@ -1,0 +1,146 @@
+"""Blocks that are alike are looked at once; what is said of the others is what running them would say."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from tiny import words
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from memfit.jobs.gpt import Gpt, GptSize
+from memfit.techniques import chain, dataflow
+from memfit.techniques.blocks import twins
+from memfit.techniques.checkpointing import recompute
+from memfit.techniques.registry import make_use
+from memfit.trace.operators import faked
+from memfit.trace.tracer import trace
+from memfit.types.plan import Plan
+
+SIZE = GptSize(layers=6, width=32, heads=4, length=16, vocabulary=64, batch_size=4)
+
+
+class Block(nn.Module):
+    def __init__(self, index: int, **more: Any) -> None:
+        super().__init__()
+        self.index, self.up = index, nn.Linear(16, 16)
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.up(x)
+
+
+def test_the_second_of_its_looks_stands_for_a_block() -> None:
+    assert twins([Block(i) for i in range(5)]) == [0, 1, 1, 1, 1]
+    assert twins([Block(i, window=50 + i % 2) for i in range(6)]) == [0, 1, 2, 3, 2, 3]
+    assert twins([Block(i, sizes=[9, i]) for i in range(4)]) == [0, 1, 1, 1]
+    assert twins([Block(i, scale=float(i > 2)) for i in range(5)]) == [0, 1, 1, 3, 4]
+
+
+def test_what_differs_stands_for_itself() -> None:
+    blocks = [Block(i) for i in range(5)]
+    blocks[2].up = nn.Linear(16, 16, bias=False)
+    blocks[4].register_forward_hook(lambda *given: None)
+    assert twins(blocks) == [0, 1, 2, 1, 4]
+    shared = [Block(i) for i in range(3)]
+    shared[2].up.weight = shared[0].up.weight
+    assert twins(shared) == [0, 1, 2]
+    apart = [Block(i, forward=functools.partial(Block.forward, object())) for i in range(3)]
+    assert twins(apart) == [0, 1, 2]
+
+
+def test_forwards_that_are_wrapped_alike_are_alike() -> None:
+    blocks = [Block(i) for i in range(4)]
+    for block in blocks:
+        recompute(block)
+    recompute(blocks[3], determinism_check="none")
+    assert twins(blocks) == [0, 1, 1, 3]
+
+
+def _unlike(blocks: Any) -> list[int]:
+    return list(range(len(blocks)))
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"tensor-parallel": {"sequence": True}}, {"selective-checkpointing": {}}]
+)
+def test_a_chain_is_that_of_running_every_block(more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = 4 if "tensor-parallel" in more else 2
+    plan = Plan(ranks=ranks, uses=(make_use("pipeline", {}), *(make_use(k, v) for k, v in more.items())))
+    seen: list[chain.Chain] = []
+    inner = chain.record_chain
+    record = lambda bench, parts: seen.append(inner(bench, parts)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr("memfit.techniques.stages.record_chain", record)
+    job = words(blocks=6)
+    traces = [trace(job, plan, device="cuda")]
+    monkeypatch.setattr(chain, "twins", _unlike)
+    monkeypatch.setattr(dataflow, "twins", _unlike)
+    monkeypatch.setattr("memfit.techniques.tensor_parallel._SEEN", {})
+    traces.append(trace(job, plan, device="cuda"))
+    one, other = seen
+    assert (one.uses, one.carried, one.returns, one.before) == (
+        other.uses, other.carried, other.returns, other.before
+    )  # fmt: skip
+    births = [[(a.op, a.module, a.size_bytes) for a in t.allocations if a.step] for t in traces]
+    assert births[0] == births[1]
+    assert [o.signature for o in traces[0].ops] == [o.signature for o in traces[1].ops]
+
+
+def test_a_block_that_stores_something_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it stored may be read by another, which is no chain."""
+    ran: list[int] = []
+    inner = Block.forward
+
+    def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
+        ran.append(self.index)
+        self.last = x
+        return inner(self, x)
+
+    monkeypatch.setattr(Block, "forward", forward)
+    fake = FakeTensorMode()
+    with fake:
+        blocks = [Block(i) for i in range(5)]
+        recorder = chain._Recorder({}, "blocks", blocks)
+        x: Any = torch.zeros(2, 16)
+        with torch.no_grad(), recorder:
+            for index, block in enumerate(blocks):
+                x = recorder._around(index, block)(x)
+    assert ran == [0, 1, 2, 3, 4]
+
+
+def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Gpt(SIZE)
+    names = [f"blocks.{i}" for i in range(SIZE.layers)]
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+
+    class Given:
+        make_batch = staticmethod(lambda step, seed: tokens)
+        loss = staticmethod(lambda model, batch: model(batch).sum())
+
+    one = dataflow.observe(Given, model, names, {})
+    monkeypatch.setattr(dataflow, "twins", _unlike)
+    other = dataflow.observe(Given, model, names, {})
+    assert one.inside == other.inside
+    told = [
+        {
+            n: (f.role, f.output_dims, f.parts, f.reaches_rows, flow.gather_at(n))
+            for n, f in flow.linears.items()
+        }
+        for flow in (one, other)
+    ]
+    assert told[0] == told[1]
+    assert set(one.views) <= set(other.views)
+
+
+def test_a_fake_tensor_is_torchs_own() -> None:
+    mode = FakeTensorMode()
+    for _ in range(2):
+        meta = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)
+        mine, own = faked(mode, meta, torch.device("cpu")), FakeTensor(mode, meta, torch.device("cpu"))
+        assert vars(mine) == vars(own)
+        assert torch._C._dispatch_keys(mine) == torch._C._dispatch_keys(own)
+        assert (mine.shape, mine.dtype, mine.device) == (own.shape, own.dtype, own.device)
