@@ -72,6 +72,9 @@ class Row:
         return JobRef(spec=f"{HERE / 'rank_jobs.py'}:{self.job}")
 
 
+ONCE = {"sync": "last", "reshard": False}  # gathered and reduced
+
+
 def row(job: str, ranks: int, *, rounding: float = 1e-5, **uses: Any) -> Row:
     """``ddp={"bucket_mib": 1}`` uses that technique; underscores stand for hyphens."""
     told = {k.replace("_", "-"): v for k, v in uses.items()}
@@ -158,6 +161,8 @@ ROWS = (
     row("gpt", 4, pipeline={}, ddp={}),
     row("gpt", 4, pipeline={}, fsdp2={}),
     row("gpt", 4, pipeline={"schedule": "interleaved", "virtual": 2}, fsdp2={"sync": "last"}),
+    row("gpt", 4, pipeline={"schedule": "interleaved", "virtual": 2}, fsdp2=ONCE),
+    row("gpt", 4, pipeline={}, fsdp2=ONCE),
     # Tried once predictions held above: three of them did not run or parted, and what was wrong was mended.
     row("pyramid", 2, ddp={"bucket_mib": 1}, bf16_autocast={}, rounding=float("inf")),
     row("pyramid", 2, fsdp2={}, sgd={}, rounding=float("inf")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from memfit.trace.operators import faked
 from memfit.trace.tracer import trace
 from memfit.types.plan import Plan
 
-SIZE = GptSize(layers=6, width=32, heads=4, length=16, vocabulary=64, batch_size=4)
+SIZE = GptSize(layers=6, width=64, heads=8, length=16, vocabulary=64, batch_size=4)
 
 
 class Block(nn.Module):
@@ -90,26 +91,43 @@ def test_a_chain_is_that_of_running_every_block(more: Any, monkeypatch: pytest.M
     assert [o.signature for o in traces[0].ops] == [o.signature for o in traces[1].ops]
 
 
-def test_a_block_that_stores_something_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it stored may be read by another, which is no chain."""
+def _plain(block: Block, x: torch.Tensor) -> torch.Tensor:
+    return x + block.up(x)
+
+
+def _storing(block: Block, x: torch.Tensor) -> torch.Tensor:
+    block.last = x  # may be read by another, which is no chain
+    return _plain(block, x)
+
+
+def _in_place(block: Block, x: torch.Tensor) -> torch.Tensor:
+    return x.add_(block.up(x))
+
+
+@pytest.mark.parametrize(
+    ("work", "runs"), [(_plain, [0, 1]), (_storing, [0, 1, 2, 3, 4]), (_in_place, [0, 1, 2, 3, 4])]
+)
+def test_blocks_that_only_give_are_run_twice(
+    work: Callable[[Block, torch.Tensor], torch.Tensor], runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran: list[int] = []
-    inner = Block.forward
 
     def forward(self: Block, x: torch.Tensor) -> torch.Tensor:
         ran.append(self.index)
-        self.last = x
-        return inner(self, x)
+        return work(self, x)
 
     monkeypatch.setattr(Block, "forward", forward)
     fake = FakeTensorMode()
     with fake:
         blocks = [Block(i) for i in range(5)]
-        recorder = chain._Recorder({}, "blocks", blocks)
+        named = [(f"blocks.{i}.{n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()]
+        names = {key: name for name, p in named for key in chain._storages(p)}
+        recorder = chain._Recorder(names, "blocks", blocks)
         x: Any = torch.zeros(2, 16)
         with torch.no_grad(), recorder:
             for index, block in enumerate(blocks):
                 x = recorder._around(index, block)(x)
-    assert ran == [0, 1, 2, 3, 4]
+    assert ran == runs
 
 
 def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +152,14 @@ def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) 
     ]
     assert told[0] == told[1]
     assert set(one.views) <= set(other.views)
+
+
+def test_a_flow_knows_roles_that_one_block_alone_has() -> None:
+    model = Gpt(SIZE)
+    names = [f"blocks.{i}" for i in range(SIZE.layers)]
+    roles = {f"{name}.up": dataflow.COLWISE for name in names} | {"blocks.4.up": ""}
+    found = [dataflow._twins(model, names, roles), dataflow._twins(model, names, {})]
+    assert found == [[0, 1, 1, 1, 4, 1], [0, 1, 1, 1, 1, 1]]
 
 
 def test_a_fake_tensor_is_torchs_own() -> None:

@@ -125,6 +125,13 @@ def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: p
         assert worked(one) == worked(other)
 
 
+def test_on_a_processor_a_stage_is_traced_beside_the_whole_model_that_it_is_cut_from() -> None:
+    plan = Plan(ranks=4, uses=(use("pipeline", stages=4, micro_batches=4, schedule="gpipe", virtual=1),))
+    deep, whole = deep_trace(job(depth=8), plan), trace(job(depth=8), plan)
+    peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (deep, whole)]
+    assert peaks[0] == peaks[1]
+
+
 def test_sizes_that_grow_with_depth_are_on_the_line() -> None:
     whole = trace(with_blocks(job(collect=True), DEPTH), Plan())
     few, more = (trace(with_blocks(job(collect=True), n), Plan()) for n in (4, 5))

@@ -206,7 +206,9 @@ class _Recorder(TorchDispatchMode):
         before = _held(block)
         out = block._call_impl(*args, **kwargs)
         own = all(n.startswith(f"{self.path}.{index}.") for n, at in self.uses.items() if index in at)
-        if own and before == _held(block) and all(type(t) is _FAKE for t in _tensors(out)):
+        old = {key for t in _tensors((args, kwargs)) for key in _storages(t)}
+        new = all(type(t) is _FAKE and not old & {*_storages(t)} for t in _tensors(out))
+        if own and new and before == _held(block):
             self._ran[index] = given, out
         return out
 

@@ -200,7 +200,7 @@ def observe(
     may change that copy first. Nothing of it reaches modes that are active outside. Of blocks that are alike
     two are run."""
     flow = Flow(roles)
-    alike = twins([model.get_submodule(name) for name in blocks])
+    alike = _twins(model, blocks, roles)
     with valueless(job, model) as (copied, batch):
         if shrink is not None:
             shrink(copied)
@@ -213,6 +213,13 @@ def observe(
     for name, twin in zip(blocks[max(alike) + 1 :], alike[max(alike) + 1 :], strict=True):
         flow.copy(blocks[twin], name)
     return flow
+
+
+def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
+    """`twins` whose Linears have the same roles."""
+    told = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
+    found = twins([model.get_submodule(name) for name in blocks])
+    return [twin if told[twin] == told[i] else i for i, twin in enumerate(found)]
 
 
 @contextlib.contextmanager

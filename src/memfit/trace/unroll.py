@@ -131,7 +131,8 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
         number, dot, rest = made.module[len(path) + 1 :].partition(".")
         if not number.isdecimal():
             return made
-        return dataclasses.replace(made, module=f"{path}.{numbers[int(number)]}{dot}{rest}")
+        other = numbers.get(int(number), number)  # of another rank's that is built first and then left
+        return dataclasses.replace(made, module=f"{path}.{other}{dot}{rest}")
 
     return dataclasses.replace(
         trace, allocations=tuple(map(moved, trace.allocations)), ops=tuple(map(moved, trace.ops))
