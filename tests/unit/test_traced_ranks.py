@@ -15,10 +15,12 @@ from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
+from memfit.jobs.gpt import Gpt, GptSize
 from memfit.techniques.registry import make_use
 from memfit.trace.ranks import priming
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
+from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase
@@ -63,6 +65,20 @@ def test_a_stage_gathers_and_reduces_once_where_gradients_wait(sync: str, times:
     groups = 4 + 1  # blocks, and what is beside them
     assert made["c10d._reduce_scatter_base_.default"] == groups * times
     assert groups * times <= made["c10d._allgather_base_.default"] <= groups * (2 * times - 1)
+
+
+def test_collectives_inside_compiled_blocks_are_kernels_of_their_own() -> None:
+    size = GptSize(layers=2, width=32, heads=2, length=16, vocabulary=64, batch_size=4)
+    tokens = torch.zeros(4, 16, dtype=torch.long)
+    job = Job(
+        name="gpt", build_model=lambda: Gpt(size), make_batch=lambda step, seed: tokens, batch_size=4,
+        loss=lambda model, batch: model(batch).float().logsumexp(-1).mean(),
+    )  # fmt: skip
+    made = []
+    for uses in ({}, {"compile": {}}):
+        traced = trace(job, on_two(context_parallel={"degree": 2}, **uses), device="cuda")
+        made.append(sum(o.op.startswith("_c10d_functional.all_gather") for o in traced.ops))
+    assert 0 < made[1] <= made[0]
 
 
 def test_what_a_collective_sends_stays_until_its_result_is_used() -> None:

@@ -301,11 +301,16 @@ def _burden(grid: Grid) -> numpy.ndarray:
     """How strong a plan's effect on the numbers is, then how many techniques it has."""
     total = numpy.zeros(grid.shape)
     for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
-        weight = [len(u) + 100.0 * int(effect_of(Plan(uses=u))) for u in values]
+        weight = [_weight(u) for u in values]
         shape = [1] * len(grid.shape)
         shape[axis] = -1
         total = total + numpy.array(weight).reshape(shape)
     return total
+
+
+@functools.cache
+def _weight(uses: Uses) -> float:
+    return len(uses) + 100.0 * int(effect_of(Plan(uses=uses)))
 
 
 def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:

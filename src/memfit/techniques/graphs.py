@@ -288,7 +288,8 @@ def _packet(node: fx.Node) -> Any:
 
 
 def _extern(node: fx.Node) -> bool:
-    return _packet(node) in _EXTERN
+    """Kernels that are not fused; collectives among them."""
+    return _packet(node) in _EXTERN or getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
 def _alone(node: fx.Node) -> bool:
@@ -305,7 +306,7 @@ def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
     only a later level reads is computed there."""
     level: dict[fx.Node, int] = {}
     for node in calls:
-        before = [level[i] + (_packet(i) in _EXTERN) for i in node.all_input_nodes if i in level]
+        before = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
         level[node] = max(before, default=0)
     for node in reversed(calls):
         if _alone(node) or _packet(node) in _REDUCTIONS:
