@@ -27,17 +27,10 @@ _EXTERN = frozenset(
 _VIEWS = (_ATEN.reshape, _ATEN._unsafe_view)
 _REDUCTIONS = frozenset(
     {
-        _ATEN.sum,
-        _ATEN.mean,
-        _ATEN.amax,
-        _ATEN.amin,
-        _ATEN.var_mean,
-        _ATEN.max,
-        _ATEN.min,
-        _ATEN.argmax,
+        _ATEN.sum, _ATEN.mean, _ATEN.amax, _ATEN.amin, _ATEN.var_mean, _ATEN.max, _ATEN.min, _ATEN.argmax,
         _ATEN.any,
     }
-)
+)  # fmt: skip
 
 
 class Region:
