@@ -204,7 +204,7 @@ def test_torchtitans_pipeline_keeps_gathered_parameters(tmp_path: Path) -> None:
     found = carried(tmp_path, tt(**tables))
     assert found.plan.ranks == 4
     assert (knobs(found, "pipeline")["micro_batches"], knobs(found, "pipeline")["virtual"]) == (8, 2)
-    assert knobs(found, "fsdp2")["reshard"] is False
+    assert (knobs(found, "fsdp2")["reshard"], knobs(found, "fsdp2")["sync"]) == (False, "last")
     odd = tables | {"parallelism": {"pipeline_parallel_schedule": "Mine"} | mesh(pipeline=2)}
     assert "pipeline_parallel_schedule mine" in left(carried(tmp_path, tt(**odd)))
 

@@ -63,7 +63,9 @@ PLANS = {
     "op": plan(2, fsdp2=ENDS, selective_checkpointing={"keep": "every-second-matmul"}),
     "tensor": plan(4, tensor_parallel={"degree": 2, **CUT}, fsdp2={**ENDS, "precision": "bf16"}),
     "gathered": plan(2, tensor_parallel={"sequence": True, "vocabulary": "gathered"}),
-    "pipeline": plan(4, pipeline={"stages": 2, "micro_batches": 2}, fsdp2=ENDS),
+    "pipeline": plan(
+        4, pipeline={"stages": 2, "micro_batches": 2}, fsdp2={**ENDS, "sync": "last", "reshard": False}
+    ),
     "interleaved": plan(2, pipeline={"schedule": "interleaved", "virtual": 2, "micro_batches": 8}),
     "context": plan(4, context_parallel={"degree": 2}, fsdp2=ENDS),
     "early": plan(optimizer_in_backward={}),
@@ -170,6 +172,8 @@ def test_the_config_manager_of_0_3_refuses_what_it_does_not_know(
     [
         (plan(2, fsdp2={}), 'units must be "ends"'),
         (plan(2, ddp={}), "bucket_mib must be 100"),
+        (plan(2, fsdp2={**ENDS, "sync": "last"}), 'sync must be "every"'),
+        (plan(4, pipeline={"stages": 2}, fsdp2=ENDS), 'sync must be "last" and reshard false'),
         (plan(2, zero={}), "zero is not in it"),
         (plan(2, tensor_parallel={"vocabulary": "gathered"}), "sequence must be true"),
         (plan(2, pipeline={"schedule": "zero-bubble", "virtual": 3}), "virtual must be 2"),

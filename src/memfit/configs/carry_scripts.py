@@ -212,7 +212,7 @@ def _titan_data(given: Options, replicas: int, shard: int, staged: bool, draft: 
         draft.take(
             "fsdp2", "FSDP", reshard=policy == "always" or (policy == "default" and not staged),
             precision="bf16" if half else "as-is", replicas=replicas, units="ends",
-            offload=given.on("training.enable_cpu_offload"),
+            offload=given.on("training.enable_cpu_offload"), sync="last" if staged else "every",
         )  # fmt: skip
         return
     if replicas > 1:

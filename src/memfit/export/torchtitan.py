@@ -35,7 +35,6 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "fsdp2": (
         ("units", "ends", "it gathers the embedding apart, and norm and head together"),
         ("prefetch", 1, "it gathers one group ahead"),
-        ("sync", "every", "it reduces after every micro-batch"),
     ),
     "tensor-parallel": (("sequence", True, "it is always sequence parallel too"),),
     "compile": (("scope", "blocks", "it compiles block by block"),),
@@ -66,13 +65,25 @@ def _why_not(plan: Plan) -> Iterator[str]:
         for knob, value, why in _ONLY.get(name, ()):
             if knobs[knob] != value:
                 yield f"{name}: {why}, {knob} must be {json.dumps(value)}"
-        if name == "fsdp2" and knobs["reshard"] not in {True, False}:
-            yield "fsdp2: reshard is for all groups or none"
+        if name == "fsdp2":
+            yield from _fsdp_not(knobs, staged=plan.get("pipeline") is not None)
         if name == "tensor-parallel" and knobs["vocabulary"] == "whole":
             yield "tensor-parallel: embedding and head are always cut, vocabulary must not be 'whole'"
         if name == "pipeline" and knobs["virtual"] != _SCHEDULES[str(knobs["schedule"])][1]:
             stages = _SCHEDULES[str(knobs["schedule"])][1]
             yield f"pipeline: {knobs['schedule']} has {stages} stages on a rank, virtual must be {stages}"
+
+
+def _fsdp_not(knobs: Mapping[str, Any], *, staged: bool) -> Iterator[str]:
+    if knobs["reshard"] not in {True, False}:
+        yield "fsdp2: reshard is for all groups or none"
+    if staged and (knobs["sync"], knobs["reshard"]) != ("last", False):  # torch.distributed.pipelining.stage
+        yield (
+            "fsdp2: its pipelines reduce in each stage's last backward and keep parameters gathered until "
+            'then, sync must be "last" and reshard false'
+        )
+    if not staged and knobs["sync"] != "every":
+        yield 'fsdp2: it reduces after every micro-batch, sync must be "every"'
 
 
 def newer_cannot(plan: Plan) -> tuple[str, ...]:
