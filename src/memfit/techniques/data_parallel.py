@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _SYNC = Knob(
     name="sync",
     default="every",
-    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients wait); in "
-    "a pipeline FSDP2 does so in each stage's last backward, and gathers once where reshard is false",
+    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients wait); "
+    "in a pipeline FSDP2 does so in each stage's last backward, and gathers once where reshard is false",
     choices=("every", "last"),
 )
 
