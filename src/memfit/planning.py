@@ -11,12 +11,13 @@ from memfit.cost.correction import merged
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO
 from memfit.engines import native
 from memfit.engines.registry import engine
+from memfit.finalists import finalists, until_some_fit
 from memfit.jobs.registry import load
 from memfit.measure import here
 from memfit.pricing import Pricer
 from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
-from memfit.search.choose import Objective, Prices, best, decide, frontier, score
+from memfit.search.choose import Objective, Prices, best, decide
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
@@ -276,12 +277,17 @@ def _price(
     sketches = [pricer.sketch(plan) for plan in every]
     most = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
     chosen = finalists(sketches, fits_under(cap_bytes, request.machine), request.goal, most)
-    pricer.trace_all(chosen, lambda *begun: progress("finalists", *begun))
-    if request.is_here:
-        calibrate(pricer, request, progress, plans=chosen)
+
+    def look(these: list[Plan]) -> None:
+        pricer.trace_all(these, lambda *begun: progress("finalists", *begun))
+        if request.is_here:
+            calibrate(pricer, request, progress, plans=these)
+
+    look(chosen)
+    cap = Cap(bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries)
+    chosen += until_some_fit(pricer.whole, look, sketches, chosen, cap=cap, goal=request.goal, most=most)
     made = _with_rivals(pricer, request, cap_bytes, [pricer.whole(plan) for plan in chosen], progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
-        cap = Cap(bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries)
         made += budgeted(pricer.whole, sketches, made, request.goal, cap, progress)
     return made, len(every), left_out
 
@@ -312,26 +318,6 @@ def _with_rivals(
 
 def is_long(pricer: Pricer) -> bool:
     return len(pricer.trace(plain(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
-
-
-def finalists(
-    sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int = FINALISTS
-) -> list[Plan]:
-    """The plain plan, the best by the goal that fit, the smallest, and the frontier, without repeats."""
-    fitting = sorted((e for e in sketches if fits(e)), key=lambda e: (score(e, goal), e.plan.fingerprint))
-    smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
-    edge = frontier(sketches)
-    step = max(1, len(edge) // 4)
-    picked = [
-        plain(sketches[0].plan.ranks),
-        *(e.plan for e in fitting[: most - 6]),
-        smallest[0].plan,
-        *(e.plan for e in edge[::step]),
-    ]
-    winner = best(fitting, goal)
-    if winner is not None:
-        picked.insert(1, winner.plan)
-    return list(dict.fromkeys(picked))[: most + 2]
 
 
 # -- calibration ----------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from memfit.cost.correction import merged
 from memfit.cost.estimate import around
 from memfit.cost.memory import step_ops
 from memfit.cost.time import signatures_by_weight
-from memfit.planning import Request, finalists, fits_under, needed_bytes, space_of
+from memfit.finalists import finalists, more_finalists
+from memfit.planning import Request, fits_under, needed_bytes, space_of
 from memfit.pricing import Pricer
+from memfit.recomputation import Cap
 from memfit.search.choose import Objective
 from memfit.search.space import usable
 from memfit.types.errors import NothingFits, RunError, UserError
@@ -181,6 +183,33 @@ def test_finalists_are_plain_the_best_and_the_smallest_without_repeats(pricer: P
     assert len(set(chosen)) == len(chosen) <= 10
     none_fit = finalists(sketches, lambda e: False, Objective.FASTEST, 8)
     assert smallest.plan in none_fit
+
+
+def test_more_finalists_are_the_next_best_that_fit_as_the_traced_did(pricer: Pricer) -> None:
+    """A trace that is twice its sketch says so of all sketches with the same techniques."""
+    sketch = pricer.sketch(Plan())
+
+    def made(seconds: float, size: float, *uses: Use) -> Estimate:
+        return dataclasses.replace(
+            sketch, plan=Plan(uses=uses), step_s=around(seconds, 0.1), allocated_bytes=around(size, 0.1)
+        )
+
+    offload, fewer = use("activation-offload", to="disk"), use("gradient-accumulation", micro_batches=2)
+    recomputed = use("activation-checkpointing", every=2)
+    more = use("gradient-accumulation", micro_batches=4)
+    sketches = [
+        made(1.0, 60, offload, fewer), made(2.0, 55, offload, more), made(3.0, 90, recomputed),
+        made(4.0, 40, recomputed, more), made(5.0, 120),
+    ]  # fmt: skip
+    cap = Cap(bytes=100, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda plan: ())
+    traced = [made(1.0, 130, offload, fewer), made(5.0, 120)]
+
+    def found(most: int) -> list[Plan]:
+        return more_finalists(sketches, traced, cap=cap, goal=Objective.FASTEST, most=most)
+
+    assert found(7) == [Plan(uses=(recomputed,))]
+    assert found(12) == [Plan(uses=(recomputed,)), Plan(uses=(recomputed, more))]
+    assert found(6) == []
 
 
 # --- the search as a whole, on a machine that is not here

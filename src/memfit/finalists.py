@@ -1,0 +1,76 @@
+"""Which sketches are traced whole on one device: the best, the smallest and the frontier; then the next best
+while too few of those traced fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from memfit.recomputation import Cap
+from memfit.search.choose import Objective, best, frontier, score
+from memfit.techniques.registry import plain
+from memfit.types.plan import Plan
+from memfit.types.result import Estimate
+
+_ROUNDS = 3  # of more finalists
+_SPARE = 6  # of the finalists, for those that are not the best by the goal
+
+
+def finalists(
+    sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
+) -> list[Plan]:
+    """The plain plan, the best by the goal that fit, the smallest, and the frontier, without repeats."""
+    fitting = sorted((e for e in sketches if fits(e)), key=lambda e: (score(e, goal), e.plan.fingerprint))
+    smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
+    edge = frontier(sketches)
+    step = max(1, len(edge) // 4)
+    picked = [
+        plain(sketches[0].plan.ranks),
+        *(e.plan for e in fitting[: most - _SPARE]),
+        smallest[0].plan,
+        *(e.plan for e in edge[::step]),
+    ]
+    winner = best(fitting, goal)
+    if winner is not None:
+        picked.insert(1, winner.plan)
+    return list(dict.fromkeys(picked))[: most + 2]
+
+
+def until_some_fit(
+    whole: Callable[[Plan], Estimate],
+    look: Callable[[list[Plan]], None],
+    sketches: Sequence[Estimate],
+    chosen: Sequence[Plan],
+    *,
+    cap: Cap,
+    goal: Objective,
+    most: int,
+) -> list[Plan]:
+    """More finalists, each round of them looked at, while fewer of all fit than were hoped for."""
+    added: list[Plan] = []
+    for _ in range(_ROUNDS):
+        more = more_finalists(sketches, [*map(whole, (*chosen, *added))], cap=cap, goal=goal, most=most)
+        if not more:
+            break
+        look(more)
+        added += more
+    return added
+
+
+def more_finalists(
+    sketches: Sequence[Estimate], traced: Sequence[Estimate], *, cap: Cap, goal: Objective, most: int
+) -> list[Plan]:
+    """The next best where fewer of those ``traced`` fit than were hoped for, by sketches that are as far off
+    as those with the same techniques were."""
+    missing = most - _SPARE - sum(map(cap.has, traced))
+    by_plan, heavier = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
+    for found in traced:
+        if (sketch := by_plan.pop(found.plan, None)) is not None:
+            ratio = cap.needs(found) / cap.needs(sketch)
+            heavier[_used(found.plan)] = max(ratio, heavier.get(_used(found.plan), 0.0))
+    left = [e for e in by_plan.values() if cap.needs(e) * heavier.get(_used(e.plan), 1.0) <= cap.bytes]
+    left.sort(key=lambda e: (score(e, goal), e.plan.fingerprint))
+    return [e.plan for e in left[: max(0, missing)]]
+
+
+def _used(plan: Plan) -> frozenset[str]:
+    return frozenset(u.technique for u in plan.uses)
