@@ -19,7 +19,7 @@ def finalists(
     sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
     """The plain plan, the best by the goal that fit, the smallest, and the frontier, without repeats."""
-    fitting = sorted((e for e in sketches if fits(e)), key=lambda e: (score(e, goal), e.plan.fingerprint))
+    fitting = _ordered([e for e in sketches if fits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
     edge = frontier(sketches)
     step = max(1, len(edge) // 4)
@@ -68,8 +68,11 @@ def more_finalists(
             ratio = cap.needs(found) / cap.needs(sketch)
             heavier[_used(found.plan)] = max(ratio, heavier.get(_used(found.plan), 0.0))
     left = [e for e in by_plan.values() if cap.needs(e) * heavier.get(_used(e.plan), 1.0) <= cap.bytes]
-    left.sort(key=lambda e: (score(e, goal), e.plan.fingerprint))
-    return [e.plan for e in left[: max(0, missing)]]
+    return [e.plan for e in _ordered(left, goal)[: max(0, missing)]]
+
+
+def _ordered(estimates: Sequence[Estimate], goal: Objective) -> list[Estimate]:
+    return sorted(estimates, key=lambda e: (score(e, goal), e.plan.fingerprint))
 
 
 def _used(plan: Plan) -> frozenset[str]:

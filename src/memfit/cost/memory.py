@@ -143,7 +143,7 @@ def state_bytes(trace: Trace) -> int:
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:
     """Live bytes over one whole step, the last: every forward, backward and optimizer phase gets the same
     number of points (the maxima of its stretches), so that a measured step lines up. Micro-steps that
-    were not played repeat the last one that was."""
+    were not played repeat those that stand for them."""
     clock, live = levels(trace)
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     micro, rest = [s for s in last if s.phase is not Phase.OPTIMIZER], last[-1:]
@@ -156,7 +156,7 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
 
 def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
     """(operator, how often) of one whole step: the last traced one, with the micro-steps that were not
-    played counted on the last one that was."""
+    played counted on those that stand for them."""
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
     micro, again = _repeated(trace), trace.repeated_micro_steps
     return tuple((op, 1 + again if any(s.start <= op.clock < s.end for s in micro) else 1) for op in ops)
