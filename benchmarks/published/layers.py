@@ -98,6 +98,17 @@ class Calls:
             stream = "group tensor"
         return self.collective(kind, self.rows * self.arch.hidden, self.shape.tensor, stream=stream)
 
+    def whole_again(self) -> list[OpCall]:
+        """What tensor-parallel ranks of DeepSpeed's pipeline were sent in parts: zeros, gathered into a list,
+        copied from there, cloned (runtime/utils.py, PartitionedTensor.full)."""
+        elements = self.rows * self.arch.hidden
+        gathered = self.tensor("all_gather")
+        return (
+            [self.moved(elements), *gathered, self.moved(2 * elements), self.moved(2 * elements)]
+            if gathered
+            else []
+        )
+
     @property
     def rows(self) -> int:
         return self.shape.whole_rows
@@ -117,7 +128,7 @@ class Calls:
         waits = [wait(stream)] if reduced and stream else []
         return [
             *again, *self.product(self.rows, hidden, columns, back=True), *waits, *reduced,
-            *self.product(columns, hidden, self.rows, sums=True), *waits,
+            *self.product(columns, hidden, self.rows, sums=True), *self.summed(columns), *waits,
         ]  # fmt: skip
 
     def row(self, inner: int) -> list[OpCall]:
@@ -127,7 +138,14 @@ class Calls:
     def row_backward(self, inner: int) -> list[OpCall]:
         gathered = self.tensor("all_gather") if self.split else []
         grads = self.product(self.arch.hidden, inner, self.rows, sums=True)
-        return [*gathered, *self.product(self.rows, inner, self.arch.hidden, back=True), *grads]
+        back = self.product(self.rows, inner, self.arch.hidden, back=True)
+        return [*gathered, *back, *grads, *self.summed(self.arch.hidden)]
+
+    def summed(self, columns: int) -> list[OpCall]:
+        """A bias's gradient where it is not a by-product of the weight's: rows summed, then added up."""
+        if not (self.fork and self.arch.bias):
+            return []
+        return [self.moved(self.rows * columns), kernel(self.fork * columns, dtype=self.dtype)]
 
     def plain(self, columns: int, inner: int, rows: int = 0, *, backward: bool = False) -> list[OpCall]:
         """A layer that every rank has whole."""
@@ -190,11 +208,13 @@ class Calls:
         query = arch.heads * arch.head_dim // t
         mixed = query + 2 * max(1, arch.kv_heads // t) * arch.head_dim
         turned = self.moved(2 * self.rows * mixed)  # rotated, or only laid out anew
-        if not backward:
-            return [self.norm(), *self.column(mixed), turned, *self.core(), *self.row(query), self.residual()]
+        if not backward:  # torch.nn.functional.linear of three axes adds its bias apart
+            added = [self.moved(2 * self.rows * mixed)] if self.fork and self.arch.bias else []
+            asked = [*self.column(mixed), *added, turned]
+            return [self.norm(), *asked, *self.core(), *self.row(query), self.residual()]
         return [
             self.residual(), *self.row_backward(query), *self.core(backward=True), turned,
-            *self.column_backward(mixed), self.norm(backward=True),
+            *self.column_backward(mixed), *self.norm_backward(),
         ]  # fmt: skip
 
     def _latent(self, mla: Mla, *, backward: bool) -> list[OpCall]:
@@ -223,6 +243,11 @@ class Calls:
     def norm(self, *, backward: bool = False) -> OpCall:
         return self.moved((3 if backward else 2) * self.shape.rows * self.arch.hidden)
 
+    def norm_backward(self) -> list[OpCall]:
+        """With its weight's and its bias's gradients added up, where products do not do it."""
+        added = [kernel(self.fork * self.arch.hidden, dtype=self.dtype)] * 2 if self.fork else []
+        return [self.norm(backward=True), *added]
+
     def residual(self) -> OpCall:
         return self.moved((3 + (0.5 if self.arch.dropout else 0)) * self.shape.rows * self.arch.hidden)
 
@@ -238,7 +263,8 @@ class Calls:
                 self.residual(),
             ]
         inner, gates = arch.ffn // t, 2 if arch.mlp == "swiglu" else 1
-        return [self.norm(backward=backward), *self.dense(inner, gates, backward=backward), self.residual()]
+        norm = self.norm_backward() if backward else [self.norm()]
+        return [*norm, *self.dense(inner, gates, backward=backward), self.residual()]
 
     def dense(self, inner: int, gates: int, *, backward: bool = False) -> list[OpCall]:
         act = self.moved((gates + 1) * self.rows * inner * (1.5 if backward else 1))

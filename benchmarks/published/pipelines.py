@@ -3,6 +3,7 @@ then gradients reduced, the optimizer's step, weights gathered."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ class Run:
         self.shape = shape_of(setup, arch)
         model = time_model(machine.device, Calibration())
         assert model is not None
-        self.player = Player(model=model, machine=machine, members={})
+        self.player = Player(model=model, machine=machine, members={}, blocking=_blocking(setup))
         self.calls = Calls(
             arch=arch, shape=self.shape, hosts_of=machine.devices_per_host, expert=setup.ranks["ep"],
             fork=_fork_bytes(setup),
@@ -62,8 +63,12 @@ class Run:
         kind = "interleaved" if virtual > 1 else "1f1b"
         send_s = self._send_s()
         if "deepspeed" in self.setup.row["zero_fsdp"].lower() and send_s:
-            # Its engine computes nothing while it receives and sends, both ways (runtime/pipe/p2p.py)
-            forward, backward = ([x + 2 * send_s for x in each] for each in (forward, backward))
+            # Its engine computes nothing while it receives and sends (runtime/pipe/p2p.py), and what
+            # came in parts is made whole: input, in backward output and gradient (runtime/pipe/engine.py).
+            once = self.play(self.calls.whole_again(), 3 * micros)
+            forward = [x + 2 * send_s + once * (i > 0) for i, x in enumerate(forward)]
+            last = len(backward) - 1
+            backward = [x + 2 * send_s + 2 * once * (i < last) for i, x in enumerate(backward)]
             send_s = 0.0
         line = simulate(kind, forward, backward, micros, send_s=send_s, virtual=virtual)
         ends = self._update_s(max(b for b in backward) * virtual)
@@ -100,12 +105,11 @@ class Run:
         return forward, backward
 
     def _send_s(self) -> float:
-        """To the next stage; a tensor-parallel rank sends its part of the rows, with DeepSpeed all."""
+        """To the next stage; a tensor-parallel rank sends its part, of the rows or of the flat tensor."""
         if self.setup.ranks["pp"] == 1:
             return 0.0
         inside = self.machine.device_count <= self.machine.devices_per_host
-        parts = 1 if "deepspeed" in self.setup.row["zero_fsdp"].lower() else self.shape.tensor
-        size = 2 * self.shape.whole_rows // parts * self.arch.hidden
+        size = 2 * self.shape.whole_rows // self.shape.tensor * self.arch.hidden
         return float(collective_s("send", size, 2, 2 if inside else 1, self.machine))
 
     def _update_s(self, backward_s: float) -> float:
@@ -139,6 +143,14 @@ class Run:
         return "no comm overlap" not in text and bool(
             re.search("nemo|bridge|megatron-lm|mcore|bionemo", text)
         )
+
+
+def _blocking(setup: Setup) -> bool:
+    """BLOOM's runs on many hosts hung unless CUDA_LAUNCH_BLOCKING was set: one of 20 hosts sometimes, of 40
+    always (its chronicles-prequel.md, "dealing with JZ hanging"; tr11-176B-ml.slurm sets it)."""
+    return (
+        "bloom" in setup.row["group"].lower() and math.prod(setup.ranks[k] for k in ("dp", "tp", "pp")) > 160
+    )
 
 
 def _fork_bytes(setup: Setup) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
 import statistics
+import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from memfit.types.errors import UserError
@@ -18,6 +21,7 @@ from published.rows import Setup, card_bytes, measured_of, setup_of
 from published.seconds import measured_s, timed
 from published.seconds import predicted as seconds_of
 
+_COMPARABLE = Path(__file__).parent / "comparable.toml"
 FULL_RATIO = 0.94  # of the card: above it the allocator's cache is what fills it
 
 
@@ -73,6 +77,7 @@ class Scored:
     full: bool = False  # the measured number is within 6 % of the card
     sure: bool = True  # of the measured number's unit
     reference: bool = False  # a paper's formula, not a measurement
+    state: str = ""  # of system and code, where the source tells some of its rows apart (comparable.toml)
     speed: Speed | None = None  # None: no speed was published
 
     @property
@@ -88,6 +93,7 @@ class Scored:
             "measured": _gib(self.measured_bytes), "predicted": _gib(self.predicted_bytes),
             "error": self.error, "compared": self.compared, "reason": self.reason, "source": self.source,
             "card_full": self.full, "unit_sure": self.sure, "reference": self.reference,
+            "state": self.state,
             **(self.speed.as_row() if self.speed else {}),
         }  # fmt: skip
 
@@ -100,7 +106,7 @@ def score(row: Mapping[str, str]) -> Scored:
     """One row can be odd in ways that nobody foresaw: it is then refused, and the others go on."""
     found = Scored(
         id=row["id"], source=row["group"], quality=row["quality"], metric=row["mem_metric"],
-        reference=row["scope"] == "analytic_reference",
+        reference=row["scope"] == "analytic_reference", state=state_of(row),
     )  # fmt: skip
     forget()
     with warnings.catch_warnings():
@@ -117,6 +123,23 @@ def score(row: Mapping[str, str]) -> Scored:
         bare = Speed(unit=unit, value=_number_in(row, unit))
         speed = _tried(lambda: _timed(row, bare), lambda why: dataclasses.replace(bare, reason=why))
     return dataclasses.replace(found, speed=speed)
+
+
+def state_of(row: Mapping[str, str]) -> str:
+    """Empty where the source says nothing: its rows are comparable."""
+    told = told_apart().get(row["group"])
+    if told is None:
+        return ""
+    if told["apart"][0] in row["notes"]:
+        return f"apart: {row['id']}"
+    day = re.match(r"\d\d-\d\d", row["notes"])
+    past = [since for since, _ in told["since"] if day and since <= day[0]]
+    return f"from {past[-1]}" if past else f"before {told['since'][0][0]}"
+
+
+@functools.cache
+def told_apart() -> Mapping[str, Any]:
+    return tomllib.loads(_COMPARABLE.read_text(encoding="utf-8"))
 
 
 _Found = TypeVar("_Found")
@@ -249,14 +272,17 @@ class Times:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
     """Rows of one source in one unit: how well their order is kept. ``rank``: Spearman's correlation;
-    ``pairs``: the share of pairs in the right order (measured within 2 % of each other: no order)."""
+    ``pairs``: the share of pairs in the right order (measured within 2 % of each other: no order).
+    ``comparable``: False for all rows of a source that says not to compare some of them."""
 
     name: str
     unit: str
     rows: int
     rank: float
     pairs: float
+    told: int  # pairs that have an order
     median: float
+    comparable: bool = True
 
 
 def times(scored: Sequence[Scored]) -> list[Times]:
@@ -280,13 +306,22 @@ def _times(name: str, rows: Sequence[Scored]) -> Times:
 
 
 def sweeps(scored: Sequence[Scored]) -> list[Sweep]:
-    """Every source with at least two rows of one unit, the largest first."""
-    groups: dict[tuple[str, str], list[Speed]] = {}
+    """Every source with at least two comparable rows of one unit, the largest first; where a source tells its
+    rows apart, all of them together too."""
+    groups: dict[tuple[str, str], list[tuple[str, Speed]]] = {}
     for s in scored:
         if s.speed is not None and s.speed.predicted is not None:
-            groups.setdefault((s.source, s.speed.unit), []).append(s.speed)
-    found = [_sweep(*key, speeds) for key, speeds in groups.items() if len(speeds) > 1]
-    return sorted(found, key=lambda s: -s.rows)
+            groups.setdefault((s.source, s.speed.unit), []).append((s.state, s.speed))
+    found = []
+    for (name, unit), rows in groups.items():
+        states: dict[str, list[Speed]] = {}
+        for state, speed in rows:
+            states.setdefault(state, []).append(speed)
+        found += [_sweep(f"{name} {state}".strip(), unit, speeds) for state, speeds in states.items()]
+        if len(states) > 1:
+            whole = _sweep(f"{name}, all", unit, [speed for _, speed in rows])
+            found.append(dataclasses.replace(whole, comparable=False))
+    return sorted((s for s in found if s.rows > 1), key=lambda s: (not s.comparable, -s.rows))
 
 
 def _sweep(name: str, unit: str, speeds: Sequence[Speed]) -> Sweep:
@@ -298,7 +333,7 @@ def _sweep(name: str, unit: str, speeds: Sequence[Speed]) -> Sweep:
     ]
     return Sweep(
         name=name, unit=unit, rows=len(speeds), rank=_spearman(true, made),
-        pairs=sum(pairs) / len(pairs) if pairs else 1.0,
+        pairs=sum(pairs) / len(pairs) if pairs else 1.0, told=len(pairs),
         median=statistics.median(abs(s.error or 0.0) for s in speeds),
     )  # fmt: skip
 

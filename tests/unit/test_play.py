@@ -111,6 +111,14 @@ def test_many_tiny_kernels_wait_for_the_host() -> None:
     assert next(iter(player().bottleneck(trace([tiny] * 100)))) == "host"
 
 
+def test_a_host_that_waits_for_each_kernel_adds_its_issue_to_all_of_them() -> None:
+    steps = [work(), gather(stream="s"), work(), wait("", "s"), work()]
+    waiting = dataclasses.replace(player(), blocking=True)
+    items = [waiting.item(op) for op in steps]
+    assert waiting.play(steps).step_s == pytest.approx(sum(i.seconds + i.issue_s for i in items))
+    assert player().play(steps).step_s < waiting.play(steps).step_s
+
+
 def trace(ops: list[OpCall], again: int = 0) -> Trace:
     numbered = tuple(dataclasses.replace(o, clock=i) for i, o in enumerate(ops))
     spans = (

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from published.layers import Calls
 from published.pipelines import shape_of
 from published.rows import COLUMNS, Setup, setup_of
-from published.score import Scored, Speed, sweeps, times
+from published.score import Scored, Speed, state_of, sweeps, times
 from published.seconds import attention_of, card_of, measured_s, predicted, timed, with_kernels
 
 from memfit.types.errors import UserError
@@ -115,6 +115,19 @@ def test_errors_and_orders_are_counted() -> None:
     assert (sweeps(rows)[0].rank, sweeps(rows)[0].pairs) == (1.0, 1.0)
     turned = [_scored(1.0, 3.0), _scored(2.0, 2.0), _scored(3.0, 1.0)]
     assert (sweeps(turned)[0].rank, sweeps(turned)[0].pairs) == (-1.0, 0.0)
+
+
+def test_rows_that_a_source_tells_apart_are_no_sweep() -> None:
+    days = {"02-21; a": "before 02-25", "02-25; b": "from 02-25", "03-01": "from 02-28", "": "before 02-25"}
+    row = {"id": "r", "group": "BLOOM-prequel"}
+    assert {d: state_of({**row, "notes": d}) for d in days} == days
+    assert state_of({**row, "notes": "02-21; ran on a different branch"}) == "apart: r"
+    assert state_of({**row, "group": "another", "notes": "02-25"}) == ""
+    rows = [_scored(1.0, 1.0), _scored(2.0, 2.0), _scored(3.0, 1.5)]
+    cut = [dataclasses.replace(s, state=state) for s, state in zip(rows, ("a", "a", "b"), strict=True)]
+    found = sweeps(cut)
+    assert [(s.name, s.rows, s.comparable) for s in found] == [("s a", 2, True), ("s, all", 3, False)]
+    assert (found[0].pairs, found[1].pairs) == (1.0, pytest.approx(2 / 3))
 
 
 def test_a_rate_is_predicted_in_its_own_unit() -> None:

@@ -57,12 +57,14 @@ class Item:
 
 @dataclasses.dataclass(kw_only=True)
 class Player:
-    """Plays traces of one plan on one machine. ``quicker``: a factor on the seconds of a resource."""
+    """Plays traces of one plan on one machine. ``quicker``: a factor on the seconds of a resource.
+    ``blocking``: the host waits for every kernel before it issues the next (CUDA_LAUNCH_BLOCKING=1)."""
 
     model: TimeModel
     machine: Machine
     members: Mapping[str, Sequence[int]]
     quicker: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    blocking: bool = False
 
     def __post_init__(self) -> None:
         device = self.machine.device
@@ -110,7 +112,7 @@ class Player:
     # -- playing --------------------------------------------------------------------------------------
 
     def play(self, ops: Iterable[OpCall]) -> Played:
-        return _Stage(self.beside).run([self.item(op) for op in ops])
+        return _Stage(self.beside, self.blocking).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> Played:
         """A whole step: the last one traced, with the micro-steps that were not played on the line."""
@@ -150,8 +152,8 @@ def _added(one: Played, more: Sequence[Played], times: int) -> Played:
 
 
 class _Stage:
-    def __init__(self, beside: float) -> None:
-        self.beside = beside
+    def __init__(self, beside: float, blocking: bool) -> None:
+        self.beside, self.blocking = beside, blocking
         self.issued = self.exposed = self.idle = 0.0
         self.free: dict[str, float] = defaultdict(float)
         self.wires: dict[str, float] = defaultdict(float)
@@ -218,6 +220,8 @@ class _Stage:
             self.issued = self.free[""] = start + seconds
         self.free[op.stream] = start + seconds
         self.ends[op.stream].append(start + seconds)
+        if self.blocking:
+            self.issued = max(self.issued, start + seconds)
 
     def _slowed(self, start: float, seconds: float) -> float:
         """More seconds of a kernel for the time that collectives run beside it."""
