@@ -116,17 +116,21 @@ class Race:
         self.traced += list(itertools.islice(filter(None, found), 1))
 
 
-def kind(plan: Plan) -> tuple[object, tuple[int, ...]]:
+_Degrees = dict[tuple[str, str], int]
+
+
+def kind(plan: Plan) -> tuple[object, _Degrees]:
     """(how data parallelism is set and the model is cut; by what degrees): what decides how far a sketch is
     off."""
     cut = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
-    degrees = tuple(int(v) for _, k, v in cut if k in _DEGREES)
+    degrees = {(name, k): int(v) for name, k, v in cut if k in _DEGREES}
     ways = tuple(one for one in cut if one[1] not in (*_DEGREES, "micro_batches"))
-    return (ways, *(u for u in plan.uses if technique(u.technique).slot == "data-parallel")), degrees
+    data = (u for u in plan.uses if technique(u.technique).slot == "data-parallel")
+    return (tuple(dict.fromkeys(name for name, _, _ in cut)), ways, *data), degrees
 
 
-def _doublings(one: tuple[int, ...], other: tuple[int, ...]) -> float:
-    return sum(abs(math.log2(a / b)) for a, b in zip(one, other, strict=True))
+def _doublings(one: _Degrees, other: _Degrees) -> float:
+    return sum(abs(math.log2(one.get(k, 1) / other.get(k, 1))) for k in one.keys() | other.keys())
 
 
 def _unusual(plan: Plan) -> int:
