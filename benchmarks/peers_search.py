@@ -190,7 +190,11 @@ def to_plan(layout: Mapping[str, Any], question: Question) -> Any:
     elif count > 1:
         wanted["gradient-accumulation"] = {"micro_batches": count}
     if data > 1:
-        wanted["fsdp2"] = {"reshard": layout["zero"] == 3, "precision": "bf16"}
+        whole = layout["zero"] != 3
+        once = (
+            {"sync": "last"} if stages > 1 and whole else {}
+        )  # gradients reduced, weights gathered once a step
+        wanted["fsdp2"] = {"reshard": not whole, "precision": "bf16", **once}
     else:
         wanted["bf16-parameters"] = {"rounding": "master"}
     again = re.match(r"(\d+) of (\d+)", layout["recompute"])

@@ -92,6 +92,10 @@ above 1 where memfit is faster, in brackets its 95 % interval over rounds; `over
 time taken by that of the step without recomputation that runs the same way, compiled or not. Won and lost:
 the interval excludes 1, and the ratio is farther from it than two processes of plain training are apart
 (the floor, at least 1 %).
+
+What memfit does for every operator to make dropped tensors again is in its times. `evoformer` here is 40
+residues and operators of some tens of microseconds: there it takes a fifth of the step before anything is
+dropped (29 ms plain, 35.5 with a choice that drops nothing, 2026-11-27), which no choice makes up for.
 """
 _COLUMNS = (
     "| architecture | plain peak | floor | against | points | won, even, lost "
@@ -129,12 +133,21 @@ def _claims(architectures: list[dict[str, Any]]) -> list[str]:
     errors = [abs(r["predicted_bytes"] / r["peak_bytes"] - 1) for _, r in ours]
     equal = sum(r["losses"] == _plain(a)["losses"] for a, r in ours)
     counts = ", ".join(f"{w} {verdicts.count(w)}" for w in ("won", "even", "lost"))
+    ahead = [a["name"] for a in architectures if min(_means(a, "ratio").values()) > 1]
     return [
         f"- {len(ours)} plans of memfit: measured peak above the asked budget in {over}",
         f"- predicted peak off by at most {100 * max(errors):.3f} % of the measured one",
         f"- losses and gradient norms bitwise those of plain training in {equal} of {len(ours)}",
         f"- {len(verdicts)} rivals below {100 * NEAR_RATIO:.0f} % of the plain peak: {counts}",
+        f"- quicker in the mean than each kind of rival on {len(ahead)} architectures: {', '.join(ahead)}",
     ]
+
+
+def _means(architecture: dict[str, Any], name: str) -> dict[str, float]:
+    """By kind of rival."""
+    compared = [p for p in pairs(architecture) if p["mine"]]
+    kinds = dict.fromkeys(p["rival"]["kind"] for p in compared)
+    return {k: _mean([p[name] for p in compared if p["rival"]["kind"] == k]) for k in kinds}
 
 
 def _plain(architecture: dict[str, Any]) -> dict[str, Any]:

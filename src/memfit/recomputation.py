@@ -138,7 +138,9 @@ def chosen(
     found = _closed(played, traced, _aim(budget_bytes), gap_ratio)
     if found is not None:
         return found
-    _, least = traced(smallest(played).dropped)
+    smallest_plan, least = traced(smallest(played).dropped)
+    if least <= _aim(budget_bytes):  # where the program ends above its own bound
+        return smallest_plan
     raise UserError(
         f"{NAME}: a budget of {format_bytes(budget_bytes)}",
         allowed=f"at least {math.ceil(least / (1 - _SPARE_RATIO) / _MIB)} MiB, the least found for this job",

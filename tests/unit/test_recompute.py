@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
+from memfit import recomputation
 from memfit.catalog import machine
 from memfit.cost.memory import memory_profile
 from memfit.cost.recompute import smallest, solve
@@ -286,6 +287,20 @@ def test_a_budget_below_the_least_says_what_would_do(wide: Job) -> None:
         chosen(wide, asked(1))
     least = int(str(told.value).partition("at least ")[2].split()[0])
     assert chosen(wide, asked(least)).uses[0].settings["dropped"] != "none"
+
+
+def test_where_the_program_ends_without_an_answer_the_least_found_is_one(
+    wide: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError) as told:
+        chosen(wide, asked(1))
+    least_mib = int(str(told.value).partition("at least ")[2].split()[0])
+    monkeypatch.setattr(recomputation, "solve", lambda *given, **how: None)
+    plan = chosen(wide, asked(least_mib + 1))
+    found = memory_profile(trace(wide, plan), Calibration()).peak_bytes
+    assert found <= (least_mib + 1) * 2**20
+    with pytest.raises(UserError, match=f"at least {least_mib} MiB"):
+        chosen(wide, asked(least_mib - 1))
 
 
 def test_a_plan_that_is_not_chosen_yet_trains_nothing() -> None:
