@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from memfit.scaling.race import _doublings, kind
+from memfit.scaling.race import Race, _doublings, kind
+from memfit.search.choose import Objective
 from memfit.techniques.registry import make_use
 from memfit.types.plan import Plan
+from memfit.types.result import Estimate, Interval
 
 CUTS = (
     {},
@@ -37,3 +41,45 @@ def test_only_plans_that_are_cut_the_same_way_are_alike() -> None:
 def test_degrees_are_apart_by_their_doublings(one: int, other: int, apart: float) -> None:
     found = [kind(plan(CUTS[at]))[1] for at in (one, other)]
     assert _doublings(found[0], found[1]) == _doublings(found[1], found[0]) == apart
+
+
+STEPS = (2, 3, 4, 6, 8)
+SKETCHED, TRACED = (1.0, 1.1, 1.2, 1.3, 9.0), (1.0, 0.9, 0.8, 0.85, 0.1)  # seconds
+
+
+def exactly(value: float) -> Interval:
+    return Interval(value=value, low=value, high=value)
+
+
+def estimate(at: int, *, traced: bool) -> Estimate:
+    accumulated = make_use("gradient-accumulation", {"micro_batches": STEPS[at]})
+    seconds = (TRACED if traced else SKETCHED)[at]
+    return Estimate(
+        plan=Plan(uses=(accumulated,)), allocated_bytes=exactly(1.0), phase_peak_bytes={},
+        at_peak_bytes={}, by_module_bytes={}, step_s=exactly(seconds), flops_per_step=0,
+        traced=traced,
+    )  # fmt: skip
+
+
+def scale(blocks: int) -> Any:
+    """The search only knows the first plan; each plan lies beside the next and the one before."""
+
+    def at(e: Estimate) -> int:
+        return STEPS.index(int(e.plan.uses[0].settings["micro_batches"]))
+
+    return SimpleNamespace(
+        aim=SimpleNamespace(goal=Objective.FASTEST, cap_bytes=10), traced=SimpleNamespace(blocks=blocks),
+        tell=lambda *given: None, needs=lambda e: 1, fits_memory=lambda e: True, estimate=lambda e: e,
+        ahead=lambda plans: None, traced_or_refused=lambda e: estimate(at(e), traced=True),
+        sketch_of=lambda plan: next(e for i in range(5) if (e := estimate(i, traced=False)).plan == plan),
+        beside=lambda e: [estimate(i, traced=False) for i in (at(e) - 1, at(e) + 1) if 0 <= i < 5],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("blocks", "best"), [(4, 0.8), (80, 1.0)])
+def test_beside_the_best_of_a_small_model_what_differs_in_one_thing_is_traced(
+    blocks: int, best: float
+) -> None:
+    """Not what its sketch says is far worse."""
+    found = Race(scale(blocks), lambda e: True).run([estimate(0, traced=False)], Plan())
+    assert min(e.step_s.value for e in found if e.step_s) == best

@@ -67,6 +67,7 @@ class Found:
     sketches: tuple[Sketch, ...]
     considered: int
     refused: tuple[str, ...]
+    beside: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
 
 
 def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap_bytes: float) -> Found:
@@ -97,7 +98,10 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
             considered += plans
             sketches += [Sketch(grid, *one) for one in picked]
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
-    return Found(sketches=tuple(_few(sketches, cap_bytes)), considered=considered, refused=tuple(refused))
+    return Found(
+        sketches=tuple(_few(sketches, cap_bytes)), considered=considered, refused=tuple(refused),
+        beside=pricing.beside,
+    )  # fmt: skip
 
 
 def _todo(machine: Machine, limits: Limits) -> _Todo:
@@ -205,6 +209,17 @@ class _Pricing:
             priced = self.price(grid, compute)
             found.append((priced.step_s.size, _best(grid, priced, cap_bytes)) if priced else (0, []))
         return found
+
+    def beside(self, sketch: Sketch) -> list[Sketch]:
+        grid, index = sketch.grid, sketch.index
+        priced = self.price(grid, compute_of(grid.states[index[-1]]))
+        assert priced is not None, "it was priced before"
+        others = [
+            (*index[:axis], at, *index[axis + 1 :])
+            for axis, size in enumerate(grid.shape) for at in range(size) if at != index[axis]
+        ]  # fmt: skip
+        flat = (int(numpy.ravel_multi_index(one, grid.shape)) for one in others)
+        return [Sketch(grid, *_picked(grid, priced, at)) for at in flat]
 
     def price(self, grid: Grid, compute: str) -> Priced | None:
         """None where the model cannot be run so."""

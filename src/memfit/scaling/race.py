@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48  # more of small models, whose traces are quick
 _TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to a quarter off, most of them less than this
 _TOO_LARGE = 0.5  # and of memory: short pipelines, where what is gathered at the ends is half of all
+_CLIMBED, _MAY_BE_BETTER = 16, 1.25  # traces beside the best of a small model; of its sketch
 _NEAR = 0.97  # by how much ratios of sketches differed where a degree was twice another
 _DEGREES = ("stages", "virtual", "degree")
 
@@ -61,7 +62,30 @@ class Race:
             sketch = rival if rival in waiting else self._next(waiting)
         if not any(map(self.fits, self.traced)):
             self._smallest(estimates)
+        elif self._most > _FINALISTS:
+            self._climb()
         return self.traced
+
+    def _climb(self) -> None:
+        """Of a small model, whose traces are quick: from the best that was traced to what differs from it in
+        one thing, and on from what is better. Sketches may have left it out by less than they err."""
+        tried = {e.plan for e in self.traced}
+        for left in range(_CLIMBED, 0, -1):
+            top = best([e for e in self.traced if self.fits(e)], self.goal)
+            sketch = self.scale.sketch_of(top.plan) if top is not None else None
+            if sketch is None:
+                return
+            near = [e for e in self.scale.beside(sketch) if e.plan not in tried and self.fits(e)]
+            limit = score(self.scale.estimate(sketch), self.goal) * _MAY_BE_BETTER
+            near = [e for e in near if score(e, self.goal) <= limit]
+            following = best(near, self.goal)
+            if following is None:
+                return
+            tried.add(following.plan)
+            self.scale.tell("finalists", _CLIMBED - left, _CLIMBED, brief(following.plan))
+            whole = self.scale.traced_or_refused(following)
+            if whole is not None:
+                self.traced.append(whole)
 
     def hoped(self, e: Estimate) -> float:
         """The best that its trace may say."""

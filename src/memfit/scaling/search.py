@@ -65,6 +65,7 @@ class Scale:
         self.model = pricer.model
         self.traced = Traced(pricer.job, pricer.device)
         self.found: dict[int, Found] = {}
+        self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
         self.cap_bytes = self._allocated_cap()
 
     def _allocated_cap(self) -> float:
@@ -91,6 +92,7 @@ class Scale:
             limits = self._limits(ranks)
             with uncollected():
                 self.found[ranks] = find(self.traced, self.machine, self.model, limits, self.cap_bytes)
+            self.sketched[ranks] = [*self.found[ranks].sketches]
         return self.found[ranks]
 
     def _limits(self, ranks: int) -> Limits:
@@ -107,6 +109,17 @@ class Scale:
 
     def estimates(self, ranks: int) -> list[Estimate]:
         return [self.estimate(s) for s in self.sketches(ranks).sketches]
+
+    def sketch_of(self, plan: Plan) -> Sketch | None:
+        found = self.found.get(plan.ranks)
+        return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if found else None
+
+    def beside(self, sketch: Sketch) -> list[Estimate]:
+        """Plans that differ from it along one axis of its grid."""
+        ranks = sketch.grid.layout.ranks
+        near = self.found[ranks].beside(sketch)
+        self.sketched[ranks] += near
+        return [self.estimate(s) for s in near]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
         """Of all these numbers of devices; raises the first one's UserError where none of them has a plan."""
