@@ -17,7 +17,7 @@ from memfit.measure import here
 from memfit.pricing import Pricer
 from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
-from memfit.search.choose import Objective, Prices, best, decide
+from memfit.search.choose import Objective, Prices, as_asked, best, decide, keeps, missed
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
@@ -47,6 +47,7 @@ UNKNOWN_DEVICE_BYTES = 1 * 2**30
 
 Progress = Callable[[str, int, int, str], None]
 """(stage, done, total, detail): called often; total 0 means unknown."""
+Fits = Callable[[Estimate], bool]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,22 +169,29 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     cap_bytes, cap_reason = _cap(request, basis, job.demonstration_ratio)
     if request.is_here:
         calibrate(pricer, request, progress)
-    fits = fits_under(cap_bytes, request.machine)
+    inside, batch = fits_under(cap_bytes, request.machine), pricer.space.batch_size
+    bounds = dataclasses.replace(request.bounds, steps=job.steps)
+
+    def fits(e: Estimate) -> bool:
+        return inside(e) and as_asked(e.plan, bounds, batch) and keeps(bounds, e)
+
     states = states_bytes(basis)
     small = states if states < _SMALL_STATES_RATIO * cap_bytes else None
-    estimates, considered, left_out = _price(pricer, request, cap_bytes, progress, small=small)
+    estimates, considered, left_out = _price(pricer, request, cap_bytes, progress, fits, small=small)
     result = decide(
         estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
-        left_out=left_out, price=Prices(
+        left_out=left_out, inside=inside, price=Prices(
             pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
             pricer.sketch if is_long(pricer) else None,
         ),
     )  # fmt: skip
     if result.recommended is None:
-        least = result.smallest.estimate
+        asked = [e for e in estimates if as_asked(e.plan, bounds, batch)]
+        least = min(asked, key=lambda e: e.allocated_bytes.value)
         raise NothingFits(
-            cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label
-        )
+            cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
+            missed=missed(bounds, [e for e in asked if inside(e)]),
+        )  # fmt: skip
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
     )
@@ -250,7 +258,7 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
     return int(reserved_bytes) + UNKNOWN_DEVICE_BYTES
 
 
-def fits_under(cap_bytes: int, machine: Machine) -> Callable[[Estimate], bool]:
+def fits_under(cap_bytes: int, machine: Machine) -> Fits:
     return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes
 
 
@@ -260,23 +268,22 @@ def states_bytes(estimate: Estimate) -> int:
 
 
 def _price(
-    pricer: Pricer,
-    request: Request,
-    cap_bytes: int,
-    progress: Progress,
-    *,
-    small: int | None = None,
+    pricer: Pricer, request: Request, cap_bytes: int, progress: Progress, fits: Fits, *, small: int | None
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best whole, and calibrate once more on what those need. ``small``: bytes
     of states that are too few for another optimizer to matter."""
     offered, left_out = usable(pricer.space, request.accuracy, small_states_bytes=small)
     techniques = [t for t in offered if t.name not in request.bounds.without]
     carries = engine(request.engine).supports
-    every = [plan for plan in plans(pricer.space, techniques) if not carries(plan)]
+    basis = plain(request.ranks)  # whatever is asked for, the others are told beside it
+    every = [
+        plan for plan in plans(pricer.space, techniques)
+        if not carries(plan) and (plan == basis or as_asked(plan, request.bounds, pricer.space.batch_size))
+    ]  # fmt: skip
     pricer.prepare(every, lambda *begun: progress("search", *begun))
     sketches = [pricer.sketch(plan) for plan in every]
     most = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
-    chosen = finalists(sketches, fits_under(cap_bytes, request.machine), request.goal, most)
+    chosen = finalists(sketches, fits, request.goal, most)
 
     def look(these: list[Plan]) -> None:
         pricer.trace_all(these, lambda *begun: progress("finalists", *begun))
@@ -286,18 +293,22 @@ def _price(
     look(chosen)
     cap = Cap(bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries)
     chosen += until_some_fit(pricer.whole, look, sketches, chosen, cap=cap, goal=request.goal, most=most)
-    made = _with_rivals(pricer, request, cap_bytes, [pricer.whole(plan) for plan in chosen], progress)
+    made = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in chosen], progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
         made += budgeted(pricer.whole, sketches, made, request.goal, cap, progress)
     return made, len(every), left_out
 
 
 def _with_rivals(
-    pricer: Pricer, request: Request, cap_bytes: int, made: list[Estimate], progress: Progress
+    pricer: Pricer,
+    request: Request,
+    fits: Callable[[Estimate], bool],
+    made: list[Estimate],
+    progress: Progress,
 ) -> list[Estimate]:
     """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
     the operators of all of them are measured, and again while that changes the winner."""
-    fits, refuses = fits_under(cap_bytes, request.machine), engine(request.engine).supports
+    refuses = engine(request.engine).supports
     winner = best(filter(fits, made), request.goal)
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:

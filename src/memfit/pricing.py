@@ -24,7 +24,7 @@ from memfit.cost.memory import levels, step_ops
 from memfit.cost.money import bill
 from memfit.cost.play import Played
 from memfit.cost.recompute import GAP_RATIO
-from memfit.cost.steps import played
+from memfit.cost.steps import played, sketched_s
 from memfit.cost.time import TimeModel, time_model
 from memfit.engines.registry import engine
 from memfit.recomputation import Choices, nominal_s, open_budget, possible
@@ -251,9 +251,9 @@ class Pricer:
             "optimizer": int(vector[_OPTIMIZER]),
         }
         phase = max(peaks, key=lambda p: peaks[p])
-        timed = self.model is not None and plan.ranks == 1  # collectives and waiting are not priced
         seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
-        step_s = seconds if timed else None
+        model = self.trace(plain(plan.ranks)).parameter_count
+        step_s = sketched_s(seconds, plan, model, self.machine, micros) if self.model else None
         cost = bill(self.machine, step_s=step_s)
         allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)

@@ -33,6 +33,29 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
     return max(each, key=lambda found: found.step_s)
 
 
+def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, micros: int) -> float | None:
+    """With what replicas or shards of the model exchange in a step, of which half of the work hides as much:
+    good enough to say which plans are worth a trace. None where several ranks are not modelled."""
+    if plan.ranks == 1:
+        return compute_s
+    if machine.device.kind == "cpu":
+        return None
+    near = min(plan.ranks, machine.devices_per_host or machine.device_count)
+    narrow = plan.get("bf16-parameters") or any(u.settings.get("precision") == "bf16" for u in plan.uses)
+    size = parameters * (2.0 if narrow else 4.0)
+
+    def sent(kind: str) -> float:
+        return float(collective_s(kind, size, plan.ranks, near, machine))
+
+    shards = plan.get("fsdp2") or plan.get("zero")
+    if shards is None:
+        exchanged = sent("all_reduce")
+    else:
+        whole = shards.settings.get("reshard") is False or shards.settings.get("stage", 3) != 3
+        exchanged = sent("all_gather") * (1 if whole else 2 * micros) + sent("reduce_scatter")
+    return compute_s + max(0.0, exchanged - compute_s / 2)
+
+
 def _with_offload(found: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
     """What leaves the device and comes back, by copies that compute waits for."""
     more_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)

@@ -32,8 +32,8 @@ class Race:
     as the nearest of other degrees, or as much quicker as a sketch may be too slow; and to need as much more
     memory as the heaviest that did not fit. No large model is traced for what counts as equal."""
 
-    def __init__(self, scale: Scale, fits: Fits) -> None:
-        self.scale, self.fits, self.goal = scale, fits, scale.aim.goal
+    def __init__(self, scale: Scale, fits: Fits, goal: Objective | None = None) -> None:
+        self.scale, self.fits, self.goal = scale, fits, goal or scale.aim.goal
         self.traced: list[Estimate] = []
         self._ratios: dict[Plan, float] = {}  # what whole traces are of their sketches
         self._unknown = _TOO_LARGE if self.goal is Objective.SMALLEST else _TOO_SLOW

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memfit.search.choose import Objective, best, keeps, score
+from memfit.search.choose import Objective, best, keeps, missed, score
 from memfit.search.space import complexity
 from memfit.techniques.registry import brief
 from memfit.types.errors import NothingFits, UserError
@@ -95,9 +95,10 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """With the least changes, each alone, that would make a plan fit."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan)))
-    ways = []
+    ways, told = [], ""
     fitting = [e for e in known if scale.fits_memory(e)]
     if fitting:
+        told = missed(scale.bounds, fitting)
         quickest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
         dearest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
         if scale.bounds.deadline_s is not None and quickest.step_s:
@@ -117,5 +118,6 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
             ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
             break
     return NothingFits(
-        cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways)
-    )
+        cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways),
+        missed=told,
+    )  # fmt: skip

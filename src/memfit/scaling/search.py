@@ -215,12 +215,15 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     """Raises NothingFits with what would have to change, UserError where the batch cannot be shared."""
     scale, goal = Scale(pricer, aim), aim.goal
 
+    unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
+    whole = aim.bounds.micro_batch in (0, pricer.job.batch_size // unshared.ranks)
+
     def fits(estimate: Estimate) -> bool:
-        return scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
+        asked = whole or estimate.plan != unshared
+        return asked and scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
 
     sizes = counts(ranks, goal)
     estimates = scale.over(sizes)
-    unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
     finalists = Race(scale, fits).run(estimates, unshared)
     tried = {e.plan for e in finalists}
     known = [*finalists, *(e for e in estimates if e.plan not in tried and e.plan not in scale.refused)]
@@ -230,6 +233,10 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     known = [e for e in known if e.plan != basis.plan]
     winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
     if winner is None:
+        bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
+        for asked, best_by in bounds:  # how near the best plans by these come
+            if asked is not None:
+                finalists = [*finalists, *Race(scale, scale.fits_memory, best_by).run(estimates, unshared)]
         raise nothing(scale, [*finalists, basis], ranks)
     choices = [e for e in frontier([*known, basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}

@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from memfit.search.space import complexity
-from memfit.techniques.registry import effect_of, plain, without
+from memfit.techniques.registry import brief, effect_of, plain, without
 from memfit.types.errors import UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
+from memfit.types.units import format_seconds
 
 # Plans closer than this in the objective are equally good; the milder and simpler one is taken.
 TIE_RATIO = 0.03
@@ -31,6 +32,40 @@ def keeps(bounds: Bounds, estimate: Estimate) -> bool:
     usd = estimate.usd if estimate.usd is not None else math.inf
     late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
     return not late and (bounds.budget_usd is None or usd * bounds.steps <= bounds.budget_usd)
+
+
+def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
+    """Whether a rank's ``batch`` goes through in micro-batches of the size asked for. Raises UserError where
+    no number of them has that size."""
+    size = bounds.micro_batch
+    if not size:
+        return True
+    if batch % size:
+        allowed = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
+        raise UserError(f"a micro-batch of {size} of the {batch} samples of a rank", allowed=allowed)
+    used = plan.get("gradient-accumulation")
+    return size * (int(used.settings["micro_batches"]) if used else 1) == batch
+
+
+def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
+    """What deadline and budget say no to: the quickest and the cheapest plan that fit, with what they take.
+    Empty where none fits, or nothing is asked for."""
+    asked = (
+        (bounds.deadline_s, Objective.FASTEST, "a deadline of {} (the quickest", format_seconds),
+        (bounds.budget_usd, Objective.CHEAPEST, "a budget of {} (the cheapest", "{:g} USD".format),
+    )
+    told = []
+    for limit, goal, words, text in asked:
+        if limit is not None and fitting:
+            e = min(fitting, key=lambda e: (score(e, goal), complexity(e.plan)))
+            time = format_seconds(e.step_s.value * bounds.steps) if e.step_s else "unknown time"
+            takes = f"{time} and {_usd(e.usd, bounds.steps)}, with {brief(e.plan)}"
+            told.append(f"{words.format(text(limit))} that fits takes {takes})")
+    return f"no allowed plan keeps to {' and '.join(told)}, for {bounds.steps:,} steps" if told else ""
+
+
+def _usd(each: float | None, steps: int) -> str:
+    return "an unknown price" if each is None else f"{each * steps:.3g} USD"
 
 
 def score(estimate: Estimate, goal: Objective) -> float:
@@ -97,8 +132,10 @@ def decide(
     fits: Callable[[Estimate], bool],
     left_out: tuple[Reason, ...],
     price: Prices | Callable[[Plan], Estimate],
+    inside: Callable[[Estimate], bool] | None = None,
 ) -> SearchResult:
-    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons."""
+    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons. ``inside``: whether it
+    fits the memory alone, where ``fits`` asks for more."""
     prices = price if isinstance(price, Prices) else Prices(price)
     price, rough = prices.whole, prices.rough
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
@@ -106,7 +143,8 @@ def decide(
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), reasons=reasons)
+        held = (inside or fits)(e)
+        return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
     kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
     unique = {e.plan: e for e in ([winner] if winner else []) + kept}

@@ -48,27 +48,34 @@ def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
 
 
 class NothingFits(MemfitError):
-    """No plan of the allowed effect classes fits under the cap, or keeps to deadline and budget. ``ways``:
-    changes each of which alone would do."""
+    """No plan of the allowed effect classes fits under the cap, or keeps to deadline and budget (``missed``
+    says so). ``ways``: changes each of which alone would do."""
 
     exit_code = 3
 
     def __init__(
-        self, *, cap_bytes: int, least_bytes: int, plan_text: str, ways: tuple[str, ...] = ()
+        self,
+        *,
+        cap_bytes: int,
+        least_bytes: int,
+        plan_text: str,
+        ways: tuple[str, ...] = (),
+        missed: str = "",
     ) -> None:
         from memfit.types.units import format_bytes
 
         self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
         self.ways = ways
         super().__init__(
-            f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the least that would do "
+            missed
+            or f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the least that would do "
             f"is {format_bytes(least_bytes)} ({least_bytes} B), with {plan_text}"
         )
 
     def explained(self) -> NothingFits:
         """The same, with the ways out in its text."""
         if self.ways:
-            self.args = (f"{self}; it would fit with any of: {'; '.join(self.ways)}",)
+            self.args = (f"{self}; any of these would do: {'; '.join(self.ways)}",)
         return self
 
 
