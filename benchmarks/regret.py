@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from memfit.types.units import format_bytes
 
 RECORDS = Path(__file__).parent / "records" / "regret.jsonl"
 PAGE = Path(__file__).parent / "regret.md"
+WIDE = 0.10  # of a plan's own time: rounds further apart are measured again
+REPEATS, T_95 = 5, 2.776  # turns, and Student's t of four degrees of freedom
 
 
 def main() -> None:
@@ -80,6 +83,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
             _measure_one(planning, plan, options.steps, rows[plan])
+    _again_where_wide(planning, rows, options)
+    repeats = _repeated(planning, rows, options.steps)
     known = corrected(planning.pricer.calibration, list(teachers.items()), source="these")
     for plan in chosen:
         estimate = planning.pricer.whole(plan)
@@ -102,8 +107,36 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "techniques": dict(known.technique_ratio),
             "spread": known.step_spread_ratio,
         },
+        "repeats": repeats,
         "rows": list(rows.values()),
     }
+
+
+def _again_where_wide(
+    planning: Planning, rows: dict[Plan, dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """What was measured with a wide spread does not count."""
+    for plan, row in rows.items():
+        if row["outcome"] == "ok" and _spread(row) > WIDE:
+            print(f"again: {plan.label}", flush=True)
+            row["before_s"], row["step_s"] = row["step_s"], []
+            for _ in range(options.rounds):
+                _measure_one(planning, plan, options.steps, row)
+
+
+def _repeated(planning: Planning, rows: dict[Plan, dict[str, Any]], steps: int) -> dict[str, Any]:
+    """The recommended plan, the fastest that fits and plain training, in turns: seconds of each."""
+    fitting = {
+        p: r for p, r in rows.items() if r["step_s"] and r["measured_peak_bytes"] <= planning.cap_bytes
+    }
+    fastest = min(fitting, key=lambda p: statistics.median(fitting[p]["step_s"]))
+    found: dict[str, Any] = {plan.label: [] for plan in dict.fromkeys([*always(planning), fastest])}
+    for turn in range(REPEATS):
+        for plan in dict.fromkeys([*always(planning), fastest]):
+            print(f"turn {turn + 1}/{REPEATS}: {plan.label}", flush=True)
+            row: dict[str, Any] = {"step_s": found[plan.label]}
+            _measure_one(planning, plan, steps, row)
+    return found
 
 
 def taught(planning: Planning, steps: int) -> dict[Plan, float]:
@@ -170,6 +203,29 @@ def page(records: list[dict[str, Any]]) -> str:
     return "\n\n".join([*parts, *(_section(r) for r in records)]) + "\n"
 
 
+def _spread(row: dict[str, Any]) -> float:
+    """Of a plan's rounds, from the lowest to the highest, by the median."""
+    return float((max(row["step_s"]) - min(row["step_s"])) / statistics.median(row["step_s"]))
+
+
+def _turns(record: dict[str, Any], chosen: str, best: str) -> list[str]:
+    """Turns of the recommended plan and the fastest: their ratio with its 95 % interval, and how far a plan's
+    own turns are apart."""
+    turns: dict[str, list[float]] = record.get("repeats", {})
+    if not turns:
+        return []
+    floor = statistics.median(_spread({"step_s": each}) for each in turns.values())
+    told = (
+        f"- {len(turns[chosen])} turns: noise floor {100 * floor:.1f} % (a plan's turns, lowest to highest)"
+    )
+    if chosen == best or best not in turns:
+        return [f"{told}; the recommended plan is the fastest measured"]
+    ratios = [a / b for a, b in zip(turns[chosen], turns[best], strict=True)]
+    mean, half = statistics.fmean(ratios), T_95 * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    interval = f"95 % interval {mean - half:.3f} to {mean + half:.3f}"
+    return [f"{told}; the recommended plan takes {mean:.3f} of the fastest's time, {interval}"]
+
+
 def _section(record: dict[str, Any]) -> str:
     rows = [r for r in record["rows"] if r["outcome"] == "ok" and r["step_s"]]
     for row in rows:
@@ -177,7 +233,9 @@ def _section(record: dict[str, Any]) -> str:
     fitting = [r for r in rows if r["measured_peak_bytes"] <= record["cap_bytes"]]
     best = min(fitting, key=lambda r: r["median_s"])
     chosen = next(r for r in rows if r["plan"] == record["recommended"])
-    unseen = [r for r in rows if not r.get("taught")]
+    unseen = [r for r in rows if not r.get("taught") and ("repeats" not in record or _spread(r) <= WIDE)]
+    wide = sum("repeats" in record and _spread(r) > WIDE for r in rows)
+    again = sum("before_s" in r for r in rows)
     errors = [abs(r["predicted_step_s"] / r["median_s"] - 1) for r in unseen]
     before = [abs(r.get("uncorrected_step_s", r["predicted_step_s"]) / r["median_s"] - 1) for r in unseen]
     memory = [abs(r["predicted_peak_bytes"] / r["measured_peak_bytes"] - 1) for r in rows]
@@ -199,6 +257,11 @@ def _section(record: dict[str, Any]) -> str:
             f"({100 * statistics.median(before):.1f} and {100 * max(before):.1f} % before runs corrected "
             f"it); predicted peak: worst {100 * max(memory):.3f} %"
         ),
+        *_turns(record, chosen["plan"], best["plan"]),
+        *(
+            [f"- spread above {WIDE:.0%}: {again} measured again, {wide} still, which do not count"]
+            * (again > 0)
+        ),
         "",
         "| plan | fits | peak measured | peak error | step measured | spread | step predicted |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -209,7 +272,7 @@ def _section(record: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], cap_bytes: int) -> str:
-    spread = (max(row["step_s"]) - min(row["step_s"])) / row["median_s"]
+    spread = _spread(row)
     error = row["predicted_peak_bytes"] / row["measured_peak_bytes"] - 1
     return (
         f"| {row['plan']} | {'yes' if row['measured_peak_bytes'] <= cap_bytes else 'no'} "

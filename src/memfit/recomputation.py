@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from memfit.cost.memory import memory_profile
-from memfit.cost.recompute import GAP_RATIO, smallest, solve
+from memfit.cost.recompute import GAP_RATIO, refined, smallest, solve
 from memfit.cost.replay import Replay, replay
 from memfit.search.choose import Objective, best, score
 from memfit.techniques.recompute import NAME, dropped_text
@@ -138,9 +138,12 @@ def chosen(
     found = _closed(played, traced, _aim(budget_bytes), gap_ratio)
     if found is not None:
         return found
-    smallest_plan, least = traced(smallest(played).dropped)
-    if least <= _aim(budget_bytes):  # where the program ends above its own bound
-        return smallest_plan
+    lowest = smallest(played)
+    plan_of_least, least = traced(lowest.dropped)
+    if least <= _aim(budget_bytes):  # the program ended without an answer: from the least up to the budget
+        off_bytes = max(0, least - lowest.peak_bytes)
+        more, peak_bytes = traced(refined(played, lowest, _aim(budget_bytes) - off_bytes).dropped)
+        return more if peak_bytes <= _aim(budget_bytes) else plan_of_least
     raise UserError(
         f"{NAME}: a budget of {format_bytes(budget_bytes)}",
         allowed=f"at least {math.ceil(least / (1 - _SPARE_RATIO) / _MIB)} MiB, the least found for this job",

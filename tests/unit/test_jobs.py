@@ -471,6 +471,7 @@ def test_configurations_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     assert "config.json" in refusal(f"hf:{tmp_path}")
     assert "has no head memfit can train" in refusal("hf:clip")
+    assert "a file of your own can train any model" in refusal("hf:t5")
     assert "no --data" in refusal("hf:gpt2", data="x")
     assert "unknown size" in refusal("hf:gpt2", size="8M")
 

@@ -44,7 +44,7 @@ def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) ->
         dropped = program.dropped(budget_bytes, gap_ratio)
         if dropped is None:
             break
-        choice = _refined(replay, _choice(replay, dropped), budget_bytes)
+        choice = refined(replay, _choice(replay, dropped), budget_bytes)
         found.append(choice)
         if not program.learn(choice.dropped, budget_bytes):
             break
@@ -68,7 +68,7 @@ def _choice(replay: Replay, dropped: frozenset[int]) -> Choice:
     return Choice(dropped=dropped, peak_bytes=replay.peak_bytes(dropped), cost_s=replay.cost_s(dropped))
 
 
-def _refined(replay: Replay, choice: Choice, budget_bytes: int) -> Choice:
+def refined(replay: Replay, choice: Choice, budget_bytes: int) -> Choice:
     """Tensors kept again, the dearest first, where the replay says that they fit after all."""
     if choice.peak_bytes > budget_bytes:
         return choice

@@ -103,11 +103,12 @@ def task_of(config: Any, name: str) -> str:
             if architecture.endswith(ending):
                 return task
     for task, auto in _auto_models().items():
-        if type(config) in auto._model_mapping:
+        if type(config) in auto._model_mapping and not getattr(config, "is_encoder_decoder", False):
             return task
     raise UserError(
         f"{PREFIX}{name} ({type(config).__name__}) has no head memfit can train",
         allowed="architectures with a masked-LM, causal-LM or sequence-classification head",
+        hint="a file of your own can train any model: FILE.py:NAME, see README",
     )
 
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memfit.techniques.blocks import twins
+from memfit.techniques.grouped import grouped_products
 
 COLWISE, ROWWISE = "colwise", "rowwise"
 
@@ -226,7 +227,12 @@ def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> lis
 def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """A copy of the model and the job's first batch without values, for a forward pass without gradients that
     no mode outside sees."""
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+    with (
+        grouped_products(),
+        _disable_current_modes(),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        torch.no_grad(),
+    ):
         held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
         batch = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, job.make_batch(0, 0))
         yield copy.deepcopy(model, held), batch

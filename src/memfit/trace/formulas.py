@@ -1,4 +1,4 @@
-"""Derivatives that torch works out in a costlier way for fake tensors, as it does for plain ones.
+"""What torch works out in another way for fake tensors, as it does for plain ones.
 
 The formulas of ``prod`` and ``cumprod`` look for zeros, and have a short way where there are none; with a
 tensor whose values cannot be asked for they take the long one (torch/csrc/autograd/FunctionsManual.cpp).
@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memfit.techniques.grouped import grouped_products
+
 
 @contextlib.contextmanager
 def plain_formulas() -> Iterator[None]:
@@ -23,6 +25,7 @@ def plain_formulas() -> Iterator[None]:
             for name, function in (("prod", _Product), ("cumprod", _Cumulated)):
                 patched = _given_to(function, getattr(home, name))
                 stack.enter_context(mock.patch.object(home, name, patched))
+        stack.enter_context(grouped_products())
         yield
 
 

@@ -1,0 +1,97 @@
+"""Deadline, budget and micro-batch: what a search keeps to, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from memfit.catalog import machine
+from memfit.cost.steps import sketched_s
+from memfit.planning import Planning, Request, search
+from memfit.search.choose import Objective, as_asked, missed
+from memfit.techniques.registry import TECHNIQUES, make_use, plain
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import JobRef
+from memfit.types.plan import Bounds, Plan
+from memfit.types.result import Estimate, Interval
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of two blocks, too few for the search by layouts."""
+    folder: Path = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rest = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 256}
+    (folder / "config.json").write_text(json.dumps({**sizes, **rest}))
+    return f"hf:{folder}"
+
+
+def searched(job: str, on: str = "L4", *, goal: Objective = Objective.FASTEST, **asked: float) -> Planning:
+    few = frozenset(TECHNIQUES) - {"gradient-accumulation", "bf16-autocast", "ddp", "fsdp2"}
+    bounds = Bounds(**asked, without=tuple(sorted(few)))  # type: ignore[arg-type]
+    given = JobRef(spec=job, batch=8, steps=1000)
+    return search(Request(job=given, machine=machine(on), goal=goal, bounds=bounds), lambda *stage: None)
+
+
+def test_a_deadline_that_can_be_met_is_and_one_that_cannot_names_the_quickest(small: str) -> None:
+    free = searched(small).result.recommended
+    assert free is not None
+    assert free.estimate.step_s is not None
+    takes = free.estimate.step_s.value * 1000
+    kept = searched(small, deadline_s=takes * 1.2, goal=Objective.SMALLEST).result.recommended
+    assert kept is not None
+    assert kept.estimate.step_s is not None
+    assert kept.estimate.step_s.value * 1000 <= takes * 1.2
+    with pytest.raises(NothingFits, match=r"a deadline of .* \(the quickest that fits takes .* USD, with"):
+        searched(small, deadline_s=takes / 10)
+    with pytest.raises(NothingFits, match=r"a budget of 1e-06 USD \(the cheapest that fits takes"):
+        searched(small, budget_usd=1e-6)
+
+
+def test_the_micro_batch_asked_for_goes_through(small: str) -> None:
+    for size in (2, 8):
+        found = searched(small, micro_batch=size).result
+        assert found.recommended is not None
+        assert as_asked(found.recommended.estimate.plan, Bounds(micro_batch=size), 8)
+    with pytest.raises(UserError, match="a micro-batch of 3 of the 8 samples of a rank; allowed: 1, 2, 4, 8"):
+        searched(small, micro_batch=3)
+
+
+def test_two_devices_are_quicker_than_one_for_a_model_of_few_blocks(small: str) -> None:
+    """Their sketches have seconds: finalists are the quickest, not any."""
+    found = searched(small, "2xH100-SXM")
+    step = found.result.recommended and found.result.recommended.estimate.step_s
+    assert step
+    every = [found.pricer.sketch(c.estimate.plan).step_s for c in found.result.frontier]
+    assert all(s is not None for s in every)
+    ddp = found.pricer.whole(plain(2)).step_s
+    assert ddp is not None
+    assert step.value <= ddp.value
+
+
+def test_exchanged_bytes_take_time_and_sharded_weights_are_gathered_again() -> None:
+    on = machine("8xL4")
+    shards = [Plan(uses=(make_use("fsdp2", {"reshard": r}),), ranks=8) for r in (False, True)]
+    once, again = (sketched_s(0.1, p, 10**9, on, micros=4) for p in shards)
+    assert once is not None
+    assert again is not None
+    assert again > once > 0.1
+    assert sketched_s(0.1, Plan(), 10**9, on, micros=4) == 0.1
+    assert sketched_s(0.1, plain(8), 10, on, micros=1) == pytest.approx(0.1, rel=0.01)
+
+
+def test_nothing_is_missed_where_nothing_is_asked_or_fits() -> None:
+    exactly = Interval(value=1.0, low=1.0, high=1.0)
+    fitting = Estimate(
+        plan=Plan(), allocated_bytes=exactly, phase_peak_bytes={}, at_peak_bytes={}, by_module_bytes={},
+        step_s=exactly, flops_per_step=0, traced=True, usd=0.5,
+    )  # fmt: skip
+    assert missed(Bounds(steps=10), [fitting]) == missed(Bounds(steps=10, deadline_s=1.0), []) == ""
+    both = missed(Bounds(steps=10, deadline_s=5.0, budget_usd=2.0), [fitting])
+    assert both == (
+        "no allowed plan keeps to a deadline of 5 s (the quickest that fits takes 10 s and 5 USD, "
+        "with plain) and a budget of 2 USD (the cheapest that fits takes 10 s and 5 USD, with plain), "
+        "for 10 steps"
+    )
