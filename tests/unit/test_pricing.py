@@ -343,7 +343,8 @@ def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
     device = dataclasses.replace(CPU.device, name="this machine")
     request = Request(job=JobRef(spec="words"), machine=dataclasses.replace(CPU, device=device))
     made = [prices.whole(plan) for plan in (Plan(), BOTH, OTHER)]
-    found = planning._with_rivals(prices, request, 500 * mib, made, quiet)
+    fits = planning.fits_under(500 * mib, request.machine)
+    found = planning._with_rivals(prices, request, fits, made, quiet)
     fitting = [e for e in found if e.allocated_bytes.value < 450 * mib]
     best = min(fitting, key=lambda e: e.step_s.value if e.step_s else 0.0)
     assert best.plan == wanted
