@@ -55,6 +55,9 @@ def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     console.print(Text(f"{report}  ({took})" if report else took))
 
 
+_COSTED_STEPS = 1000
+
+
 def print_search(
     result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
 ) -> None:
@@ -76,12 +79,28 @@ def print_search(
         console.print(Text(text, style="red"))
         return
     console.print(Text(words.get("terminal.recommended", plan=view.recommended.plan), style="bold green"))
+    if (cost := _cost(result, words)) is not None:
+        console.print(Text(cost))
     for reason in view.recommended.reasons:
         console.print(_reason(reason, words))
     if view.sensitivity:
         console.print(Text(words.get("sensitivity.title"), style="bold"))
     for change in view.sensitivity:
         console.print(Padding(Text(f"? {sentence_text(change, words).strip()}"), (0, 0, 0, 2)))
+
+
+def _cost(result: SearchResult, words: Words) -> str | None:
+    """Of a thousand steps of the recommended plan, where the catalog has a price."""
+    best = result.recommended.estimate if result.recommended else None
+    if best is None or best.step_s is None or best.usd is None:
+        return None
+    figures = {
+        "time": predicted(_COSTED_STEPS * best.step_s.value, "s"),
+        "money": predicted(_COSTED_STEPS * best.usd, "usd"),
+        "carbon": predicted(None if best.co2_g is None else _COSTED_STEPS * best.co2_g, "g"),
+        "steps": predicted(_COSTED_STEPS, "count"),
+    }
+    return words.get("terminal.cost", **{name: _text(figure, words) for name, figure in figures.items()})
 
 
 def _correction(found: Calibration, words: Words) -> str:
