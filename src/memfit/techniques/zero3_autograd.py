@@ -34,21 +34,29 @@ class _Parameters(dict[str, Any]):
         return found
 
 
+_PLAIN = functional.linear
+
+
 class LinearPatch:
     """While a module runs, in a recomputation too, every linear layer is the one below."""
 
     def __init__(self) -> None:
-        self.depth, self.plain = 0, functional.linear
+        self.depth = 0
 
     def during(self, module: torch.nn.Module) -> list[Callable[[], None]]:
         """Functions that end it."""
         enter = module.register_forward_pre_hook(lambda *_: self._turn(1))
         leave = module.register_forward_hook(lambda *_: self._turn(-1), always_call=True)
-        return [enter.remove, leave.remove]
+        return [enter.remove, leave.remove, self._end]
+
+    def _end(self) -> None:
+        """A step that failed inside a module has not left it."""
+        self.depth = 0
+        functional.linear = _PLAIN
 
     def _turn(self, by: int) -> None:
         self.depth += by
-        functional.linear = _linear if self.depth else self.plain  # type: ignore[assignment]
+        functional.linear = _linear if self.depth else _PLAIN  # type: ignore[assignment]
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

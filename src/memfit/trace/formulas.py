@@ -26,6 +26,8 @@ def plain_formulas() -> Iterator[None]:
                 patched = _given_to(function, getattr(home, name))
                 stack.enter_context(mock.patch.object(home, name, patched))
         stack.enter_context(grouped_products())
+        # ZeRO's own linear layer stays where a traced step fails inside a module.
+        stack.enter_context(mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear))
         yield
 
 
