@@ -300,11 +300,7 @@ def _price(
 
 
 def _with_rivals(
-    pricer: Pricer,
-    request: Request,
-    fits: Callable[[Estimate], bool],
-    made: list[Estimate],
-    progress: Progress,
+    pricer: Pricer, request: Request, fits: Fits, made: list[Estimate], progress: Progress
 ) -> list[Estimate]:
     """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
     the operators of all of them are measured, and again while that changes the winner."""

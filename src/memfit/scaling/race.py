@@ -69,23 +69,29 @@ class Race:
     def _climb(self) -> None:
         """Of a small model, whose traces are quick: from the best that was traced to what differs from it in
         one thing, and on from what is better. Sketches may have left it out by less than they err."""
-        tried = {e.plan for e in self.traced}
-        for left in range(_CLIMBED, 0, -1):
+        tried, near = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
+        for done in range(_CLIMBED):
             top = best([e for e in self.traced if self.fits(e)], self.goal)
-            sketch = self.scale.sketch_of(top.plan) if top is not None else None
-            if sketch is None:
+            if top is None:
                 return
-            near = [e for e in self.scale.beside(sketch) if e.plan not in tried and self.fits(e)]
-            limit = score(self.scale.estimate(sketch), self.goal) * _MAY_BE_BETTER
-            near = [e for e in near if score(e, self.goal) <= limit]
-            following = best(near, self.goal)
+            if top.plan not in near:
+                near[top.plan] = self._beside(top.plan)
+            following = best([e for e in near[top.plan] if e.plan not in tried], self.goal)
             if following is None:
                 return
             tried.add(following.plan)
-            self.scale.tell("finalists", _CLIMBED - left, _CLIMBED, brief(following.plan))
+            self.scale.tell("finalists", done, _CLIMBED, brief(following.plan))
             whole = self.scale.traced_or_refused(following)
             if whole is not None:
                 self.traced.append(whole)
+
+    def _beside(self, plan: Plan) -> list[Estimate]:
+        """What differs from it in one thing, fits, and by its sketch may be better."""
+        sketch = self.scale.sketch_of(plan)
+        if sketch is None:
+            return []
+        limit = score(self.scale.estimate(sketch), self.goal) * _MAY_BE_BETTER
+        return [e for e in self.scale.beside(sketch) if self.fits(e) and score(e, self.goal) <= limit]
 
     def hoped(self, e: Estimate) -> float:
         """The best that its trace may say."""

@@ -95,17 +95,16 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """With the least changes, each alone, that would make a plan fit."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan)))
-    ways, told = [], ""
+    ways = []
     fitting = [e for e in known if scale.fits_memory(e)]
     if fitting:
-        told = missed(scale.bounds, fitting)
         quickest = min(fitting, key=lambda e: score(e, Objective.FASTEST))
-        dearest = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
+        cheap = min(fitting, key=lambda e: score(e, Objective.CHEAPEST))
         if scale.bounds.deadline_s is not None and quickest.step_s:
             needed = quickest.step_s.value * scale.bounds.steps
             ways.append(f"a deadline of {needed / 3600:.2f} h, with {brief(quickest.plan)}")
-        if scale.bounds.budget_usd is not None and dearest.usd is not None:
-            ways.append(f"a budget of {dearest.usd * scale.bounds.steps:.2f} USD, with {brief(dearest.plan)}")
+        if scale.bounds.budget_usd is not None and cheap.usd is not None:
+            ways.append(f"a budget of {cheap.usd * scale.bounds.steps:.2f} USD, with {brief(cheap.plan)}")
     else:
         ways.append(f"{(scale.needs(least) - cap_bytes) / 2**30:.1f} GiB more on each device")
     for times in (2, 4, 8, 16):
@@ -119,5 +118,5 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
             break
     return NothingFits(
         cap_bytes=cap_bytes, least_bytes=scale.needs(least), plan_text=brief(least.plan), ways=tuple(ways),
-        missed=told,
+        missed=missed(scale.bounds, fitting),
     )  # fmt: skip
