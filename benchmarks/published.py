@@ -1,12 +1,13 @@
 """Memory and step time of published training runs, predicted from their descriptions.
 
-    python benchmarks/published.py --csv FILE [--json] [--record] [--only REGEX] [--jobs N]
+    python benchmarks/published.py --csv FILE [--json] [--record] [--only REGEX] [--held-out] [--jobs N]
     python benchmarks/published.py --page                 the page from the last record
 
 Prints a line per row (id, quality, mem_metric, measured and predicted GiB, error; seconds of a step where a
 speed was published) and the summary. ``--json`` prints both as JSON instead (sizes in GiB, times in seconds).
-Rows that cannot be expressed are refused with the reason. ``--record`` adds the run to
-benchmarks/records/published.jsonl and writes benchmarks/published.md from it.
+Rows that cannot be expressed are refused with the reason. ``--held-out`` also chooses the constants of time
+that were set after rows had been seen again without each source in turn (published/held_out.py).
+``--record`` adds the run to benchmarks/records/published.jsonl and writes benchmarks/published.md from it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from published.pace import sweep_in_words, time_in_words
+from published.held_out import study
+from published.pace import held_out_in_words, sweep_in_words, time_in_words
 from published.page import HEADER, in_words, line, page
 from published.rows import read
 from published.score import Scored, score, summaries, sweeps, times
@@ -59,11 +61,15 @@ def main() -> int:
         "times": [dataclasses.asdict(t) for t in times(scored)],
         "sweeps": [dataclasses.asdict(s) for s in sweeps(scored)],
     }
+    if args.held_out:
+        results["held_out"] = study(rows, scored, args.jobs)
     if args.json:
         print(json.dumps(results, indent=1))
     else:
         print(*map(in_words, summaries(scored)), *map(time_in_words, times(scored)), sep="\n")
         print(*map(sweep_in_words, sweeps(scored)), sep="\n")
+        if args.held_out:
+            print(*held_out_in_words(results["held_out"]), sep="\n")
     if args.record:
         _record(results, time.perf_counter() - begun, args)
     return 0
@@ -93,7 +99,8 @@ def _record(results: dict[str, Any], took_s: float, args: argparse.Namespace) ->
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "took_s": round(took_s),
-        "command": f"python benchmarks/published.py --csv {args.csv.name} --record",
+        "command": f"python benchmarks/published.py --csv {args.csv.name} --record"
+        + " --held-out" * args.held_out,
         "environment": dict(fingerprint()),
     }
     with RECORDS.open("a", encoding="utf-8") as file:
@@ -114,6 +121,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--record", action="store_true", help="add a record, and write the page from it")
     parser.add_argument("--page", action="store_true", help="write the page from the last record only")
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose id matches this pattern")
+    parser.add_argument(
+        "--held-out", action="store_true", help="choose constants again without each source, and predict it"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     args = parser.parse_args()
     if args.csv is None and not args.page:

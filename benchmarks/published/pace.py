@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def tables(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
         for s in record["sweeps"]
     ]
     lines += _told_apart(record["sweeps"])
-    lines += _rows([r for r in rows if r["step_error"] is not None], why)
+    lines += _held_out(record, why)
+    lines += _rows([r for r in rows if r["step_error"] is not None], why, record.get("held_out"))
     refused = [r for r in rows if r["step_error"] is None]
     lines += [
         "",
@@ -88,12 +90,18 @@ def _told_apart(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _targets(record: Mapping[str, Any]) -> list[str]:
-    whole = record["times"][0]
-    known = [s for s in record["sweeps"] if s.get("comparable", True)]
-    large = [s["rank"] for s in known if s["rows"] >= _LARGE_SWEEP]
+def _order(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], float, int]:
+    """Of comparable rows: rank correlations of large sweeps; pairs in order over the small ones, and how many
+    these are."""
+    known = [s for s in found if s.get("comparable", True)]
     small = [s for s in known if s["rows"] < _LARGE_SWEEP]
     ordered = sum(s["pairs"] * s["told"] for s in small) / max(1, sum(s["told"] for s in small))
+    return [s["rank"] for s in known if s["rows"] >= _LARGE_SWEEP], ordered, len(small)
+
+
+def _targets(record: Mapping[str, Any]) -> list[str]:
+    whole = record["times"][0]
+    large, ordered, small = _order(record["sweeps"])
     low = min(large, default=1.0)
     checks = [
         (
@@ -115,7 +123,7 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
             False,
         ),
         (
-            f"nine in ten pairs in order over the {len(small)} smaller ones",
+            f"nine in ten pairs in order over the {small} smaller ones",
             ordered,
             ordered >= _RANK,
             True,
@@ -128,21 +136,86 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _rows(rows: Sequence[Mapping[str, Any]], why: Mapping[str, str]) -> list[str]:
+_KINDS = {
+    "before": "as they stood before", "left out": "chosen without the row's source", "used": "as used",
+    "all": "chosen on all rows",
+}  # fmt: skip
+
+
+def held_out_in_words(found: Mapping[str, Any]) -> list[str]:
+    return [f"constants {name}: {numbers}" for name, numbers in _summaries(found, ", ")]
+
+
+def _summaries(found: Mapping[str, Any], between: str) -> list[tuple[str, str]]:
+    lines = []
+    for key, name in _KINDS.items():
+        whole = found["summary"][key]["times"][0]
+        large, ordered, _ = _order(found["summary"][key]["sweeps"])
+        errors = [f"{whole[k]:.1%}" for k in ("median", "within", "worst")]
+        ranks = " ".join(f"{x:.2f}" for x in sorted(large))
+        lines.append((name, between.join([*errors, ranks or "-", f"{ordered:.1%}"])))
+    return lines
+
+
+def _held_out(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
+    found = record.get("held_out")
+    if not found:
+        return []
+    lines = ["", "## Leave one source out", "", why["held_out"].strip(), ""]
+    lines += [
+        "| constants | median error | within 30 % | worst | ranks of large sweeps | pairs in smaller ones |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    lines += [f"| {name} | {numbers} |" for name, numbers in _summaries(found, " | ")]
+    lines += ["", "| constant | before | used | on all rows | without each source |", "|---|--:|--:|--:|---|"]
+    for i, choice in enumerate(found["choices"]):
+        took: dict[float, list[str]] = {}
+        for name, levels in found["families"].items():
+            took.setdefault(levels[i], []).append(name)
+        most = max(took, key=lambda level: len(took[level]))
+        others = [f"{level:g} without {', '.join(names)}" for level, names in took.items() if level != most]
+        chosen = "; ".join([f"{most:g}", *others])
+        known = " | ".join(f"{level:g}" for level in (choice["levels"][0], choice["used"], found["all"][i]))
+        lines.append(f"| {choice['name']} | {known} | {chosen} |")
+    return [*lines, *_families(record["rows"], found)]
+
+
+def _families(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> list[str]:
+    """Median errors of each family's rows."""
+    lines = ["", "| source left out | rows | before | left out | used |", "|---|--:|--:|--:|--:|"]
+    known = [r for r in rows if r["id"] in found["rows"]]
+    for name in found["families"]:
+        own = [r for r in known if r["source"].partition("-")[0] == name]
+        steps = [{**found["rows"][r["id"]], "used_s": r["step_s"]} for r in own]
+        middles = [
+            statistics.median(abs(s[k] / r["measured_step_s"] - 1) for s, r in zip(steps, own, strict=True))
+            for k in ("before_s", "left_out_s", "used_s")
+        ]
+        lines.append(f"| {name} | {len(own)} | {' | '.join(f'{m:.1%}' for m in middles)} |")
+    return lines
+
+
+def _rows(
+    rows: Sequence[Mapping[str, Any]], why: Mapping[str, str], held: Mapping[str, Any] | None
+) -> list[str]:
+    head, line = ("error | left out", "--:|--:") if held else ("error", "--:")
     lines = [
         "", "## Step time, every row", "",
-        "| id | quality | unit | published | predicted | step | predicted | error | most of it | why |",
-        "|---|---|---|--:|--:|--:|--:|--:|---|---|",
+        f"| id | quality | unit | published | predicted | step | predicted | {head} | most of it | why |",
+        f"|---|---|---|--:|--:|--:|--:|{line}|---|---|",
     ]  # fmt: skip
     for r in rows:
         most = sorted(r["busy_s"].items(), key=lambda kv: -kv[1])[:3]
         shares = ", ".join(f"{name} {busy / r['step_s']:.0%}" for name, busy in most)
         numbers = f"{_value(r['measured_speed'])} | {_value(r['predicted_speed'])}"
         seconds = f"{r['measured_step_s']:.4g} s | {r['step_s']:.4g} s"
+        error = f"{r['step_error']:+.1%} |"
+        if held:
+            error += f" {held['rows'][r['id']]['left_out_s'] / r['measured_step_s'] - 1:+.1%} |"
         unit = _NAMES[r["speed_unit"]]
         lines.append(
-            f"| {r['id']} | {r['quality']} | {unit} | {numbers} | {seconds} | {r['step_error']:+.1%} "
-            f"| {shares} | {_why(r, why)} |"
+            f"| {r['id']} | {r['quality']} | {unit} | {numbers} | {seconds} | {error} "
+            f"{shares} | {_why(r, why)} |"
         )
     return lines
 

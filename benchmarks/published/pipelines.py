@@ -62,8 +62,8 @@ class Run:
         micros, virtual = self.setup.micro_batches, self.setup.ranks["vp"]
         kind = "interleaved" if virtual > 1 else "1f1b"
         send_s = self._send_s()
-        if "deepspeed" in self.setup.row["zero_fsdp"].lower() and send_s:
-            # Its engine computes nothing while it receives and sends (runtime/pipe/p2p.py), and what
+        if _sends_wait(self.setup) and send_s:
+            # DeepSpeed's engine computes nothing while it receives and sends (runtime/pipe/p2p.py), and what
             # came in parts is made whole: input, in backward output and gradient (runtime/pipe/engine.py).
             once = self.play(self.calls.whole_again(), 3 * micros)
             forward = [x + 2 * send_s + once * (i > 0) for i, x in enumerate(forward)]
@@ -143,6 +143,10 @@ class Run:
         return "no comm overlap" not in text and bool(
             re.search("nemo|bridge|megatron-lm|mcore|bionemo", text)
         )
+
+
+def _sends_wait(setup: Setup) -> bool:
+    return "deepspeed" in setup.row["zero_fsdp"].lower()
 
 
 def _blocking(setup: Setup) -> bool:

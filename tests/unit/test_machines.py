@@ -130,6 +130,34 @@ def test_a_users_machine_may_name_a_device_and_write_a_place(tmp_path: Path) -> 
     assert made.place.name == "desk"
 
 
+OWN_PRICE = """
+name = "ours"
+device_count = 8
+[device]
+base = "H100-SXM"
+usd_per_hour = {value = 1.85, source = "our contract", date = "2026-11-01"}
+peak_flops.bfloat16 = {value = 9e14, source = "our runs", date = "2026-11-01", kind = "measured"}
+"""
+
+
+def test_a_catalogs_device_at_ones_own_price(tmp_path: Path) -> None:
+    made, plain = catalog.from_toml(_written(tmp_path, OWN_PRICE)), catalog.machine("8xH100-SXM")
+    assert made.device.usd_per_hour == Fact(value=1.85, source="our contract", date="2026-11-01")
+    assert made.device.peak_flops["bfloat16"].value == 9e14
+    assert made.device.peak_flops["float8"] == plain.device.peak_flops["float8"]
+    assert made.host == plain.host
+    same = {"usd_per_hour": None, "peak_flops": {}}
+    assert dataclasses.replace(made.device, **same) == dataclasses.replace(plain.device, **same)
+
+
+def test_a_base_that_is_no_device_is_told_what_is_near(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        catalog.from_toml(_written(tmp_path, OWN_PRICE.replace("H100-SXM", "H100-SMX")))
+    assert "device: base: " in str(caught.value)
+    assert "H100-SXM" in str(caught.value)
+    assert "input should" not in str(caught.value)
+
+
 def test_all_problems_of_a_file_are_told_in_one_line(tmp_path: Path) -> None:
     text = FULL.replace("device_count", "device_cuont").replace('kind = "cuda"', "power_watts = 3")
     text = text.replace('date = "2024-03"', 'dat = "2024-03"')
@@ -149,6 +177,7 @@ def test_all_problems_of_a_file_are_told_in_one_line(tmp_path: Path) -> None:
     ("old", "new", "told"),
     [("device_count = 2", "device_count = 0", "device_count: 0"), ('"cuda"', '"tpu"', "device.kind: 'tpu'"),
      ("5e10", "-1", "device.memory_bytes: -1"), ("1.8e14", "0", "device.peak_flops.bfloat16: 0"),
+     ('name = "Custom"', 'name = "Custom"\nusd_per_hour = 2', "device.usd_per_hour: 2, but a figure names"),
      ('"measured"', '"guessed"', "device.memory_bytes"), ('"sweden"', '"swedn"', "did you mean sweden"),
      ("5e10", "nan", "device.memory_bytes: nan"), ("5e10", '"lots"', "device.memory_bytes.value"),
      ('name = "lab box"', "name = lab box", "is not TOML")],

@@ -17,6 +17,12 @@
     link = "PCIe4"             # or a table
     memory_bytes = {value = 50e9, source = "torch total_memory", date = "2025-06-01", kind = "measured"}
     peak_flops.bfloat16 = {value = 180e12, source = "data sheet", date = "2024-03"}
+
+A device of the catalog at one's own price, or with other figures of its own::
+
+    [device]
+    base = "H100-SXM"          # its figures stand where the table gives none
+    usd_per_hour = {value = 1.85, source = "our contract", date = "2026-11-01"}
 """
 
 from __future__ import annotations
@@ -33,7 +39,10 @@ from memfit.catalog import load
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Machine
 
-_OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture",)}  # of the file, and no field of the noun
+_OWN_KEYS: Final = {
+    Machine: ("hosts",),
+    Device: ("architecture", "base"),
+}  # of the file, and no field of the noun
 
 
 def from_toml(path: str | Path) -> Machine:
@@ -88,6 +97,7 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
     """Names of the catalog become what they name; those that name nothing are told and left as they are."""
     each = data.get("devices_per_host") or data.get("device_count") or 1
     each = 1 if _odd(each) else each
+    yield from _based(data)
     device = data.get("device")
     yield from _looked_up(data, "device", load.device)
     if isinstance(data.get("device"), Device) and "host" not in data:
@@ -103,6 +113,25 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
             del device["architecture"]
         if isinstance(stand_in, dict) and isinstance(own, dict):
             device["efficiency_ratio"] = stand_in | own
+
+
+def _based(data: dict[str, Any]) -> Iterator[str]:
+    """A [device] table on a device of the catalog becomes a whole one."""
+    own = data.get("device")
+    if not isinstance(own, dict) or "base" not in own:
+        return
+    try:
+        base = load.device(str(own.pop("base")))
+    except UserError as error:
+        yield f"device: base: {error}"
+        data["device"] = None
+        return
+    whole = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    both = {
+        k: {**whole[k], **v} for k, v in own.items() if isinstance(v, dict) and isinstance(whole.get(k), dict)
+    }
+    data["device"] = whole | own | both
+    data.setdefault("host", load.host_of(base.name) or None)
 
 
 def _looked_up(
@@ -130,7 +159,15 @@ def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:
     try:
         return pydantic.TypeAdapter(Machine).validate_python(data), []
     except pydantic.ValidationError as error:
-        return None, [f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+        return None, [f"{'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors()]
+
+
+def _said(error: Any) -> str:
+    """Of one field; a bare number where a figure is needed lacks its source."""
+    given = error["input"]
+    if error["type"] == "dataclass_type" and isinstance(given, (int, float)):
+        return f'{given}, but a figure names its source: {{value = {given}, source = "...", date = "..."}}'
+    return str(error["msg"].lower())
 
 
 def _unknown_keys(noun: Any, data: Any, where: str = "") -> Iterator[str]:

@@ -1,0 +1,123 @@
+"""Constants that were set after rows had been seen are chosen again without each source, and put back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from published import held_out, layers, pipelines, seconds
+from published.held_out import BEFORE, CHOICES, USED, Setting, applied, chosen, family
+
+from memfit.catalog.load import device
+from memfit.cost import kernels, play, time
+from memfit.types.trace import Phase
+
+STRIDED = next(i for i, c in enumerate(CHOICES) if "strided" in c.name)
+CARDS = ("H100-SXM", "H100-96GB-HBM2e", "B200", "A100-80GB-SXM")
+
+
+def constants() -> dict[str, float]:
+    issue = {f"issue {phase}": seconds for phase, seconds in time.ASSUMED_ISSUE_S.items()}
+    steps = {f"aligned {step}": share for step, share in kernels._ALIGNED}
+    return {
+        **issue, **steps, "strided": kernels.STRIDED, "broadcast": kernels.BROADCAST,
+        "narrow": kernels.NARROW, "row": kernels._ROW_START, "host": play.ASSUMED_HOST_BYTES_S,
+        "host of pipelines": pipelines.ASSUMED_HOST_BYTES_S, "float8": layers.FULL_SUM,
+        "float8 of traces": seconds.FULL_SUM, "triton": seconds.TRITON_RATIO, "chain": seconds._KEPT_BESIDE,
+    }  # fmt: skip
+
+
+def ratios(card: str) -> dict[str, float]:
+    row = {"attn_impl": "", "software": "", "group": "", "gpu": card}
+    found = seconds.with_kernels(SimpleNamespace(row=row, code=""), device(card))  # type: ignore[arg-type]
+    return {key: fact.value for key, fact in found.efficiency_ratio.items()}
+
+
+def deepspeed() -> SimpleNamespace:
+    ranks = {"dp": 8, "tp": 4, "pp": 12}
+    row = {"zero_fsdp": "DeepSpeed ZeRO-1", "group": "BLOOM-prequel", "precision": "bf16"}
+    return SimpleNamespace(row=row, ranks=ranks)
+
+
+def mechanisms() -> list[float]:
+    return [f(deepspeed()) for f in (pipelines._sends_wait, pipelines._fork_bytes, pipelines._blocking)]  # type: ignore[arg-type]
+
+
+def test_the_levels_that_are_used_are_the_ones_in_code_and_catalog() -> None:
+    today, cards, waits = constants(), {card: ratios(card) for card in CARDS}, mechanisms()
+    with applied(USED):
+        assert constants() == pytest.approx(today)
+        assert mechanisms() == waits
+        for card in CARDS:
+            assert ratios(card) == pytest.approx(cards[card])
+
+
+def test_before_any_row_was_seen_cards_ran_at_short_runs_shares_and_no_mechanism_was_there() -> None:
+    today, cards = constants(), {card: ratios(card) for card in CARDS}
+    with applied(BEFORE):
+        assert ratios("H100-SXM")["matmul"] == pytest.approx(0.75)
+        assert ratios("B200")["matmul"] == pytest.approx(0.72)
+        assert ratios("H100-96GB-HBM2e")["matmul"] == pytest.approx(0.75, rel=0.02)
+        assert ratios("A100-80GB-SXM") == cards["A100-80GB-SXM"]
+        assert constants()["strided"] == constants()["aligned 1"] == 1
+        assert time.ASSUMED_ISSUE_S[Phase.BACKWARD] == pytest.approx(7e-6)
+        assert mechanisms() == [0, 0, 0]
+    assert constants() == today
+    assert {card: ratios(card) for card in CARDS} == cards
+
+
+def test_constants_are_put_back_when_a_row_cannot_be_predicted() -> None:
+    today = constants()
+    with pytest.raises(ZeroDivisionError), applied(BEFORE):
+        raise ZeroDivisionError
+    assert constants() == today
+
+
+FAMILIES = {"one": ["a", "b"], "two": ["c"], "three": ["d"]}
+WANTED = {"a": 3, "b": 3, "c": 1, "d": 1}  # the level of strided kernels that fits each row
+
+
+def errors(settings: Sequence[Setting]) -> list[Mapping[str, float]]:
+    return [{row: abs(s[STRIDED] - level) for row, level in WANTED.items()} for s in settings]
+
+
+def test_a_source_has_no_say_in_the_levels_that_predict_it() -> None:
+    assert chosen(FAMILIES, "one", errors)[STRIDED] == 1  # what the two others want
+    assert chosen({"one": ["a", "b"], "two": ["c"]}, "two", errors)[STRIDED] == 3
+
+
+def test_what_no_other_source_feels_stays_as_it_stood_before() -> None:
+    found = chosen(FAMILIES, "one", errors)
+    assert [level for i, level in enumerate(found) if i != STRIDED] == [0] * (len(CHOICES) - 1)
+
+
+def test_sources_of_the_same_authors_are_left_out_together() -> None:
+    assert family("torchtitan-2024-12") == family("torchtitan-PR165") != family("torchao-float8")
+
+
+def test_a_row_is_predicted_again_only_where_it_feels_a_choice() -> None:
+    asked: list[tuple[str, Setting]] = []
+
+    class Pool:
+        def submit(self, _: object, row: Mapping[str, str], settings: Sequence[Setting]) -> SimpleNamespace:
+            asked.extend((row["id"], s) for s in settings)
+            step = [1.0 + (s[STRIDED] if row["id"] == "strided" else 0) for s in settings]
+            return SimpleNamespace(result=lambda: step)
+
+        def shutdown(self, **_: object) -> None: ...
+
+    predictor = held_out.Predictor([{"id": "strided"}, {"id": "plain"}], pools=[Pool()])  # type: ignore[list-item]
+    assert predictor.felt == {"strided": (STRIDED,), "plain": ()}
+    asked.clear()
+    every = [(*USED[:STRIDED], i, *USED[STRIDED + 1 :]) for i in range(4)]
+    assert [found["strided"] for found in predictor.seconds(every)] == [1.0, 2.0, 3.0, 4.0]
+    assert {row for row, _ in asked} <= {"strided"}
+    asked.clear()
+    predictor.seconds(every)
+    assert not asked
