@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from memfit.catalog import machine
+from memfit.cli import main
 from memfit.cost.steps import sketched_s
 from memfit.planning import Planning, Request, search
 from memfit.search.choose import Objective, as_asked, missed
@@ -95,3 +96,12 @@ def test_nothing_is_missed_where_nothing_is_asked_or_fits() -> None:
         "with plain) and a budget of 2 USD (the cheapest that fits takes 10 s and 5 USD, with plain), "
         "for 10 steps"
     )
+
+
+def test_more_processes_than_devices_are_refused_before_anything_is_traced(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "char-lm", "--on", "A100-80GB-SXM", "--nproc", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "--nproc 2 on A100-80GB-SXM, which is 1 device;" in told
+    assert "2xA100-80GB-SXM" in told

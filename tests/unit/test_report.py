@@ -480,6 +480,27 @@ def test_terminal_plan_marks_the_recommended_line() -> None:
     assert "- qlora is left out" in text
 
 
+def test_terminal_plan_shows_some_of_a_long_frontier_and_says_how_many_more_there_are() -> None:
+    console, out = shown()
+    found = search()
+    frontier = (*found.frontier, *[found.smallest] * 100)
+    many = dataclasses.replace(found, frontier=frontier)
+    terminal.print_search(many, console=console, lang="en")
+    left = re.search(r"More plans of the frontier between these: (\d+)\.", out.getvalue())
+    assert left is not None
+    assert int(left[1]) == len(frontier) - len(terminal._spread(search_view(many).frontier))
+
+
+def test_a_spread_has_both_ends_and_the_recommended_plan() -> None:
+    one = search_view(search()).smallest
+    rows = [dataclasses.replace(one, plan=f"{i}", recommended=i == 77) for i in range(200)]
+    few = terminal._spread(rows)
+    assert (few[0], few[-1]) == (rows[0], rows[-1])
+    assert rows[77] in few
+    assert len(few) == 13
+    assert terminal._spread(rows[:12]) == rows[:12]
+
+
 def test_terminal_plan_when_nothing_fits() -> None:
     console, out = shown()
     terminal.print_search(

@@ -32,6 +32,12 @@ def request(
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
+    count = machine.device_count
+    if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
+        raise UserError(
+            f"--nproc {ranks} on {machine.name}, which is {count} device{'s' * (count > 1)}",
+            allowed="a process for each device", hint=f"--on says how many: {ranks}x{machine.device.name}",
+        )  # fmt: skip
     quiet_libraries()
     from memfit.engines.registry import engine
     from memfit.planning import Request

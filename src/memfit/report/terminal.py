@@ -55,6 +55,7 @@ def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     console.print(Text(f"{report}  ({took})" if report else took))
 
 
+_MOST_ROWS = 12  # of a frontier; more are no easier to choose from
 _COSTED_STEPS = 1000
 
 
@@ -72,7 +73,10 @@ def print_search(
     if correction is not None and correction.corrected_by:
         console.print(Text(_correction(correction, words), style="dim"))
     if view.frontier:
-        console.print(_frontier(view.frontier, words))
+        few = _spread(view.frontier)
+        console.print(_frontier(few, words))
+        if left := len(view.frontier) - len(few):
+            console.print(Text(words.get("terminal.frontier_left", count=left), style="dim"))
     if view.recommended is None:
         least = _text(view.smallest.peak, words)
         text = words.get("terminal.no_plan", cap=cap, least=least, plan=view.smallest.plan)
@@ -226,6 +230,13 @@ def _plain_line(view: SearchView, cap: str, words: Words) -> str:
     fits = words.get("text.fits" if plain.fits else "text.does_not_fit")
     peak, step = _text(plain.peak, words), _text(plain.step, words)
     return words.get("terminal.baseline", peak=peak, step=step, fits=fits, cap=cap)
+
+
+def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
+    """Of a long frontier its ends, some evenly between them, and the recommended plan."""
+    step = max(1.0, (len(rows) - 1) / (_MOST_ROWS - 1))
+    kept = {round(i * step) for i in range(_MOST_ROWS)}
+    return [row for i, row in enumerate(rows) if i in kept or row.recommended]
 
 
 def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
