@@ -34,12 +34,14 @@ Patch = tuple[Any, str, Any]  # (module, name, value)
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """``levels``: the first is what stood before. ``used``: the one in the code and the catalog today.
-    ``patches``: what puts a level there."""
+    ``patches``: what puts a level there. ``said``: where a paper, a code base or a log says what is used, of
+    something that one source alone has."""
 
     name: str
     levels: tuple[float, ...]
     used: float
     patches: Callable[[float], list[Patch]]
+    said: str = ""
 
 
 # -- what a level changes -------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ CHOICES = (
     ),
     Choice(
         name="Triton's attention over FlashAttention-2's", levels=(1, 0.75, 0.5), used=0.5,
-        patches=_both("TRITON_RATIO", seconds),
+        patches=_both("TRITON_RATIO", seconds), said="Dao 2023, abstract: FlashAttention-2 is twice as fast",
     ),
     Choice(
         name="kept beside a compiled chain", levels=(1, 1.3, 1.6), used=1.3,
@@ -140,19 +142,20 @@ CHOICES = (
     ),
     Choice(
         name="DeepSpeed's pipeline waits for sends in parts", levels=(0, 1), used=1,
-        patches=_switch(pipelines, "_sends_wait"),
+        patches=_switch(pipelines, "_sends_wait"), said="DeepSpeed, runtime/pipe/p2p.py and engine.py",
     ),
     Choice(
         name="Megatron-DeepSpeed's fork waits for reductions, adds gradients apart", levels=(0, 1), used=1,
-        patches=_switch(pipelines, "_fork_bytes"),
+        patches=_switch(pipelines, "_fork_bytes"), said="Megatron-DeepSpeed, megatron/mpu/layers.py",
     ),
     Choice(
         name="BLOOM's hosts wait for every kernel", levels=(0, 1), used=1,
-        patches=_switch(pipelines, "_blocking"),
+        patches=_switch(pipelines, "_blocking"), said="BLOOM's chronicles-prequel.md and tr11-176B-ml.slurm",
     ),
 )  # fmt: skip
 BEFORE: Setting = (0,) * len(CHOICES)
 USED: Setting = tuple(c.levels.index(c.used) for c in CHOICES)
+SAID: Setting = tuple(u if c.said else b for c, b, u in zip(CHOICES, BEFORE, USED, strict=True))
 
 
 @contextlib.contextmanager
@@ -183,17 +186,21 @@ def family(source: str) -> str:
     return source.partition("-")[0]
 
 
-def chosen(families: Mapping[str, Sequence[str]], without: str, errors: Steps) -> Setting:
-    """The levels that fit the rows of all families but one best, from `BEFORE` on; of equals the first."""
+def chosen(
+    families: Mapping[str, Sequence[str]], without: str, errors: Steps, *, said: bool = False
+) -> Setting:
+    """The levels that fit the rows of all families but one best, from `BEFORE` on; of equals the first.
+    ``said``: what papers, code and logs say stays as they say it."""
 
     def cost(found: Mapping[str, float]) -> float:
         rest = [ids for name, ids in families.items() if name != without]
         return statistics.fmean(statistics.fmean(found[i] for i in ids) for ids in rest)
 
-    at, before = BEFORE, None
+    at, before = SAID if said else BEFORE, None
+    free = [(i, c) for i, c in enumerate(CHOICES) if not (said and c.said)]
     while at != before:
         before = at
-        for place, choice in enumerate(CHOICES):
+        for place, choice in free:
             tried = [(*at[:place], level, *at[place + 1 :]) for level in range(len(choice.levels))]
             costs = [round(cost(found), 12) for found in errors(tried)]
             at = tried[costs.index(min(costs))]
@@ -285,26 +292,32 @@ def _studied(
             for found in predictor.seconds(settings)
         ]
 
+    def left_out(settings: Mapping[str, Setting]) -> dict[str, float]:
+        found = {name: predictor.seconds([setting])[0] for name, setting in settings.items()}
+        return {i: found[name][i] for name, ids in families.items() for i in ids}
+
     settings = {name: chosen(families, name, errors) for name in families}
+    told = {name: chosen(families, name, errors, said=True) for name in families}
     on_all = chosen(families, "", errors)
     before, used, whole = predictor.seconds([BEFORE, USED, on_all])
-    left_out = {
-        i: step_s
-        for name, ids in families.items()
-        for i, step_s in predictor.seconds([settings[name]])[0].items()
-        if i in ids
-    }
+    alone, with_told = left_out(settings), left_out(told)
     for i, s in known.items():  # the levels that are used are the ones in the code
         assert s.speed is not None
         assert math.isclose(used[i], s.speed.predicted_s or 0.0, rel_tol=1e-9), i
     return {
-        "choices": [{"name": c.name, "levels": c.levels, "used": c.used} for c in CHOICES],
+        "choices": [{"name": c.name, "levels": c.levels, "used": c.used, "said": c.said} for c in CHOICES],
         "families": {name: _levels(setting) for name, setting in settings.items()},
         "all": _levels(on_all),
-        "rows": {i: {"before_s": before[i], "left_out_s": left_out[i]} for i in known},
+        "rows": {i: {"before_s": before[i], "left_out_s": alone[i]} for i in known},
         "summary": {
             name: _summary(list(known.values()), found)
-            for name, found in (("before", before), ("left out", left_out), ("used", used), ("all", whole))
+            for name, found in (
+                ("before", before),
+                ("left out", alone),
+                ("left out, said", with_told),
+                ("used", used),
+                ("all", whole),
+            )
         },
     }
 

@@ -137,8 +137,9 @@ def _targets(record: Mapping[str, Any]) -> list[str]:
 
 
 _KINDS = {
-    "before": "as they stood before", "left out": "chosen without the row's source", "used": "as used",
-    "all": "chosen on all rows",
+    "before": "as they stood before", "left out": "chosen without the row's source",
+    "left out, said": "chosen without the row's source, but for what papers, code and logs say",
+    "used": "as used", "all": "chosen on all rows",
 }  # fmt: skip
 
 
@@ -167,7 +168,11 @@ def _held_out(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
         "|---|--:|--:|--:|---|--:|",
     ]
     lines += [f"| {name} | {numbers} |" for name, numbers in _summaries(found, " | ")]
-    lines += ["", "| constant | before | used | on all rows | without each source |", "|---|--:|--:|--:|---|"]
+    lines += [
+        "",
+        "| constant | before | used | on all rows | without each source | said by |",
+        "|---|--:|--:|--:|---|---|",
+    ]
     for i, choice in enumerate(found["choices"]):
         took: dict[float, list[str]] = {}
         for name, levels in found["families"].items():
@@ -176,7 +181,7 @@ def _held_out(record: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
         others = [f"{level:g} without {', '.join(names)}" for level, names in took.items() if level != most]
         chosen = "; ".join([f"{most:g}", *others])
         known = " | ".join(f"{level:g}" for level in (choice["levels"][0], choice["used"], found["all"][i]))
-        lines.append(f"| {choice['name']} | {known} | {chosen} |")
+        lines.append(f"| {choice['name']} | {known} | {chosen} | {choice['said']} |")
     return [*lines, *_families(record["rows"], found)]
 
 
