@@ -130,7 +130,7 @@ CHOICES = (
     ),
     Choice(
         name="share of float8's backward", levels=(1, 0.75, 0.5), used=0.75,
-        patches=_both("FULL_SUM", layers, seconds),
+        patches=_both("FULL_SUM", kernels, layers, seconds),
     ),
     Choice(
         name="Triton's attention over FlashAttention-2's", levels=(1, 0.75, 0.5), used=0.5,

@@ -11,13 +11,11 @@ import dataclasses
 import json
 import math
 
+from memfit.cost.kernels import FULL_SUM
 from memfit.types.trace import OpCall, Phase
 from published.arch import Arch, Mla, Moe
 from published.calls import Shape
 
-# Backward's float8 products add up in full precision (TE's and torchao's default), which takes the tensor
-# cores more instructions: about three quarters of the quick sum's rate; assumed.
-FULL_SUM = 0.75
 _FLOAT8_CAST = (
     4  # bytes an element: half precision read, one byte written both ways round (TE's cast_transpose)
 )

@@ -68,6 +68,8 @@ def _memory(setup: Setup) -> list[Use]:
     alone = setup.ranks["tp"] == setup.ranks["cp"] == 1  # with others, recomputed blocks are as large without
     if setup.compiled and not packed and alone:
         uses.append(use("compile", scope=_graphs(setup)))
+        if setup.float8:
+            uses.append(use("float8-linear", scaling="tensorwise"))
     return uses
 
 
@@ -197,7 +199,7 @@ def _left_open(setup: Setup) -> bool:
 
 def _predicted(setup: Setup) -> Prediction:
     if setup.float8 and setup.code != "megatron" and not setup.recompute:
-        raise UserError("which float8 casts the compiler keeps for backward is not expressed")
+        raise UserError("whether weights stay gathered in 8 or in 16 bits is not in the row")
     if setup.code == "megatron" or as_megatron(setup):
         arch = known(setup)
         needed(setup)

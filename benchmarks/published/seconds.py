@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable
 
 from memfit.catalog.load import link, network
+from memfit.cost.kernels import FULL_SUM
 from memfit.cost.play import Played, Player
 from memfit.cost.time import ASSUMED_LINK_BYTES_S, time_model
 from memfit.types.errors import UserError
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, OpCall, Phase, Trace
-from published.layers import FULL_SUM, kernel
+from published.layers import kernel
 from published.models import known, needed
 from published.pipelines import Run
 from published.predict import EXPRESSED, as_megatron, card_of, plan_of, traces_of

@@ -40,7 +40,7 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
     """Raises UserError where the job cannot take the plan."""
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)
-    given = pricer.whole(check(plan))
+    given = pricer.whole(check(plan, request.machine))
     cap_bytes = request.cap_bytes
     if cap_bytes is None and request.machine.device.kind != "cpu":
         cap_bytes = int(request.machine.device.memory_bytes.value)

@@ -62,7 +62,7 @@ def anatomy(
     for plan in plans:
         carrying(request.engine, plan)
         progress("trace", 0, 0, plan.label)
-        pricer.whole(check(plan))
+        pricer.whole(check(plan, request.machine))
     if request.is_here:
         calibrate(pricer, request, progress, plans=list(plans))
     return tuple(_explained(pricer, plan) for plan in plans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ def _plan(name: str, **settings: Any) -> Plan:
 PLANS = {
     "activation-offload": _plan("activation-offload", minimum_kib=4),
     "chunked-cross-entropy": _plan("chunked-cross-entropy"),
+    "float8-linear": _plan("float8-linear"),
     "lora": _plan("lora"),
     "qlora": _plan("qlora"),
     "adamw-8bit": _plan("adamw-8bit"),
@@ -100,6 +102,21 @@ def test_offload_to_the_host_that_computes_is_not_looked_at() -> None:
     told = _told(_plan("activation-offload", to="host", minimum_kib=4))
     assert "as planned" in told
     assert "activation-offload: the step runs in host memory" in told.partition("not seen")[2]
+
+
+def test_sequences_as_long_as_there_are_classes_are_no_logits() -> None:
+    """Attention keeps a number for every position of every head."""
+    size = dataclasses.replace(SIZE, vocabulary=256, length=256)
+
+    def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 256, (4, 257), generator=torch.Generator().manual_seed(step))
+        return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+    job = Job(**{**_fields(JOB), "build_model": lambda: Gpt(size), "make_batch": batch})
+    told = child_ranks.told(
+        TrainingStep(job, PLANS["chunked-cross-entropy"]), sum(p.numel() for p in Gpt(size).parameters())
+    )
+    assert told.startswith("fine: as planned"), told
 
 
 def test_logits_that_the_loss_makes_after_all() -> None:

@@ -39,6 +39,9 @@ _ALIGNED = ((8, 1.0), (4, 0.7), (2, 0.45), (1, 0.25))
 _ROW_START = 128  # elements of a normalised row, which has a block of threads to itself; assumed
 STRIDED, BROADCAST = 0.6, 0.8  # of the bandwidth, by layout; assumed
 NARROW = 0.7  # of the bandwidth, by a product that is bound by it: its tiles start and end more than they run
+# 8-bit products that add up in full precision, as torchao's and Transformer Engine's backward has it, take
+# more instructions than the quick sum: about three quarters of its rate; assumed.
+FULL_SUM = 0.75
 _WHOLE = (  # have kernels of their own that do not mind
     "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
     "convolution", "_softmax", "_log_softmax", "sum", "mean", "_scaled_mm", "_grouped_mm",
@@ -106,7 +109,7 @@ class Kernels:
             flops *= shape.share
             left = _attention_share(shape, self.multiprocessors)
         elif isinstance(shape, Product):
-            left = _aligned(shape, op.dtype)
+            left = _aligned(shape, op.dtype) * (FULL_SUM if _sums_fully(op.signature) else 1.0)
             start = _TILE_START * self.rate(op.dtype) / self.multiprocessors / _TILE_START_FLOPS_S
             left *= product_share(shape, self.multiprocessors, start) / _large_share(
                 self.multiprocessors, start
@@ -171,6 +174,15 @@ def _aligned(shape: Product, dtype: str) -> float:
     if dtype not in _HALF:
         return 1.0
     return next(share for step, share in _ALIGNED if not (shape.columns % step or shape.inner % step))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _sums_fully(signature: str) -> bool:
+    """Of an 8-bit product without ``use_fast_accum``, its eighth argument."""
+    if not signature.startswith('["aten._scaled_mm'):
+        return False
+    _, args, kwargs = json.loads(signature)
+    return not (args[7:8] == [True] or kwargs.get("use_fast_accum") is True)
 
 
 @functools.cache

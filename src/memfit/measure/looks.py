@@ -14,6 +14,7 @@ from torch import nn
 
 from memfit.measure.graph import gathered
 from memfit.measure.held import layers, local_bytes, shape, states, whole
+from memfit.techniques import float8
 from memfit.techniques.blocks import find_head
 from memfit.techniques.registry import technique
 from memfit.types.errors import UserError
@@ -104,14 +105,15 @@ def chunked_loss(watch: Watch) -> None:
     except UserError:
         watch.unseen(f"{feature}: no head was found")
         return
-    width = head.out_features
+    width, rows = head.out_features, graph.rows.get(head.out_features, 0)
+    part = graph.rows.get(head.in_features, 0) / int(used.settings["chunks"])  # of the rows that it reads
     others = (m for m in watch.model.modules() if isinstance(m, nn.Linear) and m is not head)
-    if any(width in (m.in_features, m.out_features) for m in others) or not graph.backwards:
+    alike = any(width in (m.in_features, m.out_features) for m in others)
+    if alike or not graph.backwards or 0 < rows < part:  # of as many tokens as there are classes
         watch.unseen(f"{feature}: logits cannot be told from what other layers make")
-    elif not graph.rows.get(width) and (graph.packed or graph.unread):
+    elif not rows and (graph.packed or graph.unread):
         watch.unseen(f"{feature}: what is saved for backward is somewhere else")
     else:
-        rows = graph.rows.get(width, 0)
         watch.differs(
             feature, f"no logits of {width} classes kept for backward", f"{rows} rows of them", wrong=rows > 0
         )
@@ -150,6 +152,21 @@ def adapters(watch: Watch) -> None:
             "qlora: frozen weights", "in 4 bits", f"{sum(map(whole, wide)):,} elements that are not",
             wrong=bool(wide),
         )  # fmt: skip
+
+
+def eight_bits(watch: Watch) -> None:
+    if watch.plan.get(float8.NAME) is None:
+        return
+    linears = [m for block in watch.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    wanted = [m for m in linears if float8.fits((m.in_features, m.out_features))]
+    if not wanted:
+        watch.unseen(f"{float8.NAME}: no linear layers of such sizes were found in blocks")
+        return
+    found = [m for m in wanted if type(m).__name__ == "Float8Linear"]  # torchao's
+    watch.differs(
+        float8.NAME, f"{len(wanted)} linear layers of the blocks with products in 8 bits", f"{len(found)}",
+        wrong=len(found) < len(wanted),
+    )  # fmt: skip
 
 
 def _frozen_linear(module: Any) -> bool:
@@ -264,7 +281,7 @@ def told(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values)) or "none"
 
 
-AT_REST: tuple[Callable[[Watch], None], ...] = (adapters, update_kernel)
+AT_REST: tuple[Callable[[Watch], None], ...] = (adapters, eight_bits, update_kernel)
 AFTER_A_STEP: tuple[Callable[[Watch], None], ...] = (
     offloaded_activations, dropped_tensors, compiled, chunked_loss,
     optimizer_kind, in_backward_updates,
@@ -282,13 +299,14 @@ _PARTLY = {
     "tensor-parallel": "whether activations are cut, beside parameters",
     "context-parallel": "whether every block's attention reaches all of the other ranks",
     "activation-offload": "whether more than three quarters of the bytes went",
+    "float8-linear": "what runs inside of torchao's layers",
     "lora": "whether adapters learn",
     "sgd": "an optimizer with as many bytes of state",
 }
 # Techniques that a look, here or in `Watch`, is for.
 SEEN = _BY_A_STEP | {
     "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "bf16-parameters", "expert-parallel", "lora",
-    "qlora", "adamw-fused", "adamw-single",
+    "qlora", "adamw-fused", "adamw-single", "float8-linear",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from memfit.scaling.reasons import cannot, nothing, rivals, sensitivity
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, keeps
 from memfit.search.layouts import Limits
-from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain
+from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, unable
 from memfit.techniques.world import layout
 from memfit.trace.ranks import priming
 from memfit.types.collector import uncollected
@@ -104,7 +104,7 @@ class Scale:
             chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
             micro_batch=self.bounds.micro_batch,
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
-            without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known),
+            without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known) | unable(self.machine),
         )  # fmt: skip
 
     def estimates(self, ranks: int) -> list[Estimate]:
@@ -246,7 +246,9 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         held = not e.traced or fits(e)  # sketches that do not are in no choice
         return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
-    recommended = choice(winner, (*rivals(scale, winner, [*known, basis], fits), *cannot(scale)))
+    sketch, told = scale.sketch_of(winner.plan), {e.plan for e in known}
+    near = [e for e in scale.beside(sketch) if e.plan not in told] if sketch is not None else []
+    recommended = choice(winner, (*rivals(scale, winner, [*known, *near, basis], fits), *cannot(scale)))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(

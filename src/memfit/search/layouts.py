@@ -195,7 +195,8 @@ def _inside() -> list[Uses]:
         for r in recomputed
         if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1
     ]
-    return recomputed + [(*r, *compiled) for r in cheap]
+    eight = (_use("float8-linear"),)  # its casts cost more than they bring where nothing fuses them
+    return recomputed + [(*r, *compiled, *low) for low in ((), eight) for r in cheap]
 
 
 def _ends(limits: Limits, layout: Layout) -> list[Uses]:

@@ -115,11 +115,12 @@ def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
     """torchtitan's policy: of the products of one call only every second is kept, the first, the third..."""
     import torch
 
-    seen = 0
+    # To policies a product of torchao's 8-bit tensors is one of plain ones; a compiler's graph has their own.
+    products, seen = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default), 0
 
     def keeps(op: Any) -> bool:
         nonlocal seen
-        product = op is torch.ops.aten.mm.default
+        product = op in products
         seen += product
         return op in kept and not (product and seen % 2 == 0)
 
@@ -138,6 +139,7 @@ def _kept_operators(policy: str) -> Iterable[Any]:
     yield aten._scaled_dot_product_cudnn_attention.default
     if policy != "attention":
         yield from (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
+        yield aten._scaled_mm.default
 
 
 def _every(space: Space) -> Iterable[Mapping[str, KnobValue]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Region:
         key = (type(self.module), tuple(state), tuple(map(_shape, tensors)), torch.is_autocast_enabled("cpu"))
         if key not in self.graphs:
             call = self._functional(tuple(state), leaves, places, spec)
-            self.graphs[key] = Pair(call, tensors, self.recompute)
+            self.graphs[key] = Pair(call, tensors, range(len(state)), self.recompute)
         outs = _Run.apply(self.graphs[key], *tensors)  # type: ignore[no-untyped-call]
         return outs[0] if self.graphs[key].single else outs
 
@@ -78,12 +78,14 @@ def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class Pair:
-    """Forward and backward of one function of tensors, as schedules of kernels."""
+    """Forward and backward of one function of tensors, as schedules of kernels. ``static``: numbers of those
+    that live on in any case (parameters, buffers): keeping them for backward costs nothing."""
 
     def __init__(
         self,
         call: Callable[..., Any],
         tensors: list[torch.Tensor],
+        static: Sequence[int],
         recompute: Callable[[], Callable[[Any], bool]] | None = None,
     ) -> None:
         joint, copies, self.single, self.outputs, forward_names = _joint(call, tensors)
@@ -93,7 +95,7 @@ class Pair:
 
         with _disable_current_modes():
             forward, backward = min_cut_rematerialization_partition(
-                joint, copies, num_fwd_outputs=self.outputs
+                joint, copies, num_fwd_outputs=self.outputs, static_lifetime_input_indices=[*static]
             )
         self.forward, self.backward = Schedule(forward.graph), Schedule(backward.graph)
 
@@ -155,7 +157,15 @@ def _joint(
                 raise
             apart = True
             joint = _without_last_copies(exported(), count)
+    _drop_checks(joint.graph)
     return joint, copies, single, count, names
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Exporting adds checks of a cast's input, which a compiler does not see: they would make it kept."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
 
 
 def _without_last_copies(joint: Any, outputs: int) -> Any:
@@ -382,8 +392,8 @@ def _sources(node: fx.Node, inside: set[fx.Node], groups: dict[fx.Node, int]) ->
 
 def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
     """Whether anything outside the group reads the node, directly or through views."""
-    if not isinstance(node.meta.get("val"), torch.Tensor):
-        return False  # its parts leave, one by one
+    if node in groups and not isinstance(node.meta.get("val"), torch.Tensor):
+        return False  # its parts leave, one by one; those of a view (split) are all that it is
     for user in node.users:
         if user in groups:
             outside = groups[user] != group

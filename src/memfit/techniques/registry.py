@@ -15,6 +15,7 @@ from memfit.techniques import (
     context_parallel,
     data_parallel,
     expert_parallel,
+    float8,
     gradient_accumulation,
     offload,
     optimizers,
@@ -27,6 +28,7 @@ from memfit.techniques import (
 )
 from memfit.techniques.base import Technique
 from memfit.types.errors import UserError, named
+from memfit.types.machine import Machine
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use, use
 
 TECHNIQUES: Mapping[str, Technique] = {
@@ -36,6 +38,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         precision.AUTOCAST,
         precision.FP16,
         precision.PARAMETERS,
+        float8.TECHNIQUE,
         checkpointing.FULL,
         checkpointing.SELECTIVE,
         recompute.TECHNIQUE,
@@ -137,8 +140,23 @@ def _forbids(one: Technique, other: Technique) -> bool:
     return other.name in one.forbids or bool(other.slot and other.slot in one.forbids)
 
 
-def check(plan: Plan) -> Plan:
-    """The plan itself. Raises UserError where techniques clash or a package is missing."""
+def unable(machine: Machine) -> frozenset[str]:
+    """Techniques that the machine's devices have no units for."""
+    device = machine.device
+    low = device.kind == "cpu" or "float8" in device.peak_flops  # a processor emulates it
+    return frozenset() if low else frozenset({float8.NAME})
+
+
+def check(plan: Plan, machine: Machine | None = None) -> Plan:
+    """The plan itself. Raises UserError where techniques clash, a package is missing, or the machine's
+    devices cannot do it."""
+    for name in sorted(unable(machine) if machine else ()):
+        if machine is not None and plan.get(name) is not None:
+            raise UserError(
+                f"{name} on {machine.device.name}, which has no matrix units for 8-bit floats",
+                allowed="H100, L4, L40S, RTX 40 and later; MI300 and later",
+                hint="`memfit machines` lists peaks",
+            )
     if (clash := conflict(plan)) is not None:
         raise UserError(f"impossible plan: {clash}", hint="take one of them out")
     for u in plan.uses:

@@ -1,0 +1,64 @@
+"""Products of the blocks' linear layers in 8-bit floats, through torchao.
+
+Both operands of the three products of a layer (output, gradients of input and weight) are scaled by their
+largest value and rounded to 8 bits: e4m3, in tensor-wise scaling gradients to e5m2 (Micikevicius et al.
+2022). Sums, weights and what is between the layers stay as they are. Beside it goes a precision of 16 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from memfit.techniques.adapters import block_linears
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.blocks import find_blocks
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+NAME = "float8-linear"
+_STEP = 16  # tensor cores load 8-bit rows of so many elements
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    path, _ = find_blocks(bench.model, bench.job.blocks)
+    fit = {name for name, linear in block_linears(bench.model, path) if fits(linear.weight.shape)}
+    if not fit:
+        raise UserError(
+            f"{NAME} for {type(bench.model).__name__}",
+            allowed=f"blocks with linear layers whose sizes are multiples of {_STEP}",
+        )
+    config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
+    config = dataclasses.replace(config, emulate=bench.device == "cpu")  # whose own kernel takes minutes
+    convert_to_float8_training(bench.model, config=config, module_filter_fn=lambda module, name: name in fit)
+
+
+def fits(shape: Iterable[int]) -> bool:
+    """Whether a layer of these sizes has 8-bit products."""
+    return all(size % _STEP == 0 for size in shape)
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # only beside compile, which fuses the casts (search/layouts.py)
+
+
+TECHNIQUE = Technique(
+    name=NAME,
+    summary="matrix products of the blocks' linear layers in 8-bit floats (Micikevicius et al. 2022)",
+    effect=EffectClass.E3,
+    apply=_apply,
+    settings=_nothing,
+    order=12,  # before layers are sharded, cut or compiled
+    knobs=(
+        Knob(
+            name="scaling",
+            default="tensorwise",
+            doc="a scale for each tensor, or for each of its rows",
+            choices=("tensorwise", "rowwise"),
+        ),
+    ),
+    needs=("torchao",),
+    forbids=("adapters", "fp16-autocast", "tensor-parallel", "axial-parallel", "expert-parallel"),
+)
