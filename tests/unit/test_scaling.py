@@ -225,11 +225,15 @@ def pricer_of(batch: int, on: Machine, blocks: int = 4) -> Pricer:
     return Pricer(job=small, machine=on, space=space_of(small, "cuda", on.device_count))
 
 
+_SHARES = (0.0, 0.2, 0.35, 0.6, 1.0)
+
+
 @functools.cache
 def _two_cards() -> Pricer:
     return pricer_of(4, machine("2xL4"), 3)
 
 
+@functools.cache
 def _answer(goal: str, cap_bytes: int, deadline_s: float) -> float:
     """What a whole search ends with; infinite where nothing fits."""
     on = machine("2xL4")
@@ -248,7 +252,7 @@ def _answer(goal: str, cap_bytes: int, deadline_s: float) -> float:
 
 
 @settings(max_examples=2)
-@given(st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)).map(sorted))
+@given(st.tuples(st.sampled_from(_SHARES), st.sampled_from(_SHARES)).map(sorted))
 def test_law_a_whole_search_with_a_looser_cap_or_deadline_is_never_worse(shares: list[float]) -> None:
     """But for ties, of which the simpler plan is taken."""
     caps = [int((0.6 + 1.2 * share) * 2**30) for share in shares]

@@ -60,5 +60,5 @@ TECHNIQUE = Technique(
         ),
     ),
     needs=("torchao",),
-    forbids=("adapters", "fp16-autocast", "tensor-parallel", "axial-parallel", "expert-parallel"),
+    forbids=("lora", "qlora", "fp16-autocast", "tensor-parallel", "axial-parallel", "expert-parallel"),
 )
