@@ -43,7 +43,10 @@ def parsed(words: list[str]) -> dict[str, Any]:
             config = ConfigManager().parse_args(words)
     except (SystemExit, AssertionError, TypeError, ValueError) as error:
         return {"refused": f"{error}: {said.getvalue()}"}
-    return {"sections": {name: section(getattr(config, name)) for name in SECTIONS}}
+    sections = {name: section(getattr(config, name)) for name in SECTIONS}
+    if hasattr(config, "quantize"):  # 0.2
+        sections |= {"model": section(config.model), "float8": section(config.quantize.linear.float8)}
+    return {"sections": sections}
 
 
 def section(given: Any) -> dict[str, Any]:

@@ -195,6 +195,14 @@ def test_torchtitan(tmp_path: Path) -> None:
     assert left(found) == {"converter float8"}
 
 
+def test_torchtitans_float8_is_float8(tmp_path: Path) -> None:
+    own = {"recipe_name": "rowwise", "enable_fsdp_float8_all_gather": True}
+    tables = {"model": {"converters": ["quantize.linear.float8", "quantize.grouped_mm.mx"]}}
+    found = carried(tmp_path, tt(**tables, **{"quantize.linear.float8": own}), ranks=2)
+    assert knobs(found, "float8-linear") == {"scaling": "rowwise"}
+    assert left(found) == {"enable_fsdp_float8_all_gather", "converter quantize.grouped_mm.mx"}
+
+
 def test_torchtitans_pipeline_keeps_gathered_parameters(tmp_path: Path) -> None:
     tables = {
         "training": {"local_batch_size": 8}, "activation_checkpoint": {"mode": "none"},

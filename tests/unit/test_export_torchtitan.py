@@ -69,8 +69,12 @@ PLANS = {
     "interleaved": plan(2, pipeline={"schedule": "interleaved", "virtual": 2, "micro_batches": 8}),
     "context": plan(4, context_parallel={"degree": 2}, fsdp2=ENDS),
     "early": plan(optimizer_in_backward={}),
+    "float8": plan(8, fsdp2={**ENDS, "precision": "bf16"}, compile={}, float8_linear={"scaling": "rowwise"}),
 }
-NEWER = [name for name in PLANS if name not in {"every", "op", "gathered", "early"}]  # v0.3 can say these
+LOW = {"model": {"converters"}, "quantize": {"linear"}}  # tables of float8's plan alone
+NEWER = [
+    name for name in PLANS if name not in {"every", "op", "gathered", "early", "float8"}
+]  # v0.3 can say these
 PARSERS = Path(__file__).parents[2] / ".parsers"
 
 
@@ -82,9 +86,10 @@ def exported(given: Plan) -> dict[str, str]:
 def test_keys_are_torchtitans(name: str) -> None:
     files = exported(PLANS[name])
     tables = tomllib.loads(files["torchtitan.toml"])
-    assert tables.keys() == KEYS.keys()
+    keys = KEYS | (LOW if name == "float8" else {})
+    assert tables.keys() == keys.keys()
     for table, options in tables.items():
-        assert options.keys() <= KEYS[table]
+        assert options.keys() <= keys[table]
     degrees = [v for k, v in tables["parallelism"].items() if k.endswith("_degree") and "expert" not in k]
     product = 1
     for degree in degrees:
@@ -142,7 +147,10 @@ def by_arguments() -> dict[str, dict[str, Any]]:
 def test_the_config_manager_of_0_2_takes_the_toml(name: str, by_toml: dict[str, dict[str, Any]]) -> None:
     found = by_toml[name]
     assert "refused" not in found, found
-    for table, options in tomllib.loads(exported(PLANS[name])["torchtitan.toml"]).items():
+    tables = tomllib.loads(exported(PLANS[name])["torchtitan.toml"])
+    low = tables.pop("quantize", {"linear": {"float8": {}}})["linear"]["float8"]
+    assert low.items() <= found["sections"]["float8"].items()
+    for table, options in tables.items():
         assert options.items() <= found["sections"][table].items()
 
 

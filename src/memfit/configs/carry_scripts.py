@@ -183,7 +183,17 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
     if given.on("optimizer.early_step_in_backward"):
         draft.take("optimizer-in-backward", "optimizer.early_step_in_backward")
     for name in given.texts("model.converters"):
-        draft.leave(f"converter {name}", "quantized training is not in memfit")
+        _titan_converter(given, name, draft)
+
+
+def _titan_converter(given: Options, name: str, draft: Draft) -> None:
+    if name not in ("float8", "quantize.linear.float8"):  # v0.1's name, v0.2's
+        draft.leave(f"converter {name}", "of quantized training float8's linear layers only are in memfit")
+        return
+    recipe = str(given.get(f"{name}.recipe_name") or "tensorwise")
+    draft.take("float8-linear", f"converter {name}", scaling=recipe)
+    if given.on(f"{name}.enable_fsdp_float8_all_gather"):
+        draft.leave("enable_fsdp_float8_all_gather", "predicted with weights gathered in 16 bits")
 
 
 def _titan_batches(given: Options, data: int, stages: int, draft: Draft) -> None:

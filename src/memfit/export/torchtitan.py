@@ -43,7 +43,7 @@ _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
 _SAID = {
     "ddp", "fsdp2", "tensor-parallel", "context-parallel", "pipeline", "expert-parallel", "bf16-autocast",
     "gradient-accumulation", "activation-checkpointing", "selective-checkpointing", "compile",
-    "optimizer-in-backward", *_KERNELS,
+    "optimizer-in-backward", "float8-linear", *_KERNELS,
 }  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def newer_cannot(plan: Plan) -> tuple[str, ...]:
             (plan.get("selective-checkpointing") is not None, "v0.2's op policy of recomputation"),
             (plan.get("optimizer-in-backward") is not None, "optimizer steps in backward"),
             (plan.get("ddp") is not None, "DDP's own buckets"),
+            (plan.get("float8-linear") is not None, "v0.2's float8 converter"),
             (
                 tensor is not None and tensor.settings["vocabulary"] == "gathered",
                 "gathering the logits of a cut head",
@@ -139,7 +140,17 @@ def sections(handover: Handover) -> Sections:
         "activation_checkpoint": _recomputation(plan),
         "optimizer": {"implementation": kernel, **({"early_step_in_backward": True} if early else {})},
         "compile": {"enable": bool(compiled), **compiled},
+        **_converted(plan),
     }
+
+
+def _converted(plan: Plan) -> Sections:
+    """The head stays as it is, as in memfit."""
+    low = plan.get("float8-linear")
+    if low is None:
+        return {}
+    own = {"recipe_name": low.settings["scaling"], "filter_fqns": ["output"]}
+    return {"model": {"converters": ["quantize.linear.float8"]}, "quantize.linear.float8": own}
 
 
 def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
