@@ -2,7 +2,7 @@
 
 Every such constant is a `Choice` among levels: what stood there before any row was looked at (or the
 mechanism left out), what is used now, others between and beyond. For each family of sources (the same
-authors) the levels are chosen on all other families' rows, one constant after the other from what stood
+house) the levels are chosen on all other families' rows, one constant after the other from what stood
 before until none changes: the least mean over families of the mean |ln(predicted / measured)| of their rows.
 With these the rows that were left out are predicted. The shares of the catalog's microbenchmarks are no
 choice: they stay.
@@ -54,7 +54,7 @@ _SHORT_RUNS = (  # of products: where the catalog's share is from, short runs' s
 _LIMITED, _LIMIT_RATIO = "H100-96GB-HBM2e", 500 / 700  # of an H100 SXM's power
 _ISSUE_US = {10: (10, 7, 20), 25: (25, 15, 30), 40: (40, 24, 48)}  # forward, backward, optimizer
 _STEPS = kernels._ALIGNED
-_WITH_KERNELS = seconds.with_kernels
+_WITH_KERNELS, _FETCHED = seconds.with_kernels, seconds.fetched_s
 
 
 def _issue(level: float) -> list[Patch]:
@@ -103,6 +103,15 @@ CHOICES = (
     Choice(
         name="500 W H100, exponent of its power over 700 W", levels=(0, 0.46, 1), used=1,
         patches=lambda level: [],
+    ),
+    Choice(
+        name="products of a node with a power limit, from the catalog's share (0) to its low end (1)",
+        levels=(0, 0.5, 1), used=1, patches=_both("LOW_END", seconds),
+        said="SimuMax, products measured on its own node",
+    ),
+    Choice(
+        name="offloaded parameters come over the host's link", levels=(0, 1), used=1,
+        patches=lambda on: [(seconds, "fetched_s", _FETCHED if on else lambda setup, parameters: 0.0)],
     ),
     Choice(name="host's issue of a kernel in forward, µs", levels=(10, 25, 40), used=25, patches=_issue),
     Choice(
@@ -181,9 +190,18 @@ def applied(setting: Setting) -> Iterator[None]:
 Steps = Callable[[Sequence[Setting]], list[Mapping[str, float]]]  # for each setting, row -> error
 
 
+# Sources of the same house, which may have had the same machines and people: left out together.
+_HOUSES = {
+    "PyTorch": ("torchtitan", "torchao", "torchtune"),
+    "NVIDIA": ("NeMo", "Megatron", "Korthikanti", "BioNeMo"),
+    "Hugging Face, BigScience": ("HF", "TRL", "BLOOM"),
+}
+
+
 def family(source: str) -> str:
-    """Sources of the same authors: ``torchtitan-2024-12`` and ``torchtitan-PR165``."""
-    return source.partition("-")[0]
+    """``PyTorch`` of ``torchtitan-2024-12``; a source alone by its first word."""
+    first = source.partition("-")[0]
+    return next((house for house, names in _HOUSES.items() if first in names), first)
 
 
 def chosen(
@@ -307,6 +325,7 @@ def _studied(
     return {
         "choices": [{"name": c.name, "levels": c.levels, "used": c.used, "said": c.said} for c in CHOICES],
         "families": {name: _levels(setting) for name, setting in settings.items()},
+        "family": {s.source: family(s.source) for s in known.values()},
         "all": _levels(on_all),
         "rows": {i: {"before_s": before[i], "left_out_s": alone[i]} for i in known},
         "summary": {

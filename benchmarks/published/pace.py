@@ -190,7 +190,7 @@ def _families(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> li
     lines = ["", "| source left out | rows | before | left out | used |", "|---|--:|--:|--:|--:|"]
     known = [r for r in rows if r["id"] in found["rows"]]
     for name in found["families"]:
-        own = [r for r in known if r["source"].partition("-")[0] == name]
+        own = [r for r in known if found["family"][r["source"]] == name]
         steps = [{**found["rows"][r["id"]], "used_s": r["step_s"]} for r in own]
         middles = [
             statistics.median(abs(s[k] / r["measured_step_s"] - 1) for s, r in zip(steps, own, strict=True))

@@ -28,6 +28,7 @@ from published.rows import Setup, when
 
 # FlashAttention's first version and its Triton port: half of the second's speed (Dao 2023, abstract)
 TRITON_RATIO = 0.5
+LOW_END = 1.0  # how far a node with a power limit is from the catalog's share of products to its low end
 _TOKENS = 16384  # of a micro-batch, where a source states none: what its card holds at once
 
 
@@ -190,9 +191,9 @@ def with_kernels(setup: Setup, card: Device) -> Device:
     ratios = {**card.efficiency_ratio}
     kind = attention_of(setup)
     if re.search(r"power.?limited|simumax", f"{setup.row['software']} {setup.row['group']}".lower()):
-        # A node with a power limit: its large products reach the catalog's low end (SimuMax's own figure)
+        # A node with a power limit: its large products reach the catalog's low end, which SimuMax measured.
         matmul = ratios["matmul"]
-        share = (matmul.low or matmul.value) / matmul.value
+        share = 1 + LOW_END * ((matmul.low or matmul.value) / matmul.value - 1)
         for key in [k for k in ratios if k.startswith(("matmul", "attention"))]:
             ratios[key] = dataclasses.replace(ratios[key], value=ratios[key].value * share)
     if kind == "triton":

@@ -30,6 +30,7 @@ def constants() -> dict[str, float]:
         "narrow": kernels.NARROW, "row": kernels._ROW_START, "host": play.ASSUMED_HOST_BYTES_S,
         "host of pipelines": pipelines.ASSUMED_HOST_BYTES_S, "float8": layers.FULL_SUM,
         "float8 of traces": seconds.FULL_SUM, "triton": seconds.TRITON_RATIO, "chain": seconds._KEPT_BESIDE,
+        "low end": seconds.LOW_END,
     }  # fmt: skip
 
 
@@ -97,8 +98,9 @@ def test_what_no_other_source_feels_stays_as_it_stood_before() -> None:
     assert [level for i, level in enumerate(found) if i != STRIDED] == [0] * (len(CHOICES) - 1)
 
 
-def test_sources_of_the_same_authors_are_left_out_together() -> None:
-    assert family("torchtitan-2024-12") == family("torchtitan-PR165") != family("torchao-float8")
+def test_sources_of_the_same_house_are_left_out_together() -> None:
+    assert family("torchtitan-2024-12") == family("torchtitan-PR165") == family("torchao-float8")
+    assert family("NeMo-24.07") == family("Korthikanti-tab5") != family("fms-acceleration")
 
 
 def test_a_row_is_predicted_again_only_where_it_feels_a_choice() -> None:
