@@ -53,6 +53,7 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
         effect=choice.effect.label,
         fits=choice.fits,
         recommended=recommended,
+        traced=estimate.traced,
         peak=predicted(peak.value, "bytes"),
         low=predicted(peak.low, "bytes"),
         high=predicted(peak.high, "bytes"),

@@ -86,12 +86,14 @@ class LossCurve:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceRow:
-    """A plan of the search. ``low`` and ``high``: where its peak should lie."""
+    """A plan of the search. ``low`` and ``high``: where its peak should lie. ``traced``: whole, not sketched
+    from traces of parts."""
 
     plan: str
     effect: str
     fits: bool
     recommended: bool
+    traced: bool
     peak: Figure
     low: Figure
     high: Figure

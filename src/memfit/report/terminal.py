@@ -75,6 +75,8 @@ def print_search(
     if view.frontier:
         few = _spread(view.frontier)
         console.print(_frontier(few, words))
+        if not all(row.traced for row in few):
+            console.print(Text(words.get("terminal.sketched"), style="dim"))
         if left := len(view.frontier) - len(few):
             console.print(Text(words.get("terminal.frontier_left", count=left), style="dim"))
     if view.recommended is None:
@@ -249,7 +251,9 @@ def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
         effect = f"{row.effect} {words.get(f'effect.{row.effect}')}"
         fits = words.get("text.fits" if row.fits else "text.does_not_fit")
         name = ("* " if row.recommended else "") + _folded(row.plan)
-        cells = (name, effect, fits, _text(row.peak, words), _text(row.step, words))
+        about = "" if row.traced else "~ "
+        figures = (about + _text(figure, words) for figure in (row.peak, row.step))
+        cells = (name, effect, fits, *figures)
         style = "bold green" if row.recommended else "" if row.fits else "dim"
         table.add_row(*map(Text, cells), style=style)
     return table

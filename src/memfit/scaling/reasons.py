@@ -24,19 +24,21 @@ def rivals(
     """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
     goal = scale.aim.goal
 
-    def relative(e: Estimate) -> float:  # like with like
-        return score(scale.expected(e), goal) / score(winner, goal)
+    def relative(e: Estimate) -> float:
+        return score(e, goal) / score(winner, goal)
 
+    known = [scale.expected(e) for e in known]  # like with like
     used = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
         inside = name in used
         others = [e for e in known if (e.plan.get(name) is None) == inside]
         rivals = [e for e in others if fits(e)]
+        rivals = [e for e in rivals if credible(e, winner, goal)] or rivals
         if not rivals:
             yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
             continue
         rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan)))
-        worse, rival = relative(rival) > 1 + _GAIN, scale.expected(rival)
+        worse = relative(rival) > 1 + _GAIN
         ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
         change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
         kinds = ("without_worse", "without_as_good") if inside else ("left_out_slower", "left_out_not_needed")
@@ -44,6 +46,11 @@ def rivals(
             kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
             detail=brief(rival.plan),
         )  # fmt: skip
+
+
+def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
+    """Not so of a sketch that says to be better than the best that was traced: nobody knows whether it is."""
+    return e.traced or score(e, goal) >= score(winner, goal)
 
 
 def cannot(scale: Scale) -> list[Reason]:
@@ -67,8 +74,10 @@ def sensitivity(
         more = scale.needs(least) - cap_bytes
         yield _told("memory", winner, scale.expected(least), more_bytes=more)
     if goal is not Objective.FEWEST:
+        by = Objective.FASTEST if goal is Objective.SMALLEST else goal  # smaller they are in any case
         try:
-            twice = best([e for e in scale.estimates(2 * ranks) if scale.fits_memory(e)], goal)
+            kept = [e for e in scale.estimates(2 * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)]
+            twice = best(kept, by)
         except UserError:
             twice = None
         if twice is not None:

@@ -18,7 +18,7 @@ from memfit.engines.registry import engine
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
 from memfit.scaling.race import Race, kind
-from memfit.scaling.reasons import cannot, nothing, rivals, sensitivity
+from memfit.scaling.reasons import cannot, credible, nothing, rivals, sensitivity
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, keeps
 from memfit.search.layouts import Limits
@@ -141,8 +141,12 @@ class Scale:
         alike = [p for p in self.pairs if kind(p[0].plan) == kind(e.plan)] or self.pairs
         step = statistics.median(w.step_s.value / s.step_s.value for s, w in alike if s.step_s and w.step_s)
         memory = statistics.median(w.allocated_bytes.value / s.allocated_bytes.value for s, w in alike)
+        allocated = scaled(e.allocated_bytes, memory)
+        held = sketched(allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO)
         return dataclasses.replace(
-            e, step_s=e.step_s and scaled(e.step_s, step), allocated_bytes=scaled(e.allocated_bytes, memory),
+            e, step_s=e.step_s and scaled(e.step_s, step), allocated_bytes=allocated,
+            reserved_bytes=held.reserved_bytes, device_bytes=held.device_bytes,
+            device_parts_bytes=held.device_parts_bytes, oom_probability=held.oom_probability,
             usd=e.usd and e.usd * step, co2_g=e.co2_g and e.co2_g * step,
         )  # fmt: skip
 
@@ -238,7 +242,8 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
             if asked is not None:
                 finalists = [*finalists, *Race(scale, scale.fits_memory, best_by).run(estimates, unshared)]
         raise nothing(scale, [*finalists, basis], ranks)
-    choices = [e for e in frontier([*known, basis]) if fits(e)]
+    shown = [e for e in map(scale.expected, known) if credible(e, winner, goal)]
+    choices = [e for e in frontier([*shown, basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
