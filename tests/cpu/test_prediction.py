@@ -129,6 +129,7 @@ CHUNKED = use("chunked-cross-entropy", chunks=4)
 SMALL_ADAM = use("adamw-8bit")
 IN_BACKWARD = use("optimizer-in-backward")
 LORA, QLORA = use("lora", rank=4), use("qlora", rank=4)
+EIGHT_BITS = use("float8-linear", scaling="tensorwise")
 DISK = use("activation-offload", to="disk", minimum_kib=4)
 
 
@@ -141,6 +142,8 @@ MATRIX: list[tuple[str, tuple[Use, ...]]] = [
     *(("protein-ss", (u,)) for u in (ACCUMULATE, AUTOCAST, MASTER, FULL, SECOND, ATTENTION, MATMUL, DISK)),
     ("protein-ss", (AUTOCAST, FULL, SMALL_ADAM)),
     ("protein-ss", (ACCUMULATE, AUTOCAST, MATMUL)),
+    ("protein-ss", (EIGHT_BITS, AUTOCAST)),
+    ("char-lm", (EIGHT_BITS, MASTER, FULL)),
     ("protein-ss", (use("gradient-accumulation", micro_batches=8), AUTOCAST, FULL, SLICES)),
     *(("words", (u,)) for u in (CHUNKED, ACCUMULATE)),
     ("words", (CHUNKED, AUTOCAST)),
@@ -246,12 +249,12 @@ LOWERS = {
     "activation-offload": ("protein-ss", DISK),
     "adamw-fused": ("wide", make_use("adamw-fused", {})),
 }
-# Compiled kernels are not measured on a CPU; paging and lists of tensors at once are a GPU's;
-# the temporaries of torchao's 4-bit step outweigh what it saves on a model as small as these; ranks have
-# files of their own.
+# Compiled kernels are not measured on a CPU, where 8-bit products are emulated in 32; paging and lists of
+# tensors at once are a GPU's; the temporaries of torchao's 4-bit step outweigh what it saves on a model as
+# small as these; ranks have files of their own.
 PARALLEL = {"tensor-parallel", "context-parallel", "axial-parallel", "expert-parallel", "pipeline"}
 RANKED = {"ddp", "fsdp2", "zero", "sharded-ddp"} | PARALLEL
-ELSEWHERE = {"compile", "adamw-paged", "adamw-single", "adamw-4bit"} | RANKED
+ELSEWHERE = {"compile", "float8-linear", "adamw-paged", "adamw-single", "adamw-4bit"} | RANKED
 
 
 def test_no_technique_is_forgotten() -> None:

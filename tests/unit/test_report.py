@@ -491,6 +491,17 @@ def test_terminal_plan_shows_some_of_a_long_frontier_and_says_how_many_more_ther
     assert int(left[1]) == len(frontier) - len(terminal._spread(search_view(many).frontier))
 
 
+def test_terminal_plan_marks_what_was_only_sketched() -> None:
+    found = search()
+    (console, out), (other, plain) = shown(), shown()
+    terminal.print_search(found, console=other, lang="en")
+    assert "~" not in plain.getvalue()
+    one, *rest = found.frontier
+    sketched = dataclasses.replace(one, estimate=dataclasses.replace(one.estimate, traced=False))
+    terminal.print_search(dataclasses.replace(found, frontier=(sketched, *rest)), console=console, lang="en")
+    assert out.getvalue().count("~") == 3  # peak, step, and what it means
+
+
 def test_a_spread_has_both_ends_and_the_recommended_plan() -> None:
     one = search_view(search()).smallest
     rows = [dataclasses.replace(one, plan=f"{i}", recommended=i == 77) for i in range(200)]

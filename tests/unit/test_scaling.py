@@ -358,6 +358,9 @@ def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     )
     told = {r.kind for r in found.recommended.reasons}
     assert "needed" not in told  # plain training fits
+    least = score(found.recommended.estimate, Objective.FASTEST)
+    for other in (c.estimate for c in found.frontier):
+        assert other.traced or score(other, Objective.FASTEST) >= least  # nobody knows whether it is
     assert not any(u.settings.get("offload") for u in found.recommended.estimate.plan.uses)
 
 

@@ -65,7 +65,7 @@ def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch
     missing = {r.technique: r.detail for r in left_out if r.kind == "left_out_unavailable"}
     assert missing == {
         "adamw-8bit": "bitsandbytes", "adamw-paged": "bitsandbytes", "adamw-4bit": "torchao", "lora": "peft",
-        "qlora": "peft, bitsandbytes",
+        "float8-linear": "torchao", "qlora": "peft, bitsandbytes",
     }  # fmt: skip
     assert not missing.keys() & {t.name for t in allowed}
 
