@@ -39,10 +39,8 @@ from memfit.catalog import load
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Machine
 
-_OWN_KEYS: Final = {
-    Machine: ("hosts",),
-    Device: ("architecture", "base"),
-}  # of the file, and no field of the noun
+# Keys of the file that are no field of the noun.
+_OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture", "base")}
 
 
 def from_toml(path: str | Path) -> Machine:
@@ -127,10 +125,10 @@ def _based(data: dict[str, Any]) -> Iterator[str]:
         data["device"] = None
         return
     whole = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    both = {
-        k: {**whole[k], **v} for k, v in own.items() if isinstance(v, dict) and isinstance(whole.get(k), dict)
-    }
-    data["device"] = whole | own | both
+    for key in ("peak_flops", "efficiency_ratio"):
+        if isinstance(own.get(key), dict):
+            own[key] = {**whole[key], **own[key]}
+    data["device"] = whole | own
     data.setdefault("host", load.host_of(base.name) or None)
 
 

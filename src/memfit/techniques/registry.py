@@ -150,13 +150,11 @@ def unable(machine: Machine) -> frozenset[str]:
 def check(plan: Plan, machine: Machine | None = None) -> Plan:
     """The plan itself. Raises UserError where techniques clash, a package is missing, or the machine's
     devices cannot do it."""
-    for name in sorted(unable(machine) if machine else ()):
-        if machine is not None and plan.get(name) is not None:
-            raise UserError(
-                f"{name} on {machine.device.name}, which has no matrix units for 8-bit floats",
-                allowed="H100, L4, L40S, RTX 40 and later; MI300 and later",
-                hint="`memfit machines` lists peaks",
-            )
+    if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
+        raise UserError(
+            f"{float8.NAME} on {machine.device.name}, which has no matrix units for 8-bit floats",
+            allowed="H100, L4, L40S, RTX 40 and later; MI300 and later", hint="`memfit machines` lists peaks",
+        )  # fmt: skip
     if (clash := conflict(plan)) is not None:
         raise UserError(f"impossible plan: {clash}", hint="take one of them out")
     for u in plan.uses:
