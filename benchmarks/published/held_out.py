@@ -16,6 +16,7 @@ import dataclasses
 import math
 import multiprocessing
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -51,9 +52,12 @@ _SHORT_RUNS = (  # of products: where the catalog's share is from, short runs' s
     ("the H100 SXM's shares times", 0.75 / 0.68),
     ("the share of a GB200's float8 peak", 0.72 / 0.55),
 )
-_LIMITED, _LIMIT_RATIO = "H100-96GB-HBM2e", 500 / 700  # of an H100 SXM's power
+_LIMITED_CARD, _LIMIT_RATIO = "H100-96GB-HBM2e", 500 / 700  # of an H100 SXM's power
+SUSTAINED = 1.0  # products: short runs' shares (0) or sustained ones' (1), and what lies between
+LIMITED = 1.0  # exponent of the ratio of powers that such a board's large kernels lose
 _ISSUE_US = {10: (10, 7, 20), 25: (25, 15, 30), 40: (40, 24, 48)}  # forward, backward, optimizer
 _STEPS = kernels._ALIGNED
+_HERE = sys.modules[__name__]
 _WITH_KERNELS, _FETCHED = seconds.with_kernels, seconds.fetched_s
 
 
@@ -63,22 +67,17 @@ def _issue(level: float) -> list[Patch]:
     return [(time, "ASSUMED_ISSUE_S", {**issue_s, Phase.SETUP: 0.0})]
 
 
-def _with_shares(sustained: float, limited: float) -> Callable[[Any, Device], Device]:
-    """`seconds.with_kernels` of a card whose products lie so far from short runs' shares (0) to sustained
-    ones' (1), and with the ratio of its power to that exponent where the board's limit is lower."""
-
-    def changed(setup: Any, card: Device) -> Device:
-        ratios = dict(card.efficiency_ratio)
-        if card.name == _LIMITED:
-            for key in [k for k in ratios if k.startswith(("matmul", "attention"))]:
-                ratios[key] = _times(ratios[key], _LIMIT_RATIO ** (limited - 1))
-        for key in ("matmul", "matmul_float8"):
-            for start, short_over_sustained in _SHORT_RUNS:
-                if key in ratios and ratios[key].source.startswith(start):
-                    ratios[key] = _times(ratios[key], short_over_sustained ** (1 - sustained))
-        return _WITH_KERNELS(setup, dataclasses.replace(card, efficiency_ratio=ratios))
-
-    return changed
+def _of_shares(setup: Any, card: Device) -> Device:
+    """`seconds.with_kernels` of the card whose shares `SUSTAINED` and `LIMITED` say."""
+    ratios = dict(card.efficiency_ratio)
+    if card.name == _LIMITED_CARD:
+        for key in [k for k in ratios if k.startswith(("matmul", "attention"))]:
+            ratios[key] = _times(ratios[key], _LIMIT_RATIO ** (LIMITED - 1))
+    for key in ("matmul", "matmul_float8"):
+        for start, short_over_sustained in _SHORT_RUNS:
+            if key in ratios and ratios[key].source.startswith(start):
+                ratios[key] = _times(ratios[key], short_over_sustained ** (1 - SUSTAINED))
+    return _WITH_KERNELS(setup, dataclasses.replace(card, efficiency_ratio=ratios))
 
 
 def _times(fact: Fact, factor: float) -> Fact:
@@ -98,11 +97,11 @@ def _switch(module: Any, name: str) -> Callable[[float], list[Patch]]:
 CHOICES = (
     Choice(
         name="products on Hopper and Blackwell, from short runs' shares (0) to sustained ones' (1)",
-        levels=(0, 0.5, 1), used=1, patches=lambda level: [],
+        levels=(0, 0.5, 1), used=1, patches=_both("SUSTAINED", _HERE),
     ),
     Choice(
         name="500 W H100, exponent of its power over 700 W", levels=(0, 0.46, 1), used=1,
-        patches=lambda level: [],
+        patches=_both("LIMITED", _HERE),
     ),
     Choice(
         name="products of a node with a power limit, from the catalog's share (0) to its low end (1)",
@@ -170,9 +169,8 @@ SAID: Setting = tuple(u if c.said else b for c, b, u in zip(CHOICES, BEFORE, USE
 @contextlib.contextmanager
 def applied(setting: Setting) -> Iterator[None]:
     """While it lasts predictions are made with these levels."""
-    levels = _levels(setting)
-    patches = [p for c, level in zip(CHOICES, levels, strict=True) for p in c.patches(level)]
-    patches.append((seconds, "with_kernels", _with_shares(*levels[:2])))
+    patches = [p for c, level in zip(CHOICES, _levels(setting), strict=True) for p in c.patches(level)]
+    patches.append((seconds, "with_kernels", _of_shares))
     kept = [(module, name, getattr(module, name)) for module, name, _ in patches]
     try:
         for module, name, value in patches:
@@ -187,7 +185,7 @@ def applied(setting: Setting) -> Iterator[None]:
 
 # -- choosing -------------------------------------------------------------------------------------------
 
-Steps = Callable[[Sequence[Setting]], list[Mapping[str, float]]]  # for each setting, row -> error
+Errors = Callable[[Sequence[Setting]], list[Mapping[str, float]]]  # for each setting, row -> error
 
 
 # Sources of the same house, which may have had the same machines and people: left out together.
@@ -205,7 +203,7 @@ def family(source: str) -> str:
 
 
 def chosen(
-    families: Mapping[str, Sequence[str]], without: str, errors: Steps, *, said: bool = False
+    families: Mapping[str, Sequence[str]], without: str, errors: Errors, *, said: bool = False
 ) -> Setting:
     """The levels that fit the rows of all families but one best, from `BEFORE` on; of equals the first.
     ``said``: what papers, code and logs say stays as they say it."""

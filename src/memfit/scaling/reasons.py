@@ -19,15 +19,14 @@ _GAIN = 0.03  # a change of the score that is worth telling
 
 
 def rivals(
-    scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+    winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool], goal: Objective
 ) -> Iterator[Reason]:
-    """For every technique the winner has: the best plan without it; for one it has not: the best with it."""
-    goal = scale.aim.goal
+    """For every technique the winner has: the best plan without it; for one it has not: the best with it.
+    ``known``: traced, or as a trace would have them."""
 
     def relative(e: Estimate) -> float:
         return score(e, goal) / score(winner, goal)
 
-    known = [scale.expected(e) for e in known]  # like with like
     used = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
         inside = name in used

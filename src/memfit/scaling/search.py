@@ -242,8 +242,8 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
             if asked is not None:
                 finalists = [*finalists, *Race(scale, scale.fits_memory, best_by).run(estimates, unshared)]
         raise nothing(scale, [*finalists, basis], ranks)
-    shown = [e for e in map(scale.expected, known) if credible(e, winner, goal)]
-    choices = [e for e in frontier([*shown, basis]) if fits(e)]
+    expected = [scale.expected(e) for e in known]  # like with like
+    choices = [e for e in frontier([*(e for e in expected if credible(e, winner, goal)), basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
@@ -252,8 +252,9 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
         return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
 
     sketch, told = scale.sketch_of(winner.plan), {e.plan for e in known}
-    near = [e for e in scale.beside(sketch) if e.plan not in told] if sketch is not None else []
-    recommended = choice(winner, (*rivals(scale, winner, [*known, *near, basis], fits), *cannot(scale)))
+    beside = scale.beside(sketch) if sketch is not None else []
+    expected += [scale.expected(e) for e in beside if e.plan not in told]
+    recommended = choice(winner, (*rivals(winner, [*expected, basis], fits, goal), *cannot(scale)))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(
