@@ -142,7 +142,7 @@ class Prediction:
 
 
 @uncollected()
-def estimate(
+def estimate(  # noqa: PLR0913
     model: Any,
     batch: Any = None,
     loss: Any = None,
@@ -150,6 +150,9 @@ def estimate(
     plan: Any = None,
     machine: Any = None,
     bound: Bound | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
+    workers: int | None = None,
 ) -> Prediction:
     """Predict one training step of ``model`` on ``batch``; nothing is run and nothing given is changed.
 
@@ -159,9 +162,13 @@ def estimate(
     default. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file; a mapping of
     techniques for several ranks that does not say ``ranks`` is for all devices of the machine. ``machine``:
     a name of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
-    decide, as in `Job`. Raises UserError.
+    decide, as in `Job`. ``ema``: the decay of a weight average that the loop keeps (True: 0.999). ``clip``:
+    the largest gradient norm. ``workers``: DataLoader worker processes, which take host memory. Raises
+    UserError.
     """
-    job = job_of(model, batch, loss=loss, optimizer=optimizer, bound=bound)
+    job = job_of(
+        model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
+    )
     found = machine_of(machine)
     return _predicted(job, _plan_on(plan, found), found)
 
@@ -209,11 +216,13 @@ def from_trainer(trainer: Any, machine: Any = None) -> Prediction:
         optimizer=lambda params: kind(params, **settings),
         plan=Plan(uses=tuple(uses)),
         machine=machine,
+        clip=args.max_grad_norm or None,
+        workers=args.dataloader_num_workers,
     )
 
 
 @uncollected()
-def assert_fits(
+def assert_fits(  # noqa: PLR0913
     model: Any,
     memory: str | int,
     *,
@@ -223,6 +232,9 @@ def assert_fits(
     plan: Any = None,
     machine: Any = None,
     bound: Bound | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
+    workers: int | None = None,
 ) -> Prediction:
     """For tests: the prediction, if the step fits ``memory`` ("24GiB" or bytes). ``model`` and the rest are
     as for `estimate`; a Job or a Prediction needs no batch. Raises AssertionError telling the peak, its
@@ -231,7 +243,9 @@ def assert_fits(
     if isinstance(model, Prediction):
         found = dataclasses.replace(model, cap_bytes=cap_bytes)
     else:
-        job = job_of(model, batch, loss=loss, optimizer=optimizer, bound=bound)
+        job = job_of(
+            model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
+        )
         on = machine_of(machine)
         found = _predicted(job, _plan_on(plan, on), on, cap_bytes)
     if not found.fits:

@@ -88,6 +88,6 @@ def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
     """Of the engine's own files."""
     spec = RunSpec(
         name="", role="", job=request.job, plan=plan, engine=request.engine, seed=0, steps=job.steps,
-        batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
+        batch_size=job.batch_size, clip=job.clip, sizes=model_sizes(request.engine, job),
     )  # fmt: skip
     yield from (len(text.splitlines()) for name, text in render(spec).files.items() if name != "run.json")

@@ -55,6 +55,9 @@ def job_of(
     loss: Any = None,
     optimizer: Any = None,
     bound: Bound | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
+    workers: int | None = None,
 ) -> Job:
     """A Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
@@ -63,7 +66,8 @@ def job_of(
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
             raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
-        return model if bound is None else dataclasses.replace(model, bound=bound)
+        asked: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
+        return dataclasses.replace(model, **{k: v for k, v in asked.items() if v is not None})
     model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager one inside
     build = _build_of(model)
     value = _batch_of(batch)
@@ -76,6 +80,9 @@ def job_of(
         batch_size=batch_length(value),
         optimizer=_optimizer_of(optimizer, model),
         bound=bound,
+        ema=ema,
+        clip=clip,
+        workers=workers or 0,
     )
     module = model if isinstance(model, torch.nn.Module) else fake_model(told(job, _MINE))
     if not isinstance(module, torch.nn.Module):

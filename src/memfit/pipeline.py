@@ -267,7 +267,8 @@ class _Story:
         name_of_engine = "native" if engine(request.engine).supports(plan) else request.engine
         return RunSpec(
             name=name, role=role, job=request.job, plan=plan, engine=name_of_engine, seed=seed,
-            steps=self.steps, batch_size=job.batch_size, sizes=model_sizes(name_of_engine, job),
+            steps=self.steps, batch_size=job.batch_size, clip=job.clip,
+            sizes=model_sizes(name_of_engine, job),
             cap_bytes=self.planning.cap_bytes if capped else None,
             threads=request.threads or max(1, here.threads() // request.ranks), timeline=seed == 0,
         )  # fmt: skip

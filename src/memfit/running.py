@@ -107,7 +107,8 @@ def run_plan(
         return _replayed(known, request, estimate)
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
-        steps=steps or job.steps, batch_size=job.batch_size, sizes=model_sizes(request.engine, job),
+        steps=steps or job.steps, batch_size=job.batch_size, clip=job.clip,
+        sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
         source_digest=source_digest(request.job.spec),

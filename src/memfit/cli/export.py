@@ -125,7 +125,8 @@ def _launch(
     ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
     spec = RunSpec(
         name=plan.label, role="run", job=ref, plan=plan, engine=engine, seed=0, steps=loaded.steps,
-        batch_size=loaded.batch_size, sizes=model_sizes(engine, loaded), threads=here.threads or 0,
+        batch_size=loaded.batch_size, clip=loaded.clip,
+        sizes=model_sizes(engine, loaded), threads=here.threads or 0,
         evaluate=plan.ranks == 1, keep=keep,
     )  # fmt: skip
     return render(spec), own

@@ -30,10 +30,14 @@ def plugin_of(plan: Plan) -> str:
     return DDP if plan.get("ddp") else ""
 
 
-def config(plan: Plan) -> dict[str, Any]:
-    """``plugin`` by name, with its ``arguments``."""
+def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
+    """``plugin`` by name, with its ``arguments``. ``clip``: the largest gradient norm; the worker clips for
+    DDP, whose plugin does not."""
     name = plugin_of(plan)
-    return {"plugin": name, "arguments": _ARGUMENTS[name](plan) if name else {}}
+    arguments = _ARGUMENTS[name](plan) if name else {}
+    if clip is not None and "max_norm" in arguments:
+        arguments["max_norm"] = clip
+    return {"plugin": name, "arguments": arguments}
 
 
 def _ddp(plan: Plan) -> dict[str, Any]:
@@ -133,7 +137,7 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
-    return {CONFIG: json.dumps(config(spec.plan), indent=2) + "\n"}
+    return {CONFIG: json.dumps(config(spec.plan, spec.clip), indent=2) + "\n"}
 
 
 ENGINE = Engine(

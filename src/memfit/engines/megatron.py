@@ -60,7 +60,7 @@ def arguments(spec: RunSpec) -> dict[str, str]:
     place = layout(spec.plan)
     return {
         **spec.sizes, **_degrees(spec.plan, place, spec.sizes), **_data_parallel(spec.plan, place),
-        **_batches(spec, place), **_step(spec), **_ALWAYS,
+        **_batches(spec, place), **_step(spec), **_ALWAYS, "clip-grad": str(spec.clip or 0.0),
     }  # fmt: skip
 
 
@@ -68,7 +68,6 @@ def arguments(spec: RunSpec) -> dict[str, str]:
 _ALWAYS: Mapping[str, str] = {
     "hidden-dropout": "0.0",
     "attention-dropout": "0.0",
-    "clip-grad": "0.0",
     "no-bias-gelu-fusion": "",  # it is the tanh approximation
     "make-vocab-size-divisible-by": "1",
 }

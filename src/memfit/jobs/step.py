@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.jobs.ema import WeightAverage
 from memfit.techniques import islands
 from memfit.techniques.base import OptimizerLike, Workbench
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
@@ -70,6 +71,12 @@ class TrainingStep:
                 technique.apply(bench, use.settings)
         self.job, self.bench, self.model, self.plan = job, bench, model, plan
         self.optimizer: OptimizerLike = self._prepare()
+        self.average = self._weight_average()
+        if job.clip is not None and bench.step_in_backward:
+            raise UserError(
+                "clip with optimizer-in-backward: each parameter is updated before the whole norm is known",
+                allowed="clip=None, or a plan without optimizer-in-backward",
+            )
         closure = inspect.signature(self.optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise UserError(
@@ -103,7 +110,12 @@ class TrainingStep:
             loss_sum = loss if loss_sum is None else loss_sum + loss
         assert loss_sum is not None
         on_phase(Phase.OPTIMIZER)
-        return loss_sum, self._update() if update else self._forgo()
+        if not update:
+            return loss_sum, self._forgo()
+        norm = self._update()
+        if self.average is not None:
+            self.average.update()
+        return loss_sum, norm
 
     def prime(self, on_phase: OnPhase = _ignore) -> None:
         """Make the optimizer's state, as a first step does, from gradients of zero. For a trace."""
@@ -144,11 +156,31 @@ class TrainingStep:
         """The optimizer's step; the gradient norm before it, 0 where a loss scale left the step out."""
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscaled(norm, self.bench.trainable()):
+            self._clip(norm)
             self.optimizer.step()
         else:
             norm = torch.zeros_like(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clip(self, norm: torch.Tensor) -> None:
+        """Scale all gradients so that their norm is at most the job's ``clip``, with the arithmetic of
+        `torch.nn.utils.clip_grad_norm_`. ``norm``: of all ranks' gradients."""
+        if self.job.clip is None:
+            return
+        with torch.no_grad():
+            factor = (self.job.clip / (norm + 1e-6)).clamp(max=1.0)
+            if (scale := getattr(self.optimizer, "scale_gradients", None)) is not None:
+                scale(factor)
+                return
+            grads = [p.grad for p in self.bench.trainable() if p.grad is not None]
+            torch._foreach_mul_([getattr(g, "_local_tensor", g) for g in grads], factor)
+
+    def _weight_average(self) -> WeightAverage | None:
+        if self.job.ema is None:
+            return None
+        adapted = self.plan.get("lora") is not None or self.plan.get("qlora") is not None
+        return WeightAverage(self.bench, self.model, self.job.ema, frozen=not adapted)
 
     def _forgo(self) -> torch.Tensor:
         norm = self._grad_norm()

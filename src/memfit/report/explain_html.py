@@ -18,8 +18,8 @@ from memfit.types.trace import Category, Phase
 MOST_BYTES: Final = 1_800_000  # of the data in the page
 _POINTS: Final = (3000, 1500, 750, 375, 180, 90)
 _STACK: Final = (
-    Category.PARAMETER, Category.OPTIMIZER_STATE, Category.INPUT, Category.GRADIENT, Category.ACTIVATION,
-    Category.TEMPORARY, Category.WORKSPACE,
+    Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category.INPUT, Category.GRADIENT,
+    Category.ACTIVATION, Category.TEMPORARY, Category.WORKSPACE,
 )  # fmt: skip
 
 

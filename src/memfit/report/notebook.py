@@ -9,7 +9,8 @@ from memfit.types.result import Estimate, Interval
 from memfit.types.units import format_bytes
 
 _COLOURS = {
-    "parameter": "#3b7dd8", "gradient": "#8a63d2", "optimizer_state": "#2a9d8f", "activation": "#e08a1e",
+    "parameter": "#3b7dd8", "gradient": "#8a63d2", "optimizer_state": "#2a9d8f", "ema": "#607d3b",
+    "activation": "#e08a1e",
     "temporary": "#9aa0a6", "input": "#c2185b", "workspace": "#6d4c41",
 }  # fmt: skip
 _MOST_GUESSES = 5

@@ -160,6 +160,7 @@ class Workbench:
     # and here: tensors made meanwhile lie in "host" memory, in a stream's pool, or ("") where the model is
     place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
     gradients_on: str = ""  # a place too
+    parameters_on: str = ""
     grad_norm: Callable[[], torch.Tensor] | None = None  # where gradients are not in the parameters
 
     def trainable(self) -> list[torch.nn.Parameter]:

@@ -156,7 +156,7 @@ def _optimize_on_host(bench: Workbench) -> None:
     make = bench.make_optimizer
 
     bench.make_optimizer = lambda params: stepping_on_host(bench, make(params))
-    bench.gradients_on = "host"
+    bench.gradients_on = bench.parameters_on = "host"
 
 
 def _with_context(bench: Workbench) -> Any:

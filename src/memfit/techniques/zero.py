@@ -37,6 +37,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             f"zero of stage {stage} keeps whole parameters on the device",
             allowed='offload="none" or "optimizer"; "parameters" with stage=3',
         )
+    bench.parameters_on = "host" if offload == "parameters" else ""
     with bench.place("" if stage < 3 else "host"):  # stages 1 and 2 move the model to the device first
         bench.model.to(torch.bfloat16 if settings["precision"] == "bf16" else torch.float32)
     if settings["precision"] == "bf16":

@@ -43,6 +43,7 @@ class Reducing:
     """What all stages share: gradients go from their parameters into a bucket as backward makes them."""
 
     inner: OptimizerLike
+    master: torch.nn.Parameter
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Reducing:
         self.pending: list[torch.nn.Parameter] = []
         self.elements = 0
         self.last, self.queued, self.micro_batch = True, False, -1
+        self.scale: torch.Tensor | None = None  # of the gradients in the next step
         handles = [p.register_post_accumulate_grad_hook(self._ready) for p in params]
         bench.closers += [h.remove for h in handles]
         bench.before_micro_batch.append(self._begin)
@@ -89,6 +91,16 @@ class Reducing:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for param in self.params:
             param.grad = None
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Multiply the fp32 gradients by ``factor`` just before the next update, as DeepSpeed clips."""
+        self.scale = factor
+
+    def _scaled(self) -> None:
+        if self.scale is not None and self.master.grad is not None:
+            with torch.no_grad():
+                self.master.grad.mul_(self.scale)
+        self.scale = None
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
         """(parameter, from which element on, what of its reduced gradient this rank updates with)."""
@@ -157,6 +169,9 @@ class ZeroNone(Reducing):
         flat.mul_(1.0 / self.ranks)
         for grad, averaged in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
             grad.copy_(averaged)
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        torch._foreach_mul_([p.grad for p in self.params if p.grad is not None], factor)
 
     def step(self) -> None:
         self.inner.step()
@@ -348,6 +363,7 @@ class ZeroTwo(Reducing):
             self.master.grad = self._own_gradient()
             self.held = []
         with self.bench.place(self.state_on):
+            self._scaled()
             self.inner.step()
         with torch.no_grad():
             if self.state_on:

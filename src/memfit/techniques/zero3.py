@@ -154,6 +154,7 @@ class ZeroThree(Reducing):
             if not self.state_on:
                 parts = [self.shards.of(p, self.grads) for p in self.params]
                 self.master.grad = torch._utils._flatten_dense_tensors(parts).float()
+            self._scaled()
             self.inner.step()
             if not self.state_on:
                 self.master.grad = None

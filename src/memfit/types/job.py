@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from memfit.types.errors import UserError
+
 Bound = int | float | Mapping[str, int | float]
+DEFAULT_EMA_DECAY = 0.999
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +71,10 @@ class Job:
     At a line, or under "item", it answers ``.item()`` too; for a condition, how often it is true.
     ``islands``: patterns (as of ``fnmatch``) of module paths that compute in float32 under any plan, found by
     ``memfit precision``.
+    ``clip`` is the largest gradient norm, over all parameters and ranks, as in
+    ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema`` is the decay of an
+    exponential moving average of the weights, kept beside the model (True: 0.999); None: no copy.
+    ``workers`` counts the DataLoader's worker processes of each rank, which take host memory.
     """
 
     name: str
@@ -92,6 +100,23 @@ class Job:
     sequence_dim: int = 1  # of the batch's tensors, for what cuts the sequence
     experts: str | None = None  # pattern of modules called with (tokens, chosen experts, weights)
     islands: tuple[str, ...] = ()  # module path patterns
+    clip: float | None = None
+    ema: float | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ema, bool):
+            object.__setattr__(self, "ema", DEFAULT_EMA_DECAY if self.ema else None)
+        if self.ema is not None and not (_is_number(self.ema) and 0 < self.ema < 1):
+            raise UserError(f"ema={self.ema!r}", allowed="True, or a decay between 0 and 1 such as 0.999")
+        if self.clip is not None and not (_is_number(self.clip) and self.clip > 0):
+            raise UserError(f"clip={self.clip!r}", allowed="a positive gradient norm such as 1.0, or None")
+        if not (_is_number(self.workers) and self.workers >= 0 and self.workers == int(self.workers)):
+            raise UserError(f"workers={self.workers!r}", allowed="a number of processes, 0 or more")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

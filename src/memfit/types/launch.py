@@ -39,6 +39,7 @@ class RunSpec:
     batch_size: int = 0  # samples of a step on all ranks; 0: not told
     # Of the model, where an engine's own trainer builds it: option to value, as on its command line.
     sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    clip: float | None = None  # largest gradient norm, as in the job
     cap_bytes: int | None = None
     threads: int = 0  # 0: torch's default
     evaluate: bool = True

@@ -14,6 +14,7 @@ class Category(enum.StrEnum):
     PARAMETER = "parameter"  # and buffers
     GRADIENT = "gradient"
     OPTIMIZER_STATE = "optimizer_state"
+    EMA = "ema"  # the averaged copy of the weights
     ACTIVATION = "activation"  # made in forward, needed after it
     TEMPORARY = "temporary"  # lives within one phase
     INPUT = "input"

@@ -13,6 +13,7 @@ from memfit.jobs.step import TrainingStep
 from memfit.techniques.base import OptimizerLike
 from memfit.techniques.precision import Bf16Inputs
 from memfit.techniques.scalars import refuse_scalars
+from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
@@ -22,6 +23,12 @@ class Step(TrainingStep):
     def _prepare(self) -> OptimizerLike:
         bench, model = self.bench, self.model
         refuse_scalars(model, "deepspeed")
+        zero = self.plan.get("zero")
+        if self.job.ema is not None and zero is not None and zero.settings["stage"] == 3:
+            raise UserError(
+                "ema on engine deepspeed with ZeRO stage 3, which lets parameters go between steps",
+                allowed="stages 0 to 2, or the native engine, which averages shards",
+            )
         imported()
         assert self.folder is not None
         config = json.loads((self.folder / CONFIG).read_text())

@@ -88,6 +88,7 @@ class Step(TrainingStep):
 
     def _update(self) -> torch.Tensor:
         norm = self._grad_norm()
+        self._clip(norm)
         self.optimizer.step()
         self.wrapped.zero_grad(set_to_none=True)
         return norm

@@ -1,0 +1,54 @@
+"""An exponential moving average of the weights, kept beside the model as training loops keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from memfit.techniques.base import Workbench
+from memfit.types.trace import Category
+
+
+class WeightAverage:
+    """A copy of this rank's parameters and buffers, as ``copy.deepcopy(model)`` makes one, and its update.
+
+    After each optimizer step ``average = decay * average + (1 - decay) * weights``; buffers are copied.
+    Averages of half-precision parameters are float32, in which small updates are not lost. ``frozen``:
+    whether parameters that are not trained are copied too. Under FSDP2 and ZeRO 3 a rank averages its
+    shards, where those lie.
+    """
+
+    def __init__(self, bench: Workbench, model: torch.nn.Module, decay: float, *, frozen: bool) -> None:
+        self.bench, self.model, self.weight, self.frozen = bench, model, 1 - decay, frozen
+        with torch.no_grad(), bench.place(bench.parameters_on):
+            self.averages = [_copy(p) for p in self._weights()]
+        with torch.no_grad(), bench.place(""):
+            self.buffers = [b.detach().clone() for b in model.buffers()]
+        for tensor in (*self.averages, *self.buffers):
+            bench.on_kept(tensor, Category.EMA)
+
+    def update(self) -> None:
+        with torch.no_grad(), self.bench.place(self.bench.parameters_on):
+            for average, weight in zip(self.averages, self._weights(), strict=True):
+                average.lerp_(weight.to(average.dtype), self.weight)
+            for copy, buffer in zip(self.buffers, self.model.buffers(), strict=True):
+                copy.copy_(buffer)
+
+    def _weights(self) -> Iterator[torch.Tensor]:
+        for param in self.model.parameters():
+            if param.requires_grad or self.frozen:
+                yield _on_this_rank(param.detach(), getattr(param, "shard", None))
+
+
+def _copy(weight: torch.Tensor) -> torch.Tensor:
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return weight.float() if half else weight.clone()
+
+
+def _on_this_rank(weight: torch.Tensor, shard: torch.Tensor | None) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    if shard is not None:  # ZeRO 3 lets the parameter itself go
+        return shard
+    return weight.to_local() if isinstance(weight, DTensor) else weight

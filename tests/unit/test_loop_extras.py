@@ -1,0 +1,152 @@
+"""What a training loop holds beside the model: clipping and weight averages are part of the one step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit import Job
+from memfit.jobs.step import TrainingStep
+from memfit.types.errors import UserError
+from memfit.types.job import OptimizerChoice
+from memfit.types.plan import Plan, use
+
+WIDTH, DEPTH = 32, 3
+
+
+def build_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.GELU()) for _ in range(DEPTH)]
+    )
+
+
+def make_batch(step: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(16, WIDTH, generator=generator) for name in ("x", "y")}
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch["x"]), batch["y"])
+
+
+def _without_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(DEPTH)])
+
+
+JOB = Job(
+    name="loop", build_model=build_model, make_batch=make_batch, loss=loss, batch_size=16,
+    optimizer=OptimizerChoice(name="sgd", learning_rate=0.1),
+)  # fmt: skip
+PARAMETER_BYTES = sum(p.numel() * 4 for p in build_model().parameters())
+
+
+def test_a_clipped_step_is_bitwise_that_of_clip_grad_norm() -> None:
+    step = TrainingStep(dataclasses.replace(JOB, clip=0.05), Plan())
+    model = build_model()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    for index in range(3):
+        batch = make_batch(index, 0)
+        _, norm = step.run(batch)
+        loss(model, batch).backward()
+        expected = nn.utils.clip_grad_norm_(model.parameters(), 0.05, foreach=False)
+        sgd.step()
+        sgd.zero_grad()
+        assert norm > 0.05  # it does clip
+        assert torch.equal(norm, expected)
+        for ours, theirs in zip(step.model.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_average_is_bitwise_that_of_torchs_averaged_model() -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    step = TrainingStep(dataclasses.replace(JOB, ema=0.9), Plan())
+    averaged = AveragedModel(step.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    averaged.n_averaged += 1  # its first update would copy
+    for index in range(3):
+        step.run(make_batch(index, 0))
+        averaged.update_parameters(step.model)
+    assert step.average is not None
+    for ours, theirs in zip(step.average.averages, averaged.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(step.average.buffers, step.model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_half_precision_weights_are_averaged_in_float32() -> None:
+    step = TrainingStep(
+        dataclasses.replace(JOB, ema=True), Plan(uses=(use("bf16-parameters", rounding="master"),))
+    )
+    step.run(make_batch(0, 0))
+    assert step.average is not None
+    assert {a.dtype for a in step.average.averages} == {torch.float32}
+
+
+def test_an_average_is_predicted_as_one_more_copy_of_the_weights_and_named() -> None:
+    plain, averaged = memfit.estimate(JOB), memfit.estimate(JOB, ema=True)
+    more = averaged.allocated_bytes.value - plain.allocated_bytes.value
+    assert PARAMETER_BYTES <= more < 1.1 * PARAMETER_BYTES
+    assert averaged.by_category["ema"] >= PARAMETER_BYTES
+    assert "EMA copy" in averaged.explain()
+
+
+@pytest.mark.parametrize("plan", [{}, {"gradient-accumulation": {"micro_batches": 2}}], ids=str)
+def test_the_peak_of_a_loop_with_both_is_predicted_to_the_byte(plan: dict[str, Any]) -> None:
+    """By the counting allocator, in this process."""
+    from memfit.measure.memory import peak_counter
+
+    job = dataclasses.replace(JOB, build_model=_without_batch_norm, ema=True, clip=0.1)
+    predicted = memfit.estimate(job, plan=plan)
+    TrainingStep(job, predicted.plan).run(make_batch(0, 0))  # what kernels keep for good
+    counter = peak_counter()
+    base = counter.live_bytes()
+    counter.reset_peak()
+    step = TrainingStep(job, predicted.plan)
+    for index in range(2):
+        step.run(make_batch(index, 0))
+    assert counter.peak_bytes() - base == predicted.allocated_bytes.value
+
+
+def test_estimate_takes_a_loop_from_keywords_and_from_a_job() -> None:
+    model, batch = build_model(), make_batch(0, 0)
+    asked = memfit.estimate(model, batch, loss, ema=0.99, clip=1.0, workers=2).job
+    assert (asked.ema, asked.clip, asked.workers) == (0.99, 1.0, 2)
+    kept = memfit.estimate(dataclasses.replace(JOB, clip=2.0), ema=True).job
+    assert (kept.ema, kept.clip) == (0.999, 2.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ema": 1.5},
+        {"ema": -0.1},
+        {"clip": 0.0},
+        {"clip": float("nan")},
+        {"clip": True},
+        {"workers": -1},
+    ],
+    ids=str,
+)
+def test_wrong_values_are_one_line(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))) as error:
+        dataclasses.replace(JOB, **wrong)
+    assert error.value.allowed
+
+
+def test_clipping_is_refused_where_parameters_are_updated_one_by_one() -> None:
+    with pytest.raises(UserError, match="whole norm"):
+        memfit.estimate(JOB, plan="optimizer-in-backward", clip=1.0)
+
+
+def test_averaging_leaves_the_training_as_it_is() -> None:
+    steps = [TrainingStep(copy.copy(job), Plan()) for job in (JOB, dataclasses.replace(JOB, ema=True))]
+    losses = [[float(step.run(make_batch(i, 0))[0]) for i in range(3)] for step in steps]
+    assert losses[0] == losses[1]
