@@ -6,6 +6,20 @@ first of the latter is asked for.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "memfit"
+    and not sys.flags.safe_path
+):
+    # `python -m memfit` puts the current folder first on the path. It is taken off before anything else is
+    # imported: a torch.py or random.py in it would replace what memfit and torch import.
+    _current_folder = sys.path.pop(0)
+    if f"{_current_folder}{os.sep}memfit" in __path__:  # the source itself lies there
+        sys.path.append(_current_folder)
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

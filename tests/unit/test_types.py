@@ -148,8 +148,8 @@ def test_the_child_reads_the_very_specification_it_was_given() -> None:
     config = native.render(SPEC)
     assert wire.loads(RunSpec, config.files["run.json"]) == SPEC == config.spec
     assert config.argv == (sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json")
-    assert config.env == {"OMP_NUM_THREADS": "2"}
-    assert native.render(dataclasses.replace(SPEC, threads=0)).env == {}
+    assert config.env == {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "2"}
+    assert native.render(dataclasses.replace(SPEC, threads=0)).env == {"PYTHONSAFEPATH": "1"}
 
 
 def test_calibration_is_asked_with_its_signatures_and_budget() -> None:

@@ -164,8 +164,8 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
     """The last line of the error, and how many were imported before it."""
     try:
         child = subprocess.run(
-            (sys.executable, "-c", _IMPORT, *names), capture_output=True, text=True, timeout=_IMPORT_LIMIT_S,
-            check=False,
+            (sys.executable, "-P", "-c", _IMPORT, *names), capture_output=True, text=True, check=False,
+            timeout=_IMPORT_LIMIT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         return f"not done after {_IMPORT_LIMIT_S:.0f} s", len((error.stdout or b"").split())

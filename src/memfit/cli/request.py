@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
+from memfit.types.text import one_line
 from memfit.types.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def request(
             f"--nproc {ranks} on {machine.name}, which is {count} device{'s' * (count > 1)}",
             allowed="a process for each device", hint=f"--on says how many: {ranks}x{machine.device.name}",
         )  # fmt: skip
+    warn_of_shadowed_modules(job.job)
     quiet_libraries()
     from memfit.engines.registry import engine
     from memfit.planning import Request
@@ -56,6 +59,14 @@ def request(
         ranks=ranks,
         bounds=bounds or Bounds(),
     )
+
+
+def warn_of_shadowed_modules(job: str) -> None:
+    """One line on standard error for each module beside the job that another one of its name hides."""
+    from memfit.jobs.user import shadowed_modules
+
+    for line in shadowed_modules(job):
+        print(f"memfit: warning: {one_line(line)}", file=sys.stderr)
 
 
 def machine_of(on: str, place: str) -> Machine:

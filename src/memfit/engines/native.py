@@ -28,7 +28,7 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
     return LaunchConfig(
         engine=engine.name,
         argv=(home.python if home else sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
-        env={**_threads(spec.threads), **engine.env, **({"PYTHONPATH": str(_SOURCE)} if home else {})},
+        env={**_environment(spec.threads), **engine.env, **({"PYTHONPATH": str(_SOURCE)} if home else {})},
         files={"run.json": wire.dumps(spec, indent=2), **engine.files(spec)},
         spec=spec,
     )
@@ -47,11 +47,13 @@ def render_calibration(
     return LaunchConfig(
         engine="native",
         argv=(sys.executable, "-m", "memfit.worker", "calibrate", "{dir}/request.json"),
-        env=_threads(spec.threads),
+        env=_environment(spec.threads),
         files={"request.json": json.dumps(request)},
         spec=spec,
     )
 
 
-def _threads(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads)} if threads else {}
+def _environment(threads: int) -> dict[str, str]:
+    """Without the current folder on the path: a file of the user's named like a module of the standard
+    library or of an installed package is not imported in its place."""
+    return {"PYTHONSAFEPATH": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

@@ -49,9 +49,10 @@ def script(handover: Handover) -> str:
 
 
 def environment(handover: Handover) -> dict[str, str]:
-    """What the launch sets, without paths of this machine, and for a script without what only makes memfit's
-    worker train on processors."""
-    without = {"PYTHONPATH", "LOCAL_RANK", *(("DS_ACCELERATOR",) if handover.script else ())}
+    """What the launch sets, without paths of this machine, and for a script without what is for memfit's
+    worker alone: training on processors, and no current folder on the path."""
+    of_worker = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
+    without = {"PYTHONPATH", "LOCAL_RANK", *of_worker}
     return {k: v for k, v in handover.config.env.items() if k not in without}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -9,6 +10,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,7 +86,9 @@ def told(job: Job, spec: str) -> Job:
 
 
 def _run_file(path: Path, spec: str) -> ModuleType:
-    """Import under a name of its own; the file's folder is on the path meanwhile, as for a script."""
+    """Import under a name of its own. The file's folder goes to the end of the path and stays there: the job
+    imports the modules beside it, at its top or inside a function, and none of them replaces a module of the
+    standard library or of an installed package."""
     if not path.is_file():
         raise UserError(f"no such file: {path}", hint="a job of your own is given as path.py:attribute")
     resolved = path.resolve()
@@ -94,12 +98,56 @@ def _run_file(path: Path, spec: str) -> ModuleType:
         raise UserError(f"{path} is no Python file", allowed="a file ending in .py")
     module, loader = importlib.util.module_from_spec(place), place.loader
     sys.modules[name] = module  # dataclasses and pickle look their module up
-    sys.path.insert(0, str(resolved.parent))
-    try:
-        guarded(lambda: loader.exec_module(module), spec)
-    finally:
-        sys.path.remove(str(resolved.parent))
+    if str(resolved.parent) not in sys.path:
+        sys.path.append(str(resolved.parent))
+    guarded(lambda: loader.exec_module(module), spec)
     return module
+
+
+def shadowed_modules(spec: str) -> Iterator[str]:
+    """One line for each module that the job imports and has beside it, where Python imports another of that
+    name. Nothing is imported. Nothing is said for jobs that are not the user's, and for unreadable files."""
+    path = Path(spec.rpartition(":")[0])
+    waiting, known = [path] if path.suffix == ".py" else [], set[str]()
+    while waiting:
+        file = waiting.pop()
+        for name in sorted(_imported_names(file) - known):
+            known.add(name)
+            own = _own_module(path.parent, name)
+            if own is None:
+                continue
+            origin = _origin(name)
+            if origin is None or Path(origin).resolve() == own.resolve():
+                waiting.append(own)
+            else:
+                taken = "the standard library's" if name in sys.stdlib_module_names else origin
+                yield f"{file.name} imports {name}: {taken} is taken, not {own}; rename it if it is meant"
+
+
+def _own_module(folder: Path, name: str) -> Path | None:
+    files = (folder / f"{name}.py", folder / name / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _imported_names(file: Path) -> set[str]:
+    """Top-level names of what a file imports anywhere in it."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    nodes = list(ast.walk(tree))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in whole | parts} - {""}
+
+
+def _origin(name: str) -> str | None:
+    """The file from which Python would import a top-level module, or "built-in"; None: there is none."""
+    try:
+        place = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return place.origin if place is not None else None
 
 
 _NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # DDP's reducer

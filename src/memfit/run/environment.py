@@ -30,9 +30,9 @@ def install(engine: Engine, into: Path | None, told: Told) -> Environment:
             f"{folder} is there and not empty", hint="remove it, or name another folder with --into"
         )
     begun = time.perf_counter()
-    _run([sys.executable, "-m", "venv", str(folder)], told)
+    _run([sys.executable, "-P", "-m", "venv", str(folder)], told)
     python = next(p for p in (folder / "bin/python", folder / "Scripts/python.exe") if p.exists())
-    _run([str(python), "-m", "pip", "install", "--no-input", *engine.requirements], told)
+    _run([str(python), "-P", "-m", "pip", "install", "--no-input", *engine.requirements], told)
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = subprocess.run((str(python), "-c", asked), capture_output=True, text=True, check=True).stdout
     made = Environment(
