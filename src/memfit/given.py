@@ -19,6 +19,7 @@ from memfit import catalog
 from memfit.jobs.step import batch_length
 from memfit.jobs.user import guarded, told
 from memfit.measure.here import this_machine
+from memfit.techniques.batch_objects import batch_tensors, map_batch
 from memfit.techniques.optimizers import default_optimizer
 from memfit.techniques.planfile import parse_plan, read_plan
 from memfit.techniques.registry import check, make_use
@@ -94,6 +95,8 @@ def job_of(
 def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
     if isinstance(model, torch.nn.Module):
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its forward is compiled, and copied with it
             own = vars(module).get("forward")
             if own is not None and getattr(own, "__self__", None) is not module:
                 raise UserError(
@@ -118,7 +121,7 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
 
 def _batch_of(batch: Any) -> Any:
     """On the CPU, mappings as dicts. Tensors on the meta device become zeros."""
-    if callable(batch) and not isinstance(batch, Mapping | torch.Tensor):
+    if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
         batch = guarded(batch, "the function that makes the batch")
     if isinstance(batch, torch.utils.data.DataLoader):
         raise UserError("the batch is a DataLoader", hint="give one of its batches: next(iter(loader))")
@@ -128,7 +131,7 @@ def _batch_of(batch: Any) -> Any:
         return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
 
     batch_length(value)  # raises UserError where there is no tensor
-    return _pytree.tree_map_only(torch.Tensor, here, value)
+    return map_batch(here, value)
 
 
 # -- the loss -------------------------------------------------------------------------------------
@@ -167,7 +170,9 @@ def _parameters(function: Any) -> list[str]:
 def _target(batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return batch[-1]
-    return next((batch[k] for k in _TARGETS if isinstance(batch, Mapping) and k in batch), batch)
+    if isinstance(batch, Mapping):
+        return next((batch[k] for k in _TARGETS if k in batch), batch)
+    return next((found for k in _TARGETS if (found := getattr(batch, k, None)) is not None), batch)
 
 
 def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.jobs.ema import WeightAverage
 from memfit.techniques import islands
 from memfit.techniques.base import OptimizerLike, Workbench
+from memfit.techniques.batch_objects import batch_tensors, map_batch, sample_count, split_object
 from memfit.techniques.optimizers import StepInBackward, default_optimizer
 from memfit.techniques.registry import check, in_order
 from memfit.techniques.world import World, layout
@@ -135,7 +136,7 @@ class TrainingStep:
         if world.layout.data == 1:
             return batch, float(self._terms(batch))
         part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
-        own = _pytree.tree_map_only(torch.Tensor, torch.clone, part)
+        own = map_batch(torch.clone, part)
         return own, self._terms(batch) / world.layout.data
 
     def close(self) -> None:
@@ -301,13 +302,15 @@ def played(count: int, most: int | None) -> list[int]:
 
 
 def batch_length(batch: Any) -> int:
-    """Size of the first dimension of the batch's first tensor."""
-    tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > 0]
+    """How many samples the batch's object says it holds, else the first dimension of the first tensor."""
+    tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
     if not tensors:
         raise UserError(
-            "the job's batch holds no tensor", allowed="a tensor, or a mapping or tuple of tensors"
+            "the job's batch holds no tensor",
+            allowed="a tensor, a mapping or tuple of tensors, or an object with .to() that holds tensors",
         )
-    return int(tensors[0].shape[0])
+    count = sample_count(batch)
+    return int(tensors[0].shape[0]) if count is None else count
 
 
 def split(batch: Any, parts: int) -> Sequence[Any]:
@@ -318,6 +321,8 @@ def split(batch: Any, parts: int) -> Sequence[Any]:
     if parts > length:
         raise UserError(f"{parts} micro-batches from a batch of {length}", allowed=f"at most {length}")
     sizes = [length // parts + (i < length % parts) for i in range(parts)]
+    if (objects := split_object(batch, sizes)) is not None:
+        return objects
     starts = [sum(sizes[:i]) for i in range(parts)]
 
     def cut(value: Any, start: int, size: int) -> Any:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import (
 )
 
 from memfit.techniques.base import Workbench
+from memfit.techniques.batch_objects import map_batch
 from memfit.techniques.blocks import find_blocks, twins
 from memfit.types.errors import UserError
 
@@ -66,7 +67,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
         with fake, _lent(bench.model, fake) as owned:
             names = {key: name for name, p in bench.model.named_parameters() for key in _storages(p)}
             recorder = _Recorder(names, path, blocks)
-            part = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+            part = map_batch(fake.from_tensor, batch)
             with torch.no_grad(), contextlib.ExitStack() as stack, recorder, recorder.watching(bench.model):
                 # What a mode saw once the compiler leaves alone for good.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

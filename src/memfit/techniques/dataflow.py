@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from memfit.techniques.batch_objects import map_batch
 from memfit.techniques.blocks import twins
 from memfit.techniques.grouped import grouped_products
 
@@ -234,7 +235,7 @@ def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
         torch.no_grad(),
     ):
         held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
-        batch = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, job.make_batch(0, 0))
+        batch = map_batch(fake.from_tensor, job.make_batch(0, 0))
         yield copy.deepcopy(model, held), batch
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class FakeCopies(TorchFunctionMode):
@@ -37,6 +41,25 @@ class FakeCopies(TorchFunctionMode):
                 return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
 
+@contextlib.contextmanager
+def script_modules_loaded(fake: FakeTensorMode) -> Iterator[None]:
+    """TorchScript reads and writes files in C++, on real tensors only: while this lasts, ``torch.jit.load``
+    and ``save`` run outside the fake mode, and what is loaded is copied into it."""
+    load, save = torch.jit.load, torch.jit.save
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            module = load(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return _script_copied(module, fake)
+
+    def saved(*args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            save(*args, **kwargs)
+
+    with mock.patch.object(torch.jit, "load", loaded), mock.patch.object(torch.jit, "save", saved):
+        yield
+
+
 def copied(model: torch.nn.Module) -> torch.nn.Module:
     """A copy on fake tensors inside a fake mode, on real ones outside; the model itself is only read.
     Gradients are not copied: a training step begins without."""
@@ -44,4 +67,15 @@ def copied(model: torch.nn.Module) -> torch.nn.Module:
     if fake is None:
         return copy.deepcopy(model)
     with FakeCopies(fake):
-        return copy.deepcopy(model)
+        compiled = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+        return copy.deepcopy(model, {id(module): _script_copied(module, fake) for module in compiled})
+
+
+def _script_copied(module: Any, fake: FakeTensorMode) -> Any:
+    """C++ clones the tensors: outside of autograd, where they would be results, and where nothing but the
+    fake mode sees it."""
+    with _disable_current_modes(), fake, torch.no_grad():
+        made = copy.deepcopy(module)
+    for old, new in zip(module.parameters(), made.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return made

@@ -11,6 +11,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
+_HERE = str(Path(__file__).parent)
 _REJECTIONS = 16  # answers of True to one line of one call before it hears False
 _LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never ends
 
@@ -88,7 +90,9 @@ class Guesses:
     def _rejects(self) -> bool:
         """Whether one call asks the same line again and again: initialisers that draw until all is in
         range, such as trunc_normal_, must come to an end."""
-        frame = sys._getframe(3)  # past item and the dispatcher
+        frame: Any = sys._getframe(1)
+        while frame.f_code.co_filename.startswith(_HERE):  # past the dispatcher
+            frame = frame.f_back
         place, count = (id(frame), frame.f_lineno), self._loop[2]
         self._loop = (*place, count + 1 if self._loop[:2] == place else 0)
         return self._loop[2] % _REJECTIONS == _REJECTIONS - 1

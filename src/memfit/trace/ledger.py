@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils import _pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
+from memfit.techniques.batch_objects import batch_tensors
 from memfit.trace import operators
 from memfit.trace.flows import Flow, Flows
 from memfit.trace.guesses import Guesses
@@ -97,12 +97,11 @@ class Ledger(TorchDispatchMode):
     def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
         """Name the storages of every tensor in ``value``, and whose they are; births that nobody saw are
         noted now."""
-        for tensor in _pytree.tree_leaves(value):
-            if isinstance(tensor, torch.Tensor):
-                for inner in plain_tensors(tensor):
-                    life = self.note_real(inner, category.value)
-                    life.category = category
-                    life.module = life.module if module is None else module
+        for tensor in batch_tensors(value):
+            for inner in plain_tensors(tensor):
+                life = self.note_real(inner, category.value)
+                life.category = category
+                life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
         """A tensor that never passes the dispatcher."""
@@ -135,8 +134,7 @@ class Ledger(TorchDispatchMode):
             self._outer = func
             return NotImplemented  # its inner operators come here one by one
         if self.paused:
-            asks = func is operators.ITEM and args[0].constant is None
-            return self.guesses.item(args[0], told=False) if asks else operators.built(func, args, kwargs)
+            return self._unrecorded(func, args, kwargs)
         if (
             FakeTensor not in types
             and func is not operators.LIFT
@@ -164,6 +162,13 @@ class Ledger(TorchDispatchMode):
         if values is not None and func not in operators.MAKERS:
             self.shadows.attach(out, values)
         return out
+
+    def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is operators.ITEM and args[0].constant is None:
+            return self.guesses.item(args[0], told=False)
+        if self.guesses.decides(func):
+            return self.guesses.call(func, args, kwargs)
+        return operators.built(func, args, kwargs)
 
     def _silent(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any) -> Any:
         out = operators.view(func, args, kwargs)

@@ -17,6 +17,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memfit.jobs.step import TrainingStep, split
+from memfit.techniques.batch_objects import map_batch
 from memfit.trace.copies import FakeCopies
 from memfit.trace.doubts import retried
 from memfit.trace.guesses import Guesses
@@ -209,7 +210,7 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
 
 
 def _fake(batch: Any, fake: Any, ledger: Ledger) -> Any:
-    inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, batch)
+    inputs = map_batch(fake.from_tensor, batch)
     ledger.shadows.seed(inputs, batch)
     return inputs
 

@@ -14,6 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree
 
+from memfit.techniques.batch_objects import batch_tensors
+
 _MOST_ELEMENTS = 2**20
 _NAME = "_memfit_shadow"
 _LIFT: Any = torch.ops.aten.lift_fresh.default
@@ -29,11 +31,13 @@ class Shadows:
     def seed(self, fakes: Any, reals: Any) -> None:
         """The batch's own values. From now on values are followed."""
         self.on = self.seeded = True
-        for fake, real in zip(_pytree.tree_leaves(fakes), _pytree.tree_leaves(reals), strict=True):
+        for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
             if isinstance(fake, FakeTensor) and real.numel() <= _MOST_ELEMENTS:
                 setattr(fake, _NAME, real.detach())
 
     def of(self, tensor: Any) -> torch.Tensor | None:
+        if type(tensor) is torch.Tensor:
+            return tensor  # a real one beside fake ones
         real: torch.Tensor | None = getattr(tensor, _NAME, None)
         if real is None or (self._stale and real.untyped_storage()._cdata in self._stale):
             return None

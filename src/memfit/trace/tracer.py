@@ -16,12 +16,13 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from memfit.jobs.step import TrainingStep
 from memfit.techniques import islands
 from memfit.techniques.base import Workbench
+from memfit.techniques.batch_objects import map_batch
+from memfit.trace.copies import script_modules_loaded
 from memfit.trace.doubts import Doubted, retried, weighed
 from memfit.trace.few_blocks import FirstBlocks, remember
 from memfit.trace.flows import streams
@@ -160,7 +161,7 @@ def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int)
     with _disable_current_modes():
         batch = step.job.make_batch(index, 0)
     part, terms = step.local(batch)
-    inputs = _pytree.tree_map_only(torch.Tensor, fake.from_tensor, part)
+    inputs = map_batch(fake.from_tensor, part)
     ledger.label(inputs, Category.INPUT)
     ledger.shadows.seed(inputs, part)
     return inputs, terms
@@ -271,7 +272,9 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.multiple(torch.autograd.profiler.record_function, **silent))
         # Host memory is host memory: fake tensors cannot be pinned.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
-        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        stack.enter_context(script_modules_loaded(fake))
+        yield stack.enter_context(fake)
 
 
 @contextlib.contextmanager

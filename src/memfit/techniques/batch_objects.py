@@ -1,0 +1,91 @@
+"""The tensors of a batch: in mappings, tuples and lists, and in objects with ``.to()`` such as graphs or
+padded images, whose attributes hold them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memfit.types.errors import UserError
+
+
+def batch_tensors(batch: Any) -> list[torch.Tensor]:
+    """Every tensor, in the order in which a batch of the same structure lists them too."""
+    return [tensor for leaf in _pytree.tree_leaves(batch) for tensor in _tensors_inside(leaf)]
+
+
+def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
+    """The batch with ``function`` of each tensor in its place; objects are copied."""
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        inside = list(_tensors_inside(leaf))
+        return copy.deepcopy(leaf, {id(tensor): function(tensor) for tensor in inside}) if inside else leaf
+
+    return _pytree.tree_map(mapped, batch)
+
+
+def sample_count(batch: Any) -> int | None:
+    """How many samples an object says that it holds; None for mappings, tuples and tensors."""
+    for leaf in _pytree.tree_leaves(batch):
+        if _is_object(leaf):
+            for name in ("num_graphs", "batch_size"):
+                if isinstance(count := getattr(leaf, name, None), int):
+                    return count
+    return None
+
+
+def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
+    """Objects with so many samples each, for a batch that is one object; None for any other batch. Raises
+    UserError where the object cannot be taken apart (``to_data_list()``) and put together again
+    (``from_data_list()`` of its class)."""
+    if not any(_is_object(leaf) for leaf in _pytree.tree_leaves(batch)):
+        return None
+    join, apart = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
+    if join is None or apart is None:
+        raise UserError(
+            f"a batch that is or has a {_object_name(batch)} cannot be split into {len(sizes)}",
+            allowed="tensors with the batch as first dimension, or one object with to_data_list() and "
+            "from_data_list()",
+        )
+    samples = iter(apart())
+    return [join([next(samples) for _ in range(size)]) for size in sizes]
+
+
+def _object_name(batch: Any) -> str:
+    return next(type(leaf).__name__ for leaf in _pytree.tree_leaves(batch) if _is_object(leaf))
+
+
+def _is_object(leaf: Any) -> bool:
+    if isinstance(leaf, torch.Tensor | torch.nn.Module | type) or not callable(getattr(leaf, "to", None)):
+        return False
+    return next(_tensors_inside(leaf), None) is not None
+
+
+def _tensors_inside(leaf: Any) -> Iterator[torch.Tensor]:
+    if isinstance(leaf, torch.Tensor):
+        yield leaf
+    elif callable(getattr(leaf, "to", None)) and not isinstance(leaf, torch.nn.Module | type):
+        yield from _walk(leaf, set())
+
+
+def _walk(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Depth first through containers and attributes; each object once."""
+    if id(value) in seen or isinstance(value, torch.nn.Module | type):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    inner: list[Any] = list(getattr(value, "__dict__", {}).values())
+    if isinstance(value, Mapping):
+        inner += value.values()
+    elif isinstance(value, list | tuple | set):
+        inner += value
+    for one in inner:
+        yield from _walk(one, seen)

@@ -1,0 +1,199 @@
+"""Models that once ended the estimate: compiled submodules, batches that are objects, values that only a run
+knows. Each is held to the counting allocator's peak of a plain loop."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit.jobs.step import batch_length, split
+from memfit.measure.allocator import CountingAllocator, available
+from memfit.types.errors import UserError
+
+counted = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def squares(model: Any, batch: Any) -> torch.Tensor:
+    return model(batch).square().mean()  # type: ignore[no-any-return]
+
+
+def peak_bytes(build: Callable[[], nn.Module], batch: Any, loss: Loss, make: Any = torch.optim.AdamW) -> int:
+    """Measured highest live bytes of three plain training steps."""
+    counter = CountingAllocator()
+    counter.install()
+    gc.collect()
+    before = counter.live_bytes()
+    torch.manual_seed(0)
+    model = build()
+    held = copy.deepcopy(batch)  # the test's own was there before counting began
+    optimizer = make(model.parameters())
+    counter.reset_peak()
+    for _ in range(3):
+        loss(model, held).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return counter.peak_bytes() - before
+
+
+def holds(
+    build: Callable[[], nn.Module], batch: Any, loss: Loss = squares, make: Any = torch.optim.AdamW
+) -> Any:
+    """The estimate of a model in memory, whose interval must hold the truth."""
+    torch.manual_seed(0)
+    found = memfit.estimate(build(), batch, loss=loss, optimizer=make)
+    truth, room = peak_bytes(build, batch, loss, make), found.allocated_bytes
+    assert room.low <= truth <= room.high, f"{truth} not in {room.low:.0f} to {room.high:.0f}"
+    return found
+
+
+# -- compiled submodules --------------------------------------------------------------------------
+
+
+class Compiled(nn.Module):
+    """A layer whose product is TorchScript, as code generators make it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.product = nn.Linear(64, 64), scripted()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(self.outer(x))  # type: ignore[no-any-return]
+
+
+class Pickled(Compiled):
+    """Carries its TorchScript in pickles and copies as the bytes of its file."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        file, state = io.BytesIO(), {**self.__dict__, "_modules": {"outer": self.outer}}
+        torch.jit.save(self.product, file)
+        return {**state, "product_file": file.getvalue()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        file = io.BytesIO(state.pop("product_file"))
+        super().__setstate__(state)
+        self.product = torch.jit.load(file)
+
+
+def scripted() -> Any:
+    layer = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    return torch.jit.trace(layer, torch.zeros(2, 64), check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@counted
+@pytest.mark.parametrize("kind", [Compiled, Pickled])
+def test_a_torchscript_submodule_is_copied_and_left_as_it_was(kind: type[Compiled]) -> None:
+    model, x = kind(), torch.rand(512, 64)
+    before = pickle.dumps([p.tolist() for p in model.parameters()])
+    memfit.estimate(model, x, loss=squares)
+    assert all(p.grad is None for p in model.parameters())
+    assert pickle.dumps([p.tolist() for p in model.parameters()]) == before
+    found = holds(kind, x)
+    assert sum(p.numel() for p in model.parameters()) * 4 <= found.by_category["parameter"]
+
+
+# -- forces ---------------------------------------------------------------------------------------
+
+
+class Forces(nn.Module):
+    """Energies whose gradient by positions is trained too; building compares two constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assert torch.equal(torch.eye(3), torch.eye(3)), "as libraries check their constants"
+        self.layers = nn.Sequential(
+            nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
+        )
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        positions = positions.detach().requires_grad_()
+        energy = self.layers(positions).sum()
+        (forces,) = torch.autograd.grad(energy, positions, create_graph=True)
+        return torch.cat([energy[None], forces.flatten()])
+
+
+@counted
+def test_forces_by_autograd_inside_the_step() -> None:
+    holds(Forces, torch.rand(256, 3))
+    assert memfit.estimate(Forces, torch.rand(256, 3), loss=squares).allocated_bytes.value > 0
+
+
+# -- batches that are objects ---------------------------------------------------------------------
+
+
+class Graphs:
+    """As graph libraries have a batch: tensors as attributes of an inner store, counted by graphs."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.store = {"x": torch.rand(sum(sizes), 32), "batch": torch.repeat_interleave(torch.tensor(sizes))}
+        self.sizes, self.parent = sizes, self
+
+    num_graphs = property(lambda self: len(self.sizes))
+
+    def to(self, device: str) -> Graphs:
+        return self
+
+    def __call__(self) -> None:
+        raise AssertionError("a batch is no function that makes one")
+
+    def to_data_list(self) -> list[torch.Tensor]:
+        return list(self.store["x"].split(self.sizes))
+
+    @classmethod
+    def from_data_list(cls, graphs: list[torch.Tensor]) -> Graphs:
+        made = cls([len(g) for g in graphs])
+        made.store["x"] = torch.cat(graphs)
+        return made
+
+
+class Padded:
+    """Images and their mask, nothing that takes them apart."""
+
+    def __init__(self) -> None:
+        self.tensors, self.mask = torch.rand(8, 32), torch.ones(8, dtype=torch.bool)
+
+    def to(self, device: str) -> Padded:
+        return self
+
+
+class OnGraphs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 4))
+
+    def forward(self, graphs: Graphs) -> torch.Tensor:
+        out = self.layers(graphs.store["x"])
+        return out.new_zeros(graphs.num_graphs, 4).index_add(0, graphs.store["batch"], out)
+
+
+@counted
+def test_an_object_with_tensors_inside_is_a_batch() -> None:
+    graphs = Graphs([30, 10, 20, 40])
+    x = graphs.store["x"]
+    found = holds(OnGraphs, graphs)
+    assert found.job.batch_size == batch_length(graphs) == 4
+    assert graphs.store["x"] is x
+    assert type(x) is torch.Tensor
+    assert batch_length({"images": Padded()}) == 8
+
+
+def test_a_batch_of_graphs_is_split_into_graphs_and_other_objects_are_refused() -> None:
+    parts = split(Graphs([30, 10, 20, 40]), 2)
+    assert [part.sizes for part in parts] == [[30, 10], [20, 40]]
+    plan = {"gradient-accumulation": {"micro_batches": 2}}
+    whole, halves = (memfit.estimate(OnGraphs, Graphs([25] * 4), loss=squares, plan=p) for p in (None, plan))
+    assert halves.allocated_bytes.value < whole.allocated_bytes.value
+    with pytest.raises(UserError, match="Padded cannot be split into 2; allowed: tensors with the batch"):
+        split(Padded(), 2)
+    with pytest.raises(UserError, match="holds no tensor"):
+        batch_length(object())
