@@ -64,3 +64,9 @@ def _no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", _connect_here_only)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _own_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test reads timings that another one, or the user of this machine, has stored."""
+    monkeypatch.setattr("memfit.store.calibration.default_path", lambda: tmp_path / "calibration.sqlite3")

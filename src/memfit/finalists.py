@@ -6,19 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from memfit.recomputation import Cap
-from memfit.search.choose import Objective, best, frontier, score
+from memfit.search.choose import Objective, frontier, score, simplest_first
 from memfit.techniques.registry import plain
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 
 _ROUNDS = 3  # of more finalists
+_SKETCHED_RATIO, _SIMPLEST = 0.30, 4  # how far sketched times may be off; of the simplest plans, as many
 _SPARE = 6  # of the finalists, for those that are not the best by the goal
 
 
 def finalists(
     sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
-    """The plain plan, the best by the goal that fit, the smallest, and the frontier, without repeats."""
+    """The plain plan, the simplest that may be as good as the best, the best by the goal that fit, the
+    smallest, and the frontier, without repeats."""
     fitting = _ordered([e for e in sketches if fits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
     edge = frontier(sketches)
@@ -29,10 +31,11 @@ def finalists(
         smallest[0].plan,
         *(e.plan for e in edge[::step]),
     ]
-    winner = best(fitting, goal)
-    if winner is not None:
-        picked.insert(1, winner.plan)
-    return list(dict.fromkeys(picked))[: most + 2]
+    simple = simplest_first(fitting, goal)
+    if simple:
+        limit = score(simple[-1], goal) * (1 + _SKETCHED_RATIO)
+        picked[1:1] = [e.plan for e in simple if score(e, goal) <= limit][:_SIMPLEST]
+    return list(dict.fromkeys(picked))[: most + _SIMPLEST]
 
 
 def until_some_fit(

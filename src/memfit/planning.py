@@ -17,25 +17,26 @@ from memfit.measure import here
 from memfit.pricing import Pricer
 from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
-from memfit.search.choose import Objective, Prices, as_asked, best, decide, keeps, missed
+from memfit.search.choose import TIMED, Objective, Prices, as_asked, best, decide, keeps, missed
 from memfit.search.space import plans, usable
+from memfit.store.calibration import CalibrationCache, selected
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.recompute import NAME
-from memfit.techniques.registry import plain, without
+from memfit.techniques.registry import effect_of, plain, without
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
-from memfit.types.result import Estimate, Reason, SearchResult
+from memfit.types.result import Choice, Estimate, Reason, SearchResult, Timings
 
 FINALISTS = 14
 _FEWER_FINALISTS = 8  # where a trace is long, as of models with thousands of small tensors
 _LONG_TRACE_CALLS = 10_000
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
-_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # of probing operators
+_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # of probing operators, nominal
 # Rounds, and seconds of each, to measure what the best plan and its rivals need while that changes the best.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
 _GAP_RATIO = 0.05  # in a search, where a better answer takes longer than it saves
@@ -65,6 +66,7 @@ class Request:
     bounds: Bounds = dataclasses.field(default_factory=Bounds)
     ranks: int = 1
     correction: Calibration = dataclasses.field(default_factory=Calibration)  # by runs on this machine
+    recalibrate: bool = False  # time this machine's operators again, whatever is stored
 
     @property
     def is_here(self) -> bool:
@@ -168,6 +170,8 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     pricer.gap_ratio = _GAP_RATIO
     cap_bytes, cap_reason = _cap(request, basis, job.demonstration_ratio)
     if request.is_here:
+        if request.recalibrate:
+            forget_calibration(request)
         calibrate(pricer, request, progress)
     inside, batch = fits_under(cap_bytes, request.machine), pricer.space.batch_size
     bounds = dataclasses.replace(request.bounds, steps=job.steps)
@@ -177,14 +181,22 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
 
     states = states_bytes(basis)
     small = states if states < _SMALL_STATES_RATIO * cap_bytes else None
-    estimates, considered, left_out = _price(pricer, request, cap_bytes, progress, fits, small=small)
-    result = decide(
-        estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
-        left_out=left_out, inside=inside, price=Prices(
-            pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-            pricer.sketch if is_long(pricer) else None,
-        ),
-    )  # fmt: skip
+    sketches: list[Estimate] = []
+    try:
+        estimates, considered, left_out = _price(
+            pricer, request, cap_bytes, progress, fits, small=small, sketches=sketches
+        )
+        result = decide(
+            estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
+            left_out=left_out, inside=inside, price=Prices(
+                pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
+                pricer.sketch if is_long(pricer) else None,
+            ),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        so_far = _best_so_far(pricer, request, cap_bytes, fits, sketches)
+        raise SearchInterrupted(so_far) from None
+    result = dataclasses.replace(result, timings=timings(pricer.calibration) if request.is_here else None)
     if result.recommended is None:
         asked = [e for e in estimates if as_asked(e.plan, bounds, batch)]
         least = min(asked, key=lambda e: e.allocated_bytes.value)
@@ -195,6 +207,48 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
     )
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a search. ``result``: what it had come to."""
+
+    def __init__(self, result: SearchResult) -> None:
+        super().__init__()
+        self.result = result
+
+
+def timings(known: Calibration) -> Timings:
+    return Timings(
+        spread_ratio=known.spread_ratio, load=known.load, waited_ratio=known.waited_ratio,
+        processors=here.threads(),
+    )  # fmt: skip
+
+
+def _best_so_far(
+    pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
+) -> SearchResult:
+    """The best of the plans traced until now; of the sketches where none of those fits."""
+    highest, refuses = request.accuracy.highest, engine(request.engine).supports
+    traced = [
+        pricer.whole(plan) for plan, rank in list(pricer.traces)
+        if rank == 0 and effect_of(plan) <= highest and not refuses(plan)
+        and not any(plan.get(name) for name in request.bounds.without)
+    ]  # fmt: skip
+    basis = pricer.whole(plain(request.ranks))
+    pool = traced if any(map(fits, traced)) else [*traced, *sketches]
+    winner = best(filter(fits, pool), request.goal, TIMED)
+    smallest = min([basis, *pool], key=lambda e: e.allocated_bytes.value)
+
+    def choice(e: Estimate) -> Choice:
+        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan))
+
+    shown = {e.plan: e for e in (basis, smallest, *([winner] if winner else []))}
+    return SearchResult(
+        goal=request.goal.value, cap_bytes=cap_bytes, considered=len(sketches) or len(pool),
+        baseline=choice(basis), recommended=choice(winner) if winner else None, smallest=choice(smallest),
+        frontier=tuple(map(choice, sorted(shown.values(), key=lambda e: e.allocated_bytes.value))),
+        unfinished=True,
+    )  # fmt: skip
 
 
 def _search_many(request: Request, progress: Progress) -> Planning | None:
@@ -268,10 +322,17 @@ def states_bytes(estimate: Estimate) -> int:
 
 
 def _price(
-    pricer: Pricer, request: Request, cap_bytes: int, progress: Progress, fits: Fits, *, small: int | None
+    pricer: Pricer,
+    request: Request,
+    cap_bytes: int,
+    progress: Progress,
+    fits: Fits,
+    *,
+    small: int | None,
+    sketches: list[Estimate],
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best whole, and calibrate once more on what those need. ``small``: bytes
-    of states that are too few for another optimizer to matter."""
+    of states that are too few for another optimizer to matter. ``sketches`` receives the sketches."""
     offered, left_out = usable(pricer.space, request.accuracy, small_states_bytes=small)
     techniques = [t for t in offered if t.name not in request.bounds.without]
     carries = engine(request.engine).supports
@@ -281,7 +342,9 @@ def _price(
         if not carries(plan) and (plan == basis or as_asked(plan, request.bounds, pricer.space.batch_size))
     ]  # fmt: skip
     pricer.prepare(every, lambda *begun: progress("search", *begun))
-    sketches = [pricer.sketch(plan) for plan in every]
+    for done, plan in enumerate(every):
+        progress("price", done, len(every), plan.label)
+        sketches.append(pricer.sketch(plan))
     most = _FEWER_FINALISTS if is_long(pricer) else FINALISTS
     chosen = finalists(sketches, fits, request.goal, most)
 
@@ -305,7 +368,7 @@ def _with_rivals(
     """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
     the operators of all of them are measured, and again while that changes the winner."""
     refuses = engine(request.engine).supports
-    winner = best(filter(fits, made), request.goal)
+    winner = best(filter(fits, made), request.goal, TIMED)
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:
             break
@@ -338,22 +401,35 @@ def calibrate(
     *,
     budget_s: float = _SECOND_BUDGET_S,
 ) -> None:
-    """Probe the operators that matter in a child process, and merge with what is known. The first time of
-    all, without ``plans``, those that span the search, and the machine's rates."""
+    """Merge what is known with the times of the operators that matter: as stored for this machine, probed in
+    a child process where nothing is stored yet. The first time of all, without ``plans``, those that span the
+    search, and the machine's rates. Which operators depends on the plans alone, and not on how long the
+    probes take, so that the same question finds the same times stored. ``budget_s``: nominal seconds."""
     from memfit.cost.memory import step_ops
-    from memfit.cost.time import signatures_by_weight
+    from memfit.cost.time import signatures_to_time
 
     first = plans is None
     chosen = _representatives(pricer) if plans is None else plans
     if request.ranks == 1:
         pricer.trace_all(chosen)
     ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
-    wanted = [s for s in signatures_by_weight(ops) if s not in pricer.calibration.op_s]
+    known = {*pricer.calibration.op_s, *pricer.calibration.not_timed}
+    wanted = signatures_to_time(ops, known, budget_s=_FIRST_BUDGET_S if first else budget_s)
     if not first and not wanted:
         return
-    progress("calibrate", 0, 0, f"{len(wanted)} operators")
-    fresh = probe_here(request, wanted, _FIRST_BUDGET_S if first else budget_s)
-    pricer.recalibrate(merged(pricer.calibration, fresh))
+    cache = CalibrationCache(_threads(request))
+    stored = cache.read()
+    missing = [s for s in wanted if s not in stored.op_s and s not in stored.not_timed]
+    rates = not stored.flops_s and not pricer.calibration.flops_s
+    if missing or rates:
+        progress("calibrate", 0, 0, f"{len(missing)} operators")
+        stored = cache.add(probe_here(request, missing, _LONGEST_RATIO * budget_s, rates))
+    pricer.recalibrate(merged(pricer.calibration, selected(stored, set(wanted))))
+
+
+def forget_calibration(request: Request) -> None:
+    """Removes what is stored of this machine's timings, so that the next search takes new ones."""
+    CalibrationCache(_threads(request)).forget()
 
 
 def _representatives(pricer: Pricer) -> list[Plan]:
@@ -371,9 +447,14 @@ def _representatives(pricer: Pricer) -> list[Plan]:
 
 
 _CALIBRATION_LIMIT_S = 900.0  # of a machine that is busy with much else: measuring itself is kept short
+_LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
 
 
-def probe_here(request: Request, signatures: list[str], budget_s: float) -> Calibration:
+def _threads(request: Request) -> int:
+    return request.threads or here.threads()
+
+
+def probe_here(request: Request, signatures: list[str], budget_s: float, rates: bool = True) -> Calibration:
     found: list[Calibration] = []
 
     def listen(event: Mapping[str, Any]) -> None:
@@ -382,12 +463,11 @@ def probe_here(request: Request, signatures: list[str], budget_s: float) -> Cali
 
     spec = RunSpec(
         name="calibration", role="calibration", job=request.job, plan=Plan(), seed=0, steps=0,
-        threads=request.threads or here.threads(), timeout_s=_CALIBRATION_LIMIT_S,
+        threads=_threads(request), timeout_s=_CALIBRATION_LIMIT_S,
     )  # fmt: skip
     packages = ["bitsandbytes"] if any('"bitsandbytes.' in s for s in signatures) else []
-    outcome = run(
-        native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages), on_event=listen
-    )
+    config = native.render_calibration(spec, signatures, budget_s=budget_s, packages=packages, rates=rates)
+    outcome = run(config, on_event=listen)
     if not found:
         raise RunError(f"calibration did not finish: {outcome.reason or outcome.outcome.value}")
     return found[0]

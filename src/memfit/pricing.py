@@ -176,22 +176,26 @@ class Pricer:
         return found
 
     def trace_all(
-        self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *begun: None
+        self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
-        """Traces of several plans, side by side. ``tell(index, count, plan)`` when one is begun. Those whose
-        budget cannot be met say so when they are priced."""
+        """Traces of several plans, side by side. ``tell(done, count, plan)``: how many are finished, and one
+        under way. Those whose budget cannot be met say so when they are priced."""
         new = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
-        with uncollected():
-            made = side_by_side(
-                [functools.partial(self._made, plan, [0]) for plan in new],
-                lambda i: tell(i, len(new), new[i].label),
-            )
-        self.traces |= {(plan, 0): traces[0] for plan, traces in zip(new, made, strict=True)}
+        made: dict[int, Sequence[Trace]] = {}
+        try:
+            with uncollected():
+                side_by_side(
+                    [functools.partial(self._made, plan, [0]) for plan in new],
+                    lambda done, i: tell(done, len(new), new[i].label),
+                    made,
+                )
+        finally:  # interrupted, some are there
+            self.traces |= {(new[i], 0): traces[0] for i, traces in made.items()}
 
     # -- quick ----------------------------------------------------------------------------------------
 
     def prepare(
-        self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *begun: None
+        self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
         """Makes the parts that sketches of ``plans`` are composed from, side by side."""
         parts = {
@@ -204,7 +208,7 @@ class Pricer:
         with uncollected():
             made = side_by_side(
                 [functools.partial(self._part, *key[:3]) for key in new],
-                lambda i: tell(i, len(new), new[i][0].label),
+                lambda done, i: tell(done, len(new), new[i][0].label),
             )
         self.parts |= dict(zip(new, made, strict=True))
 

@@ -235,7 +235,7 @@ def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest
     best = found.result.recommended.estimate
     assert best.traced
     assert needed_bytes(best, CPU) <= cap < needed_bytes(plain, CPU)
-    assert set(stages) == {"trace", "search", "finalists"}
+    assert set(stages) == {"trace", "search", "price", "finalists"}
     assert {r.technique for r in found.result.recommended.reasons if r.kind == "left_out_accuracy"} >= {"sgd"}
 
 

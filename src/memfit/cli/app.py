@@ -33,10 +33,10 @@ from memfit.cli import (
 )
 from memfit.cli.options import grouped
 from memfit.cli.output import emit, one_of
-from memfit.types.errors import MemfitError
+from memfit.types.errors import Interrupted, MemfitError
 from memfit.types.text import one_line
 
-INTERRUPTED: Final = 130  # 128 + SIGINT, as shells count
+INTERRUPTED: Final = Interrupted.exit_code
 # typer carries its own copy of click in newer releases; this is the UsageError of whichever it uses.
 _USAGE_ERROR: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = typer.main.get_command(app).main(given, prog_name="memfit", standalone_mode=False)
         sys.stdout.flush()
     except MemfitError as error:
-        return _fail(str(error), error.exit_code, as_json)
+        return _fail(str(error), error.exit_code, as_json and not isinstance(error, Interrupted))
     except _USAGE_ERROR as error:
         return _fail(_usage(error), 2, as_json)
     except (KeyboardInterrupt, typer.Abort):

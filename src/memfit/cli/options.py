@@ -88,6 +88,12 @@ class HereOptions:
 
     place: Annotated[str, typer.Option(metavar="PLACE", help="Whose power: a country, or world.")] = "world"
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all.")] = None
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate", help="Time this machine's operators again; else stored timings are used."
+        ),
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,9 @@ from memfit.cli.options import (
     MachineOptions,
     OutputOptions,
 )
-from memfit.cli.output import console, emit, language
+from memfit.cli.output import language
 from memfit.cli.progress import Bars
-from memfit.cli.request import request, writable
+from memfit.cli.request import best_so_far, request, show_search, writable
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.units import parse_duration
@@ -91,7 +91,7 @@ def plan(
     asked = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
     if yours.corrected_by is not None:
         asked = _corrected(asked, yours)
-    with Bars(words) as progress:
+    with best_so_far(lang=words, as_json=output.json), Bars(words) as progress:
         from memfit import pipeline
 
         try:
@@ -100,14 +100,7 @@ def plan(
             raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:
         write_plan(save.save, result.recommended.estimate.plan, note=f"for {job.job}, found by memfit plan")
-    if output.json:
-        from memfit.cli.views import search_view
-
-        emit(search_view(result, asked.correction))
-    else:
-        from memfit.report.terminal import print_search
-
-        print_search(result, lang=words, console=console(), correction=asked.correction)
+    show_search(result, lang=words, as_json=output.json, correction=asked.correction)
 
 
 def _corrected(asked: memfit.planning.Request, yours: FromOptions) -> memfit.planning.Request:

@@ -20,7 +20,7 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
-from memfit.cli.request import request, writable
+from memfit.cli.request import best_so_far, request, writable
 from memfit.types.result import OutcomeKind, Poc
 
 
@@ -51,7 +51,7 @@ def poc(
     from memfit.store import Store
 
     records = Store(store.store)
-    with Bars(words) as progress:
+    with best_so_far(lang=words, as_json=output.json), Bars(words) as progress:
         from memfit import pipeline
 
         found = pipeline.poc(

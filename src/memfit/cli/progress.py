@@ -62,12 +62,14 @@ class _Stage:
     begun_s: float = dataclasses.field(default_factory=time.monotonic)
 
     def gives_way_to(self, name: str, done: int, total: int, detail: str) -> bool:
-        """Another stage begins, or the same from its start; ``baseline: evaluate`` still is that run."""
-        return name != self.name or (total > 0 and done == 0 and ": " not in detail)
+        """Another stage begins, or the same from its start: a new run, whatever the last one did (``baseline:
+        evaluate`` still is that run); elsewhere a count that falls back to zero."""
+        from_start = total > 0 and done == 0 and ": " not in detail
+        return name != self.name or (from_start and (name == "run" or self.done > 0))
 
     @property
     def complete(self) -> bool:
-        """Whether its last unit was begun; stages tell before the work or after it."""
+        """Whether its last unit was begun: some stages count before the work, some after it."""
         return self.done + 1 >= self.total
 
     @property

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions, WhichOptions
-from memfit.cli.output import one_of
+from memfit.cli.output import console, emit, one_of
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
-from memfit.types.errors import UserError
+from memfit.types.errors import Interrupted, UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
@@ -19,6 +21,8 @@ from memfit.types.units import parse_bytes
 
 if TYPE_CHECKING:
     import memfit.planning
+    from memfit.types.machine import Calibration
+    from memfit.types.result import SearchResult
 
 
 def request(
@@ -58,6 +62,7 @@ def request(
         engine=engine(goal.engine).name,
         ranks=ranks,
         bounds=bounds or Bounds(),
+        recalibrate=here.recalibrate,
     )
 
 
@@ -98,6 +103,31 @@ def recommended_plan(asked: memfit.planning.Request, progress: Bars) -> Plan:
     choice = pipeline.search(asked, progress).result.recommended
     assert choice is not None, "search raises NothingFits otherwise"
     return choice.estimate.plan
+
+
+@contextlib.contextmanager
+def best_so_far(*, lang: str, as_json: bool) -> Iterator[None]:
+    """Ctrl-C in a search shows what it had come to. Raises Interrupted."""
+    from memfit.planning import SearchInterrupted
+
+    try:
+        yield
+    except SearchInterrupted as stop:
+        show_search(stop.result, lang=lang, as_json=as_json)
+        raise Interrupted from None
+
+
+def show_search(
+    result: SearchResult, *, lang: str, as_json: bool, correction: Calibration | None = None
+) -> None:
+    if as_json:
+        from memfit.cli.views import search_view
+
+        emit(search_view(result, correction))
+    else:
+        from memfit.report.terminal import print_search
+
+        print_search(result, lang=lang, console=console(), correction=correction)
 
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:

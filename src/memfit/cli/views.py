@@ -48,6 +48,14 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
         "goal": result.goal,
         "considered": result.considered,
         "sensitivity": [wire.to_plain(s) for s in result.sensitivity],
+        "timings": {**wire.to_plain(result.timings), "noisy": result.timings.noisy}
+        if result.timings
+        else None,
+        "trials": [
+            {**plan_view(t.plan), **{k: v for k, v in wire.to_plain(t).items() if k != "plan"}}
+            for t in result.trials
+        ],
+        "unfinished": result.unfinished,
     }
 
 

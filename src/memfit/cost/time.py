@@ -14,7 +14,7 @@ import bisect
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from memfit.cost.kernels import Kernels, kernels
 from memfit.types.machine import Calibration, Device
@@ -121,10 +121,31 @@ def _curves(model: TimeModel, seen: Iterable[OpCall]) -> dict[tuple[str, str], l
     return {key: sorted(curve.items()) for key, curve in points.items()}
 
 
+def _weight_s(op: OpCall) -> float:
+    """At nominal rates: 100 GFLOP/s, 10 GB/s."""
+    return max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
+
+
 def signatures_by_weight(ops: Iterable[tuple[OpCall, int]]) -> list[str]:
-    """Operator signatures, those with most work in a step first (at nominal rates: 100 GFLOP/s, 10 GB/s)."""
+    """Operator signatures, those with most work in a step first."""
     weight: dict[str, float] = {}
     for op, times in ops:
-        nominal_s = max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
-        weight[op.signature] = weight.get(op.signature, 0.0) + nominal_s * times
-    return sorted(weight, key=lambda s: -weight[s])
+        weight[op.signature] = weight.get(op.signature, 0.0) + _weight_s(op) * times
+    return sorted(weight, key=lambda s: (-weight[s], s))
+
+
+_CALLS, _CALLS_S, _SETUP_S = 10, 0.1, 2e-3  # that a probe takes: calls, at most so long; and its inputs
+
+
+def signatures_to_time(
+    ops: Iterable[tuple[OpCall, int]], known: Collection[str], *, budget_s: float
+) -> list[str]:
+    """Those by weight that are not ``known`` and whose probes together take ``budget_s`` at nominal rates."""
+    pairs = list(ops)
+    once = {op.signature: _weight_s(op) for op, _ in pairs}
+    chosen, spent_s = [], 0.0
+    for signature in signatures_by_weight(pairs):
+        if signature not in known and spent_s < budget_s:
+            chosen.append(signature)
+            spent_s += _SETUP_S + max(2 * once[signature], min(_CALLS_S, _CALLS * once[signature]))
+    return chosen

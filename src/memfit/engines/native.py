@@ -35,14 +35,21 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
 
 
 def render_calibration(
-    spec: RunSpec, signatures: Sequence[str], *, budget_s: float, packages: Sequence[str] = ()
+    spec: RunSpec,
+    signatures: Sequence[str],
+    *,
+    budget_s: float,
+    packages: Sequence[str] = (),
+    rates: bool = True,
 ) -> LaunchConfig:
-    """Probes operators in the same environment as the runs. ``spec`` gives threads and time limit."""
+    """Probes operators in the same environment as the runs, with ``rates`` the machine's own rates too.
+    ``spec`` gives threads and time limit."""
     request = {
         "signatures": list(signatures),
         "budget_s": budget_s,
         "threads": spec.threads,
         "packages": list(packages),
+        "rates": rates,
     }
     return LaunchConfig(
         engine="native",

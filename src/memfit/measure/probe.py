@@ -7,10 +7,13 @@ calibration wherever they are used.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,52 +23,78 @@ from memfit.techniques.offload import Parked, Spool
 from memfit.types.machine import Calibration
 
 _RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
-_REPEATS = 5
+_REPEATS = 10
+_CALLS, _FEWEST_CALLS = 9, 2  # of an operator
 _OP_LIMIT_S = 0.1  # no single operator may eat the budget
 _MATMUL_SIZE = 1024
 _COPY_BYTES = 64 * 2**20
 _BETWEEN_BYTES = 8 * 2**20  # what other operators of a step put into the caches between two calls
 _LARGE_BYTES = 4 * 2**20
 _FILE_BYTES, _FILES = 64 * 2**10, 64
+_SCHEDULED = Path("/proc/thread-self/schedstat")
 
 
-def calibrate(signatures: Iterable[str], *, budget_s: float, counter: PeakCounter) -> Calibration:
-    """Probe the machine's rates, then the signatures in order until ``budget_s`` is spent."""
-    begun = time.perf_counter()
-    rates = {str(d).removeprefix("torch."): _matmul_flops_s(d) for d in (torch.float32, torch.bfloat16)}
-    bandwidth, overhead_s = _copy_bytes_s(), _overhead_s()
-    disk_bytes_s, disk_file_s = _disk()
-    op_s: dict[str, float] = {}
-    op_peak: dict[str, int] = {}
-    op_kept: dict[str, int] = {}
+def calibrate(
+    signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
+) -> Calibration:
+    """Probe the signatures in order until ``budget_s`` is spent; before them, with ``rates``, the machine's
+    own: matrix products, copies, the disk, the overhead of a call."""
+    begun, waited_s = time.perf_counter(), _waited_s()
+    machine = _rates() if rates else Calibration()
+    seen: dict[str, Probed] = {}
+    failed: list[str] = []
     for signature in signatures:
         if time.perf_counter() - begun > budget_s:
             break
         if (found := probe(signature, counter)) is not None:
-            op_s[signature], op_peak[signature] = found.seconds, found.peak_bytes
-            if found.kept_bytes:
-                op_kept[signature] = found.kept_bytes
-    return Calibration(
+            seen[signature] = found
+        else:
+            failed.append(signature)
+    took_s = time.perf_counter() - begun
+    return dataclasses.replace(
+        machine,
         threads=torch.get_num_threads(),
-        overhead_s=overhead_s,
-        flops_s=rates,
-        bandwidth_bytes_s=bandwidth,
-        disk_bytes_s=disk_bytes_s,
-        disk_file_s=disk_file_s,
-        op_s=op_s,
-        op_peak_bytes=op_peak,
-        op_kept_bytes=op_kept,
-        took_s=time.perf_counter() - begun,
+        op_s={s: p.seconds for s, p in seen.items()},
+        op_peak_bytes={s: p.peak_bytes for s, p in seen.items()},
+        op_kept_bytes={s: p.kept_bytes for s, p in seen.items() if p.kept_bytes},
+        op_spread_ratio={s: p.spread_ratio for s, p in seen.items()},
+        not_timed=tuple(failed),
+        load=os.getloadavg()[0],
+        waited_ratio=min(1.0, (_waited_s() - waited_s) / took_s),
+        took_s=took_s,
     )
 
 
+def _rates() -> Calibration:
+    dtypes = (torch.float32, torch.bfloat16)
+    disk_bytes_s, disk_file_s = _disk()
+    return Calibration(
+        overhead_s=_overhead_s(),
+        flops_s={str(d).removeprefix("torch."): _matmul_flops_s(d) for d in dtypes},
+        bandwidth_bytes_s=_copy_bytes_s(),
+        disk_bytes_s=disk_bytes_s,
+        disk_file_s=disk_file_s,
+    )
+
+
+def _waited_s() -> float:
+    """How long this thread was ready and waited for a processor, by the kernel's count; 0 where it keeps
+    none."""
+    try:
+        return int(_SCHEDULED.read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
 class Probed(NamedTuple):
-    """One operator alone: the time of a call, the bytes at its own peak, and those of them that are a
-    kernel's workspace for backward, whose size fake tensors do not know."""
+    """One operator alone: the time of a call, the bytes at its own peak, those of them that are a kernel's
+    workspace for backward, whose size fake tensors do not know, and how far the median of its calls lies
+    above the shortest."""
 
     seconds: float
     peak_bytes: int
     kept_bytes: int = 0
+    spread_ratio: float = 0.0
 
 
 def probe(signature: str, counter: PeakCounter) -> Probed | None:
@@ -78,7 +107,8 @@ def probe(signature: str, counter: PeakCounter) -> Probed | None:
         peak = counter.peak_bytes() - before
         kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
         del out
-        return Probed(_typical_s(lambda: call(*args, **kwargs)), peak, kept)
+        seconds, spread_ratio = _typical_s(lambda: call(*args, **kwargs))
+        return Probed(seconds, peak, kept, spread_ratio)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
         return None  # an argument that JSON cannot carry, or values the kernel refuses
 
@@ -116,16 +146,19 @@ def _best_s(call: Callable[[], Any]) -> float:
     return min(taken)
 
 
-def _typical_s(call: Callable[[], Any]) -> float:
-    """Median of a few calls that do not find their operands in the caches nearest to the processor, as in a
-    step. The shortest of calls in a row was a quarter short of a step's."""
+def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
+    """(median of a few calls, how far it lies above the shortest). The calls do not find their operands in
+    the caches nearest to the processor, as in a step: the shortest of calls in a row was a quarter short of a
+    step's. Time in which a call waited for a processor that another process had does not count."""
     between, taken = torch.ones(_BETWEEN_BYTES // 4), list[float]()
-    while len(taken) < _REPEATS and sum(taken) < _OP_LIMIT_S:
+    while len(taken) < _CALLS and (sum(taken) < _OP_LIMIT_S or len(taken) < _FEWEST_CALLS):
         between.add_(1.0)
-        start = time.perf_counter()
+        waited_s, start = _waited_s(), time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        wall_s = time.perf_counter() - start
+        taken.append(max(wall_s / 20, wall_s - (_waited_s() - waited_s)))
+    median_s = statistics.median(taken)
+    return median_s, median_s / min(taken) - 1
 
 
 def _operator(name: str) -> Any:

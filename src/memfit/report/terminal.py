@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -24,8 +25,9 @@ from memfit.report.figures import (
 from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
 from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
+from memfit.techniques.registry import brief
 from memfit.types.machine import Calibration
-from memfit.types.result import Effort, Estimate, Poc, SearchResult
+from memfit.types.result import Effort, Estimate, Poc, SearchResult, Timings, Trial
 
 _STYLES: Final = {
     "ok": "green", "equivalent": "green", "oom": "red", "failed": "red", "different": "red",
@@ -70,8 +72,7 @@ def print_search(
     title = words.get("terminal.search", goal=goal, cap=cap, considered=priced)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
-    if correction is not None and correction.corrected_by:
-        console.print(Text(_correction(correction, words), style="dim"))
+    _print_cautions(result, correction, words, console)
     if view.frontier:
         few = _spread(view.frontier)
         console.print(_frontier(few, words))
@@ -81,9 +82,11 @@ def print_search(
             console.print(Text(words.get("terminal.frontier_left", count=left), style="dim"))
     if view.recommended is None:
         least = _text(view.smallest.peak, words)
-        text = words.get("terminal.no_plan", cap=cap, least=least, plan=view.smallest.plan)
+        name = "terminal.no_plan_yet" if result.unfinished else "terminal.no_plan"
+        text = words.get(name, cap=cap, least=least, plan=view.smallest.plan)
         console.print(Text(text, style="red"))
         return
+    _print_trials(result.trials, words, console)
     console.print(Text(words.get("terminal.recommended", plan=view.recommended.plan), style="bold green"))
     if (cost := _cost(result, words)) is not None:
         console.print(Text(cost))
@@ -93,6 +96,39 @@ def print_search(
         console.print(Text(words.get("sensitivity.title"), style="bold"))
     for change in view.sensitivity:
         console.print(Padding(Text(f"? {sentence_text(change, words).strip()}"), (0, 0, 0, 2)))
+
+
+def _print_cautions(
+    result: SearchResult, correction: Calibration | None, words: Words, console: Console
+) -> None:
+    """What the step times rest on, and whether the search came to its end."""
+    if result.unfinished:
+        console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
+    if result.timings is not None and result.timings.noisy:
+        console.print(Text(_noise(result.timings, words), style="yellow"))
+    if correction is not None and correction.corrected_by:
+        console.print(Text(_correction(correction, words), style="dim"))
+
+
+def _print_trials(trials: Sequence[Trial], words: Words, console: Console) -> None:
+    if trials:
+        console.print(Text(words.get("terminal.trials")))
+    for one in sorted(trials, key=lambda t: t.median_s or math.inf):
+        told = {"plan": brief(one.plan), "predicted": _text(predicted(one.predicted_s, "s"), words)}
+        if one.median_s is None:
+            line = words.get("terminal.trial_failed", reason=one.reason, **told)
+        else:
+            low, high = (_text(measured(f(one.step_s), "s"), words) for f in (min, max))
+            spread = words.get("terminal.trial_spread", low=low, high=high) if len(one.step_s) > 1 else ""
+            median = _text(measured(one.median_s, "s"), words)
+            line = words.get("terminal.trial", measured=median, spread=spread, **told)
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
+
+
+def _noise(timings: Timings, words: Words) -> str:
+    percents = {"spread": timings.spread_ratio, "waited": timings.waited_ratio}
+    shown = {name: _text(measured(100 * ratio, "percent"), words) for name, ratio in percents.items()}
+    return words.get("terminal.noisy", load=f"{timings.load:.1f}", **shown)
 
 
 def _cost(result: SearchResult, words: Words) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -14,13 +15,18 @@ from typing import Any, TypeVar
 import torch
 
 _T = TypeVar("_T")
+Tell = Callable[[int, int], None]
 
 
 def side_by_side(
-    calls: Sequence[Callable[[], _T]], tell: Callable[[int], None] = lambda begun: None
+    calls: Sequence[Callable[[], _T]],
+    tell: Tell = lambda done, index: None,
+    results: dict[int, _T] | None = None,
 ) -> list[_T]:
-    """What the calls return, in order; the first exception among them is raised. ``tell`` is given the place
-    of a call that begins.
+    """What the calls return, in order; the first exception among them is raised. ``tell(done, index)`` is
+    called whenever a call begins or ends: ``done`` of them are finished, and call ``index`` is under way (the
+    one that ended, when none is). ``results`` receives what each call returned as soon as it is known, for
+    whoever is interrupted.
 
     A copy of a process (fork) needs neither imports nor a job that can be pickled, but it is safe only where
     nothing else runs in it: elsewhere the calls are made one after the other. Each copy makes one call after
@@ -28,8 +34,9 @@ def side_by_side(
     them from the end, so give first and last what has least in common.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    results = {} if results is None else results
     if min(len(calls), cores) < 2 or _REFUSED or not _may_fork():
-        return _one_by_one(calls, tell)
+        return _one_by_one(calls, tell, results)
     waiting, working = list(range(len(calls))), dict[Connection, int]()
     found: dict[int, tuple[bool, Any]] = {}
     copies = [_copy(calls) for _ in range(min(cores, len(calls)))]
@@ -40,20 +47,22 @@ def side_by_side(
             while waiting and free:
                 channel = free.pop(0)
                 working[channel] = waiting.pop(-1 if channel in from_end else 0)
-                tell(working[channel])
                 channel.send(working[channel])
+                tell(len(found), working[channel])
             for ready in [c for c in wait(list(working)) if isinstance(c, Connection)]:
                 index = working.pop(ready)
                 try:
                     found[index] = ready.recv()
                     free.append(ready)
+                    results.update({index: found[index][1]} if found[index][0] else {})
                     if _no_backward(*found[index]):
                         _REFUSED.append(str(found[index][1]))
-                        return _one_by_one(calls, tell)
+                        return _one_by_one(calls, tell, results)
                 except EOFError:  # killed, perhaps for its memory: here the error can be seen
                     found[index] = (True, calls[index]())
                     copies.append(_copy(calls))
                     free.append(copies[-1][0])
+                tell(len(found), next(iter(working.values()), index))
     finally:
         for channel, process in copies:
             channel.close()
@@ -69,8 +78,12 @@ def side_by_side(
 _REFUSED: list[str] = []  # what autograd said in a copy: later calls do not try again
 
 
-def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Callable[[int], None]) -> list[_T]:
-    return [(tell(index), call())[1] for index, call in enumerate(calls)]  # type: ignore[func-returns-value]
+def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int, _T]) -> list[_T]:
+    for index, call in enumerate(calls):
+        tell(index, index)
+        results[index] = call()
+        tell(index + 1, index)
+    return [results[index] for index in range(len(calls))]
 
 
 def _no_backward(worked: bool, value: Any) -> bool:
@@ -90,6 +103,7 @@ def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
 
 
 def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the original's, which ends its copies
     torch.set_num_threads(1)  # threads of the original are not there in a copy
     gc.freeze()  # what the original has made stays: collecting looks at what the calls leave
     while True:

@@ -5,7 +5,8 @@
     MemfitError
     ├── UserError      the input was wrong: what was given, what is allowed, what to do (exit 2)
     ├── NothingFits    no allowed plan fits; carries the least memory that would do (exit 3)
-    └── RunError       a child process broke in a way that is no Outcome (exit 1)
+    ├── RunError       a child process broke in a way that is no Outcome (exit 1)
+    └── Interrupted    Ctrl-C, after the best plan so far was shown (exit 130)
 """
 
 from __future__ import annotations
@@ -81,3 +82,12 @@ class NothingFits(MemfitError):
 
 class RunError(MemfitError):
     """A worker ended without telling its outcome."""
+
+
+class Interrupted(MemfitError):
+    """The user ended a search and has been shown the best plan so far."""
+
+    exit_code = 130  # 128 + SIGINT, as shells count
+
+    def __init__(self) -> None:
+        super().__init__("interrupted: the search was not finished, a better plan may exist")

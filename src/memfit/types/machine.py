@@ -99,7 +99,10 @@ class Calibration:
     bytes it takes at its own peak, outputs included. ``overhead_s`` is the cost of one operator call
     of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
     rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back, ``disk_file_s``
-    what each file takes beside.
+    what each file takes beside. ``op_spread_ratio``: how far the median of an operator's calls lies above the
+    shortest, which is what counts; ``not_timed``: signatures that cannot be run alone; ``load``: the
+    system's load average while they were timed; ``waited_ratio``: the part of that time during which the
+    probes waited for a processor that others used.
     ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are what short runs taught about whole
     steps (cost/correction.py); ``corrected_by`` and ``corrected_count`` say which, and of how many plans.
     """
@@ -114,6 +117,10 @@ class Calibration:
     op_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     op_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace handed to backward
+    op_spread_ratio: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    not_timed: tuple[str, ...] = ()
+    load: float = 0.0
+    waited_ratio: float = 0.0
     idle_w: float | None = None
     took_s: float = 0.0
     step_ratio: float = 1.0
@@ -121,3 +128,10 @@ class Calibration:
     step_spread_ratio: float | None = None
     corrected_by: str = ""
     corrected_count: int = 0
+
+    @property
+    def spread_ratio(self) -> float:
+        """Spread of the operators' repeated calls, weighted by their time."""
+        total_s = sum(self.op_s.get(s, 0.0) for s in self.op_spread_ratio)
+        weighted = sum(ratio * self.op_s.get(s, 0.0) for s, ratio in self.op_spread_ratio.items())
+        return weighted / total_s if total_s else 0.0

@@ -216,9 +216,42 @@ class Sensitivity:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """How well this machine's timings are known: the spread of an operator's repeated calls, and while they
+    were made the load average and the part of the time that went by waiting for a processor."""
+
+    spread_ratio: float
+    load: float
+    waited_ratio: float
+    processors: int
+
+    @property
+    def noisy(self) -> bool:
+        return self.spread_ratio > 0.15 or self.waited_ratio > 0.15 or self.load > 1.5 * self.processors
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A few steps of one plan on this machine, run in turn with its rivals. ``step_s``: the median of each
+    round; empty where it did not run, for ``reason``."""
+
+    plan: Plan
+    predicted_s: float | None
+    step_s: tuple[float, ...]
+    peak_bytes: int | None = None
+    reason: str = ""
+
+    @property
+    def median_s(self) -> float | None:
+        ordered = sorted(self.step_s)
+        return ordered[len(ordered) // 2] if ordered else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
     """``frontier``: no plan in it is beaten in peak, time and effect class at once; by growing peak.
-    ``recommended`` is None when nothing fits. ``considered`` counts distinct plans priced."""
+    ``recommended`` is None when nothing fits. ``considered`` counts distinct plans priced. ``trials``: plans
+    run for a few steps before one of them was recommended. ``unfinished``: the search was interrupted."""
 
     goal: str
     cap_bytes: int
@@ -228,6 +261,9 @@ class SearchResult:
     recommended: Choice | None
     smallest: Choice
     sensitivity: tuple[Sensitivity, ...] = ()
+    timings: Timings | None = None  # None: of the catalog
+    trials: tuple[Trial, ...] = ()
+    unfinished: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

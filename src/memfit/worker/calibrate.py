@@ -21,6 +21,8 @@ def main(path: Path) -> None:
     for package in request["packages"]:
         __import__(package)  # registers its operators
     counter = peak_counter()
-    result = calibrate(request["signatures"], budget_s=request["budget_s"], counter=counter)
+    result = calibrate(
+        request["signatures"], budget_s=request["budget_s"], counter=counter, rates=request["rates"]
+    )
     tell("calibration", calibration=result)
     tell("result", measurement=Measurement(outcome=OutcomeKind.OK))

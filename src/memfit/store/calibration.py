@@ -1,0 +1,134 @@
+"""Timings of this machine on disk: what was measured once answers every later question alike.
+
+One SQLite file in the user's cache folder. A row is never overwritten: an operator that was timed keeps its
+time, whatever else the machine does later, until `forget` (``--recalibrate``) removes the machine's rows.
+Where the file cannot be written, nothing is kept and every question measures for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from memfit import wire
+from memfit.store.environment import VARIABLES, digest, fingerprint
+from memfit.types.machine import Calibration
+
+_METHOD: Final = 1  # raised when operators are timed in another way: older rows are then not read
+_WAIT_S: Final = 10.0
+_MACHINE: Final = ("processor", "cores", "torch", "libc")
+_TABLES: Final = (
+    "CREATE TABLE IF NOT EXISTS machine (key TEXT PRIMARY KEY, body TEXT NOT NULL)",
+    """CREATE TABLE IF NOT EXISTS operator (
+        key TEXT, signature TEXT, body TEXT NOT NULL, PRIMARY KEY (key, signature)) WITHOUT ROWID""",
+)
+
+
+def default_path() -> Path:
+    """``calibration.sqlite3`` in the user's cache folder (``XDG_CACHE_HOME`` or the system's own)."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("memfit", appauthor=False) / "calibration.sqlite3"
+
+
+def machine_key(threads: int) -> str:
+    """Digest of all that a timing depends on: processor, cores, torch, thread settings and count."""
+    seen = fingerprint()
+    names = [*_MACHINE, *(f"env {name}" for name in VARIABLES if "CUDA" not in name)]
+    return digest({**{n: seen[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
+
+
+class CalibrationCache:
+    """The stored calibration of one machine, torch and thread count."""
+
+    def __init__(self, threads: int, path: Path | None = None) -> None:
+        self.path, self.key = path or default_path(), machine_key(threads)
+
+    def read(self) -> Calibration:
+        """All that is stored; an empty Calibration where nothing is or the file cannot be read."""
+        with contextlib.suppress(OSError, sqlite3.Error, ValueError), self._connection() as connection:
+            rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
+            rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
+            if rates is not None:
+                known = wire.loads(Calibration, rates[0], what="the stored calibration")
+                return _with_operators(known, {signature: json.loads(body) for signature, body in rows})
+        return Calibration()
+
+    def add(self, fresh: Calibration) -> Calibration:
+        """Store what is not there yet, and return all that is stored now; `fresh` itself where nothing can
+        be stored."""
+        bare = dataclasses.replace(
+            fresh, op_s={}, op_peak_bytes={}, op_kept_bytes={}, op_spread_ratio={}, not_timed=()
+        )
+        with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            with connection:
+                if fresh.flops_s:
+                    insert = "INSERT OR IGNORE INTO machine VALUES (?, ?)"
+                    connection.execute(insert, (self.key, wire.dumps(bare)))
+                connection.executemany(
+                    "INSERT OR IGNORE INTO operator VALUES (?, ?, ?)",
+                    [(self.key, signature, json.dumps(row)) for signature, row in _rows(fresh)],
+                )
+        stored = self.read()
+        return stored if stored.flops_s else fresh
+
+    def forget(self) -> None:
+        """Remove this machine's rows, so that all is measured again."""
+        with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
+            for table in ("machine", "operator"):
+                connection.execute(f"DELETE FROM {table} WHERE key = ?", (self.key,))
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        opened = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
+        with contextlib.closing(opened) as connection:
+            for statement in _TABLES:
+                connection.execute(statement)
+            yield connection
+
+
+def selected(calibration: Calibration, signatures: set[str]) -> Calibration:
+    """`calibration` with the timings of these operators only, so that an answer depends on its own question
+    and not on those asked before."""
+    return dataclasses.replace(
+        calibration,
+        op_s={s: v for s, v in calibration.op_s.items() if s in signatures},
+        op_peak_bytes={s: v for s, v in calibration.op_peak_bytes.items() if s in signatures},
+        op_kept_bytes={s: v for s, v in calibration.op_kept_bytes.items() if s in signatures},
+        op_spread_ratio={s: v for s, v in calibration.op_spread_ratio.items() if s in signatures},
+        not_timed=tuple(s for s in calibration.not_timed if s in signatures),
+    )
+
+
+def _rows(fresh: Calibration) -> Iterator[tuple[str, dict[str, Any]]]:
+    for signature, seconds in fresh.op_s.items():
+        yield (
+            signature,
+            {
+                "seconds": seconds,
+                "peak_bytes": fresh.op_peak_bytes.get(signature, 0),
+                "kept_bytes": fresh.op_kept_bytes.get(signature, 0),
+                "spread_ratio": fresh.op_spread_ratio.get(signature, 0.0),
+            },
+        )
+    for signature in fresh.not_timed:
+        yield signature, {"seconds": None}
+
+
+def _with_operators(known: Calibration, rows: dict[str, dict[str, Any]]) -> Calibration:
+    timed = {s: row for s, row in rows.items() if row["seconds"] is not None}
+    return dataclasses.replace(
+        known,
+        op_s={s: float(row["seconds"]) for s, row in timed.items()},
+        op_peak_bytes={s: int(row["peak_bytes"]) for s, row in timed.items()},
+        op_kept_bytes={s: int(row["kept_bytes"]) for s, row in timed.items() if row["kept_bytes"]},
+        op_spread_ratio={s: float(row["spread_ratio"]) for s, row in timed.items()},
+        not_timed=tuple(s for s, row in rows.items() if row["seconds"] is None),
+    )
