@@ -219,8 +219,8 @@ class SearchInterrupted(KeyboardInterrupt):
 
 def timings(known: Calibration) -> Timings:
     return Timings(
-        spread_ratio=known.spread_ratio, load=known.load, waited_ratio=known.waited_ratio,
-        processors=here.threads(),
+        spread_ratio=known.spread_ratio, load_count=known.load_count, waited_ratio=known.waited_ratio,
+        processor_count=here.threads(),
     )  # fmt: skip
 
 

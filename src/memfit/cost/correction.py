@@ -79,7 +79,7 @@ def merged(old: Calibration, new: Calibration) -> Calibration:
         op_kept_bytes={**old.op_kept_bytes, **new.op_kept_bytes},
         op_spread_ratio={**old.op_spread_ratio, **new.op_spread_ratio},
         not_timed=tuple(dict.fromkeys((*old.not_timed, *new.not_timed))),
-        load=max(old.load, new.load),
+        load_count=max(old.load_count, new.load_count),
         waited_ratio=max(old.waited_ratio, new.waited_ratio),
         idle_w=new.idle_w,
         took_s=old.took_s + new.took_s,

@@ -59,7 +59,7 @@ def calibrate(
         op_kept_bytes={s: p.kept_bytes for s, p in seen.items() if p.kept_bytes},
         op_spread_ratio={s: p.spread_ratio for s, p in seen.items()},
         not_timed=tuple(failed),
-        load=os.getloadavg()[0],
+        load_count=os.getloadavg()[0],
         waited_ratio=min(1.0, (_waited_s() - waited_s) / took_s),
         took_s=took_s,
     )

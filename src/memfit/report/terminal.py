@@ -128,7 +128,7 @@ def _print_trials(trials: Sequence[Trial], words: Words, console: Console) -> No
 def _noise(timings: Timings, words: Words) -> str:
     percents = {"spread": timings.spread_ratio, "waited": timings.waited_ratio}
     shown = {name: _text(measured(100 * ratio, "percent"), words) for name, ratio in percents.items()}
-    return words.get("terminal.noisy", load=f"{timings.load:.1f}", **shown)
+    return words.get("terminal.noisy", load=f"{timings.load_count:.1f}", **shown)
 
 
 def _cost(result: SearchResult, words: Words) -> str | None:

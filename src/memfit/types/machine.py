@@ -100,7 +100,7 @@ class Calibration:
     of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
     rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back, ``disk_file_s``
     what each file takes beside. ``op_spread_ratio``: how far the median of an operator's calls lies above the
-    shortest, which is what counts; ``not_timed``: signatures that cannot be run alone; ``load``: the
+    shortest, which is what counts; ``not_timed``: signatures that cannot be run alone; ``load_count``: the
     system's load average while they were timed; ``waited_ratio``: the part of that time during which the
     probes waited for a processor that others used.
     ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are what short runs taught about whole
@@ -119,7 +119,7 @@ class Calibration:
     op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace handed to backward
     op_spread_ratio: Mapping[str, float] = dataclasses.field(default_factory=dict)
     not_timed: tuple[str, ...] = ()
-    load: float = 0.0
+    load_count: float = 0.0
     waited_ratio: float = 0.0
     idle_w: float | None = None
     took_s: float = 0.0

@@ -221,13 +221,17 @@ class Timings:
     were made the load average and the part of the time that went by waiting for a processor."""
 
     spread_ratio: float
-    load: float
+    load_count: float
     waited_ratio: float
-    processors: int
+    processor_count: int
 
     @property
     def noisy(self) -> bool:
-        return self.spread_ratio > 0.15 or self.waited_ratio > 0.15 or self.load > 1.5 * self.processors
+        return (
+            self.spread_ratio > 0.15
+            or self.waited_ratio > 0.15
+            or self.load_count > 1.5 * self.processor_count
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
