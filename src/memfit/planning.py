@@ -62,6 +62,7 @@ class Request:
     goal: Objective = Objective.FASTEST
     accuracy: Accuracy = Accuracy.ROUNDING
     threads: int = 0
+    timeout_s: float | None = None  # of each training run; None: no limit
     engine: str = "native"
     bounds: Bounds = dataclasses.field(default_factory=Bounds)
     ranks: int = 1

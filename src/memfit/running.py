@@ -24,7 +24,7 @@ from memfit.pricing import Pricer
 from memfit.recomputation import open_budget
 from memfit.report.explain import Explained
 from memfit.run.again import OnEvent, run_through
-from memfit.run.child import run
+from memfit.run.child import STOPPED, run
 from memfit.run.ranks import run_ranks
 from memfit.store.database import Store
 from memfit.techniques.registry import check
@@ -107,7 +107,7 @@ def run_plan(
         return _replayed(known, request, estimate)
     spec = RunSpec(
         name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
-        steps=steps or job.steps, batch_size=job.batch_size, clip=job.clip,
+        timeout_s=request.timeout_s, steps=steps or job.steps, batch_size=job.batch_size, clip=job.clip,
         sizes=model_sizes(request.engine, job),
         cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
         threads=request.threads or here.threads(), evaluate=plan.ranks == 1,
@@ -176,7 +176,7 @@ def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> 
     # ranks whose neighbour ran out of memory fail for want of it
     failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
     if failed:
-        return min(failed, key=lambda m: m.outcome is not OutcomeKind.OOM)
+        return min(failed, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
     losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
     return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
 

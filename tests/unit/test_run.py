@@ -258,7 +258,7 @@ def pids_of(code: str, *, timeout_s: float) -> tuple[Measurement, list[int]]:
 )
 def test_a_timeout_kills_the_whole_group(tail: str) -> None:
     measured, pids = pids_of(GRANDCHILD + tail, timeout_s=1.5)
-    assert (measured.outcome, measured.reason) == (OutcomeKind.TIMEOUT, "stopped after 1.5 s")
+    assert (measured.outcome, measured.reason) == (OutcomeKind.TIMEOUT, "stopped at its time limit of 1.5 s")
     assert 1.5 <= measured.wall_s < 6
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from memfit.catalog import machine
 from memfit.jobs.user import shadowed_modules
+from memfit.planning import Request
+from memfit.run.child import STOPPED, run
+from memfit.run.ranks import run_ranks
+from memfit.types.job import JobRef
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.plan import Plan
+from memfit.types.result import OutcomeKind
+from memfit.worker import train
 
 JOB = """
 import random
@@ -126,3 +136,54 @@ def test_another_program_that_imports_memfit_keeps_its_folder_on_the_path(tmp_pa
     (tmp_path / "mine" / "__init__.py").write_text("import memfit\n")
     (tmp_path / "mine" / "__main__.py").write_text("import sys\nprint(sys.path[0])\n")
     assert _ended(["-m", "mine", "memfit"], tmp_path) == (0, f"{tmp_path}\n", "")
+
+
+# --- how long a run may take
+
+
+def test_a_run_has_no_time_limit_unless_one_is_asked_for(folder: Path) -> None:
+    assert Request(job=JobRef(spec="mine.py:job"), machine=machine("H100-SXM")).timeout_s is None
+    slow = JOB.replace("    noise =", "    import time\n    time.sleep(10 * (step > 0))\n    noise =")
+    (folder / "mine.py").write_text(slow)
+    code, out, said = memfit("run", "mine.py:job", "--timeout", "2s", folder=folder)
+    assert code == 1, said
+    assert "timeout without a cap: stopped at its time limit of 2 s" in out
+
+
+def test_a_child_without_a_time_limit_runs_to_its_end() -> None:
+    result = '{"event": "result", "measurement": {"outcome": "ok"}}'
+    code = f"import time\ntime.sleep(0.5)\nprint({result!r})"
+    assert run(_config(code, ranks=1), on_event=lambda event: None).outcome is OutcomeKind.OK
+
+
+def test_ranks_that_wait_for_one_that_failed_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memfit.run.ranks.GRACE_S", 0.2)
+    code = "import os, sys, time\nsys.exit('no such data') if os.environ['RANK'] == '1' else time.sleep(100)"
+    begun = time.monotonic()
+    waiting, failed = run_ranks(_config(code, ranks=2))
+    assert time.monotonic() - begun < 30
+    assert (waiting.outcome, waiting.reason) == (OutcomeKind.FAILED, STOPPED)
+    assert failed.reason == "exit code 1: no such data"
+
+
+def _config(code: str, *, ranks: int) -> LaunchConfig:
+    spec = RunSpec(name="test", role="run", job=JobRef(spec="x"), plan=Plan(ranks=ranks), seed=0, steps=1)
+    assert spec.timeout_s is None
+    return LaunchConfig(engine="test", argv=(sys.executable, "-c", code), env={}, files={}, spec=spec)
+
+
+def test_ranks_wait_for_each_other_for_longer_than_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    limits = []
+    monkeypatch.setattr(distributed_c10d, "default_pg_timeout", distributed_c10d.default_pg_timeout)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend: limits.append(distributed_c10d.default_pg_timeout)
+    )
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr("memfit.techniques.world.make_world", lambda plan, rank, device: None)
+    with train.joined(Plan(ranks=2)):
+        pass
+    assert limits[0].days >= 1

@@ -24,7 +24,7 @@ from memfit.types.errors import UserError
 from memfit.types.launch import Keep
 from memfit.types.result import OutcomeKind, Run
 from memfit.types.text import shown
-from memfit.types.units import format_bytes, format_seconds
+from memfit.types.units import format_bytes, format_seconds, parse_duration
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,9 @@ class RunOptions:
             help="Of initial weights and data order. Default: the checkpoint's, else 0.",
         ),
     ] = None  # fmt: skip
+    timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop it after this: 90s, 10m, 72h. Default: never.")
+    ] = None
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write checkpoints here; at the end, if not told more.")
     ] = None
@@ -65,8 +68,9 @@ def run(
     here: HereOptions, store: StoreOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
     """Train one plan and measure it beside its prediction."""
+    timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
     plan = plan_file(which)
-    asked = request(job, goal, here)
+    asked = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
     with Bars("en") as progress:
         from memfit import pipeline
         from memfit.store import Store

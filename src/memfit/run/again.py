@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from memfit.jobs import checkpoints
-from memfit.run.child import Event
+from memfit.run.child import STOPPED, Event
 from memfit.types.errors import UserError
 from memfit.types.launch import Keep, RunSpec
 from memfit.types.result import Measurement, OutcomeKind
@@ -40,7 +40,7 @@ def run_through(
         dead = [m for m in seen if _died(m)]
         if not dead:
             return seen
-        first = min(dead, key=lambda m: not m.reason.startswith("killed"))  # the others miss it
+        first = min(dead, key=lambda m: (not m.reason.startswith("killed"), m.reason == STOPPED))
         on_event(0, {"event": "restarted", "why": first.reason})
         spec = dataclasses.replace(spec, keep=_newest(spec.keep))
         seen = [_whole(m, losses[rank]) for rank, m in enumerate(start(spec, listen))]

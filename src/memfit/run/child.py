@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -44,6 +45,7 @@ CHILD_ENV: Final[Mapping[str, str]] = {
     "OMP_WAIT_POLICY": "passive",
     "KINETO_LOG_LEVEL": "5",  # the profiler's own chatter would hide the reason on standard error
 }
+STOPPED: Final = "stopped, as another rank had failed"
 _STDERR_KEPT_BYTES: Final = 4096
 _TICK_S: Final = 0.2
 _ASK: Final = """
@@ -65,8 +67,8 @@ def run(
 ) -> Measurement:
     """Run `config` to its end, whatever that is. ``{dir}`` in argv is the folder of `config.files`.
 
-    ``stop``, set from another thread, ends the child as if its time were over. Only an interruption of this
-    process (Ctrl-C, an error in `on_event`) is raised, after the child and its process group are gone.
+    ``stop``, set from another thread, ends the child. Only an interruption of this process (Ctrl-C, an error
+    in `on_event`) is raised, after the child and its process group are gone.
     """
     with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
@@ -147,8 +149,9 @@ class _Watch:
         return os.waitid(os.P_PID, self._process.pid, flags) is not None
 
     def _left_s(self) -> float:
-        left_s = self._started_s + self._spec.timeout_s - time.monotonic()
-        return 0.0 if self._stop.is_set() else max(0.0, left_s)
+        """Infinite for a run without a time limit."""
+        limit_s = math.inf if self._spec.timeout_s is None else self._spec.timeout_s
+        return 0.0 if self._stop.is_set() else max(0.0, self._started_s + limit_s - time.monotonic())
 
     def end(self) -> None:
         """Nothing of the child stays: its process group is killed, its control group removed."""
@@ -182,8 +185,10 @@ class _Watch:
     def _ending(self) -> tuple[OutcomeKind, str]:
         """What an end without a result was. SIGKILL alone proves nothing: the kernel must have counted it."""
         code, lines = self._process.returncode, self._last_words()
+        if self._timed_out and self._stop.is_set():
+            return OutcomeKind.FAILED, STOPPED
         if self._timed_out:
-            return OutcomeKind.TIMEOUT, f"stopped after {self._spec.timeout_s:g} s"
+            return OutcomeKind.TIMEOUT, f"stopped at its time limit of {self._spec.timeout_s:g} s"
         if code == -signal.SIGKILL and self._group_kills:
             return (
                 OutcomeKind.OOM,

@@ -8,10 +8,13 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from memfit.run.child import Event, run
 from memfit.types.launch import LaunchConfig
-from memfit.types.result import Measurement
+from memfit.types.result import Measurement, OutcomeKind
+
+GRACE_S: Final = 60.0  # for the other ranks to say why they fail too
 
 
 def run_ranks(
@@ -19,15 +22,20 @@ def run_ranks(
 ) -> tuple[Measurement, ...]:
     """Every rank's Measurement, by rank; ``on_event(rank, event)`` is called from one thread a rank.
 
-    A rank that dies leaves the others waiting in a collective: they end when gloo notices the closed
-    connection, at the latest at the run's own time limit.
+    A rank that fails leaves the others waiting in a collective: they end when gloo notices the closed
+    connection, and are stopped where they have not after `GRACE_S`.
     """
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
+    graces: list[threading.Timer] = []
 
     def one(rank: int) -> Measurement:
         env = {**config.env, **rank_env(rank, ranks, port)}
         told = dataclasses.replace(config, env=env)
-        return run(told, on_event=lambda event: on_event(rank, event), stop=stop)
+        measured = run(told, on_event=lambda event: on_event(rank, event), stop=stop)
+        if measured.outcome is not OutcomeKind.OK:
+            graces.append(threading.Timer(GRACE_S, stop.set))
+            graces[-1].start()
+        return measured
 
     with ThreadPoolExecutor(ranks) as pool:
         try:
@@ -35,6 +43,9 @@ def run_ranks(
         except BaseException:  # an interruption among them: the pool waits for its threads, they for children
             stop.set()
             raise
+        finally:
+            for grace in graces:
+                grace.cancel()
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:

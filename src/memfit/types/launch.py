@@ -24,7 +24,8 @@ class Keep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One training run of one plan. ``cap_bytes``: what the process may take above its footprint.
+    """One training run of one plan. ``cap_bytes``: what the process may take above its footprint;
+    ``timeout_s``: after which it is stopped, None: never.
 
     ``steps`` counts from the very first, also where a checkpoint that is gone on from has done some of them.
     """
@@ -44,7 +45,7 @@ class RunSpec:
     threads: int = 0  # 0: torch's default
     evaluate: bool = True
     timeline: bool = False  # keep the measured memory timeline
-    timeout_s: float = 600.0
+    timeout_s: float | None = None
     keep: Keep = dataclasses.field(default_factory=Keep)
     source_digest: str = ""  # of the file that a user's job is in
 

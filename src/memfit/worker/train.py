@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import hashlib
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     MakeStep = Callable[..., TrainingStep]
 
 TIMELINE_POINTS = 400
+_COLLECTIVE_LIMIT = datetime.timedelta(days=7)  # on processors a step may take longer than torch's half hour
 
 
 class NonFinite(Exception):
@@ -116,12 +118,14 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 def joined(plan: Plan) -> Iterator[World]:
     """The plan's world, joined over gloo by the variables that torchrun sets; at once on one rank."""
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
     from memfit.techniques.world import make_world
 
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
         return
+    distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also of groups that are made later
     dist.init_process_group("gloo")
     try:
         yield make_world(plan, rank=dist.get_rank(), device="cpu")
