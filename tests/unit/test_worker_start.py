@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,16 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from report_fixture import PEAKS, PLAIN, full_poc
 
+from memfit import shared
 from memfit.catalog import machine
 from memfit.jobs.user import shadowed_modules
 from memfit.planning import Request
 from memfit.run.child import STOPPED, run
 from memfit.run.ranks import run_ranks
+from memfit.techniques.registry import effect_of, plain
+from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
-from memfit.types.result import OutcomeKind
+from memfit.types.result import Cause, NamedVerdict, OutcomeKind, Poc, Verdict, VerdictKind
 from memfit.worker import train
 
 JOB = """
@@ -187,3 +193,60 @@ def test_ranks_wait_for_each_other_for_longer_than_half_an_hour(monkeypatch: pyt
     with train.joined(Plan(ranks=2)):
         pass
     assert limits[0].days >= 1
+
+
+# --- the record of a proof of concept
+
+
+def recommending(plan: Plan, *, baseline: Plan, step_time_ratio: float) -> Poc:
+    """A finished proof of concept of two plans; a run of either has the measurements of plain training."""
+    poc = full_poc()
+    sides = {"baseline": baseline, "recommended": plan}
+    one = poc.search.baseline
+    chosen = {
+        n: dataclasses.replace(one, estimate=dataclasses.replace(one.estimate, plan=p))
+        for n, p in sides.items()
+    }
+    measured = next(r for r in poc.runs if r.spec.name == "baseline")
+    runs = [
+        dataclasses.replace(measured, spec=dataclasses.replace(r.spec, plan=sides[r.spec.role]))
+        for r in poc.runs
+        if r.spec.role in sides
+    ]
+    same = Verdict(
+        kind=VerdictKind.EQUIVALENT, effect=effect_of(plan), test="identity",
+        reason="the recommendation is plain training itself", cause=Cause(kind="same_plan"),
+    )  # fmt: skip
+    return dataclasses.replace(
+        poc, cap_bytes=2 * PEAKS[PLAIN], runs=tuple(runs), step_time_ratio=step_time_ratio,
+        search=dataclasses.replace(poc.search, **chosen, frontier=(chosen["recommended"],)),
+        verdicts=(NamedVerdict(name="recommended", plan=plan, verdict=same),),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_proof_of_concept_that_recommends_plain_training_has_a_record(ranks: int) -> None:
+    record = shared.of_poc(recommending(plain(ranks), baseline=plain(ranks), step_time_ratio=2.9))
+    assert record.recommended == record.baseline
+    assert record.baseline.ranks == ranks
+    assert record.step_time_ratio is None
+    assert record.verdict is not None
+    assert (record.verdict.kind, record.verdict.test) == ("equivalent", "identity")
+
+
+def test_a_record_leaves_out_a_ratio_that_the_medians_contradict_and_says_so() -> None:
+    poc = dataclasses.replace(full_poc(), step_time_ratio=2.9)
+    record = shared.of_poc(poc)
+    assert record.step_time_ratio is None
+    assert "Step times varied too much between runs: the median ratio of the pairs is 2.9" in record.notes[-1]
+    assert len(record.notes) == len(poc.notes) + 1
+    assert shared.of_poc(full_poc()).step_time_ratio == 1.31
+
+
+def test_several_ranks_are_compared_with_plain_training_on_as_many() -> None:
+    record = shared.of_poc(recommending(plain(2), baseline=plain(2), step_time_ratio=1.0)).model_dump(
+        mode="json"
+    )
+    record["baseline"]["plan"] = {"fsdp2": {}}
+    with pytest.raises(UserError, match="allowed: plain training"):
+        shared.parsed(json.dumps(record), what="it")

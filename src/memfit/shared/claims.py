@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from memfit.techniques.registry import conflict, effect_of, make_use
+from memfit.techniques.registry import conflict, effect_of, make_use, plain
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 from memfit.verify.equivalence import MIN_PAIRS, tost
@@ -39,7 +39,7 @@ def faults(record: Shared) -> Iterator[str]:
         yield f"the plans are one, with peaks of {peaks[0]} B and {peaks[1]} B"
     if not record.metric.strip() and (record.baseline.metric_by_seed or record.recommended.metric_by_seed):
         yield "metric has no name, and plans have scores by it"
-    if plans[0].uses:
+    if plans[0] != plain(plans[0].ranks):
         yield f"baseline.plan is {plans[0].label}, allowed: plain training"
     if record.step_time_ratio is not None:
         yield from _of_ratio(record.step_time_ratio, record.baseline.step_s, record.recommended.step_s)
@@ -60,11 +60,15 @@ def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]
 
 
 def _of_ratio(told: float, plain_s: float | None, chosen_s: float | None) -> Iterator[str]:
-    """The median over pairs lies near the ratio of the medians."""
     if plain_s is None or chosen_s is None:
         yield "step_time_ratio is given, and step_s of a plan is not"
-    elif not 1 / _PAIRED <= told * plain_s / chosen_s <= _PAIRED:
+    elif not agrees_with_medians(told, plain_s, chosen_s):
         yield f"step_time_ratio is {told:g}, step_s of the plans give {chosen_s / plain_s:g}"
+
+
+def agrees_with_medians(step_time_ratio: float, plain_s: float, chosen_s: float) -> bool:
+    """Whether the median ratio of the pairs lies near the ratio of the plans' median step times."""
+    return 1 / _PAIRED <= step_time_ratio * plain_s / chosen_s <= _PAIRED
 
 
 def _plan(side: Side) -> Plan:
@@ -76,39 +80,39 @@ def _plan(side: Side) -> Plan:
 
 def _of_verdict(record: Shared, judged: Judgement, *, same: bool) -> Iterator[str]:
     """`same`: both plans are one, which needs no proof."""
-    plain, chosen = record.baseline.metric_by_seed, record.recommended.metric_by_seed
+    base, chosen = record.baseline.metric_by_seed, record.recommended.metric_by_seed
     equivalent = judged.kind == "equivalent"
     if judged.effect != record.recommended.effect:
         yield f"the verdict is on {judged.effect}, the plan is {record.recommended.effect}"
     if equivalent and not same:
-        yield from _of_equivalence(judged, plain, chosen)
+        yield from _of_equivalence(judged, base, chosen)
     told = [n for n in ("difference", "low", "high") if getattr(judged, n) is not None]
     if judged.margin is None and told:
         yield f"verdict.{told[0]} is given, and verdict.margin is not"
     if judged.margin is not None:
-        yield from _of_metric(judged, judged.margin, plain, chosen)
+        yield from _of_metric(judged, judged.margin, base, chosen)
     elif equivalent:
-        for seed in plain.keys() & chosen.keys():
-            if not math.isclose(plain[seed], chosen[seed], rel_tol=_SAME_SCORE):
+        for seed in base.keys() & chosen.keys():
+            if not math.isclose(base[seed], chosen[seed], rel_tol=_SAME_SCORE):
                 yield f"the verdict is bitwise equal, the scores of seed {seed} are not"
 
 
 def _of_equivalence(
-    judged: Judgement, plain: Mapping[str, float], chosen: Mapping[str, float]
+    judged: Judgement, base: Mapping[str, float], chosen: Mapping[str, float]
 ) -> Iterator[str]:
     """Of two plans: it needs pairs of runs, and their scores where it is not by their bits."""
     if judged.pairs == 0:
         yield "the verdict is equivalent on 0 pairs"
     if judged.margin is None and judged.effect != "E0":
         yield f"the verdict on {judged.effect} is equivalent without a margin"
-    if plain.keys() != chosen.keys():
-        yield f"the verdict is equivalent on other seeds: {_seeds(plain)} and {_seeds(chosen)}"
-    if plain and judged.pairs != len(plain):
-        yield f"the verdict has {judged.pairs} pairs, the runs {len(plain)} seeds"
+    if base.keys() != chosen.keys():
+        yield f"the verdict is equivalent on other seeds: {_seeds(base)} and {_seeds(chosen)}"
+    if base and judged.pairs != len(base):
+        yield f"the verdict has {judged.pairs} pairs, the runs {len(base)} seeds"
 
 
 def _of_metric(
-    judged: Judgement, margin: float, plain: Mapping[str, float], chosen: Mapping[str, float]
+    judged: Judgement, margin: float, base: Mapping[str, float], chosen: Mapping[str, float]
 ) -> Iterator[str]:
     """A verdict with a margin is the paired test of the scores."""
     told = {"difference": judged.difference, "low": judged.low, "high": judged.high}
@@ -119,13 +123,13 @@ def _of_metric(
     low, high = judged.low or 0.0, judged.high or 0.0
     if judged.kind == "equivalent" and not -margin < low <= high < margin:
         yield f"the verdict is equivalent, its interval {low:g} to {high:g} not inside its margin {margin:g}"
-    if plain.keys() != chosen.keys() or judged.pairs != len(plain) or judged.pairs < MIN_PAIRS:
+    if base.keys() != chosen.keys() or judged.pairs != len(base) or judged.pairs < MIN_PAIRS:
         yield (
-            f"the verdict has an interval of {judged.pairs} pairs, the scores are of seeds {_seeds(plain)} "
+            f"the verdict has an interval of {judged.pairs} pairs, the scores are of seeds {_seeds(base)} "
             f"and {_seeds(chosen)}; allowed: the same seeds, at least {MIN_PAIRS}"
         )
         return
-    found = tost([chosen[seed] - plain[seed] for seed in plain], margin=margin)
+    found = tost([chosen[seed] - base[seed] for seed in base], margin=margin)
     for name, value in told.items():
         expected = getattr(found, name)
         if value is None or not math.isclose(value, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING * margin):

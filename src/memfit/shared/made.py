@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memfit.report.pool import ok_runs, peak_bytes, step_s
+from memfit.shared.claims import agrees_with_medians
 from memfit.shared.record import FORMAT, VERSION, Shared, checked
 from memfit.techniques.registry import effect_of
 from memfit.types.errors import UserError
@@ -31,7 +32,7 @@ def of_poc(poc: Poc) -> Shared:
     seen = dict(poc.environment)
     told = {name: getattr(poc, name) for name in _AS_IT_IS}
     plain, chosen = (_side(poc.runs, c.estimate.plan) for c in (poc.search.baseline, recommended))
-    timed = None not in (plain["step_s"], chosen["step_s"])  # else of a run that did not finish
+    ratio, notes = _step_time_ratio(poc, plain, chosen)
     return checked(
         told
         | {
@@ -47,14 +48,31 @@ def of_poc(poc: Poc) -> Shared:
             "software": seen | {"threads": str(poc.runs[0].spec.threads)},
             "baseline": plain,
             "recommended": chosen,
-            "step_time_ratio": poc.step_time_ratio if timed else None,
+            "step_time_ratio": ratio,
             "verdict": judged and _judgement(judged),
             "reproducible": poc.reproducibility.reproducible,
             "effort": dataclasses.asdict(poc.effort),
-            "notes": list(poc.notes),
+            "notes": [*poc.notes, *notes],
         },
         what=f"the record of PoC {poc.poc_id}",
     )
+
+
+def _step_time_ratio(
+    poc: Poc, plain: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> tuple[float | None, tuple[str, ...]]:
+    """The PoC's ratio, and a note where it is left out. It is None where a run did not finish, and where both
+    plans are plain training: what two timings of one plan differ by is noise."""
+    ratio, plain_s, chosen_s = poc.step_time_ratio, plain["step_s"], chosen["step_s"]
+    if ratio is None or plain_s is None or chosen_s is None or plain["plan"] == chosen["plan"]:
+        return None, ()
+    if agrees_with_medians(ratio, plain_s, chosen_s):
+        return ratio, ()
+    told = (
+        f"Step times varied too much between runs: the median ratio of the pairs is {ratio:.3g}, "
+        f"the ratio of the median step times {chosen_s / plain_s:.3g}."
+    )
+    return None, (told,)
 
 
 def _judgement(found: Verdict) -> Mapping[str, Any]:
