@@ -14,6 +14,7 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 
 _BRANDS: Final = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct)\b")
+_FEW_ROWS: Final = 12  # a longer list would stand between the question and the nearest names
 
 Row = Mapping[str, Any]
 
@@ -42,7 +43,9 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
     if wanted in known:
         return known[wanted]
     near = _closest(wanted, known)
-    hint = f"did you mean {' or '.join(near)}?" if near else ""
+    hint = f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
+    if near and len(rows) > _FEW_ROWS:
+        raise UserError(f"unknown {what}: {given!r}", hint=f"{hint} (`memfit machines` lists all {len(rows)})")
     raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(rows), hint=hint)
 
 
@@ -51,7 +54,9 @@ def plain(name: str) -> str:
 
 
 def _closest(wanted: str, known: dict[str, str]) -> tuple[str, ...]:
-    """Names that begin so, else those that look alike; none twice."""
+    """Names that begin with `wanted`, those of another memory or number behind the plain variants; without
+    such names, those that look alike. None occurs twice."""
     begins = [key for key in known if wanted and key.startswith(wanted)]
+    begins.sort(key=lambda key: key[len(wanted) :][:1].isdigit())
     alike = begins or difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
     return tuple(dict.fromkeys(known[key] for key in alike))
