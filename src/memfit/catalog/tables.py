@@ -45,7 +45,7 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
     near = _closest(wanted, known)
     hint = f"did you mean {' or '.join(filter(None, (', '.join(near[:-1]), near[-1])))}?" if near else ""
     if near and len(rows) > _FEW_ROWS:
-        raise UserError(f"unknown {what}: {given!r}", hint=f"{hint} (`memfit machines` lists all {len(rows)})")
+        raise UserError(f"unknown {what}: {given!r}", hint=f"{hint} (all: `memfit machines`)")
     raise UserError(f"unknown {what}: {given!r}", allowed=", ".join(rows), hint=hint)
 
 
