@@ -41,6 +41,7 @@ DIMENSIONLESS = {
     # counts and indices
     "batch", "batch_size", "changed_lines", "commands", "considered", "failed_attempts",
     "first_differing_step", "packages", "pairs", "record_id", "repeated_micro_steps", "seed",
+    "length", "parameter_count", "sample_shape",
     "sequence_dim", "micro_batch", "more_devices", "offloaded_tensors",
     "step", "steps", "steps_done", "steps_per_run", "threads", "workers",
     # ticks of the trace's clock

@@ -22,6 +22,7 @@ from memfit.measure.conform import Watch
 from memfit.measure.held import world_size
 from memfit.planning import fits_under, needed_bytes
 from memfit.pricing import Pricer
+from memfit.report.workload_text import workload_text
 from memfit.techniques.base import Space
 from memfit.techniques.world import SEVERAL
 from memfit.trace.lifecycle import Lifecycle, lifecycle
@@ -33,6 +34,8 @@ from memfit.types.machine import Machine
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Estimate, Interval
 from memfit.types.units import format_bytes, parse_bytes
+from memfit.types.workload import Workload
+from memfit.workload import workload_of
 
 __all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
 _CHEAP_BYTES = 64 * 2**30  # models above this are not searched for a plan that would fit
@@ -91,6 +94,11 @@ class Prediction:
         return self.estimate.phase_peak_bytes
 
     @functools.cached_property
+    def workload(self) -> Workload:
+        """Model, parameters, batch and length that this is about."""
+        return workload_of(self.job, self.machine.name)
+
+    @functools.cached_property
     def lifecycle(self) -> Lifecycle:
         """Peaks of loading, first step, evaluation, saving and resuming; traced when first asked for."""
         if self.plan.ranks > 1:
@@ -105,11 +113,14 @@ class Prediction:
     def explain(self) -> str:
         """Where every byte of the peak is, as text."""
         from rich.console import Console
+        from rich.text import Text
 
         from memfit.report.terminal import print_estimate
 
         text = io.StringIO()
-        print_estimate(self.estimate, console=Console(file=text, width=110), lang="en")
+        console = Console(file=text, width=110)
+        console.print(Text(workload_text(self.workload)))
+        print_estimate(self.estimate, console=console, lang="en")
         return text.getvalue()
 
     def __str__(self) -> str:
@@ -120,10 +131,10 @@ class Prediction:
         assumed = f"; assumed: {guesses[0]}" if guesses else ""
         assumed += f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
         return (
-            f"{self.job.name}, {self.plan.label}: allocated {format_bytes(allocated.value)} "
+            f"{workload_text(self.workload)}; {self.plan.label}: allocated {format_bytes(allocated.value)} "
             f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){more}; peak in "
             f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
-            f"{format_bytes(self.cap_bytes)} of {self.machine.name}{assumed}"
+            f"{format_bytes(self.cap_bytes)}{assumed}"
         )
 
     def __repr__(self) -> str:
@@ -134,7 +145,7 @@ class Prediction:
 
         return estimate_html(
             self.estimate,
-            title=self.job.name,
+            title=workload_text(self.workload),
             machine=self.machine.name,
             cap_bytes=self.cap_bytes,
             fits=self.fits,

@@ -137,7 +137,7 @@ def _at(planning: Planning, size: str) -> JobRef | None:
     ref = planning.request.job
     if size not in sizes(ref.spec):
         return None
-    return dataclasses.replace(ref, size=size, batch=None, steps=None, data=None, weights=None)
+    return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
 
 
 def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
@@ -206,7 +206,7 @@ def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
 
 
 def _sized(ref: JobRef, size: str) -> JobRef:
-    return dataclasses.replace(ref, size=size, batch=None, steps=None, data=None, weights=None)
+    return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
 
 
 @dataclasses.dataclass(kw_only=False)

@@ -59,6 +59,7 @@ from memfit.types.result import (
     VerdictKind,
 )
 from memfit.verify import reproducibility, verdict
+from memfit.workload import workload_of
 
 __all__ = [
     "Objective", "Planning", "Progress", "Request", "anatomy", "attended", "explain", "poc", "report",
@@ -207,6 +208,7 @@ class _Story:
             job_size=job.size,
             data_source=job.data_source,
             parameter_count=self.planning.pricer.trace(self.baseline).parameter_count,
+            workload=workload_of(job, request.machine.name),
             metric=metric.name if metric else "",
             metric_unit=metric.unit if metric else "",
             metric_naive=metric.naive if metric else None,

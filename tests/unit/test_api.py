@@ -234,7 +234,9 @@ def test_the_result_tells_itself() -> None:
     assert sum(found.by_module.values()) == found.allocated_bytes.value
     assert max(found.by_phase.values()) == found.allocated_bytes.value
     assert "fits" in str(found)
-    assert repr(found).startswith("<memfit.Prediction net, plain: allocated ")
+    assert repr(found).startswith(
+        "<memfit.Prediction net: 212 parameters, batch 32 × 8, on H100-SXM; plain: alloc"
+    )
     page = found._repr_html_()
     assert page.count("<tr>") == 4  # header, allocated, reserved, device
     assert "light-dark(" in page

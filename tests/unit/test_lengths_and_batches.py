@@ -2,10 +2,200 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
+from typing import Any
 
-from memfit import catalog
-from memfit.types.errors import UserError
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit import catalog, pipeline
+from memfit.cli import app
+from memfit.jobs.registry import load
+from memfit.report.words import load_words
+from memfit.report.workload_text import workload_text
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import JobRef
+from memfit.types.workload import Workload
+from memfit.workload import workload_of
+
+OWN_JOB = """
+import torch
+from torch import nn
+from memfit import Job
+
+
+def job(length=8, batch=2):
+    return Job(
+        name="own", build_model=lambda: nn.Linear(4, 4), batch_size=batch,
+        make_batch=lambda step, seed: torch.zeros(batch, length, 4), loss=lambda model, x: model(x).mean(),
+    )
+
+
+finished = job()
+"""
+LLAMA = (
+    "hf:llama?num_hidden_layers=2&hidden_size=64&intermediate_size=128&num_attention_heads=4&vocab_size=256"
+)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(OWN_JOB)
+    return f"{tmp_path}/own.py"
+
+
+# --- --length and --batch of every kind of job
+
+
+def test_every_kind_of_job_takes_a_length_and_a_batch(own: str) -> None:
+    for spec in ("protein-ss", "protein-lm", "char-lm", "genome", LLAMA, f"{own}:job"):
+        workload = workload_of(load(JobRef(spec=spec, length=64, batch=3)))
+        assert (workload.batch_size, workload.length or workload.sample_shape[0]) == (3, 64), spec
+        assert workload.assumed == ()
+
+
+def test_a_finished_job_takes_no_length(own: str) -> None:
+    with pytest.raises(UserError, match="is a finished Job and takes no --length; make finished a function"):
+        load(JobRef(spec=f"{own}:finished", length=64))
+
+
+@pytest.mark.parametrize("spec", ["weather", "segmentation3d", "potential"])
+def test_a_job_without_lengths_says_so_in_one_line(spec: str) -> None:
+    with pytest.raises(UserError, match=rf"(--length 64 for {spec}|{spec} at length 64); allowed: "):
+        load(JobRef(spec=spec, length=64))
+
+
+def test_a_hugging_face_job_says_which_batch_and_length_nobody_chose() -> None:
+    assert load(JobRef(spec=LLAMA)).assumed == ("batch", "length")
+    assert load(JobRef(spec=LLAMA, size="paper", batch=8)).assumed == ("length",)
+    text = workload_text(workload_of(load(JobRef(spec=LLAMA)), "H100-SXM"))
+    assert text.endswith(
+        "batch 4 × 128 tokens, on H100-SXM (batch and length assumed; set --batch, --length)"
+    )
+
+
+def test_a_hugging_face_job_is_not_stopped_at_2048_tokens() -> None:
+    job = load(JobRef(spec=LLAMA, size="paper", length=8192, batch=1))
+    assert job.make_batch(0, 0)["input_ids"].shape == (1, 8192)
+
+
+@pytest.mark.parametrize(
+    ("model", "most"), [("gpt2", 1024), ("bert", 512), ("roberta", 510), ("opt", 2048), ("gptj", 2048)]
+)
+def test_no_model_is_given_more_tokens_than_it_has_positions(model: str, most: int) -> None:
+    few = f"hf:{model}?num_hidden_layers=1"
+    assert load(JobRef(spec=few, length=most)).tokens_per_batch == 4 * most
+    with pytest.raises(
+        UserError, match=f"length {most + 1} of .*; allowed: 1 to {most}, the model's positions"
+    ):
+        load(JobRef(spec=few, length=most + 1))
+    assert load(JobRef(spec=few, size="paper")).tokens_per_batch <= 4 * most
+
+
+def test_rotary_positions_have_no_end() -> None:
+    assert load(JobRef(spec=LLAMA, length=100_000, batch=1)).tokens_per_batch == 100_000
+
+
+def test_an_unknown_setting_of_a_model_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no setting 'hiden_size'; did you mean hidden_size\?"):
+        load(JobRef(spec="hf:llama?hiden_size=64"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("plan protein-lm --length 0", "--length"),
+        ("plan protein-lm --length 5", "length 5 of protein-lm; allowed: 16 to 262144"),
+        (
+            "plan protein-lm --size tiny@64 --length 128",
+            "--size tiny@64 with --length 128; allowed: one length",
+        ),
+        (
+            "plan hf:gpt2 --length 999999",
+            "length 999999 of hf:gpt2; allowed: 1 to 1024, the model's positions",
+        ),
+        ("run protein-lm --length many", "--length"),
+    ],
+)
+def test_a_wrong_length_is_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(arguments.split()) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+
+
+# --- every answer begins with model, parameters, batch x length, device
+
+
+def _answer(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert app.main(arguments.split()) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["explain", "engines", "run"])
+def test_every_command_begins_with_what_it_is_about(
+    command: str, own: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    where = "--steps 1 --no-capped" if command == "run" else "--on H100-SXM"
+    store = f"--store {tmp_path}/store.db" if command == "run" else ""
+    asked = f"{command} {own}:job --batch 6 --length 16 {where} {store}"
+    machine = "this machine" if command == "run" else "H100-SXM"
+    first = _answer(asked, capsys).splitlines()[0]
+    assert first == f"own: 20 parameters, batch 6 × 16 × 4, on {machine}"
+    if command == "run":
+        return
+    told = json.loads(_answer(f"{asked} --json", capsys))
+    assert next(iter(told)) == "workload"
+    assert told["workload"]["parameter_count"] == 20
+    assert told["workload"]["batch_size"] == 6
+
+
+def test_a_plan_begins_with_what_it_is_about_even_where_nothing_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(request: Any, progress: Any) -> Any:
+        raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="plain")
+
+    monkeypatch.setattr(pipeline, "search", nothing)
+    assert app.main(["plan", "protein-lm", "--batch", "2", "--length", "16", "--on", "H100-SXM"]) == 3
+    first = "protein-lm: 814 k parameters, batch 2 × 16 residues, on H100-SXM"
+    assert capsys.readouterr().out.startswith(first)
+
+
+def test_an_estimate_begins_with_what_it_is_about() -> None:
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
+    batch = (torch.zeros(8, 64), torch.zeros(8, dtype=torch.long))
+    found: Any = memfit.estimate(model, batch, loss=nn.functional.cross_entropy, machine="H100-SXM")
+    about = "Sequential: 38.4 k parameters, batch 8 × 64, on H100-SXM"
+    assert str(found).startswith(f"{about}; plain: allocated ")
+    assert found.explain().startswith(about)
+    assert about in found._repr_html_()
+
+
+def test_the_lengths_of_tokens_are_told_apart_from_other_shapes() -> None:
+    def workload(batch: torch.Tensor) -> Workload:
+        return workload_of(
+            memfit.Job(
+                name="x", build_model=lambda: nn.Linear(1, 1), make_batch=lambda step, seed: batch,
+                loss=lambda model, part: part.sum(), batch_size=len(batch),
+            )
+        )  # fmt: skip
+
+    assert workload(torch.zeros(2, 32, dtype=torch.long)).length == 32
+    assert workload(torch.zeros(2, 3, 8, 8)).sample_shape == (3, 8, 8)
+    assert workload(torch.zeros(2)).sample_shape == ()
+
+
+def test_the_line_is_said_in_japanese() -> None:
+    job = load(JobRef(spec=LLAMA, length=64))
+    text = workload_text(workload_of(job, "H100-SXM"), load_words("ja"))
+    assert text.endswith("、バッチ 4 × 64 トークン、H100-SXM 上（バッチは仮定、--batch で指定）")
+
+
+# --- names of devices
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions, JsonOptions, MachineOptions, WhichOptions
 from memfit.cli.output import emit, print_table
 from memfit.cli.progress import Bars
-from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.cli.request import begin_answer, plan_file, recommended_plan, request
 from memfit.types.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -21,13 +21,15 @@ def engines(
     """Which engine when: for each engine whether it carries the plan, its memory, effort and upkeep."""
     plan = plan_file(which)
     asked = request(job, goal, here, on.on)
+    workload = begin_answer(asked, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit.choice import choices
 
         chosen = plan or recommended_plan(asked, progress)
         found = choices(asked, chosen, progress)
     if output.json:
-        emit({"plan": chosen.to_dict(), "ranks": chosen.ranks, "engines": [view(c) for c in found]})
+        carried = [view(c) for c in found]
+        emit({"workload": workload, "plan": chosen.to_dict(), "ranks": chosen.ranks, "engines": carried})
         return
     print(chosen.label)
     print_table(

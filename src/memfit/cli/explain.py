@@ -20,9 +20,10 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
-from memfit.cli.request import plan_file, recommended_plan, request, writable
+from memfit.cli.request import begin_answer, plan_file, recommended_plan, request, writable
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
+from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
     import memfit.report.explain
@@ -56,6 +57,7 @@ def explain(
     job, files = _plan_files(job, more)
     plans = _plans(files, more, which)
     asked = request(job, goal, here, on.on)
+    workload = begin_answer(asked, lang=words, quiet=output.json)
     with Bars(words) as progress:
         from memfit import pipeline
 
@@ -63,16 +65,16 @@ def explain(
             asked, plans or [recommended_plan(asked, progress)], progress, lines=more.lines
         )
     if len(found) == 1:
-        _one(found[0], more, lang=words, job=job.job, as_json=output.json)
+        _one(found[0], more, workload, lang=words, job=job.spec, as_json=output.json)
     else:
-        _two(found[0], found[1], lang=words, as_json=output.json)
+        _two(found[0], found[1], workload, lang=words, as_json=output.json)
 
 
 def _plan_files(job: JobOptions, more: ExplainOptions) -> tuple[JobOptions, list[str]]:
     """``explain A.yaml B.yaml`` leaves the job out."""
     files = list(more.plans or ())
-    if job.job.endswith((".yaml", ".yml")):
-        return dataclasses.replace(job, job=JobOptions().job), [job.job, *files]
+    if job.job is not None and job.job.endswith((".yaml", ".yml")):
+        return dataclasses.replace(job, job=None), [job.job, *files]
     return job, files
 
 
@@ -94,8 +96,9 @@ def _plans(files: list[str], more: ExplainOptions, which: WhichOptions) -> list[
 
 
 def _one(
-    found: memfit.report.explain.Explained, more: ExplainOptions, *, lang: str, job: str, as_json: bool
-) -> None:
+    found: memfit.report.explain.Explained, more: ExplainOptions, workload: Workload, *, lang: str, job: str,
+    as_json: bool,
+) -> None:  # fmt: skip
     from memfit.report import explain_files, explain_html
     from memfit.report.explain import contributors
     from memfit.report.files import write_whole
@@ -110,7 +113,7 @@ def _one(
     if as_json:
         from memfit.cli.views import estimate_view
 
-        emit({**estimate_view(found.estimate), "contributors": contributors(found)})
+        emit({"workload": workload, **estimate_view(found.estimate), "contributors": contributors(found)})
     else:
         from memfit.report.explain_terminal import print_explained
 
@@ -120,6 +123,7 @@ def _one(
 def _two(
     first: memfit.report.explain.Explained,
     second: memfit.report.explain.Explained,
+    workload: Workload,
     *,
     lang: str,
     as_json: bool,
@@ -128,7 +132,7 @@ def _two(
 
     found = difference(first, second)
     if as_json:
-        emit(_difference_view(found, lang))
+        emit({"workload": workload, **_difference_view(found, lang)})
     else:
         from memfit.report.explain_terminal import print_difference
 

@@ -17,7 +17,6 @@ from memfit.cli.output import emit, one_of
 from memfit.cli.progress import Bars
 from memfit.cli.request import plan_file, recommended_plan, request
 from memfit.types.errors import UserError
-from memfit.types.job import JobRef
 from memfit.types.launch import Keep, LaunchConfig, RunSpec
 from memfit.types.plan import Plan
 
@@ -116,9 +115,7 @@ def _launch(
     if engine == "replay":
         raise UserError("engine replay trains nothing", hint="name the engine whose runs it answers from")
     carrying(engine, plan)
-    given = JobRef(
-        spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
-    )
+    given = job.ref
     loaded = load(given)
     path, _, attribute = given.spec.rpartition(":")
     own = {} if path in ("", "hf") else _carried(Path(path))

@@ -12,7 +12,7 @@ import typer
 from memfit.cli.options import JsonOptions, MachineOptions
 from memfit.cli.output import emit, print_table
 from memfit.cli.quiet import quiet_libraries
-from memfit.cli.request import machine_of
+from memfit.cli.request import machine_of, print_workload
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
 from memfit.types.units import format_bytes, parse_bytes
@@ -63,6 +63,8 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     import memfit.lengths as house
     from memfit.jobs.registry import load, names
     from memfit.techniques.planfile import read_plan
+    from memfit.wire import to_plain
+    from memfit.workload import workload_of
 
     values = house.read_lengths(options.file, column=options.column) + options.extra_tokens
     values = values.clip(max=options.max_length) if options.max_length else values
@@ -75,9 +77,13 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
         plan=read_plan(options.plan) if options.plan else Plan(),
         cap_bytes=cap_bytes or int(machine.device.memory_bytes.value),
     )  # fmt: skip
+    workload = dataclasses.replace(
+        workload_of(job, machine.name), batch_size=found.batch, length=found.longest, assumed=()
+    )
     if output.json:
-        emit(found)
+        emit({"workload": workload, **to_plain(found)})
     else:
+        print_workload(workload, "en")
         _print(found)
 
 

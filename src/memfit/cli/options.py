@@ -11,14 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
+from memfit.types.job import JobRef
+
+_DEFAULT_JOB = "protein-ss"
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
     """What is trained."""
 
     job: Annotated[
-        str, typer.Argument(metavar="JOB", help="A built-in job, FILE.py:NAME, or hf:PATH_OR_NAME.")
-    ] = "protein-ss"
+        str | None,
+        typer.Argument(
+            metavar="[JOB]", help="A built-in job, FILE.py:NAME, or hf:PATH_OR_NAME. Default: protein-ss."
+        ),
+    ] = None
     size: Annotated[
         str | None, typer.Option(metavar="NAME", help="The job's size; `memfit jobs` lists them.")
     ] = None
@@ -26,6 +33,19 @@ class JobOptions:
     weights: Annotated[str | None, typer.Option(metavar="DIR", help="Start from these safetensors.")] = None
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimizer steps of one run.")] = None
     batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Samples per optimizer step.")] = None
+    length: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens, residues or bases of a sample.")
+    ] = None
+
+    @property
+    def spec(self) -> str:
+        """The job named, or the default one."""
+        return self.job or _DEFAULT_JOB
+
+    @property
+    def ref(self) -> JobRef:
+        names = [f.name for f in dataclasses.fields(self) if f.name != "job"]
+        return JobRef(spec=self.spec, **{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import language
 from memfit.cli.progress import Bars
-from memfit.cli.request import best_so_far, request, show_search, writable
+from memfit.cli.request import begin_answer, best_so_far, request, show_search, writable
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.units import parse_duration
@@ -86,12 +86,13 @@ def plan(
         carried = plan_given(yours.given, job, goal, here, on.on, lang=words, as_json=output.json)
         if save.save is not None:
             read_from = ", ".join(str(p) for p in yours.given)
-            write_plan(save.save, carried, note=f"for {job.job}, read from {read_from}")
+            write_plan(save.save, carried, note=f"for {job.spec}, read from {read_from}")
         return
     asked = request(job, goal, here, on.on, ranks=save.nproc, bounds=bounds_of(job, limits, on.on))
     if yours.corrected_by is not None:
         asked = _corrected(asked, yours)
-    with best_so_far(lang=words, as_json=output.json), Bars(words) as progress:
+    workload = begin_answer(asked, lang=words, quiet=output.json)
+    with best_so_far(lang=words, as_json=output.json, workload=workload), Bars(words) as progress:
         from memfit import pipeline
 
         try:
@@ -99,8 +100,8 @@ def plan(
         except NothingFits as error:
             raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:
-        write_plan(save.save, result.recommended.estimate.plan, note=f"for {job.job}, found by memfit plan")
-    show_search(result, lang=words, as_json=output.json, correction=asked.correction)
+        write_plan(save.save, result.recommended.estimate.plan, note=f"for {job.spec}, found by memfit plan")
+    show_search(result, lang=words, as_json=output.json, correction=asked.correction, workload=workload)
 
 
 def _corrected(asked: memfit.planning.Request, yours: FromOptions) -> memfit.planning.Request:

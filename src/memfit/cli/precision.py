@@ -11,7 +11,7 @@ from memfit.cli.options import JobOptions, JsonOptions, LanguageOptions
 from memfit.cli.output import console, emit, language, one_of
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
-from memfit.types.job import JobRef
+from memfit.cli.request import print_workload
 
 _DTYPES: Final = ("bf16", "fp16")
 
@@ -42,17 +42,18 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     from memfit.jobs.registry import load
     from memfit.precision.advise import advise
     from memfit.report.precision_terminal import print_advice
+    from memfit.workload import workload_of
 
-    ref = JobRef(
-        spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
-    )
+    loaded = load(job.ref)
+    workload = workload_of(loaded)
     with Bars(words) as progress:
         told = advise(
-            load(ref), _DTYPES if asked == "both" else (asked,), batches=more.batches, trained=more.after,
+            loaded, _DTYPES if asked == "both" else (asked,), batches=more.batches, trained=more.after,
             device=device, say=lambda stage, done, total: progress(f"precision-{stage}", done, total, ""),
         )  # fmt: skip
     if output.json:
-        emit({"advice": told})
+        emit({"workload": workload, "advice": told})
         return
+    print_workload(workload, words)
     for advice in told:
         print_advice(advice, console=console(), lang=words)

@@ -13,11 +13,11 @@ from memfit.cli.output import console, emit, one_of
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
 from memfit.types.errors import Interrupted, UserError
-from memfit.types.job import JobRef
 from memfit.types.machine import Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.text import one_line
 from memfit.types.units import parse_bytes
+from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
     import memfit.planning
@@ -44,16 +44,14 @@ def request(
             f"--nproc {ranks} on {machine.name}, which is {count} device{'s' * (count > 1)}",
             allowed="a process for each device", hint=f"--on says how many: {ranks}x{machine.device.name}",
         )  # fmt: skip
-    warn_of_shadowed_modules(job.job)
+    warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
     from memfit.planning import Request
     from memfit.search.choose import Objective
 
     return Request(
-        job=JobRef(
-            spec=job.job, size=job.size, data=job.data, weights=job.weights, steps=job.steps, batch=job.batch
-        ),
+        job=job.ref,
         machine=machine,
         cap_bytes=cap_bytes,
         goal=Objective(one_of("--goal", goal.goal, Objective)),
@@ -72,6 +70,26 @@ def warn_of_shadowed_modules(job: str) -> None:
 
     for line in shadowed_modules(job):
         print(f"memfit: warning: {one_line(line)}", file=sys.stderr)
+
+
+def begin_answer(asked: memfit.planning.Request, *, lang: str, quiet: bool) -> Workload:
+    """What the answer is about, printed unless ``quiet``. Raises UserError where the job cannot be made."""
+    from memfit.jobs.registry import load
+    from memfit.workload import workload_of
+
+    found = workload_of(load(asked.job), asked.machine.name)
+    if not quiet:
+        print_workload(found, lang)
+    return found
+
+
+def print_workload(workload: Workload, lang: str) -> None:
+    from rich.text import Text
+
+    from memfit.report.words import load_words
+    from memfit.report.workload_text import workload_text
+
+    console().print(Text(workload_text(workload, load_words(lang))))
 
 
 def machine_of(on: str, place: str) -> Machine:
@@ -106,24 +124,25 @@ def recommended_plan(asked: memfit.planning.Request, progress: Bars) -> Plan:
 
 
 @contextlib.contextmanager
-def best_so_far(*, lang: str, as_json: bool) -> Iterator[None]:
+def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
     """Ctrl-C in a search shows what it had come to. Raises Interrupted."""
     from memfit.planning import SearchInterrupted
 
     try:
         yield
     except SearchInterrupted as stop:
-        show_search(stop.result, lang=lang, as_json=as_json)
+        show_search(stop.result, lang=lang, as_json=as_json, workload=workload)
         raise Interrupted from None
 
 
 def show_search(
-    result: SearchResult, *, lang: str, as_json: bool, correction: Calibration | None = None
-) -> None:
+    result: SearchResult, *, lang: str, as_json: bool, correction: Calibration | None = None,
+    workload: Workload | None = None,
+) -> None:  # fmt: skip
     if as_json:
         from memfit.cli.views import search_view
 
-        emit(search_view(result, correction))
+        emit({"workload": workload, **search_view(result, correction)})
     else:
         from memfit.report.terminal import print_search
 

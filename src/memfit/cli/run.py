@@ -19,7 +19,7 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import plan_file, recommended_plan, request
+from memfit.cli.request import begin_answer, plan_file, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.launch import Keep
 from memfit.types.result import OutcomeKind, Run
@@ -71,6 +71,7 @@ def run(
     timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
     plan = plan_file(which)
     asked = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
+    workload = begin_answer(asked, lang="en", quiet=output.json)
     with Bars("en") as progress:
         from memfit import pipeline
         from memfit.store import Store
@@ -85,7 +86,7 @@ def run(
     if output.json:
         from memfit.cli.views import run_view
 
-        emit(run_view(done))
+        emit({"workload": workload, **run_view(done)})
     else:
         print(shown("\n".join(lines(done))))
     if done.measurement.outcome is not OutcomeKind.OK:

@@ -111,6 +111,7 @@ def poc_view(poc: Poc) -> View:
     verdicts = {named.name: wire.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {
+        "workload": wire.to_plain(poc.workload) if poc.workload is not None else None,
         "poc_id": poc.poc_id,
         "finished": poc.finished,
         "job": poc.job_name,

@@ -77,8 +77,9 @@ def _why_not(handover: Handover) -> Iterator[str]:
 
 def _size(handover: Handover) -> tuple[str, int | None]:
     """The job's size and the crop that it was asked at."""
-    name, _, residues = (handover.config.spec.job.size or "tiny").partition("@")
-    return name, int(residues) if residues else None
+    ref = handover.config.spec.job
+    name, _, residues = (ref.size or "tiny").partition("@")
+    return name, int(residues) if residues else ref.length
 
 
 def changes(handover: Handover) -> dict[str, Any]:

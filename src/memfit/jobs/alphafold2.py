@@ -80,6 +80,7 @@ def make(
         ),
         batch_size=shape.batch_size,
         tokens_per_batch=shape.batch_size * shape.residues,
+        length_unit="residues",
         steps=40,
         blocks="blocks",
         more_blocks=("extra", "template.blocks") if shape.templates else ("extra",),

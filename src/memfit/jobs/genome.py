@@ -77,6 +77,7 @@ def make(
         optimizer=OptimizerChoice(learning_rate=2e-3 if shape.kmer > 1 else 6e-4, betas=(0.9, 0.98)),
         batch_size=batch_size,
         tokens_per_batch=batch_size * shape.length,
+        length_unit="bases",
         blocks="blocks",
         head="head",
         data_source=genome.source,

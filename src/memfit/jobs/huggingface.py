@@ -1,13 +1,16 @@
 """``hf:PATH_OR_NAME``: any Hugging Face configuration, from a local folder or bundled with transformers.
 
 Nothing is fetched: a name is a model type that transformers knows (its default configuration), a path is a
-folder with ``config.json``. Weights are random unless ``--weights`` names a folder. Tokens are random: such
-a job is for memory and speed, so it has no metric.
+folder with ``config.json``. ``hf:llama?num_hidden_layers=2&hidden_size=64`` changes settings of either.
+Weights are random unless ``--weights`` names a folder. Tokens are random: such a job is for memory and speed,
+so it has no metric.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +28,9 @@ PREFIX: Final = "hf:"
 SIZES: Final = ("tiny", "paper")
 _TINY_LENGTH, _PAPER_LENGTH = 128, 2048
 _BATCH_SIZE: Final = 4
+MOST_TOKENS: Final = 1 << 24
+_RESERVED_POSITIONS: Final = 4  # that tables of positions have beside those of tokens, as RoBERTa and OPT
+_LENGTH_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _ENDINGS: Final = {
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
@@ -40,20 +46,22 @@ def make(
     data: str | None = None,
     weights: str | None = None,
     batch: int | None = None,
+    length: int | None = None,
 ) -> Job:
-    """The job of ``hf:name``. ``tiny`` is 128 tokens, ``paper`` the model's own length up to 2,048.
+    """The job of ``hf:name``. Without a ``length``, ``tiny`` takes 128 tokens and ``paper`` the model's own
+    length up to 2,048; without a ``batch``, a step takes four sequences. Both are marked as assumed.
 
-    Raises UserError for an unknown name, a broken ``config.json``, or an architecture without a causal,
-    masked or classification head.
+    Raises UserError for an unknown name, a broken ``config.json``, an architecture without a causal, masked
+    or classification head, or a length for which the model has no positions.
     """
     if data is not None:
         raise UserError(f"{PREFIX}{name} trains on random tokens and takes no --data")
     config = read_config(name)
     task, batch_size = task_of(config, name), batch or _BATCH_SIZE
-    longest = int(getattr(config, "max_position_embeddings", None) or _PAPER_LENGTH)
-    length = min(longest, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH)
+    assumed = tuple(o for o, value in (("batch", batch), ("length", length)) if value is None)
+    length = _length(config, task, length, size, name)
     return Job(
-        name=PREFIX + name,
+        name=_shown_name(name, config),
         title=f"{type(config).__name__.removesuffix('Config')} ({task})",
         size=size,
         build_model=lambda: _build(config, task, weights),
@@ -61,15 +69,61 @@ def make(
         loss=lambda model, part: model(**part).loss,
         batch_size=batch_size,
         tokens_per_batch=batch_size * length,
+        assumed=assumed,
         optimizer=OptimizerChoice(learning_rate=1e-4),
         data_source="random tokens",
     )
 
 
+def _shown_name(name: str, config: Any) -> str:
+    """``hf:llama``; where settings were changed, with the two that say most of the size."""
+    base, changed, _ = name.partition("?")
+    layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
+    return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changed else "")
+
+
+def _longest(config: Any) -> int | None:
+    """Tokens that the configuration says the model is for."""
+    return next((int(n) for name in _LENGTH_NAMES if (n := getattr(config, name, None))), None)
+
+
+def _length(config: Any, task: str, asked: int | None, size: str, name: str) -> int:
+    """Tokens of a sequence: those asked for, else the size's, as far as the model has position embeddings.
+    Rotary and relative positions have no end. Raises UserError for more than there are."""
+    longest = _longest(config)
+    length = asked or min(longest or _PAPER_LENGTH, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH)
+    if length > MOST_TOKENS:
+        raise UserError(f"length {length}", allowed=f"1 to {MOST_TOKENS}")
+    most = length
+    if longest is not None and length > longest - _RESERVED_POSITIONS:
+        most = min(length, _positions(config, task, longest) or length)
+    if asked is not None and most < asked:
+        raise UserError(f"length {asked} of {PREFIX}{name}", allowed=f"1 to {most}, the model's positions")
+    return most
+
+
+def _positions(config: Any, task: str, longest: int) -> int | None:
+    """Rows of the model's table of positions, without those that no token gets; None where it has none."""
+    import torch
+
+    with torch.device("meta"):
+        model = _auto_models()[task].from_config(config)
+    sizes = range(longest, longest + _RESERVED_POSITIONS + 1)
+    found = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings in sizes:
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            first = getattr(module, "offset", None) or padding + 1
+            found += [module.num_embeddings - first] if module.num_embeddings != config.vocab_size else []
+    tables = [b for n, b in model.named_buffers() if "embed_pos" in n and b.dim() > 1 and len(b) in sizes]
+    return min([*found, *map(len, tables)], default=None)
+
+
 def read_config(name: str) -> Any:
-    """The configuration of a folder or of a model type."""
+    """The configuration of a folder or of a model type, with the settings behind a ``?`` changed."""
     from transformers import CONFIG_MAPPING
 
+    name, _, changes = name.partition("?")
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         config = _from_folder(folder)
@@ -82,9 +136,24 @@ def read_config(name: str) -> Any:
             allowed="a folder with config.json, or a model type that transformers knows, "
             f"such as {', '.join(close or ('gpt2', 'llama', 'bert'))}",
         )
+    _change(config, changes, name)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # keys and values are kept for generation, not for training
     return config
+
+
+def _change(config: Any, changes: str, name: str) -> None:
+    """Sets ``a=1&b=2`` in the configuration. Raises UserError for a setting that it does not have."""
+    for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            raise UserError(
+                f"{PREFIX}{name} has no setting {key!r}", hint=f"did you mean {close[0]}?" if close else ""
+            )
+        try:
+            setattr(config, key, json.loads(text))
+        except ValueError:
+            setattr(config, key, text)
 
 
 def _from_folder(folder: Path) -> Any:

@@ -71,6 +71,7 @@ def make(
         optimizer=OptimizerChoice(learning_rate=1e-3 if size == "tiny" else 4e-4, betas=(0.9, 0.98)),
         batch_size=batch_size,
         tokens_per_batch=batch_size * shape.length,
+        length_unit="residues",
         blocks="esm.encoder.layer",
         head="lm_head.decoder",
         data_source=sequences.source,

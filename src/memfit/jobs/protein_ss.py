@@ -72,6 +72,7 @@ def make(
         optimizer=OptimizerChoice(learning_rate=5e-4 if size == "tiny" else 1e-4),
         batch_size=batch_size,
         tokens_per_batch=batch_size * shape.length,
+        length_unit="residues",
         blocks="esm.encoder.layer",
         head="head",
         data_source=chains.source,

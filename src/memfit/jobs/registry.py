@@ -15,12 +15,13 @@ from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 
 DEFAULT: Final = "protein-ss"
+SHORTEST: Final = 16
 MOST_TOKENS: Final = 262_144
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """``make(size=, data=, weights=, batch=)`` returns the Job."""
+    """``make(size=, data=, weights=, batch=, length=)`` returns the Job."""
 
     name: str
     title: str
@@ -52,11 +53,11 @@ def _built_in(name: str) -> BuiltIn:
 
 
 def load(ref: JobRef) -> Job:
-    """The job that ``ref`` names, with its size, data, weights, batch and steps.
+    """The job that ``ref`` names, with its size, data, weights, batch, length and steps.
 
     Raises UserError for an unknown job or size, numbers below one, and whatever is wrong with the files.
     """
-    for name, value in (("steps", ref.steps), ("batch", ref.batch)):
+    for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}", allowed="a whole number of at least 1")
     with uncollected():
@@ -65,15 +66,17 @@ def load(ref: JobRef) -> Job:
 
 
 def _make(ref: JobRef) -> Job:
-    ref, length = _split_length(ref)
-    given = {"size": ref.size, "data": ref.data, "weights": ref.weights, "batch": ref.batch, "length": length}
-    options = {name: value for name, value in given.items() if value is not None}
+    ref = _split_length(ref)
+    names_of_options = ("size", "data", "weights", "batch", "length")
+    options = {name: value for name in names_of_options if (value := getattr(ref, name)) is not None}
     if ref.spec.startswith(huggingface.PREFIX):
         _check_size(ref, huggingface.SIZES)
-        return huggingface.make(ref.spec.removeprefix(huggingface.PREFIX), **options)  # type: ignore[arg-type]
+        return huggingface.make(ref.spec.removeprefix(huggingface.PREFIX), **options)
     if ref.spec in _BUILT_IN:
         built_in = _built_in(ref.spec)
         _check_size(ref, built_in.sizes)
+        if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
+            raise UserError(f"length {ref.length} of {ref.spec}", allowed=f"{SHORTEST} to {MOST_TOKENS}")
         return built_in.make(**options)
     if ":" in ref.spec:
         return load_user_job(ref.spec, options)
@@ -85,17 +88,16 @@ def _make(ref: JobRef) -> Job:
     )
 
 
-def _split_length(ref: JobRef) -> tuple[JobRef, int | None]:
-    """``650M@4096`` is size 650M at 4,096 tokens or residues, for the built-in jobs."""
+def _split_length(ref: JobRef) -> JobRef:
+    """``--size 650M@4096`` is the same as ``--size 650M --length 4096``. Raises UserError for two lengths."""
     size, at, length = (ref.size or "").partition("@")
     if not at:
-        return ref, None
-    if ref.spec not in _BUILT_IN or not length.isdigit() or not 16 <= int(length) <= MOST_TOKENS:
-        raise UserError(
-            f"size {ref.size!r} of {ref.spec}",
-            allowed=f"SIZE@LENGTH with 16 to {MOST_TOKENS} tokens, for {', '.join(names())}",
-        )
-    return dataclasses.replace(ref, size=size), int(length)
+        return ref
+    if not size or not length.isdigit() or ":" in ref.spec.removeprefix(huggingface.PREFIX):
+        raise UserError(f"size {ref.size!r} of {ref.spec}", allowed="SIZE@LENGTH, or --length alone")
+    if ref.length not in (None, int(length)):
+        raise UserError(f"--size {ref.size} with --length {ref.length}", allowed="one length")
+    return dataclasses.replace(ref, size=size, length=int(length))
 
 
 def _check_size(ref: JobRef, sizes: tuple[str, ...]) -> None:

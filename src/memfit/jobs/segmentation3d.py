@@ -65,7 +65,7 @@ def make(
     length: int | None = None,
 ) -> Job:
     """The job at one of SIZES."""
-    refuse(NAME, {"--data": data, "@LENGTH": length}, allowed="the volume of the package nilearn")
+    refuse(NAME, {"--data": data, "--length": length}, allowed="the volume of the package nilearn")
     shape, head = _shape(size), read()
     batch_size = batch or shape.batch_size
     return Job(

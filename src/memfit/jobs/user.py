@@ -20,7 +20,7 @@ from memfit.types.job import Job
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
-    """``options`` (size, data, weights, batch; those that were given) go to a function that takes them.
+    """``options`` (size, data, weights, batch, length; only those asked for) go to a function taking them.
 
     Raises UserError for a missing file or attribute, for what is no Job, for an option that nothing takes,
     and for any error in the user's own code, with its place.
@@ -59,7 +59,7 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{spec} cannot be called with {', '.join(options) or 'no arguments'}: {error}",
-            allowed="a function whose arguments are among size, data, weights, batch, with defaults",
+            allowed="a function whose arguments are among size, data, weights, batch, length, with defaults",
         ) from error
     job = guarded(lambda: function(**options), spec)
     if not isinstance(job, Job):

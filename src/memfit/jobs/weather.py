@@ -59,7 +59,7 @@ def make(
     length: int | None = None,
 ) -> Job:
     """The job at one of SIZES."""
-    refuse(NAME, {"--data": data, "@LENGTH": length}, allowed="the fields that come with memfit")
+    refuse(NAME, {"--data": data, "--length": length}, allowed="the fields that come with memfit")
     shape, fields = _shape(size), read()
     batch_size = batch or shape.batch_size
     return Job(

@@ -25,6 +25,7 @@ from memfit.report.figures import (
 from memfit.report.rows import ChoiceRow, RunRow, SearchView, VerdictRow
 from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
+from memfit.report.workload_text import workload_text
 from memfit.techniques.registry import brief
 from memfit.types.machine import Calibration
 from memfit.types.result import Effort, Estimate, Poc, SearchResult, Timings, Trial
@@ -41,6 +42,8 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     """The answer, every run, the verdicts, the effort, the report's path. UserError for a bad `lang`."""
     words, view = load_words(lang), poc_view(poc)
+    if poc.workload is not None:
+        console.print(Text(workload_text(poc.workload, words)))
     if not poc.finished:
         console.print(Text(words.get("page.unfinished"), style="yellow"))
     for sentence in view.answer:

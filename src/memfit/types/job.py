@@ -94,6 +94,8 @@ class Job:
     more_blocks: tuple[str, ...] = ()
     head: str | None = None
     tokens_per_batch: int = 0  # for throughput; 0: unknown
+    length_unit: str = "tokens"  # of a sample's length: "residues", "bases"
+    assumed: tuple[str, ...] = ()  # "batch", "length": what the user left open and a default decides
     bound: Bound | None = None
     data_source: str = ""  # provenance and licence, shown in the report
     tensor_parallel: Mapping[str, str] | None = None  # module pattern -> "colwise" | "rowwise"; None: found
@@ -123,7 +125,8 @@ def _is_number(value: object) -> bool:
 class JobRef:
     """How a child process makes the same Job again: plain data, crosses as JSON.
 
-    ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``None`` keeps the job's own.
+    ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``length``: tokens (residues,
+    bases) of a sample. ``None`` keeps the job's own.
     """
 
     spec: str
@@ -132,3 +135,4 @@ class JobRef:
     weights: str | None = None
     steps: int | None = None
     batch: int | None = None
+    length: int | None = None

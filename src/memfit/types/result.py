@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan
+from memfit.types.workload import Workload
 
 
 class OutcomeKind(enum.StrEnum):
@@ -350,6 +351,7 @@ class Poc:
     job_size: str
     data_source: str
     parameter_count: int
+    workload: Workload | None = None  # None in records of older versions
     metric: str
     metric_unit: str
     metric_naive: float | None
