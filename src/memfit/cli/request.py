@@ -13,16 +13,15 @@ from memfit.cli.output import console, emit, one_of
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
 from memfit.types.errors import Interrupted, UserError
-from memfit.types.machine import Machine
+from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
+from memfit.types.result import SearchResult
 from memfit.types.text import one_line
 from memfit.types.units import parse_bytes
 from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
     import memfit.planning
-    from memfit.types.machine import Calibration
-    from memfit.types.result import SearchResult
 
 
 def request(
