@@ -16,7 +16,7 @@ from memfit.planning import Planning, Progress, fits_under, space_of
 from memfit.pricing import Pricer
 from memfit.search.choose import TIMED, best
 from memfit.search.space import plans, usable
-from memfit.techniques.base import Space
+from memfit.techniques.base import Space, Technique
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
@@ -91,10 +91,16 @@ def _fitting(
     return [e for e in likely if surely(e)] or likely
 
 
+def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
+    """Without those that were excluded by the user."""
+    techniques, _ = usable(pricer.space, planning.request.accuracy)
+    return [t for t in techniques if t.name not in planning.request.bounds.without]
+
+
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
     """What was trained, with its settings where they decide the numbers, and what changes no result but in
     the last bits."""
-    techniques, _ = usable(pricer.space, planning.request.accuracy)
+    techniques = _usable(planning, pricer)
     own = {u.technique for u in trained.uses}
     kept = [t for t in techniques if t.name in own or (t.name in _AT_PAPER and t.effect <= EffectClass.E1)]
     narrow = {t.name for t in kept if t.effect > EffectClass.E1}
@@ -175,7 +181,7 @@ def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
 
 
 def _paper_plans(planning: Planning, pricer: Pricer) -> list[Plan]:
-    techniques, _ = usable(pricer.space, planning.request.accuracy)
+    techniques = _usable(planning, pricer)
     kept = [t for t in techniques if t.name in _AT_PAPER]
     return [p for p in plans(pricer.space, kept) if _one_setting(p)]
 
@@ -288,7 +294,7 @@ def _count(pricer: Pricer) -> int:
 def _tightest(planning: Planning, pricer: Pricer) -> Plan:
     """Single-sample micro-batches, bf16 activations, recomputation, small optimizer state: as far as
     the accuracy class allows."""
-    names = {t.name for t in usable(pricer.space, planning.request.accuracy)[0]}
+    names = {t.name for t in _usable(planning, pricer)}
     wanted: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
     if pricer.space.batch_size > 1:
         wanted.append(use("gradient-accumulation", micro_batches=pricer.space.batch_size))

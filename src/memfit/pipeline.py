@@ -247,9 +247,9 @@ class _Story:
             yield self._spec(BASELINE, BASELINE, self.baseline, seed=seed)
             yield self._spec(RECOMMENDED, RECOMMENDED, self.recommended, seed=seed, capped=True)
         yield self._spec("recommended again", RECOMMENDED, self.recommended, seed=0, capped=True)
-        seen = {self.baseline, self.recommended}
+        seen, excluded = {self.baseline, self.recommended}, self.planning.request.bounds.without
         for name, plan in self._ablations():
-            if plan not in seen:
+            if plan not in seen and not any(plan.get(technique) for technique in excluded):
                 seen.add(plan)
                 yield self._spec(name, ABLATION, plan, seed=0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from memfit import wire
@@ -36,6 +36,12 @@ _FEWER_FINALISTS = 8  # where a trace is long, as of models with thousands of sm
 _LONG_TRACE_CALLS = 10_000
 # Of the cap: techniques that can only change states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
+_DEMONSTRATION = "demonstration:"  # how a cap's reason begins where none was asked for on a processor
+_DEMONSTRATION_SPARE_RATIO = 1.1
+_REACHABLE = (
+    _DEMONSTRATION + " what the smallest plan needs and a tenth more, as none fits {share:.0%} of the "
+    "baseline's predicted peak"
+)
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # of probing operators, nominal
 # Rounds, and seconds of each, to measure what the best plan and its rivals need while that changes the best.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
@@ -53,8 +59,8 @@ Fits = Callable[[Estimate], bool]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for. ``cap_bytes`` None: a quarter of the baseline's peak on a CPU (a
-    demonstration), the memory of the device elsewhere."""
+    """What the user asked for. ``cap_bytes`` None: on a CPU a demonstration, a quarter of the baseline's
+    peak or the least that a plan fits; the memory of the device elsewhere."""
 
     job: JobRef
     machine: Machine
@@ -171,11 +177,11 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     pricer.gap_ratio = _GAP_RATIO
     cap_bytes, cap_reason = _cap(request, basis, job.demonstration_ratio)
     if request.is_here:
-        if request.recalibrate:
-            forget_calibration(request)
-        calibrate(pricer, request, progress)
-    inside, batch = fits_under(cap_bytes, request.machine), pricer.space.batch_size
-    bounds = dataclasses.replace(request.bounds, steps=job.steps)
+        _begin_calibration(pricer, request, progress)
+    batch, bounds = pricer.space.batch_size, dataclasses.replace(request.bounds, steps=job.steps)
+
+    def inside(e: Estimate) -> bool:
+        return needed_bytes(e, request.machine) <= cap_bytes
 
     def fits(e: Estimate) -> bool:
         return inside(e) and as_asked(e.plan, bounds, batch) and keeps(bounds, e)
@@ -187,6 +193,14 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         estimates, considered, left_out = _price(
             pricer, request, cap_bytes, progress, fits, small=small, sketches=sketches
         )
+        if cap_reason.startswith(_DEMONSTRATION) and not any(map(fits, estimates)):
+            cap_bytes = _reachable_cap(estimates, request, batch)
+            cap_reason = _REACHABLE.format(share=job.demonstration_ratio)
+            sketches.clear()
+            more, considered, left_out = _price(
+                pricer, request, cap_bytes, progress, fits, small=small, sketches=sketches
+            )
+            estimates = list({e.plan: e for e in (*estimates, *more)}.values())
         result = decide(
             estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
             left_out=left_out, inside=inside, price=Prices(
@@ -197,17 +211,25 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     except KeyboardInterrupt:
         so_far = _best_so_far(pricer, request, cap_bytes, fits, sketches)
         raise SearchInterrupted(so_far) from None
-    result = dataclasses.replace(result, timings=timings(pricer.calibration) if request.is_here else None)
+    result = dataclasses.replace(
+        result, cap_reason=cap_reason, timings=timings(pricer.calibration) if request.is_here else None
+    )
     if result.recommended is None:
-        asked = [e for e in estimates if as_asked(e.plan, bounds, batch)]
-        least = min(asked, key=lambda e: e.allocated_bytes.value)
-        raise NothingFits(
-            cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
-            missed=missed(bounds, [e for e in asked if inside(e)]),
-        )  # fmt: skip
+        raise _nothing_fits(
+            [e for e in estimates if as_asked(e.plan, bounds, batch)], request, cap_bytes, bounds
+        )
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
     )
+
+
+def _nothing_fits(asked: Sequence[Estimate], request: Request, cap_bytes: int, bounds: Bounds) -> NothingFits:
+    """With the least memory that would do, of the plans with the micro-batch that was ``asked`` for."""
+    least = min(asked, key=lambda e: e.allocated_bytes.value)
+    return NothingFits(
+        cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
+        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))),
+    )  # fmt: skip
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -295,9 +317,15 @@ def _cap(request: Request, basis: Estimate, share: float) -> tuple[int, str]:
         if not 0 < share <= 1:
             raise UserError(f"the job's demonstration_ratio is {share}", allowed="above 0, at most 1")
         told = {0.25: "a quarter", 0.5: "half"}.get(share, f"{share:.0%}")
-        reason = f"demonstration: {told} of the baseline's predicted peak"
+        reason = f"{_DEMONSTRATION} {told} of the baseline's predicted peak"
         return int(basis.allocated_bytes.value * share), reason
     return int(request.machine.device.memory_bytes.value), "the device's memory"
+
+
+def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
+    """For a demonstration: the least that a plan needs of those that were asked for, with some to spare."""
+    asked = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
+    return int(min(needed_bytes(e, request.machine) for e in asked) * _DEMONSTRATION_SPARE_RATIO)
 
 
 def needed_bytes(estimate: Estimate, machine: Machine) -> int:
@@ -410,7 +438,7 @@ def calibrate(
     from memfit.cost.time import signatures_to_time
 
     first = plans is None
-    chosen = _representatives(pricer) if plans is None else plans
+    chosen = _representatives(pricer, request.bounds.without) if plans is None else plans
     if request.ranks == 1:
         pricer.trace_all(chosen)
     ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
@@ -428,23 +456,27 @@ def calibrate(
     pricer.recalibrate(merged(pricer.calibration, selected(stored, set(wanted))))
 
 
-def forget_calibration(request: Request) -> None:
-    """Removes what is stored of this machine's timings, so that the next search takes new ones."""
-    CalibrationCache(_threads(request)).forget()
+def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
+    """Of a search; with ``recalibrate``, without what is stored of this machine's timings."""
+    if request.recalibrate:
+        CalibrationCache(_threads(request)).forget()
+    calibrate(pricer, request, progress)
 
 
-def _representatives(pricer: Pricer) -> list[Plan]:
-    """Plans whose operators span the search: whole batch and single samples, both precisions."""
+def _representatives(pricer: Pricer, excluded: Sequence[str]) -> list[Plan]:
+    """Plans whose operators span the search: whole batch and single samples, both precisions; without those
+    that have a technique of ``excluded``."""
     batch = pricer.space.batch_size
     single = [use("gradient-accumulation", micro_batches=batch)] if batch > 1 else []
     middle = [use("gradient-accumulation", micro_batches=4)] if batch > 4 and batch % 4 == 0 else []
     mixed, basis = autocast(pricer.space), plain(pricer.space.ranks)
-    return [
+    spanning = [
         basis,
         basis.with_use(mixed),
         *(basis.with_use(u) for u in middle + single),
         *(basis.with_use(mixed).with_use(u) for u in middle + single),
     ]
+    return [plan for plan in spanning if plan == basis or not any(map(plan.get, excluded))]
 
 
 _CALIBRATION_LIMIT_S = 900.0  # of a machine that is busy with much else: measuring itself is kept short

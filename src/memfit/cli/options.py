@@ -56,8 +56,8 @@ class GoalOptions:
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="The memory to fit, for example 24GiB. Default on a CPU: a quarter of what plain training "
-            "needs, or the part that the job says, as a demonstration.",
+            help="The memory to fit, for example 24GiB. Default on a CPU, as a demonstration: a quarter of "
+            "what plain training needs, or the least that a plan fits.",
         ),
     ] = None
     goal: Annotated[
@@ -79,6 +79,12 @@ class GoalOptions:
     ] = "native"
 
 
+ExcludedTechniques = Annotated[
+    list[str] | None,
+    typer.Option("--without", metavar="TECHNIQUE", help="Not to use this one. May be given several times."),
+]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BoundsOptions:
     """What the whole training must keep to, on the devices of --on."""
@@ -92,10 +98,7 @@ class BoundsOptions:
     micro_batch: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Samples that go through at once.")
     ] = None
-    without: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TECHNIQUE", help="Not to use this one. May be given several times."),
-    ] = None
+    without: ExcludedTechniques = None
     explain_infeasible: Annotated[
         bool,
         typer.Option("--explain-infeasible", help="If nothing fits: the least changes that would help."),

@@ -18,7 +18,14 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import language
 from memfit.cli.progress import Bars
-from memfit.cli.request import begin_answer, best_so_far, request, show_search, writable
+from memfit.cli.request import (
+    begin_answer,
+    best_so_far,
+    excluded_techniques,
+    request,
+    show_search,
+    writable,
+)
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.units import parse_duration
@@ -114,21 +121,17 @@ def _corrected(asked: memfit.planning.Request, yours: FromOptions) -> memfit.pla
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
     """Raises UserError: what bounds the whole training wants to know how many steps it has."""
-    from memfit.techniques.registry import technique
-
     total = given.deadline is not None or given.budget is not None
     if total and job.steps is None:
         raise UserError("--deadline and --budget are of the whole training", hint="give --steps")
-    if on == "this" and (total or given.micro_batch or given.without):
-        raise UserError("--deadline, --budget, --micro-batch and --without are for the devices of --on")
-    for name in given.without or ():
-        technique(name)
+    if on == "this" and (total or given.micro_batch):
+        raise UserError("--deadline, --budget and --micro-batch are for the devices of --on")
     return Bounds(
         steps=job.steps or 0,
         deadline_s=parse_duration(given.deadline) if given.deadline is not None else None,
         budget_usd=given.budget,
         micro_batch=given.micro_batch or 0,
-        without=tuple(given.without or ()),
+        without=excluded_techniques(given.without),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from memfit.cli.options import (
+    ExcludedTechniques,
     GoalOptions,
     HereOptions,
     JobOptions,
@@ -20,7 +21,8 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
-from memfit.cli.request import best_so_far, request, writable
+from memfit.cli.request import best_so_far, excluded_techniques, request, writable
+from memfit.types.plan import Bounds
 from memfit.types.result import OutcomeKind, Poc
 
 
@@ -35,6 +37,7 @@ class PocOptions:
     nproc: Annotated[
         int, typer.Option(metavar="N", min=1, help="Train on N processes that share the batch.")
     ] = 1
+    without: ExcludedTechniques = None
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML report. Default: beside the store.")
     ] = None
@@ -47,7 +50,7 @@ def poc(
     """Predict, search, train, judge and report, on this machine."""
     words = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
-    asked = request(job, goal, here, ranks=own.nproc)
+    asked = request(job, goal, here, ranks=own.nproc, bounds=Bounds(without=excluded_techniques(own.without)))
     from memfit.store import Store
 
     records = Store(store.store)

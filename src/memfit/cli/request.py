@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,8 @@ def request(
     from memfit.planning import Request
     from memfit.search.choose import Objective
 
+    if on == "this":
+        tell_of_unused_accelerator()
     return Request(
         job=job.ref,
         machine=machine,
@@ -91,6 +93,18 @@ def print_workload(workload: Workload, lang: str) -> None:
     console().print(Text(workload_text(workload, load_words(lang))))
 
 
+def tell_of_unused_accelerator() -> None:
+    """One line on standard error where this machine has one: memfit trains and measures on its processor."""
+    from memfit.measure.here import accelerator_kind
+
+    if kind := accelerator_kind():
+        print(
+            f"memfit: this machine's accelerator ({kind}) is not used: memfit trains on the processor; "
+            "`memfit plan --on NAME` plans for a device of the catalog",
+            file=sys.stderr,
+        )
+
+
 def machine_of(on: str, place: str) -> Machine:
     """``this``, a machine in one word as the catalog spells it, or a machine file. Raises UserError."""
     from memfit import catalog
@@ -99,6 +113,13 @@ def machine_of(on: str, place: str) -> Machine:
     if on == "this":
         return this_machine(place)
     return catalog.from_toml(on) if on.endswith(".toml") else catalog.machine(on, place)
+
+
+def excluded_techniques(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Raises UserError for an unknown technique, with the nearest that there is."""
+    from memfit.techniques.registry import technique
+
+    return tuple(technique(name).name for name in names or ())
 
 
 def plan_file(which: WhichOptions) -> Plan | None:

@@ -45,6 +45,7 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
         "baseline": choice_view(result.baseline),
         "smallest": choice_view(result.smallest),
         "cap_bytes": result.cap_bytes,
+        "cap_reason": result.cap_reason,
         "goal": result.goal,
         "considered": result.considered,
         "sensitivity": [wire.to_plain(s) for s in result.sensitivity],

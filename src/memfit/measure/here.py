@@ -28,6 +28,17 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def accelerator_kind() -> str:
+    """Of the accelerator that torch could use here, such as "cuda"; "" where there is none. Loads torch, and
+    begins nothing on the device."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ""
+    found = torch.accelerator.current_accelerator()
+    return found.type if found is not None else ""
+
+
 def free_bytes() -> int:
     """Memory that can be taken now without swapping."""
     import psutil

@@ -75,6 +75,9 @@ def print_search(
     title = words.get("terminal.search", goal=goal, cap=cap, considered=priced)
     console.print(Text(title, style="bold"))
     console.print(Text(_plain_line(view, cap, words)))
+    if result.cap_reason.startswith("demonstration"):
+        told = words.of(words.name("cap_reason", result.cap_reason))
+        console.print(Text(words.get("page.cap_line", cap=cap, reason=told)))
     _print_cautions(result, correction, words, console)
     if view.frontier:
         few = _spread(view.frontier)

@@ -256,7 +256,8 @@ class Trial:
 class SearchResult:
     """``frontier``: no plan in it is beaten in peak, time and effect class at once; by growing peak.
     ``recommended`` is None when nothing fits. ``considered`` counts distinct plans priced. ``trials``: plans
-    run for a few steps before one of them was recommended. ``unfinished``: the search was interrupted."""
+    run for a few steps before one of them was recommended. ``unfinished``: the search was interrupted.
+    ``cap_reason``: "asked for", "the device's memory" or that of a demonstration."""
 
     goal: str
     cap_bytes: int
@@ -269,6 +270,7 @@ class SearchResult:
     timings: Timings | None = None  # None: of the catalog
     trials: tuple[Trial, ...] = ()
     unfinished: bool = False
+    cap_reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

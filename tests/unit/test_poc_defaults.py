@@ -1,0 +1,156 @@
+"""What `memfit poc` and `memfit plan` do on this machine where nothing is said: the cap, the processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import words
+
+from memfit import pipeline, planning
+from memfit.cli.options import BoundsOptions, GoalOptions, HereOptions, JobOptions
+from memfit.cli.plan import bounds_of
+from memfit.cli.request import request as request_of
+from memfit.planning import Planning, Request, needed_bytes
+from memfit.report.words import load_words
+from memfit.store.database import Store
+from memfit.techniques.registry import effect_of
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.machine import Device, Fact, Machine
+from memfit.types.plan import Accuracy, Bounds, EffectClass
+
+Ask = Callable[..., Planning]
+
+
+def fact(value: float) -> Fact:
+    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
+
+
+PROCESSOR = Machine(
+    name="test",
+    device=Device(
+        name="test", kind="cpu", memory_bytes=fact(2**30), bandwidth_bytes_s=fact(1e9),
+        peak_flops={"float32": fact(1e10)}, power_w=fact(10.0),
+    ),
+)  # fmt: skip
+
+
+def quiet(*begun: Any) -> None:
+    pass
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """A search for a job of a few kilobytes on a processor."""
+
+    def asked(job: Job | None = None, **more: Any) -> Planning:
+        monkeypatch.setattr(planning, "load", lambda ref: job or words(2))
+        monkeypatch.setattr(planning, "FINALISTS", 3)
+        request = Request(
+            job=JobRef(spec="words"),
+            machine=PROCESSOR,
+            accuracy=Accuracy.EXACT,
+            **more,
+        )
+        return planning.search(request, quiet)
+
+    return asked
+
+
+# --- the cap of a demonstration
+
+
+def test_a_demonstration_whose_quarter_no_plan_fits_gets_a_cap_that_one_does(ask: Ask) -> None:
+    found = ask()
+    recommended = found.result.recommended
+    assert recommended is not None
+    assert recommended.fits
+    assert effect_of(recommended.estimate.plan) is EffectClass.E0
+    assert needed_bytes(recommended.estimate, PROCESSOR) <= found.cap_bytes == found.result.cap_bytes
+    least = min(needed_bytes(c.estimate, PROCESSOR) for c in found.result.frontier)
+    assert found.cap_bytes == pytest.approx(1.1 * least, rel=1e-3)
+    assert found.cap_reason == found.result.cap_reason == (
+        "demonstration: what the smallest plan needs and a tenth more, as none fits 25% of the baseline's "
+        "predicted peak"
+    )  # fmt: skip
+    assert "25% に収まるプランがないため" in load_words("ja").of(found.cap_reason)
+
+
+def test_a_demonstration_that_a_plan_fits_keeps_the_jobs_own_share(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)
+    found = ask(dataclasses.replace(words(2), demonstration_ratio=0.95))
+    assert found.cap_reason == "demonstration: 95% of the baseline's predicted peak"
+    assert found.cap_bytes == int(0.95 * found.result.baseline.estimate.allocated_bytes.value)
+
+
+def test_a_cap_that_was_asked_for_is_not_changed(ask: Ask) -> None:
+    with pytest.raises(NothingFits) as told:
+        ask(cap_bytes=1000)
+    assert told.value.cap_bytes == 1000
+
+
+# --- techniques that are excluded
+
+
+def test_an_excluded_technique_is_in_no_plan_on_this_machine_and_in_no_run_of_a_proof_of_concept(
+    ask: Ask, tmp_path: Path
+) -> None:
+    excluded = ("bf16-autocast", "activation-checkpointing")
+    found = ask(bounds=Bounds(without=excluded))
+    shown = [c.estimate.plan for c in found.result.frontier]
+    assert not [p for p in shown if any(map(p.get, excluded))]
+    story = pipeline._Story(found, Store(tmp_path / "s.sqlite3"), 1, 2, "memfit poc", quiet)
+    ran = [s.plan for s in story.specs()]
+    assert ran
+    assert not [p for p in ran if any(map(p.get, excluded))]
+
+
+def test_plan_takes_excluded_techniques_for_this_machine_too() -> None:
+    bounds = bounds_of(JobOptions(), BoundsOptions(without=["adamw-8bit"]), "this")
+    assert bounds.without == ("adamw-8bit",)
+    with pytest.raises(UserError, match="did you mean 'adamw-8bit'"):
+        bounds_of(JobOptions(), BoundsOptions(without=["adam-8bit"]), "this")
+
+
+# --- a machine with a GPU
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_machine_with_a_gpu_is_told_in_one_line_that_the_processor_trains(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    request_of(JobOptions(), GoalOptions(), HereOptions())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "memfit: this machine's accelerator (cuda) is not used: memfit trains on the processor"
+    )
+    request_of(JobOptions(), GoalOptions(), HereOptions(), "H100-SXM")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_machine_without_a_gpu_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    request_of(JobOptions(), GoalOptions(), HereOptions())
+    assert capsys.readouterr().err == ""
+
+
+def test_help_looks_for_no_gpu_and_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom memfit.cli import main\nmain(['poc', '--help'])\nsys.exit('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, "--without TECHNIQUE" in ended.stdout) == (0, True)
