@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from memfit import gates, outlook, wire
+from memfit import gates, outlook, trials, wire
+from memfit import planning as planner
 from memfit.adoption import effort
 from memfit.cost.correction import corrected
 from memfit.cost.memory import timeline
@@ -29,7 +30,6 @@ from memfit.planning import (
     calibrate,
     is_long,
     model_sizes,
-    search,
 )
 from memfit.report.case import case_offers
 from memfit.report.html import write_html
@@ -71,6 +71,7 @@ CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
 _KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
+_TRIALS_S = 60.0  # of a proof of concept, for rivals of its recommendation
 _SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")  # of machines whose times correct each other
 _CHECKPOINTING = use("activation-checkpointing", every=1)
 
@@ -91,7 +92,7 @@ def poc(
     Every run is in the store as soon as it ends. Raises NothingFits, UserError.
     """
     begun = time.perf_counter()
-    planning = search(request, progress, must_run=True)
+    planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
     story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
     found = story.begin(request)
     specs = list(story.specs())
@@ -105,6 +106,23 @@ def poc(
     store.append(found.poc_id, "poc", found)
     write_html(found, path, lang=lang, decision=decide_on(found, cases.Case()))
     return found
+
+
+def search(
+    request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
+) -> Planning:
+    """`planning.search`; with ``measure_s`` the rivals of the recommended plan are run for about as long
+    before one is recommended. Raises NothingFits, UserError."""
+    if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
+        raise UserError(f"--measure with --goal {request.goal.value}", allowed=", ".join(trials.BY_TIME))
+    planning = planner.search(request, progress, must_run=must_run)
+    if measure_s is None or request.goal not in trials.BY_TIME:
+        return planning
+    try:
+        return trials.measured(planning, progress, budget_s=measure_s)
+    except KeyboardInterrupt:
+        so_far = dataclasses.replace(planning.result, unfinished=True)
+        raise planner.SearchInterrupted(so_far) from None
 
 
 def report(

@@ -90,6 +90,10 @@ class Planning:
     cap_bytes: int
     cap_reason: str
     result: SearchResult
+    estimates: Sequence[Estimate] = ()  # of plans that were traced
+    sketches: Sequence[Estimate] = ()  # of every plan
+    fits: Fits = lambda estimate: True
+    left_out: tuple[Reason, ...] = ()
 
 
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
@@ -219,8 +223,9 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             [e for e in estimates if as_asked(e.plan, bounds, batch)], request, cap_bytes, bounds
         )
     return Planning(
-        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result
-    )
+        request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result,
+        estimates=estimates, sketches=sketches, fits=fits, left_out=left_out,
+    )  # fmt: skip
 
 
 def _nothing_fits(asked: Sequence[Estimate], request: Request, cap_bytes: int, bounds: Bounds) -> NothingFits:

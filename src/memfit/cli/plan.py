@@ -36,11 +36,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """On how many processes, and where the plan is written."""
+    """On how many processes, whether rivals are run first, and where the plan is written."""
 
     nproc: Annotated[
         int, typer.Option(metavar="N", min=1, help="Plan for N processes that share the batch.")
     ] = 1
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="On this machine: run the plans whose predicted times lie within the error of the best for "
+            "a few steps in turn, and recommend by what was measured.",
+        ),
+    ] = False
+    measure_time: Annotated[
+        str, typer.Option(metavar="TIME", help="With --measure: begin no run after this time: 90s, 5m.")
+    ] = "5m"
     save: Annotated[
         Path | None,
         typer.Option(
@@ -87,6 +98,9 @@ def plan(
         writable(save.save, overwrite=save.force)
     if yours.given and yours.corrected_by is not None:
         raise UserError("--corrected-by with --from", allowed="one of them")
+    if save.measure and (yours.given or on.on != "this"):
+        raise UserError("--measure runs plans on this machine", allowed="neither --on nor --from with it")
+    budget_s = parse_duration(save.measure_time)
     if yours.given:
         from memfit.cli.given import plan_given
 
@@ -103,7 +117,7 @@ def plan(
         from memfit import pipeline
 
         try:
-            result = pipeline.search(asked, progress).result
+            result = pipeline.search(asked, progress, measure_s=budget_s if save.measure else None).result
         except NothingFits as error:
             raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:

@@ -201,8 +201,7 @@ def decide(
     prices.prepare([without(e.plan, u.technique) for e in near for u in e.plan.uses])
     recommended = None
     if winner is not None:
-        why = (*saved_by(winner, price), *_why_not(winner, estimates, fits, goal), *left_out)
-        recommended = choice(winner, why)
+        recommended = choice(winner, (*reasons_for(winner, estimates, fits, goal, price), *left_out))
     return SearchResult(
         goal=goal.value,
         cap_bytes=cap_bytes,
@@ -217,6 +216,17 @@ def decide(
         recommended=recommended,
         smallest=choice(smallest),
     )
+
+
+def reasons_for(
+    winner: Estimate,
+    estimates: Sequence[Estimate],
+    fits: Callable[[Estimate], bool],
+    goal: Objective,
+    price: Callable[[Plan], Estimate],
+) -> tuple[Reason, ...]:
+    """What each technique of the winner saves, and why those of other plans are not in it."""
+    return (*saved_by(winner, price), *_why_not(winner, estimates, fits, goal))
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
