@@ -332,8 +332,9 @@ def test_packed_sequences_take_the_lengths_of_the_batch() -> None:
 
 def test_lengths_that_weights_decide_take_a_bound() -> None:
     case = dataclasses.replace(job(residual, 6, 24, 16), build_model=lambda: Packed(by_weights=True))
-    with pytest.raises(UserError, match=r"_pack_padded_sequence at test_any_module.py:\d+ has.*bound"):
-        trace(case, Plan())
+    unbound = trace(case, Plan())
+    assert any("_pack_padded_sequence gave 144 of 144 elements at" in a for a in unbound.assumptions)
+    assert unbound.assumed_low_ratio < 1 == unbound.assumed_high_ratio
     for bound, packed in ((0.5, 72), (100, 100), ({"_pack_padded_sequence": 10}, 10)):
         found = trace(dataclasses.replace(case, bound=bound), Plan())
         assert any(f"gave {packed} of 144" in a for a in found.assumptions)
@@ -365,11 +366,20 @@ def test_a_bound_is_the_size_of_what_depends_on_weights(bound: Any, rows: int) -
         (lambda m, x: m.first(x).repeat_interleave((m.second(x)[:, 0] > 0).long(), 0), "repeat_interleave"),
     ],
 )
-def test_without_one_the_operator_and_the_line_are_named(forward: Any, op: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"{op} at test_any_module.py:\d+ has a size that depends on the data.*bound"
-    ):
-        trace(job(forward), Plan())
+def test_without_one_all_are_assumed_and_the_interval_holds_one_too(forward: Any, op: str) -> None:
+    found = memfit.estimate(job(forward))
+    assert any(a.startswith(f"{op} gave") for a in found.estimate.guesses)
+    few = memfit.estimate(job(forward, bound={op: 1})).allocated_bytes
+    assert found.allocated_bytes.low <= few.value <= found.allocated_bytes.high
+
+
+def test_a_size_without_limit_is_asked_for() -> None:
+    def repeated(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.first(x).repeat_interleave(m.second(x)[:, 0].exp().long(), 0)
+
+    wanted = r"repeat_interleave at test_any_module.py:\d+ has a size that depends on the data.*bound"
+    with pytest.raises(UserError, match=wanted):
+        trace(job(repeated), Plan())
 
 
 def until_small(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -448,7 +458,13 @@ def counted_rounds(m: Any, x: torch.Tensor) -> torch.Tensor:
     return h
 
 
-@pytest.mark.parametrize("forward", [cut, counted_rounds])
+def test_a_count_that_decides_sizes_lies_between_one_and_all() -> None:
+    found = trace(job(cut), Plan())
+    assert any(".item() on torch.int64 answered 40 at" in a for a in found.assumptions)
+    assert found.assumed_low_ratio < 1 == found.assumed_high_ratio
+
+
+@pytest.mark.parametrize("forward", [counted_rounds])
 def test_a_number_that_decides_sizes_is_asked_for(forward: Any) -> None:
     with pytest.raises(
         UserError, match=r".item\(\) at test_any_module.py:\d+ decides how much.*bound"

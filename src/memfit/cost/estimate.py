@@ -39,7 +39,7 @@ def estimate(
         step = played([trace], plan, machine, model)
     trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
-    allocated = around(profile.peak_bytes, MEMORY_RATIO)
+    allocated = _with_assumed(around(profile.peak_bytes, MEMORY_RATIO), trace)
     memory = footprint(trace, allocated, machine)
     ops = step_ops(trace)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None
@@ -67,6 +67,12 @@ def estimate(
         rank=trace.rank,
         assumptions=trace.assumptions,
     )
+
+
+def _with_assumed(allocated: Interval, trace: Trace) -> Interval:
+    """Wide enough for other values of what only a run decides."""
+    low, high = allocated.low * trace.assumed_low_ratio, allocated.high * trace.assumed_high_ratio
+    return Interval(value=allocated.value, low=low, high=high)
 
 
 def _spread(calibration: Calibration, machine: Machine) -> float:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from memfit.trace.assumed_values import Case, assuming
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.trace import Phase, Trace
@@ -80,6 +82,38 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
         return found
 
     return settled
+
+
+def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
+    """``run(job, ...)``. Where assumed values were asked for, the step is traced with the lowest and highest
+    ones too: the trace says between which ratios to its own peak theirs lie."""
+
+    @functools.wraps(run)
+    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
+        found = run(job, *args, **kwargs)
+        if not found.assumed:
+            return found
+        peaks = [_peak_bytes(found)]
+        for case in (Case.LOW, Case.HIGH):
+            with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # values that cannot be
+                peaks.append(_peak_bytes(run(job, *args, **kwargs)))
+        where, tried = " and ".join(found.assumed), len(peaks) - 1
+        told = f"values at {where} were assumed; the interval holds the peaks under {tried} other cases"
+        matters = min(peaks) < max(peaks) or not tried
+        return dataclasses.replace(
+            found,
+            assumed_low_ratio=min(peaks) / peaks[0],
+            assumed_high_ratio=max(peaks) / peaks[0],
+            assumptions=(*found.assumptions, told) if matters else found.assumptions,
+        )
+
+    return settled
+
+
+def _peak_bytes(trace: Trace) -> int:
+    changes = [(a.start, a.size_bytes) for a in trace.allocations]
+    changes += [(a.end, -a.size_bytes) for a in trace.allocations if a.end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
 def _told(job: Job, more: Mapping[str, int]) -> Job:

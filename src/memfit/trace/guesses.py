@@ -1,12 +1,14 @@
 """What fake tensors cannot know: values read out of them, and shapes that depend on values.
 
 What the batch alone decides is taken from its values (`shadows`). For the rest a job gives bounds
-(``Job.bound``); without one, ``.item()`` gets a harmless answer and a data-dependent shape is the user's
-to bound. Everything assumed is told in ``assumptions``.
+(``Job.bound``); without one, values within the range of the operator that made them are assumed
+(`assumed_values`), ``.item()`` gets a harmless answer where there is no range, and a size without a limit is
+the user's to bound. Everything assumed is told in ``assumptions``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections import Counter
@@ -22,11 +24,14 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree
 
-from memfit.trace.lines import asking_line, user_line
+from memfit.trace.assumed_values import Case, is_assumed, marked
+from memfit.trace.lines import asking_line, library_line, user_line
 from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
+# Sizes that have a limit: how many elements were asked about.
+_LIMITED = frozenset({"nonzero", "masked_select", "unique", "_pack_padded_sequence", "ctc_loss"})
 _HERE = str(Path(__file__).parent)
 _REJECTIONS = 16  # answers of True to one line of one call before it hears False
 _LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never ends
@@ -35,12 +40,13 @@ _LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never 
 class Guesses:
     """Answers for one trace. ``scratch`` holds what an operator made inside itself until the ledger has
     seen it. ``doubtful``: the code that last heard True without any knowledge; ``open``: the lines that
-    heard a number so."""
+    heard a number so; ``assumed``: those that heard one within its range."""
 
     def __init__(self, bound: Bound | None = None) -> None:
         self.bound = bound
         self.doubtful = ""
         self.open: dict[str, None] = {}
+        self.assumed: dict[str, None] = {}
         self.shadows = Shadows()
         self.assumptions: dict[str, None] = {}
         self.scratch: list[torch.Tensor] = []
@@ -55,16 +61,17 @@ class Guesses:
         A bool's bound says how often the line hears True before it hears False. Raises UserError where a
         line without one goes on asking."""
         truth, floating = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
-        place = asking_line() if truth and value is None else ""
+        chance = value is not None and is_assumed(self.shadows.of(tensor))
+        place = asking_line() if truth and (value is None or (chance and value)) else ""
         denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
         self.doubtful = place if place and not denied else self.doubtful
         if not told:
-            if value is not None:
+            if value is not None and not denied:
                 return value  # type: ignore[no-any-return]
             if truth:
                 return not denied and not self._rejects()
             return 1.0 if floating else 1
-        where = user_line()
+        where = library_line()
         found = 0 if denied else self._given("item", where)
         self._asked[where] += 1
         limit = _LOOP_LIMIT if where else 1000 * _LOOP_LIMIT  # an optimizer's own, stepping in backward
@@ -79,7 +86,7 @@ class Guesses:
         elif found is not None:
             answer = found if floating else int(found)
         elif value is not None:
-            answer, source = value, ", as in the batch"
+            answer, source = value, self._source(chance, where)
         else:
             self.open[where] = None
             answer = 1.0 if floating else 1
@@ -110,7 +117,9 @@ class Guesses:
         try:
             return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
-            op, where = func.overloadpacket.__name__, user_line()
+            op, where = func.overloadpacket.__name__, library_line()
+            chance = values is None
+            values = self._of_assumed(func, args, kwargs) if chance else values
             if values is None:
                 raise UserError(
                     op
@@ -119,29 +128,75 @@ class Guesses:
                     allowed="values that follow from the batch alone",
                     hint="take the operator out of the step",
                 ) from None
-            self._tell(f"{op} gave what it gives for the batch", where)
+            of = "assumed values" if chance else "the batch, as in the batch"
+            self._tell(f"{op} gave what it gives for {of}", where)
+            if chance:
+                self.assumed[where or op] = None
             return _pytree.tree_map_only(torch.Tensor, _without_values, values)
 
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
         """Elements that ``op`` gives, of ``most`` possible ones: the bound, else ``count`` of the values
         that decide. Raises UserError where there is neither."""
-        where = user_line()
+        where = library_line()
         found = self._given(op, where)
         if found is None:
             found = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
         source = ""
         if found is None:
-            real = self.shadows.of(decided)
-            if real is None:
+            real = self.shadows.assume(decided) if decided.dtype is torch.bool else self.shadows.of(decided)
+            if real is not None:
+                with torch.no_grad(), unset_fake_temporarily():
+                    found = int(count(real))
+                source = self._source(is_assumed(real), where or op)
+            elif op in _LIMITED:  # all of them, or one: large, or distinct numbers of which none is known
+                found = min(1, most) if self.shadows.case is Case.LOW else most
+                source = self._source(True, where or op)
+            else:
                 raise _unbounded(op, where)
-            with torch.no_grad(), unset_fake_temporarily():
-                found, source = int(count(real)), ", as in the batch"
         size = math.ceil(found * most) if isinstance(found, float) else found
         self._tell(f"{op} gave {size} of {most} elements{source}", where)
         return size
 
     def _given(self, op: str, where: str) -> int | float | None:
-        return self.bound.get(where, self.bound.get(op)) if isinstance(self.bound, Mapping) else None
+        if not isinstance(self.bound, Mapping):
+            return None
+        return self.bound.get(where, self.bound.get(user_line(), self.bound.get(op)))
+
+    def _source(self, chance: bool, where: str) -> str:
+        """How an answer is told: as the batch's, or as an assumed one of the line."""
+        if chance:
+            self.assumed[where] = None
+        return "" if chance else ", as in the batch"
+
+    def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """Values for code outside torch: the batch's, or assumed ones, of whole numbers ones."""
+        real = self.shadows.assume(tensor)
+        if real is None:
+            with unset_fake_temporarily():
+                real = marked(torch.ones(tensor.shape, dtype=tensor.dtype))
+        where = library_line()
+        chance = is_assumed(real)
+        self._tell(f"{what} gave {'assumed ' if chance else ''}values" + self._source(chance, where), where)
+        return real
+
+    def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What an operator gives for assumed numbers and masks; None where whole numbers are unknown, for
+        which some would be out of range, and where it fails."""
+        leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        unknown = [x for x in leaves if self.shadows.of(x) is None]
+        values = {id(x): self.shadows.assume(x) for x in leaves}
+        for tensor in unknown:
+            self.shadows.forget(tensor)
+        if None in values.values():
+            return None
+        real = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
+        with (
+            torch.no_grad(),
+            unset_fake_temporarily(),
+            contextlib.suppress(RuntimeError, ValueError, IndexError),
+        ):
+            return func(*real[0], **real[1])
+        return None
 
     def _tell(self, what: str, where: str) -> None:
         self.assumptions[what + (f" at {where}" if where else "")] = None
@@ -296,7 +351,7 @@ def _equal(self: Guesses, one: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     """No, where torch asks a condition of its own whether it is true (is_scalar_tensor_true in TensorUtils,
     of istft's windows): what is true there is an error."""
     answer = one.dim() > 0 or one.dtype is not torch.bool
-    self._tell(f"equal answered {answer}", user_line())
+    self._tell(f"equal answered {answer}", library_line())
     return answer
 
 

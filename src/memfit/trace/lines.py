@@ -28,6 +28,17 @@ def user_line() -> str:
     return ""
 
 
+def library_line() -> str:
+    """As `user_line`, but a library's own code counts as well: where exactly a value is asked for."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and (path := frame.f_code.co_filename) != _STEP:
+        installed = "/site-packages/" in path and "/site-packages/torch/" not in path
+        if (installed and _PACKAGE not in path) or not any(part in path for part in _NOT_THE_USERS):
+            return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return user_line()
+
+
 def asking_line() -> str:
     """The place in the code, torch's own or the user's, that asks a tensor for its value: several may be on
     one line."""

@@ -9,23 +9,40 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memfit.trace.guesses import Guesses
 from memfit.trace.shadows import Shadows
 
 
 @contextlib.contextmanager
-def values_read(shadows: Shadows) -> Iterator[None]:
+def values_read(guesses: Guesses) -> Iterator[None]:
     """For as long as this lasts."""
+    shadows = guesses.shadows
     with contextlib.ExitStack() as stack:
         for home, name, put in (
             (torch._VF, "_pad_packed_sequence", _padding(shadows)),
             (torch, "ctc_loss", _given_tensors(torch.ctc_loss)),
             (torch, "tensor_split", _given_numbers(torch.tensor_split)),
             (torch.Tensor, "tensor_split", _given_numbers(torch.Tensor.tensor_split)),
+            (torch.Tensor, "numpy", _of_values(guesses, torch.Tensor.numpy)),
+            (torch.Tensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
         ):
             stack.enter_context(mock.patch.object(home, name, put, create=home is torch._VF))
         yield
+
+
+def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``numpy`` and ``tolist`` of a fake tensor, for other libraries: of its known or assumed values."""
+
+    def called(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if type(tensor) is not FakeTensor:
+            return inner(tensor, *args, **options)
+        with _disable_current_modes():
+            return inner(guesses.read(tensor, inner.__name__).clone(), *args, **options)
+
+    return called
 
 
 def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:

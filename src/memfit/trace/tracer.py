@@ -23,7 +23,7 @@ from memfit.techniques import islands
 from memfit.techniques.base import Workbench
 from memfit.techniques.batch_objects import map_batch
 from memfit.trace.copies import script_modules_loaded
-from memfit.trace.doubts import Doubted, retried, weighed
+from memfit.trace.doubts import Doubted, retried, weighed, widened
 from memfit.trace.few_blocks import FirstBlocks, remember
 from memfit.trace.flows import streams
 from memfit.trace.guesses import Guesses
@@ -62,6 +62,7 @@ def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
 
 
 @weighed
+@widened
 @retried
 def trace(
     job: Job,
@@ -87,7 +88,7 @@ def trace(
     with (
         _guesses_blamed(ledger), fake_ranks(plan, rank) as world, _fake_world() as fake,
         _random_states(ledger), _resizes(ledger), _propagation_unseen(ledger), device_lens(device), ledger,
-        values_read(ledger.shadows),
+        values_read(ledger.guesses),
         GlooScratch() if scratch else contextlib.nullcontext(),
         streams(ledger) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
@@ -123,6 +124,7 @@ def trace(
         offloaded_tensors=ledger.offloaded_tensors,
         assumptions=tuple(ledger.guesses.assumptions),
         guessed=tuple(filter(None, ledger.guesses.open)),
+        assumed=tuple(ledger.guesses.assumed),
         rank=rank,
         ranks=plan.ranks,
         communicators=tuple((name, len(ranks)) for name, ranks in groups.items()),

@@ -103,6 +103,9 @@ class Trace:
     offloaded_tensors: int = 0  # in so many pieces
     assumptions: tuple[str, ...] = ()  # e.g. answers given to .item()
     guessed: tuple[str, ...] = ()  # lines that asked for a number which nothing decides but weights
+    assumed: tuple[str, ...] = ()  # lines that asked for a value which only a run has, within its range
+    assumed_low_ratio: float = 1.0  # the peak under other values of what only a run decides, lowest to
+    assumed_high_ratio: float = 1.0  # highest, to this peak
     rank: int = 0  # the one traced, of `ranks`
     ranks: int = 1
     host_peak_bytes: int = 0  # of tensors that lie in host memory beside the device; not in `allocations`

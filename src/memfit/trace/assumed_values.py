@@ -1,0 +1,143 @@
+"""Values for tensors whose values only a run knows: drawn within the range that the operator allows, the same
+in every trace.
+
+A router's choices, a proposal that survives suppression, a random crop: the trace goes on with a plausible
+case. Where such a value decides a size, the step is traced with other cases too and the interval holds all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import enum
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+_ASSUMED = "_memfit_assumed"
+_ATEN: Any = torch.ops.aten
+
+
+class Case(enum.StrEnum):
+    """Which values are assumed.
+
+    ``USUAL``: random numbers spread evenly, so that a router's choices are balanced; every element of a mask.
+    ``LOW`` and ``HIGH``: all rows choose alike, random numbers are the lowest or highest there are; one
+    element of a mask, or half of them at random.
+    """
+
+    USUAL = "usual"
+    LOW = "low"
+    HIGH = "high"
+
+
+_CASE: contextvars.ContextVar[Case] = contextvars.ContextVar("case", default=Case.USUAL)
+
+
+def current_case() -> Case:
+    return _CASE.get()
+
+
+@contextlib.contextmanager
+def assuming(case: Case) -> Iterator[None]:
+    """Traces made inside this assume the values of ``case``."""
+    token = _CASE.set(case)
+    try:
+        yield
+    finally:
+        _CASE.reset(token)
+
+
+# Indices and counts that a comparison of unknown numbers gives.
+CHOICES = frozenset(
+    {
+        _ATEN.topk.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default,
+        _ATEN.argmax.default, _ATEN.argmin.default, _ATEN.max.dim, _ATEN.min.dim,
+        _ATEN.kthvalue.default, _ATEN.median.dim,
+        _ATEN.mode.default, _ATEN.multinomial.default, _ATEN.bucketize.Tensor, _ATEN.searchsorted.Tensor,
+        _ATEN.cummax.default,
+    }
+)  # fmt: skip
+# Of an unknown mask: where it holds, and how often.
+COUNTS = frozenset(
+    {
+        _ATEN.nonzero.default, _ATEN.sum.default, _ATEN.sum.dim_IntList, _ATEN.count_nonzero.default,
+        _ATEN.count_nonzero.dim_IntList, _ATEN.cumsum.default,
+    }
+)  # fmt: skip
+# Of a tensor, its shape and dtype alone.
+CONSTANTS = frozenset(
+    {
+        _ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.new_zeros.default,
+        _ATEN.new_ones.default, _ATEN.new_full.default,
+    }
+)  # fmt: skip
+# A small tensor's every element, at random.
+FILLS = frozenset(
+    {
+        _ATEN.uniform_.default, _ATEN.normal_.default, _ATEN.random_.default, _ATEN.random_.to,
+        _ATEN.random_.__getattr__("from"), _ATEN.bernoulli_.float, _ATEN.exponential_.default,
+    }
+)  # fmt: skip
+
+
+def is_assumed(value: torch.Tensor | None) -> bool:
+    return getattr(value, _ASSUMED, False)
+
+
+def marked(values: Any) -> Any:
+    """The same tensors, as assumed ones."""
+    for value in values if isinstance(values, list | tuple) else [values]:
+        if isinstance(value, torch.Tensor):
+            setattr(value, _ASSUMED, True)
+    return values
+
+
+def assumed(tensor: torch.Tensor, case: Case, seed: int) -> torch.Tensor | None:
+    """Values of the tensor's shape and dtype; None for integers, whose range is not known."""
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        if dtype is torch.bool:
+            made = torch.ones(shape, dtype=dtype)
+            if case is not Case.USUAL:
+                half = torch.randint(0, 2, (tensor.numel(),), generator=generator).bool()
+                made.view(-1)[1:] = half[1:] if case is Case.HIGH else False
+            return marked(made)  # type: ignore[no-any-return]
+        if not dtype.is_floating_point:
+            return None
+        if case is Case.USUAL or not shape:
+            made = torch.rand(shape, generator=generator)
+        else:  # rows alike, rising or falling
+            row = torch.linspace(0.1, 0.9, shape[-1])
+            made = (row if case is Case.HIGH else row.flip(0)).expand(shape).contiguous()
+        return marked(made.to(dtype))  # type: ignore[no-any-return]
+
+
+def drawn(func: Any, args: Any, kwargs: Any, case: Case, seed: int) -> Any:
+    """What a random operator gives, from a generator of its own; its lowest or highest number instead."""
+    with _own_random_numbers(seed):
+        made = func(*args, **kwargs)
+        if case is not Case.USUAL and isinstance(made, torch.Tensor) and func is not _ATEN.randperm.default:
+            every = torch.cat([made.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
+            made.fill_(every.min() if case is Case.LOW else every.max())
+    return marked(made)
+
+
+def filled(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: Case, seed: int) -> torch.Tensor:
+    """A real tensor that the random in-place operator has filled."""
+    with unset_fake_temporarily(), torch.no_grad():
+        made = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return drawn(lambda: func(made.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
