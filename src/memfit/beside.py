@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
+from collections import Counter
 
 from memfit.configs.better import neighbours
 from memfit.planning import Progress, Request, fits_under, make_pricer, needed_bytes, search
+from memfit.techniques.blocks import find_blocks
 from memfit.techniques.registry import check
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError
@@ -30,10 +33,28 @@ class Beside:
     nothing: str | None = None
 
 
-def parameters(request: Request) -> int:
-    """Of the job's model."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """``layers``: repeated blocks; ``width``: of their norms; None where the model has none."""
+
+    parameter_count: int
+    layers: int | None
+    width: int | None
+
+
+def model_size(request: Request) -> ModelSize:
+    """Of the job's model. Raises UserError where the job cannot be made."""
     job, _ = make_pricer(request)
-    return sum(p.numel() for p in fake_model(job).parameters())
+    model = fake_model(job)
+    count = sum(p.numel() for p in model.parameters())
+    try:
+        blocks = find_blocks(model, job.blocks)[1]
+    except UserError:
+        return ModelSize(parameter_count=count, layers=None, width=None)
+    named = blocks[0].named_parameters()
+    widths = Counter(p.numel() for n, p in named if p.dim() == 1 and re.search(r"norm|ln_|_ln", n.lower()))
+    width = widths.most_common(1)[0][0] if widths else None
+    return ModelSize(parameter_count=count, layers=len(blocks), width=width)
 
 
 def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:

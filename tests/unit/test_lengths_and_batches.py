@@ -13,6 +13,7 @@ from torch import nn
 import memfit
 from memfit import catalog, pipeline
 from memfit.cli import app
+from memfit.configs import carry, read
 from memfit.jobs.registry import load
 from memfit.report.words import load_words
 from memfit.report.workload_text import workload_text
@@ -198,6 +199,140 @@ def test_the_line_is_said_in_japanese() -> None:
     job = load(JobRef(spec=LLAMA, length=64))
     text = workload_text(workload_of(job, "H100-SXM"), load_words("ja"))
     assert text.endswith("、バッチ 4 × 64 トークン、H100-SXM 上（バッチは仮定、--batch で指定）")
+
+
+# --- what a configuration says of model, length, batch and micro-batch
+
+
+def _carried(tmp_path: Path, name: str, text: str) -> Any:
+    (tmp_path / name).write_text(text)
+    return carry.over(read.read([tmp_path / name]))
+
+
+TITAN = """
+[model]
+name = "{name}"
+flavor = "{flavor}"
+[training]
+local_batch_size = 2
+seq_len = 8192
+[optimizer]
+name = "AdamW"
+"""
+MEGATRON = (
+    "pretrain_gpt.py --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --bf16 "
+    "--vocab-size 1000 --micro-batch-size 2 --global-batch-size 8 --tensor-model-parallel-size 1 "
+)
+ROTARY = "--position-embedding-type rope "
+LLAMA_LIKE = (
+    f"{ROTARY}--swiglu --normalization RMSNorm --disable-bias-linear --group-query-attention "
+    "--num-query-groups 2 --untie-embeddings-and-output-weights"
+)
+TABLE = 1024 * 64  # of tokens, padded to 128
+GPT_BLOCK = 4 * (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64) + 2 * 2 * 64
+LLAMA_BLOCK = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor", "parameter_count"),
+    [("llama3", "8B", 8_030_261_248), ("llama3", "70B", 70_553_706_496), ("qwen3", "0.6B", 596_049_920)],
+)
+def test_a_flavor_of_torchtitan_has_its_parameters(
+    name: str, flavor: str, parameter_count: int, tmp_path: Path
+) -> None:
+    carried = _carried(tmp_path, "titan.toml", TITAN.format(name=name, flavor=flavor))
+    job = load(JobRef(spec=carried.model.job, length=carried.length, batch=carried.batch))
+    assert workload_of(job).parameter_count == parameter_count
+    assert (workload_of(job).length, carried.micro_batch) == (8192, 2)
+
+
+def test_a_flavor_that_is_not_known_is_named(tmp_path: Path) -> None:
+    model = _carried(tmp_path, "titan.toml", TITAN.format(name="deepseek_v3", flavor="16B")).model
+    assert model.job == ""
+    assert model.missing == "memfit does not know the sizes of torchtitan's deepseek_v3 16B"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "parameter_count"),
+    [
+        ("", "biogpt", TABLE + (32 + 2) * 64 + 2 * GPT_BLOCK + 2 * 64),
+        (ROTARY, "gpt_neox", TABLE + 2 * GPT_BLOCK + 2 * 64),
+        (LLAMA_LIKE, "llama", 2 * TABLE + 2 * LLAMA_BLOCK + 64),
+    ],
+)
+def test_a_script_of_megatron_is_built_from_its_own_sizes(
+    arguments: str, kind: str, parameter_count: int, tmp_path: Path
+) -> None:
+    carried = _carried(tmp_path, "train.sh", MEGATRON + arguments)
+    assert carried.model.job.startswith(f"hf:{kind}?")
+    job = load(JobRef(spec=carried.model.job, length=carried.length, batch=carried.batch))
+    assert workload_of(job).parameter_count == parameter_count
+    assert (job.batch_size, job.tokens_per_batch) == (8, 8 * 32)
+
+
+@pytest.mark.parametrize("more", ["--num-experts 8", "--position-embedding-type none", "--swiglu"])
+def test_a_model_that_memfit_does_not_build_says_so(more: str, tmp_path: Path) -> None:
+    model = _carried(tmp_path, "train.sh", MEGATRON + more).model
+    assert (model.layers, model.width, model.job) == (2, 64, "")
+    assert model.missing.startswith("memfit builds no model with ")
+
+
+def _planned(
+    tmp_path: Path, text: str, arguments: str, capsys: pytest.CaptureFixture[str], name: str = "train.sh"
+) -> Any:
+    (tmp_path / name).write_text(text)
+    words = ["plan", *arguments.split(), "--from", str(tmp_path / name), "--on", "2xH100-SXM", "--json"]
+    assert app.main(words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_without_a_job_the_scripts_own_model_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = _planned(tmp_path, MEGATRON, "", capsys)
+    about = told["workload"]
+    assert about["model"] == "hf:biogpt (2 layers of width 64)"
+    assert (about["batch_size"], about["length"], about["assumed"]) == (8, 32, [])
+    assert (told["batch"], told["length"], told["micro_batch"]) == (8, 32, 2)
+
+
+def test_a_job_that_differs_from_the_script_is_named(
+    tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = _planned(tmp_path, MEGATRON, f"{own}:job", capsys)
+    left = {one["option"]: one["reason"] for one in told["left_out"]}
+    assert left["2 layers of width 64"] == f"{own}:job has no blocks of width unknown: predicted for that"
+    assert told["workload"]["sample_shape"] == [32, 4]  # its length is the script's
+
+
+def test_a_length_that_the_job_cannot_take_is_left_out_by_name(
+    tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = MEGATRON.replace("--micro-batch-size 2 --global-batch-size 8", "--micro-batch-size 1")
+    told = _planned(tmp_path, script, f"{own}:finished", capsys)
+    left = {one["option"]: one["reason"] for one in told["left_out"]}
+    assert "takes no --length" in left["length 32"]
+    assert "takes no --batch" in left["batch 2"]
+    assert told["batch"] is None
+
+
+def test_the_batch_that_is_asked_for_is_the_one_that_is_told(
+    tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}'
+    told = _planned(tmp_path, zero, f"{own}:job --batch 128", capsys, "zero.json")
+    assert (told["workload"]["batch_size"], told["batch"], told["micro_batch"]) == (128, 128, 4)
+    assert {"option": "batch 256", "reason": "--batch 128 was asked for"} in told["left_out"]
+
+
+def test_files_without_a_model_say_which_job_is_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}'
+    told = _planned(tmp_path, zero, "", capsys, "zero.json")
+    assert {"option": "the model", "reason": "no file describes it: predicted for protein-ss"} in told[
+        "left_out"
+    ]
 
 
 # --- names of devices

@@ -11,7 +11,7 @@ from memfit.cli.lint import findings_view, print_findings
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.request import machine_of, request
+from memfit.cli.request import begin_answer, machine_of, request
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import memfit.beside
     import memfit.configs.carry
     import memfit.configs.lint
+    import memfit.configs.models
     import memfit.planning
     import memfit.types.result
 
@@ -42,60 +43,122 @@ def plan_given(
             reason="predicted as if each had its own",
         )
         carried = dataclasses.replace(carried, left_out=(*carried.left_out, told))
-    job, carried = _published(carried, job)
+    job, carried = _modelled(*_published(carried, job))
     asked, size, carried = _sized(carried, job, goal, here, on)
     from memfit import beside
 
-    found = lint.check(dataclasses.replace(setup, parameters=size), lang=lang)
+    found = lint.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
+    workload = begin_answer(asked, lang=lang, quiet=as_json)
     if not as_json:  # before the prediction, which may say that the plan is impossible
         _print_carried(carried, lang)
         print_findings(found, lang=lang)
     with Bars(lang) as progress:
-        result = beside.beside(asked, carried.plan, progress, parameters=size)
+        result = beside.beside(asked, carried.plan, progress, parameters=size.parameter_count)
     if as_json:
-        emit(_view(carried, found, result))
+        emit({"workload": workload, **_view(carried, found, result)})
     else:
         _print(result, lang)
     return carried.plan
 
 
+def _left_out(
+    carried: memfit.configs.carry.Carried, option: str, reason: str
+) -> memfit.configs.carry.Carried:
+    from memfit.configs.carry import LeftOut
+
+    left = LeftOut(option=option, reason=reason)
+    return dataclasses.replace(carried, left_out=(*carried.left_out, left))
+
+
 def _published(
     carried: memfit.configs.carry.Carried, job: JobOptions
-) -> tuple[JobOptions, memfit.configs.carry.Carried]:
+) -> tuple[memfit.configs.carry.Carried, JobOptions]:
     """At the size of the job that the files are about. Raises UserError where they are about another job."""
-    from memfit.configs.carry import LeftOut
     from memfit.configs.openfold import JOB
 
     if not carried.size:
-        return job, carried
-    if job.job != JOB:
-        raise UserError(f"OpenFold's settings for the job {job.job}", allowed=f"memfit plan {JOB} --from ...")
+        return carried, job
+    if job.job not in (None, JOB):
+        raise UserError(
+            f"OpenFold's settings for the job {job.spec}", allowed=f"memfit plan {JOB} --from ..."
+        )
+    job, (size, _, length) = dataclasses.replace(job, job=JOB), carried.size.partition("@")
+    if job.size is None and (job.length is None or not length or job.length == int(length)):
+        return carried, dataclasses.replace(job, size=size if job.length else carried.size)
     if job.size is None:
-        return dataclasses.replace(job, size=carried.size), carried
+        carried = _left_out(carried, f"crop of {length} residues", f"--length {job.length} was asked for")
+        return carried, dataclasses.replace(job, size=size)
     if job.size == carried.size:
+        return carried, job
+    return _left_out(carried, f"crop of size {carried.size}", f"--size {job.size} was asked for"), job
+
+
+def _modelled(
+    carried: memfit.configs.carry.Carried, job: JobOptions
+) -> tuple[JobOptions, memfit.configs.carry.Carried]:
+    """Of the model that the files describe, where no JOB is named."""
+    model = carried.model
+    if job.job is not None:
         return job, carried
-    told = LeftOut(option=f"crop of size {carried.size}", reason=f"--size {job.size} was asked for")
-    return job, dataclasses.replace(carried, left_out=(*carried.left_out, told))
+    if model is None:
+        return job, _left_out(carried, "the model", f"no file describes it: predicted for {job.spec}")
+    if not model.job:
+        return job, _left_out(carried, _described(model), f"{model.missing}: predicted for {job.spec}")
+    for option, reason in model.differences:
+        carried = _left_out(carried, option, reason)
+    return dataclasses.replace(job, job=model.job), carried
+
+
+def _described(model: memfit.configs.models.DescribedModel) -> str:
+    """``48 layers of width 8192``."""
+    layers = None if model.layers is None else f"{model.layers} layers"
+    width = None if model.width is None else f"width {model.width}"
+    return " of ".join(filter(None, (layers, width))) or "the model"
 
 
 def _sized(
     carried: memfit.configs.carry.Carried, job: JobOptions, goal: GoalOptions, here: HereOptions, on: str
-) -> tuple[memfit.planning.Request, int, memfit.configs.carry.Carried]:
-    """With the job's parameters; of the files' batch, unless another is asked for or the job has its own."""
-    from memfit.configs.carry import LeftOut
-
-    plain = request(job, goal, here, on)
+) -> tuple[memfit.planning.Request, memfit.beside.ModelSize, memfit.configs.carry.Carried]:
+    """Of the files' batch and length, where no others are asked for and the job can take them."""
     from memfit import beside
 
-    if job.batch is not None or carried.batch is None:
-        return plain, beside.parameters(plain), carried
-    asked = request(dataclasses.replace(job, batch=carried.batch), goal, here, on)
-    try:
-        return asked, beside.parameters(asked), carried
-    except UserError as error:
-        size = beside.parameters(plain)  # what is wrong without the batch too is told as it is
-        left = LeftOut(option=f"batch {carried.batch}", reason=str(error))
-        return plain, size, dataclasses.replace(carried, batch=None, left_out=(*carried.left_out, left))
+    for name in ("batch", "length"):
+        own, files = getattr(job, name), getattr(carried, name)
+        if files is None or own == files:
+            continue
+        if own is not None:
+            carried = _left_out(carried, f"{name} {files}", f"--{name} {own} was asked for")
+            continue
+        taken = dataclasses.replace(job, **{name: files})
+        try:
+            beside.model_size(request(taken, goal, here, on))
+        except UserError as error:
+            beside.model_size(request(job, goal, here, on))  # what is wrong anyway is told as it is
+            carried = _left_out(carried, f"{name} {files}", str(error))
+            continue
+        job = taken
+    asked = request(job, goal, here, on)
+    size = beside.model_size(asked)
+    return asked, size, _as_predicted(carried, job, size)
+
+
+def _as_predicted(
+    carried: memfit.configs.carry.Carried, job: JobOptions, size: memfit.beside.ModelSize
+) -> memfit.configs.carry.Carried:
+    """With the batch and length that are predicted, and what of the files' model the job's differs from."""
+    micro = carried.micro_batch
+    if micro is not None and carried.batch is not None:
+        steps = carried.batch // micro
+        micro = job.batch // steps if job.batch is not None and job.batch % steps == 0 else None
+    model = carried.model
+    if model is not None and job.job not in (None, model.job):
+        pairs = ((model.layers, size.layers), (model.width, size.width))
+        if any(files is not None and files != own for files, own in pairs):
+            own = f"{size.layers or 'no'} blocks of width {size.width or 'unknown'}"
+            carried = _left_out(carried, _described(model), f"{job.spec} has {own}: predicted for that")
+        elif model.layers is None:
+            carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
+    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro)
 
 
 def _view(
@@ -111,6 +174,7 @@ def _view(
         "engine": carried.engine,
         "micro_batch": carried.micro_batch,
         "batch": carried.batch,
+        "length": carried.length,
         "left_out": [dataclasses.asdict(left) for left in carried.left_out],
         "findings": findings_view(found),
         "better": [estimate_view(e) for e in result.better],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
+from memfit.configs.models import DescribedModel
 from memfit.configs.read import Options, Setup
 from memfit.techniques.registry import conflict, make_use
 from memfit.types.errors import UserError
@@ -27,8 +28,8 @@ class LeftOut:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
     """``engine``: who would run it. ``micro_batch``: samples in a forward pass of one rank; ``batch``: in an
-    optimizer step of all ranks; None where the files leave them open. ``size``: of the built-in job that the
-    files are about, "" where they are about no such."""
+    optimizer step of all ranks; ``length``: tokens of a sample; None where the files leave them open.
+    ``size``: of the built-in job that the files are about, "" where they are about no such."""
 
     plan: Plan
     engine: str
@@ -36,6 +37,8 @@ class Carried:
     batch: int | None
     left_out: tuple[LeftOut, ...]
     size: str = ""
+    length: int | None = None
+    model: DescribedModel | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,7 +50,9 @@ class Draft:
     left_out: list[LeftOut] = dataclasses.field(default_factory=list)
     micro_batch: int | None = None
     batch: int | None = None
+    length: int | None = None
     size: str = ""
+    model: DescribedModel | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
         try:
@@ -84,7 +89,8 @@ def over(setup: Setup) -> Carried:
     plan = dataclasses.replace(draft.plan, ranks=draft.ranks)
     return Carried(
         plan=plan, engine=engine, micro_batch=draft.micro_batch, batch=draft.batch,
-        left_out=tuple(dict.fromkeys(draft.left_out)), size=draft.size,
+        left_out=tuple(dict.fromkeys(draft.left_out)), size=draft.size, length=draft.length,
+        model=draft.model,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memfit.configs import models
 from memfit.configs.carry import Draft, product
 from memfit.configs.read import Options, Setup
 from memfit.types.plan import KnobValue
@@ -13,6 +14,7 @@ def from_megatron(setup: Setup, draft: Draft) -> None:
     tensor, pipeline, context = (
         given.size(f"{n}_parallel_size") or 1 for n in ("tensor_model", "pipeline_model", "context")
     )
+    draft.length, draft.model = given.size("seq_length"), models.of_megatron(given, tensor)
     model = tensor * pipeline * context
     if setup.ranks is None:
         draft.ranks = model
@@ -134,6 +136,7 @@ def _megatron_recompute(given: Options, draft: Draft) -> None:
 
 # -- torchtitan ----------------------------------------------------------------------------------------
 
+_TITAN_LENGTH = 2048
 _SCHEDULES = {
     "1f1b": "1f1b", "gpipe": "gpipe", "interleaved1f1b": "interleaved",
     "interleavedzerobubble": "zero-bubble", "zbvzerobubble": "zero-bubble-v",
@@ -143,6 +146,7 @@ _SCHEDULES = {
 def from_torchtitan(setup: Setup, draft: Draft) -> None:
     given = setup.torchtitan
     assert given is not None
+    draft.length, draft.model = given.size("training.seq_len") or _TITAN_LENGTH, models.of_torchtitan(given)
     degree = {
         n: given.size(f"parallelism.{n}_degree") or 1
         for n in (
