@@ -34,27 +34,28 @@ class Beside:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSize:
-    """``layers``: repeated blocks; ``width``: of their norms; None where the model has none."""
+class JobSize:
+    """``batch_size``: of a step on all ranks; ``layers``: repeated blocks; ``width``: of their norms; None where the model has none."""
 
+    batch_size: int
     parameter_count: int
     layers: int | None
     width: int | None
 
 
-def model_size(request: Request) -> ModelSize:
-    """Of the job's model. Raises UserError where the job cannot be made."""
+def job_size(request: Request) -> JobSize:
+    """Of the request's job. Raises UserError where the job cannot be made."""
     job, _ = make_pricer(request)
     model = fake_model(job)
     count = sum(p.numel() for p in model.parameters())
     try:
         blocks = find_blocks(model, job.blocks)[1]
     except UserError:
-        return ModelSize(parameter_count=count, layers=None, width=None)
+        return JobSize(batch_size=job.batch_size, parameter_count=count, layers=None, width=None)
     named = blocks[0].named_parameters()
     widths = Counter(p.numel() for n, p in named if p.dim() == 1 and re.search(r"norm|ln_|_ln", n.lower()))
     width = widths.most_common(1)[0][0] if widths else None
-    return ModelSize(parameter_count=count, layers=len(blocks), width=width)
+    return JobSize(batch_size=job.batch_size, parameter_count=count, layers=len(blocks), width=width)
 
 
 def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:

@@ -106,7 +106,13 @@ def test_a_set_up_of_two_ranks_is_predicted_beside_what_takes_less(ask: Ask) -> 
     code, out, _ = ask("plan", "own.py:job", "--from", "useless.json", *TWO, "--json", "--save", "plan.yaml")
     told = json.loads(out)
     assert code == 0
-    assert (told["engine"], told["fits"], told["micro_batch"], told["batch"]) == ("deepspeed", True, 4, None)
+    own = told["workload"]["batch_size"] // 2
+    assert (told["engine"], told["fits"], told["micro_batch"], told["batch"]) == (
+        "deepspeed",
+        True,
+        own,
+        None,
+    )
     assert {f["rule"] for f in told["findings"]} == {"deepspeed-offload-parameters", "deepspeed-bucket"}
     assert [left["option"] for left in told["left_out"]] == ["batch 8"]  # the job has its own
     peaks = [e["allocated_bytes"]["value"] for e in told["better"]]

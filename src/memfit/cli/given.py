@@ -118,7 +118,7 @@ def _described(model: memfit.configs.models.DescribedModel) -> str:
 
 def _sized(
     carried: memfit.configs.carry.Carried, job: JobOptions, goal: GoalOptions, here: HereOptions, on: str
-) -> tuple[memfit.planning.Request, memfit.beside.ModelSize, memfit.configs.carry.Carried]:
+) -> tuple[memfit.planning.Request, memfit.beside.JobSize, memfit.configs.carry.Carried]:
     """Of the files' batch and length, where no others are asked for and the job can take them."""
     from memfit import beside
 
@@ -131,25 +131,25 @@ def _sized(
             continue
         taken = dataclasses.replace(job, **{name: files})
         try:
-            beside.model_size(request(taken, goal, here, on))
+            beside.job_size(request(taken, goal, here, on))
         except UserError as error:
-            beside.model_size(request(job, goal, here, on))  # what is wrong anyway is told as it is
+            beside.job_size(request(job, goal, here, on))  # what is wrong anyway is told as it is
             carried = _left_out(carried, f"{name} {files}", str(error))
             continue
         job = taken
     asked = request(job, goal, here, on)
-    size = beside.model_size(asked)
+    size = beside.job_size(asked)
     return asked, size, _as_predicted(carried, job, size)
 
 
 def _as_predicted(
-    carried: memfit.configs.carry.Carried, job: JobOptions, size: memfit.beside.ModelSize
+    carried: memfit.configs.carry.Carried, job: JobOptions, size: memfit.beside.JobSize
 ) -> memfit.configs.carry.Carried:
     """With the batch and length that are predicted, and what of the files' model the job's differs from."""
     micro = carried.micro_batch
     if micro is not None and carried.batch is not None:
         steps = carried.batch // micro
-        micro = job.batch // steps if job.batch is not None and job.batch % steps == 0 else None
+        micro = size.batch_size // steps if size.batch_size % steps == 0 else None
     model = carried.model
     if model is not None and job.job not in (None, model.job):
         pairs = ((model.layers, size.layers), (model.width, size.width))
