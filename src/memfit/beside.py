@@ -35,8 +35,8 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobSize:
-    """``batch_size``: of a step on all ranks; ``layers``: repeated blocks, ``width``: of their norms, None where
-    the model has none."""
+    """``batch_size``: of a step on all ranks; ``layers``: repeated blocks, ``width``: of their norms, None
+    where the model has none."""
 
     batch_size: int
     parameter_count: int
