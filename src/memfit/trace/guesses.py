@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree
 
-from memfit.trace.assumed_values import Case, is_assumed, marked
+from memfit.trace.assumed_values import Case, is_assumed
 from memfit.trace.lines import asking_line, library_line, user_line
 from memfit.trace.shadows import Shadows
 from memfit.types.errors import UserError
@@ -169,12 +169,16 @@ class Guesses:
         return "" if chance else ", as in the batch"
 
     def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """Values for code outside torch: the batch's, or assumed ones, of whole numbers ones."""
-        real = self.shadows.assume(tensor)
+        """Values for code outside torch: the batch's, or assumed ones; whole numbers of no known range, and
+        large tensors, are full of the line's bound, or of ones."""
+        real, where = self.shadows.assume(tensor), library_line()
         if real is None:
+            bound = self._given("item", where)
+            self.open |= {where: None} if bound is None else {}
             with unset_fake_temporarily():
-                real = marked(torch.ones(tensor.shape, dtype=tensor.dtype))
-        where = library_line()
+                filled = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
+            self._tell(f"{what} gave {1 if bound is None else bound} everywhere", where)
+            return filled
         chance = is_assumed(real)
         self._tell(f"{what} gave {'assumed ' if chance else ''}values" + self._source(chance, where), where)
         return real

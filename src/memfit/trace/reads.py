@@ -27,7 +27,7 @@ def values_read(guesses: Guesses) -> Iterator[None]:
             (torch, "tensor_split", _given_numbers(torch.tensor_split)),
             (torch.Tensor, "tensor_split", _given_numbers(torch.Tensor.tensor_split)),
             (torch.Tensor, "numpy", _of_values(guesses, torch.Tensor.numpy)),
-            (torch.Tensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
+            (FakeTensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
         ):
             stack.enter_context(mock.patch.object(home, name, put, create=home is torch._VF))
         yield
