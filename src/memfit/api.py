@@ -36,6 +36,7 @@ from memfit.types.result import Estimate, Interval
 from memfit.types.units import format_bytes, parse_bytes
 from memfit.types.workload import Workload
 from memfit.workload import workload_of
+from memfit.workspaces import probe_workspaces
 
 __all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
 _CHEAP_BYTES = 64 * 2**30  # models above this are not searched for a plan that would fit
@@ -51,6 +52,7 @@ class Prediction:
     machine: Machine
     cap_bytes: int
     pricer: Pricer = dataclasses.field(repr=False)
+    probe: bool = True  # whether workspaces of kernels may be probed, as given to `estimate`
 
     @property
     def plan(self) -> Plan:
@@ -164,8 +166,9 @@ def estimate(  # noqa: PLR0913
     ema: float | None = None,
     clip: float | None = None,
     workers: int | None = None,
+    probe: bool = True,
 ) -> Prediction:
-    """Predict one training step of ``model`` on ``batch``; nothing is run and nothing given is changed.
+    """Predict one training step of ``model`` on ``batch``; none of it is run and nothing given is changed.
 
     ``model``: a module, a function that builds one, or a Job. ``batch``: a tensor, mapping or tuple, or a
     function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
@@ -174,14 +177,16 @@ def estimate(  # noqa: PLR0913
     techniques for several ranks that does not say ``ranks`` is for all devices of the machine. ``machine``:
     a name of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
     decide, as in `Job`. ``ema``: the decay of a weight average that the loop keeps (True: 0.999). ``clip``:
-    the largest gradient norm. ``workers``: DataLoader worker processes, which take host memory. Raises
-    UserError.
+    the largest gradient norm. ``workers``: DataLoader worker processes, which take host memory.
+    ``probe``: on this machine, run operators whose kernels may take workspace at the peak once each, alone
+    and on made-up tensors, in a child process (a few seconds, kept on disk). Without it, and for another
+    machine, the interval's upper end has room for what they can take. Raises UserError.
     """
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
     )
     found = machine_of(machine)
-    return _predicted(job, _plan_on(plan, found), found)
+    return _predicted(job, _plan_on(plan, found), found, probe=probe)
 
 
 def _plan_on(plan: Any, machine: Machine) -> Plan:
@@ -193,16 +198,27 @@ def _of_several(plan: Plan) -> list[str]:
     return [u.technique for u in plan.uses if u.technique in SEVERAL]
 
 
-def _predicted(job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None) -> Prediction:
+def _predicted(
+    job: Job, plan: Plan, machine: Machine, cap_bytes: int | None = None, *, probe: bool
+) -> Prediction:
     kind = machine.device.kind
     unsearched = Space(batch_size=job.batch_size, block_count=0, has_head=False, vocabulary=0, device=kind)
     pricer = Pricer(job=job, machine=machine, space=unsearched)
-    found = pricer.whole(plan)
     cap = cap_bytes or int(machine.device.memory_bytes.value)
-    return Prediction(estimate=found, job=job, machine=machine, cap_bytes=cap, pricer=pricer)
+    return Prediction(
+        estimate=_priced(pricer, plan, probe), job=job, machine=machine, cap_bytes=cap, pricer=pricer,
+        probe=probe,
+    )  # fmt: skip
 
 
-def from_trainer(trainer: Any, machine: Any = None) -> Prediction:
+def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
+    """With the workspaces of kernels probed, where the machine is this one and ``probe`` says so."""
+    if probe and pricer.machine.device.name == "this machine":
+        probe_workspaces(pricer, plan)
+    return pricer.whole(plan)
+
+
+def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:
     """The step that a Hugging Face ``Trainer`` would run: its model, a batch of its loader for each
     accumulated micro-batch, its loss and optimizer, and its ``TrainingArguments`` as a plan. Call it before
     ``trainer.train()``. Raises UserError for arguments that no plan expresses."""
@@ -229,6 +245,7 @@ def from_trainer(trainer: Any, machine: Any = None) -> Prediction:
         machine=machine,
         clip=args.max_grad_norm or None,
         workers=args.dataloader_num_workers,
+        probe=probe,
     )
 
 
@@ -246,6 +263,7 @@ def assert_fits(  # noqa: PLR0913
     ema: float | None = None,
     clip: float | None = None,
     workers: int | None = None,
+    probe: bool = True,
 ) -> Prediction:
     """For tests: the prediction, if the step fits ``memory`` ("24GiB" or bytes). ``model`` and the rest are
     as for `estimate`; a Job or a Prediction needs no batch. Raises AssertionError telling the peak, its
@@ -258,7 +276,7 @@ def assert_fits(  # noqa: PLR0913
             model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
         )
         on = machine_of(machine)
-        found = _predicted(job, _plan_on(plan, on), on, cap_bytes)
+        found = _predicted(job, _plan_on(plan, on), on, cap_bytes, probe=probe)
     if not found.fits:
         raise AssertionError(_why_not(found))
     return found
@@ -297,7 +315,7 @@ def _smaller(found: Prediction) -> Iterator[Prediction]:
     for one in added:
         with contextlib.suppress(MemfitError):  # it does not go with the plan or suit the model
             more = plan_of(plan.with_use(one))
-            yield dataclasses.replace(found, estimate=found.pricer.whole(more))
+            yield dataclasses.replace(found, estimate=_priced(found.pricer, more, found.probe))
             plan = more
 
 

@@ -338,6 +338,8 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
     plan on a known accelerator the upper end of its range; a sketch already is an upper bound."""
     allocated_bytes = estimate.allocated_bytes.value
     if machine.device.kind == "cpu":
+        if estimate.traced:  # the upper end is the larger one where workspaces of kernels were not probed
+            allocated_bytes = max(allocated_bytes, estimate.allocated_bytes.high / CPU_HEADROOM_RATIO)
         return int(allocated_bytes * CPU_HEADROOM_RATIO) + CPU_HEADROOM_BYTES
     if (whole := estimate.device_bytes) is not None:
         return int(whole.high if estimate.traced else whole.value)
@@ -441,6 +443,7 @@ def calibrate(
     probes take, so that the same question finds the same times stored. ``budget_s``: nominal seconds."""
     from memfit.cost.memory import step_ops
     from memfit.cost.time import signatures_to_time
+    from memfit.cost.workspaces import unprobed_signatures
 
     first = plans is None
     chosen = _representatives(pricer, request.bounds.without) if plans is None else plans
@@ -449,6 +452,8 @@ def calibrate(
     ops = [pair for plan in chosen for pair in step_ops(pricer.trace(plan))]
     known = {*pricer.calibration.op_s, *pricer.calibration.not_timed}
     wanted = signatures_to_time(ops, known, budget_s=_FIRST_BUDGET_S if first else budget_s)
+    decisive = [s for plan in chosen for s in unprobed_signatures(pricer.trace(plan), pricer.calibration)]
+    wanted = list(dict.fromkeys((*wanted, *[s for s in decisive if s not in known][:_MOST_DECISIVE])))
     if not first and not wanted:
         return
     cache = CalibrationCache(_threads(request))
@@ -484,6 +489,7 @@ def _representatives(pricer: Pricer, excluded: Sequence[str]) -> list[Plan]:
     return [plan for plan in spanning if plan == basis or not any(map(plan.get, excluded))]
 
 
+_MOST_DECISIVE = 32  # operators whose workspaces could move a peak, probed beside those that take time
 _CALIBRATION_LIMIT_S = 900.0  # of a machine that is busy with much else: measuring itself is kept short
 _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
 

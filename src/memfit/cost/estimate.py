@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from memfit.cost.correction import factor
 from memfit.cost.device import with_workspaces
 from memfit.cost.footprint import footprint
@@ -10,6 +12,7 @@ from memfit.cost.money import bill, hosts_w
 from memfit.cost.play import Played
 from memfit.cost.steps import played
 from memfit.cost.time import TimeModel
+from memfit.cost.workspaces import unprobed
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
@@ -40,6 +43,8 @@ def estimate(
     trace = with_workspaces(trace, machine.device)
     profile = memory_profile(trace, calibration)
     allocated = _with_assumed(around(profile.peak_bytes, MEMORY_RATIO), trace)
+    if (left := unprobed(trace, profile, calibration)) is not None:
+        allocated = dataclasses.replace(allocated, high=max(allocated.high, left.high_bytes))
     memory = footprint(trace, allocated, machine)
     ops = step_ops(trace)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None
@@ -65,7 +70,7 @@ def estimate(
         host_bytes=memory.host_bytes,
         oom_probability=memory.oom_probability,
         rank=trace.rank,
-        assumptions=trace.assumptions,
+        assumptions=(*trace.assumptions, *([left.assumption()] if left else [])),
     )
 
 

@@ -41,15 +41,17 @@ def render_calibration(
     budget_s: float,
     packages: Sequence[str] = (),
     rates: bool = True,
+    memory_only: bool = False,
 ) -> LaunchConfig:
     """Probes operators in the same environment as the runs, with ``rates`` the machine's own rates too.
-    ``spec`` gives threads and time limit."""
+    ``spec`` gives threads and time limit. ``memory_only``: no times, no rates, one call each."""
     request = {
         "signatures": list(signatures),
         "budget_s": budget_s,
         "threads": spec.threads,
         "packages": list(packages),
         "rates": rates,
+        "memory_only": memory_only,
     }
     return LaunchConfig(
         engine="native",

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,28 @@ def _waited_s() -> float:
         return 0.0
 
 
+def workspaces(
+    signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
+) -> Iterator[tuple[str, Inside | None]]:
+    """Each signature with what its operator takes, run once, in order until ``budget_s`` is spent; None where
+    it cannot be run alone."""
+    begun = time.perf_counter()
+    for signature in signatures:
+        if time.perf_counter() - begun > budget_s:
+            return
+        try:
+            yield signature, inside(signature, counter)[1]
+        except CANNOT_RUN:
+            yield signature, None
+
+
+class Inside(NamedTuple):
+    """Bytes of one call: at its own peak, outputs included, and those of a workspace kept for backward."""
+
+    peak_bytes: int
+    kept_bytes: int
+
+
 class Probed(NamedTuple):
     """One operator alone: the time of a call, the bytes at its own peak, those of them that are a kernel's
     workspace for backward, whose size fake tensors do not know, and how far the median of its calls lies
@@ -100,17 +122,30 @@ class Probed(NamedTuple):
 def probe(signature: str, counter: PeakCounter) -> Probed | None:
     """None where the operator cannot be run alone."""
     try:
-        call, args, kwargs = ready(signature)
-        before = counter.live_bytes()
-        counter.reset_peak()
-        out = call(*args, **kwargs)  # no input asks for a gradient; kernels that look see training
-        peak = counter.peak_bytes() - before
-        kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
-        del out
-        seconds, spread_ratio = _typical_s(lambda: call(*args, **kwargs))
-        return Probed(seconds, peak, kept, spread_ratio)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
-        return None  # an argument that JSON cannot carry, or values the kernel refuses
+        call, taken = inside(signature, counter)
+        seconds, spread_ratio = _typical_s(call)
+        return Probed(seconds, taken.peak_bytes, taken.kept_bytes, spread_ratio)
+    except CANNOT_RUN:
+        return None
+
+
+# An argument that JSON cannot carry, or values the kernel refuses.
+CANNOT_RUN = (
+    RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError,
+    MemoryError,
+)  # fmt: skip
+
+
+def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Inside]:
+    """The operator with its made-up arguments, to be called again, and what its first call took. Raises one
+    of `CANNOT_RUN`."""
+    call, args, kwargs = ready(signature)
+    before = counter.live_bytes()
+    counter.reset_peak()
+    out = call(*args, **kwargs)  # no input asks for a gradient; kernels that look see training
+    peak = counter.peak_bytes() - before
+    kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
+    return lambda: call(*args, **kwargs), Inside(peak, kept)
 
 
 def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:

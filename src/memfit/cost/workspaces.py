@@ -1,0 +1,294 @@
+"""Workspaces: memory that a kernel takes inside itself and gives back. Fake tensors do not show them.
+
+Which operators may take one, how much it can be at most, and whether that could move the peak. A probe (the
+operator run alone, measure/probe.py) replaces the bound by what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy
+
+from memfit.cost.memory import MemoryProfile, levels, memory_profile, with_kept
+from memfit.types.machine import Calibration
+from memfit.types.trace import OpCall, Phase, Trace
+from memfit.types.units import KIB
+
+# Share of the peak below which a possible rise is left alone: it is inside the interval of what is known.
+MATTERS_RATIO: Final = 0.003
+_BLOCK: Final = 16  # channels that oneDNN lays side by side at most
+_SMALL_INPUT: Final = 20_480  # elements; single samples up to here are convolved by torch's own kernel
+_ITEM_BYTES: Final = {
+    "float64": 8, "complex64": 8, "complex128": 16, "int64": 8, "float32": 4, "int32": 4, "float16": 2,
+    "bfloat16": 2, "int16": 2,
+}  # fmt: skip
+_HALVES: Final = ("bfloat16", "float16")
+_ONCE: Final = 64 * KIB  # rounding of small buffers
+
+# Kernels that write their outputs and take nothing else on the processor, in any precision.
+_POINTWISE: Final = (
+    "abs add addcdiv addcmul arange atan2 bernoulli bitwise_and bitwise_not bitwise_or bitwise_xor celu "
+    "ceil clamp clamp_max clamp_min clone copy cos detach div elu empty empty_like empty_strided eq erf erfc "
+    "exp expm1 fill floor fmod full full_like ge gelu gt hardsigmoid hardswish hardtanh isinf isnan le "
+    "leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or logical_xor lt masked_fill "
+    "maximum minimum mish mul native_dropout native_dropout_backward ne neg new_empty new_empty_strided "
+    "new_full new_ones new_zeros normal ones ones_like pow rand rand_like randn randn_like random reciprocal "
+    "relu remainder round rsqrt rsub scalar_tensor selu sigmoid sign silu sin softplus sqrt square sub tan "
+    "tanh threshold trunc uniform where zero zeros zeros_like "
+    "elu_backward gelu_backward hardsigmoid_backward hardswish_backward hardtanh_backward "
+    "leaky_relu_backward log_sigmoid_backward mish_backward sigmoid_backward silu_backward "
+    "softplus_backward tanh_backward threshold_backward cat stack _to_copy"
+)
+# And in single or double precision.
+_OTHERS: Final = (
+    "_fused_adam _fused_adamw _fused_sgd _local_scalar_dense _log_softmax _log_softmax_backward_data "
+    "_softmax _softmax_backward_data addmm amax amin avg_pool2d avg_pool2d_backward binary_cross_entropy "
+    "binary_cross_entropy_backward constant_pad_nd dot embedding embedding_dense_backward index_select "
+    "linalg_vector_norm max_pool2d_with_indices max_pool2d_with_indices_backward mean mm mse_loss "
+    "mse_loss_backward native_batch_norm native_batch_norm_backward native_layer_norm nll_loss2d_backward "
+    "nll_loss2d_forward nll_loss_backward nll_loss_forward resize select_backward set slice_backward "
+    "slice_scatter smooth_l1_loss smooth_l1_loss_backward split_with_sizes sum tril triu "
+    "upsample_nearest2d upsample_nearest2d_backward upsample_nearest3d view wait_tensor"
+)
+_ANY_DTYPE: Final = frozenset(_POINTWISE.split())
+_PLAIN: Final = _ANY_DTYPE | frozenset(_OTHERS.split())
+_NO_KERNELS: Final = ("memfit.", "stream.", "c10d.", "_c10d_functional.", "prim.", "profiler.")
+# On an accelerator the one class that is asked about: its workspaces are the large ones.
+_CONVOLUTIONS: Final = frozenset({"convolution", "convolution_backward", "cudnn_convolution"})
+_RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unprobed:
+    """Operators whose workspaces were not probed and can move the peak. ``high_bytes``: the peak if all of
+    them take as much as they can; ``signatures``: the most dangerous first; ``calls``: of each operator in
+    one step."""
+
+    high_bytes: int
+    signatures: tuple[str, ...]
+    calls: Mapping[str, int]
+
+    def assumption(self) -> str:
+        """One line for the list of assumptions."""
+        names = ", ".join(f"{name} ({count} calls)" for name, count in self.calls.items())
+        return f"workspaces not probed, the upper end has room for them: {names}"
+
+
+def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
+    """None where every workspace that could move the peak was probed."""
+    trace = with_kept(trace, calibration)
+    clock, live = levels(trace)
+    if not trace.ops or not len(clock):
+        return None
+    kept = _kept_bytes(trace, calibration)
+    calls = [
+        (op, bound) for op in trace.ops
+        if op.signature not in calibration.op_peak_bytes and (op.phase is not Phase.SETUP or op.step == 0)
+        and (bound := bound_bytes(op.signature, trace.device, calibration.threads or 1))
+    ]  # fmt: skip
+    reaches = [
+        (level + bound + kept, op)
+        for level, (op, bound) in zip(
+            _with_outputs(trace, clock, live, [op for op, _ in calls]), calls, strict=True
+        )
+    ]
+    least = profile.peak_bytes * (1 + MATTERS_RATIO)
+    over = sorted((r for r in reaches if r[0] > least), key=lambda r: -r[0])
+    if not over:
+        return None
+    names: dict[str, int] = {}
+    for _, op in over:
+        name = base_name(op.op)
+        names[name] = names.get(name, 0) + (op.step == trace.steps - 1)
+    return Unprobed(
+        high_bytes=max(over[0][0], profile.peak_bytes + kept),
+        signatures=tuple(dict.fromkeys(op.signature for _, op in over)),
+        calls=names,
+    )
+
+
+def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ...]:
+    """Of operators whose workspaces could move the peak, the most dangerous first."""
+    left = unprobed(trace, memory_profile(trace, calibration), calibration)
+    return left.signatures if left else ()
+
+
+def _with_outputs(
+    trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, ops: Sequence[OpCall]
+) -> list[int]:
+    """Highest level from the start of each operator to the start of the next: its outputs included."""
+    if not ops:
+        return []
+    starts = sorted({op.clock for op in trace.ops})
+    nexts = dict(zip(starts, [*starts[1:], int(clock[-1]) + 1], strict=True))
+    first = numpy.searchsorted(clock, [op.clock for op in ops], side="right") - 1
+    last = numpy.searchsorted(clock, [nexts[op.clock] for op in ops], side="right")
+    return [int(live[max(0, i) : max(1, j)].max()) for i, j in zip(first, last, strict=True)]
+
+
+def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
+    """Workspaces that recurrent layers hand to backward and that were not probed, of one step."""
+    return sum(
+        _recurrent_bytes(*_sizes(op.signature))
+        for op in trace.ops
+        if base_name(op.op) == "mkldnn_rnn_layer"
+        and op.step == trace.steps - 1
+        and op.signature not in calibration.op_peak_bytes
+    )
+
+
+def base_name(op: str) -> str:
+    """``aten.add_.Tensor`` to ``add``; foreach forms to that of one tensor."""
+    parts = op.split(".")
+    name = parts[1] if len(parts) > 1 else op
+    return name.removeprefix("_foreach_").rstrip("_")
+
+
+@functools.lru_cache(maxsize=100_000)
+def bound_bytes(signature: str, device: str, threads: int) -> int:
+    """What the operator can take at most beside its inputs and outputs; 0 for what is no call of torch."""
+    if not signature.startswith('["'):
+        return 0
+    name = signature[2 : signature.index('"', 2)]
+    base, halves = base_name(name), any(half in signature for half in _HALVES)
+    if name.startswith(_NO_KERNELS) or base in _ANY_DTYPE or (base in _PLAIN and not halves):
+        return 0
+    if device != "cpu" and base not in _CONVOLUTIONS:
+        return 0
+    _, args, kwargs = json.loads(signature)
+    if base in _CONVOLUTIONS:
+        return _convolution_bytes(args, backward=base.endswith("backward"), device=device, threads=threads)
+    tensors = _tensors([args, kwargs])
+    if base in _RECURRENT:
+        return _recurrent_bytes(*_sizes(signature))
+    if base.startswith("_scaled_dot_product"):
+        return _attention_bytes(tensors, threads)
+    return sum(map(_tensor_bytes, tensors)) * (3 if halves else 2) + _ONCE
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Convolution:
+    """Shapes: x (N, C_in, *), weight (C_out, C_in / groups, *), or (C_in, C_out / groups, *) transposed,
+    out (N, C_out, *)."""
+
+    x: Sequence[int]
+    weight: Sequence[int]
+    out: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    groups: int
+    dtype: str
+    backward: bool
+
+
+def input_bytes(signature: str) -> int:
+    return sum(map(_tensor_bytes, _tensors(json.loads(signature)[1:])))
+
+
+def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
+    """From the arguments of aten.convolution or aten.convolution_backward."""
+    first = 4 if backward else 3
+    stride, padding, dilation, transposed, more, groups = args[first : first + 6]
+    x, weight = (a["t"][0] for a in args[int(backward) : int(backward) + 2])
+    rank = len(x) - 2
+    each = [v * rank if len(v) == 1 else v for v in (stride, padding, dilation, more)]
+    shape = x[2:], weight[2:], *each
+    if backward:
+        out = args[0]["t"][0]
+    elif transposed:
+        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + m + 1 for n, k, s, p, d, m in zip(*shape, strict=True)]
+        out = [x[0], weight[1] * groups, *sizes]
+    else:
+        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in zip(*shape, strict=True)]
+        out = [x[0], weight[0], *sizes]
+    return _Convolution(
+        x=x, weight=weight, out=out, dilation=dilation, transposed=transposed, groups=groups,
+        dtype=args[0]["t"][2], backward=backward,
+    )  # fmt: skip
+
+
+def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads: int) -> int:
+    """On the processor: oneDNN's reordered copies of input, weight and output with channels filled up to
+    blocks, each thread's sums of weight gradients, and unfolded inputs where a matrix product does the work.
+    It held for 1,244 calls of random shapes (1 to 3 dimensions, groups, strides, dilations, transposed;
+    float32, float64, bfloat16; 1, 2 and 4 threads): benchmarks/workspaces.py.
+
+    On an accelerator: one copy of input, weight and output in another layout. It was not checked on one.
+    """
+    one = _convolution(args, backward=backward)
+    item = _ITEM_BYTES.get(one.dtype, 4)
+    if device != "cpu":
+        copies = sum(s[0] * _filled(s[1], 8) * math.prod(s[2:]) for s in (one.x, one.out))
+        return (copies + math.prod(one.weight)) * item
+    halves = one.dtype in _HALVES
+    item, groups = max(4, item), one.groups
+    cin, cout = one.x[1] // groups, one.out[1] // groups
+    apart = halves and 1 < groups < one.x[1]  # each group's channels are filled up
+    copies = sum(
+        s[0] * (groups * _filled(s[1] // groups) if apart else _filled(s[1])) * math.prod(s[2:])
+        for s in (one.x, one.out)
+    )
+    kernel = math.prod(one.weight[2:])
+    weights = max(_filled(groups), groups * _filled(cin) * _filled(cout)) * kernel
+    reordered = 1.5 * (2 * copies + (4 + threads * one.backward) * weights)
+    return int((reordered * (3 if halves and one.backward else 1) + _unfolded(one, threads)) * item) + _ONCE
+
+
+def _unfolded(one: _Convolution, threads: int) -> int:
+    """Elements of the input with each patch written out: of the whole batch in torch's own kernels, of a
+    sample for each thread in oneDNN's products, which it takes for dilated, grouped and narrow ones."""
+    kernel = math.prod(one.weight[2:])
+    source, places = (one.out, one.x) if one.transposed else (one.x, one.out)
+    sample = source[1] * kernel * math.prod(places[2:])
+    small = one.x[0] == 1 and math.prod(one.x) <= _SMALL_INPUT
+    if one.dtype != "float32" or kernel == 1 or small:
+        return one.x[0] * sample
+    least = int(min(one.x[1], one.out[1]))
+    narrow = least // one.groups < _BLOCK // 2
+    if max(one.dilation) > 1 or 1 < one.groups < least or narrow:
+        return sample // one.groups * min(threads, one.groups * one.x[0])
+    return 0
+
+
+def _filled(channels: int, block: int = _BLOCK) -> int:
+    return -(-channels // block) * block
+
+
+def _sizes(signature: str) -> tuple[int, int, int]:
+    """(length x batch, input, hidden) of a recurrent layer's call."""
+    args = json.loads(signature)[1]
+    (length, batch, width), (gates, _) = args[0]["t"][0], args[1]["t"][0]
+    return length * batch, width, gates // 3  # of an LSTM there are four
+
+
+def _recurrent_bytes(rows: int, width: int, hidden: int) -> int:
+    """What one layer and direction keeps for backward, gates and states of all places, and as much beside."""
+    return 2 * (rows * (24 * hidden + 10 * width) * 4 + 12 * hidden * (hidden + width) * 4) + _ONCE
+
+
+def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
+    """Scores and sums of one block of queries and keys for each thread; half precision packs keys and
+    values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp). Backward: three blocks."""
+    (queries, width), keys = tensors[0][0][-2:], tensors[1][0][-2]
+    rows = min(int(queries), 256)
+    block = 3 * rows * (min(keys, 512) + width + 2) * 4
+    packed = sum(map(_tensor_bytes, tensors)) if any(t[2] in _HALVES for t in tensors) else 0
+    return int(threads * block + packed)
+
+
+def _tensors(value: Any) -> list[Sequence[Any]]:
+    if isinstance(value, list):
+        return [t for v in value for t in _tensors(v)]
+    if isinstance(value, dict):
+        return [value["t"]] if "t" in value else [t for v in value.values() for t in _tensors(v)]
+    return []
+
+
+def _tensor_bytes(tensor: Sequence[Any]) -> int:
+    return int(math.prod(tensor[0])) * _ITEM_BYTES.get(tensor[2], 1)

@@ -1,0 +1,266 @@
+"""Item 6: the interval of `estimate` holds what kernels take inside, or has room for it and says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import pytest
+import torch
+from torch import nn
+
+import memfit
+import memfit.workspaces
+from memfit.api import Prediction
+from memfit.cost.workspaces import bound_bytes
+from memfit.measure.memory import peak_counter
+from memfit.planning import needed_bytes
+from memfit.trace.signature import describe
+
+functional = nn.functional
+Case = tuple[nn.Module, dict[str, torch.Tensor], Callable[[Any, Any], torch.Tensor]]
+
+
+class VolumeUNet(nn.Module):
+    """3-D U-Net of one level: its convolutions unfold or reorder volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.middle = nn.Conv3d(1, 8, 3, padding=1), nn.Conv3d(8, 16, 3, padding=1)
+        self.up, self.head = nn.Conv3d(24, 8, 3, padding=1), nn.Conv3d(8, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.down(x).relu()
+        below = self.middle(functional.max_pool3d(first, 2)).relu()
+        joined = torch.cat([first, functional.interpolate(below, scale_factor=2)], 1)
+        return self.head(self.up(joined).relu())  # type: ignore[no-any-return]
+
+
+class DepthwiseBlock(nn.Module):
+    """As in ConvNeXt: depthwise 7 x 7, norm over channels, two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm, self.wide, self.back = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.mix(x).permute(0, 2, 3, 1))
+        return x + self.back(functional.gelu(self.wide(y))).permute(0, 3, 1, 2)
+
+
+class Adversaries(nn.Module):
+    """Generator, and a discriminator with spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.generator = nn.Sequential(
+            nn.ConvTranspose2d(16, 32, 4), nn.ReLU(), nn.ConvTranspose2d(32, 3, 4, 2, 1)
+        )
+        self.critic = nn.Sequential(
+            norm(nn.Conv2d(3, 32, 3, padding=1)), nn.ReLU(), norm(nn.Conv2d(32, 1, 8))
+        )
+
+
+def volumes() -> Case:
+    x = torch.rand(2, 1, 16, 16, 16)
+    return VolumeUNet(), {"x": x, "y": x.round()}, lambda m, b: functional.mse_loss(m(b["x"]), b["y"])
+
+
+def images() -> Case:
+    model = nn.Sequential(nn.Conv2d(3, 32, 4, 4), DepthwiseBlock(32), DepthwiseBlock(32))
+    return model, {"x": torch.rand(4, 3, 96, 96)}, lambda m, b: m(b["x"]).square().mean()
+
+
+def digits() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(9216, 10),
+    )  # fmt: skip
+    return model, {"x": torch.rand(16, 1, 28, 28)}, lambda m, b: m(b["x"]).square().mean()
+
+
+def adversaries() -> Case:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        made = model.generator(batch["z"])
+        return (
+            functional.softplus(model.critic(made)).mean()
+            + functional.softplus(-model.critic(batch["x"])).mean()
+        )
+
+    return Adversaries(), {"z": torch.rand(16, 16, 1, 1), "x": torch.rand(16, 3, 8, 8)}, loss
+
+
+CASES = {"volumes": volumes, "images": images, "digits": digits, "adversaries": adversaries}
+TRAINED = """
+import sys
+sys.path.insert(0, {folder!r})
+import gc
+import torch
+from memfit.measure.memory import peak_counter
+from test_workspace_intervals import CASES
+counter = peak_counter()
+torch.set_num_threads({threads})
+for name, make in CASES.items():
+    before = counter.live_bytes()
+    counter.reset_peak()
+    model, batch, loss = make()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+    print("peak", name, counter.peak_bytes() - before)
+    del model, batch, loss, optimizer
+    gc.collect()
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Nothing was probed before these tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memfit.workspaces.platformdirs, "user_cache_path", lambda name: folder / name)
+        yield
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, int]:
+    """Peaks of plain loops, written out here, in a process of their own."""
+    text = TRAINED.format(folder=str(Path(__file__).parent), threads=torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("peak ")]
+    return {name: int(peak_bytes) for _, name, peak_bytes in rows}
+
+
+def estimated(name: str, **settings: Any) -> Prediction:
+    model, batch, loss = CASES[name]()
+    return memfit.estimate(model, batch, loss=loss, optimizer="adamw", **settings)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_probed_estimate_is_within_one_percent_of_the_measured_peak(
+    name: str, truths: dict[str, int]
+) -> None:
+    found = estimated(name).allocated_bytes
+    assert found.value == pytest.approx(truths[name], rel=0.01)
+    assert found.low <= truths[name] <= found.high
+    assert found.high - found.low <= 0.03 * found.value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_probes_the_interval_still_holds_the_measured_peak(name: str, truths: dict[str, int]) -> None:
+    found = estimated(name, probe=False)
+    assert found.allocated_bytes.low <= truths[name] <= found.allocated_bytes.high
+
+
+def test_without_probes_the_answer_names_the_operators() -> None:
+    found = estimated("volumes", probe=False)
+    assert any("not probed" in a and "convolution_backward" in a for a in found.estimate.assumptions)
+    assert "not probed" in str(found)
+    assert not any("not probed" in a for a in estimated("volumes").estimate.assumptions)
+
+
+def test_without_probes_fits_goes_by_the_upper_end() -> None:
+    found = estimated("volumes", probe=False)
+    assert needed_bytes(found.estimate, found.machine) >= found.allocated_bytes.high
+
+
+def test_what_was_probed_is_not_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = estimated("volumes")
+
+    def refuse(*args: Any, **settings: Any) -> Any:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(memfit.workspaces, "run", refuse)
+    assert estimated("volumes").allocated_bytes == once.allocated_bytes
+
+
+def test_a_machine_without_processes_widens_the_interval(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise OSError("no process can be started")
+
+    monkeypatch.setattr(memfit.workspaces, "run", fails)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
+    found = estimated("volumes")
+    assert found.allocated_bytes == estimated("volumes", probe=False).allocated_bytes
+
+
+def test_another_machine_is_never_probed_and_has_room_for_its_convolutions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memfit.workspaces, "run", None)
+    found = estimated("volumes", machine="H100-SXM")
+    assert any("convolution" in a for a in found.estimate.assumptions)
+    assert found.allocated_bytes.high > 1.01 * found.allocated_bytes.value
+
+
+def test_a_model_without_such_kernels_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memfit.workspaces, "run", None)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    found = memfit.estimate(model, torch.rand(8, 64))
+    assert found.allocated_bytes.high == pytest.approx(1.01 * found.allocated_bytes.value)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
+@pytest.mark.parametrize(
+    ("x", "weight", "groups", "dilation"),
+    [
+        ((2, 24, 20, 20), (24, 24, 3, 3), 1, 1),
+        ((2, 24, 20, 20), (24, 1, 3, 3), 24, 1),
+        ((1, 16, 40, 40), (16, 4, 3, 3), 4, 2),
+        ((2, 8, 12, 12, 12), (8, 8, 3, 3, 3), 1, 1),
+        ((2, 64, 200), (64, 64, 5), 1, 2),
+        ((1, 8, 30, 30), (8, 8, 3, 3), 1, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_convolution_takes_more_than_its_bound(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    groups: int,
+    dilation: int,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> None:
+    counter, rank = peak_counter(), len(x) - 2
+    rest = [[1] * rank, [0] * rank, [dilation] * rank, transposed, [0] * rank, groups]
+    args = [torch.rand(x, dtype=dtype), torch.rand(weight, dtype=dtype), None, *rest]
+    out = taken(counter, torch.ops.aten.convolution.default, args)
+    taken(
+        counter,
+        torch.ops.aten.convolution_backward.default,
+        [torch.ones_like(out), *args[:2], None, *rest, [True, True, False]],
+    )
+
+
+def taken(counter: Any, call: Any, args: list[Any]) -> torch.Tensor:
+    """The first output, after comparing what the call took inside with its bound."""
+    counter.reset_peak()
+    outputs = call(*args)
+    extra_bytes = counter.peak_bytes() - counter.live_bytes()
+    assert extra_bytes <= bound_bytes(describe(str(call), args, {}), "cpu", torch.get_num_threads())
+    first = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert isinstance(first, torch.Tensor)
+    return first
+
+
+def test_the_file_of_what_was_probed_survives_nonsense(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text("{not json")
+    assert memfit.workspaces._read(path) == {}
+    path.write_text(json.dumps({"key": [1]}))
+    assert memfit.workspaces._read(path) == {}
