@@ -234,6 +234,7 @@ def main() -> None:
     asked = parser.parse_args()
     from unseen_population import GROUPS
 
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # e3nn reads its constants with pickle
     CONTEXT.set_forkserver_preload(list(PRELOADED))
     chosen = {g: v for g, v in GROUPS.items() if not asked.groups or g in asked.groups}
     populations = {group: list(make()) for group, (_, make) in chosen.items()}
