@@ -81,6 +81,11 @@ class Prediction:
         return fits_under(self.cap_bytes, self.machine)(self.estimate)
 
     @property
+    def needed_bytes(self) -> int:
+        """What is compared with ``cap_bytes``: on a device the upper end of its range."""
+        return needed_bytes(self.estimate, self.machine)
+
+    @property
     def by_category(self) -> Mapping[str, int]:
         """Bytes alive at the peak."""
         return self.estimate.at_peak_bytes
@@ -136,7 +141,7 @@ class Prediction:
             f"{workload_text(self.workload)}; {self.plan.label}: allocated {format_bytes(allocated.value)} "
             f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){more}; peak in "
             f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
-            f"{format_bytes(self.cap_bytes)}{assumed}"
+            f"{format_bytes(self.cap_bytes)}, of which it needs {format_bytes(self.needed_bytes)}{assumed}"
         )
 
     def __repr__(self) -> str:

@@ -23,11 +23,14 @@ from memfit.types.result import Choice, Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
-    """``fits`` is None where nothing says how much memory there is. ``better``: least memory first.
+    """``fits`` compares ``needed_bytes`` with ``cap_bytes``; both are None where nothing says how much memory
+    there is. ``better``: least memory first.
     ``recommended`` is None on several ranks, and where nothing fits: ``nothing`` says what would."""
 
     given: Estimate
     fits: bool | None
+    needed_bytes: int
+    cap_bytes: int | None
     better: tuple[Estimate, ...] = ()
     recommended: Choice | None = None
     nothing: str | None = None
@@ -67,19 +70,23 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
     cap_bytes = request.cap_bytes
     if cap_bytes is None and request.machine.device.kind != "cpu":
         cap_bytes = int(request.machine.device.memory_bytes.value)
-    fits = None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given)
+    need = needed_bytes(given, request.machine)
+    told = Beside(
+        given=given, needed_bytes=need, cap_bytes=cap_bytes,
+        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given),
+    )  # fmt: skip
     if plan.ranks == 1:
         if cap_bytes is None:  # a CPU: as much as the given plan asks for
-            request = dataclasses.replace(request, cap_bytes=needed_bytes(given, request.machine))
+            request = dataclasses.replace(request, cap_bytes=need)
         try:
             recommended = search(request, progress).result.recommended
         except NothingFits as error:
-            return Beside(given=given, fits=fits, nothing=str(error))
-        return Beside(given=given, fits=fits, recommended=recommended)
+            return dataclasses.replace(told, nothing=str(error))
+        return dataclasses.replace(told, recommended=recommended)
     better = []
     for other in neighbours(plan, parameters=parameters):
         progress("trace", 0, 0, other.label)
         with contextlib.suppress(UserError):  # the job cannot take it, such as half a sample
             better.append(pricer.whole(check(other)))
     less = [e for e in better if e.allocated_bytes.value < given.allocated_bytes.value]
-    return Beside(given=given, fits=fits, better=tuple(sorted(less, key=lambda e: e.allocated_bytes.value)))
+    return dataclasses.replace(told, better=tuple(sorted(less, key=lambda e: e.allocated_bytes.value)))

@@ -95,6 +95,24 @@ class Planning:
     fits: Fits = lambda estimate: True
     left_out: tuple[Reason, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.result = with_needs(self.result, self.request.machine)
+
+
+def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
+    """Each plan with the bytes that decide whether it fits."""
+
+    def with_need(choice: Choice) -> Choice:
+        return dataclasses.replace(choice, needed_bytes=needed_bytes(choice.estimate, machine))
+
+    return dataclasses.replace(
+        result,
+        baseline=with_need(result.baseline),
+        frontier=tuple(map(with_need, result.frontier)),
+        recommended=with_need(result.recommended) if result.recommended else None,
+        smallest=with_need(result.smallest),
+    )
+
 
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
     """Counts blocks and outputs on a model built without memory. ``half``: `half_of` the device."""
@@ -268,7 +286,8 @@ def _best_so_far(
     smallest = min([basis, *pool], key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate) -> Choice:
-        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan))
+        need = needed_bytes(e, request.machine)
+        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), needed_bytes=need)
 
     shown = {e.plan: e for e in (basis, smallest, *([winner] if winner else []))}
     return SearchResult(

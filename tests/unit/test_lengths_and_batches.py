@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import memfit
-from memfit import catalog, pipeline
+from memfit import catalog, pipeline, wire
 from memfit.cli import app
+from memfit.cli.views import search_view
 from memfit.configs import carry, read
 from memfit.jobs.registry import load
+from memfit.planning import with_needs
+from memfit.report.terminal import print_search
 from memfit.report.words import load_words
 from memfit.report.workload_text import workload_text
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
+from memfit.types.plan import EffectClass, Plan
+from memfit.types.result import Choice, Estimate, Interval, SearchResult
 from memfit.types.workload import Workload
 from memfit.workload import workload_of
 
@@ -162,7 +169,7 @@ def test_a_run_begins_with_what_it_is_about(
 def test_a_plan_begins_with_what_it_is_about_even_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(request: Any, progress: Any) -> Any:
+    def nothing(*request: Any, **options: Any) -> Any:
         raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="plain")
 
     monkeypatch.setattr(pipeline, "search", nothing)
@@ -333,6 +340,68 @@ def test_files_without_a_model_say_which_job_is_predicted(
     assert {"option": "the model", "reason": "no file describes it: predicted for protein-ss"} in told[
         "left_out"
     ]
+
+
+# --- the number that decides is the one that is shown
+
+
+def _search(needed_bytes: int, fits: bool, device: bool = True) -> SearchResult:
+    """Plain training of 74.85 GiB in tensors on 79.18 GiB, as the issue has it."""
+    gib = 2**30
+    peak = 74.85 * gib
+    estimate = Estimate(
+        plan=Plan(), allocated_bytes=Interval(value=peak, low=peak, high=peak), phase_peak_bytes={},
+        at_peak_bytes={}, by_module_bytes={}, step_s=None, flops_per_step=1,
+        device_bytes=Interval(value=78 * gib, low=77 * gib, high=81.5 * gib) if device else None,
+    )  # fmt: skip
+    choice = Choice(estimate=estimate, fits=fits, effect=EffectClass.E0, needed_bytes=needed_bytes)
+    return SearchResult(
+        goal="fastest", cap_bytes=int(79.18 * gib), considered=1, baseline=choice, frontier=(choice,),
+        recommended=None, smallest=choice,
+    )  # fmt: skip
+
+
+def _printed(result: SearchResult, lang: str) -> str:
+    text = io.StringIO()
+    print_search(result, console=Console(file=text, width=300), lang=lang)
+    return text.getvalue()
+
+
+def test_plain_training_is_told_with_the_bytes_that_decide_and_their_range() -> None:
+    planned = with_needs(_search(0, fits=False), catalog.machine("H100-SXM"))
+    assert planned.baseline.needed_bytes == planned.smallest.needed_bytes == int(81.5 * 2**30)
+    assert planned.frontier[0].needed_bytes == int(81.5 * 2**30)
+    assert (
+        "needs up to 81.5 GiB on the device (78 GiB expected, 77 GiB to 81.5 GiB; 74.85 GiB of tensors)"
+        in _printed(planned, "en")
+    )
+    assert "The least that would do: 81.5 GiB" in _printed(planned, "en")
+    assert "最大 81.5 GiB（見込み 78 GiB、範囲 77 GiB ～ 81.5 GiB、うちテンソル 74.85 GiB）" in _printed(
+        planned, "ja"
+    )
+
+
+def test_on_a_processor_what_the_process_takes_is_counted_too() -> None:
+    gib = 2**30
+    text = _printed(_search(int(79.5 * gib), fits=False, device=False), "en")
+    assert "Plain training: needs 79.5 GiB (74.85 GiB of tensors)" in text
+
+
+def test_json_and_records_have_the_bytes_that_decide() -> None:
+    planned = with_needs(_search(0, fits=False), catalog.machine("H100-SXM"))
+    assert search_view(planned)["baseline"]["needed_bytes"] == int(81.5 * 2**30)
+    again = wire.loads(SearchResult, wire.dumps(planned), what="a search")
+    assert again.baseline.needed_bytes == int(81.5 * 2**30)
+
+
+def test_a_plan_of_a_file_fits_by_the_bytes_that_are_told(
+    tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}'
+    told = _planned(tmp_path, zero, f"{own}:job --memory 1GiB", capsys, "zero.json")
+    assert told["cap_bytes"] == 2**30
+    assert told["needed_bytes"] == int(told["given"]["device_bytes"]["high"])
+    assert told["fits"] == (told["needed_bytes"] <= told["cap_bytes"])
 
 
 # --- names of devices

@@ -499,7 +499,7 @@ def test_terminal_plan_marks_what_was_only_sketched() -> None:
     one, *rest = found.frontier
     sketched = dataclasses.replace(one, estimate=dataclasses.replace(one.estimate, traced=False))
     terminal.print_search(dataclasses.replace(found, frontier=(sketched, *rest)), console=console, lang="en")
-    assert out.getvalue().count("~") == 3  # peak, step, and what it means
+    assert out.getvalue().count("~") == 4  # need, peak, step, and what it means
 
 
 def test_a_spread_has_both_ends_and_the_recommended_plan() -> None:

@@ -171,6 +171,8 @@ def _view(
     return {
         "given": estimate_view(result.given),
         "fits": result.fits,
+        "needed_bytes": result.needed_bytes,
+        "cap_bytes": result.cap_bytes,
         "engine": carried.engine,
         "micro_batch": carried.micro_batch,
         "batch": carried.batch,
@@ -202,11 +204,13 @@ def _print(result: memfit.beside.Beside, lang: str) -> None:
 
     from memfit.report.terminal import print_estimate
     from memfit.report.words import load_words
+    from memfit.types.units import format_bytes
 
     words, out = load_words(lang), console()
     print_estimate(result.given, console=out, lang=lang)
-    if result.fits is not None:
-        out.print(Text(words.get("lint.fits" if result.fits else "lint.too_much"), style="bold"))
+    if result.fits is not None and result.cap_bytes is not None:
+        sizes = {"needed": format_bytes(result.needed_bytes), "cap": format_bytes(result.cap_bytes)}
+        out.print(Text(words.get("lint.fits" if result.fits else "lint.too_much", **sizes), style="bold"))
     choice = result.recommended
     others = [choice.estimate] if choice is not None else list(result.better)
     if result.nothing is not None:

@@ -29,6 +29,7 @@ def choice_view(choice: Choice) -> View:
         **plan_view(choice.estimate.plan),
         "effect": choice.effect.label,
         "fits": choice.fits,
+        "needed_bytes": choice.needed_bytes,
         "estimate": {name: value for name, value in plain.items() if name != "plan"},
         "reasons": wire.to_plain(choice.reasons),
     }

@@ -31,7 +31,8 @@ def _plain(poc: Poc) -> Sentence:
 
 def _predicted_peak(poc: Poc) -> Figure:
     basis = poc.search.baseline.estimate
-    return predicted(basis.allocated_bytes.value, "bytes", prediction_anchor(basis.plan))
+    need = poc.search.baseline.needed_bytes or basis.allocated_bytes.value
+    return predicted(need, "bytes", prediction_anchor(basis.plan))
 
 
 def _runs(poc: Poc, role: str) -> list[Run]:
@@ -42,7 +43,8 @@ def _recommended(poc: Poc) -> Sentence:
     best = poc.search.recommended
     if best is None:
         small = poc.search.smallest.estimate
-        least = predicted(small.allocated_bytes.value, "bytes", prediction_anchor(small.plan))
+        need = poc.search.smallest.needed_bytes or small.allocated_bytes.value
+        least = predicted(need, "bytes", prediction_anchor(small.plan))
         cap = assumed(poc.cap_bytes, "bytes", POC)
         return Sentence(key="answer.plan.none", values={"cap": cap, "least": least})
     plan = best.estimate.plan.label

@@ -47,7 +47,7 @@ def _sensitivity(one: Sensitivity) -> Sentence:
 
 def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
     estimate = choice.estimate
-    peak = estimate.allocated_bytes
+    peak, device = estimate.allocated_bytes, estimate.device_bytes
     return ChoiceRow(
         plan=estimate.plan.label,
         effect=choice.effect.label,
@@ -57,6 +57,14 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
         peak=predicted(peak.value, "bytes"),
         low=predicted(peak.low, "bytes"),
         high=predicted(peak.high, "bytes"),
+        needed=predicted(choice.needed_bytes, "bytes"),
+        device=None
+        if device is None
+        else (
+            predicted(device.low, "bytes"),
+            predicted(device.value, "bytes"),
+            predicted(device.high, "bytes"),
+        ),
         step=predicted(estimate.step_s.value if estimate.step_s else None, "s"),
         reasons=tuple(map(_reason, choice.reasons)),
     )

@@ -86,8 +86,9 @@ class LossCurve:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceRow:
-    """A plan of the search. ``low`` and ``high``: where its peak should lie. ``traced``: whole, not sketched
-    from traces of parts."""
+    """A plan of the search. ``low`` and ``high``: where its peak should lie. ``needed``: what the memory is
+    compared with. ``device``: low, expected and high bytes on the device; None where it has no allocator.
+    ``traced``: whole, not sketched from traces of parts."""
 
     plan: str
     effect: str
@@ -97,6 +98,8 @@ class ChoiceRow:
     peak: Figure
     low: Figure
     high: Figure
+    needed: Figure
+    device: tuple[Figure, Figure, Figure] | None
     step: Figure
     reasons: tuple[Sentence, ...]
 

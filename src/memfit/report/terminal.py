@@ -87,7 +87,7 @@ def print_search(
         if left := len(view.frontier) - len(few):
             console.print(Text(words.get("terminal.frontier_left", count=left), style="dim"))
     if view.recommended is None:
-        least = _text(view.smallest.peak, words)
+        least = _text(_need(view.smallest), words)
         name = "terminal.no_plan_yet" if result.unfinished else "terminal.no_plan"
         text = words.get(name, cap=cap, least=least, plan=view.smallest.plan)
         console.print(Text(text, style="red"))
@@ -272,8 +272,17 @@ def _effort(effort: Effort, words: Words) -> str:
 def _plain_line(view: SearchView, cap: str, words: Words) -> str:
     plain = view.baseline
     fits = words.get("text.fits" if plain.fits else "text.does_not_fit")
-    peak, step = _text(plain.peak, words), _text(plain.step, words)
-    return words.get("terminal.baseline", peak=peak, step=step, fits=fits, cap=cap)
+    need, peak, step = (_text(figure, words) for figure in (_need(plain), plain.peak, plain.step))
+    told = {"needed": need, "peak": peak, "step": step, "fits": fits, "cap": cap}
+    if plain.device is None:
+        return words.get("terminal.baseline", **told)
+    low, expected, high = (_text(figure, words) for figure in plain.device)
+    return words.get("terminal.baseline_device", **told, low=low, expected=expected, high=high)
+
+
+def _need(row: ChoiceRow) -> Figure:
+    """What is compared with the memory; the peak in records that say no more."""
+    return row.peak if row.needed.value is None else row.needed
 
 
 def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
@@ -285,16 +294,16 @@ def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
 
 def _frontier(rows: Sequence[ChoiceRow], words: Words) -> Table:
     mark = words.get("mark.predicted")
-    peak, time = (f"{words.get(f'column.{name}_short')}\n{mark}" for name in ("peak", "step"))
+    numbers = [f"{words.get(f'column.{name}')}\n{mark}" for name in ("needs", "peak_short", "step_short")]
     table = new_table(
-        [words.get("column.plan"), words.get("column.effect"), words.get("column.fits"), peak, time], left=3
+        [*(words.get(f"column.{name}") for name in ("plan", "effect", "fits")), *numbers], left=3
     )
     for row in rows:
         effect = f"{row.effect} {words.get(f'effect.{row.effect}')}"
         fits = words.get("text.fits" if row.fits else "text.does_not_fit")
         name = ("* " if row.recommended else "") + _folded(row.plan)
         about = "" if row.traced else "~ "
-        figures = (about + _text(figure, words) for figure in (row.peak, row.step))
+        figures = (about + _text(figure, words) for figure in (_need(row), row.peak, row.step))
         cells = (name, effect, fits, *figures)
         style = "bold green" if row.recommended else "" if row.fits else "dim"
         table.add_row(*map(Text, cells), style=style)

@@ -193,12 +193,14 @@ class Reason:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A plan the search kept, with its estimate, whether it fits, and why it looks as it does."""
+    """A plan the search kept, with its estimate, whether it fits, and why it looks as it does.
+    ``needed_bytes``: what the memory is compared with; None in records of older versions."""
 
     estimate: Estimate
     fits: bool
     effect: EffectClass
     reasons: tuple[Reason, ...] = ()
+    needed_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
