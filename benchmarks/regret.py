@@ -2,6 +2,7 @@
 
     python benchmarks/regret.py [--plans 24] [--rounds 2] [--steps 8]   measure, record, write the page
     python benchmarks/regret.py --page                                  the page from the records only
+    python benchmarks/regret.py --drawn 10 --seed 23                    jobs drawn at random (regret_drawn.py)
 
 First a proof of concept's own plans run once and correct step times (cost/correction.py); they are not
 counted. Plans are drawn evenly over the predicted order of all plans that fit, the recommendation and plain
@@ -18,6 +19,8 @@ import math
 import statistics
 from pathlib import Path
 from typing import Any
+
+import regret_drawn
 
 from memfit.cost.correction import corrected, factor
 from memfit.engines import native
@@ -43,6 +46,15 @@ REPEATS, T_95 = 5, 2.776  # turns, and Student's t of four degrees of freedom
 
 def main() -> None:
     options = _options()
+    if options.draw:
+        regret_drawn.commit_draw(options.draw, options.seed)
+    elif options.drawn:
+        regret_drawn.measure_drawn(options.drawn, options.seed)
+    else:
+        all_of_one_job(options)
+
+
+def all_of_one_job(options: argparse.Namespace) -> None:
     if not options.page:
         with RECORDS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(measure(options), ensure_ascii=False) + "\n")
@@ -58,6 +70,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cap-ratio", type=float, default=0.25, help="of the plain plan's predicted peak")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--draw", type=int, metavar="N", help="write N drawn jobs, to be committed")
+    parser.add_argument("--drawn", type=int, metavar="N", help="measure the N jobs of the committed draw")
+    parser.add_argument("--seed", type=int, default=23)
     return parser.parse_args()
 
 
