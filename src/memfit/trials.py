@@ -93,9 +93,10 @@ class _Trials:
         return [p for p in ordered if min(self.times[p]) <= limit][:count]
 
     def known(self) -> list[tuple[Plan, float]]:
-        """(plan, measured over predicted)"""
+        """(plan, measured over what would be predicted if no run had corrected it)"""
+        calibration = self.planning.pricer.calibration
         pairs = [(plan, min(times), self.predicted[plan]) for plan, times in self.times.items()]
-        return [(plan, least_s / guess) for plan, least_s, guess in pairs if guess]
+        return [(plan, s * factor(calibration, plan) / guess) for plan, s, guess in pairs if guess]
 
     def concluded(self) -> Planning:
         planning, pricer = self.planning, self.planning.pricer
@@ -209,7 +210,7 @@ def _neighbours(
     wanted = [p for p in dict.fromkeys(one_change_away(planning, plan)) if p not in seen]
 
     def expected(e: Estimate) -> float:
-        return score(e, goal) * factor(calibration, e.plan)
+        return score(e, goal) * factor(calibration, e.plan) / factor(planning.pricer.calibration, e.plan)
 
     planning.pricer.prepare(wanted)
     sketches = sorted(map(planning.pricer.sketch, wanted), key=lambda e: (expected(e), e.plan.label))
