@@ -66,6 +66,15 @@ def _no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _calibration_of_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For what is made once for several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("calibration") / "calibration.sqlite3"
+        patch.setattr("memfit.store.calibration.default_path", lambda: path)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test reads timings that another one, or the user of this machine, has stored."""

@@ -19,7 +19,7 @@ from memfit.measure import here
 from memfit.planning import Planning, Progress, model_sizes
 from memfit.run.child import run
 from memfit.run.ranks import run_ranks
-from memfit.search.choose import Band, Objective, best, reasons_for, score
+from memfit.search.choose import Band, Objective, best, reasons_for, score, simplest_first
 from memfit.search.space import plans, usable
 from memfit.techniques.registry import effect_of, make_use, without
 from memfit.types.errors import UserError
@@ -173,8 +173,8 @@ def _step_s(seen: Measurement) -> float:
 
 def _shortlist(planning: Planning) -> list[Plan]:
     """The recommended plan; of each set of techniques the quickest predicted plan, as long as the error of
-    two predictions may hide that it is the quickest of all; of the best sets the plans with the largest and
-    the smallest micro-batches."""
+    two predictions may hide that it is the quickest of all; the simplest plans that fit, however slow they
+    are said to be; of the best sets the plans with the largest and the smallest micro-batches."""
     goal, recommended = planning.request.goal, planning.result.recommended
     assert recommended is not None, "search raises NothingFits otherwise"
     chosen = recommended.estimate
@@ -187,7 +187,8 @@ def _shortlist(planning: Planning) -> list[Plan]:
         sets.setdefault(frozenset(u.technique for u in e.plan.uses), []).append(e)
     leaders = [members[0] for members in sets.values()]
     ends = [end for members in list(sets.values())[:2] for end in _ends(members)]
-    wanted = [chosen, *leaders[: FIRST - 4], *ends, *leaders[FIRST - 4 :]]
+    simple = simplest_first(pool, goal)[:2]
+    wanted = [chosen, *leaders[:3], *simple, *ends, *leaders[3:]]
     return list(_that_fit(planning, [e.plan for e in wanted], FIRST))
 
 

@@ -97,6 +97,7 @@ def whole(
         patch.setattr(planning, "_FIRST_BUDGET_S", 2.0)
         patch.setattr(planning, "_SECOND_BUDGET_S", 2.0)
         patch.setattr(planning, "FINALISTS", 4)
+        patch.setattr(pipeline, "_TRIALS_S", 0.0)  # two runs
         found = poc(
             request_, store=store, seeds=1, steps=4, report_path=None, lang="en", command="memfit poc",
             progress=lambda stage, done, total, detail: stages.append(stage),
@@ -132,6 +133,13 @@ def test_an_exact_plan_is_proved_bit_for_bit_and_reproducible(whole: Whole) -> N
     assert found.reproducibility.reproducible is True
     assert found.step_time_ratio is not None
     assert {i.quantity for i in found.interactions} == {"peak_bytes", "step_s", "metric"}
+
+
+def test_rivals_run_before_one_is_recommended(whole: Whole) -> None:
+    result = whole[0].search
+    assert result.recommended is not None
+    assert len([t for t in result.trials if t.step_s]) == 2
+    assert result.recommended.estimate.plan in {t.plan for t in result.trials}
 
 
 def test_everything_is_in_the_store_and_the_report_is_written(whole: Whole) -> None:
