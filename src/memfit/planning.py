@@ -17,7 +17,16 @@ from memfit.measure import here
 from memfit.pricing import Pricer
 from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
-from memfit.search.choose import TIMED, Objective, Prices, as_asked, best, decide, keeps, missed
+from memfit.search.choose import (
+    Objective,
+    Prices,
+    as_asked,
+    best,
+    decide,
+    keeps,
+    missed,
+    timed_band,
+)
 from memfit.search.space import plans, usable
 from memfit.store.calibration import CalibrationCache, selected
 from memfit.techniques.base import Space
@@ -228,6 +237,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             left_out=left_out, inside=inside, price=Prices(
                 pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
                 pricer.sketch if is_long(pricer) else None,
+                timed_band(pricer.calibration.spread_ratio),
             ),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -282,7 +292,7 @@ def _best_so_far(
     ]  # fmt: skip
     basis = pricer.whole(plain(request.ranks))
     pool = traced if any(map(fits, traced)) else [*traced, *sketches]
-    winner = best(filter(fits, pool), request.goal, TIMED)
+    winner = best(filter(fits, pool), request.goal, timed_band(pricer.calibration.spread_ratio))
     smallest = min([basis, *pool], key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate) -> Choice:
@@ -423,7 +433,7 @@ def _with_rivals(
     """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
     the operators of all of them are measured, and again while that changes the winner."""
     refuses = engine(request.engine).supports
-    winner = best(filter(fits, made), request.goal, TIMED)
+    winner = best(filter(fits, made), request.goal, timed_band(pricer.calibration.spread_ratio))
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:
             break

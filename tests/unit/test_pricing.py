@@ -303,6 +303,7 @@ class Prices:
     """Bytes and seconds of plans as a test has them; measured operators change the seconds."""
 
     def __init__(self, like: Estimate, told: dict[Plan, tuple[int, float]], then: dict[Plan, float]) -> None:
+        self.calibration = Calibration()
         self.like, self.told, self.then, self.measured = like, told, then, set[Plan]()
 
     def whole(self, plan: Plan) -> Estimate:

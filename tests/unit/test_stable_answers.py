@@ -23,7 +23,7 @@ from memfit.cost.estimate import around
 from memfit.cost.time import signatures_to_time
 from memfit.planning import Planning, Request, SearchInterrupted
 from memfit.report.terminal import print_search
-from memfit.search.choose import TIMED, Objective, best
+from memfit.search.choose import TIMED, Objective, best, timed_band
 from memfit.store.calibration import CalibrationCache, selected
 from memfit.trace import parallel
 from memfit.types.errors import UserError
@@ -87,6 +87,12 @@ def test_a_gain_of_four_percent_is_not_worth_a_technique_that_is_not_needed() ->
     only = best([e for e in needless if e.plan.get("adamw-8bit")], Objective.FASTEST, TIMED)  # it alone fits
     assert only is not None
     assert only.plan.get("adamw-8bit")
+
+
+def test_the_noisier_the_timings_the_more_counts_as_equal() -> None:
+    close = [priced(1.0, MIXED, EIGHT_BIT), priced(1.25, CHECKPOINTED)]
+    answers = [best(close, Objective.FASTEST, timed_band(spread)) for spread in (0.0, 0.05, 0.5)]
+    assert [len(e.plan.uses) for e in answers if e] == [2, 2, 1]
 
 
 def test_memory_is_no_timing_and_keeps_its_narrow_tie() -> None:

@@ -33,6 +33,13 @@ EXACT = Band(TIE_RATIO, TIE_RATIO)
 # The ratio of two predicted step times on one device was off by 6 % in the median and by 13 % in nine of ten
 # pairs of quick plans (benchmarks/records/regret.jsonl).
 TIMED = Band(0.07, 0.14)
+_USUAL_SPREAD_RATIO = 0.05  # of an operator's repeated calls, as it was there
+
+
+def timed_band(spread_ratio: float) -> Band:
+    """`TIMED`, wider by what repeated calls of operators differ more than usual on this machine."""
+    more = max(0.0, spread_ratio - _USUAL_SPREAD_RATIO)
+    return Band(TIMED.low + more, TIMED.high + 2 * more)
 
 
 class Objective(enum.StrEnum):
@@ -169,6 +176,7 @@ class Prices:
     whole: Callable[[Plan], Estimate]
     prepare: Callable[[Sequence[Plan]], None] = lambda plans: None
     rough: Callable[[Plan], Estimate] | None = None
+    band: Band = TIMED  # within which step times count as equal
 
 
 def decide(
@@ -187,7 +195,7 @@ def decide(
     prices = price if isinstance(price, Prices) else Prices(price)
     price, rough = prices.whole, prices.rough
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
-    winner = best([e for e in estimates if fits(e)], goal, TIMED)
+    winner = best([e for e in estimates if fits(e)], goal, prices.band)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
