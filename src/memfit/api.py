@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -332,12 +333,14 @@ def conform(
     step: Callable[[], object] | None = None,
     blocks: str | None = None,
     ranks: int | None = None,
+    clip: float | None = None,
 ) -> Conformance:
     """Compare a prepared model and optimizer with a plan, on every rank of the job.
 
     ``plan``: as `estimate` takes it; where it does not say ``ranks``, they are those given, by default the
     world's, and one process is too few for techniques of several. ``blocks``: module path of the repeated
-    blocks, as in ``Job(blocks=...)``.
+    blocks, as in ``Job(blocks=...)``. ``clip``: the largest gradient norm that the update should get, 0 where
+    gradients are not to be clipped; not looked at by default.
 
     Looked at now: ranks, elements of parameters on this rank, their dtypes, which weights of blocks learn
     (LoRA: of which rank, beside how many layers) and in how many bits the frozen ones are, and which update
@@ -365,7 +368,11 @@ def conform(
             feature="ranks", planned=f"several, for {', '.join(several)}", found="a world size of 1"
         )
         raise NotConforming(Conformance(differences=(alone,), checked=("ranks",), unseen=()))
-    with Watch(model, optimizer, asked, blocks=blocks) as watch:
+    if clip is not None and not 0 <= clip < math.inf:
+        raise UserError(f"clip={clip!r}", allowed="a gradient norm such as 1.0, or 0 for no clipping")
+    watch = Watch(model, optimizer, asked, blocks=blocks)
+    watch.clip = clip
+    with watch:
         if step is not None:
             step()
     return watch.conclude()

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from memfit.cli.request import plan_file, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.launch import Keep, LaunchConfig, RunSpec
 from memfit.types.plan import Plan
+
+if TYPE_CHECKING:
+    import memfit.export.base
 
 _MOST_BYTES = 512 * 1024  # of a file that is carried
 
@@ -56,6 +59,26 @@ class ExportOptions:
         str, typer.Option(metavar="NAME", help="k8s: the volume claim with --save's folder.")
     ] = ""
     force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier export.")] = False
+    given: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Your own configuration of DeepSpeed, Accelerate, Trainer, Megatron-LM, torchtitan or "
+            "OpenFold: its plan unless another is given, and every setting that no plan decides. May be "
+            "given several times.",
+        ),
+    ] = None
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes, where the files of --from do not say.")
+    ] = None
+    script_applies: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="What --script does itself of the plan, such as activation-checkpointing; all: everything.",
+        ),
+    ] = ""
 
 
 def export(
@@ -67,33 +90,77 @@ def export(
     The engine's configuration is byte for byte what `memfit run` would use.
     """
     from memfit.export.base import Handover
-    from memfit.export.targets import TARGETS, bundle
+    from memfit.export.script_steps import check_acknowledged, script_steps
+    from memfit.export.targets import LIBRARIES, TARGETS, bundle
+    from memfit.export.user_settings import read_user_files
     from memfit.export.write import write
     from memfit.recomputation import open_budget
     from memfit.running import settled
     from memfit.techniques.planfile import plan_text
 
     target = one_of("--to", own.to, TARGETS)
-    plan = plan_file(which)
+    words, script_file = _words(own.script)
+    by_worker = not words and target not in LIBRARIES
+    given = read_user_files(own.given, ranks=own.ranks, for_worker=by_worker) if own.given else None
+    job, goal = _as_files_say(given, job, goal)
+    asked = which.plan is not None or which.recommended
+    plan = given.carried.plan if given is not None and not asked else plan_file(which)
     if plan is None:
         with Bars("en") as progress:
             plan = recommended_plan(request(job, goal, here), progress)
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
             plan = settled(request(job, goal, here), plan, progress)
-    config, job_file = _launch(job, goal.engine, plan, here, _kept(own))
-    words, script_file = _words(own.script)
+    config, job_file, given = _launch(job, goal.engine, plan, here, _kept(own), given)
+    steps = script_steps(config.spec) if words and target not in LIBRARIES else ()
+    check_acknowledged(steps, _names(own.script_applies), script=words[0] if words else "")
     handover = Handover(
         config=config, nodes=own.nodes, script=words, max_restarts=own.max_restarts, gpu=own.gpu,
-        image=own.image, setup=own.setup, claim=own.claim,
+        image=own.image, setup=own.setup, claim=own.claim, user_files=given,
         own_files={"plan.yaml": plan_text(plan), **(script_file if words else job_file)},
     )  # fmt: skip
     files = bundle(target, handover)
     write(own.out, files, force=own.force)
     if output.json:
-        emit({"folder": str(own.out), "files": sorted(files)})
-    else:
-        print(f"{own.out}: {', '.join(sorted(files))}")
+        listed = {step.name: step.text for step in steps}
+        emit({"folder": str(own.out), "files": sorted(files), "script_steps": listed})
+        return
+    print(f"{own.out}: {', '.join(sorted(files))}")
+    if steps:
+        print(f"{words[0]} must do itself:")
+    for step in steps:
+        print(f"  {step.name}: {step.text}")
+    if given is not None:
+        print(
+            f"Your settings are kept; {own.out}/README.md lists what the plan changed and what is not in it."
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def _as_files_say(
+    given: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
+) -> tuple[JobOptions, GoalOptions]:
+    """The files' own engine, and their batch where the job can be made with it, unless asked otherwise."""
+    from memfit.jobs.registry import load
+
+    if given is None:
+        return job, goal
+    if goal.engine == "native":
+        goal = dataclasses.replace(goal, engine=given.carried.engine)
+    if job.batch is not None or given.carried.batch is None:
+        return job, goal
+    batch = given.carried.batch
+    ref = job.ref
+    try:
+        load(dataclasses.replace(ref, batch=batch))
+    except UserError as error:
+        if (own := load(ref).batch_size) != batch:
+            print(f"memfit: the files say a batch of {batch}, the job has {own}: {error}", file=sys.stderr)
+        return job, goal
+    return dataclasses.replace(job, batch=batch), goal
 
 
 def _kept(own: ExportOptions) -> Keep:
@@ -105,9 +172,15 @@ def _kept(own: ExportOptions) -> Keep:
 
 
 def _launch(
-    job: JobOptions, engine: str, plan: Plan, here: HereOptions, keep: Keep
-) -> tuple[LaunchConfig, dict[str, str]]:
-    """The launch, and the job's file where the user wrote one: it is put beside the run."""
+    job: JobOptions,
+    engine: str,
+    plan: Plan,
+    here: HereOptions,
+    keep: Keep,
+    files: memfit.export.base.UserFiles | None,
+) -> tuple[LaunchConfig, dict[str, str], memfit.export.base.UserFiles | None]:
+    """The launch, the job's file where the user wrote one (it is put beside the run), and the configuration
+    beside the job's own clipping."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planning import model_sizes
@@ -117,16 +190,21 @@ def _launch(
     carrying(engine, plan)
     given = job.ref
     loaded = load(given)
+    clip, batch_size = loaded.clip, loaded.batch_size
+    if files is not None:
+        batch_size = batch_size if files.for_worker or job.batch else files.carried.batch or batch_size
+        files = dataclasses.replace(files, job_clip=loaded.clip)
+        clip = files.clip
+        given = dataclasses.replace(given, clip=clip or 0.0)
     path, _, attribute = given.spec.rpartition(":")
     own = {} if path in ("", "hf") else _carried(Path(path))
     ref = dataclasses.replace(given, spec=f"{Path(path).name}:{attribute}") if own else given
     spec = RunSpec(
         name=plan.label, role="run", job=ref, plan=plan, engine=engine, seed=0, steps=loaded.steps,
-        batch_size=loaded.batch_size, clip=loaded.clip,
-        sizes=model_sizes(engine, loaded), threads=here.threads or 0,
+        batch_size=batch_size, clip=clip, sizes=model_sizes(engine, loaded), threads=here.threads or 0,
         evaluate=plan.ranks == 1, keep=keep,
     )  # fmt: skip
-    return render(spec), own
+    return render(spec), own, files
 
 
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -113,7 +113,8 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
             "memfit has none beside tensor parallelism: predicted as one of them with its part of the batch",
         )
     elif data > 1:
-        draft.take("ddp", "data parallel")
+        split = draft.plan.get("gradient-accumulation") is not None
+        draft.take("ddp", "data parallel", sync="last" if split else "every")
     if half:
         draft.take("bf16-parameters", "--bf16", rounding="master")
 

@@ -224,6 +224,13 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
     return found
 
 
+def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
+    """(the text of a file, its data as written); None in the place of a shell script's. Raises UserError."""
+    text = _text(path)
+    data = _data(path, text)
+    return text, None if isinstance(data, Script) else data
+
+
 def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
     """DeepSpeed's sections are mappings where the Trainer's switches of the same name are not."""
     sections = {k for k in ("fp16", "bf16", "activation_checkpointing") if isinstance(data.get(k), Mapping)}

@@ -16,6 +16,8 @@ _VARIABLE = re.compile(rf"\$\{{({_NAME})(?::?-([^{{}}]*))?\}}|\$({_NAME})")
 _SUM = re.compile(r"\$\(\(([^()]*)\)\)")
 _FLAG = re.compile(r"--[A-Za-z][\w-]*")
 _OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\b(?:fi|esac|done)\b")
+_OPERATORS = frozenset({"\\", "|", "||", "&", "&&", ">"})
+_NUMBER = re.compile(r"-[\d.][\d.e-]*")
 _MOST_ROUNDS = 6  # variables that name variables
 _WORK: Mapping[str, Callable[[int, int], int]] = {
     "*": operator.mul, "/": operator.floordiv, "+": operator.add, "-": operator.sub,
@@ -46,6 +48,25 @@ def read_script(text: str) -> Script:
     exported = {n: v for n, v in known.items() if re.search(rf"(?m)^\s*export\s+{n}=", "\n".join(lines))}
     underscored = frozenset(re.findall(r"--(\w*_\w*)", "\n".join(lines)))
     return Script(flags=flags, env=exported, unsure=frozenset(unsure), underscored=underscored)
+
+
+def option_values(text: str) -> dict[str, tuple[str, ...]]:
+    """Every value of each flag, by Python name; no values of a switch. Later ones replace earlier ones."""
+    lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
+    known = _variables(lines)
+    found: dict[str, tuple[str, ...]] = {}
+    for line in lines:
+        name: str | None = None
+        for word in re.sub(r"[\"'(){}\[\];]", " ", _filled(line, known)).split():
+            flag, has_value, value = word.partition("=")
+            if _FLAG.fullmatch(flag):
+                name = flag[2:].replace("-", "_")
+                found[name] = (value,) if has_value else ()
+            elif word in _OPERATORS or (word[0] in "->" and not _NUMBER.fullmatch(word)):
+                name = None
+            elif name is not None:
+                found[name] = (*found[name], word)
+    return found
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:

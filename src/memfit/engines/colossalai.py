@@ -35,7 +35,7 @@ def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
     DDP, whose plugin does not."""
     name = plugin_of(plan)
     arguments = _ARGUMENTS[name](plan) if name else {}
-    if clip is not None and "max_norm" in arguments:
+    if clip and name not in {"", DDP}:
         arguments["max_norm"] = clip
     return {"plugin": name, "arguments": arguments}
 
@@ -63,7 +63,6 @@ def _zero(plan: Plan) -> dict[str, Any]:
         "reduce_bucket_size_in_m": int(knobs["reduce_bucket_elements"]) // _MI,
         "overlap_communication": bool(knobs["overlap"]),
         "cpu_offload": knobs["offload"] == "optimizer",
-        "max_norm": 0.0,
     }
 
 
@@ -76,7 +75,6 @@ def _gemini(plan: Plan) -> dict[str, Any]:
         "offload_param_frac": 1.0 if knobs["offload"] == "parameters" else 0.0,
         "precision": str(knobs["precision"]),
         "enable_gradient_accumulation": plan.get("gradient-accumulation") is not None,
-        "max_norm": 0.0,
     }
 
 
@@ -84,7 +82,6 @@ def _hybrid(plan: Plan) -> dict[str, Any]:
     place, stages, tensor = layout(plan), plan.get("pipeline"), plan.get("tensor-parallel")
     found: dict[str, Any] = {
         "tp_size": place.tensor, "pp_size": place.pipeline, "zero_stage": 0, "precision": "fp32",
-        "max_norm": 0.0,
         "parallel_output": tensor is not None and tensor.settings["vocabulary"] == "parallel-loss",
     }  # fmt: skip
     if (zero := plan.get("zero")) is not None:

@@ -60,7 +60,8 @@ def arguments(spec: RunSpec) -> dict[str, str]:
     place = layout(spec.plan)
     return {
         **spec.sizes, **_degrees(spec.plan, place, spec.sizes), **_data_parallel(spec.plan, place),
-        **_batches(spec, place), **_step(spec), **_ALWAYS, "clip-grad": str(spec.clip or 0.0),
+        **_batches(spec, place), **_step(spec), **_ALWAYS,
+        **({"clip-grad": str(spec.clip)} if spec.clip else {}),
     }  # fmt: skip
 
 

@@ -7,6 +7,9 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
+from memfit.configs.carry import Carried
+from memfit.configs.clipping import ClippingSetting
+from memfit.configs.read import Setup
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig
 from memfit.types.plan import Plan
@@ -16,14 +19,49 @@ RUN = "run.json"  # of memfit's worker, the rest of a launch's files is the engi
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UserFiles:
+    """The user's own configuration. ``carried``: as a plan, with what no plan says; ``clipping``: of
+    gradients, by the files; ``job_clip``: by the job. ``for_worker``: memfit's worker reads what is exported,
+    for which no value may be open and the plan's own settings must all be written."""
+
+    setup: Setup
+    carried: Carried
+    clipping: ClippingSetting
+    job_clip: float | None = None
+    for_worker: bool = False
+
+    @property
+    def clip(self) -> float | None:
+        """The largest gradient norm: what the files say, else the job, else the default of the files'
+        library. None: gradients are not clipped."""
+        said = self.clipping.explicit or self.job_clip is None
+        return (self.clipping.limit if said else self.job_clip) or None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UserSettings:
+    """The user's settings in an export. ``files``: what is written; ``sources``: of each file, whose settings
+    it keeps; ``changed``: settings of the user's that the plan replaced; ``not_carried``: those that are not
+    in the export, and why."""
+
+    files: Files
+    sources: Mapping[str, str]
+    changed: tuple[str, ...]
+    not_carried: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
     """A rendered launch on ``nodes`` machines. ``script``: the user's program and its arguments, in the
-    place of memfit's worker; ``own_files``: of the user, name -> text, put beside it."""
+    place of memfit's worker; ``own_files``: of the user, name -> text, put beside it; ``user_files``: the
+    user's own configuration, whose settings the export keeps; ``kept``: how it kept them."""
 
     config: LaunchConfig
     nodes: int = 1
     script: tuple[str, ...] = ()
     own_files: Files = dataclasses.field(default_factory=dict)
+    user_files: UserFiles | None = None
+    kept: UserSettings | None = None
     max_restarts: int = 3
     gpu: str = ""  # what skypilot calls the accelerator
     image: str = ""  # of the container

@@ -129,7 +129,7 @@ def deepspeed(handover: Handover) -> dict[str, Any]:
         spec = dataclasses.replace(spec, plan=bare)
     found = config(spec)
     del found["gradient_accumulation_steps"]
-    return {**found, "gradient_clipping": _CLIPPED}
+    return {"gradient_clipping": _CLIPPED, **found}
 
 
 def notes(plan: Plan) -> Iterator[str]:

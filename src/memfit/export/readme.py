@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from memfit.export import openfold
+from memfit.export import openfold, torchtitan
 from memfit.export.base import RUN, Files, Handover
+from memfit.export.script_steps import script_steps
 from memfit.export.torchtitan import newer_cannot
 
 NAME = "README.md"
@@ -55,14 +57,75 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
     yield "## Files\n"
     for name in sorted(files):
         yield f"- `{name}`: {_what(name, handover)}"
+    yield from _script_lines(handover)
+    yield from _settings_lines(handover, files)
     yield "\n## What to know\n"
+    yield f"- {_clipping(target, handover)}"
     for line in _notes(target, handover):
         yield f"- {line}"
 
 
+def _script_lines(handover: Handover) -> Iterator[str]:
+    steps = script_steps(handover.config.spec) if handover.script else ()
+    if not steps:
+        return
+    yield f"\n## What {handover.script[0]} must do itself\n"
+    yield "No file here applies these, and `--script-applies` said that the script does:\n"
+    yield from (f"- `{step.name}`: {step.text}" for step in steps)
+    yield "\n`memfit.conform(model, optimizer, 'plan.yaml', step=one_step)` checks it on every rank."
+
+
+def _settings_lines(handover: Handover, files: Files) -> Iterator[str]:
+    given, kept = handover.user_files, handover.kept
+    if given is None or kept is None:
+        return
+    yield "\n## Your settings\n"
+    for name, path in sorted(kept.sources.items()):
+        yield f"- `{name}` has every setting of `{Path(path).name}` that the plan does not decide."
+    yield from (f"- Changed for the plan: {change}." for change in kept.changed)
+    yield from (f"- Not in the export: {left}." for left in kept.not_carried)
+    if torchtitan.ARGUMENTS in files and kept.sources:
+        yield f"- `{torchtitan.ARGUMENTS}` has the plan alone: v0.3 reads no TOML with your other settings."
+    for unused in set(given.setup.files) - set(kept.sources.values()):
+        yield f"- Not in the export: settings of `{Path(unused).name}`; this target has no file for them."
+    for left in given.carried.left_out:
+        yield f"- Not in the plan: {left.option}: {left.reason}."
+
+
+_DEFAULT_CLIPPING = {
+    "trainer": "the Trainer's own default, 1.0 (max_grad_norm), holds, without DeepSpeed",
+    "torchtitan": "torchtitan's own default, 1.0 (training.max_norm), holds",
+    "megatron": "Megatron-LM's own default, 1.0 (--clip-grad), holds for a script of yours",
+    "deepspeed": "DeepSpeed's own default, none, holds",
+}
+
+
+def _clipping(target: str, handover: Handover) -> str:
+    """Where gradients are clipped, and to what."""
+    spec, given = handover.config.spec, handover.user_files
+    if target == "openfold":
+        return "Gradients are clipped as openfold's files say; DeepSpeed's file says its norm."
+    if spec.clip:
+        said = given is not None and (given.clipping.explicit or given.job_clip is None)
+        by = "your configuration" if said else "the job"
+        return f"Gradients are clipped to a norm of {spec.clip:g}, as {by} says."
+    if given is not None and given.clipping.explicit:
+        return "Gradients are not clipped, as your configuration says."
+    key = target if target in _DEFAULT_CLIPPING else spec.engine
+    default = _DEFAULT_CLIPPING.get(
+        key if spec.engine != "accelerate" or "zero" not in spec.plan.label else "deepspeed"
+    )
+    return "Neither the job nor a configuration clips gradients, and the prediction is for none" + (
+        f"; {default}." if default else "."
+    )
+
+
 def _what(name: str, handover: Handover) -> str:
     if name in handover.engine_files:
-        return f"the configuration of {handover.config.engine}, byte for byte what `memfit run` uses"
+        as_run = handover.kept is None and not handover.script
+        return f"the configuration of {handover.config.engine}" + (
+            ", byte for byte what `memfit run` uses" if as_run else ""
+        )
     known = {
         RUN: "the run, as `memfit run` would execute it",
         "plan.yaml": "the plan, for `memfit explain --plan` and `memfit.conform`",
@@ -80,7 +143,7 @@ def _what(name: str, handover: Handover) -> str:
 def _notes(target: str, handover: Handover) -> Iterator[str]:
     spec = handover.config.spec
     if target == "torchtitan":
-        yield "Its steps are torchtitan's own: chunked losses and clipping are its configuration's."
+        yield "Its steps are torchtitan's own: chunked losses are its configuration's."
         yield from (f"torchtitan.args is not here: v0.3 has no {n}." for n in newer_cannot(handover.plan))
     if target == "openfold":
         yield from openfold.notes(handover.plan)

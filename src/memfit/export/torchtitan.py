@@ -131,6 +131,8 @@ def sections(handover: Handover) -> Sections:
         "mixed_precision_param": "bfloat16" if half else "float32",
         "mixed_precision_reduce": "float32",
     }
+    if handover.config.spec.clip:
+        training["max_norm"] = handover.config.spec.clip
     kernel = next((_KERNELS[u.technique] for u in plan.uses if u.technique in _KERNELS), "foreach")
     early = plan.get("optimizer-in-backward") is not None
     compiled = {"components": ["model"]} if plan.get("compile") is not None else {}

@@ -81,6 +81,8 @@ def arguments(handover: Handover) -> dict[str, Any]:
         **_recomputation(plan),
         **_data_parallel(handover, accumulated=steps > 1),
     }
+    if handover.config.spec.clip:
+        found["max_grad_norm"] = handover.config.spec.clip
     if optimizer == "sgd":
         found["optim_args"] = "momentum=0.9"
     if plan.get("compile") is not None:
@@ -105,8 +107,7 @@ def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
     plan = handover.plan
     found: dict[str, Any] = {}
     if "deepspeed.json" in handover.engine_files:
-        # the Trainer refuses a clipping that is not that of the file
-        return {"deepspeed": "deepspeed.json", "max_grad_norm": 0.0}
+        return {"deepspeed": "deepspeed.json"}
     if (ddp := plan.get("ddp")) is not None:
         found["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])
     if (fsdp := plan.get("fsdp2")) is not None:

@@ -18,7 +18,8 @@ from memfit.types.units import format_bytes
 
 
 class Recorder:
-    """``strict``: a plan that was not applied ends the training. Made when the model is there and training
+    """``strict``: a plan that was not applied ends the training; ``clip``: the largest gradient norm, None
+    where nobody knows. Made when the model is there and training
     has not begun."""
 
     def __init__(
@@ -30,9 +31,10 @@ class Recorder:
         model: torch.nn.Module,
         strict: bool,
         blocks: str | None,
+        clip: float | None = None,
     ) -> None:
         self.plan, self.prediction, self.why_not = plan, prediction, why_not
-        self.strict, self.blocks = strict, blocks
+        self.strict, self.blocks, self.clip = strict, blocks, clip
         self.conformance: str | None = None
         self.peak_bytes, self.steps = 0, 0
         self._watch: Watch | None = None
@@ -47,6 +49,7 @@ class Recorder:
         self._counter.reset_peak()
         if self.steps == 0:
             self._watch = Watch(model, optimizer, self.plan, blocks=self.blocks)
+            self._watch.clip = self.clip
             self._watch.__enter__()
 
     def updated(self) -> None:

@@ -62,7 +62,8 @@ def load(ref: JobRef) -> Job:
             raise UserError(f"--{name} {value}", allowed="a whole number of at least 1")
     with uncollected():
         job = _make(ref)
-    return job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
+    job = job if ref.steps is None else dataclasses.replace(job, steps=ref.steps)
+    return job if ref.clip is None else dataclasses.replace(job, clip=ref.clip or None)
 
 
 def _make(ref: JobRef) -> Job:

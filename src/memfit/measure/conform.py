@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from memfit.measure import across, agreement, averaged, heard, looks, order, reach, samples, tensor
+from memfit.measure import across, agreement, averaged, clipping, heard, looks, order, reach, samples, tensor
 from memfit.measure.graph import Graph
 from memfit.measure.held import (
     buffered_gradients,
@@ -49,6 +49,8 @@ class Watch:
     ``whole_elements``: elements of the model's parameters before anything was sharded, where the caller
     knows. ``micro_batches``: forward passes of the step watched, where not the plan's. ``own``: what the
     model does without a plan; where nobody knows, what a plan does not ask for is told and is no difference.
+    ``clip``: the largest gradient norm that the update should get; 0: gradients are not clipped; None:
+    unknown.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Watch:
         micro_batches: int | None = None,
     ) -> None:
         self.own: heard.Own | None = None  # set by who knows
+        self.clip: float | None = None  # so is this
         self.model, self.optimizer, self.plan, self.head = model, optimizer, plan, head
         self.layout = layout(plan)
         self.whole_elements, self.micro_batches = whole_elements, micro_batches
@@ -76,6 +79,7 @@ class Watch:
         self.entered: list[float] = []  # figures of what the first block's modules were given first
         self.order, self.reach, self.samples = order.Order(plan), reach.reach_of(self), samples.Samples()
         self.averages = averaged.Averages(self)
+        self.clipping = clipping.Clipping(self)
         offloads = plan.get("activation-offload") is not None
         self.graph = Graph(model, self._on_backward, weighs=offloads)
         self.still_gathered: list[int] | None = None  # blocks, where backward begins, with fsdp2
@@ -92,7 +96,7 @@ class Watch:
     # -- listening ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        for listener in (self.graph, self.order, self.reach, self.averages):
+        for listener in (self.graph, self.order, self.reach, self.averages, self.clipping):
             listener.__enter__()
         compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
         if compiled is None or compiled.settings["scope"] != "model":
@@ -107,12 +111,12 @@ class Watch:
         for param in (trainable := list(self.trainable())):
             self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
         if inner:
-            self._handles.append(inner[-1].register_step_pre_hook(lambda *_: self.before_update()))
+            self._handles.append(inner[-1].register_step_pre_hook(self._on_update))
             self._handles.append(inner[-1].register_step_post_hook(lambda *_: self._on_step()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for listener in (self.averages, self.reach, self.order, self.graph):
+        for listener in (self.clipping, self.averages, self.reach, self.order, self.graph):
             listener.__exit__()
         for handle in self._handles:
             handle.remove()
@@ -135,6 +139,10 @@ class Watch:
         self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
         if self.gradients is None:
             self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
+
+    def _on_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.before_update()
+        self.clipping.before_update(optimizer)
 
     def _on_step(self) -> None:
         """A pass may also be in the step's own closure."""
@@ -191,7 +199,7 @@ class Watch:
             self._gradients()
             self._state()
         more = (*heard.AFTER_A_STEP, order.schedule, samples.different_samples, reach.other_parts,
-                agreement.mean_gradients, tensor.summed)  # fmt: skip
+                agreement.mean_gradients, tensor.summed, clipping.clipped)  # fmt: skip
         for look in (*looks.AFTER_A_STEP, *across.AFTER_A_STEP, *more):
             look(self)
 

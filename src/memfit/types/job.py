@@ -127,6 +127,7 @@ class JobRef:
 
     ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``length``: tokens (residues,
     bases) of a sample. ``None`` keeps the job's own.
+    ``clip``: the largest gradient norm; 0: gradients are not clipped.
     """
 
     spec: str
@@ -136,3 +137,4 @@ class JobRef:
     steps: int | None = None
     batch: int | None = None
     length: int | None = None
+    clip: float | None = None

@@ -177,6 +177,7 @@ def _conform(
         step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head, whole_elements=built[0],
         micro_batches=played,
     )  # fmt: skip
+    watch.clip = job.clip or 0.0
     watch.own = Own(dtypes=built[1], step=functools.partial(_own_step, job, given[0]))
 
     def on_phase(phase: Phase) -> None:
@@ -184,7 +185,8 @@ def _conform(
             watch.before_update()
 
     with watch:
-        step.run(given[0], on_phase, micro_batches_played=played, terms_per_rank=given[1])
+        norm = step.run(given[0], on_phase, micro_batches_played=played, terms_per_rank=given[1])[1]
+    watch.clipping.before = float(norm)
     tell("conformance", told=str(watch.conclude()))
 
 

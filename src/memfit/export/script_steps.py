@@ -1,0 +1,155 @@
+"""What the user's own script must do itself: techniques of the plan that no exported file applies."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+
+from memfit.engines import accelerate
+from memfit.types.errors import UserError
+from memfit.types.launch import LaunchConfig, RunSpec
+from memfit.types.plan import Plan, Use
+
+CLIP = "clipping"  # what acknowledges it
+_SPLIT = "gradient-accumulation"
+_BUCKETS = (
+    "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb={bucket_mib}, "
+    "gradient_as_bucket_view={bucket_view})])"
+)
+
+# By engine: techniques that its library applies where a script hands it the exported configuration.
+_APPLIED: Mapping[str, frozenset[str]] = {
+    "native": frozenset(),
+    "accelerate": frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast"}),
+    "deepspeed": frozenset({"ddp", "zero", "gradient-accumulation"}),
+    "megatron": frozenset(
+        {
+            "ddp", "fsdp2", "zero", "tensor-parallel", "pipeline", "context-parallel",
+            "activation-checkpointing", "bf16-parameters", "gradient-accumulation", "sgd",
+        }
+    ),
+}  # fmt: skip
+
+_CALLS: Mapping[str, str] = {
+    "activation-checkpointing": "recompute {blocks} in backward: model.gradient_checkpointing_enable(), "
+    "or torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",
+    "selective-checkpointing": "torch.utils.checkpoint with create_selective_checkpoint_contexts, "
+    "keep: {keep}",
+    "optimal-checkpointing": "recompute the operators that plan.yaml names; memfit's own worker does",
+    "activation-offload": "torch.autograd.graph.save_on_cpu(pin_memory=True) around the forward pass",
+    "chunked-cross-entropy": "compute head and loss in chunks, so that no whole logits exist",
+    "chunking": "run independent slices of modules one after another; memfit's own worker does",
+    "compile": "torch.compile, scope: {scope}",
+    "gradient-accumulation": "split the batch into {micro_batches} micro-batches and update after the last",
+    "bf16-autocast": "torch.autocast(device_type, torch.bfloat16) around forward and loss",
+    "fp16-autocast": "torch.autocast(device_type, torch.float16) with a torch.amp.GradScaler",
+    "bf16-parameters": "model.to(torch.bfloat16), with an optimizer for rounding: {rounding}",
+    "float8-linear": "torchao.float8.convert_to_float8_training(model), scaling: {scaling}",
+    "adamw-8bit": "an 8-bit AdamW, such as torchao.optim.AdamW8bit or bitsandbytes.optim.AdamW8bit",
+    "adamw-4bit": "torchao.optim.AdamW4bit",
+    "adamw-paged": "bitsandbytes.optim.PagedAdamW8bit",
+    "adamw-fused": "torch.optim.AdamW(..., fused=True)",
+    "adamw-single": "torch.optim.AdamW(..., foreach=False)",
+    "adafactor": "Adafactor, such as torch.optim.Adafactor",
+    "sgd": "torch.optim.SGD with momentum",
+    "optimizer-in-backward": "update each parameter in a register_post_accumulate_grad_hook",
+    "lora": "LoRA adapters of rank {rank}, such as peft.get_peft_model, with all other weights frozen",
+    "qlora": "4-bit frozen weights with LoRA adapters of rank {rank}",
+    "ddp": "torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb={bucket_mib}, "
+    "gradient_as_bucket_view={bucket_view})",
+    "fsdp2": "torch.distributed.fsdp.fully_shard on each block and the model, "
+    "reshard_after_forward={reshard}, precision {precision}",
+    "zero": "ZeRO stage {stage}",
+    "sharded-ddp": "fairscale's OSS and ShardedDataParallel",
+    "tensor-parallel": "torch.distributed.tensor.parallel.parallelize_module over {degree} ranks",
+    "context-parallel": "torch.distributed.tensor.experimental.context_parallel over {degree} ranks",
+    "axial-parallel": "share each sample among {degree} ranks by its axes; memfit's own worker does",
+    "expert-parallel": "share experts among {degree} ranks",
+    "pipeline": "torch.distributed.pipelining in {stages} stages, schedule {schedule}, {micro_batches} "
+    "micro-batches",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptStep:
+    """``name``: of the technique, or "clipping"; ``text``: what the script must call."""
+
+    name: str
+    text: str
+
+
+def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
+    """What of the plan, and of the gradient clipping that was predicted, no file of the engine applies."""
+    return tuple(_steps(spec))
+
+
+def _steps(spec: RunSpec) -> Iterator[ScriptStep]:
+    plan, applied = spec.plan, _APPLIED.get(spec.engine, frozenset())
+    for used in plan.uses:
+        if used.technique == "ddp" and spec.engine == "accelerate" and not _default_buckets(used):
+            yield ScriptStep(name="ddp", text=_BUCKETS.format(**used.settings))
+        elif used.technique not in applied and not _by_accelerate(spec, used):
+            yield ScriptStep(name=used.technique, text=_text(used, plan))
+    by_file = spec.engine in ("deepspeed", "megatron") or plan.get("zero") is not None
+    if spec.clip and not (by_file and spec.engine != "native"):
+        call = "accelerator" if spec.engine == "accelerate" else "torch.nn.utils"
+        yield ScriptStep(name=CLIP, text=f"{call}.clip_grad_norm_(model.parameters(), {spec.clip:g})")
+
+
+def _text(used: Use, plan: Plan) -> str:
+    settings = dict(used.settings)
+    if used.technique == "activation-checkpointing":
+        every = int(settings["every"])
+        settings["blocks"] = "every block" if every == 1 else f"one block of {every}"
+    text = _CALLS[used.technique].format(**settings)
+    once = any(other.settings.get("sync") == "last" for other in plan.uses)
+    return f"{text}, the only one that reduces gradients" if used.technique == _SPLIT and once else text
+
+
+def _default_buckets(used: Use) -> bool:
+    """Of torch's DDP, which Accelerate makes unless its program says otherwise."""
+    return (used.settings["bucket_mib"], used.settings["bucket_view"]) == (25, False)
+
+
+def _by_accelerate(spec: RunSpec, used: Use) -> bool:
+    """Its FSDP recomputes blocks where the YAML says so, which it does for a script; DeepSpeed below it
+    accumulates as its own file says."""
+    if used.technique == _SPLIT:
+        return spec.engine == "accelerate" and spec.plan.get("zero") is not None
+    whole = used.technique == "activation-checkpointing" and used.settings["every"] == 1
+    return whole and spec.engine == "accelerate" and spec.plan.get("fsdp2") is not None
+
+
+def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str], *, script: str) -> None:
+    """Raises UserError, listing what the script must do, unless each of ``steps`` is acknowledged, by its
+    name or by "all"."""
+    names = [step.name for step in steps]
+    for name in acknowledged:
+        if name not in (*names, "all"):
+            close = difflib.get_close_matches(name, names, n=1)
+            raise UserError(
+                f"--script-applies {name}", allowed=", ".join(("all", *names)),
+                hint=f"did you mean {close[0]}?" if close else "",
+            )  # fmt: skip
+    if "all" in acknowledged or not (missing := [s for s in steps if s.name not in acknowledged]):
+        return
+    listed = "; ".join(f"({n}) {s.name}: {s.text}" for n, s in enumerate(missing, 1))
+    raise UserError(
+        f"no exported file applies these, {script} must do so itself, or it trains another plan than the one "
+        f"predicted: {listed}",
+        hint=f"once it does, acknowledge that: --script-applies {','.join(names)}",
+    )
+
+
+def script_files(config: LaunchConfig) -> Mapping[str, str]:
+    """The engine's files for a script: memfit's worker recomputes blocks itself, for a script Accelerate's
+    FSDP does."""
+    import yaml
+
+    recomputed = config.spec.plan.get("activation-checkpointing")
+    if recomputed is None or not _by_accelerate(config.spec, recomputed):
+        return config.files
+    data = yaml.safe_load(config.files[accelerate.CONFIG])
+    data["fsdp_config"]["fsdp_activation_checkpointing"] = True
+    return {**config.files, accelerate.CONFIG: yaml.safe_dump(data, sort_keys=False)}

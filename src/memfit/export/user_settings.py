@@ -1,0 +1,421 @@
+"""The user's own configuration files in an export: every setting that the plan does not decide stays.
+
+What an export writes is rendered twice: for the plan that the user's files say, and for the plan that is
+exported. Where the two differ the plan decides; all else is taken from the user's file, by value. Where they
+nowhere differ, it is the user's file byte for byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memfit.configs import carry
+from memfit.configs.clipping import clipping_setting
+from memfit.configs.read import Options, Setup, parsed, read
+from memfit.configs.shell import option_values
+from memfit.engines import accelerate, deepspeed, megatron
+from memfit.engines.registry import render
+from memfit.export import openfold, torchtitan, trainer
+from memfit.export.base import Files, Handover, UserFiles, UserSettings
+from memfit.export.script_steps import script_files
+from memfit.techniques.world import layout
+from memfit.types.errors import UserError
+from memfit.types.launch import RunSpec
+
+Leaves = dict[tuple[str, ...], Any]
+_MISSING = object()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Format:
+    """How a file is read and written. ``kind``: of the set-up; ``suffixes``: of user's files that may be
+    copied; ``free``: paths that memfit's worker leaves to the user."""
+
+    kind: str
+    load: Callable[[str], dict[str, Any]]
+    dump: Callable[[dict[str, Any]], str]
+    suffixes: tuple[str, ...] = ()
+    free: frozenset[str] = frozenset()
+
+
+def _json_text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2) + "\n"
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    import yaml
+
+    return dict(yaml.safe_load(text))
+
+
+def _yaml_text(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+def _options(text: str) -> dict[str, Any]:
+    pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
+    return {name: value for name, _, value in pairs}
+
+
+def _options_text(data: Mapping[str, Any]) -> str:
+    return "".join(f"--{name} {value}".rstrip() + "\n" for name, value in data.items())
+
+
+def toml_text(data: Mapping[str, Any], above: str = "") -> str:
+    """Tables with their plain values first. JSON writes strings, numbers, truths and lists as TOML does."""
+    tables = {name: value for name, value in data.items() if isinstance(value, Mapping)}
+    lines = [f"{_toml_key(name)} = {_toml_value(v)}\n" for name, v in data.items() if name not in tables]
+    head = f"[{above}]\n" if above and (lines or not tables) else ""
+    parts = [head + "".join(lines)] if head or lines else []
+    parts += [toml_text(t, f"{above}.{_toml_key(n)}".removeprefix(".")) for n, t in tables.items()]
+    return "\n".join(parts)
+
+
+def _toml_key(name: str) -> str:
+    return name if name and all(c.isalnum() or c in "_-" for c in name) else json.dumps(name)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(n)} = {_toml_value(v)}" for n, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value.isoformat() if hasattr(value, "isoformat") else json.dumps(value)
+
+
+_FREE_OF_DEEPSPEED = frozenset(
+    {
+        "gradient_clipping", "steps_per_print", "wall_clock_breakdown",
+        "zero_optimization.contiguous_gradients", "zero_optimization.reduce_scatter",
+        "zero_optimization.allgather_bucket_size",
+        "zero_optimization.round_robin_gradients", "zero_optimization.sub_group_size",
+        "zero_optimization.stage3_max_reuse_distance", "zero_optimization.offload_optimizer.pin_memory",
+        "zero_optimization.offload_param.pin_memory",
+    }
+)  # fmt: skip
+_DEEPSPEED = _Format(
+    kind="deepspeed", load=json.loads, dump=_json_text, suffixes=(".json",), free=_FREE_OF_DEEPSPEED
+)
+_FORMATS: Mapping[str, _Format] = {
+    deepspeed.CONFIG: _DEEPSPEED,
+    openfold.DEEPSPEED: _DEEPSPEED,
+    accelerate.CONFIG: _Format(
+        kind="accelerate", load=_yaml, dump=_yaml_text, suffixes=(".yaml", ".yml"),
+        free=frozenset(
+            {
+                "compute_environment", "debug", "downcast_bf16", "machine_rank", "main_training_function",
+                "num_machines", "rdzv_backend", "same_network", "use_cpu",
+            }
+        ),
+    ),
+    megatron.CONFIG: _Format(
+        kind="megatron", load=_options, dump=_options_text,
+        free=frozenset({"clip-grad", "seed", "hidden-dropout", "attention-dropout", "train-iters"}),
+    ),
+    trainer.ARGUMENTS: _Format(kind="trainer", load=json.loads, dump=_json_text, suffixes=(".json",)),
+    torchtitan.TOML: _Format(
+        kind="torchtitan", load=tomllib.loads, dump=toml_text, suffixes=(".toml",)
+    ),
+    openfold.CHANGES: _Format(
+        kind="openfold_config", load=json.loads, dump=_json_text, suffixes=(".json",)
+    ),
+    openfold.ARGUMENTS: _Format(kind="openfold", load=_options, dump=_options_text),
+}  # fmt: skip
+
+
+def read_user_files(
+    paths: Sequence[Path], *, ranks: int | None = None, for_worker: bool = False
+) -> UserFiles:
+    """Raises UserError for files of no known kind, and where nothing says how many processes train."""
+    setup = read(paths)
+    if ranks is not None and setup.ranks not in (None, ranks):
+        raise UserError(
+            f"--ranks {ranks}, but the files of --from say {setup.ranks}", hint="leave --ranks out"
+        )
+    if setup.ranks is None and ranks is None:
+        raise UserError(
+            f"nothing in {', '.join(setup.files)} says how many processes train", allowed="--ranks N"
+        )
+    setup = dataclasses.replace(setup, ranks=ranks or setup.ranks)
+    return UserFiles(
+        setup=setup, carried=carry.over(setup), clipping=clipping_setting(setup), for_worker=for_worker
+    )
+
+
+Target = Callable[[Handover], Files]
+
+
+def with_engine_settings(handover: Handover) -> Handover:
+    """The engine's files with the user's settings, and for a script what it expects of them."""
+    config = handover.config
+    if handover.script:
+        config = dataclasses.replace(config, files=script_files(config))
+    if handover.user_files is None:
+        return dataclasses.replace(handover, config=config)
+
+    def rendered(spec: RunSpec) -> Files:
+        made = render(spec)
+        return script_files(made) if handover.script else made.files
+
+    kept = _kept(handover.user_files, config.spec, rendered, _OF_ENGINES)
+    return dataclasses.replace(handover, kept=kept, config=dataclasses.replace(config, files=kept.files))
+
+
+def with_target_settings(handover: Handover, target: Target) -> Handover:
+    """The same for a target's own files, such as training_args.json."""
+    assert handover.user_files is not None
+
+    def rendered(spec: RunSpec) -> Files:
+        files = dict(render(spec).files) | {n: t for n, t in handover.config.files.items() if n in _FORMATS}
+        return target(
+            dataclasses.replace(handover, config=dataclasses.replace(handover.config, spec=spec, files=files))
+        )
+
+    of_target = _FORMATS.keys() - _OF_ENGINES
+    kept = _kept(handover.user_files, handover.config.spec, rendered, of_target)
+    earlier = handover.kept or kept
+    both = UserSettings(
+        files=kept.files, sources={**earlier.sources, **kept.sources},
+        changed=tuple(dict.fromkeys((*earlier.changed, *kept.changed))),
+        not_carried=tuple(dict.fromkeys((*earlier.not_carried, *kept.not_carried))),
+    )  # fmt: skip
+    return dataclasses.replace(handover, kept=both)
+
+
+def _kept(
+    given: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
+) -> UserSettings:  # fmt: skip
+    """Clipping is written where the job says it and no file does; what the files say, or leave to their
+    library, stays as it is."""
+    own = None if given.clipping.explicit else given.job_clip
+    new = rendered(dataclasses.replace(spec, clip=spec.clip if given.for_worker else own))
+    batch = given.carried.batch or spec.batch_size
+    said = dataclasses.replace(spec, plan=given.carried.plan, batch_size=batch, clip=None)
+    try:
+        before = rendered(said)
+    except UserError:  # the target cannot say the files' own plan: all that it says is the exported one's
+        before = {}
+    ranks = layout(spec.plan).data
+    own_files = {name: text for name, text in new.items() if name in names}
+    kept = keep_settings(own_files, before, given.setup, data_ranks=ranks, for_worker=given.for_worker)
+    return dataclasses.replace(kept, files={**new, **kept.files})
+
+
+_OF_ENGINES = frozenset({deepspeed.CONFIG, accelerate.CONFIG, megatron.CONFIG})
+
+
+def keep_settings(
+    files: Files, before: Files, setup: Setup, *, data_ranks: int, for_worker: bool = False
+) -> UserSettings:
+    """``files``: rendered for the exported plan; ``before``: the same files for the plan that the user's
+    files say. ``for_worker``: memfit's worker reads them, for which no value may be open and the plan's own
+    settings must all be written."""
+    found, sources = dict(files), {}
+    changed: list[str] = []
+    not_carried: list[str] = []
+    for name, text in files.items():
+        form = _FORMATS.get(name)
+        options: Options | None = getattr(setup, form.kind) if form is not None else None
+        if form is None or options is None:
+            continue
+        user, own_text, left = _user_data(form, options, setup, name)
+        said = _leaves(form.load(before[name])) if name in before else {}
+        free = form.free if for_worker else None
+        merged, differing = _merged(user, _leaves(form.load(text)), said, free=free)
+        differing += _made_consistent(name, merged, files, data_ranks, bool(differing))
+        same = not differing and own_text is not None and not for_worker
+        found[name] = own_text if same and own_text is not None else form.dump(merged)
+        sources[name] = options.file
+        changed += [f"{name}: {what}" for what in differing]
+        not_carried += left
+    return UserSettings(files=found, sources=sources, changed=tuple(changed), not_carried=tuple(not_carried))
+
+
+def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
+    """Files of the user that no file of the export keeps the settings of."""
+    return tuple(name for name in setup.files if name not in kept.values())
+
+
+# Of torchrun, deepspeed and accelerate launch: what the exported script says itself.
+_OF_LAUNCHERS = frozenset(
+    {
+        "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_backend",
+        "rdzv_endpoint", "rdzv_id", "rdzv_conf", "standalone", "max_restarts", "local_addr", "tee",
+        "num_gpus", "num_nodes", "hostfile", "include", "exclude", "config_file", "num_processes",
+        "num_machines", "machine_rank", "main_process_ip", "main_process_port", "no_python", "module",
+    }
+)  # fmt: skip
+
+
+def _user_data(
+    form: _Format, options: Options, setup: Setup, name: str
+) -> tuple[dict[str, Any], str | None, list[str]]:
+    """(settings as written, the text where it may be copied, what is left out)."""
+    path = Path(options.file)
+    others = (getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != form.kind)
+    if any(o is not None and o.file == options.file for o in others):  # DeepSpeed's settings within another's
+        return copy.deepcopy(dict(options.data)), None, []
+    text, data = parsed(path)
+    if data is not None and form.suffixes:
+        return copy.deepcopy(data), text if path.suffix in form.suffixes else None, []
+    values = option_values(text) if data is None else _flat(data)
+    values = {n: words for n, words in values.items() if n not in _OF_LAUNCHERS}
+    unknown = {n for n, words in values.items() if n in options.unsure or any("$" in w for w in words)}
+    left = [f"--{n} of {path.name}: its value is known only when the script runs" for n in sorted(unknown)]
+    known = {n: w for n, w in values.items() if n not in unknown}
+    if name == trainer.ARGUMENTS:
+        return {n: _typed(words) for n, words in known.items()}, None, left
+    dashed = {n.replace("_", "-") if name == megatron.CONFIG else n: " ".join(w) for n, w in known.items()}
+    return dashed, None, left
+
+
+def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Of a YAML file of Megatron-LM's arguments."""
+    given = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
+    assert isinstance(given, Mapping)
+    named = {str(n).lstrip("-").replace("-", "_"): v for n, v in given.items()}
+    return {n: () if v is True else tuple(str(v).split()) for n, v in named.items() if v is not False}
+
+
+def _typed(words: tuple[str, ...]) -> Any:
+    """As the Trainer's own parser makes them of words."""
+
+    def one(word: str) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(word)
+            except ValueError:
+                continue
+        return {"true": True, "false": False}.get(word.lower(), word)
+
+    return True if not words else one(words[0]) if len(words) == 1 else [one(w) for w in words]
+
+
+def _leaves(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Leaves:
+    found: Leaves = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, (*above, str(name)))
+        else:
+            found[(*above, str(name))] = value
+    return found
+
+
+def _merged(
+    user: dict[str, Any], new: Leaves, old: Leaves, *, free: frozenset[str] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The user's settings with what the plan decides, and what that changed. ``free`` is None where only
+    differences between the two plans count."""
+    told: list[str] = []
+    for path, value in new.items():
+        now = _get(user, path)
+        if free is None:
+            decides = old.get(path, _MISSING) != value
+        else:
+            decides = now is _MISSING or now == "auto" or ".".join(path) not in free
+        if decides and now != value:
+            told += [] if now is _MISSING and free is not None else [_change(path, now, value)]
+            _set(user, path, value)
+    for path in old.keys() - new.keys():
+        if free is None and (now := _get(user, path)) is not _MISSING:
+            _remove(user, path)
+            told.append(_change(path, now, _MISSING))
+    return user, told
+
+
+def _change(path: tuple[str, ...], now: Any, value: Any) -> str:
+    before, after = ("not set" if v is _MISSING else json.dumps(v, default=str) for v in (now, value))
+    return f"{'.'.join(path)}: {before} -> {after}"
+
+
+def _get(data: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        if not isinstance(data, Mapping) or part not in data:
+            return _MISSING
+        data = data[part]
+    return data
+
+
+def _set(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for part in path[:-1]:
+        if not isinstance(data.get(part), dict):
+            data[part] = {}
+        data = data[part]
+    data[path[-1]] = value
+
+
+def _remove(data: dict[str, Any], path: tuple[str, ...]) -> None:
+    inside = _get(data, path[:-1]) if path[:-1] else data
+    inside.pop(path[-1], None)
+
+
+# Beside a DeepSpeed file Accelerate refuses these of its YAML; the file has them.
+_SAID_BY_FILE = (
+    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device",
+    "offload_param_device", "offload_param_nvme_path", "offload_optimizer_nvme_path",
+    "zero3_save_16bit_model",
+)  # fmt: skip
+
+
+def _made_consistent(
+    name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
+) -> Iterator[str]:
+    """Settings that follow from others: the name of DeepSpeed's exported file, half precision of two kinds,
+    and the whole batch."""
+    if name in (deepspeed.CONFIG, openfold.DEEPSPEED):
+        yield from _deepspeed_consistent(merged, files[name], data_ranks)
+    elif name == trainer.ARGUMENTS and "deepspeed" in json.loads(files[name]):
+        if merged.get("deepspeed") != deepspeed.CONFIG:
+            merged["deepspeed"] = deepspeed.CONFIG
+            yield f"deepspeed: {deepspeed.CONFIG}"
+    elif name == accelerate.CONFIG and deepspeed.CONFIG in files:
+        given = merged.get("deepspeed_config") or {}
+        section = {n: v for n, v in given.items() if n not in _SAID_BY_FILE}
+        section |= {"deepspeed_config_file": deepspeed.CONFIG}
+        merged.pop("mixed_precision", None)
+        if section != given:
+            merged["deepspeed_config"] = section
+            yield f"deepspeed_config.deepspeed_config_file: {deepspeed.CONFIG}"
+    elif name == accelerate.CONFIG and differs and merged.get("fsdp_config", {}).get("fsdp_version") == 1:
+        yield from _as_fsdp2(merged["fsdp_config"])
+
+
+_FSDP1_ONLY = (
+    "fsdp_sharding_strategy", "fsdp_use_orig_params", "fsdp_backward_prefetch", "fsdp_forward_prefetch",
+    "fsdp_sync_module_states",
+)  # fmt: skip
+
+
+def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:
+    """What was predicted for a file of FSDP1; its settings and those of FSDP2 exclude each other."""
+    section["fsdp_version"] = 2
+    yield "fsdp_config.fsdp_version: 1 -> 2"
+    for name in _FSDP1_ONLY:
+        if (value := section.pop(name, None)) is not None:
+            yield f"fsdp_config.{name}: {json.dumps(value)} -> not set"
+
+
+def _deepspeed_consistent(merged: dict[str, Any], rendered: str, data_ranks: int) -> Iterator[str]:
+    half = json.loads(rendered)["bf16"]["enabled"]
+    narrow = [n for n in ("fp16", "bf16", "bfloat16", "amp") if (_get(merged, (n, "enabled")) is True)]
+    extra = [n for n in narrow if not half or (n != "bf16" and len(narrow) > 1)]
+    for section in extra:
+        merged[section]["enabled"] = False
+        yield f"{section}.enabled: true -> false"
+    micro, steps = (merged.get(n) for n in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
+    whole = merged.get("train_batch_size")
+    parts = [n for n in (micro, steps) if isinstance(n, int)]
+    if isinstance(whole, int) and len(parts) == 2 and whole != math.prod(parts) * data_ranks:
+        del merged["train_batch_size"]
+        yield f"train_batch_size: {whole} -> not set"

@@ -1,0 +1,130 @@
+"""Gradient clipping: the norm of the gradients that the update gets, against the planned limit.
+
+Any clipping is seen by its effect on that norm, whoever clips: torch, an engine, or the user's own loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
+
+import torch
+from torch.nn.utils import clip_grad
+
+from memfit.measure.held import from_all, world_size
+
+if TYPE_CHECKING:
+    from memfit.measure.conform import Watch
+
+FEATURE = "gradient clipping"
+_TOLERANCE_RATIO = 0.01  # of the limit; gradients may be bf16
+_SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel"}
+_TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # functions of torch that scale gradients
+
+
+class Clipping:
+    """Listens between `__enter__` and `__exit__`. ``limits``: with which largest norms torch's clipping was
+    called. ``squares``: of each parameter of the optimizer, the squared norm of its gradient on this rank at
+    the update, and on how many ranks the same numbers lie. ``before``: the norm of all ranks' gradients
+    before anything clips, where the caller knows it."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch, self._stack = watch, contextlib.ExitStack()
+        self.limits: set[float] = set()
+        self.squares: dict[int, tuple[float, float]] = {}
+        self.before: float | None = None
+
+    def __enter__(self) -> Self:
+        for module in (clip_grad, torch.nn.utils):
+            for name in _TORCH:
+                if (inner := getattr(module, name, None)) is not None:
+                    self._stack.enter_context(mock.patch.object(module, name, self._recording(inner)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _recording(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def clips(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> None:
+            self.limits.add(float(max_norm))
+            inner(parameters, max_norm, *args, **kwargs)
+
+        return clips
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """An engine may update in several calls, each of other parameters."""
+        for param in (p for group in optimizer.param_groups for p in group["params"]):
+            if param.grad is not None:
+                copies, local = self._copies(param.grad)
+                square = float(torch.linalg.vector_norm(local, dtype=torch.float32)) ** 2
+                self.squares[id(param)] = max((square, copies), self.squares.get(id(param), (0.0, 1.0)))
+
+    def _copies(self, grad: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """(how many ranks hold these numbers, this rank's part of them)."""
+        mesh: Any = getattr(grad, "device_mesh", None)
+        local: torch.Tensor = grad.to_local() if mesh is not None else grad  # type: ignore[attr-defined]
+        if local.is_sparse:
+            local = local.coalesce().values()
+        if mesh is None:
+            return world_size() / (self._watch.sharded("optimizer state")[0] if self._flat() else 1), local
+        cut = math.prod(mesh.size(i) for i, p in enumerate(grad.placements) if p.is_shard())  # type: ignore[attr-defined]
+        return world_size() / cut, local
+
+    def _flat(self) -> bool:
+        """Whether a plain tensor of the optimizer is this rank's alone."""
+        return any(self._watch.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
+
+    def norm(self) -> float:
+        """Of all ranks' gradients at the update; a collective."""
+        return math.sqrt(sum(from_all(sum(square / copies for square, copies in self.squares.values()))))
+
+    def largest(self) -> float:
+        """Of what any one rank holds: the whole norm is at least that. A collective."""
+        return math.sqrt(max(from_all(sum(square for square, _ in self.squares.values()))))
+
+
+def clipped(watch: Watch) -> None:
+    """Against ``watch.clip``: None is not known, 0 is without clipping."""
+    if watch.clip is None:
+        return
+    if not any(from_all(bool(watch.clipping.squares))):
+        if watch.clip:
+            watch.unseen(f"{FEATURE}: no update of a torch optimizer was seen")
+        return
+    whole = not any(u.technique in _SEVERAL for u in watch.plan.uses)
+    norm = watch.clipping.norm() if whole else watch.clipping.largest()
+    if watch.clip:
+        _limited(watch, norm, whole=whole)
+    else:
+        _never(watch, norm, whole=whole)
+
+
+def _limited(watch: Watch, norm: float, *, whole: bool) -> None:
+    limit = watch.clip or 0.0
+    least = "" if whole else "at least "
+    called = any(from_all(any(math.isclose(n, limit) for n in watch.clipping.limits)))
+    too_large = norm > limit * (1 + _TOLERANCE_RATIO)
+    if too_large or called or (whole and norm > limit * (1 - _TOLERANCE_RATIO)):
+        planned = f"gradients of norm at most {limit:g} at the update"
+        watch.differs(FEATURE, planned, f"{least}{norm:.4g}", wrong=too_large)
+    else:
+        watch.unseen(f"{FEATURE}: the norm, {least}{norm:.4g}, did not reach {limit:g}")
+
+
+def _never(watch: Watch, norm: float, *, whole: bool) -> None:
+    limits = sorted(
+        {n for of_rank in from_all(tuple(watch.clipping.limits)) for n in of_rank if n < math.inf}
+    )
+    before = watch.clipping.before
+    if limits:
+        watch.differs(FEATURE, "none", f"to a norm of {', '.join(f'{n:g}' for n in limits)}", wrong=True)
+    elif before is not None and whole:
+        wrong = norm < before * (1 - _TOLERANCE_RATIO)
+        watch.differs(
+            FEATURE, "none", f"a norm of {norm:.4g} at the update, {before:.4g} before", wrong=wrong
+        )
+    else:
+        watch.unseen(f"{FEATURE}: whether other code than torch's clips")
