@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
+
+def hide_if_broken(package: str) -> None:
+    """Libraries look whether a package is there before they import it: one that does not load is not."""
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError):
+        find: Any = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *more: None if name == package else find(name, *more)
+
+
+hide_if_broken("torchaudio")  # before transformers is imported
 functional = nn.functional
 Loss = Callable[[Any, Any], torch.Tensor]
 
