@@ -32,7 +32,8 @@ import torch
 LIMIT_S, WALL_LIMIT_S = 100, 600.0  # of one process: processor time, and time on a busy machine
 CONTEXT = multiprocessing.get_context("forkserver")  # of one that has imported libraries and run nothing
 PRELOADED = (
-    "torch", "unseen_population", "memfit.api", "timm", "torchvision", "diffusers", "transformers", "torch_geometric", "e3nn.nn",
+    "torch", "unseen_population", "memfit.api", "timm", "torchvision", "diffusers", "transformers",
+    "torch_geometric", "e3nn.nn",
     "mace.modules", "monai.networks.nets", "segmentation_models_pytorch", "lightning.pytorch.demos",
 )  # fmt: skip
 STEPS, THREADS = 3, 2
