@@ -30,6 +30,7 @@ from memfit.types.result import (
     VerdictKind,
 )
 from memfit.types.units import GIB, MIB
+from memfit.types.workload import Workload
 
 PLAIN = Plan()
 CHECKPOINTED = Plan(uses=(use("activation-checkpointing", every=1),))
@@ -293,6 +294,9 @@ def full_poc() -> Poc:
         job_size="tiny",
         data_source="2,500 PDB chains, 30 % identity clusters; CC0",
         parameter_count=7_400_000,
+        workload=Workload(
+            model="protein-ss", parameter_count=7_400_000, batch_size=24, length=128, length_unit="residues"
+        ),
         metric="Q3",
         metric_unit="percentage points",
         metric_naive=38.1,
