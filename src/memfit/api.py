@@ -40,6 +40,7 @@ from memfit.workload import workload_of
 from memfit.workspaces import probe_workspaces
 
 __all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _CHEAP_BYTES = 64 * 2**30  # models above this are not searched for a plan that would fit
 
 
@@ -219,9 +220,16 @@ def _predicted(
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
     """With the workspaces of kernels probed, where the machine is this one and ``probe`` says so."""
-    if probe and pricer.machine.device.name == "this machine":
-        probe_workspaces(pricer, plan)
-    return pricer.whole(plan)
+    try:
+        if probe and pricer.machine.device.name == "this machine":
+            probe_workspaces(pricer, plan)
+        return pricer.whole(plan)
+    except _FAILURES as error:  # outside the user's own functions, whose errors are told already
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the training step does not run on fake tensors: {type(error).__name__}: {reason[:200]}",
+            hint="if it trains without memfit, it is a limit of memfit's",
+        ) from error
 
 
 def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:

@@ -508,14 +508,6 @@ def test_initialisers_that_draw_until_all_is_in_range_end() -> None:
     assert trace(regression(build), Plan()).parameter_count == 8 * 16 + 16 + 16 * 4 + 4
 
 
-def test_sparse_gradients_are_told_in_one_line() -> None:
-    def sparse(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(torch.arange(8), m.table.weight, sparse=True)
-
-    with pytest.raises(UserError, match="sparse"):
-        trace(job(sparse), Plan())
-
-
 # --- what kernels keep to themselves
 
 

@@ -289,3 +289,51 @@ def test_random_numbers_stay_in_their_range_and_the_interval_holds_each_draw() -
     assert room.high < 2 * room.value
     torch.manual_seed(5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- sparse gradients, plans that cannot be -------------------------------------------------------
+
+
+@counted
+@pytest.mark.parametrize(("words", "width", "batch"), [(4000, 32, (32, 8)), (9000, 96, (64, 16))])
+def test_sparse_gradients_count_their_rows(words: int, width: int, batch: tuple[int, int]) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(words, width, sparse=True), nn.Flatten(1))
+
+    tokens = torch.randint(0, words, batch, generator=torch.Generator().manual_seed(0))
+    holds(build, tokens, squares, lambda params: torch.optim.SparseAdam(list(params)))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_adapters_recomputed_under_zero_3_are_refused_in_one_line() -> None:
+    plan: dict[str, Any] = {"zero": {"stage": 3}, "lora": {}, "activation-checkpointing": {}}
+    with pytest.raises(UserError, match="zero of stage 3 has freed the frozen ones of lora") as told:
+        memfit.estimate(Blocks, torch.rand(8, 64), loss=squares, plan={"ranks": 2, "techniques": plan})
+    assert "\n" not in str(told.value)
+
+
+class OnlyHere(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise LookupError("no rule for this\nand more")
+
+
+def test_what_fails_outside_the_users_functions_is_told_in_one_line() -> None:
+    with pytest.raises(UserError, match="does not run on fake tensors: LookupError: no rule for this;"):
+        memfit.estimate(
+            Blocks, torch.rand(8, 64), loss=lambda m, x: squares(lambda y: OnlyHere.apply(m(y)), x)
+        )

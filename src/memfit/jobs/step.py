@@ -241,7 +241,7 @@ class TrainingStep:
         grads = [g for n, g in named.items() if n not in elsewhere | self.bench.own_parameters]
         if self.bench.world.mesh is not None:
             return global_norm(grads, self.bench.world, own=own)
-        norms = [torch.linalg.vector_norm(g) for g in grads]
+        norms = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g) for g in grads]
         total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
         return total
 

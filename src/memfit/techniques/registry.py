@@ -127,6 +127,13 @@ def _conflict_of_settings(plan: Plan, used: list[Technique]) -> str | None:
     sharded = plan.get("zero")
     if sharded is not None and sharded.settings.get("stage") == 3 and plan.get("compile") is not None:
         return "zero of stage 3 gathers parameters inside of blocks, and compile makes one graph of each"
+    recomputes = next(filter(plan.get, ("activation-checkpointing", "selective-checkpointing")), None)
+    adapts = next(filter(plan.get, ("lora", "qlora")), None)
+    if sharded is not None and sharded.settings.get("stage") == 3 and recomputes and adapts:
+        return (
+            f"{recomputes} compares weights between forward and recomputation, and zero of stage 3 has freed "
+            f"the frozen ones of {adapts} by then (with DeepSpeed itself, use_reentrant=True avoids that)"
+        )
     staged = plan.get("pipeline")
     split = staged is not None and str(staged.settings.get("schedule")).startswith("zero-bubble")
     if split and plan.get("selective-checkpointing") is not None:

@@ -48,6 +48,24 @@ class _Life:
     place: str = ""
 
 
+_ROWS = "_memfit_rows"
+
+
+class _Rows:
+    """Indices and values of a sparse tensor, which its views share; how many of its rows are distinct."""
+
+    def __init__(self, size_bytes: int, distinct_ratio: float) -> None:
+        self.size_bytes, self.distinct_ratio, self.joined = size_bytes, distinct_ratio, False
+
+
+def _rows_of(tensor: torch.Tensor) -> _Rows:
+    rows: _Rows | None = getattr(tensor, _ROWS, None)
+    if rows is None:
+        setattr(tensor, _ROWS, rows := _Rows(0, 1.0))
+    return rows
+
+
+_SPARSE_COPIES = 5  # of a gradient's rows that SparseAdam has at once
 _SCALAR = 0.5  # an optimizer's own, a step count or a product of momenta: formulas divide by it and by 1 - it
 _DEVICE: Any = torch.ops.prim.device.default
 _NOTHING = operators.Work("[]", "", 0, 0)
@@ -80,6 +98,7 @@ class Ledger(TorchDispatchMode):
         self.flows = Flows()
         self._works: dict[Any, operators.Work] = {}
         self._sole = sole_counts()
+        self._sparse_seen = False
         self._line_of_node: dict[int, str] = {}
         self._flying: dict[int, Any] = {}  # by storage of what comes: what a collective sends until then
         self._outer: Any = None  # the operator last called on a wrapper, such as a tensor not yet waited for
@@ -175,10 +194,14 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs) if out is None else out
         if func in operators.MAKERS:
             self._note(out, fact.name, self.modules.name(self.current))
+        elif self._sparse_seen and operators.is_sparse(out) and operators.is_sparse(args[0]):
+            setattr(out, _ROWS, _rows_of(args[0]))
         return out
 
     def _watched(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any, values: Any) -> Any:
         """An operator that works: its outputs' storages and its cost go on record."""
+        if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
+            return self._sparse(func, fact, args, kwargs)
         module = self.modules.name(self.current)
         owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
         module = module or (owners[0] if len(owners) == 1 else "")
@@ -213,6 +236,45 @@ class Ledger(TorchDispatchMode):
                 before, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
             )
         return out
+
+    def _sparse(self, func: Any, fact: operators.Fact, args: Any, kwargs: Any) -> Any:
+        """Fake sparse tensors hold no rows: those given to the first count, and what is made of them has as
+        many. An optimizer that joins equal rows works on copies of them (torch/optim/_functional.py)."""
+        if func is operators.IS_COALESCED:  # rows may repeat, and joining them is work
+            return _rows_of(args[0]).joined
+        # A fake one without rows counts as joined, which torch refuses to do again.
+        out = args[0].clone() if func is operators.COALESCE else func(*args, **kwargs)
+        given = [_rows_of(t) for t in args if operators.is_sparse(t)]
+        size_bytes = max((rows.size_bytes for rows in given), default=0)
+        share = min((rows.distinct_ratio for rows in given), default=1.0)
+        if func is operators.COALESCE:
+            size_bytes, share = int(size_bytes * share), 1.0
+        if func in operators.SPARSE_MAKERS:
+            dense = [t for t in tensors_in(args) if not operators.is_sparse(t)]
+            size_bytes = sum(t.numel() * t.element_size() for t in dense) or size_bytes
+            places = next((self.shadows.of(t) for t in dense if t.dtype is torch.int64), None)
+            if places is not None and places.numel():
+                with no_dispatch():
+                    share = places.unique(dim=-1).numel() / places.numel()
+        self._sparse_seen = True
+        made = [_Rows(size_bytes, share) for t in tensors_in(out) if operators.is_sparse(t)]
+        for tensor, rows in zip(filter(operators.is_sparse, tensors_in(out)), made, strict=True):
+            setattr(tensor, _ROWS, rows)
+            self._note(tensor, fact.name, self.modules.name(self.current))
+            rows.joined = func is operators.COALESCE
+        if func is operators.COALESCE and self.current is Phase.OPTIMIZER:
+            for copy in [_Rows(size_bytes, 1.0) for _ in range(_SPARSE_COPIES)]:
+                made.append(copy)
+                self._note_rows(copy, fact.name, self.modules.name(self.current))
+        return out
+
+    def _note_rows(self, rows: _Rows, op: str, module: str) -> _Life:
+        known = self._known.get(id(rows))
+        if known is not None and known[0]() is rows:
+            return known[1]
+        life = self._born(rows.size_bytes, op, module)
+        self._known[id(rows)] = (weakref.ref(rows, self._death(id(rows))), life)
+        return life
 
     def _owners(self, args: Any) -> list[str]:
         """Whose the first argument is, or each of a list's: outside forward and backward what an operator
@@ -332,6 +394,8 @@ class Ledger(TorchDispatchMode):
         return not this_node or len(set(node.next_functions)) < len(node.next_functions)
 
     def _note(self, tensor: torch.Tensor, op: str, module: str) -> _Life:
+        if operators.is_sparse(tensor):
+            return self._note_rows(_rows_of(tensor), op, module)
         storage = strided_storage(tensor)
         key = storage._cdata
         known = self._known.get(key)

@@ -234,6 +234,10 @@ def key(value: Any) -> Any:
     return value if kind is int or value is None else (kind, str(value))
 
 
+def is_sparse(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.sparse_coo
+
+
 def tensors_in(*values: Any) -> list[torch.Tensor]:
     """Tensors among arguments, in order; a hand-made walk because this runs for every operator."""
     found: list[torch.Tensor] = []
@@ -311,6 +315,14 @@ NORM_GRADIENTS = frozenset(
         _ATEN.native_batch_norm_backward.default,
     }
 )  # fmt: skip
+SPARSE_MAKERS = frozenset(
+    {
+        _ATEN._sparse_coo_tensor_with_dims_and_tensors.default, _ATEN._sparse_coo_tensor_unsafe.default,
+        _ATEN.sparse_coo_tensor.indices_size,
+    }
+)  # fmt: skip
+IS_COALESCED = _ATEN.is_coalesced.default
+COALESCE = _ATEN._coalesce.default
 SOFTMAX_BACKWARD = _ATEN._softmax_backward_data.default
 NORMS = NORM_GRADIENTS | {_ATEN.native_layer_norm.default, GROUP_NORM, _ATEN.native_batch_norm.default}
 LIFT = _ATEN.lift_fresh.default
