@@ -26,7 +26,7 @@ from memfit import pipeline
 from memfit.measure import here
 from memfit.planning import Planning, Request, autocast, make_pricer
 from memfit.store.environment import fingerprint
-from memfit.techniques.registry import TECHNIQUES, conflict, effect_of
+from memfit.techniques.registry import TECHNIQUES, conflict, effect_of, make_use
 from memfit.trials import few_steps
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
@@ -164,7 +164,8 @@ def _that_fit(planning: Planning, uses: tuple[Use | str, ...]) -> Iterator[Plan]
     batch, highest = planning.job.batch_size, planning.request.accuracy.highest
     plan = Plan()
     for one in uses:
-        plan = plan.with_use(autocast(planning.pricer.space) if isinstance(one, str) else one)
+        mixed = autocast(planning.pricer.space)
+        plan = plan.with_use(mixed if isinstance(one, str) else make_use(one.technique, one.settings))
     for micro_batches in (n for n in range(1, batch + 1) if batch % n == 0):
         tried = plan
         if micro_batches > 1:

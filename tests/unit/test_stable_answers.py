@@ -93,6 +93,8 @@ def test_the_noisier_the_timings_the_more_counts_as_equal() -> None:
     close = [priced(1.0, MIXED, EIGHT_BIT), priced(1.25, CHECKPOINTED)]
     answers = [best(close, Objective.FASTEST, timed_band(spread)) for spread in (0.0, 0.05, 0.5)]
     assert [len(e.plan.uses) for e in answers if e] == [2, 2, 1]
+    far = [priced(1.0, MIXED, EIGHT_BIT), priced(1.6, CHECKPOINTED)]
+    assert [len(e.plan.uses) for e in [best(far, Objective.FASTEST, timed_band(9.0))] if e] == [2]
 
 
 def test_memory_is_no_timing_and_keeps_its_narrow_tie() -> None:
