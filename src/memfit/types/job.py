@@ -75,6 +75,7 @@ class Job:
     ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema`` is the decay of an
     exponential moving average of the weights, kept beside the model (True: 0.999); None: no copy.
     ``workers`` counts the DataLoader's worker processes of each rank, which take host memory.
+    ``reduced`` makes the same job with a small model, for trials on real numbers where this one is too large.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Job:
     sequence_dim: int = 1  # of the batch's tensors, for what cuts the sequence
     experts: str | None = None  # pattern of modules called with (tokens, chosen experts, weights)
     islands: tuple[str, ...] = ()  # module path patterns
+    reduced: Callable[[], Job] | None = None
     clip: float | None = None
     ema: float | None = None
     workers: int = 0

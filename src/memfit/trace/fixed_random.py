@@ -1,0 +1,131 @@
+"""Random operators that return the same numbers for every sample, and arithmetic in float64.
+
+Compares a batch with its parts: dropout, stochastic depth and noise must be the same in both, wherever a
+model has folded the batch dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+_GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1)
+_SAME, _SAME_KEPT = 0.6, 0.05  # where numbers may not depend on the place; the second keeps what dropout may drop
+_WIDE = {
+    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}  # fmt: skip
+
+
+class TimeIsUp(Exception):
+    """The trial took longer than it may."""
+
+
+class FixedRandom(TorchDispatchMode):
+    """``counts``: numbers of samples of the trial; along a last dimension of such a length all numbers are
+    equal, as it may be the batch. Raises TimeIsUp at the first operator after ``deadline_s``."""
+
+    def __init__(self, counts: Collection[int], deadline_s: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts, self.deadline_s = frozenset(counts), deadline_s
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self.deadline_s:
+            raise TimeIsUp
+        name = func._schema.name.removeprefix("aten::")
+        named = {k: _WIDE.get(v, v) if k == "dtype" else v for k, v in (kwargs or {}).items()}
+        if not func._schema.is_mutable:
+            args, named = _widened(args, named)
+        if name == "native_dropout" and args[2] is not False:
+            return self._dropout(*args[:2])
+        out = func(*args, **named)
+        if (fill := _FILLS.get(name)) is not None:
+            values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | named
+            out.copy_(fill(self, out, values))
+        return out
+
+    @staticmethod
+    @contextlib.contextmanager
+    def paused() -> Iterator[None]:
+        """Code inside sees neither fixed numbers nor float64."""
+        with _disable_current_modes():
+            yield
+
+    def _dropout(self, x: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = self.uniform(x, _SAME_KEPT) < 1 - p
+        return x * kept / max(1 - p, 1e-9), kept
+
+    def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
+        """Numbers in [0, 1) that depend on the last index at most, in the shape of ``like``."""
+        last = like.shape[-1] if like.dim() else 1
+        if last <= 1 or last in self.counts:
+            return torch.full(like.shape, same, dtype=torch.float64, device=like.device)
+        places = torch.arange(1, last + 1, dtype=torch.float64, device=like.device)
+        return (places * _GOLDEN).frac().expand(like.shape)
+
+
+def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Constants of lower precision beside float64 become float64."""
+    tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    kinds = {t.dtype for t in tensors}
+    if not kinds & {torch.float64, torch.complex128} or kinds.isdisjoint(_WIDE):
+        return args, kwargs
+    return _pytree.tree_map_only(  # type: ignore[no-any-return]
+        torch.Tensor, lambda t: t.to(_WIDE.get(t.dtype, t.dtype)), (args, kwargs)
+    )
+
+
+def _bernoulli(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    return mode.uniform(out, _SAME_KEPT) < values.get("p", values["self"])
+
+
+def _bernoulli_in_place(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    return mode.uniform(out, _SAME_KEPT) < values.get("p", 0.5)
+
+
+def _uniform(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    low, high = values.get("from", 0.0), values.get("to", 1.0)
+    return low + mode.uniform(out) * (high - low)
+
+
+def _normal(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    return values.get("mean", 0.0) + values.get("std", 1.0) * torch.special.ndtri(mode.uniform(out))
+
+
+def _standard_normal(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    return torch.special.ndtri(mode.uniform(out))
+
+
+def _integers(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    low = values.get("low", values.get("from", 0))
+    high = values.get("high", values.get("to"))
+    high = 2 if high is None else high
+    return low + (mode.uniform(out) * (high - low)).floor()
+
+
+def _exponential(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    return -mode.uniform(out).log() / values.get("lambd", 1.0)
+
+
+def _permutation(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    return torch.arange(out.numel(), device=out.device).roll(-1)
+
+
+def _multinomial(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+    likeliest = values["self"].argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(out.shape[-1], device=out.device) % likeliest.shape[-1]
+    return likeliest.index_select(-1, places)
+
+
+_FILLS: dict[str, Callable[[FixedRandom, torch.Tensor, dict[str, Any]], torch.Tensor]] = {
+    "bernoulli": _bernoulli, "bernoulli_": _bernoulli_in_place, "rand": _uniform, "rand_like": _uniform,
+    "uniform_": _uniform, "normal": _normal, "normal_": _normal, "randn": _standard_normal,
+    "randn_like": _standard_normal, "randint": _integers, "randint_like": _integers, "random_": _integers,
+    "exponential_": _exponential, "randperm": _permutation, "multinomial": _multinomial,
+}  # fmt: skip

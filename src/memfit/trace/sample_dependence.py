@@ -1,0 +1,518 @@
+"""Whether the samples of a job's batch depend on each other: found by training a batch whole and in parts.
+
+``docs/decisions/017-sample-dependence.md`` has the protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import time
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree
+
+from memfit.cost.memory import levels
+from memfit.jobs.step import batch_length, split
+from memfit.measure import here
+from memfit.trace.few_blocks import with_blocks
+from memfit.trace.fixed_random import FixedRandom, TimeIsUp
+from memfit.trace.tracer import fake_model, trace
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.units import format_bytes
+
+_SAMPLES = (8, 4, 2)  # of the real batch, the most that may be tried
+_ROUNDING_RATIO, _DEPENDENCE_RATIO = 1e-9, 1e-7
+_SMALL_GRADIENT_RATIO = 1e-3  # of the whole gradient's norm: what one parameter's is at least taken for
+_MOST_BYTES, _MOST_FLOPS, _MOST_S = 2**30, 1e11, 10.0
+_FREE_SHARE = 4  # of the free memory, one part may be taken
+_RUNS = 12  # forward and backward passes of the whole trial batch, roughly
+_NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters beside random inputs
+_FEW_VALUES = 3
+_FEW_BLOCKS = (2, 1)
+
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], SampleDependence]] = weakref.WeakKeyDictionary()
+
+
+def sample_dependence(job: Job) -> SampleDependence:
+    """Tries once for each job of this process. Never raises for what the job's own functions raise: what
+    cannot be tried is "not tested", with the reason."""
+    key = (id(job.loss), job.batch_size)
+    with contextlib.suppress(TypeError):  # a function that cannot be remembered
+        known = _KNOWN.setdefault(job.build_model, {})
+        if key not in known:
+            known[key] = _tried(job)
+        return known[key]
+    return _tried(job)
+
+
+def _tried(job: Job) -> SampleDependence:
+    try:
+        small = _affordable(job)
+        answer = _Trial(small).run()
+    except TimeIsUp:
+        answer = _not_tested(f"the trial takes longer than {_MOST_S:g} s")
+    except Exception as error:  # noqa: BLE001  any error of the user's code on parts of a batch
+        answer = _not_tested(_first_line(error))
+    if answer.kind is DependenceKind.NOT_TESTED:
+        return _by_batch_norms(job, answer)
+    return answer
+
+
+def _not_tested(reason: str) -> SampleDependence:
+    return SampleDependence(kind=DependenceKind.NOT_TESTED, reason=reason)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error).partition(chr(10))[0][:160] or type(error).__name__}"
+
+
+# -- BatchNorm by its layers, where nothing can be tried --------------------------------------------------
+
+
+def _by_batch_norms(job: Job, untested: SampleDependence) -> SampleDependence:
+    """Layers that take statistics of the batch in training are enough to know."""
+    try:
+        model = fake_model(job).train()
+    except Exception:  # noqa: BLE001  who traces the job says why it cannot be built
+        return untested
+    norms = {name: m for name, m in model.named_modules() if _takes_statistics(m)}
+    return _of_norms(norms, f"by its layers; {untested.reason}") if norms else untested
+
+
+def _takes_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
+    """``loss``: whether splitting changes the loss without these layers too."""
+    synced = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
+    also = "; the loss compares samples too" if loss else ""
+    return SampleDependence(
+        kind=DependenceKind.DEPENDENT,
+        cause=DependenceCause.SYNC_BATCH_NORM if synced else DependenceCause.BATCH_NORM,
+        reason=reason + also, modules=tuple(norms), across_ranks=loss or not synced,
+    )  # fmt: skip
+
+
+# -- a job that can be tried in the limits ----------------------------------------------------------------
+
+
+def _affordable(job: Job) -> Job:
+    """The job with few samples, in small or with few blocks where it is large. Raises UserError."""
+    reasons: list[str] = []
+    for smaller in _smaller(job):
+        for count in _SAMPLES:
+            made = _with_samples(smaller, count)
+            if (reason := _too_large(made)) is None:
+                return made
+            reasons.append(reason)
+            if made.batch_size < count:
+                continue
+    raise UserError(reasons[-1] if reasons else "the model is too large to be tried")
+
+
+def _smaller(job: Job) -> Iterator[Job]:
+    most = min(_MOST_BYTES, here.free_bytes() // _FREE_SHARE)
+    model = fake_model(job)
+    if _parameter_bytes(model) <= most:
+        yield job
+    if job.reduced is not None:
+        yield job.reduced()
+    kinds = {type(m) for m in model.modules()}
+    for count in _FEW_BLOCKS:
+        cut = with_blocks(job, count)
+        with contextlib.suppress(UserError, AssertionError):  # no blocks that could be left out
+            left = fake_model(cut)
+            if {type(m) for m in left.modules()} == kinds and _parameter_bytes(left) <= most:
+                yield cut
+
+
+def _parameter_bytes(model: nn.Module) -> int:
+    """In float64, with the gradients of the whole and of its parts."""
+    return 8 * 4 * sum(p.numel() for p in model.parameters())
+
+
+def _with_samples(job: Job, count: int) -> Job:
+    batch = job.make_batch(0, 0)
+    part = split(batch, max(1, batch_length(batch) // count))[0]
+    return dataclasses.replace(job, make_batch=lambda step, seed: part, batch_size=batch_length(part))
+
+
+def _too_large(job: Job) -> str | None:
+    """Why the trial would not keep to its limits. Traced in float32, tried in float64."""
+    traced = trace(job, Plan(), steps=1, update=False)
+    needed, most = 2 * int(levels(traced)[1].max()), min(_MOST_BYTES, here.free_bytes() // _FREE_SHARE)
+    flops = _RUNS * sum(op.flops for op in traced.ops)
+    if needed > most:
+        return f"{format_bytes(needed)} for {job.batch_size} samples, where a trial may take {format_bytes(most)}"
+    if flops > _MOST_FLOPS:
+        return f"{flops:.0e} operations for {job.batch_size} samples, where a trial may take {_MOST_FLOPS:.0e}"
+    return None
+
+
+# -- the trial ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class _Gradients:
+    """A loss with the gradient of every parameter, added up over parts. ``size``: of the losses' terms."""
+
+    loss: float
+    size: float
+    by_name: dict[str, torch.Tensor]
+
+    def norm(self) -> float:
+        return float(sum(g.double().square().sum() for g in self.by_name.values()) ** 0.5)
+
+    def distance(self, other: _Gradients) -> float:
+        """Relative, of losses and of each parameter's gradients: the largest."""
+        scale = max(self.norm(), other.norm())
+        loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
+        each = [
+            _norm(self.by_name[n] - other.by_name[n])
+            / max(_norm(self.by_name[n]), _norm(other.by_name[n]), _SMALL_GRADIENT_RATIO * scale, 1e-300)
+            for n in self.by_name
+        ]
+        return max(loss, *each)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
+
+
+def _sum(parts: Sequence[_Gradients], weights: Sequence[float]) -> _Gradients:
+    return _Gradients(
+        loss=sum(w * p.loss for p, w in zip(parts, weights, strict=True)),
+        size=sum(abs(w) * p.size for p, w in zip(parts, weights, strict=True)),
+        by_name={
+            n: sum((w * p.by_name[n] for p, w in zip(parts, weights, strict=True)), torch.zeros(()))
+            for n in parts[0].by_name
+        },
+    )
+
+
+class _Trial:
+    """One model and batch, trained whole and in parts without updates."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.batch = job.make_batch(0, 0)
+        self.length = batch_length(self.batch)
+        halves = [batch_length(p) for p in split(self.batch, min(2, self.length))]
+        self.mode = FixedRandom({1, self.length, *halves}, time.monotonic() + _MOST_S)
+        self.norms: dict[str, nn.Module] = {}  # whose forward took statistics of a batch
+        self.state: dict[tuple[nn.Module, str], torch.Tensor] = {}
+
+    def run(self) -> SampleDependence:
+        if self.length < 2:
+            return _not_tested("a batch of one sample cannot be split")
+        with _on_its_own(), self.mode, _batch_norm_anywhere():
+            self.model = _model_in_float64(self.job)
+            self.state = _state_of(self.model)
+            batch = _in_float64(self.batch)
+            answer = self._compared(batch, (min(2, self.length), self.length), "on the first real samples")
+            if answer.kind is not DependenceKind.INDEPENDENT:
+                return answer
+            _add_noise(self.model)
+            try:
+                redrawn = self._compared(_redrawn(batch), (min(2, self.length),), "on random samples")
+            except TimeIsUp:
+                raise
+            except Exception:  # noqa: BLE001  random values may be none that the job takes: the real ones count
+                return answer
+            return redrawn if redrawn.kind is DependenceKind.DEPENDENT else answer
+
+    def _compared(self, batch: Any, counts: Sequence[int], where: str) -> SampleDependence:
+        """Whole against each number of parts."""
+        self._gradients(batch)  # caches, and what the first batch initialises
+        self.state = _state_of(self.model)
+        whole = self._gradients(batch)
+        if not numpy.isfinite(whole.loss) or not numpy.isfinite(whole.norm()) or not whole.norm():
+            return _not_tested(f"loss or gradients are not finite, or all zero, {where}")
+        after = _state_of(self.model)
+        for count in dict.fromkeys(counts):
+            parts = split(batch, count)
+            terms = [self._terms(p) for p in parts]
+            shares = [n / sum(terms) for n in terms]
+            try:
+                found, states = self._of_parts(parts)
+            except TimeIsUp:
+                raise
+            except Exception as error:  # noqa: BLE001  such as layers that want more than one value
+                if count != counts[0]:
+                    break
+                return _not_tested(f"the loss fails on a part of the batch: {_first_line(error)}")
+            distance = whole.distance(_sum(found, shares))
+            if not distance <= _ROUNDING_RATIO:
+                return self._different(batch, whole, found, shares, distance, where)
+            if (changed := _changed(self.state, after)) and count == counts[0]:
+                return self._stateful(changed, after, states)
+        reason = f"whole and split alike {where}"
+        return SampleDependence(kind=DependenceKind.INDEPENDENT, reason=reason)
+
+    def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
+        """Of each part from the same state, with the state that it leaves."""
+        found, states = [], []
+        for part in parts:
+            found.append(self._gradients(part))
+            states.append(_state_of(self.model))
+        return found, states
+
+    def _gradients(self, part: Any) -> _Gradients:
+        _restore(self.state)
+        _seed(0)
+        self.model.zero_grad(set_to_none=True)
+        with _watched(self.model, self.norms):
+            loss = self.job.loss(self.model, _cloned(part))
+            loss.backward()
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+        dense = {n: g.to_dense() if g.is_sparse else g for n, g in grads.items()}
+        value = float(loss.detach())
+        self.model.zero_grad(set_to_none=True)
+        return _Gradients(loss=value, size=abs(value), by_name=dense)
+
+    def _terms(self, part: Any) -> int:
+        return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
+
+    def _different(
+        self, batch: Any, whole: _Gradients, found: list[_Gradients], shares: list[float],
+        distance: float, where: str,
+    ) -> SampleDependence:  # fmt: skip
+        """Why the sum of the parts is not the whole."""
+        if distance <= _DEPENDENCE_RATIO:
+            return _not_tested(f"whole and split differ by {distance:.0e}, which rounding may explain, {where}")
+        if self._is_random(batch, whole):
+            return _not_tested("the loss has random numbers of its own, which cannot be fixed")
+        if self.norms:
+            norms = dict(self.norms)
+            return _of_norms(norms, f"whole and split differ by {distance:.1g} {where}",
+                             loss=self._differs_without(batch, norms))  # fmt: skip
+        if (weights := _weights(whole, found)) is not None:
+            told = ", ".join(f"{w:.3g}" for w in weights)
+            meant = ", ".join(f"{w:.3g}" for w in shares)
+            kind = "a sum, not a mean" if all(abs(w - 1) < _DEPENDENCE_RATIO for w in weights) else "a mean"
+            reason = f"the loss is {kind} in which two parts weigh {told}; the step weighs them {meant}"
+            return SampleDependence(
+                kind=DependenceKind.DEPENDENT, cause=DependenceCause.WEIGHTS, reason=reason
+            )
+        return SampleDependence(
+            kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS,
+            reason=f"whole and split differ by {distance:.1g} {where}",
+        )  # fmt: skip
+
+    def _is_random(self, batch: Any, whole: _Gradients) -> bool:
+        """Whether the same batch has another loss with another seed."""
+        with mock.patch(f"{__name__}._seed", lambda seed: _reseed(seed + 1)):
+            return whole.distance(self._gradients(batch)) > _ROUNDING_RATIO
+
+    def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
+        """Whether splitting changes the loss with statistics kept fixed."""
+        keeping = [m for m in norms.values() if m.running_mean is not None]
+        if len(keeping) < len(norms):
+            return False  # those that keep none cannot be fixed
+        for m in keeping:
+            m.eval()
+        parts = split(batch, 2)
+        terms = [self._terms(p) for p in parts]
+        found, _ = self._of_parts(parts)
+        total = _sum(found, [n / sum(terms) for n in terms])
+        differs = self._gradients(batch).distance(total) > _DEPENDENCE_RATIO
+        for m in keeping:
+            m.train()
+        return differs
+
+    def _stateful(
+        self, changed: list[tuple[nn.Module, str]], after: Mapping[Any, torch.Tensor],
+        states: Sequence[Mapping[Any, torch.Tensor]],
+    ) -> SampleDependence:  # fmt: skip
+        """The loss is the same, the state that a forward pass leaves is not: each micro-batch updates it."""
+        if self.norms:
+            return _of_norms(dict(self.norms), "their statistics are updated by every part")
+        names = {m: name for name, m in self.model.named_modules()}
+        paths = tuple(f"{names[m]}.{name}".strip(".") for m, name in changed)
+        of_data = any(not _alike(s.get(k), after[k]) for s in states for k in changed)
+        why = "by the samples that it is given" if of_data else "once more for each part"
+        return SampleDependence(
+            kind=DependenceKind.DEPENDENT, cause=DependenceCause.STATE, across_ranks=of_data,
+            reason=f"a forward pass updates it, {why}", modules=paths,
+        )  # fmt: skip
+
+
+def _weights(whole: _Gradients, found: list[_Gradients]) -> list[float] | None:
+    """Weights of two parts with which they add up to the whole, or None: then it is no weighted sum of them."""
+    if len(found) != 2:
+        return None
+    one, other = (_flat(f) for f in found)
+    columns, target = torch.stack((one, other), dim=1), _flat(whole)
+    weights = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].tolist()
+    fits = whole.distance(_sum(found, weights)) <= _ROUNDING_RATIO
+    return weights if fits and min(weights) >= 0 else None
+
+
+def _flat(one: _Gradients) -> torch.Tensor:
+    return torch.cat([*(g.flatten() for g in one.by_name.values()), torch.tensor([one.loss])])
+
+
+# -- what is set for a trial, and what a model holds -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def _on_its_own() -> Iterator[None]:
+    """float64 by default, gradients on; random states are as before afterwards."""
+    dtype, states = torch.get_default_dtype(), (random.getstate(), numpy.random.get_state())  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])  # noqa: NPY002
+
+
+def _seed(seed: int) -> None:
+    _reseed(seed)
+
+
+def _reseed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _batch_norm_anywhere() -> Iterator[None]:
+    """SyncBatchNorm wants an accelerator; in one process it is BatchNorm."""
+
+    def forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        return nn.BatchNorm1d.forward(self, x)  # type: ignore[arg-type]
+
+    with mock.patch.object(nn.SyncBatchNorm, "forward", forward):
+        yield
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
+    """Adds to ``norms`` layers that take statistics of the batch when they are called."""
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            if _takes_statistics(module):
+                norms[name] = module
+
+        return hook
+
+    named = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    hooks = [m.register_forward_pre_hook(note(n)) for n, m in named]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _model_in_float64(job: Job) -> nn.Module:
+    with FixedRandom.paused():
+        torch.set_default_dtype(torch.float32)
+        _seed(0)
+        model = job.build_model()
+        torch.set_default_dtype(torch.float64)
+        model = model.double().train()
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    setattr(module, name, value.double())
+    return model
+
+
+def _in_float64(batch: Any) -> Any:
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().double() if t.is_floating_point() else t.detach()
+
+    return _pytree.tree_map_only(torch.Tensor, wide, batch)
+
+
+def _cloned(batch: Any) -> Any:
+    """The loss may change what it is given."""
+    return _pytree.tree_map_only(torch.Tensor, torch.clone, batch)
+
+
+def _redrawn(batch: Any) -> Any:
+    """Random inputs of the same structure: other floats, the same integers and flags in another order within
+    each sample."""
+    numbers, length = torch.Generator().manual_seed(0), batch_length(batch)
+
+    def drawn(t: torch.Tensor) -> torch.Tensor:
+        if not t.numel():
+            return t
+        if t.is_floating_point() and t.unique().numel() > _FEW_VALUES:
+            noise = torch.randn(t.shape, generator=numbers, dtype=torch.float64)
+            return t.mean() + noise * t.std().nan_to_num(1.0)
+        if t.dim() < 2 or t.shape[0] != length:
+            return t
+        rows = t.reshape(length, -1)
+        order = torch.rand(rows.shape, generator=numbers).argsort(dim=1)
+        return rows.gather(1, order).reshape(t.shape)
+
+    with FixedRandom.paused():
+        return _pytree.tree_map_only(torch.Tensor, drawn, batch)
+
+
+def _add_noise(model: nn.Module) -> None:
+    """Parameters that begin at zero would hide what stands behind them."""
+    numbers = torch.Generator().manual_seed(0)
+    with FixedRandom.paused(), torch.no_grad():
+        for p in model.parameters():
+            width = max(1, p[0].numel() if p.dim() > 1 else 1)
+            noise = torch.randn(p.shape, generator=numbers, dtype=torch.float64)
+            p.add_(noise, alpha=_NOISE_RATIO / max(width, 10) ** 0.5)
+
+
+def _state_of(model: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
+    """Copies of buffers and of other tensors that modules hold; one that several hold stays one."""
+    held = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
+    return _copied({(m, n): t for m, n, t in held if isinstance(t, torch.Tensor)})
+
+
+def _copied(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> dict[tuple[nn.Module, str], torch.Tensor]:
+    copies = {id(t): t.detach().clone() for t in state.values()}
+    return {k: copies[id(t)] for k, t in state.items()}
+
+
+def _restore(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
+    for (module, name), value in _copied(state).items():
+        holder = module._buffers if name in module._buffers else vars(module)
+        holder[name] = value
+
+
+def _changed(
+    before: Mapping[tuple[nn.Module, str], torch.Tensor], after: Mapping[tuple[nn.Module, str], torch.Tensor]
+) -> list[tuple[nn.Module, str]]:
+    """State that a forward pass changed, without counters of passes."""
+    return [
+        k for k, t in before.items()
+        if (t.dim() or t.is_floating_point()) and not _alike(after.get(k), t)
+    ]  # fmt: skip
+
+
+def _alike(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    if one is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one, other, rtol=_ROUNDING_RATIO, atol=1e-12, equal_nan=True)

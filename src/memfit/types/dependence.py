@@ -1,0 +1,58 @@
+"""Whether the samples of a batch can be trained apart: what a plan that splits the batch would change."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class DependenceKind(enum.StrEnum):
+    INDEPENDENT = "independent"
+    DEPENDENT = "dependent"
+    NOT_TESTED = "not tested"
+
+
+class DependenceCause(enum.StrEnum):
+    """What depends on the other samples."""
+
+    NONE = ""
+    BATCH_NORM = "batch-norm"
+    SYNC_BATCH_NORM = "sync-batch-norm"
+    STATE = "state"  # that a forward pass changes
+    LOSS = "loss"  # or anything before it
+    WEIGHTS = "weights"  # a mean over other terms than the job counts, or a sum
+
+
+_CHANGES = {
+    DependenceCause.BATCH_NORM: "changes BatchNorm's statistics",
+    DependenceCause.SYNC_BATCH_NORM: "changes SyncBatchNorm's statistics in micro-batches",
+    DependenceCause.STATE: "changes the state that a forward pass updates",
+    DependenceCause.LOSS: "changes the loss, which compares samples of a batch",
+    DependenceCause.WEIGHTS: "weighs the terms of the loss wrongly",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SampleDependence:
+    """The answer of a trial for one job. ``reason``: in one line how it is known, or why it was not tested.
+    ``modules``: paths of those that depend on the batch. ``across_ranks``: whether data-parallel ranks change
+    the training as micro-batches do."""
+
+    kind: DependenceKind
+    cause: DependenceCause = DependenceCause.NONE
+    reason: str = ""
+    modules: tuple[str, ...] = ()
+    across_ranks: bool = True
+
+    @property
+    def changes(self) -> str:
+        """What splitting the batch does to the training: "" where nothing is known of it."""
+        return _CHANGES.get(self.cause, "")
+
+    @property
+    def way_out(self) -> str:
+        if self.cause is DependenceCause.BATCH_NORM:
+            return "SyncBatchNorm for data-parallel ranks, no micro-batches"
+        if self.cause is DependenceCause.WEIGHTS:
+            return "a loss that is the mean over its terms, and Job(loss_terms=...) that counts them in a part"
+        return "a plan that does not split the batch"

@@ -1,0 +1,230 @@
+"""Jobs whose samples depend on each other, and jobs whose samples do not, of a few kilobytes each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.types.job import Job
+
+BATCH, WIDTH, CLASSES = 8, 10, 5
+
+
+def job(name: str, model: Callable[[], nn.Module], batch: Any, loss: Any, **more: Any) -> Job:
+    return Job(
+        name=name, build_model=model, make_batch=batch, loss=loss,
+        **{"batch_size": BATCH, **more},
+    )  # fmt: skip
+
+
+def numbers(step: int, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * seed + step)
+
+
+def vectors(step: int, seed: int) -> dict[str, torch.Tensor]:
+    g = numbers(step, seed)
+    return {
+        "x": torch.randn(BATCH, WIDTH, generator=g),
+        "y": torch.randint(0, CLASSES, (BATCH,), generator=g),
+    }
+
+
+def pairs(step: int, seed: int) -> dict[str, torch.Tensor]:
+    g = numbers(step, seed)
+    return {"x": torch.randn(BATCH, WIDTH, generator=g), "z": torch.randn(BATCH, WIDTH, generator=g)}
+
+
+def images(step: int, seed: int) -> dict[str, torch.Tensor]:
+    g = numbers(step, seed)
+    return {
+        "x": torch.randn(BATCH, 3, 8, 8, generator=g),
+        "y": torch.randint(0, 2, (BATCH, 1, 8, 8), generator=g).float(),
+    }
+
+
+def sequences(step: int, seed: int) -> dict[str, torch.Tensor]:
+    """Row i has i labels that do not count."""
+    g = numbers(step, seed)
+    labels = torch.randint(0, 40, (BATCH, 12), generator=g)
+    labels[torch.arange(12) >= 12 - torch.arange(BATCH)[:, None]] = -100
+    return {"tokens": torch.randint(0, 40, (BATCH, 12), generator=g), "labels": labels}
+
+
+def dense(*layers: nn.Module, out: int = CLASSES) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 16), *layers, nn.ReLU(), nn.Linear(16, out))
+
+
+def classify(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def conv(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+
+def per_pixel(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.binary_cross_entropy_with_logits(model(batch["x"]), batch["y"])
+
+
+# -- dependent ---------------------------------------------------------------------------------------------
+
+
+def info_nce(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    a, b = (functional.normalize(model(batch[k]), dim=1) for k in ("x", "z"))
+    return functional.cross_entropy(a @ b.T / 0.1, torch.arange(len(a)))
+
+
+def batch_hard_triplets(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    out = model(batch["x"])
+    distances = (out[:, None] - out[None]).square().sum(-1)
+    same = batch["y"][:, None] == batch["y"][None]
+    furthest = distances.masked_fill(~same, 0).max(1).values
+    nearest = distances.masked_fill(same, 1e4).min(1).values
+    return functional.softplus(furthest - nearest).mean()
+
+
+def batch_dice(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    p, y = model(batch["x"]).sigmoid(), batch["y"]
+    return 1 - 2 * (p * y).sum() / (p.sum() + y.sum() + 1e-5)
+
+
+def barlow(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    a, b = model(batch["x"]), model(batch["z"])
+    a, b = ((v - v.mean(0)) / (v.std(0) + 1e-4) for v in (a, b))
+    c = a.T @ b / len(a)
+    off = c - torch.diag(torch.diagonal(c))
+    return (torch.diagonal(c) - 1).square().sum() + 0.01 * off.square().sum()
+
+
+def summed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["x"]), batch["y"], reduction="sum")
+
+
+def masked_mean(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["tokens"]).transpose(1, 2), batch["labels"])
+
+
+class Words(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.inner = nn.TransformerEncoderLayer(16, 2, 32, dropout, batch_first=True)
+        self.head = nn.Linear(16, 40)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(self.embed(tokens)))
+
+
+class Balanced(nn.Module):
+    """Experts with a loss that balances them over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList([nn.Linear(WIDTH, CLASSES) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        chance = self.router(x).softmax(-1)
+        out = sum(chance[:, i, None] * e(x) for i, e in enumerate(self.experts))
+        used = functional.one_hot(chance.argmax(-1), 3).to(chance.dtype).mean(0)
+        return out, 3 * (used * chance.mean(0)).sum()
+
+
+def balanced(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    out, extra = model(batch["x"])
+    return functional.cross_entropy(out, batch["y"]) + 0.01 * extra
+
+
+class Queue(nn.Module):
+    """Keys of earlier batches as negatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = dense(out=6)
+        self.register_buffer("queue", functional.normalize(torch.randn(16, 6), dim=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = functional.normalize(self.inner(x), dim=1)
+        similar = out @ self.queue.clone().T
+        self.queue = torch.cat((out.detach(), self.queue))[:16]
+        return similar
+
+
+def dependent() -> list[Job]:
+    return [
+        job("BatchNorm1d", lambda: dense(nn.BatchNorm1d(16)), vectors, classify),
+        job("BatchNorm2d without running statistics",
+            lambda: conv(nn.BatchNorm2d(8, track_running_stats=False)), images, per_pixel),
+        job("SyncBatchNorm", lambda: conv(nn.SyncBatchNorm(8)), images, per_pixel),
+        job("InfoNCE", lambda: dense(out=6), pairs, info_nce),
+        job("batch-hard triplets", dense, vectors, batch_hard_triplets),
+        job("Dice over the batch", lambda: conv(nn.Identity()), images, batch_dice),
+        job("Barlow twins", lambda: dense(out=6), pairs, barlow),
+        job("a sum", dense, vectors, summed),
+        job("a mean over labels that are not counted", Words, sequences, masked_mean),
+        job("balanced experts", Balanced, vectors, balanced),
+    ]  # fmt: skip
+
+
+# -- independent -------------------------------------------------------------------------------------------
+
+
+def sample_dice(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    p, y = model(batch["x"]).sigmoid().flatten(1), batch["y"].flatten(1)
+    return (1 - 2 * (p * y).sum(1) / (p.sum(1) + y.sum(1) + 1e-5)).mean()
+
+
+class Frozen(nn.Module):
+    """BatchNorm that stays in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv(nn.BatchNorm2d(8))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.inner[1].eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out, for some samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch, self.last = nn.Linear(WIDTH, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        kept = x.new_empty(len(x), 1).bernoulli_(0.8).div_(0.8)
+        return self.last(x + kept * self.branch(x).relu())
+
+
+def noise_prediction(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    x = batch["x"]
+    level = torch.randint(0, 10, (len(x),)).to(x.dtype).view(-1, 1, 1, 1) / 10
+    noise = torch.randn_like(x)
+    return functional.mse_loss(model(x * (1 - level) + noise * level), noise[:, :1])
+
+
+def independent() -> list[Job]:
+    return [
+        job("linear", dense, vectors, classify),
+        job("LayerNorm", lambda: dense(nn.LayerNorm(16)), vectors, classify),
+        job("GroupNorm", lambda: conv(nn.GroupNorm(2, 8)), images, per_pixel),
+        job("InstanceNorm", lambda: conv(nn.InstanceNorm2d(8, affine=True)), images, per_pixel),
+        job("Dice of each sample", lambda: conv(nn.Identity()), images, sample_dice),
+        job("dropout", lambda: dense(nn.Dropout(0.5)), vectors, classify),
+        job("attention with dropout, labels counted", lambda: Words(0.2), sequences, masked_mean,
+            loss_terms=lambda part: int((part["labels"] >= 0).sum())),
+        job("stochastic depth", DropPath, vectors, classify),
+        job("frozen BatchNorm", Frozen, images, per_pixel),
+        job("diffusion", lambda: conv(nn.Identity()), images, noise_prediction),
+    ]  # fmt: skip
