@@ -29,6 +29,7 @@ from memfit.techniques.world import SEVERAL
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.types.collector import uncollected
 from memfit.types.conformance import Conformance, Difference, NotConforming
+from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
@@ -137,7 +138,8 @@ class Prediction:
         kinds = (("reserved", self.reserved_bytes), ("device", self.device_bytes), ("host", self.host_bytes))
         more = "".join(f", {name} {format_bytes(v.value)}" for name, v in kinds if v is not None)
         guesses = self.estimate.guesses
-        assumed = f"; assumed: {guesses[0]}" if guesses else ""
+        assumed = f"; {self.estimate.split_warning}" if self.estimate.split_warning else ""
+        assumed += f"; assumed: {guesses[0]}" if guesses else ""
         assumed += f" and {len(guesses) - 1} more" if len(guesses) > 1 else ""
         return (
             f"{workload_text(self.workload)}; {self.plan.label}: allocated {format_bytes(allocated.value)} "
@@ -175,7 +177,9 @@ def estimate(  # noqa: PLR0913
     workers: int | None = None,
     probe: bool = True,
 ) -> Prediction:
-    """Predict one training step of ``model`` on ``batch``; none of it is run and nothing given is changed.
+    """Predict one training step of ``model`` on ``batch``; nothing is trained and nothing given is changed.
+    Under a plan that splits the batch, a copy of the model is tried on a few samples:
+    ``estimate.dependence``.
 
     ``model``: a module, a function that builds one, or a Job. ``batch``: a tensor, mapping or tuple, or a
     function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
@@ -310,7 +314,8 @@ def _why_not(found: Prediction) -> str:
     ]
     if smaller is not None:
         least = format_bytes(needed_bytes(smaller.estimate, found.machine))
-        lines.append(f"would fit: {smaller.plan.label} ({least})")
+        doubt = f"; {smaller.estimate.split_warning}" if smaller.estimate.split_warning else ""
+        lines.append(f"would fit: {smaller.plan.label} ({least}){doubt}")
     return "\n".join(lines)
 
 
@@ -325,7 +330,8 @@ def _smaller(found: Prediction) -> Iterator[Prediction]:
         return
     plan, batch = found.plan, found.job.batch_size
     added: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1)]
-    added += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
+    if batch > 1 and found.pricer.dependence.kind is not DependenceKind.DEPENDENT:
+        added += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
     for one in added:
         with contextlib.suppress(MemfitError):  # it does not go with the plan or suit the model
             more = plan_of(plan.with_use(one))

@@ -14,10 +14,10 @@ from collections import Counter
 from memfit.configs.better import neighbours
 from memfit.planning import Progress, Request, fits_under, make_pricer, needed_bytes, search
 from memfit.techniques.blocks import find_blocks
-from memfit.techniques.registry import check
+from memfit.techniques.registry import check, effect_of
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import NothingFits, UserError
-from memfit.types.plan import Plan
+from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Choice, Estimate
 
 
@@ -87,6 +87,8 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
     for other in neighbours(plan, parameters=parameters):
         progress("trace", 0, 0, other.label)
         with contextlib.suppress(UserError):  # the job cannot take it, such as half a sample
-            better.append(pricer.whole(check(other)))
+            priced = pricer.whole(check(other))
+            if effect_of(other, priced.dependence) <= max(effect_of(plan, given.dependence), EffectClass.E2):
+                better.append(priced)
     less = [e for e in better if e.allocated_bytes.value < given.allocated_bytes.value]
     return dataclasses.replace(told, better=tuple(sorted(less, key=lambda e: e.allocated_bytes.value)))

@@ -12,11 +12,12 @@ from typing import Any
 
 from memfit import catalog
 from memfit.jobs.registry import describe, load
-from memfit.planning import Planning, Progress, fits_under, space_of
+from memfit.planning import Planning, Progress, fits_under, limit_parts, space_of
 from memfit.pricing import Pricer
 from memfit.search.choose import TIMED, best
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space, Technique
+from memfit.types.dependence import DependenceKind
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Machine
@@ -93,7 +94,7 @@ def _fitting(
 
 def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
     """Without those that were excluded by the user."""
-    techniques, _ = usable(pricer.space, planning.request.accuracy)
+    techniques, _ = usable(pricer.space, planning.request.accuracy, dependence=planning.pricer.dependence)
     return [t for t in techniques if t.name not in planning.request.bounds.without]
 
 
@@ -101,8 +102,13 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
     """What was trained, with its settings where they decide the numbers, and what changes no result but in
     the last bits."""
     techniques = _usable(planning, pricer)
-    own = {u.technique for u in trained.uses}
-    kept = [t for t in techniques if t.name in own or (t.name in _AT_PAPER and t.effect <= EffectClass.E1)]
+    own, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
+
+    def mild(t: Technique) -> bool:
+        split = t.name == "gradient-accumulation" and dependence.kind is DependenceKind.DEPENDENT
+        return t.effect <= EffectClass.E1 and not split
+
+    kept = [t for t in techniques if t.name in own or (t.name in _AT_PAPER and mild(t))]
     narrow = {t.name for t in kept if t.effect > EffectClass.E1}
     return [
         p
@@ -159,6 +165,8 @@ def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES
         if kind not in spaces:
             spaces[kind] = space_of(job, kind)
         pricer = Pricer(job=job, machine=machine, space=spaces[kind])
+        pricer.dependence = planning.pricer.dependence  # of the same model, smaller
+        limit_parts(pricer, planning.request.accuracy)
         pricer.parts = shared
         made.append(pricer)
     return made
@@ -296,6 +304,6 @@ def _tightest(planning: Planning, pricer: Pricer) -> Plan:
     the accuracy class allows."""
     names = {t.name for t in _usable(planning, pricer)}
     wanted: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
-    if pricer.space.batch_size > 1:
-        wanted.append(use("gradient-accumulation", micro_batches=pricer.space.batch_size))
+    if pricer.space.parts[-1] > 1:
+        wanted.append(use("gradient-accumulation", micro_batches=pricer.space.parts[-1]))
     return Plan(uses=tuple(u for u in wanted if u.technique in names))

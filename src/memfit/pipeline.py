@@ -329,7 +329,8 @@ class _Story:
 
         def named(name: str, base: Sequence[Run], other: Sequence[Run]) -> NamedVerdict:
             plan = other[0].spec.plan
-            judged = verdict(base, other, effect=effect_of(plan), metric=metric)
+            effect = effect_of(plan, other[0].dependence)
+            judged = verdict(base, other, effect=effect, metric=metric)
             return NamedVerdict(name=name, plan=plan, verdict=judged)
 
         if self.recommended != self.baseline:

@@ -27,12 +27,13 @@ from memfit.search.choose import (
     missed,
     timed_band,
 )
-from memfit.search.space import plans, usable
+from memfit.search.space import may_share, may_split, plans, usable
 from memfit.store.calibration import CalibrationCache, selected
 from memfit.techniques.base import Space
 from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.recompute import NAME
-from memfit.techniques.registry import effect_of, plain, without
+from memfit.techniques.registry import effect_of, plain, refuse_wrong_weights, without
+from memfit.types.dependence import DependenceCause, DependenceKind
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
@@ -202,6 +203,8 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             return found
     progress("trace", 0, 0, "plain training")
     job, pricer = make_pricer(request)
+    _refuse_ranks(request, pricer)
+    limit_parts(pricer, request.accuracy)
     basis = pricer.whole(plain(request.ranks))
     if request.is_here and must_run:
         request, job, pricer, basis = _runnable(request, job, pricer, basis)
@@ -248,7 +251,11 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     )
     if result.recommended is None:
         raise _nothing_fits(
-            [e for e in estimates if as_asked(e.plan, bounds, batch)], request, cap_bytes, bounds
+            [e for e in estimates if as_asked(e.plan, bounds, batch)],
+            request,
+            cap_bytes,
+            bounds,
+            ways=_ways(pricer),
         )
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result,
@@ -256,12 +263,14 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
     )  # fmt: skip
 
 
-def _nothing_fits(asked: Sequence[Estimate], request: Request, cap_bytes: int, bounds: Bounds) -> NothingFits:
+def _nothing_fits(
+    asked: Sequence[Estimate], request: Request, cap_bytes: int, bounds: Bounds, *, ways: tuple[str, ...]
+) -> NothingFits:
     """With the least memory that would do, of the plans with the micro-batch that was ``asked`` for."""
     least = min(asked, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
         cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
-        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))),
+        missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))), ways=ways,
     )  # fmt: skip
 
 
@@ -287,7 +296,7 @@ def _best_so_far(
     highest, refuses = request.accuracy.highest, engine(request.engine).supports
     traced = [
         pricer.whole(plan) for plan, rank in list(pricer.traces)
-        if rank == 0 and effect_of(plan) <= highest and not refuses(plan)
+        if rank == 0 and effect_of(plan, pricer.dependence) <= highest and not refuses(plan)
         and not any(plan.get(name) for name in request.bounds.without)
     ]  # fmt: skip
     basis = pricer.whole(plain(request.ranks))
@@ -296,8 +305,8 @@ def _best_so_far(
     smallest = min([basis, *pool], key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate) -> Choice:
-        need = needed_bytes(e, request.machine)
-        return Choice(estimate=e, fits=fits(e), effect=effect_of(e.plan), needed_bytes=need)
+        need, effect = needed_bytes(e, request.machine), effect_of(e.plan, e.dependence)
+        return Choice(estimate=e, fits=fits(e), effect=effect, needed_bytes=need)
 
     shown = {e.plan: e for e in (basis, smallest, *([winner] if winner else []))}
     return SearchResult(
@@ -306,6 +315,38 @@ def _best_so_far(
         frontier=tuple(map(choice, sorted(shown.values(), key=lambda e: e.allocated_bytes.value))),
         unfinished=True,
     )  # fmt: skip
+
+
+def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
+    """Micro-batches of as few samples as the job allows: the whole batch where it must not be split, two
+    where samples depend on each other, as some layers want more than one."""
+    space = pricer.space
+    if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
+        return
+    least = 2 if may_split(pricer.dependence, accuracy) else space.batch_size
+    pricer.space = dataclasses.replace(space, least_part=least)
+
+
+def _ways(pricer: Pricer) -> tuple[str, ...]:
+    found = pricer.dependence if pricer.space.batch_size > 1 else None
+    if found is None or found.kind is not DependenceKind.DEPENDENT:
+        return ()
+    if found.cause is DependenceCause.WEIGHTS:
+        return (f"gradient-accumulation, with {found.way_out}",)
+    return (f"gradient-accumulation, which {found.changes}, under --accuracy any",)
+
+
+def _refuse_ranks(request: Request, pricer: Pricer) -> None:
+    """Raises UserError where ranks that share the batch would train something else."""
+    if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
+        return
+    found = pricer.dependence
+    refuse_wrong_weights(plain(request.ranks), found)
+    raise UserError(
+        f"{request.ranks} ranks that share the batch: that {found.changes} ({found.reason})",
+        allowed="--accuracy any",
+        hint=f"ways out: {found.way_out}",
+    )
 
 
 def _search_many(request: Request, progress: Progress) -> Planning | None:
@@ -340,6 +381,7 @@ def _runnable(
         smaller = dataclasses.replace(request.job, batch=job.batch_size // 2)
         request = dataclasses.replace(request, job=smaller)
         job, pricer = make_pricer(request)
+        limit_parts(pricer, request.accuracy)
         basis = pricer.whole(plain(request.ranks))
     return request, job, pricer, basis
 
@@ -398,7 +440,10 @@ def _price(
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
     """Sketch every plan, trace the best whole, and calibrate once more on what those need. ``small``: bytes
     of states that are too few for another optimizer to matter. ``sketches`` receives the sketches."""
-    offered, left_out = usable(pricer.space, request.accuracy, small_states_bytes=small)
+    dependence = pricer.dependence if pricer.job.batch_size > 1 else None
+    offered, left_out = usable(
+        pricer.space, request.accuracy, small_states_bytes=small, dependence=dependence
+    )
     techniques = [t for t in offered if t.name not in request.bounds.without]
     carries = engine(request.engine).supports
     basis = plain(request.ranks)  # whatever is asked for, the others are told beside it
@@ -505,9 +550,9 @@ def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> 
 def _representatives(pricer: Pricer, excluded: Sequence[str]) -> list[Plan]:
     """Plans whose operators span the search: whole batch and single samples, both precisions; without those
     that have a technique of ``excluded``."""
-    batch = pricer.space.batch_size
-    single = [use("gradient-accumulation", micro_batches=batch)] if batch > 1 else []
-    middle = [use("gradient-accumulation", micro_batches=4)] if batch > 4 and batch % 4 == 0 else []
+    parts = pricer.space.parts
+    single = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
+    middle = [use("gradient-accumulation", micro_batches=4)] if 4 in parts[:-1] else []
     mixed, basis = autocast(pricer.space), plain(pricer.space.ranks)
     spanning = [
         basis,

@@ -29,14 +29,16 @@ from memfit.cost.time import TimeModel, time_model
 from memfit.engines.registry import engine
 from memfit.recomputation import Choices, nominal_s, open_budget, possible
 from memfit.techniques.base import Space
-from memfit.techniques.registry import plain, technique
+from memfit.techniques.registry import plain, splits_batch, technique
 from memfit.techniques.scalars import refuse_scalars
 from memfit.techniques.world import layout
 from memfit.trace.compose import deep_traces, repeated, traces_of
 from memfit.trace.few_blocks import with_blocks
 from memfit.trace.parallel import side_by_side
+from memfit.trace.sample_dependence import sample_dependence
 from memfit.trace.tracer import fake_model, stepping, trace
 from memfit.types.collector import uncollected
+from memfit.types.dependence import SampleDependence
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan, use
@@ -90,6 +92,15 @@ class Pricer:
     def repeats(self) -> bool:
         """Whether the model's blocks are alike, so that a few tell of many."""
         return repeated(fake_model(self.job), self.job) is not None
+
+    @functools.cached_property
+    def dependence(self) -> SampleDependence:
+        """Of the job's samples, tried when first asked for."""
+        return sample_dependence(self.job)
+
+    def dependence_under(self, plan: Plan) -> SampleDependence | None:
+        """The same where the plan splits the batch."""
+        return self.dependence if splits_batch(plan) else None
 
     def recalibrate(self, calibration: Calibration) -> None:
         self.calibration = calibration
@@ -173,7 +184,7 @@ class Pricer:
         )
         if plan == plain(plan.ranks) and found.reserved_bytes is not None:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
-        return found
+        return dataclasses.replace(found, dependence=self.dependence_under(plan))
 
     def trace_all(
         self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
@@ -213,19 +224,19 @@ class Pricer:
         self.parts |= dict(zip(new, made, strict=True))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
-        """(the share of the whole batch's part, the rest being of single samples; (plan, steps) of each)."""
-        batch, used = self.space.batch_size, plan.get(_ACCUMULATION)
+        """(the share of the whole batch's part, the rest of the smallest parts; (plan, steps) of each)."""
+        most, used = self.space.parts[-1], plan.get(_ACCUMULATION)
         micros = int(used.settings["micro_batches"]) if used else 1
-        share = (1 / micros - 1 / batch) / (1 - 1 / batch) if batch > 1 else 1.0
+        share = (1 / micros - 1 / most) / (1 - 1 / most) if most > 1 else 1.0
         core = _core(plan)
         parts = [(core, 1)] if share > 0 else []
-        parts += [(_accumulated(core, batch), 1)] if share < 1 else []
-        return share, [*parts, (_accumulated(_optimizer_only(plan), batch), 2)]
+        parts += [(_accumulated(core, most), 1)] if share < 1 else []
+        return share, [*parts, (_accumulated(_optimizer_only(plan), most), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
         """Composed from parts. Peaks are upper bounds in between, as a maximum of lines lies below its
         chord."""
-        batch = self.space.batch_size
+        most = self.space.parts[-1]
         used = plan.get(_ACCUMULATION)
         micros = int(used.settings["micro_batches"]) if used else 1
         core, share = _core(plan), self._composed_of(plan)[0]
@@ -233,10 +244,10 @@ class Pricer:
         if share > 0:
             vector += share * self._vector(core)
         if share < 1:
-            vector += (1 - share) * self._vector(_accumulated(core, batch))
+            vector += (1 - share) * self._vector(_accumulated(core, most))
         if micros > 1:
             vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
-        optimizer = self._vector(_accumulated(_optimizer_only(plan), batch), steps=2)
+        optimizer = self._vector(_accumulated(_optimizer_only(plan), most), steps=2)
         vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
         if plan.get("optimizer-in-backward"):
             vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
@@ -268,7 +279,7 @@ class Pricer:
             energy_boundary=modelled_boundary(self.machine), usd=cost.usd, co2_g=cost.co2_g,
             peak_phase=phase, traced=False, reserved_bytes=memory.reserved_bytes,
             device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
-            oom_probability=memory.oom_probability,
+            oom_probability=memory.oom_probability, dependence=self.dependence_under(plan),
         )  # fmt: skip
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:

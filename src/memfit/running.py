@@ -27,7 +27,7 @@ from memfit.run.again import OnEvent, run_through
 from memfit.run.child import STOPPED, run
 from memfit.run.ranks import run_ranks
 from memfit.store.database import Store
-from memfit.techniques.registry import check
+from memfit.techniques.registry import check, refuse_wrong_weights
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import Keep, RunSpec
@@ -61,6 +61,8 @@ def anatomy(
     pricer.lines = lines
     for plan in plans:
         carrying(request.engine, plan)
+        if (dependence := pricer.dependence_under(plan)) is not None:
+            refuse_wrong_weights(plan, dependence)
         progress("trace", 0, 0, plan.label)
         pricer.whole(check(plan, request.machine))
     if request.is_here:
@@ -164,6 +166,7 @@ def run_spec(
         predicted_phase_peak_bytes=estimate.phase_peak_bytes,
         predicted_step_s=estimate.step_s.value if estimate.step_s else None,
         measurement=_measured(spec, listen),
+        dependence=estimate.dependence,
     )
 
 

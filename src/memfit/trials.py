@@ -122,7 +122,10 @@ class _Trials:
             planning.fits, planning.request.goal, pricer.whole,
         )  # fmt: skip
         chosen = Choice(
-            estimate=winner, fits=True, effect=effect_of(winner.plan), reasons=(*why, *planning.left_out)
+            estimate=winner,
+            fits=True,
+            effect=effect_of(winner.plan, winner.dependence),
+            reasons=(*why, *planning.left_out),
         )
         again = {c.estimate.plan: self._priced_again(c) for c in (*result.frontier, result.baseline)}
         again[winner.plan] = chosen

@@ -13,6 +13,7 @@ from torch import nn
 from memfit import catalog, outlook
 from memfit.search.choose import Objective
 from memfit.types.errors import UserError
+from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy
 from memfit.types.result import Reach
@@ -40,7 +41,9 @@ def planning(accuracy: Accuracy = Accuracy.EXACT) -> Any:
         accuracy=accuracy,
         goal=Objective.FASTEST,
     )
-    return SimpleNamespace(request=request, result=SimpleNamespace(recommended=None))
+    independent = SampleDependence(kind=DependenceKind.INDEPENDENT)
+    pricer = SimpleNamespace(dependence=independent)
+    return SimpleNamespace(request=request, result=SimpleNamespace(recommended=None), pricer=pricer)
 
 
 @pytest.fixture(autouse=True)

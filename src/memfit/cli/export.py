@@ -184,12 +184,16 @@ def _launch(
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planning import model_sizes
+    from memfit.techniques.registry import refuse_wrong_weights, splits_batch
+    from memfit.trace.sample_dependence import sample_dependence
 
     if engine == "replay":
         raise UserError("engine replay trains nothing", hint="name the engine whose runs it answers from")
     carrying(engine, plan)
     given = job.ref
     loaded = load(given)
+    if splits_batch(plan):
+        refuse_wrong_weights(plan, sample_dependence(loaded))
     clip, batch_size = loaded.clip, loaded.batch_size
     if files is not None:
         batch_size = batch_size if files.for_worker or job.batch else files.carried.batch or batch_size

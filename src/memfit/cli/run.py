@@ -114,6 +114,8 @@ def lines(run: Run) -> Iterator[str]:
     if keep.resume:
         told = f"; passed over {', '.join(keep.passed_over)}" if keep.passed_over else ""
         yield f"  resumed {keep.resume}{told}"
+    if run.dependence is not None and run.dependence.sentence:
+        yield f"  split   {run.dependence.sentence}"
     if seen.losses:
         more = " more" if keep.resume else ""
         yield f"  loss    {seen.losses[0]:.4g} at first, {seen.losses[-1]:.4g} after {count}{more} steps"

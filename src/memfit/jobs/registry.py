@@ -78,7 +78,9 @@ def _make(ref: JobRef) -> Job:
         _check_size(ref, built_in.sizes)
         if ref.length is not None and not SHORTEST <= ref.length <= MOST_TOKENS:
             raise UserError(f"length {ref.length} of {ref.spec}", allowed=f"{SHORTEST} to {MOST_TOKENS}")
-        return built_in.make(**options)
+        job = built_in.make(**options)
+        smallest = ref.size is None or ref.size == built_in.sizes[0]
+        return job if smallest else dataclasses.replace(job, reduced=built_in.make)
     if ":" in ref.spec:
         return load_user_job(ref.spec, options)
     close = difflib.get_close_matches(ref.spec, names(), n=1)

@@ -34,6 +34,8 @@ def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: in
         "device": estimate.device_bytes, "host": estimate.host_bytes,
     }  # fmt: skip
     told = "".join(f"<div>assumed: {escape(what)}</div>" for what in estimate.guesses[:_MOST_GUESSES])
+    if estimate.split_warning:
+        told = f"<div>{escape(estimate.split_warning)}</div>{told}"
     rows = "".join(_row(name, value) for name, value in kinds.items() if value is not None)
     return (
         f'{_STYLE}<div class="memfit"><div><b>{escape(title)}</b>, {escape(estimate.plan.label)}: {verdict} '

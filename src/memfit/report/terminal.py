@@ -27,6 +27,7 @@ from memfit.report.view import estimate_view, poc_view
 from memfit.report.words import Words, load_words
 from memfit.report.workload_text import workload_text
 from memfit.techniques.registry import brief
+from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.machine import Calibration
 from memfit.types.result import Effort, Estimate, Poc, SearchResult, Timings, Trial
 
@@ -174,6 +175,8 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     if view.peak_phase and view.peak_op:
         phase = words.name("phase", view.peak_phase)
         console.print(Text(words.get("terminal.at", phase=phase, op=view.peak_op)))
+    if (split := _split(estimate.dependence, words)) is not None:
+        console.print(split)
     for what in estimate.assumptions[:MOST_ASSUMPTIONS]:
         console.print(Text(words.get("terminal.assumed", what=what), style="dim"))
     categories = [(words.name("category", name), size, share) for name, size, share in view.categories]
@@ -185,6 +188,17 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     ):  # fmt: skip
         if parts:
             console.print(_shares(words.get(f"column.{column}"), parts, words))
+
+
+def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
+    """What is known against splitting the batch, where the plan does."""
+    if dependence is None or dependence.kind is DependenceKind.INDEPENDENT:
+        return None
+    if dependence.kind is DependenceKind.NOT_TESTED:
+        return Text(words.get("reason.not_tested", detail=words.of(dependence.reason)), style="yellow")
+    changes, way_out = words.of(dependence.changes), words.of(dependence.way_out)
+    told = words.get("terminal.split", changes=changes, reason=words.of(dependence.reason), way_out=way_out)
+    return Text(told, style="red")
 
 
 def _text(figure: Figure, words: Words) -> str:

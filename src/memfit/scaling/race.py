@@ -127,7 +127,13 @@ class Race:
 
         def preferred(found: tuple[Estimate, float]) -> tuple[Any, ...]:
             e, h = found
-            return complexity(e.plan), _unusual(e.plan), self.scale.needs(e), h, e.plan.fingerprint
+            return (
+                complexity(e.plan, e.dependence),
+                _unusual(e.plan),
+                self.scale.needs(e),
+                h,
+                e.plan.fingerprint,
+            )
 
         return min(near, key=preferred, default=(None, 0.0))[0]
 
@@ -141,7 +147,7 @@ class Race:
             self._heaviest = max(self._heaviest, self.scale.needs(whole) / self.scale.needs(sketch))
 
     def _smallest(self, estimates: Sequence[Estimate]) -> None:
-        ordered = sorted(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
+        ordered = sorted(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
         found = (self.scale.traced_or_refused(e) for e in ordered[:_FINALISTS])
         self.traced += list(itertools.islice(filter(None, found), 1))
 

@@ -36,7 +36,7 @@ def rivals(
         if not rivals:
             yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
             continue
-        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan)))
+        rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
         worse = relative(rival) > 1 + _GAIN
         ratio = rival.step_s.value / winner.step_s.value if rival.step_s and winner.step_s else None
         change = int(winner.allocated_bytes.value - rival.allocated_bytes.value)
@@ -102,7 +102,7 @@ def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitiv
 def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """With the least changes, each alone, that would make a plan fit."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
-    least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan)))
+    least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
     ways = []
     fitting = [e for e in known if scale.fits_memory(e)]
     if fitting:
@@ -121,7 +121,7 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
         except UserError:
             continue
         if more := [e for e in wider if keeps(scale.bounds, e)]:
-            found = min(more, key=lambda e: (score(e, goal), complexity(e.plan)))
+            found = min(more, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
             ways.append(f"{times * ranks} devices, with {brief(found.plan)}")
             break
     return NothingFits(

@@ -22,6 +22,7 @@ from memfit.scaling.reasons import cannot, credible, nothing, rivals, sensitivit
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, keeps
 from memfit.search.layouts import Limits
+from memfit.search.space import dependence_reasons, may_share, may_split
 from memfit.techniques.registry import TECHNIQUES, brief, effect_of, plain, unable
 from memfit.techniques.world import layout
 from memfit.trace.ranks import priming
@@ -103,6 +104,8 @@ class Scale:
             device=self.pricer.device, tensor=degrees, context=tuple(d for d in degrees if d <= 8),
             chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
             micro_batch=self.bounds.micro_batch,
+            splits=may_split(self.pricer.dependence, self.aim.accuracy),
+            shares=may_share(self.pricer.dependence, self.aim.accuracy),
             refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
             without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known) | unable(self.machine),
         )  # fmt: skip
@@ -170,6 +173,7 @@ class Scale:
             device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
             oom_probability=memory.oom_probability,
             host_bytes=around(sketch.host_bytes, _SKETCH_MEMORY_RATIO) if sketch.host_bytes else None,
+            dependence=self.pricer.dependence_under(sketch.plan),
         )  # fmt: skip
 
     def _machine(self, ranks: int) -> Machine:
@@ -220,10 +224,11 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     scale, goal = Scale(pricer, aim), aim.goal
 
     unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
+    shared = unshared.ranks == 1 or may_share(pricer.dependence, aim.accuracy)
     whole = aim.bounds.micro_batch in (0, pricer.job.batch_size // unshared.ranks)
 
     def fits(estimate: Estimate) -> bool:
-        asked = whole or estimate.plan != unshared
+        asked = estimate.plan != unshared or (whole and shared)
         return asked and scale.fits_memory(estimate) and keeps(aim.bounds, estimate)
 
     sizes = counts(ranks, goal)
@@ -249,12 +254,13 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         held = not e.traced or fits(e)  # sketches that do not are in no choice
-        return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
+        return Choice(estimate=e, fits=held, effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
     sketch, told = scale.sketch_of(winner.plan), {e.plan for e in known}
     beside = scale.beside(sketch) if sketch is not None else []
     expected += [scale.expected(e) for e in beside if e.plan not in told]
-    recommended = choice(winner, (*rivals(winner, [*expected, basis], fits, goal), *cannot(scale)))
+    why = (*rivals(winner, [*expected, basis], fits, goal), *cannot(scale))
+    recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *why))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)
     return SearchResult(

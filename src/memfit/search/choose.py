@@ -8,8 +8,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from memfit.search.space import complexity
+from memfit.search.space import complexity, dependence_reasons
 from memfit.techniques.registry import brief, effect_of, plain, without
+from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
@@ -83,7 +84,7 @@ def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
     told = []
     for limit, goal, words, text in asked:
         if limit is not None and fitting:
-            e = min(fitting, key=lambda e: (score(e, goal), complexity(e.plan)))
+            e = min(fitting, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
             time = format_seconds(e.step_s.value * bounds.steps) if e.step_s else "unknown time"
             takes = f"{time} and {_usd(e.usd, bounds.steps)}, with {brief(e.plan)}"
             told.append(f"{words.format(text(limit))} that fits takes {takes})")
@@ -122,7 +123,7 @@ def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> 
 def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
     """Each is more complex than the one before it, and better by the goal; what is neither is left out."""
     kept: list[Estimate] = []
-    for e in sorted(estimates, key=lambda e: (mildness(e.plan), score(e, goal))):
+    for e in sorted(estimates, key=lambda e: (mildness(e.plan, e.dependence), score(e, goal))):
         if not kept or score(e, goal) < score(kept[-1], goal):
             kept.append(e)
     return kept
@@ -139,11 +140,13 @@ def _equal_up_to(scores: Sequence[float], band: Band) -> float:
     return steps[gaps.index(max(gaps))]
 
 
-def mildness(plan: Plan) -> tuple[tuple[int, int, int], str]:
+def mildness(plan: Plan, dependence: SampleDependence | None = None) -> tuple[tuple[int, int, int], str]:
     """Order in which plans are preferred when they are as good: by complexity, then by their settings, small
     numbers first."""
     settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
-    return complexity(plan), ";".join(f"{t}.{n}={_padded(v)}" for t, n, v in settings) + plan.fingerprint
+    return complexity(plan, dependence), ";".join(
+        f"{t}.{n}={_padded(v)}" for t, n, v in settings
+    ) + plan.fingerprint
 
 
 def _padded(value: object) -> str:
@@ -160,7 +163,8 @@ def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
     return (
-        e.allocated_bytes.value, score(e, Objective.FASTEST), *complexity(e.plan), e.plan.fingerprint
+        e.allocated_bytes.value, score(e, Objective.FASTEST), *complexity(e.plan, e.dependence),
+        e.plan.fingerprint,
     )  # fmt: skip
 
 
@@ -198,11 +202,11 @@ def decide(
     price, rough = prices.whole, prices.rough
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal, prices.band)
-    smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan)))
+    smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
         held = (inside or fits)(e)
-        return Choice(estimate=e, fits=held, effect=effect_of(e.plan), reasons=reasons)
+        return Choice(estimate=e, fits=held, effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
     kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
     unique = {e.plan: e for e in ([winner] if winner else []) + kept}
@@ -211,7 +215,9 @@ def decide(
     prices.prepare([without(e.plan, u.technique) for e in near for u in e.plan.uses])
     recommended = None
     if winner is not None:
-        recommended = choice(winner, (*reasons_for(winner, estimates, fits, goal, price), *left_out))
+        told = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
+        why = (*told, *reasons_for(winner, estimates, fits, goal, price), *left_out)
+        recommended = choice(winner, why)
     return SearchResult(
         goal=goal.value,
         cap_bytes=cap_bytes,
@@ -279,7 +285,7 @@ def _why_not(
         if not rivals:
             reasons.append(Reason(kind="left_out_does_not_fit", technique=name))
             continue
-        rival = min(rivals, key=lambda e: (score(e, goal), complexity(e.plan)))
+        rival = min(rivals, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
         slower = score(rival, goal) > score(winner, goal) * (1 + TIE_RATIO)
         reasons.append(
             Reason(

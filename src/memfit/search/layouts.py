@@ -41,6 +41,8 @@ class Limits:
     without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
     refuses: Callable[[Plan], object] | None = None  # why the engine cannot carry a plan; None: it can any
     micro_batch: int = 0  # 0: any
+    splits: bool = True  # whether a rank's samples may be trained in micro-batches
+    shares: bool = True  # whether ranks may train other samples
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,7 @@ class Grid:
 def grids(limits: Limits) -> Iterator[Grid]:
     """In a fixed order. Nothing where the batch cannot be shared."""
     for layout in _layouts(limits):
-        if limits.batch % layout.data:
+        if limits.batch % layout.data or (layout.data > 1 and not limits.shares):
             continue
         micro = _micro(limits, layout)
         if not micro:
@@ -173,6 +175,8 @@ def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
 def _micro(limits: Limits, layout: Layout) -> tuple[tuple[int, int], ...]:
     own = limits.batch // layout.data
     found = [(own // count, count) for count in _divisors(own)]
+    if not limits.splits:
+        found = [f for f in found if f[1] == 1]
     if limits.micro_batch:
         found = [f for f in found if f[0] == limits.micro_batch]
     if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many as there are stages
@@ -328,6 +332,12 @@ def _use(name: str, **settings: KnobValue) -> Use:
 
 def none_at_all(limits: Limits) -> UserError:
     """Why there is no grid."""
+    if not (limits.splits and limits.shares):
+        return UserError(
+            f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits it",
+            allowed="--accuracy any, where the loss is weighed rightly",
+            hint="`memfit plan` for one device says why; SyncBatchNorm can be split among ranks",
+        )
     if limits.batch % limits.ranks == 0 and limits.refuses is not None:
         return UserError(
             f"none of the plans for {limits.ranks} devices that a search knows is carried by this engine",

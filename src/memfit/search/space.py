@@ -7,21 +7,37 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from memfit.techniques.base import Space, Technique
-from memfit.techniques.registry import TECHNIQUES, conflict, effect_of, make_use, technique
-from memfit.types.plan import Accuracy, Plan, Use
+from memfit.techniques.registry import (
+    TECHNIQUES,
+    changes_training,
+    conflict,
+    effect_of,
+    make_use,
+    splits_batch,
+    technique,
+)
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
+from memfit.types.plan import Accuracy, EffectClass, Plan, Use
 from memfit.types.result import Reason
 
 
 def usable(
-    space: Space, accuracy: Accuracy, *, small_states_bytes: int | None = None
+    space: Space,
+    accuracy: Accuracy,
+    *,
+    small_states_bytes: int | None = None,
+    dependence: SampleDependence | None = None,
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
     """Techniques the goal and this machine allow, and why the others are out. ``small_states_bytes``: what
-    parameters, gradients and optimizer state take, where that is too little to be worth saving."""
+    parameters, gradients and optimizer state take, where that is too little to be worth saving;
+    ``dependence``: of the job's samples."""
     allowed, out = [], []
     for one in TECHNIQUES.values():
         offered = space.device in one.devices and any(True for _ in one.settings(space))
         if missing := one.missing:
             out.append(Reason(kind="left_out_unavailable", technique=one.name, detail=", ".join(missing)))
+        elif one.name == "gradient-accumulation" and dependence and not may_split(dependence, accuracy):
+            out.append(Reason(kind="left_out_changes", technique=one.name, detail=dependence.changes))
         elif not offered:
             continue
         elif one.effect > accuracy.highest and one.slot != "data-parallel":  # which is then asked for
@@ -31,6 +47,31 @@ def usable(
         else:
             allowed.append(one)
     return allowed, tuple(out)
+
+
+def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
+    """Whether micro-batches may be searched. What weighs the loss wrongly never is."""
+    if dependence.kind is not DependenceKind.DEPENDENT:
+        return True
+    return dependence.cause is not DependenceCause.WEIGHTS and accuracy.highest >= EffectClass.E3
+
+
+def may_share(dependence: SampleDependence, accuracy: Accuracy) -> bool:
+    """Whether data-parallel ranks may be searched."""
+    return not dependence.across_ranks or may_split(dependence, accuracy)
+
+
+def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason, ...]:
+    """What is to be said of a plan for a job whose samples depend on each other, or may."""
+    if dependence.kind is DependenceKind.DEPENDENT:
+        changes = changes_training(plan, dependence)
+        kind = "changes" if changes else "left_out_changes"
+        return (
+            Reason(kind=kind, technique="" if changes else "splits of the batch", detail=dependence.changes),
+        )
+    if dependence.kind is DependenceKind.NOT_TESTED and splits_batch(plan):
+        return (Reason(kind="not_tested", technique="", detail=dependence.reason),)
+    return ()
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
@@ -58,7 +99,7 @@ def _uses(one: Technique, space: Space) -> list[Use]:
 _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
 
 
-def complexity(plan: Plan) -> tuple[int, int, int]:
+def complexity(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
     """Plans are preferred by this when they are otherwise as good: milder effect, fewer techniques, and
     those that come first in the table, where the customary ones stand."""
-    return int(effect_of(plan)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)
+    return int(effect_of(plan, dependence)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)

@@ -11,10 +11,8 @@ from typing import Any
 from memfit.report.pool import ok_runs, peak_bytes, step_s
 from memfit.shared.claims import agrees_with_medians
 from memfit.shared.record import FORMAT, VERSION, Shared, checked
-from memfit.techniques.registry import effect_of
 from memfit.types.errors import UserError
-from memfit.types.plan import Plan
-from memfit.types.result import OutcomeKind, Poc, Run, Verdict
+from memfit.types.result import Choice, OutcomeKind, Poc, Run, Verdict
 
 _AS_IT_IS = (
     "poc_id", "created", "command", "place", "cap_bytes", "cap_reason", "metric", "metric_unit",
@@ -31,7 +29,7 @@ def of_poc(poc: Poc) -> Shared:
     judged = next((v.verdict for v in poc.verdicts if v.name == "recommended"), None)
     seen = dict(poc.environment)
     told = {name: getattr(poc, name) for name in _AS_IT_IS}
-    plain, chosen = (_side(poc.runs, c.estimate.plan) for c in (poc.search.baseline, recommended))
+    plain, chosen = (_side(poc.runs, c) for c in (poc.search.baseline, recommended))
     ratio, notes = _step_time_ratio(poc, plain, chosen)
     return checked(
         told
@@ -88,7 +86,8 @@ def _worst(capped: Sequence[Run]) -> str:
     return next(bad, OutcomeKind.OK).value if outcomes else ""
 
 
-def _side(runs: Sequence[Run], plan: Plan) -> Mapping[str, Any]:
+def _side(runs: Sequence[Run], choice: Choice) -> Mapping[str, Any]:
+    plan = choice.estimate.plan
     own = [r for r in runs if r.spec.plan == plan]
     done, capped = ok_runs(own), [r for r in own if r.spec.cap_bytes is not None]
     first = (done or own)[0]
@@ -101,7 +100,7 @@ def _side(runs: Sequence[Run], plan: Plan) -> Mapping[str, Any]:
         "plan": plan.to_dict(),
         "ranks": plan.ranks,
         "engine": first.spec.engine,
-        "effect": effect_of(plan).label,
+        "effect": choice.effect.label,
         "under_cap": _worst(capped),
         "predicted_peak_bytes": first.predicted_peak_bytes,
         "measured_peak_bytes": peak_bytes(own),

@@ -63,6 +63,13 @@ class Space:
     linears: bool = True  # its blocks have linear layers, which adapters go beside
     scalars: bool = False  # it has parameters without dimensions
     slices: bool = False  # some module makes much inside that can be cut into independent slices
+    least_part: int = 1  # samples of the smallest micro-batch
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Numbers of micro-batches that a rank's samples may be cut into, 1 among them."""
+        most = max(1, self.batch_size // self.least_part)
+        return tuple(n for n in range(1, most + 1) if self.batch_size % n == 0)
 
     @property
     def refused(self) -> frozenset[str]:

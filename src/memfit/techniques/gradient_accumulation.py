@@ -17,8 +17,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _settings(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    divisors = (n for n in range(2, space.batch_size + 1) if space.batch_size % n == 0)
-    return [{"micro_batches": n} for n in divisors]
+    return [{"micro_batches": n} for n in space.parts if n > 1]
 
 
 TECHNIQUE = Technique(

@@ -27,6 +27,8 @@ from memfit.techniques import (
     zero,
 )
 from memfit.techniques.base import Technique
+from memfit.techniques.world import layout
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import UserError, named
 from memfit.types.machine import Machine
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use, use
@@ -173,9 +175,38 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
     return plan
 
 
-def effect_of(plan: Plan) -> EffectClass:
-    """The strongest effect any technique of the plan has on the numbers; E0 for the plain plan."""
+def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
+    """The strongest effect any technique of the plan has on the numbers; E0 for the plain plan.
+    ``dependence``: of the job's samples. A plan that splits a batch of samples that depend on each other is
+    E3."""
+    if dependence is not None and changes_training(plan, dependence):
+        return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)
+
+
+def changes_training(plan: Plan, dependence: SampleDependence) -> bool:
+    """Whether the plan splits a batch that must not be split."""
+    if dependence.kind is not DependenceKind.DEPENDENT:
+        return False
+    return in_micro_batches(plan) or (dependence.across_ranks and plan.ranks > 1 and layout(plan).data > 1)
+
+
+def splits_batch(plan: Plan) -> bool:
+    """Whether samples of one batch are trained apart: in micro-batches, or on data-parallel ranks."""
+    return in_micro_batches(plan) or (plan.ranks > 1 and layout(plan).data > 1)
+
+
+def in_micro_batches(plan: Plan) -> bool:
+    return any(int(u.settings.get("micro_batches", 1)) > 1 for u in plan.uses)
+
+
+def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
+    """Raises UserError where the step would weigh the loss terms of the plan's parts wrongly."""
+    if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
+        raise UserError(
+            f"{plan.label}: {dependence.reason}", allowed=dependence.way_out,
+            hint="or a plan that does not split the batch",
+        )  # fmt: skip
 
 
 def _effect(used: Use) -> EffectClass:

@@ -16,7 +16,10 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 _GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1)
-_SAME, _SAME_KEPT = 0.6, 0.05  # where numbers may not depend on the place; the second keeps what dropout may drop
+_SAME, _SAME_KEPT = (
+    0.6,
+    0.05,
+)  # where numbers may not depend on the place; the second keeps what dropout may drop
 _WIDE = {
     torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
     torch.complex64: torch.complex128,
@@ -29,14 +32,15 @@ class TimeIsUp(Exception):
 
 class FixedRandom(TorchDispatchMode):
     """``counts``: numbers of samples of the trial; along a last dimension of such a length all numbers are
-    equal, as it may be the batch. Raises TimeIsUp at the first operator after ``deadline_s``."""
+    equal, as it may be the batch. Raises TimeIsUp at the first operator after
+    ``deadline_s`` of this thread's processor time."""
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts, self.deadline_s = frozenset(counts), deadline_s
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.monotonic() > self.deadline_s:
+        if time.thread_time() > self.deadline_s:
             raise TimeIsUp
         name = func._schema.name.removeprefix("aten::")
         named = {k: _WIDE.get(v, v) if k == "dtype" else v for k, v in (kwargs or {}).items()}
@@ -81,49 +85,49 @@ def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
     )
 
 
-def _bernoulli(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _bernoulli(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     return mode.uniform(out, _SAME_KEPT) < values.get("p", values["self"])
 
 
-def _bernoulli_in_place(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _bernoulli_in_place(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     return mode.uniform(out, _SAME_KEPT) < values.get("p", 0.5)
 
 
-def _uniform(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _uniform(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     low, high = values.get("from", 0.0), values.get("to", 1.0)
     return low + mode.uniform(out) * (high - low)
 
 
-def _normal(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _normal(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     return values.get("mean", 0.0) + values.get("std", 1.0) * torch.special.ndtri(mode.uniform(out))
 
 
-def _standard_normal(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _standard_normal(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     return torch.special.ndtri(mode.uniform(out))
 
 
-def _integers(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _integers(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     low = values.get("low", values.get("from", 0))
     high = values.get("high", values.get("to"))
     high = 2 if high is None else high
     return low + (mode.uniform(out) * (high - low)).floor()
 
 
-def _exponential(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _exponential(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     return -mode.uniform(out).log() / values.get("lambd", 1.0)
 
 
-def _permutation(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _permutation(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     return torch.arange(out.numel(), device=out.device).roll(-1)
 
 
-def _multinomial(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> torch.Tensor:
+def _multinomial(mode: FixedRandom, out: torch.Tensor, values: dict[str, Any]) -> Any:
     likeliest = values["self"].argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(out.shape[-1], device=out.device) % likeliest.shape[-1]
     return likeliest.index_select(-1, places)
 
 
-_FILLS: dict[str, Callable[[FixedRandom, torch.Tensor, dict[str, Any]], torch.Tensor]] = {
+_FILLS: dict[str, Callable[[FixedRandom, torch.Tensor, dict[str, Any]], Any]] = {
     "bernoulli": _bernoulli, "bernoulli_": _bernoulli_in_place, "rand": _uniform, "rand_like": _uniform,
     "uniform_": _uniform, "normal": _normal, "normal_": _normal, "randn": _standard_normal,
     "randn_like": _standard_normal, "randint": _integers, "randint_like": _integers, "random_": _integers,

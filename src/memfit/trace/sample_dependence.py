@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import random
 import time
 import warnings
@@ -21,7 +22,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from memfit.cost.memory import levels
 from memfit.jobs.step import batch_length, split
 from memfit.measure import here
 from memfit.trace.few_blocks import with_blocks
@@ -31,17 +31,20 @@ from memfit.types.dependence import DependenceCause, DependenceKind, SampleDepen
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
+from memfit.types.trace import Trace
 from memfit.types.units import format_bytes
 
 _SAMPLES = (8, 4, 2)  # of the real batch, the most that may be tried
 _ROUNDING_RATIO, _DEPENDENCE_RATIO = 1e-9, 1e-7
 _SMALL_GRADIENT_RATIO = 1e-3  # of the whole gradient's norm: what one parameter's is at least taken for
-_MOST_BYTES, _MOST_FLOPS, _MOST_S = 2**30, 1e11, 10.0
+_MOST_BYTES, _MOST_COST_S, _MOST_S = 2**30, 10.0, 40.0  # the second: expected of one core; the third: seen
 _FREE_SHARE = 4  # of the free memory, one part may be taken
-_RUNS = 12  # forward and backward passes of the whole trial batch, roughly
+# Of a trial: passes of the whole batch, calls of each operator; what both take on a slow core.
+_PASSES, _CALLS, _FLOPS_PER_S, _CALL_S = 6, 11, 3e9, 4e-5
 _NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters beside random inputs
 _FEW_VALUES = 3
 _FEW_BLOCKS = (2, 1)
+_ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)  # BatchNorm1d, say, of one value
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], SampleDependence]] = weakref.WeakKeyDictionary()
 
@@ -116,16 +119,17 @@ def _affordable(job: Job) -> Job:
     for smaller in _smaller(job):
         for count in _SAMPLES:
             made = _with_samples(smaller, count)
-            if (reason := _too_large(made)) is None:
+            cost = _Cost.of(made)
+            if not cost.reason(made.batch_size):
                 return made
-            reasons.append(reason)
-            if made.batch_size < count:
-                continue
-    raise UserError(reasons[-1] if reasons else "the model is too large to be tried")
+            reasons.append(cost.reason(made.batch_size))
+            if cost.call_s > _MOST_COST_S:
+                break  # with fewer samples it makes as many calls
+    raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
 
 
 def _smaller(job: Job) -> Iterator[Job]:
-    most = min(_MOST_BYTES, here.free_bytes() // _FREE_SHARE)
+    most = _most_bytes()
     model = fake_model(job)
     if _parameter_bytes(model) <= most:
         yield job
@@ -151,16 +155,40 @@ def _with_samples(job: Job, count: int) -> Job:
     return dataclasses.replace(job, make_batch=lambda step, seed: part, batch_size=batch_length(part))
 
 
-def _too_large(job: Job) -> str | None:
-    """Why the trial would not keep to its limits. Traced in float32, tried in float64."""
-    traced = trace(job, Plan(), steps=1, update=False)
-    needed, most = 2 * int(levels(traced)[1].max()), min(_MOST_BYTES, here.free_bytes() // _FREE_SHARE)
-    flops = _RUNS * sum(op.flops for op in traced.ops)
-    if needed > most:
-        return f"{format_bytes(needed)} for {job.batch_size} samples, where a trial may take {format_bytes(most)}"
-    if flops > _MOST_FLOPS:
-        return f"{flops:.0e} operations for {job.batch_size} samples, where a trial may take {_MOST_FLOPS:.0e}"
-    return None
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cost:
+    """What a trial is expected to take: traced in float32, tried in float64."""
+
+    needed_bytes: int
+    flops_s: float
+    call_s: float
+
+    @classmethod
+    def of(cls, job: Job) -> _Cost:
+        traced = trace(job, Plan(), steps=1, update=False)
+        flops = _PASSES * sum(op.flops for op in traced.ops)
+        calls = _CALLS * len(traced.ops)
+        return cls(2 * _peak_bytes(traced), flops / _FLOPS_PER_S, calls * _CALL_S)
+
+    def reason(self, samples: int) -> str:
+        """Why it is too much; "" where it is not."""
+        most, seconds = _most_bytes(), self.flops_s + self.call_s
+        if self.needed_bytes > most:
+            needed, allowed = format_bytes(self.needed_bytes), format_bytes(most)
+            return f"a trial of {samples} samples takes {needed}, more than {allowed}"
+        if seconds > _MOST_COST_S:
+            return f"a trial of {samples} samples takes {seconds:.0f} s, more than {_MOST_COST_S:g} s"
+        return ""
+
+
+def _peak_bytes(traced: Trace) -> int:
+    changes = [(a.start, a.size_bytes) for a in traced.allocations]
+    changes += [(a.end, -a.size_bytes) for a in traced.allocations if a.end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+
+
+def _most_bytes() -> int:
+    return min(_MOST_BYTES, here.free_bytes() // _FREE_SHARE)
 
 
 # -- the trial ---------------------------------------------------------------------------------------------
@@ -212,7 +240,7 @@ class _Trial:
         self.batch = job.make_batch(0, 0)
         self.length = batch_length(self.batch)
         halves = [batch_length(p) for p in split(self.batch, min(2, self.length))]
-        self.mode = FixedRandom({1, self.length, *halves}, time.monotonic() + _MOST_S)
+        self.mode = FixedRandom({1, self.length, *halves}, time.thread_time() + _MOST_S)
         self.norms: dict[str, nn.Module] = {}  # whose forward took statistics of a batch
         self.state: dict[tuple[nn.Module, str], torch.Tensor] = {}
 
@@ -223,45 +251,46 @@ class _Trial:
             self.model = _model_in_float64(self.job)
             self.state = _state_of(self.model)
             batch = _in_float64(self.batch)
-            answer = self._compared(batch, (min(2, self.length), self.length), "on the first real samples")
+            answer = self._compared(batch, "on the first real samples", real=True)
             if answer.kind is not DependenceKind.INDEPENDENT:
                 return answer
             _add_noise(self.model)
             try:
-                redrawn = self._compared(_redrawn(batch), (min(2, self.length),), "on random samples")
+                redrawn = self._compared(_redrawn(batch), "on random samples", real=False)
             except TimeIsUp:
                 raise
             except Exception:  # noqa: BLE001  random values may be none that the job takes: the real ones count
                 return answer
             return redrawn if redrawn.kind is DependenceKind.DEPENDENT else answer
 
-    def _compared(self, batch: Any, counts: Sequence[int], where: str) -> SampleDependence:
-        """Whole against each number of parts."""
-        self._gradients(batch)  # caches, and what the first batch initialises
-        self.state = _state_of(self.model)
+    def _compared(self, batch: Any, where: str, *, real: bool) -> SampleDependence:
+        """Whole against halves; of a ``real`` batch the first half against single samples too."""
+        if real:  # caches are made, and what the first batch initialises
+            self._gradients(batch)
+            self.state = _state_of(self.model)
         whole = self._gradients(batch)
         if not numpy.isfinite(whole.loss) or not numpy.isfinite(whole.norm()) or not whole.norm():
             return _not_tested(f"loss or gradients are not finite, or all zero, {where}")
         after = _state_of(self.model)
-        for count in dict.fromkeys(counts):
-            parts = split(batch, count)
-            terms = [self._terms(p) for p in parts]
-            shares = [n / sum(terms) for n in terms]
-            try:
-                found, states = self._of_parts(parts)
-            except TimeIsUp:
-                raise
-            except Exception as error:  # noqa: BLE001  such as layers that want more than one value
-                if count != counts[0]:
-                    break
-                return _not_tested(f"the loss fails on a part of the batch: {_first_line(error)}")
-            distance = whole.distance(_sum(found, shares))
-            if not distance <= _ROUNDING_RATIO:
-                return self._different(batch, whole, found, shares, distance, where)
-            if (changed := _changed(self.state, after)) and count == counts[0]:
-                return self._stateful(changed, after, states)
-        reason = f"whole and split alike {where}"
-        return SampleDependence(kind=DependenceKind.INDEPENDENT, reason=reason)
+        halves = split(batch, 2)
+        try:
+            found, states = self._of_parts(halves)
+        except TimeIsUp:
+            raise
+        except Exception as error:  # noqa: BLE001  any error of the user's code
+            return _not_tested(f"the loss fails on half of the batch: {_first_line(error)}")
+        different = self._difference(batch, halves, whole, found, where)
+        if different is not None:
+            return different
+        if changed := _changed(self.state, after):
+            return self._stateful(changed, after, states)
+        if real and batch_length(halves[0]) > 1:
+            singles = split(halves[0], batch_length(halves[0]))
+            with contextlib.suppress(*_ONE_IS_TOO_FEW):
+                parts, _ = self._of_parts(singles)
+                if (different := self._difference(halves[0], singles, found[0], parts, where)) is not None:
+                    return different
+        return SampleDependence(kind=DependenceKind.INDEPENDENT, reason=f"whole and split alike {where}")
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
         """Of each part from the same state, with the state that it leaves."""
@@ -271,9 +300,9 @@ class _Trial:
             states.append(_state_of(self.model))
         return found, states
 
-    def _gradients(self, part: Any) -> _Gradients:
+    def _gradients(self, part: Any, seed: int = 0) -> _Gradients:
         _restore(self.state)
-        _seed(0)
+        _seed(seed)
         self.model.zero_grad(set_to_none=True)
         with _watched(self.model, self.norms):
             loss = self.job.loss(self.model, _cloned(part))
@@ -288,40 +317,35 @@ class _Trial:
     def _terms(self, part: Any) -> int:
         return self.job.loss_terms(part) if self.job.loss_terms else batch_length(part)
 
-    def _different(
-        self, batch: Any, whole: _Gradients, found: list[_Gradients], shares: list[float],
-        distance: float, where: str,
-    ) -> SampleDependence:  # fmt: skip
-        """Why the sum of the parts is not the whole."""
+    def _difference(
+        self, batch: Any, parts: Sequence[Any], whole: _Gradients, found: list[_Gradients], where: str
+    ) -> SampleDependence | None:
+        """Why the sum of the parts is not the whole; None where it is."""
+        terms = [self._terms(p) for p in parts]
+        shares = [n / sum(terms) for n in terms]
+        distance = whole.distance(_sum(found, shares))
+        if distance <= _ROUNDING_RATIO:
+            return None
         if distance <= _DEPENDENCE_RATIO:
-            return _not_tested(f"whole and split differ by {distance:.0e}, which rounding may explain, {where}")
+            return _not_tested(
+                f"whole and split differ by {distance:.0e}, which rounding may explain, {where}"
+            )
         if self._is_random(batch, whole):
             return _not_tested("the loss has random numbers of its own, which cannot be fixed")
-        if self.norms:
-            norms = dict(self.norms)
-            return _of_norms(norms, f"whole and split differ by {distance:.1g} {where}",
-                             loss=self._differs_without(batch, norms))  # fmt: skip
+        reason = f"whole and split differ by {distance:.1g} {where}"
+        if norms := dict(self.norms):
+            return _of_norms(norms, reason, loss=self._differs_without(batch, norms))
         if (weights := _weights(whole, found)) is not None:
-            told = ", ".join(f"{w:.3g}" for w in weights)
-            meant = ", ".join(f"{w:.3g}" for w in shares)
-            kind = "a sum, not a mean" if all(abs(w - 1) < _DEPENDENCE_RATIO for w in weights) else "a mean"
-            reason = f"the loss is {kind} in which two parts weigh {told}; the step weighs them {meant}"
-            return SampleDependence(
-                kind=DependenceKind.DEPENDENT, cause=DependenceCause.WEIGHTS, reason=reason
-            )
-        return SampleDependence(
-            kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS,
-            reason=f"whole and split differ by {distance:.1g} {where}",
-        )  # fmt: skip
+            return _wrongly_weighed(weights, shares)
+        return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
 
     def _is_random(self, batch: Any, whole: _Gradients) -> bool:
         """Whether the same batch has another loss with another seed."""
-        with mock.patch(f"{__name__}._seed", lambda seed: _reseed(seed + 1)):
-            return whole.distance(self._gradients(batch)) > _ROUNDING_RATIO
+        return whole.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
         """Whether splitting changes the loss with statistics kept fixed."""
-        keeping = [m for m in norms.values() if m.running_mean is not None]
+        keeping = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
         if len(keeping) < len(norms):
             return False  # those that keep none cannot be fixed
         for m in keeping:
@@ -352,8 +376,15 @@ class _Trial:
         )  # fmt: skip
 
 
+def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDependence:
+    told, meant = (", ".join(f"{w:.3g}" for w in ws) for ws in (weights, shares))
+    kind = "a sum" if all(abs(w - 1) < _DEPENDENCE_RATIO for w in weights) else "a mean"
+    reason = f"the loss is {kind} in which two parts weigh {told}, and the step weighs them {meant}"
+    return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.WEIGHTS, reason=reason)
+
+
 def _weights(whole: _Gradients, found: list[_Gradients]) -> list[float] | None:
-    """Weights of two parts with which they add up to the whole, or None: then it is no weighted sum of them."""
+    """Weights of two parts with which they add up to the whole; None where it is no weighted sum."""
     if len(found) != 2:
         return None
     one, other = (_flat(f) for f in found)
@@ -386,10 +417,6 @@ def _on_its_own() -> Iterator[None]:
 
 
 def _seed(seed: int) -> None:
-    _reseed(seed)
-
-
-def _reseed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed)  # noqa: NPY002
@@ -400,7 +427,7 @@ def _batch_norm_anywhere() -> Iterator[None]:
     """SyncBatchNorm wants an accelerator; in one process it is BatchNorm."""
 
     def forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
-        return nn.BatchNorm1d.forward(self, x)  # type: ignore[arg-type]
+        return nn.BatchNorm1d.forward(self, x)
 
     with mock.patch.object(nn.SyncBatchNorm, "forward", forward):
         yield

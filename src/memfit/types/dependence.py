@@ -50,9 +50,18 @@ class SampleDependence:
         return _CHANGES.get(self.cause, "")
 
     @property
+    def sentence(self) -> str:
+        """For a plan that splits the batch: what is known against it, or ""."""
+        if self.kind is DependenceKind.NOT_TESTED:
+            return f"not tested whether samples of a batch depend on each other ({self.reason})"
+        if self.kind is DependenceKind.DEPENDENT:
+            return f"splitting the batch {self.changes} ({self.reason}); way out: {self.way_out}"
+        return ""
+
+    @property
     def way_out(self) -> str:
         if self.cause is DependenceCause.BATCH_NORM:
             return "SyncBatchNorm for data-parallel ranks, no micro-batches"
         if self.cause is DependenceCause.WEIGHTS:
-            return "a loss that is the mean over its terms, and Job(loss_terms=...) that counts them in a part"
+            return "a mean over the terms, which Job(loss_terms=...) counts in a part"
         return "a plan that does not split the batch"

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 
+from memfit.types.dependence import SampleDependence
 from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.workload import Workload
@@ -66,6 +67,12 @@ class Estimate:
     oom_probability: float | None = None  # against the memory the estimate was made for
     rank: int = 0  # the rank with the highest peak, of those that differ
     assumptions: tuple[str, ...] = ()  # of the trace: values that were asked for and could not be known
+    dependence: SampleDependence | None = None  # of the job's samples, where the plan splits the batch
+
+    @property
+    def split_warning(self) -> str:
+        """What is known against splitting the batch as the plan does, or ""."""
+        return self.dependence.sentence if self.dependence is not None else ""
 
     @property
     def guesses(self) -> list[str]:
@@ -110,6 +117,7 @@ class Run:
     predicted_phase_peak_bytes: Mapping[str, int]
     predicted_step_s: float | None
     measurement: Measurement
+    dependence: SampleDependence | None = None  # of the job's samples, where the plan splits the batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +189,8 @@ class Record:
 class Reason:
     """Why a technique is in a plan or was left out. ``kind`` is a key of the word catalogs
     (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_forbidden``,
-    ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``); the numbers fill its placeholders.
+    ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``,
+    ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
     """
 
     kind: str

@@ -1,0 +1,281 @@
+"""Whether a batch may be split: samples that depend on each other are found by trial, and plans say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import dependent_jobs
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit import catalog
+from memfit.jobs.registry import load
+from memfit.jobs.step import TrainingStep
+from memfit.planning import Request, make_pricer, search
+from memfit.running import explain
+from memfit.search.layouts import Limits, grids
+from memfit.search.space import dependence_reasons, usable
+from memfit.techniques.base import Space
+from memfit.techniques.registry import effect_of, make_use
+from memfit.trace import sample_dependence as trials
+from memfit.trace.sample_dependence import sample_dependence
+from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
+from memfit.types.errors import UserError
+from memfit.types.job import Job, JobRef
+from memfit.types.plan import Accuracy, EffectClass, Plan, use
+
+SPLIT = Plan(uses=(make_use("gradient-accumulation", {"micro_batches": 4}),))
+RANKS = Plan(uses=(make_use("ddp", {}),), ranks=2)
+DEPENDENT, INDEPENDENT = dependent_jobs.dependent(), dependent_jobs.independent()
+JOBS = {job.name: job for job in (*DEPENDENT, *INDEPENDENT)}
+OF_NORMS = SampleDependence(
+    kind=DependenceKind.DEPENDENT, cause=DependenceCause.BATCH_NORM, reason="by trial"
+)
+OF_SYNCED = dataclasses.replace(OF_NORMS, cause=DependenceCause.SYNC_BATCH_NORM, across_ranks=False)
+OF_WEIGHTS = dataclasses.replace(OF_NORMS, cause=DependenceCause.WEIGHTS)
+UNTESTED = SampleDependence(kind=DependenceKind.NOT_TESTED, reason="the model is too large for a trial")
+SPACE = Space(batch_size=8, block_count=2, has_head=False, vocabulary=0, device="cpu")
+
+
+@pytest.mark.parametrize("job", DEPENDENT, ids=lambda job: job.name)
+def test_samples_that_depend_on_each_other_are_found_by_trial(job: Job) -> None:
+    assert sample_dependence(job).kind is DependenceKind.DEPENDENT
+
+
+@pytest.mark.parametrize("job", INDEPENDENT, ids=lambda job: job.name)
+def test_samples_that_do_not_depend_on_each_other_are_found_by_trial(job: Job) -> None:
+    assert sample_dependence(job).kind is DependenceKind.INDEPENDENT
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "modules", "across_ranks"),
+    [
+        ("BatchNorm1d", DependenceCause.BATCH_NORM, ("1",), True),
+        ("SyncBatchNorm", DependenceCause.SYNC_BATCH_NORM, ("1",), False),
+        ("InfoNCE", DependenceCause.LOSS, (), True),
+        ("a sum", DependenceCause.WEIGHTS, (), True),
+        ("a mean over labels that are not counted", DependenceCause.WEIGHTS, (), True),
+    ],
+)
+def test_the_cause_has_its_name(
+    name: str, cause: DependenceCause, modules: tuple[str, ...], across_ranks: bool
+) -> None:
+    found = sample_dependence(JOBS[name])
+    assert (found.cause, found.modules, found.across_ranks) == (cause, modules, across_ranks)
+
+
+def test_micro_batches_of_a_contrastive_loss_train_something_else_and_are_e3() -> None:
+    """They were called E1, sums reordered."""
+    job = JOBS["InfoNCE"]
+    losses = []
+    for plan in (Plan(), SPLIT):
+        torch.manual_seed(0)
+        losses.append(float(TrainingStep(job, plan).run(job.make_batch(0, 0))[0]))
+    assert losses[1] < 0.8 * losses[0]
+    assert effect_of(SPLIT, sample_dependence(job)) is EffectClass.E3
+
+
+def test_a_trial_leaves_random_states_and_default_dtype_as_they_were() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    trials._tried(JOBS["dropout"])
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_the_model_that_was_given_is_not_changed() -> None:
+    model = dependent_jobs.dense(nn.BatchNorm1d(16))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = memfit.estimate(model, dependent_jobs.vectors(0, 0)["x"], plan=SPLIT)
+    assert "changes BatchNorm's statistics" in str(found)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# -- what cannot be tried ------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_too_large_is_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_MOST_BYTES", 1000)
+    found = trials._tried(JOBS["linear"])
+    assert (found.kind, found.reason) == (DependenceKind.NOT_TESTED, "the model is too large for a trial")
+
+
+def test_a_trial_that_takes_too_long_is_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "_MOST_S", 0.0)
+    found = trials._tried(JOBS["linear"])
+    assert (found.kind, found.reason) == (DependenceKind.NOT_TESTED, "the trial takes longer than 0 s")
+
+
+def test_batch_norm_is_known_by_its_layers_where_nothing_can_be_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials, "_MOST_BYTES", 1000)
+    found = trials._tried(JOBS["BatchNorm1d"])
+    assert (found.cause, found.modules) == (DependenceCause.BATCH_NORM, ("1",))
+    assert trials._tried(JOBS["frozen BatchNorm"]).kind is DependenceKind.NOT_TESTED
+
+
+def test_random_numbers_of_its_own_make_a_loss_untested() -> None:
+    import numpy
+
+    def noisy(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        noise = torch.from_numpy(numpy.random.default_rng().standard_normal(len(batch["x"])))
+        return (model(batch["x"]).mean(1) + noise.to(batch["x"].dtype)).square().mean()
+
+    found = sample_dependence(dataclasses.replace(JOBS["linear"], loss=noisy))
+    assert found.kind is DependenceKind.NOT_TESTED
+    assert "random numbers of its own" in found.reason
+
+
+def test_a_loss_that_takes_no_part_of_a_batch_is_not_tested() -> None:
+    def whole(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(batch["x"].view(8, 10)).square().mean()
+
+    found = sample_dependence(dataclasses.replace(JOBS["linear"], loss=whole))
+    assert found.kind is DependenceKind.NOT_TESTED
+    assert "fails on half of the batch" in found.reason
+
+
+def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep(nn.Module):
+        def __init__(self, depth: int = 24) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(10, 10) for _ in range(depth)])
+            self.head = nn.Linear(10, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x).relu()
+            return self.head(x)
+
+    deep = dataclasses.replace(JOBS["linear"], build_model=Deep, blocks="blocks")
+    monkeypatch.setattr(trials, "_MOST_BYTES", 50_000)
+    assert len(list(trials._affordable(deep).build_model().blocks)) == 2
+    assert trials._tried(deep).kind is DependenceKind.INDEPENDENT
+
+
+# -- effect classes and searches -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dependence", "split", "shared"),
+    [
+        (OF_NORMS, EffectClass.E3, EffectClass.E3),
+        (OF_SYNCED, EffectClass.E3, EffectClass.E1),
+        (UNTESTED, EffectClass.E1, EffectClass.E1),
+        (None, EffectClass.E1, EffectClass.E1),
+    ],
+)
+def test_the_effect_of_splitting_is_that_of_the_job(
+    dependence: SampleDependence | None, split: EffectClass, shared: EffectClass
+) -> None:
+    staged = Plan(uses=(make_use("pipeline", {"stages": 2, "micro_batches": 4}),), ranks=2)
+    assert effect_of(SPLIT, dependence) is effect_of(staged, dependence) is split
+    assert effect_of(RANKS, dependence) is shared
+    assert effect_of(Plan(uses=(use("bf16-autocast"),)), dependence) is EffectClass.E2
+
+
+@pytest.mark.parametrize(
+    ("dependence", "accuracy", "searched"),
+    [
+        (OF_NORMS, Accuracy.ROUNDING, False),
+        (OF_NORMS, Accuracy.ANY, True),
+        (OF_WEIGHTS, Accuracy.ANY, False),
+        (UNTESTED, Accuracy.ROUNDING, True),
+    ],
+)
+def test_micro_batches_of_dependent_samples_are_outside_the_default_search(
+    dependence: SampleDependence, accuracy: Accuracy, searched: bool
+) -> None:
+    allowed, out = usable(SPACE, accuracy, dependence=dependence)
+    assert ("gradient-accumulation" in {t.name for t in allowed}) is searched
+    told = {r.technique: r for r in out if r.kind == "left_out_changes"}
+    assert searched or told["gradient-accumulation"].detail == dependence.changes
+
+
+def test_a_plan_that_splits_says_what_it_changes_or_that_nobody_tested_it() -> None:
+    assert [r.kind for r in dependence_reasons(SPLIT, OF_NORMS)] == ["changes"]
+    assert [r.kind for r in dependence_reasons(SPLIT, UNTESTED)] == ["not_tested"]
+    assert not dependence_reasons(Plan(), UNTESTED)
+
+
+def test_many_devices_split_nothing_that_must_not_be_split() -> None:
+    limits = Limits(ranks=8, per_host=8, batch=16, blocks=8, device="cuda", tensor=(1, 2, 4, 8))
+    whole = list(grids(dataclasses.replace(limits, splits=False, shares=False)))
+    assert whole
+    assert all(g.layout.data == 1 and {count for _, count in g.micro} == {1} for g in whole)
+    synced = list(grids(dataclasses.replace(limits, splits=False)))
+    assert any(g.layout.data == 8 for g in synced)
+    assert all({count for _, count in g.micro} == {1} for g in synced)
+
+
+FILE = """
+import dependent_jobs
+found = {job.name: job for job in (*dependent_jobs.dependent(), *dependent_jobs.independent())}
+norms, summed = found["BatchNorm1d"], found["a sum"]
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("jobs") / "own.py"
+    path.write_text(FILE)
+    return path
+
+
+def _request(spec: str, **more: object) -> Request:
+    return Request(job=JobRef(spec=spec), machine=catalog.machine("H100-SXM", "world"), **more)  # type: ignore[arg-type]
+
+
+def _quiet(*begun: object) -> None:
+    """Nobody is watching."""
+
+
+def test_a_batch_norm_job_is_recommended_no_micro_batches(own: Path) -> None:
+    """Micro-batches of one sample were recommended for such jobs, and failed in BatchNorm1d."""
+    found = search(_request(f"{own}:norms", cap_bytes=2**30), _quiet).result
+    assert not any(c.estimate.plan.get("gradient-accumulation") for c in found.frontier)
+    assert found.recommended is not None
+    assert ("left_out_changes", "gradient-accumulation") in {
+        (r.kind, r.technique) for r in found.recommended.reasons
+    }
+
+
+def test_ranks_that_share_dependent_samples_are_refused_with_the_ways_out(own: Path) -> None:
+    with pytest.raises(UserError, match=r"changes BatchNorm's statistics.*--accuracy any.*SyncBatchNorm"):
+        search(_request(f"{own}:norms", ranks=2), _quiet)
+
+
+def test_accumulation_that_weighs_the_loss_wrongly_is_refused(own: Path) -> None:
+    with pytest.raises(UserError, match=r"a sum in which two parts weigh 1, 1.*loss_terms"):
+        explain(_request(f"{own}:summed"), SPLIT, _quiet)
+
+
+def test_an_estimate_of_a_plan_that_splits_says_what_it_changes(own: Path) -> None:
+    found = explain(_request(f"{own}:norms"), SPLIT, _quiet)
+    assert found.dependence is not None
+    assert found.dependence.cause is DependenceCause.BATCH_NORM
+    assert make_pricer(_request(f"{own}:norms"))[1].whole(Plan()).dependence is None
+
+
+def test_it_is_told_in_the_languages_of_the_report(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from memfit.report.terminal import print_estimate
+
+    found = memfit.estimate(JOBS["BatchNorm1d"], plan=SPLIT).estimate
+    for lang, told in (("en", "changes BatchNorm's statistics"), ("ja", "BatchNorm の統計量が変わります")):
+        print_estimate(found, console=Console(width=300), lang=lang)
+        assert told in capsys.readouterr().out
+    untested = dataclasses.replace(found, dependence=UNTESTED)
+    for lang, told in (("en", "Not tested whether"), ("ja", "未検証")):
+        print_estimate(untested, console=Console(width=300), lang=lang)
+        assert told in capsys.readouterr().out
+
+
+def test_samples_of_the_default_job_do_not_depend_on_each_other() -> None:
+    assert sample_dependence(load(JobRef(spec="protein-ss"))).kind is DependenceKind.INDEPENDENT
