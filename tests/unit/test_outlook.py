@@ -12,10 +12,10 @@ from torch import nn
 
 from memfit import catalog, outlook
 from memfit.search.choose import Objective
-from memfit.types.errors import UserError
 from memfit.types.dependence import DependenceKind, SampleDependence
+from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
-from memfit.types.plan import Accuracy
+from memfit.types.plan import Accuracy, Bounds
 from memfit.types.result import Reach
 
 WIDTH, OUTPUTS = 1000, {"650M": 10**5, "3B": 2 * 10**6, "15B": 2 * 10**7}  # 0.1, 2 and 20 billion weights
@@ -40,6 +40,7 @@ def planning(accuracy: Accuracy = Accuracy.EXACT) -> Any:
         machine=SimpleNamespace(place=None),
         accuracy=accuracy,
         goal=Objective.FASTEST,
+        bounds=Bounds(),
     )
     independent = SampleDependence(kind=DependenceKind.INDEPENDENT)
     pricer = SimpleNamespace(dependence=independent)

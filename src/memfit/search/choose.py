@@ -215,9 +215,7 @@ def decide(
     prices.prepare([without(e.plan, u.technique) for e in near for u in e.plan.uses])
     recommended = None
     if winner is not None:
-        told = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
-        why = (*told, *reasons_for(winner, estimates, fits, goal, price), *left_out)
-        recommended = choice(winner, why)
+        recommended = choice(winner, (*reasons_for(winner, estimates, fits, goal, price), *left_out))
     return SearchResult(
         goal=goal.value,
         cap_bytes=cap_bytes,
@@ -242,7 +240,8 @@ def reasons_for(
     price: Callable[[Plan], Estimate],
 ) -> tuple[Reason, ...]:
     """What each technique of the winner saves, and why those of other plans are not in it."""
-    return (*saved_by(winner, price), *_why_not(winner, estimates, fits, goal))
+    splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
+    return (*splitting, *saved_by(winner, price), *_why_not(winner, estimates, fits, goal))
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
