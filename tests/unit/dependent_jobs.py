@@ -214,6 +214,22 @@ def noise_prediction(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.
     return functional.mse_loss(model(x * (1 - level) + noise * level), noise[:, :1])
 
 
+class Spectral(nn.Module):
+    """Complex weights of a Fourier transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH // 2 + 1, dtype=torch.cfloat))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=WIDTH))
+
+
+def spectral() -> Job:
+    return job("complex weights", Spectral, vectors, classify)
+
+
 def independent() -> list[Job]:
     return [
         job("linear", dense, vectors, classify),

@@ -50,6 +50,10 @@ def test_samples_that_do_not_depend_on_each_other_are_found_by_trial(job: Job) -
     assert sample_dependence(job).kind is DependenceKind.INDEPENDENT
 
 
+def test_complex_weights_are_tried_too() -> None:
+    assert sample_dependence(dependent_jobs.spectral()).kind is DependenceKind.INDEPENDENT
+
+
 @pytest.mark.parametrize(
     ("name", "cause", "modules", "across_ranks"),
     [

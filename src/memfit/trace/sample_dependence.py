@@ -391,7 +391,10 @@ def _weights(whole: _Gradients, found: list[_Gradients]) -> list[float] | None:
     columns, target = torch.stack((one, other), dim=1), _flat(whole)
     weights = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0].tolist()
     fits = whole.distance(_sum(found, weights)) <= _ROUNDING_RATIO
-    return weights if fits and min(weights) >= 0 else None
+    weighted = abs(sum(weights) - 1) <= _DEPENDENCE_RATIO or all(
+        abs(w - 1) <= _DEPENDENCE_RATIO for w in weights
+    )
+    return weights if fits and weighted and min(weights) >= 0 else None
 
 
 def _flat(one: _Gradients) -> torch.Tensor:
@@ -459,19 +462,22 @@ def _model_in_float64(job: Job) -> nn.Module:
         _seed(0)
         model = job.build_model()
         torch.set_default_dtype(torch.float64)
-        model = model.double().train()
+        model._apply(_wide).train()
         for module in model.modules():
             for name, value in vars(module).items():
-                if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    setattr(module, name, value.double())
+                if isinstance(value, torch.Tensor):
+                    setattr(module, name, _wide(value))
     return model
 
 
 def _in_float64(batch: Any) -> Any:
-    def wide(t: torch.Tensor) -> torch.Tensor:
-        return t.detach().double() if t.is_floating_point() else t.detach()
+    return _pytree.tree_map_only(torch.Tensor, lambda t: _wide(t.detach()), batch)
 
-    return _pytree.tree_map_only(torch.Tensor, wide, batch)
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _cloned(batch: Any) -> Any:
