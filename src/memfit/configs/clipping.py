@@ -46,4 +46,6 @@ def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
         limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
         return ClippingSetting(limit=limit, explicit=True)
     found = config.number("gradient_clipping")
-    return ClippingSetting(limit=max(0.0, found or 0.0), explicit=found is not None)
+    return ClippingSetting(
+        limit=_DEFAULT_NORM if found is None else max(0.0, found), explicit=found is not None
+    )

@@ -55,7 +55,7 @@ def config(spec: RunSpec) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": max(1, spec.batch_size // (spec.plan.ranks * micro_batches)),
         "gradient_accumulation_steps": micro_batches,
-        **({"gradient_clipping": spec.clip} if spec.clip else {}),  # else its default, none
+        "gradient_clipping": spec.clip or 0.0,  # its default is 1.0, which was not predicted
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
         "zero_allow_untested_optimizer": True,

@@ -96,7 +96,7 @@ _DEFAULT_CLIPPING = {
     "trainer": "the Trainer's own default, 1.0 (max_grad_norm), holds, without DeepSpeed",
     "torchtitan": "torchtitan's own default, 1.0 (training.max_norm), holds",
     "megatron": "Megatron-LM's own default, 1.0 (--clip-grad), holds for a script of yours",
-    "deepspeed": "DeepSpeed's own default, none, holds",
+    "deepspeed": "DeepSpeed's file says 0, as its own default is 1.0: write yours there",
 }
 
 

@@ -107,7 +107,8 @@ def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
     plan = handover.plan
     found: dict[str, Any] = {}
     if "deepspeed.json" in handover.engine_files:
-        return {"deepspeed": "deepspeed.json"}
+        # the Trainer refuses a clipping that is not that of the file
+        return {"deepspeed": "deepspeed.json", "max_grad_norm": handover.config.spec.clip or 0.0}
     if (ddp := plan.get("ddp")) is not None:
         found["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])
     if (fsdp := plan.get("fsdp2")) is not None:
