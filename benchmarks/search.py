@@ -59,6 +59,7 @@ def _llama(size: str, rows: int) -> Any:
 
 def _searched(job: Any, machine: Any, tell: Any = None, **wanted: Any) -> tuple[Any, Any, Any]:
     """(result, scale, aim)."""
+    from memfit.cost.host import host_holds
     from memfit.planning import needed_bytes, space_of
     from memfit.pricing import Pricer
     from memfit.scaling.search import Aim, Scale, search_scale
@@ -70,7 +71,8 @@ def _searched(job: Any, machine: Any, tell: Any = None, **wanted: Any) -> tuple[
     aim = Aim(
         goal=Objective(wanted.get("goal", "fastest")), accuracy=Accuracy(wanted.get("accuracy", "rounding")),
         cap_bytes=wanted.get("cap_bytes") or int(machine.device.memory_bytes.value),
-        needs=lambda e: needed_bytes(e, machine), tell=tell or (lambda *a: None),
+        needs=lambda e: needed_bytes(e, machine), host=lambda e: host_holds(e, machine),
+        tell=tell or (lambda *a: None),
         bounds=Bounds(micro_batch=wanted.get("micro_batch", 0), without=wanted.get("without", ())),
     )  # fmt: skip
     return search_scale(pricer, ranks, aim), Scale(pricer, aim), aim

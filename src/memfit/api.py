@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from memfit.cost.host import host_holds, host_line, with_host_memory
 from memfit.given import job_of, machine_of, on_ranks, plan_of, says_ranks
 from memfit.measure.conform import Watch
 from memfit.measure.held import world_size
@@ -34,7 +35,7 @@ from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
 from memfit.types.plan import Plan, Use, use
-from memfit.types.result import Estimate, Interval
+from memfit.types.result import NOT_INCLUDED, Estimate, Interval
 from memfit.types.units import format_bytes, parse_bytes
 from memfit.types.workload import Workload
 from memfit.workload import workload_of
@@ -76,17 +77,29 @@ class Prediction:
 
     @property
     def host_bytes(self) -> Interval | None:
+        """Of one host with all its ranks: offloaded tensors, loader workers, processes, loading the model."""
         return self.estimate.host_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether ``cap_bytes`` is enough, with what the process or device needs beside the tensors."""
+        """Whether ``cap_bytes`` is enough, with what the process or device needs beside the tensors, and the
+        host has the memory that the plan needs there (``host``)."""
         return fits_under(self.cap_bytes, self.machine)(self.estimate)
 
     @property
     def needed_bytes(self) -> int:
         """What is compared with ``cap_bytes``: on a device the upper end of its range."""
         return needed_bytes(self.estimate, self.machine)
+
+    @property
+    def host(self) -> str:
+        """What is needed of a host's memory, and whether it is there; "" on a CPU."""
+        return host_line(self.estimate, self.machine)
+
+    @property
+    def not_included(self) -> tuple[str, ...]:
+        """What a training loop may hold that no number here has."""
+        return NOT_INCLUDED
 
     @property
     def by_category(self) -> Mapping[str, int]:
@@ -146,6 +159,7 @@ class Prediction:
             f"({format_bytes(allocated.low)} to {format_bytes(allocated.high)}){more}; peak in "
             f"{self.estimate.peak_phase}; {'fits' if self.fits else 'does not fit'} "
             f"{format_bytes(self.cap_bytes)}, of which it needs {format_bytes(self.needed_bytes)}{assumed}"
+            f"{f'; {self.host}' if self.host else ''}; not included: {', '.join(NOT_INCLUDED)}"
         )
 
     def __repr__(self) -> str:
@@ -176,6 +190,7 @@ def estimate(  # noqa: PLR0913
     clip: float | None = None,
     workers: int | None = None,
     probe: bool = True,
+    host_memory: str | int | None = None,
 ) -> Prediction:
     """Predict one training step of ``model`` on ``batch``; nothing is trained and nothing given is changed.
     Under a plan that splits the batch, a copy of the model is tried on a few samples:
@@ -189,6 +204,7 @@ def estimate(  # noqa: PLR0913
     a name of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
     decide, as in `Job`. ``ema``: the decay of a weight average that the loop keeps (True: 0.999). ``clip``:
     the largest gradient norm. ``workers``: DataLoader worker processes, which take host memory.
+    ``host_memory``: of each host ("128GiB" or bytes), where the catalog's does not hold.
     ``probe``: on this machine, run operators whose kernels may take workspace at the peak once each, alone
     and on made-up tensors, in a child process (a few seconds, kept on disk). Without it, and for another
     machine, the interval's upper end has room for what they can take. Raises UserError.
@@ -196,8 +212,14 @@ def estimate(  # noqa: PLR0913
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
     )
-    found = machine_of(machine)
+    found = _with_host(machine_of(machine), host_memory)
     return _predicted(job, _plan_on(plan, found), found, probe=probe)
+
+
+def _with_host(machine: Machine, memory: str | int | None) -> Machine:
+    if memory is None:
+        return machine
+    return with_host_memory(machine, parse_bytes(memory) if isinstance(memory, str) else memory)
 
 
 def _plan_on(plan: Any, machine: Machine) -> Plan:
@@ -282,6 +304,7 @@ def assert_fits(  # noqa: PLR0913
     clip: float | None = None,
     workers: int | None = None,
     probe: bool = True,
+    host_memory: str | int | None = None,
 ) -> Prediction:
     """For tests: the prediction, if the step fits ``memory`` ("24GiB" or bytes). ``model`` and the rest are
     as for `estimate`; a Job or a Prediction needs no batch. Raises AssertionError telling the peak, its
@@ -293,7 +316,7 @@ def assert_fits(  # noqa: PLR0913
         job = job_of(
             model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
         )
-        on = machine_of(machine)
+        on = _with_host(machine_of(machine), host_memory)
         found = _predicted(job, _plan_on(plan, on), on, cap_bytes, probe=probe)
     if not found.fits:
         raise AssertionError(_why_not(found))
@@ -305,6 +328,8 @@ def _why_not(found: Prediction) -> str:
     need = needed_bytes(guess, found.machine)
     smaller = next((p for p in _smaller(found) if p.fits), None)
     over = f"{format_bytes(need - found.cap_bytes)} more than {format_bytes(found.cap_bytes)}"
+    if need <= found.cap_bytes:
+        over = f"within {format_bytes(found.cap_bytes)}, but not the host"
     peak = f"peak of {format_bytes(guess.allocated_bytes.value)} in tensors"
     lines = [
         f"{found.job.name}, {found.plan.label}: needs {format_bytes(need)} on {found.machine.name}, {over}",
@@ -312,11 +337,19 @@ def _why_not(found: Prediction) -> str:
         f"alive then: {_largest(guess.at_peak_bytes)}",
         f"by module: {_largest(guess.by_module_bytes)}",
     ]
+    if not host_holds(guess, found.machine):
+        lines.insert(
+            1, found.host or f"all processes need {format_bytes(_host_value(guess))} of this machine"
+        )
     if smaller is not None:
         least = format_bytes(needed_bytes(smaller.estimate, found.machine))
         doubt = f"; {smaller.estimate.split_warning}" if smaller.estimate.split_warning else ""
         lines.append(f"would fit: {smaller.plan.label} ({least}){doubt}")
     return "\n".join(lines)
+
+
+def _host_value(guess: Estimate) -> float:
+    return guess.host_bytes.value if guess.host_bytes else 0.0
 
 
 def _largest(parts: Mapping[str, int]) -> str:

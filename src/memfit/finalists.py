@@ -70,7 +70,8 @@ def more_finalists(
         if (sketch := by_plan.pop(found.plan, None)) is not None:
             ratio = cap.needs(found) / cap.needs(sketch)
             heavier[_used(found.plan)] = max(ratio, heavier.get(_used(found.plan), 0.0))
-    left = [e for e in by_plan.values() if cap.needs(e) * heavier.get(_used(e.plan), 1.0) <= cap.bytes]
+    fitting = (e for e in by_plan.values() if cap.host(e))
+    left = [e for e in fitting if cap.needs(e) * heavier.get(_used(e.plan), 1.0) <= cap.bytes]
     return [e.plan for e in _ordered(left, goal)[: max(0, missing)]]
 
 

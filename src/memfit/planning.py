@@ -9,6 +9,7 @@ from typing import Any
 from memfit import wire
 from memfit.cost.correction import merged
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO
+from memfit.cost.host import host_holds, host_line
 from memfit.engines import native
 from memfit.engines.registry import engine
 from memfit.finalists import finalists, until_some_fit
@@ -271,6 +272,7 @@ def _nothing_fits(
     return NothingFits(
         cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
         missed=missed(bounds, list(filter(fits_under(cap_bytes, request.machine), asked))), ways=ways,
+        host="" if host_holds(least, request.machine) else host_line(least, request.machine),
     )  # fmt: skip
 
 
@@ -363,6 +365,7 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
     aim = Aim(
         goal=request.goal, accuracy=request.accuracy, cap_bytes=cap_bytes,
         needs=lambda estimate: needed_bytes(estimate, request.machine),
+        host=lambda estimate: host_holds(estimate, request.machine),
         bounds=dataclasses.replace(request.bounds, steps=job.steps), tell=progress,
     )  # fmt: skip
     result = search_scale(pricer, ranks, aim)
@@ -420,7 +423,17 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
 
 
 def fits_under(cap_bytes: int, machine: Machine) -> Fits:
-    return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes
+    """Whether the device's ``cap_bytes`` and the host's memory are enough."""
+    holds = host_holds_under(cap_bytes, machine)
+    return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes and holds(estimate)
+
+
+def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
+    """Whether the host has what the plan needs of it. A cap above this machine's own memory asks about
+    another machine, whose host memory is then what the cap says."""
+    if machine.device.kind == "cpu" and cap_bytes > machine.device.memory_bytes.value:
+        return lambda estimate: True
+    return lambda estimate: host_holds(estimate, machine)
 
 
 def states_bytes(estimate: Estimate) -> int:
@@ -464,7 +477,10 @@ def _price(
             calibrate(pricer, request, progress, plans=these)
 
     look(chosen)
-    cap = Cap(bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries)
+    cap = Cap(
+        bytes=cap_bytes, needs=lambda e: needed_bytes(e, request.machine), refuses=carries,
+        host=host_holds_under(cap_bytes, request.machine),
+    )  # fmt: skip
     chosen += until_some_fit(pricer.whole, look, sketches, chosen, cap=cap, goal=request.goal, most=most)
     made = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in chosen], progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):

@@ -20,6 +20,7 @@ import numpy
 from memfit.cost.correction import factor
 from memfit.cost.estimate import around, estimate, modelled_boundary
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.host import HostTensors, host_memory, known_host
 from memfit.cost.memory import levels, step_ops
 from memfit.cost.money import bill
 from memfit.cost.play import Played
@@ -53,8 +54,9 @@ _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
 _RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED = range(5)
 _FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # as in a later micro-batch, beside the gradients of the earlier ones
-_STEPPED, _FLOPS, _TENSORS, _MICRO_S, _STEP_S = range(7, 12)  # the first: backward with the optimizer inside
-_ENTRIES = 12
+_STEPPED, _FLOPS, _TENSORS, _HOST = range(7, 11)  # the first: backward with the optimizer inside
+_MICRO_S, _STEP_S = 11, 12
+_ENTRIES = 13
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
 
 
@@ -165,8 +167,11 @@ class Pricer:
     # -- exact ----------------------------------------------------------------------------------------
 
     def whole(self, plan: Plan) -> Estimate:
-        """Of the rank that takes most."""
-        return max(self.each_rank(plan), key=lambda e: e.allocated_bytes.value)
+        """Of the rank that takes most, with a host of those that take most there."""
+        ranks = self.each_rank(plan)
+        most = max(ranks, key=lambda e: e.allocated_bytes.value)
+        host = max(ranks, key=lambda e: e.host_bytes.value if e.host_bytes else 0.0)
+        return dataclasses.replace(most, host_bytes=host.host_bytes, host_parts_bytes=host.host_parts_bytes)
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
         """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
@@ -180,8 +185,9 @@ class Pricer:
 
     def _of_rank(self, plan: Plan, traced: Trace, step: Played | None) -> Estimate:
         found = estimate(
-            traced, plan, machine=self.machine, calibration=self.calibration, model=self.model, step=step
-        )
+            traced, plan, machine=self.machine, calibration=self.calibration, model=self.model, step=step,
+            workers=self.job.workers,
+        )  # fmt: skip
         if plan == plain(plan.ranks) and found.reserved_bytes is not None:
             self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
         return dataclasses.replace(found, dependence=self.dependence_under(plan))
@@ -249,10 +255,12 @@ class Pricer:
             vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
         optimizer = self._vector(_accumulated(_optimizer_only(plan), most), steps=2)
         vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
+        vector[_HOST] = max(vector[_HOST], optimizer[_HOST])
         if plan.get("optimizer-in-backward"):
             vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
-        if plan.get("activation-offload"):
+        if (away := plan.get("activation-offload")) is not None:
             vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
+            vector[_HOST] += vector[_SAVED] * (away.settings["to"] == "host" and self.device != "cpu")
             if self.model:
                 vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s
                 vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s
@@ -267,11 +275,15 @@ class Pricer:
         }
         phase = max(peaks, key=lambda p: peaks[p])
         seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
-        model = self.trace(plain(plan.ranks)).parameter_count
+        basis = self.trace(plain(plan.ranks))
+        model = basis.parameter_count
         step_s = sketched_s(seconds, plan, model, self.machine, micros) if self.model else None
         cost = bill(self.machine, step_s=step_s)
         allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
+        kept = float(vector[_HOST])
+        tensors = dataclasses.replace(HostTensors.of(basis), kept_bytes=kept, building_bytes=kept)
+        host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
         return Estimate(
             plan=plan, allocated_bytes=allocated, phase_peak_bytes=peaks, at_peak_bytes={},
             by_module_bytes={}, step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
@@ -280,6 +292,8 @@ class Pricer:
             peak_phase=phase, traced=False, reserved_bytes=memory.reserved_bytes,
             device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
             oom_probability=memory.oom_probability, dependence=self.dependence_under(plan),
+            host_bytes=host.bytes, host_parts_bytes=host.parts_bytes,
+            host_memory_bytes=known_host(self.machine)[0], host_memory_assumed=known_host(self.machine)[1],
         )  # fmt: skip
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
@@ -346,6 +360,7 @@ def _digested(traced: Trace) -> _Part:
         stepped[Phase.BACKWARD] - base,
         sum(o.flops * n for o, n in micro) / micros,
         sum(size >= _OFFLOADED_BYTES for size in kept),
+        traced.host_step_bytes,
     ]
     return memory, micro, rest, micros
 

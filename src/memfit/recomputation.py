@@ -38,14 +38,16 @@ _ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99  # plans that a search tries; the 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cap:
-    """``needs``: the part of it that an estimate asks for; ``refuses``: why an engine has no such plan."""
+    """``needs``: the part of it that an estimate asks for; ``host``: whether the host holds what it needs
+    there; ``refuses``: why an engine has no such plan."""
 
     bytes: int
     needs: Callable[[Estimate], int]
     refuses: Callable[[Plan], tuple[str, ...]]
+    host: Callable[[Estimate], bool] = lambda estimate: True
 
     def has(self, estimate: Estimate) -> bool:
-        return self.needs(estimate) <= self.bytes
+        return self.needs(estimate) <= self.bytes and self.host(estimate)
 
     def may(self, plan: Plan) -> bool:
         budget = plan.with_use(make_use(NAME, {}))

@@ -238,7 +238,7 @@ def test_the_result_tells_itself() -> None:
         "<memfit.Prediction net: 212 parameters, batch 32 × 8, on H100-SXM; plain: alloc"
     )
     page = found._repr_html_()
-    assert page.count("<tr>") == 4  # header, allocated, reserved, device
+    assert page.count("<tr>") == 5  # header, allocated, reserved, device, host
     assert "light-dark(" in page
     assert "optimizer state" in found.explain()
     assert found.checkpoint_bytes["optimizer"] > found.checkpoint_bytes["model"]

@@ -145,7 +145,7 @@ def test_a_search_shares_one_sample_and_sketches_the_pass_that_is_learned_from(c
         ranks=on.device_count, per_host=4, batch=1, blocks=4, device="cuda", context=(1, 4), pipeline=False,
         without=frozenset(LEFT_OUT), effect=EffectClass.E1,
     )  # fmt: skip
-    found = find(Traced(job, "cuda"), on, model, limits, 2.0**40)
+    found = find(Traced(job, "cuda"), on, model, limits, (2.0**40, 2.0**50))
     pricer = Pricer(job=job, machine=on, space=space_of(job, "cuda", on.device_count))
     assert found.sketches
     for sketch in found.sketches[:2]:

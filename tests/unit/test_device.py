@@ -202,13 +202,6 @@ def test_an_unknown_context_leaves_the_device_unknown_but_not_reserved() -> None
     assert (found.device_bytes, found.oom_probability) == (None, None)
 
 
-def test_offloaded_bytes_lie_in_host_memory() -> None:
-    """Pinned copies are rounded up to a power of two: up to twice their size."""
-    found = footprint(traced(STRANDED, offloaded=3 * GIB), exactly(55 * GIB), A100)
-    assert found.host_bytes == Interval(value=3 * GIB, low=3 * GIB, high=6 * GIB)
-    assert footprint(traced(STRANDED), exactly(55 * GIB), A100).host_bytes is None
-
-
 @given(st.lists(st.integers(-1, 5), max_size=40), st.integers(0, 16))
 def test_late_frees_keep_every_allocation_in_order(sizes: list[int], by: int) -> None:
     events = [(i, size, "") for i, size in enumerate(sizes)]

@@ -169,7 +169,7 @@ def _found(on: Machine, **changes: Any) -> Found:
         on,
         model,
         limits(tensor=(1, 2), context=(1,), chunks=False, without=frozenset(FEW), **changes),
-        2.0**40,
+        (2.0**40, math.inf),
     )
 
 

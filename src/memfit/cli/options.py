@@ -60,6 +60,10 @@ class GoalOptions:
             "what plain training needs, or the least that a plan fits.",
         ),
     ] = None
+    host_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of each host of --on. Default: the catalog's or file's."),
+    ] = None
     goal: Annotated[
         str,
         typer.Option(

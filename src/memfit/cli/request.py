@@ -12,6 +12,7 @@ from memfit.cli.options import GoalOptions, HereOptions, JobOptions, WhichOption
 from memfit.cli.output import console, emit, one_of
 from memfit.cli.progress import Bars
 from memfit.cli.quiet import quiet_libraries
+from memfit.cost.host import with_host_memory
 from memfit.types.errors import Interrupted, UserError
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, Plan
@@ -37,6 +38,8 @@ def request(
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
+    if goal.host_memory is not None:
+        machine = with_host_memory(machine, parse_bytes(goal.host_memory))
     count = machine.device_count
     if ranks > 1 and machine.device.kind != "cpu" and ranks != count:
         raise UserError(

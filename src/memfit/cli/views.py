@@ -9,7 +9,7 @@ from typing import Any
 from memfit import wire
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
-from memfit.types.result import Choice, Estimate, Measurement, Poc, Run, SearchResult
+from memfit.types.result import NOT_INCLUDED, Choice, Estimate, Measurement, Poc, Run, SearchResult
 
 View = Mapping[str, Any]
 
@@ -20,7 +20,8 @@ def plan_view(plan: Plan) -> View:
 
 def estimate_view(estimate: Estimate) -> View:
     """The estimate with its plan as technique -> knobs."""
-    return wire.to_plain(estimate) | plan_view(estimate.plan)  # type: ignore[no-any-return]
+    more = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
+    return wire.to_plain(estimate) | more  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:

@@ -7,6 +7,7 @@ import dataclasses
 from memfit.cost.correction import factor
 from memfit.cost.device import with_workspaces
 from memfit.cost.footprint import footprint
+from memfit.cost.host import HostTensors, host_memory, known_host
 from memfit.cost.memory import memory_profile, step_ops
 from memfit.cost.money import bill, hosts_w
 from memfit.cost.play import Played
@@ -35,9 +36,11 @@ def estimate(
     calibration: Calibration,
     model: TimeModel | None,
     step: Played | None = None,
+    workers: int = 0,
 ) -> Estimate:
     """Peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``. ``step``: played
-    before, where the plan's ranks differ."""
+    before, where the plan's ranks differ. ``workers``: of the data loader of each rank."""
+    tensors = HostTensors.of(trace)
     if step is None and model is not None:
         step = played([trace], plan, machine, model)
     trace = with_workspaces(trace, machine.device)
@@ -46,6 +49,7 @@ def estimate(
     if (left := unprobed(trace, profile, calibration)) is not None:
         allocated = dataclasses.replace(allocated, high=max(allocated.high, left.high_bytes))
     memory = footprint(trace, allocated, machine)
+    host = host_memory(tensors, plan, machine, allocated=allocated, workers=workers)
     ops = step_ops(trace)
     step_s = step.step_s * factor(calibration, plan) if step is not None else None
     cost = bill(machine, step_s=step_s)
@@ -67,7 +71,10 @@ def estimate(
         reserved_bytes=memory.reserved_bytes,
         device_bytes=memory.device_bytes,
         device_parts_bytes=memory.device_parts_bytes,
-        host_bytes=memory.host_bytes,
+        host_bytes=host.bytes,
+        host_parts_bytes=host.parts_bytes,
+        host_memory_bytes=known_host(machine)[0],
+        host_memory_assumed=known_host(machine)[1],
         oom_probability=memory.oom_probability,
         rank=trace.rank,
         assumptions=(*trace.assumptions, *([left.assumption()] if left else [])),

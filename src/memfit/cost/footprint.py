@@ -18,7 +18,7 @@ from memfit.cost.allocator import Event, Replayed, Settings, events_of, run
 from memfit.cost.device import added, exceeds_probability, outside
 from memfit.types.machine import Machine
 from memfit.types.result import Interval
-from memfit.types.trace import Phase, Trace
+from memfit.types.trace import Trace
 
 _LATE_EVENTS = (1, 4, 16)
 _BISECTIONS = 6
@@ -34,7 +34,6 @@ class Footprint:
     reserved_bytes: Interval | None = None
     device_bytes: Interval | None = None
     device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    host_bytes: Interval | None = None
     oom_probability: float | None = None
 
 
@@ -56,7 +55,6 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
         reserved_bytes=reserved,
         device_bytes=device,
         device_parts_bytes={"reserved": int(reserved.value), **beside.parts_bytes},
-        host_bytes=host_bytes(trace),
         oom_probability=exceeds_probability(needed, memory_bytes) if needed else None,
     )
 
@@ -78,16 +76,6 @@ def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) ->
         device_parts_bytes={"reserved": int(reserved.value), **beside.parts_bytes},
         oom_probability=exceeds_probability(device, machine.device.memory_bytes.value) if device else None,
     )
-
-
-def host_bytes(trace: Trace) -> Interval | None:
-    """Pinned copies of what one micro-step offloads. PyTorch's pinned allocator rounds each up to a power
-    of two, hence the upper end."""
-    if not trace.offloaded_bytes:
-        return None
-    last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is Phase.FORWARD]
-    size = trace.offloaded_bytes / max(1, len(last))
-    return Interval(value=size, low=size, high=2 * size)
 
 
 def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> Interval:

@@ -170,6 +170,8 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
         value, low, high = (_text(f, words) for f in figures)
         name = words.name("memory", kind)
         console.print(Text(words.get("terminal.memory_line", name=name, value=value, low=low, high=high)))
+    if (host := _host(estimate, words)) is not None:
+        console.print(Text(host))
     if view.oom is not None:
         console.print(Text(words.get("terminal.oom_line", chance=_text(view.oom, words))))
     if view.peak_phase and view.peak_op:
@@ -188,6 +190,22 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
     ):  # fmt: skip
         if parts:
             console.print(_shares(words.get(f"column.{column}"), parts, words))
+    console.print(Text(words.get("terminal.not_included"), style="dim"))
+
+
+def _host(estimate: Estimate, words: Words) -> str | None:
+    """Whether a device's host has the memory that the plan needs there; None on a CPU."""
+    need, there = estimate.host_bytes, estimate.host_memory_bytes
+    if need is None or "tensors" in estimate.host_parts_bytes:
+        return None
+    values = {"need": _text(predicted(need.value, "bytes"), words)}
+    if there is None:
+        away = estimate.host_parts_bytes.get("offload")
+        return words.get("terminal.host_unknown_offload" if away else "terminal.host_unknown", **values)
+    values["there"] = value_text(predicted(there, "bytes"), words)
+    if estimate.host_memory_assumed:
+        values["there"] += f" ({words.get('mark.assumed')})"
+    return words.get("terminal.host_short" if need.value > there else "terminal.host_enough", **values)
 
 
 def _split(dependence: SampleDependence | None, words: Words) -> Text | None:

@@ -55,6 +55,7 @@ class Given:
     inside: Sequence[Sequence[Parts]]
     ends: Sequence[Sequence[Parts]]
     states: Sequence[State]
+    averaged: bool = False  # whether the loop keeps an averaged copy of the weights
 
 
 def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:

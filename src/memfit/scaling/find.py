@@ -70,8 +70,11 @@ class Found:
     beside: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
 
 
-def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap_bytes: float) -> Found:
-    """Prices every plan of the grids. ``cap_bytes``: below which a peak fits. Raises UserError where there is
+Caps = tuple[float, float]  # of a rank: on the device, and in host memory
+
+
+def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> Found:
+    """Prices every plan of the grids. ``caps``: below which a rank fits. Raises UserError where there is
     no plan."""
     hoped = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     todo = _todo(machine, hoped)
@@ -91,7 +94,7 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
         for grid, compute, states in todo if grid.inside and grid.ends
     ]  # fmt: skip
     shares = [grids_of[at::_SHARES] for at in range(_SHARES)]
-    best = side_by_side([functools.partial(pricing.best, share, cap_bytes) for share in shares])
+    best = side_by_side([functools.partial(pricing.best, share, caps) for share in shares])
     sketches, considered = list[Sketch](), 0
     for share, found in zip(shares, best, strict=True):
         for (grid, _), (plans, picked) in zip(share, found, strict=True):
@@ -99,7 +102,7 @@ def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, cap
             sketches += [Sketch(grid, *one) for one in picked]
     sketches.sort(key=lambda s: (s.step_s, s.allocated_bytes))
     return Found(
-        sketches=tuple(_few(sketches, cap_bytes)), considered=considered, refused=tuple(refused),
+        sketches=tuple(_few(sketches, caps)), considered=considered, refused=tuple(refused),
         beside=pricing.beside,
     )  # fmt: skip
 
@@ -202,12 +205,12 @@ class _Pricing:
 
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
-    def best(self, parts: Sequence[tuple[Grid, str]], cap_bytes: float) -> list[tuple[int, list[_Picked]]]:
+    def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
         """Of each grid: how many plans it has, and the best of them."""
         found = []
         for grid, compute in parts:
             priced = self.price(grid, compute)
-            found.append((priced.step_s.size, _best(grid, priced, cap_bytes)) if priced else (0, []))
+            found.append((priced.step_s.size, _best(grid, priced, caps)) if priced else (0, []))
         return found
 
     def beside(self, sketch: Sketch) -> list[Sketch]:
@@ -235,7 +238,7 @@ class _Pricing:
         given = Given(
             blocks=self.traced.blocks, tensors=self.traced.tensors,
             hidden_bytes=self.traced.hidden_bytes(self.computes[0]) / cut,
-            inside=inside, ends=ends, states=states,
+            inside=inside, ends=ends, states=states, averaged=self.traced.job.ema is not None,
         )  # fmt: skip
         return price(grid, given, self.rates)
 
@@ -294,19 +297,22 @@ def _updating(uses: Uses) -> Uses:
     return tuple(u for u in kept if u.technique != "bf16-autocast")
 
 
-def _best(grid: Grid, priced: Priced, cap_bytes: float) -> list[_Picked]:
-    """The quickest that fits, the simplest that is as quick, and the quickest of each memory level."""
+def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
+    """The quickest that fits, the simplest that is as quick, and the quickest of each memory level, of those
+    that the host has the memory for; and the smallest of all."""
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picked: dict[int, None] = {}
-    inside = numpy.flatnonzero(memory <= cap_bytes)
+    held = priced.host_bytes.ravel() <= caps[1]
+    inside = numpy.flatnonzero((memory <= caps[0]) & held)
     if inside.size:
         quickest = inside[numpy.argsort(step[inside], kind="stable")[:_KEPT_PER_GRID]]
         tied = inside[step[inside] <= step[quickest[0]] * (1 + TIE_RATIO)]
         simple = tied[numpy.argmin(_burden(grid).ravel()[tied])]
         picked |= dict.fromkeys([*map(int, quickest), int(simple)])
     level = numpy.floor(numpy.log2(numpy.maximum(memory, 1.0)) * _LEVELS_PER_DOUBLING).astype(int)
-    for one in numpy.unique(level):
-        at = numpy.flatnonzero(level == one)
+    pool = held if held.any() else ~held
+    for one in numpy.unique(level[pool]):
+        at = numpy.flatnonzero((level == one) & pool)
         picked[int(at[numpy.argmin(step[at])])] = None
     picked[int(numpy.argmin(memory))] = None
     return [_picked(grid, priced, at) for at in picked]
@@ -328,7 +334,7 @@ def _weight(uses: Uses) -> float:
     return len(uses) + 100.0 * int(effect_of(Plan(uses=uses)))
 
 
-def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:
+def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
     """What a choice is made from: no worse in both time and memory than all others, or the quickest or the
     smallest of its own layout that fits."""
     ordered = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
@@ -339,15 +345,14 @@ def _few(sketches: Sequence[Sketch], cap_bytes: float) -> list[Sketch]:
             kept.append(one)
             quickest = one.step_s
     best: dict[Any, list[Sketch]] = {}
-    for one in sketches:
-        if one.allocated_bytes <= cap_bytes:
-            at = one.grid.layout
-            best.setdefault((at.tensor, at.context, at.stages, at.schedule), []).append(one)
+    fitting = [s for s in sketches if s.allocated_bytes <= caps[0] and s.host_bytes <= caps[1]]
+    for one in fitting:
+        at = one.grid.layout
+        best.setdefault((at.tensor, at.context, at.stages, at.schedule), []).append(one)
     for group in best.values():
         group.sort(key=lambda s: (s.step_s, s.allocated_bytes))
         kept += group[:_KEPT_PER_LAYOUT]
         kept.append(min(group, key=lambda s: (s.allocated_bytes, s.step_s)))
-    fitting = [s for s in sketches if s.allocated_bytes <= cap_bytes]
     if fitting:
         limit = min(s.step_s for s in fitting) * (1 + TIE_RATIO)
         kept += [s for s in fitting if s.step_s <= limit][:_KEPT_TIED]

@@ -296,11 +296,28 @@ def _stage(
     updating = parameters + state + bucket + gradient
     top = own * states(lambda s: s.updating.top_bytes / s.state_shards) * state_here
     peak = _highest([ahead, back, end, updating + top])
-    host = kept * away * waiting + own * states(
-        lambda s: ((s.stored + s.gradient + s.updating.state_bytes) if s.offload == "all"
-                   else (4 + s.updating.state_bytes) * bool(s.offload)) / s.state_shards
-    )  # fmt: skip
-    return peak, host
+    average = _averaged_bytes(axes) * own * states(lambda s: 1 / s.parameter_shards)
+    host = kept * away * waiting + own * states(_host_bytes)
+    return peak + average * on_device, host + average * (1 - on_device)
+
+
+def _averaged_bytes(axes: Axes) -> float:
+    """Bytes of an averaged copy of one parameter; 0 where the loop keeps none."""
+    return 4.0 if axes.given.averaged else 0.0
+
+
+def _host_bytes(state: State) -> float:
+    """Of one parameter of a rank, in host memory: under FSDP2 the shard, its gradient and the optimizer's
+    state; under ZeRO the fp32 master with its gradient, the state, and a buffer through which parameters or
+    gradients pass, beside the parameters where those are away too. And the update's temporaries."""
+    if not state.offload:
+        return 0.0
+    if state.kind != "zero":
+        kept = state.stored + state.gradient + state.updating.state_bytes
+    else:
+        moments = state.updating.state_bytes - 4.0 * (state.stored < 4.0)
+        kept = 4.0 + 4.0 + moments + state.stored * (1 + (state.offload == "all"))
+    return (kept + state.updating.top_bytes) / state.state_shards
 
 
 def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:

@@ -138,12 +138,12 @@ class Race:
         return min(near, key=preferred, default=(None, 0.0))[0]
 
     def _light(self, e: Estimate) -> bool:
-        return self.scale.needs(e) * self._heaviest <= self.scale.aim.cap_bytes
+        return self.scale.aim.host(e) and self.scale.needs(e) * self._heaviest <= self.scale.aim.cap_bytes
 
     def _learn(self, sketch: Estimate, whole: Estimate) -> None:
         self.traced.append(whole)
         self._ratios[sketch.plan] = score(whole, self.goal) / score(sketch, self.goal)
-        if not self.scale.fits_memory(whole):
+        if self.scale.needs(whole) > self.scale.aim.cap_bytes:
             self._heaviest = max(self._heaviest, self.scale.needs(whole) / self.scale.needs(sketch))
 
     def _smallest(self, estimates: Sequence[Estimate]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memfit.cost.host import host_line
 from memfit.search.choose import Objective, best, keeps, missed, score
 from memfit.search.space import complexity
 from memfit.techniques.registry import brief
@@ -99,6 +100,15 @@ def _told(kind: str, winner: Estimate, other: Estimate, **more: Any) -> Sensitiv
     )  # fmt: skip
 
 
+def _more_memory(scale: Scale, least: Estimate, ranks: int) -> Iterator[str]:
+    if (more := scale.needs(least) - scale.aim.cap_bytes) > 0:
+        yield f"{more / 2**30:.1f} GiB more on each device"
+    inside = [e for e in (least, *scale.estimates(ranks)) if scale.needs(e) <= scale.aim.cap_bytes]
+    if inside:
+        found = min(inside, key=lambda e: (e.host_bytes.value if e.host_bytes else 0.0, complexity(e.plan)))
+        yield f"{brief(found.plan)}, which {host_line(found, scale.machine)}"
+
+
 def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
     """With the least changes, each alone, that would make a plan fit."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
@@ -114,7 +124,7 @@ def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
         if scale.bounds.budget_usd is not None and cheap.usd is not None:
             ways.append(f"a budget of {cheap.usd * scale.bounds.steps:.2f} USD, with {brief(cheap.plan)}")
     else:
-        ways.append(f"{(scale.needs(least) - cap_bytes) / 2**30:.1f} GiB more on each device")
+        ways += _more_memory(scale, least, ranks)
     for times in (2, 4, 8, 16):
         try:
             wider = [e for e in scale.estimates(times * ranks) if scale.fits_memory(e)]

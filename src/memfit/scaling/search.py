@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from memfit.cost.estimate import around, modelled_boundary, scaled
 from memfit.cost.footprint import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.host import host_memory, known_host, memory_bytes
 from memfit.cost.money import bill
 from memfit.cost.play import Player
 from memfit.engines import native
@@ -39,7 +40,8 @@ Tell = Callable[[str, int, int, str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:
-    """What is wanted. ``needs``: the memory that an estimate asks of a device."""
+    """What is wanted. ``needs``: the memory that an estimate asks of a device; ``host``: whether a host has
+    what it needs there."""
 
     goal: Objective
     accuracy: Accuracy
@@ -47,6 +49,7 @@ class Aim:
     needs: Callable[[Estimate], int]
     bounds: Bounds
     tell: Tell
+    host: Callable[[Estimate], bool] = lambda estimate: True
 
 
 class Scale:
@@ -84,15 +87,22 @@ class Scale:
             low, high = (middle, high) if self.fits_memory(probe) else (low, middle)
         return low
 
+    def _host_cap(self, ranks: int) -> float:
+        """What each of so many ranks may keep in host memory; none where nothing says how much there is."""
+        there = memory_bytes(self.machine)
+        return 0.0 if there is None else there / min(ranks, per_host(self.machine))
+
     def fits_memory(self, estimate: Estimate) -> bool:
-        return self.needs(estimate) <= self.aim.cap_bytes
+        return self.needs(estimate) <= self.aim.cap_bytes and self.aim.host(estimate)
 
     def sketches(self, ranks: int) -> Found:
         if ranks not in self.found:
             self.tell("search", 0, 0, f"{ranks} devices")
             limits = self._limits(ranks)
             with uncollected():
-                self.found[ranks] = find(self.traced, self.machine, self.model, limits, self.cap_bytes)
+                self.found[ranks] = find(
+                    self.traced, self.machine, self.model, limits, (self.cap_bytes, self._host_cap(ranks))
+                )
             self.sketched[ranks] = [*self.found[ranks].sketches]
         return self.found[ranks]
 
@@ -165,6 +175,10 @@ class Scale:
         cost = bill(machine, step_s=sketch.step_s)
         allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
         memory = sketched(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+        host = host_memory(
+            self.traced.host_tensors(sketch.host_bytes), sketch.plan, machine, allocated=allocated,
+            workers=self.pricer.job.workers,
+        )  # fmt: skip
         return Estimate(
             plan=sketch.plan, allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
             by_module_bytes={}, step_s=around(sketch.step_s, _SKETCH_TIME_RATIO), flops_per_step=0,
@@ -172,8 +186,9 @@ class Scale:
             co2_g=cost.co2_g, traced=False, reserved_bytes=memory.reserved_bytes,
             device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
             oom_probability=memory.oom_probability,
-            host_bytes=around(sketch.host_bytes, _SKETCH_MEMORY_RATIO) if sketch.host_bytes else None,
             dependence=self.pricer.dependence_under(sketch.plan),
+            host_bytes=host.bytes, host_parts_bytes=host.parts_bytes,
+            host_memory_bytes=known_host(machine)[0], host_memory_assumed=known_host(machine)[1],
         )  # fmt: skip
 
     def _machine(self, ranks: int) -> Machine:

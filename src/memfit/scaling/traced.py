@@ -7,6 +7,10 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
+from torch.utils import _pytree
+
+from memfit.cost.host import HostTensors
 from memfit.scaling.parts import BLOCKS, Seconds, parts_of, updating_of
 from memfit.search.layouts import Uses
 from memfit.techniques.axial_parallel import knowing
@@ -54,7 +58,16 @@ class Traced:
         self.sharing = "axial-parallel" if knowing(model) else "context-parallel"
         self.kept: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, Trace] = {}
+        self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         self._batch = job.make_batch(0, 0)  # once, and among real tensors
+
+    def host_tensors(self, kept_bytes: float) -> HostTensors:
+        """Of a rank that keeps so much in host memory; its batch as large as the whole one."""
+        tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
+        batch = sum(t.numel() * t.element_size() for t in tensors)
+        return HostTensors(
+            kept_bytes=kept_bytes, building_bytes=0.0, model_bytes=self.model_bytes, batch_bytes=batch
+        )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:
         """Raises UserError where the model cannot be cut or run so."""

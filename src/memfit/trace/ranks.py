@@ -19,7 +19,7 @@ from memfit.techniques.world import World, layout, make_world
 from memfit.trace.flows import group_of
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.plan import Plan
-from memfit.types.trace import Allocation
+from memfit.types.trace import Allocation, Phase, PhaseSpan
 
 
 @contextlib.contextmanager
@@ -244,13 +244,21 @@ def _cuts(plan: Plan) -> bool:
     return place.pipeline > 1 or place.tensor > 1
 
 
-def without_host(allocations: Sequence[Allocation]) -> tuple[tuple[Allocation, ...], int]:
-    """(the device's allocations, highest bytes of those in host memory)."""
+def without_host(
+    allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
+) -> tuple[tuple[Allocation, ...], int, int]:
+    """(the device's allocations, highest bytes of those in host memory, the same without what building the
+    model took for a time)."""
     host = [a for a in allocations if a.stream == "host"]
-    events = [(a.start, a.requested_bytes) for a in host]
-    events += [(a.end, -a.requested_bytes) for a in host if a.end is not None]
-    peak = max(itertools.accumulate(size for _, size in sorted(events)), default=0)
-    return tuple(a for a in allocations if a.stream != "host"), peak
+    built = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
+    kept = [a for a in host if a.end is None or a.end > built]
+    return tuple(a for a in allocations if a.stream != "host"), _highest(host), _highest(kept)
+
+
+def _highest(allocations: Sequence[Allocation]) -> int:
+    events = [(a.start, a.requested_bytes) for a in allocations]
+    events += [(a.end, -a.requested_bytes) for a in allocations if a.end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(events)), default=0)
 
 
 def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:

@@ -93,8 +93,9 @@ def trace(
         streams(ledger) if plan.ranks > 1 and device != "cpu" else contextlib.nullcontext(),
     ):  # fmt: skip
         ledger.place = "host" if builds_on_host(plan, device) else ""
+        built: list[int] = []
         step = _STEP.get()(
-            _unwatched(job, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger)
+            _unwatched(job, ledger), plan, device=device, world=world, on_built=partial(_begin, ledger, built)
         )
         ledger.place = ""
         _label_state(ledger, step)
@@ -108,7 +109,7 @@ def trace(
         )
         groups = members()
     allocations, ops, spans = ledger.finish()
-    allocations, host_peak_bytes = without_host(allocations)
+    allocations, host_peak_bytes, host_step_bytes = without_host(allocations, spans)
     params = list(step.model.parameters())
     return Trace(
         device=device,
@@ -130,6 +131,8 @@ def trace(
         communicators=tuple((name, len(ranks)) for name, ranks in groups.items()),
         members=groups,
         host_peak_bytes=host_peak_bytes,
+        host_step_bytes=host_step_bytes,
+        model_bytes=built[0],
     )
 
 
@@ -215,7 +218,9 @@ def _unwatched(job: Job, ledger: Ledger) -> Job:
     return dataclasses.replace(job, build_model=ledger.unseen(job.build_model))
 
 
-def _begin(ledger: Ledger, bench: Workbench) -> None:
+def _begin(ledger: Ledger, built: list[int], bench: Workbench) -> None:
+    tensors = [*bench.model.parameters(), *bench.model.buffers()]
+    built.append(sum(t.numel() * t.element_size() for t in tensors))
     bench.on_ddp = partial(ready_for_fakes, note=ledger.note_real)
     if ledger.device != "cpu":
         bench.place = ledger.placed

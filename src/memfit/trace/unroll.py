@@ -97,7 +97,7 @@ class Blocks:
 
 _ON_A_LINE = (
     "parameter_count", "trainable_count", "offloaded_bytes", "restored_bytes", "offloaded_tensors",
-    "host_peak_bytes",
+    "host_peak_bytes", "host_step_bytes", "model_bytes",
 )  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
 
 class NothingFits(MemfitError):
     """No plan of the allowed effect classes fits under the cap, or keeps to deadline and budget (``missed``
-    says so). ``ways``: changes each of which alone would do."""
+    says so). ``ways``: changes each of which alone would do; ``host``: what a plan that fits the device needs
+    of host memory."""
 
     exit_code = 3
 
@@ -62,15 +63,17 @@ class NothingFits(MemfitError):
         plan_text: str,
         ways: tuple[str, ...] = (),
         missed: str = "",
+        host: str = "",
     ) -> None:
         from memfit.types.units import format_bytes
 
         self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
         self.ways = ways
+        beside = f"; {host}" if host else ""
         super().__init__(
             missed
             or f"no allowed plan fits {format_bytes(cap_bytes)} ({cap_bytes} B); the least that would do "
-            f"is {format_bytes(least_bytes)} ({least_bytes} B), with {plan_text}"
+            f"is {format_bytes(least_bytes)} ({least_bytes} B), with {plan_text}{beside}"
         )
 
     def explained(self) -> NothingFits:

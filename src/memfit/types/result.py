@@ -11,6 +11,9 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.workload import Workload
 
+# What a training loop may hold beside what is predicted.
+NOT_INCLUDED = ("learning-rate schedulers", "metrics", "logging", "retain_graph", "the dataset in memory")
+
 
 class OutcomeKind(enum.StrEnum):
     OK = "ok"
@@ -63,7 +66,10 @@ class Estimate:
     reserved_bytes: Interval | None = None  # by the caching allocator; None: this device has none
     device_bytes: Interval | None = None  # reserved and all that lies outside the allocator
     device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # context, libraries
-    host_bytes: Interval | None = None  # host memory the plan takes on purpose (offload, pinned copies)
+    host_bytes: Interval | None = None  # of one host, all its ranks: the most before and in training
+    host_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # offload, workers, ...
+    host_memory_bytes: int | None = None  # that the host has; None: unknown
+    host_memory_assumed: bool = False
     oom_probability: float | None = None  # against the memory the estimate was made for
     rank: int = 0  # the rank with the highest peak, of those that differ
     assumptions: tuple[str, ...] = ()  # of the trace: values that were asked for and could not be known

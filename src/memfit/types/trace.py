@@ -109,6 +109,8 @@ class Trace:
     rank: int = 0  # the one traced, of `ranks`
     ranks: int = 1
     host_peak_bytes: int = 0  # of tensors that lie in host memory beside the device; not in `allocations`
+    host_step_bytes: int = 0  # the same from the first forward pass on, when the model is built
+    model_bytes: int = 0  # of parameters and buffers, as the job builds them
     communicators: tuple[tuple[str, int], ...] = ()  # (name, ranks in it) of every process group in use
     members: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # their ranks
 

@@ -282,6 +282,11 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
     step = gauge.make_step(job, spec.plan, world=gauge.world)
     gauge.settle()  # building made groups with threads of their own
     keeper = _keeper(spec, step)
+    if keeper is not None and step.average is not None:
+        raise UserError(
+            "checkpoints of a job with ema, which they do not hold",
+            allowed="a run without --save and --resume",
+        )
     if keeper is not None and spec.keep.resume:
         gauge.turn("resume")
         gauge.first = keeper.restore()

@@ -1,0 +1,196 @@
+"""Host memory decides, too: what a plan needs of the host is predicted, compared, and part of `fits`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+import memfit
+from memfit import catalog
+from memfit.cost.host import HostTensors, host_holds, host_line, host_memory, with_host_memory
+from memfit.techniques.registry import make_use
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+from memfit.types.result import Interval
+
+GIB = 2**30
+PROCESS_BYTES = 5 * GIB // 2
+_PATH = Path(__file__).parents[2] / "benchmarks" / "host_memory.py"
+_SPEC = importlib.util.spec_from_file_location("host_memory_benchmark", _PATH)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+by_hand = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(by_hand)
+
+ALL_AWAY = {"zero": {"stage": 3, "offload": "parameters", "precision": "bf16"}}
+
+
+def test_a_70b_model_on_one_4090_does_not_fit_as_its_host_would_need_a_terabyte() -> None:
+    """The reproduced case: it fitted, with the bytes of its host unknown."""
+    width, depth = 8192, 130
+    assert by_hand.parameters(width, depth) > 68e9
+    found = memfit.estimate(by_hand.job(width, depth, 1), plan=ALL_AWAY, machine="RTX-4090")
+    assert found.device_bytes is not None
+    assert found.device_bytes.high < found.cap_bytes  # the card itself is large enough
+    assert found.host_bytes is not None
+    assert 1.0e12 < found.host_bytes.value < 2.0e12
+    assert not found.fits
+    assert "does not fit" in found.host
+    assert "--host-memory" in found.host
+    assert found.host in str(found)
+    roomy = dataclasses.replace(found, machine=with_host_memory(found.machine, 4 * 2**40))
+    assert roomy.fits
+
+
+def test_ranks_that_share_a_host_add_up_and_hosts_do_not() -> None:
+    one = HostTensors(kept_bytes=10 * GIB, building_bytes=0, model_bytes=4 * GIB, batch_bytes=GIB)
+    allocated = Interval(value=GIB, low=GIB, high=GIB)
+
+    def of(spec: str, plan: Plan, workers: int = 0) -> dict[str, int]:
+        found = host_memory(one, plan, catalog.machine(spec), allocated=allocated, workers=workers)
+        return dict(found.parts_bytes)
+
+    assert of("8xH100-SXM", Plan(ranks=8))["offload"] == 80 * GIB
+    assert of("2x4xH100-SXM@IB-NDR", Plan(ranks=8))["offload"] == 40 * GIB
+    assert of("8xH100-SXM", Plan(ranks=8))["loading"] == 4 * GIB  # one copy for each host
+    assert of("8xH100-SXM", Plan(ranks=8), workers=2)["workers"] > 8 * 2 * 2 * GIB
+
+
+def test_a_gradient_an_optimizer_and_parameters_away_are_counted() -> None:
+    """By hand: 16 bytes of each parameter and more are on the host, in all shards together."""
+    count = by_hand.parameters(1024, 4)
+    for techniques, least in (
+        ({"fsdp2": {"offload": True}}, 16), ({"zero": {"stage": 2, "offload": "optimizer"}}, 16),
+        ({"zero": {"stage": 3, "offload": "parameters"}}, 20),
+    ):  # fmt: skip
+        found = memfit.estimate(by_hand.job(1024, 4, 4), plan=techniques, machine="4xH100-SXM")
+        offload = found.estimate.host_parts_bytes["offload"]
+        assert least * count <= offload < 1.9 * least * count, techniques
+        assert found.fits
+
+
+def test_an_unknown_host_is_never_a_silent_fits() -> None:
+    job = by_hand.job(512, 3, 2)
+    plain = memfit.estimate(job, machine="MI300A")
+    assert plain.machine.host is None
+    assert plain.fits
+    assert "host memory unknown: not checked" in str(plain)
+    away = memfit.estimate(job, plan={"activation-offload": {"to": "host"}}, machine="MI300A")
+    assert not away.fits
+    assert "unknown" in away.host
+    assert "unknown" in away.explain()
+    known = memfit.estimate(
+        job, plan={"activation-offload": {"to": "host"}}, machine="MI300A", host_memory="64GiB"
+    )
+    assert known.fits
+
+
+def test_activations_on_disk_take_no_host_memory() -> None:
+    job = by_hand.job(512, 3, 8)
+    parts = {
+        to: memfit.estimate(job, plan={"activation-offload": {"to": to}}, machine="H100-SXM")
+        for to in ("disk", "host")
+    }
+    assert "offload" not in parts["disk"].estimate.host_parts_bytes
+    assert parts["host"].estimate.host_parts_bytes["offload"] > 0
+    assert parts["host"].host_bytes is not None
+    assert parts["host"].host_bytes.high > parts["host"].host_bytes.value  # pinned blocks are rounded up
+
+
+def test_loader_workers_count() -> None:
+    job = by_hand.job(512, 2, 8)
+    few, many = (memfit.estimate(job, machine="8xH100-SXM", workers=n, plan="ddp") for n in (0, 16))
+    assert few.host_bytes is not None
+    assert many.host_bytes is not None
+    assert many.host_bytes.value > few.host_bytes.value + 8 * 16 * 2**20
+    small = memfit.estimate(job, machine="8xH100-SXM", workers=16, plan="ddp", host_memory="24GiB")
+    assert few.fits
+    assert not small.fits
+
+
+def test_of_random_questions_none_fits_where_the_host_cannot_hold_it() -> None:
+    """A few of the 500 of benchmarks/host_memory.py, smaller; sums by hand refute a wrong answer."""
+    asked = list(itertools.islice(by_hand.questions(14, seed=5, widest=2048), 14))
+    scaled = [
+        dataclasses.replace(
+            one, host_bytes=one.host_bytes and PROCESS_BYTES * one.devices + one.host_bytes // 2048
+        )
+        for one in asked
+    ]
+    found = [by_hand.answer(one) for one in scaled]
+    assert not [one for one, answer in zip(scaled, found, strict=True) if by_hand.mistaken(one, answer)]
+    for one, answer in zip(scaled, found, strict=True):
+        assert answer.host_bytes is not None
+        assert answer.host_bytes.value >= by_hand.at_least(one)[0]
+    verdicts = [answer.fits for answer in found]
+    assert any(verdicts)
+    assert not all(verdicts)
+
+
+def test_sketches_of_a_search_know_what_the_host_must_hold() -> None:
+    from memfit.planning import Request, fits_under, make_pricer
+    from memfit.types.job import JobRef
+
+    plan = memfit.Plan(uses=(make_use("activation-offload", {"to": "host"}),))
+    roomy = with_host_memory(catalog.machine("H100-SXM"), 64 * GIB)
+    _, pricer = make_pricer(Request(job=JobRef(spec=f"{_PATH}:long"), machine=roomy))
+    sketch, whole = pricer.sketch(plan), pricer.whole(plan)
+    away = [e.host_parts_bytes["offload"] for e in (sketch, whole)]
+    assert away[0] == pytest.approx(away[1], rel=0.1)
+    tight = with_host_memory(roomy, 3 * GIB)
+    for estimate in (sketch, whole):
+        assert fits_under(80 * GIB, roomy)(estimate)
+        assert not fits_under(80 * GIB, tight)(estimate)
+    assert fits_under(80 * GIB, tight)(pricer.sketch(memfit.Plan()))
+
+
+def test_assert_fits_says_what_the_host_lacks() -> None:
+    with pytest.raises(AssertionError, match="host memory"):
+        memfit.assert_fits(
+            by_hand.job(512, 3, 8), "80GiB", plan={"activation-offload": {"to": "host"}},
+            machine="H100-SXM", host_memory="1GiB",
+        )  # fmt: skip
+
+
+def test_a_processors_estimate_is_its_processes_with_their_tensors() -> None:
+    found = memfit.estimate(by_hand.job(256, 2, 4))
+    assert found.host_bytes is not None
+    more = found.host_bytes.value - found.allocated_bytes.value
+    assert 200 * 2**20 < more < 500 * 2**20
+    assert found.host == ""
+
+
+def test_a_machine_file_says_how_much_its_hosts_have(tmp_path: Path) -> None:
+    path = tmp_path / "desk.toml"
+    path.write_text(
+        'name = "desk"\ndevice = "RTX-4090"\n[host]\nname = "desk"\n'
+        'memory_bytes = {value = 6e9, source = "free -b", date = "2026-11-01", kind = "measured"}\n'
+    )
+    plan = {"activation-offload": {"to": "host"}}
+    found = memfit.estimate(by_hand.job(2048, 4, 2048), plan=plan, machine=str(path))
+    assert not host_holds(found.estimate, found.machine)
+    assert "assumed" not in host_line(found.estimate, found.machine)
+
+
+def test_host_memory_of_a_processor_is_refused() -> None:
+    with pytest.raises(UserError, match="the memory itself"):
+        memfit.estimate(by_hand.job(64, 2, 2), host_memory="64GiB")
+
+
+def test_the_command_takes_the_hosts_memory_and_says_what_is_not_included(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from memfit.cli import main
+
+    plan = tmp_path / "away.yaml"
+    plan.write_text("techniques:\n  activation-offload: {to: host}\n")
+    words = ["explain", f"{_PATH}:long", "--plan", str(plan), "--on", "H100-SXM", "--host-memory", "3GiB"]
+    assert main(words) in (0, None)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The host has 3 GiB: it does not hold" in out
+    assert "Not included: learning-rate schedulers" in out
