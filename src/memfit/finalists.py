@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from memfit.recomputation import Cap
-from memfit.search.choose import Objective, frontier, score, simplest_first
+from memfit.search.choose import Objective, frontier, score, simplest_first, techniques_beside
 from memfit.techniques.registry import plain
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
@@ -57,6 +57,27 @@ def until_some_fit(
         look(more)
         added += more
     return added
+
+
+def counterfactuals(
+    sketches: Sequence[Estimate], traced: Sequence[Estimate], winner: Estimate, *, cap: Cap, goal: Objective
+) -> list[Plan]:
+    """For each technique that the winner does not have, plans with it to trace next, so that the reason for
+    leaving it out rests on a trace: the best by the goal that may fit; where none that was traced fits, the
+    smallest too."""
+    by_plan = {e.plan: e for e in sketches}
+    ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
+    lightest, tried = min([1.0, *ratios]), {e.plan for e in traced}
+    wanted = []
+    for name in techniques_beside(winner, sketches):
+        having = [e for e in sketches if e.plan.get(name)]
+        may_fit = _ordered([e for e in having if cap.needs(e) * lightest <= cap.bytes], goal)
+        order = [e.plan for e in may_fit[:1]]
+        if not any(e.plan.get(name) and cap.has(e) for e in traced):
+            smallest = min(having, key=lambda e: (cap.needs(e), e.plan.fingerprint))
+            order.append(smallest.plan)
+        wanted += [plan for plan in order if plan not in tried]
+    return list(dict.fromkeys(wanted))
 
 
 def more_finalists(

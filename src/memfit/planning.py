@@ -12,7 +12,7 @@ from memfit.cost.footprint import ASSUMED_RESERVED_RATIO
 from memfit.cost.host import host_holds, host_line
 from memfit.engines import native
 from memfit.engines.registry import engine
-from memfit.finalists import finalists, until_some_fit
+from memfit.finalists import counterfactuals, finalists, until_some_fit
 from memfit.jobs.registry import load
 from memfit.measure import here
 from memfit.pricing import Pricer
@@ -56,6 +56,7 @@ _REACHABLE = (
 _FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # of probing operators, nominal
 # Rounds, and seconds of each, to measure what the best plan and its rivals need while that changes the best.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
+_COUNTERFACTUAL_ROUNDS = 2
 _GAP_RATIO = 0.05  # in a search, where a better answer takes longer than it saves
 
 # What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
@@ -240,8 +241,8 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
             left_out=left_out, inside=inside, price=Prices(
                 pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-                pricer.sketch if is_long(pricer) else None,
-                timed_band(pricer.calibration.spread_ratio),
+                pricer.sketch if is_long(pricer) else None, timed_band(pricer.calibration.spread_ratio),
+                lambda e: needed_bytes(e, request.machine), sketches,
             ),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -483,6 +484,8 @@ def _price(
     )  # fmt: skip
     chosen += until_some_fit(pricer.whole, look, sketches, chosen, cap=cap, goal=request.goal, most=most)
     made = _with_rivals(pricer, request, fits, [pricer.whole(plan) for plan in chosen], progress)
+    if not is_long(pricer):
+        made = _with_counterfactuals(pricer, request, fits, made, sketches, cap, progress)
     if pricer.space.ranks == 1 and NAME not in request.bounds.without and not is_long(pricer):
         made += budgeted(pricer.whole, sketches, made, request.goal, cap, progress)
     return made, len(every), left_out
@@ -509,6 +512,30 @@ def _with_rivals(
         before, winner = winner, best(filter(fits, made), request.goal)
         if winner is None or winner.plan == before.plan:
             break
+    return made
+
+
+def _with_counterfactuals(
+    pricer: Pricer, request: Request, fits: Fits, made: list[Estimate], sketches: list[Estimate], cap: Cap,
+    progress: Progress,
+) -> list[Estimate]:  # fmt: skip
+    """And plans with each technique that the winner lacks, so that it is left out for a reason that was
+    traced; where one of them is better than the winner, it and its own rivals."""
+    for _ in range(_COUNTERFACTUAL_ROUNDS):
+        winner = best(filter(fits, made), request.goal, TIMED)
+        if winner is None:
+            break
+        wanted = counterfactuals(sketches, made, winner, cap=cap, goal=request.goal)
+        if not wanted:
+            break
+        if request.ranks == 1:
+            pricer.trace_all(wanted, lambda *begun: progress("finalists", *begun))
+        if request.is_here:
+            calibrate(pricer, request, progress, plans=wanted, budget_s=_SETTLING_BUDGET_S)
+        made = [pricer.whole(plan) for plan in dict.fromkeys([*(e.plan for e in made), *wanted])]
+        after = best(filter(fits, made), request.goal, TIMED)
+        if after is None or after.plan != winner.plan:
+            made = _with_rivals(pricer, request, fits, made, progress)
     return made
 
 

@@ -16,10 +16,10 @@ from memfit.cost.correction import corrected, factor
 from memfit.cost.estimate import around
 from memfit.engines.registry import engine, render
 from memfit.measure import here
-from memfit.planning import Planning, Progress, model_sizes
+from memfit.planning import Planning, Progress, model_sizes, needed_bytes
 from memfit.run.child import run
 from memfit.run.ranks import run_ranks
-from memfit.search.choose import Band, Objective, best, reasons_for, score, simplest_first
+from memfit.search.choose import Band, Objective, Prices, best, reasons_for, score, simplest_first
 from memfit.search.space import plans, usable
 from memfit.techniques.registry import effect_of, make_use, without
 from memfit.types.errors import UserError
@@ -119,7 +119,12 @@ class _Trials:
         winner = priced[fastest.plan]
         why = reasons_for(
             winner, [*priced.values(), *(pricer.whole(e.plan) for e in planning.estimates)],
-            planning.fits, planning.request.goal, pricer.whole,
+            planning.fits, planning.request.goal,
+            Prices(
+                pricer.whole, sketches=planning.sketches,
+                needs=lambda e: needed_bytes(e, planning.request.machine),
+            ),
+            planning.cap_bytes,
         )  # fmt: skip
         chosen = Choice(
             estimate=winner,

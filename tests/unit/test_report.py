@@ -50,6 +50,11 @@ REASONS = (
     "left_out_unavailable",
     "left_out_small",
     "left_out_does_not_fit",
+    "left_out_too_large",
+    "left_out_late",
+    "needed",
+    "needed_priced",
+    "needed_late",
 )
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

@@ -84,6 +84,8 @@ def _reason(reason: Reason) -> Sentence:
             "saved": predicted(saved, "bytes"),
             "change": change,
             "time": predicted(reason.time_ratio, "ratio"),
+            "count": predicted(reason.plan_count, "count"),
+            "least": predicted(reason.least_bytes, "bytes"),
             "detail": reason.detail,
         },
     )

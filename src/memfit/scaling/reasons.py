@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfit.cost.host import host_line
-from memfit.search.choose import Objective, best, keeps, missed, score
+from memfit.search.choose import Objective, best, keeps, missed, none_fits, score
 from memfit.search.space import complexity
 from memfit.techniques.registry import brief
 from memfit.types.errors import NothingFits, UserError
@@ -16,26 +16,25 @@ from memfit.types.result import Estimate, Reason, Sensitivity
 if TYPE_CHECKING:
     from memfit.scaling.search import Scale
 
+_SKETCH_ERROR = 0.2  # of a sketch's memory, corrected by those that were traced
 _GAIN = 0.03  # a change of the score that is worth telling
 
 
 def rivals(
-    winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool], goal: Objective
+    scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Reason]:
-    """For every technique the winner has: the best plan without it; for one it has not: the best with it.
-    ``known``: traced, or as a trace would have them."""
+    """For every technique the winner has: the best plan without it; for one it has not: the best with it;
+    where none of those fits, the smallest. ``known``: traced, or as a trace would have them."""
+    goal = scale.aim.goal
 
     def relative(e: Estimate) -> float:
         return score(e, goal) / score(winner, goal)
 
-    used = {u.technique for u in winner.plan.uses}
-    for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
-        inside = name in used
-        others = [e for e in known if (e.plan.get(name) is None) == inside]
+    for name, inside, others in _with_or_without(winner, known):
         rivals = [e for e in others if fits(e)]
         rivals = [e for e in rivals if credible(e, winner, goal)] or rivals
         if not rivals:
-            yield Reason(kind="needed" if inside else "left_out_does_not_fit", technique=name)
+            yield none_fits(name, others, scale.needs, scale.aim.cap_bytes, inside=inside)
             continue
         rival = min(rivals, key=lambda e: (relative(e), complexity(e.plan, e.dependence)))
         worse = relative(rival) > 1 + _GAIN
@@ -46,6 +45,34 @@ def rivals(
             kind=kinds[not worse], technique=name, saved_bytes=change, time_ratio=ratio,
             detail=brief(rival.plan),
         )  # fmt: skip
+
+
+def smallest_traced(
+    scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
+) -> Iterator[Estimate]:
+    """Of a technique of which no plan fits, the smallest plan traced, where its sketch lies no farther above
+    the cap than sketches err."""
+    for _, _, others in _with_or_without(winner, known):
+        least = min(others, key=scale.needs, default=None)
+        if least is None or least.traced or any(map(fits, others)):
+            continue
+        if (
+            scale.needs(least) * (1 - _SKETCH_ERROR) <= scale.aim.cap_bytes
+            and least.plan not in scale.refused
+        ):
+            whole = scale.traced_or_refused(least)
+            if whole is not None:
+                yield whole
+
+
+def _with_or_without(
+    winner: Estimate, known: Sequence[Estimate]
+) -> Iterator[tuple[str, bool, list[Estimate]]]:
+    """(technique, whether the winner has it, the plans that differ from the winner in that)."""
+    used = {u.technique for u in winner.plan.uses}
+    for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
+        inside = name in used
+        yield name, inside, [e for e in known if (e.plan.get(name) is None) == inside]
 
 
 def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:

@@ -19,7 +19,7 @@ from memfit.engines.registry import engine
 from memfit.pricing import Pricer
 from memfit.scaling.find import Found, Sketch, find, per_host
 from memfit.scaling.race import Race, kind
-from memfit.scaling.reasons import cannot, credible, nothing, rivals, sensitivity
+from memfit.scaling.reasons import cannot, credible, nothing, rivals, sensitivity, smallest_traced
 from memfit.scaling.traced import Traced
 from memfit.search.choose import Objective, best, frontier, keeps
 from memfit.search.layouts import Limits
@@ -274,7 +274,10 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     sketch, told = scale.sketch_of(winner.plan), {e.plan for e in known}
     beside = scale.beside(sketch) if sketch is not None else []
     expected += [scale.expected(e) for e in beside if e.plan not in told]
-    why = (*rivals(winner, [*expected, basis], fits, goal), *cannot(scale))
+    priced = [*expected, basis]
+    sure = {e.plan: e for e in smallest_traced(scale, winner, priced, fits)}
+    priced = [sure.get(e.plan, e) for e in priced]
+    why = (*rivals(scale, winner, priced, fits), *cannot(scale))
     recommended = choice(winner, (*dependence_reasons(winner.plan, pricer.dependence), *why))
     considered = sum(f.considered for n, f in scale.found.items() if n in sizes)
     ordered = sorted(by_plan.values(), key=lambda e: e.allocated_bytes.value)

@@ -177,12 +177,15 @@ def _dominates(one: Estimate, other: Estimate) -> bool:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
     """How neighbours are priced: ``prepare`` is told of all of them before; with ``rough`` the reasons of
-    plans beside the recommended one are its."""
+    plans beside the recommended one are its. ``needs``: the memory that an estimate asks for; ``sketches``:
+    of every plan."""
 
     whole: Callable[[Plan], Estimate]
     prepare: Callable[[Sequence[Plan]], None] = lambda plans: None
     rough: Callable[[Plan], Estimate] | None = None
     band: Band = TIMED  # within which step times count as equal
+    needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
+    sketches: Sequence[Estimate] = ()
 
 
 def decide(
@@ -196,8 +199,8 @@ def decide(
     price: Prices | Callable[[Plan], Estimate],
     inside: Callable[[Estimate], bool] | None = None,
 ) -> SearchResult:
-    """``estimates`` holds the plain plan. ``price`` prices neighbours for the reasons. ``inside``: whether it
-    fits the memory alone, where ``fits`` asks for more."""
+    """``estimates`` were traced and hold the plain plan. ``price`` prices neighbours for the reasons.
+    ``inside``: whether it fits the memory alone, where ``fits`` asks for more."""
     prices = price if isinstance(price, Prices) else Prices(price)
     price, rough = prices.whole, prices.rough
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
@@ -215,7 +218,8 @@ def decide(
     prices.prepare([without(e.plan, u.technique) for e in near for u in e.plan.uses])
     recommended = None
     if winner is not None:
-        recommended = choice(winner, (*reasons_for(winner, estimates, fits, goal, price), *left_out))
+        why = reasons_for(winner, estimates, fits, goal, prices, cap_bytes)
+        recommended = choice(winner, (*why, *left_out))
     return SearchResult(
         goal=goal.value,
         cap_bytes=cap_bytes,
@@ -237,11 +241,13 @@ def reasons_for(
     estimates: Sequence[Estimate],
     fits: Callable[[Estimate], bool],
     goal: Objective,
-    price: Callable[[Plan], Estimate],
+    prices: Prices,
+    cap_bytes: int,
 ) -> tuple[Reason, ...]:
     """What each technique of the winner saves, and why those of other plans are not in it."""
     splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
-    return (*splitting, *saved_by(winner, price), *_why_not(winner, estimates, fits, goal))
+    why_not = _why_not(winner, estimates, prices, fits, goal, cap_bytes)
+    return (*splitting, *saved_by(winner, prices.whole), *why_not)
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
@@ -273,26 +279,61 @@ def _ratio(one: Estimate, other: Estimate) -> float | None:
 
 
 def _why_not(
-    winner: Estimate, estimates: Sequence[Estimate], fits: Callable[[Estimate], bool], goal: Objective
+    winner: Estimate,
+    estimates: Sequence[Estimate],
+    prices: Prices,
+    fits: Callable[[Estimate], bool],
+    goal: Objective,
+    cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Techniques that were priced but are not in the winner: the best plan that has them, compared."""
-    used = {u.technique for u in winner.plan.uses}
-    others = sorted({u.technique for e in estimates for u in e.plan.uses} - used)
+    """Techniques that are not in the winner: the best traced plan that has them, compared. Nothing is said of
+    one that was only sketched and may fit."""
     reasons = []
-    for name in others:
-        rivals = [e for e in estimates if e.plan.get(name) and fits(e)]
-        if not rivals:
-            reasons.append(Reason(kind="left_out_does_not_fit", technique=name))
-            continue
-        rival = min(rivals, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
-        slower = score(rival, goal) > score(winner, goal) * (1 + TIE_RATIO)
-        reasons.append(
-            Reason(
-                kind="left_out_slower" if slower else "left_out_not_needed",
-                technique=name,
-                saved_bytes=int(winner.allocated_bytes.value - rival.allocated_bytes.value),
-                time_ratio=_ratio(rival, winner),
-                detail=rival.plan.label,
-            )
-        )
+    for name in techniques_beside(winner, [*estimates, *prices.sketches]):
+        traced = [e for e in estimates if e.plan.get(name)]
+        rivals = [e for e in traced if fits(e)]
+        sketched = [e for e in prices.sketches if e.plan.get(name)]
+        if rivals:
+            reasons.append(_compared(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal))
+        elif traced or not any(map(fits, sketched)):
+            whole = {e.plan for e in traced}
+            priced = [*traced, *(e for e in sketched if e.plan not in whole)]
+            reasons.append(none_fits(name, priced, prices.needs, cap_bytes, inside=False))
     return tuple(reasons)
+
+
+def techniques_beside(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
+    """Those of the plans that the winner does not have, by name."""
+    used = {u.technique for u in winner.plan.uses}
+    return sorted({u.technique for e in estimates for u in e.plan.uses} - used)
+
+
+def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:
+    return score(e, goal), complexity(e.plan, e.dependence)
+
+
+def none_fits(
+    name: str, priced: Sequence[Estimate], needs: Callable[[Estimate], int], cap_bytes: int, *, inside: bool
+) -> Reason:
+    """None of the ``priced`` plans fits, all with the technique; or without it, where the winner has it
+    ``inside``: how many they are, and the least that one needs, or that it is host memory, time or money that is short."""
+    least = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
+    if least is None:
+        return Reason(kind="needed", technique=name)
+    large = needs(least) > cap_bytes
+    kinds = ("needed_late", "needed_priced") if inside else ("left_out_late", "left_out_too_large")
+    return Reason(
+        kind=kinds[large], technique=name, plan_count=len(priced), least_bytes=needs(least),
+        detail=brief(least.plan) if large else "",
+    )  # fmt: skip
+
+
+def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
+    slower = score(rival, goal) > score(winner, goal) * (1 + TIE_RATIO)
+    return Reason(
+        kind="left_out_slower" if slower else "left_out_not_needed",
+        technique=name,
+        saved_bytes=int(winner.allocated_bytes.value - rival.allocated_bytes.value),
+        time_ratio=_ratio(rival, winner),
+        detail=rival.plan.label,
+    )

@@ -197,12 +197,16 @@ class Reason:
     (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_forbidden``,
     ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``,
     ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
+    ``left_out_too_large``, ``needed_priced``: none of ``plan_count`` priced plans with it, or without it,
+    fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the smallest fits the device.
     """
 
     kind: str
     technique: str
     saved_bytes: int | None = None  # peak without it minus peak with it
     time_ratio: float | None = None  # step time with it over without it
+    plan_count: int | None = None
+    least_bytes: int | None = None
     detail: str = ""
 
 

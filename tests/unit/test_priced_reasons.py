@@ -1,0 +1,217 @@
+"""A technique is left out for a reason that was priced: the best plan with it, or the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import words
+
+from memfit import planning
+from memfit.finalists import counterfactuals
+from memfit.planning import Request, needed_bytes
+from memfit.recomputation import Cap
+from memfit.report.choices import search_view
+from memfit.report.figures import sentence_text
+from memfit.report.words import load_words
+from memfit.scaling.reasons import rivals, smallest_traced
+from memfit.search.choose import Objective, Prices, decide
+from memfit.techniques.registry import brief
+from memfit.types.job import JobRef
+from memfit.types.machine import Device, Fact, Machine
+from memfit.types.plan import Accuracy, Plan, use
+from memfit.types.result import Estimate, Interval, Reason
+
+PLAIN = Plan()
+MIXED, CHECKPOINTED = use("bf16-autocast"), use("activation-checkpointing")
+HALVES, THIRDS = (use("gradient-accumulation", micro_batches=n) for n in (2, 3))
+LOW_BIT = use("adamw-8bit")
+
+
+def plan(*uses: Any) -> Plan:
+    return Plan(uses=uses)
+
+
+def priced(of: Plan, peak: float, step_s: float, *, traced: bool = True) -> Estimate:
+    return Estimate(
+        plan=of, allocated_bytes=Interval(value=peak, low=peak, high=peak), phase_peak_bytes={},
+        at_peak_bytes={}, by_module_bytes={}, step_s=Interval(value=step_s, low=step_s, high=step_s),
+        flops_per_step=0, traced=traced,
+    )  # fmt: skip
+
+
+# Of all plans. The sketch of half batches in bf16 is too small: its trace needs 45.
+SKETCHES = [
+    priced(PLAIN, 100, 1.0, traced=False),
+    priced(plan(CHECKPOINTED), 30, 1.3, traced=False),
+    priced(plan(MIXED), 60, 0.8, traced=False),
+    priced(plan(MIXED, HALVES), 39, 0.9, traced=False),
+    priced(plan(MIXED, THIRDS, LOW_BIT), 35, 1.2, traced=False),
+    priced(plan(LOW_BIT), 80, 1.0, traced=False),
+]
+TRACED = [
+    priced(PLAIN, 100, 1.0),
+    priced(plan(CHECKPOINTED), 30, 1.3),
+    priced(plan(MIXED), 60, 0.8),
+    priced(plan(MIXED, HALVES), 45, 0.9),
+]
+CAP = Cap(bytes=40, needs=lambda e: int(e.allocated_bytes.value), refuses=lambda of: ())
+
+
+def reasons(traced: Sequence[Estimate]) -> dict[str, Reason]:
+    found = decide(
+        traced, goal=Objective.FASTEST, cap_bytes=40, considered=len(SKETCHES), fits=CAP.has, left_out=(),
+        price=Prices(lambda of: next(e for e in (*traced, *SKETCHES) if e.plan == of), sketches=SKETCHES),
+    )  # fmt: skip
+    assert found.recommended is not None
+    return {r.technique: r for r in found.recommended.reasons if r.kind != "saves"}
+
+
+def test_the_best_plan_with_a_technique_that_may_fit_is_traced_before_it_is_left_out() -> None:
+    rival = plan(MIXED, THIRDS, LOW_BIT)
+    assert counterfactuals(SKETCHES, TRACED, TRACED[1], cap=CAP, goal=Objective.FASTEST) == [rival]
+    found = reasons([*TRACED, priced(rival, 38, 1.4)])
+    for name in ("bf16-autocast", "adamw-8bit", "gradient-accumulation"):
+        assert (found[name].kind, found[name].detail) == ("left_out_slower", rival.label)
+        assert found[name].time_ratio == pytest.approx(1.4 / 1.3)
+
+
+def test_nothing_more_is_traced_once_the_best_of_each_technique_was() -> None:
+    traced = [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)]
+    assert counterfactuals(SKETCHES, traced, traced[1], cap=CAP, goal=Objective.FASTEST) == []
+
+
+def test_where_none_fits_the_smallest_is_traced_and_named_with_what_it_needs() -> None:
+    tight = Cap(bytes=32, needs=CAP.needs, refuses=CAP.refuses)
+    wanted = counterfactuals(SKETCHES, TRACED, TRACED[1], cap=tight, goal=Objective.FASTEST)
+    assert wanted == [plan(MIXED, THIRDS, LOW_BIT)]
+    found = reasons([*TRACED, priced(wanted[0], 41, 1.4)])
+    assert found["adamw-8bit"] == Reason(
+        kind="left_out_too_large", technique="adamw-8bit", plan_count=2, least_bytes=41,
+        detail=wanted[0].label,
+    )  # fmt: skip
+
+
+def test_a_sketch_that_may_fit_is_no_reason_to_say_that_none_does() -> None:
+    assert "adamw-8bit" not in reasons(TRACED)
+
+
+@pytest.mark.parametrize(
+    ("lang", "said"),
+    [
+        (
+            "en",
+            "no plan with it that was priced fits (2 were); the smallest needs 41 B",
+        ),
+        (
+            "ja",
+            "見積もった 2 件のプランは、いずれも上限に収まりません。最小でも 41 B が必要です",
+        ),
+    ],
+)
+def test_what_was_priced_is_said_in_both_languages(lang: str, said: str) -> None:
+    found = decide(
+        [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 41, 1.4)], goal=Objective.FASTEST, cap_bytes=40,
+        considered=6, fits=CAP.has, left_out=(),
+        price=Prices(lambda of: next(e for e in TRACED if e.plan == of), sketches=SKETCHES),
+    )  # fmt: skip
+    view = search_view(found).recommended
+    assert view is not None
+    texts = [sentence_text(reason, load_words(lang)) for reason in view.reasons]
+    assert [t for t in texts if "adamw-8bit" in t and said in t]
+
+
+# --- many devices
+
+
+class Scale:
+    """What reasons ask of a search: ``whole`` are the traces of its sketches."""
+
+    def __init__(self, cap_bytes: int, whole: Sequence[Estimate] = ()) -> None:
+        self.aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=cap_bytes)
+        self.whole, self.refused = {e.plan: e for e in whole}, dict[Plan, str]()
+
+    def needs(self, e: Estimate) -> int:
+        return int(e.allocated_bytes.value)
+
+    def fits(self, e: Estimate) -> bool:
+        return self.needs(e) <= self.aim.cap_bytes
+
+    def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
+        return self.whole.get(sketch.plan)
+
+
+WINNER = priced(plan(CHECKPOINTED), 30, 1.3)
+KNOWN = [WINNER, *SKETCHES]
+
+
+def told_of(scale: Scale, known: Sequence[Estimate]) -> dict[str, Reason]:
+    return {r.technique: r for r in rivals(scale, WINNER, known, scale.fits)}  # type: ignore[arg-type]
+
+
+def test_of_many_devices_a_technique_that_does_not_fit_is_told_with_what_was_priced() -> None:
+    told = told_of(Scale(32), KNOWN)
+    assert told["adamw-8bit"] == Reason(
+        kind="left_out_too_large", technique="adamw-8bit", plan_count=2, least_bytes=35,
+        detail=brief(plan(MIXED, THIRDS, LOW_BIT)),
+    )  # fmt: skip
+    needed = told["activation-checkpointing"]
+    assert (needed.kind, needed.plan_count, needed.least_bytes) == ("needed_priced", 5, 35)
+
+
+def test_of_many_devices_a_sketch_little_above_the_cap_is_traced_before_it_is_called_too_large() -> None:
+    found = priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
+    scale = Scale(32, [found])
+    sure = list(smallest_traced(scale, WINNER, KNOWN, scale.fits))  # type: ignore[arg-type]
+    assert sure
+    assert set(sure) == {found}
+    assert told_of(scale, [*KNOWN[:-2], found, KNOWN[-1]])["adamw-8bit"].kind == "left_out_slower"
+    tight = Scale(31 - 10, [found])  # farther above the cap than sketches err
+    assert not list(smallest_traced(tight, WINNER, KNOWN[1:], tight.fits))  # type: ignore[arg-type]
+
+
+def test_what_fits_and_is_too_late_is_not_called_too_large() -> None:
+    scale = Scale(1000)
+    late = {r.technique: r for r in rivals(scale, WINNER, KNOWN, lambda e: e == WINNER)}  # type: ignore[arg-type]
+    assert late["adamw-8bit"].kind == "left_out_late"
+    assert late["activation-checkpointing"].kind == "needed_late"
+
+
+# --- the search
+
+
+def fact(value: float) -> Fact:
+    return Fact(value=value, source="a test", date="2026-01-01", kind="assumed")
+
+
+PROCESSOR = Machine(
+    name="test",
+    device=Device(
+        name="test", kind="cpu", memory_bytes=fact(2**30), bandwidth_bytes_s=fact(1e9),
+        peak_flops={"float32": fact(1e10), "bfloat16": fact(2e10)}, power_w=fact(10.0),
+    ),
+)  # fmt: skip
+
+
+def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "load", lambda ref: words(2))
+    monkeypatch.setattr(planning, "FINALISTS", 1)
+    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)
+    found = planning.search(
+        Request(job=JobRef(spec="words"), machine=PROCESSOR, cap_bytes=950_000, accuracy=Accuracy.EXACT),
+        lambda *begun: None,
+    )
+    best = found.result.recommended
+    assert best is not None
+    offered = {u.technique for traced, _ in found.pricer.traces for u in traced.uses}
+    compared = ("left_out_slower", "left_out_not_needed", "left_out_too_large")
+    told = {r.technique: r for r in best.reasons if r.kind in compared}
+    assert set(told) == offered - {u.technique for u in best.estimate.plan.uses}
+    traced = [found.pricer.whole(p) for p, _ in found.pricer.traces]
+    for name, reason in told.items():
+        fitting = [e for e in traced if e.plan.get(name) and needed_bytes(e, PROCESSOR) <= found.cap_bytes]
+        assert bool(fitting) == (reason.kind != "left_out_too_large")
