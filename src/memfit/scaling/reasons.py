@@ -11,6 +11,7 @@ from memfit.search.choose import Objective, best, keeps, missed, none_fits, scor
 from memfit.search.space import complexity
 from memfit.techniques.registry import brief
 from memfit.types.errors import NothingFits, UserError
+from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Reason, Sensitivity
 
 if TYPE_CHECKING:
@@ -52,17 +53,17 @@ def smallest_traced(
 ) -> Iterator[Estimate]:
     """Of a technique of which no plan fits, the smallest plan traced, where its sketch lies no farther above
     the cap than sketches err."""
+    tried = set[Plan]()
     for _, _, others in _with_or_without(winner, known):
         least = min(others, key=scale.needs, default=None)
         if least is None or least.traced or any(map(fits, others)):
             continue
-        if (
-            scale.needs(least) * (1 - _SKETCH_ERROR) <= scale.aim.cap_bytes
-            and least.plan not in scale.refused
-        ):
-            whole = scale.traced_or_refused(least)
-            if whole is not None:
-                yield whole
+        near = scale.needs(least) * (1 - _SKETCH_ERROR) <= scale.aim.cap_bytes
+        if not near or least.plan in {*tried, *scale.refused}:
+            continue
+        tried.add(least.plan)
+        if (whole := scale.traced_or_refused(least)) is not None:
+            yield whole
 
 
 def _with_or_without(
