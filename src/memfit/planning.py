@@ -522,7 +522,8 @@ def _with_counterfactuals(
     """And plans with each technique that the winner lacks, so that it is left out for a reason that was
     traced; where one of them is better than the winner, it and its own rivals."""
     for _ in range(_COUNTERFACTUAL_ROUNDS):
-        winner = best(filter(fits, made), request.goal, TIMED)
+        band = timed_band(pricer.calibration.spread_ratio)
+        winner = best(filter(fits, made), request.goal, band)
         if winner is None:
             break
         wanted = counterfactuals(sketches, made, winner, cap=cap, goal=request.goal)
@@ -533,7 +534,7 @@ def _with_counterfactuals(
         if request.is_here:
             calibrate(pricer, request, progress, plans=wanted, budget_s=_SETTLING_BUDGET_S)
         made = [pricer.whole(plan) for plan in dict.fromkeys([*(e.plan for e in made), *wanted])]
-        after = best(filter(fits, made), request.goal, TIMED)
+        after = best(filter(fits, made), request.goal, band)
         if after is None or after.plan != winner.plan:
             made = _with_rivals(pricer, request, fits, made, progress)
     return made

@@ -198,7 +198,8 @@ class Reason:
     ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``,
     ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
     ``left_out_too_large``, ``needed_priced``: none of ``plan_count`` priced plans with it, or without it,
-    fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the smallest fits the device.
+    fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the device
+    would do, and host memory, deadline or budget would not.
     """
 
     kind: str
