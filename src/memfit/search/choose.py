@@ -316,7 +316,7 @@ def none_fits(
     name: str, priced: Sequence[Estimate], needs: Callable[[Estimate], int], cap_bytes: int, *, inside: bool
 ) -> Reason:
     """None of the ``priced`` plans fits, all with the technique; or without it, where the winner has it
-    ``inside``: how many they are, and the least that one needs; of what fits the device, that else is short."""
+    ``inside``: how many they are, and the least that one needs; or that the device would do, and else not."""
     least = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
     if least is None:
         return Reason(kind="needed", technique=name)
