@@ -157,6 +157,7 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
         half=half,
         linears=linears,
         scalars=bool(scalars(model)),
+        clipped=job.clip is not None,
         slices=ranks == 1 and worth_cutting(job, model),
     )
 

@@ -332,6 +332,16 @@ def test_the_batch_that_is_asked_for_is_the_one_that_is_told(
     assert {"option": "batch 256", "reason": "--batch 128 was asked for"} in told["left_out"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "clip"), [("", 1.0), (', "gradient_clipping": 0.5', 0.5), (', "gradient_clipping": 0', None)]
+)
+def test_gradients_are_clipped_in_the_prediction_as_the_files_clip_them(
+    setting: str, clip: float | None, tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = '{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}' + setting + "}"
+    assert _planned(tmp_path, zero, f"{own}:job", capsys, "zero.json")["clip"] == clip
+
+
 def test_files_without_a_model_say_which_job_is_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

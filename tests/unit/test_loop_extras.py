@@ -146,6 +146,20 @@ def test_clipping_is_refused_where_parameters_are_updated_one_by_one() -> None:
         memfit.estimate(JOB, plan="optimizer-in-backward", clip=1.0)
 
 
+def test_a_search_for_a_clipped_job_does_not_try_updates_one_by_one() -> None:
+    from memfit.planning import space_of
+    from memfit.search.space import usable
+    from memfit.types.plan import Accuracy
+
+    names = {
+        clip: {
+            t.name for t in usable(space_of(dataclasses.replace(JOB, clip=clip), "cpu"), Accuracy.ROUNDING)[0]
+        }
+        for clip in (None, 1.0)
+    }
+    assert names[None] - names[1.0] == {"optimizer-in-backward"}
+
+
 def test_averaging_leaves_the_training_as_it_is() -> None:
     steps = [TrainingStep(copy.copy(job), Plan()) for job in (JOB, dataclasses.replace(JOB, ema=True))]
     losses = [[float(step.run(make_batch(i, 0))[0]) for i in range(3)] for step in steps]

@@ -31,6 +31,7 @@ def plan_given(
     """The plan that the files come to. Raises UserError for files of no known kind, and for plans that the
     job cannot take."""
     from memfit.configs import carry, lint, read
+    from memfit.configs.clipping import clipping_setting
 
     setup = read.read(files)
     count = machine_of(on, here.place).device_count
@@ -45,6 +46,7 @@ def plan_given(
         carried = dataclasses.replace(carried, left_out=(*carried.left_out, told))
     job, carried = _modelled(*_published(carried, job))
     asked, size, carried = _sized(carried, job, goal, here, on)
+    asked, carried = _clipped(asked, carried, clipping_setting(setup).limit)
     from memfit import beside
 
     found = lint.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
@@ -55,7 +57,7 @@ def plan_given(
     with Bars(lang) as progress:
         result = beside.beside(asked, carried.plan, progress, parameters=size.parameter_count)
     if as_json:
-        emit({"workload": workload, **_view(carried, found, result)})
+        emit({"workload": workload, "clip": asked.job.clip or None, **_view(carried, found, result)})
     else:
         _print(result, lang)
     return carried.plan
@@ -159,6 +161,16 @@ def _as_predicted(
         elif model.layers is None:
             carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
     return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro)
+
+
+def _clipped(
+    asked: memfit.planning.Request, carried: memfit.configs.carry.Carried, limit: float | None
+) -> tuple[memfit.planning.Request, memfit.configs.carry.Carried]:
+    """With gradients clipped to ``limit``, as the files say. 0: not clipped; None: undecided."""
+    if limit and carried.plan.get("optimizer-in-backward"):
+        reason = "each parameter is updated before the whole norm is known: predicted without clipping"
+        return asked, _left_out(carried, f"gradients clipped to {limit:g}", reason)
+    return dataclasses.replace(asked, job=dataclasses.replace(asked.job, clip=limit)), carried
 
 
 def _view(

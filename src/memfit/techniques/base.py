@@ -64,6 +64,7 @@ class Space:
     scalars: bool = False  # it has parameters without dimensions
     slices: bool = False  # some module makes much inside that can be cut into independent slices
     least_part: int = 1  # samples of the smallest micro-batch
+    clipped: bool = False  # gradients are clipped by the norm of all of them
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -73,8 +74,9 @@ class Space:
 
     @property
     def refused(self) -> frozenset[str]:
-        """Techniques that do not take the model at all."""
-        return frozenset({"fsdp2"}) if self.scalars else frozenset()
+        """Techniques that do not take the job at all."""
+        reasons = {"fsdp2": self.scalars, "optimizer-in-backward": self.clipped}
+        return frozenset(name for name, refused in reasons.items() if refused)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -297,7 +297,7 @@ IN_BACKWARD = Technique(
     summary="step each parameter as soon as its gradient is complete, then free the gradient",
     effect=EffectClass.E0,
     apply=_apply_in_backward,
-    settings=_once,
+    settings=lambda space: () if "optimizer-in-backward" in space.refused else _once(space),
     order=85,
     forbids=("gradient-accumulation",),
 )
