@@ -55,7 +55,10 @@ class Clipping:
         return clips
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """An engine may update in several calls, each of other parameters."""
+        """An engine may update in several calls, each of other parameters. Nothing is read of the gradients
+        where no limit is known: each norm would wait for the device."""
+        if self._watch.clip is None:
+            return
         for param in (p for group in optimizer.param_groups for p in group["params"]):
             if param.grad is not None:
                 copies, local = self._copies(param.grad)
