@@ -74,10 +74,10 @@ def _memory(setup: Setup) -> list[Use]:
 
 
 def _autocast(setup: Setup) -> bool:
-    """FSDP and ZeRO have a precision of their own."""
-    if setup.sharding and setup.sharding != "ddp" and setup.ranks["dp"] * setup.ranks["cp"] > 1:
-        return False
+    """FSDP and ZeRO cast by themselves, but FSDP does not where adapters are wider than their base."""
     adapters = setup.lora is not None and setup.lora.adapter_dtype == "float32"
+    if setup.sharding and setup.sharding != "ddp" and setup.ranks["dp"] * setup.ranks["cp"] > 1:
+        return adapters and setup.sharding.startswith("fsdp") and setup.parameters != "float32"
     return adapters or (setup.parameters == "float32" and setup.compute != "float32")
 
 

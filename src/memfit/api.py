@@ -26,6 +26,7 @@ from memfit.planning import fits_under, needed_bytes
 from memfit.pricing import Pricer
 from memfit.report.workload_text import workload_text
 from memfit.techniques.base import Space
+from memfit.techniques.registry import proposable
 from memfit.techniques.world import SEVERAL
 from memfit.trace.lifecycle import Lifecycle, lifecycle
 from memfit.types.collector import uncollected
@@ -368,6 +369,8 @@ def _smaller(found: Prediction) -> Iterator[Prediction]:
     for one in added:
         with contextlib.suppress(MemfitError):  # it does not go with the plan or suit the model
             more = plan_of(plan.with_use(one))
+            if not proposable(more):
+                continue
             yield dataclasses.replace(found, estimate=_priced(found.pricer, more, found.probe))
             plan = more
 

@@ -41,8 +41,12 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("uses", PLANS, ids=str)
+ADAPTERS = {"fsdp2": {}, "lora": {}, "bf16-autocast": {}}
+
+
+@pytest.mark.parametrize("uses", [*PLANS, ADAPTERS], ids=str)
 def test_two_ranks_peak_as_predicted_and_train_as_one(uses: dict[str, dict[str, object]]) -> None:
+    narrow = "bf16-autocast" in uses
     plan = Plan(uses=tuple(make_use(name, knobs) for name, knobs in uses.items()), ranks=2)
     predicted = [
         memory_profile(trace(load(JOB), plan, rank=r), Calibration()).phase_peak_bytes for r in range(2)
@@ -62,7 +66,8 @@ def test_two_ranks_peak_as_predicted_and_train_as_one(uses: dict[str, dict[str, 
     for low, expected in zip(lowest, predicted, strict=True):
         assert low == pytest.approx({p: expected[p] for p in PHASES}, rel=WORST_RATIO)
     together = [statistics.fmean(pair) for pair in zip(*(m.losses for m in measured), strict=True)]
-    assert together == pytest.approx(losses_of_one_process(), rel=1e-5)
+    alone = Plan(uses=tuple(u for u in plan.uses if u.technique in ("lora", "bf16-autocast")))
+    assert together == pytest.approx(losses_of_one_process(alone), rel=1e-3 if narrow else 1e-5)
 
 
 def spec_of(plan: Plan) -> RunSpec:
@@ -71,8 +76,8 @@ def spec_of(plan: Plan) -> RunSpec:
     )
 
 
-def losses_of_one_process() -> list[float]:
+def losses_of_one_process(plan: Plan) -> list[float]:
     job = load(JOB)
     torch.manual_seed(0)
-    step = TrainingStep(job, Plan())
+    step = TrainingStep(job, plan)
     return [float(step.run(job.make_batch(index, 0))[0]) for index in range(STEPS)]

@@ -162,6 +162,9 @@ NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
         "activation-checkpointing",
     ),
     "autocast": (_plan(ddp={}, bf16_autocast={}), _off("bf16-autocast"), "bf16-autocast"),
+    "autocast, fsdp2": (
+        _plan(fsdp2={}, lora={}, bf16_autocast={}), _off("bf16-autocast"), "bf16-autocast: planned torch",
+    ),
     "bf16": (_plan(ddp={}, bf16_parameters={}), _off("bf16-parameters"), "bf16-parameters"),
     "accumulation": (
         _plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _off("gradient-accumulation"),

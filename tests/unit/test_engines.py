@@ -90,9 +90,10 @@ def test_accelerate_carries_fp16_on_gpus_alone() -> None:
     with pytest.raises(UserError, match="cannot train this plan here: fp16-autocast asks for CUDA"):
         ready("accelerate", half)
     assert not ENGINES["accelerate"].asks_cuda(half.without("fp16-autocast"))
-    sharded = Plan(uses=(make_use("fp16-autocast", {}), make_use("fsdp2", {})), ranks=2)
-    with pytest.raises(UserError, match="fp16-autocast: with FSDP2 its fp16 is the dtype of gathered"):
-        carrying("accelerate", sharded)
+    for kind in ("fp16", "bf16"):
+        sharded = Plan(uses=(make_use(f"{kind}-autocast", {}), make_use("fsdp2", {})), ranks=2)
+        with pytest.raises(UserError, match=f"{kind}-autocast: with FSDP2 its {kind} is the dtype of gather"):
+            carrying("accelerate", sharded)
 
 
 def test_accelerate_leaves_fp16_out_on_a_processor() -> None:

@@ -18,7 +18,13 @@ from torch import nn
 import memfit
 from memfit.jobs.step import batch_length, split
 from memfit.measure.allocator import CountingAllocator, available
+from memfit.planning import space_of
+from memfit.search.space import plans, usable
+from memfit.techniques.registry import conflict, make_use, proposable
+from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Accuracy, Plan
 
 counted = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -320,6 +326,42 @@ def test_adapters_recomputed_under_zero_3_are_refused_in_one_line() -> None:
     with pytest.raises(UserError, match="zero of stage 3 has freed the frozen ones of lora") as told:
         memfit.estimate(Blocks, torch.rand(8, 64), loss=squares, plan={"ranks": 2, "techniques": plan})
     assert "\n" not in str(told.value)
+
+
+class NarrowBlocks(Blocks):
+    """A base that is stored in bfloat16, beside which peft keeps adapters in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("model", [Blocks, NarrowBlocks])
+def test_float32_adapters_under_fsdp2_multiply_in_bfloat16_with_autocast(model: type[nn.Module]) -> None:
+    def products(**techniques: dict[str, Any]) -> set[str]:
+        uses = {"fsdp2": {}, "lora": {}} | {k.replace("_", "-"): v for k, v in techniques.items()}
+        found = memfit.estimate(
+            model, torch.rand(8, 64), loss=squares, plan={"ranks": 2, "techniques": uses}, probe=False
+        )
+        ops = trace(found.job, found.plan).ops
+        return {o.dtype for o in ops if o.op in ("aten.mm.default", "aten.addmm.default")}
+
+    assert "float32" in products()
+    assert products(bf16_autocast={}) == products(fsdp2={"precision": "bf16"}) == {"bfloat16"}
+
+
+def test_autocast_beside_fsdp2_is_for_plans_that_ask_for_it() -> None:
+    both = Plan(uses=(make_use("fsdp2", {}), make_use("bf16-autocast", {})), ranks=8)
+    assert conflict(both) is None
+    assert not proposable(both)
+    job = Job(
+        name="m", build_model=Blocks, make_batch=lambda *_: torch.rand(8, 64), loss=squares, batch_size=8
+    )
+    techniques, _ = usable(space := space_of(job, "cuda", 2), Accuracy.ROUNDING)
+    searched = list(plans(space, techniques))
+    assert any(p.get("fsdp2") for p in searched)
+    assert any(p.get("bf16-autocast") for p in searched)
+    assert not any(p.get("fsdp2") and p.get("bf16-autocast") for p in searched)
 
 
 class OnlyHere(torch.autograd.Function):

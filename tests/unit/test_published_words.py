@@ -18,7 +18,7 @@ from published.quantities import amount, unit, whole
 from published.rows import COLUMNS, Setup, setup_of
 from published.seconds import predicted
 
-from memfit.trace.tracer import fake_model
+from memfit.trace.tracer import fake_model, trace
 
 
 def _setup(**given: str) -> Setup:
@@ -193,6 +193,15 @@ def test_an_offloading_optimizer_has_its_states_and_gradients_elsewhere() -> Non
     assert predict(_setup(seq_len="16", offload="optimizer", optimizer="no offload")).allocated_bytes == plain
     alone = _setup(zero_fsdp="ZeRO-2", offload="optimizer+gradients (ZeRO-Offload)", precision="fp16 mixed")
     assert (alone.parameters, alone.compute) == ("float16", "float16")
+
+
+@pytest.mark.parametrize("software", ["transformers", "torchtune"])
+def test_float32_adapters_under_fsdp_multiply_in_half_precision(software: str) -> None:
+    wording = {"method": "LoRA", "precision": "bf16 weights, adapters fp32", "seq_len": "16"}
+    setup = _setup(**wording, zero_fsdp="FSDP", n_gpus="8", source=software)
+    traced = trace(job_of(setup), plan_of(setup), device="cuda", steps=1)
+    assert {o.dtype for o in traced.ops if o.op == "aten.mm.default"} == {"bfloat16"}
+    assert plan_of(_setup(**wording, zero_fsdp="ZeRO-3", n_gpus="8")).get("bf16-autocast") is None
 
 
 def test_hybrid_sharding_is_within_hosts() -> None:

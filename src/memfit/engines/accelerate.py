@@ -17,8 +17,9 @@ CONFIG = "accelerate.yaml"
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
     found = list(deepspeed.ENGINE.reasons(plan)) if plan.get("zero") is not None else []
-    if plan.get("fsdp2") is not None and plan.get("fp16-autocast") is not None:
-        found.append("fp16-autocast: with FSDP2 its fp16 is the dtype of gathered parameters")
+    for half in ("bf16", "fp16"):
+        if plan.get("fsdp2") is not None and plan.get(f"{half}-autocast") is not None:
+            found.append(f"{half}-autocast: with FSDP2 its {half} is the dtype of gathered parameters")
     for used in plan.uses:
         knobs = used.settings
         if used.technique == "fsdp2":

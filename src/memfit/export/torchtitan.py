@@ -67,6 +67,8 @@ def _why_not(plan: Plan) -> Iterator[str]:
                 yield f"{name}: {why}, {knob} must be {json.dumps(value)}"
         if name == "fsdp2":
             yield from _fsdp_not(knobs, staged=plan.get("pipeline") is not None)
+            if plan.get("bf16-autocast") is not None:
+                yield "bf16-autocast: it has none beside FSDP, whose precision is that of gathered parameters"
         if name == "tensor-parallel" and knobs["vocabulary"] == "whole":
             yield "tensor-parallel: embedding and head are always cut, vocabulary must not be 'whole'"
         if name == "pipeline" and knobs["virtual"] != _SCHEDULES[str(knobs["schedule"])][1]:

@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from memfit.techniques.registry import conflict, effect_of, make_use, technique
+from memfit.techniques.registry import conflict, effect_of, make_use, proposable, technique
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue, Plan, Use
 
@@ -313,7 +313,7 @@ def _parted(
 
 @functools.cache
 def _go_together(one: Uses, other: Uses) -> bool:
-    return conflict(Plan(uses=(*one, *other))) is None
+    return proposable(Plan(uses=(*one, *other)))
 
 
 @functools.cache

@@ -10,9 +10,9 @@ from memfit.techniques.base import Space, Technique
 from memfit.techniques.registry import (
     TECHNIQUES,
     changes_training,
-    conflict,
     effect_of,
     make_use,
+    proposable,
     splits_batch,
     technique,
 )
@@ -75,14 +75,14 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
-    """All conflict-free combinations, plain first, in a fixed order."""
+    """All combinations that may be proposed, plain first, in a fixed order."""
     slots: dict[str, list[Use]] = {}
     for one in techniques:
         slots.setdefault(one.slot or one.name, []).extend(_uses(one, space))
     choices = [[None, *uses] for uses in slots.values()]
     for picked in itertools.product(*choices):
         plan = Plan(uses=tuple(u for u in picked if u is not None), ranks=space.ranks)
-        if conflict(plan) is None and (space.ranks == 1 or _shares_work(plan)):
+        if proposable(plan) and (space.ranks == 1 or _shares_work(plan)):
             yield plan
 
 

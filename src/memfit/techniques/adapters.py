@@ -35,16 +35,16 @@ def _adapt(bench: Workbench, rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
-    outside = [p for name, p in bench.model.named_parameters() if not name.startswith(path + ".")]
+    # Not the parameters: what imports below log keeps this frame, and with it what is replaced by shards.
+    outside = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(path + ".")}
     targets = sorted(name for name, _ in block_linears(bench.model, path))
     if not targets:
         raise UserError(
             f"low-rank adapters for {type(bench.model).__name__}", allowed="blocks that hold linear layers"
         )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), bench.model)
-    kept = {id(p) for p in outside}
     for name, param in bench.model.named_parameters():
-        param.requires_grad_(param.is_floating_point() and ("lora_" in name or id(param) in kept))
+        param.requires_grad_(param.is_floating_point() and ("lora_" in name or id(param) in outside))
 
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:

@@ -82,7 +82,8 @@ class Space:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Technique:
     """``slot``: at most one technique of a slot is in a plan. ``needs``: packages beyond memfit's own.
-    ``forbids``: names of techniques or slots it cannot be combined with. ``order``: when it is applied.
+    ``forbids``: names of techniques or slots it cannot be combined with, ``unsearched``: those that it is
+    combined with where a plan asks for both, and not by the search. ``order``: when it is applied.
     ``settings(space)``: the knob settings worth searching, besides leaving the technique out.
     """
 
@@ -96,6 +97,7 @@ class Technique:
     knobs: tuple[Knob, ...] = ()
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
+    unsearched: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
     # What it must know of the plain model, before any technique changes it.
     look: Callable[[Workbench], None] = lambda bench: None

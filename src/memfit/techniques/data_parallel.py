@@ -292,5 +292,6 @@ FSDP2 = Technique(
         _SYNC,
     ),
     # Neither bitsandbytes nor torch's Adafactor has rules for DTensor.
-    forbids=("optimizer-in-backward", "bf16-autocast", "adamw-8bit", "adamw-paged", "adafactor"),
+    forbids=("optimizer-in-backward", "adamw-8bit", "adamw-paged", "adafactor"),
+    unsearched=("bf16-autocast",),  # it has a precision of its own
 )

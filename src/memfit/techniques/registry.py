@@ -149,6 +149,12 @@ def _forbids(one: Technique, other: Technique) -> bool:
     return other.name in one.forbids or bool(other.slot and other.slot in one.forbids)
 
 
+def proposable(plan: Plan) -> bool:
+    """Whether the search may propose this combination: no conflict, nothing that only users ask for."""
+    names = {u.technique for u in plan.uses}
+    return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
+
+
 def unable(machine: Machine) -> frozenset[str]:
     """Techniques that the machine's devices have no units for."""
     device = machine.device
