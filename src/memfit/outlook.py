@@ -14,7 +14,7 @@ from memfit import catalog
 from memfit.jobs.registry import describe, load
 from memfit.planning import Planning, Progress, fits_under, limit_parts, space_of
 from memfit.pricing import Pricer
-from memfit.search.choose import TIMED, best
+from memfit.search.choose import MODELLED, best
 from memfit.search.space import plans, usable
 from memfit.techniques.base import Space, Technique
 from memfit.types.dependence import DependenceKind
@@ -72,7 +72,7 @@ def _offers(
         plain = pricer.sketch(Plan())
         yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
         for plans_ in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
-            found = best(_fitting(pricer, plans_, fits, machine), planning.request.goal, TIMED)
+            found = best(_fitting(pricer, plans_, fits, machine), planning.request.goal, MODELLED)
             if found is not None:
                 break
         if found is not None and found.plan != plain.plan:
@@ -184,7 +184,7 @@ def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
         device_memory_bytes=int(machine.device.memory_bytes.value),
         plain=plain,
         plain_fits=fits(plain),
-        recommended=best(fitting, planning.request.goal, TIMED),
+        recommended=best(fitting, planning.request.goal, MODELLED),
     )
 
 

@@ -19,6 +19,8 @@ from memfit.pricing import Pricer
 from memfit.recomputation import Cap, budgeted
 from memfit.run.child import run
 from memfit.search.choose import (
+    MODELLED,
+    Band,
     Objective,
     Prices,
     as_asked,
@@ -242,7 +244,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
             left_out=left_out, inside=inside, price=Prices(
                 pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-                pricer.sketch if is_long(pricer) else None, timed_band(pricer.calibration.spread_ratio),
+                pricer.sketch if is_long(pricer) else None, _band(pricer, request),
                 lambda e: needed_bytes(e, request.machine), sketches,
             ),
         )  # fmt: skip
@@ -293,6 +295,11 @@ def timings(known: Calibration) -> Timings:
     )  # fmt: skip
 
 
+def _band(pricer: Pricer, request: Request) -> Band:
+    """Within which plans count as equally quick."""
+    return timed_band(pricer.calibration.spread_ratio) if request.is_here else MODELLED
+
+
 def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
@@ -305,7 +312,7 @@ def _best_so_far(
     ]  # fmt: skip
     basis = pricer.whole(plain(request.ranks))
     pool = traced if any(map(fits, traced)) else [*traced, *sketches]
-    winner = best(filter(fits, pool), request.goal, timed_band(pricer.calibration.spread_ratio))
+    winner = best(filter(fits, pool), request.goal, _band(pricer, request))
     smallest = min([basis, *pool], key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate) -> Choice:
@@ -498,7 +505,7 @@ def _with_rivals(
     """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
     the operators of all of them are measured, and again while that changes the winner."""
     refuses = engine(request.engine).supports
-    winner = best(filter(fits, made), request.goal, timed_band(pricer.calibration.spread_ratio))
+    winner = best(filter(fits, made), request.goal, _band(pricer, request))
     for _ in range(_SETTLING_ROUNDS):
         if winner is None:
             break
@@ -510,7 +517,7 @@ def _with_rivals(
             calibrate(pricer, request, progress, [winner.plan, *rivals], budget_s=_SETTLING_BUDGET_S)
             made = [pricer.whole(e.plan) for e in made]  # by what is known now
         made = [*made, *map(pricer.whole, rivals)]
-        before, winner = winner, best(filter(fits, made), request.goal)
+        before, winner = winner, best(filter(fits, made), request.goal, _band(pricer, request))
         if winner is None or winner.plan == before.plan:
             break
     return made
@@ -523,7 +530,7 @@ def _with_counterfactuals(
     """And plans with each technique that the winner lacks, so that it is left out for a reason that was
     traced; where one of them is better than the winner, it and its own rivals."""
     for _ in range(_COUNTERFACTUAL_ROUNDS):
-        band = timed_band(pricer.calibration.spread_ratio)
+        band = _band(pricer, request)
         winner = best(filter(fits, made), request.goal, band)
         if winner is None:
             break

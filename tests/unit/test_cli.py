@@ -50,7 +50,7 @@ class FakePipeline(SimpleNamespace):
 
     asked: dict[str, Any]
 
-    def search(self, request: Any, progress: Any) -> Any:
+    def search(self, request: Any, progress: Any, *, measure_s: float | None = None) -> Any:
         self.asked = {"request": request}
         progress("search", 0, 2, "plain")
         return SimpleNamespace(result=POC.search)

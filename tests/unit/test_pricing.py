@@ -393,7 +393,8 @@ def test_a_calibration_that_breaks_is_an_error_with_the_reason(monkeypatch: pyte
 
 
 def test_representatives_span_batch_and_precision(pricer: Pricer) -> None:
-    labels = {p.label for p in planning._representatives(pricer)}
+    labels = {p.label for p in planning._representatives(pricer, [])}
     assert {"plain", "bf16-autocast", "gradient-accumulation(micro_batches=8)"} <= labels
     alone = dataclasses.replace(pricer, space=dataclasses.replace(pricer.space, batch_size=1))
-    assert [p.label for p in planning._representatives(alone)] == ["plain", "bf16-autocast"]
+    assert [p.label for p in planning._representatives(alone, [])] == ["plain", "bf16-autocast"]
+    assert [p.label for p in planning._representatives(alone, ["bf16-autocast"])] == ["plain"]

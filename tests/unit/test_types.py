@@ -157,6 +157,6 @@ def test_calibration_is_asked_with_its_signatures_and_budget() -> None:
     request = json.loads(config.files["request.json"])
     assert request == {
         "signatures": ["a", "b"], "budget_s": 1.5, "threads": 2, "packages": ["bitsandbytes"],
-        "rates": True,
+        "rates": True, "memory_only": False,
     }  # fmt: skip
     assert config.argv[3:] == ("calibrate", "{dir}/request.json")
