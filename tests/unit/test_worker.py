@@ -317,9 +317,8 @@ def test_calibration_tells_its_rates_and_that_it_is_done(
     monkeypatch.setattr(probe, "_COPY_BYTES", 2**16)
     path = tmp_path / "request.json"
     for threads in (0, 1):
-        path.write_text(
-            json.dumps({"threads": threads, "packages": ["math"], "signatures": [], "budget_s": 1})
-        )
+        request = {"threads": threads, "packages": ["math"], "signatures": [], "budget_s": 1}
+        path.write_text(json.dumps({**request, "rates": True, "memory_only": False}))
         calibrate.main(path)
         rates, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
         assert rates["calibration"]["flops_s"]["float32"] > 0

@@ -92,7 +92,7 @@ def test_the_installed_script_takes_the_modules_beside_a_job_in_another_folder(f
     script.write_text("import sys\nfrom memfit.__main__ import run\nsys.exit(run())\n")
     code, out, said = _ended([str(script), "run", str(folder / "mine.py:job")], folder / "elsewhere")
     assert (code, "wrong" in said) == (0, False), said
-    assert out.startswith("plain: ok")
+    assert "plain: ok" in out
 
 
 def test_ranks_import_no_file_of_the_current_folder_in_the_place_of_an_installed_module(
@@ -204,7 +204,7 @@ def recommending(plan: Plan, *, baseline: Plan, step_time_ratio: float) -> Poc:
     sides = {"baseline": baseline, "recommended": plan}
     one = poc.search.baseline
     chosen = {
-        n: dataclasses.replace(one, estimate=dataclasses.replace(one.estimate, plan=p))
+        n: dataclasses.replace(one, effect=effect_of(p), estimate=dataclasses.replace(one.estimate, plan=p))
         for n, p in sides.items()
     }
     measured = next(r for r in poc.runs if r.spec.name == "baseline")
