@@ -196,7 +196,7 @@ def test_nothing_is_global() -> None:
 
 def test_functions_are_short() -> None:
     lengths = {f"{name}:{f.lineno} {f.name}": _length(f) for name, f in functions()}
-    assert not {where: n for where, n in lengths.items() if n > 80}
+    assert not {where: n for where, n in lengths.items() if n > 60}
     assert statistics.median(lengths.values()) <= 10
 
 

@@ -213,8 +213,8 @@ def estimate(  # noqa: PLR0913
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
     )
-    found = _with_host(machine_of(machine), host_memory)
-    return _predicted(job, _plan_on(plan, found), found, probe=probe)
+    target = _with_host(machine_of(machine), host_memory)
+    return _predicted(job, _plan_on(plan, target), target, probe=probe)
 
 
 def _with_host(machine: Machine, memory: str | int | None) -> Machine:

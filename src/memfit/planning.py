@@ -242,11 +242,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
             estimates = list({e.plan: e for e in (*estimates, *more)}.values())
         result = decide(
             estimates, goal=request.goal, cap_bytes=cap_bytes, considered=considered, fits=fits,
-            left_out=left_out, inside=inside, price=Prices(
-                pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-                pricer.sketch if is_long(pricer) else None, _band(pricer, request),
-                lambda e: needed_bytes(e, request.machine), sketches,
-            ),
+            left_out=left_out, inside=inside, price=_prices(pricer, request, sketches),
         )  # fmt: skip
     except KeyboardInterrupt:
         so_far = _best_so_far(pricer, request, cap_bytes, fits, sketches)
@@ -255,16 +251,19 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
         result, cap_reason=cap_reason, timings=timings(pricer.calibration) if request.is_here else None
     )
     if result.recommended is None:
-        raise _nothing_fits(
-            [e for e in estimates if as_asked(e.plan, bounds, batch)],
-            request,
-            cap_bytes,
-            bounds,
-            ways=_ways(pricer),
-        )
+        asked = [e for e in estimates if as_asked(e.plan, bounds, batch)]
+        raise _nothing_fits(asked, request, cap_bytes, bounds, ways=_ways(pricer))
     return Planning(
         request=request, job=job, pricer=pricer, cap_bytes=cap_bytes, cap_reason=cap_reason, result=result,
         estimates=estimates, sketches=sketches, fits=fits, left_out=left_out,
+    )  # fmt: skip
+
+
+def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Prices:
+    return Prices(
+        pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
+        pricer.sketch if is_long(pricer) else None, _band(pricer, request),
+        lambda e: needed_bytes(e, request.machine), sketches,
     )  # fmt: skip
 
 

@@ -216,8 +216,9 @@ def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
 def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads: int) -> int:
     """On the processor: oneDNN's reordered copies of input, weight and output with channels filled up to
     blocks, each thread's sums of weight gradients, and unfolded inputs where a matrix product does the work.
-    It held for 1,244 calls of random shapes (1 to 3 dimensions, groups, strides, dilations, transposed;
-    float32, float64, bfloat16; 1, 2 and 4 threads): benchmarks/workspaces.py.
+    It was fitted to 1,244 calls of random shapes (1 to 3 dimensions, groups, strides, dilations, transposed;
+    float32, float64, bfloat16; 1, 2 and 4 threads) and held for 234 others, of which the largest took 0.78 of
+    it: benchmarks/workspaces.py.
 
     On an accelerator: one copy of input, weight and output in another layout. It was not checked on one.
     """
