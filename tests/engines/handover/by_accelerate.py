@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from checks import report
+from checks import leave, report
 from parts import CLIP, Net, batch, loss
 
 buckets = DistributedDataParallelKwargs(bucket_cap_mb=25, gradient_as_bucket_view=True)
@@ -26,3 +26,4 @@ def step(*, clip: bool = True) -> None:
 
 report(net, optimizer, careless=lambda: step(clip=False), step=step)
 accelerator.end_training()
+leave()

@@ -6,7 +6,7 @@ import argparse
 
 import deepspeed
 import torch
-from checks import report
+from checks import leave, report
 from parts import Net, batch, loss
 
 parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
@@ -29,3 +29,4 @@ def step(*, recomputes: bool = True) -> None:
 
 report(engine.module, optimizer, careless=lambda: step(recomputes=False), step=step)
 torch.distributed.destroy_process_group()
+leave()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from checks import report
+from checks import leave, report
 from parts import CLIP, Net, batch, loss
 from torch.distributed.fsdp import fully_shard
 
@@ -29,3 +29,4 @@ def step(*, clip: bool = True) -> None:
 
 report(model, optimizer, careless=lambda: step(clip=False), step=step)
 dist.destroy_process_group()
+leave()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import leave
 from parts import Net
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -47,3 +48,4 @@ callback = MemfitCallback(trainer, plan="plan.yaml", blocks="blocks")
 trainer.add_callback(callback)
 trainer.train()
 print(json.dumps({"event": "handover", "told": callback._recorder.conformance}))
+leave()
