@@ -262,8 +262,7 @@ def search(request: Request, progress: Progress, *, must_run: bool = False) -> P
 def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Prices:
     return Prices(
         pricer.whole, pricer.trace_all if request.ranks == 1 else lambda plans: None,
-        pricer.sketch if is_long(pricer) else None, _band(pricer, request),
-        lambda e: needed_bytes(e, request.machine), sketches,
+        _band(pricer, request), lambda e: needed_bytes(e, request.machine), sketches,
     )  # fmt: skip
 
 

@@ -207,7 +207,7 @@ def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
     best = found.result.recommended
     assert best is not None
     offered = {u.technique for traced, _ in found.pricer.traces for u in traced.uses}
-    compared = ("left_out_slower", "left_out_not_needed", "left_out_too_large")
+    compared = ("left_out_slower", "left_out_not_needed", "left_out_uncertain", "left_out_too_large")
     told = {r.technique: r for r in best.reasons if r.kind in compared}
     assert set(told) == offered - {u.technique for u in best.estimate.plan.uses}
     traced = [found.pricer.whole(p) for p, _ in found.pricer.traces]

@@ -45,6 +45,7 @@ REASONS = (
     "saves",
     "left_out_slower",
     "left_out_not_needed",
+    "left_out_uncertain",
     "left_out_forbidden",
     "left_out_accuracy",
     "left_out_unavailable",

@@ -12,6 +12,7 @@ from torch import nn
 
 import memfit
 from memfit import catalog
+from memfit.cli import main
 from memfit.jobs.registry import load
 from memfit.jobs.step import TrainingStep
 from memfit.planning import Request, make_pricer, search
@@ -19,6 +20,7 @@ from memfit.running import explain
 from memfit.search.layouts import Limits, grids
 from memfit.search.space import dependence_reasons, usable
 from memfit.techniques.base import Space
+from memfit.techniques.planfile import plan_text
 from memfit.techniques.registry import TECHNIQUES, effect_of, make_use
 from memfit.trace import sample_dependence as trials
 from memfit.trace.sample_dependence import sample_dependence
@@ -144,6 +146,33 @@ def test_a_loss_that_takes_no_part_of_a_batch_is_not_tested() -> None:
     assert "fails on half of the batch" in found.reason
 
 
+def test_an_answer_by_real_samples_alone_says_why_random_ones_could_not_be_tried() -> None:
+    real = JOBS["linear"].make_batch(0, 0)["x"]
+
+    def picky(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not torch.isin(batch["x"].float(), real).all():
+            raise ValueError("no such sample is known")
+        return model(batch["x"]).square().mean()
+
+    found = sample_dependence(dataclasses.replace(JOBS["linear"], loss=picky))
+    assert found.kind is DependenceKind.INDEPENDENT
+    assert "random samples could not be tried: no such sample is known" in found.reason
+
+
+def test_another_loss_of_the_same_model_has_its_own_answer() -> None:
+    """A function that is gone can leave its id to the next."""
+    build, found = JOBS["linear"].build_model, []
+    for power in range(1, 20):
+
+        def loss(model: nn.Module, batch: dict[str, torch.Tensor], power: int = power) -> torch.Tensor:
+            return model(batch["x"]).square().mean() ** (power % 2 + 1)
+
+        job = dataclasses.replace(JOBS["linear"], build_model=build, loss=loss)
+        found.append(sample_dependence(job).kind is DependenceKind.DEPENDENT)
+        del loss, job
+    assert found == [power % 2 == 1 for power in range(1, 20)]
+
+
 def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Deep(nn.Module):
         def __init__(self, depth: int = 24) -> None:
@@ -258,6 +287,17 @@ def test_ranks_that_share_dependent_samples_are_refused_with_the_ways_out(own: P
 def test_accumulation_that_weighs_the_loss_wrongly_is_refused(own: Path) -> None:
     with pytest.raises(UserError, match=r"a sum in which two parts weigh 1, 1.*loss_terms"):
         explain(_request(f"{own}:summed"), SPLIT, _quiet)
+
+
+def test_an_exported_folder_says_that_its_plan_changes_the_training(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.yaml").write_text(plan_text(SPLIT))
+    words = ("export", f"{own}:norms", "--plan", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"))
+    assert main([*words, "--to", "torchrun"]) == 0
+    said = "E3: splitting the batch changes BatchNorm's statistics"
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_estimate_of_a_plan_that_splits_says_what_it_changes(own: Path) -> None:

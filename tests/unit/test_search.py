@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from memfit import catalog
 from memfit.planning import half_of
-from memfit.search.choose import TIE_RATIO, Objective, best, decide, frontier, score
+from memfit.search.choose import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
 from memfit.search.space import complexity, plans, usable
 from memfit.techniques.base import Space
 from memfit.techniques.registry import conflict, effect_of, make_use
@@ -226,6 +226,18 @@ def test_equally_good_but_not_simpler_is_not_needed() -> None:
     assert found.recommended is not None
     assert found.recommended.estimate.plan == PLAIN
     assert [r.kind for r in found.recommended.reasons] == ["left_out_not_needed"]
+
+
+def test_a_quicker_plan_inside_the_error_of_the_times_is_left_out_as_uncertain() -> None:
+    quicker = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40, 0.9)}
+    found = decide(
+        list(quicker.values()), goal=Objective.FASTEST, cap_bytes=60, considered=2, left_out=(),
+        fits=lambda e: True, price=Prices(quicker.__getitem__, band=Band(0.25, 0.5)),
+    ).recommended  # fmt: skip
+    assert found is not None
+    assert found.estimate.plan == PLAIN
+    (why,) = found.reasons
+    assert (why.kind, why.time_ratio) == ("left_out_uncertain", pytest.approx(0.9))
 
 
 def test_the_frontier_shows_what_fits_and_always_plain_and_the_smallest() -> None:

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +22,8 @@ from memfit.types.plan import Plan
 
 if TYPE_CHECKING:
     import memfit.export.base
+    import memfit.export.script_steps
+    import memfit.types.dependence
 
 _MOST_BYTES = 512 * 1024  # of a file that is carried
 
@@ -90,6 +92,7 @@ def export(
     The engine's configuration is byte for byte what `memfit run` would use.
     """
     from memfit.export.base import Handover
+    from memfit.export.readme import dependence_line
     from memfit.export.script_steps import check_acknowledged, script_steps
     from memfit.export.targets import LIBRARIES, TARGETS, bundle
     from memfit.export.user_settings import read_user_files
@@ -111,29 +114,39 @@ def export(
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
             plan = settled(request(job, goal, here), plan, progress)
+    dependence = _dependence(job, plan)
     config, job_file, given = _launch(job, goal.engine, plan, here, _kept(own), given)
     steps = script_steps(config.spec) if words and target not in LIBRARIES else ()
     check_acknowledged(steps, _names(own.script_applies), script=words[0] if words else "")
     handover = Handover(
         config=config, nodes=own.nodes, script=words, max_restarts=own.max_restarts, gpu=own.gpu,
-        image=own.image, setup=own.setup, claim=own.claim, user_files=given,
+        image=own.image, setup=own.setup, claim=own.claim, user_files=given, dependence=dependence,
         own_files={"plan.yaml": plan_text(plan), **(script_file if words else job_file)},
     )  # fmt: skip
     files = bundle(target, handover)
     write(own.out, files, force=own.force)
     if output.json:
-        listed = {step.name: step.text for step in steps}
-        emit({"folder": str(own.out), "files": sorted(files), "script_steps": listed})
-        return
-    print(f"{own.out}: {', '.join(sorted(files))}")
+        told = {"script_steps": {s.name: s.text for s in steps}, "dependence": dependence_line(handover)}
+        emit({"folder": str(own.out), "files": sorted(files), **told})
+    else:
+        _print_written(own.out, sorted(files), handover, steps)
+
+
+def _print_written(
+    out: Path, files: Sequence[str], handover: memfit.export.base.Handover,
+    steps: Sequence[memfit.export.script_steps.ScriptStep],
+) -> None:  # fmt: skip
+    from memfit.export.readme import dependence_line
+
+    print(f"{out}: {', '.join(files)}")
+    if (told := dependence_line(handover)) is not None:
+        print(told)
     if steps:
-        print(f"{words[0]} must do itself:")
+        print(f"{handover.script[0]} must do itself:")
     for step in steps:
         print(f"  {step.name}: {step.text}")
-    if given is not None:
-        print(
-            f"Your settings are kept; {own.out}/README.md lists what the plan changed and what is not in it."
-        )
+    if handover.user_files is not None:
+        print(f"Your settings are kept; {out}/README.md lists what the plan changed and what is not in it.")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -184,16 +197,12 @@ def _launch(
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planning import model_sizes
-    from memfit.techniques.registry import refuse_wrong_weights, splits_batch
-    from memfit.trace.sample_dependence import sample_dependence
 
     if engine == "replay":
         raise UserError("engine replay trains nothing", hint="name the engine whose runs it answers from")
     carrying(engine, plan)
     given = job.ref
     loaded = load(given)
-    if splits_batch(plan):
-        refuse_wrong_weights(plan, sample_dependence(loaded))
     clip, batch_size = loaded.clip, loaded.batch_size
     if files is not None:
         batch_size = batch_size if files.for_worker or job.batch else files.carried.batch or batch_size
@@ -209,6 +218,20 @@ def _launch(
         evaluate=plan.ranks == 1, keep=keep,
     )  # fmt: skip
     return render(spec), own, files
+
+
+def _dependence(job: JobOptions, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
+    """Of the job's samples; None where the plan does not split the batch. Raises UserError where it would
+    weigh the loss wrongly."""
+    from memfit.jobs.registry import load
+    from memfit.techniques.registry import refuse_wrong_weights, splits_batch
+    from memfit.trace.sample_dependence import sample_dependence
+
+    if not splits_batch(plan):
+        return None
+    dependence = sample_dependence(load(job.ref))
+    refuse_wrong_weights(plan, dependence)
+    return dependence
 
 
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:

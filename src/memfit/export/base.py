@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from memfit.configs.carry import Carried
 from memfit.configs.clipping import ClippingSetting
 from memfit.configs.read import Setup
+from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig
 from memfit.types.plan import Plan
@@ -54,7 +55,8 @@ class UserSettings:
 class Handover:
     """A rendered launch on ``nodes`` machines. ``script``: the user's program and its arguments, in the
     place of memfit's worker; ``own_files``: of the user, name -> text, put beside it; ``user_files``: the
-    user's own configuration, whose settings the export keeps; ``kept``: how it kept them."""
+    user's own configuration, whose settings the export keeps; ``kept``: how it kept them; ``dependence``: of
+    the job's samples, where the plan splits the batch."""
 
     config: LaunchConfig
     nodes: int = 1
@@ -62,6 +64,7 @@ class Handover:
     own_files: Files = dataclasses.field(default_factory=dict)
     user_files: UserFiles | None = None
     kept: UserSettings | None = None
+    dependence: SampleDependence | None = None
     max_restarts: int = 3
     gpu: str = ""  # what skypilot calls the accelerator
     image: str = ""  # of the container

@@ -9,6 +9,7 @@ from memfit.export import openfold, torchtitan
 from memfit.export.base import RUN, Files, Handover
 from memfit.export.script_steps import script_steps
 from memfit.export.torchtitan import newer_cannot
+from memfit.techniques.registry import effect_of
 
 NAME = "README.md"
 
@@ -60,9 +61,20 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
     yield from _script_lines(handover)
     yield from _settings_lines(handover, files)
     yield "\n## What to know\n"
+    if (told := dependence_line(handover)) is not None:
+        yield f"- {told}"
     yield f"- {_clipping(target, handover)}"
     for line in _notes(target, handover):
         yield f"- {line}"
+
+
+def dependence_line(handover: Handover) -> str | None:
+    """That the plan splits a batch whose samples depend on each other, or may; None where they do not."""
+    dependence = handover.dependence
+    if dependence is None or not dependence.sentence:
+        return None
+    effect = effect_of(handover.plan, dependence).label
+    return f"{effect}: {dependence.sentence}."
 
 
 def _script_lines(handover: Handover) -> Iterator[str]:

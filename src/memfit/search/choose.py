@@ -179,13 +179,11 @@ def _dominates(one: Estimate, other: Estimate) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
-    """How neighbours are priced: ``prepare`` is told of all of them before; with ``rough`` the reasons of
-    plans beside the recommended one are its. ``needs``: the memory that an estimate asks for; ``sketches``:
-    of every plan."""
+    """How neighbours of the recommended plan are priced: ``prepare`` is told of all of them before.
+    ``needs``: the memory that an estimate asks for; ``sketches``: of every plan."""
 
     whole: Callable[[Plan], Estimate]
     prepare: Callable[[Sequence[Plan]], None] = lambda plans: None
-    rough: Callable[[Plan], Estimate] | None = None
     band: Band = TIMED  # within which step times count as equal
     needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
     sketches: Sequence[Estimate] = ()
@@ -205,7 +203,6 @@ def decide(
     """``estimates`` were traced and hold the plain plan. ``price`` prices neighbours for the reasons.
     ``inside``: whether it fits the memory alone, where ``fits`` asks for more."""
     prices = price if isinstance(price, Prices) else Prices(price)
-    price, rough = prices.whole, prices.rough
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal, prices.band)
     smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
@@ -217,10 +214,9 @@ def decide(
     kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
     unique = {e.plan: e for e in ([winner] if winner else []) + kept}
     ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
-    near = [e for e in ordered if e is winner or rough is None]
-    prices.prepare([without(e.plan, u.technique) for e in near for u in e.plan.uses])
     recommended = None
     if winner is not None:
+        prices.prepare([without(winner.plan, u.technique) for u in winner.plan.uses])
         why = reasons_for(winner, estimates, fits, goal, prices, cap_bytes)
         recommended = choice(winner, (*why, *left_out))
     return SearchResult(
@@ -228,12 +224,7 @@ def decide(
         cap_bytes=cap_bytes,
         considered=considered,
         baseline=choice(basis),
-        frontier=tuple(
-            recommended
-            if recommended and e is winner
-            else choice(e, saved_by(rough(e.plan), rough) if rough else saved_by(e, price))
-            for e in ordered
-        ),
+        frontier=tuple(recommended if recommended and e is winner else choice(e) for e in ordered),
         recommended=recommended,
         smallest=choice(smallest),
     )
@@ -332,9 +323,14 @@ def none_fits(
 
 
 def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
-    slower = score(rival, goal) > score(winner, goal) * (1 + TIE_RATIO)
+    """A rival that is better by the goal was not taken as the difference is inside the error of the times."""
+    ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
+    if ratio > 1 + TIE_RATIO:
+        kind = "left_out_slower"
+    else:
+        kind = "left_out_uncertain" if ratio < 1 / (1 + TIE_RATIO) else "left_out_not_needed"
     return Reason(
-        kind="left_out_slower" if slower else "left_out_not_needed",
+        kind=kind,
         technique=name,
         saved_bytes=int(winner.allocated_bytes.value - rival.allocated_bytes.value),
         time_ratio=_ratio(rival, winner),

@@ -46,7 +46,9 @@ _FEW_VALUES = 3
 _FEW_BLOCKS = (2, 1)
 _ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)  # BatchNorm1d, say, of one value
 
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], SampleDependence]] = weakref.WeakKeyDictionary()
+# By the function that builds the model; then by loss (kept, so that its id stays its own) and batch size.
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], tuple[Any, SampleDependence]]]
+_KNOWN = weakref.WeakKeyDictionary()
 
 
 def sample_dependence(job: Job) -> SampleDependence:
@@ -56,8 +58,8 @@ def sample_dependence(job: Job) -> SampleDependence:
     with contextlib.suppress(TypeError):  # a function that cannot be remembered
         known = _KNOWN.setdefault(job.build_model, {})
         if key not in known:
-            known[key] = _tried(job)
-        return known[key]
+            known[key] = job.loss, _tried(job)
+        return known[key][1]
     return _tried(job)
 
 
@@ -259,8 +261,11 @@ class _Trial:
                 redrawn = self._compared(_redrawn(batch), "on random samples", real=False)
             except TimeIsUp:
                 raise
-            except Exception:  # noqa: BLE001  random values may be none that the job takes: the real ones count
-                return answer
+            except Exception as error:  # noqa: BLE001  random values may be none that the job takes
+                redrawn = _not_tested(_first_line(error))
+            if redrawn.kind is DependenceKind.NOT_TESTED:
+                reason = f"{answer.reason}; random samples could not be tried: {redrawn.reason}"
+                return dataclasses.replace(answer, reason=reason)
             return redrawn if redrawn.kind is DependenceKind.DEPENDENT else answer
 
     def _compared(self, batch: Any, where: str, *, real: bool) -> SampleDependence:

@@ -194,8 +194,8 @@ class Record:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
     """Why a technique is in a plan or was left out. ``kind`` is a key of the word catalogs
-    (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_forbidden``,
-    ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``,
+    (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_uncertain``,
+    ``left_out_forbidden``, ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``,
     ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
     ``left_out_too_large``, ``needed_priced``: none of ``plan_count`` priced plans with it, or without it,
     fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the device
