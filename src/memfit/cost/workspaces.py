@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import numpy
@@ -31,13 +31,14 @@ _ITEM_BYTES: Final = {
 _HALVES: Final = ("bfloat16", "float16")
 _ONCE: Final = 64 * KIB  # rounding of small buffers
 
-# Kernels that write their outputs and take nothing else on the processor, in any precision.
+# Kernels that write their outputs and take nothing else on the processor, in any precision, where all tensors
+# have one.
 _POINTWISE: Final = (
     "abs add addcdiv addcmul arange atan2 bernoulli bitwise_and bitwise_not bitwise_or bitwise_xor celu "
     "ceil clamp clamp_max clamp_min clone copy cos detach div elu empty empty_like empty_strided eq erf erfc "
     "exp expm1 fill floor fmod full full_like ge gelu gt hardsigmoid hardswish hardtanh isinf isnan le "
     "leaky_relu lerp log log10 log1p log2 logical_and logical_not logical_or logical_xor lt masked_fill "
-    "maximum minimum mish mul native_dropout native_dropout_backward ne neg new_empty new_empty_strided "
+    "maximum minimum mish mul ne neg new_empty new_empty_strided "
     "new_full new_ones new_zeros normal ones ones_like pow rand rand_like randn randn_like random reciprocal "
     "relu remainder round rsqrt rsub scalar_tensor selu sigmoid sign silu sin softplus sqrt square sub tan "
     "tanh threshold trunc uniform where zero zeros zeros_like "
@@ -51,13 +52,33 @@ _OTHERS: Final = (
     "_softmax _softmax_backward_data addmm amax amin avg_pool2d avg_pool2d_backward binary_cross_entropy "
     "binary_cross_entropy_backward constant_pad_nd dot embedding embedding_dense_backward index_select "
     "linalg_vector_norm max_pool2d_with_indices max_pool2d_with_indices_backward mean mm mse_loss "
-    "mse_loss_backward native_batch_norm native_batch_norm_backward native_layer_norm nll_loss2d_backward "
+    "mse_loss_backward native_batch_norm native_layer_norm nll_loss2d_backward "
     "nll_loss2d_forward nll_loss_backward nll_loss_forward resize select_backward set slice_backward "
     "slice_scatter smooth_l1_loss smooth_l1_loss_backward split_with_sizes sum tril triu "
-    "upsample_nearest2d upsample_nearest2d_backward upsample_nearest3d view wait_tensor"
+    "view wait_tensor"
 )
 _ANY_DTYPE: Final = frozenset(_POINTWISE.split())
 _PLAIN: Final = _ANY_DTYPE | frozenset(_OTHERS.split())
+# Of these, the ones that take indices, masks or any dtype as they are: they convert nothing.
+_AS_THEY_ARE: Final = (
+    "_local_scalar_dense _to_copy amax amin arange bernoulli clone constant_pad_nd copy detach embedding "
+    "embedding_dense_backward empty empty_like empty_strided fill full full_like index_select masked_fill "
+    "max_pool2d_with_indices max_pool2d_with_indices_backward new_empty new_empty_strided new_full new_ones "
+    "new_zeros nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward normal ones "
+    "ones_like rand rand_like randn randn_like random resize scalar_tensor select_backward set "
+    "slice_backward slice_scatter split_with_sizes tril triu uniform view wait_tensor zero zeros zeros_like"
+)
+_CONVERTS_NOTHING: Final = frozenset(_AS_THEY_ARE.split())
+# These copy an input that does not lie in memory as they want it, or not as the others do.
+_PRODUCTS: Final = frozenset({"mm", "addmm"})
+_BY_LAYOUT: Final = frozenset(
+    {
+        "_log_softmax", "_log_softmax_backward_data", "_softmax", "_softmax_backward_data", "avg_pool2d",
+        "avg_pool2d_backward", "embedding_dense_backward", "max_pool2d_with_indices",
+        "max_pool2d_with_indices_backward", "native_batch_norm",
+        "native_layer_norm", "nll_loss2d_backward", "nll_loss2d_forward",
+    }
+)  # fmt: skip
 _NO_KERNELS: Final = ("memfit.", "stream.", "c10d.", "_c10d_functional.", "prim.", "profiler.")
 # On an accelerator the one class that is asked about: its workspaces are the large ones.
 _CONVOLUTIONS: Final = frozenset({"convolution", "convolution_backward", "cudnn_convolution"})
@@ -157,8 +178,10 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return 0
     name = signature[2 : signature.index('"', 2)]
     base, halves = base_name(name), any(half in signature for half in _HALVES)
-    if name.startswith(_NO_KERNELS) or base in _ANY_DTYPE or (base in _PLAIN and not halves):
+    if name.startswith(_NO_KERNELS) or base in _CONVERTS_NOTHING:
         return 0
+    if base in _ANY_DTYPE or (base in _PLAIN and not halves):
+        return _copied_bytes(signature, base) if device == "cpu" else 0
     if device != "cpu" and base not in _CONVOLUTIONS:
         return 0
     _, args, kwargs = json.loads(signature)
@@ -169,7 +192,73 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return _recurrent_bytes(*_sizes(signature))
     if base.startswith("_scaled_dot_product"):
         return _attention_bytes(tensors, threads)
-    return sum(map(_tensor_bytes, tensors)) * (3 if halves else 2) + _ONCE
+    larger = 0  # an output that may be made in another layout first
+    if base.startswith("upsample") and not base.endswith("backward"):
+        shape, _, dtype = args[0]["t"][:3]
+        larger = int(math.prod([*shape[:2], *args[1]])) * _ITEM_BYTES.get(dtype, 1)
+    return (sum(map(_tensor_bytes, tensors)) + larger) * (3 if halves else 2) + _ONCE
+
+
+def _copied_bytes(signature: str, base: str) -> int:
+    """Copies that kernels on the processor make of their inputs: of tensors with another dtype than the one
+    they compute in (written in place, the result is converted back from a copy, too), and of those in another
+    layout than they take."""
+    name, args, kwargs = json.loads(signature)
+    tensors = [t for t in _tensors([args, kwargs]) if t[0]]
+    if base in _PRODUCTS:
+        copied = [t for t in tensors if not _takes_product(t)]
+        return sum(map(_tensor_bytes, copied)) + _ONCE * bool(copied)
+    layouts = {_layout(t) for t in tensors if len(t[0]) > 1} - {""}
+    if base in _BY_LAYOUT and (len(layouts) > 1 or "other" in layouts):
+        return 2 * sum(map(_tensor_bytes, tensors)) + _ONCE
+    if base == "where":
+        tensors = tensors[1:]  # the condition is taken as it is
+    dtypes = {t[2] for t in tensors}
+    widest = _promoted(dtypes)
+    if dtypes <= {widest} and not widest.startswith("complex"):
+        return 0
+    item = _ITEM_BYTES.get(widest, 8)  # integers alone may become int64, or float32
+    others = [t for t in tensors if t[2] != widest] or tensors
+    again = [t for t in others[:1] if t is tensors[0] and name.split(".")[1].endswith("_")]
+    return _ONCE + sum(int(math.prod(t[0])) * max(item, _ITEM_BYTES.get(t[2], 1)) for t in (*others, *again))
+
+
+def _takes_product(tensor: Sequence[Any]) -> bool:
+    """Whether rows or columns of the matrix lie side by side."""
+    shape, strides = tensor[:2]
+    return len(shape) < 2 or 1 in strides[-2:] or 1 in shape[-2:]
+
+
+def _layout(tensor: Sequence[Any]) -> str:
+    """ "contiguous", "channels last" or "other"; "" for what is both."""
+    shape, strides = tensor[:2]
+    channels_last = [0, *range(2, len(shape)), 1]
+    found = [
+        layout for layout, order in (("contiguous", range(len(shape))), ("channels last", channels_last))
+        if _lies_in(order, shape, strides)
+    ]  # fmt: skip
+    return "other" if not found else (found[0] if len(found) == 1 else "")
+
+
+def _lies_in(order: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -> bool:
+    expected = 1
+    for dim in reversed(order):
+        if shape[dim] != 1 and strides[dim] != expected:
+            return False
+        expected *= shape[dim]
+    return True
+
+
+def _promoted(dtypes: Collection[str]) -> str:
+    """The floating or complex dtype that tensors of all these are computed in; "" where all are integers."""
+    wide = sorted((d for d in dtypes if d.startswith(("float", "bfloat", "complex"))), key=_wideness)
+    if len(wide) > 1 and set(wide) == set(_HALVES):
+        return "float32"
+    return "complex128" if {"complex64", "float64"} <= set(wide) else (wide[-1] if wide else "")
+
+
+def _wideness(dtype: str) -> tuple[bool, int]:
+    return dtype.startswith("complex"), _ITEM_BYTES.get(dtype, 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
