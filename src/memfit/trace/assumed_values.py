@@ -23,7 +23,8 @@ _ATEN: Any = torch.ops.aten
 class Case(enum.StrEnum):
     """Which values are assumed.
 
-    ``USUAL``: random numbers spread evenly, so that a router's choices are balanced; every element of a mask.
+    ``USUAL``: random numbers spread evenly, so that a router's choices are balanced, and a single one in the
+    middle; every element of a mask.
     ``LOW`` and ``HIGH``: all rows choose alike, random numbers are the lowest or highest there are; one
     element of a mask, or half of them at random.
     """
@@ -116,13 +117,20 @@ def assumed(tensor: torch.Tensor, case: Case, seed: int) -> torch.Tensor | None:
         return marked(made.to(dtype))  # type: ignore[no-any-return]
 
 
+_OF_DRAWS: dict[Case, Any] = {Case.USUAL: torch.median, Case.LOW: torch.min, Case.HIGH: torch.max}
+
+
 def drawn(func: Any, args: Any, kwargs: Any, case: Case, seed: int) -> Any:
-    """What a random operator gives, from a generator of its own; its lowest or highest number instead."""
+    """What a random operator gives, from a generator of its own; its lowest or highest number instead. A
+    single number, which a threshold may decide on, is the usual one: the median of several."""
     with _own_random_numbers(seed):
         made = func(*args, **kwargs)
-        if case is not Case.USUAL and isinstance(made, torch.Tensor) and func is not _ATEN.randperm.default:
+        plain = isinstance(made, torch.Tensor) and made.numel() and not made.is_complex()
+        if not plain or func is _ATEN.randperm.default:
+            return marked(made)
+        if case is not Case.USUAL or made.numel() == 1:
             every = torch.cat([made.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
-            made.fill_(every.min() if case is Case.LOW else every.max())
+            made.fill_(_OF_DRAWS[case](every.double()))
     return marked(made)
 
 
