@@ -9,6 +9,7 @@ on the machine only ever adds time. What was measured corrects the predicted tim
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -113,8 +114,9 @@ class _Trials:
         pricer.recalibrate(corrected(pricer.calibration, self.known(), source=""))
         priced = {plan: pricer.whole(plan) for plan in self.times}
         fastest = best(
-            (_with_time(priced[p], min(t)) for p, t in self.times.items()), Objective.FASTEST, _MEASURED
-        )
+            (_with_time(priced[p], min(t)) for p, t in self.times.items()), Objective.FASTEST,
+            measured_band(list(self.times.values())),
+        )  # fmt: skip
         assert fastest is not None
         winner = priced[fastest.plan]
         why = reasons_for(
@@ -145,6 +147,14 @@ class _Trials:
         estimate = choice.estimate
         found = self.planning.pricer.whole(estimate.plan) if estimate.traced else estimate
         return dataclasses.replace(choice, estimate=found)
+
+
+def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
+    """How near the quickest rounds of two plans must be to count as equal: what rounds of one plan differ by
+    on a quiet machine, and more by what the two quickest ``rounds`` of a plan differ by here."""
+    quickest = [sorted(times)[:2] for times in rounds if len(times) > 1]
+    here_ratio = statistics.median(more / least - 1 for least, more in quickest) if quickest else 0.0
+    return Band(_MEASURED.low + here_ratio, _MEASURED.high + 2 * here_ratio)
 
 
 def _with_time(estimate: Estimate, seconds: float) -> Estimate:

@@ -371,6 +371,14 @@ def test_of_plans_that_run_as_quickly_the_simplest_is_taken_whatever_the_noise(
     assert len(answers) == 1
 
 
+def test_rounds_that_differ_much_make_more_plans_equal() -> None:
+    quiet_rounds = [[1.0, 1.004, 1.2], [1.1, 1.106], [1.3]]
+    noisy_rounds = [[1.0, 1.15, 1.2], [1.1, 1.32], [1.3]]
+    assert trials.measured_band(quiet_rounds).high < 0.05
+    assert trials.measured_band(noisy_rounds).low == pytest.approx(0.015 + 0.175)
+    assert trials.measured_band([[1.0]]).low == 0.015
+
+
 def test_a_plan_that_runs_out_of_memory_is_named_and_not_recommended(
     searched: Planning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
