@@ -1,4 +1,4 @@
-"""Engines as data: what they say of themselves holds together, and README says the same."""
+"""Engines as data: what they say of themselves holds together, and their page says the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
 TENSOR = Plan(uses=(make_use("tensor-parallel", {}),), ranks=2)
 
 
@@ -31,8 +31,8 @@ def test_it_names_only_techniques_there_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_readme_has_the_versions_that_probe_holds_to(name: str) -> None:
-    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+def test_its_page_has_the_versions_that_probe_accepts(name: str) -> None:
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
     low, high = ENGINES[name].tested
     assert not low or f"| {low} to below {high} |" in row
 
