@@ -332,6 +332,33 @@ def test_no_kernel_takes_more_than_its_bound_in_any_layout() -> None:
         taken(counter, ATEN._log_softmax.default, [x, 0, False])
 
 
+def test_kernels_that_take_indices_have_a_bound_in_half_precision_and_in_other_layouts() -> None:
+    """Only pointwise kernels are known to take nothing in any precision."""
+    ids, images = torch.arange(64), torch.rand(2, 4, 8, 8)
+    pooled, places = ATEN.max_pool2d_with_indices.default(images, [2, 2])
+    calls: list[tuple[Any, list[Any]]] = [
+        (ATEN.embedding_dense_backward.default, [torch.rand(64, 8).bfloat16(), ids, 64, -1, False]),
+        (ATEN.embedding_dense_backward.default, [torch.rand(8, 64).t(), ids, 64, -1, False]),
+        (ATEN.max_pool2d_with_indices.default, [images.bfloat16(), [2, 2]]),
+        (
+            ATEN.max_pool2d_with_indices_backward.default,
+            [
+                pooled,
+                images.to(memory_format=torch.channels_last),
+                [2, 2],
+                [2, 2],
+                [0, 0],
+                [1, 1],
+                False,
+                places,
+            ],
+        ),
+    ]
+    for call, args in calls:
+        assert bound_bytes(describe(str(call), args, {}), "cpu", 1) > 0, str(call)
+        taken(peak_counter(), call, args)
+
+
 def taken(counter: Any, call: Any, args: list[Any]) -> torch.Tensor:
     """The first output, after comparing what the call took inside with its bound."""
     call(*args)  # what it keeps for later calls is made

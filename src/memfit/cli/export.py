@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import memfit.export.base
     import memfit.export.script_steps
     import memfit.types.dependence
+    import memfit.types.job
 
 _MOST_BYTES = 512 * 1024  # of a file that is carried
 
@@ -114,8 +115,7 @@ def export(
     elif open_budget(plan) is not None:
         with Bars("en") as progress:
             plan = settled(request(job, goal, here), plan, progress)
-    dependence = _dependence(job, plan)
-    config, job_file, given = _launch(job, goal.engine, plan, here, _kept(own), given)
+    config, job_file, given, dependence = _launch(job, goal.engine, plan, here, _kept(own), given)
     steps = script_steps(config.spec) if words and target not in LIBRARIES else ()
     check_acknowledged(steps, _names(own.script_applies), script=words[0] if words else "")
     handover = Handover(
@@ -126,8 +126,9 @@ def export(
     files = bundle(target, handover)
     write(own.out, files, force=own.force)
     if output.json:
-        told = {"script_steps": {s.name: s.text for s in steps}, "dependence": dependence_line(handover)}
-        emit({"folder": str(own.out), "files": sorted(files), **told})
+        listed, caution = {s.name: s.text for s in steps}, dependence_line(handover)
+        written = {"folder": str(own.out), "files": sorted(files)}
+        emit({**written, "script_steps": listed, "dependence": caution})
     else:
         _print_written(own.out, sorted(files), handover, steps)
 
@@ -139,8 +140,8 @@ def _print_written(
     from memfit.export.readme import dependence_line
 
     print(f"{out}: {', '.join(files)}")
-    if (told := dependence_line(handover)) is not None:
-        print(told)
+    if (caution := dependence_line(handover)) is not None:
+        print(caution)
     if steps:
         print(f"{handover.script[0]} must do itself:")
     for step in steps:
@@ -191,9 +192,14 @@ def _launch(
     here: HereOptions,
     keep: Keep,
     files: memfit.export.base.UserFiles | None,
-) -> tuple[LaunchConfig, dict[str, str], memfit.export.base.UserFiles | None]:
-    """The launch, the job's file where the user wrote one (it is put beside the run), and the configuration
-    beside the job's own clipping."""
+) -> tuple[
+    LaunchConfig,
+    dict[str, str],
+    memfit.export.base.UserFiles | None,
+    memfit.types.dependence.SampleDependence | None,
+]:
+    """The launch, the job's file where the user wrote one (it is put beside the run), the configuration
+    beside the job's own clipping, and the dependence between samples of a batch that the plan splits."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planning import model_sizes
@@ -203,6 +209,7 @@ def _launch(
     carrying(engine, plan)
     given = job.ref
     loaded = load(given)
+    dependence = _dependence(loaded, plan)
     clip, batch_size = loaded.clip, loaded.batch_size
     if files is not None:
         batch_size = batch_size if files.for_worker or job.batch else files.carried.batch or batch_size
@@ -217,19 +224,18 @@ def _launch(
         batch_size=batch_size, clip=clip, sizes=model_sizes(engine, loaded), threads=here.threads or 0,
         evaluate=plan.ranks == 1, keep=keep,
     )  # fmt: skip
-    return render(spec), own, files
+    return render(spec), own, files, dependence
 
 
-def _dependence(job: JobOptions, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
+def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
     """Of the job's samples; None where the plan does not split the batch. Raises UserError where it would
     weigh the loss wrongly."""
-    from memfit.jobs.registry import load
     from memfit.techniques.registry import refuse_wrong_weights, splits_batch
     from memfit.trace.sample_dependence import sample_dependence
 
     if not splits_batch(plan):
         return None
-    dependence = sample_dependence(load(job.ref))
+    dependence = sample_dependence(job)
     refuse_wrong_weights(plan, dependence)
     return dependence
 

@@ -178,7 +178,7 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return 0
     name = signature[2 : signature.index('"', 2)]
     base, halves = base_name(name), any(half in signature for half in _HALVES)
-    if name.startswith(_NO_KERNELS) or base in _CONVERTS_NOTHING:
+    if name.startswith(_NO_KERNELS):
         return 0
     if base in _ANY_DTYPE or (base in _PLAIN and not halves):
         return _copied_bytes(signature, base) if device == "cpu" else 0
@@ -211,6 +211,8 @@ def _copied_bytes(signature: str, base: str) -> int:
     layouts = {_layout(t) for t in tensors if len(t[0]) > 1} - {""}
     if base in _BY_LAYOUT and (len(layouts) > 1 or "other" in layouts):
         return 2 * sum(map(_tensor_bytes, tensors)) + _ONCE
+    if base in _CONVERTS_NOTHING:
+        return 0
     if base == "where":
         tensors = tensors[1:]  # the condition is taken as it is
     dtypes = {t[2] for t in tensors}

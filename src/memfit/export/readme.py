@@ -61,8 +61,8 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
     yield from _script_lines(handover)
     yield from _settings_lines(handover, files)
     yield "\n## What to know\n"
-    if (told := dependence_line(handover)) is not None:
-        yield f"- {told}"
+    if (caution := dependence_line(handover)) is not None:
+        yield f"- {caution}"
     yield f"- {_clipping(target, handover)}"
     for line in _notes(target, handover):
         yield f"- {line}"
