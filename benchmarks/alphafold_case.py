@@ -30,17 +30,17 @@ from published.predict import traces_of
 from published.rows import Setup, read, setup_of
 from published.score import score
 
-from memfit import catalog, outlook, wire
-from memfit.configs.openfold import PRESETS
-from memfit.configs.openfold import SIZES as PUBLISHED_SIZES
+from memfit import catalog
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
-from memfit.measure import here
-from memfit.planning import Request, make_pricer, needed_bytes, space_of
-from memfit.pricing import Pricer
-from memfit.running import explain, run_spec
+from memfit.lint.openfold import PRESETS
+from memfit.lint.openfold import SIZES as PUBLISHED_SIZES
+from memfit.planner.evaluate import Pricer
+from memfit.planner.single_device import Request, make_pricer, needed_bytes, space_of
+from memfit.runtime import local_machine
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import effect_of, make_use
+from memfit.types import serialization
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.machine import Calibration
@@ -48,6 +48,8 @@ from memfit.types.plan import Plan
 from memfit.types.result import Run
 from memfit.types.trace import Allocation, Phase, Trace
 from memfit.verify.judge import verdict
+from memfit.workflows import reference_machines
+from memfit.workflows.single_run import explain, run_spec
 
 HERE = Path(__file__).parent
 CASE = HERE.parent / "src" / "memfit" / "report" / "cases" / "alphafold2.json"
@@ -130,7 +132,7 @@ OFFERED = ("plain, fp32", "bf16 parameters, checkpointing per block")
 def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
     """One sample a step on single devices: what a decision on a machine is made from."""
     job = load(JobRef(spec="alphafold2", size=size, batch=1))
-    devices = [catalog.machine(name) for name in outlook.priced()]
+    devices = [catalog.machine(name) for name in reference_machines.priced()]
     space = space_of(job, "cuda")
     for name in OFFERED:
         plan, traces = plan_of(LADDER[name]), {}
@@ -140,10 +142,12 @@ def offered(size: str = "initial") -> Iterator[dict[str, Any]]:
             found = pricer.whole(plan)
             traces = pricer.traces
             fits = needed_bytes(found, machine) <= machine.device.memory_bytes.value
-            told = outlook.offer(found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits)
+            told = reference_machines.offer(
+                found, machine=machine.name, size=size, plain=name == OFFERED[0], fits=fits
+            )
             yield {
                 "kind": "offer", "size": size, "name": name, "machine": machine.name,
-                "offer": json.loads(wire.dumps(told)),
+                "offer": json.loads(serialization.dumps(told)),
             }  # fmt: skip
 
 
@@ -206,7 +210,7 @@ def _class(a: Allocation, logits: set[int]) -> str:
 def trained(name: str, seeds: int) -> Iterator[dict[str, Any]]:
     """The tiny size under one plan, each seed in a process of its own."""
     ref, plan = JobRef(spec="alphafold2"), plan_of(LADDER[name])
-    machine = here.this_machine("world")
+    machine = local_machine.this_machine("world")
     asked = Request(job=ref, machine=machine, threads=1)
     guess, job = explain(asked, plan, lambda *_: None), load(ref)
     for seed in range(seeds):
@@ -215,7 +219,7 @@ def trained(name: str, seeds: int) -> Iterator[dict[str, Any]]:
             batch_size=job.batch_size, threads=1, evaluate=True,
         )  # fmt: skip
         done = run_spec(spec, guess, lambda *_: None, name)
-        yield {"kind": "trained", "name": name, "seed": seed, "run": json.loads(wire.dumps(done))}
+        yield {"kind": "trained", "name": name, "seed": seed, "run": json.loads(serialization.dumps(done))}
 
 
 def judged(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -223,7 +227,7 @@ def judged(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     runs: dict[str, dict[int, Run]] = defaultdict(dict)
     for r in records:
         if r["kind"] == "trained":
-            runs[r["name"]][r["seed"]] = wire.loads(Run, json.dumps(r["run"]), what="a record")
+            runs[r["name"]][r["seed"]] = serialization.loads(Run, json.dumps(r["run"]), what="a record")
     basis = next(iter(LADDER))
     metric = load(JobRef(spec="alphafold2")).metric
     found = {}

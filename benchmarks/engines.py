@@ -25,12 +25,12 @@ from memfit.cost.memory import memory_profile
 from memfit.engines.environment import recorded
 from memfit.engines.registry import engine, render
 from memfit.jobs.registry import load
-from memfit.measure.allocator import CountingAllocator
-from memfit.measure.here import this_machine
-from memfit.measure.probe import Probed, probe
-from memfit.planning import Request, make_pricer
-from memfit.run.child import run
-from memfit.run.ranks import run_ranks
+from memfit.planner.single_device import Request, make_pricer
+from memfit.runtime.child_process import run
+from memfit.runtime.counting_allocator import CountingAllocator
+from memfit.runtime.local_machine import this_machine
+from memfit.runtime.op_benchmark import Probed, probe
+from memfit.runtime.ranks import run_ranks
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef

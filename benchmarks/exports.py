@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from memfit.techniques.planfile import plan_text
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import make_use
 from memfit.types.plan import Plan
 

@@ -115,8 +115,8 @@ RUNS: tuple[tuple[str, str, dict[str, Any], int], ...] = (
 def measured(name: str, plan: memfit.Plan) -> int:
     """Resident bytes of all processes of a run, each at its own peak."""
     from memfit.engines.registry import render
-    from memfit.run.child import run
-    from memfit.run.ranks import run_ranks
+    from memfit.runtime.child_process import run
+    from memfit.runtime.ranks import run_ranks
     from memfit.types.job import JobRef
     from memfit.types.launch import RunSpec
 

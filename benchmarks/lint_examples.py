@@ -22,9 +22,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from memfit.configs.carry import over
-from memfit.configs.lint import CHECKS, Finding, check
-from memfit.configs.read import KINDS, Setup, read
+from memfit.lint.check import CHECKS, Finding, check
+from memfit.lint.parse import KINDS, Setup, read
+from memfit.lint.to_plan import over
 from memfit.types.errors import UserError
 
 HERE = Path(__file__).parent

@@ -24,14 +24,14 @@ from typing import Any
 from unittest.mock import MagicMock
 
 from memfit.engines.megatron import CONFIG, ENGINE
+from memfit.engines.megatron.gpt import read, sizes
 from memfit.engines.registry import render
-from memfit.jobs.gpt import Gpt, GptSize
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import check, make_use
-from memfit.techniques.world import layout
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
-from memfit.worker.megatron_gpt import read, sizes
 
 PAGE = Path(__file__).with_suffix(".md")
 RECORDS = Path(__file__).parent / "records" / "megatron_arguments.jsonl"

@@ -33,11 +33,11 @@ from sequences import equal_but_for_scratch, first_difference, predicted_sequenc
 
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator
-from memfit.measure.probe import Probed, probe
-from memfit.planning import space_of
-from memfit.search.space import usable
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner.plan_space import usable
+from memfit.planner.single_device import space_of
+from memfit.runtime.counting_allocator import CountingAllocator
+from memfit.runtime.op_benchmark import Probed, probe
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace

@@ -30,13 +30,13 @@ from sequences import first_difference, predicted_sequence
 
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
-from memfit.measure.allocator import CountingAllocator
-from memfit.measure.probe import Probed, probe
-from memfit.run.ranks import free_port, rank_env
+from memfit.runtime.counting_allocator import CountingAllocator
+from memfit.runtime.op_benchmark import Probed, probe
+from memfit.runtime.ranks import free_port, rank_env
 from memfit.store.environment import fingerprint
+from memfit.techniques.rank_mesh import Layout, World, make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import Layout, World, make_world
-from memfit.trace.ranks import late
+from memfit.trace.fake_process_group import late
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Calibration

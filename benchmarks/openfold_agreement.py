@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.jobs.alphafold import evoformer, structure
+from memfit.jobs.builtin.alphafold import evoformer, structure
 
 PAGE = Path(__file__).with_suffix(".md")
 ROWS, N, HEADS = 7, 13, 3

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memfit import wire
 from memfit.report.words import load_words
+from memfit.types import serialization
 from memfit.types.precision import PrecisionAdvice
 
 RECORDS = Path(__file__).parent / "records" / "precision.jsonl"
@@ -84,7 +84,7 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         lines += ["", f"## {job}", "", f"{record['created'][:10]}, {minutes}.", ""]
         lines += ["| | place | class | why | error | loss moves |", "|---|---|---|---|--:|--:|"]
         for told in record["advice"]:
-            advice = wire.loads(PrecisionAdvice, json.dumps(told), what=job)
+            advice = serialization.loads(PrecisionAdvice, json.dumps(told), what=job)
             lines += rows(advice)
     return "\n".join(lines) + "\n"
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.jobs import alphafold2
+from memfit.jobs.builtin import alphafold2
 from memfit.types.job import Job
 
 VOCABULARY, LENGTH, BATCH = 1024, 64, 8
@@ -120,8 +120,8 @@ def gpt_wide() -> Job:
 
 def gpt_house() -> Job:
     """memfit's own GPT, which Megatron-core's model can be."""
-    from memfit.jobs.gpt import Gpt as House
-    from memfit.jobs.gpt import GptSize
+    from memfit.jobs.builtin.gpt import Gpt as House
+    from memfit.jobs.builtin.gpt import GptSize
 
     size = GptSize(layers=4, width=128, heads=4, length=LENGTH, vocabulary=VOCABULARY, batch_size=BATCH)
     return Job(

@@ -1,6 +1,6 @@
 """What one rank of the distributed benchmark measures: every allocation and free of whole trainings.
 
-A settled repeat asks the system to let gloo's threads go first (memfit/measure/gloo.py says why) and waits
+A settled repeat asks the system to let gloo's threads go first (memfit/runtime/gloo.py says why) and waits
 half a millisecond longer for each collective, and for each of several gathers; the others take things as they
 come.
 """
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, Log
-from memfit.measure.gloo import RUNS, gloo_first, gloo_threads
-from memfit.techniques.world import World
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, Log
+from memfit.runtime.gloo import RUNS, gloo_first, gloo_threads
+from memfit.techniques.rank_mesh import World
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Phase

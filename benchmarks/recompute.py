@@ -33,15 +33,15 @@ from recompute_page import EVERY, KNOB, MIB, NEAR_RATIO, OURS, PER_TURN, PLAIN, 
 from torch import nn
 
 from memfit.cost.memory import memory_profile
-from memfit.cost.time import signatures_by_weight, time_model
+from memfit.cost.op_time import signatures_by_weight, time_model
 from memfit.jobs.registry import load
-from memfit.jobs.step import TrainingStep
-from memfit.measure import here
-from memfit.measure.allocator import CountingAllocator
-from memfit.measure.probe import calibrate
-from memfit.recomputation import chosen
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import find_blocks
+from memfit.planner.recompute_budget import chosen
+from memfit.runtime import local_machine
+from memfit.runtime.counting_allocator import CountingAllocator
+from memfit.runtime.op_benchmark import calibrate
 from memfit.store.environment import fingerprint
-from memfit.techniques.blocks import find_blocks
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
@@ -295,7 +295,7 @@ def _choose(conn: Any, make: Callable[[], Job], budgets_mib: list[int]) -> None:
     job, configs, refused = make(), [], {}
     plain = trace(job, Plan())
     known = calibrate(signatures_by_weight((op, 1) for op in plain.ops), budget_s=20.0, counter=counter)
-    model = time_model(here.this_machine("world").device, known, plain.ops)
+    model = time_model(local_machine.this_machine("world").device, known, plain.ops)
     assert model is not None
     for budget in budgets_mib:
         asked = Plan(uses=(use("optimal-checkpointing", budget_mib=budget, dropped=""),))

@@ -4,9 +4,9 @@
     python benchmarks/regret.py --page                                  the page from the records only
     python benchmarks/regret.py --drawn 10 --seed 23                    jobs drawn at random (regret_drawn.py)
 
-First a proof of concept's own plans run once and correct step times (cost/correction.py); they are not
-counted. Plans are drawn evenly over the predicted order of all plans that fit, the recommendation and plain
-training added; they are measured in interleaved rounds, so that all see the same noise. Every number in
+First a proof of concept's own plans run once and correct step times (cost/step_time_calibration.py); they are
+not counted. Plans are drawn evenly over the predicted order of all plans that fit, the recommendation and
+plain training added; they are measured in interleaved rounds, so that all see the same noise. Every number in
 the page comes from benchmarks/records/regret.jsonl.
 """
 
@@ -22,14 +22,13 @@ from typing import Any
 
 import regret_drawn
 
-from memfit.cost.correction import corrected, factor
+from memfit.cost.step_time_calibration import corrected, factor
 from memfit.engines import native
-from memfit.measure import here
-from memfit.planning import Planning, Request, autocast, fits_under, search
-from memfit.report.pool import median_step_s
-from memfit.run.child import run
-from memfit.search.choose import Objective, score
-from memfit.search.space import plans, usable
+from memfit.planner.plan_space import plans, usable
+from memfit.planner.selection import Objective, score
+from memfit.planner.single_device import Planning, Request, autocast, fits_under, search
+from memfit.runtime import local_machine
+from memfit.runtime.child_process import run
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import without
 from memfit.types.errors import UserError
@@ -37,6 +36,7 @@ from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Accuracy, Plan, use
 from memfit.types.units import format_bytes
+from memfit.verify.aggregate import median_step_s
 
 RECORDS = Path(__file__).parent / "records" / "regret.jsonl"
 PAGE = Path(__file__).parent / "regret.md"
@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    request = Request(job=JobRef(spec=options.job), machine=here.this_machine("world"))
+    request = Request(job=JobRef(spec=options.job), machine=local_machine.this_machine("world"))
     planning = search(request, lambda *stage: None)
     if options.cap_ratio != 0.25:
         plain = planning.result.baseline.estimate.allocated_bytes.value
@@ -197,7 +197,7 @@ def drawn(planning: Planning, count: int) -> list[Plan]:
 def _measure_one(planning: Planning, plan: Plan, steps: int, row: dict[str, Any]) -> None:
     spec = RunSpec(
         name=plan.label, role="benchmark", job=planning.request.job, plan=plan, seed=0, steps=steps,
-        threads=here.threads(), evaluate=False,
+        threads=local_machine.threads(), evaluate=False,
     )  # fmt: skip
     measured = run(native.render(spec), on_event=lambda event: None)
     row["outcome"] = measured.outcome.value

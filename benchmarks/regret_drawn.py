@@ -22,17 +22,17 @@ from typing import Any
 
 from regret_jobs import ARCHITECTURES, named
 
-from memfit import pipeline
-from memfit.measure import here
-from memfit.planning import Planning, Request, autocast, make_pricer
+from memfit.planner.single_device import Planning, Request, autocast, make_pricer
+from memfit.planner.trials import few_steps
+from memfit.runtime import local_machine
 from memfit.store.environment import fingerprint
 from memfit.techniques.registry import TECHNIQUES, conflict, effect_of, make_use
-from memfit.trials import few_steps
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import OutcomeKind
 from memfit.types.units import format_bytes, format_seconds
+from memfit.workflows import proof_of_concept
 
 FOLDER = Path(__file__).parent
 DRAWS, RECORDS = FOLDER / "records" / "regret_draws.json", FOLDER / "records" / "regret_drawn.jsonl"
@@ -121,13 +121,13 @@ def _recommended(drawn: dict[str, Any]) -> Planning:
     while True:
         asked = Request(job=request.job, machine=request.machine, cap_bytes=int(share * plain))
         try:
-            return pipeline.search(asked, _progress, measure_s=MEASURE_S)
+            return proof_of_concept.search(asked, _progress, measure_s=MEASURE_S)
         except NothingFits:
             share += 0.1
 
 
 def _machine() -> Any:
-    return here.this_machine("world")
+    return local_machine.this_machine("world")
 
 
 def _progress(stage: str, done: int, total: int, detail: str) -> None:

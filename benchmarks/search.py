@@ -60,10 +60,11 @@ def _llama(size: str, rows: int) -> Any:
 def _searched(job: Any, machine: Any, tell: Any = None, **wanted: Any) -> tuple[Any, Any, Any]:
     """(result, scale, aim)."""
     from memfit.cost.host import host_holds
-    from memfit.planning import needed_bytes, space_of
-    from memfit.pricing import Pricer
-    from memfit.scaling.search import Aim, Scale, search_scale
-    from memfit.search.choose import Objective
+    from memfit.planner.device_pricing import Aim, Scale
+    from memfit.planner.evaluate import Pricer
+    from memfit.planner.multi_device import search_scale
+    from memfit.planner.selection import Objective
+    from memfit.planner.single_device import needed_bytes, space_of
     from memfit.types.plan import Accuracy, Bounds
 
     ranks = machine.device_count
@@ -179,9 +180,9 @@ SMALL: Mapping[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
 
 def small(name: str) -> dict[str, Any]:
     from memfit.catalog import machine
-    from memfit.scaling.find import _cuttable
-    from memfit.search.choose import best, keeps, score
-    from memfit.search.layouts import grids
+    from memfit.planner.grid_search import _cuttable
+    from memfit.planner.parallelism_grid import grids
+    from memfit.planner.selection import best, keeps, score
     from memfit.techniques.registry import brief
 
     make, on, wanted = SMALL[name]

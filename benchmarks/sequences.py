@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from memfit.cost.memory import with_kept
-from memfit.measure.allocator import CountingAllocator
-from memfit.measure.probe import ready
+from memfit.runtime.counting_allocator import CountingAllocator
+from memfit.runtime.op_benchmark import ready
 from memfit.types.machine import Calibration
 from memfit.types.trace import Allocation, Phase, Trace
 

@@ -64,7 +64,7 @@ def task(group: str, name: str) -> Any:
 
 
 def measure(group: str, name: str, optimizer_name: str) -> dict[str, Any]:
-    from memfit.measure.memory import peak_counter
+    from memfit.runtime.memory import peak_counter
 
     torch.set_num_threads(THREADS)
     counter = peak_counter()

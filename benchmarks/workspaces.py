@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from memfit.cost.workspaces import bound_bytes
-from memfit.measure.memory import PeakCounter, peak_counter
+from memfit.runtime.memory import PeakCounter, peak_counter
 from memfit.trace.signature import describe
 
 _MOST_BYTES, _MOST_PRODUCTS = 2**25, 4 * 10**9

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import minimize
 from tblite.interface import Calculator
 
-from memfit.jobs.smiles import graph
+from memfit.jobs.builtin.smiles import graph
 
 HERE = Path(__file__).parents[1] / "src" / "memfit" / "jobs" / "data" / "conformers.npz"
 BOHR, HARTREE = 0.529177210903, 27.211386245988  # CODATA 2018, angstrom and eV

@@ -1,4 +1,4 @@
-"""Writes src/memfit/configs/options/*.toml: every setting that a library takes, its type and its values.
+"""Writes src/memfit/lint/options/*.toml: every setting that a library takes, its type and its values.
 
     python scripts/library_options.py [LIBRARY=FOLDER...]
 
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-from memfit.configs.known import like
+from memfit.lint.option_schema import like
 
 ROOT = Path(__file__).parents[1]
-INTO = ROOT / "src/memfit/configs/options"
+INTO = ROOT / "src/memfit/lint/options"
 BY_HAND = Path(__file__).with_suffix(".toml")
 ATTRIBUTES = ("refuses", "spelled", "any_case", "needs", "shares")
 Spec = Any  # a type as text, or a list of the values
@@ -101,7 +101,7 @@ def of_fields(noun: type) -> dict[str, Spec]:
 
 def deepspeed() -> Sections:
     """What is declared as a pydantic model; the rest it reads key by key (scripts/library_options.toml)."""
-    from memfit.worker.apply_deepspeed import imported
+    from memfit.engines.deepspeed.step import imported
 
     imported()
     found: Sections = {}

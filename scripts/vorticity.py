@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from memfit.jobs.navier_stokes import Square, advance, coarser, random_vorticity
+from memfit.jobs.builtin.navier_stokes import Square, advance, coarser, random_vorticity
 
 TRAJECTORIES, TRAINING, FRAMES, FRAME_S, STEP_S = 64, 52, 14, 0.5, 0.05
 

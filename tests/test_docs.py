@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memfit.configs.lint import CHECKS
+from memfit.lint.check import CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

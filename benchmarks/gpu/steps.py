@@ -32,10 +32,10 @@ from torch.utils import _pytree
 
 from memfit import catalog
 from memfit.api import estimate
-from memfit.jobs.alphafold.evoformer import EvoformerBlock
-from memfit.jobs.alphafold.model import published
-from memfit.jobs.step import TrainingStep
-from memfit.measure.energy import EnergyMeter
+from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock
+from memfit.jobs.builtin.alphafold.model import published
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.energy import EnergyMeter
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError
 from memfit.types.job import Job

@@ -326,7 +326,7 @@ def mem_tracker(question: Question, source: str) -> Answer:
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.utils import _pytree
 
-    from memfit.jobs.step import TrainingStep
+    from memfit.jobs.training_step import TrainingStep
 
     def watched(job: Any, plan: Any, world: Any, tracker: Any) -> Any:
         with tracker:  # so that it knows what ZeRO makes beside the module's own tensors
@@ -343,7 +343,7 @@ def fsdp_tracker(question: Question, source: str) -> Answer:
     import torch
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-    from memfit.jobs.step import TrainingStep
+    from memfit.jobs.training_step import TrainingStep
 
     if question.sharding != "fsdp2":
         raise Refused("knows FSDP2 only")
@@ -365,7 +365,7 @@ def _tracked(question: Question, watched: Callable[[Any, Any, Any], Any]) -> Ans
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from memfit.techniques.world import make_world
+    from memfit.techniques.rank_mesh import make_world
     from memfit.types.trace import Phase
 
     if question.build[0] == "facts":
@@ -438,7 +438,7 @@ def _case(question: Question) -> tuple[Any, Any]:
 
 @functools.cache
 def _counter() -> Any:
-    from memfit.measure.allocator import CountingAllocator
+    from memfit.runtime.counting_allocator import CountingAllocator
 
     counter = CountingAllocator()
     counter.install()

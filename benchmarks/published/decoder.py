@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.techniques.kernel import kernel, read_bytes
+from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from published.arch import Arch
 
 MakeLinear = Callable[[str, int, int, bool], nn.Module]  # (role, inputs, outputs, bias)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.techniques.kernel import kernel, read_bytes
+from memfit.techniques.synthetic_kernel import kernel, read_bytes
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from published.rows import Setup

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from memfit.jobs import alphafold2
-from memfit.jobs.alphafold.model import AlphaFold, published
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.alphafold.model import AlphaFold, published
 from memfit.types.job import Job
 from published.rows import Setup
 

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from memfit.cost import kernels, play, time
+from memfit.cost import kernel_model, op_time, stream_simulator
 from memfit.types.machine import Device, Fact
 from memfit.types.trace import Phase
 from published import layers, pipelines, seconds
@@ -56,7 +56,7 @@ _LIMITED_CARD, _LIMIT_RATIO = "H100-96GB-HBM2e", 500 / 700  # of an H100 SXM's p
 SUSTAINED = 1.0  # products: short runs' shares (0) or sustained ones' (1), and what lies between
 LIMITED = 1.0  # exponent of the ratio of powers that such a board's large kernels lose
 _ISSUE_US = {10: (10, 7, 20), 25: (25, 15, 30), 40: (40, 24, 48)}  # forward, backward, optimizer
-_STEPS = kernels._ALIGNED
+_STEPS = kernel_model._ALIGNED
 _HERE = sys.modules[__name__]
 _WITH_KERNELS, _FETCHED = seconds.with_kernels, seconds.fetched_s
 
@@ -64,7 +64,7 @@ _WITH_KERNELS, _FETCHED = seconds.with_kernels, seconds.fetched_s
 def _issue(level: float) -> list[Patch]:
     phases = (Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
     issue_s = dict(zip(phases, (us * 1e-6 for us in _ISSUE_US[int(level)]), strict=True))
-    return [(time, "ASSUMED_ISSUE_S", {**issue_s, Phase.SETUP: 0.0})]
+    return [(op_time, "ASSUMED_ISSUE_S", {**issue_s, Phase.SETUP: 0.0})]
 
 
 def _of_shares(setup: Any, card: Device) -> Device:
@@ -115,30 +115,33 @@ CHOICES = (
     Choice(name="host's issue of a kernel in forward, µs", levels=(10, 25, 40), used=25, patches=_issue),
     Choice(
         name="share of strided kernels", levels=(1, 0.8, 0.6, 0.4), used=0.6,
-        patches=_both("STRIDED", kernels),
+        patches=_both("STRIDED", kernel_model),
     ),
     Choice(
-        name="share of broadcast kernels", levels=(1, 0.8, 0.6), used=0.8, patches=_both("BROADCAST", kernels)
+        name="share of broadcast kernels",
+        levels=(1, 0.8, 0.6),
+        used=0.8,
+        patches=_both("BROADCAST", kernel_model),
     ),
     Choice(
         name="share of narrow products", levels=(1, 0.85, 0.7, 0.55), used=0.7,
-        patches=_both("NARROW", kernels),
+        patches=_both("NARROW", kernel_model),
     ),
     Choice(
         name="start of a normalised row, elements", levels=(0, 128, 256), used=128,
-        patches=_both("_ROW_START", kernels),
+        patches=_both("_ROW_START", kernel_model),
     ),
     Choice(
         name="alignment's steps, exponent", levels=(0, 0.5, 1), used=1,
-        patches=lambda e: [(kernels, "_ALIGNED", tuple((step, share**e) for step, share in _STEPS))],
+        patches=lambda e: [(kernel_model, "_ALIGNED", tuple((step, share**e) for step, share in _STEPS))],
     ),
     Choice(
         name="host memory, GB/s", levels=(100, 200, 300), used=200,
-        patches=lambda gb: [(m, "ASSUMED_HOST_BYTES_S", gb * 1e9) for m in (play, pipelines)],
+        patches=lambda gb: [(m, "ASSUMED_HOST_BYTES_S", gb * 1e9) for m in (stream_simulator, pipelines)],
     ),
     Choice(
         name="share of float8's backward", levels=(1, 0.75, 0.5), used=0.75,
-        patches=_both("FULL_SUM", kernels, layers, seconds),
+        patches=_both("FULL_SUM", kernel_model, layers, seconds),
     ),
     Choice(
         name="Triton's attention over FlashAttention-2's", levels=(1, 0.75, 0.5), used=0.5,
@@ -175,12 +178,12 @@ def applied(setting: Setting) -> Iterator[None]:
     try:
         for module, name, value in patches:
             setattr(module, name, value)
-        kernels.layout_share.cache_clear()
+        kernel_model.layout_share.cache_clear()
         yield
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
-        kernels.layout_share.cache_clear()
+        kernel_model.layout_share.cache_clear()
 
 
 # -- choosing -------------------------------------------------------------------------------------------

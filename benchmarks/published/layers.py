@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 
-from memfit.cost.kernels import FULL_SUM
+from memfit.cost.kernel_model import FULL_SUM
 from memfit.types.trace import OpCall, Phase
 from published.arch import Arch, Mla, Moe
 from published.calls import Shape

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.techniques.kernel import kernel, read_bytes
+from memfit.techniques.synthetic_kernel import kernel, read_bytes
 
 Batch = dict[str, torch.Tensor]
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from memfit.cost.collectives import collective_s
-from memfit.cost.play import ASSUMED_HOST_BYTES_S, Played, Player
+from memfit.cost.op_time import ASSUMED_LINK_BYTES_S, time_model
 from memfit.cost.schedules import simulate
-from memfit.cost.time import ASSUMED_LINK_BYTES_S, time_model
+from memfit.cost.stream_simulator import ASSUMED_HOST_BYTES_S, Played, Player
 from memfit.types.machine import Calibration, Machine
 from memfit.types.trace import OpCall
 from published.arch import Arch

@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 from memfit.cost.allocator import Settings, replay
-from memfit.cost.device import outside, with_workspaces
+from memfit.cost.device_overhead import outside, with_workspaces
 from memfit.cost.memory import levels
 from memfit.techniques.registry import make_use
-from memfit.trace.compose import deep_trace
+from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.machine import Device

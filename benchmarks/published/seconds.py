@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable
 
 from memfit.catalog.load import link, network
-from memfit.cost.kernels import FULL_SUM
-from memfit.cost.play import Played, Player
-from memfit.cost.time import ASSUMED_LINK_BYTES_S, time_model
+from memfit.cost.kernel_model import FULL_SUM
+from memfit.cost.op_time import ASSUMED_LINK_BYTES_S, time_model
+from memfit.cost.stream_simulator import Played, Player
 from memfit.types.errors import UserError
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.plan import Plan

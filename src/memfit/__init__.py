@@ -23,8 +23,8 @@ if (
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from memfit.types.collector import uncollected
 from memfit.types.errors import MemfitError, UserError
+from memfit.types.gc_pause import uncollected
 from memfit.types.job import Job, Metric, OptimizerChoice
 from memfit.types.plan import Plan
 

@@ -18,29 +18,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from memfit.conformance.monitor import Monitor
+from memfit.conformance.sharding import world_size
 from memfit.cost.host import host_holds, host_line, with_host_memory
-from memfit.given import job_of, machine_of, on_ranks, plan_of, says_ranks
-from memfit.measure.conform import Watch
-from memfit.measure.held import world_size
-from memfit.planning import fits_under, needed_bytes
-from memfit.pricing import Pricer
+from memfit.inputs import job_of, machine_of, on_ranks, plan_of, says_ranks
+from memfit.planner.evaluate import Pricer
+from memfit.planner.single_device import fits_under, needed_bytes
+from memfit.planner.workload import workload_of
+from memfit.planner.workspace_probes import probe_workspaces
 from memfit.report.workload_text import workload_text
 from memfit.techniques.base import Space
+from memfit.techniques.rank_mesh import SEVERAL
 from memfit.techniques.registry import proposable
-from memfit.techniques.world import SEVERAL
 from memfit.trace.lifecycle import Lifecycle, lifecycle
-from memfit.types.collector import uncollected
 from memfit.types.conformance import Conformance, Difference, NotConforming
 from memfit.types.dependence import DependenceKind
 from memfit.types.errors import MemfitError, UserError
+from memfit.types.gc_pause import uncollected
 from memfit.types.job import Bound, Job
 from memfit.types.machine import Machine
+from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import NOT_INCLUDED, Estimate, Interval
-from memfit.types.units import format_bytes, parse_bytes
+from memfit.types.units import format_bytes
 from memfit.types.workload import Workload
-from memfit.workload import workload_of
-from memfit.workspaces import probe_workspaces
 
 __all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -420,7 +421,7 @@ def conform(
         raise NotConforming(Conformance(differences=(alone,), checked=("ranks",), unseen=()))
     if clip is not None and not 0 <= clip < math.inf:
         raise UserError(f"clip={clip!r}", allowed="a gradient norm such as 1.0, or 0 for no clipping")
-    watch = Watch(model, optimizer, asked, blocks=blocks)
+    watch = Monitor(model, optimizer, asked, blocks=blocks)
     watch.clip = clip
     with watch:
         if step is not None:

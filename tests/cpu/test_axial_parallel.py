@@ -18,15 +18,15 @@ import torch
 from child_ranks import leave, run_children
 from torch import nn
 
-from memfit.jobs import alphafold2
-from memfit.jobs.alphafold.evoformer import EvoformerBlock, Widths
-from memfit.jobs.alphafold.model import AlphaFold, small
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.gloo import gloo_first
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, Widths
+from memfit.jobs.builtin.alphafold.model import AlphaFold, small
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.gloo import gloo_first
 from memfit.techniques.axial import Axial
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import make_world
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Phase

@@ -19,14 +19,14 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs import alphafold2
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.gloo import gloo_first
-from memfit.techniques.dataflow import observe
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.linear_roles import observe
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.gloo import gloo_first
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import make_world
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job

@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.gloo import gloo_first
-from memfit.measure.probe import probe
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.gloo import gloo_first
+from memfit.runtime.op_benchmark import probe
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
@@ -156,7 +156,7 @@ def _rank(cases: tuple[tuple[str, Plan], ...], target: Path) -> None:
         counter = CountingAllocator()
         counter.install()
     with joined(cases[0][1]):
-        from memfit.techniques.world import make_world
+        from memfit.techniques.rank_mesh import make_world
 
         rank = torch.distributed.get_rank()
         found = [

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
 from memfit.jobs.registry import load
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.probe import probe
-from memfit.recomputation import chosen
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner.recompute_budget import chosen
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.op_benchmark import probe
 from memfit.techniques.registry import TECHNIQUES, make_use, technique
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, JobRef

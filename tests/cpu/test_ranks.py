@@ -11,9 +11,9 @@ import torch
 from memfit.cost.memory import memory_profile
 from memfit.engines import native
 from memfit.jobs.registry import load
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import available
-from memfit.run.ranks import run_ranks
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import available
+from memfit.runtime.ranks import run_ranks
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.job import JobRef

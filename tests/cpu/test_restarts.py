@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from memfit.run.again import RESTARTS
-from memfit.running import run_spec
+from memfit.runtime.restart import RESTARTS
 from memfit.techniques.registry import make_use
 from memfit.types.job import JobRef
 from memfit.types.launch import Keep, RunSpec
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval, OutcomeKind
+from memfit.workflows.single_run import run_spec
 
 STEPS = 7
 SOURCE = """

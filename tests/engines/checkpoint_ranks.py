@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.engines.registry import render
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import make_world
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import Keep, RunSpec
 from memfit.types.plan import Plan

@@ -32,7 +32,7 @@ def samples(spec: Any) -> list[Any]:
 def deepspeed(data: dict[str, Any]) -> Iterator[str]:
     from pydantic import ValidationError
 
-    from memfit.worker.apply_deepspeed import imported
+    from memfit.engines.deepspeed.step import imported
 
     imported()
     models = tomllib.loads(library_options.BY_HAND.read_text(encoding="utf-8"))["deepspeed"]["models"]

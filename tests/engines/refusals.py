@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from memfit.worker.apply_deepspeed import imported
+from memfit.engines.deepspeed.step import imported
 
 
 def trial(files: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from memfit.jobs.gpt import Gpt, GptSize
+from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.types.job import Job
 
 SIZE = GptSize(layers=2, width=96, heads=4, length=48, vocabulary=320, batch_size=4)

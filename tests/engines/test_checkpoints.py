@@ -22,12 +22,12 @@ from hypothesis import given, strategies
 from memfit.cli import main
 from memfit.engines.registry import render
 from memfit.jobs import checkpoints
-from memfit.run.child import run
+from memfit.runtime.checkpoint_layout import boxes
+from memfit.runtime.child_process import run
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import OptimizerChoice
 from memfit.types.launch import Keep
 from memfit.types.plan import Plan, use
-from memfit.worker.places import boxes
 
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 _spec = importlib.util.spec_from_file_location("checkpoint_ranks", SCRIPT)
@@ -187,8 +187,8 @@ def test_a_state_in_blocks_of_a_flat_buffer_is_refused_after_one_step(tmp_path: 
 
 @pytest.mark.parametrize("uses", [{}, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}], ids=str)
 def test_a_save_makes_no_copies(tmp_path: Path, uses: Any) -> None:
-    from memfit.measure.allocator import available
-    from memfit.measure.memory import peak_counter
+    from memfit.runtime.counting_allocator import available
+    from memfit.runtime.memory import peak_counter
 
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")

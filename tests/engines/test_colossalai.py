@@ -23,9 +23,9 @@ from memfit.engines.colossalai import CONFIG, ENGINE, config, plugin_of
 from memfit.engines.environment import Environment, record, recorded
 from memfit.engines.registry import ready, render
 from memfit.jobs.registry import load
-from memfit.run.child import run
-from memfit.run.environment import install
-from memfit.run.ranks import run_ranks
+from memfit.runtime.child_process import run
+from memfit.runtime.engine_environment import install
+from memfit.runtime.ranks import run_ranks
 from memfit.techniques.registry import check, make_use
 from memfit.trace.tracer import trace
 from memfit.types.errors import RunError, UserError

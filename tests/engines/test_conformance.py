@@ -22,12 +22,12 @@ import torch
 
 from memfit.api import conform
 from memfit.engines.registry import render
-from memfit.jobs import alphafold2
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
-from memfit.run.ranks import run_ranks
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.ranks import run_ranks
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import make_world
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -113,13 +113,17 @@ def _no_sync() -> Iterator[None]:
 
 
 def _not_averaged() -> Any:
-    return mock.patch("memfit.techniques.together.averaging", return_value=lambda last: None)
+    return mock.patch(
+        "memfit.techniques.parallel.sample_parallel_collectives.averaging", return_value=lambda last: None
+    )
 
 
 def _full_precision() -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    return mock.patch("memfit.techniques.data_parallel._precision", return_value=MixedPrecisionPolicy())
+    return mock.patch(
+        "memfit.techniques.parallel.data_parallel._precision", return_value=MixedPrecisionPolicy()
+    )
 
 
 def _other(technique: str, **settings: Any) -> Callable[[], Any]:
@@ -135,15 +139,15 @@ def _other(technique: str, **settings: Any) -> Callable[[], Any]:
 
 def _left(shape: tuple[int, ...] | None) -> Callable[[], Any]:
     """The pipeline runs, and parameters of ``shape`` (None: all) stay with every stage."""
-    from memfit.techniques import stages
+    from memfit.techniques.parallel import pipeline_stages
 
-    drop = stages._drop
+    drop = pipeline_stages._drop
 
     def kept(module: Any, key: str, held: dict[str, Any]) -> None:
         if shape is not None and held[key].shape != shape:
             drop(module, key, held)
 
-    return lambda: mock.patch.object(stages, "_drop", kept)
+    return lambda: mock.patch.object(pipeline_stages, "_drop", kept)
 
 
 FAST = {"reduce_bucket_elements": 100_000, "persist_elements": 1}

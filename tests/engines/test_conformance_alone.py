@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from memfit.api import conform
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
-from memfit.measure.across import offloaded_states
-from memfit.measure.conform import Watch
-from memfit.measure.graph import Graph
-from memfit.measure.looks import SEEN
-from memfit.recomputation import chosen
+from memfit.conformance.autograd_graph import Graph
+from memfit.conformance.distributed_checks import offloaded_states
+from memfit.conformance.monitor import Monitor
+from memfit.conformance.technique_checks import SEEN
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner.recompute_budget import chosen
 from memfit.techniques.offload import Parked
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
@@ -152,7 +152,7 @@ def test_tensors_that_are_not_dropped() -> None:
     plan = chosen(JOB, _plan("optimal-checkpointing", budget_mib=4))
     assert plan.uses[0].settings["dropped"] != "none"
     assert "optimal-checkpointing" in _told(plan).partition("not seen")[0]
-    with mock.patch("memfit.techniques.recompute._without", return_value=contextlib.nullcontext()):
+    with mock.patch("memfit.techniques.recompute.optimal._without", return_value=contextlib.nullcontext()):
         assert "optimal-checkpointing: planned tensors that backward makes again, found 0" in _told(plan)
 
 
@@ -267,7 +267,7 @@ def test_devices_tell_where_states_are(planned: str, found: str) -> None:
     optimizer = SimpleNamespace(state={model.weight: {"exp_avg": state}}, step=lambda: None)
     stage = 1 if planned != "parameters" else 3
     plan = _plan("zero", stage=stage, offload=planned, persist_elements=1)
-    watch = Watch(model, optimizer, plan)
+    watch = Monitor(model, optimizer, plan)
     watch.graph.device = "meta"
     offloaded_states(watch)
     assert bool(watch._differences) == (planned != found)
@@ -357,7 +357,7 @@ def test_layers_that_the_model_itself_keeps_in_float32_are_none_of_a_plan_s(name
 
 @pytest.mark.parametrize("name", ["activation-offload", "chunked-cross-entropy"])
 def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
-    with mock.patch("memfit.measure.graph._raw", return_value=[object()]):
+    with mock.patch("memfit.conformance.autograd_graph._raw", return_value=[object()]):
         told = _told(PLANS[name])
     assert told.startswith("fine: as planned")
     assert name in told.partition("; not seen")[2]
@@ -409,7 +409,7 @@ def test_offload_of_half_of_the_parameters(share: float) -> None:
         *[nn.Linear(64, 64, bias=False, device="cpu" if i < count else "meta") for i in range(8)]
     )
     state = {p: {"exp_avg": torch.zeros(64, 64)} for p in model.parameters()}
-    watch = Watch(model, SimpleNamespace(state=state, step=lambda: None), _plan("fsdp2", offload=True))
+    watch = Monitor(model, SimpleNamespace(state=state, step=lambda: None), _plan("fsdp2", offload=True))
     watch.graph.device = "meta"
     offloaded_states(watch)
     assert bool(watch._differences) == (share < 1)

@@ -27,11 +27,11 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel as Ddp
 
 from memfit.api import conform
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.measure.figures import figures
-from memfit.techniques import zero12
+from memfit.conformance.fingerprints import figures
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import TECHNIQUES, make_use
-from memfit.techniques.world import make_world
+from memfit.techniques.zero import zero_stage12
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -89,15 +89,17 @@ def _no_replicas() -> Any:
 
 
 def _no_owners() -> Any:
-    return mock.patch("memfit.techniques.sharded_ddp.ShardedDdp._send", return_value=_Done())
+    return mock.patch("memfit.techniques.zero.sharded_ddp.ShardedDdp._send", return_value=_Done())
 
 
 def _not_together() -> Any:
-    return mock.patch("memfit.techniques.together.averaging", return_value=lambda last: None)
+    return mock.patch(
+        "memfit.techniques.parallel.sample_parallel_collectives.averaging", return_value=lambda last: None
+    )
 
 
 def _alone() -> Any:
-    return mock.patch.object(zero12, "all_reduce", return_value=None)
+    return mock.patch.object(zero_stage12, "all_reduce", return_value=None)
 
 
 def _own_part(self: Any, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
@@ -108,7 +110,7 @@ def _own_part(self: Any, grads: list[torch.Tensor], sizes: list[int]) -> torch.T
 
 
 def _own_shards() -> Any:
-    from memfit.techniques.zero3 import ZeroThree
+    from memfit.techniques.zero.zero_stage3 import ZeroThree
 
     return mock.patch.object(ZeroThree, "_scattered", _own_part)
 
@@ -122,7 +124,7 @@ def _other(technique: str, **settings: Any) -> Callable[[], Any]:
 
 def _at_once() -> Any:
     """FSDP2 wraps the model and none of its blocks."""
-    from memfit.techniques import data_parallel
+    from memfit.techniques.parallel import data_parallel
 
     return mock.patch.object(data_parallel, "_groups", lambda bench, *_: [(bench.model, True)])
 
@@ -537,7 +539,7 @@ def test_shards_add_up_to_the_whole_figure() -> None:
     for cuts in ([0, 105], [0, 50, 105], [0, 1, 16, 44, 45, 104, 105]):
         parts = [figures(whole.flatten()[a:b], a, 15) for a, b in itertools.pairwise(cuts)]
         torch.testing.assert_close(sum(parts), figures(whole), rtol=1e-6, atol=1e-6)
-    with mock.patch("memfit.measure.figures._AT_ONCE", 8):
+    with mock.patch("memfit.conformance.fingerprints._AT_ONCE", 8):
         torch.testing.assert_close(figures(whole), sum(parts), rtol=1e-6, atol=1e-6)
     changed = whole.clone()
     changed[3, 2, 1] += 1

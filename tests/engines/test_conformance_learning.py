@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from memfit.api import conform
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
 from memfit.techniques import adapters
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.registry import make_use
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job, JobRef

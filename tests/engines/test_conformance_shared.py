@@ -23,10 +23,10 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe
 from torch.nn import functional
 
 from memfit.api import conform
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.rank_mesh import Layout, make_world
 from memfit.techniques.registry import TECHNIQUES, make_use
-from memfit.techniques.world import Layout, make_world
 from memfit.types.conformance import NotConforming
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -74,9 +74,9 @@ def _looped() -> Any:
     """Several stages on a rank, and all forwards before the first backward."""
     from torch.distributed.pipelining import schedules
 
-    from memfit.techniques import stages
+    from memfit.techniques.parallel import pipeline_stages
 
-    return mock.patch.dict(stages.SCHEDULES, {"interleaved": schedules.ScheduleLoopedBFS})
+    return mock.patch.dict(pipeline_stages.SCHEDULES, {"interleaved": schedules.ScheduleLoopedBFS})
 
 
 def _same_samples() -> Any:
@@ -85,7 +85,7 @@ def _same_samples() -> Any:
 
 def _own_part_only() -> Any:
     """Keys and values are gathered all the same."""
-    from memfit.techniques.gathered_attention import Across
+    from memfit.techniques.parallel.gathered_attention import Across
 
     inner = Across.blocks
     return mock.patch.object(Across, "blocks", lambda self, causal: [next(inner(self, causal))])
@@ -93,15 +93,15 @@ def _own_part_only() -> Any:
 
 def _alone() -> Any:
     """Each rank keeps all parts."""
-    from memfit.techniques import zero3
-    from memfit.techniques.zero12 import Alone
+    from memfit.techniques.zero import zero_stage3
+    from memfit.techniques.zero.zero_stage12 import Alone
 
-    inner = zero3.ZeroThree.__init__
+    inner = zero_stage3.ZeroThree.__init__
 
     def init(self: Any, bench: Any, params: Any, settings: Any, make: Any, group: Any) -> None:
         inner(self, bench, params, settings, make, Alone())
 
-    return mock.patch.object(zero3.ZeroThree, "__init__", init)
+    return mock.patch.object(zero_stage3.ZeroThree, "__init__", init)
 
 
 ORDER, APART = "pipeline: schedule: planned", "pipeline: schedule: gradients of weights: planned"

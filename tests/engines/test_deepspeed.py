@@ -26,11 +26,11 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile
 from memfit.engines.deepspeed import CONFIG, ENGINE
 from memfit.engines.registry import render
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.gloo import gloo_first
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.gloo import gloo_first
+from memfit.techniques.rank_mesh import make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.world import make_world
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, JobRef
 from memfit.types.launch import RunSpec
@@ -287,7 +287,7 @@ def test_its_own_parser_reads_what_the_plan_says(tmp_path: Path) -> None:
 _SECTION = """
 import json, sys
 import torch
-from memfit.worker.apply_deepspeed import _join_alone, imported
+from memfit.engines.deepspeed.step import _join_alone, imported
 deepspeed, found = imported(), []
 _join_alone()
 for section in ({}, {"activation_checkpointing": {"partition_activations": True, "number_checkpoints": 2}}):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from memfit.measure.allocator import available
+from memfit.runtime.counting_allocator import available
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WORST_RATIO, WORST_REST_RATIO = 0.02, 0.05

@@ -26,12 +26,12 @@ from torch.nn import functional
 from memfit.cost.memory import memory_profile
 from memfit.engines.fairscale import CONFIG, ENGINE, config
 from memfit.engines.registry import render
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.gloo import gloo_first
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.gloo import gloo_first
+from memfit.techniques.rank_mesh import layout, make_world
 from memfit.techniques.registry import make_use
-from memfit.techniques.sharded_ddp import owners
-from memfit.techniques.world import layout, make_world
+from memfit.techniques.zero.sharded_ddp import owners
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef

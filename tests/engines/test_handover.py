@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from memfit.cli import main
-from memfit.techniques.planfile import plan_text
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import make_use
 from memfit.types.plan import Plan
 

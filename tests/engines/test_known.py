@@ -24,7 +24,7 @@ def test_the_library_takes_every_setting_of_the_table(library: str, package: str
     beside = [str(ROOT / package)] if package.startswith(".") else []
     if not all(Path(p).is_dir() for p in beside) or not (beside or importlib.util.find_spec(package)):
         pytest.skip(f"{package} is not there (bash scripts/parsers.sh)")
-    text = resources.files("memfit.configs").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
+    text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
     path = os.pathsep.join([*beside, str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     child = subprocess.run(
         [sys.executable, Path(__file__).with_name("known.py"), library, *beside], input=text,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_configs_rules import CASES
 
-from memfit.run.ranks import free_port
+from memfit.runtime.ranks import free_port
 
 # Of those that can be tried on one CPU process in a second or two.
 REFUSED = (

@@ -16,10 +16,11 @@ from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
 from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
+from memfit.engines.megatron.gpt import check_cut, read, sizes
 from memfit.engines.registry import ready, render
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.run.child import run
-from memfit.run.ranks import run_ranks
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.runtime.child_process import run
+from memfit.runtime.ranks import run_ranks
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import stepping, trace
 from memfit.types.errors import UserError
@@ -29,7 +30,6 @@ from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Category
-from memfit.worker.megatron_gpt import check_cut, read, sizes
 from memfit.worker.train import step_maker
 
 installed = pytest.mark.skipif(

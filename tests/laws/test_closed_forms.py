@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from memfit.catalog import machine
 from memfit.cost.allocator import replay
-from memfit.cost.device import with_workspaces
+from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.memory import levels
-from memfit.jobs.gpt import Gpt, GptSize
+from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, OptimizerChoice

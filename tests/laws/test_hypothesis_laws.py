@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memfit.cost.allocator import replay
-from memfit.cost.device import exceeds_probability
+from memfit.cost.device_overhead import exceeds_probability
 from memfit.cost.memory import levels, memory_profile
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.probe import probe
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.op_benchmark import probe
 from memfit.techniques.registry import make_use
-from memfit.trace.compose import deep_trace
+from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.machine import Calibration

@@ -18,9 +18,9 @@ from report_fixture import full_poc
 
 from memfit.catalog import finance
 from memfit.decision import case as cases
-from memfit.decision import chance, money
+from memfit.decision import money, monte_carlo
+from memfit.decision.assumptions import widened
 from memfit.decision.decide import decide
-from memfit.decision.terms import widened
 from memfit.store import Store
 from memfit.types.decision import Amount, Decision, Sheet, Term, Terms, Way
 from memfit.types.result import Interval, Offer
@@ -202,7 +202,7 @@ def test_the_interval_contains_the_point(data: st.DataObject, pair: Pair, terms:
     best, reference = (Way(**way) for way in pair)
     told = data.draw(ranges(terms))
     point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
-    found = chance.interval(best, reference, terms, told, draws=50)
+    found = monte_carlo.interval(best, reference, terms, told, draws=50)
     if point is None:
         assert found is None
         return
@@ -210,7 +210,7 @@ def test_the_interval_contains_the_point(data: st.DataObject, pair: Pair, terms:
     span, percent = found
     assert span.low <= span.value == point <= span.high <= 100
     assert 0 <= percent <= 100
-    assert chance.interval(best, reference, terms, told, draws=50) == found, "the same draws every time"
+    assert monte_carlo.interval(best, reference, terms, told, draws=50) == found, "the same draws every time"
 
 
 @given(data=st.data(), pair=pairs, terms=all_terms)
@@ -220,13 +220,13 @@ def test_a_term_at_its_own_value_swings_nothing(data: st.DataObject, pair: Pair,
     assume(point is not None)
     for term in data.draw(ranges(terms)):
         still = dataclasses.replace(term, low=term.value, high=term.value)
-        assert chance.tornado(best, reference, terms, [still]) == ()
+        assert monte_carlo.tornado(best, reference, terms, [still]) == ()
         assert term.value is not None
-        there = chance.moved(terms, {term.name: term.value})
+        there = monte_carlo.moved(terms, {term.name: term.value})
         again = money.saved_percent(money.sheet(best, there), money.sheet(reference, there))
         assert again == pytest.approx(point, rel=1e-6, abs=1e-6)
         one_sided = dataclasses.replace(term, low=term.value)
-        for swing in chance.tornado(best, reference, terms, [one_sided]):
+        for swing in monte_carlo.tornado(best, reference, terms, [one_sided]):
             assert swing.low_percent == pytest.approx(point, rel=1e-6, abs=1e-6)
 
 
@@ -237,9 +237,9 @@ def test_a_number_that_is_nothing_may_have_a_range(pair: Pair, terms: Terms) -> 
     terms = dataclasses.replace(terms, tax_ratio=0.0, levy_per_kwh=Amount())
     for name in ("tax_ratio", "levy_per_kwh"):
         term = Term(name=name, value=0.0, unit="", low=0.0, high=0.1)
-        there = chance.moved(terms, {name: 0.1})
+        there = monte_carlo.moved(terms, {name: 0.1})
         ends = [money.saved_percent(money.sheet(best, t), money.sheet(reference, t)) for t in (terms, there)]
-        found = chance.tornado(best, reference, terms, [term])
+        found = monte_carlo.tornado(best, reference, terms, [term])
         if ends[0] is None or ends[1] is None:
             assert found == ()
             continue
@@ -291,10 +291,10 @@ def test_the_money_s_interval_is_wider_where_step_times_were_missed_by_more() ->
 def test_a_draw_does_not_depend_on_what_else_is_drawn(data: st.DataObject, pair: Pair, terms: Terms) -> None:
     best, reference = (Way(**way) for way in pair)
     told = data.draw(ranges(terms))
-    found = chance.interval(best, reference, terms, told, draws=20)
-    assert chance.interval(best, reference, terms, told[::-1], draws=20) == found
+    found = monte_carlo.interval(best, reference, terms, told, draws=20)
+    assert monte_carlo.interval(best, reference, terms, told[::-1], draws=20) == found
     idle = Term(name="value_per_run", value=2.0, unit="", low=1.0, high=3.0)
-    assert chance.interval(best, reference, terms, [idle, *told], draws=20) == found
+    assert monte_carlo.interval(best, reference, terms, [idle, *told], draws=20) == found
 
 
 @given(way=ways(), terms=all_terms)
@@ -337,7 +337,7 @@ own_prices = st.tuples(
 )  # fmt: skip
 
 
-def told(currency: str, rate: float, own: tuple[float, ...], *, named: bool) -> cases.Case:
+def told(currency: str, rate: float, own: tuple[float, ...], *, named: bool) -> cases.DecisionCase:
     """The same people, with their prices (US dollars) in another currency."""
     p = [x * rate for x in own]
     case: dict[str, Any] = {
@@ -359,12 +359,12 @@ def told(currency: str, rate: float, own: tuple[float, ...], *, named: bool) -> 
     if named:
         case["purchase"] |= {"machine": "RTX-A6000", "price": p[PRICE]}
         case["cloud"] |= {"machine": "H100-PCIe", "per_hour": p[PER_HOUR]}
-    return cases.Case.model_validate(case)
+    return cases.DecisionCase.model_validate(case)
 
 
-def decided(case: cases.Case) -> Decision:
+def decided(case: cases.DecisionCase) -> Decision:
     with pytest.MonkeyPatch.context() as patch:  # all draws take long
-        patch.setattr(chance, "interval", functools.partial(chance.interval, draws=100))
+        patch.setattr(monte_carlo, "interval", functools.partial(monte_carlo.interval, draws=100))
         return decide(POC, case)
 
 

@@ -33,12 +33,12 @@ from transformers import (
 
 from memfit.catalog import machine
 from memfit.cost.allocator import replay
-from memfit.cost.footprint import footprint
 from memfit.cost.memory import MemoryProfile, levels, memory_profile, step_ops
+from memfit.cost.memory_estimate import footprint
 from memfit.techniques.registry import make_use
-from memfit.trace.compose import deep_trace
-from memfit.trace.few_blocks import with_blocks
+from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
+from memfit.trace.truncated_model import with_blocks
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, Use

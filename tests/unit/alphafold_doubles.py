@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.jobs.alphafold import model
+from memfit.jobs.builtin.alphafold import model
 
 PUBLISHED = model.published(residues=256, rows=128, extra_rows=1024, batch_size=1)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from memfit.jobs.step import TrainingStep
-from memfit.measure.conform import Watch
-from memfit.run.ranks import free_port, rank_env
+from memfit.conformance.monitor import Monitor
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.ranks import free_port, rank_env
 from memfit.types.conformance import NotConforming
 from memfit.types.trace import Phase
 
@@ -56,7 +56,7 @@ def answers(script: str | Path, folder: Path, *, ranks: int = 2) -> list[Any]:
 
 def told(step: TrainingStep, whole_elements: int) -> str:
     """What is said of one training step beside its plan; "fine: ..." where it conforms."""
-    watch = Watch(step.model, step.optimizer, step.plan, whole_elements=whole_elements)
+    watch = Monitor(step.model, step.optimizer, step.plan, whole_elements=whole_elements)
 
     def on_phase(phase: Phase) -> None:
         if phase is Phase.OPTIMIZER:

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from memfit.adoption import effort
 from memfit.store.database import Store
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, use
 from memfit.types.result import Measurement, OutcomeKind, Run
+from memfit.workflows.effort import effort
 
 PACKAGES = {
     "memfit": (["numpy>=1.26", "typer>=0.15", "pytest; extra == 'dev'"], 1),

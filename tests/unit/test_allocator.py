@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost.allocator import CachingAllocator, Event, Settings, events_of, replay, run
-from memfit.cost.segments import rounded_bytes, segment_bytes
+from memfit.cost.caching_allocator_rules import rounded_bytes, segment_bytes
 from memfit.types.trace import Allocation, Category, Phase
 
 KIB, MIB = 2**10, 2**20

@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, unpad_
 
 import memfit
 from memfit.cost.memory import memory_profile, with_kept
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.measure.probe import probe, ready
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
+from memfit.runtime.op_benchmark import probe, ready
 from memfit.trace.lifecycle import lifecycle
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 import memfit
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.techniques.registry import make_use
 from memfit.types.plan import use
 
@@ -310,7 +310,7 @@ def test_a_trainers_step_is_as_measured(arguments: dict[str, Any], tmp_path: Pat
 
 def test_a_job_from_a_module_trains_on_real_tensors_too() -> None:
     """Outside a fake mode the job builds a real copy, so that what was predicted can be run."""
-    from memfit.given import job_of
+    from memfit.inputs import job_of
 
     model = net()
     step = TrainingStep(job_of(model, (X, Y), loss=nn.CrossEntropyLoss()), memfit.Plan())

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from memfit.catalog import machine
-from memfit.cost.play import sent
-from memfit.cost.time import time_model
-from memfit.jobs.alphafold.evoformer import EvoformerBlock, Widths
-from memfit.planning import space_of
-from memfit.pricing import Pricer
-from memfit.scaling.find import find
-from memfit.scaling.traced import Traced
-from memfit.search.layouts import Limits
+from memfit.cost.op_time import time_model
+from memfit.cost.stream_simulator import sent
+from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, Widths
+from memfit.planner.block_traces import Traced
+from memfit.planner.evaluate import Pricer
+from memfit.planner.grid_search import find
+from memfit.planner.parallelism_grid import Limits
+from memfit.planner.single_device import space_of
 from memfit.techniques.axial import Axial, Whole
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.trace.tracer import trace

@@ -9,9 +9,9 @@ import pytest
 
 from memfit.catalog import machine
 from memfit.cli import main
-from memfit.cost.steps import sketched_s
-from memfit.planning import Planning, Request, search
-from memfit.search.choose import Objective, as_asked, missed
+from memfit.cost.step_time import sketched_s
+from memfit.planner.selection import Objective, as_asked, missed
+from memfit.planner.single_device import Planning, Request, search
 from memfit.techniques.registry import TECHNIQUES, make_use, plain
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef

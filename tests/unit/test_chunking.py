@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.builtin.alphafold.evoformer import EvoformerBlock, RowAttention, TriangleAttention, Widths
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.chunk_analysis import insides, to_cut, worth_cutting
 from memfit.techniques.registry import make_use
-from memfit.techniques.slices import insides, to_cut, worth_cutting
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job

@@ -20,10 +20,10 @@ import report_fixture as fixture
 
 import memfit
 from memfit.cli import doctor, main, views
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions
 from memfit.cli.output import one_of
 from memfit.cli.progress import Bars
-from memfit.cli.quiet import quiet_libraries
 from memfit.report.explain import Explained
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
@@ -75,7 +75,7 @@ class FakePipeline(SimpleNamespace):
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     fake = FakePipeline()
-    monkeypatch.setitem(sys.modules, "memfit.pipeline", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "memfit.workflows.proof_of_concept", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(memfit, "pipeline", fake, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     return fake
@@ -130,7 +130,7 @@ def test_no_command_is_a_request_for_help(ask: Ask) -> None:
 def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
     import typing
 
-    from memfit.search.choose import Objective
+    from memfit.planner.selection import Objective
 
     hints = typing.get_type_hints(GoalOptions, include_extras=True)
     assert hints["goal"].__metadata__[0].metavar == "|".join(Objective)
@@ -489,7 +489,7 @@ def test_the_doctor_says_what_a_missing_package_keeps_from_working() -> None:
 def test_the_doctor_does_without_everything_optional(
     ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("torch", "memfit.measure.allocator", "memfit.measure.memory"):
+    for name in ("torch", "memfit.runtime.counting_allocator", "memfit.runtime.memory"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     code, out, _ = ask("doctor", "--json", "--store", str(tmp_path / "s.sqlite3"))

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from test_configs_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 
-from memfit.configs.better import neighbours
-from memfit.configs.carry import Carried, over
-from memfit.configs.lint import check
-from memfit.configs.read import Setup, read
 from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.base import Engine
+from memfit.lint.check import check
+from memfit.lint.draft import Carried
+from memfit.lint.neighbours import neighbours
+from memfit.lint.parse import Setup, read
+from memfit.lint.to_plan import over
+from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import conflict, make_use
-from memfit.techniques.world import layout
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import report_fixture as fixture
 
-import memfit.beside
+import memfit.workflows.config_review
 from memfit.cli import main
 from memfit.types.errors import NothingFits
 
@@ -130,7 +130,7 @@ def test_on_one_rank_the_recommendation_stands_beside_it(ask: Ask, monkeypatch: 
         asked.append(request)
         return SimpleNamespace(result=fixture.full_poc().search)
 
-    monkeypatch.setattr(memfit.beside, "search", search)
+    monkeypatch.setattr(memfit.workflows.config_review, "search", search)
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--lang", "ja")
     assert code == 0
     assert "zero(" in out
@@ -144,7 +144,7 @@ def test_where_nothing_fits_the_least_that_would_is_told(ask: Ask, monkeypatch: 
     def search(request: Any, progress: Any) -> Any:
         raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="sgd")
 
-    monkeypatch.setattr(memfit.beside, "search", search)
+    monkeypatch.setattr(memfit.workflows.config_review, "search", search)
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
     assert code == 0
     assert "the least that would do is 2 B" in out

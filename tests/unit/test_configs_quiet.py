@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_configs_rules import CPU, DECAY, FILE, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 
-from memfit.configs.lint import check
-from memfit.configs.read import read
+from memfit.lint.check import check
+from memfit.lint.parse import read
 
 SWIFT = (
     "megatron sft --num_layers 8 --micro_batch_size 1 --overlap_param_gather true --overlap_grad_reduce true"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from memfit.configs.read import read
-from memfit.configs.shell import read_script
+from memfit.lint.launch_script import read_script
+from memfit.lint.parse import read
 from memfit.types.errors import UserError
 
 DEEPSPEED = '{"train_batch_size": 8, "bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}'

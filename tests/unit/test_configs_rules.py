@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from memfit.configs.lint import CHECKS, Finding, Severity, check, texts
-from memfit.configs.openfold import TUNED
-from memfit.configs.read import read
+from memfit.lint.check import CHECKS, Finding, Severity, check, texts
+from memfit.lint.openfold import TUNED
+from memfit.lint.parse import read
 
 File = tuple[str, str]  # name and content
 

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from report_fixture import BF16, BOTH, CHECKPOINTED, PLAIN, RECOMMENDED, full_poc
 from rich.console import Console
 
-from memfit import pipeline
 from memfit.cli.app import main
-from memfit.cost.correction import LEAST_SPREAD, corrected, factor
-from memfit.measure import here
-from memfit.planning import Request
+from memfit.cost.step_time_calibration import LEAST_SPREAD, corrected, factor
+from memfit.planner.single_device import Request
 from memfit.report import terminal
+from memfit.runtime import local_machine
 from memfit.store import Store
 from memfit.store.environment import fingerprint
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use
+from memfit.workflows import proof_of_concept
 
 OFFLOADED = Plan(uses=(use("activation-offload"),))
 ALL = (PLAIN, CHECKPOINTED, BF16, BOTH, RECOMMENDED)
@@ -73,20 +73,20 @@ def stored(folder: Path, **changes: str) -> Store:
 
 
 def asked(spec: str) -> Request:
-    return Request(job=JobRef(spec=spec), machine=here.this_machine("world"))
+    return Request(job=JobRef(spec=spec), machine=local_machine.this_machine("world"))
 
 
 def test_a_proof_of_concept_corrects_plans_for_its_job_here(tmp_path: Path) -> None:
     store, poc = stored(tmp_path), full_poc()
     spec = poc.runs[0].spec.job.spec
-    found = pipeline.corrected_by(asked(spec), store, None).correction
+    found = proof_of_concept.corrected_by(asked(spec), store, None).correction
     assert found.corrected_by == poc.poc_id
     assert found.corrected_count >= 3
     with pytest.raises(UserError, match="the same job"):
-        pipeline.corrected_by(asked("weather"), store, None)
+        proof_of_concept.corrected_by(asked("weather"), store, None)
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"elsewhere: torch 1\.0"):
-        pipeline.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
+        proof_of_concept.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
 
 
 def test_a_corrected_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

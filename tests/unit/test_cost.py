@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from memfit.cost.estimate import estimate, modelled_boundary
 from memfit.cost.memory import levels, memory_profile, state_bytes, step_ops, timeline
-from memfit.cost.steps import host_bytes_s, played
-from memfit.cost.time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
+from memfit.cost.op_time import ASSUMED_EFFICIENCY_RATIO, ASSUMED_OVERHEAD_S, TimeModel, time_model
+from memfit.cost.step_time import host_bytes_s, played
 from memfit.types.machine import Calibration, Device, Fact, Host, Machine
 from memfit.types.plan import Plan
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace

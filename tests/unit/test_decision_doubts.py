@@ -12,23 +12,25 @@ from typing import Any
 import pytest
 from report_fixture import RECOMMENDED, full_poc, offers
 
-from memfit import catalog, pipeline, wire
+from memfit import catalog
 from memfit.catalog import finance
 from memfit.decision import money
 from memfit.decision.case import TEMPLATE, parsed
 from memfit.decision.decide import decide
-from memfit.gates import Gates, Time
+from memfit.decision.rollout_gates import Gates, TimeLimits
 from memfit.report.decision import decision_view
 from memfit.report.decision_rows import DecisionView, way_name
-from memfit.report.figures import figure_text, sentence_text
 from memfit.report.html import render_html
+from memfit.report.quantities import figure_text, sentence_text
 from memfit.report.words import LANGUAGES, load_words
 from memfit.store import Store
 from memfit.techniques.registry import TECHNIQUES, technique
+from memfit.types import serialization
 from memfit.types.decision import Decision
 from memfit.types.errors import UserError
 from memfit.types.result import Interval, Poc
 from memfit.types.units import GIB
+from memfit.workflows import proof_of_concept
 
 WORDS = load_words("en")
 PLAIN = """
@@ -97,7 +99,7 @@ def test_a_phrase_carries_what_the_answer_hangs_on() -> None:
 
 def test_where_the_gate_stopped_no_phrase_goes_on() -> None:
     record = poc()
-    made = decide(record, parsed(CARD, "it"), limits=Gates(time=Time(step_ratio=0.01)))
+    made = decide(record, parsed(CARD, "it"), limits=Gates(time=TimeLimits(step_ratio=0.01)))
     first, second, *_ = phrases(decision_view(record, made)).splitlines()
     assert "The gate has stopped the roll-out: time" in first
     assert second.startswith("We stop here for now")
@@ -333,7 +335,7 @@ def test_the_largest_figures_stay_finite() -> None:
         "[work]\nruns_per_year = 1e15\nsteps_per_run = 1000000000000\nvalue_per_run = 1e15\n"
         "[money]\nlabour_per_hour = 1e15\n[effort]\nsetup_hours = 1e15\n"
     )
-    json.dumps(wire.to_plain(made), allow_nan=False)
+    json.dumps(serialization.to_plain(made), allow_nan=False)
 
 
 def test_the_template_with_every_line_taken_in_is_a_case() -> None:
@@ -351,7 +353,7 @@ def test_the_template_with_every_line_taken_in_is_a_case() -> None:
 
 def test_limits_of_ones_own_are_told_and_money_never_told_is_not_known() -> None:
     record, told = poc(), WORDS.get("stages.own_limits")
-    for limits, own in ((Gates(time=Time(step_ratio=0.01)), True), (Gates(), False)):
+    for limits, own in ((Gates(time=TimeLimits(step_ratio=0.01)), True), (Gates(), False)):
         made = decide(record, parsed(CARD, "it"), limits=limits)
         assert (told in render_html(record, lang="en", decision=made)) is own
         assert (told in card(decision_view(record, made), "next")) is own
@@ -370,8 +372,8 @@ def test_limits_of_an_older_version_end_with_the_next_gate(tmp_path: Path) -> No
     store, record = Store(tmp_path / "s.sqlite3"), poc()
     for kind in ("begin", "poc"):
         store.append(record.poc_id, kind, record)
-    store.append(record.poc_id, pipeline.GATES, {"text": "[accuracy]\nverdicts = []\n"})
+    store.append(record.poc_id, proof_of_concept.GATES, {"text": "[accuracy]\nverdicts = []\n"})
     with pytest.raises(UserError, match="memfit scale without it forgets it"):
-        pipeline.decide(store, poc_id=None, case=None)
-    store.append(record.poc_id, pipeline.GATES, {"text": ""})
-    assert not pipeline.decide(store, poc_id=None, case=None)[1].own_limits
+        proof_of_concept.decide(store, poc_id=None, case=None)
+    store.append(record.poc_id, proof_of_concept.GATES, {"text": ""})
+    assert not proof_of_concept.decide(store, poc_id=None, case=None)[1].own_limits

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit import catalog
-from memfit.cost.device import (
+from memfit.cost.device_overhead import (
     BLAS_WORKSPACE,
     CONNECTION_BYTES,
     exceeds_probability,
@@ -18,7 +18,7 @@ from memfit.cost.device import (
     outside,
     with_workspaces,
 )
-from memfit.cost.footprint import footprint, late, sketched
+from memfit.cost.memory_estimate import footprint, late, sketched
 from memfit.types.machine import Device, Fact, Machine
 from memfit.types.result import Interval
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace

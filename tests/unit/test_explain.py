@@ -21,7 +21,7 @@ from memfit.report.explain import Explained, contributors, difference
 from memfit.report.explain_files import chrome_trace, snapshot
 from memfit.report.explain_html import MOST_BYTES, render_explained, series
 from memfit.report.explain_terminal import print_difference, print_explained
-from memfit.report.figures import sentence_text
+from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan, use

@@ -17,7 +17,7 @@ from memfit.engines.registry import ENGINES, render
 from memfit.export.base import Handover
 from memfit.export.targets import bundle
 from memfit.export.write import digest, write
-from memfit.techniques.planfile import plan_text, read_plan
+from memfit.techniques.plan_file import plan_text, read_plan
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -296,7 +296,7 @@ def test_the_command_carries_the_users_job(
 def test_what_is_exported_is_what_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, plan: Plan
 ) -> None:
-    from memfit import running
+    from memfit.workflows import single_run
 
     class Begun(Exception):
         spec: RunSpec
@@ -305,7 +305,7 @@ def test_what_is_exported_is_what_is_run(
         Begun.spec = spec
         raise Begun
 
-    monkeypatch.setattr(running, "run_spec", begin)
+    monkeypatch.setattr(single_run, "run_spec", begin)
     (tmp_path / "plan.yaml").write_text(plan_text(plan))
     asked = [f"{TINY}:words", "--plan", str(tmp_path / "plan.yaml"), "--engine", engine]
     with pytest.raises(Begun):

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from test_export import handover
 
-from memfit.configs import carry
-from memfit.configs.lint import check
-from memfit.configs.read import read
 from memfit.export.targets import bundle
 from memfit.export.write import write
+from memfit.lint import to_plan
+from memfit.lint.check import check
+from memfit.lint.parse import read
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -107,7 +107,7 @@ def test_keys_are_torchtitans(name: str) -> None:
 def test_the_toml_reads_back_as_the_same_plan(tmp_path: Path, name: str) -> None:
     write(tmp_path / "out", bundle("torchtitan", handover(PLANS[name])))
     setup = read([tmp_path / "out" / "torchtitan.toml"], ranks=PLANS[name].ranks)
-    carried = carry.over(setup)
+    carried = to_plan.over(setup)
     assert carried.plan == PLANS[name]
     assert carried.batch == 8
     assert not [f for f in check(setup) if f.severity == "error"]

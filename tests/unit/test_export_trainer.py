@@ -11,11 +11,11 @@ import pytest
 from test_export import handover
 
 from memfit.cli import main
-from memfit.configs import carry
-from memfit.configs.read import read
 from memfit.export.targets import bundle
 from memfit.export.write import write
-from memfit.techniques.planfile import plan_text
+from memfit.lint import to_plan
+from memfit.lint.parse import read
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
@@ -147,7 +147,7 @@ def test_what_the_arguments_cannot_say(given: Plan, said: str) -> None:
 )
 def test_what_is_handed_over_reads_back_as_the_same_plan(tmp_path: Path, given: Plan, engine: str) -> None:
     write(tmp_path / "out", bundle("trainer", handover(given, engine)))
-    carried = carry.over(read([tmp_path / "out" / "training_args.json"], ranks=given.ranks))
+    carried = to_plan.over(read([tmp_path / "out" / "training_args.json"], ranks=given.ranks))
     assert carried.plan == given
     assert carried.batch == 8
 

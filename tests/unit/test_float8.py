@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from memfit.catalog import machine
-from memfit.cost.kernels import FULL_SUM, kernels
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.jobs.step import TrainingStep
-from memfit.search.layouts import _inside
+from memfit.cost.kernel_model import FULL_SUM, kernels
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner.parallelism_grid import _inside
 from memfit.techniques.float8 import NAME
 from memfit.techniques.registry import check, make_use, unable
 from memfit.trace.tracer import trace

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import words
 
-from memfit.techniques.kernel import read_bytes
 from memfit.techniques.registry import make_use as use
+from memfit.techniques.synthetic_kernel import read_bytes
 from memfit.trace.tracer import trace
 from memfit.types.plan import Plan, Use
 from memfit.types.trace import OpCall, Phase, Trace

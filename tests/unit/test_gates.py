@@ -11,28 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_fixture import full_poc
 
-from memfit import gates, shared
 from memfit.cli.app import main
+from memfit.decision import rollout_gates
 from memfit.report.decision_answers import gate_words
-from memfit.report.figures import value_text
+from memfit.report.quantities import value_text
 from memfit.report.words import load_words
-from memfit.store import Store
+from memfit.store import Store, exchange
 from memfit.types.errors import UserError
 
-RECORD = shared.of_poc(full_poc())
+RECORD = exchange.of_poc(full_poc())
 UNDECIDED = {"kind": "undecided"} | dict.fromkeys(("margin", "difference", "low", "high"))
 NO_PEAKS = dict.fromkeys(("predicted_peak_bytes", "measured_peak_bytes"))
 
 
-def changed(**sides: Any) -> shared.Shared:
-    found: dict[str, Any] = json.loads(shared.text(RECORD))
+def changed(**sides: Any) -> exchange.Shared:
+    found: dict[str, Any] = json.loads(exchange.text(RECORD))
     for name, values in sides.items():
         found[name] = found[name] | values if isinstance(values, dict) else values
-    return shared.parsed(json.dumps(found), what="it")
+    return exchange.parsed(json.dumps(found), what="it")
 
 
-def failing(record: shared.Shared, limits: gates.Gates | None = None) -> set[str]:
-    return {g.name for g in gates.evaluate(record, limits or gates.Gates()) if not g.holds}
+def failing(record: exchange.Shared, limits: rollout_gates.Gates | None = None) -> set[str]:
+    return {g.name for g in rollout_gates.evaluate(record, limits or rollout_gates.Gates()) if not g.holds}
 
 
 def test_a_good_poc_passes() -> None:
@@ -55,7 +55,7 @@ def test_a_good_poc_passes() -> None:
         (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
     ],
 )
-def test_each_gate_can_fail(record: shared.Shared, name: str) -> None:
+def test_each_gate_can_fail(record: exchange.Shared, name: str) -> None:
     assert failing(record) == {name}
 
 
@@ -65,22 +65,26 @@ def test_plain_training_that_cannot_be_run_does_not_close_the_gate() -> None:
 
 def test_the_gate_s_step_ratio_is_the_one_of_the_report() -> None:
     """1.31, the median of the pairs; the ratio of both medians, 1.30, is for records without it."""
-    found = {g.name: g.found for g in gates.evaluate(RECORD, gates.Gates())}
+    found = {g.name: g.found for g in rollout_gates.evaluate(RECORD, rollout_gates.Gates())}
     assert found["time: step by plain's"] == full_poc().step_time_ratio == 1.31
     old = changed(step_time_ratio=None)
-    assert "step_time_ratio" not in shared.text(old)
-    found = {g.name: g.found for g in gates.evaluate(old, gates.Gates())}
+    assert "step_time_ratio" not in exchange.text(old)
+    found = {g.name: g.found for g in rollout_gates.evaluate(old, rollout_gates.Gates())}
     assert found["time: step by plain's"] == pytest.approx(1.30)
 
 
 def test_a_figure_just_past_its_limit_does_not_read_as_the_limit() -> None:
-    near = next(g for g in gates.evaluate(changed(step_time_ratio=2.003), gates.Gates()) if not g.holds)
+    near = next(
+        g
+        for g in rollout_gates.evaluate(changed(step_time_ratio=2.003), rollout_gates.Gates())
+        if not g.holds
+    )
     name, found, limit = (value_text(part, load_words("en")) for part in gate_words(near.words))
     assert (name, found, limit) == ("time: step by plain's", "2.0030", "at most 2.00×")
 
 
 def test_energy_of_another_boundary_is_not_measured() -> None:
-    limits = gates.Gates(energy=gates.Energy(ratio=10))
+    limits = rollout_gates.Gates(energy=rollout_gates.EnergyLimits(ratio=10))
     one, other = {"joules": 3.0, "boundary": "package"}, {"joules": 4.0, "boundary": "wall"}
     assert failing(changed(baseline={"energy": one}, recommended={"energy": one}), limits) == set()
     record = changed(baseline={"energy": one}, recommended={"energy": other})
@@ -94,11 +98,12 @@ limit = st.floats(0, 5)
 def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
     tight: tuple[float, ...], more: tuple[float, ...], step: float
 ) -> None:
-    def limits(error: float, ratio: float, attempts: float) -> gates.Gates:
-        return gates.Gates(
-            memory=gates.Memory(prediction_error=error), time=gates.Time(step_ratio=ratio),
-            effort=gates.Effort(failed_attempts=attempts),
-        )  # fmt: skip
+    def limits(error: float, ratio: float, attempts: float) -> rollout_gates.Gates:
+        return rollout_gates.Gates(
+            memory=rollout_gates.MemoryLimits(prediction_error=error),
+            time=rollout_gates.TimeLimits(step_ratio=ratio),
+            effort=rollout_gates.EffortLimits(failed_attempts=attempts),
+        )
 
     record = changed(step_time_ratio=None, recommended={"step_s": step}, effort={"failed_attempts": 2})
     loose = limits(*(a + b for a, b in zip(tight, more, strict=True)))
@@ -106,11 +111,13 @@ def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
 
 
 def test_asking_for_nothing_passes_anything() -> None:
-    nothing = gates.Gates(
-        memory=gates.Memory(prediction_error=None, under_cap=False), time=gates.Time(step_ratio=None),
-        accuracy=gates.Accuracy(verdicts=None),
-        reproducibility=gates.Reproducibility(same_again=False), effort=gates.Effort(failed_attempts=None),
-    )  # fmt: skip
+    nothing = rollout_gates.Gates(
+        memory=rollout_gates.MemoryLimits(prediction_error=None, under_cap=False),
+        time=rollout_gates.TimeLimits(step_ratio=None),
+        accuracy=rollout_gates.AccuracyLimits(verdicts=None),
+        reproducibility=rollout_gates.ReproducibilityLimits(same_again=False),
+        effort=rollout_gates.EffortLimits(failed_attempts=None),
+    )
     record = changed(
         step_time_ratio=None, recommended={"under_cap": "oom", "step_s": None}, verdict=UNDECIDED
     )
@@ -171,16 +178,16 @@ def test_limits_are_read_strictly(tmp_path: Path) -> None:
     for text, place in (("[time]\nratio = 1", "time.ratio"), ("[memory]\nprediction_error = -1", "memory")):
         path.write_text(text)
         with pytest.raises(UserError, match=place):
-            gates.read(path)
+            rollout_gates.read(path)
     path.write_text(
         "[time]\nstep_ratio = false\n[effort]\nattended_minutes = 30\n[accuracy]\nverdicts = false\n"
     )
-    found = gates.read(path)
+    found = rollout_gates.read(path)
     assert (found.time.step_ratio, found.effort.attended_minutes) == (None, 30)
     assert found.accuracy.verdicts is None
     path.write_text("[time")
     with pytest.raises(UserError, match="cannot read"):
-        gates.read(path)
+        rollout_gates.read(path)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,7 @@ def test_a_limit_of_another_type_is_one_clear_error(text: str, tmp_path: Path) -
     path.write_text(text)
     place = ".".join(w for w in text.replace("[", "").replace("]", " ").split()[:2] if w != "=")
     with pytest.raises(UserError, match=place) as told:
-        gates.read(path)
+        rollout_gates.read(path)
     assert told.value.allowed
 
 

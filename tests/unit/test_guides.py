@@ -27,9 +27,8 @@ from pathlib import Path
 import pytest
 import report_fixture
 
-from memfit import shared
 from memfit.cli.app import main
-from memfit.store import Store, default_path
+from memfit.store import Store, default_path, exchange
 from memfit.types.result import Interval, Offer, Poc
 from memfit.types.units import GIB
 
@@ -169,7 +168,7 @@ def test_every_command_of_the_guides(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("COLUMNS", "110")
     by_hand, reader = made_by_hand(), Reader(capsys)
-    Path("theirs.json").write_text(shared.text(shared.of_poc(by_hand)), encoding="utf-8")
+    Path("theirs.json").write_text(exchange.text(exchange.of_poc(by_hand)), encoding="utf-8")
     in_sentences = 0
     for guide in MADE:
         reader.follow(guide)

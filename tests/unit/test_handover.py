@@ -16,17 +16,17 @@ from test_export import DDP, FSDP, TINY, ZERO, handover
 
 from memfit.api import conform
 from memfit.cli import main
-from memfit.configs import carry
-from memfit.configs.clipping import clipping_setting
-from memfit.configs.read import read
-from memfit.configs.shell import option_values
+from memfit.conformance.monitor import Monitor
 from memfit.engines.registry import ENGINES, render
 from memfit.export.script_steps import check_acknowledged, script_steps
 from memfit.export.targets import bundle
 from memfit.export.user_settings import toml_text
 from memfit.jobs.registry import load
-from memfit.measure.conform import Watch
-from memfit.techniques.planfile import plan_text
+from memfit.lint import to_plan
+from memfit.lint.clipping import clipping_setting
+from memfit.lint.launch_script import option_values
+from memfit.lint.parse import read
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import TECHNIQUES, make_use
 from memfit.types.conformance import NotConforming
 from memfit.types.errors import UserError
@@ -144,8 +144,8 @@ def test_another_plan_changes_what_it_decides_and_nothing_else(folder: Path) -> 
     }  # fmt: skip
     assert (folder / "out" / "ds.json").read_text() == (folder / "out" / "deepspeed.json").read_text()
     assert "zero_optimization.stage: 2 -> 3" in (folder / "out" / "README.md").read_text()
-    read_back = carry.over(read([folder / "out" / "deepspeed.json"], ranks=2))
-    assert read_back.plan == carry.over(read([folder / "out" / "ds.json"], ranks=2)).plan
+    read_back = to_plan.over(read([folder / "out" / "deepspeed.json"], ranks=2))
+    assert read_back.plan == to_plan.over(read([folder / "out" / "ds.json"], ranks=2)).plan
     assert read_back.plan.get("zero") is not None
     assert (read_back.micro_batch, read_back.batch) == (2, 8)
 
@@ -339,7 +339,7 @@ def _watched(
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    watch = Watch(model, optimizer, Plan())
+    watch = Monitor(model, optimizer, Plan())
     watch.clip = clip
     with watch:
         (scale * model(torch.ones(2, 8)).square().mean()).backward()

@@ -15,7 +15,7 @@ from published import held_out, layers, pipelines, seconds
 from published.held_out import BEFORE, CHOICES, USED, Setting, applied, chosen, family
 
 from memfit.catalog.load import device
-from memfit.cost import kernels, play, time
+from memfit.cost import kernel_model, op_time, stream_simulator
 from memfit.types.trace import Phase
 
 STRIDED = next(i for i, c in enumerate(CHOICES) if "strided" in c.name)
@@ -23,11 +23,12 @@ CARDS = ("H100-SXM", "H100-96GB-HBM2e", "B200", "A100-80GB-SXM")
 
 
 def constants() -> dict[str, float]:
-    issue = {f"issue {phase}": seconds for phase, seconds in time.ASSUMED_ISSUE_S.items()}
-    steps = {f"aligned {step}": share for step, share in kernels._ALIGNED}
+    issue = {f"issue {phase}": seconds for phase, seconds in op_time.ASSUMED_ISSUE_S.items()}
+    steps = {f"aligned {step}": share for step, share in kernel_model._ALIGNED}
     return {
-        **issue, **steps, "strided": kernels.STRIDED, "broadcast": kernels.BROADCAST,
-        "narrow": kernels.NARROW, "row": kernels._ROW_START, "host": play.ASSUMED_HOST_BYTES_S,
+        **issue, **steps, "strided": kernel_model.STRIDED, "broadcast": kernel_model.BROADCAST,
+        "narrow": kernel_model.NARROW, "row": kernel_model._ROW_START,
+        "host": stream_simulator.ASSUMED_HOST_BYTES_S,
         "host of pipelines": pipelines.ASSUMED_HOST_BYTES_S, "float8": layers.FULL_SUM,
         "float8 of traces": seconds.FULL_SUM, "triton": seconds.TRITON_RATIO, "chain": seconds._KEPT_BESIDE,
         "low end": seconds.LOW_END,
@@ -67,7 +68,7 @@ def test_before_any_row_was_seen_cards_ran_at_short_runs_shares_and_no_mechanism
         assert ratios("H100-96GB-HBM2e")["matmul"] == pytest.approx(0.75, rel=0.02)
         assert ratios("A100-80GB-SXM") == cards["A100-80GB-SXM"]
         assert constants()["strided"] == constants()["aligned 1"] == 1
-        assert time.ASSUMED_ISSUE_S[Phase.BACKWARD] == pytest.approx(7e-6)
+        assert op_time.ASSUMED_ISSUE_S[Phase.BACKWARD] == pytest.approx(7e-6)
         assert mechanisms() == [0, 0, 0]
     assert constants() == today
     assert {card: ratios(card) for card in CARDS} == cards

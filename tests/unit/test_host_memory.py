@@ -133,7 +133,7 @@ def test_of_random_questions_none_fits_where_the_host_cannot_hold_it() -> None:
 
 
 def test_sketches_of_a_search_know_what_the_host_must_hold() -> None:
-    from memfit.planning import Request, fits_under, make_pricer
+    from memfit.planner.single_device import Request, fits_under, make_pricer
     from memfit.types.job import JobRef
 
     plan = memfit.Plan(uses=(make_use("activation-offload", {"to": "host"}),))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import words
 
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.training_step import TrainingStep
 from memfit.techniques.registry import make_use
-from memfit.trace.compose import deep_trace
+from memfit.trace.trace_extrapolation import deep_trace
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job

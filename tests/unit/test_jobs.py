@@ -19,12 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.jobs import char_lm, esm, fasta, protein_lm, protein_ss, registry
-from memfit.jobs.batches import epoch_indices
-from memfit.jobs.step import TrainingStep
-from memfit.jobs.user import guarded
+from memfit.jobs import registry
+from memfit.jobs.builtin import char_lm, esm, fasta, protein_lm, protein_ss
+from memfit.jobs.builtin.batches import epoch_indices
+from memfit.jobs.training_step import TrainingStep
+from memfit.jobs.user_job import guarded
 from memfit.jobs.weights import load_weights
-from memfit.techniques.blocks import find_blocks, find_head
+from memfit.model.blocks import find_blocks, find_head
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan

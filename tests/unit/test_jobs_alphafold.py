@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from memfit.jobs import alphafold2
-from memfit.jobs.alphafold import evoformer, model, structure
-from memfit.jobs.alphafold.structure import Frames
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.alphafold import evoformer, model, structure
+from memfit.jobs.builtin.alphafold.structure import Frames
 from memfit.jobs.registry import load
-from memfit.techniques.blocks import find_stacks
+from memfit.model.blocks import find_stacks
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef

@@ -13,9 +13,9 @@ from alphafold_doubles import PUBLISHED, Gives, drawn
 from torch import nn
 from torch.autograd import gradcheck
 
-from memfit.jobs import alphafold2
-from memfit.jobs.alphafold import evoformer, model, structure
-from memfit.jobs.alphafold.structure import Frames
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.alphafold import evoformer, model, structure
+from memfit.jobs.builtin.alphafold.structure import Frames
 
 Array = np.ndarray[Any, Any]
 N = 24

@@ -13,8 +13,8 @@ import torch
 from alphafold_doubles import Gives
 from torch import nn
 
-from memfit.jobs import alphafold2
-from memfit.jobs.alphafold import evoformer, model, structure
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.alphafold import evoformer, model, structure
 
 N = 6
 WIDTHS = evoformer.Widths(

@@ -13,10 +13,11 @@ import torch
 from test_jobs import operators_of_a_step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memfit.jobs import genome, hyena, molecules, molformer, potential, registry, schnet, smiles
-from memfit.jobs.step import TrainingStep
-from memfit.techniques import islands
-from memfit.techniques.blocks import find_blocks
+from memfit.jobs import registry
+from memfit.jobs.builtin import genome, hyena, molecules, molformer, potential, schnet, smiles
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import find_blocks
+from memfit.techniques import fp32_modules
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Plan, Use, use
@@ -72,7 +73,7 @@ def test_every_parameter_is_trained_and_blocks_are_where_the_job_says(job: Job) 
     job.loss(model, job.make_batch(0, 0)).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert find_blocks(model)[0] == job.blocks == "blocks"
-    assert bool(islands.find(model, job.islands)) == (job.name != "molecules")
+    assert bool(fp32_modules.find(model, job.islands)) == (job.name != "molecules")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -260,12 +261,12 @@ def test_dna_of_the_user(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def frames() -> potential.Frames:
+def frames() -> potential.MoleculeFrames:
     return potential.read(None)
 
 
 @pytest.fixture(scope="module")
-def small(frames: potential.Frames) -> schnet.SchnetSize:
+def small(frames: potential.MoleculeFrames) -> schnet.SchnetSize:
     return dataclasses.replace(potential._shape("tiny", frames), layers=2, width=16, filters=8, radial=12)
 
 
@@ -273,7 +274,9 @@ def inputs(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(batch[name] for name in ("species", "positions", "near", "within"))
 
 
-def test_forces_are_the_slope_of_the_energy(frames: potential.Frames, small: schnet.SchnetSize) -> None:
+def test_forces_are_the_slope_of_the_energy(
+    frames: potential.MoleculeFrames, small: schnet.SchnetSize
+) -> None:
     torch.manual_seed(0)
     model = schnet.Schnet(small).double()
     species, positions, near, within = inputs(potential.train_batch(frames, small, 2, step=0, seed=0))
@@ -290,7 +293,7 @@ def test_forces_are_the_slope_of_the_energy(frames: potential.Frames, small: sch
 
 
 def test_training_on_forces_reaches_every_parameter(
-    frames: potential.Frames, small: schnet.SchnetSize
+    frames: potential.MoleculeFrames, small: schnet.SchnetSize
 ) -> None:
     """The gradient of a force error, which is a second derivative, against a finite difference."""
     torch.manual_seed(0)
@@ -316,7 +319,7 @@ def test_training_on_forces_reaches_every_parameter(
 
 
 def test_energy_is_the_same_however_a_molecule_lies(
-    frames: potential.Frames, small: schnet.SchnetSize
+    frames: potential.MoleculeFrames, small: schnet.SchnetSize
 ) -> None:
     torch.manual_seed(0)
     model = schnet.Schnet(small)
@@ -330,7 +333,9 @@ def test_energy_is_the_same_however_a_molecule_lies(
     assert forces.sum(1).abs().max() < 1e-5, "nothing pulls the whole molecule"
 
 
-def test_padding_and_far_atoms_have_no_part(frames: potential.Frames, small: schnet.SchnetSize) -> None:
+def test_padding_and_far_atoms_have_no_part(
+    frames: potential.MoleculeFrames, small: schnet.SchnetSize
+) -> None:
     torch.manual_seed(0)
     model = schnet.Schnet(small)
     alone = potential.packed(frames, np.array([[0]]), small)
@@ -356,7 +361,7 @@ def test_neighbours_are_the_nearest_within_the_cutoff(small: schnet.SchnetSize) 
     assert within[0].tolist() == [[True, False], [True, True], [True, False], [False, False]]
 
 
-def test_molecules_for_testing_are_others(frames: potential.Frames) -> None:
+def test_molecules_for_testing_are_others(frames: potential.MoleculeFrames) -> None:
     formulas = [tuple(sorted(row[row > 0])) for row in frames.species]
     train, test = set(formulas[: frames.train_count]), set(formulas[frames.train_count :])
     assert (frames.train_count, len(formulas), len(test)) == (1980, 2340, 4)
@@ -364,7 +369,7 @@ def test_molecules_for_testing_are_others(frames: potential.Frames) -> None:
     assert frames.energy.std() < 1, "of hundreds of eV, elements account for the rest"
 
 
-def test_a_pair_potential_is_the_naive_result(frames: potential.Frames) -> None:
+def test_a_pair_potential_is_the_naive_result(frames: potential.MoleculeFrames) -> None:
     naive = potential.metric(frames)
     assert naive.naive == pytest.approx(385, abs=2)
     assert "no force at all: 753" in naive.naive_name

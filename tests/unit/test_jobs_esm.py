@@ -12,7 +12,7 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 import memfit
 from memfit import Job
-from memfit.jobs import esm
+from memfit.jobs.builtin import esm
 from memfit.jobs.registry import load
 from memfit.types.job import JobRef
 

@@ -12,14 +12,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from memfit.jobs import neural_operator, registry, segmentation3d, unet3d, weather
-from memfit.jobs.navier_stokes import Square, advance, coarser, energy, enstrophy, random_vorticity
-from memfit.jobs.step import TrainingStep
-from memfit.measure.here import this_machine
-from memfit.planning import space_of
-from memfit.pricing import Pricer
-from memfit.techniques.blocks import find_blocks
-from memfit.trace.compose import repeated
+from memfit.jobs import registry
+from memfit.jobs.builtin import neural_operator, segmentation3d, unet3d, weather
+from memfit.jobs.builtin.navier_stokes import Square, advance, coarser, energy, enstrophy, random_vorticity
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import find_blocks
+from memfit.planner.evaluate import Pricer
+from memfit.planner.single_device import space_of
+from memfit.runtime.local_machine import this_machine
+from memfit.trace.trace_extrapolation import repeated
 from memfit.trace.tracer import fake_model
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef

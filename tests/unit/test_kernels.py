@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.cost.collectives import KINDS, collective_s
-from memfit.cost.kernels import (
+from memfit.cost.kernel_model import (
     BROADCAST,
     NARROW,
     STRIDED,
@@ -24,7 +24,7 @@ from memfit.cost.kernels import (
     product_share,
     shape_of,
 )
-from memfit.cost.time import time_model
+from memfit.cost.op_time import time_model
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.trace import OpCall, Phase
 

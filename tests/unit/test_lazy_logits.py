@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
-from memfit.techniques.lazy_logits import LazyLogits
+from memfit.techniques.deferred_logits import LazyLogits
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 7, 5, 11
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]

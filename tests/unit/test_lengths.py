@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from memfit import lengths as house
 from memfit.cost.lengths import (
     PeakModel,
     Shape,
@@ -27,11 +26,12 @@ from memfit.cost.lengths import (
     quantile_length,
 )  # fmt: skip
 from memfit.cost.memory import levels
-from memfit.measure.here import this_machine
+from memfit.runtime.local_machine import this_machine
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan, use
+from memfit.workflows import sequence_lengths as house
 
 LINEAR = PeakModel(instants=np.array([[100.0, 0, 0, 0, 1, 0]]))  # 100 + b l
 SQUARE = PeakModel(instants=np.array([[100.0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]))  # or b l^2

@@ -13,21 +13,23 @@ from rich.console import Console
 from torch import nn
 
 import memfit
-from memfit import catalog, pipeline, wire
+from memfit import catalog
 from memfit.cli import app
 from memfit.cli.views import search_view
-from memfit.configs import carry, read
 from memfit.jobs.registry import load
-from memfit.planning import with_needs
+from memfit.lint import parse, to_plan
+from memfit.planner.single_device import with_needs
+from memfit.planner.workload import workload_of
 from memfit.report.terminal import print_search
 from memfit.report.words import load_words
 from memfit.report.workload_text import workload_text
+from memfit.types import serialization
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Choice, Estimate, Interval, SearchResult
 from memfit.types.workload import Workload
-from memfit.workload import workload_of
+from memfit.workflows import proof_of_concept
 
 OWN_JOB = """
 import torch
@@ -161,7 +163,7 @@ def test_a_run_begins_with_what_it_is_about(
     def nothing(*request: Any, **options: Any) -> Any:
         raise UserError("stopped here")
 
-    monkeypatch.setattr(pipeline, "run_plan", nothing)
+    monkeypatch.setattr(proof_of_concept, "run_plan", nothing)
     assert app.main(["run", f"{own}:job", "--batch", "6", "--length", "16"]) == 2
     assert capsys.readouterr().out == "own: 20 parameters, batch 6 × 16 × 4, on this machine\n"
 
@@ -172,7 +174,7 @@ def test_a_plan_begins_with_what_it_is_about_even_where_nothing_fits(
     def nothing(*request: Any, **options: Any) -> Any:
         raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="plain")
 
-    monkeypatch.setattr(pipeline, "search", nothing)
+    monkeypatch.setattr(proof_of_concept, "search", nothing)
     assert app.main(["plan", "protein-lm", "--batch", "2", "--length", "16", "--on", "H100-SXM"]) == 3
     first = "protein-lm: 814 k parameters, batch 2 × 16 residues, on H100-SXM"
     assert capsys.readouterr().out.startswith(first)
@@ -213,7 +215,7 @@ def test_the_line_is_said_in_japanese() -> None:
 
 def _carried(tmp_path: Path, name: str, text: str) -> Any:
     (tmp_path / name).write_text(text)
-    return carry.over(read.read([tmp_path / name]))
+    return to_plan.over(parse.read([tmp_path / name]))
 
 
 TITAN = """
@@ -400,7 +402,7 @@ def test_on_a_processor_what_the_process_takes_is_counted_too() -> None:
 def test_json_and_records_have_the_bytes_that_decide() -> None:
     planned = with_needs(_search(0, fits=False), catalog.machine("H100-SXM"))
     assert search_view(planned)["baseline"]["needed_bytes"] == int(81.5 * 2**30)
-    again = wire.loads(SearchResult, wire.dumps(planned), what="a search")
+    again = serialization.loads(SearchResult, serialization.dumps(planned), what="a search")
     assert again.baseline.needed_bytes == int(81.5 * 2**30)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from memfit.trace.lens import device_lens
+from memfit.trace.device_kernels import device_lens
 from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.plan import Plan

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from memfit.jobs.step import TrainingStep
-from memfit.measure.allocator import CountingAllocator, available
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.trace.lifecycle import lifecycle
 from memfit.types.job import Job, OptimizerChoice
 from memfit.types.plan import Plan, use

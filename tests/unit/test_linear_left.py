@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.techniques.registry import make_use
-from memfit.techniques.zero3_autograd import LinearPatch
+from memfit.techniques.zero.zero_stage3_autograd import LinearPatch
 from memfit.trace.tracer import trace
 from memfit.types.job import Job
 from memfit.types.plan import Plan

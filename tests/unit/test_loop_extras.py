@@ -12,7 +12,7 @@ from torch import nn
 
 import memfit
 from memfit import Job
-from memfit.jobs.step import TrainingStep
+from memfit.jobs.training_step import TrainingStep
 from memfit.types.errors import UserError
 from memfit.types.job import OptimizerChoice
 from memfit.types.plan import Plan, use
@@ -101,7 +101,7 @@ def test_an_average_is_predicted_as_one_more_copy_of_the_weights_and_named() -> 
 @pytest.mark.parametrize("plan", [{}, {"gradient-accumulation": {"micro_batches": 2}}], ids=str)
 def test_the_peak_of_a_loop_with_both_is_predicted_to_the_byte(plan: dict[str, Any]) -> None:
     """By the counting allocator, in this process."""
-    from memfit.measure.memory import peak_counter
+    from memfit.runtime.memory import peak_counter
 
     job = dataclasses.replace(JOB, build_model=_without_batch_norm, ema=True, clip=0.1)
     predicted = memfit.estimate(job, plan=plan)
@@ -147,8 +147,8 @@ def test_clipping_is_refused_where_parameters_are_updated_one_by_one() -> None:
 
 
 def test_a_search_for_a_clipped_job_does_not_try_updates_one_by_one() -> None:
-    from memfit.planning import space_of
-    from memfit.search.space import usable
+    from memfit.planner.plan_space import usable
+    from memfit.planner.single_device import space_of
     from memfit.types.plan import Accuracy
 
     names = {

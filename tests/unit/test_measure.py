@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.measure import allocator, cgroup, memory
-from memfit.measure.allocator import AllocatorUnavailable, available, thin
-from memfit.measure.cgroup import Group
-from memfit.measure.energy import EnergyMeter
-from memfit.measure.limit import MemoryLimit
-from memfit.measure.oom import is_oom_error, is_oom_text
-from memfit.run.child import CHILD_ENV
+from memfit.runtime import cgroup, counting_allocator, memory
+from memfit.runtime.cgroup import Group
+from memfit.runtime.child_process import CHILD_ENV
+from memfit.runtime.counting_allocator import AllocatorUnavailable, available, thin
+from memfit.runtime.energy import EnergyMeter
+from memfit.runtime.memory_cap import MemoryLimit
+from memfit.runtime.oom import is_oom_error, is_oom_text
 from memfit.types.errors import MemfitError
 
 needs_compiler = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
@@ -46,7 +46,9 @@ def child(code: str, *, env: dict[str, str] | None = None) -> Any:
 
 # --- the counting allocator
 
-COUNTED = "import torch\nfrom memfit.measure.allocator import CountingAllocator\nc = CountingAllocator()\n"
+COUNTED = (
+    "import torch\nfrom memfit.runtime.counting_allocator import CountingAllocator\nc = CountingAllocator()\n"
+)
 
 
 @needs_compiler
@@ -177,7 +179,7 @@ out.append(c.live_bytes())
 
 @needs_compiler
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
-    code = "from memfit.measure.allocator import available\nprint(available())"
+    code = "from memfit.runtime.counting_allocator import available\nprint(available())"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
@@ -188,7 +190,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator, "_COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(counting_allocator, "_COMPILERS", ("no-such-compiler",))
     assert available() == "no C++ compiler found (no-such-compiler)"
 
 
@@ -197,20 +199,20 @@ def test_a_failing_compiler_leaves_no_file(tmp_path: Path) -> None:
     compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: it does not like it' >&2\nexit 1\n")
     compiler.chmod(0o755)
     with pytest.raises(AllocatorUnavailable, match=r"does not compile: .*it does not like it"):
-        allocator._compile((str(compiler),), tmp_path / "cache" / "x.so")
+        counting_allocator._compile((str(compiler),), tmp_path / "cache" / "x.so")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AllocatorUnavailable, match="cache folder cannot be written"):
-        allocator._compile(("cc",), tmp_path / "file" / "x.so")
+        counting_allocator._compile(("cc",), tmp_path / "file" / "x.so")
 
 
 def test_a_broken_library_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.so").write_text("no library")
     with pytest.raises(AllocatorUnavailable, match="does not load"):
-        allocator._load(tmp_path / "x.so")
+        counting_allocator._load(tmp_path / "x.so")
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1), st.integers(1, 50))
@@ -226,7 +228,7 @@ def test_thinning_keeps_the_peak_and_the_number_of_points(values: list[int], poi
 
 EVENTS = """
 import torch
-from memfit.measure import memory
+from memfit.runtime import memory
 """
 
 
@@ -234,7 +236,7 @@ def test_torch_events_count_the_same_where_nothing_can_be_built() -> None:
     out = child(
         EVENTS
         + """
-from memfit.measure import allocator
+from memfit.runtime import counting_allocator as allocator
 allocator._COMPILERS = ()
 c = memory.peak_counter()
 out = [c.source]
@@ -299,8 +301,8 @@ def test_without_proc_psutil_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 TRAIN = """
 import torch
-from memfit.measure.limit import MemoryLimit, is_oom_error
-from memfit.measure.memory import peak_counter
+from memfit.runtime.memory_cap import MemoryLimit, is_oom_error
+from memfit.runtime.memory import peak_counter
 torch.set_num_threads(1)
 counter = peak_counter()
 def train(width, layers):
@@ -374,7 +376,7 @@ def test_freed_blocks_are_used_again_and_never_make_the_process_larger() -> None
     out = child(
         COUNTED
         + f"""
-from memfit.measure.memory import data_bytes
+from memfit.runtime.memory import data_bytes
 c.install()
 start = data_bytes()
 def room(): return (data_bytes() - start) // {MIB}
@@ -443,9 +445,9 @@ def test_errors_that_mean_no_memory() -> None:
 
 def test_onednn_without_a_kernel_is_believed_only_under_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     error = RuntimeError("could not create a primitive")
-    monkeypatch.setattr("memfit.measure.oom.resource.getrlimit", lambda _: (-1, -1))
+    monkeypatch.setattr("memfit.runtime.oom.resource.getrlimit", lambda _: (-1, -1))
     assert not is_oom_error(error)
-    monkeypatch.setattr("memfit.measure.oom.resource.getrlimit", lambda _: (10**9, -1))
+    monkeypatch.setattr("memfit.runtime.oom.resource.getrlimit", lambda _: (10**9, -1))
     assert is_oom_error(error)
 
 
@@ -500,7 +502,7 @@ def test_the_cap_by_control_group_enters_reads_its_peak_and_leaves(
     group = Group.of(os.getpid(), root=tmp_path, own=own)
     assert group is not None
     monkeypatch.setattr(Group, "of", lambda _: group)
-    monkeypatch.setattr("memfit.measure.limit._data_limit_holds", lambda: False)
+    monkeypatch.setattr("memfit.runtime.memory_cap._data_limit_holds", lambda: False)
     limit = MemoryLimit(3 * MIB)
     assert (limit.kind, limit.footprint_bytes) == ("cgroup", None)
     limit.apply()
@@ -529,7 +531,7 @@ def test_rlimit_data_comes_first_and_is_tried_out(monkeypatch: pytest.MonkeyPatc
 
 def test_where_no_limit_works_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(path=tmp_path / "memfit-1", home=tmp_path, pid=1)
-    monkeypatch.setattr("memfit.measure.limit.data_bytes", lambda: None)  # no /proc
+    monkeypatch.setattr("memfit.runtime.memory_cap.data_bytes", lambda: None)  # no /proc
     monkeypatch.setattr(Group, "of", lambda _: group)
     group.path.mkdir()  # the name is taken
     with pytest.raises(MemfitError, match="neither RLIMIT_DATA nor a control group"):

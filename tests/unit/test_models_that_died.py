@@ -16,10 +16,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import memfit
-from memfit.jobs.step import batch_length, split
-from memfit.measure.allocator import CountingAllocator, available
-from memfit.planning import space_of
-from memfit.search.space import plans, usable
+from memfit.jobs.training_step import batch_length, split
+from memfit.planner.plan_space import plans, usable
+from memfit.planner.single_device import space_of
+from memfit.runtime.counting_allocator import CountingAllocator, available
 from memfit.techniques.registry import conflict, make_use, proposable
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError

@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 
 from memfit.cli import main
-from memfit.configs import carry
-from memfit.configs.lint import check
-from memfit.configs.openfold import PRESETS
-from memfit.configs.read import read
 from memfit.engines.registry import render
 from memfit.export.base import Handover
 from memfit.export.targets import bundle
 from memfit.export.write import write
-from memfit.jobs.alphafold2 import _shape
-from memfit.techniques.planfile import plan_text
+from memfit.jobs.builtin.alphafold2 import _shape
+from memfit.lint import to_plan
+from memfit.lint.check import check
+from memfit.lint.draft import Carried
+from memfit.lint.openfold import PRESETS
+from memfit.lint.parse import read
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -78,10 +79,10 @@ def exported(
     return dict(bundle("openfold", Handover(config=render(spec), own_files=own, nodes=nodes)))
 
 
-def asked(folder: Path, *files: tuple[str, str]) -> carry.Carried:
+def asked(folder: Path, *files: tuple[str, str]) -> Carried:
     for name, text in files:
         (folder / name).write_text(text)
-    return carry.over(read([folder / files[0][0]]))
+    return to_plan.over(read([folder / files[0][0]]))
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
@@ -93,7 +94,7 @@ def test_files_read_back_as_the_same_plan_and_size(tmp_path: Path, name: str, si
         return
     write(tmp_path / "out", exported(given, size, nodes))
     setup = read([tmp_path / "out" / "openfold.args"])
-    found = carry.over(setup)
+    found = to_plan.over(setup)
     assert (found.plan, found.size) == (given, size)
     assert (found.micro_batch, found.batch) == (2, 2 * given.ranks)
     assert check(setup) == ()

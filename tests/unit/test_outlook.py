@@ -10,13 +10,14 @@ import pytest
 from tiny import regression, words
 from torch import nn
 
-from memfit import catalog, outlook
-from memfit.search.choose import Objective
+from memfit import catalog
+from memfit.planner.selection import Objective
 from memfit.types.dependence import DependenceKind, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy, Bounds
 from memfit.types.result import Reach
+from memfit.workflows import reference_machines
 
 WIDTH, OUTPUTS = 1000, {"650M": 10**5, "3B": 2 * 10**6, "15B": 2 * 10**7}  # 0.1, 2 and 20 billion weights
 LENGTH_OUTPUTS = {"paper@1024": 10**5, "paper@2048": 2 * 10**6}  # what grows with it fills memory likewise
@@ -55,10 +56,10 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[JobRef]:
         asked.append(ref)
         return sized(ref)
 
-    monkeypatch.setattr(outlook, "load", load)
-    monkeypatch.setattr(outlook, "LENGTHS", (1024, 2048))
+    monkeypatch.setattr(reference_machines, "load", load)
+    monkeypatch.setattr(reference_machines, "LENGTHS", (1024, 2048))
     monkeypatch.setattr(
-        outlook, "sizes", lambda spec: ("tiny", "paper", *OUTPUTS) if spec == "protein-ss" else ()
+        reference_machines, "sizes", lambda spec: ("tiny", "paper", *OUTPUTS) if spec == "protein-ss" else ()
     )
     return asked
 
@@ -68,13 +69,15 @@ def quiet(stage: str, done: int, total: int, detail: str) -> None:
 
 
 def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, Reach]:
-    return {r.machine: r for r in outlook.reach(planning(accuracy), quiet) if r.quantity == quantity}
+    return {
+        r.machine: r for r in reference_machines.reach(planning(accuracy), quiet) if r.quantity == quantity
+    }
 
 
 def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> None:
-    rows, offers = outlook.paper(planning(Accuracy.ROUNDING), quiet)
-    assert {r.machine for r in rows} == set(outlook.MACHINES)
-    assert {o.machine for o in offers} > set(outlook.MACHINES)
+    rows, offers = reference_machines.paper(planning(Accuracy.ROUNDING), quiet)
+    assert {r.machine for r in rows} == set(reference_machines.MACHINES)
+    assert {o.machine for o in offers} > set(reference_machines.MACHINES)
     for row in rows:
         (plain,) = (o for o in offers if o.machine == row.machine and o.plain)
         assert (plain.fits, plain.step_s) == (row.plain_fits, row.plain.step_s)
@@ -88,10 +91,10 @@ def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> 
 
 
 def test_what_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
-    monkeypatch.setattr(outlook, "priced", lambda: ("RTX-4090",))
-    monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
-    (row,), (offer,) = outlook.paper(planning(), quiet)
+    monkeypatch.setattr(reference_machines, "MACHINES", ("RTX-4090",))
+    monkeypatch.setattr(reference_machines, "priced", lambda: ("RTX-4090",))
+    monkeypatch.setattr(reference_machines, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
+    (row,), (offer,) = reference_machines.paper(planning(), quiet)
     assert (offer.plain, offer.fits) == (True, False)
     assert (row.plain_fits, row.recommended, row.size) == (False, None, "15B")
 
@@ -99,11 +102,11 @@ def test_what_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPa
 def test_a_job_without_published_sizes_is_offered_as_it_is(jobs: list[JobRef]) -> None:
     own = planning()
     own.request.job = JobRef(spec="own.py:job", batch=2)
-    rows, offers = outlook.paper(own, quiet)
+    rows, offers = reference_machines.paper(own, quiet)
     assert rows == ()
     assert jobs == [own.request.job]
     assert (True, True) in [(o.plain, o.fits) for o in offers if o.machine == "RTX-4090"]
-    assert outlook.reach(own, quiet) == ()
+    assert reference_machines.reach(own, quiet) == ()
 
 
 def test_reach_is_the_largest_size_that_fits() -> None:
@@ -130,14 +133,14 @@ def test_samples_without_a_length_reach_none(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(ref: JobRef) -> Job:
         raise UserError("potential at length 1024", allowed="no length")
 
-    monkeypatch.setattr(outlook, "load", refuse)
+    monkeypatch.setattr(reference_machines, "load", refuse)
     assert reached("length") == {}
 
 
 def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlook, "MACHINES", ("RTX-4090",))
-    monkeypatch.setattr(outlook, "priced", lambda: ("RTX-4090",))
-    monkeypatch.setattr(outlook, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
+    monkeypatch.setattr(reference_machines, "MACHINES", ("RTX-4090",))
+    monkeypatch.setattr(reference_machines, "priced", lambda: ("RTX-4090",))
+    monkeypatch.setattr(reference_machines, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
     (row,) = reached("parameters").values()
     assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)
 
@@ -145,8 +148,8 @@ def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.M
 def test_where_the_largest_fits_it_is_said_to_be_the_limit_of_what_was_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outlook, "MACHINES", ("H100-SXM",))
-    monkeypatch.setattr(outlook, "load", lambda ref: words())
+    monkeypatch.setattr(reference_machines, "MACHINES", ("H100-SXM",))
+    monkeypatch.setattr(reference_machines, "load", lambda ref: words())
     (row,) = reached("parameters", Accuracy.ROUNDING).values()
     assert row.at_limit
     assert row.plain_label == row.recommended_label == "15B"
@@ -154,8 +157,8 @@ def test_where_the_largest_fits_it_is_said_to_be_the_limit_of_what_was_tried(
 
 def test_published_sizes_are_those_of_the_built_in_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert "paper" in outlook.sizes("protein-ss")
-    assert outlook.sizes("own.py:job") == ()
+    assert "paper" in reference_machines.sizes("protein-ss")
+    assert reference_machines.sizes("own.py:job") == ()
 
 
 def test_lengths_that_the_data_do_not_have_end_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +167,7 @@ def test_lengths_that_the_data_do_not_have_end_the_ladder(monkeypatch: pytest.Mo
             raise UserError("the text has 9 bytes", allowed="at least 20490")
         return sized(ref)
 
-    monkeypatch.setattr(outlook, "load", load)
+    monkeypatch.setattr(reference_machines, "load", load)
     found = reached("length", Accuracy.ANY)
     assert {r.recommended for r in found.values()} == {1024.0}
     assert all(r.at_limit for r in found.values())

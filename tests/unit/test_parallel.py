@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from memfit.trace import parallel
-from memfit.trace.parallel import side_by_side
+from memfit.trace import trace_pool
+from memfit.trace.trace_pool import side_by_side
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process are made by fork")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a pro
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(parallel, "_may_fork", lambda: True)
+    monkeypatch.setattr(trace_pool, "_may_fork", lambda: True)
 
 
 def told(number: int, seen: list[int]) -> tuple[int, int, int]:
@@ -73,7 +73,7 @@ def test_where_copies_cannot_run_backward_the_original_makes_every_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(parallel, "_REFUSED", seen)
+    monkeypatch.setattr(trace_pool, "_REFUSED", seen)
     calls = [partial(refused, n, os.getpid()) for n in range(4)]
     assert side_by_side(calls) == list(range(4))
     assert side_by_side(calls) == list(range(4))

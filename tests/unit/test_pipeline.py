@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from memfit import pipeline, planning, running, wire
 from memfit.cost.estimate import around
 from memfit.cost.memory import memory_profile
-from memfit.measure import here
-from memfit.measure.allocator import available
-from memfit.pipeline import ABLATION, Objective, Request, explain, poc, report, run_plan, stored_poc
-from memfit.search import space
-from memfit.search.choose import score
+from memfit.planner import plan_space, single_device
+from memfit.planner.selection import score
+from memfit.runtime import local_machine
+from memfit.runtime.counting_allocator import available
 from memfit.store.database import Store
 from memfit.techniques.registry import TECHNIQUES, make_use
+from memfit.types import serialization
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
@@ -26,6 +25,17 @@ from memfit.types.machine import Calibration
 from memfit.types.plan import Accuracy, Plan, use
 from memfit.types.result import Measurement, OutcomeKind, Poc, Run, VerdictKind
 from memfit.types.units import MIB
+from memfit.workflows import proof_of_concept, single_run
+from memfit.workflows.proof_of_concept import (
+    ABLATION,
+    Objective,
+    Request,
+    explain,
+    poc,
+    report,
+    run_plan,
+    stored_poc,
+)
 
 # Activations of 2 MiB each weigh far more than the weights; four blocks keep two of them each.
 JOB = """
@@ -72,7 +82,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
     path = tmp_path_factory.mktemp("own") / "own.py"
     path.write_text(JOB)
     return Request(
-        job=JobRef(spec=f"{path}:job"), machine=here.this_machine("world"), cap_bytes=19 * MIB,
+        job=JobRef(spec=f"{path}:job"), machine=local_machine.this_machine("world"), cap_bytes=19 * MIB,
         accuracy=Accuracy.EXACT, goal=Objective.FASTEST, threads=1,
     )  # fmt: skip
 
@@ -82,7 +92,7 @@ def few_techniques() -> Iterator[None]:
     """All of them are tried elsewhere; each costs traces."""
     names = ("activation-checkpointing", "optimizer-in-backward", "bf16-autocast")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(space, "TECHNIQUES", {name: TECHNIQUES[name] for name in names})
+        patch.setattr(plan_space, "TECHNIQUES", {name: TECHNIQUES[name] for name in names})
         yield
 
 
@@ -94,10 +104,10 @@ def whole(
     stages: list[str] = []
     store = Store(tmp_path_factory.mktemp("store") / "store.sqlite3")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_FIRST_BUDGET_S", 2.0)
-        patch.setattr(planning, "_SECOND_BUDGET_S", 2.0)
-        patch.setattr(planning, "FINALISTS", 4)
-        patch.setattr(pipeline, "_TRIALS_S", 0.0)  # two runs
+        patch.setattr(single_device, "_FIRST_BUDGET_S", 2.0)
+        patch.setattr(single_device, "_SECOND_BUDGET_S", 2.0)
+        patch.setattr(single_device, "FINALISTS", 4)
+        patch.setattr(proof_of_concept, "_TRIALS_S", 0.0)  # two runs
         found = poc(
             request_, store=store, seeds=1, steps=4, report_path=None, lang="en", command="memfit poc",
             progress=lambda stage, done, total, detail: stages.append(stage),
@@ -146,7 +156,7 @@ def test_everything_is_in_the_store_and_the_report_is_written(whole: Whole) -> N
     found, store, _ = whole
     kinds = [r.kind for r in store.records(found.poc_id)]
     assert kinds == ["begin", *["run"] * len(found.runs), "poc"]
-    assert stored_poc(store, found.poc_id) == wire.loads(Poc, wire.dumps(found))
+    assert stored_poc(store, found.poc_id) == serialization.loads(Poc, serialization.dumps(found))
     assert "<html" in Path(found.report).read_text(encoding="utf-8")
 
 
@@ -158,7 +168,7 @@ def test_a_report_is_made_again_in_the_other_language(whole: Whole, tmp_path: Pa
 
 def test_an_interrupted_poc_shows_the_runs_it_got(whole: Whole, tmp_path: Path) -> None:
     found, store, _ = whole
-    begin = wire.loads(Poc, store.records(found.poc_id, "begin")[0].body)
+    begin = serialization.loads(Poc, store.records(found.poc_id, "begin")[0].body)
     cut = Store(tmp_path / "cut.sqlite3")
     cut.append("cut", "begin", begin)
     for run in found.runs[:2]:
@@ -192,7 +202,7 @@ def test_the_frontier_of_the_poc_is_in_order_and_its_recommendation_the_best_tha
 def test_explain_is_the_whole_trace_of_one_plan(request_: Request) -> None:
     plan = Plan(uses=(use("activation-checkpointing", every=1),))
     found = explain(request_, plan, quiet)
-    _, pricer = planning.make_pricer(request_)
+    _, pricer = single_device.make_pricer(request_)
     assert found.allocated_bytes.value == memory_profile(pricer.trace(plan), Calibration()).peak_bytes
     with pytest.raises(UserError, match="impossible plan"):
         explain(request_, Plan(uses=(use("sgd"), use("adafactor"))), quiet)
@@ -212,7 +222,7 @@ def test_one_run_has_its_prediction_beside_it(
         on_event({"event": "other"})
         return Measurement(outcome=OutcomeKind.OK)
 
-    monkeypatch.setattr(running, "run", child)
+    monkeypatch.setattr(single_run, "run", child)
     free = dataclasses.replace(request_, cap_bytes=None)
     found = run_plan(
         free, Plan(), seed=3, steps=None, capped=capped,
@@ -249,9 +259,9 @@ def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
     request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        planning, "probe_here", lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9)
+        single_device, "probe_here", lambda *a: Calibration(flops_s={"float32": 1e9}, bandwidth_bytes_s=1e9)
     )
-    monkeypatch.setattr(running, "run", lambda *a, **k: pytest.fail("something ran"))
+    monkeypatch.setattr(single_run, "run", lambda *a, **k: pytest.fail("something ran"))
     store = Store(tmp_path / "store.sqlite3")
     with pytest.raises(NothingFits):
         poc(
@@ -275,18 +285,18 @@ def ran(times_s: tuple[float, ...]) -> Run:
 def test_step_times_are_compared_pair_by_pair() -> None:
     plain = [ran((9.0, 9.0, 1.0)), ran((9.0, 9.0, 2.0)), ran((9.0, 9.0, 4.0))]
     chosen = [ran((9.0, 9.0, 2.0)), ran((9.0, 9.0, 3.0)), ran((9.0, 9.0, 4.0))]
-    assert pipeline._paired_ratio(plain, chosen) == 1.5  # of 2, 1.5 and 1
-    assert pipeline._paired_ratio(plain[:1], [ran(())]) is None
+    assert proof_of_concept._paired_ratio(plain, chosen) == 1.5  # of 2, 1.5 and 1
+    assert proof_of_concept._paired_ratio(plain[:1], [ran(())]) is None
 
 
 def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Request, tmp_path: Path) -> None:
     found = whole[0]
-    _, pricer = planning.make_pricer(request_)
+    _, pricer = single_device.make_pricer(request_)
     result = dataclasses.replace(found.search, recommended=found.search.baseline)
-    finished = planning.Planning(
+    finished = single_device.Planning(
         request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=result
     )
-    story = pipeline._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
+    story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 4, "", quiet)
     judged = list(story._verdicts([], [], []))
     assert [(v.name, v.verdict.test, v.verdict.kind) for v in judged] == [
         ("recommended", "identity", VerdictKind.EQUIVALENT)
@@ -300,11 +310,11 @@ def test_only_ablations_that_are_many_times_slower_are_run_in_a_few_steps(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are there for memory and step time; what is judged is run whole."""
-    _, pricer = planning.make_pricer(request_)
-    finished = planning.Planning(
+    _, pricer = single_device.make_pricer(request_)
+    finished = single_device.Planning(
         request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=whole[0].search
     )
-    story = pipeline._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
+    story = proof_of_concept._Story(finished, Store(tmp_path / "s.sqlite3"), 1, 40, "", quiet)
     seconds = {story.baseline: 0.4, story.recommended: 30.0}
     estimate = whole[0].search.baseline.estimate
     assert estimate.step_s is not None

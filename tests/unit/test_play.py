@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.cost.play import Player, sent, split
-from memfit.cost.time import time_model
+from memfit.cost.op_time import time_model
+from memfit.cost.stream_simulator import Player, sent, split
 from memfit.types.machine import Calibration, Device, Fact, Link, Machine
 from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 

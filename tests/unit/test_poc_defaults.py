@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny import words
 
-from memfit import pipeline, planning
 from memfit.cli.options import BoundsOptions, GoalOptions, HereOptions, JobOptions
 from memfit.cli.plan import bounds_of
 from memfit.cli.request import request as request_of
-from memfit.planning import Planning, Request, needed_bytes
+from memfit.planner import single_device
+from memfit.planner.single_device import Planning, Request, needed_bytes
 from memfit.report.words import load_words
 from memfit.store.database import Store
 from memfit.techniques.registry import effect_of
@@ -25,6 +25,7 @@ from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.machine import Device, Fact, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass
+from memfit.workflows import proof_of_concept
 
 Ask = Callable[..., Planning]
 
@@ -51,15 +52,15 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
     """A search for a job of a few kilobytes on a processor."""
 
     def asked(job: Job | None = None, **more: Any) -> Planning:
-        monkeypatch.setattr(planning, "load", lambda ref: job or words(2))
-        monkeypatch.setattr(planning, "FINALISTS", 3)
+        monkeypatch.setattr(single_device, "load", lambda ref: job or words(2))
+        monkeypatch.setattr(single_device, "FINALISTS", 3)
         request = Request(
             job=JobRef(spec="words"),
             machine=PROCESSOR,
             accuracy=Accuracy.EXACT,
             **more,
         )
-        return planning.search(request, quiet)
+        return single_device.search(request, quiet)
 
     return asked
 
@@ -86,7 +87,7 @@ def test_a_demonstration_whose_quarter_no_plan_fits_gets_a_cap_that_one_does(ask
 def test_a_demonstration_that_a_plan_fits_keeps_the_jobs_own_share(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)
+    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
     found = ask(dataclasses.replace(words(2), demonstration_ratio=0.95))
     assert found.cap_reason == "demonstration: 95% of the baseline's predicted peak"
     assert found.cap_bytes == int(0.95 * found.result.baseline.estimate.allocated_bytes.value)
@@ -108,7 +109,7 @@ def test_an_excluded_technique_is_in_no_plan_on_this_machine_and_in_no_run_of_a_
     found = ask(bounds=Bounds(without=excluded))
     shown = [c.estimate.plan for c in found.result.frontier]
     assert not [p for p in shown if any(map(p.get, excluded))]
-    story = pipeline._Story(found, Store(tmp_path / "s.sqlite3"), 1, 2, "memfit poc", quiet)
+    story = proof_of_concept._Story(found, Store(tmp_path / "s.sqlite3"), 1, 2, "memfit poc", quiet)
     ran = [s.plan for s in story.specs()]
     assert ran
     assert not [p for p in ran if any(map(p.get, excluded))]

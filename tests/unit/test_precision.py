@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cli import main
-from memfit.jobs import alphafold2
-from memfit.jobs.alphafold.model import AlphaFold, small
+from memfit.jobs.builtin import alphafold2
+from memfit.jobs.builtin.alphafold.model import AlphaFold, small
 from memfit.precision.advise import advise, padded
 from memfit.types.job import Job
 from memfit.types.precision import Examined, PrecisionAdvice

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from tiny import words
 
-from memfit import planning
-from memfit.finalists import counterfactuals
-from memfit.planning import Request, needed_bytes
-from memfit.recomputation import Cap
+from memfit.planner import single_device
+from memfit.planner.explanations import rivals, smallest_traced
+from memfit.planner.recompute_budget import Cap
+from memfit.planner.selection import Objective, Prices, decide
+from memfit.planner.shortlist import counterfactuals
+from memfit.planner.single_device import Request, needed_bytes
 from memfit.report.choices import search_view
-from memfit.report.figures import sentence_text
+from memfit.report.quantities import sentence_text
 from memfit.report.words import load_words
-from memfit.scaling.reasons import rivals, smallest_traced
-from memfit.search.choose import Objective, Prices, decide
 from memfit.techniques.registry import brief
 from memfit.types.job import JobRef
 from memfit.types.machine import Device, Fact, Machine
@@ -197,10 +197,10 @@ PROCESSOR = Machine(
 def test_a_search_traces_a_plan_with_every_technique_that_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(planning, "load", lambda ref: words(2))
-    monkeypatch.setattr(planning, "FINALISTS", 1)
-    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)
-    found = planning.search(
+    monkeypatch.setattr(single_device, "load", lambda ref: words(2))
+    monkeypatch.setattr(single_device, "FINALISTS", 1)
+    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
+    found = single_device.search(
         Request(job=JobRef(spec="words"), machine=PROCESSOR, cap_bytes=950_000, accuracy=Accuracy.EXACT),
         lambda *begun: None,
     )

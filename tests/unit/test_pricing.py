@@ -8,17 +8,17 @@ from collections.abc import Sequence
 import pytest
 from tiny import regression, words
 
-from memfit import planning, pricing
-from memfit.cost.correction import merged
 from memfit.cost.estimate import around
 from memfit.cost.memory import step_ops
-from memfit.cost.time import signatures_by_weight
-from memfit.finalists import finalists, more_finalists
-from memfit.planning import Request, fits_under, needed_bytes, space_of
-from memfit.pricing import Pricer
-from memfit.recomputation import Cap
-from memfit.search.choose import Objective
-from memfit.search.space import usable
+from memfit.cost.op_time import signatures_by_weight
+from memfit.cost.step_time_calibration import merged
+from memfit.planner import evaluate, single_device
+from memfit.planner.evaluate import Pricer
+from memfit.planner.plan_space import usable
+from memfit.planner.recompute_budget import Cap
+from memfit.planner.selection import Objective
+from memfit.planner.shortlist import finalists, more_finalists
+from memfit.planner.single_device import Request, fits_under, needed_bytes, space_of
 from memfit.types.errors import NothingFits, RunError, UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
@@ -87,7 +87,7 @@ def test_plain_training_is_sketched_to_one_storage(pricer: Pricer) -> None:
 
 
 def test_offload_takes_what_is_saved_out_and_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "_OFFLOADED_BYTES", 1024)  # everything here is smaller than the default
+    monkeypatch.setattr(evaluate, "_OFFLOADED_BYTES", 1024)  # everything here is smaller than the default
     job = words(BLOCKS)
     found = Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
     plan = Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),))
@@ -103,7 +103,7 @@ def test_parts_are_traced_once_and_shared_between_machines(
     pricer: Pricer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pricer.sketch(Plan(uses=(micro(2),)))
-    monkeypatch.setattr(pricing, "trace", lambda *a, **k: pytest.fail("traced again"))
+    monkeypatch.setattr(evaluate, "trace", lambda *a, **k: pytest.fail("traced again"))
     other = Pricer(
         job=pricer.job, space=pricer.space, parts=pricer.parts,
         machine=dataclasses.replace(CPU, name="faster", device=dataclasses.replace(
@@ -216,9 +216,9 @@ def test_more_finalists_are_the_next_best_that_fit_as_the_traced_did(pricer: Pri
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, machine: Machine = CPU, cap_bytes: int | None = None) -> Request:
-    monkeypatch.setattr(planning, "load", lambda ref: words(2))
-    monkeypatch.setattr(planning, "FINALISTS", 3)
-    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
+    monkeypatch.setattr(single_device, "load", lambda ref: words(2))
+    monkeypatch.setattr(single_device, "FINALISTS", 3)
+    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
     return Request(
         job=JobRef(spec="words"), machine=machine, cap_bytes=cap_bytes, accuracy=Accuracy.EXACT,
         goal=Objective.SMALLEST,
@@ -229,7 +229,7 @@ def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest
     stages: list[str] = []
     plain = Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")).whole(Plan())
     cap = int(plain.allocated_bytes.value * 0.95)
-    found = planning.search(asked(monkeypatch, cap_bytes=cap), lambda stage, *rest: stages.append(stage))
+    found = single_device.search(asked(monkeypatch, cap_bytes=cap), lambda stage, *rest: stages.append(stage))
     assert found.cap_reason == "asked for"
     assert found.result.recommended is not None
     best = found.result.recommended.estimate
@@ -243,13 +243,13 @@ def test_nothing_fits_is_told_and_a_device_without_a_cap_has_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(NothingFits) as told:
-        planning.search(asked(monkeypatch, cap_bytes=1), quiet)
+        single_device.search(asked(monkeypatch, cap_bytes=1), quiet)
     assert 1 == told.value.cap_bytes < told.value.least_bytes
     request = asked(
         monkeypatch,
         dataclasses.replace(CUDA, device=dataclasses.replace(CUDA.device, memory_bytes=fact(2**34))),
     )
-    found = planning.search(request, quiet)
+    found = single_device.search(request, quiet)
     assert (found.cap_bytes, found.cap_reason) == (2**34, "the device's memory")
 
 
@@ -258,20 +258,20 @@ def test_a_job_says_what_part_of_plain_training_is_shown(
 ) -> None:
     request, peak = asked(monkeypatch), Interval(value=800, low=800, high=800)
     basis = dataclasses.replace(pricer.sketch(Plan()), allocated_bytes=peak)
-    assert planning._cap(request, basis, 0.25) == (
+    assert single_device._cap(request, basis, 0.25) == (
         200, "demonstration: a quarter of the baseline's predicted peak",
     )  # fmt: skip
-    assert planning._cap(request, basis, 0.4) == (
+    assert single_device._cap(request, basis, 0.4) == (
         320, "demonstration: 40% of the baseline's predicted peak",
     )  # fmt: skip
     with pytest.raises(UserError, match="at most 1"):
-        planning._cap(request, basis, 1.5)
+        single_device._cap(request, basis, 1.5)
 
 
 def test_techniques_that_nobody_wants_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:
     request = asked(monkeypatch, cap_bytes=2**34)
     unwanted = dataclasses.replace(request, bounds=Bounds(without=("activation-checkpointing",)))
-    searches = [planning.search(r, quiet).result for r in (request, unwanted)]
+    searches = [single_device.search(r, quiet).result for r in (request, unwanted)]
     used = [{u.technique for c in found.frontier for u in c.estimate.plan.uses} for found in searches]
     assert "activation-checkpointing" not in used[1]
     assert searches[1].considered < searches[0].considered
@@ -340,12 +340,12 @@ def test_the_best_plan_is_measured_beside_those_that_lack_one_of_its_techniques(
         SECOND: (800 * mib, 1.0), OTHER: (350 * mib, 2.0),
     }  # fmt: skip
     prices = Prices(pricer.whole(Plan()), told, then)
-    monkeypatch.setattr(planning, "calibrate", lambda p, r, t, plans, **rest: p.measured.update(plans))
+    monkeypatch.setattr(single_device, "calibrate", lambda p, r, t, plans, **rest: p.measured.update(plans))
     device = dataclasses.replace(CPU.device, name="this machine")
     request = Request(job=JobRef(spec="words"), machine=dataclasses.replace(CPU, device=device))
     made = [prices.whole(plan) for plan in (Plan(), BOTH, OTHER)]
-    fits = planning.fits_under(500 * mib, request.machine)
-    found = planning._with_rivals(prices, request, fits, made, quiet)
+    fits = single_device.fits_under(500 * mib, request.machine)
+    found = single_device._with_rivals(prices, request, fits, made, quiet)
     fitting = [e for e in found if e.allocated_bytes.value < 450 * mib]
     best = min(fitting, key=lambda e: e.step_s.value if e.step_s else 0.0)
     assert best.plan == wanted
@@ -364,7 +364,7 @@ def here(monkeypatch: pytest.MonkeyPatch, told: Calibration | None) -> Request:
         on_event({"event": "calibration", "calibration": told})
         return Measurement(outcome=OutcomeKind.OK)
 
-    monkeypatch.setattr(planning, "run", child)
+    monkeypatch.setattr(single_device, "run", child)
     device = dataclasses.replace(CPU.device, name="this machine")
     return asked(monkeypatch, dataclasses.replace(CPU, device=device), cap_bytes=2**30)
 
@@ -375,7 +375,7 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
     told = Calibration(
         flops_s={"float32": 1e9}, bandwidth_bytes_s=1e8, op_s={"s": 1.0}, overhead_s=1e-6, took_s=1.0
     )
-    found = planning.search(here(monkeypatch, told), quiet).pricer.calibration
+    found = single_device.search(here(monkeypatch, told), quiet).pricer.calibration
     assert found.machine == "this machine"
     assert found.flops_s == {"float32": 1e9}
     assert found.took_s >= 2.0  # asked of what spans the search, and of what its best plans need
@@ -389,12 +389,12 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
 
 def test_a_calibration_that_breaks_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="it broke"):
-        planning.search(here(monkeypatch, None), quiet)
+        single_device.search(here(monkeypatch, None), quiet)
 
 
 def test_representatives_span_batch_and_precision(pricer: Pricer) -> None:
-    labels = {p.label for p in planning._representatives(pricer, [])}
+    labels = {p.label for p in single_device._representatives(pricer, [])}
     assert {"plain", "bf16-autocast", "gradient-accumulation(micro_batches=8)"} <= labels
     alone = dataclasses.replace(pricer, space=dataclasses.replace(pricer.space, batch_size=1))
-    assert [p.label for p in planning._representatives(alone, [])] == ["plain", "bf16-autocast"]
-    assert [p.label for p in planning._representatives(alone, ["bf16-autocast"])] == ["plain"]
+    assert [p.label for p in single_device._representatives(alone, [])] == ["plain", "bf16-autocast"]
+    assert [p.label for p in single_device._representatives(alone, ["bf16-autocast"])] == ["plain"]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from memfit.measure import probe as room
-from memfit.measure.probe import calibrate, probe
+from memfit.runtime import op_benchmark as room
+from memfit.runtime.op_benchmark import calibrate, probe
 from memfit.trace.signature import describe
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from memfit.scaling.race import Race, _doublings, kind
-from memfit.search.choose import Objective
+from memfit.planner.multi_device_shortlist import Race
+from memfit.planner.plan_kinds import doublings, kind
+from memfit.planner.selection import Objective
 from memfit.techniques.registry import make_use
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
@@ -38,9 +39,9 @@ def test_only_plans_that_are_cut_the_same_way_are_alike() -> None:
 
 
 @pytest.mark.parametrize(("one", "other", "apart"), [(1, 2, 2.0), (6, 7, 2.0), (0, 2, 3.0), (0, 0, 0.0)])
-def test_degrees_are_apart_by_their_doublings(one: int, other: int, apart: float) -> None:
+def test_degrees_are_apart_by_theirdoublings(one: int, other: int, apart: float) -> None:
     found = [kind(plan(CUTS[at]))[1] for at in (one, other)]
-    assert _doublings(found[0], found[1]) == _doublings(found[1], found[0]) == apart
+    assert doublings(found[0], found[1]) == doublings(found[1], found[0]) == apart
 
 
 STEPS = (2, 3, 4, 6, 8)

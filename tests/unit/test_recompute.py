@@ -19,20 +19,20 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from memfit import recomputation
 from memfit.catalog import machine
 from memfit.cost.memory import memory_profile
-from memfit.cost.recompute import smallest, solve
-from memfit.cost.replay import Replay, replay
-from memfit.jobs.step import TrainingStep
-from memfit.planning import Request, make_pricer, needed_bytes, search
-from memfit.recomputation import chosen, nominal_s
-from memfit.search.choose import Objective, score
-from memfit.techniques.planfile import plan_text, read_plan
-from memfit.techniques.recompute import dropped_text, read_dropped
+from memfit.cost.recompute_ilp import smallest, solve
+from memfit.cost.recompute_replay import Replay, replay
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner import recompute_budget
+from memfit.planner.recompute_budget import chosen, nominal_s
+from memfit.planner.selection import Objective, score
+from memfit.planner.single_device import Request, make_pricer, needed_bytes, search
+from memfit.techniques.plan_file import plan_text, read_plan
+from memfit.techniques.recompute.optimal import dropped_text, read_dropped
+from memfit.techniques.recompute.selective_recompute import RecomputedCall, Tape, Value
 from memfit.techniques.registry import make_use
-from memfit.techniques.tape import Call, Tape, Value
-from memfit.trace.recording import record
+from memfit.trace.op_recording import record
 from memfit.trace.tracer import trace
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.job import Job, JobRef
@@ -295,7 +295,7 @@ def test_where_the_program_ends_without_an_answer_the_least_found_is_one(
     with pytest.raises(UserError) as told:
         chosen(wide, asked(1))
     least_mib = int(str(told.value).partition("at least ")[2].split()[0])
-    monkeypatch.setattr(recomputation, "solve", lambda *given, **how: None)
+    monkeypatch.setattr(recompute_budget, "solve", lambda *given, **how: None)
     plan = chosen(wide, asked(least_mib + 1))
     found = memory_profile(trace(wide, plan), Calibration()).peak_bytes
     assert found <= (least_mib + 1) * 2**20
@@ -350,7 +350,7 @@ def test_micro_batches_are_chosen_for_together(wide: Job) -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_nothing_waits_for_the_garbage_collector(name: str) -> None:
     def alive() -> set[int]:
-        return {id(o) for o in gc.get_objects() if type(o) in (Value, Call)}
+        return {id(o) for o in gc.get_objects() if type(o) in (Value, RecomputedCall)}
 
     gc.collect()
     gc.disable()

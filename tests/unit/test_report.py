@@ -27,15 +27,15 @@ from report_fixture import (
 )
 from rich.console import Console
 
-from memfit import wire
 from memfit.report import charts, terminal
 from memfit.report.answer import answer
 from memfit.report.case import CLASSES, case_view
 from memfit.report.choices import search_view
-from memfit.report.figures import Figure, Mark, apart, figure_text, measured, predicted, sentence_text
 from memfit.report.html import render_html, write_html
+from memfit.report.quantities import Figure, Mark, apart, figure_text, measured, predicted, sentence_text
 from memfit.report.view import poc_view, thin
 from memfit.report.words import LANGUAGES, load_words
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import OutcomeKind, Poc, Reason, VerdictKind
 from memfit.types.units import GIB, MIB
@@ -399,7 +399,7 @@ def test_a_poc_killed_at_any_run_renders(cut: int) -> None:
 
 def test_a_stored_poc_renders_as_the_fresh_one() -> None:
     poc = full_poc()
-    stored = wire.loads(Poc, wire.dumps(poc))
+    stored = serialization.loads(Poc, serialization.dumps(poc))
     assert render_html(stored, lang="en") == render_html(poc, lang="en")
 
 

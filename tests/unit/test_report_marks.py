@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from report_fixture import full_poc, minimal_poc, offers
 
-from memfit import pipeline
 from memfit.decision.case import parsed
 from memfit.decision.decide import decide
 from memfit.report import html
-from memfit.report.figures import Mark, figure_text, measured, predicted, sourced
 from memfit.report.html import render_html
+from memfit.report.quantities import Mark, figure_text, measured, predicted, sourced
 from memfit.report.words import LANGUAGES, load_words
 from memfit.types.result import Cause, VerdictKind
 from memfit.verify import judge
+from memfit.workflows import proof_of_concept
 
 CASE = """
 currency = "JPY"
@@ -152,7 +152,7 @@ def test_sentences_of_the_cards_hold_no_number_of_their_own(lang: str) -> None:
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_every_reason_of_a_verdict_is_a_sentence_with_marked_numbers(lang: str) -> None:
-    source = (Path(judge.__file__).read_text(), Path(pipeline.__file__).read_text())
+    source = (Path(judge.__file__).read_text(), Path(proof_of_concept.__file__).read_text())
     kinds = {kind for text in source for kind in re.findall(r'Cause\(\s*kind="(\w+)"', text)} | {
         "better",
         "worse",

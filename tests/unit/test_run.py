@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from memfit.measure.cgroup import Group
-from memfit.run import child
-from memfit.run.child import CHILD_ENV, run
+from memfit.runtime import child_process
+from memfit.runtime.cgroup import Group
+from memfit.runtime.child_process import CHILD_ENV, run
 from memfit.types.job import JobRef
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan
@@ -158,7 +158,7 @@ def test_a_crash_keeps_the_steps_done_and_the_last_line() -> None:
 def test_an_end_without_a_result_is_a_failure(
     code: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "_machine_oom_kills", lambda: 0)
+    monkeypatch.setattr(child_process, "_machine_oom_kills", lambda: 0)
     measured = ending(code, cap_bytes=MIB)
     assert (measured.outcome, measured.reason) == (OutcomeKind.FAILED, reason)
 
@@ -223,14 +223,14 @@ def test_sigkill_counted_by_the_machine_is_out_of_memory(
 ) -> None:
     vmstat = tmp_path / "vmstat"
     vmstat.write_text("nr_free 1\noom_kill 4\n")
-    monkeypatch.setattr(child, "_VMSTAT", vmstat)
+    monkeypatch.setattr(child_process, "_VMSTAT", vmstat)
     assert ending(SUICIDE).outcome is OutcomeKind.FAILED  # a kill, but nobody counted it
     measured = run(config(SUICIDE), on_event=lambda _: vmstat.write_text("oom_kill 5\n") and None)
     assert (measured.outcome, measured.reason) == (
         OutcomeKind.OOM,
         "killed by the kernel: the machine ran out of memory",
     )
-    monkeypatch.setattr(child, "_VMSTAT", tmp_path / "none")
+    monkeypatch.setattr(child_process, "_VMSTAT", tmp_path / "none")
     assert ending(SUICIDE).outcome is OutcomeKind.FAILED
 
 
@@ -289,7 +289,7 @@ def test_when_the_parent_is_killed_the_child_dies(sign: signal.Signals, tmp_path
     parent_code = f"""
 import sys, tempfile
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from memfit.run.child import run
+from memfit.runtime.child_process import run
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
@@ -318,11 +318,14 @@ run(config, on_event=lambda e: print(e["pid"], flush=True))
 
 @LINUX
 def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
-    command = child._dying_with_parent([sys.executable, "-c", "print('started')"])
+    command = child_process._dying_with_parent([sys.executable, "-c", "print('started')"])
     command[command.index(str(os.getpid()))] = "1"  # asked for by a process that is not its parent
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent has died\n")
 
 
 def test_events_are_plain_json() -> None:
-    assert child._event(json.dumps({"event": "step", "loss": 1}).encode()) == {"event": "step", "loss": 1}
+    assert child_process._event(json.dumps({"event": "step", "loss": 1}).encode()) == {
+        "event": "step",
+        "loss": 1,
+    }

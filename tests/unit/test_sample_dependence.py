@@ -14,13 +14,12 @@ import memfit
 from memfit import catalog
 from memfit.cli import main
 from memfit.jobs.registry import load
-from memfit.jobs.step import TrainingStep
-from memfit.planning import Request, make_pricer, search
-from memfit.running import explain
-from memfit.search.layouts import Limits, grids
-from memfit.search.space import dependence_reasons, usable
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner.parallelism_grid import Limits, grids
+from memfit.planner.plan_space import dependence_reasons, usable
+from memfit.planner.single_device import Request, make_pricer, search
 from memfit.techniques.base import Space
-from memfit.techniques.planfile import plan_text
+from memfit.techniques.plan_file import plan_text
 from memfit.techniques.registry import TECHNIQUES, effect_of, make_use
 from memfit.trace import sample_dependence as trials
 from memfit.trace.sample_dependence import sample_dependence
@@ -28,6 +27,7 @@ from memfit.types.dependence import DependenceCause, DependenceKind, SampleDepen
 from memfit.types.errors import UserError
 from memfit.types.job import Job, JobRef
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan, use
+from memfit.workflows.single_run import explain
 
 SPLIT = Plan(uses=(make_use("gradient-accumulation", {"micro_batches": 4}),))
 RANKS = Plan(uses=(make_use("ddp", {}),), ranks=2)

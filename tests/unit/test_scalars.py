@@ -13,11 +13,11 @@ from tiny import Words, words_batch, words_loss
 from torch import nn
 
 from memfit.catalog import machine
-from memfit.jobs.step import TrainingStep
-from memfit.measure import here
-from memfit.planning import space_of
-from memfit.pricing import Pricer
-from memfit.scaling.search import Scale
+from memfit.jobs.training_step import TrainingStep
+from memfit.planner.device_pricing import Scale
+from memfit.planner.evaluate import Pricer
+from memfit.planner.single_device import space_of
+from memfit.runtime import local_machine
 from memfit.techniques.registry import make_use, technique
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -62,7 +62,9 @@ def _missing(*names: str) -> bool:
 def test_a_prediction_refuses_it(engine: str, plan: Plan, who: str) -> None:
     if engine == "accelerate" and _missing("accelerate"):
         pytest.skip("accelerate is not installed: native's step is traced")
-    pricer = Pricer(job=JOB, machine=here.this_machine("world"), space=space_of(JOB, "cpu", 2), engine=engine)
+    pricer = Pricer(
+        job=JOB, machine=local_machine.this_machine("world"), space=space_of(JOB, "cpu", 2), engine=engine
+    )
     with pytest.raises(UserError, match=f"^{who} {TOLD}"):
         pricer.whole(plan)
 

@@ -17,17 +17,18 @@ from torch import nn
 
 from memfit.catalog import machine
 from memfit.cost.money import bill
-from memfit.cost.time import time_model
+from memfit.cost.op_time import time_model
 from memfit.engines.registry import engine
-from memfit.planning import needed_bytes, space_of
-from memfit.pricing import Pricer
-from memfit.scaling.find import Found, Sketch, _picked, _Pricing, _todo, find
-from memfit.scaling.search import Aim, Scale, search_scale
-from memfit.scaling.traced import Traced
-from memfit.search.choose import Objective, frontier, score
-from memfit.search.layouts import Limits, grids, none_at_all
+from memfit.planner.block_traces import Traced
+from memfit.planner.device_pricing import Aim, Scale
+from memfit.planner.evaluate import Pricer
+from memfit.planner.grid_search import GridSketches, Sketch, _picked, _Pricing, _todo, find
+from memfit.planner.multi_device import search_scale
+from memfit.planner.parallelism_grid import Limits, grids, none_at_all
+from memfit.planner.selection import Objective, frontier, score
+from memfit.planner.single_device import needed_bytes, space_of
+from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import TECHNIQUES, conflict, plain
-from memfit.techniques.world import layout
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
@@ -161,7 +162,7 @@ def test_sketches_are_near_what_whole_traces_say() -> None:
     assert errors[-1][0] < 0.40, errors[-3:]
 
 
-def _found(on: Machine, **changes: Any) -> Found:
+def _found(on: Machine, **changes: Any) -> GridSketches:
     model = time_model(on.device, Calibration())
     assert model is not None
     return find(

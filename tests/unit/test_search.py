@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit import catalog
-from memfit.planning import half_of
-from memfit.search.choose import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
-from memfit.search.space import complexity, plans, usable
+from memfit.planner.plan_space import complexity, plans, usable
+from memfit.planner.selection import TIE_RATIO, Band, Objective, Prices, best, decide, frontier, score
+from memfit.planner.single_device import half_of
 from memfit.techniques.base import Space
 from memfit.techniques.registry import conflict, effect_of, make_use
 from memfit.types.plan import Accuracy, EffectClass, Plan, use

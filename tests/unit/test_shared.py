@@ -14,9 +14,8 @@ import jsonschema
 import pytest
 from report_fixture import CAP, METRICS, PEAKS, PLAIN, full_poc
 
-from memfit import shared
 from memfit.cli.app import main
-from memfit.store import Store
+from memfit.store import Store, exchange
 from memfit.types.errors import UserError
 from memfit.types.result import VerdictKind
 
@@ -24,18 +23,18 @@ Change = Callable[[dict[str, Any]], None]
 
 
 def plain() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(shared.text(shared.of_poc(full_poc())))
+    found: dict[str, Any] = json.loads(exchange.text(exchange.of_poc(full_poc())))
     return found
 
 
-def changed(change: Change) -> shared.Shared:
+def changed(change: Change) -> exchange.Shared:
     record = plain()
     change(record)
-    return shared.parsed(json.dumps(record), what="it")
+    return exchange.parsed(json.dumps(record), what="it")
 
 
 def test_a_record_says_what_was_measured() -> None:
-    record = shared.of_poc(full_poc())
+    record = exchange.of_poc(full_poc())
     assert record.cap_bytes == CAP
     runs = [r for r in full_poc().runs if r.spec.plan == PLAIN and r.measurement.peak_bytes]
     assert record.baseline.measured_peak_bytes == max(r.measurement.peak_bytes or 0 for r in runs)
@@ -49,9 +48,11 @@ def test_a_record_says_what_was_measured() -> None:
 
 def test_the_schema_that_is_published_is_the_one_that_is_used() -> None:
     path = Path(__file__).parents[2] / "docs" / "record.schema.json"
-    assert json.loads(path.read_text()) == shared.schema(), "memfit record --schema > docs/record.schema.json"
-    jsonschema.Draft202012Validator.check_schema(dict(shared.schema()))
-    jsonschema.validate(plain(), dict(shared.schema()))
+    assert json.loads(path.read_text()) == exchange.schema(), (
+        "memfit record --schema > docs/record.schema.json"
+    )
+    jsonschema.Draft202012Validator.check_schema(dict(exchange.schema()))
+    jsonschema.validate(plain(), dict(exchange.schema()))
 
 
 def test_out_in_and_out_again_are_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +204,7 @@ def _places(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str
 
 def test_what_the_schema_refuses_is_not_read() -> None:
     """Every field of a record in turn with a value of every other kind."""
-    judge, refused, good = jsonschema.Draft202012Validator(dict(shared.schema())), 0, plain()
+    judge, refused, good = jsonschema.Draft202012Validator(dict(exchange.schema())), 0, plain()
     for place in _places(good):
         for value in (None, "1000", " ", True, 0, -1, 1.5, [], {}, ["x"], {"x": "y"}, 10**30):
             record = copy.deepcopy(good)
@@ -213,7 +214,7 @@ def test_what_the_schema_refuses_is_not_read() -> None:
                 continue
             refused += 1
             with pytest.raises(UserError):
-                shared.parsed(json.dumps(record), what=f"{place} as {value!r}")
+                exchange.parsed(json.dumps(record), what=f"{place} as {value!r}")
     assert refused > 500
 
 
@@ -231,7 +232,7 @@ def test_a_run_that_failed_under_the_cap_is_told() -> None:
     judged = dataclasses.replace(
         poc.verdicts[0].verdict, kind=VerdictKind.UNDECIDED, margin=None, difference=None, low=None, high=None
     )
-    record = shared.of_poc(
+    record = exchange.of_poc(
         dataclasses.replace(
             poc,
             runs=(*poc.runs[:last], broken, *poc.runs[last + 1 :]),
@@ -247,28 +248,28 @@ def test_text_that_is_no_json_is_told_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{\n nothing")
     with pytest.raises(UserError, match="line 2"):
-        shared.read(path)
+        exchange.read(path)
 
 
 def test_a_number_of_5000_digits_is_told() -> None:
     raw = json.dumps(plain()).replace(str(CAP), "9" * 5000)
     with pytest.raises(UserError, match="no record"):
-        shared.parsed(raw, what="it")
+        exchange.parsed(raw, what="it")
 
 
 def test_text_nested_without_end_is_told(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested deeper"):
-        shared.read(path)
+        exchange.read(path)
 
 
-def rows(a: shared.Shared, b: shared.Shared) -> dict[str, shared.Compared]:
-    return {row.quantity: row for row in shared.compare(a, b)}
+def rows(a: exchange.Shared, b: exchange.Shared) -> dict[str, exchange.Compared]:
+    return {row.quantity: row for row in exchange.compare(a, b)}
 
 
 def test_equal_conditions_are_compared() -> None:
-    a = shared.of_poc(full_poc())
+    a = exchange.of_poc(full_poc())
     peak = a.recommended.measured_peak_bytes or 0
     found = rows(a, changed(lambda r: r["recommended"].update(measured_peak_bytes=peak + 1)))
     assert found["recommended: peak_bytes"].ratio == (peak + 1) / peak
@@ -308,27 +309,27 @@ def _other_seeds(r: dict[str, Any]) -> None:
 def test_unequal_conditions_are_not_compared(change: Change, quantity: str, why: str) -> None:
     record = plain()
     record["baseline"]["energy"] = record["recommended"]["energy"] = {"joules": 5.0, "boundary": "package"}
-    a = shared.parsed(json.dumps(record), what="a")
+    a = exchange.parsed(json.dumps(record), what="a")
     change(record)
-    b = shared.parsed(json.dumps(record), what="b")
-    found = {row.quantity: row for row in shared.compare(b, a)}[quantity]
+    b = exchange.parsed(json.dumps(record), what="b")
+    found = {row.quantity: row for row in exchange.compare(b, a)}[quantity]
     assert found.ratio is None
     assert any(why in reason for reason in found.against)
 
 
 def test_other_plans_of_one_effect_class_are_compared() -> None:
-    a = shared.of_poc(full_poc())
+    a = exchange.of_poc(full_poc())
     b = changed(lambda r: r["recommended"]["plan"].pop("activation-checkpointing"))
     assert rows(a, b)["recommended: peak_bytes"].ratio == 1
 
 
 def test_an_unfinished_poc_has_no_record() -> None:
     with pytest.raises(UserError, match="interrupted"):
-        shared.of_poc(dataclasses.replace(full_poc(), finished=False))
+        exchange.of_poc(dataclasses.replace(full_poc(), finished=False))
 
 
 def test_a_field_that_is_there_twice_is_refused() -> None:
-    text = shared.text(shared.of_poc(full_poc()))
+    text = exchange.text(exchange.of_poc(full_poc()))
     twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
     with pytest.raises(UserError, match="'reproducible' is there twice"):
-        shared.parsed(twice, what="b")
+        exchange.parsed(twice, what="b")

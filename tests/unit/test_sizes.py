@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from memfit import planning
 from memfit.jobs.registry import load
-from memfit.measure import here
-from memfit.planning import Request, make_pricer
+from memfit.planner import single_device
+from memfit.planner.single_device import Request, make_pricer
+from memfit.runtime import local_machine
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.plan import Plan
@@ -36,12 +36,12 @@ def test_a_length_is_said_once() -> None:
 
 
 def test_the_batch_is_halved_until_plain_training_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request(job=JobRef(spec="protein-ss", batch=8), machine=here.this_machine("world"))
+    request = Request(job=JobRef(spec="protein-ss", batch=8), machine=local_machine.this_machine("world"))
     job, pricer = make_pricer(request)
     plain = pricer.whole(Plan())
-    need = planning.needed_bytes(plain, request.machine)
-    monkeypatch.setattr(here, "free_bytes", lambda: need // 2)
-    smaller, job, _, estimate = planning._runnable(request, job, pricer, plain)
+    need = single_device.needed_bytes(plain, request.machine)
+    monkeypatch.setattr(local_machine, "free_bytes", lambda: need // 2)
+    smaller, job, _, estimate = single_device._runnable(request, job, pricer, plain)
     assert smaller.job == dataclasses.replace(request.job, batch=job.batch_size)
     assert job.batch_size in (2, 4)
-    assert planning.needed_bytes(estimate, request.machine) <= need // 2
+    assert single_device.needed_bytes(estimate, request.machine) <= need // 2

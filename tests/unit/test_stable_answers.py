@@ -16,22 +16,23 @@ import pytest
 from rich.console import Console
 from tiny import words
 
-from memfit import pipeline, planning, trials
 from memfit.cli import main
 from memfit.cli.progress import Bars
 from memfit.cost.estimate import around
-from memfit.cost.time import signatures_to_time
-from memfit.planning import Planning, Request, SearchInterrupted
+from memfit.cost.op_time import signatures_to_time
+from memfit.planner import single_device, trials
+from memfit.planner.selection import TIMED, Objective, best, timed_band
+from memfit.planner.single_device import Planning, Request, SearchInterrupted
 from memfit.report.terminal import print_search
-from memfit.search.choose import TIMED, Objective, best, timed_band
 from memfit.store.calibration import CalibrationCache, selected
-from memfit.trace import parallel
+from memfit.trace import trace_pool
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.machine import Calibration, Device, Fact, Machine
 from memfit.types.plan import Accuracy, Plan, Use, use
 from memfit.types.result import Estimate, Measurement, OutcomeKind, Timings
 from memfit.types.trace import OpCall, Phase
+from memfit.workflows import proof_of_concept
 
 MIB = 2**20
 ACCUMULATED = use("gradient-accumulation", micro_batches=2)
@@ -186,10 +187,10 @@ class Probes:
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
     found = Probes()
-    monkeypatch.setattr(planning, "probe_here", found)
-    monkeypatch.setattr(planning, "load", lambda ref: words(2))
-    monkeypatch.setattr(planning, "FINALISTS", 3)
-    monkeypatch.setattr(planning, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
+    monkeypatch.setattr(single_device, "probe_here", found)
+    monkeypatch.setattr(single_device, "load", lambda ref: words(2))
+    monkeypatch.setattr(single_device, "FINALISTS", 3)
+    monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)  # larger than the whole job here
     return found
 
 
@@ -207,15 +208,15 @@ def quiet(stage: str, done: int, total: int, detail: str) -> None:
 def test_the_same_question_is_answered_by_the_same_timings_and_those_of_others_change_nothing(
     probes: Probes,
 ) -> None:
-    first = planning.search(question(), quiet)
+    first = single_device.search(question(), quiet)
     taken = len(probes.asked)
     CalibrationCache(1).add(timed(9.0, "of another question"))
-    second = planning.search(question(), quiet)
+    second = single_device.search(question(), quiet)
     assert len(probes.asked) == taken > 0, "nothing is timed again"
     assert second.result == first.result
     assert second.pricer.calibration.op_s == first.pricer.calibration.op_s
     with pytest.raises(KeyboardInterrupt):
-        planning.search(question(recalibrate=True), interrupted_at("search"))
+        single_device.search(question(recalibrate=True), interrupted_at("search"))
     assert probes.asked[taken] == probes.asked[0], "all of it is timed again"
 
 
@@ -225,11 +226,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planning]:
     with pytest.MonkeyPatch.context() as patch:
         path = tmp_path_factory.mktemp("searched") / "calibration.sqlite3"
         patch.setattr("memfit.store.calibration.default_path", lambda: path)
-        patch.setattr(planning, "probe_here", Probes())
-        patch.setattr(planning, "load", lambda ref: words(2))
-        patch.setattr(planning, "FINALISTS", 3)
-        patch.setattr(planning, "CPU_HEADROOM_BYTES", 0)
-        yield planning.search(question(), quiet)
+        patch.setattr(single_device, "probe_here", Probes())
+        patch.setattr(single_device, "load", lambda ref: words(2))
+        patch.setattr(single_device, "FINALISTS", 3)
+        patch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
+        yield single_device.search(question(), quiet)
 
 
 # --- Ctrl-C
@@ -247,7 +248,7 @@ def interrupted_at(stage: str) -> Callable[[str, int, int, str], None]:
 @pytest.mark.parametrize("stage", ["price", "finalists"])
 def test_an_interrupted_search_has_the_best_plan_so_far(stage: str) -> None:
     with pytest.raises(SearchInterrupted) as stop:
-        planning.search(question(), interrupted_at(stage))
+        single_device.search(question(), interrupted_at(stage))
     found = stop.value.result
     assert found.unfinished
     assert found.recommended is not None
@@ -263,7 +264,7 @@ def test_ctrl_c_shows_it_and_ends_as_shells_expect(
     def search(*asked: object, **more: object) -> Planning:
         raise SearchInterrupted(dataclasses.replace(searched.result, unfinished=True))
 
-    monkeypatch.setattr(pipeline, "search", search)
+    monkeypatch.setattr(proof_of_concept, "search", search)
     assert main(["plan", "protein-ss", *more]) == 130
     out, err = capsys.readouterr()
     assert "interrupted: the search was not finished" in err
@@ -281,10 +282,10 @@ def note(seen: list[tuple[int, int]], done: int, index: int) -> None:
 def test_progress_counts_what_is_done_and_not_what_began(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
     for may_fork in (False, hasattr(os, "fork")):
-        monkeypatch.setattr(parallel, "_may_fork", lambda may=may_fork: may)
+        monkeypatch.setattr(trace_pool, "_may_fork", lambda may=may_fork: may)
         seen: list[tuple[int, int]] = []
         results: dict[int, int] = {}
-        parallel.side_by_side([partial(int, n) for n in range(5)], partial(note, seen), results)
+        trace_pool.side_by_side([partial(int, n) for n in range(5)], partial(note, seen), results)
         counts = [done for done, _ in seen]
         assert (counts[0], counts[-1]) == (0, 5)
         assert counts == sorted(counts)

@@ -14,7 +14,7 @@ from tiny import regression, words, words_terms
 from torch import nn
 from torch.testing import assert_close
 
-from memfit.jobs.step import TrainingStep, batch_length, split
+from memfit.jobs.training_step import TrainingStep, batch_length, split
 from memfit.techniques.precision import LossScale
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice

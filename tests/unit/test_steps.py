@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import words
 
-from memfit.catalog.spelled import machine
-from memfit.cost.steps import micro_steps, played
-from memfit.cost.time import time_model
+from memfit.catalog.machine_spec import machine
+from memfit.cost.op_time import time_model
+from memfit.cost.step_time import micro_steps, played
+from memfit.techniques.rank_mesh import layout
 from memfit.techniques.registry import make_use as use
-from memfit.techniques.world import layout
 from memfit.trace.tracer import trace
 from memfit.types.machine import Calibration, Fact, Link, Machine
 from memfit.types.plan import Plan, Use

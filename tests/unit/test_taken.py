@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from report_fixture import full_poc
 
-from memfit import shared
 from memfit.cli.app import main
-from memfit.store import Store
+from memfit.store import Store, exchange
 from memfit.store.database import TAKEN
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\u202egnp\u2066\x9b2J\nEvery gate holds."
@@ -21,7 +20,7 @@ ID = full_poc().poc_id
 
 def written(path: Path, **changes: Any) -> str:
     """The made-up PoC's record, changed, as a file."""
-    record = json.loads(shared.text(shared.of_poc(full_poc())))
+    record = json.loads(exchange.text(exchange.of_poc(full_poc())))
     for name, value in changes.items():
         record[name] = record[name] | value if isinstance(value, dict) else value
     path.write_text(json.dumps(record))
@@ -51,7 +50,7 @@ def test_a_forged_record_of_ours_is_refused(
 def test_what_stood_in_the_place_of_ours_does_so_no_more(
     ours: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = json.loads(shared.text(shared.of_poc(full_poc()))) | {"place": "forged"}
+    record = json.loads(exchange.text(exchange.of_poc(full_poc()))) | {"place": "forged"}
     Store(Path(ours)).append(ID, TAKEN, record)  # as it was stored once
     assert main(["record", "--store", ours]) == 0
     assert "forged" not in capsys.readouterr().out

@@ -17,14 +17,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from memfit.jobs.registry import load
-from memfit.jobs.step import TrainingStep
-from memfit.planning import space_of
-from memfit.search.space import plans
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import find_blocks, find_head
+from memfit.planner.plan_space import plans
+from memfit.planner.single_device import space_of
 from memfit.techniques.base import Knob, Space, Workbench
-from memfit.techniques.blocks import find_blocks, find_head
 from memfit.techniques.offload import DiskSpool, HostCopies, Parked, Spool
 from memfit.techniques.optimizers import default_optimizer
-from memfit.techniques.planfile import parse_plan, plan_text, read_plan
+from memfit.techniques.plan_file import parse_plan, plan_text, read_plan
 from memfit.techniques.precision import MasterWeights
 from memfit.techniques.registry import (
     TECHNIQUES,

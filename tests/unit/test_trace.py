@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from memfit.cost.memory import levels, memory_profile
-from memfit.trace.few_blocks import with_blocks
 from memfit.trace.tracer import fake_model, trace
+from memfit.trace.truncated_model import with_blocks
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.machine import Calibration

@@ -15,9 +15,9 @@ from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional
 
 from memfit.cost.memory import memory_profile
-from memfit.jobs.gpt import Gpt, GptSize
+from memfit.jobs.builtin.gpt import Gpt, GptSize
 from memfit.techniques.registry import make_use
-from memfit.trace.ranks import priming
+from memfit.trace.fake_process_group import priming
 from memfit.trace.tracer import trace
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -156,7 +156,7 @@ def test_logits_in_chunks_need_a_head_that_stays() -> None:
 def test_parts_of_a_parameter_are_those_that_fsdp_makes(rows: int, count: int) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_common import _chunk_with_empty
 
-    from memfit.trace.ranks import _Chunks
+    from memfit.trace.fake_process_group import _Chunks
 
     tensor = torch.arange(2.0 * rows).reshape(rows, 2)
     theirs, mine = _chunk_with_empty(tensor, count, dim=0), _Chunks(tensor, count, dim=0)

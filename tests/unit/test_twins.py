@@ -12,10 +12,11 @@ from tiny import words
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from memfit.jobs.gpt import Gpt, GptSize
-from memfit.techniques import chain, dataflow
-from memfit.techniques.blocks import twins
-from memfit.techniques.checkpointing import recompute
+from memfit.jobs.builtin.gpt import Gpt, GptSize
+from memfit.model import linear_roles
+from memfit.model.blocks import twins
+from memfit.techniques.parallel import block_dataflow
+from memfit.techniques.recompute.checkpointing import recompute
 from memfit.techniques.registry import make_use
 from memfit.trace.operators import faked
 from memfit.trace.tracer import trace
@@ -72,15 +73,15 @@ def _unlike(blocks: Any) -> list[int]:
 def test_a_chain_is_that_of_running_every_block(more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = 4 if "tensor-parallel" in more else 2
     plan = Plan(ranks=ranks, uses=(make_use("pipeline", {}), *(make_use(k, v) for k, v in more.items())))
-    seen: list[chain.Chain] = []
-    inner = chain.record_chain
+    seen: list[block_dataflow.Chain] = []
+    inner = block_dataflow.record_chain
     record = lambda bench, parts: seen.append(inner(bench, parts)) or seen[-1]  # noqa: E731
-    monkeypatch.setattr("memfit.techniques.stages.record_chain", record)
+    monkeypatch.setattr("memfit.techniques.parallel.pipeline_stages.record_chain", record)
     job = words(blocks=6)
     traces = [trace(job, plan, device="cuda")]
-    monkeypatch.setattr(chain, "twins", _unlike)
-    monkeypatch.setattr(dataflow, "twins", _unlike)
-    monkeypatch.setattr("memfit.techniques.tensor_parallel._SEEN", {})
+    monkeypatch.setattr(block_dataflow, "twins", _unlike)
+    monkeypatch.setattr(linear_roles, "twins", _unlike)
+    monkeypatch.setattr("memfit.techniques.parallel.tensor_parallel._SEEN", {})
     traces.append(trace(job, plan, device="cuda"))
     one, other = seen
     assert (one.uses, one.carried, one.returns, one.before) == (
@@ -121,8 +122,8 @@ def test_blocks_that_only_give_are_run_twice(
     with fake:
         blocks = [Block(i) for i in range(5)]
         named = [(f"blocks.{i}.{n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()]
-        names = {key: name for name, p in named for key in chain._storages(p)}
-        recorder = chain._Recorder(names, "blocks", blocks)
+        names = {key: name for name, p in named for key in block_dataflow._storages(p)}
+        recorder = block_dataflow._Recorder(names, "blocks", blocks)
         x: Any = torch.zeros(2, 16)
         with torch.no_grad(), recorder:
             for index, block in enumerate(blocks):
@@ -139,9 +140,9 @@ def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) 
         make_batch = staticmethod(lambda step, seed: tokens)
         loss = staticmethod(lambda model, batch: model(batch).sum())
 
-    one = dataflow.observe(Given, model, names, {})
-    monkeypatch.setattr(dataflow, "twins", _unlike)
-    other = dataflow.observe(Given, model, names, {})
+    one = linear_roles.observe(Given, model, names, {})
+    monkeypatch.setattr(linear_roles, "twins", _unlike)
+    other = linear_roles.observe(Given, model, names, {})
     assert one.inside == other.inside
     told = [
         {
@@ -157,8 +158,8 @@ def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) 
 def test_a_flow_knows_roles_that_one_block_alone_has() -> None:
     model = Gpt(SIZE)
     names = [f"blocks.{i}" for i in range(SIZE.layers)]
-    roles = {f"{name}.up": dataflow.COLWISE for name in names} | {"blocks.4.up": ""}
-    found = [dataflow._twins(model, names, roles), dataflow._twins(model, names, {})]
+    roles = {f"{name}.up": linear_roles.COLWISE for name in names} | {"blocks.4.up": ""}
+    found = [linear_roles._twins(model, names, roles), linear_roles._twins(model, names, {})]
     assert found == [[0, 1, 1, 1, 4, 1], [0, 1, 1, 1, 1, 1]]
 
 

@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit import wire
 from memfit.engines import native
+from memfit.types import serialization
+from memfit.types.downsample import thin_phases
 from memfit.types.errors import NothingFits, UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
+from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan, use
 from memfit.types.result import Interval, Measurement, OutcomeKind
-from memfit.types.series import thin_phases
-from memfit.types.units import GIB, MIB, format_bytes, format_seconds, parse_bytes
+from memfit.types.units import GIB, MIB, format_bytes, format_seconds
 
 # --- units
 
@@ -96,8 +97,8 @@ NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 @given(losses=st.lists(NUMBERS, max_size=5), reason=st.text(max_size=20), peak=st.none() | st.integers(0))
 def test_law_a_measurement_crosses_as_it_is(losses: list[float], reason: str, peak: int | None) -> None:
     sent = Measurement(outcome=OutcomeKind.OK, losses=tuple(losses), reason=reason, peak_bytes=peak)
-    text = wire.dumps(sent)
-    got = wire.loads(Measurement, text)
+    text = serialization.dumps(sent)
+    got = serialization.loads(Measurement, text)
     assert [repr(x) for x in got.losses] == [repr(x) for x in losses]  # nan is not equal to itself
     assert dataclasses.replace(got, losses=()) == dataclasses.replace(sent, losses=())
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -108,9 +109,11 @@ def test_nested_nouns_enums_and_numbers_keep_their_kinds() -> None:
         uses=(use("gradient-accumulation", micro_batches=4), use("bf16-parameters", rounding="master"))
     )
     spec = RunSpec(name="x", role="run", job=JobRef(spec="a.py:job", steps=3), plan=plan, seed=1, steps=2)
-    assert wire.loads(RunSpec, wire.dumps(spec)) == spec
-    assert wire.loads(Interval, '{"value": "inf", "low": 0, "high": "inf"}').value == math.inf
-    assert json.loads(wire.dumps({"nested": [math.nan, -math.inf, 1]})) == {"nested": ["nan", "-inf", 1]}
+    assert serialization.loads(RunSpec, serialization.dumps(spec)) == spec
+    assert serialization.loads(Interval, '{"value": "inf", "low": 0, "high": "inf"}').value == math.inf
+    assert json.loads(serialization.dumps({"nested": [math.nan, -math.inf, 1]})) == {
+        "nested": ["nan", "-inf", 1]
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_nested_nouns_enums_and_numbers_keep_their_kinds() -> None:
 )
 def test_a_broken_record_names_its_place(text: str, place: str) -> None:
     with pytest.raises(UserError, match=f"record 7 is broken at {place}"):
-        wire.loads(Measurement, text, what="record 7")
+        serialization.loads(Measurement, text, what="record 7")
 
 
 def test_nothing_fits_says_the_least_that_would_do() -> None:
@@ -146,7 +149,7 @@ SPEC = RunSpec(
 
 def test_the_child_reads_the_very_specification_it_was_given() -> None:
     config = native.render(SPEC)
-    assert wire.loads(RunSpec, config.files["run.json"]) == SPEC == config.spec
+    assert serialization.loads(RunSpec, config.files["run.json"]) == SPEC == config.spec
     assert config.argv == (sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json")
     assert config.env == {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "2"}
     assert native.render(dataclasses.replace(SPEC, threads=0)).env == {"PYTHONSAFEPATH": "1"}

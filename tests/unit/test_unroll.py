@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from memfit.cost.memory import memory_profile, step_ops
-from memfit.techniques.world import layout
-from memfit.trace.compose import deep_trace, deep_traces
-from memfit.trace.few_blocks import with_blocks
+from memfit.techniques.rank_mesh import layout
+from memfit.trace.trace_extrapolation import deep_trace, deep_traces
 from memfit.trace.tracer import trace
+from memfit.trace.truncated_model import with_blocks
 from memfit.trace.unroll import Blocks, Mismatch, canonical, unroll
 from memfit.types.job import Job
 from memfit.types.machine import Calibration
@@ -115,7 +115,7 @@ def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: p
         depths.append(getattr(job.build_model, "count", None))
         return trace(job, plan, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("memfit.trace.compose.tracer.trace", watched)
+    monkeypatch.setattr("memfit.trace.trace_extrapolation.tracer.trace", watched)
     deep = deep_trace(job(depth=depth), plan, device=device)
     assert None not in depths, "it fell back to tracing the whole model"
     assert same(deep, whole)

@@ -11,24 +11,24 @@ from typing import Any
 
 import pytest
 
-from memfit import wire
-from memfit.catalog.spelled import machine
+from memfit.catalog.machine_spec import machine
 from memfit.engines import native
 from memfit.jobs.registry import load
-from memfit.jobs.user import source_digest
-from memfit.measure import allocator, limit, memory
-from memfit.planning import Request
-from memfit.run.child import run
-from memfit.running import run_plan
+from memfit.jobs.user_job import source_digest
+from memfit.planner.single_device import Request
+from memfit.runtime import counting_allocator, memory, memory_cap
+from memfit.runtime.child_process import run
 from memfit.store.database import Store
 from memfit.techniques.registry import make_use
 from memfit.trace.tracer import trace
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
 from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use, use
 from memfit.types.result import Measurement, OutcomeKind, Run
 from memfit.worker import calibrate, train
+from memfit.workflows.single_run import run_plan
 
 JOB = '''
 """A network whose largest tensors are megabytes, so that a cap can be told from the noise beside it."""
@@ -173,16 +173,16 @@ class Limit:
 def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """``told(spec)``: (measurement, events) of a run in this process."""
     monkeypatch.setattr(memory, "peak_counter", Counter)
-    monkeypatch.setattr(limit, "MemoryLimit", Limit)
+    monkeypatch.setattr(memory_cap, "MemoryLimit", Limit)
 
     def ask(asked: RunSpec) -> tuple[Measurement, list[dict[str, Any]]]:
         path = tmp_path / "run.json"
-        path.write_text(wire.dumps(asked))
+        path.write_text(serialization.dumps(asked))
         train.main(path)
         events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         result = events.pop()
         assert result["event"] == "result"
-        return wire.loads(Measurement, json.dumps(result["measurement"])), events
+        return serialization.loads(Measurement, json.dumps(result["measurement"])), events
 
     return ask
 
@@ -234,7 +234,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
 def test_a_model_that_is_made_otherwise_after_the_warm_up_is_named(
     own: str, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memfit.jobs.step import TrainingStep
+    from memfit.jobs.training_step import TrainingStep
 
     class Sometimes(TrainingStep):
         """The technique is left out of every step but the first."""
@@ -310,11 +310,11 @@ def test_a_job_without_a_metric_is_not_evaluated(own: str, told: Any) -> None:
 def test_calibration_tells_its_rates_and_that_it_is_done(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from memfit.measure import probe
+    from memfit.runtime import op_benchmark
 
     monkeypatch.setattr(memory, "peak_counter", Counter)
-    monkeypatch.setattr(probe, "_MATMUL_SIZE", 64)
-    monkeypatch.setattr(probe, "_COPY_BYTES", 2**16)
+    monkeypatch.setattr(op_benchmark, "_MATMUL_SIZE", 64)
+    monkeypatch.setattr(op_benchmark, "_COPY_BYTES", 2**16)
     path = tmp_path / "request.json"
     for threads in (0, 1):
         request = {"threads": threads, "packages": ["math"], "signatures": [], "budget_s": 1}
@@ -332,7 +332,7 @@ def ended(asked: RunSpec) -> Measurement:
     return run(native.render(asked), on_event=lambda event: None)
 
 
-@pytest.mark.skipif(allocator.available() is not None, reason="no counting allocator")
+@pytest.mark.skipif(counting_allocator.available() is not None, reason="no counting allocator")
 def test_the_peak_of_a_real_child_is_the_predicted_one(own: str) -> None:
     from memfit.cost.memory import memory_profile
     from memfit.types.machine import Calibration

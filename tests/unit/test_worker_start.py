@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from report_fixture import PEAKS, PLAIN, full_poc
 
-from memfit import shared
 from memfit.catalog import machine
-from memfit.jobs.user import shadowed_modules
-from memfit.planning import Request
-from memfit.run.child import STOPPED, run
-from memfit.run.ranks import run_ranks
+from memfit.jobs.user_job import shadowed_modules
+from memfit.planner.single_device import Request
+from memfit.runtime.child_process import STOPPED, run
+from memfit.runtime.ranks import run_ranks
+from memfit.store import exchange
 from memfit.techniques.registry import effect_of, plain
 from memfit.types.errors import UserError
 from memfit.types.job import JobRef
@@ -163,7 +163,7 @@ def test_a_child_without_a_time_limit_runs_to_its_end() -> None:
 
 
 def test_ranks_that_wait_for_one_that_failed_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memfit.run.ranks.GRACE_S", 0.2)
+    monkeypatch.setattr("memfit.runtime.ranks.GRACE_S", 0.2)
     code = "import os, sys, time\nsys.exit('no such data') if os.environ['RANK'] == '1' else time.sleep(100)"
     begun = time.monotonic()
     waiting, failed = run_ranks(_config(code, ranks=2))
@@ -189,7 +189,7 @@ def test_ranks_wait_for_each_other_for_longer_than_half_an_hour(monkeypatch: pyt
     )
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr("memfit.techniques.world.make_world", lambda plan, rank, device: None)
+    monkeypatch.setattr("memfit.techniques.rank_mesh.make_world", lambda plan, rank, device: None)
     with train.joined(Plan(ranks=2)):
         pass
     assert limits[0].days >= 1
@@ -226,7 +226,7 @@ def recommending(plan: Plan, *, baseline: Plan, step_time_ratio: float) -> Poc:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_proof_of_concept_that_recommends_plain_training_has_a_record(ranks: int) -> None:
-    record = shared.of_poc(recommending(plain(ranks), baseline=plain(ranks), step_time_ratio=2.9))
+    record = exchange.of_poc(recommending(plain(ranks), baseline=plain(ranks), step_time_ratio=2.9))
     assert record.recommended == record.baseline
     assert record.baseline.ranks == ranks
     assert record.step_time_ratio is None
@@ -236,17 +236,17 @@ def test_a_proof_of_concept_that_recommends_plain_training_has_a_record(ranks: i
 
 def test_a_record_leaves_out_a_ratio_that_the_medians_contradict_and_says_so() -> None:
     poc = dataclasses.replace(full_poc(), step_time_ratio=2.9)
-    record = shared.of_poc(poc)
+    record = exchange.of_poc(poc)
     assert record.step_time_ratio is None
     assert "Step times varied too much between runs: the median ratio of the pairs is 2.9" in record.notes[-1]
     assert len(record.notes) == len(poc.notes) + 1
-    assert shared.of_poc(full_poc()).step_time_ratio == 1.31
+    assert exchange.of_poc(full_poc()).step_time_ratio == 1.31
 
 
 def test_several_ranks_are_compared_with_plain_training_on_as_many() -> None:
-    record = shared.of_poc(recommending(plain(2), baseline=plain(2), step_time_ratio=1.0)).model_dump(
+    record = exchange.of_poc(recommending(plain(2), baseline=plain(2), step_time_ratio=1.0)).model_dump(
         mode="json"
     )
     record["baseline"]["plan"] = {"fsdp2": {}}
     with pytest.raises(UserError, match="allowed: plain training"):
-        shared.parsed(json.dumps(record), what="it")
+        exchange.parsed(json.dumps(record), what="it")

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import memfit
-import memfit.workspaces
+import memfit.planner.workspace_probes
 from memfit.api import Prediction
 from memfit.cost.workspaces import bound_bytes
-from memfit.measure.memory import peak_counter
-from memfit.planning import needed_bytes
+from memfit.planner.single_device import needed_bytes
+from memfit.runtime.memory import peak_counter
 from memfit.trace.signature import describe
 
 functional = nn.functional
@@ -147,7 +147,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import gc
 import torch
-from memfit.measure.memory import peak_counter
+from memfit.runtime.memory import peak_counter
 from test_workspace_intervals import CASES
 counter = peak_counter()
 torch.set_num_threads({threads})
@@ -171,7 +171,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Nothing was probed before these tests."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memfit.workspaces.platformdirs, "user_cache_path", lambda name: folder / name)
+        patch.setattr(
+            memfit.planner.workspace_probes.platformdirs, "user_cache_path", lambda name: folder / name
+        )
         yield
 
 
@@ -223,7 +225,7 @@ def test_what_was_probed_is_not_probed_again(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*args: Any, **settings: Any) -> Any:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(memfit.workspaces, "run", refuse)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "run", refuse)
     assert estimated("volumes").allocated_bytes == once.allocated_bytes
 
 
@@ -233,7 +235,7 @@ def test_a_machine_without_processes_widens_the_interval(
     def fails(*args: Any, **settings: Any) -> Any:
         raise OSError("no process can be started")
 
-    monkeypatch.setattr(memfit.workspaces, "run", fails)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "run", fails)
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
     found = estimated("volumes")
     assert found.allocated_bytes == estimated("volumes", probe=False).allocated_bytes
@@ -242,14 +244,14 @@ def test_a_machine_without_processes_widens_the_interval(
 def test_another_machine_is_never_probed_and_has_room_for_its_convolutions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memfit.workspaces, "run", None)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
     found = estimated("volumes", machine="H100-SXM")
     assert any("convolution" in a for a in found.estimate.assumptions)
     assert found.allocated_bytes.high > 1.01 * found.allocated_bytes.value
 
 
 def test_a_model_without_such_kernels_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memfit.workspaces, "run", None)
+    monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     found = memfit.estimate(model, torch.rand(8, 64))
     assert found.allocated_bytes.high == pytest.approx(1.01 * found.allocated_bytes.value)
@@ -375,6 +377,6 @@ def taken(counter: Any, call: Any, args: list[Any]) -> torch.Tensor:
 def test_the_file_of_what_was_probed_survives_nonsense(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text("{not json")
-    assert memfit.workspaces._read(path) == {}
+    assert memfit.planner.workspace_probes._read(path) == {}
     path.write_text(json.dumps({"key": [1]}))
-    assert memfit.workspaces._read(path) == {}
+    assert memfit.planner.workspace_probes._read(path) == {}

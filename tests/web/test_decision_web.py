@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from report_fixture import full_poc, offers
 
-from memfit.decision import chance, money, stages
-from memfit.decision.case import Case, parsed
+from memfit.decision import money, monte_carlo, stages
+from memfit.decision.case import DecisionCase, parsed
 from memfit.decision.decide import decide
-from memfit.report.figures import MANY, figure_text, predicted
 from memfit.report.html import write_html
+from memfit.report.quantities import MANY, figure_text, predicted
 from memfit.report.words import load_words
 from memfit.types.decision import Amount, Decision, Sheet, Term, Terms, Way
 
@@ -55,7 +55,7 @@ def made(text: str = YEN) -> Decision:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     folder = tmp_path_factory.mktemp("decisions")
     poc = dataclasses.replace(full_poc(), offers=offers())
-    decisions = {"yen": made(), "bare": made(""), "none": decide(full_poc(), Case())}
+    decisions = {"yen": made(), "bare": made(""), "none": decide(full_poc(), DecisionCase())}
     return {
         f"{name}-{lang}": write_html(poc, folder / f"{name}-{lang}.html", lang=lang, decision=one)
         for name, one in decisions.items()
@@ -240,7 +240,7 @@ def _same_swings(
     page: Any, told: Sequence[Term], ways: list[Way], terms: Terms, best: int, reference: int
 ) -> None:
     """How a number moves a way is the drawing's own code."""
-    wanted = {s.name: s for s in chance.tornado(ways[best], ways[reference], terms, told)}
+    wanted = {s.name: s for s in monte_carlo.tornado(ways[best], ways[reference], terms, told)}
     rows = page.query_selector_all("[data-swing]")
     assert len(rows) > 5
     for row in rows:

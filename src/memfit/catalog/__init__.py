@@ -19,8 +19,8 @@ from memfit.catalog.load import (
     place,
     place_names,
 )
-from memfit.catalog.spelled import machine
-from memfit.catalog.user import from_toml
+from memfit.catalog.machine_file import from_toml
+from memfit.catalog.machine_spec import machine
 
 __all__ = [
     "cpu_power", "device", "device_names", "devices_of", "efficiency", "engine_facts", "from_toml", "host",

@@ -34,7 +34,7 @@ from memfit.cli import (
 from memfit.cli.options import grouped
 from memfit.cli.output import emit, one_of
 from memfit.types.errors import Interrupted, MemfitError
-from memfit.types.text import one_line
+from memfit.types.sanitize import one_line
 
 INTERRUPTED: Final = Interrupted.exit_code
 # typer carries its own copy of click in newer releases; this is the UsageError of whichever it uses.

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import EffortOptions, OutputOptions, StoreOptions
 from memfit.cli.output import console, emit, language
-from memfit.cli.quiet import quiet_libraries
 from memfit.types.errors import UserError
 
 
@@ -39,15 +39,16 @@ def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, outpu
         print(TEMPLATE, end="")
         return
     quiet_libraries()
-    from memfit import pipeline, wire
     from memfit.store import Store
+    from memfit.types import serialization
+    from memfit.workflows import proof_of_concept
 
     kept = Store(store.store)
     if effort.attended_minutes is not None:
-        pipeline.attended(kept, own.poc, effort.attended_minutes)
-    poc, found = pipeline.decide(kept, poc_id=own.poc, case=own.case)
+        proof_of_concept.attended(kept, own.poc, effort.attended_minutes)
+    poc, found = proof_of_concept.decide(kept, poc_id=own.poc, case=own.case)
     if output.json:
-        emit({"poc_id": poc.poc_id, "decision": wire.to_plain(found)})
+        emit({"poc_id": poc.poc_id, "decision": serialization.to_plain(found)})
     else:
         from memfit.report.decision_terminal import print_decision
 

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
 from memfit.cli.output import console, emit
 from memfit.cli.progress import Bars
-from memfit.cli.quiet import quiet_libraries
 from memfit.types.errors import MemfitError
 from memfit.types.units import format_bytes
 
@@ -53,7 +53,7 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
 
 
 def machine() -> Iterator[Check]:
-    from memfit.measure.here import free_bytes, threads
+    from memfit.runtime.local_machine import free_bytes, threads
     from memfit.store import fingerprint
 
     seen = fingerprint()
@@ -86,7 +86,7 @@ def tools() -> Iterator[Check]:
 def allocator_check() -> Check:
     name = "counting allocator"
     try:
-        from memfit.measure.allocator import available
+        from memfit.runtime.counting_allocator import available
 
         reason = available()
     except (ImportError, OSError) as error:
@@ -98,13 +98,13 @@ def allocator_check() -> Check:
 
 
 def cap_check() -> Check:
-    from memfit.measure.cgroup import Group
+    from memfit.runtime.cgroup import Group
 
     name = "memory cap"
     if Group.of(os.getpid()) is not None:
         return Check(name=name, ok=True, detail="cgroup of its own for each run")
     try:
-        from memfit.measure.memory import data_bytes
+        from memfit.runtime.memory import data_bytes
 
         bounded = data_bytes() is not None
     except (ImportError, OSError):
@@ -115,7 +115,7 @@ def cap_check() -> Check:
 
 
 def meter_check() -> Check:
-    from memfit.measure.energy import EnergyMeter
+    from memfit.runtime.energy import EnergyMeter
 
     meter = EnergyMeter()
     meter.start()

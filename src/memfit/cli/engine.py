@@ -48,8 +48,8 @@ def _list(*, as_json: bool) -> None:
 
 def _install(own: EngineOptions, *, as_json: bool) -> None:
     from memfit.engines.registry import engine as named
-    from memfit.run.environment import install
-    from memfit.wire import to_plain
+    from memfit.runtime.engine_environment import install
+    from memfit.types.serialization import to_plain
 
     if own.name is None:
         raise UserError("no engine was named", allowed="memfit engine install NAME")
@@ -63,7 +63,7 @@ def _install(own: EngineOptions, *, as_json: bool) -> None:
 
 
 def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
-    from memfit.wire import to_plain
+    from memfit.types.serialization import to_plain
 
     return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}
 

@@ -11,7 +11,7 @@ from memfit.cli.request import begin_answer, plan_file, recommended_plan, reques
 from memfit.types.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    import memfit.choice
+    import memfit.workflows.engine_comparison
 
 
 def engines(
@@ -23,7 +23,7 @@ def engines(
     asked = request(job, goal, here, on.on)
     workload = begin_answer(asked, lang="en", quiet=output.json)
     with Bars("en") as progress:
-        from memfit.choice import choices
+        from memfit.workflows.engine_comparison import choices
 
         chosen = plan or recommended_plan(asked, progress)
         found = choices(asked, chosen, progress)
@@ -38,15 +38,15 @@ def engines(
     )
 
 
-def view(choice: memfit.choice.Choice) -> dict[str, Any]:
+def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
     from memfit.cli.views import estimate_view
-    from memfit.wire import to_plain
+    from memfit.types.serialization import to_plain
 
     plain = {**to_plain(choice), "estimate": None}
     return plain | ({"estimate": estimate_view(choice.estimate)} if choice.estimate else {})
 
 
-def _row(choice: memfit.choice.Choice) -> tuple[str, ...]:
+def _row(choice: memfit.workflows.engine_comparison.EngineChoice) -> tuple[str, ...]:
     estimate, facts = choice.estimate, {name: fact[0] for name, fact in choice.facts.items()}
     step = estimate.step_s if estimate else None
     needs = [

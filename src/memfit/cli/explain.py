@@ -59,9 +59,9 @@ def explain(
     asked = request(job, goal, here, on.on)
     workload = begin_answer(asked, lang=words, quiet=output.json)
     with Bars(words) as progress:
-        from memfit import pipeline
+        from memfit.workflows import proof_of_concept
 
-        found = pipeline.anatomy(
+        found = proof_of_concept.anatomy(
             asked, plans or [recommended_plan(asked, progress)], progress, lines=more.lines
         )
     if len(found) == 1:
@@ -139,11 +139,11 @@ def _two(
         print_difference(found, console=console(), lang=lang)
 
 
-def _difference_view(found: memfit.report.explain.Difference, lang: str) -> dict[str, Any]:
+def _difference_view(found: memfit.report.explain.PlanDifference, lang: str) -> dict[str, Any]:
     from memfit.cli.views import estimate_view
-    from memfit.report.figures import sentence_text
+    from memfit.report.quantities import sentence_text
     from memfit.report.words import load_words
-    from memfit.wire import to_plain
+    from memfit.types.serialization import to_plain
 
     words = load_words(lang)
     return {

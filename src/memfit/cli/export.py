@@ -98,9 +98,9 @@ def export(
     from memfit.export.targets import LIBRARIES, TARGETS, bundle
     from memfit.export.user_settings import read_user_files
     from memfit.export.write import write
-    from memfit.recomputation import open_budget
-    from memfit.running import settled
-    from memfit.techniques.planfile import plan_text
+    from memfit.planner.recompute_budget import open_budget
+    from memfit.techniques.plan_file import plan_text
+    from memfit.workflows.single_run import settled
 
     target = one_of("--to", own.to, TARGETS)
     words, script_file = _words(own.script)
@@ -202,7 +202,7 @@ def _launch(
     beside the job's own clipping, and the dependence between samples of a batch that the plan splits."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
-    from memfit.planning import model_sizes
+    from memfit.planner.single_device import model_sizes
 
     if engine == "replay":
         raise UserError("engine replay trains nothing", hint="name the engine whose runs it answers from")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions
 from memfit.cli.output import emit, print_table
-from memfit.cli.quiet import quiet_libraries
 
 
 def jobs(output: JsonOptions) -> None:

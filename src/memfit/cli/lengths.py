@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, MachineOptions
 from memfit.cli.output import emit, print_table
-from memfit.cli.quiet import quiet_libraries
 from memfit.cli.request import machine_of, print_workload
 from memfit.types.job import JobRef
+from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Plan
-from memfit.types.units import format_bytes, parse_bytes
+from memfit.types.units import format_bytes
 
 if TYPE_CHECKING:
-    import memfit.lengths
+    import memfit.workflows.sequence_lengths
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +61,11 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
     machine = machine_of(on.on, "world")
     quiet_libraries()
-    import memfit.lengths as house
+    import memfit.workflows.sequence_lengths as house
     from memfit.jobs.registry import load, names
-    from memfit.techniques.planfile import read_plan
-    from memfit.wire import to_plain
-    from memfit.workload import workload_of
+    from memfit.planner.workload import workload_of
+    from memfit.techniques.plan_file import read_plan
+    from memfit.types.serialization import to_plain
 
     values = house.read_lengths(options.file, column=options.column) + options.extra_tokens
     values = values.clip(max=options.max_length) if options.max_length else values
@@ -87,7 +88,7 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
         _print(found)
 
 
-def _print(found: memfit.lengths.LengthReport) -> None:
+def _print(found: memfit.workflows.sequence_lengths.LengthReport) -> None:
     print(f"{found.sequences} sequences, {found.batch} a step, the longest {found.longest}")
     print_table(("padded length", "predicted peak"), _sizes(found.curve_bytes.items()))
     print_table(("random batches", "predicted peak"), _sizes(found.quantile_bytes.items()))

@@ -14,7 +14,7 @@ from memfit.cli.output import console, emit, language
 from memfit.types.errors import UserError
 
 if TYPE_CHECKING:
-    import memfit.configs.lint
+    import memfit.lint.check
 
 _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
@@ -38,8 +38,8 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
     an error.
     """
     words = language(lang.lang)
-    from memfit.configs.lint import check
-    from memfit.configs.read import read
+    from memfit.lint.check import check
+    from memfit.lint.parse import read
 
     setup = read(_of_libraries(options.files), ranks=options.ranks)
     found = check(setup, lang=words)
@@ -71,11 +71,11 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
     return others
 
 
-def findings_view(found: Sequence[memfit.configs.lint.Finding]) -> list[dict[str, Any]]:
+def findings_view(found: Sequence[memfit.lint.check.Finding]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in found]
 
 
-def print_findings(found: Sequence[memfit.configs.lint.Finding], *, lang: str) -> None:
+def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
     from rich.padding import Padding
     from rich.text import Text
 

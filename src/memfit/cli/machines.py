@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from memfit import catalog
-from memfit.catalog.user import facts_in
+from memfit.catalog.machine_file import facts_in
 from memfit.cli.options import JsonOptions
 from memfit.cli.output import emit, print_table
 from memfit.types.errors import UserError

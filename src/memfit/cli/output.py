@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfit.types.errors import UserError
-from memfit.types.text import escaped
+from memfit.types.sanitize import escaped
 
 if TYPE_CHECKING:
     import rich.console
@@ -17,17 +17,17 @@ _PIPE_COLUMNS = 120  # rich assumes 80 where there is no terminal, too few for t
 
 def emit(value: Any) -> None:
     """One JSON object on standard output."""
-    from memfit import wire
+    from memfit.types import serialization
 
-    print(escaped(wire.dumps(value, indent=2)))
+    print(escaped(serialization.dumps(value, indent=2)))
 
 
 def console() -> rich.console.Console:
     """Standard output, in colour where it is a terminal."""
-    from memfit.cli.shown import Shown
+    from memfit.cli.safe_console import SafeConsole
 
-    plain = Shown(highlight=False)
-    return plain if plain.is_terminal else Shown(highlight=False, width=_PIPE_COLUMNS)
+    plain = SafeConsole(highlight=False)
+    return plain if plain.is_terminal else SafeConsole(highlight=False, width=_PIPE_COLUMNS)
 
 
 def one_of(what: str, given: str, allowed: Iterable[str]) -> str:

@@ -27,11 +27,11 @@ from memfit.cli.request import (
     writable,
 )
 from memfit.types.errors import NothingFits, UserError
+from memfit.types.parsing import parse_duration
 from memfit.types.plan import Bounds, Plan
-from memfit.types.units import parse_duration
 
 if TYPE_CHECKING:
-    import memfit.planning
+    import memfit.planner.single_device
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,7 @@ def plan(
         raise UserError("--measure runs plans on this machine", allowed="neither --on nor --from with it")
     budget_s = parse_duration(save.measure_time)
     if yours.given:
-        from memfit.cli.given import plan_given
+        from memfit.cli.plan_from_config import plan_given
 
         carried = plan_given(yours.given, job, goal, here, on.on, lang=words, as_json=output.json)
         if save.save is not None:
@@ -114,10 +114,12 @@ def plan(
         asked = _corrected(asked, yours)
     workload = begin_answer(asked, lang=words, quiet=output.json)
     with best_so_far(lang=words, as_json=output.json, workload=workload), Bars(words) as progress:
-        from memfit import pipeline
+        from memfit.workflows import proof_of_concept
 
         try:
-            result = pipeline.search(asked, progress, measure_s=budget_s if save.measure else None).result
+            result = proof_of_concept.search(
+                asked, progress, measure_s=budget_s if save.measure else None
+            ).result
         except NothingFits as error:
             raise error.explained() if limits.explain_infeasible else error from None
     if save.save is not None and result.recommended is not None:
@@ -125,12 +127,14 @@ def plan(
     show_search(result, lang=words, as_json=output.json, correction=asked.correction, workload=workload)
 
 
-def _corrected(asked: memfit.planning.Request, yours: FromOptions) -> memfit.planning.Request:
-    from memfit import pipeline
+def _corrected(
+    asked: memfit.planner.single_device.Request, yours: FromOptions
+) -> memfit.planner.single_device.Request:
     from memfit.store import Store
+    from memfit.workflows import proof_of_concept
 
     which = None if yours.corrected_by == "last" else yours.corrected_by
-    return pipeline.corrected_by(asked, Store(yours.store), which)
+    return proof_of_concept.corrected_by(asked, Store(yours.store), which)
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
@@ -150,6 +154,6 @@ def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
 
 
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:
-    from memfit.techniques.planfile import plan_text
+    from memfit.techniques.plan_file import plan_text
 
     path.write_text(plan_text(plan, note=note), encoding="utf-8")

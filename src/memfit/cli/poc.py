@@ -55,9 +55,9 @@ def poc(
 
     records = Store(store.store)
     with best_so_far(lang=words, as_json=output.json), Bars(words) as progress:
-        from memfit import pipeline
+        from memfit.workflows import proof_of_concept
 
-        found = pipeline.poc(
+        found = proof_of_concept.poc(
             asked, store=records, seeds=own.seeds, steps=job.steps, report_path=path, lang=words,
             command=shlex.join(["memfit", *sys.argv[1:]]), progress=progress,
         )  # fmt: skip

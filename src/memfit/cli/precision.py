@@ -7,10 +7,10 @@ from typing import Annotated, Final
 
 import typer
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JobOptions, JsonOptions, LanguageOptions
 from memfit.cli.output import console, emit, language, one_of
 from memfit.cli.progress import Bars
-from memfit.cli.quiet import quiet_libraries
 from memfit.cli.request import print_workload
 
 _DTYPES: Final = ("bf16", "fp16")
@@ -40,9 +40,9 @@ def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, ou
     device = one_of("--device", more.device, ("cuda", "cpu"))
     quiet_libraries()
     from memfit.jobs.registry import load
+    from memfit.planner.workload import workload_of
     from memfit.precision.advise import advise
     from memfit.report.precision_terminal import print_advice
-    from memfit.workload import workload_of
 
     loaded = load(job.ref)
     workload = workload_of(loaded)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from memfit.types.text import one_line
+from memfit.types.sanitize import one_line
 from memfit.types.units import format_seconds
 
 if TYPE_CHECKING:

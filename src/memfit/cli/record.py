@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, StoreOptions
 from memfit.cli.output import console, emit, print_table
-from memfit.cli.quiet import quiet_libraries
 from memfit.cli.request import writable
 from memfit.types.errors import UserError
-from memfit.types.text import one_line
+from memfit.types.sanitize import one_line
 
 if TYPE_CHECKING:
-    import memfit.shared
     import memfit.store
+    import memfit.store.exchange
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +50,15 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
     if own.said_by is not None and own.add is None:
         raise UserError("--from without --add", allowed="both, or neither")
     quiet_libraries()
-    from memfit import shared
-    from memfit.store import Store
+    from memfit.store import Store, exchange
     from memfit.store.database import TAKEN
 
     if own.schema:
-        emit(shared.schema())
+        emit(exchange.schema())
         return
     kept = Store(store.store)
     if own.add is not None:
-        taken = shared.read(own.add)
+        taken = exchange.read(own.add)
         known = _known(kept, taken, str(own.add))
         if known is None:
             body = {"from": own.said_by or own.add.name, "record": taken.model_dump(mode="json")}
@@ -67,7 +66,7 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
         done = "added" if known is None else "already there:"
         emit({"added": taken.poc_id}) if output.json else print(f"{done} {taken.poc_id}")
         return
-    text = shared.text(found_record(own.poc, store.store).record)
+    text = exchange.text(found_record(own.poc, store.store).record)
     if own.out is None:
         print(text, end="")
     else:
@@ -78,10 +77,10 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
 def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
     """Say in what two records may be compared, and in what not and why."""
     quiet_libraries()
-    from memfit import shared
+    from memfit.store import exchange
 
     both = [found_record(name, store.store) for name in (own.a, own.b)]
-    rows = shared.compare(*(found.record for found in both))
+    rows = exchange.compare(*(found.record for found in both))
     sources = {side: found.taken_from for side, found in zip("AB", both, strict=True)}
     if output.json:
         told = {"a": own.a, "b": own.b, "taken_from": sources}
@@ -108,52 +107,52 @@ def _told(value: float | str | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class RecordFound:
     """``taken_from``: who says so; "" for what was measured here."""
 
-    record: memfit.shared.Shared
+    record: memfit.store.exchange.Shared
     taken_from: str
 
 
-def found_record(name: str | None, path: Path | None) -> Found:
+def found_record(name: str | None, path: Path | None) -> RecordFound:
     """A file, or an ID in the store, the last PoC's by default. Raises UserError."""
-    from memfit import shared
-    from memfit.store import Store
+    from memfit.store import Store, exchange
     from memfit.store.pocs import wanted_poc
 
     kept = Store(path)
     if name is not None and Path(name).is_file():
-        given = shared.read(Path(name))
+        given = exchange.read(Path(name))
         known = _known(kept, given, name)
-        return known or Found(record=given, taken_from=name)
+        return known or RecordFound(record=given, taken_from=name)
     if name is not None and ("/" in name or name.endswith(".json")):
         raise UserError(f"there is no file {name}")
     return _stored(kept, wanted_poc(kept, name))
 
 
-def _stored(kept: memfit.store.Store, wanted: str) -> Found:
+def _stored(kept: memfit.store.Store, wanted: str) -> RecordFound:
     """Our own PoC, or a record that was taken in."""
-    from memfit import pipeline, shared
+    from memfit.store import exchange
     from memfit.store.database import TAKEN, taken_from
+    from memfit.workflows import proof_of_concept
 
     taken = kept.records(wanted, TAKEN)
     if not taken or wanted in kept.poc_ids():
-        return Found(record=shared.of_poc(pipeline.stored_poc(kept, wanted)), taken_from="")
+        return RecordFound(record=exchange.of_poc(proof_of_concept.stored_poc(kept, wanted)), taken_from="")
     body = json.loads(taken[-1].body)
-    record = shared.parsed(json.dumps(body.get("record", body)), what=f"record {wanted}")
-    return Found(record=record, taken_from=taken_from(taken[-1]))
+    record = exchange.parsed(json.dumps(body.get("record", body)), what=f"record {wanted}")
+    return RecordFound(record=record, taken_from=taken_from(taken[-1]))
 
 
-def _known(kept: memfit.store.Store, given: memfit.shared.Shared, what: str) -> Found | None:
+def _known(kept: memfit.store.Store, given: memfit.store.exchange.Shared, what: str) -> RecordFound | None:
     """What the store has under the ID of `given`, where that is the same to the byte; None where it has
     nothing. Raises UserError where it has something else: two records of one ID are one too many."""
-    from memfit import shared
+    from memfit.store import exchange
     from memfit.store.database import TAKEN
 
     if given.poc_id not in kept.poc_ids() and not kept.records(given.poc_id, TAKEN):
         return None
     found = _stored(kept, given.poc_id)
-    if shared.text(found.record) != shared.text(given):
+    if exchange.text(found.record) != exchange.text(given):
         raise UserError(
             f"{what} has the ID {given.poc_id}, and is not the record that the store has under it",
             hint=f"`memfit record --poc {given.poc_id}` writes that one; --store names another store",

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions, LanguageOptions, StoreOptions
 from memfit.cli.output import emit, language
-from memfit.cli.quiet import quiet_libraries
 from memfit.cli.request import writable
 
 
@@ -32,10 +32,12 @@ def report(own: ReportOptions, store: StoreOptions, lang: LanguageOptions, outpu
     words = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     quiet_libraries()
-    from memfit import pipeline
     from memfit.store import Store
+    from memfit.workflows import proof_of_concept
 
-    written = pipeline.report(Store(store.store), poc_id=own.poc, case=own.case, path=path, lang=words)
+    written = proof_of_concept.report(
+        Store(store.store), poc_id=own.poc, case=own.case, path=path, lang=words
+    )
     if output.json:
         emit({"report": str(written)})
     else:

@@ -8,21 +8,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import GoalOptions, HereOptions, JobOptions, WhichOptions
 from memfit.cli.output import console, emit, one_of
 from memfit.cli.progress import Bars
-from memfit.cli.quiet import quiet_libraries
 from memfit.cost.host import with_host_memory
 from memfit.types.errors import Interrupted, UserError
 from memfit.types.machine import Calibration, Machine
+from memfit.types.parsing import parse_bytes
 from memfit.types.plan import Accuracy, Bounds, Plan
 from memfit.types.result import SearchResult
-from memfit.types.text import one_line
-from memfit.types.units import parse_bytes
+from memfit.types.sanitize import one_line
 from memfit.types.workload import Workload
 
 if TYPE_CHECKING:
-    import memfit.planning
+    import memfit.planner.single_device
 
 
 def request(
@@ -33,7 +33,7 @@ def request(
     *,
     ranks: int = 1,
     bounds: Bounds | None = None,
-) -> memfit.planning.Request:
+) -> memfit.planner.single_device.Request:
     """What is cheap to check is checked before torch is loaded. Raises UserError."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
@@ -49,8 +49,8 @@ def request(
     warn_of_shadowed_modules(job.spec)
     quiet_libraries()
     from memfit.engines.registry import engine
-    from memfit.planning import Request
-    from memfit.search.choose import Objective
+    from memfit.planner.selection import Objective
+    from memfit.planner.single_device import Request
 
     if on == "this":
         tell_of_unused_accelerator()
@@ -70,16 +70,16 @@ def request(
 
 def warn_of_shadowed_modules(job: str) -> None:
     """One line on standard error for each module beside the job that another one of its name hides."""
-    from memfit.jobs.user import shadowed_modules
+    from memfit.jobs.user_job import shadowed_modules
 
     for line in shadowed_modules(job):
         print(f"memfit: warning: {one_line(line)}", file=sys.stderr)
 
 
-def begin_answer(asked: memfit.planning.Request, *, lang: str, quiet: bool) -> Workload:
+def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quiet: bool) -> Workload:
     """What the answer is about, printed unless ``quiet``. Raises UserError where the job cannot be made."""
     from memfit.jobs.registry import load
-    from memfit.workload import workload_of
+    from memfit.planner.workload import workload_of
 
     found = workload_of(load(asked.job), asked.machine.name)
     if not quiet:
@@ -98,7 +98,7 @@ def print_workload(workload: Workload, lang: str) -> None:
 
 def tell_of_unused_accelerator() -> None:
     """One line on standard error where this machine has one: memfit trains and measures on its processor."""
-    from memfit.measure.here import accelerator_kind
+    from memfit.runtime.local_machine import accelerator_kind
 
     if kind := accelerator_kind():
         print(
@@ -111,7 +111,7 @@ def tell_of_unused_accelerator() -> None:
 def machine_of(on: str, place: str) -> Machine:
     """``this``, a machine in one word as the catalog spells it, or a machine file. Raises UserError."""
     from memfit import catalog
-    from memfit.measure.here import this_machine
+    from memfit.runtime.local_machine import this_machine
 
     if on == "this":
         return this_machine(place)
@@ -132,16 +132,16 @@ def plan_file(which: WhichOptions) -> Plan | None:
     if which.recommended:
         raise UserError("--plan and --recommended both choose the plan", hint="leave one of them out")
     quiet_libraries()
-    from memfit.techniques.planfile import read_plan
+    from memfit.techniques.plan_file import read_plan
 
     return read_plan(which.plan)
 
 
-def recommended_plan(asked: memfit.planning.Request, progress: Bars) -> Plan:
+def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars) -> Plan:
     """Raises NothingFits."""
-    from memfit import pipeline
+    from memfit.workflows import proof_of_concept
 
-    choice = pipeline.search(asked, progress).result.recommended
+    choice = proof_of_concept.search(asked, progress).result.recommended
     assert choice is not None, "search raises NothingFits otherwise"
     return choice.estimate.plan
 
@@ -149,7 +149,7 @@ def recommended_plan(asked: memfit.planning.Request, progress: Bars) -> Plan:
 @contextlib.contextmanager
 def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
     """Ctrl-C in a search shows what it had come to. Raises Interrupted."""
-    from memfit.planning import SearchInterrupted
+    from memfit.planner.single_device import SearchInterrupted
 
     try:
         yield

@@ -22,9 +22,10 @@ from memfit.cli.progress import Bars
 from memfit.cli.request import begin_answer, plan_file, recommended_plan, request
 from memfit.types.errors import UserError
 from memfit.types.launch import Keep
+from memfit.types.parsing import parse_duration
 from memfit.types.result import OutcomeKind, Run
-from memfit.types.text import shown
-from memfit.types.units import format_bytes, format_seconds, parse_duration
+from memfit.types.sanitize import shown
+from memfit.types.units import format_bytes, format_seconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +74,13 @@ def run(
     asked = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
     workload = begin_answer(asked, lang="en", quiet=output.json)
     with Bars("en") as progress:
-        from memfit import pipeline
         from memfit.store import Store
+        from memfit.workflows import proof_of_concept
 
         if plan is None:
             plan = recommended_plan(asked, progress)
         capped = goal.memory is not None if own.capped is None else own.capped
-        done = pipeline.run_plan(
+        done = proof_of_concept.run_plan(
             asked, plan, seed=own.seed, steps=job.steps, capped=capped, progress=progress, keep=kept(own),
             store=Store(store.store),
         )  # fmt: skip

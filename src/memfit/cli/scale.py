@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import (
     EffortOptions,
     GoalOptions,
@@ -18,17 +19,16 @@ from memfit.cli.options import (
 )
 from memfit.cli.output import console, emit, language
 from memfit.cli.progress import Bars
-from memfit.cli.quiet import quiet_libraries
-from memfit.cli.record import Found, found_record
+from memfit.cli.record import RecordFound, found_record
 from memfit.cli.request import machine_of, request
 from memfit.types.errors import UserError
-from memfit.types.text import one_line
+from memfit.types.sanitize import one_line
 
 if TYPE_CHECKING:
     import rich.console
 
-    import memfit.gates
-    import memfit.planning
+    import memfit.decision.rollout_gates
+    import memfit.planner.single_device
     import memfit.report.words
     import memfit.types.decision
     import memfit.types.result
@@ -71,14 +71,14 @@ def scale(
     for name in machines.values():
         machine_of(name, here.place)  # known before anything long begins
     quiet_libraries()
-    from memfit import gates
+    from memfit.decision import rollout_gates
 
-    limits = gates.read(own.gates) if own.gates is not None else gates.Gates()
+    limits = rollout_gates.read(own.gates) if own.gates is not None else rollout_gates.Gates()
     found = found_record(own.record, store.store)
     if effort.attended_minutes is not None:
         found = _attended(found, effort.attended_minutes, store)
     record = found.record
-    held = gates.evaluate(record, limits)
+    held = rollout_gates.evaluate(record, limits)
     failed = [gate for gate in held if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed and machines:
@@ -99,28 +99,28 @@ def scale(
         raise typer.Exit(1)
 
 
-def _attended(found: Found, minutes: float, store: StoreOptions) -> Found:
+def _attended(found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
     """The record with the minutes, which are kept. Raises UserError for a record of others."""
-    from memfit import pipeline
     from memfit.store import Store
+    from memfit.workflows import proof_of_concept
 
     poc_id = found.record.poc_id
     if found.taken_from:
         raise UserError(f"--attended-minutes for {poc_id}, which was not measured here: {found.taken_from}")
-    pipeline.attended(Store(store.store), poc_id, minutes)
+    proof_of_concept.attended(Store(store.store), poc_id, minutes)
     return found_record(poc_id, store.store)
 
 
-def _spec(found: Found, store: StoreOptions) -> str:
+def _spec(found: RecordFound, store: StoreOptions) -> str:
     """Which job the record is of: a name does not find a job of the user's own, its file does. Raises
     UserError for a file that others name, as predicting it would run it."""
-    from memfit import pipeline
     from memfit.jobs.registry import names
     from memfit.store import Store
+    from memfit.workflows import proof_of_concept
 
     record = found.record
     if not found.taken_from:
-        return pipeline.stored_poc(Store(store.store), record.poc_id).runs[0].spec.job.spec
+        return proof_of_concept.stored_poc(Store(store.store), record.poc_id).runs[0].spec.job.spec
     if record.model.job in names():
         return record.model.job
     raise UserError(
@@ -131,21 +131,21 @@ def _spec(found: Found, store: StoreOptions) -> str:
 
 
 def _job(spec: str, size: str | None) -> JobOptions:
-    from memfit.outlook import sizes
+    from memfit.workflows.reference_machines import sizes
 
     return JobOptions(job=spec, size=size or ("paper" if "paper" in sizes(spec) else None))
 
 
 def _stage(
     job: JobOptions, on: str, goal: GoalOptions, here: HereOptions
-) -> tuple[dict[str, Any], memfit.planning.Planning]:
+) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
     """The plan of one stage with what is predicted for it."""
-    from memfit import planning
+    from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
     asked = request(job, goal, here, on)
     with Bars("en") as progress:
-        planned = planning.search(asked, progress)
+        planned = single_device.search(asked, progress)
     found = planned.result.recommended
     assert found is not None, "search raises NothingFits otherwise"
     estimate = found.estimate
@@ -170,27 +170,27 @@ def _stage(
     return told, planned
 
 
-def _keep(poc_id: str, found: list[memfit.planning.Planning], store: StoreOptions) -> None:
+def _keep(poc_id: str, found: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
     """For the decision: what was predicted for the stages, and, where it is of another size than what the PoC
     predicted, the catalog's machines at that size beside it. All of it or nothing."""
-    from memfit import outlook, pipeline
-    from memfit.planning import is_long
+    from memfit.planner.single_device import is_long
     from memfit.store import Store
+    from memfit.workflows import proof_of_concept, reference_machines
 
     kept = Store(store.store)
     if not found:
         return
-    poc, first = pipeline.stored_poc(kept, poc_id), found[0]
+    poc, first = proof_of_concept.stored_poc(kept, poc_id), found[0]
     offers: list[memfit.types.result.Offer] = []
-    told = (*poc.offers, *pipeline.offers_of(kept, poc_id))
-    known = {o.machine for o in told if o.size == first.job.size} >= set(outlook.priced())
+    told = (*poc.offers, *proof_of_concept.offers_of(kept, poc_id))
+    known = {o.machine for o in told if o.size == first.job.size} >= set(reference_machines.priced())
     slow = first.pricer.space.ranks == 1 and is_long(first.pricer)
     if not known and not slow and poc.search.recommended is not None:
         with Bars("en") as progress:
-            offers += outlook.offers(first, poc.search.recommended.estimate.plan, progress)
-    offers += [offer for planned in found for offer in outlook.stage_offers(planned)]
+            offers += reference_machines.offers(first, poc.search.recommended.estimate.plan, progress)
+    offers += [offer for planned in found for offer in reference_machines.stage_offers(planned)]
     for offer in offers:
-        kept.append(poc_id, pipeline.OFFER, offer)
+        kept.append(poc_id, proof_of_concept.OFFER, offer)
 
 
 def _decision(
@@ -198,15 +198,15 @@ def _decision(
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
     """Money of each stage, with the figures that were given last; the user's limits and machines are kept for
     the report."""
-    from memfit import pipeline
     from memfit.store import Store
+    from memfit.workflows import proof_of_concept
 
     kept = Store(store.store)
     for name, stage in stages.items():
-        kept.append(poc_id, pipeline.STAGE, {"name": name, "machine": stage["machine"]})
+        kept.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
     text = gates.read_text(encoding="utf-8") if gates is not None else ""
-    kept.append(poc_id, pipeline.GATES, {"text": text})  # the report's gate is the one held last
-    return pipeline.decide(kept, poc_id=poc_id, case=None)
+    kept.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report's gate is the one held last
+    return proof_of_concept.decide(kept, poc_id=poc_id, case=None)
 
 
 def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) ->
 
 
 def _print(
-    found: Found, held: tuple[memfit.gates.Gate, ...], stages: dict[str, Any],
+    found: RecordFound, held: tuple[memfit.decision.rollout_gates.Gate, ...], stages: dict[str, Any],
     made: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None, lang: str,
 ) -> None:  # fmt: skip
     from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages

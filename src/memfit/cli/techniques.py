@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memfit.cli.log_filters import quiet_libraries
 from memfit.cli.options import JsonOptions
 from memfit.cli.output import emit, print_table
-from memfit.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     import memfit.techniques.base

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from memfit import wire
+from memfit.types import serialization
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 from memfit.types.result import NOT_INCLUDED, Choice, Estimate, Measurement, Poc, Run, SearchResult
@@ -21,18 +21,18 @@ def plan_view(plan: Plan) -> View:
 def estimate_view(estimate: Estimate) -> View:
     """The estimate with its plan as technique -> knobs."""
     more = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
-    return wire.to_plain(estimate) | more  # type: ignore[no-any-return]
+    return serialization.to_plain(estimate) | more  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:
-    plain = wire.to_plain(choice.estimate)
+    plain = serialization.to_plain(choice.estimate)
     return {
         **plan_view(choice.estimate.plan),
         "effect": choice.effect.label,
         "fits": choice.fits,
         "needed_bytes": choice.needed_bytes,
         "estimate": {name: value for name, value in plain.items() if name != "plan"},
-        "reasons": wire.to_plain(choice.reasons),
+        "reasons": serialization.to_plain(choice.reasons),
     }
 
 
@@ -50,12 +50,12 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
         "cap_reason": result.cap_reason,
         "goal": result.goal,
         "considered": result.considered,
-        "sensitivity": [wire.to_plain(s) for s in result.sensitivity],
-        "timings": {**wire.to_plain(result.timings), "noisy": result.timings.noisy}
+        "sensitivity": [serialization.to_plain(s) for s in result.sensitivity],
+        "timings": {**serialization.to_plain(result.timings), "noisy": result.timings.noisy}
         if result.timings
         else None,
         "trials": [
-            {**plan_view(t.plan), **{k: v for k, v in wire.to_plain(t).items() if k != "plan"}}
+            {**plan_view(t.plan), **{k: v for k, v in serialization.to_plain(t).items() if k != "plan"}}
             for t in result.trials
         ],
         "unfinished": result.unfinished,
@@ -88,7 +88,7 @@ def run_view(run: Run) -> View:
         "cap_bytes": spec.cap_bytes,
         "seed": spec.seed,
         "steps": spec.steps,
-        "keep": wire.to_plain(spec.keep),
+        "keep": serialization.to_plain(spec.keep),
         "outcome": seen.outcome.value,
         "reason": seen.reason,
         "predicted_peak_bytes": run.predicted_peak_bytes,
@@ -111,10 +111,10 @@ def run_view(run: Run) -> View:
 
 def poc_view(poc: Poc) -> View:
     """``verdict`` is the recommended plan's; null before it was judged."""
-    verdicts = {named.name: wire.to_plain(named.verdict) for named in poc.verdicts}
+    verdicts = {named.name: serialization.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {
-        "workload": wire.to_plain(poc.workload) if poc.workload is not None else None,
+        "workload": serialization.to_plain(poc.workload) if poc.workload is not None else None,
         "poc_id": poc.poc_id,
         "finished": poc.finished,
         "job": poc.job_name,
@@ -128,13 +128,15 @@ def poc_view(poc: Poc) -> View:
         "verdict": verdicts["recommended"]["kind"] if "recommended" in verdicts else None,
         "verdicts": verdicts,
         "reproducible": poc.reproducibility.reproducible,
-        "reproducibility": wire.to_plain(poc.reproducibility),
+        "reproducibility": serialization.to_plain(poc.reproducibility),
         "step_time_ratio": poc.step_time_ratio,
         "metric_name": poc.metric,
         "metric_unit": poc.metric_unit,
         "metric_naive": poc.metric_naive,
-        "interactions": [wire.to_plain(i) | {"interaction": i.interaction} for i in poc.interactions],
-        "effort": wire.to_plain(poc.effort),
+        "interactions": [
+            serialization.to_plain(i) | {"interaction": i.interaction} for i in poc.interactions
+        ],
+        "effort": serialization.to_plain(poc.effort),
         "notes": list(poc.notes),
         "took_s": poc.took_s,
         "report": poc.report,

@@ -15,13 +15,13 @@ from collections.abc import Hashable, Iterable, Iterator
 
 import numpy
 
-from memfit.cost.segments import (
+from memfit.cost.caching_allocator_rules import (
     ADDRESSES_BYTES,
     LARGE_SEGMENT_BYTES,
     SMALL_BYTES,
     SMALLEST_BYTES,
-    Block,
     Pool,
+    SegmentBlock,
     growable,
     is_whole,
     merge,
@@ -72,8 +72,8 @@ class CachingAllocator:
         self._unsplit_bytes = self.settings.max_split_size_bytes
         self._pools: dict[tuple[str, bool], Pool] = {}
         self._searches = ([0], [0])  # of large requests, of small ones
-        self._live: dict[Hashable, Block] = {}
-        self._held: dict[Hashable, Block] = {}
+        self._live: dict[Hashable, SegmentBlock] = {}
+        self._held: dict[Hashable, SegmentBlock] = {}
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
@@ -115,7 +115,7 @@ class CachingAllocator:
 
     # -- where a block comes from ---------------------------------------------------------------------
 
-    def _cached(self, pool: Pool, size: int) -> Block | None:
+    def _cached(self, pool: Pool, size: int) -> SegmentBlock | None:
         """Best fit. With a `max_split_size`, oversize blocks serve only requests of nearly their size."""
         pool.searches[0] += 1
         free = pool.free
@@ -135,7 +135,7 @@ class CachingAllocator:
         del free[at]
         return block
 
-    def _fresh(self, pool: Pool, size: int) -> Block | None:
+    def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
         """From the driver; where that fails, after giving back ever more of what is cached."""
         self._collect_garbage()
         block = self._segment(pool, size)
@@ -147,13 +147,13 @@ class CachingAllocator:
             block = self._segment(pool, size)
         return block
 
-    def _segment(self, pool: Pool, size: int) -> Block | None:
+    def _segment(self, pool: Pool, size: int) -> SegmentBlock | None:
         if self.settings.expandable_segments:
             return self._grown(pool, size)
         whole = segment_bytes(size)
         if not self._reserve(whole):
             return None
-        block = Block(pool, self._next_address, whole)
+        block = SegmentBlock(pool, self._next_address, whole)
         self._next_address += whole
         return block
 
@@ -172,11 +172,11 @@ class CachingAllocator:
 
     # -- expandable segments ------------------------------------------------------------------------
 
-    def _grown(self, pool: Pool, size: int) -> Block | None:
+    def _grown(self, pool: Pool, size: int) -> SegmentBlock | None:
         """The lowest run of idle addresses that is long enough, with memory mapped behind it by pages."""
         block = next((b for b in growable(pool) if run_holds(b, size)), None)
         if block is None:
-            block = Block(pool, self._next_address, ADDRESSES_BYTES)
+            block = SegmentBlock(pool, self._next_address, ADDRESSES_BYTES)
             self._next_address += ADDRESSES_BYTES
             block.mapped = False
             pool.add(block)
@@ -191,7 +191,7 @@ class CachingAllocator:
         pool.remove(block)
         return block
 
-    def _map(self, block: Block, size: int) -> bool:
+    def _map(self, block: SegmentBlock, size: int) -> bool:
         pool = block.pool
         mapped = -(-size // pool.page_bytes) * pool.page_bytes
         if not self._reserve(mapped):
@@ -208,7 +208,7 @@ class CachingAllocator:
         pool.add(block)
         return True
 
-    def _unmap(self, block: Block) -> None:
+    def _unmap(self, block: SegmentBlock) -> None:
         """Give back the pages that lie wholly in a free block."""
         page, pool = block.pool.page_bytes, block.pool
         first = -(-block.address // page) * page
@@ -275,10 +275,10 @@ class CachingAllocator:
                 elif is_whole(block):
                     self._give_back(block)
 
-    def _idle(self, *, small: bool) -> Iterator[Block]:
+    def _idle(self, *, small: bool) -> Iterator[SegmentBlock]:
         return (b for p in self._pools.values() if p.small is small for _, _, b in p.free)
 
-    def _give_back(self, block: Block) -> None:
+    def _give_back(self, block: SegmentBlock) -> None:
         assert is_whole(block), "oversize blocks are never split, cached ones were checked"
         block.pool.remove(block)
         self.reserved_bytes -= block.size

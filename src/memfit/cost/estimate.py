@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from memfit.cost.correction import factor
-from memfit.cost.device import with_workspaces
-from memfit.cost.footprint import footprint
+from memfit.cost.device_overhead import with_workspaces
 from memfit.cost.host import HostTensors, host_memory, known_host
 from memfit.cost.memory import memory_profile, step_ops
+from memfit.cost.memory_estimate import footprint
 from memfit.cost.money import bill, hosts_w
-from memfit.cost.play import Played
-from memfit.cost.steps import played
-from memfit.cost.time import TimeModel
+from memfit.cost.op_time import TimeModel
+from memfit.cost.step_time import played
+from memfit.cost.step_time_calibration import factor
+from memfit.cost.stream_simulator import Played
 from memfit.cost.workspaces import unprobed
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Plan
@@ -20,7 +20,7 @@ from memfit.types.result import Estimate, Interval
 from memfit.types.trace import Trace
 
 # Half-widths of the intervals. Memory: the worst error of the test matrix (tests/engines), doubled; those of
-# reserved and device memory are told in cost/footprint.py. Time: calibrated operators add up to within
+# reserved and device memory are told in cost/memory_estimate.py. Time: calibrated operators add up to within
 # this; nine in ten published runs lie within the second (benchmarks/published.md); bare rooflines are rough.
 MEMORY_RATIO = 0.01
 CALIBRATED_TIME_RATIO = 0.25

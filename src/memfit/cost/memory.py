@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy
 
+from memfit.types.downsample import thin_phases
 from memfit.types.machine import Calibration
-from memfit.types.series import thin_phases
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
 
 

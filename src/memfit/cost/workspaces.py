@@ -1,7 +1,7 @@
 """Workspaces: memory that a kernel takes inside itself and gives back. Fake tensors do not show them.
 
 Which operators may take one, how much it can be at most, and whether that could move the peak. A probe (the
-operator run alone, measure/probe.py) replaces the bound by what was measured.
+operator run alone, runtime/op_benchmark.py) replaces the bound by what was measured.
 """
 
 from __future__ import annotations

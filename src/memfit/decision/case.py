@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from memfit import wire
+from memfit.types import serialization
 from memfit.types.decision import Term
 from memfit.types.errors import UserError
 
@@ -25,7 +25,7 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-class Figure(_Strict):
+class CaseFigure(_Strict):
     """``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer", date = "2026-03-03"}``."""
 
     value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
@@ -35,7 +35,7 @@ class Figure(_Strict):
     date: str = ""
 
     @pydantic.model_validator(mode="after")
-    def _ordered(self) -> Figure:
+    def _ordered(self) -> CaseFigure:
         low, high = self.bounds
         if not low <= self.value <= high:
             raise ValueError(f"low {low:g}, value {self.value:g} and high {high:g} are out of order")
@@ -55,26 +55,26 @@ def _figure(given: Any) -> Any:
     return {"value": given} if isinstance(given, int | float) else given
 
 
-Given = Annotated[Figure, pydantic.BeforeValidator(_figure)]
+Given = Annotated[CaseFigure, pydantic.BeforeValidator(_figure)]
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=200)]
 Positive = Annotated[float, pydantic.Field(ge=_LEAST, le=_MOST, allow_inf_nan=False)]  # these take no range
 Bare = Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
 Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
 
-def _above(given: Figure) -> Figure:
+def _above(given: CaseFigure) -> CaseFigure:
     if given.bounds[0] < _LEAST:
         raise ValueError(f"a number above 0 is needed, at least {_LEAST:g}")
     return given
 
 
-def _pue(given: Figure) -> Figure:
+def _pue(given: CaseFigure) -> CaseFigure:
     if not _PUE[0] <= given.bounds[0] <= given.bounds[1] <= _PUE[1]:
         raise ValueError("a PUE is all of a site's electricity by its computers': 1 to 10")
     return given
 
 
-def _ratio(given: Figure) -> Figure:
+def _ratio(given: CaseFigure) -> CaseFigure:
     if given.bounds[1] > 1:
         raise ValueError("a ratio of at most 1 is needed: 0.1 for 10 %")
     return given
@@ -86,7 +86,7 @@ Ratio = Annotated[Given, pydantic.AfterValidator(_ratio)]
 Share = Annotated[Given, pydantic.AfterValidator(_above), pydantic.AfterValidator(_ratio)]
 
 
-class Work(_Strict):
+class TrainingWork(_Strict):
     """How much is to be trained."""
 
     steps_per_run: Whole | None = None
@@ -113,13 +113,13 @@ class Money(_Strict):
     co2_g_per_kwh: Given | None = None
 
 
-class Effort(_Strict):
+class AdoptionEffort(_Strict):
     """Hours of people. ``setup_hours``: to adopt the recommended plan; unset, what the PoC counted."""
 
     setup_hours: Given | None = None
 
 
-class Machine(_Strict):
+class ExistingMachine(_Strict):
     """What stands for a way, as of --on, with what memfit cannot predict for it or you know better."""
 
     machine: Name | None = None
@@ -130,54 +130,54 @@ class Machine(_Strict):
     operating_hours_per_year: Bare | None = None
 
 
-class Existing(Machine):
+class Existing(ExistingMachine):
     """The machine that you have. ``price``: 0, it is paid for."""
 
     machines: Whole = 1
 
 
-class Purchase(Machine):
+class Purchase(ExistingMachine):
     """``price``: of one machine with all its devices, without tax."""
 
     price: Given | None = None
 
 
-class Cloud(Machine):
+class Cloud(ExistingMachine):
     """``per_hour``: of one machine with all its devices, without tax."""
 
     per_hour: Given | None = None
     storage_per_month: Bare | None = None
 
 
-class Case(_Strict):
+class DecisionCase(_Strict):
     """Everything may be left out: the catalog's then, or asked for."""
 
     currency: Name = "USD"
     place: Name | None = None
     tariff: Name | None = None
     supplier: Name | None = None
-    work: Work = Work()
+    work: TrainingWork = TrainingWork()
     money: Money = Money()
-    effort: Effort = Effort()
+    effort: AdoptionEffort = AdoptionEffort()
     existing: Existing = Existing()
     purchase: Purchase = Purchase()
     cloud: Cloud = Cloud()
 
 
-def read(path: Path) -> Case:
+def read(path: Path) -> DecisionCase:
     """Raises UserError with the place of the first fault and what is allowed there."""
-    return parsed(wire.toml_text(path), str(path))
+    return parsed(serialization.toml_text(path), str(path))
 
 
-def parsed(text: str, what: str) -> Case:
+def parsed(text: str, what: str) -> DecisionCase:
     try:
-        return Case.model_validate(tomllib.loads(text))
+        return DecisionCase.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{what} is not TOML: {error}") from error
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         if first["type"] != "extra_forbidden":
-            raise wire.fault(error, what) from error
+            raise serialization.fault(error, what) from error
         place = [str(p) for p in first["loc"]]
         known = _keys(place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)
@@ -188,13 +188,13 @@ def parsed(text: str, what: str) -> Case:
 
 
 def _keys(place: list[str]) -> list[str]:
-    part: Any = Case()
+    part: Any = DecisionCase()
     for name in place:
         part = getattr(part, name, None)
-    return list(type(part).model_fields if isinstance(part, _Strict) else Figure.model_fields)
+    return list(type(part).model_fields if isinstance(part, _Strict) else CaseFigure.model_fields)
 
 
-def term(name: str, given: Figure, unit: str) -> Term:
+def term(name: str, given: CaseFigure, unit: str) -> Term:
     """The user's number with its range; a source that nobody told is the case's file."""
     low, high = given.bounds
     return Term(

@@ -5,28 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from memfit import catalog, gates
-from memfit.decision import chance, money
-from memfit.decision.case import Case, term
+from memfit import catalog
+from memfit.decision import money, monte_carlo, rollout_gates
+from memfit.decision.alternatives import Asking, asked
+from memfit.decision.assumptions import Told, told
+from memfit.decision.case import DecisionCase, term
 from memfit.decision.risks import risks
 from memfit.decision.stages import stages
-from memfit.decision.terms import Told, told
-from memfit.decision.ways import Asking, asked
-from memfit.report.pool import ok_runs, step_s
 from memfit.types.decision import Decision, Sheet, Swing, Term, Way
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 from memfit.types.result import Offer, Poc
+from memfit.verify.aggregate import ok_runs, step_s
 
 
 def decide(
     poc: Poc,
-    case: Case,
+    case: DecisionCase,
     *,
     more: Sequence[Offer] = (),
     name: str = "",
     named: Mapping[str, str] | None = None,
-    limits: gates.Gates | None = None,
+    limits: rollout_gates.Gates | None = None,
 ) -> Decision:
     """`more`: predictions made after the PoC, which count before its own; `named`: machines of the stages;
     `limits`: of the gate. Raises UserError."""
@@ -52,9 +52,9 @@ def decide(
             name="setup_hours", value=plan_hours, unit="hours", mark="measured", source="counted in the PoC"
         )
     made = _weighed(known, ways, sheets, (*known.numbers, hours), case=case, name=name, size=size)
-    held = limits or gates.Gates()
+    held = limits or rollout_gates.Gates()
     made = dataclasses.replace(
-        made, stages=stages(poc, made, offers, named or {}, held), own_limits=held != gates.Gates()
+        made, stages=stages(poc, made, offers, named or {}, held), own_limits=held != rollout_gates.Gates()
     )
     return dataclasses.replace(made, risks=risks(poc, made))
 
@@ -93,7 +93,7 @@ def _why_none(sheets: Sequence[Sheet]) -> str:
 
 def _weighed(
     known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], numbers: Sequence[Term], *,
-    case: Case, name: str, size: str,
+    case: DecisionCase, name: str, size: str,
 ) -> Decision:  # fmt: skip
     """Which way is best, what it is held against, and how sure that is."""
     had = [i for i, w in enumerate(ways) if w.kind == "existing"]
@@ -116,9 +116,9 @@ def _weighed(
         pair = ways[best], ways[reference]
         saved = money.saved_percent(sheets[best], sheets[reference])
         kind, years = money.payback(sheets[best], sheets[reference], known.terms.life_years)
-        spread = chance.interval(*pair, known.terms, numbers)
+        spread = monte_carlo.interval(*pair, known.terms, numbers)
         interval, odds = spread if spread is not None else (None, None)
-        swings = chance.tornado(*pair, known.terms, numbers)
+        swings = monte_carlo.tornado(*pair, known.terms, numbers)
     return Decision(
         currency=known.currency.code,
         symbol=known.currency.symbol,

@@ -6,26 +6,26 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from memfit import gates, shared
 from memfit.cost.money import J_PER_KWH
-from memfit.decision import chance
+from memfit.decision import monte_carlo, rollout_gates
+from memfit.decision.alternatives import usable_bytes
 from memfit.decision.money import HOURS_PER_YEAR, run_hours, sheet
-from memfit.decision.ways import usable_bytes
+from memfit.store import exchange
 from memfit.types.decision import OWN, Amount, Decision, Stage, Terms, Way
 from memfit.types.errors import UserError
 from memfit.types.result import Offer, Poc
 
 
 def stages(
-    poc: Poc, made: Decision, offers: Sequence[Offer], named: Mapping[str, str], limits: gates.Gates
+    poc: Poc, made: Decision, offers: Sequence[Offer], named: Mapping[str, str], limits: rollout_gates.Gates
 ) -> tuple[Stage, ...]:
     """`named`: the machine that the user gave a stage, by the stage's name. Empty for a PoC that did not
     finish: half a record passes no gate."""
     try:
-        record = shared.of_poc(poc)
+        record = exchange.of_poc(poc)
     except UserError:
         return ()
-    held = gates.evaluate(record, limits)
+    held = rollout_gates.evaluate(record, limits)
     energy_j, hours = _energy_j(poc, made.terms), (poc.effort.attended_minutes or 0.0) / 60
     first = Stage(
         name="poc",
@@ -152,14 +152,14 @@ def pilot_most(made: Decision, way: Way | None) -> float | None:
         return None
     ends = _dear(made)
     own = {t.name: t.value for t in made.told if t.name in OWN and t.value is not None}
-    dear = chance.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
-    cost, people = _one_run(chance.placed(way, ends, own, made.terms), dear)
+    dear = monte_carlo.moved(made.terms, {n: end for n, end in ends.items() if n not in OWN})
+    cost, people = _one_run(monte_carlo.placed(way, ends, own, made.terms), dear)
     return None if cost is None else cost + people
 
 
 def _dear(made: Decision) -> dict[str, float]:
     """The end of each range that costs most."""
-    spans = chance.ranged(made.told).items()
+    spans = monte_carlo.ranged(made.told).items()
     return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 

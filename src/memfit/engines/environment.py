@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from memfit import wire
+from memfit.types import serialization
 from memfit.types.errors import UserError
 
 
@@ -32,7 +32,9 @@ def recorded(name: str) -> Environment | None:
     """The engine's environment, whether it is still there or not; None: none was made, or nobody can read
     of it."""
     try:
-        return wire.loads(Environment, _record(name).read_text(encoding="utf-8"), what=f"record of {name}")
+        return serialization.loads(
+            Environment, _record(name).read_text(encoding="utf-8"), what=f"record of {name}"
+        )
     except (OSError, UserError):
         return None
 
@@ -40,7 +42,7 @@ def recorded(name: str) -> Environment | None:
 def record(name: str, made: Environment) -> None:
     path = _record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(wire.dumps(made, indent=2) + "\n", encoding="utf-8")
+    path.write_text(serialization.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 def _record(name: str) -> Path:

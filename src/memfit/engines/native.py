@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memfit import wire
 from memfit.engines.base import Engine
 from memfit.engines.environment import recorded
 from memfit.techniques.registry import TECHNIQUES
+from memfit.types import serialization
 from memfit.types.launch import LaunchConfig, RunSpec
 
 _SOURCE = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
         engine=engine.name,
         argv=(home.python if home else sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json"),
         env={**_environment(spec.threads), **engine.env, **({"PYTHONPATH": str(_SOURCE)} if home else {})},
-        files={"run.json": wire.dumps(spec, indent=2), **engine.files(spec)},
+        files={"run.json": serialization.dumps(spec, indent=2), **engine.files(spec)},
         spec=spec,
     )
 

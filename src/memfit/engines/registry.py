@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from memfit.engines import accelerate, colossalai, deepspeed, fairscale, megatron, native, replay
 from memfit.engines.base import Engine
-from memfit.techniques.world import layout
+from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError, named
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan

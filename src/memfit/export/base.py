@@ -7,9 +7,9 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
-from memfit.configs.carry import Carried
-from memfit.configs.clipping import ClippingSetting
-from memfit.configs.read import Setup
+from memfit.lint.clipping import ClippingSetting
+from memfit.lint.draft import Carried
+from memfit.lint.parse import Setup
 from memfit.types.dependence import SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig

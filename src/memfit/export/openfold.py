@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from memfit.configs.openfold import CKPT, EXTRA_CKPT, JOB, KERNELS, PRESETS, SIZES
 from memfit.engines.deepspeed import config
 from memfit.export.base import Files, Handover
+from memfit.lint.openfold import CKPT, EXTRA_CKPT, JOB, KERNELS, PRESETS, SIZES
 from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from memfit.export.base import Files, Handover
-from memfit.techniques.world import layout
+from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from memfit.engines.registry import engine
 from memfit.export.base import Files, Handover
-from memfit.techniques.world import layout
+from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 

@@ -16,16 +16,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memfit.configs import carry
-from memfit.configs.clipping import clipping_setting
-from memfit.configs.read import Options, Setup, parsed, read
-from memfit.configs.shell import option_values
 from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.registry import render
 from memfit.export import openfold, torchtitan, trainer
 from memfit.export.base import Files, Handover, UserFiles, UserSettings
 from memfit.export.script_steps import script_files
-from memfit.techniques.world import layout
+from memfit.lint import to_plan
+from memfit.lint.clipping import clipping_setting
+from memfit.lint.launch_script import option_values
+from memfit.lint.parse import Options, Setup, parsed, read
+from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.launch import RunSpec
 
@@ -149,7 +149,7 @@ def read_user_files(
         )
     setup = dataclasses.replace(setup, ranks=ranks or setup.ranks)
     return UserFiles(
-        setup=setup, carried=carry.over(setup), clipping=clipping_setting(setup), for_worker=for_worker
+        setup=setup, carried=to_plan.over(setup), clipping=clipping_setting(setup), for_worker=for_worker
     )
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from memfit.api import Prediction, estimate
-from memfit.given import plan_of
+from memfit.inputs import plan_of
 from memfit.integrations.record import Recorder
-from memfit.techniques.world import layout
+from memfit.techniques.rank_mesh import layout
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan, use
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from memfit.api import Prediction
-from memfit.measure.conform import Watch
-from memfit.measure.memory import PeakCounter, peak_counter
+from memfit.conformance.monitor import Monitor
+from memfit.runtime.memory import PeakCounter, peak_counter
 from memfit.types.conformance import NotConforming
 from memfit.types.plan import Plan
 from memfit.types.units import format_bytes
@@ -37,7 +37,7 @@ class Recorder:
         self.strict, self.blocks, self.clip = strict, blocks, clip
         self.conformance: str | None = None
         self.peak_bytes, self.steps = 0, 0
-        self._watch: Watch | None = None
+        self._watch: Monitor | None = None
         self._counter: PeakCounter = peak_counter("cpu")
         gc.collect()
         # whether the counter was there before the model was made or not: its bytes, and what is added now
@@ -48,7 +48,7 @@ class Recorder:
             self._counter, self._offset_bytes = peak_counter(str(device)), 0
         self._counter.reset_peak()
         if self.steps == 0:
-            self._watch = Watch(model, optimizer, self.plan, blocks=self.blocks)
+            self._watch = Monitor(model, optimizer, self.plan, blocks=self.blocks)
             self._watch.clip = self.clip
             self._watch.__enter__()
 

@@ -15,10 +15,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from memfit.api import Prediction, from_trainer
-from memfit.configs import carry
-from memfit.configs.read import Options, Setup
-from memfit.given import plan_of
+from memfit.inputs import plan_of
 from memfit.integrations.record import Recorder
+from memfit.lint import to_plan
+from memfit.lint.parse import Options, Setup
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
@@ -80,5 +80,5 @@ class MemfitCallback(TrainerCallback):  # type: ignore[misc]
 def plan_of_arguments(args: Any) -> Plan:
     """What TrainingArguments say, on as many ranks as there are. Raises UserError for what no plan says."""
     options = Options(file="TrainingArguments", data=args.to_dict())
-    carried = carry.over(Setup(trainer=options, ranks=args.world_size))
+    carried = to_plan.over(Setup(trainer=options, ranks=args.world_size))
     return carried.plan

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from memfit import wire
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.launch import Checkpoint, Keep
 
@@ -89,7 +89,7 @@ def must_be_free(folder: Path, after: int) -> None:
 
 
 def about(path: Path) -> Checkpoint:
-    return wire.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
+    return serialization.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
 
 
 def incomplete(path: Path) -> str:
@@ -123,7 +123,7 @@ def begin(folder: Path, step: int) -> Path:
 
 def publish(partial: Path, said: Checkpoint) -> Path:
     """The checkpoint in ``partial``, whose files are durable, becomes one of the run's; the newest."""
-    _write(partial / ABOUT, wire.dumps(said, indent=2) + "\n")
+    _write(partial / ABOUT, serialization.dumps(said, indent=2) + "\n")
     _sync(partial)
     path = partial.with_suffix("")
     partial.rename(path)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memfit.jobs.batches import as_tensors, step_rng
+from memfit.jobs.builtin.batches import as_tensors, step_rng
 from memfit.types.errors import UserError
 from memfit.types.job import Job, OptimizerChoice
 

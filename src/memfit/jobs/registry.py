@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Final
 
 from memfit.jobs import huggingface
-from memfit.jobs.user import load_user_job
-from memfit.types.collector import uncollected
+from memfit.jobs.user_job import load_user_job
 from memfit.types.errors import UserError
+from memfit.types.gc_pause import uncollected
 from memfit.types.job import Job, JobRef
 
 DEFAULT: Final = "protein-ss"
@@ -46,7 +46,7 @@ def describe() -> tuple[BuiltIn, ...]:
 
 
 def _built_in(name: str) -> BuiltIn:
-    room = importlib.import_module(f"memfit.jobs.{name.replace('-', '_')}")
+    room = importlib.import_module(f"memfit.jobs.builtin.{name.replace('-', '_')}")
     return BuiltIn(
         name=room.NAME, title=room.TITLE, sizes=room.SIZES, data_source=room.DATA_SOURCE, make=room.make
     )

@@ -13,10 +13,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from memfit.jobs.step import TrainingStep, batch_length, split
+from memfit.jobs.training_step import TrainingStep, batch_length, split
 from memfit.precision import casting
-from memfit.precision.recording import FAILURES, LOSS, Call, learn_dtypes, record
-from memfit.precision.replay import Births, Found, Mode, compare, modes, play
+from memfit.precision.recording import FAILURES, LOSS, RecordedCall, learn_dtypes, record
+from memfit.precision.replay import Births, Mode, ReplayErrors, compare, modes, play
 from memfit.precision.sums import NarrowSums
 from memfit.precision.tensors import Gap, is_float, leaves, rebuild
 from memfit.types.errors import UserError
@@ -53,12 +53,12 @@ class _Place:
     pattern: str
     kind: str
     calls: dict[str, None] = dataclasses.field(default_factory=dict)  # paths, in order
-    found: dict[str, dict[str, Found]] = dataclasses.field(default_factory=dict)
+    found: dict[str, dict[str, ReplayErrors]] = dataclasses.field(default_factory=dict)
     loss_ratio: float | None = None
     effect_ratio: float | None = None
 
     @property
-    def worst(self) -> dict[str, Found]:
+    def worst(self) -> dict[str, ReplayErrors]:
         return _merged(self.found.values())
 
 
@@ -125,7 +125,7 @@ def padded(batch: Any) -> Any:
     return rebuild(batch, pad)
 
 
-def _learn(root: Call, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
+def _learn(root: RecordedCall, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
     """In which dtype each tensor really arrives."""
 
     def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def _learn(root: Call, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str)
             if name == "pure":
                 stack.callback(mode.model.register_forward_pre_hook(narrowed, with_kwargs=True).remove)
 
-            def run(mode: Mode = mode) -> Call:
+            def run(mode: Mode = mode) -> RecordedCall:
                 with mode.around():
                     return record(mode.model, batch, job.loss, backward=False)
 
@@ -145,14 +145,14 @@ def _learn(root: Call, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str)
 
 
 def _examine(
-    root: Call,
+    root: RecordedCall,
     places: dict[str, dict[str, _Place]],
     model: nn.Module,
     kinds: dict[str, dict[str, Mode]],
     job: Job,
     say: Say,
 ) -> None:
-    calls: dict[tuple[str, str], dict[str, list[Call]]] = {}
+    calls: dict[tuple[str, str], dict[str, list[RecordedCall]]] = {}
     for call in root.all():
         if call.computes:
             pattern = _NUMBER.sub("*", call.path)
@@ -173,7 +173,11 @@ def _examine(
 
 
 def _look(
-    places: dict[str, _Place], path: str, calls: list[Call], kinds: dict[str, dict[str, Mode]], job: Job
+    places: dict[str, _Place],
+    path: str,
+    calls: list[RecordedCall],
+    kinds: dict[str, dict[str, Mode]],
+    job: Job,
 ) -> None:
     for call in {id(c): c for c in (max(calls, key=_largest), calls[-1])}.values():
         both = next(iter(kinds.values()))
@@ -194,24 +198,24 @@ def _look(
             sums = NarrowSums()
             if not seen["pure"].failed:
                 summed = play(call, kinds[dtype]["pure"], job.loss, listening=sums, backward=False)
-                seen["sums"] = compare(exact, summed) if sums.used else Found(Gap(), 0.0)
+                seen["sums"] = compare(exact, summed) if sums.used else ReplayErrors(Gap(), 0.0)
             place.found[path] = _merged([place.found[path], seen]) if path in place.found else seen
 
 
-def _largest(call: Call) -> float:
+def _largest(call: RecordedCall) -> float:
     floats = (t.detach() for t in leaves(call.given) if is_float(t) and t.numel())
     return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
-def _merged(found: Iterable[dict[str, Found]]) -> dict[str, Found]:
-    made: dict[str, Found] = {}
+def _merged(found: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors]:
+    made: dict[str, ReplayErrors] = {}
     for each in found:
         for name, one in each.items():
             made[name] = made[name].worst(one) if name in made else one
     return made
 
 
-def _fault(found: dict[str, Found], mode: str, effect: float | None = None) -> str:
+def _fault(found: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
     """Why a module's own code must be float32 in that mode; "": it need not."""
     seen, wide, rounded = found[mode], found["float32"], found["rounded"]
     if seen.failed and not wide.failed:

@@ -30,7 +30,7 @@ _MOVES: Final = frozenset(_MOVING.split())
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Call:
+class RecordedCall:
     """Of one module, in the order of the run. ``given`` is (args, kwargs). Gradients are by the index of the
     tensor among the leaves. ``dtypes``: by mode, of the leaves of given and made as they really arrive."""
 
@@ -39,11 +39,11 @@ class Call:
     made: Any = None
     given_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     made_grads: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
-    inner: list[Call] = dataclasses.field(default_factory=list)
+    inner: list[RecordedCall] = dataclasses.field(default_factory=list)
     computes: bool = False
     dtypes: dict[str, tuple[list[torch.dtype], list[torch.dtype]]] = dataclasses.field(default_factory=dict)
 
-    def all(self) -> Iterator[Call]:
+    def all(self) -> Iterator[RecordedCall]:
         yield self
         for call in self.inner:
             yield from call.all()
@@ -51,9 +51,9 @@ class Call:
 
 def record(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool = True
-) -> Call:
+) -> RecordedCall:
     """The tree of calls of one step, the loss function at its root."""
-    root = Call(LOSS, given=((batch,), {}))
+    root = RecordedCall(LOSS, given=((batch,), {}))
     watch = _Watch(model, root)
     with watch, _Computing(watch.stack), certain():
         made = loss(model, batch)
@@ -66,7 +66,7 @@ def record(
 
 
 class _Watch:
-    def __init__(self, model: nn.Module, root: Call) -> None:
+    def __init__(self, model: nn.Module, root: RecordedCall) -> None:
         self.model, self.stack, self.handles = model, [root], list[Any]()
 
     def __enter__(self) -> _Watch:
@@ -82,7 +82,7 @@ class _Watch:
 
     def _before(self, path: str) -> Callable[..., Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            call = Call(path, given=_kept((args, kwargs)))
+            call = RecordedCall(path, given=_kept((args, kwargs)))
             self.stack[-1].inner.append(call)
             self.stack.append(call)
             return _listening((args, kwargs), call.given_grads)
@@ -137,7 +137,7 @@ def _keeping(grads: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tens
 class _Computing(TorchDispatchMode):
     """Notes whose own code computes anything on floating-point tensors."""
 
-    def __init__(self, stack: list[Call]) -> None:
+    def __init__(self, stack: list[RecordedCall]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
 
@@ -169,7 +169,7 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def learn_dtypes(root: Call, mode: str, run: Callable[[], Call]) -> None:
+def learn_dtypes(root: RecordedCall, mode: str, run: Callable[[], RecordedCall]) -> None:
     """The dtypes of a real run in another precision, where it runs and takes the same way."""
     try:
         other = run()

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.precision.recording import FAILURES, LOSS, Call, certain
+from memfit.precision.recording import FAILURES, LOSS, RecordedCall, certain
 from memfit.precision.tensors import Gap, all_finite, gap, is_float, leaves, rebuild
 
 # What torch.autocast computes in float32 on CUDA (torch's documentation of automatic mixed precision).
@@ -81,7 +81,7 @@ def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
 
 
 @dataclasses.dataclass(slots=True)
-class Played:
+class ReplayedModule:
     """``outputs``: what own code made, for the caller or for children; ``grads``: of what came in, then of
     its parameters in one; ``born``: operators that made something not finite of finite values."""
 
@@ -95,13 +95,13 @@ class Played:
 
 
 def play(
-    call: Call,
+    call: RecordedCall,
     mode: Mode,
     loss: Callable[[Any, Any], torch.Tensor],
     *,
     listening: contextlib.AbstractContextManager[Any] | None = None,
     backward: bool = True,
-) -> Played:
+) -> ReplayedModule:
     """Raises nothing that a precision may bring about: what fails is told in ``failed``."""
     run = _Replay(call, mode)
     heard = listening or (Births() if mode.narrow else contextlib.nullcontext())
@@ -114,7 +114,7 @@ def play(
             run.back()
     except FAILURES as error:
         text = " ".join(str(error).split())[:160] or type(error).__name__
-        return Played([], [], [], [], None, born, failed=text)
+        return ReplayedModule([], [], [], [], None, born, failed=text)
     finally:
         run.module.zero_grad(set_to_none=True)
     return run.played(born)
@@ -125,7 +125,7 @@ class OtherWay(RuntimeError):
 
 
 class _Replay:
-    def __init__(self, call: Call, mode: Mode) -> None:
+    def __init__(self, call: RecordedCall, mode: Mode) -> None:
         self.call, self.mode = call, mode
         self.module = mode.model if call.path == LOSS else mode.model.get_submodule(call.path)
         self.pending = list(call.inner)
@@ -200,11 +200,11 @@ class _Replay:
         if top > 0:
             torch.autograd.backward([t for t, _ in known], [(g / top).to(t.dtype) for t, g in known])
 
-    def played(self, born: set[str]) -> Played:
+    def played(self, born: set[str]) -> ReplayedModule:
         storages = {t.untyped_storage().data_ptr() for t in self.handed}
         passed = [t.untyped_storage().data_ptr() in storages for t, _ in self.ends]
         grads = [p.grad.double().flatten() for p in self.module.parameters() if p.grad is not None]
-        return Played(
+        return ReplayedModule(
             outputs=[t.detach() for t, _ in self.ends],
             passed=passed,
             inputs=[t.detach() for t in self.sources],
@@ -250,7 +250,7 @@ def _broken(value: Any) -> bool:
 
 
 @dataclasses.dataclass(slots=True)
-class Found:
+class ReplayErrors:
     """How far a mode is from the exact one: what own code made, and the gradients it gives on."""
 
     output: Gap
@@ -258,18 +258,18 @@ class Found:
     born: str = ""
     failed: str = ""
 
-    def worst(self, other: Found) -> Found:
+    def worst(self, other: ReplayErrors) -> ReplayErrors:
         born = ", ".join(sorted({*self.born.split(", "), *other.born.split(", ")} - {""}))
-        return Found(
+        return ReplayErrors(
             self.output.worst(other.output), max(self.gradient, other.gradient), born,
             self.failed or other.failed,
         )  # fmt: skip
 
 
-def compare(exact: Played, found: Played) -> Found:
+def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
     output, gradient = Gap(), 0.0
     if found.failed:
-        return Found(Gap(lost=True), 0.0, failed=found.failed)
+        return ReplayErrors(Gap(lost=True), 0.0, failed=found.failed)
     for want, got, passed in zip(exact.outputs, found.outputs, exact.passed, strict=True):
         if not passed:
             output = output.worst(gap(want, got))
@@ -282,4 +282,4 @@ def compare(exact: Played, found: Played) -> Found:
         apart = gap(want, got, floor=0.25 * top, trim=True)
         gradient, lost = max(gradient, apart.error), lost or apart.lost
     output.lost = output.lost or lost
-    return Found(output, gradient, born=", ".join(sorted(found.born)))
+    return ReplayErrors(output, gradient, born=", ".join(sorted(found.born)))

@@ -5,10 +5,10 @@ Each sentence says what was seen; where nothing was seen, what is predicted; whe
 
 from __future__ import annotations
 
-from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
-from memfit.report.pool import ok_runs, peak_bytes
-from memfit.report.records import MARGIN, POC, group_anchor, prediction_anchor, verdict_anchor
+from memfit.report.provenance import MARGIN, POC, group_anchor, prediction_anchor, verdict_anchor
+from memfit.report.quantities import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
 from memfit.types.result import NamedVerdict, Poc, Run
+from memfit.verify.aggregate import ok_runs, peak_bytes
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:

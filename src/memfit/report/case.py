@@ -10,8 +10,8 @@ import json
 from importlib import resources
 from typing import Any, Final
 
-from memfit import wire
-from memfit.report.figures import Figure, assumed, predicted
+from memfit.report.quantities import Figure, assumed, predicted
+from memfit.types import serialization
 from memfit.types.result import Offer
 
 CLASSES: Final = (
@@ -71,7 +71,9 @@ def case_offers(job: str) -> tuple[Offer, ...]:
     """Single devices with a price, each with plain training and the plan that was kept for it; none for a job
     without such a record."""
     told = _kept(job) or {}
-    return tuple(wire.loads(Offer, json.dumps(one), what="a kept case") for one in told.get("offers", ()))
+    return tuple(
+        serialization.loads(Offer, json.dumps(one), what="a kept case") for one in told.get("offers", ())
+    )
 
 
 def _kept(job: str) -> dict[str, Any] | None:

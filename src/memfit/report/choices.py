@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memfit.report.figures import Figure, Mark, Sentence, assumed, predicted, sourced
-from memfit.report.records import POC, prediction_anchor
+from memfit.report.provenance import POC, prediction_anchor
+from memfit.report.quantities import Figure, Mark, Sentence, assumed, predicted, sourced
 from memfit.report.rows import ChoiceRow, SearchView
 from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
 

@@ -11,12 +11,12 @@ from memfit.report.decision_answers import engine_fact, gains, gate_words, phras
 from memfit.report.decision_phrases import way_back
 from memfit.report.decision_prices import price_rows
 from memfit.report.decision_rows import DecisionView, RiskRow, StageRow, TermRow, WayRow, cash, way_name
-from memfit.report.figures import Figure, Mark, Sentence, assumed, measured, predicted, sourced
-from memfit.report.pool import energy_saved
-from memfit.report.records import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
+from memfit.report.provenance import POC, SAVING, stage_anchor, term_anchor, verdict_anchor, way_anchor
+from memfit.report.quantities import Figure, Mark, Sentence, assumed, measured, predicted, sourced
 from memfit.report.sliders import sliders
 from memfit.types.decision import Decision, Risk, Sheet, Stage, Term, Way
 from memfit.types.result import Interval, Poc
+from memfit.verify.aggregate import energy_saved
 
 Filled = Mapping[str, Figure | str | Sentence]
 MONEY: Final = (  # of a way, in the order of the table: the sheet's names

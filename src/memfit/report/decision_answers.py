@@ -20,8 +20,8 @@ from memfit.report.decision_phrases import (
     way_back,
 )
 from memfit.report.decision_rows import DecisionView, WayRow, cash, way_name
-from memfit.report.figures import Figure, Sentence, assumed, measured, number_text, predicted, sourced
-from memfit.report.records import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
+from memfit.report.provenance import GATES, POC, SAVING, reach_anchor, stage_anchor, term_anchor, way_anchor
+from memfit.report.quantities import Figure, Sentence, assumed, measured, number_text, predicted, sourced
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]

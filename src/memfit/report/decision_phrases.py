@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from memfit.report.decision_rows import DecisionView, StageRow, way_name
-from memfit.report.figures import MANY, Figure, Sentence, assumed, predicted
-from memfit.report.records import machine_anchor, way_anchor
+from memfit.report.provenance import machine_anchor, way_anchor
+from memfit.report.quantities import MANY, Figure, Sentence, assumed, predicted
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from memfit import catalog
 from memfit.catalog import finance
 from memfit.report.decision_rows import PriceRow, cash, way_name
-from memfit.report.figures import Sentence, assumed, predicted
-from memfit.report.records import machine_anchor, term_anchor, way_anchor
+from memfit.report.provenance import machine_anchor, term_anchor, way_anchor
+from memfit.report.quantities import Sentence, assumed, predicted
 from memfit.types.decision import Decision, Way
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from memfit.report.figures import Figure, Sentence, assumed, predicted
+from memfit.report.quantities import Figure, Sentence, assumed, predicted
 from memfit.types.decision import Decision, Stage, Way
 
 

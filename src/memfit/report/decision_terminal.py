@@ -10,7 +10,7 @@ from rich.text import Text
 from memfit.report.decision import decision_view
 from memfit.report.decision_answers import gate_words
 from memfit.report.decision_rows import DecisionView, StageRow
-from memfit.report.figures import Figure, figure_text, sentence_text, value_text
+from memfit.report.quantities import Figure, figure_text, sentence_text, value_text
 from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
 from memfit.types.decision import Decision

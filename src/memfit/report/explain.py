@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from memfit.report.figures import Figure, Sentence, predicted
+from memfit.report.quantities import Figure, Sentence, predicted
 from memfit.types.result import Estimate
 from memfit.types.trace import Allocation, Trace
 
@@ -53,7 +53,7 @@ class Mover:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class PlanDifference:
     """Of two plans of one job. Categories and movers add up to the difference of the peaks exactly."""
 
     first: Estimate
@@ -97,7 +97,7 @@ def contributors(explained: Explained) -> tuple[Contributor, ...]:
     )
 
 
-def difference(first: Explained, second: Explained) -> Difference:
+def difference(first: Explained, second: Explained) -> PlanDifference:
     one, other = first.estimate, second.estimate
     sides = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
     for side, explained in zip(sides, (first, second), strict=True):
@@ -107,7 +107,7 @@ def difference(first: Explained, second: Explained) -> Difference:
         Mover(category=c, module=m, op=o, first_bytes=sides[0][c, m, o], second_bytes=sides[1][c, m, o])
         for c, m, o in {**sides[0], **sides[1]}
     ]
-    found = Difference(
+    found = PlanDifference(
         first=one,
         second=other,
         by_category_bytes=_changes(one.at_peak_bytes, other.at_peak_bytes),
@@ -127,7 +127,7 @@ def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, i
     return dict(sorted(every.items(), key=lambda item: -abs(item[1])))
 
 
-def _sentences(found: Difference) -> Iterator[Sentence]:
+def _sentences(found: PlanDifference) -> Iterator[Sentence]:
     """Each plan's peak, how far apart they are, and what moved most: by category, by phase, by operator."""
     for name, estimate in (("A", found.first), ("B", found.second)):
         peak = predicted(estimate.allocated_bytes.value, "bytes")

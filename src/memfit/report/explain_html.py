@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import Any, Final
 
 from memfit.report.explain import Explained, events, op_name
-from memfit.report.figures import figure_text, predicted
 from memfit.report.html import render
+from memfit.report.quantities import figure_text, predicted
 from memfit.report.words import Words, load_words
 from memfit.types.trace import Category, Phase
 

@@ -8,8 +8,8 @@ from typing import Final
 from rich.console import Console
 from rich.text import Text
 
-from memfit.report.explain import Contributor, Difference, Explained, Mover, contributors
-from memfit.report.figures import Figure, Mark, figure_text, predicted, sentence_text
+from memfit.report.explain import Contributor, Explained, Mover, PlanDifference, contributors
+from memfit.report.quantities import Figure, Mark, figure_text, predicted, sentence_text
 from memfit.report.terminal import new_table, print_estimate
 from memfit.report.words import Words, load_words
 
@@ -30,7 +30,7 @@ def print_explained(explained: Explained, *, console: Console, lang: str) -> Non
     _print(("category", "module", "op", "line"), ("memory", "count"), rows, console=console, words=words)
 
 
-def print_difference(found: Difference, *, console: Console, lang: str) -> None:
+def print_difference(found: PlanDifference, *, console: Console, lang: str) -> None:
     """Sentences, then the bytes. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     console.print(Text(words.get("explain.difference"), style="bold"))

@@ -11,12 +11,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from memfit.report import charts, drawing
+from memfit.report import charts, report_charts
 from memfit.report.case import CLASSES
 from memfit.report.decision import MONEY, decision_view
 from memfit.report.decision_answers import DECISIVE
 from memfit.report.decision_rows import DecisionView, way_name
-from memfit.report.figures import (
+from memfit.report.files import write_whole
+from memfit.report.provenance import CASE, POC, SAVING, ProvenanceRecord, report_records, term_anchor
+from memfit.report.quantities import (
     MANY,
     Figure,
     Sentence,
@@ -26,15 +28,13 @@ from memfit.report.figures import (
     predicted,
     sentence_text,
 )
-from memfit.report.files import write_whole
-from memfit.report.records import CASE, POC, SAVING, Record, report_records, term_anchor
 from memfit.report.rows import PocView
 from memfit.report.sliders import played
 from memfit.report.view import poc_view
 from memfit.report.words import Words, load_words
 from memfit.types.decision import DRAWS, Decision
 from memfit.types.result import Poc
-from memfit.types.text import TURNING
+from memfit.types.sanitize import TURNING
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -64,7 +64,9 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
     )  # fmt: skip
 
 
-def _labels(records: Sequence[Record], decision: Decision | None, words: Words) -> Mapping[str, str]:
+def _labels(
+    records: Sequence[ProvenanceRecord], decision: Decision | None, words: Words
+) -> Mapping[str, str]:
     """How figures call what they link to, by anchor."""
     terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.told} if decision else {}
     return {r.anchor: r.label for r in records} | terms
@@ -238,9 +240,9 @@ def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
         return Markup(charts.stacked(parts, full=full, rule=rule.value))
 
     return {
-        "timeline_plot": Markup(drawing.timeline_plot(view.timelines, cap=view.cap, words=words)),
-        "pareto_plot": Markup(drawing.pareto_plot(view, words)),
-        "loss_plot": Markup(drawing.loss_plot(view.losses, words)),
+        "timeline_plot": Markup(report_charts.timeline_plot(view.timelines, cap=view.cap, words=words)),
+        "pareto_plot": Markup(report_charts.pareto_plot(view, words)),
+        "loss_plot": Markup(report_charts.loss_plot(view.losses, words)),
         "bar": bar,
         "interval": interval,
         "stacked": stacked,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from memfit.report.case import CaseView
-from memfit.report.figures import Figure, Mark, Sentence
+from memfit.report.quantities import Figure, Mark, Sentence
 from memfit.types.result import Poc
 
 

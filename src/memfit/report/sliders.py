@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from memfit.types.decision import OFFERS, OWN, Decision
-from memfit.wire import to_plain
+from memfit.types.serialization import to_plain
 
 _MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.report.choices import search_view
-from memfit.report.figures import (
+from memfit.report.quantities import (
     Figure,
     Sentence,
     figure_text,

@@ -14,9 +14,7 @@ from typing import Final
 from memfit.report.answer import answer
 from memfit.report.case import case_view
 from memfit.report.choices import search_view
-from memfit.report.figures import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
-from memfit.report.pool import by_plan, median_step_s, ok_runs, peak_bytes, step_s
-from memfit.report.records import (
+from memfit.report.provenance import (
     CASE,
     MARGIN,
     POC,
@@ -27,6 +25,7 @@ from memfit.report.records import (
     run_anchor,
     verdict_anchor,
 )
+from memfit.report.quantities import Figure, Mark, Sentence, apart, assumed, measured, predicted, sourced
 from memfit.report.rows import (
     EstimateView,
     InteractionTable,
@@ -54,6 +53,7 @@ from memfit.types.result import (
     SearchResult,
     Verdict,
 )
+from memfit.verify.aggregate import by_plan, median_step_s, ok_runs, peak_bytes, step_s
 
 MAX_POINTS: Final = 600  # of one timeline: about one a pixel
 

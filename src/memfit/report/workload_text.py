@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memfit.report.figures import number_text
+from memfit.report.quantities import number_text
 from memfit.report.words import Words, load_words
 from memfit.types.workload import Workload
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from memfit import wire
 from memfit.store.environment import VARIABLES, digest, fingerprint
+from memfit.types import serialization
 from memfit.types.machine import Calibration
 
 _METHOD: Final = 1  # raised when operators are timed in another way: older rows are then not read
@@ -55,7 +55,7 @@ class CalibrationCache:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
             if rates is not None:
-                known = wire.loads(Calibration, rates[0], what="the stored calibration")
+                known = serialization.loads(Calibration, rates[0], what="the stored calibration")
                 return _with_operators(known, {signature: json.loads(body) for signature, body in rows})
         return Calibration()
 
@@ -70,7 +70,7 @@ class CalibrationCache:
             with connection:
                 if fresh.flops_s:
                     insert = "INSERT OR IGNORE INTO machine VALUES (?, ?)"
-                    connection.execute(insert, (self.key, wire.dumps(bare)))
+                    connection.execute(insert, (self.key, serialization.dumps(bare)))
                 connection.executemany(
                     "INSERT OR IGNORE INTO operator VALUES (?, ?, ?)",
                     [(self.key, signature, json.dumps(row)) for signature, row in _rows(fresh)],

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from memfit import wire
 from memfit.store.environment import digest, fingerprint
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import Record
 
@@ -67,7 +67,7 @@ class Store:
         """Add one row, `body` as JSON by ``wire.dumps``, and return it once it is on disk."""
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         name, environment = self._environment
-        text = wire.dumps(body)
+        text = serialization.dumps(body)
         with self._connection() as connection, _transaction(connection):
             connection.execute(
                 "INSERT INTO environment SELECT ?1, ?2 WHERE ?1 NOT IN (SELECT digest FROM environment)",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from memfit import wire
 from memfit.store.database import TAKEN, Store, taken_from
+from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import Poc, Run
 
@@ -43,7 +43,7 @@ def stored_poc(store: Store, poc_id: str) -> Poc:
 
 def _stored_poc(store: Store, poc_id: str) -> Poc:
     if finished := store.records(poc_id, "poc"):
-        return wire.loads(Poc, finished[-1].body, what=f"record {finished[-1].record_id}")
+        return serialization.loads(Poc, finished[-1].body, what=f"record {finished[-1].record_id}")
     started = store.records(poc_id, "begin")
     if not started and (taken := store.records(poc_id, TAKEN)):
         raise UserError(
@@ -52,5 +52,9 @@ def _stored_poc(store: Store, poc_id: str) -> Poc:
         )
     if not started:
         raise UserError(f"no PoC {poc_id!r} in {store.path}", allowed=", ".join(store.poc_ids()) or "none")
-    runs = tuple(wire.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, "run"))
-    return dataclasses.replace(wire.loads(Poc, started[0].body, what="record"), runs=runs, finished=False)
+    runs = tuple(
+        serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, "run")
+    )
+    return dataclasses.replace(
+        serialization.loads(Poc, started[0].body, what="record"), runs=runs, finished=False
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from memfit.model.blocks import find_blocks
 from memfit.techniques.base import Knob, Space, Technique, Workbench
-from memfit.techniques.blocks import find_blocks
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from memfit.techniques.together import Together
+from memfit.techniques.parallel.sample_parallel_collectives import Together
 
 
 class Whole:

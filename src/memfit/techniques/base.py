@@ -6,18 +6,39 @@ import contextlib
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol
 
-from memfit.techniques.world import Layout, World
+from memfit.techniques.rank_mesh import Layout, World
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
     import torch
 
-    from memfit.techniques.precision import LossScale
-    from memfit.techniques.stages import Pipeline
+    from memfit.techniques.loss_scale import LossScale
     from memfit.types.job import Job
+    from memfit.types.trace import Phase
+
+Piece = tuple[Any, float]  # a micro-batch and its share of the step's loss
+WeightedLoss = Callable[[Any, Any, float], "torch.Tensor"]  # of (model, micro-batch, share)
+
+
+class RunsPipeline(Protocol):
+    """What a training step asks of a pipeline's stages on one rank. ``ending``: what has its last backward of
+    the step next."""
+
+    micro_batches: int
+    ending: Set[object]
+
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        weighted: WeightedLoss,
+        mark: Callable[[Phase], None],
+        *,
+        last: bool,
+    ) -> torch.Tensor:
+        """All pieces forward and backward; their weighted losses summed, the same on every stage."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +171,7 @@ class Workbench:
     step_in_backward: bool = False
     loss_scale: LossScale | None = None
     first_part: Callable[[int], Any] = lambda parts: None
-    pipeline: Pipeline | None = None
+    pipeline: RunsPipeline | None = None
     ddp: Any = None
     counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
     # Names of parameters that every data-parallel rank has others of: nothing is averaged there.

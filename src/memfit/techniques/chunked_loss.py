@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from memfit.model.blocks import find_head
 from memfit.techniques.base import Knob, Space, Technique, Workbench
-from memfit.techniques.blocks import find_head
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
-    from memfit.techniques.lazy_logits import LazyLogits
+    from memfit.techniques.deferred_logits import LazyLogits
 
     _, head = find_head(bench.model, bench.job.head)
     chunks, plain = int(settings["chunks"]), head.forward

@@ -24,13 +24,13 @@ from memfit.types.units import MIB
 if TYPE_CHECKING:
     import torch
 
-    from memfit.techniques.slices import Cut
+    from memfit.model.chunk_analysis import ChunkCut
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    from memfit.techniques.slices import Trials, budget_bytes, insides, to_cut
+    from memfit.model.chunk_analysis import Trials, budget_bytes, insides, to_cut
 
     calls, trials = insides(bench.job, bench.model), Trials()
     asked_bytes = int(settings["mib"]) * MIB
@@ -46,7 +46,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         _wrap(bench.model.get_submodule(name), cut, budget)
 
 
-def _wrap(module: torch.nn.Module, cut: Cut, budget: int) -> None:
+def _wrap(module: torch.nn.Module, cut: ChunkCut, budget: int) -> None:
     inner: Callable[..., Any] = module.forward
 
     @functools.wraps(inner)

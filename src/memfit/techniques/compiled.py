@@ -13,8 +13,8 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from memfit.model.blocks import find_blocks
 from memfit.techniques.base import Knob, Space, Technique, Workbench
-from memfit.techniques.blocks import find_blocks
 from memfit.types.plan import EffectClass, KnobValue
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     import torch
 
-    from memfit.techniques.graphs import Region
+    from memfit.techniques.compiled_regions import Region
 
     graphs: dict[Any, Any] = {}  # equal blocks share one
     modules: list[torch.nn.Module] = [bench.model]

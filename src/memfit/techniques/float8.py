@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+from memfit.model.blocks import find_blocks
 from memfit.techniques.adapters import block_linears
 from memfit.techniques.base import Knob, Space, Technique, Workbench
-from memfit.techniques.blocks import find_blocks
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
@@ -41,7 +41,7 @@ def fits(shape: Iterable[int]) -> bool:
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # only beside compile, which fuses the casts (search/layouts.py)
+    return []  # only beside compile, which fuses the casts (planner/parallelism_grid.py)
 
 
 TECHNIQUE = Technique(

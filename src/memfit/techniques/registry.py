@@ -7,27 +7,27 @@ from collections.abc import Mapping
 
 from memfit.techniques import (
     adapters,
-    axial_parallel,
-    checkpointing,
     chunked_loss,
     chunking,
     compiled,
-    context_parallel,
-    data_parallel,
-    expert_parallel,
     float8,
     gradient_accumulation,
     offload,
     optimizers,
-    pipeline,
     precision,
-    recompute,
-    sharded_ddp,
-    tensor_parallel,
-    zero,
 )
 from memfit.techniques.base import Technique
-from memfit.techniques.world import layout
+from memfit.techniques.parallel import (
+    axial_parallel,
+    context_parallel,
+    data_parallel,
+    expert_parallel,
+    pipeline,
+    tensor_parallel,
+)
+from memfit.techniques.rank_mesh import layout
+from memfit.techniques.recompute import checkpointing, optimal
+from memfit.techniques.zero import sharded_ddp, zero
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import UserError, named
 from memfit.types.machine import Machine
@@ -43,7 +43,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         float8.TECHNIQUE,
         checkpointing.FULL,
         checkpointing.SELECTIVE,
-        recompute.TECHNIQUE,
+        optimal.TECHNIQUE,
         chunked_loss.TECHNIQUE,
         chunking.TECHNIQUE,
         compiled.TECHNIQUE,
@@ -102,8 +102,8 @@ def without(plan: Plan, name: str) -> Plan:
     """The plan with one technique less; several ranks fall back to DDP, as they must share the work. What is
     recomputed under a budget is to be chosen anew, as it was for other operators."""
     rest = plan.without(name)
-    if (budget := rest.get(recompute.NAME)) is not None:
-        rest = rest.with_use(make_use(recompute.NAME, {**budget.settings, "dropped": ""}))
+    if (budget := rest.get(optimal.NAME)) is not None:
+        rest = rest.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
     if technique(name).slot != "data-parallel" or plan.ranks == 1:
         return rest
     return rest.with_use(make_use("ddp", {}))

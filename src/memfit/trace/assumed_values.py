@@ -20,7 +20,7 @@ _ASSUMED = "_memfit_assumed"
 _ATEN: Any = torch.ops.aten
 
 
-class Case(enum.StrEnum):
+class AssumedCase(enum.StrEnum):
     """Which values are assumed.
 
     ``USUAL``: random numbers spread evenly, so that a router's choices are balanced, and a single one in the
@@ -34,15 +34,15 @@ class Case(enum.StrEnum):
     HIGH = "high"
 
 
-_CASE: contextvars.ContextVar[Case] = contextvars.ContextVar("case", default=Case.USUAL)
+_CASE: contextvars.ContextVar[AssumedCase] = contextvars.ContextVar("case", default=AssumedCase.USUAL)
 
 
-def current_case() -> Case:
+def current_case() -> AssumedCase:
     return _CASE.get()
 
 
 @contextlib.contextmanager
-def assuming(case: Case) -> Iterator[None]:
+def assuming(case: AssumedCase) -> Iterator[None]:
     """Traces made inside this assume the values of ``case``."""
     token = _CASE.set(case)
     try:
@@ -96,31 +96,35 @@ def marked(values: Any) -> Any:
     return values
 
 
-def assumed(tensor: torch.Tensor, case: Case, seed: int) -> torch.Tensor | None:
+def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
     """Values of the tensor's shape and dtype; None for integers, whose range is not known."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         if dtype is torch.bool:
             made = torch.ones(shape, dtype=dtype)
-            if case is not Case.USUAL:
+            if case is not AssumedCase.USUAL:
                 half = torch.randint(0, 2, (tensor.numel(),), generator=generator).bool()
-                made.view(-1)[1:] = half[1:] if case is Case.HIGH else False
+                made.view(-1)[1:] = half[1:] if case is AssumedCase.HIGH else False
             return marked(made)  # type: ignore[no-any-return]
         if not dtype.is_floating_point:
             return None
-        if case is Case.USUAL or not shape:
+        if case is AssumedCase.USUAL or not shape:
             made = torch.rand(shape, generator=generator)
         else:  # rows alike, rising or falling
             row = torch.linspace(0.1, 0.9, shape[-1])
-            made = (row if case is Case.HIGH else row.flip(0)).expand(shape).contiguous()
+            made = (row if case is AssumedCase.HIGH else row.flip(0)).expand(shape).contiguous()
         return marked(made.to(dtype))  # type: ignore[no-any-return]
 
 
-_OF_DRAWS: dict[Case, Any] = {Case.USUAL: torch.median, Case.LOW: torch.min, Case.HIGH: torch.max}
+_OF_DRAWS: dict[AssumedCase, Any] = {
+    AssumedCase.USUAL: torch.median,
+    AssumedCase.LOW: torch.min,
+    AssumedCase.HIGH: torch.max,
+}
 
 
-def drawn(func: Any, args: Any, kwargs: Any, case: Case, seed: int) -> Any:
+def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> Any:
     """What a random operator gives, from a generator of its own; its lowest or highest number instead. A
     single number, which a threshold may decide on, is the usual one: the median of several."""
     with _own_random_numbers(seed):
@@ -128,13 +132,15 @@ def drawn(func: Any, args: Any, kwargs: Any, case: Case, seed: int) -> Any:
         plain = isinstance(made, torch.Tensor) and made.numel() and not made.is_complex()
         if not plain or func is _ATEN.randperm.default:
             return marked(made)
-        if case is not Case.USUAL or made.numel() == 1:
+        if case is not AssumedCase.USUAL or made.numel() == 1:
             every = torch.cat([made.reshape(-1), *(func(*args, **kwargs).reshape(-1) for _ in range(16))])
             made.fill_(_OF_DRAWS[case](every.double()))
     return marked(made)
 
 
-def filled(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: Case, seed: int) -> torch.Tensor:
+def filled(
+    func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: AssumedCase, seed: int
+) -> torch.Tensor:
     """A real tensor that the random in-place operator has filled."""
     with unset_fake_temporarily(), torch.no_grad():
         made = torch.empty(tensor.shape, dtype=tensor.dtype)

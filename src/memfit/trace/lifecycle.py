@@ -16,15 +16,13 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from memfit.jobs.step import TrainingStep, split
-from memfit.techniques.batch_objects import map_batch
-from memfit.trace.copies import FakeCopies
-from memfit.trace.doubts import retried
-from memfit.trace.guesses import Guesses
-from memfit.trace.ledger import Ledger
-from memfit.trace.lens import device_lens
-from memfit.trace.plain import plain_tensors
-from memfit.trace.reads import values_read
+from memfit.jobs.training_step import TrainingStep, split
+from memfit.model.batch_objects import map_batch
+from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.data_dependent import Guesses
+from memfit.trace.device_kernels import device_lens
+from memfit.trace.fake_copy import FakeCopies
+from memfit.trace.fake_storage import plain_tensors
 from memfit.trace.tracer import (
     _PLAYED_MICRO_BATCHES,
     _fake_world,
@@ -34,6 +32,8 @@ from memfit.trace.tracer import (
     _random_states,
     _resizes,
 )
+from memfit.trace.value_guess_retry import retried
+from memfit.trace.value_patches import values_read
 from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, rounded

@@ -13,13 +13,13 @@ import torch.distributed._functional_collectives  # registers its operators
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils.flop_counter import flop_registry
 
-from memfit.trace.guesses import Guesses
+from memfit.trace.data_dependent import Guesses
 from memfit.trace.signature import describe, moved_bytes
 from memfit.types.trace import OpCall, Phase
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Fact:
+class OperatorFact:
     """What is always true of an operator; ``silent`` ones do no work and make no storage, ``composite`` ones
     are made of others: below autograd, as in DTensor's own code, they come whole."""
 
@@ -31,7 +31,7 @@ class Fact:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Work:
+class OperatorWork:
     """What equal calls of an operator share."""
 
     signature: str
@@ -41,11 +41,11 @@ class Work:
 
 
 @functools.cache
-def fact(func: Any) -> Fact:
+def fact(func: Any) -> OperatorFact:
     count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
     silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
     resizes = "resize" in func._schema.name or func._schema.name.endswith("set_")
-    return Fact(str(func), silent, _composite(func), resizes, count)
+    return OperatorFact(str(func), silent, _composite(func), resizes, count)
 
 
 def _composite(func: Any) -> bool:
@@ -175,10 +175,10 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs) if found is None else found
 
 
-def work(func: Any, of: Fact, args: Any, kwargs: Any, out: Any) -> Work:
+def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
     read, outputs = tensors_in(args, kwargs), tensors_in(out)
     dtype, flops, moved = _dtype(read + outputs), 0, 0
-    if func.namespace == "memfit":  # techniques/kernel.py
+    if func.namespace == "memfit":  # techniques/synthetic_kernel.py
         moved, flops, dtype = args[1], args[2], args[5] or dtype
     elif of.count:
         flops = int(of.count(*args, **kwargs, out_val=out))
@@ -190,7 +190,7 @@ def work(func: Any, of: Fact, args: Any, kwargs: Any, out: Any) -> Work:
         read = read[len(tensors_in(args[0])) :]
     written = outputs or tensors_in(*_mutated(func, args, kwargs))
     moved += moved_bytes(read + written)
-    return Work(describe(of.name, args, kwargs), dtype, flops, moved)
+    return OperatorWork(describe(of.name, args, kwargs), dtype, flops, moved)
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -201,12 +201,12 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Call:
+class OperatorCall:
     """One call on record; ``flow`` is (stream, process group, what it waits for) where it has one."""
 
     clock: int
     name: str
-    work: Work
+    work: OperatorWork
     phase: Phase
     step: int
     module: str

@@ -22,11 +22,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from memfit.jobs.step import batch_length, split
-from memfit.measure import here
-from memfit.trace.few_blocks import with_blocks
+from memfit.jobs.training_step import batch_length, split
+from memfit.runtime import local_machine
 from memfit.trace.fixed_random import FixedRandom, TimeIsUp
 from memfit.trace.tracer import fake_model, trace
+from memfit.trace.truncated_model import with_blocks
 from memfit.types.dependence import DependenceCause, DependenceKind, SampleDependence
 from memfit.types.errors import UserError
 from memfit.types.job import Job
@@ -190,7 +190,7 @@ def _peak_bytes(traced: Trace) -> int:
 
 
 def _most_bytes() -> int:
-    return min(_MOST_BYTES, here.free_bytes() // _FREE_SHARE)
+    return min(_MOST_BYTES, local_machine.free_bytes() // _FREE_SHARE)
 
 
 # -- the trial ---------------------------------------------------------------------------------------------

@@ -18,18 +18,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from memfit.jobs.step import TrainingStep
-from memfit.techniques import islands
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.batch_objects import map_batch
+from memfit.techniques import fp32_modules
 from memfit.techniques.base import Workbench
-from memfit.techniques.batch_objects import map_batch
-from memfit.trace.copies import script_modules_loaded
-from memfit.trace.doubts import Doubted, retried, weighed, widened
-from memfit.trace.few_blocks import FirstBlocks, remember
-from memfit.trace.flows import streams
-from memfit.trace.guesses import Guesses
-from memfit.trace.ledger import Ledger
-from memfit.trace.lens import device_lens
-from memfit.trace.ranks import (
+from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.data_dependent import Guesses
+from memfit.trace.device_kernels import device_lens
+from memfit.trace.fake_copy import script_modules_loaded
+from memfit.trace.fake_process_group import (
     GlooScratch,
     builds_on_host,
     fake_ranks,
@@ -39,7 +36,10 @@ from memfit.trace.ranks import (
     ready_for_fakes,
     without_host,
 )
-from memfit.trace.reads import values_read
+from memfit.trace.stream_patches import streams
+from memfit.trace.truncated_model import FirstBlocks, remember
+from memfit.trace.value_guess_retry import Doubted, retried, weighed, widened
+from memfit.trace.value_patches import values_read
 from memfit.types.errors import UserError
 from memfit.types.job import Job
 from memfit.types.plan import Plan
@@ -145,13 +145,13 @@ def fake_model(job: Job) -> torch.nn.Module:
     as who asks next gets the same."""
     with contextlib.suppress(TypeError, KeyError):  # a function that cannot be remembered, or is not yet
         model = _FAKES[job.build_model]
-        islands.find(model, job.islands)
+        fp32_modules.find(model, job.islands)
         return model
     ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that ask for values
     with _fake_world(), ledger:
         model = ledger.unseen(job.build_model)()
     remember(job, model)
-    islands.find(model, job.islands)
+    fp32_modules.find(model, job.islands)
     with contextlib.suppress(TypeError):
         _FAKES[job.build_model] = model
     return model

@@ -15,6 +15,8 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
+from memfit.types.units import format_bytes
+
 _Entry = TypeVar("_Entry")
 
 
@@ -65,8 +67,6 @@ class NothingFits(MemfitError):
         missed: str = "",
         host: str = "",
     ) -> None:
-        from memfit.types.units import format_bytes
-
         self.cap_bytes, self.least_bytes, self.plan_text = cap_bytes, least_bytes, plan_text
         self.ways = ways
         beside = f"; {host}" if host else ""

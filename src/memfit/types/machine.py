@@ -104,7 +104,8 @@ class Calibration:
     system's load average while they were timed; ``waited_ratio``: the part of that time during which the
     probes waited for a processor that others used.
     ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are what short runs taught about whole
-    steps (cost/correction.py); ``corrected_by`` and ``corrected_count`` say which, and of how many plans.
+    steps (cost/step_time_calibration.py); ``corrected_by`` and ``corrected_count`` say which, and
+    of how many plans.
     """
 
     machine: str = ""

@@ -1,47 +1,15 @@
-"""Sizes, times and money as people write them, converted once at the edge.
+"""Units, and how sizes and times are shown.
 
 Inside memfit everything is SI or bytes and says so in its name: ``_bytes _s _j _w _usd _flops``.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Final
-
-from memfit.types.errors import UserError
 
 KIB: Final = 1024
 MIB: Final = 1024**2
 GIB: Final = 1024**3
-
-_UNIT_BYTES: Final = {
-    "": 1, "b": 1,
-    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-    "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40,
-}  # fmt: skip
-_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-
-
-def parse_bytes(text: str) -> int:
-    """``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes to a number of bytes.
-
-    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as Docker and Slurm do.
-    Raises UserError when the text is no positive size, or so small a number without a unit that it cannot be
-    meant in bytes.
-    """
-    match = _SIZE.fullmatch(text)
-    unit = match.group(2).lower() if match else None
-    if match is None or unit not in _UNIT_BYTES or float(match.group(1)) <= 0:
-        raise UserError(
-            f"not a memory size: {text!r}",
-            allowed="a positive number with B, KiB, MiB, GiB, TiB (or kB, MB, GB, TB)",
-            hint="for example 24GiB or 512MiB",
-        )
-    if not unit and float(match.group(1)) < MIB:
-        units = "B, KiB, MiB, GiB, TiB"
-        raise UserError(f"{text} has no unit", allowed=units, hint=f"did you mean {text}GiB?")
-    return int(float(match.group(1)) * _UNIT_BYTES[unit])
 
 
 def format_bytes(size_bytes: float) -> str:
@@ -59,14 +27,3 @@ def format_seconds(seconds: float) -> str:
         if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds * 1e3:.3g} ms"
-
-
-_DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of ``90m``, ``72h``, ``1.5d``, ``2w``. Raises UserError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    if found is None or found[2] not in _DURATION_S or not float(found[1]):
-        raise UserError(f"not a time: {text!r}", allowed="a number with s, m, h, d or w, such as 72h")
-    return float(found[1]) * _DURATION_S[found[2]]

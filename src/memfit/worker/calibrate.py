@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from memfit.runtime.progress_events import tell
 from memfit.types.result import Measurement, OutcomeKind
-from memfit.worker.events import tell
 
 
 def main(path: Path) -> None:
     import torch
 
-    from memfit.measure.memory import peak_counter
-    from memfit.measure.probe import calibrate, workspaces
+    from memfit.runtime.memory import peak_counter
+    from memfit.runtime.op_benchmark import calibrate, workspaces
 
     request = json.loads(path.read_text())
     if request["threads"]:

@@ -22,21 +22,21 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from memfit.jobs import checkpoints
-from memfit.jobs.step import TrainingStep
-from memfit.types.errors import MemfitError, UserError
-from memfit.types.launch import Checkpoint, RunSpec, Shape
-from memfit.worker.events import tell
-from memfit.worker.places import (
+from memfit.jobs.training_step import TrainingStep
+from memfit.runtime.checkpoint_layout import (
     Loads,
     Pieces,
-    Place,
     Saves,
+    TensorPlace,
     buffers,
     make_states,
     optimizers,
     places,
     spread,
 )
+from memfit.runtime.progress_events import tell
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.launch import Checkpoint, RunSpec, Shape
 
 ENGINES = ("native", "accelerate", "deepspeed", "fairscale")
 _NAMED = 3  # of many that differ
@@ -182,7 +182,7 @@ class Entry:
     kind: str
     name: str
     key: str
-    place: Place
+    place: TensorPlace
     state: dict[str, Any]
 
     @property

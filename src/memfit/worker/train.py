@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memfit import wire
+from memfit.runtime.progress_events import tell
+from memfit.types import serialization
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import RunSpec
 from memfit.types.result import Measurement, OutcomeKind
 from memfit.types.trace import Phase
-from memfit.worker.events import tell
 
 if TYPE_CHECKING:
-    from memfit.jobs.step import TrainingStep
-    from memfit.measure.limit import MemoryLimit
-    from memfit.measure.memory import PeakCounter
-    from memfit.techniques.world import World
+    from memfit.jobs.training_step import TrainingStep
+    from memfit.runtime.memory import PeakCounter
+    from memfit.runtime.memory_cap import MemoryLimit
+    from memfit.techniques.rank_mesh import World
     from memfit.types.job import Job
     from memfit.types.plan import Plan
     from memfit.worker.checkpoint import Keeper
@@ -66,7 +66,7 @@ class _Gauge:
 
     def turn(self, phase: str) -> None:
         """The phase that ends now gets the peaks since it began."""
-        from memfit.measure.memory import reset_rss_peak, rss_peak_bytes
+        from memfit.runtime.memory import reset_rss_peak, rss_peak_bytes
 
         peak = self.counter.peak_bytes() - self.base_bytes
         self.peak_bytes = max(self.peak_bytes, peak)
@@ -79,7 +79,7 @@ class _Gauge:
 
 
 def main(path: Path) -> None:
-    spec = wire.loads(RunSpec, path.read_text(), what="run specification")
+    spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     try:
         measurement = _run(spec, path)
     except MemfitError as error:
@@ -94,8 +94,8 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
     from memfit.jobs.checkpoints import restarted
     from memfit.jobs.registry import load
-    from memfit.measure.gloo import gloo_first
-    from memfit.measure.memory import peak_counter
+    from memfit.runtime.gloo import gloo_first
+    from memfit.runtime.memory import peak_counter
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -120,7 +120,7 @@ def joined(plan: Plan) -> Iterator[World]:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    from memfit.techniques.world import make_world
+    from memfit.techniques.rank_mesh import make_world
 
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
@@ -137,10 +137,10 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
     """The training step of an engine, configured by its files in ``folder``; None: by the plan alone, for a
     trace."""
     if engine == "native":
-        from memfit.jobs.step import TrainingStep
+        from memfit.jobs.training_step import TrainingStep
 
         return TrainingStep
-    kind = importlib.import_module(f"memfit.worker.apply_{engine}").Step
+    kind = importlib.import_module(f"memfit.engines.{engine}.step").Step
     kind.folder = folder
     return kind  # type: ignore[no-any-return]
 
@@ -168,12 +168,12 @@ def _conform(
     step: TrainingStep, given: tuple[Any, float], job: Job, spec: RunSpec, built: tuple[int, frozenset[Any]]
 ) -> None:
     """``built``: elements and dtypes of the model's parameters before the plan."""
-    from memfit.measure.conform import Watch
-    from memfit.measure.heard import Own
+    from memfit.conformance.module_hooks import Own
+    from memfit.conformance.monitor import Monitor
 
     used = spec.plan.get("gradient-accumulation")
     played = min(_WATCHED, int(used.settings["micro_batches"]) if used is not None else 1)
-    watch = Watch(
+    watch = Monitor(
         step.model, step.optimizer, spec.plan, blocks=job.blocks, head=job.head, whole_elements=built[0],
         micro_batches=played,
     )  # fmt: skip
@@ -193,9 +193,9 @@ def _conform(
 def _still(step: TrainingStep, job: Job, elements: int) -> None:
     """What was trained is what was watched: the warm-up's is another instance, made by the same code. Raises
     NotConforming."""
-    from memfit.measure.conform import Watch
+    from memfit.conformance.monitor import Monitor
 
-    Watch(
+    Monitor(
         step.model, step.optimizer, step.plan, blocks=job.blocks, head=job.head, whole_elements=elements
     ).conclude()
 
@@ -207,9 +207,9 @@ def _own_step(job: Job, part: Any, narrow: Any) -> Any:
     """A step of the plain model on two samples of its batch, heard; None where it does not run so."""
     import torch
 
-    from memfit.jobs.step import batch_length, split
-    from memfit.measure.heard import Heard
-    from memfit.techniques.blocks import find_blocks
+    from memfit.conformance.module_hooks import Heard
+    from memfit.jobs.training_step import batch_length, split
+    from memfit.model.blocks import find_blocks
 
     heard, model = Heard(), job.build_model().train()
     try:
@@ -232,7 +232,7 @@ def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
     if spec.cap_bytes is None:
         yield None
         return
-    from memfit.measure.limit import MemoryLimit
+    from memfit.runtime.memory_cap import MemoryLimit
 
     limit = MemoryLimit(spec.cap_bytes, counter=counter)
     limit.apply()
@@ -244,8 +244,8 @@ def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
 
 def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
     """Train and evaluate; running out of memory and non-finite numbers are outcomes."""
-    from memfit.measure.energy import EnergyMeter
-    from memfit.measure.limit import is_oom_error
+    from memfit.runtime.energy import EnergyMeter
+    from memfit.runtime.memory_cap import is_oom_error
 
     outcome, reason, metric, digest = OutcomeKind.OK, "", None, ""
     meter = EnergyMeter()
@@ -354,7 +354,7 @@ def _timeline(recorded: Any, turns: list[int], base_bytes: int) -> tuple[int, ..
     """Live bytes by phase, thinned as the prediction's timeline is."""
     from itertools import accumulate, pairwise
 
-    from memfit.types.series import thin_phases
+    from memfit.types.downsample import thin_phases
 
     live = [v - base_bytes for v in accumulate(recorded.deltas_bytes, initial=recorded.start_bytes)]
     return thin_phases([live[a : b + 1] for a, b in pairwise([*turns, len(live)])], TIMELINE_POINTS)

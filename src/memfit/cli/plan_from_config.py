@@ -1,0 +1,245 @@
+"""``memfit plan JOB --from FILE``: a set-up that exists, predicted, linted, and what would be better."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memfit.cli.lint import findings_view, print_findings
+from memfit.cli.options import GoalOptions, HereOptions, JobOptions
+from memfit.cli.output import console, emit
+from memfit.cli.progress import Bars
+from memfit.cli.request import begin_answer, machine_of, request
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+if TYPE_CHECKING:
+    import memfit.lint.check
+    import memfit.lint.draft
+    import memfit.lint.models
+    import memfit.planner.single_device
+    import memfit.types.result
+    import memfit.workflows.config_review
+
+
+def plan_given(
+    files: Sequence[Path], job: JobOptions, goal: GoalOptions, here: HereOptions, on: str, *,
+    lang: str, as_json: bool,
+) -> Plan:  # fmt: skip
+    """The plan that the files come to. Raises UserError for files of no known kind, and for plans that the
+    job cannot take."""
+    from memfit.lint import check, draft, parse, to_plan
+    from memfit.lint.clipping import clipping_setting
+
+    setup = parse.read(files)
+    count = machine_of(on, here.place).device_count
+    if setup.ranks is None and count > 1:
+        setup = dataclasses.replace(setup, ranks=count)
+    carried = to_plan.over(setup)
+    if carried.plan.ranks > count:
+        told = draft.LeftOut(
+            option=f"{carried.plan.ranks} processes on {count} devices",
+            reason="predicted as if each had its own",
+        )
+        carried = dataclasses.replace(carried, left_out=(*carried.left_out, told))
+    job, carried = _modelled(*_published(carried, job))
+    asked, size, carried = _sized(carried, job, goal, here, on)
+    asked, carried = _clipped(asked, carried, clipping_setting(setup).limit)
+    from memfit.workflows import config_review
+
+    found = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
+    workload = begin_answer(asked, lang=lang, quiet=as_json)
+    if not as_json:  # before the prediction, which may say that the plan is impossible
+        _print_carried(carried, lang)
+        print_findings(found, lang=lang)
+    with Bars(lang) as progress:
+        result = config_review.beside(asked, carried.plan, progress, parameters=size.parameter_count)
+    if as_json:
+        emit({"workload": workload, "clip": asked.job.clip or None, **_view(carried, found, result)})
+    else:
+        _print(result, lang)
+    return carried.plan
+
+
+def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> memfit.lint.draft.Carried:
+    from memfit.lint.draft import LeftOut
+
+    left = LeftOut(option=option, reason=reason)
+    return dataclasses.replace(carried, left_out=(*carried.left_out, left))
+
+
+def _published(
+    carried: memfit.lint.draft.Carried, job: JobOptions
+) -> tuple[memfit.lint.draft.Carried, JobOptions]:
+    """At the size of the job that the files are about. Raises UserError where they are about another job."""
+    from memfit.lint.openfold import JOB
+
+    if not carried.size:
+        return carried, job
+    if job.job not in (None, JOB):
+        raise UserError(
+            f"OpenFold's settings for the job {job.spec}", allowed=f"memfit plan {JOB} --from ..."
+        )
+    job, (size, _, length) = dataclasses.replace(job, job=JOB), carried.size.partition("@")
+    if job.size is None and (job.length is None or not length or job.length == int(length)):
+        return carried, dataclasses.replace(job, size=size if job.length else carried.size)
+    if job.size is None:
+        carried = _left_out(carried, f"crop of {length} residues", f"--length {job.length} was asked for")
+        return carried, dataclasses.replace(job, size=size)
+    if job.size == carried.size:
+        return carried, job
+    return _left_out(carried, f"crop of size {carried.size}", f"--size {job.size} was asked for"), job
+
+
+def _modelled(
+    carried: memfit.lint.draft.Carried, job: JobOptions
+) -> tuple[JobOptions, memfit.lint.draft.Carried]:
+    """Of the model that the files describe, where no JOB is named."""
+    model = carried.model
+    if job.job is not None:
+        return job, carried
+    if model is None:
+        return job, _left_out(carried, "the model", f"no file describes it: predicted for {job.spec}")
+    if not model.job:
+        return job, _left_out(carried, _described(model), f"{model.missing}: predicted for {job.spec}")
+    for option, reason in model.differences:
+        carried = _left_out(carried, option, reason)
+    return dataclasses.replace(job, job=model.job), carried
+
+
+def _described(model: memfit.lint.models.DescribedModel) -> str:
+    """``48 layers of width 8192``."""
+    layers = None if model.layers is None else f"{model.layers} layers"
+    width = None if model.width is None else f"width {model.width}"
+    return " of ".join(filter(None, (layers, width))) or "the model"
+
+
+def _sized(
+    carried: memfit.lint.draft.Carried, job: JobOptions, goal: GoalOptions, here: HereOptions, on: str
+) -> tuple[
+    memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
+]:
+    """Of the files' batch and length, where no others are asked for and the job can take them."""
+    from memfit.workflows import config_review
+
+    for name in ("batch", "length"):
+        own, files = getattr(job, name), getattr(carried, name)
+        if files is None or own == files:
+            continue
+        if own is not None:
+            carried = _left_out(carried, f"{name} {files}", f"--{name} {own} was asked for")
+            continue
+        taken = dataclasses.replace(job, **{name: files})
+        try:
+            config_review.job_size(request(taken, goal, here, on))
+        except UserError as error:
+            config_review.job_size(request(job, goal, here, on))  # what is wrong anyway is told as it is
+            carried = _left_out(carried, f"{name} {files}", str(error))
+            continue
+        job = taken
+    asked = request(job, goal, here, on)
+    size = config_review.job_size(asked)
+    return asked, size, _as_predicted(carried, job, size)
+
+
+def _as_predicted(
+    carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
+) -> memfit.lint.draft.Carried:
+    """With the batch and length that are predicted, and what of the files' model the job's differs from."""
+    micro = carried.micro_batch
+    if micro is not None and carried.batch is not None:
+        steps = carried.batch // micro
+        micro = size.batch_size // steps if size.batch_size % steps == 0 else None
+    model = carried.model
+    if model is not None and job.job not in (None, model.job):
+        pairs = ((model.layers, size.layers), (model.width, size.width))
+        if any(files is not None and files != own for files, own in pairs):
+            own = f"{size.layers or 'no'} blocks of width {size.width or 'unknown'}"
+            carried = _left_out(carried, _described(model), f"{job.spec} has {own}: predicted for that")
+        elif model.layers is None:
+            carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
+    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro)
+
+
+def _clipped(
+    asked: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
+) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
+    """With gradients clipped to ``limit``, as the files say. 0: not clipped; None: undecided."""
+    if limit and carried.plan.get("optimizer-in-backward"):
+        reason = "each parameter is updated before the whole norm is known: predicted without clipping"
+        return asked, _left_out(carried, f"gradients clipped to {limit:g}", reason)
+    return dataclasses.replace(asked, job=dataclasses.replace(asked.job, clip=limit)), carried
+
+
+def _view(
+    carried: memfit.lint.draft.Carried,
+    found: Sequence[memfit.lint.check.Finding],
+    result: memfit.workflows.config_review.Beside,
+) -> dict[str, Any]:
+    from memfit.cli.views import choice_view, estimate_view
+
+    return {
+        "given": estimate_view(result.given),
+        "fits": result.fits,
+        "needed_bytes": result.needed_bytes,
+        "cap_bytes": result.cap_bytes,
+        "engine": carried.engine,
+        "micro_batch": carried.micro_batch,
+        "batch": carried.batch,
+        "length": carried.length,
+        "left_out": [dataclasses.asdict(left) for left in carried.left_out],
+        "findings": findings_view(found),
+        "better": [estimate_view(e) for e in result.better],
+        "recommended": choice_view(result.recommended) if result.recommended is not None else None,
+        "nothing_fits": result.nothing,
+    }
+
+
+def _print_carried(carried: memfit.lint.draft.Carried, lang: str) -> None:
+    from rich.text import Text
+
+    from memfit.report.words import load_words
+
+    words, out = load_words(lang), console()
+    title = words.get(
+        "lint.carried", engine=carried.engine, plan=carried.plan.label, batch=carried.batch or "-"
+    )
+    out.print(Text(title, style="bold"))
+    for left in carried.left_out:
+        out.print(Text(words.get("lint.left_out", option=left.option, reason=left.reason), style="dim"))
+
+
+def _print(result: memfit.workflows.config_review.Beside, lang: str) -> None:
+    from rich.text import Text
+
+    from memfit.report.terminal import print_estimate
+    from memfit.report.words import load_words
+    from memfit.types.units import format_bytes
+
+    words, out = load_words(lang), console()
+    print_estimate(result.given, console=out, lang=lang)
+    if result.fits is not None and result.cap_bytes is not None:
+        sizes = {"needed": format_bytes(result.needed_bytes), "cap": format_bytes(result.cap_bytes)}
+        out.print(Text(words.get("lint.fits" if result.fits else "lint.too_much", **sizes), style="bold"))
+    choice = result.recommended
+    others = [choice.estimate] if choice is not None else list(result.better)
+    if result.nothing is not None:
+        out.print(Text(result.nothing, style="bold"))
+        return
+    out.print(Text(words.get("lint.better" if others else "lint.nothing_better"), style="bold"))
+    for other in others:
+        out.print(Text(words.get("lint.instead", **_compared(result.given, other))))
+
+
+def _compared(given: memfit.types.result.Estimate, other: memfit.types.result.Estimate) -> dict[str, str]:
+    from memfit.types.units import format_bytes
+
+    peak = other.allocated_bytes.value
+    change = peak - given.allocated_bytes.value
+    return {
+        "plan": other.plan.label,
+        "peak": format_bytes(int(peak)),
+        "change": f"{'+' if change > 0 else '-'}{format_bytes(int(abs(change)))}",
+    }

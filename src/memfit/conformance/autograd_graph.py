@@ -1,0 +1,186 @@
+"""What autograd keeps at the moment that backward begins, read from the graph itself.
+
+Nothing is unpacked, so nothing comes back from where it waits and nothing is computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memfit.conformance.sharding import fsdp_params, in_backward
+
+_LOOKS = 16  # backward passes of one step
+_DEEP = 4  # containers inside of what a hook packed
+
+
+class Graph:
+    """Listens to `torch.autograd.backward` between `__enter__` and `__exit__`.
+
+    ``here``: bytes of each storage that is kept for backward where the loss was computed, parameters and
+    buffers left out; ``stuck``: of those with a contiguous tensor; ``away``: tensors that a saved-tensor hook
+    left no copy of there, of ``away_bytes`` but for ``unsized`` ones; ``packed``: all that hooks have put
+    something else in the place of, checkpoints left out; ``unread``: what this torch does not show. ``rows``:
+    most rows kept, by their width. ``ends``: sums of what each pass ends in, a loss or what a stage hands on.
+    ``compiled``, ``eager``: addresses of parameters whose gradient comes out of a compiled graph, or out of
+    an operator's own backward.
+    """
+
+    def __init__(
+        self, model: nn.Module, on_backward: Callable[[], None] = lambda: None, *, weighs: bool = False
+    ) -> None:
+        """``weighs``: what saved-tensor hooks are given."""
+        self._model = weakref.ref(model)  # who never leaves must not keep it alive
+        self._on_backward, self._weighs = on_backward, weighs
+        self.backwards, self.device = 0, ""
+        self.ends: list[float] = []
+        self.here: list[int] = []
+        self.stuck: list[int] = []
+        self.away = self.away_bytes = self.unsized = self.packed = self.unread = 0
+        self._sizes: dict[int, int] = {}  # bytes of what a hook was given, by the address of what it made
+        self._known: dict[Any, StorageWeakRef] = {}
+        self.rows: dict[int, int] = {}
+        self.compiled: set[int] = set()
+        self.eager: set[int] = set()
+
+    def __enter__(self) -> Self:
+        inner = torch.autograd.backward
+
+        @functools.wraps(inner)
+        def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            if not in_backward():
+                self.backwards += 1
+                self._on_backward()
+                if self.backwards <= _LOOKS:
+                    self._look([tensors] if isinstance(tensors, torch.Tensor) else list(tensors))
+            inner(tensors, *args, **kwargs)
+
+        hooks: Any = torch._C._autograd
+        push = hooks._push_saved_tensors_default_hooks
+        self._patches: list[Any] = [mock.patch.object(torch.autograd, "backward", backward)]
+        if self._weighs:
+            weighed = functools.partial(self._push, push)
+            self._patches += [mock.patch.object(hooks, "_push_saved_tensors_default_hooks", weighed)]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+        self._sizes.clear()
+        self._known.clear()
+
+    def _push(self, push: Any, pack: Callable[[torch.Tensor], Any], unpack: Any) -> None:
+        def weighed(tensor: torch.Tensor) -> Any:
+            packed, storage = pack(tensor), tensor.untyped_storage()
+            key = (storage._cdata, tensor._version, tensor.storage_offset(), tensor.numel(), tensor.dtype)
+            before = self._known.get(key)
+            again = before is not None and not before.expired()
+            self._known[key] = StorageWeakRef(storage)
+            self._sizes[id(packed)] = 0 if again else tensor.numel() * tensor.element_size()
+            return packed
+
+        push(weighed, unpack)
+
+    def _look(self, roots: list[Any]) -> None:
+        tensors = [r for r in roots if isinstance(r, torch.Tensor)]
+        self.device = tensors[0].device.type if tensors else self.device
+        own = (getattr(t, "_local_tensor", t).detach() for t in tensors)
+        self.ends += [float(t.sum(dtype=torch.float64)) for t in own if not t.is_meta]
+        model = self._model()
+        resident = {t.untyped_storage()._cdata for t in _resident(model)} if model is not None else set[int]()
+        seen = set[Any]()
+        for node in _nodes(t.grad_fn for t in tensors):
+            fused = node.name() == "CompiledFunctionBackward"
+            for after, _ in node.next_functions:
+                if (leaf := getattr(after, "variable", None)) is not None:
+                    (self.compiled if fused else self.eager).add(id(leaf))
+            for raw in _raw(node):
+                self._one(raw, resident, seen)
+
+    def _one(self, raw: Any, resident: set[int], seen: set[Any]) -> None:
+        try:
+            kept = raw.data
+        except RuntimeError:  # freed
+            return
+        except AttributeError:  # a torch that does not show it (2.5)
+            self.unread += 1
+            return
+        if type(kept).__module__ == "torch.utils.checkpoint" or kept is None:
+            return
+        tensors = list(_tensors(kept))
+        if not isinstance(kept, torch.Tensor):
+            self.packed += 1
+        near = [getattr(t, "_local_tensor", t) for t in tensors if t.device.type == self.device]
+        if not near:
+            self.away += 1
+            self.unsized += id(kept) not in self._sizes
+            self.away_bytes += self._sizes.get(id(kept), 0)
+        for local in near:
+            if local.untyped_storage()._cdata not in resident:
+                self._near(local, seen)
+
+    def _near(self, local: torch.Tensor, seen: set[Any]) -> None:
+        if local.dim() > 1:
+            width = int(local.shape[-1])
+            self.rows[width] = max(self.rows.get(width, 0), local.numel() // max(width, 1))
+        storage = local.untyped_storage()
+        for sizes, told in ((self.here, True), (self.stuck, local.is_contiguous())):
+            if told and (key := (storage._cdata, sizes is self.here)) not in seen:
+                seen.add(key)
+                sizes.append(storage.nbytes())
+
+
+def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Its parameters and buffers, of sharded ones what is gathered of them and what is local."""
+    for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered(model))):
+        yield getattr(tensor, "_local_tensor", tensor)
+
+
+def gathered(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
+    """(parameter that layers compute with, the shard it is gathered from), with fsdp2."""
+    for one in fsdp_params(model):
+        if (whole := getattr(one, "_unsharded_param", None)) is not None:
+            yield whole, one.sharded_param
+
+
+def _nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    waiting, seen = [r for r in roots if r is not None], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [after for after, _ in node.next_functions if after is not None]
+
+
+def _raw(node: Any) -> Iterator[Any]:
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            try:
+                found = getattr(node, name)
+            except RuntimeError:  # freed
+                continue
+            yield from found if isinstance(found, tuple | list) else [found]
+
+
+def _tensors(packed: Any, depth: int = _DEEP) -> Iterator[torch.Tensor]:
+    """Tensors that live as long as ``packed``: itself, in containers, and in attributes."""
+    if isinstance(packed, torch.Tensor):
+        yield packed
+    elif depth and isinstance(packed, tuple | list):
+        for part in packed:
+            yield from _tensors(part, depth - 1)
+    elif depth and isinstance(packed, Mapping):
+        yield from _tensors(list(packed.values()), depth - 1)
+    elif depth and hasattr(packed, "__dict__") and not isinstance(packed, type):
+        yield from _tensors(list(vars(packed).values()), depth - 1)

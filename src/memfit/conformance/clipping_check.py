@@ -1,0 +1,55 @@
+"""Gradient clipping: the norm of the gradients that the update gets, against the planned limit.
+
+Any clipping is seen by its effect on that norm, whoever clips: torch, an engine, or the user's own loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+from memfit.conformance.observation import Observation
+from memfit.conformance.sharding import from_all
+
+FEATURE = "gradient clipping"
+_TOLERANCE_RATIO = 0.01  # of the limit; gradients may be bf16
+_SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel"}
+
+
+def clipped(step: Observation) -> None:
+    """Against ``step.clip``: None is not known, 0 is without clipping."""
+    if step.clip is None:
+        return
+    if not any(from_all(bool(step.clipping.squares))):
+        if step.clip:
+            step.unseen(f"{FEATURE}: no update of a torch optimizer was seen")
+        return
+    whole = not any(u.technique in _SEVERAL for u in step.plan.uses)
+    norm = step.clipping.norm() if whole else step.clipping.largest()
+    if step.clip:
+        _limited(step, norm, whole=whole)
+    else:
+        _never(step, norm, whole=whole)
+
+
+def _limited(step: Observation, norm: float, *, whole: bool) -> None:
+    limit = step.clip or 0.0
+    least = "" if whole else "at least "
+    called = any(from_all(any(math.isclose(n, limit) for n in step.clipping.limits)))
+    too_large = norm > limit * (1 + _TOLERANCE_RATIO)
+    if too_large or called or (whole and norm > limit * (1 - _TOLERANCE_RATIO)):
+        planned = f"gradients of norm at most {limit:g} at the update"
+        step.differs(FEATURE, planned, f"{least}{norm:.4g}", wrong=too_large)
+    else:
+        step.unseen(f"{FEATURE}: the norm, {least}{norm:.4g}, did not reach {limit:g}")
+
+
+def _never(step: Observation, norm: float, *, whole: bool) -> None:
+    limits = sorted({n for of_rank in from_all(tuple(step.clipping.limits)) for n in of_rank if n < math.inf})
+    before = step.clipping.before
+    if limits:
+        step.differs(FEATURE, "none", f"to a norm of {', '.join(f'{n:g}' for n in limits)}", wrong=True)
+    elif before is not None and whole:
+        wrong = norm < before * (1 - _TOLERANCE_RATIO)
+        step.differs(FEATURE, "none", f"a norm of {norm:.4g} at the update, {before:.4g} before", wrong=wrong)
+    else:
+        step.unseen(f"{FEATURE}: whether other code than torch's clips")

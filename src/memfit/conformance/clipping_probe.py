@@ -1,0 +1,81 @@
+"""The norms of the gradients that an update gets, and the calls of torch's clipping."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, Self
+from unittest import mock
+
+import torch
+from torch.nn.utils import clip_grad
+
+from memfit.conformance.prepared import Prepared
+from memfit.conformance.sharding import from_all, world_size
+
+_TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # functions of torch that scale gradients
+
+
+class Clipping:
+    """Listens between `__enter__` and `__exit__`. ``limits``: with which largest norms torch's clipping was
+    called. ``squares``: of each parameter of the optimizer, the squared norm of its gradient on this rank at
+    the update, and on how many ranks the same numbers lie. ``before``: the norm of all ranks' gradients
+    before anything clips, where the caller knows it."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared, self._stack = prepared, contextlib.ExitStack()
+        self.limits: set[float] = set()
+        self.squares: dict[int, tuple[float, float]] = {}
+        self.before: float | None = None
+
+    def __enter__(self) -> Self:
+        for module in (clip_grad, torch.nn.utils):
+            for name in _TORCH:
+                if (inner := getattr(module, name, None)) is not None:
+                    self._stack.enter_context(mock.patch.object(module, name, self._recording(inner)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _recording(self, inner: Callable[..., None]) -> Callable[..., None]:
+        def clips(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> None:
+            self.limits.add(float(max_norm))
+            inner(parameters, max_norm, *args, **kwargs)
+
+        return clips
+
+    def before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        """An engine may update in several calls, each of other parameters. Nothing is read of the gradients
+        where no limit is known: each norm would wait for the device."""
+        if self._prepared.clip is None:
+            return
+        for param in (p for group in optimizer.param_groups for p in group["params"]):
+            if param.grad is not None:
+                copies, local = self._copies(param.grad)
+                square = float(torch.linalg.vector_norm(local, dtype=torch.float32)) ** 2
+                self.squares[id(param)] = max((square, copies), self.squares.get(id(param), (0.0, 1.0)))
+
+    def _copies(self, grad: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """(how many ranks hold these numbers, this rank's part of them)."""
+        mesh: Any = getattr(grad, "device_mesh", None)
+        local: torch.Tensor = grad.to_local() if mesh is not None else grad  # type: ignore[attr-defined]
+        if local.is_sparse:
+            local = local.coalesce().values()
+        if mesh is None:
+            return world_size() / (self._prepared.sharded("optimizer state")[0] if self._flat() else 1), local
+        cut = math.prod(mesh.size(i) for i, p in enumerate(grad.placements) if p.is_shard())  # type: ignore[attr-defined]
+        return world_size() / cut, local
+
+    def _flat(self) -> bool:
+        """Whether a plain tensor of the optimizer is this rank's alone."""
+        return any(self._prepared.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
+
+    def norm(self) -> float:
+        """Of all ranks' gradients at the update; a collective."""
+        return math.sqrt(sum(from_all(sum(square / copies for square, copies in self.squares.values()))))
+
+    def largest(self) -> float:
+        """Of what any one rank holds: the whole norm is at least that. A collective."""
+        return math.sqrt(max(from_all(sum(square for square, _ in self.squares.values()))))

@@ -1,0 +1,118 @@
+"""Whether blocks of a rank that has a part of each sample look at the other ranks' parts.
+
+A block runs four times more, without gradients: as it is, with the input changed on every second rank, with
+it changed on the others, and with half of each rank's own part changed. Where a change reaches the other
+half and never another rank, the block looks at its own part only. Blocks that begin as the identity look at
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree
+
+from memfit.conformance.prepared import Prepared
+from memfit.conformance.sharding import from_all, in_backward
+
+
+class PartReach:
+    """Tries blocks, one after the other, until one looks at other ranks' parts (``reached``); all ranks try
+    alike. ``own``: how many looked at the rank's own part only; ``running``: one is tried now."""
+
+    def __init__(self, blocks: Sequence[nn.Module], *, place: int, group: tuple[int, ...]) -> None:
+        self.blocks, self.place, self.group = blocks, place, group
+        self.reached, self.running, self.own, self.tried = False, False, 0, set[int]()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for index, block in enumerate(self.blocks):
+            self._stack.enter_context(mock.patch.object(block, "forward", self._around(index, block.forward)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _around(self, index: int, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            first = not (self.reached or self.running or index in self.tried or in_backward())
+            if first and torch.is_grad_enabled():
+                self.tried.add(index)
+                self._try(self.blocks[index], inner, (args, kwargs))
+            return inner(*args, **kwargs)
+
+        return forward
+
+    def _try(self, block: nn.Module, inner: Callable[..., Any], given: Any) -> None:
+        mine = self.place % 2
+        changes = (_as_it_is, *(_other if turn == mine else _as_it_is for turn in (0, 1)), _half_other)
+        self.running, kept = True, [(b, b.detach().clone()) for b in block.buffers()]
+        outs = []
+        try:
+            for change in changes:
+                with torch.no_grad(), torch.random.fork_rng(_devices(given)):
+                    args, kwargs = _pytree.tree_map_only(torch.Tensor, change, given)
+                    outs.append(inner(*args, **kwargs))
+        finally:
+            self.running = False
+            with torch.no_grad():
+                for buffer, before in kept:
+                    buffer.copy_(before)
+        moved = not _same(outs[0], outs[2 - mine])
+        mixed = not _same(
+            *(_pytree.tree_map_only(torch.Tensor, _second_half, out) for out in (outs[0], outs[3]))
+        )
+        every: list[tuple[tuple[int, ...], bool, bool]] = from_all((self.group, moved, mixed))
+        self.reached = all(any(m for g, m, _ in every if g == group) for group, *_ in every)
+        self.own += not self.reached and all(mixed for *_, mixed in every)
+
+
+def _devices(args: Any) -> list[int]:
+    leaves = _pytree.tree_leaves(args)
+    return sorted({t.device.index for t in leaves if isinstance(t, torch.Tensor) and t.is_cuda})
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _other(tensor: torch.Tensor) -> torch.Tensor:
+    """Other activations of the same sizes."""
+    return 1 - tensor if tensor.is_floating_point() and tensor.dim() > 2 else tensor
+
+
+def _half_other(tensor: torch.Tensor) -> torch.Tensor:
+    """The first half along the dimension after the batch's."""
+    if _other(tensor) is tensor:
+        return tensor
+    return torch.cat([1 - tensor[:, : tensor.shape[1] // 2], _second_half(tensor)], dim=1)
+
+
+def _second_half(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:, tensor.shape[1] // 2 :] if tensor.dim() > 2 else tensor
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    leaves = _pytree.tree_leaves(out)
+    return [getattr(t, "_local_tensor", t) for t in leaves if isinstance(t, torch.Tensor)]
+
+
+def reach_of(prepared: Prepared) -> PartReach:
+    """Of the plan: nothing is tried where ranks do not share samples, or where blocks are compiled."""
+    place, plan = prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0), prepared.plan
+    tries = prepared.layout.context > 1 and plan.get("compile") is None
+    group = tuple(v for name, v in place.items() if name != "context")
+    return PartReach(prepared.blocks if tries else [], place=place["context"], group=group)

@@ -1,0 +1,197 @@
+"""Whether the gradients that an update is given are the mean of what all ranks' backward passes made.
+
+Of each parameter a few figures are taken twice: of its gradient as this rank's backward made it, and of what
+is there before the update, of this rank's shard where it is sharded. Each is a sum of the elements, each
+times a number that belongs to its place: linear, so a parameter's figures before the update are one multiple
+of the mean of the ranks', whoever averages and however, and shards' add up. Loss scaling and clipping by
+norms change the multiple only. (Plain sums would not do: transformers' gradients mostly sum up to nothing.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from memfit.conformance.fingerprints import TURNS
+from memfit.conformance.gradient_probes import Figures
+from memfit.conformance.observation import Observation
+from memfit.conformance.sharding import from_all, placed
+
+_ROUNDING, _ROUNDING_BF16 = 2.0**-20, 2.0**-8  # of many sums in float32; gradients may be reduced in bfloat16
+_SURE = 30  # times what rounding can do, squared
+_SPREAD_RATIO = 0.01  # squared, of how far ranks lie from their mean: nearer to it is at it
+_SHARE = 0.01  # of all gradients' squares, from which on it matters
+_COUNT = 5  # times that of parameters
+_AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rank:
+    """``group``: where it is along all dimensions but those of gradients' mean; ``copy``: which of the
+    several holders of a whole gradient it belongs to."""
+
+    group: tuple[int, ...]
+    copy: tuple[int, ...]
+    own: Figures
+    backward: Figures
+    before: Figures
+    after: Figures
+    began: bool
+    waiting: bool
+
+
+def mean_gradients(step: Observation) -> None:
+    """Gradients of the update are the mean over all ranks that have the same parameters."""
+    ranks = step.layout.data * step.layout.context
+    if ranks == 1:
+        return
+    feature = next((u.technique for u in step.plan.uses if u.technique in _AVERAGING), "replicas")
+    feature = f"{feature}: mean of gradients"
+    staged = step.plan.get("pipeline")
+    if step.plan.get("expert-parallel") is not None:
+        step.unseen(f"{feature}: experts are not the same on all ranks")
+        return
+    if staged is not None and str(staged.settings["schedule"]).startswith("zero-bubble"):
+        step.unseen(f"{feature}: those of weights come apart from backward")
+        return
+    every: list[_Rank] = from_all(_this_rank(step))
+    groups = [[r for r in every if r.group == g] for g in dict.fromkeys(r.group for r in every)]
+    found = [_judged(group) for group in groups]
+    changed = any(getattr(m, "_comm_hooks", None) for m in step.model.modules()) or (
+        step.averages.hooked and step.plan.get("fsdp2") is not None
+    )
+    if any(f.wrong for f in found) and any(from_all(changed)):
+        step.unseen(f"{feature}: a hook makes something else of them")
+    elif unseen := [f.why for f in found if not f.wrong and f.why]:
+        step.unseen(f"{feature}: {unseen[0]}")
+    else:
+        why = next((f.why for f in found if f.wrong), "")
+        step.differs(feature, f"the mean of {ranks} ranks'", why, wrong=bool(why))
+
+
+def _this_rank(step: Observation) -> _Rank:
+    averages = step.averages
+    group = step.beside("replicate", "shard", "context")
+    inside = ("shard", "context") if step.plan.get("fsdp2") is not None else ("shard",)
+    sharded = any(step.sharded(what)[0] > 1 for what in ("optimizer state", "gradients"))
+    copy = step.beside(*inside) if sharded else step.beside()
+    cut = cut_names(step) if step.layout.tensor > 1 else None
+    own = {n: t.tolist() for n, t in averages.own.items() if cut is None or n in cut}
+    return _Rank(
+        group, copy, own, averages.backward, averages.before, averages.after, bool(averages.began),
+        averages.waiting,
+    )  # fmt: skip
+
+
+def cut_names(step: Observation) -> set[str]:
+    """Of parameters that tensor parallelism cuts: gradients of others may be parts of sums over its ranks."""
+
+    def cut(param: nn.Parameter) -> bool:
+        by_mesh = any(p.is_shard() for p, tensor in placed(param) if tensor)
+        return by_mesh or bool(getattr(param, "tensor_model_parallel", False))
+
+    return {n for n, p in step.model.named_parameters() if cut(p)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Verdict:
+    """``why``: what is wrong, or why nothing can be said; "" where all is well."""
+
+    why: str = ""
+    wrong: bool = False
+
+
+def _judged(group: list[_Rank]) -> _Verdict:
+    if any(r.began for r in group):
+        return _Verdict("an earlier pass had left some")
+    if any(r.waiting for r in group):
+        return _Verdict("some that were not reduced when the optimizer stepped", wrong=True)
+    if not all(r.own for r in group):
+        return _Verdict("none were seen on their way")
+    ranks = _Ranks.of(group)
+    if not bool(ranks.sure.any()):
+        return _Verdict("ranks' own hardly differ")
+    copies = [[r for r in group if r.copy == c] for c in dict.fromkeys(r.copy for r in group)]
+    return _compared(ranks, copies)
+
+
+def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
+    before, after, backward = (
+        [ranks.figures([getattr(r, when) for r in copy]) for copy in copies]
+        for when in ("before", "after", "backward")
+    )
+    if not any(bool(f.any()) for f in (*before, *after, *backward)):
+        return _Verdict("what the update is given was not found")
+    if not any(bool(f.any()) for f in before):
+        before = backward  # the optimizer's step was not heard
+    if ranks.averaged(before) or ranks.averaged(after):  # or within the optimizer's step
+        return _Verdict()
+    if not ranks.of_one(before[0]) and all(ranks.alike(f, before[0]) for f in before):
+        if ranks.averaged(backward):
+            return _Verdict()  # clipped or decayed after it was averaged
+        if len(copies) > 1:
+            return _Verdict("they are the same on every rank, and not a multiple of the mean")
+    return _Verdict("others: they were not reduced over all ranks", wrong=True)
+
+
+class _Ranks:
+    """What ranks' backward passes made: ``own``, (ranks, parameters, figures). ``sure``: parameters whose
+    ranks differ by more than rounding."""
+
+    @classmethod
+    def of(cls, group: list[_Rank]) -> _Ranks:
+        names = sorted(set[str]().union(*(r.own for r in group)))
+        nothing = [0.0] * (len(TURNS) + 1)
+        own = torch.tensor([[r.own.get(n, nothing) for n in names] for r in group], dtype=torch.float64)
+        return cls(names, own[..., :-1], own[..., -1].mean(0))
+
+    def __init__(self, names: list[str], own: torch.Tensor, squares: torch.Tensor) -> None:
+        self._names, self.own, self._squares, self._mean = names, own, squares, own.mean(0)
+        sizes = self._mean.square().sum(-1).clamp_min(1e-300)
+        self._near = _SPREAD_RATIO * torch.stack([_apart(one, self._mean) for one in own]).amax(0)
+        noise = _SURE * squares / sizes
+        self.sure = (self._near > noise * _ROUNDING**2) & own.isfinite().all(-1).all(0)
+        self._rounding = noise * _ROUNDING_BF16**2
+
+    def figures(self, copy: list[Figures]) -> torch.Tensor:
+        """Of all shards of a copy together."""
+        nothing = [0.0] * len(TURNS)
+        shards = [[of_rank.get(n, nothing) for n in self._names] for of_rank in copy]
+        return torch.tensor(shards, dtype=torch.float64).sum(0)
+
+    def averaged(self, copies: list[torch.Tensor]) -> bool:
+        return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
+
+    def off(self, given: torch.Tensor) -> float:
+        """Share of gradients that are no multiple of their mean."""
+        return self._share(self._wrong(given))
+
+    def _wrong(self, given: torch.Tensor) -> torch.Tensor:
+        apart = _apart(given, self._mean)
+        return self.sure & (apart > self._near) & (apart > self._rounding)
+
+    def of_one(self, given: torch.Tensor) -> bool:
+        """Whether what is no multiple of the mean is one rank's own."""
+        wrong = self._wrong(given)
+        return any(self._share(wrong & self._differ(given, own)) < _SHARE for own in self.own)
+
+    def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """The same gradients but for a multiple of each parameter's, and rounding."""
+        return self._share(self.sure & self._differ(a, b)) < _SHARE
+
+    def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
+
+    def _share(self, some: torch.Tensor) -> float:
+        """By their squares, or by a part of their number: heads and embeddings may outweigh all blocks."""
+        by_squares = float(self._squares[some].sum() / self._squares[self.sure].sum())
+        return max(by_squares, float(some.sum() / self.sure.sum()) / _COUNT)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared sine of the angle between figures, by parameter; 0 where one of them is nothing."""
+    product, sizes = (a * b).sum(-1).square(), a.square().sum(-1) * b.square().sum(-1)
+    there = sizes > 0
+    return torch.where(there, 1 - product / torch.where(there, sizes, 1.0), 0.0).clamp_min(0.0)

@@ -1,0 +1,221 @@
+"""What becomes of gradients between backward and the optimizer: figures of them, on this rank."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Self
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from memfit.conformance.fingerprints import figures, real
+from memfit.conformance.prepared import Prepared
+from memfit.conformance.sharding import fsdp_groups, in_backward, layers, meshes_of, placed, shape
+
+_FSDP = ("torch.distributed.fsdp._fully_shard._fsdp_param_group",
+         "torch.distributed._composable.fsdp._fsdp_param_group")  # fmt: skip
+
+Figures = dict[str, list[float]]
+
+
+class Averages:
+    """Listens between `__enter__` and `__exit__`. ``own``: of each parameter, by name, the figures of its
+    gradient on this rank and the sum of squares; ``backward``, ``before``, ``after``: figures of what was
+    there after the last pass, and before and after the optimizer's last step; ``began``: gradients of an
+    earlier pass were there when listening began; ``waiting``: FSDP2 had not reduced some when the optimizer
+    stepped; ``hooked``: the user's own hooks change gradients in backward."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self.own: dict[str, torch.Tensor] = {}
+        self.backward: Figures = {}
+        self.before: Figures = {}
+        self.after: Figures = {}
+        self.began: bool | None = None
+        self.waiting = False
+        self.hooked = False
+        self._filled = False
+        self._names: dict[int, str] = {}
+        self._params: list[nn.Parameter] = []  # modules may hold gathered ones meanwhile
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        prepared = self._prepared
+        if prepared.layout.data * prepared.layout.context == 1:
+            return self
+        self._names = {id(p): n for n, p in prepared.model.named_parameters() if p.requires_grad}
+        self._params = list(prepared.trainable())
+        for param in self._params:
+            self.hooked |= bool(getattr(param, "_post_accumulate_grad_hooks", None))
+            handle = param.register_hook(functools.partial(self._made, self._names[id(param)]))
+            self._stack.callback(handle.remove)
+        self._patch(torch.autograd, "backward", self._backward)
+        for layer in layers(prepared.optimizer):
+            hooked = hasattr(layer, "_optimizer_step_pre_hooks")
+            if hooked:  # others' hooks come first
+                self._stack.callback(layer.register_step_pre_hook(lambda *_: self._stepping()).remove)
+            self._patch(layer, "step", functools.partial(self._step, hooked))
+        if (module := _fsdp_module()) is not None:
+            self._patch(module, "foreach_reduce", self._reduce)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _patch(self, of: Any, name: str, around: Callable[..., Any]) -> None:
+        inner = getattr(of, name)
+        call = functools.wraps(inner)(functools.partial(around, inner))
+        with contextlib.suppress(AttributeError):  # an object that takes no attributes
+            self._stack.enter_context(mock.patch.object(of, name, call))
+
+    def _made(self, name: str, grad: torch.Tensor) -> None:
+        local = real(getattr(grad, "_local_tensor", grad).detach())
+        squares = torch.linalg.vector_norm(
+            local.coalesce().values() if local.is_sparse else local, dtype=torch.float64
+        ).square()
+        found = torch.cat([figures(local), squares[None]])
+        before = self.own.get(name)
+        self.own[name] = found if before is None else before + found
+
+    def _reduce(self, inner: Any, params: Any, grads: Iterable[torch.Tensor], *args: Any, **kw: Any) -> Any:
+        """FSDP2's layers compute with other tensors than the parameters: what it is about to reduce."""
+        for param, grad in zip(params, grads := list(grads), strict=True):
+            if (name := self._names.get(id(param.sharded_param))) is not None:
+                self._made(name, grad)
+        return inner(params, grads, *args, **kw)
+
+    def _backward(self, inner: Any, *args: Any, **kwargs: Any) -> None:
+        if in_backward():
+            inner(*args, **kwargs)
+            return
+        there = _any(self._read())
+        if self.began is None:
+            self.began = there
+        if self._filled and not there:  # somebody begins anew: sharpness-aware steps, LBFGS
+            self.own.clear()
+        inner(*args, **kwargs)
+        self.backward = self._read()
+        self._filled = _any(self.backward)
+
+    def _stepping(self) -> None:
+        self.before = self._read() or self.before  # an optimizer within another may find them taken
+        self.waiting = any(id(p) in self._names for p in _unreduced(self._prepared))
+
+    def _step(self, hooked: bool, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hooked:
+            self._stepping()
+        out = inner(*args, **kwargs)
+        self.after = self._read()
+        return out
+
+    def _read(self) -> Figures:
+        with meshes_of(self._prepared.plan, self._prepared.model):
+            held = list(_held(self._prepared, self._params))
+        pieces = [(n, part) for part in held if (n := self._names.get(id(part.of))) is not None]
+        if not pieces:
+            return {}
+        every = [figures(p.values, p.start, p.columns).cpu() / p.copies for _, p in pieces]
+        found: Figures = {}
+        for (name, _), values in zip(pieces, torch.stack(every).tolist(), strict=True):
+            found[name] = [a + b for a, b in zip(found.get(name, [0.0] * len(values)), values, strict=True)]
+        return found
+
+
+def _any(read: Figures) -> bool:
+    return any(map(any, read.values()))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Piece:
+    """``values``: those of a gradient that lie together, from element ``start`` on. ``copies``: how many
+    ranks hold them where others are sharded."""
+
+    of: nn.Parameter
+    start: int
+    values: torch.Tensor
+    copies: int = 1
+
+    @property
+    def columns(self) -> int:
+        local = getattr(self.of, "_local_tensor", None)
+        count = math.prod(local.shape[1:] if local is not None else shape(self.of)[1:])
+        return count * (2 if self.of.is_complex() else 1)
+
+
+def _fsdp_module() -> Any:
+    for name in _FSDP:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
+def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
+    """What of gradients this rank's update is given."""
+    beside = prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
+    for layer in layers(prepared.optimizer):
+        if hasattr(layer, "own_gradients"):  # memfit's ZeRO and sharded DDP
+            yield from itertools.starmap(_Piece, layer.own_gradients())
+            return
+        if isinstance(getattr(layer, "averaged_gradients", None), Mapping):
+            yield from _deepspeed(layer)
+            return
+        if callable(getattr(layer, "partition_parameters", None)):  # FairScale's: others' are stale
+            groups = layer.partition_parameters()[dist.get_rank(layer.group)]
+            params = [p for group in groups for p in group["params"]]
+            break
+    for param in params:
+        grad = getattr(param, "main_grad", None) if param.grad is None else param.grad  # Megatron's
+        if grad is not None and (start := _starts(param)) is not None:
+            copies = 1 if hasattr(param, "placements") else beside
+            yield _Piece(param, start, getattr(grad, "_local_tensor", grad), copies)
+
+
+def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
+    """Stages 1 and 2 keep a stretch of all parameters one behind the other, stage 3 a part of each."""
+    stretches = getattr(optimizer, "params_in_partition", None)
+    for group, grads in optimizer.averaged_gradients.items():
+        params = stretches[group] if stretches is not None else optimizer.fp16_groups[group]
+        for index, (param, grad) in enumerate(zip(params, grads or (), strict=False)):  # then padding
+            if stretches is None:
+                start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
+            else:
+                start = 0 if index else int(optimizer.first_offset[group])
+            yield _Piece(param, start, grad)
+
+
+def _starts(param: nn.Parameter) -> int | None:
+    """Where this rank's elements of it begin, of its part under tensor parallelism; None: they do not lie
+    together."""
+    mesh: Any = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return 0
+    start, rows = 0, param.shape[0] if param.dim() else 1
+    cuts = [(i, tensor, p.dim) for i, (p, tensor) in enumerate(placed(param)) if hasattr(p, "dim")]
+    for index, tensor, dim in cuts:
+        if tensor and dim == 0:
+            rows = math.ceil(rows / mesh.size(index))
+    for index, tensor, dim in cuts:
+        if not tensor:
+            if dim:
+                return None
+            start = math.ceil(rows / mesh.size(index)) * mesh.get_local_rank(index)
+    return start * math.prod(param._local_tensor.shape[1:])  # type: ignore[attr-defined]
+
+
+def _unreduced(prepared: Prepared) -> Iterator[nn.Parameter]:
+    """Parameters of FSDP2 with gradients that wait for a reduction: of all ranks, or among replicas."""
+    for group in fsdp_groups(prepared.model):
+        partly = getattr(group, "_partial_reduce_output", None) is not None
+        for param in group.fsdp_params:
+            gathered = getattr(param, "_unsharded_param", None)
+            own = getattr(param, "unsharded_accumulated_grad", None)
+            if partly or own is not None or getattr(gathered, "grad", None) is not None:
+                yield param.sharded_param

@@ -1,0 +1,295 @@
+"""What a prepared model really does, against what its plan says.
+
+Engines ignore switches without a word. So nothing here asks an engine for its settings: what is looked at
+is how many elements of parameters, gradients and optimizer state this rank holds, their dtypes, which modules
+run again in backward, whether autocast is on where layers run, whether replicas are still equal after a
+step, and what the other modules of this package check.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from memfit.conformance import (
+    block_checks,
+    clipping_check,
+    distributed_checks,
+    gradient_mean_check,
+    sample_checks,
+    schedule_check,
+    technique_checks,
+    tensor_parallel_check,
+)
+from memfit.conformance.observation import Observation
+from memfit.conformance.sharding import (
+    buffered_gradients,
+    in_backward,
+    layers,
+    local_elements,
+    meshes_of,
+    placed,
+    state_elements,
+    whole,
+    world_size,
+)  # fmt: skip
+from memfit.types.conformance import Conformance, NotConforming
+
+_PADDING = 64  # elements a rank, of flat buffers
+_LOOKS = 16  # in one backward pass
+_IGNORED_RATIO = 0.05  # of elements, that may stay whole beside what FSDP2 shards
+
+
+class Monitor(Observation):
+    """Listens to one training step between `__enter__` and `__exit__`; `conclude` compares."""
+
+    _handles: list[Any]
+
+    # -- listening ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._handles = []
+        for listener in (self.graph, self.order, self.reach, self.averages, self.clipping):
+            listener.__enter__()
+        compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
+        if compiled is None or compiled.settings["scope"] != "model":
+            self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
+        self._handles += self.heard.listen(
+            self.blocks if compiled is None else (), islands=self.islands, on_first=self._on_first,
+            busy=lambda: self.reach.running,
+        )  # fmt: skip
+        if self.layout.tensor > 1 and self.blocks and compiled is None:
+            self._handles.append(self.blocks[-1].register_forward_hook(self._on_last))
+        inner = [o for o in layers(self.optimizer) if isinstance(o, torch.optim.Optimizer)]
+        for param in (trainable := list(self.trainable())):
+            self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient(len(trainable))))
+        if inner:
+            self._handles.append(inner[-1].register_step_pre_hook(self._on_update))
+            self._handles.append(inner[-1].register_step_post_hook(lambda *_: self._on_step()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for listener in (self.clipping, self.averages, self.reach, self.order, self.graph):
+            listener.__exit__()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _on_gradient(self, count: int) -> Callable[[nn.Parameter], None]:
+        def listen(param: nn.Parameter) -> None:
+            self.arrived += 1
+            self.learned.add(id(param))
+            if self.arrived % max(1, count // _LOOKS) == 0 or self.arrived % count == 0:
+                self.waiting = max(self.waiting, self._held_gradients())
+
+        return listen
+
+    def _held_gradients(self) -> int:
+        return sum(local_elements(p.grad) for p in self.trainable() if p.grad is not None)
+
+    def before_update(self) -> None:
+        """Gradients are complete and the optimizer has not begun."""
+        self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
+        if self.gradients is None:
+            self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
+
+    def _on_update(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        self.before_update()
+        self.clipping.before_update(optimizer)
+
+    def _on_step(self) -> None:
+        """A pass may also be in the step's own closure."""
+        self.passes.append(self.graph.backwards - sum(self.passes))
+
+    def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not in_backward() and torch.is_grad_enabled():  # torch's pipelines find shapes without
+            self.forwards += 1
+            self.order.on_forward()
+            if self.layout.data > 1:
+                self.samples.hear(args, kwargs)
+
+    def _on_first(self, args: Any) -> None:
+        if len(self.entered) < _LOOKS and self.layout.context > 1:
+            self.entered += distributed_checks.entering(args)
+
+    def _on_last(self, module: nn.Module, args: Any, out: Any) -> None:
+        if len(self.left) < _LOOKS and not in_backward() and torch.is_grad_enabled():
+            self.left += tensor_parallel_check.leaving(out)
+
+    def _on_backward(self) -> None:
+        self.order.on_backward()
+        if self.still_gathered is None and self.plan.get("fsdp2") is not None:
+            self.still_gathered = distributed_checks.still_gathered(self)
+
+    # -- comparing ------------------------------------------------------------------------------------
+
+    def conclude(self) -> Conformance:
+        """What differs on any rank. Raises NotConforming where anything does."""
+        with meshes_of(self.plan, self.model):
+            return self._concluded()
+
+    def _concluded(self) -> Conformance:
+        self._ranks()
+        if not self.differences:
+            if self.plan.get("expert-parallel") is None:
+                self._parameters()
+            block_checks.parameter_dtypes(self)
+            for look in (
+                *technique_checks.AT_REST,
+                tensor_parallel_check.tensor_parallel,
+                *distributed_checks.AT_REST,
+            ):
+                look(self)
+            if stepped := bool(self.heard.ran or self.forwards or self.graph.backwards):
+                self._stepped()
+            elif self.plan.uses:
+                self.unseen("gradients, recomputation and replicas: no step was watched")
+            self.not_seen += technique_checks.not_looked_at(self, stepped=stepped)
+        found = self._gathered()
+        if found.differences:
+            raise NotConforming(found)
+        return found
+
+    def _stepped(self) -> None:
+        self._micro_batches()
+        if self.plan.get("expert-parallel") is None:
+            self._gradients()
+            self._state()
+        more = (
+            *block_checks.AFTER_A_STEP,
+            schedule_check.schedule,
+            sample_checks.different_samples,
+            sample_checks.other_parts,
+            gradient_mean_check.mean_gradients,
+            tensor_parallel_check.summed,
+            clipping_check.clipped,
+        )
+        for look in (*technique_checks.AFTER_A_STEP, *distributed_checks.AFTER_A_STEP, *more):
+            look(self)
+
+    def _gathered(self) -> Conformance:
+        """Alike on all ranks, so that none waits for one that has given up."""
+        told = [self.differences]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            told = [None] * dist.get_world_size()  # type: ignore[list-item]
+            dist.all_gather_object(told, self.differences)
+        union = dict.fromkeys(d for of_rank in told for d in of_rank)
+        return Conformance(differences=tuple(union), checked=tuple(self.checked), unseen=tuple(self.not_seen))
+
+    def _ranks(self) -> None:
+        found = world_size()
+        self.differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
+
+    def _parameters(self) -> None:
+        """Held by this rank: all of its part of the model, or the shard that the plan says."""
+        params = list(self.model.parameters())
+        held, part = sum(map(local_elements, params)), self.part(params)
+        degree, feature = self.sharded("parameters")
+        if degree > 1 and not held:
+            self.unseen(f"{feature}: no shards could be found")
+        elif degree > 1:
+            kept = sum(whole(p) for p in params if self.persists(p))
+            most = kept + self._shard([p for p in params if not self.persists(p)], degree)
+            self.differs(
+                feature, f"1/{degree} of {part:,} elements on a rank", f"{held:,}", wrong=held > most
+            )
+        elif part:
+            self.differs(
+                "parameters", "whole", f"{held:,} of {part:,} elements on a rank", wrong=held < 0.99 * part
+            )
+
+    def _shard(self, params: list[nn.Parameter], degree: int) -> float:
+        """Most elements that one of ``degree`` ranks holds of them: whole rows of each with fsdp2, whole
+        parameters where those are dealt out, else even parts."""
+        sizes = [whole(p) for p in params]
+        if (part := self.part(params)) > sum(sizes):
+            return part / degree + _PADDING * degree
+        if self.plan.get("sharded-ddp") is not None:
+            return sum(sizes) / degree + max(sizes, default=0) * (degree - 1) / degree
+        by_rows = self.plan.get("fsdp2") is not None
+        left = [p for p in params if not placed(p)] if by_rows else []
+        if sum(map(whole, left)) > _IGNORED_RATIO * sum(sizes):
+            left = []
+        alone = {id(p) for p in left}  # that FSDP2 was told to ignore
+        rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
+        parts = (
+            n if id(p) in alone else math.ceil(r / degree) * n / max(r, 1)
+            for p, r, n in zip(params, rows, sizes, strict=True)
+        )  # fmt: skip
+        return sum(parts) + _PADDING * degree
+
+    def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
+        """Elements of parameters that lie at least partly in this rank's part of them all."""
+        size = math.ceil(sum(map(whole, params)) / degree)
+        first = size * (dist.get_rank() % degree)
+        ends = list(itertools.accumulate(map(whole, params)))
+        return sum(
+            end - start
+            for start, end in itertools.pairwise([0, *ends])
+            if start < first + size and end > first
+        )
+
+    def _bucketed(self) -> int:
+        """Elements of gradients that every rank keeps in buckets, one an owner."""
+        used = self.plan.get("sharded-ddp")
+        return int(used.settings["reduce_buffer_elements"]) * self.layout.shard if used is not None else 0
+
+    def _micro_batches(self) -> None:
+        used, staged = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
+        wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
+        if staged is not None:  # every stage on this rank runs each
+            wanted *= int(staged.settings["micro_batches"]) * int(staged.settings["virtual"])
+            found = self.order.staged.count("F") or self.forwards  # torch's may try one to learn its shapes
+            feature = "pipeline: micro-batches"
+        else:  # a loss may call the model several times, and look at other data in between
+            found, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
+        if found and (staged is not None or wanted > 1):
+            # LBFGS and sharpness-aware steps go over their micro-batches several times
+            if staged is None and not found % wanted:
+                found = max(self.passes, default=0) or found
+            wrong = found != wanted if staged is not None else bool(found % wanted)
+            self.differs(feature, f"{wanted} micro-batches", str(found), wrong=wrong)
+        elif used is not None or staged is not None:
+            self.unseen(f"{feature}: no pass was heard")
+
+    def _gradients(self) -> None:
+        params = list(self.trainable())
+        degree, feature = self.sharded("gradients")
+        if degree == 1 or self.gradients is None:
+            return
+        part = self.part(params)
+        most = self._shard(params, degree)
+        never = self.plan.get("fsdp2") is not None and not self.gradients  # they were not reduced to shards
+        self.differs(
+            feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
+            wrong=never or self.gradients > most + self._bucketed(),
+        )  # fmt: skip
+        zero = self.plan.get("zero")
+        if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
+            return
+        bucket = int(zero.settings["reduce_bucket_elements"])
+        most = self._overlapping(params, degree) + bucket + max(map(whole, params))  # the last one under way
+        if most >= part:
+            self.unseen(f"{feature} in backward: the reduce bucket could hold them all")
+        else:
+            self.differs(
+                feature, f"at most {int(most):,} of {part:,} elements in backward", f"{self.waiting:,}",
+                wrong=self.waiting > most,
+            )  # fmt: skip
+
+    def _state(self) -> None:
+        held = state_elements(self.optimizer)
+        params = list(self.trainable())
+        part = self.part(params)
+        degree, feature = self.sharded("optimizer state")
+        if not held:
+            self.unseen("optimizer state: it has none that could be found")
+        elif degree > 1:
+            most = self._shard(params, degree)
+            self.differs(feature, f"of 1/{degree} of {part:,} elements", f"of {held:,}", wrong=held > most)

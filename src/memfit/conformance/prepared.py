@@ -1,0 +1,74 @@
+"""A prepared model beside its plan: what a rank should hold of it, and what its listeners ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from memfit.conformance.sharding import lets_go, whole
+from memfit.model.blocks import find_blocks
+from memfit.techniques import fp32_modules
+from memfit.techniques.rank_mesh import layout
+from memfit.types.errors import UserError
+from memfit.types.plan import Plan
+
+
+class Prepared:
+    """``whole_elements``: elements of the model's parameters before anything was sharded, where the caller
+    knows. ``clip``: the largest gradient norm that the update should get; 0: gradients are not clipped; None:
+    unknown."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        plan: Plan,
+        *,
+        blocks: str | None = None,
+        head: str | None = None,
+        whole_elements: int | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.plan, self.head = model, optimizer, plan, head
+        self.layout = layout(plan)
+        self.whole_elements = whole_elements
+        self.clip: float | None = None  # set by who knows
+        try:
+            self.blocks = find_blocks(model, blocks)[1]
+        except UserError:
+            self.blocks = []
+        self.islands = frozenset(fp32_modules.members(model))
+
+    def beside(self, *dimensions: str) -> tuple[int, ...]:
+        """This rank's place along all other dimensions of the plan's mesh."""
+        place = self.layout.coordinate(dist.get_rank())
+        return tuple(v for name, v in place.items() if name not in dimensions)
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def part(self, params: list[nn.Parameter]) -> int:
+        """Elements of this rank's part of the model; parameters may have been let go of."""
+        found = sum(map(whole, params))
+        gone = any(not p.numel() and not lets_go(p) for p in params)
+        return max(found, self.whole_elements or 0) if gone else found
+
+    def persists(self, param: nn.Parameter) -> bool:
+        """ZeRO 3 leaves small parameters whole."""
+        used = self.plan.get("zero")
+        return used is not None and whole(param) <= int(used.settings["persist_elements"])
+
+    def sharded(self, what: str) -> tuple[int, str]:
+        """(over how many ranks the plan shards it, which technique says so)."""
+        shard = self.layout.shard * self.layout.context if self.plan.get("fsdp2") else self.layout.shard
+        if self.plan.get("fsdp2") is not None:
+            return shard, f"fsdp2: {what}"
+        if (used := self.plan.get("zero")) is not None:
+            stage = int(used.settings["stage"])
+            least = {"optimizer state": 1, "gradients": 2, "parameters": 3}[what]
+            return (shard if stage >= least else 1), f"zero stage {stage}: {what}"
+        if self.plan.get("sharded-ddp") is not None and what != "parameters":
+            return shard, f"sharded-ddp: {what}"
+        return 1, what

@@ -1,0 +1,74 @@
+"""Data-parallel ranks train on different samples; ranks that share a sample look at each other's parts."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import torch.distributed as dist
+
+from memfit.conformance.observation import Observation
+from memfit.conformance.sharding import from_all
+
+_EQUAL_RATIO = 1e-6  # losses of the same samples
+_DATA_PARALLEL = ("ddp", "fsdp2", "zero", "sharded-ddp")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rank:
+    rank: int
+    group: tuple[int, ...]  # its place along all dimensions but those of data
+    given: tuple[str, ...]
+    several: bool
+    ends: tuple[float, ...]
+
+
+def different_samples(step: Observation) -> None:
+    """Ranks of data parallelism train on different samples."""
+    if step.layout.data == 1:
+        return
+    used = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
+    feature, group = f"{used}: samples", step.beside("replicate", "shard")
+    every: list[_Rank] = from_all(
+        _Rank(dist.get_rank(), group, tuple(step.samples.given), step.samples.several, tuple(step.graph.ends))
+    )
+    if not all(r.given for r in every):  # the same on every rank
+        step.unseen(f"{feature}: nothing that the model is given was heard")
+        return
+    alike = collections.defaultdict[Any, list[_Rank]](list)
+    for one in every:
+        alike[one.group, one.given].append(one)
+    pairs = [pair for ranks in alike.values() for pair in itertools.combinations(ranks, 2)]
+    sure = [pair for pair in pairs if pair[0].several and _same_ends(*pair)]
+    if pairs and not sure:
+        step.unseen(f"{feature}: some ranks are given the same: one sample, or other targets, or dropout")
+        return
+    ranks = sorted({r.rank for pair in sure for r in pair})
+    step.differs(
+        feature, f"others on each of {step.layout.data} data-parallel ranks",
+        f"the same on ranks {', '.join(map(str, ranks[:8]))}", wrong=bool(sure),
+    )  # fmt: skip
+
+
+def _same_ends(a: _Rank, b: _Rank) -> bool:
+    return bool(a.ends) and len(a.ends) == len(b.ends) and all(
+        math.isclose(x, y, rel_tol=_EQUAL_RATIO) for x, y in zip(a.ends, b.ends, strict=True)
+    )  # fmt: skip
+
+
+def other_parts(step: Observation) -> None:
+    """Blocks look at what the other ranks have of a sample."""
+    used = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
+    if used is None or step.layout.context == 1:
+        return
+    feature = f"{used.technique}: attention"
+    if not (step.reach.reached or step.reach.own):  # the same on every rank
+        step.unseen(f"{feature}: no block was heard whose output mixes positions")
+        return
+    step.differs(
+        feature, "blocks whose output depends on the other ranks' part of a sample",
+        f"none, and {step.reach.own} that depend on the rank's own", wrong=not step.reach.reached,
+    )  # fmt: skip

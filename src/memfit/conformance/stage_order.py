@@ -1,0 +1,50 @@
+"""In which order a rank runs the forwards and backwards of its pipeline stages."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, Self
+from unittest import mock
+
+from memfit.types.plan import Plan
+
+_CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_one_chunk": "W"}
+
+
+class Order:
+    """F, B and W (weights' half of a backward) of this rank, between `__enter__` and `__exit__`: ``staged``
+    from torch's pipeline stages, ``plain`` from the model's forward passes and calls of backward."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._listens = plan.get("pipeline") is not None
+        self.staged, self.plain = "", ""
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._listens:
+            kind = importlib.import_module("torch.distributed.pipelining.stage")._PipelineStageBase
+            for name, letter in _CALLS.items():
+                telling = self._telling(getattr(kind, name), letter)
+                self._stack.enter_context(mock.patch.object(kind, name, telling))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def on_forward(self) -> None:
+        self.plain += "F"
+
+    def on_backward(self) -> None:
+        self.plain += "B"
+
+    def _telling(self, inner: Callable[..., Any], letter: str) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def call(stage: Any, *args: Any, **kwargs: Any) -> Any:
+            if stage.has_backward:
+                self.staged += letter
+            return inner(stage, *args, **kwargs)
+
+        return call

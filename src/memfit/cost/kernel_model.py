@@ -1,0 +1,292 @@
+"""Seconds of one kernel on an accelerator, by class of operator, where nothing was measured on it.
+
+A product's rate is the device's dense peak times the ratio that large products reach (catalog), times what
+its shape leaves of that: whole waves of output tiles over the multiprocessors, tiles that stick out of the
+matrix, the fixed work of a tile beside its inner loop. Attention likewise, over tiles of queries; what only
+moves bytes runs at a ratio of the memory's bandwidth. No kernel is shorter than its start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from memfit.types.machine import Device, Fact
+from memfit.types.trace import OpCall
+
+# Of the peak that large operators reach, where the catalog does not say; marked assumed in reports.
+ASSUMED_RATIOS = {
+    "matmul": 0.72, "matmul_float8": 0.60, "matmul_tf32": 0.70, "matmul_float32": 0.85, "attention": 0.45,
+    "attention_backward": 0.36, "memory": 0.85,
+}  # fmt: skip
+ASSUMED_MULTIPROCESSORS = 128  # 108 of an A100, 132 of an H100, 148 of a B200
+LAUNCH_S = 2e-6  # a kernel that does nothing, from its start to the start of the next (CUDA graphs' nodes)
+
+# (rows, columns, share of the largest tile's rate): an inner step reads rows + columns and multiplies
+# rows x columns, so small tiles are bound by shared memory (CUTLASS's efficient GEMM notes).
+_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.94), (64, 128, 0.82), (128, 64, 0.82), (64, 64, 0.7))
+# Of the inner dimension: what filling the pipeline and writing the tile cost, at so many FLOP/s of one
+# multiprocessor (an H100's in half precision); quicker ones spend as long on it.
+_TILE_START, _TILE_START_FLOPS_S = 128, 7.5e12
+_SPLITS = (1, 2, 4, 8)  # of the inner dimension over multiprocessors that would idle
+# (elements of half precision that rows are a multiple of, share of the rate); assumed after NVIDIA's guide to
+# matrix multiplication, which shows a fall by steps.
+_ALIGNED = ((8, 1.0), (4, 0.7), (2, 0.45), (1, 0.25))
+_ROW_START = 128  # elements of a normalised row, which has a block of threads to itself; assumed
+STRIDED, BROADCAST = 0.6, 0.8  # of the bandwidth, by layout; assumed
+NARROW = 0.7  # of the bandwidth, by a product that is bound by it: its tiles start and end more than they run
+# 8-bit products that add up in full precision, as torchao's and Transformer Engine's backward has it, take
+# more instructions than the quick sum: about three quarters of its rate; assumed.
+FULL_SUM = 0.75
+_WHOLE = (  # have kernels of their own that do not mind
+    "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
+    "convolution", "_softmax", "_log_softmax", "sum", "mean", "_scaled_mm", "_grouped_mm",
+)  # fmt: skip
+_LARGE = 8192  # the size at which ratios of products are told
+# Keys of a query tile that its start and its end cost, and the same of a key tile in backward:
+# FlashAttention-2's published curves over the length (Dao 2023, figures 5 and 6) reach half at about as many.
+_KEYS_START, _KEYS_START_BACKWARD = 240, 300
+_QUERY_TILE = 128
+_HEAD_START = 16  # of the head dimension: exponentials beside the products
+_HALF = ("bfloat16", "float16")
+
+_PRODUCTS = {  # where their two matrices begin among the arguments
+    "mm": 0, "bmm": 0, "_scaled_mm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1, "_addmm_activation": 1,
+}  # fmt: skip
+_CAUSAL_AT = {
+    "_scaled_dot_product_flash_attention": 4, "_scaled_dot_product_flash_attention_backward": 11,
+    "_scaled_dot_product_efficient_attention": 6, "_scaled_dot_product_efficient_attention_backward": 11,
+    "_scaled_dot_product_cudnn_attention": 6, "_scaled_dot_product_cudnn_attention_backward": 14,
+}  # fmt: skip
+
+
+class Product(NamedTuple):
+    batch: int
+    rows: int
+    columns: int
+    inner: int
+
+
+class Scores(NamedTuple):
+    """``tiles``: batch x heads x tiles of queries; ``keys``: as many as a query sees on average."""
+
+    tiles: int
+    queries: int
+    keys: float
+    head_dim: int
+    share: float  # of the full square that is computed
+    backward: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """Rates of one accelerator: FLOP/s by dtype, bytes/s, the ratios of them that large operators reach."""
+
+    flops_s: Mapping[str, float]
+    bandwidth_bytes_s: float
+    ratios: Mapping[str, float]
+    multiprocessors: int = ASSUMED_MULTIPROCESSORS
+
+    def seconds(self, op: OpCall) -> float:
+        """From its start to the start of the next kernel."""
+        return max(self.arithmetic_s(op), self.moving_s(op)) + LAUNCH_S
+
+    def moving_s(self, op: OpCall) -> float:
+        return op.moved_bytes / (self.bandwidth_bytes_s * self.ratios["memory"] * layout_share(op.signature))
+
+    def arithmetic_s(self, op: OpCall) -> float:
+        if not op.flops:
+            return 0.0
+        shape, kind = shape_of(op.signature), "matmul"
+        flops: float = op.flops
+        left = 1.0
+        if isinstance(shape, Scores):
+            kind = "attention_backward" if shape.backward else "attention"
+            flops *= shape.share
+            left = _attention_share(shape, self.multiprocessors)
+        elif isinstance(shape, Product):
+            left = _aligned(shape, op.dtype) * (FULL_SUM if _sums_fully(op.signature) else 1.0)
+            start = _TILE_START * self.rate(op.dtype) / self.multiprocessors / _TILE_START_FLOPS_S
+            left *= product_share(shape, self.multiprocessors, start) / _large_share(
+                self.multiprocessors, start
+            )
+        return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * left)
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of the dtype; float32's where the device has no units for it."""
+        name = "float8" if dtype.startswith("float8") else dtype
+        return self.flops_s.get(name) or self.flops_s.get("float32") or math.inf
+
+    def ratio(self, kind: str, dtype: str) -> float:
+        if kind != "matmul" or dtype in _HALF:
+            return self.ratios[kind]
+        name = "float8" if dtype.startswith("float8") else dtype
+        return self.ratios.get(f"matmul_{name}", self.ratios["matmul_float32"])
+
+
+def kernels(device: Device) -> Kernels | None:
+    """None where the catalog knows neither compute nor bandwidth of the device."""
+    if not device.peak_flops or device.bandwidth_bytes_s is None:
+        return None
+    known = {name: fact.value for name, fact in device.efficiency_ratio.items()}
+    return Kernels(
+        flops_s={k: f.value for k, f in device.peak_flops.items()},
+        bandwidth_bytes_s=device.bandwidth_bytes_s.value,
+        ratios=ASSUMED_RATIOS | known,
+        multiprocessors=int(_value(device.multiprocessor_count, ASSUMED_MULTIPROCESSORS)),
+    )
+
+
+def bound_by(op: OpCall, rates: Kernels | None) -> str:
+    """What a kernel keeps busy most: "attention", "matmul" or "memory"."""
+    if not op.flops:
+        return "memory"
+    kind = "attention" if "attention" in op.op or isinstance(shape_of(op.signature), Scores) else "matmul"
+    return kind if rates is None or rates.arithmetic_s(op) >= rates.moving_s(op) else "memory"
+
+
+def _value(fact: Fact | None, default: float) -> float:
+    return fact.value if fact is not None else default
+
+
+def product_share(shape: Product, multiprocessors: int, start: float = _TILE_START) -> float:
+    """Of the rate of endless products, for the best tile and split of the inner dimension; ``start``: of it,
+    what a tile costs besides."""
+    best = 0.0
+    for rows, columns, rate in _TILES:
+        tiles = shape.batch * -(-shape.rows // rows) * -(-shape.columns // columns)
+        inside = shape.batch * shape.rows * shape.columns / (tiles * rows * columns)
+        for split in _SPLITS:
+            if split > 1 and (tiles * split > 2 * multiprocessors or shape.inner < 256 * split):
+                break
+            waves = tiles * split / multiprocessors
+            inner = shape.inner / split
+            best = max(best, rate * inside * waves / math.ceil(waves) * inner / (inner + start))
+    return best
+
+
+def _aligned(shape: Product, dtype: str) -> float:
+    """Rows of half precision that do not start at 16 bytes are loaded in smaller pieces."""
+    if dtype not in _HALF:
+        return 1.0
+    return next(share for step, share in _ALIGNED if not (shape.columns % step or shape.inner % step))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _sums_fully(signature: str) -> bool:
+    """Of an 8-bit product without ``use_fast_accum``, its eighth argument."""
+    if not signature.startswith('["aten._scaled_mm'):
+        return False
+    _, args, kwargs = json.loads(signature)
+    return not (args[7:8] == [True] or kwargs.get("use_fast_accum") is True)
+
+
+@functools.cache
+def _large_share(multiprocessors: int, start: float) -> float:
+    return product_share(Product(1, _LARGE, _LARGE, _LARGE), multiprocessors, start)
+
+
+def _attention_share(shape: Scores, multiprocessors: int) -> float:
+    start = _KEYS_START_BACKWARD if shape.backward else _KEYS_START
+    waves = shape.tiles / multiprocessors
+    filled = waves / math.ceil(waves) if waves < 4 else 1.0  # unequal causal tiles even out over many waves
+    head = shape.head_dim / (shape.head_dim + _HEAD_START) * (128 + _HEAD_START) / 128
+    return filled * shape.keys / (shape.keys + start) * min(1.0, head)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def shape_of(signature: str) -> Product | Scores | None:
+    """Of a product or of attention, from the operator's signature (trace/signature.py)."""
+    try:
+        name, args, _ = json.loads(signature)
+    except ValueError:
+        return None
+    base = name.split(".")[1] if name.count(".") > 1 else name
+    if base == "kernel":
+        return _stood_in(args[3], args[4])
+    if "attention" in base:
+        return _scores(base, args)
+    if base not in _PRODUCTS:
+        return None
+    left, right = (_sizes(a) for a in args[_PRODUCTS[base] :][:2])
+    if base == "_grouped_mm" or len(left) < 2 or len(right) < 2:
+        return _grouped(left, right)
+    return Product(math.prod(left[:-2]), left[-2], right[-1], left[-1])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def layout_share(signature: str) -> float:
+    """Of the bandwidth that contiguous tensors reach: torch's pointwise kernels load several elements at once
+    only where all their tensors are contiguous and equal in shape (TensorIterator)."""
+    try:
+        name, args, _ = json.loads(signature)
+    except ValueError:
+        return 1.0
+    tensors = [a["t"] for a in args if isinstance(a, dict) and "t" in a]
+    base = name.split(".")[1] if name.startswith("aten.") else ""
+    if not base:
+        return 1.0
+    if base in _PRODUCTS:
+        return NARROW
+    if base.startswith("native_layer_norm") and tensors:
+        width = tensors[0][0][-1] if tensors[0][0] else 1
+        return float(width / (width + _ROW_START))
+    if base.startswith(_WHOLE):
+        return 1.0
+    if not all(_contiguous(shape, strides) for shape, strides, *_ in tensors):
+        return STRIDED
+    return BROADCAST if len({math.prod(shape) for shape, *_ in tensors if math.prod(shape) > 1}) > 1 else 1.0
+
+
+def _contiguous(shape: list[int], strides: list[int]) -> bool:
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= max(1, size)
+    return True
+
+
+def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
+    """Of a kernel that a prediction stands in for (techniques/synthetic_kernel.py)."""
+    if kind == "mm":
+        return Product(*shape)
+    if not kind.startswith("attention"):
+        return None
+    heads, queries, keys, head_dim, causal = shape
+    return _of_scores(heads, queries, keys, head_dim, bool(causal), "backward" in kind)
+
+
+def _grouped(left: list[int], right: list[int]) -> Product | None:
+    """Groups share the rows equally: which tokens go where is not known."""
+    if len(left) == 2 and len(right) == 3:
+        return Product(right[0], -(-left[0] // right[0]), right[-1], left[-1])
+    if len(left) == 3 and len(right) == 3:
+        return Product(left[0], left[1], right[-1], left[-1])
+    return None
+
+
+def _scores(base: str, args: list[Any]) -> Scores | None:
+    backward = "backward" in base
+    query, key = (_sizes(a) for a in args[backward:][:2])
+    if len(query) != 4 or len(key) != 4:
+        return None
+    at = _CAUSAL_AT.get(base, 4)
+    causal = at < len(args) and args[at] is True
+    return _of_scores(
+        query[0] * query[1], query[2], key[2], query[3], causal and query[2] == key[2], backward
+    )
+
+
+def _of_scores(heads: int, queries: int, keys: int, head_dim: int, causal: bool, backward: bool) -> Scores:
+    share = min(1.0, (1 + _QUERY_TILE / queries) / 2) if causal else 1.0
+    tiles = heads * -(-(keys if backward else queries) // _QUERY_TILE)
+    return Scores(tiles, queries, (queries if backward else keys) * share, head_dim, share, backward)
+
+
+def _sizes(value: Any) -> list[int]:
+    return list(value["t"][0]) if isinstance(value, dict) and "t" in value else []

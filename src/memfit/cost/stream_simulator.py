@@ -1,0 +1,296 @@
+"""One rank's step played on its streams: compute, each communication stream, the host that issues all of it.
+
+A call starts when it is issued, when its stream is free and when what its stream waits for is done; a
+collective also when its wires are. While a collective runs beside it, a kernel has fewer multiprocessors.
+Other ranks are taken to be as quick: nobody is waited for at a collective's start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from memfit.cost.collectives import KINDS, collective_s
+from memfit.cost.kernel_model import bound_by
+from memfit.cost.op_time import COLLECTIVES, FUSED, TimeModel
+from memfit.types.machine import Machine
+from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
+
+ASSUMED_CHANNELS = 16  # multiprocessors that a running collective keeps busy, where the catalog has no count
+ASSUMED_HOST_BYTES_S = 200e9  # an optimizer on two sockets with eight channels each: half of their bandwidth
+FASTER = 0.9  # of its time: how a resource is tried for being the bottleneck
+_PLAYED_AGAIN = 2  # micro-steps repeated for real; the rest follow on the line
+
+_KINDS = {
+    "allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce", "all_reduce": "all_reduce", "broadcast": "broadcast", "alltoall": "all_to_all",
+    "all_to_all": "all_to_all", "scatter": "broadcast", "reduce": "broadcast",
+}  # fmt: skip
+_ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing),
+    host memory. ``exposed_s``: communication that compute waits for; ``idle_s``: compute's other gaps."""
+
+    step_s: float
+    busy_s: Mapping[str, float]
+    exposed_s: float
+    idle_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
+    """A call with its seconds. ``resource``: what it keeps busy."""
+
+    op: OpCall
+    seconds: float
+    issue_s: float
+    resource: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Player:
+    """Plays traces of one plan on one machine. ``quicker``: a factor on the seconds of a resource.
+    ``blocking``: the host waits for every kernel before it issues the next (CUDA_LAUNCH_BLOCKING=1)."""
+
+    model: TimeModel
+    machine: Machine
+    members: Mapping[str, Sequence[int]]
+    quicker: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    blocking: bool = False
+
+    def __post_init__(self) -> None:
+        device = self.machine.device
+        channels = device.nccl_channels.value if device.nccl_channels else ASSUMED_CHANNELS
+        whole = self.model.kernels.multiprocessors if self.model.kernels else math.inf
+        self.beside = 1 / (1 - min(0.5, channels / whole))  # a kernel's seconds beside a collective
+        self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
+
+    def item(self, op: OpCall) -> Item:
+        key = (op.signature, op.phase, op.group, op.stream)
+        if key not in self._items or op.waits:
+            self._items[key] = self._priced(op)
+        return Item(op, *self._items[key])
+
+    def _priced(self, op: OpCall) -> tuple[float, float, str]:
+        if op.waits:
+            return 0.0, 0.0, ""
+        if sent(op)[0]:
+            seconds, resource = self._collective(op)
+        elif op.stream == "host":
+            seconds, resource = op.moved_bytes * self._on_host() / ASSUMED_HOST_BYTES_S, "host memory"
+        else:
+            seconds, resource = self.model.op_s(op), bound_by(op, self.model.kernels)
+        issue_s = self.model.issue_s(op) * self.quicker.get("host", 1.0)
+        return seconds * self.quicker.get(resource, 1.0), issue_s, resource
+
+    def _on_host(self) -> int:
+        each = self.machine.devices_per_host or self.machine.device_count
+        return max(1, min(each, self.machine.device_count))
+
+    def _collective(self, op: OpCall) -> tuple[float, str]:
+        kind, size_bytes, *where = sent(op)
+        if where:  # a stand-in says how many ranks, and how many of them in a host
+            count, near = where
+            seconds = collective_s(kind, size_bytes, count, near, self.machine)
+            return float(seconds), "link" if near >= count else "network"
+        ranks = self.members.get(op.group, ())
+        if len(ranks) < 2:
+            return 0.0, "link"
+        here = self.machine.devices_per_host or max(ranks) + 1
+        near = max(Counter(r // here for r in ranks).values())
+        seconds = collective_s(kind, size_bytes, len(ranks), near, self.machine)
+        return float(seconds), "link" if near == len(ranks) else "network"
+
+    # -- playing --------------------------------------------------------------------------------------
+
+    def play(self, ops: Iterable[OpCall]) -> Played:
+        return _Stage(self.beside, self.blocking).run([self.item(op) for op in ops])
+
+    def step(self, trace: Trace) -> Played:
+        """A whole step: the last one traced, with the micro-steps that were not played on the line."""
+        again = trace.repeated_micro_steps
+        if trace.repeated_spans:  # of a pipeline, whose phases follow each other in its own order
+            whole, spans = self.play(_played(trace)), trace.repeated_spans
+            more = [self.play(o for o in _played(trace) if s.start <= o.clock < s.end) for s in spans]
+            return _added(whole, more, again)
+        before, micro, after = split(trace)
+        if again <= _PLAYED_AGAIN:
+            return self.play([*before, *micro * (again + 1), *after])
+        one, two = (
+            self.play([*before, *micro * (n + 1), *after]) for n in (_PLAYED_AGAIN - 1, _PLAYED_AGAIN)
+        )
+        times = again - _PLAYED_AGAIN
+        return _added(_added(two, [two], times), [one], -times)
+
+    def bottleneck(self, trace: Trace) -> dict[str, float]:
+        """Resource -> seconds by which the step is shorter when it takes a tenth less for its work; the
+        largest first."""
+        base = self.step(trace)
+        saved = {}
+        for resource in [*base.busy_s]:
+            faster = dataclasses.replace(self, quicker={**self.quicker, resource: FASTER})
+            saved[resource] = base.step_s - faster.step(trace).step_s
+        return dict(sorted(saved.items(), key=lambda kv: -kv[1]))
+
+
+def _added(one: Played, more: Sequence[Played], times: int) -> Played:
+    """With each of ``more`` so many times."""
+    busy_s = {k: v + times * sum(m.busy_s.get(k, 0.0) for m in more) for k, v in one.busy_s.items()}
+    return Played(
+        step_s=one.step_s + times * sum(m.step_s for m in more), busy_s=busy_s,
+        exposed_s=one.exposed_s + times * sum(m.exposed_s for m in more),
+        idle_s=one.idle_s + times * sum(m.idle_s for m in more),
+    )  # fmt: skip
+
+
+class _Stage:
+    def __init__(self, beside: float, blocking: bool) -> None:
+        self.beside, self.blocking = beside, blocking
+        self.issued = self.exposed = self.idle = 0.0
+        self.free: dict[str, float] = defaultdict(float)
+        self.wires: dict[str, float] = defaultdict(float)
+        self.ends: dict[str, list[float]] = defaultdict(list)
+        self.busy: dict[str, float] = defaultdict(float)
+        self.flying: list[tuple[float, float]] = []  # collectives' (start, end) that may still run
+
+    def run(self, items: Sequence[Item]) -> Played:
+        phase = Phase.FORWARD
+        for item in items:
+            if phase is Phase.BACKWARD and item.op.phase is not phase:
+                self._join()
+            phase = item.op.phase
+            if item.op.waits is not None:
+                self._wait(item.op.stream, *item.op.waits)
+            else:
+                self._start(item)
+        self._join()
+        return Played(
+            step_s=max(self.issued, *self.free.values(), 0.0),
+            busy_s=dict(self.busy), exposed_s=self.exposed, idle_s=self.idle,
+        )  # fmt: skip
+
+    def _join(self) -> None:
+        """Compute waits for all collectives: gradients are there when backward is over."""
+        for stream, ends in list(self.ends.items()):
+            if stream and ends:
+                self._until(ends[-1])
+
+    def _wait(self, stream: str, awaited: str, lag: int) -> None:
+        ends = self.ends[awaited]
+        if len(ends) > lag:
+            end = ends[len(ends) - lag - 1]
+            if stream:
+                self.free[stream] = max(self.free[stream], end)
+            else:
+                self._until(end)
+
+    def _until(self, end: float) -> None:
+        ready = max(self.free[""], self.issued)
+        self.exposed += max(0.0, end - ready)
+        self.free[""] = max(self.free[""], end)
+
+    def _start(self, item: Item) -> None:
+        op, seconds, resource = item.op, item.seconds, item.resource
+        self.issued += item.issue_s
+        self.busy["host"] += item.issue_s
+        self.busy[resource] += seconds
+        start = max(self.free[op.stream], self.issued)
+        if op.stream.startswith("group"):
+            start = max(start, self.free[""])
+        if resource in ("link", "network"):
+            start = max(start, self.wires[resource])
+            self.wires[resource] = start + seconds
+            if op.stream:
+                self.flying.append((start, start + seconds))
+            else:
+                self.exposed += seconds
+        elif not op.stream:
+            self.idle += max(0.0, start - max(self.free[""], 0.0))
+            seconds += self._slowed(start, seconds)
+        if op.stream == "host":
+            start = max(start, self.free[""])
+            self.issued = self.free[""] = start + seconds
+        self.free[op.stream] = start + seconds
+        self.ends[op.stream].append(start + seconds)
+        if self.blocking:
+            self.issued = max(self.issued, start + seconds)
+
+    def _slowed(self, start: float, seconds: float) -> float:
+        """More seconds of a kernel for the time that collectives run beside it."""
+        if not self.flying:
+            return 0.0
+        self.flying = [f for f in self.flying if f[1] > start]
+        end = start + seconds
+        together = sum(max(0.0, min(end, last) - max(start, first)) for first, last in self.flying)
+        return min(together, seconds) * (self.beside - 1)
+
+
+def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
+    """Of the last step: what comes before its last micro-step, that micro-step, what comes after it."""
+    last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
+    ops = _played(trace)
+    first, end = _window(last)
+    before = [o for o in ops if o.clock < first]
+    return before, [o for o in ops if first <= o.clock < end], [o for o in ops if o.clock >= end]
+
+
+def _played(trace: Trace) -> list[OpCall]:
+    return [o for o in trace.ops if o.step == trace.steps - 1 and o.phase is not Phase.SETUP]
+
+
+def _window(last: Sequence[PhaseSpan]) -> tuple[int, int]:
+    """Clocks of the last micro-step: its forward and its backward."""
+    starts = [s.start for s in last if s.phase is Phase.FORWARD]
+    ends = [s.end for s in last if s.phase is Phase.BACKWARD]
+    return (starts[-1], ends[-1]) if starts and ends else (0, 0)
+
+
+def sent(op: OpCall) -> tuple[Any, ...]:
+    """(kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) of anything else.
+    Of one that a prediction stands in for (techniques/synthetic_kernel.py) also its ranks, and those of them
+    in a host."""
+    if op.op.startswith(FUSED):
+        _, args, _ = json.loads(op.signature)
+        return (args[3], *args[4]) if args[3] in KINDS else ("", 0)
+    return _sent(op.signature) if op.op.startswith(COLLECTIVES) else ("", 0)
+
+
+def payload_bytes(op: OpCall) -> int:
+    """Of what is sent from one rank to another."""
+    return _bytes(json.loads(op.signature)[1][0])
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _sent(signature: str) -> tuple[str, int]:
+    name, args, _ = json.loads(signature)
+    base = name.split(".")[1].strip("_").removesuffix("_base").removesuffix("_into_tensor")
+    base = (
+        base.removesuffix("_coalesced").removesuffix("_tensor").removesuffix("_single").removesuffix("_base")
+    )
+    kind = next((k for start, k in _KINDS.items() if base.startswith(start)), "")
+    sizes = [_bytes(a) for a in args[:2]]
+    if not kind or not sizes:
+        return "", 0
+    if name.startswith("_c10d_functional") and kind == "all_gather":
+        return kind, sizes[0] * next((a for a in args[1:] if isinstance(a, int)), 1)
+    several = kind in ("all_gather", "reduce_scatter", "all_to_all") and len(sizes) > 1
+    return kind, max(sizes) if several else sizes[0]
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor in a signature, or of all in a list."""
+    if isinstance(value, list):
+        return sum(map(_bytes, value))
+    if not isinstance(value, dict) or "t" not in value:
+        return 0
+    shape, _, dtype = value["t"][:3]
+    digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())
+    return int(math.prod(shape)) * _ITEM_BYTES.get(digits, 1 if "8" in digits else 2)

@@ -1,0 +1,268 @@
+"""Every way to do the work that the record and the catalog know, with the user's machines among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from memfit import catalog
+from memfit.catalog import finance
+from memfit.decision.case import Cloud, DecisionCase, Existing, ExistingMachine, Purchase
+from memfit.techniques.registry import TECHNIQUES
+from memfit.types.decision import Amount, Way
+from memfit.types.errors import UserError
+from memfit.types.machine import Machine as CatalogMachine
+from memfit.types.plan import EffectClass, Plan
+from memfit.types.result import Offer
+
+_ANY_NUMBER: Final = ("workstation", "PCIe")  # hosts that are sold with any number of boards
+PLAIN: Final = "plain training"
+_SURE: Final = 100.0  # percent: the upper end fits
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """`offers`: the record's predictions. ``plan_hours``: what adopting the recommended plan took, in hours;
+    None where nobody counted. ``labour_known``: whether an hour has a price."""
+
+    case: DecisionCase
+    offers: Sequence[Offer]
+    steps_per_run: int
+    plan_hours: float | None
+    labour_known: bool
+    trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose science the PoC judged
+
+    def ways(self) -> tuple[Way, ...]:
+        """Doing nothing first. Raises UserError for a machine of which nothing is known."""
+        case = self.case
+        mine: list[Way] = []
+        for kind in ("existing", "purchase", "cloud"):
+            given: ExistingMachine = getattr(case, kind)
+            if given.machine is not None:
+                mine += self._named(kind, given)
+            elif given != type(given)():
+                self._needs_a_machine(kind, given)
+        every = [way for offer in self.offers if _counts(offer) for way in self._of_catalog(offer)]
+        return (Way(kind="nothing"), *mine, *every)
+
+    def _needs_a_machine(self, kind: str, given: ExistingMachine) -> None:
+        """Hours and prices belong to a machine; labour at one and the storage of the data do not."""
+        aside = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
+        odd = sorted(given.model_fields_set - aside)
+        if odd:
+            raise UserError(f"[{kind}] has {', '.join(odd)} but names no machine", hint='machine = "..."')
+
+    def _named(self, kind: str, given: ExistingMachine) -> list[Way]:
+        known = _known(given.machine or "")
+        name = known.name if known is not None else given.machine or ""
+        own = {True: given.hours_plain, False: given.hours_recommended}
+        found = []
+        for plain, hours in own.items():
+            offer = next((o for o in self.offers if o.machine == name and o.plain is plain), None)
+            if hours is None and (offer is None or not offer.fits or offer.step_s is None):
+                continue
+            found.append(self._way(kind, given, name, plain, hours, offer, known))
+        if not found and known is None:
+            raise UserError(
+                f"[{kind}] machine {name!r} is not in the catalog",
+                hint=_near(name)
+                + "give hours_plain or hours_recommended, and power_w, of a machine of your own",
+            )
+        if not found:
+            raise UserError(
+                f"no prediction for [{kind}] machine {name!r} in this record",
+                hint=f"`memfit scale --pilot {name}` makes one, or give hours_plain or hours_recommended",
+            )
+        return found
+
+    def _way(
+        self,
+        kind: str,
+        given: ExistingMachine,
+        name: str,
+        plain: bool,
+        hours: float | None,
+        offer: Offer | None,
+        known: CatalogMachine | None,
+    ) -> Way:
+        power_w = given.power_w if given.power_w else offer.power_w if offer else _power_w(known)
+        way = self._labelled(kind, name, plain, offer)
+        price: Amount | None = None
+        per_hour: Amount | None = None
+        if isinstance(given, Purchase):
+            price = Amount(own=given.price.value) if given.price else price_of(known)
+            if price is None:
+                raise UserError(f"[purchase] {name} has no price in the catalog", hint="price = ...")
+        if isinstance(given, Cloud):
+            per_hour = Amount(own=given.per_hour.value) if given.per_hour else rent_of(known)
+            if per_hour is None:
+                raise UserError(f"[cloud] {name} has no rental price in the catalog", hint="per_hour = ...")
+        return dataclasses.replace(
+            _roomy(way, offer if hours is None else None),
+            hours=hours if hours is not None else self._hours(offer),
+            predicted=hours is None,
+            power_w=power_w,
+            own_power=bool(given.power_w),
+            price=price,
+            per_hour=per_hour,
+            most_machines=given.machines if isinstance(given, Existing) else None,
+            embodied_kg=_embodied_kg(known),
+            plain_j=self._plain_j(name),
+            of_catalog=False,
+            unknown=way.unknown if power_w or kind == "cloud" else (*way.unknown, f"{kind}.power_w"),
+        )
+
+    def _of_catalog(self, offer: Offer) -> Iterator[Way]:
+        machine = catalog.machine(offer.machine)
+        prices = {"purchase": price_of(machine), "cloud": rent_of(machine)}
+        for kind, amount in prices.items():
+            if amount is None or offer.step_s is None:
+                continue
+            yield dataclasses.replace(
+                _roomy(self._labelled(kind, offer.machine, offer.plain, offer), offer),
+                hours=self._hours(offer),
+                power_w=offer.power_w,
+                price=amount if kind == "purchase" else None,
+                per_hour=amount if kind == "cloud" else None,
+                embodied_kg=_embodied_kg(machine),
+                plain_j=self._plain_j(offer.machine),
+            )
+
+    def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Way:
+        """With the hours of people, and the names of those that nobody told."""
+        given: ExistingMachine = getattr(self.case, kind)
+        hours = {
+            f"{kind}.setup_hours": given.setup_hours,
+            f"{kind}.operating_hours_per_year": given.operating_hours_per_year,
+        }
+        if not plain:
+            hours["effort.setup_hours"] = self.plan_hours
+        unknown = [n for n, h in hours.items() if h is None]
+        if not self.labour_known and any(h != 0 for h in hours.values()):
+            unknown.append("money.labour_per_hour")
+        label = PLAIN if plain else offer.plan if offer is not None else self.trained.label
+        setup, operating = hours[f"{kind}.setup_hours"], hours[f"{kind}.operating_hours_per_year"]
+        return Way(
+            kind=kind,
+            machine=name,
+            plan=label,
+            untried=() if plain else self._untried(label),
+            plain=plain,
+            setup_hours=(setup or 0.0) + (hours.get("effort.setup_hours") or 0.0),
+            plan_hours=hours.get("effort.setup_hours") or 0.0,
+            operating_hours=operating or 0.0,
+            storage_per_month=self.case.cloud.storage_per_month or 0.0 if kind == "cloud" else 0.0,
+            unknown=tuple(unknown),
+        )
+
+    def _plain_j(self, machine: str) -> float | None:
+        offer = next((o for o in self.offers if o.machine == machine and o.plain), None)
+        if offer is None or not offer.fits or offer.step_s is None or offer.power_w is None:
+            return None  # what cannot run there saves nothing
+        return self.steps_per_run * offer.step_s.value * offer.power_w
+
+    def _untried(self, label: str) -> tuple[str, ...]:
+        names = [part.partition("(")[0] for part in label.split(" + ")]
+        own = {u.technique for u in self.trained.uses}
+        new = [TECHNIQUES[n] for n in names if n in TECHNIQUES and n not in own]
+        return tuple(t.name for t in new if t.effect > EffectClass.E1)
+
+    def _hours(self, offer: Offer | None) -> float:
+        assert offer is not None and offer.step_s is not None, "asked for by whoever has one"
+        return self.steps_per_run * offer.step_s.value / 3600
+
+
+def _counts(offer: Offer) -> bool:
+    """A plan of ours counts where the upper end of its memory fits; plain training, which it is held against,
+    where it is likely to: no doubt makes the comparison look better than it is."""
+    return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
+
+
+def _roomy(way: Way, offer: Offer | None) -> Way:
+    """With what is predicted of its memory; a way with the user's own hours is taken as they told it."""
+    if offer is None:
+        return way
+    return dataclasses.replace(
+        way, memory_bytes=offer.memory_bytes, usable_bytes=usable_bytes(offer.machine),
+        fit_percent=_fit_percent(offer),
+    )  # fmt: skip
+
+
+def usable_bytes(machine: str) -> float | None:
+    """What a program may take of one device; None where the catalog does not have it."""
+    known = _known(machine)
+    return known.device.memory_bytes.value if known is not None else None
+
+
+def _fit_percent(offer: Offer) -> float:
+    """The share of a triangle over the predicted memory that the device holds."""
+    span, most = offer.memory_bytes, usable_bytes(offer.machine)
+    if most is None or most >= span.high:
+        return 100.0
+    if most <= span.low:
+        return 0.0
+    width = span.high - span.low
+    if most >= span.value:
+        return 100 * (1 - (span.high - most) ** 2 / (width * (span.high - span.value)))
+    return 100 * (most - span.low) ** 2 / (width * (span.value - span.low))
+
+
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, catalog.device_names(), n=1)
+    return f"did you mean {near[0]}? or " if near else ""
+
+
+def _known(name: str) -> CatalogMachine | None:
+    """None where the catalog does not have it: then the user's figures must say all."""
+    try:
+        return catalog.machine(name)
+    except UserError:
+        return None
+
+
+def price_of(machine: CatalogMachine | None) -> Amount | None:
+    """The devices and the servers around them. None where a price is unknown, or where the devices are only
+    sold by the whole server and fewer are wanted."""
+    if machine is None:
+        return None
+    device, room = machine.device, catalog.host_of(machine.device.name)
+    server = finance.host_usd(room) if room else None
+    if device.usd_to_buy is None or server is None:
+        return None
+    sold = catalog.devices_of(room)
+    if not room.startswith(_ANY_NUMBER) and machine.device_count % sold:
+        return None
+    each = machine.devices_per_host or min(machine.device_count, sold)
+    servers = -(-machine.device_count // each)
+    return Amount(usd=device.usd_to_buy.value * machine.device_count + server.value * servers)
+
+
+def rent_of(machine: CatalogMachine | None) -> Amount | None:
+    if machine is None:
+        return None
+    hourly = machine.device.usd_per_hour
+    return Amount(usd=hourly.value * machine.device_count) if hourly is not None else None
+
+
+def _power_w(machine: CatalogMachine | None) -> float | None:
+    """Devices and hosts at full load: an upper bound, where no step was predicted."""
+    from memfit.cost.money import hosts_w
+
+    if machine is None or machine.device.power_w is None:
+        return None
+    return machine.device.power_w.value * machine.device_count + (hosts_w(machine) or 0.0)
+
+
+def _embodied_kg(machine: CatalogMachine | None) -> float | None:
+    made = machine.device.embodied_kg if machine is not None else None
+    return made.value * machine.device_count if made is not None and machine is not None else None
+
+
+def asked(ways: Iterable[Way], case: DecisionCase) -> tuple[str, ...]:
+    """Names of the case's keys that would make the answer whole, in the order in which they matter."""
+    found = dict.fromkeys(name for way in ways for name in way.unknown)
+    missing = [] if case.existing.machine else ["existing.machine"]
+    value = [] if case.work.value_per_run is not None else ["work.value_per_run"]
+    return (*missing, *found, *value)

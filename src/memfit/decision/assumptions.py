@@ -1,0 +1,232 @@
+"""The numbers that all ways share: the user's where told, else the catalog's, each with where it is from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from memfit import catalog
+from memfit.catalog import finance
+from memfit.decision.case import CaseFigure, DecisionCase
+from memfit.types.decision import Amount, Term, Terms
+from memfit.types.errors import UserError
+from memfit.types.machine import Fact
+from memfit.types.result import Offer
+
+_ODD: Final = 10.0  # times the catalog's: an exchange rate beyond it is a typing error
+_WHOLE: Final = ("steps_per_run", "years", "life_years")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """`terms` with every number behind them."""
+
+    currency: finance.Currency
+    place: str
+    steps_per_run: int
+    terms: Terms
+    numbers: tuple[Term, ...]
+
+
+def told(
+    case: DecisionCase, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
+) -> Told:
+    """`seen`: measured by predicted step time of plain training (True) and of the recommended plan (False) in
+    the PoC's own runs. Raises UserError for a currency, place, tariff or supplier that the catalog does not
+    have."""
+    currency = finance.currency(case.currency)
+    where = _where(case, place)
+    rate = _rate(case, currency)
+    here = _Here(case, currency, where, rate)
+    numbers = [
+        rate,
+        *_work(case),
+        *_money(case, where),
+        *here.electricity(),
+        *_factors(case, offers, seen or {}),
+    ]
+    known = {n.name: n for n in numbers}
+
+    def value(name: str) -> Any:
+        return known[name].value
+
+    terms = Terms(
+        runs_per_year=value("runs_per_year"),
+        years=int(value("years")),
+        life_years=int(value("life_years")),
+        discount_ratio=value("discount_ratio"),
+        utilisation_ratio=value("utilisation_ratio"),
+        tax_ratio=value("tax_ratio"),
+        support_ratio=value("support_ratio"),
+        labour_per_hour=value("labour_per_hour") or 0.0,
+        per_usd=value("per_usd"),
+        energy_per_kwh=here.amounts["energy_per_kwh"],
+        levy_per_kwh=here.amounts["levy_per_kwh"],
+        basic_per_kw_month=here.amounts["basic_per_kw_month"],
+        co2_g_per_kwh=value("co2_g_per_kwh"),
+        pue_ratio=value("pue_ratio"),
+        value_per_run=value("value_per_run"),
+        longest_run_hours=case.work.longest_run_hours,
+    )
+    return Told(
+        currency=currency,
+        place=where,
+        steps_per_run=int(value("steps_per_run")),
+        terms=terms,
+        numbers=tuple(numbers),
+    )
+
+
+def _where(case: DecisionCase, place: str) -> str:
+    """The place told, else that of the tariff or supplier told, else the PoC's. Raises UserError where they
+    contradict each other."""
+    told = {
+        "place": catalog.place(case.place).name if case.place else None,
+        "tariff": finance.tariff(case.tariff).place if case.tariff else None,
+        "supplier": finance.supplier_place(case.supplier) if case.supplier else None,
+    }
+    known = {name: where for name, where in told.items() if where is not None}
+    if len(set(known.values())) > 1:
+        given = ", ".join(f"{name} {getattr(case, name)!r} is of {where}" for name, where in known.items())
+        raise UserError(f"the case mixes countries: {given}", allowed="tariff and supplier of the place")
+    return next(iter(known.values()), place)
+
+
+def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
+    """Raises UserError for an exchange rate that is another currency's, or upside down."""
+    told, usual = case.money.per_usd, currency.per_usd.value
+    if told is not None:
+        low, high = told.bounds
+        most = 1.0 if currency.code == "USD" else _ODD
+        if low < usual / most or high > usual * most:
+            raise UserError(
+                f"money.per_usd is {told.value:g}: units of {currency.code} for a US dollar",
+                allowed=f"{usual / most:g} to {usual * most:g}; the catalog has {usual:g}",
+            )
+    return _number("per_usd", told, currency.per_usd, "")
+
+
+def _work(case: DecisionCase) -> Iterable[Term]:
+    work = case.work
+    for name, given, unit in (
+        ("steps_per_run", work.steps_per_run, "steps"),
+        ("years", work.years, "years"),
+        ("runs_per_year", work.runs_per_year, "runs"),
+        ("utilisation_ratio", work.utilisation_ratio, ""),
+    ):
+        yield _number(name, given, finance.default(name), unit)
+    yield _number("value_per_run", work.value_per_run, None, "money")
+
+
+def _money(case: DecisionCase, where: str) -> Iterable[Term]:
+    money = case.money
+    untaxed = Fact(
+        value=0.0, source="none is known for this place, or it is reclaimed", date="", kind="assumed"
+    )
+    yield _number("labour_per_hour", money.labour_per_hour, None, "money")
+    yield _number("tax_ratio", money.tax_ratio, finance.tax_ratio(where) or untaxed, "")
+    yield _number("discount_ratio", money.discount_ratio, finance.default("discount_rate"), "")
+    yield _number("life_years", money.life_years, finance.write_off_years(where), "years")
+    yield _number("support_ratio", money.support_ratio, finance.default("support_ratio"), "")
+    yield _number("pue_ratio", money.pue_ratio, catalog.place(where).pue_ratio, "")
+    grid = finance.supplier_co2(case.supplier) if case.supplier else catalog.place(where).co2_g_per_kwh
+    yield _number("co2_g_per_kwh", money.co2_g_per_kwh, grid, "g/kWh")
+
+
+@dataclasses.dataclass
+class _Here:
+    """Electricity: the user's price, a tariff's, or the place's average."""
+
+    case: DecisionCase
+    currency: finance.Currency
+    where: str
+    rate: Term
+
+    def __post_init__(self) -> None:
+        self.amounts: dict[str, Amount] = {}
+        self.tariff = finance.tariff(self.case.tariff) if self.case.tariff else None
+
+    def electricity(self) -> Iterable[Term]:
+        average = _spread(catalog.place(self.where).usd_per_kwh, finance.default("electricity_spread"))
+        for name in ("energy_per_kwh", "levy_per_kwh", "basic_per_kw_month"):
+            given = getattr(self.case.money, name)
+            row: Fact | None = getattr(self.tariff, name) if self.tariff else None
+            if given is not None:
+                yield self._own(name, _number(name, given, None, "money"))
+            elif row is not None and self.tariff is not None:
+                yield self._priced(name, row, self.tariff.currency)
+            elif name == "energy_per_kwh":
+                yield self._priced(name, average, "USD")
+            else:
+                self.amounts[name] = Amount()
+
+    def _own(self, name: str, number: Term) -> Term:
+        self.amounts[name] = Amount(own=number.value or 0.0)
+        return number
+
+    def _priced(self, name: str, row: Fact, currency: str) -> Term:
+        """A catalog's row as the currency of the case has it; a row in that currency needs no exchange."""
+        if currency == self.currency.code:
+            return self._own(name, _number(name, None, row, "money"))
+        usd = row.value / finance.currency(currency).per_usd.value
+        self.amounts[name] = Amount(usd=usd)
+        scale = usd * (self.rate.value or 0.0) / row.value if row.value else 0.0
+        here = _number(name, None, row, "money")
+        low, high = ((here.low or 0.0) * scale, (here.high or 0.0) * scale)
+        return dataclasses.replace(here, value=row.value * scale, low=low, high=high)
+
+
+def _factors(case: DecisionCase, offers: Sequence[Offer], seen: Mapping[bool, float]) -> Iterable[Term]:
+    """What moves all of the catalog's purchases, its rentals, and all predicted step times alike; and the
+    prices that the user told, each with its own range."""
+    for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
+        yield _number(name, None, finance.default(default), "factor")
+    for name, given in (("purchase_price", case.purchase.price), ("rental_price", case.cloud.per_hour)):
+        if given is not None:
+            yield _number(name, given, None, "money")
+    for name, plain in (("plain_time_factor", True), ("recommended_time_factor", False)):
+        spans = [o.step_s for o in offers if o.plain is plain and o.step_s is not None]
+        low = min((s.low / s.value for s in spans), default=1.0)
+        high = max((s.high / s.value for s in spans), default=1.0)
+        source = "the interval of the predicted step times"
+        if plain in seen:
+            low, high = widened(low, high, seen[plain])
+            source = f"{source}, widened by the error that the PoC's own runs showed"
+        yield Term(name=name, value=1.0, unit="factor", low=low, high=high, mark="predicted", source=source)
+
+
+def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
+    """A range around 1 with an error of `ratio` (measured / predicted) beside it: both are factors, so their
+    logarithms add up as independent errors do, by squares, on both sides."""
+    error = math.log(ratio)
+    least = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
+    return least, math.exp(math.hypot(math.log(high), error))
+
+
+def _spread(row: Fact, spread: Fact) -> Fact:
+    """A row without a range of its own takes the catalog's usual one."""
+    if row.low is not None or spread.low is None or spread.high is None:
+        return row
+    return dataclasses.replace(row, low=row.value * spread.low, high=row.value * spread.high)
+
+
+def _number(name: str, given: CaseFigure | int | None, row: Fact | None, unit: str) -> Term:
+    if isinstance(given, int):
+        return Term(name=name, value=given, unit=unit, low=given, high=given, source="your case")
+    if given is not None:
+        low, high = given.bounds
+        source = given.source or "your case"
+        return Term(
+            name=name, value=given.value, unit=unit, low=low, high=high, source=source, date=given.date
+        )
+    if row is None:
+        return Term(name=name, value=None, unit=unit)
+    whole = name in _WHOLE  # years are counted whole: no range
+    low = row.value if row.low is None or whole else row.low
+    high = row.value if row.high is None or whole else row.high
+    return Term(
+        name=name, value=row.value, unit=unit, low=low, high=high, source=row.source, date=row.date,
+        mark="measured" if row.kind == "measured" else "assumed",
+    )  # fmt: skip

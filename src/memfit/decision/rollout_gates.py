@@ -1,0 +1,186 @@
+"""The gate between two stages of a roll-out: what a proof of concept must have shown before the next.
+
+A gate compares a figure of the record with a limit that the user may set in a TOML file. What was not
+measured does not pass a gate that asks for it. Loosening a limit never fails a gate that held.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from memfit.store.exchange import Shared, Side
+from memfit.types import serialization
+from memfit.types.errors import UserError
+
+_Number = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Kind = Literal["equivalent", "undecided", "different"]
+
+
+def _asked(given: Any) -> Any:
+    """TOML knows no null."""
+    return None if given is False else given
+
+
+Limit = Annotated[_Number | None, pydantic.BeforeValidator(_asked)]
+Kinds = Annotated[Sequence[Kind], pydantic.Field(min_length=1)]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class MemoryLimits(_Strict):
+    """``prediction_error``: the largest of |predicted / measured - 1|, of the recommended plan, and of plain
+    training where that could be run; ``under_cap``: the recommended plan was trained under the cap."""
+
+    prediction_error: Limit = 0.02
+    under_cap: bool = True
+
+
+class TimeLimits(_Strict):
+    """Of the recommended plan's step by plain training's, pair by pair."""
+
+    step_ratio: Limit = 2.0
+
+
+class AccuracyLimits(_Strict):
+    verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_asked)] = ("equivalent",)
+
+
+class ReproducibilityLimits(_Strict):
+    same_again: bool = True
+
+
+class EnergyLimits(_Strict):
+    """Of a run of the recommended plan by plain training's, both inside one boundary."""
+
+    ratio: Limit = None
+
+
+class EffortLimits(_Strict):
+    failed_attempts: Limit = 3
+    attended_minutes: Limit = None
+
+
+class Gates(_Strict):
+    """Limits; false asks for nothing."""
+
+    memory: MemoryLimits = MemoryLimits()
+    time: TimeLimits = TimeLimits()
+    accuracy: AccuracyLimits = AccuracyLimits()
+    reproducibility: ReproducibilityLimits = ReproducibilityLimits()
+    energy: EnergyLimits = EnergyLimits()
+    effort: EffortLimits = EffortLimits()
+
+
+class Gate(_Strict):
+    """One figure held against its limit."""
+
+    name: str
+    found: float | bool | str | None
+    limit: str
+    holds: bool
+
+    @property
+    def words(self) -> tuple[str, str, str, bool]:
+        """Name, what was found ("" if it was not measured), limit, whether it holds: as reports take it."""
+        found = self.found
+        if isinstance(found, bool):
+            told = "yes" if found else "no"
+        else:
+            told = f"{found:.4g}" if isinstance(found, float) else found or ""
+        return self.name, told, self.limit, self.holds
+
+
+def read(path: Path) -> Gates:
+    """Raises UserError with the place of the first fault."""
+    return parsed(serialization.toml_text(path), str(path))
+
+
+def parsed(text: str, path: str) -> Gates:
+    """Raises UserError with the place of the first fault; `path` names the text."""
+    try:
+        given = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    try:
+        return Gates.model_validate(given)
+    except pydantic.ValidationError as error:
+        if error.errors()[0]["type"] != "extra_forbidden":
+            raise serialization.fault(error, path) from error
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        allowed = ", ".join(f"{n}.{k}" for n, part in Gates().model_dump().items() for k in part)
+        raise UserError(f"{path} has an unknown key: {place}", allowed=allowed) from error
+
+
+def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
+    """Every gate that asks for something, in the order in which they should be looked at."""
+    plain, chosen = record.baseline, record.recommended
+    effort = record.effort
+    found = [
+        _most("memory: prediction error", _error(plain, chosen), gates.memory.prediction_error),
+        _must("memory: trained under the cap", _capped(chosen), gates.memory.under_cap),
+        _most("time: step by plain's", _step_ratio(record), gates.time.step_ratio),
+        _verdict(record, gates.accuracy.verdicts),
+        _must("reproducibility: the same again", record.reproducible, gates.reproducibility.same_again),
+        _most("energy: run by plain's", _joules(plain, chosen), gates.energy.ratio),
+        _most("effort: failed attempts", float(effort.failed_attempts), gates.effort.failed_attempts),
+        _most("effort: attended minutes", effort.attended_minutes, gates.effort.attended_minutes),
+    ]
+    return tuple(gate for gate in found if gate is not None)
+
+
+def _most(name: str, found: float | None, limit: float | None) -> Gate | None:
+    if limit is None:
+        return None
+    return Gate(
+        name=name, found=found, limit=f"at most {limit:g}", holds=found is not None and found <= limit
+    )
+
+
+def _must(name: str, found: bool | None, asked: bool) -> Gate | None:
+    return Gate(name=name, found=found, limit="yes", holds=found is True) if asked else None
+
+
+def _verdict(record: Shared, allowed: Sequence[Kind] | None) -> Gate | None:
+    if allowed is None:
+        return None
+    kind = record.verdict.kind if record.verdict is not None else None
+    return Gate(name="accuracy: verdict", found=kind, limit=" or ".join(allowed), holds=kind in allowed)
+
+
+def _capped(side: Side) -> bool | None:
+    return side.under_cap == "ok" if side.under_cap else None
+
+
+def _error(plain: Side, chosen: Side) -> float | None:
+    """None where the recommended plan's is not known, or plain training's though it was run."""
+    sides = [chosen, *([plain] if plain.measured_peak_bytes else [])]
+    errors = [
+        abs(side.predicted_peak_bytes / side.measured_peak_bytes - 1)
+        for side in sides
+        if side.predicted_peak_bytes is not None and side.measured_peak_bytes
+    ]
+    return max(errors) if len(errors) == len(sides) else None
+
+
+def _step_ratio(record: Shared) -> float | None:
+    """The one that the report tells; the ratio of both medians where a record does not have it."""
+    told = record.step_time_ratio
+    return told if told is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
+
+
+def _joules(plain: Side, chosen: Side) -> float | None:
+    one, other = chosen.energy, plain.energy
+    if one is None or other is None or one.boundary != other.boundary:
+        return None
+    return one.joules / other.joules

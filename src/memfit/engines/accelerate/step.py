@@ -1,0 +1,209 @@
+"""The training step as Hugging Face Accelerate makes it: model and optimizer prepared by its Accelerator.
+
+On CPU, Accelerate 1.15 has no branch for FSDP: `prepare` wraps in DDP or nothing, without a word. Setting the
+distributed type and the plugin on its state after it was made shards in truth; this worker does so on CPU,
+and the same for DeepSpeed, which `cpu=True` leaves out as silently.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import yaml
+
+from memfit.engines import deepspeed
+from memfit.engines.accelerate import CONFIG, ENGINE, config
+from memfit.engines.deepspeed import step
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import find_blocks
+from memfit.model.scalar_parameters import refuse_scalars
+from memfit.techniques.base import OptimizerLike
+from memfit.techniques.registry import in_order
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+
+_DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_mesh"
+
+
+class Step(TrainingStep):
+    carried = ENGINE.carries - {"gradient-accumulation"}
+    folder: Path | None = None
+
+    def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
+        """Of a run with ZeRO: DeepSpeed's step, which Accelerate makes. Its trace is memfit's own ZeRO."""
+        through = plan.get("zero") is not None and cls.folder is not None
+        return super().__new__(_ThroughDeepspeed if through else cls)
+
+    def _prepare(self) -> OptimizerLike:
+        plan, bench = self.plan, self.bench
+        given = config(plan) if self.folder is None else yaml.safe_load((self.folder / CONFIG).read_text())
+        sharded = bool(given.get("fsdp_config"))
+        if self.folder is None and not sharded:
+            return self._as_native()
+        self.accelerator = accelerator = _accelerator(given, plan)
+        if sharded:
+            refuse_scalars(self.model, "fsdp2")
+            cast(Any, self.model)._no_split_modules = list(_block_classes(bench))
+        optimizer = self._prepared_fake() if sharded and self.folder is None else self._prepared()
+        bench.call = _Forwarding(self.wrapped, accelerator.unwrap_model(self.wrapped))
+        self.model = bench.model = bench.call.inner
+        sync = next((str(u.settings["sync"]) for u in plan.uses if "sync" in u.settings), "every")
+        if sync == "last":
+            bench.before_micro_batch.append(self._sync_last)
+        self.syncing: Any = None
+        bench.closers.append(accelerator.free_memory)
+        return optimizer
+
+    def _prepared(self) -> OptimizerLike:
+        bench = self.bench
+        plain = bench.make_optimizer(bench.trainable())
+        self.wrapped, optimizer = self.accelerator.prepare(self.model, plain)
+        return cast(OptimizerLike, optimizer)
+
+    def _as_native(self) -> OptimizerLike:
+        """In a trace: what Accelerate does with DDP, autocast and accumulation is what memfit does."""
+        for technique, used in in_order(self.plan):
+            if technique.name in self.carried:
+                technique.apply(self.bench, used.settings)
+        return super()._prepare()
+
+    def _prepared_fake(self) -> OptimizerLike:
+        """Accelerate finds an optimizer's parameters again by their addresses, which a trace has none of."""
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        mesh = self.bench.world.sub("shard")  # the one torch would make; fake tensors can make none
+        with mock.patch(_DEFAULT_MESH, return_value=mesh):
+            self.wrapped = fsdp2_prepare_model(self.accelerator, self.model)
+        return self.bench.make_optimizer(self.bench.trainable())
+
+    def _sync_last(self, last: bool) -> None:
+        accelerator = self.accelerator
+        if self.syncing is not None:
+            self.syncing.__exit__(None, None, None)
+        self.syncing = None if last else accelerator.no_sync(self.wrapped)
+        if self.syncing is not None:
+            self.syncing.__enter__()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.folder is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+
+
+class _ThroughDeepspeed(step.Step, Step):
+    """Accelerate's own `backward` steps as well; here DeepSpeed's two calls are apart, to tell the phases."""
+
+    carried = Step.carried
+
+    def _prepare(self) -> OptimizerLike:
+        if importlib.util.find_spec("deepspeed") is None:
+            hint = deepspeed.ENGINE.install
+            raise UserError("engine accelerate with zero: deepspeed is not installed", hint=hint)
+        from accelerate.utils import patch_environment
+
+        self.folder = Step.folder
+        # DeepSpeed looks for a device when it is imported, and for a place among its host's on one rank too.
+        with patch_environment(DS_ACCELERATOR="cpu", LOCAL_RANK=str(self.bench.world.rank)):
+            return super()._prepare()
+
+    def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
+        assert self.folder is not None
+        given = yaml.safe_load((self.folder / CONFIG).read_text())
+        self.accelerator = _accelerator(given, self.plan, folder=self.folder)
+        self.bench.closers.append(self.accelerator.free_memory)
+        return self.accelerator.prepare(model, optimizer)[0]
+
+
+class _Forwarding:
+    """Calls go through what Accelerate made, attributes to the model inside."""
+
+    def __init__(self, wrapped: torch.nn.Module, inner: torch.nn.Module) -> None:
+        self._wrapped, self.inner = wrapped, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _block_classes(bench: Any) -> Iterator[str]:
+    try:
+        blocks = find_blocks(bench.model, bench.job.blocks)[1]
+    except UserError:
+        blocks = []
+    yield from sorted({type(b).__name__ for b in blocks})
+
+
+def _accelerator(given: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
+    """An Accelerator configured by the file, through the variables that `accelerate launch` would set from
+    it. Buckets of DDP are not in the file: a program hands them over."""
+    from accelerate import Accelerator
+    from accelerate.utils import patch_environment
+
+    _reset()
+    with patch_environment(**_variables(given)):
+        accelerator = Accelerator(cpu=True, kwargs_handlers=list(_handlers(plan)))
+        if given.get("fsdp_config"):
+            _shard_on_cpu(accelerator)
+        if given.get("deepspeed_config") and folder is not None:
+            _deepspeed_on_cpu(accelerator, folder / given["deepspeed_config"]["deepspeed_config_file"])
+    return accelerator
+
+
+def _handlers(plan: Plan) -> Iterator[Any]:
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if (used := plan.get("ddp")) is not None:
+        yield DistributedDataParallelKwargs(
+            bucket_cap_mb=int(used.settings["bucket_mib"]),
+            gradient_as_bucket_view=bool(used.settings["bucket_view"]),
+        )
+
+
+def _variables(given: Mapping[str, Any]) -> dict[str, str]:
+    """As accelerate/utils/launch.py sets them."""
+    found = {"ACCELERATE_MIXED_PRECISION": str(given.get("mixed_precision", "no"))}
+    if sharding := given.get("fsdp_config"):
+        found["ACCELERATE_USE_FSDP"] = "true"
+        named = {k.upper(): v for k, v in sharding.items()}
+        found |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in named.items()}
+    if given.get("deepspeed_config"):  # read when an Accelerator is made, on a CPU too
+        found["ACCELERATE_USE_DEEPSPEED"] = "true"
+    return found
+
+
+def _reset() -> None:
+    """Its state is one for the process, and the warm-up has its own."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def _shard_on_cpu(accelerator: Any) -> None:
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin, state = FullyShardedDataParallelPlugin(fsdp_version=2), accelerator.state
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+
+
+def _deepspeed_on_cpu(accelerator: Any, config: Path) -> None:
+    from accelerate.state import PartialState
+    from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+    state = accelerator.state
+    for one in (PartialState(), state):  # the first is copied over the second each time that it is asked for
+        one.distributed_type = DistributedType.DEEPSPEED
+    state.deepspeed_plugins = {"default": DeepSpeedPlugin(hf_ds_config=str(config))}
+    state.select_deepspeed_plugin("default")

@@ -1,0 +1,157 @@
+"""Colossal-AI: its Booster with one of four plugins, in an environment of its own.
+
+Constructor arguments are those of colossalai/booster/plugin/*_plugin.py (0.5). Its pin of torch (at most 2.5)
+clashes with everybody else's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from memfit.engines.base import Engine
+from memfit.techniques.rank_mesh import layout
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+
+CONFIG = "colossalai.json"
+DDP, ZERO, GEMINI, HYBRID = "TorchDDPPlugin", "LowLevelZeroPlugin", "GeminiPlugin", "HybridParallelPlugin"
+_MI = 1 << 20
+_STYLES = {"1f1b": "1f1b", "interleaved": "interleaved"}
+
+
+def plugin_of(plan: Plan) -> str:
+    """Name of the plugin that trains such a plan; "": one process needs none."""
+    if plan.get("tensor-parallel") or plan.get("pipeline"):
+        return HYBRID
+    if (zero := plan.get("zero")) is not None:
+        return GEMINI if zero.settings["stage"] == 3 else ZERO
+    return DDP if plan.get("ddp") else ""
+
+
+def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
+    """``plugin`` by name, with its ``arguments``. ``clip``: the largest gradient norm; the worker clips for
+    DDP, whose plugin does not."""
+    name = plugin_of(plan)
+    arguments = _ARGUMENTS[name](plan) if name else {}
+    if clip and name not in {"", DDP}:
+        arguments["max_norm"] = clip
+    return {"plugin": name, "arguments": arguments}
+
+
+def _ddp(plan: Plan) -> dict[str, Any]:
+    used = plan.get("ddp")
+    assert used is not None
+    return {
+        "bucket_cap_mb": int(used.settings["bucket_mib"]),
+        "gradient_as_bucket_view": bool(used.settings["bucket_view"]),
+    }
+
+
+def _zero_knobs(plan: Plan) -> Mapping[str, Any]:
+    used = plan.get("zero")
+    assert used is not None
+    return used.settings
+
+
+def _zero(plan: Plan) -> dict[str, Any]:
+    knobs = _zero_knobs(plan)
+    return {
+        "stage": int(knobs["stage"]),
+        "precision": str(knobs["precision"]),
+        "reduce_bucket_size_in_m": int(knobs["reduce_bucket_elements"]) // _MI,
+        "overlap_communication": bool(knobs["overlap"]),
+        "cpu_offload": knobs["offload"] == "optimizer",
+    }
+
+
+def _gemini(plan: Plan) -> dict[str, Any]:
+    knobs = _zero_knobs(plan)
+    return {
+        "placement_policy": "static",
+        "shard_param_frac": 1.0,
+        "offload_optim_frac": 0.0 if knobs["offload"] == "none" else 1.0,
+        "offload_param_frac": 1.0 if knobs["offload"] == "parameters" else 0.0,
+        "precision": str(knobs["precision"]),
+        "enable_gradient_accumulation": plan.get("gradient-accumulation") is not None,
+    }
+
+
+def _hybrid(plan: Plan) -> dict[str, Any]:
+    place, stages, tensor = layout(plan), plan.get("pipeline"), plan.get("tensor-parallel")
+    found: dict[str, Any] = {
+        "tp_size": place.tensor, "pp_size": place.pipeline, "zero_stage": 0, "precision": "fp32",
+        "parallel_output": tensor is not None and tensor.settings["vocabulary"] == "parallel-loss",
+    }  # fmt: skip
+    if (zero := plan.get("zero")) is not None:
+        found |= {"zero_stage": int(zero.settings["stage"]), "precision": str(zero.settings["precision"])}
+        found["zero_bucket_size_in_m"] = int(zero.settings["reduce_bucket_elements"]) // _MI
+    if (ddp := plan.get("ddp")) is not None:
+        found |= {"ddp_bucket_cap_mb": int(ddp.settings["bucket_mib"])}
+        found["gradient_as_bucket_view"] = bool(ddp.settings["bucket_view"])
+    if tensor is not None and tensor.settings["sequence"]:
+        found |= {"enable_sequence_parallelism": True, "sequence_parallelism_mode": "split_gather"}
+    if stages is not None:
+        found["num_microbatches"] = int(stages.settings["micro_batches"])
+        found["pp_style"] = _STYLES[str(stages.settings["schedule"])]
+        found["num_model_chunks"] = int(stages.settings["virtual"])
+    return found
+
+
+_ARGUMENTS = {DDP: _ddp, ZERO: _zero, GEMINI: _gemini, HYBRID: _hybrid}
+
+
+def _reasons(plan: Plan) -> tuple[str, ...]:
+    return tuple(_why_not(plan))
+
+
+def _why_not(plan: Plan) -> Iterator[str]:
+    zero, stages, tensor = plan.get("zero"), plan.get("pipeline"), plan.get("tensor-parallel")
+    if zero is not None:
+        yield from _zero_reasons(zero.settings)
+    if stages is not None and stages.settings["schedule"] not in _STYLES:
+        yield f"pipeline: schedule {stages.settings['schedule']!r} needs its own solver, or is not there"
+    if tensor is not None and tensor.settings["vocabulary"] == "whole":
+        yield "tensor-parallel: embedding and head are always cut, vocabulary must not be 'whole'"
+
+
+def _zero_reasons(knobs: Mapping[str, Any]) -> Iterator[str]:
+    stage, offload, bucket = int(knobs["stage"]), str(knobs["offload"]), int(knobs["reduce_bucket_elements"])
+    if stage == 3 and knobs["precision"] != "bf16":
+        yield "zero: stage 3 is Gemini, which trains in half precision, precision must be 'bf16'"
+    if stage in (1, 2) and bucket % _MI:
+        yield f"zero: its buckets are counted in {_MI} elements, reduce_bucket_elements must be a multiple"
+    if stage in (1, 2) and offload == "parameters":
+        yield "zero: below stage 3 parameters stay, offload must be 'none' or 'optimizer'"
+    if stage == 0:
+        yield "zero: stage 0 is ddp here"
+
+
+def _asks_cuda(plan: Plan) -> tuple[str, ...]:
+    name = plugin_of(plan)
+    return (f"its {name}",) if name not in {"", DDP} else ()
+
+
+def _files(spec: RunSpec) -> dict[str, str]:
+    return {CONFIG: json.dumps(config(spec.plan, spec.clip), indent=2) + "\n"}
+
+
+ENGINE = Engine(
+    name="colossalai",
+    summary="Colossal-AI's Booster: DDP, LowLevelZero, Gemini and HybridParallel plugins",
+    distribution="colossalai",
+    tested=("0.5", "0.6"),
+    install="memfit engine install colossalai",
+    requirements=("colossalai>=0.5,<0.6", "torch<=2.5.1"),
+    carries=frozenset({"ddp", "zero", "tensor-parallel", "pipeline", "gradient-accumulation"}),
+    beside=frozenset(
+        {
+            "activation-checkpointing", "selective-checkpointing", "chunked-cross-entropy", "adamw-fused",
+            "adamw-single", "adafactor", "sgd", "bf16-autocast", "bf16-parameters",
+        }
+    ),
+    reasons=_reasons,
+    asks_cuda=_asks_cuda,
+    files=_files,
+)  # fmt: skip

@@ -1,0 +1,82 @@
+"""The training step as Colossal-AI's Booster makes it. Runs in the engine's own environment, on its older
+torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from memfit.engines.colossalai import CONFIG, ENGINE
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.base import OptimizerLike
+from memfit.types.errors import UserError
+
+
+class Step(TrainingStep):
+    carried = ENGINE.carries - {"gradient-accumulation"}
+    folder: Path
+
+    def _prepare(self) -> OptimizerLike:
+        bench, model = self.bench, cast(Any, self.model)
+        given = json.loads((self.folder / CONFIG).read_text())
+        plain = bench.make_optimizer(bench.trainable())
+        self.booster: Any = None
+        if not given["plugin"]:
+            self.wrapped: Any = model
+            return plain
+        _check(model, bench.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that kernels for GPUs are not there
+            from colossalai.booster import Booster, plugin
+
+            self.booster = Booster(plugin=getattr(plugin, given["plugin"])(**given["arguments"]))
+            self.wrapped, optimizer, *_ = self.booster.boost(model, plain)
+        self.model = bench.model = self.wrapped.unwrap()
+        bench.call = self.wrapped
+        if any(u.settings.get("sync") == "last" for u in self.plan.uses):
+            bench.before_micro_batch.append(self._sync_last)
+        self.syncing = contextlib.ExitStack()
+        return cast(OptimizerLike, _Stepping(optimizer))
+
+    def _sync_last(self, last: bool) -> None:
+        self.syncing.close()
+        if not last:
+            self.syncing.enter_context(self.booster.no_sync(self.wrapped, self.optimizer))
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.booster is None:
+            loss.backward()
+        else:
+            self.booster.backward(loss, cast(Any, self.optimizer).inner)
+
+
+class _Stepping:
+    """Its wrapper hides the state, and hands arguments on by position."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.param_groups = inner.param_groups
+
+    def step(self) -> Any:
+        return self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    @property
+    def state(self) -> Any:
+        return self.inner.optim.state
+
+
+def _check(model: torch.nn.Module, device: str) -> None:
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms and device == "cpu":
+        raise UserError(
+            f"engine colossalai turns {norms[0]} into a SyncBatchNorm, which asks for CUDA",
+            allowed="models without batch normalisation on CPU ranks",
+        )

@@ -1,0 +1,78 @@
+"""The training step as DeepSpeed makes it: model and optimizer handed to `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from memfit.engines.deepspeed import CONFIG, ENGINE
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.scalar_parameters import refuse_scalars
+from memfit.techniques.base import OptimizerLike
+from memfit.techniques.precision import Bf16Inputs
+from memfit.types.errors import UserError
+
+
+class Step(TrainingStep):
+    carried = ENGINE.carries - {"gradient-accumulation"}
+    folder: Path | None = None
+
+    def _prepare(self) -> OptimizerLike:
+        bench, model = self.bench, self.model
+        refuse_scalars(model, "deepspeed")
+        zero = self.plan.get("zero")
+        if self.job.ema is not None and zero is not None and zero.settings["stage"] == 3:
+            raise UserError(
+                "ema on engine deepspeed with ZeRO stage 3, which lets parameters go between steps",
+                allowed="stages 0 to 2, or the native engine, which averages shards",
+            )
+        imported()
+        assert self.folder is not None
+        config = json.loads((self.folder / CONFIG).read_text())
+        if config["bf16"]["enabled"]:
+            bench.forward_contexts.append(lambda: Bf16Inputs(model))
+        linear = torch.nn.functional.linear  # stage 3 replaces it in the whole process
+        _join_alone()
+        engine = self._initialized(model, bench.make_optimizer(bench.trainable()), config)
+        self.wrapped, self.model, bench.call = engine, engine.module, engine
+        bench.before_micro_batch.append(engine.set_gradient_accumulation_boundary)
+        bench.closers += [engine.destroy, lambda: setattr(torch.nn.functional, "linear", linear)]
+        return cast(OptimizerLike, engine.optimizer)
+
+    def _initialized(self, model: torch.nn.Module, optimizer: OptimizerLike, config: dict[str, Any]) -> Any:
+        import deepspeed
+
+        return deepspeed.initialize(model=model, optimizer=cast(Any, optimizer), config=config)[0]
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.wrapped.backward(loss, scale_wrt_gas=False)  # losses carry their share already
+
+    def _update(self) -> torch.Tensor:
+        if not self.wrapped.zero_optimization():
+            norm = self._grad_norm()
+            self.wrapped.step()
+            return norm
+        self.wrapped.step()
+        return torch.as_tensor(self.wrapped.get_global_grad_norm())
+
+
+def imported() -> Any:
+    """DeepSpeed, without the kernel it would compile for all-reduces between processes of one host.
+
+    Only inference uses that kernel. Who is killed while it is built or loaded leaves a lock file behind, at
+    which every later start on the machine would wait for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _join_alone() -> None:
+    """DeepSpeed wants a process group on one rank too, and remembers it: it stays until the process ends."""
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

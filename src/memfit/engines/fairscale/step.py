@@ -1,0 +1,121 @@
+"""The training step as FairScale makes it: the optimizer in OSS, the model in ShardedDataParallel, recomputed
+blocks in `checkpoint_wrapper`.
+
+The wrapper restores the autocast of CUDA alone, and there float16's: a block that ran in bfloat16 would be
+recomputed in another dtype, without a word. Nor does it see a `forward` put on the block itself. Such
+blocks are recomputed by torch's checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils import _pytree
+
+from memfit.engines.fairscale import CONFIG, ENGINE
+from memfit.jobs.training_step import TrainingStep
+from memfit.model.blocks import find_stacks
+from memfit.techniques.base import OptimizerLike
+from memfit.techniques.recompute.checkpointing import recompute
+from memfit.types.errors import UserError
+
+
+class Step(TrainingStep):
+    carried = ENGINE.carries - {"gradient-accumulation"}
+    folder: Path
+
+    def _prepare(self) -> OptimizerLike:
+        from fairscale.nn.data_parallel import ShardedDataParallel
+        from fairscale.optim.oss import OSS
+
+        bench = self.bench
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        for block in self._recomputed():
+            self._checkpoint(block)
+        mesh = bench.world.sub("shard")
+        group = mesh.get_group() if mesh is not None else torch.distributed.group.WORLD
+        make = bench.make_optimizer
+        optimizer = OSS(
+            bench.trainable(),
+            optim=lambda groups: make([p for g in groups for p in g["params"]]),
+            group=group,
+        )
+        settings = json.loads((self.folder / CONFIG).read_text())
+        self.wrapped = ShardedDataParallel(self.model, optimizer, process_group=group, **settings)
+        bench.call = self.wrapped
+        bench.before_micro_batch.append(self._sync_last)
+        self._syncing = contextlib.ExitStack()
+        bench.closers.append(self._let_go)
+        return cast(OptimizerLike, optimizer)
+
+    def _recomputed(self) -> Iterator[torch.nn.Module]:
+        if (used := self.plan.get("activation-checkpointing")) is not None:
+            for blocks in find_stacks(self.model, self.job.blocks, self.job.more_blocks):
+                yield from blocks[:: int(used.settings["every"])]
+
+    def _checkpoint(self, block: torch.nn.Module) -> None:
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+
+        if self.plan.get("bf16-autocast") is not None or "forward" in vars(block):
+            recompute(block)
+            return
+        checkpoint_wrapper(block)
+        self.bench.closers.append(block.register_forward_hook(_must_be_flat).remove)
+
+    def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
+        try:
+            return super()._weighted(model, part, share)
+        except RuntimeError as error:
+            if "not compatible with .grad()" not in str(error):
+                raise
+            raise UserError(
+                "FairScale's checkpoint_wrapper cannot recompute for a loss that takes gradients itself",
+                hint="leave activation-checkpointing out, or train on another engine",
+            ) from error
+
+    def _sync_last(self, last: bool) -> None:
+        """Reducing twice would average what was averaged already."""
+        self._syncing.close()
+        if not last:
+            self._syncing.enter_context(self.wrapped.no_sync())
+
+    def _update(self) -> torch.Tensor:
+        norm = self._grad_norm()
+        self._clip(norm)
+        self.optimizer.step()
+        self.wrapped.zero_grad(set_to_none=True)
+        return norm
+
+    def _grad_norm(self) -> torch.Tensor:
+        """Of the gradients that this rank owns: the others are gone or half summed."""
+        sharded: Any = self.optimizer
+        own = [p for p, rank in sharded._param_to_rank.items() if rank == sharded.rank]
+        norms = [torch.linalg.vector_norm(p.grad).float() for p in own if p.grad is not None]
+        total = torch.stack(norms or [torch.zeros(())]).square().sum()  # a rank may own nothing
+        torch.distributed.all_reduce(total, group=sharded.group)
+        return total.sqrt()
+
+    def _let_go(self) -> None:
+        for hook in self.wrapped._grad_hooks:
+            hook.remove()
+        self.wrapped._grad_accs, self.wrapped._manual_reduce = [], []
+
+
+def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
+    """What lies deeper than a tuple the wrapper hands out without gradients, and of a mapping the keys."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    deeper = [p for p in parts if not isinstance(p, torch.Tensor)]
+    hidden = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(deeper))
+    if hidden or len(deeper) == len(parts):
+        raise UserError(
+            f"FairScale's checkpoint_wrapper would lose gradients of what {type(block).__name__} returns",
+            allowed="blocks that return a tensor or a tuple of tensors",
+            hint="leave activation-checkpointing out, or train on another engine",
+        )

@@ -1,0 +1,275 @@
+"""memfit's own Gpt as megatron-core's GPTModel: same sizes, same initial weights, other slices and names.
+
+Megatron keeps (length, batch, width), interleaves query, key and value by head, adds the biases of `mix` and
+`narrow` apart from their products, and always cuts embedding and head by vocabulary. Its own attention asks
+for CUDA; the layer spec takes a core attention of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.jobs.builtin.gpt import Gpt, GptBlock
+from memfit.types.errors import UserError
+
+_LINEARS = ("query_key_value", "mix", "widen", "narrow")
+_NORMS = ("norm_attention", "norm_feed")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GptShape:
+    """What a Gpt must be told to be built again. ``length`` in tokens; ``feed`` is the inner width."""
+
+    layers: int
+    width: int
+    heads: int
+    feed: int
+    length: int
+    vocabulary: int
+    eps: float
+    biased: bool
+    tied: bool
+
+
+def read(model: nn.Module) -> GptShape:
+    """Raises UserError with all that GPTModel cannot express."""
+    if type(model) is not Gpt:
+        raise UserError(
+            f"engine megatron: the job's model is {type(model).__name__}",
+            allowed="memfit.jobs.builtin.gpt.Gpt",
+        )
+    if why := list(_differences(model)):
+        raise UserError(
+            f"engine megatron: GPTModel cannot express {'; '.join(why)}",
+            allowed="blocks of memfit.jobs.builtin.gpt alike in heads, norms and biases",
+        )
+    first: Any = model.blocks[0]
+    return GptShape(
+        layers=len(model.blocks), width=model.embed.embedding_dim, heads=first.heads,
+        feed=first.widen.out_features, length=model.position.num_embeddings,
+        vocabulary=model.embed.num_embeddings, eps=model.norm.eps, biased=first.mix.bias is not None,
+        tied=model.head.weight is model.embed.weight,
+    )  # fmt: skip
+
+
+def sizes(shape: GptShape) -> dict[str, str]:
+    """The same as options of Megatron-LM's trainer."""
+    found = {
+        "num-layers": str(shape.layers),
+        "hidden-size": str(shape.width),
+        "ffn-hidden-size": str(shape.feed),
+        "num-attention-heads": str(shape.heads),
+        "seq-length": str(shape.length),
+        "max-position-embeddings": str(shape.length),
+        "vocab-size": str(shape.vocabulary),
+        "position-embedding-type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "norm-epsilon": str(shape.eps),
+    }
+    switches = {
+        "untie-embeddings-and-output-weights": not shape.tied,
+        "disable-bias-linear": not shape.biased,
+    }
+    return found | {name: "" for name, on in switches.items() if on}
+
+
+def _differences(model: Gpt) -> Iterator[str]:
+    parts = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _LINEARS}
+    norms = {f"blocks.{i}.{n}": getattr(b, n, None) for i, b in enumerate(model.blocks) for n in _NORMS}
+    wanted: list[tuple[Mapping[str, Any], type[nn.Module]]] = [
+        ({f"blocks.{i}": b for i, b in enumerate(model.blocks)}, GptBlock),
+        (parts, nn.Linear),
+        ({**norms, "norm": model.norm}, nn.LayerNorm),
+    ]
+    strange = [
+        f"{n}, a {type(m).__name__}"
+        for members, kind in wanted
+        for n, m in members.items()
+        if type(m) is not kind
+    ]
+    if strange or not parts:
+        yield from strange or ["a model without blocks"]
+        return
+    yield from _unlike(model, list(parts.values()), [*norms.values(), model.norm])
+
+
+def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
+    """Settings that GPTModel has once and the model several times, and those that it has not at all."""
+    alike = {
+        "norms with different eps": {n.eps for n in norms},
+        "blocks with different heads": {b.heads for b in model.blocks},
+        "feed-forward parts of different widths": {b.widen.out_features for b in model.blocks},
+        "biases in some Linear layers only": {m.bias is not None for m in linears},
+    }
+    yield from (f"{what} {sorted(seen)}" for what, seen in alike.items() if len(seen) > 1)
+    if any(n.weight is None or n.bias is None for n in norms):
+        yield "norms without weight or bias"
+    if model.head.bias is not None:
+        yield "a head with a bias"
+    if model.head.out_features != model.embed.num_embeddings:
+        yield f"a head of {model.head.out_features} for {model.embed.num_embeddings} tokens"
+    if not all(p.requires_grad for p in model.parameters()):
+        yield "frozen parameters"
+
+
+def check_cut(shape: GptShape, degree: int) -> None:
+    """Raises UserError where tensor-parallel ranks would not get equal parts."""
+    must_divide("number of heads", shape.heads, degree)
+    must_divide("feed-forward width", shape.feed, degree)
+
+
+def must_divide(what: str, count: int, degree: int) -> None:
+    if count % degree:
+        raise UserError(
+            f"engine megatron: a {what} of {count} on {degree} tensor-parallel ranks",
+            allowed=f"a multiple of {degree}",
+        )
+
+
+class CoreAttention(nn.Module):
+    """Causal attention by torch's fused kernel. Query, key, value ``(length, batch, heads, head width)``;
+    out ``(length, batch, heads x head width)``, as Megatron's DotProductAttention."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+class Norm(nn.LayerNorm):
+    """torch's, which Megatron refuses beside sequence parallelism: it sums gradients of what is marked."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float, **ignored: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for param in self.parameters():
+            cast(Any, param).sequence_parallel = config.sequence_parallel
+
+
+class MegatronGpt(nn.Module):
+    """GPTModel, called as the job calls its Gpt, with blocks and head where that has them. As Megatron's
+    trainer does, the vocabulary is filled up to a multiple of the ranks; logits of what is added are left
+    out."""
+
+    def __init__(self, shape: GptShape, config: Any) -> None:
+        super().__init__()
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+        layer = get_gpt_layer_local_spec(normalization="LayerNorm")
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        block = TransformerBlockSubmodules(layer_specs=[layer] * shape.layers, layer_norm=Norm)
+        self.config = config  # where Megatron's own functions look for it
+        self.vocabulary, degree = shape.vocabulary, config.tensor_model_parallel_size
+        filled = -(-shape.vocabulary // degree) * degree
+        self.core = GPTModel(
+            config, block, vocab_size=filled, max_sequence_length=shape.length,
+            parallel_output=False, share_embeddings_and_output_weights=shape.tied,
+        )  # fmt: skip
+
+    @property
+    def blocks(self) -> Any:
+        return self.core.decoder.layers
+
+    @property
+    def head(self) -> Any:
+        return self.core.output_layer
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits ``(batch, length, vocabulary)``."""
+        if self.config.sequence_parallel:
+            must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        logits: torch.Tensor = self.core(tokens, positions, None)
+        filled = logits.shape[-1] > self.vocabulary
+        return logits[..., : self.vocabulary].contiguous() if filled else logits
+
+
+def transformer_config(shape: GptShape, **parallel: Any) -> Any:
+    """Megatron's TransformerConfig for the shape, with nothing that asks for CUDA."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        ffn_hidden_size=shape.feed,
+        layernorm_epsilon=shape.eps,
+        add_bias_linear=shape.biased,
+        activation_func=functional.gelu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **parallel,
+    )
+
+
+def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
+    """This rank's slices; every tensor of ``source`` is let go of as soon as it is copied."""
+    shape = read(source)
+    own = dict(target.core.named_parameters())
+    for name, whole in _whole(source, shape):
+        param = own.pop(name)
+        dim = next((d for d in range(whole.dim()) if whole.shape[d] != param.shape[d]), None)
+        with torch.no_grad():
+            if dim is None:
+                param.copy_(whole)
+                continue
+            start, size = rank * param.shape[dim], param.shape[dim]
+            cast(Any, param).tensor_model_parallel = True  # not said where initialisation is left to others
+            real = max(0, min(size, whole.shape[dim] - start))  # the rest fills the vocabulary up
+            param.narrow(dim, real, size - real).zero_()
+            param.narrow(dim, 0, real).copy_(whole.narrow(dim, min(start, whole.shape[dim]), real))
+    assert not own, f"without initial weights: {', '.join(own)}"
+    for param in source.parameters():
+        param.data = param.data.new_empty(0)
+
+
+def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """GPTModel's names with the whole tensors, rows in Megatron's order."""
+    yield "embedding.word_embeddings.weight", source.embed.weight
+    yield "embedding.position_embeddings.weight", source.position.weight
+    pairs: Mapping[str, str] = {
+        "input_layernorm": "norm_attention",
+        "self_attention.linear_qkv": "query_key_value",
+        "self_attention.linear_proj": "mix",
+        "pre_mlp_layernorm": "norm_feed",
+        "mlp.linear_fc1": "widen",
+        "mlp.linear_fc2": "narrow",
+    }
+    for index, block in enumerate(source.blocks):
+        for theirs, ours in pairs.items():
+            for name, param in getattr(block, ours).named_parameters():
+                rows = _by_head(param, shape.heads) if ours == "query_key_value" else param
+                yield f"decoder.layers.{index}.{theirs}.{name}", rows
+    yield from ((f"decoder.final_layernorm.{n}", p) for n, p in source.norm.named_parameters())
+    if not shape.tied:
+        yield "output_layer.weight", source.head.weight
+
+
+def _by_head(param: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows (q, k, v) of all heads become (q, k, v) of the first head, then of the second."""
+    rows: torch.Tensor = param.unflatten(0, (3, heads, -1)).transpose(0, 1).reshape(param.shape)
+    return rows

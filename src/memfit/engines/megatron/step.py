@@ -1,0 +1,207 @@
+"""The training step on megatron-core: its GPTModel, its tensor parallelism, its gradient buffers.
+
+As in Megatron-LM's trainer, the model is always inside its DistributedDataParallel: gradients are summed into
+one buffer that lives as long as the model. On CPU two things are told another truth: where new buffers lie,
+which Megatron asks `torch.cuda.current_device`, and the state of the CUDA generator, which is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.engines.megatron import CONFIG, ENGINE, arguments, parse
+from memfit.engines.megatron.gpt import MegatronGpt, check_cut, copy_weights, read, transformer_config
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques import fp32_modules
+from memfit.techniques.base import OptimizerLike
+from memfit.types.conformance import Conformance, Difference, NotConforming
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+
+
+class Step(TrainingStep):
+    carried = ENGINE.carries - {"gradient-accumulation"}
+    folder: Path | None = None
+
+    def _prepare(self) -> OptimizerLike:
+        bench = self.bench
+        if bench.islands and fp32_modules.surroundings(self.plan) is not None:
+            raise UserError(
+                "megatron builds the model anew, without the job's islands", hint="train in float32 there"
+            )
+        with contextlib.ExitStack() as around:
+            around.enter_context(warnings.catch_warnings())
+            # That kernels for GPUs are not there, and that Megatron calls torch by old names.
+            warnings.filterwarnings("ignore", module=r"megatron\.")
+            warnings.filterwarnings("ignore", message="`torch.distributed")
+            self._build(around)
+            bench.closers.append(around.pop_all().close)
+        for param in bench.trainable():
+            bench.on_kept(cast(Any, param).main_grad, "gradient")
+        self.syncing: Any = None
+        bench.before_micro_batch.append(self._sync_last)
+        return bench.make_optimizer(bench.trainable())
+
+    def _build(self, around: contextlib.ExitStack) -> None:
+        bench, given, shape, source = self.bench, self._given(), read(self.model), cast(Any, self.model)
+        degree = int(given["tensor-model-parallel-size"])
+        check_cut(shape, degree)
+        traced = isinstance(next(source.parameters()), FakeTensor)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what its imports say of others
+            around.enter_context(_on_cpu())
+            around.enter_context(_parallel_state(degree, traced=traced))
+            config = transformer_config(shape, **_transformer(given))
+            self._check_sequence(bool(config.sequence_parallel))
+            with bench.place(""):  # its buffers too are made where it trains
+                self.model = bench.model = inner = MegatronGpt(shape, config)
+                copy_weights(source, inner, rank=bench.world.rank % degree)
+                self.wrapped = bench.call = _wrapped(inner, config, given)
+
+    def _given(self) -> Mapping[str, str]:
+        """The run's own file; without one, what would be written there."""
+        if self.folder is not None:
+            return parse((self.folder / CONFIG).read_text())
+        job = JobRef(spec=self.job.name)
+        return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
+
+    def _check_sequence(self, found: bool) -> None:
+        """Raises NotConforming: no parameter's size tells whether activations are cut along the sequence."""
+        used = self.plan.get("tensor-parallel")
+        planned = used is not None and bool(used.settings["sequence"])
+        if planned != found:
+            words = {True: "cut along the sequence too", False: "whole between the layers that are cut"}
+            difference = Difference(
+                feature="tensor-parallel: activations", planned=words[planned], found=words[found]
+            )
+            raise NotConforming(Conformance(differences=(difference,), checked=(), unseen=()))
+
+    def _sync_last(self, last: bool) -> None:
+        if self.syncing is not None:
+            self.syncing.__exit__(None, None, None)
+        self.syncing = None if last else self.wrapped.no_sync()
+        if self.syncing is not None:
+            self.syncing.__enter__()
+
+    def _update(self) -> torch.Tensor:
+        self._reduced()
+        norm = super()._update()
+        self.wrapped.zero_grad_buffer()
+        return norm
+
+    def _forgo(self) -> torch.Tensor:
+        self._reduced()
+        norm = super()._forgo()
+        self.wrapped.zero_grad_buffer()
+        return norm
+
+    def _reduced(self) -> None:
+        """Gradients reduced by Megatron, and given to the parameters, where torch's optimizers look."""
+        from megatron.core.distributed import finalize_model_grads
+
+        finalize_model_grads([self.wrapped])
+        for param in self.bench.trainable():
+            param.grad = cast(Any, param).main_grad
+
+    def _grad_norm(self) -> torch.Tensor:
+        """Slices of tensor-parallel ranks are summed, what all of them hold counts once."""
+        cut, whole = torch.zeros(()), torch.zeros(())
+        for param in self.bench.trainable():
+            square = torch.linalg.vector_norm(cast(torch.Tensor, param.grad)).float().square()
+            if getattr(param, "tensor_model_parallel", False):
+                cut = cut + square
+            else:
+                whole = whole + square
+        tensor = self.bench.world.sub("tensor")
+        if tensor is not None:
+            torch.distributed.all_reduce(cut, group=tensor.get_group())
+        return (cut + whole).sqrt()
+
+
+def _transformer(given: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig, as its trainer takes them from the arguments."""
+    found: dict[str, Any] = {
+        "tensor_model_parallel_size": int(given["tensor-model-parallel-size"]),
+        "sequence_parallel": "sequence-parallel" in given,
+    }
+    if "recompute-granularity" in given:
+        found |= {
+            "recompute_granularity": given["recompute-granularity"],
+            "recompute_method": given["recompute-method"],
+            "recompute_num_layers": int(given["recompute-num-layers"]),
+        }
+    return found
+
+
+def _wrapped(model: MegatronGpt, config: Any, given: Mapping[str, str]) -> Any:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    bucket = int(given["ddp-bucket-size"]) if "ddp-bucket-size" in given else None
+    overlaps = "overlap-grad-reduce" in given
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=overlaps, bucket_size=bucket)
+    return DistributedDataParallel(config, settings, model)
+
+
+@contextlib.contextmanager
+def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
+    """Megatron's process groups, beside torch's own; on one rank a process group is made for them."""
+    dist: Any = torch.distributed
+    from megatron.core import parallel_state
+
+    with _disable_current_modes():
+        alone, hook = not dist.is_initialized(), sys.excepthook
+        if alone and traced:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+        elif alone:
+            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+        )
+    try:
+        with _uncoalesced() if traced else contextlib.nullcontext():
+            yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if alone:
+            dist.destroy_process_group()
+            sys.excepthook = hook
+
+
+def _uncoalesced() -> Any:
+    """Fake tensors know no coalesced collective. Of one bucket, and there is no more, it is the plain one."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    @contextlib.contextmanager
+    def at_once(group: Any, async_ops: bool = False) -> Iterator[Any]:
+        yield SimpleNamespace(wait=lambda: None)
+
+    return mock.patch.object(param_and_grad_buffer, "_coalescing_manager", at_once)
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    from megatron.core.tensor_parallel import random
+
+    state = torch.zeros(0, dtype=torch.uint8)
+    tracker = random.get_cuda_rng_tracker()
+    tracker.states_ = {"model-parallel-rng": state}
+    with (
+        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        mock.patch.object(random, "_get_cuda_rng_state", lambda *args, **kwargs: state),
+        mock.patch.object(random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
+    ):
+        yield

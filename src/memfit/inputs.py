@@ -1,0 +1,327 @@
+"""What a user has in a notebook (a module, a batch, a loss, an optimizer, a plan) as a Job, Plan and Machine.
+
+The user's objects are only read: the model is copied without its bytes each time a trace builds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree
+
+from memfit import catalog
+from memfit.jobs.training_step import batch_length
+from memfit.jobs.user_job import guarded, told
+from memfit.model.batch_objects import batch_tensors, map_batch
+from memfit.runtime.local_machine import this_machine
+from memfit.techniques.optimizers import default_optimizer
+from memfit.techniques.plan_file import parse_plan, read_plan
+from memfit.techniques.registry import check, make_use
+from memfit.trace.fake_copy import copied
+from memfit.trace.tracer import fake_model
+from memfit.types.errors import UserError
+from memfit.types.job import Bound, Job, OptimizerChoice
+from memfit.types.machine import Machine
+from memfit.types.plan import Plan
+
+Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
+_OUTPUTS = (
+    "output",
+    "outputs",
+    "out",
+    "o",
+    "logits",
+    "pred",
+    "preds",
+    "prediction",
+    "predictions",
+    "y_hat",
+    "y_pred",
+)
+_BATCHES = ("batch", "inputs", "data", "b")
+_TARGETS = ("labels", "label", "targets", "target", "y")
+_MINE = "your training step"
+
+
+def job_of(
+    model: Any,
+    batch: Any = None,
+    *,
+    loss: Any = None,
+    optimizer: Any = None,
+    bound: Bound | None = None,
+    ema: float | None = None,
+    clip: float | None = None,
+    workers: int | None = None,
+) -> Job:
+    """A Job from a module (or a function that builds one) and a batch (or a function that makes one).
+
+    Raises UserError for anything that is neither, and, when traced, for errors in the user's own code.
+    """
+    if isinstance(model, Job):
+        if batch is not None or loss is not None or optimizer is not None:
+            raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
+        asked: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
+        return dataclasses.replace(model, **{k: v for k, v in asked.items() if v is not None})
+    model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager one inside
+    build = _build_of(model)
+    value = _batch_of(batch)
+    name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
+    job = Job(
+        name=name,
+        build_model=build,
+        make_batch=lambda step, seed: value,
+        loss=lambda model, batch: model(batch),
+        batch_size=batch_length(value),
+        optimizer=_optimizer_of(optimizer, model),
+        bound=bound,
+        ema=ema,
+        clip=clip,
+        workers=workers or 0,
+    )
+    module = model if isinstance(model, torch.nn.Module) else fake_model(told(job, _MINE))
+    if not isinstance(module, torch.nn.Module):
+        raise UserError(f"{name}() returned a {type(module).__name__}", allowed="a torch.nn.Module")
+    read = loss_of(loss, inspect.signature(module.forward))
+    return told(dataclasses.replace(job, loss=read), _MINE)
+
+
+def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
+    if isinstance(model, torch.nn.Module):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its forward is compiled, and copied with it
+            own = vars(module).get("forward")
+            if own is not None and getattr(own, "__self__", None) is not module:
+                raise UserError(
+                    f"the forward of {name or 'the model'} was replaced by {own!r:.60} and cannot be copied",
+                    hint="give a function that builds the model, or the model before it was wrapped",
+                )
+        return lambda: copied(model)
+    if not callable(model):
+        raise UserError(
+            f"the model is a {type(model).__name__}",
+            allowed="a torch.nn.Module, a function that builds one, or a memfit.Job",
+        )
+
+    def build() -> torch.nn.Module:
+        made: torch.nn.Module = model()
+        fake = torch._guards.active_fake_mode() is None or not isinstance(made, torch.nn.Module)
+        fake = fake or all(isinstance(p, FakeTensor) for p in made.parameters())
+        return made if fake else copied(made)  # a function may return a module that was there before
+
+    return build
+
+
+def _batch_of(batch: Any) -> Any:
+    """On the CPU, mappings as dicts. Tensors on the meta device become zeros."""
+    if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
+        batch = guarded(batch, "the function that makes the batch")
+    if isinstance(batch, torch.utils.data.DataLoader):
+        raise UserError("the batch is a DataLoader", hint="give one of its batches: next(iter(loader))")
+    value = dict(batch) if isinstance(batch, Mapping) else batch
+
+    def here(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.detach().cpu()
+
+    batch_length(value)  # raises UserError where there is no tensor
+    return map_batch(here, value)
+
+
+# -- the loss -------------------------------------------------------------------------------------
+
+
+def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
+    """``loss(model, batch)`` from what was given: that itself; ``loss(output, batch)`` or ``loss(output,
+    target)``, told apart by the names of its parameters; a torch loss module or function; or nothing, when
+    the model's own loss is used, else the mean of its output."""
+    if loss is None:
+        return lambda model, batch: own_loss(_called(model, batch, forward))
+    if not callable(loss):
+        raise UserError(
+            f"the loss is a {type(loss).__name__}", allowed="a function of (model, batch) or (output, batch)"
+        )
+    names = _parameters(loss)
+    torchs = isinstance(loss, torch.nn.Module) or getattr(loss, "__module__", "") == "torch.nn.functional"
+    if not torchs and (not names or names[0].lower() not in _OUTPUTS):
+        return loss  # type: ignore[no-any-return]
+    whole = not torchs and len(names) > 1 and names[1].lower() in _BATCHES
+
+    def of_output(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        output = _called(model, batch, forward, target_apart=True)
+        return loss(output, batch if whole else _target(batch))  # type: ignore[no-any-return]
+
+    return of_output
+
+
+def _parameters(function: Any) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # built-in functions tell no signature
+        return []
+
+
+def _target(batch: Any) -> Any:
+    if isinstance(batch, tuple | list):
+        return batch[-1]
+    if isinstance(batch, Mapping):
+        return next((batch[k] for k in _TARGETS if k in batch), batch)
+    return next((found for k in _TARGETS if (found := getattr(batch, k, None)) is not None), batch)
+
+
+def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
+    """The model's output for the parts of the batch that its forward takes."""
+    kinds = [p.kind for p in forward.parameters.values()]
+    if isinstance(batch, Mapping):
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        taken = {k: v for k, v in batch.items() if takes_all or k in forward.parameters}
+        if not taken:
+            raise UserError(
+                f"the model's forward{forward} takes none of the batch's {', '.join(batch)}",
+                hint="give loss=lambda model, batch: ...",
+            )
+        return model(**taken)
+    if not isinstance(batch, tuple | list):
+        return model(batch)
+    places = [
+        p for p in forward.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    most = len(batch) if inspect.Parameter.VAR_POSITIONAL in kinds else len(places)
+    needed = sum(p.default is p.empty for p in places)
+    if target_apart and needed < len(batch):
+        most = min(most, len(batch) - 1)
+    return model(*batch[:most])
+
+
+def own_loss(output: Any) -> torch.Tensor:
+    """The loss a model returns itself: ``.loss``, ``["loss"]`` or a scalar among its outputs; without one,
+    the mean of the first output stands in, whose memory is that of a plain reduction. Raises UserError."""
+    found = getattr(output, "loss", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("loss")
+    if isinstance(found, torch.Tensor):
+        return found
+    leaves = [t for t in _pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    chosen = next((t for t in leaves if t.numel() == 1), leaves[0] if leaves else None)
+    if chosen is None:
+        raise UserError(
+            f"no loss can be read from the model's output, a {type(output).__name__}",
+            allowed="an output with .loss, or with a floating-point tensor",
+            hint="give loss=lambda model, batch: ...",
+        )
+    return chosen if chosen.numel() == 1 else chosen.mean()
+
+
+# -- the optimizer --------------------------------------------------------------------------------
+
+
+def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
+    if optimizer is None or isinstance(optimizer, OptimizerChoice):
+        return optimizer or OptimizerChoice()
+    if isinstance(optimizer, str):
+        choice = OptimizerChoice(name=optimizer.lower())
+        default_optimizer(choice, "cpu")  # raises UserError for an unknown name
+        return choice
+    if isinstance(optimizer, torch.optim.Optimizer):
+        make = _made_like(optimizer, model)
+    elif callable(optimizer):
+        make = optimizer
+    else:
+        raise UserError(
+            f"the optimizer is a {type(optimizer).__name__}",
+            allowed="a name, a torch.optim.Optimizer of this model, or a function of its parameters",
+        )
+    name = getattr(optimizer, "__name__", type(optimizer).__name__)
+    return OptimizerChoice(name=name, make=lambda params: guarded(lambda: make(params), "your optimizer"))
+
+
+def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[torch.nn.Parameter]], Any]:
+    """The same class with the same numbers for other parameters: group by group where they are the model's,
+    else (a technique replaced some of them) all with the optimizer's defaults."""
+    trainable = (
+        [p for p in model.parameters() if p.requires_grad] if isinstance(model, torch.nn.Module) else []
+    )
+    index = {id(p): i for i, p in enumerate(trainable)}
+    groups = [([index[id(p)] for p in g["params"] if id(p) in index], g) for g in optimizer.param_groups]
+    if not any(places for places, _ in groups):
+        raise UserError(
+            "the optimizer holds no trainable parameter of this model",
+            hint="give the module it was made for, or a function of parameters that makes it",
+        )
+    kind: Any = type(optimizer)
+    accepted = _parameters(kind)
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+    shapes = [p.shape for p in trainable]
+    numbers = [(places, {k: v for k, v in g.items() if k != "params"}) for places, g in groups if places]
+
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        if [p.shape for p in params] != shapes:
+            return kind(params, **defaults)
+        return kind([{**n, "params": [params[i] for i in places]} for places, n in numbers], **defaults)
+
+    return make
+
+
+# -- plan and machine -----------------------------------------------------------------------------
+
+
+def plan_of(plan: Any) -> Plan:
+    """A Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path or text of
+    such a file; the name of one technique; None for plain training. Raises UserError."""
+    if plan is None or isinstance(plan, Plan):
+        plan = plan or Plan()
+        full = tuple(make_use(u.technique, u.settings) for u in plan.uses)
+        return check(dataclasses.replace(plan, uses=full))
+    data = _read(plan)
+    if isinstance(data, Path):
+        return read_plan(data)
+    if isinstance(data, Mapping) and not {"techniques", "ranks", "note"} & set(data):
+        data = {"techniques": dict(data)}
+    return parse_plan(data, what="the plan")
+
+
+def _read(plan: Any) -> Any:
+    """Text as what it says, or as the path of a file; all else as it is."""
+    if not isinstance(plan, str):
+        return plan
+    if plan.strip().endswith((".yaml", ".yml")):
+        return Path(plan)
+    import yaml
+
+    try:
+        data = yaml.safe_load(plan)
+    except yaml.YAMLError as error:
+        raise UserError(f"the plan is no YAML: {' '.join(str(error).split())[:160]}") from error
+    return {data: {}} if isinstance(data, str) else data
+
+
+def says_ranks(plan: Any) -> bool:
+    """False for a mapping, a text or a technique's name that does not tell on how many ranks."""
+    data = _read(plan)
+    return not isinstance(data, Mapping) or "ranks" in data
+
+
+def on_ranks(plan: Any, ranks: int) -> Any:
+    """What `plan_of` takes, on so many ranks where it does not say."""
+    if says_ranks(plan):
+        return plan
+    data = _read(plan)
+    return {"ranks": ranks, **(data if {"techniques", "note"} & set(data) else {"techniques": dict(data)})}
+
+
+def machine_of(machine: Any) -> Machine:
+    """A Machine, a name such as ``8xH100-SXM``, the path of a machine file, or None for this machine."""
+    if isinstance(machine, Machine):
+        return machine
+    if machine is None or machine == "this":
+        return this_machine("world")
+    if not isinstance(machine, str | Path):
+        raise UserError(f"the machine is a {type(machine).__name__}", allowed="a name of the catalog or None")
+    name = str(machine)
+    return catalog.from_toml(name) if name.endswith(".toml") else catalog.machine(name)

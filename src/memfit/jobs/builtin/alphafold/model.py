@@ -1,0 +1,252 @@
+"""The whole network: embedders, recycling, stacks, heads (supplementary algorithms 2 to 5 and 30 to 32)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from memfit.jobs.builtin.alphafold.evoformer import (
+    EvoformerBlock,
+    Templates,
+    Widths,
+    binned,
+    relative_positions,
+)
+from memfit.jobs.builtin.alphafold.structure import StructureModule, StructureWidths
+from memfit.techniques.axial import Axial
+
+TARGET, MSA, EXTRA, TEMPLATE = 22, 49, 25, 88  # features of a residue, a row's residue, an extra one, a pair
+RESIDUE_CLASSES: Final = 23  # 20 amino acids, unknown, gap, mask
+DISTANCE_BINS: Final = 64  # from 2.3125 to 21.6875 Angstrom, the last without end
+CONFIDENCE_BINS: Final = 50
+_REACH: Final = 32
+# CB of an ideal residue in the frame of algorithm 21 (C on x, N in the xy plane), Angstrom.
+_BETA: Final = (-0.529, -0.774, -1.205)
+_RECYCLED: Final = (3.375, 21.375, 15)  # Angstrom, Angstrom, bins
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FoldSize:
+    """``rows``, ``extra_rows``, ``residues``: of the cropped MSA; ``recycles``: passes before the one that is
+    learned from (the paper draws 0 to 3; what they need of memory is what one needs)."""
+
+    widths: Widths
+    extra: Widths
+    template: Widths
+    structure: StructureWidths
+    blocks: int
+    extra_blocks: int
+    template_blocks: int
+    templates: int
+    rows: int
+    extra_rows: int
+    residues: int
+    recycles: int
+    batch_size: int
+
+
+def published(*, residues: int, rows: int, extra_rows: int, batch_size: int) -> FoldSize:
+    """The published network (supplement; model_1 of its table 5, which has templates)."""
+    return FoldSize(
+        widths=Widths(c_m=256, c_z=128, msa_heads=8, msa_head_width=32),
+        extra=Widths(c_m=64, c_z=128, msa_heads=8, msa_head_width=8, global_columns=True),
+        template=Widths(
+            c_m=64, c_z=64, msa_heads=4, msa_head_width=16, pair_head_width=16, triangle=64, transition=2
+        ),
+        structure=StructureWidths(c_s=384, c_z=128),
+        blocks=48, extra_blocks=4, template_blocks=2, templates=4,
+        rows=rows, extra_rows=extra_rows, residues=residues, recycles=1, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def small(*, residues: int, batch_size: int) -> FoldSize:
+    """A hundredth of it, every part present but templates, which the data does not have."""
+    shared: dict[str, Any] = {"c_z": 32, "pair_head_width": 8, "triangle": 32, "outer": 8, "transition": 2}
+    return FoldSize(
+        widths=Widths(c_m=48, msa_heads=4, msa_head_width=12, **shared),
+        extra=Widths(c_m=16, msa_heads=4, msa_head_width=4, global_columns=True, **shared),
+        template=Widths(c_m=16, msa_heads=4, msa_head_width=4, **shared),
+        structure=StructureWidths(
+            c_s=48, c_z=32, heads=4, head_width=12, value_points=4, iterations=2, angle_width=32
+        ),
+        blocks=2, extra_blocks=1, template_blocks=1, templates=0,
+        rows=12, extra_rows=16, residues=residues, recycles=1, batch_size=batch_size,
+    )  # fmt: skip
+
+
+class InputEmbedder(Axial):
+    """Algorithms 3 and 4. The pairs may be cut along dimension 1."""
+
+    def __init__(self, size: FoldSize) -> None:
+        super().__init__()
+        c_m, c_z = size.widths.c_m, size.widths.c_z
+        self.left, self.right = nn.Linear(TARGET, c_z), nn.Linear(TARGET, c_z)
+        self.target, self.msa = nn.Linear(TARGET, c_m), nn.Linear(MSA, c_m)
+        self.position = nn.Linear(2 * _REACH + 1, c_z)
+
+    def forward(
+        self, target: torch.Tensor, msa: torch.Tensor, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.left(self.across.own(target, 1)).unsqueeze(2) + self.right(target).unsqueeze(1)
+        own = self.across.own(index, 1)
+        z = z + self.position(relative_positions(own, index, _REACH).to(target.dtype))
+        return self.msa(msa) + self.target(target).unsqueeze(1), z
+
+
+class RecyclingEmbedder(Axial):
+    """Algorithm 32: the first row, the pairs and the CB positions of the pass before. The pairs may be cut
+    along dimension 1."""
+
+    def __init__(self, size: FoldSize) -> None:
+        super().__init__()
+        self.norm_m, self.norm_z = nn.LayerNorm(size.widths.c_m), nn.LayerNorm(size.widths.c_z)
+        self.distance = nn.Linear(_RECYCLED[2], size.widths.c_z)
+
+    def forward(
+        self, first: torch.Tensor, z: torch.Tensor, beta: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        squared = (beta.unsqueeze(1) - self.across.own(beta, 1).unsqueeze(2)).square().sum(-1)
+        return self.norm_m(first), self.norm_z(z) + self.distance(binned(squared, *_RECYCLED))
+
+
+class Confidence(nn.Module):
+    """Algorithm 29: (batch, residues, 50)."""
+
+    def __init__(self, c_s: int) -> None:
+        super().__init__()
+        wide = min(128, c_s)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(c_s), nn.Linear(c_s, wide), nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(),
+            nn.Linear(wide, CONFIDENCE_BINS),
+        )  # fmt: skip
+
+    def forward(self, single: torch.Tensor) -> torch.Tensor:
+        return self.layers(single)  # type: ignore[no-any-return]
+
+
+class Heads(nn.Module):
+    """Distances (batch, residues, residues, 64), hidden residues (batch, rows, residues, 23)."""
+
+    def __init__(self, size: FoldSize) -> None:
+        super().__init__()
+        self.distance = nn.Linear(size.widths.c_z, DISTANCE_BINS)
+        self.residue = nn.Linear(size.widths.c_m, RESIDUE_CLASSES)
+        self.confidence = Confidence(size.structure.c_s)
+
+    def forward(
+        self, m: torch.Tensor, z: torch.Tensor, single: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        half = self.distance(z)
+        return half + half.transpose(1, 2), self.residue(m), self.confidence(single)
+
+
+class AlphaFold(Axial):
+    """``forward(batch)`` takes the features of jobs.alphafold2 and returns a mapping of tensors, of which
+    "pairs", to be recycled, may be cut along dimension 1."""
+
+    def __init__(self, size: FoldSize) -> None:
+        super().__init__()
+        self.size = size
+        self.embed, self.recycle = InputEmbedder(size), RecyclingEmbedder(size)
+        self.template = (
+            Templates(size.template, TEMPLATE, size.widths.c_z, size.template_blocks, 16)
+            if size.templates
+            else None
+        )
+        self.embed_extra = nn.Linear(EXTRA, size.extra.c_m)
+        self.extra = nn.ModuleList(EvoformerBlock(size.extra) for _ in range(size.extra_blocks))
+        self.blocks = nn.ModuleList(EvoformerBlock(size.widths) for _ in range(size.blocks))
+        self.single = nn.Linear(size.widths.c_m, size.structure.c_s)
+        self.structure, self.heads = StructureModule(size.structure), Heads(size)
+        self.apply(_initialised)
+
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:
+        given = dict(batch)
+        count, length = given["target"].shape[:2]
+        like, widths = given["target"], self.size.widths
+        first, z = (
+            like.new_zeros(count, length, widths.c_m),
+            like.new_zeros(count, self.across.size(length), length, widths.c_z),
+        )
+        beta = like.new_zeros(count, length, 3)
+        with torch.no_grad():
+            for _ in range(self.size.recycles):
+                out = self._pass(given, first, z, beta)
+                first, z, beta = out["first"], out["pairs"], out["beta"]
+                del out
+        # Casts of weights that autocast made without gradients must not serve the pass that has them.
+        torch.clear_autocast_cache()
+        return self._pass(given, first, z, beta)
+
+    def _pass(
+        self, given: dict[str, torch.Tensor], first: torch.Tensor, z: torch.Tensor, beta: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        mask = given["mask"]
+        pairs = mask.unsqueeze(1) * mask.unsqueeze(2)
+        m, fresh = self.embed(given["target"], given["msa"], given["index"])
+        pairs, held = pairs.to(m.dtype), mask.to(m.dtype).unsqueeze(1)  # or they would widen what they mask
+        first, recycled = self.recycle(first, z, beta)
+        m, z = torch.cat([(m[:, 0] + first).unsqueeze(1), m[:, 1:]], dim=1), fresh + recycled
+        del fresh, recycled
+        rows, m = held.expand(m.shape[:3]), self.across.own(m, 1)
+        if self.template is not None:
+            z = z + self.template(z, pairs, given["template"], given["template_mask"])
+        extra_rows = held.expand(given["extra"].shape[:3])
+        extra = self.embed_extra(self.across.own(given["extra"], 1))
+        for block in self.extra:
+            extra, z = block(extra, z, extra_rows, pairs)
+        del extra
+        for block in self.blocks:
+            m, z = block(m, z, rows, pairs)
+        cut = z
+        m, z = self.across.whole(m, 1, rows.shape[1]), self.across.whole(z, 1, rows.shape[2])
+        single, rotations, translations, angles = self.structure(self.single(m[:, 0]), z, mask)
+        distance, residue, confidence = self.heads(m, z, single)
+        return {
+            "first": m[:, 0], "pairs": cut,
+            "distance": distance, "residue": residue, "confidence": confidence,
+            "rotations": rotations, "translations": translations, "angles": angles,
+            "beta": translations[-1] + (rotations[-1] @ rotations.new_tensor(_BETA)),
+        }  # fmt: skip
+
+
+def _initialised(module: nn.Module) -> None:
+    """Supplement 1.11.4: linear layers by their inputs, gates open, what is added to a residual at zero."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=child.in_features**-0.5)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+            if name == "gate":
+                nn.init.zeros_(child.weight)
+                nn.init.ones_(child.bias)
+    residual = {
+        "Attention": "out", "GlobalAttention": "out", "Transition": "down", "OuterProduct": "out",
+        "TriangleMultiplication": "out", "Templates": "out", "InvariantPointAttention": "out",
+        "StructureModule": "update", "Heads": "distance",
+    }.get(type(module).__name__)  # fmt: skip
+    if residual is not None:
+        nn.init.zeros_(getattr(module, residual).weight)
+        nn.init.zeros_(getattr(module, residual).bias)
+
+
+def distance_edges() -> torch.Tensor:
+    """The 63 bounds in Angstrom between the 64 bins of distance."""
+    return torch.linspace(2.3125, 21.6875, DISTANCE_BINS - 1)
+
+
+def distance_bins(beta: torch.Tensor) -> torch.Tensor:
+    """Bin of each distance between CB (batch, residues, 3): int64 (batch, residues, residues)."""
+    edges = distance_edges().to(beta.device) ** 2
+    squared = (beta.unsqueeze(1) - beta.unsqueeze(2)).square().sum(-1)
+    return torch.bucketize(squared, edges)
+
+
+def beta_of(atoms: torch.Tensor) -> torch.Tensor:
+    """Where CB would be, (..., 3), of backbones (..., 3 of N CA C, 3), by the ideal tetrahedron."""
+    n, ca, c = atoms.unbind(-2)
+    b, d = ca - n, c - ca
+    return -0.58273431 * torch.linalg.cross(b, d) + 0.56802827 * b - 0.54067466 * d + ca  # type: ignore[no-any-return]

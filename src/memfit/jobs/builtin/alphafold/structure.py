@@ -1,0 +1,255 @@
+"""The structure module and its losses (Jumper et al. 2021, supplementary algorithms 20 to 24, 26 to 29).
+
+Frames are rotations (..., 3, 3) and translations (..., 3) in Angstrom. All of it is an fp32 island: distances
+are differences of large coordinates, and rotations are multiplied block after block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memfit.jobs.builtin.alphafold.evoformer import MASKED
+
+SCALE: Final = 10.0  # Angstrom of a unit of translation
+CLAMP: Final = 10.0  # Angstrom beyond which an aligned error counts no more
+CLAMPED_SHARE: Final = 0.9  # of the loss; the rest is unclamped (supplement 1.11.5, there by batch)
+_EPS: Final = 1e-4  # Angstrom^2 under a root
+CA: Final = 1  # place in (N, CA, C)
+
+
+class Frames(NamedTuple):
+    rotation: torch.Tensor  # (..., 3, 3)
+    translation: torch.Tensor  # (..., 3)
+
+    def apply(self, points: torch.Tensor) -> torch.Tensor:
+        """Local points (..., k, 3) in the global frame."""
+        return points @ self.rotation.transpose(-1, -2) + self.translation.unsqueeze(-2)
+
+    def invert(self, points: torch.Tensor) -> torch.Tensor:
+        """Global points (..., k, 3) in each frame."""
+        return (points - self.translation.unsqueeze(-2)) @ self.rotation
+
+    def then(self, update: Frames) -> Frames:
+        moved = (self.rotation @ update.translation.unsqueeze(-1)).squeeze(-1)
+        return Frames(self.rotation @ update.rotation, moved + self.translation)
+
+
+def frames_of(atoms: torch.Tensor) -> Frames:
+    """Algorithm 21 on (..., 3 atoms N CA C, 3): the origin is CA, C lies on the x axis."""
+    n, ca, c = atoms.unbind(-2)
+    x = functional.normalize(c - ca, dim=-1, eps=1e-6)
+    towards = n - ca
+    y = functional.normalize(towards - (x * towards).sum(-1, keepdim=True) * x, dim=-1, eps=1e-6)
+    return Frames(torch.stack([x, y, torch.linalg.cross(x, y)], dim=-1), ca)
+
+
+def rotation_of(vector: torch.Tensor) -> torch.Tensor:
+    """Algorithm 23: the rotation (..., 3, 3) of the quaternion (1, b, c, d), brought to length one."""
+    b, c, d = vector.unbind(-1)
+    a = torch.rsqrt(1 + b * b + c * c + d * d)
+    b, c, d = b * a, c * a, d * a
+    rows = [
+        a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c),
+        2 * (b * c + a * d), a * a - b * b + c * c - d * d, 2 * (c * d - a * b),
+        2 * (b * d - a * c), 2 * (c * d + a * b), a * a - b * b - c * c + d * d,
+    ]  # fmt: skip
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StructureWidths:
+    c_s: int
+    c_z: int
+    heads: int = 12
+    head_width: int = 16
+    query_points: int = 4
+    value_points: int = 8
+    iterations: int = 8
+    angles: int = 7
+    angle_width: int = 128
+    dropout: float = 0.1
+
+
+class InvariantPointAttention(nn.Module):
+    """Algorithm 22: s (batch, residues, c_s), z (batch, residues, residues, c_z)."""
+
+    def __init__(self, widths: StructureWidths) -> None:
+        super().__init__()
+        w = self.widths = widths
+        heads = w.heads
+        self.query, self.key, self.value = (nn.Linear(w.c_s, heads * w.head_width) for _ in range(3))
+        self.query_points, self.key_points = (nn.Linear(w.c_s, heads * w.query_points * 3) for _ in range(2))
+        self.value_points = nn.Linear(w.c_s, heads * w.value_points * 3)
+        self.bias = nn.Linear(w.c_z, heads)
+        self.head_weight = nn.Parameter(torch.full((heads,), math.log(math.e - 1)))  # softplus of it is 1
+        self.out = nn.Linear(heads * (w.c_z + w.head_width + w.value_points * 4), w.c_s)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.widths.heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _points(self, x: torch.Tensor, frames: Frames) -> torch.Tensor:
+        """Global points (batch, heads, residues, points, 3)."""
+        local = x.unflatten(-1, (-1, 3))
+        heads = frames.apply(local).unflatten(-2, (self.widths.heads, -1))
+        return heads.transpose(1, 2)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        s: torch.Tensor,
+        z: torch.Tensor,
+        rotation: torch.Tensor,
+        translation: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        w, frames = self.widths, Frames(rotation, translation)
+        query, key, value = (self._heads(p(s)) for p in (self.query, self.key, self.value))
+        logits = (query @ key.transpose(-1, -2)) * math.sqrt(1 / (3 * w.head_width))
+        logits = logits + math.sqrt(1 / 3) * self.bias(z).permute(0, 3, 1, 2)
+        from_, to = (self._points(p(s), frames) for p in (self.query_points, self.key_points))
+        squared = (from_.unsqueeze(3) - to.unsqueeze(2)).square().sum((-1, -2))
+        weight = functional.softplus(self.head_weight) * math.sqrt(1 / (3 * 4.5 * w.query_points))
+        logits = logits - 0.5 * weight[:, None, None] * squared
+        seen = mask.unsqueeze(1) * mask.unsqueeze(2)
+        weights = (logits + ((seen - 1) * -MASKED).unsqueeze(1)).softmax(-1)
+        mixed = (weights @ value).transpose(1, 2).flatten(-2)
+        points = torch.einsum("bhij,bhjpx->bihpx", weights, self._points(self.value_points(s), frames))
+        points = frames.invert(points.flatten(2, 3))
+        length = (points.square().sum(-1) + 1e-8).sqrt()
+        paired = torch.einsum("bhij,bijc->bihc", weights, z).flatten(-2)
+        return self.out(torch.cat([mixed, points.flatten(-2), length, paired], -1))  # type: ignore[no-any-return]
+
+
+class Angles(nn.Module):
+    """Algorithm 20, lines 11 to 14: (batch, residues, angles, 2), not yet of length one."""
+
+    def __init__(self, widths: StructureWidths) -> None:
+        super().__init__()
+        wide = widths.angle_width
+        self.first, self.initial = nn.Linear(widths.c_s, wide), nn.Linear(widths.c_s, wide)
+        self.residual = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, wide))
+            for _ in range(2)
+        )
+        self.out = nn.Linear(wide, 2 * widths.angles)
+
+    def forward(self, s: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        a = self.first(functional.relu(s)) + self.initial(functional.relu(initial))
+        for layers in self.residual:
+            a = a + layers(a)
+        return self.out(functional.relu(a)).unflatten(-1, (-1, 2))  # type: ignore[no-any-return]
+
+
+class Structure(NamedTuple):
+    single: torch.Tensor  # (batch, residues, c_s)
+    rotations: torch.Tensor  # (iterations, batch, residues, 3, 3)
+    translations: torch.Tensor  # (iterations, batch, residues, 3)
+    angles: torch.Tensor  # (iterations, batch, residues, angles, 2)
+
+
+class StructureModule(nn.Module):
+    """Algorithm 20; one set of weights for all iterations."""
+
+    def __init__(self, widths: StructureWidths) -> None:
+        super().__init__()
+        c = widths.c_s
+        self.iterations = widths.iterations
+        self.norm_s, self.norm_z = nn.LayerNorm(c), nn.LayerNorm(widths.c_z)
+        self.first = nn.Linear(c, c)
+        self.attention = InvariantPointAttention(widths)
+        self.norm_attention, self.norm_transition = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.transition = nn.Sequential(
+            nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c)
+        )
+        self.dropout, self.update, self.angles = nn.Dropout(widths.dropout), nn.Linear(c, 6), Angles(widths)
+
+    def forward(self, s: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> Structure:
+        initial = s = self.norm_s(s)
+        z, s = self.norm_z(z), self.first(s)
+        rotation = torch.eye(3, dtype=s.dtype, device=s.device).expand(*s.shape[:2], 3, 3)
+        frames = Frames(rotation, s.new_zeros(*s.shape[:2], 3))
+        kept: list[tuple[torch.Tensor, ...]] = []
+        for index in range(self.iterations):
+            s = s + self.attention(s, z, *frames, mask)
+            s = self.norm_attention(self.dropout(s))
+            s = self.norm_transition(self.dropout(s + self.transition(s)))
+            step = self.update(s)
+            frames = frames.then(Frames(rotation_of(step[..., :3]), step[..., 3:] * SCALE))
+            kept.append((*frames, self.angles(s, initial)))
+            if index < self.iterations - 1:
+                frames = Frames(frames.rotation.detach(), frames.translation)
+        rotations, translations, angles = (torch.stack(k) for k in zip(*kept, strict=True))
+        return Structure(s, rotations, translations, angles)
+
+
+# -- losses -----------------------------------------------------------------------------------------------
+
+
+def fape(
+    predicted: Frames,
+    true: Frames,
+    points: torch.Tensor,
+    true_points: torch.Tensor,
+    held: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """Algorithm 28, (batch,): the mean over frames (batch, n) and points (batch, k, 3) of the error of points
+    seen from frames, in units of 10 Angstrom. ``held``: masks (batch, n) and (batch, k)."""
+    seen = predicted.invert(points.unsqueeze(1)) - true.invert(true_points.unsqueeze(1))
+    error = (seen.square().sum(-1) + _EPS).sqrt()
+    error = CLAMPED_SHARE * error.clamp(max=CLAMP) + (1 - CLAMPED_SHARE) * error
+    weight = held[0].unsqueeze(2) * held[1].unsqueeze(1)
+    return (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1) / SCALE
+
+
+def torsion_loss(angles: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Algorithm 27, (batch,): true (batch, residues, angles, 2) where ``held`` (batch, residues, angles)."""
+    length = (angles.square().sum(-1) + 1e-8).sqrt()
+    apart = (angles / length.unsqueeze(-1) - true).square().sum(-1)
+    count = held.sum((1, 2)).clamp(min=1)
+    return (((apart + 0.02 * (length - 1).abs()) * held).sum((-1, -2)) / count).mean(0)
+
+
+def torsions(atoms: torch.Tensor, follows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sine and cosine (batch, residues, 3 of omega phi psi, 2), mask) of backbones (batch, residues, 3, 3).
+    ``follows`` (batch, residues) is 1 where a residue continues the chain of the one before."""
+    n, ca, c = atoms.unbind(-2)
+
+    def before(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :1], x[:, :-1]], dim=1)
+
+    omega = _dihedral(before(ca), before(c), n, ca)
+    phi = _dihedral(before(c), n, ca, c)
+    after = torch.cat([n[:, 1:], n[:, -1:]], dim=1)
+    continued = torch.cat([follows[:, 1:], torch.zeros_like(follows[:, :1])], dim=1)
+    psi = _dihedral(n, ca, c, after)
+    return torch.stack([omega, phi, psi], dim=2), torch.stack([follows, follows, continued], dim=2)
+
+
+def _dihedral(*points: torch.Tensor) -> torch.Tensor:
+    a, b, c = (points[i + 1] - points[i] for i in range(3))
+    one, two = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
+    sine = (torch.linalg.cross(one, two) * functional.normalize(b, dim=-1, eps=1e-6)).sum(-1)
+    return functional.normalize(torch.stack([sine, (one * two).sum(-1)], dim=-1), dim=-1, eps=1e-6)
+
+
+def lddt(points: torch.Tensor, true: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Per residue (batch, residues), 0 to 1: the share of distances under 15 Angstrom that are kept within
+    0.5, 1, 2 and 4 Angstrom (Mariani et al. 2013), of CA positions (batch, residues, 3)."""
+    apart, truly = _distances(points), _distances(true)
+    count = held.unsqueeze(1) * held.unsqueeze(2) * (truly < 15.0)
+    count = count * (1 - torch.eye(count.shape[1], device=count.device))
+    off: Any = (apart - truly).abs().unsqueeze(-1) < off_limits(truly)
+    return (off.float().mean(-1) * count).sum(-1) / count.sum(-1).clamp(min=1)  # type: ignore[no-any-return]
+
+
+def off_limits(like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=like.dtype, device=like.device)
+
+
+def _distances(x: torch.Tensor) -> torch.Tensor:
+    return ((x.unsqueeze(1) - x.unsqueeze(2)).square().sum(-1) + 1e-8).sqrt()

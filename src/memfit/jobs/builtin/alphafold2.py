@@ -1,0 +1,322 @@
+"""``alphafold2``: protein structure from alignments, AlphaFold 2 written from its paper's algorithms.
+
+What there is no data for is left out and said so: side chains (their torsions are not judged), templates at
+``tiny``, co-evolution (rows of an alignment are drawn column by column from a real family's profile).
+Precision islands: the structure module (distances of coordinates tens of Angstrom large, frames multiplied in
+a row), recycled distances, and the heads' logits; in float16 the masks of -1e9 are infinite as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from memfit.jobs.builtin.batches import (
+    EVALUATED_AT_ONCE,
+    as_tensors,
+    epoch_indices,
+    evaluating,
+    refuse,
+    step_rng,
+)
+from memfit.types.job import Job, Metric, OptimizerChoice
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.jobs.builtin.alphafold.model import FoldSize
+
+    Array = np.ndarray[Any, Any]
+
+NAME: Final = "alphafold2"
+TITLE: Final = "Protein structure (AlphaFold 2: Evoformer and structure module)"
+SIZES: Final = ("tiny", "initial", "finetune", "paper")
+DATA_SOURCE: Final = (
+    "backbones and family profiles of 2,500 PDB chains split by 30 % identity clusters "
+    "(wwPDB, CC0; profiles from ProMod3, Apache-2.0)"
+)
+HIDDEN_SHARE: Final = 0.15  # of the alignment's residues (supplement 1.2.7)
+_MASK_CLASS: Final = 22
+CONTACT_ANGSTROM: Final = 8.0  # between CB
+APART: Final = 12  # residues between two that count as a contact at medium and long range
+_TESTED: Final = 120  # chains of the test set
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Folds:
+    """Chains in a row: ``residue`` (n,), ``profile`` (n, 20) of 0..1, ``atoms`` (n, 3, 3) Angstrom."""
+
+    offset: Array
+    residue: Array
+    profile: Array
+    atoms: Array
+    train_count: int
+
+    @property
+    def count(self) -> int:
+        return len(self.offset) - 1
+
+
+def make(
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+) -> Job:
+    """The job at one of SIZES: ``initial`` training (``paper`` is the same) at 256 residues and 128 rows,
+    ``finetune`` at 384 residues and 512 rows. Raises UserError for data and weights of one's own."""
+    refuse(
+        NAME, {"--data": data, "--weights": weights},
+        allowed="neither: it trains from scratch on the chains that come with memfit",
+    )  # fmt: skip
+    shape, folds = _shape(size, length, batch), built_in_folds()
+    return Job(
+        name=NAME, title=TITLE, size=size if length is None else f"{size}@{length}",
+        build_model=lambda: _build(shape),
+        make_batch=lambda step, seed: train_batch(folds, shape, step=step, seed=seed),
+        loss=loss,
+        evaluate=lambda model: contact_precision(model, folds, shape),
+        metric=metric(folds, shape),
+        optimizer=OptimizerChoice(
+            name="adam", learning_rate=2e-3 if size == "tiny" else 1e-3, eps=1e-6
+        ),
+        batch_size=shape.batch_size,
+        tokens_per_batch=shape.batch_size * shape.residues,
+        length_unit="residues",
+        steps=40,
+        blocks="blocks",
+        more_blocks=("extra", "template.blocks") if shape.templates else ("extra",),
+        islands=("structure", "recycle", "heads"),
+        data_source=DATA_SOURCE,
+    )  # fmt: skip
+
+
+def _shape(size: str, length: int | None, batch: int | None) -> FoldSize:
+    from memfit.jobs.builtin.alphafold.model import published, small
+
+    if size == "tiny":
+        return small(residues=length or 40, batch_size=batch or 4)
+    crops = {"residues": 384, "rows": 512, "extra_rows": 5120} if size == "finetune" else {
+        "residues": 256, "rows": 128, "extra_rows": 1024
+    }  # fmt: skip
+    return published(**crops | ({"residues": length} if length else {}), batch_size=batch or 1)
+
+
+def _build(shape: FoldSize) -> torch.nn.Module:
+    from memfit.jobs.builtin.alphafold.model import AlphaFold
+
+    return AlphaFold(shape)
+
+
+def built_in_folds() -> Folds:
+    """The chains of ``protein-ss`` and their backbones."""
+    folder = resources.files("memfit.jobs.builtin") / "data"
+    with resources.as_file(folder / "pdb_ss.npz") as path, np.load(path) as kept:
+        profile = kept["profile"].astype(np.float32)
+        known = profile.sum(-1, keepdims=True) > 0
+        alone = np.eye(21, dtype=np.float32)[kept["residue"]][:, :20] + np.float32(1e-3)
+        profile = np.where(known, profile, alone)
+        offset, residue = np.concatenate([[0], np.cumsum(kept["length"])]), kept["residue"].astype(np.int64)
+        train_count = int(kept["n_train"])
+    with resources.as_file(folder / "pdb_backbone.npz") as path, np.load(path) as kept:
+        atoms = np.cumsum(kept["step"].astype(np.int32), axis=0).reshape(-1, 3, 3)
+    return Folds(
+        offset=offset, residue=residue, profile=profile / profile.sum(-1, keepdims=True),
+        atoms=(atoms / 100).astype(np.float32), train_count=train_count,
+    )  # fmt: skip
+
+
+def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[str, torch.Tensor]:
+    """Chains longer than the crop are cropped at a random place. Keys: see `pack`."""
+    rng = step_rng(step, seed)
+    picked = epoch_indices(folds.train_count, shape.batch_size, step=step, seed=seed)
+    spare = np.maximum(folds.offset[picked + 1] - folds.offset[picked] - shape.residues, 0)
+    return pack(folds, picked, rng.integers(0, spare + 1), shape, rng)
+
+
+def pack(
+    folds: Folds, picked: Array, skipped: Array, shape: FoldSize, rng: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25),
+    ``index`` (batch, n) int64, ``mask`` (batch, n), ``atoms`` (batch, n, 3 of N CA C, 3) Angstrom;
+    ``residue`` (batch, rows, n) int64, to be found out where ``hidden`` is. Templates are empty."""
+    count, length = len(picked), shape.residues
+    residue, mask = np.full((count, length), 20), np.zeros((count, length), np.float32)
+    profile = np.zeros((count, length, 20), np.float32)
+    atoms = np.zeros((count, length, 3, 3), np.float32)
+    for row, (chain, skip) in enumerate(zip(picked, skipped, strict=True)):
+        start = folds.offset[chain] + skip
+        stop = min(folds.offset[chain + 1], start + length)
+        held = slice(stop - start)
+        residue[row, held], mask[row, held] = folds.residue[start:stop], 1
+        profile[row, held], atoms[row, held] = folds.profile[start:stop], folds.atoms[start:stop]
+    drawn = _homologs(profile, shape.rows + shape.extra_rows - 1, rng)
+    msa = np.concatenate([residue[:, None], drawn[:, : shape.rows - 1]], axis=1)
+    hidden = (rng.random(msa.shape) < HIDDEN_SHARE) * mask[:, None]
+    eye = np.eye(23, dtype=np.float32)
+    shown = eye[np.where(hidden > 0, _MASK_CLASS, msa)]
+    gone = np.zeros((*msa.shape, 26), np.float32)  # deletions, of which profiles know nothing
+    gone[..., 2:22] = profile[:, None]
+    extra = eye[drawn[:, shape.rows - 1 :]]
+    arrays = {
+        "target": eye[residue][..., :22], "msa": np.concatenate([shown, gone], axis=-1),
+        "extra": np.concatenate([extra, np.zeros((*extra.shape[:-1], 2), np.float32)], axis=-1),
+        "index": np.broadcast_to(np.arange(length), (count, length)).copy(), "mask": mask, "atoms": atoms,
+        "residue": msa.astype(np.int64), "hidden": hidden.astype(np.float32),
+    }  # fmt: skip
+    if shape.templates:
+        arrays["template"] = np.zeros((count, shape.templates, length, length, 88), np.float32)
+        arrays["template_mask"] = np.zeros((count, shape.templates), np.float32)
+    return as_tensors(arrays)
+
+
+def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
+    """(batch, rows, n) residues drawn from the profile (batch, n, 20) of each column by itself."""
+    steps = np.cumsum(profile, axis=-1)
+    thrown = rng.random((profile.shape[0], rows, profile.shape[1]), np.float32)
+    drawn = np.zeros(thrown.shape, np.int64)
+    for kind in range(19):
+        drawn += thrown > steps[:, None, :, kind]
+    return drawn
+
+
+def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """Equation 7 of the supplement, initial training, mean over the samples."""
+    out = model(batch)
+    return terms(out, batch)["loss"]
+
+
+def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """The parts of the loss, each a mean over samples, with fp32 sums."""
+    import torch
+    from torch.nn import functional
+
+    from memfit.jobs.builtin.alphafold.model import CONFIDENCE_BINS, beta_of, distance_bins
+    from memfit.jobs.builtin.alphafold.structure import (
+        Frames,
+        fape,
+        frames_of,
+        lddt,
+        torsion_loss,
+        torsions,
+    )
+
+    mask, atoms = batch["mask"], batch["atoms"]
+    pairs = mask.unsqueeze(1) * mask.unsqueeze(2)
+
+    def cross_entropy(logits: Any, classes: Any, weight: Any) -> torch.Tensor:
+        each = functional.cross_entropy(logits.float().movedim(-1, 1), classes, reduction="none")
+        return ((each * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)).mean()  # type: ignore[no-any-return]
+
+    true = frames_of(atoms)
+    rotations, translations = out["rotations"].float(), out["translations"].float()
+    along = [
+        fape(Frames(r, t), true, t, true.translation, (mask, mask))
+        for r, t in zip(rotations.unbind(0), translations.unbind(0), strict=True)
+    ]
+    local = true.invert(atoms)  # bond lengths and angles are taken as they are in nature
+    placed = Frames(rotations[-1], translations[-1]).apply(local).flatten(1, 2)
+    final = fape(
+        Frames(rotations[-1], translations[-1]), true, placed, atoms.flatten(1, 2),
+        (mask, mask.repeat_interleave(3, dim=1)),
+    ).mean()  # fmt: skip
+    follows = mask * functional.pad(mask[:, :-1], (1, 0))
+    turned, held = torsions(atoms, follows)
+    auxiliary = torch.stack(along).mean() + sum(
+        torsion_loss(a[:, :, :3].float(), turned, held).mean() for a in out["angles"].unbind(0)
+    ) / len(along)
+    with torch.no_grad():
+        right = lddt(translations[-1], true.translation, mask)
+        bins = (right * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
+    parts = {
+        "fape": final, "auxiliary": auxiliary,
+        "distance": cross_entropy(out["distance"], distance_bins(beta_of(atoms)), pairs),
+        "residue": cross_entropy(out["residue"], batch["residue"], batch["hidden"]),
+        "confidence": cross_entropy(out["confidence"], bins, mask),
+    }  # fmt: skip
+    weights = {"fape": 0.5, "auxiliary": 0.5, "distance": 0.3, "residue": 2.0, "confidence": 0.01}
+    total = sum(weights[name] * part for name, part in parts.items())
+    return {**parts, "loss": torch.as_tensor(total), "lddt": (right * mask).sum() / mask.sum()}
+
+
+# -- what is measured of it ---------------------------------------------------------------------------------
+
+
+def test_parts(folds: Folds, shape: FoldSize) -> Any:
+    """The test set's chains in batches, cropped at their start; always the same alignments."""
+    few = min(shape.batch_size, EVALUATED_AT_ONCE)
+    test = np.arange(folds.train_count, folds.count)[:_TESTED]
+    for index, picked in enumerate(np.array_split(test, -(-len(test) // few))):
+        yield pack(folds, picked, np.zeros_like(picked), shape, step_rng(index, 0))
+
+
+def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
+    """Percentage of true contacts among the L/2 likeliest pairs of each test chain, by the distogram."""
+    from memfit.jobs.builtin.alphafold.model import distance_edges
+
+    near = int((distance_edges() <= CONTACT_ANGSTROM).sum())  # bins that end before it
+    found: list[float] = []
+    with evaluating(model) as device:
+        for packed in test_parts(folds, shape):
+            part = {name: tensor.to(device) for name, tensor in packed.items()}
+            logits = model(part)["distance"].float()
+            likely = logits.softmax(-1)[..., :near].sum(-1)
+            found += _precisions(likely.cpu().numpy(), packed["atoms"].numpy(), packed["mask"].numpy())
+    return 100 * float(np.mean(found))
+
+
+def _precisions(likely: Array, atoms: Array, mask: Array) -> list[float]:
+    found = []
+    for scores, chain, held in zip(likely, atoms, mask, strict=True):
+        length = int(held.sum())
+        first, second = np.triu_indices(length, APART)
+        if len(first):
+            best = np.argsort(-scores[first, second], kind="stable")[: max(1, length // 2)]
+            found.append(float(_contacts(chain[:length])[first[best], second[best]].mean()))
+    return found
+
+
+def _contacts(atoms: Array) -> Array:
+    import torch
+
+    from memfit.jobs.builtin.alphafold.model import beta_of
+
+    beta = beta_of(torch.from_numpy(atoms)).numpy()
+    return np.asarray(((beta[:, None] - beta[None]) ** 2).sum(-1) < CONTACT_ANGSTROM**2)
+
+
+def metric(folds: Folds, shape: FoldSize) -> Metric:
+    """Contact precision with the best ranking by separation along the chain alone as the naive result."""
+    length = shape.residues
+    near, seen = np.zeros(length), np.zeros(length)
+    for chain in range(0, folds.train_count, 4):
+        start = folds.offset[chain]
+        touching = _contacts(folds.atoms[start : min(folds.offset[chain + 1], start + length)])
+        for apart in range(APART, len(touching)):
+            near[apart] += touching.diagonal(apart).sum()
+            seen[apart] += len(touching) - apart
+    prior = near / np.maximum(seen, 1)
+    found: list[float] = []
+    for chain in range(folds.train_count, folds.count)[:_TESTED]:
+        start = folds.offset[chain]
+        atoms = folds.atoms[start : min(folds.offset[chain + 1], start + length)]
+        separation = np.abs(np.subtract.outer(np.arange(len(atoms)), np.arange(len(atoms))))
+        found += _precisions(prior[separation][None], atoms[None], np.ones((1, len(atoms))))
+    return Metric(
+        name="contact precision at L/2",
+        unit="percentage points",
+        higher_is_better=True,
+        margin=5.0,
+        margin_source=(
+            "the best groups' precision of long-range contacts rose by about 20 points from one CASP to the "
+            "next (27, 47 and 70 % in CASP11, 12, 13; Shrestha et al. 2019, doi:10.1002/prot.25819): a "
+            "quarter of such a step is no difference"
+        ),
+        naive=100 * float(np.mean(found)),
+        naive_name="contacts ranked by separation along the chain alone",
+    )

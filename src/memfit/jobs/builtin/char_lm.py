@@ -1,0 +1,173 @@
+"""``char-lm``: a small GPT that predicts the next byte of real text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import platform
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, evaluating, step_rng
+from memfit.jobs.builtin.fasta import read_text
+from memfit.types.errors import UserError
+from memfit.types.job import Job, Metric, OptimizerChoice
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.jobs.builtin.gpt import GptSize
+
+    Array = np.ndarray[Any, Any]
+
+NAME: Final = "char-lm"
+TITLE: Final = "Language model of text, byte by byte (GPT)"
+SIZES: Final = ("tiny", "124M", "1.3B", "paper")
+DATA_SOURCE: Final = (
+    f"Python {platform.python_version()} documentation from the standard library (PSF License)"
+)
+_TEST_WINDOWS: Final = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Bytes, uint8 (bytes,)."""
+
+    train: Array
+    test: Array
+    source: str
+
+
+def make(
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+) -> Job:
+    """The job at one of SIZES. ``data``: a text file. The larger sizes keep GPT-2's vocabulary, whose
+    memory is what they are for; their tokens are bytes all the same."""
+    shape = _shape(size)
+    if length is not None:
+        shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
+    batch_size = batch or shape.batch_size
+    text = read(data, shape.length)
+    return Job(
+        name=NAME,
+        title=TITLE,
+        size=size,
+        build_model=lambda: _build(shape, weights),
+        make_batch=lambda step, seed: train_batch(text.train, shape.length, batch_size, step=step, seed=seed),
+        loss=functools.partial(_cross_entropy, reduction="mean"),
+        loss_terms=lambda part: int(part["next"].numel()),
+        evaluate=lambda model: bits_per_byte(model, text.test, shape.length, batch_size),
+        metric=metric(text, shape.length),
+        optimizer=OptimizerChoice(learning_rate=2e-3 if size == "tiny" else 2e-4, betas=(0.9, 0.95)),
+        batch_size=batch_size,
+        tokens_per_batch=batch_size * shape.length,
+        blocks="blocks",
+        head="head",
+        data_source=text.source,
+    )
+
+
+def _shape(size: str) -> GptSize:
+    """GPT-2 small (Radford et al. 2019) and the 1.3B model of GPT-3's table 2.1 with 64-wide heads."""
+    from memfit.jobs.builtin.gpt import GptSize
+
+    if size == "tiny":
+        return GptSize(layers=4, width=128, heads=4, length=256, vocabulary=256, batch_size=16)
+    if size == "124M":
+        return GptSize(layers=12, width=768, heads=12, length=1024, vocabulary=50_257, batch_size=8)
+    return GptSize(layers=24, width=2048, heads=32, length=2048, vocabulary=50_257, batch_size=8)
+
+
+def _build(shape: GptSize, weights: str | None) -> torch.nn.Module:
+    from memfit.jobs.builtin.gpt import Gpt
+    from memfit.jobs.weights import load_weights
+
+    model = Gpt(shape)
+    if weights:
+        load_weights(model, weights)
+    return model
+
+
+def read(path: str | None, length: int) -> Text:
+    """The user's text or the built-in one; the last tenth is held out. Raises UserError if a part would be
+    shorter than one window of ``length`` + 1 bytes."""
+    whole = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
+    cut = len(whole) - len(whole) // 10
+    if len(whole) - cut < length + 1:
+        named = path or "the built-in text"
+        raise UserError(f"{named} has {len(whole)} bytes", allowed=f"at least {10 * (length + 1)}")
+    return Text(train=whole[:cut], test=whole[cut:], source=path or DATA_SOURCE)
+
+
+def _documentation() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def train_batch(
+    text: Array, length: int, batch_size: int, *, step: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """``tokens`` and ``next`` (batch, length) int64: windows at random places and the bytes that follow."""
+    starts = step_rng(step, seed).integers(0, len(text) - length, size=batch_size)
+    return as_tensors(_windows(text, starts, length))
+
+
+def _windows(text: Array, starts: Array, length: int) -> dict[str, Array]:
+    places = starts[:, None] + np.arange(length + 1)
+    window = text[places].astype(np.int64)
+    return {"tokens": window[:, :-1], "next": window[:, 1:]}
+
+
+def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
+    """Cross-entropy of the next byte, nats."""
+    from torch.nn import functional
+
+    logits = model(batch["tokens"])
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch["next"].flatten(), reduction=reduction
+    )
+
+
+def _test_starts(text: Array, length: int) -> Array:
+    """Windows one after another, so that each scored byte counts once."""
+    return np.arange(0, len(text) - length, length)[:_TEST_WINDOWS]
+
+
+def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: int) -> float:
+    """Mean cross-entropy in bits over the first windows of the held-out text."""
+    starts, total = _test_starts(text, length), 0.0
+    with evaluating(model) as device:
+        few = min(batch_size, EVALUATED_AT_ONCE)
+        for first in range(0, len(starts), few):
+            arrays = _windows(text, starts[first : first + few], length)
+            part = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
+            total += float(_cross_entropy(model, part, reduction="sum"))
+    return total / (len(starts) * length * math.log(2))
+
+
+def metric(text: Text, length: int) -> Metric:
+    """Bits per byte, with byte frequencies of the training text (plus one each) as the naive model."""
+    counts = np.bincount(text.train, minlength=256) + 1
+    bits = -np.log2(counts / counts.sum())
+    scored = _windows(text.test, _test_starts(text.test, length), length)["next"]
+    return Metric(
+        name="bits per byte",
+        unit="bits",
+        higher_is_better=False,
+        margin=0.025,
+        margin_source=(
+            "64 layers of 235M parameters and 12 layers of 44M differ by 0.05 bits per character on text8 "
+            "(1.13, 1.18) and enwik8 (1.06, 1.11; Al-Rfou et al. 2019, arXiv 1808.04444): half of that is "
+            "no difference"
+        ),
+        naive=float(bits[scored].mean()),
+        naive_name="byte frequencies of the training text",
+    )

@@ -1,0 +1,238 @@
+"""ESM-2 (Lin et al. 2023, Science 379:1123), for both protein jobs.
+
+Parameters carry the names, and operators the order, of Hugging Face's ``EsmForMaskedLM`` (transformers,
+models/esm/modeling_esm.py): its checkpoints load, its bits come out and its bytes are needed, to all of which
+tests/unit/test_jobs_esm.py holds it. It is written here because importing that library takes longer than
+predicting the model, in every process of a proof of concept, and because its forward looks at the values of
+the padding mask, which fake tensors do not have. Left out: the contact head, which neither job trains, and
+dropout, which ESM-2 does without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+WINDOW: Final = 15  # residues seen by the input projection, as in PSIPRED (Jones 1999, JMB 292:195)
+FEATURES: Final = 41  # one-hot residue (21) and profile (20)
+VOCABULARY: Final = 33
+PAD, MASK = 1, 32  # token numbers of ESM-2's alphabet
+_EPS: Final = 1e-5
+_INITIAL_STD: Final = 0.02
+_ROTARY_BASE: Final = 10_000.0
+
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1, length, width of a head)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EsmSize:
+    """``length`` in residues (tokens), ``batch_size`` in chains."""
+
+    layers: int
+    width: int
+    heads: int
+    length: int
+    batch_size: int
+
+    def with_length(self, length: int, batch_size: int) -> EsmSize:
+        return dataclasses.replace(self, length=length, batch_size=batch_size)
+
+
+# Published ESM-2 shapes (Lin et al. 2023, table S1); the feed-forward part is four times as wide.
+PUBLISHED: Final = {
+    "8M": EsmSize(layers=6, width=320, heads=20, length=1024, batch_size=8),
+    "35M": EsmSize(layers=12, width=480, heads=20, length=1024, batch_size=8),
+    "150M": EsmSize(layers=30, width=640, heads=20, length=1024, batch_size=8),
+    "650M": EsmSize(layers=33, width=1280, heads=20, length=1024, batch_size=8),
+    "3B": EsmSize(layers=36, width=2560, heads=40, length=1024, batch_size=8),
+    "15B": EsmSize(layers=48, width=5120, heads=40, length=1024, batch_size=8),
+}
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """``hidden`` (batch, length, width); ``mask`` (batch, 1, 1, length), False at padding."""
+        query, key, value = (self._heads(p(hidden)) for p in (self.query, self.key, self.value))
+        query = query * self.head_width**-0.5  # before the rotation, as ESM-2 was trained
+        mixed: torch.Tensor = functional.scaled_dot_product_attention(
+            _rotated(query, rotary), _rotated(key, rotary), value, attn_mask=mask, scale=1.0
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(batch, length, width) as (batch, heads, length, width of a head)"""
+        return projected.view(*projected.shape[:-1], -1, self.head_width).transpose(1, 2)
+
+
+def _rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), each half of a head with the other."""
+    cosines, sines = (part.unsqueeze(1) for part in rotary)
+    return ((x.float() * cosines) + (_turned(x.float()) * sines)).to(x.dtype)
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """By its operators, as ESM-2 and Hugging Face compute it: other bits and more memory than torch's."""
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner, width)
+
+    def forward(self, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        return self.dense(x) + before  # type: ignore[no-any-return]
+
+
+class EsmAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self = SelfAttention(width, heads)
+        self.output = Residual(width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=_EPS)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        return self.output(self.self(self.LayerNorm(hidden), mask, rotary), hidden)  # type: ignore[no-any-return]
+
+
+class Intermediate(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, 4 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gelu(self.dense(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = EsmAttention(width, heads)
+        self.intermediate = Intermediate(width)
+        self.output = Residual(4 * width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=_EPS)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        mixed = self.attention(hidden, mask, rotary)
+        return self.output(self.intermediate(self.LayerNorm(mixed)), mixed)  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    def __init__(self, size: EsmSize) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(size.width, size.heads) for _ in range(size.layers))
+        self.emb_layer_norm_after = nn.LayerNorm(size.width, eps=_EPS)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        for layer in self.layer:
+            hidden = layer(hidden, mask, rotary)
+        return self.emb_layer_norm_after(hidden)  # type: ignore[no-any-return]
+
+
+class RotaryPositions(nn.Module):
+    def __init__(self, head_width: int) -> None:
+        super().__init__()
+        powers = torch.arange(0, head_width, 2, dtype=torch.float) / head_width
+        self.register_buffer("inv_freq", 1.0 / (_ROTARY_BASE**powers))
+
+    def forward(self, hidden: torch.Tensor) -> Rotary:
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        angles = positions[..., None].float() * self.inv_freq.to(device=hidden.device, dtype=torch.float)  # type: ignore[operator]
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos().to(hidden.dtype), both.sin().to(hidden.dtype)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(VOCABULARY, width, padding_idx=PAD)
+
+    def forward(self, tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return self.word_embeddings(tokens) * valid.unsqueeze(-1)  # type: ignore[no-any-return]
+
+
+class Esm(nn.Module):
+    """``tokens``: whether token numbers go in, or embedded inputs (batch, length, width)."""
+
+    def __init__(self, size: EsmSize, *, tokens: bool) -> None:
+        super().__init__()
+        if tokens:
+            self.embeddings = Embeddings(size.width)
+        self.rotary_embeddings = RotaryPositions(size.width // size.heads)
+        self.encoder = Encoder(size)
+
+    def forward(self, inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """(batch, length, width); ``valid`` (batch, length) is False at padding."""
+        embedded = self.embeddings(inputs, valid) if hasattr(self, "embeddings") else inputs
+        return self.encoder(embedded, valid[:, None, None, :], self.rotary_embeddings(embedded))  # type: ignore[no-any-return]
+
+
+class LanguageHead(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.layer_norm = nn.LayerNorm(width, eps=_EPS)
+        self.decoder = nn.Linear(width, VOCABULARY, bias=False)
+        self.bias = nn.Parameter(torch.zeros(VOCABULARY))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(_gelu(self.dense(hidden)))) + self.bias  # type: ignore[no-any-return]
+
+
+def _initialize(module: nn.Module) -> None:
+    """As ESM-2 starts: normal weights, zero biases, nothing for padding."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=_INITIAL_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        with torch.no_grad():
+            module.weight[PAD].zero_()
+
+
+class SecondaryStructure(nn.Module):
+    """Three-state secondary structure per residue; parameters ``esm.*`` carry ESM-2's own names."""
+
+    def __init__(self, size: EsmSize) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WINDOW * FEATURES, size.width)
+        self.esm = Esm(size, tokens=False).apply(_initialize)
+        self.head = nn.Linear(size.width, 3)
+        nn.init.normal_(self.head.weight, std=1e-3)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Logits ``(batch, length, 3)`` of features ``(batch, length, 41)``."""
+        features = features.to(self.esm.encoder.emb_layer_norm_after.weight.dtype)
+        reach = WINDOW // 2
+        windows = functional.pad(features, (0, 0, reach, reach)).unfold(1, WINDOW, 1).flatten(2)
+        return self.head(self.esm(self.embed(windows), valid))  # type: ignore[no-any-return]
+
+
+class MaskedLanguageModel(nn.Module):
+    """ESM-2's masked language model; all parameters carry Hugging Face's names."""
+
+    def __init__(self, size: EsmSize) -> None:
+        super().__init__()
+        self.esm, self.lm_head = Esm(size, tokens=True), LanguageHead(size.width)
+        self.apply(_initialize)
+        self.lm_head.decoder.weight = self.esm.embeddings.word_embeddings.weight
+
+    def forward(self, tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Logits ``(batch, length, 33)`` of token numbers ``(batch, length)``."""
+        return self.lm_head(self.esm(tokens, valid))  # type: ignore[no-any-return]

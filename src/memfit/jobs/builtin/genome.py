@@ -1,0 +1,217 @@
+"""``genome``: the next base of a bacterial chromosome, a HyenaDNA; memory grows with the window's length.
+
+Stays in float32: the long convolution, as bfloat16 has no FFT and float16's overflows, and the network of its
+taps, whose input is time from 0 to 1: bfloat16 tells some 256 places of a million apart. At the thousand
+places of `tiny` that is an error of 1 %, which `memfit precision` finds and calls harmless.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from memfit.jobs.builtin.batches import EVALUATED_AT_ONCE, as_tensors, evaluating, step_rng
+from memfit.jobs.builtin.fasta import read_text
+from memfit.types.errors import UserError
+from memfit.types.job import Job, Metric, OptimizerChoice
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.jobs.builtin.hyena import HyenaSize
+
+    Array = np.ndarray[Any, Any]
+
+NAME: Final = "genome"
+TITLE: Final = "Language model of DNA with a long context (HyenaDNA)"
+SIZES: Final = ("tiny", "paper")
+DATA_SOURCE: Final = (
+    "chromosome of Escherichia coli 536, 4,938,920 bases (NCBI NC_008253.1, free to use); the last tenth is "
+    "held out"
+)
+_TEST_BASES: Final = 65_536
+_NAIVE_ORDER: Final = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Genome:
+    """Bases as 0..3 for A, C, G, T, uint8 (bases,)."""
+
+    train: Array
+    test: Array
+    source: str
+
+
+def make(
+    *,
+    size: str = "tiny",
+    data: str | None = None,
+    weights: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+) -> Job:
+    """The job at one of SIZES. ``data``: a FASTA file of DNA. ``length``: bases in a window."""
+    shape = _shape(size)
+    if length is not None:
+        shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
+    batch_size = batch or shape.batch_size
+    genome = read(data, shape.length + shape.kmer)
+    room = len(genome.test) - shape.kmer - 1
+    tested = dataclasses.replace(shape, length=min(shape.length, room))  # what is held out may be shorter
+    return Job(
+        name=NAME,
+        title=TITLE,
+        size=size,
+        steps=72,
+        build_model=lambda: _build(shape, weights),
+        make_batch=lambda step, seed: train_batch(genome.train, shape, batch_size, step=step, seed=seed),
+        loss=functools.partial(_cross_entropy, reduction="mean"),
+        loss_terms=lambda part: int(part["next"].numel()),
+        evaluate=lambda model: bits_per_base(model, genome.test, tested, batch_size),
+        metric=metric(genome, tested),
+        optimizer=OptimizerChoice(learning_rate=2e-3 if shape.kmer > 1 else 6e-4, betas=(0.9, 0.98)),
+        batch_size=batch_size,
+        tokens_per_batch=batch_size * shape.length,
+        length_unit="bases",
+        blocks="blocks",
+        head="head",
+        data_source=genome.source,
+        islands=("blocks.*.mixer.long",),
+    )
+
+
+def _shape(size: str) -> HyenaSize:
+    from memfit.jobs.builtin.hyena import LARGE_1M, HyenaSize
+
+    if size == "paper":
+        return LARGE_1M
+    return HyenaSize(layers=3, width=64, filter_width=32, kmer=4, vocabulary=256, length=1024, batch_size=4)
+
+
+def _build(shape: HyenaSize, weights: str | None) -> torch.nn.Module:
+    from memfit.jobs.builtin.hyena import HyenaDna
+    from memfit.jobs.weights import load_weights
+
+    model = HyenaDna(shape)
+    if weights:
+        load_weights(model, weights)
+    return model
+
+
+def read(path: str | None, needed: int) -> Genome:
+    """The user's DNA or the built-in chromosome. Raises UserError if a window of ``needed`` bases does not
+    fit in the part for training."""
+    bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
+    cut = len(bases) - len(bases) // 10
+    if cut < max(2 * needed, 400):
+        allowed = f"at least {max(int(2.3 * needed), 450)} for this window"
+        raise UserError(f"{len(bases)} bases of DNA", allowed=allowed)
+    return Genome(train=bases[:cut], test=bases[cut:], source=source)
+
+
+def _chromosome() -> Array:
+    with (
+        resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "ecoli_536.npz") as path,
+        np.load(path) as kept,
+    ):
+        fours = kept["packed"][:, None] >> np.array([6, 4, 2, 0], np.uint8)
+        bases: Array = (fours & 3).ravel()[: int(kept["bases"])]
+        return bases
+
+
+def _fasta(path: str) -> Array:
+    """Bases of all records one after another; letters that are no base (N, gaps) are left out."""
+    lines = [line.strip() for line in read_text(path).splitlines() if not line.startswith(">")]
+    letters = np.frombuffer("".join(lines).upper().encode(), np.uint8)
+    number = np.full(256, 255, np.uint8)
+    number[list(b"ACGT")] = range(4)
+    found = number[letters]
+    return found[found < 4]
+
+
+def words(bases: Array, length: int) -> Array:
+    """The number of each word of ``length`` bases, int64 (bases - length + 1,)."""
+    number = np.zeros(len(bases) - length + 1, np.int64)
+    for i in range(length):
+        number = 4 * number + bases[i : i + len(number)]
+    return number
+
+
+def train_batch(
+    bases: Array, shape: HyenaSize, batch_size: int, *, step: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """``tokens`` and ``next`` (batch, length) int64: windows at random places, the base after each token."""
+    last = len(bases) - shape.length - shape.kmer
+    return as_tensors(_windows(bases, step_rng(step, seed).integers(0, last, size=batch_size), shape))
+
+
+def _windows(bases: Array, starts: Array, shape: HyenaSize) -> dict[str, Array]:
+    window = bases[starts[:, None] + np.arange(shape.length + shape.kmer)]
+    tokens = np.stack([words(row[:-1], shape.kmer) for row in window])
+    return {"tokens": tokens, "next": window[:, shape.kmer :].astype(np.int64)}
+
+
+def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
+    """Cross-entropy of the next base, nats."""
+    from torch.nn import functional
+
+    logits = model(batch["tokens"])
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch["next"].flatten(), reduction=reduction
+    )
+
+
+def _test_starts(bases: Array, shape: HyenaSize) -> Array:
+    """Windows spread evenly over the held-out part."""
+    last = len(bases) - shape.length - shape.kmer
+    return np.linspace(0, last, max(1, min(_TEST_BASES, len(bases)) // shape.length)).astype(np.int64)
+
+
+def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
+    """Mean cross-entropy of the next base over the test windows, in bits."""
+    starts, total = _test_starts(bases, shape), 0.0
+    with evaluating(model) as device:
+        few = min(batch_size, EVALUATED_AT_ONCE)
+        for first in range(0, len(starts), few):
+            arrays = _windows(bases, starts[first : first + few], shape)
+            part = {name: tensor.to(device) for name, tensor in as_tensors(arrays).items()}
+            total += float(_cross_entropy(model, part, reduction="sum"))
+    return total / (len(starts) * shape.length * math.log(2))
+
+
+def markov_bits(genome: Genome, places: Array, order: int) -> float:
+    """Bits per base at ``places`` of the held-out part, of the frequencies of what follows each word of
+    ``order`` bases in the training part, plus one each."""
+    counts = np.bincount(words(genome.train, order + 1), minlength=4 ** (order + 1)).reshape(-1, 4) + 1
+    bits = -np.log2(counts / counts.sum(1, keepdims=True))
+    return float(bits.ravel()[words(genome.test, order + 1)[places - order]].mean())
+
+
+def scored(genome: Genome, shape: HyenaSize) -> Array:
+    """Places of the held-out part whose base the metric asks for."""
+    starts = _test_starts(genome.test, shape) + shape.kmer
+    return (starts[:, None] + np.arange(shape.length)).ravel()
+
+
+def metric(genome: Genome, shape: HyenaSize) -> Metric:
+    """Bits per base, with a Markov chain of order two, codon-wide words, as the naive model."""
+    places = scored(genome, shape)
+    places = places[places >= 4]
+    bits = {order: markov_bits(genome, places, order) for order in (_NAIVE_ORDER, 3, 4)}
+    return Metric(
+        name="bits per base",
+        unit="bits",
+        higher_is_better=False,
+        margin=(bits[3] - bits[4]) / 2,
+        margin_source=(
+            f"one more base of context, from order 3 to order 4, is worth {bits[3] - bits[4]:.4f} bits to a "
+            "Markov chain on the same bases: half of that is no difference"
+        ),
+        naive=bits[_NAIVE_ORDER],
+        naive_name=f"Markov chain of order {_NAIVE_ORDER} (order 4 reaches {bits[4]:.4f})",
+    )

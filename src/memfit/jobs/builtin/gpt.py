@@ -1,0 +1,74 @@
+"""A small GPT: pre-norm blocks, learned positions, causal attention, no dropout, head not tied."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GptSize:
+    """``length`` in tokens, ``batch_size`` in sequences."""
+
+    layers: int
+    width: int
+    heads: int
+    length: int
+    vocabulary: int
+    batch_size: int
+
+
+class GptBlock(nn.Module):
+    """Attention and a feed-forward part four times as wide, each added to its input."""
+
+    def __init__(self, size: GptSize) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.norm_attention = nn.LayerNorm(size.width)
+        self.query_key_value = nn.Linear(size.width, 3 * size.width)
+        self.mix = nn.Linear(size.width, size.width)
+        self.norm_feed = nn.LayerNorm(size.width)
+        self.widen = nn.Linear(size.width, 4 * size.width)
+        self.narrow = nn.Linear(4 * size.width, size.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape ``(batch, length, width)`` in and out."""
+        x = x + self.mix(self._attend(self.norm_attention(x)))
+        return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))  # type: ignore[no-any-return]
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.query_key_value(x).chunk(3, dim=-1)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return attended.transpose(1, 2).flatten(2)
+
+
+class Gpt(nn.Module):
+    """Initialised as GPT-2 (Radford et al. 2019): normal(0.02), narrower where residuals add up."""
+
+    def __init__(self, size: GptSize) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(size.vocabulary, size.width)
+        self.position = nn.Embedding(size.length, size.width)
+        self.blocks = nn.ModuleList([GptBlock(size) for _ in range(size.layers)])
+        self.norm = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
+        for name, param in self.named_parameters():
+            if param.dim() > 1:
+                residual = name.endswith(("mix.weight", "narrow.weight"))
+                nn.init.normal_(param, std=0.02 / (2 * size.layers) ** 0.5 if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits ``(batch, length, vocabulary)`` of the next token after each of ``(batch, length)``."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens) + self.position(positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]

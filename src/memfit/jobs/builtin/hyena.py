@@ -1,0 +1,151 @@
+"""HyenaDNA (Nguyen et al. 2023, arXiv 2306.15794): a causal language model of DNA whose mixing is a
+convolution as long as the sequence, made by a small network and applied by FFT (Poli et al. 2023,
+arXiv 2302.10866)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+BASES: Final = 4
+_TIME_FEATURES: Final = 5  # time itself, two cosines and two sines of it
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HyenaSize:
+    """``length`` in bases, ``batch_size`` in windows. ``kmer``: each token is the last so many bases, as in
+    DNABERT (Ji et al. 2021); ``vocabulary`` tokens have an embedding. ``filter_width`` of the network that
+    makes the long filter."""
+
+    layers: int
+    width: int
+    filter_width: int
+    kmer: int
+    vocabulary: int
+    length: int
+    batch_size: int
+
+
+# hyenadna-large-1m: 6.6 M parameters, one sequence of a million bases on each of its GPUs.
+LARGE_1M: Final = HyenaSize(
+    layers=8, width=256, filter_width=64, kmer=1, vocabulary=16, length=1_000_000, batch_size=1
+)
+
+
+def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """``x`` (batch, width, length) convolved with ``taps`` (width, length), by FFT in float32."""
+    length = x.shape[-1]
+    spectrum = torch.fft.rfft(x.float(), n=2 * length) * torch.fft.rfft(taps.float(), n=2 * length)
+    whole: torch.Tensor = torch.fft.irfft(spectrum, n=2 * length)
+    return whole[..., :length].to(x.dtype)
+
+
+class Sine(nn.Module):
+    """A sine of learned frequency."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frequency = nn.Parameter(torch.full((width,), 10.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(self.frequency * x)
+
+
+class LongFilter(nn.Module):
+    """Taps of every channel as a function of time, fading at a rate that differs from channel to channel."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        sine = Sine(hidden)  # one frequency a unit for all three layers, as published
+        self.network = nn.Sequential(
+            nn.Linear(_TIME_FEATURES, hidden), sine, nn.Linear(hidden, hidden), sine,
+            nn.Linear(hidden, hidden), sine, nn.Linear(hidden, width, bias=False),
+        )  # fmt: skip
+        fastest, slowest = math.log(1e-2) / 0.3, math.log(1e-2) / 1.5
+        self.rates: torch.Tensor
+        self.register_buffer("rates", torch.linspace(slowest, fastest, width).abs())
+
+    def forward(self, length: int) -> torch.Tensor:
+        """Taps ``(width, length)``, float32 where the parameters are."""
+        time = torch.linspace(0, 1, length, device=self.rates.device)[:, None]
+        bands = torch.tensor([1e-4, 1.0], device=time.device) * (2 * math.pi * (length - 1) / length)
+        angles = time * bands
+        features = torch.cat([time, angles.cos(), -angles.sin()], dim=-1)
+        taps = self.network(features.to(self.rates.dtype))
+        return (taps * torch.exp(-time * self.rates)).T  # type: ignore[no-any-return]
+
+
+class LongConvolution(nn.Module):
+    """Every channel convolved with its own taps, and what stands in each place added in a learned share."""
+
+    def __init__(self, size: HyenaSize) -> None:
+        super().__init__()
+        self.filter = LongFilter(size.width, size.filter_width)
+        self.direct = nn.Parameter(torch.randn(size.width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(batch, width, length)`` in and out."""
+        return causal_convolution(x, self.filter(x.shape[-1])) + x * self.direct[:, None]
+
+
+class Hyena(nn.Module):
+    """The operator of order two: a short convolution, two gates, and the long convolution between them."""
+
+    def __init__(self, size: HyenaSize) -> None:
+        super().__init__()
+        self.three = nn.Linear(size.width, 3 * size.width)
+        self.short = nn.Conv1d(3 * size.width, 3 * size.width, 3, padding=2, groups=3 * size.width)
+        self.long = LongConvolution(size)
+        self.mix = nn.Linear(size.width, size.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(batch, length, width)`` in and out; a place sees itself and what is before it."""
+        length = x.shape[1]
+        three = self.short(self.three(x).transpose(1, 2))[..., :length]
+        outer, inner, value = three.chunk(3, dim=1)
+        return self.mix((self.long(value * inner) * outer).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+class HyenaBlock(nn.Module):
+    """Hyena and a feed-forward part four times as wide, each added to its input."""
+
+    def __init__(self, size: HyenaSize) -> None:
+        super().__init__()
+        self.norm_mixer = nn.LayerNorm(size.width)
+        self.mixer = Hyena(size)
+        self.norm_feed = nn.LayerNorm(size.width)
+        self.widen = nn.Linear(size.width, 4 * size.width)
+        self.narrow = nn.Linear(4 * size.width, size.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape ``(batch, length, width)`` in and out."""
+        x = x + self.mixer(self.norm_mixer(x))
+        return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))  # type: ignore[no-any-return]
+
+
+class HyenaDna(nn.Module):
+    """Tokens to logits of the base that follows each."""
+
+    def __init__(self, size: HyenaSize) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(size.vocabulary, size.width)
+        self.blocks = nn.ModuleList([HyenaBlock(size) for _ in range(size.layers)])
+        self.norm = nn.LayerNorm(size.width)
+        self.head = nn.Linear(size.width, BASES, bias=False)
+        # Starts as a table of what follows each token: the signal is too weak to be found behind noise.
+        nn.init.normal_(self.embed.weight, std=0.2)
+        for name, parameter in self.named_parameters():
+            if any(part in name for part in ("head.", "narrow.", "mix.")):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits ``(batch, length, 4)`` of the base after each of ``(batch, length)`` tokens."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]

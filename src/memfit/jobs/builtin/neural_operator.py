@@ -1,0 +1,136 @@
+"""Forecasters on gridded fields that mix places in Fourier space: FNO (Li et al. 2021, arXiv 2010.08895)
+and AFNO (Guibas et al. 2022, arXiv 2111.13587; FourCastNet, Pathak et al. 2022, arXiv 2202.11214).
+
+`SpectralMixing` wants float32 whatever is around it: there is no FFT in bfloat16, and sums over a whole
+grid do not fit into a mantissa of 8 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ForecasterSize:
+    """``modes``: wavenumbers of each axis that an FNO keeps, each with weights of its own; 0 is AFNO, whose
+    weights are shared by all wavenumbers and cut into ``groups`` of channels. ``grid`` is (rows, columns),
+    ``rollout`` how many steps ahead the loss looks."""
+
+    layers: int
+    width: int
+    channels: int
+    grid: tuple[int, int]
+    patch: int
+    rollout: int
+    batch_size: int
+    modes: int = 0
+    groups: int = 1
+    positions: bool = False
+
+
+class ModeFilter(nn.Module):
+    """Every kept wavenumber has a complex matrix between channels; the others are cut off."""
+
+    def __init__(self, size: ForecasterSize) -> None:
+        super().__init__()
+        self.modes, scale = size.modes, size.width**-0.5
+        self.weight = nn.Parameter(scale * torch.randn(2 * size.modes, size.modes, size.width, size.width, 2))
+
+    def forward(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """Complex (batch, rows, columns // 2 + 1, channels) to the same."""
+        modes, rows = self.modes, spectrum.shape[1]
+        low = torch.cat([spectrum[:, :modes, :modes], spectrum[:, rows - modes :, :modes]], dim=1)
+        low = torch.einsum("bxyi,xyio->bxyo", low, torch.view_as_complex(self.weight))
+        high = functional.pad(low, (0, 0, 0, spectrum.shape[2] - modes))
+        gap = high.new_zeros(len(high), rows - 2 * modes, *high.shape[2:])
+        return torch.cat([high[:, :modes], gap, high[:, modes:]], dim=1)
+
+
+class SharedFilter(nn.Module):
+    """Two layers of complex block-diagonal matrices for all wavenumbers alike, then soft shrinkage."""
+
+    def __init__(self, size: ForecasterSize) -> None:
+        super().__init__()
+        self.groups, each = size.groups, size.width // size.groups
+        self.weights = nn.ParameterList(
+            [nn.Parameter(0.02 * torch.randn(size.groups, each, each, 2)) for _ in range(2)]
+        )
+        self.biases = nn.ParameterList(
+            [nn.Parameter(0.02 * torch.randn(size.groups, each, 2)) for _ in range(2)]
+        )
+
+    def forward(self, spectrum: torch.Tensor) -> torch.Tensor:
+        x = spectrum.unflatten(-1, (self.groups, -1))
+        x = self._linear(x, 0)
+        x = torch.view_as_complex(functional.relu(torch.view_as_real(x)))
+        x = torch.view_as_real(self._linear(x, 1))
+        return torch.view_as_complex(functional.softshrink(x, 0.01)).flatten(-2)
+
+    def _linear(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        weight, bias = (torch.view_as_complex(p[layer]) for p in (self.weights, self.biases))
+        return torch.einsum("bxygi,gio->bxygo", x, weight) + bias
+
+
+class SpectralMixing(nn.Module):
+    """Fourier transform, filter, and back: (batch, rows, columns, channels) to the same, in float32."""
+
+    def __init__(self, size: ForecasterSize) -> None:
+        super().__init__()
+        self.filter = ModeFilter(size) if size.modes else SharedFilter(size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")
+        mixed = self.filter(spectrum)
+        back: torch.Tensor = torch.fft.irfft2(mixed, s=x.shape[1:3], dim=(1, 2), norm="ortho")
+        return back + x
+
+
+class OperatorBlock(nn.Module):
+    """Mixing of places, then a perceptron at each place, both residual."""
+
+    def __init__(self, size: ForecasterSize) -> None:
+        super().__init__()
+        hidden = 4 * size.width
+        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.mixing = SpectralMixing(size)
+        self.mlp_norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(size.width, hidden), nn.GELU(), nn.Linear(hidden, size.width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mixing(self.norm(x))
+        made: torch.Tensor = x + self.mlp(self.mlp_norm(x))
+        return made
+
+
+class Forecaster(nn.Module):
+    """The fields after each of ``steps`` steps, every forecast made from the one before."""
+
+    def __init__(self, size: ForecasterSize) -> None:
+        super().__init__()
+        patch, rows, columns = size.patch, *(n // size.patch for n in size.grid)
+        self.patch = patch
+        self.embed = nn.Conv2d(size.channels, size.width, patch, stride=patch)
+        places = 0.02 * torch.randn(1, rows, columns, size.width) if size.positions else None
+        self.positions = None if places is None else nn.Parameter(places)
+        self.blocks = nn.ModuleList([OperatorBlock(size) for _ in range(size.layers)])
+        self.to_fields = nn.Linear(size.width, size.channels * patch**2, bias=False)
+
+    def forward(self, fields: torch.Tensor, steps: int) -> list[torch.Tensor]:
+        """``fields`` (batch, channels, rows, columns), in units of their own spread; float32 to float32."""
+        forecasts = []
+        for _ in range(steps):
+            fields = fields + self.change(fields).float()  # differences of steps are small: summed exactly
+            forecasts.append(fields)
+        return forecasts
+
+    def change(self, fields: torch.Tensor) -> torch.Tensor:
+        x = self.embed(fields.to(self.embed.weight.dtype)).permute(0, 2, 3, 1)
+        if self.positions is not None:
+            x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return functional.pixel_shuffle(self.to_fields(x).permute(0, 3, 1, 2), self.patch)

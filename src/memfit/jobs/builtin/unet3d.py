@@ -1,0 +1,84 @@
+"""A U-Net for volumes as nnU-Net builds it (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): two
+convolutions a stage with instance norm and leaky ReLU, strided convolutions down, transposed ones up, and
+an output at every resolution but the lowest ("deep supervision").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UNetSize:
+    """``features`` of each stage, from full resolution down; each stage halves the edge of the volume.
+    ``patch`` is that edge in voxels."""
+
+    features: tuple[int, ...]
+    channels: int
+    classes: int
+    patch: int
+    batch_size: int
+
+
+class Convolution(nn.Module):
+    def __init__(self, given: int, made: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(given, made, 3, stride=stride, padding=1)
+        self.norm = nn.InstanceNorm3d(made, affine=True)
+        self.act = nn.LeakyReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.act(self.norm(self.conv(x)))
+        return made
+
+
+class UnetStage(nn.Module):
+    """Two convolutions at one resolution: down from the one above, or up from below beside ``skip``."""
+
+    def __init__(self, given: int, made: int, *, stride: int = 1, up: bool = False) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(given, made, 2, stride=2) if up else None
+        self.first = Convolution(2 * made if up else given, made, stride)
+        self.second = Convolution(made, made)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        if self.up is not None:
+            assert skip is not None
+            x = torch.cat([self.up(x), skip], dim=1)
+        made: torch.Tensor = self.second(self.first(x))
+        return made
+
+
+class UNet(nn.Module):
+    """``stages``: down to the lowest resolution, then up again, in order of use."""
+
+    def __init__(self, size: UNetSize) -> None:
+        super().__init__()
+        features = size.features
+        given = (size.channels, *features)
+        down = [
+            UnetStage(g, f, stride=1 + (i > 0)) for i, (g, f) in enumerate(zip(given, features, strict=False))
+        ]
+        up = [
+            UnetStage(below, f, up=True) for below, f in zip(features[:0:-1], features[-2::-1], strict=True)
+        ]
+        self.depth = len(down)
+        self.stages = nn.ModuleList([*down, *up])
+        self.heads = nn.ModuleList([nn.Conv3d(f, size.classes, 1) for f in features[-2::-1]])
+
+    def forward(self, volumes: torch.Tensor) -> list[torch.Tensor]:
+        """``volumes`` (batch, channels, z, y, x) to logits (batch, classes, ...) at each resolution, lowest
+        first."""
+        x = volumes.to(next(self.parameters()).dtype)
+        skips = []
+        for stage in self.stages[: self.depth]:
+            x = stage(x)
+            skips.append(x)
+        logits = []
+        for stage, skip, head in zip(self.stages[self.depth :], skips[-2::-1], self.heads, strict=True):
+            x = stage(x, skip)
+            logits.append(head(x))
+        return logits

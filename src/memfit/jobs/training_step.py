@@ -1,0 +1,335 @@
+"""The one training step. The trace runs it on fake tensors, the worker on real ones; there is no other.
+
+::
+
+    step = TrainingStep(job, plan, device="cpu")
+    loss, grad_norm = step.run(batch, on_phase)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.jobs.ema import WeightAverage
+from memfit.model.batch_objects import batch_tensors, map_batch, sample_count, split_object
+from memfit.techniques import fp32_modules
+from memfit.techniques.base import OptimizerLike, Workbench
+from memfit.techniques.optimizers import StepInBackward, default_optimizer
+from memfit.techniques.rank_mesh import World, layout
+from memfit.techniques.registry import check, in_order
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.trace import Phase
+
+OnPhase = Callable[[Phase], None]
+
+
+def _ignore(phase: Phase) -> None:
+    """Nobody is watching."""
+
+
+class TrainingStep:
+    """A model with a plan applied, its optimizer, and the step they make together.
+
+    Raises UserError when the plan's techniques clash, miss a package, or do not suit the job. An engine's
+    step (worker/apply_*.py) applies the techniques of ``carried`` by itself, in `_prepare`.
+    """
+
+    carried: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        device: str = "cpu",
+        world: World | None = None,
+        on_built: Callable[[Workbench], None] = lambda bench: None,
+    ) -> None:
+        """``on_built`` sees the workbench with the plain model, before any technique changes it."""
+        check(plan)
+        model = job.build_model()
+        model.train()
+        bench = Workbench(
+            job=job, model=model, device=device, make_optimizer=default_optimizer(job.optimizer, device),
+            world=world or World(layout=layout(plan)),
+            first_part=lambda parts: split(job.make_batch(0, 0), parts)[0],
+        )  # fmt: skip
+        on_built(bench)
+        fp32_modules.keep(bench, plan, self.carried)
+        for technique, _ in in_order(plan):
+            technique.look(bench)
+        for technique, use in in_order(plan):
+            if technique.name not in self.carried:
+                technique.apply(bench, use.settings)
+        self.job, self.bench, self.model, self.plan = job, bench, model, plan
+        self.optimizer: OptimizerLike = self._prepare()
+        self.average = self._weight_average()
+        if job.clip is not None and bench.step_in_backward:
+            raise UserError(
+                "clip with optimizer-in-backward: each parameter is updated before the whole norm is known",
+                allowed="clip=None, or a plan without optimizer-in-backward",
+            )
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise UserError(
+                f"{type(self.optimizer).__name__} asks for the loss several times a step",
+                allowed="an optimizer whose step needs no closure",
+            )
+
+    def run(
+        self,
+        batch: Any,
+        on_phase: OnPhase = _ignore,
+        *,
+        micro_batches_played: int | None = None,
+        update: bool = True,
+        terms_per_rank: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step on this rank's batch; (its share of the mean loss, gradient norm) as detached
+        scalar tensors.
+
+        ``micro_batches_played`` plays that many micro-batches, the last among them, for a trace that
+        knows the rest to be alike; ``update=False`` leaves the optimizer's own step out.
+        ``terms_per_rank`` is the mean of loss terms over data-parallel ranks, as `local` returns it.
+        """
+        parts = split(batch, self.bench.micro_batches)
+        terms = [self._terms(part) for part in parts]
+        total = terms_per_rank or sum(terms)
+        loss_sum: torch.Tensor | None = None
+        for index in played(len(parts), micro_batches_played):
+            last = index == len(parts) - 1
+            loss = self._micro_step(parts[index], terms[index] / total, on_phase, last=last)
+            loss_sum = loss if loss_sum is None else loss_sum + loss
+        assert loss_sum is not None
+        on_phase(Phase.OPTIMIZER)
+        if not update:
+            return loss_sum, self._forgo()
+        norm = self._update()
+        if self.average is not None:
+            self.average.update()
+        return loss_sum, norm
+
+    def prime(self, on_phase: OnPhase = _ignore) -> None:
+        """Make the optimizer's state, as a first step does, from gradients of zero. For a trace."""
+        on_phase(Phase.OPTIMIZER)
+        for param in self.bench.trainable():
+            param.grad = torch.zeros_like(param)
+        self._update()
+
+    def local(self, batch: Any) -> tuple[Any, float]:
+        """(this data-parallel rank's part of the whole batch as tensors of its own, mean terms per rank)."""
+        world, cut = self.bench.world, self.bench.slices
+        if cut is not None:
+            with _disable_current_modes():  # labels are counted, in a trace too
+                parts = [s for part in split(batch, world.layout.data) for s in cut(part)]
+                index = world.layout.data_index(world.rank) * world.layout.context + world.index("context")
+                return parts[index], sum(self._terms(p) for p in parts) / len(parts)
+        if world.layout.data == 1:
+            return batch, float(self._terms(batch))
+        part = split(batch, world.layout.data)[world.layout.data_index(world.rank)]
+        own = map_batch(torch.clone, part)
+        return own, self._terms(batch) / world.layout.data
+
+    def close(self) -> None:
+        """Let go of everything that hooks hold in a circle; the step is not used again."""
+        for close in self.bench.closers:
+            close()
+
+    def _prepare(self) -> OptimizerLike:
+        bench = self.bench
+        if bench.step_in_backward:
+            return StepInBackward(bench)
+        optimizer = bench.make_optimizer(bench.trainable())
+        if bench.loss_scale is not None:
+            bench.loss_scale.keep_in(optimizer)
+        return optimizer
+
+    def _update(self) -> torch.Tensor:
+        """The optimizer's step; the gradient norm before it, 0 where a loss scale left the step out."""
+        norm, scale = self._grad_norm(), self.bench.loss_scale
+        if scale is None or scale.unscaled(norm, self.bench.trainable()):
+            self._clip(norm)
+            self.optimizer.step()
+        else:
+            norm = torch.zeros_like(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _clip(self, norm: torch.Tensor) -> None:
+        """Scale all gradients so that their norm is at most the job's ``clip``, with the arithmetic of
+        `torch.nn.utils.clip_grad_norm_`. ``norm``: of all ranks' gradients."""
+        if self.job.clip is None:
+            return
+        with torch.no_grad():
+            factor = (self.job.clip / (norm + 1e-6)).clamp(max=1.0)
+            if (scale := getattr(self.optimizer, "scale_gradients", None)) is not None:
+                scale(factor)
+                return
+            grads = [p.grad for p in self.bench.trainable() if p.grad is not None]
+            torch._foreach_mul_([getattr(g, "_local_tensor", g) for g in grads], factor)
+
+    def _weight_average(self) -> WeightAverage | None:
+        if self.job.ema is None:
+            return None
+        adapted = self.plan.get("lora") is not None or self.plan.get("qlora") is not None
+        return WeightAverage(self.bench, self.model, self.job.ema, frozen=not adapted)
+
+    def _forgo(self) -> torch.Tensor:
+        norm = self._grad_norm()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def _micro_step(self, part: Any, share: float, on_phase: OnPhase, *, last: bool) -> torch.Tensor:
+        if self.bench.pipeline is not None:
+            count, length = self.bench.pipeline.micro_batches, batch_length(part)
+            if length % count:
+                raise UserError(f"{count} pipeline micro-batches of {length} samples", allowed="equal parts")
+            parts = split(part, count)
+            terms = [self._terms(p) for p in parts]
+            pieces = [(p, share * n / sum(terms)) for p, n in zip(parts, terms, strict=True)]
+            return self.bench.pipeline.run(pieces, self._weighted, on_phase, last=last)
+        for tell in self.bench.before_micro_batch:
+            tell(last)
+        on_phase(Phase.FORWARD)
+        weighted = self._weighted(self.bench.call or self.model, part, share)
+        on_phase(Phase.BACKWARD)
+        scale = self.bench.loss_scale
+        self._backward(weighted if scale is None else weighted * scale.value)
+        return weighted.detach().float()
+
+    def _weighted(self, model: Any, part: Any, share: float) -> torch.Tensor:
+        with self.contexts():
+            loss = self.job.loss(model, part)
+            _must_be_loss(loss)
+            return loss * share if share != 1.0 else loss
+
+    @contextlib.contextmanager
+    def contexts(self) -> Iterator[None]:
+        """What the plan puts around a forward pass, in evaluation as in training."""
+        with contextlib.ExitStack() as stack:
+            for context in self.bench.forward_contexts:
+                stack.enter_context(context())
+            yield
+
+    def _terms(self, part: Any) -> int:
+        return self.job.loss_terms(part) if self.job.loss_terms else self._default_terms(part)
+
+    def _default_terms(self, part: Any) -> int:
+        found = self.bench.loss_terms(part)
+        return batch_length(part) if found is None else found
+
+    def _grad_norm(self) -> torch.Tensor:
+        if self.bench.grad_norm is not None:
+            return self.bench.grad_norm()
+        if isinstance(self.optimizer, StepInBackward):
+            return torch.stack(self.optimizer.square_norms).sum().sqrt()
+        elsewhere = self.bench.counted_elsewhere
+        named = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        own = [g for n, g in named.items() if n in self.bench.own_parameters]
+        grads = [g for n, g in named.items() if n not in elsewhere | self.bench.own_parameters]
+        if self.bench.world.mesh is not None:
+            return global_norm(grads, self.bench.world, own=own)
+        norms = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g) for g in grads]
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).float())
+        return total
+
+
+def _must_be_loss(loss: object) -> None:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            got = "a scalar tensor that does not depend on any trainable parameter"
+        raise UserError(
+            f"the job's loss(model, batch) returned {got[:120]}",
+            allowed="a scalar tensor that depends on the model's parameters",
+        )
+
+
+def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """(process groups over which it is sharded, this rank's shard). Partial sums, as norms have that work
+    on a slice of the sequence, are added up first."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(grad, DTensor):
+        return (), grad
+    whole = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+    mesh, kinds = grad.device_mesh, whole.placements
+    return tuple(mesh.get_group(i) for i, p in enumerate(kinds) if not p.is_replicate()), whole.to_local()
+
+
+def global_norm(
+    grads: Sequence[torch.Tensor], world: World, *, own: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """The norm over all ranks: squares of local shards, summed along the mesh dimensions over which each
+    gradient is sharded, and along the pipeline, whose stages hold different parameters. ``own`` are of
+    parameters that every data-parallel rank has others of."""
+    squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for grad in grads:
+        groups, part = _own_part(grad)
+        squares.setdefault(groups, []).append(torch.linalg.vector_norm(part).float().square())
+    if own:
+        data: Any = world.sub("replicate", "shard")
+        values = squares.setdefault((data.get_group(),), [])
+        values += [torch.linalg.vector_norm(g).float().square() for g in own]
+    total = torch.zeros(())
+    for groups, values in squares.items():
+        part = torch.stack(values).sum()
+        for group in groups:
+            torch.distributed.all_reduce(part, group=group)
+        total = total + part
+    if (stages := world.sub("pipeline")) is not None:
+        torch.distributed.all_reduce(total, group=stages.get_group())
+    return total.sqrt()
+
+
+def played(count: int, most: int | None) -> list[int]:
+    """Which of ``count`` micro-batches to run when ``most`` are enough: the first, and the last."""
+    if most is None or most >= count:
+        return list(range(count))
+    return [*range(most - 1), count - 1]
+
+
+def batch_length(batch: Any) -> int:
+    """How many samples the batch's object says it holds, else the first dimension of the first tensor."""
+    tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
+    if not tensors:
+        raise UserError(
+            "the job's batch holds no tensor",
+            allowed="a tensor, a mapping or tuple of tensors, or an object with .to() that holds tensors",
+        )
+    count = sample_count(batch)
+    return int(tensors[0].shape[0]) if count is None else count
+
+
+def split(batch: Any, parts: int) -> Sequence[Any]:
+    """Micro-batches as views along the first dimension; tensors of other lengths are shared whole."""
+    if parts == 1:
+        return [batch]
+    length = batch_length(batch)
+    if parts > length:
+        raise UserError(f"{parts} micro-batches from a batch of {length}", allowed=f"at most {length}")
+    sizes = [length // parts + (i < length % parts) for i in range(parts)]
+    if (objects := split_object(batch, sizes)) is not None:
+        return objects
+    starts = [sum(sizes[:i]) for i in range(parts)]
+
+    def cut(value: Any, start: int, size: int) -> Any:
+        whole = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == length
+        return value.narrow(0, start, size) if whole else value
+
+    return [
+        _pytree.tree_map(lambda v, s=start, n=size: cut(v, s, n), batch)
+        for start, size in zip(starts, sizes, strict=True)
+    ]

@@ -1,0 +1,168 @@
+"""The model that a configuration describes, and the job that builds one of the same sizes.
+
+Megatron-LM's sizes and their defaults are those of its training/arguments.py at d98e8a6; torchtitan's flavors
+those of its models at v0.2.2 (models/llama3 and models/qwen3, read 2026-11).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+from memfit.lint.parse import Options
+
+_GPT2_TOKENS = 50_257
+_DROPOUTS = {  # of attention, of what is added to the residual
+    "llama": ("attention_dropout",),
+    "gpt_neox": ("attention_dropout", "hidden_dropout"),
+    "biogpt": ("attention_probs_dropout_prob", "hidden_dropout_prob"),
+}
+# Of Megatron-LM: what none of the models here has.
+_MEGATRON_OTHERS = {
+    "num_experts": "experts",
+    "multi_latent_attention": "multi-latent attention",
+    "squared_relu": "squared ReLU",
+    "hybrid_override_pattern": "state-space layers",
+    "heterogeneous_layers_config_path": "layers that differ",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DescribedModel:
+    """``job``: the JOB that builds such a model; "" where none does, for the reason in ``missing``.
+    ``differences``: (setting, what is built instead)."""
+
+    layers: int | None
+    width: int | None
+    job: str = ""
+    missing: str = ""
+    differences: tuple[tuple[str, str], ...] = ()
+
+
+def _job(kind: str, sizes: Mapping[str, Any]) -> str:
+    return f"hf:{kind}?{urllib.parse.urlencode({name: json.dumps(value) for name, value in sizes.items()})}"
+
+
+# -- Megatron-LM -----------------------------------------------------------------------------------------
+
+
+def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
+    """None where the script says nothing of its model."""
+    layers, width, heads = (given.size(n) for n in ("num_layers", "hidden_size", "num_attention_heads"))
+    if not (layers or width or heads):
+        return None
+    if layers is None or width is None or heads is None:
+        return DescribedModel(layers=layers, width=width, missing="the script does not say all of its sizes")
+    others = [what for name, what in _MEGATRON_OTHERS.items() if given.raw(name) and not given.off(name)]
+    if others:
+        missing = f"memfit builds no model with {', '.join(others)} from a script"
+        return DescribedModel(layers=layers, width=width, missing=missing)
+    vocabulary, differences = _vocabulary(given, tensor)
+    common = {
+        "num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": not given.on("untie_embeddings_and_output_weights"),
+    }  # fmt: skip
+    kind, sizes = _family(given, width, heads)
+    if not kind:
+        missing = "memfit builds no model with its positions, normalization, activation and heads together"
+        return DescribedModel(layers=layers, width=width, missing=missing)
+    attention, hidden = _share(given, "attention_dropout"), _share(given, "hidden_dropout")
+    if kind == "llama" and hidden:
+        differences += ((f"hidden-dropout {hidden:g}", "the model that is predicted has none"),)
+    names = _DROPOUTS[kind]
+    job = _job(kind, common | sizes | dict(zip(names, (attention, hidden), strict=False)))
+    return DescribedModel(layers=layers, width=width, job=job, differences=differences)
+
+
+def _share(given: Options, name: str) -> float:
+    """A dropout; Megatron-LM's default is 0.1."""
+    value = given.number(name)
+    return 0.1 if value is None else value
+
+
+def _family(given: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
+    """The architecture of transformers and its own sizes; "" where none is alike."""
+    rotary = given.on("use_rotary_position_embeddings")
+    position = given.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
+    gated = given.on("swiglu")
+    normalization = str(given.get("normalization") or "LayerNorm")
+    usual = int(4 * width * 2 / 3 / 64) * 64 if gated else 4 * width
+    feed, biased = given.size("ffn_hidden_size") or usual, not given.on("disable_bias_linear")
+    groups = (given.size("num_query_groups") or 1) if given.on("group_query_attention") else heads
+    head = given.size("kv_channels") or width // heads
+    length = max(given.size("max_position_embeddings") or 1, given.size("seq_length") or 1)
+    if (position, gated, normalization) == ("rope", True, "RMSNorm"):
+        return "llama", {
+            "intermediate_size": feed, "num_key_value_heads": groups, "head_dim": head,
+            "attention_bias": biased, "mlp_bias": biased, "max_position_embeddings": length,
+        }  # fmt: skip
+    if gated or normalization != "LayerNorm" or groups != heads or head != width // heads:
+        return "", {}
+    if position == "learned_absolute" and biased:
+        return "biogpt", {"intermediate_size": feed, "hidden_act": "gelu", "max_position_embeddings": length}
+    if position == "rope":
+        return "gpt_neox", {
+            "intermediate_size": feed, "hidden_act": "gelu", "use_parallel_residual": False,
+            "attention_bias": biased, "max_position_embeddings": length,
+        }  # fmt: skip
+    return "", {}
+
+
+def _vocabulary(given: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
+    """Tokens, padded as Megatron-LM pads them, and what had to be assumed."""
+    said = given.size("padded_vocab_size")
+    if said is not None:
+        return said, ()
+    count, part = given.size("vocab_size"), (given.size("make_vocab_size_divisible_by") or 128) * tensor
+    padded = -(-(count or _GPT2_TOKENS) // part) * part
+    if count is not None or given.get("tokenizer_type") == "GPT2BPETokenizer":
+        return padded, ()
+    return padded, (
+        ("the tokenizer's vocabulary", f"the script does not say it: {padded:,} tokens are assumed"),
+    )
+
+
+# -- torchtitan ------------------------------------------------------------------------------------------
+
+_LLAMA3 = {
+    "debugmodel": (256, 768, 6, 16, 16), "8B": (4096, 14_336, 32, 32, 8), "70B": (8192, 28_672, 80, 64, 8),
+    "405B": (16_384, 53_248, 126, 128, 8),
+}  # fmt: skip
+_QWEN3 = {
+    "debugmodel": (256, 3072, 8, 16, 8), "0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8),
+    "4B": (2560, 9728, 36, 32, 8), "8B": (4096, 12_288, 36, 32, 8), "14B": (5120, 17_408, 40, 40, 8),
+    "32B": (5120, 25_600, 64, 64, 8),
+}  # fmt: skip
+_TIED = ("debugmodel", "0.6B", "1.7B", "4B")  # of Qwen3
+_ATTENTIONS = re.compile(r"_(flex|varlen)(_attn)?$")  # flavors of the same sizes
+_DEBUG_TOKENS = 2048
+
+
+def of_torchtitan(given: Options) -> DescribedModel | None:
+    """None where the file says nothing of its model."""
+    if not (given.raw("model.name") or given.raw("model.flavor")):
+        return None
+    name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")
+    size = _ATTENTIONS.sub("", flavor)
+    rows = {"llama3": _LLAMA3, "qwen3": _QWEN3}.get(name, {})
+    if size not in rows:
+        missing = f"memfit does not know the sizes of torchtitan's {name} {flavor}"
+        return DescribedModel(layers=None, width=None, missing=missing)
+    width, feed, layers, heads, groups = rows[size]
+    tokens = _DEBUG_TOKENS if size == "debugmodel" else 128_256 if name == "llama3" else 151_936
+    job = _job(
+        name.removesuffix("3") if name == "llama3" else name,
+        {
+            "hidden_size": width, "intermediate_size": feed, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": groups, "vocab_size": tokens,
+            "head_dim": width // heads if name == "llama3" else 128, "max_position_embeddings": 131_072,
+            "tie_word_embeddings": name == "qwen3" and size in _TIED,
+        },
+    )  # fmt: skip
+    alike = ((f"torchtitan's {name} {flavor}", "predicted as transformers' model of the same sizes"),)
+    return DescribedModel(layers=layers, width=width, job=job, differences=alike)

@@ -1,0 +1,218 @@
+"""What each library takes in its files: options/*.toml, which scripts/library_options.py writes from the
+libraries' own classes and parsers. Says which settings of a file are none of them, and which values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+from memfit.lint.parse import Options
+
+_LIKE = 0.85  # of difflib: one letter left out, doubled or swapped
+_MOST_SHOWN = 9
+_MOST_FOREIGN = 0.5  # of the keys at the top of a library's own file
+_SWITCHES = {True: ("true", "yes", "on", "1", "y", "t"), False: ("false", "no", "off", "0", "n", "f")}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What a setting may be. ``kind``: integer, number, switch, text, list, table or any; ``values``: the
+    only ones, where they are counted out."""
+
+    kind: str = "any"
+    least: float | None = None  # itself allowed, unless ``open``
+    most: float | None = None
+    open: bool = False
+    values: tuple[Any, ...] = ()
+    any_case: bool = False
+
+    def takes(self, value: Any, *, spelled: bool) -> bool:
+        """``spelled``: whether a number or a switch may be written as text."""
+        if value is None or (self.kind == "any" and not self.values):
+            return True
+        if self.values:
+            return self._is_one(value)
+        if isinstance(value, Mapping | list):
+            return self.kind == ("table" if isinstance(value, Mapping) else "list") or self.kind == "text"
+        return _ASKED[self.kind](self, value, spelled)
+
+    def _is_one(self, value: Any) -> bool:
+        if isinstance(value, Mapping | list):
+            return False
+        fold = str.lower if self.any_case or isinstance(value, bool) else str
+        said = _SWITCHES[value] if isinstance(value, bool) else (fold(str(value)),)  # YAML reads no as false
+        return any(fold(str(v)) in said for v in self.values)
+
+    def counts(self, value: Any, spelled: bool) -> bool:
+        number = _number(value, spelled)
+        whole = number is not None and (self.kind == "number" or _is_integer(value, number))
+        return whole and self._bounded(number)  # type: ignore[arg-type]
+
+    def _bounded(self, number: float) -> bool:
+        low = self.least is None or number > self.least or (number == self.least and not self.open)
+        return low and (self.most is None or number <= self.most)
+
+    def switches(self, value: Any, spelled: bool) -> bool:
+        words = (*_SWITCHES[True], *_SWITCHES[False])
+        return isinstance(value, bool) or value in (0, 1) or (spelled and str(value).lower() in words)
+
+    def __str__(self) -> str:
+        """What is allowed, in words that need no translation."""
+        if self.values:
+            return ", ".join(map(str, self.values))
+        sign = ">" if self.open else ">="
+        low = f" {sign} {self.least:g}" if self.least is not None else ""
+        high = f" <= {self.most:g}" if self.most is not None else ""
+        return {"switch": "true, false"}.get(self.kind, self.kind) + low + high
+
+
+_ASKED = {
+    "integer": Spec.counts, "number": Spec.counts, "switch": Spec.switches,
+    "text": lambda *_: True,
+    "list": lambda *_: True,  # text is split by most
+    "table": lambda *_: False,
+}  # fmt: skip
+
+
+def _number(value: Any, spelled: bool) -> float | None:
+    if isinstance(value, str) and not spelled:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_integer(value: Any, number: float) -> bool:
+    """5e8 is one; as a text it is none, for int() does not read it."""
+    text = isinstance(value, str) and not value.strip().lstrip("+-").replace("_", "").isdigit()
+    return number == number and abs(number) != float("inf") and number == int(number) and not text
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """Settings of one library. Sections are dotted paths, "" the top. ``older``: names that the release does
+    not have, and others do; ``refuses``: sections where an unknown key stops the library."""
+
+    release: str
+    now: Mapping[str, Mapping[str, Spec]]
+    older: Mapping[str, frozenset[str]]
+    refuses: frozenset[str]
+    spelled: frozenset[str]
+    needs: str
+    shares: bool
+
+    @property
+    def sections(self) -> frozenset[str]:
+        return frozenset(self.now.keys() | self.older.keys())
+
+    def names(self, section: str) -> frozenset[str]:
+        return frozenset(self.now.get(section, {})) | self.older.get(section, frozenset())
+
+    def near(self, section: str, key: str) -> str | None:
+        """The path that a key was meant for: one like it in its section, or itself in the one other."""
+        found = like(key, self.now.get(section, {}) if self.shares else self.names(section))
+        if found is not None:
+            return f"{section}.{found}".lstrip(".")
+        if self.shares and not section:
+            return None
+        homes = [f"{other}.{key}".lstrip(".") for other in self.sections if key in self.names(other)]
+        return homes[0] if len(homes) == 1 else None
+
+
+def like(name: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant."""
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
+    return near[0] if near else None
+
+
+@functools.cache
+def known(library: str) -> Known:
+    text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
+    data = tomllib.loads(text)
+    now = {
+        section: {
+            key: _spec(
+                spec,
+                data.get("also", {}).get(section, {}).get(key),
+                f"{section}.{key}".lstrip(".") in data["any_case"],
+            )
+            for key, spec in keys.items()
+        }
+        for section, keys in data["now"].items()
+    }
+    return Known(
+        release=data["release"],
+        now=now,
+        older={section: frozenset(words.split()) for section, words in data["older"].items()},
+        refuses=frozenset(data["refuses"]),
+        spelled=frozenset(data["spelled"]),
+        needs=data["needs"],
+        shares=data["shares"],
+    )
+
+
+def _spec(said: Any, also: Any, any_case: bool) -> Spec:
+    if also == "any":
+        return Spec()
+    if isinstance(said, list):
+        return Spec(values=(*said, *(also or ())), any_case=any_case)
+    kind, *bounds = said.split()
+    found = dict(zip(bounds[::2], map(float, bounds[1::2]), strict=True))
+    return Spec(kind=kind, least=found.get(">=", found.get(">")), most=found.get("<="), open=">" in found)
+
+
+def _of(options: Options, library: str) -> bool:
+    """Whether it is the library's own file. Front ends write its settings among many of their own, and a
+    vocabulary of words has some by chance."""
+    table = known(library)
+    foreign = [key for key in options.data if str(key) not in table.names("")]
+    if table.needs and table.needs not in options.data:
+        return False
+    return len(foreign) <= _MOST_FOREIGN * len(options.data)
+
+
+def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
+    """Section and key of each setting that is none of the library's, and the path that was meant. What a file
+    has twice, the right name and one like it, is somebody's own."""
+    table = known(library)
+    for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
+        if key not in table.names(section):
+            near = table.near(section, key)
+            yield section, key, near if near is None or options.raw(near) is None else None
+
+
+def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
+    """Path of each value that the library does not take, the value, and what it takes."""
+    table = known(library)
+    script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
+    for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
+        path = f"{section}.{key}".lstrip(".")
+        spec, value = table.now.get(section, {}).get(key), options.get(path)
+        if spec is None or (value is True and script):  # of a script: the value was not read
+            continue
+        if not spec.takes(value, spelled=section in table.spelled):
+            yield path, value, spec
+
+
+def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[tuple[str, str, Any]]:
+    """Section, key and value of all; a mapping in a section that nobody knows is somebody's own."""
+    for key, value in data.items():
+        yield section, str(key), value
+        path = f"{section}.{key}".lstrip(".")
+        if isinstance(value, Mapping) and path in table.sections:
+            yield from _settings(value, table, path)
+
+
+def shown(spec: Spec, value: Any) -> str:
+    """What is allowed; of many values those that are most like the given one."""
+    names = [str(v) for v in spec.values]
+    if len(names) <= _MOST_SHOWN:
+        return str(spec)
+    like = difflib.get_close_matches(str(value), names, n=3, cutoff=0) or names[:3]
+    return f"{', '.join(like)}, ... ({len(names)})"

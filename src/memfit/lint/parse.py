@@ -1,0 +1,407 @@
+"""Files of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan and OpenFold, told apart by keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from memfit.lint.launch_script import Script, read_script
+from memfit.types.errors import UserError
+
+Found = Iterator[dict[str, Any]]  # the values of each finding of a rule
+
+KINDS = {
+    "deepspeed": "DeepSpeed JSON",
+    "accelerate": "Accelerate YAML",
+    "trainer": "Hugging Face TrainingArguments as JSON, YAML or command-line flags",
+    "megatron": "Megatron-LM arguments as a script or YAML",
+    "torchtitan": "torchtitan TOML",
+    "openfold": "OpenFold arguments of train_openfold.py as a script",
+    "openfold_config": "OpenFold's JSON of changed settings",
+}
+_MOST_BYTES = 1 << 20  # a configuration is not larger; data given by mistake is not parsed
+
+# Keys that only one library has; the kind whose keys a file has most of is the file's.
+_MARKS = {
+    "deepspeed": {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "steps_per_print",
+        "fp16", "bf16", "zero_allow_untested_optimizer", "wall_clock_breakdown", "prescale_gradients",
+        "gradient_clipping", "activation_checkpointing",
+    },
+    "accelerate": {
+        "distributed_type", "compute_environment", "num_processes", "num_machines", "machine_rank",
+        "deepspeed_config", "megatron_lm_config", "parallelism_config", "main_training_function",
+        "downcast_bf16", "mixed_precision", "fsdp_config",
+    },
+    "trainer": {
+        "per_device_train_batch_size", "output_dir", "num_train_epochs", "learning_rate", "max_steps", "fp16",
+        "bf16", "gradient_checkpointing", "activation_checkpointing", "per_device_eval_batch_size", "fsdp",
+        "save_strategy", "fsdp_config", "logging_steps", "lr_scheduler_type", "max_grad_norm", "optim",
+        "save_only_model", "deepspeed",
+    },
+    "megatron": {
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "global_batch_size",
+        "num_layers", "num_attention_heads", "hidden_size", "seq_length", "sequence_parallel",
+        "use_distributed_optimizer", "context_parallel_size", "expert_model_parallel_size",
+        "recompute_granularity", "recompute_activations",
+    },
+    "openfold": {
+        "config_preset", "experiment_config_json", "deepspeed_config_path", "max_template_date",
+        "template_release_dates_cache_path", "train_chain_data_cache_path", "obsolete_pdbs_file_path",
+        "train_mmcif_data_cache_path", "alignment_index_path", "resume_from_jax_params", "script_modules",
+    },
+}  # fmt: skip
+_SCRIPTS = ("megatron", "trainer", "openfold")
+# What OpenFold's configuration has at its top; changes of it are named by flat keys, globals.chunk_size.
+OPENFOLD_PARTS = frozenset({"data", "globals", "model", "relax", "loss", "ema"})
+# Keys of any other network start with "model.layers.".
+_FOLD = re.compile(r"(data|globals|relax|loss|ema|model\.(template|heads|\w+_(embedder|msa|stack|module)))\.")
+_TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "optimizer", "lr_scheduler"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Nested settings of one file, asked for by dotted path. ``unsure``: set in a branch of a script.
+    ``defaults`` is False where another front end's defaults hold instead of the library's."""
+
+    file: str
+    data: Mapping[str, Any]
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsure: frozenset[str] = frozenset()
+    defaults: bool = True
+
+    def raw(self, path: str) -> Any:
+        """As written; None where it is not."""
+        node: Any = self.data
+        for part in path.split("."):
+            if not isinstance(node, Mapping):
+                return None
+            node = node.get(part)
+        return node
+
+    def get(self, path: str) -> Any:
+        """The value; None where it is not said, left to the library ("auto"), or only known when run."""
+        value = self.raw(path)
+        unknown = isinstance(value, str) and (value in ("auto", "") or "$" in value)
+        return None if unknown or path in self.unsure else value
+
+    def number(self, path: str) -> float | None:
+        value = self.get(path)
+        try:
+            found = None if isinstance(value, bool) or value is None else float(value)
+        except (TypeError, ValueError):
+            return None
+        return found if found is not None and math.isfinite(found) else None
+
+    def count(self, path: str) -> int | None:
+        found = self.number(path)
+        return int(found) if found is not None and found == int(found) else None
+
+    def on(self, path: str) -> bool:
+        return str(self.get(path)).lower() in ("true", "1", "yes")
+
+    def off(self, path: str) -> bool:
+        return str(self.get(path)).lower() in ("false", "0", "no")
+
+    def size(self, path: str) -> int | None:
+        """A number of things, of which there is at least one."""
+        found = self.count(path)
+        return found if found is not None and found >= 1 else None
+
+    def texts(self, path: str) -> tuple[str, ...]:
+        """A list, or the words of a text."""
+        value = self.get(path)
+        words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
+        return tuple(str(w) for w in words)
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        value = self.raw(path)
+        return value if isinstance(value, Mapping) else {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What was read. ``ranks``: processes, where it is known; ``parameters``: of the job, where there is one;
+    ``missing``: files that a file names and that are not there."""
+
+    deepspeed: Options | None = None
+    accelerate: Options | None = None
+    trainer: Options | None = None
+    megatron: Options | None = None
+    torchtitan: Options | None = None
+    openfold: Options | None = None
+    openfold_config: Options | None = None
+    ranks: int | None = None
+    parameters: int | None = None
+    missing: tuple[str, ...] = ()
+
+    @property
+    def fsdp(self) -> Options | None:
+        """The file that configures FSDP, if one does: Accelerate's before the Trainer's."""
+        if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
+            return self.accelerate
+        on = self.trainer is not None and bool(self.trainer.raw("fsdp")) and not self.trainer.off("fsdp")
+        return self.trainer if on else None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        found = (getattr(self, kind) for kind in KINDS)
+        return tuple(dict.fromkeys(o.file for o in found if o is not None))
+
+
+def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
+    """Raises UserError for files that cannot be read, are of no kind we know, or are two of one kind."""
+    found: dict[str, Options] = {}
+    missing: list[str] = []
+    for path in paths:
+        kind, options = _read_one(path)
+        if kind in found:
+            raise UserError(
+                f"{found[kind].file} and {options.file} are both {KINDS[kind]}",
+                allowed="one file of each kind",
+            )
+        found[kind] = options
+    for kind, options in list(found.items()):
+        _follow(kind, options, found, missing)
+    _follow_changes(found, missing)
+    if ranks is None:
+        ranks = _ranks(found)
+    return Setup(**found, ranks=ranks, parameters=parameters, missing=tuple(missing))
+
+
+def _read_one(path: Path) -> tuple[str, Options]:
+    text = _text(path)
+    data = _data(path, text)
+    if isinstance(data, Script):
+        kind = max(_SCRIPTS, key=lambda k: len(_MARKS[k] & data.flags.keys()))
+        if not _MARKS[kind] & (data.flags.keys() | data.unsure):
+            raise _unknown(path, "no option of a training library in it")
+        own = not _MARKS["megatron"] & data.underscored
+        return kind, Options(file=str(path), data=data.flags, env=data.env, unsure=data.unsure, defaults=own)
+    if isinstance(data.get("MODEL_ARGS"), Mapping):  # as Megatron-LM writes its own test cases
+        env = {k: str(v) for k, v in (data.get("ENV_VARS") or {}).items()}
+        return "megatron", Options(file=str(path), data=_snake(data["MODEL_ARGS"]), env=env)
+    if path.suffix == ".toml":
+        if len(_TITAN & data.keys()) < 2:
+            raise _unknown(path, _keys_of(data))
+        return "torchtitan", Options(file=str(path), data=data)
+    if (changes := _changes(path, data)) is not None:
+        return "openfold_config", Options(file=str(path), data=changes)
+    plain = _snake(data)
+    scores = {kind: _score(kind, marks, plain) for kind, marks in _MARKS.items()}
+    kind = max(scores, key=lambda k: scores[k])
+    if not scores[kind]:
+        raise _unknown(path, _keys_of(data))
+    underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser takes hyphens alone
+    own = not _MARKS["megatron"] & underscored
+    return kind, Options(file=str(path), data=_sections(kind, plain), defaults=own)
+
+
+def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """OpenFold's flat keys as mappings in mappings; None for a file of another library."""
+    keys = [str(key) for key in data]
+    if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
+        raise UserError(
+            f"{path} is nested", allowed='flat keys, as OpenFold reads them: "globals.chunk_size"'
+        )
+    if not any(map(_FOLD.match, keys)):
+        return None
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        *above, last = str(key).split(".")
+        node = found
+        for part in above:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path} sets {key} and a part of it", allowed="each key once")
+        node[last] = value
+    return found
+
+
+def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
+    """(the text of a file, its data as written); None in the place of a shell script's. Raises UserError."""
+    text = _text(path)
+    data = _data(path, text)
+    return text, None if isinstance(data, Script) else data
+
+
+def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
+    """DeepSpeed's sections are mappings where the Trainer's switches of the same name are not."""
+    sections = {k for k in ("fp16", "bf16", "activation_checkpointing") if isinstance(data.get(k), Mapping)}
+    switches = {"fp16", "bf16", "activation_checkpointing"} - sections
+    other = switches if kind == "deepspeed" else sections if kind == "trainer" else set()
+    return len((marks - other) & data.keys())
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path} is larger than a configuration", allowed=f"at most {_MOST_BYTES} bytes")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise _unknown(path, "no text") from error
+
+
+# DeepSpeed reads its file as HJSON: comments are allowed there.
+_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
+
+
+def _kept_string(found: re.Match[str]) -> str:
+    return found.group() if found.group().startswith('"') else ""
+
+
+def _data(path: Path, text: str) -> dict[str, Any] | Script:
+    import yaml
+
+    try:
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        if path.suffix in (".json", ".yaml", ".yml"):
+            data = (
+                json.loads(_COMMENT.sub(_kept_string, text))
+                if path.suffix == ".json"
+                else yaml.safe_load(text)
+            )
+            if isinstance(data, dict):
+                return data
+            raise _unknown(path, f"a {type(data).__name__}")
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no {path.suffix[1:].upper()}: {' '.join(str(error).split())[:120]}"
+        ) from error
+    return read_script(text)
+
+
+def _unknown(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} is no configuration that memfit knows: {what}", allowed="; ".join(KINDS.values())
+    )
+
+
+def _keys_of(data: Mapping[str, Any]) -> str:
+    return f"its keys are {', '.join(map(str, list(data)[:6])) or 'none'}"
+
+
+def _snake(data: Mapping[Any, Any]) -> dict[str, Any]:
+    """Keys as Python names: ``--micro-batch-size`` and ``micro-batch-size`` too."""
+    return {str(k).lstrip("-").replace("-", "_"): v for k, v in data.items()}
+
+
+def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
+    """Accelerate and the Trainer write some options of a section with its name in front, some without."""
+    prefixes = {
+        "fsdp_config": "fsdp_",
+        "megatron_lm_config": "megatron_lm_",
+        "parallelism_config": "parallelism_config_",
+    }
+    for name, prefix in prefixes.items() if kind in ("accelerate", "trainer") else ():
+        if isinstance(data.get(name), Mapping):
+            data[name] = {str(k).removeprefix(prefix): v for k, v in data[name].items()}
+    return data
+
+
+def _follow(kind: str, options: Options, found: dict[str, Options], missing: list[str]) -> None:
+    """The DeepSpeed settings that another file names or holds."""
+    inside: Any = None
+    if kind == "trainer":
+        inside = options.raw("deepspeed")
+    elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "DEEPSPEED":
+        inside = options.raw("deepspeed_config.deepspeed_config_file") or _as_deepspeed(options)
+    elif kind in ("megatron", "openfold"):
+        inside = options.get("deepspeed_config") or options.get("deepspeed_config_path")
+    elif kind == "accelerate" and str(options.raw("distributed_type")).upper() == "MEGATRON_LM":
+        found.setdefault("megatron", Options(file=options.file, data=_as_megatron(options)))
+    if not inside or inside in ("none", True) or "deepspeed" in found:
+        return
+    if isinstance(inside, Mapping):
+        found["deepspeed"] = Options(file=options.file, data=inside)
+        return
+    target = _named(options, inside)
+    if target is not None and target.suffix == ".json":
+        found["deepspeed"] = Options(file=str(target), data=_data(target, _text(target)))  # type: ignore[arg-type]
+    else:
+        missing.append(str(inside))
+
+
+def _follow_changes(found: dict[str, Options], missing: list[str]) -> None:
+    """The JSON that OpenFold's arguments name."""
+    options = found.get("openfold")
+    name = options.get("experiment_config_json") if options is not None else None
+    if options is None or not name or "openfold_config" in found:
+        return
+    if (target := _named(options, name)) is None:
+        missing.append(str(name))
+        return
+    kind, changes = _read_one(target)
+    if kind != "openfold_config":
+        raise UserError(f"{target} is {KINDS[kind]}", allowed=KINDS["openfold_config"])
+    found["openfold_config"] = changes
+
+
+def _named(options: Options, name: Any) -> Path | None:
+    places = (*Path(options.file).absolute().parents, Path.cwd())  # as projects name files from their root
+    return next((p / str(name) for p in places if (p / str(name)).is_file()), None)
+
+
+def _as_deepspeed(options: Options) -> dict[str, Any]:
+    """What Accelerate's own DeepSpeed plugin hands on, in DeepSpeed's terms (utils/dataclasses.py,
+    DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
+    given = options.section("deepspeed_config")
+    precision = str(options.raw("mixed_precision"))
+    zero: dict[str, Any] = {"stage": given.get("zero_stage", 2)}
+    for name, old in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_param")):
+        device, path = given.get(f"{old}_device", "none"), given.get(f"{old}_nvme_path")
+        zero[name] = {"device": device} | ({"nvme_path": path} if path else {})
+    zero["stage3_gather_16bit_weights_on_model_save"] = given.get("zero3_save_16bit_model", False)
+    data: dict[str, Any] = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": given.get("gradient_accumulation_steps", 1),
+        "zero_optimization": zero,
+    }
+    if given.get("gradient_clipping"):
+        data["gradient_clipping"] = given["gradient_clipping"]
+    if precision in ("bf16", "fp16", "fp8"):
+        data["fp16" if precision == "fp16" else "bf16"] = {"enabled": True}
+    return data
+
+
+_MEGATRON_NAMES = {
+    "tp_degree": "tensor_model_parallel_size", "pp_degree": "pipeline_model_parallel_size",
+    "num_micro_batches": "num_micro_batches", "sequence_parallelism": "sequence_parallel",
+    "recompute_activations": "recompute_activations",
+    "use_distributed_optimizer": "use_distributed_optimizer",
+}  # fmt: skip
+
+
+def _as_megatron(options: Options) -> dict[str, Any]:
+    given = options.section("megatron_lm_config")
+    data = {_MEGATRON_NAMES[k]: v for k, v in given.items() if k in _MEGATRON_NAMES}
+    precision = str(options.raw("mixed_precision"))
+    return data | ({precision: True} if precision in ("bf16", "fp16") else {})
+
+
+def _ranks(found: Mapping[str, Options]) -> int | None:
+    if (options := found.get("accelerate")) is not None:
+        return options.count("num_processes")
+    if (options := found.get("openfold")) is not None:
+        counts = [1 if options.raw(n) is None else options.count(n) for n in ("gpus", "num_nodes")]
+        return counts[0] * counts[1] if counts[0] and counts[1] else None
+    for options in _scripts(found):
+        nodes = 1 if options.raw("nnodes") is None else options.count("nnodes")
+        each = options.count("nproc_per_node") or options.count("num_gpus")
+        if nodes and each:
+            return nodes * each
+    return None
+
+
+def _scripts(found: Mapping[str, Options]) -> Iterable[Options]:
+    return (found[k] for k in ("megatron", "trainer") if k in found)

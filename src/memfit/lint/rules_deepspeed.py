@@ -1,0 +1,268 @@
+"""What goes wrong in DeepSpeed's own file. Checked against DeepSpeed 0.19.8 (runtime/config.py,
+runtime/engine.py, runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from memfit.lint.parse import Found, Options, Setup
+
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_LOSS_SCALE = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
+_ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
+# Optimizers that ZeRO knows (runtime/zero/utils.py), and those that bring their own refusal.
+_TESTED = ("adam", "adamw", "fusedadam", "cpuadam", "adagrad", "lion", "fusedlion", "muon", *_ONE_BIT)
+
+
+def _stage(d: Options) -> int | None:
+    if d.raw("zero_optimization") is True:
+        return 1
+    return d.count("zero_optimization.stage") if "stage" in d.section("zero_optimization") else 0
+
+
+def _device(d: Options, name: str) -> str:
+    return str(d.get(f"zero_optimization.{name}.device") or "none").lower()
+
+
+def _shares_samples(d: Options, s: Setup) -> bool:
+    """Whether several processes may work on the same samples: tensor and sequence parallelism."""
+    mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
+    split = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
+    split = split or "autosp" in d.texts("compile.passes")
+    return bool(split) or mesh or s.megatron is not None
+
+
+def deepspeed_batch_product(d: Options, s: Setup) -> Found:
+    whole, micro, steps = (d.count(k) for k in _BATCH)
+    if not whole or not micro or micro < 1:
+        return
+    ranks = None if _shares_samples(d, s) else s.ranks
+    least = micro * (steps or 1) * (ranks or 1)
+    if whole % least or (steps and ranks and whole != least):
+        yield {"whole": whole, "micro": micro, "steps": steps or "n", "ranks": ranks or "n"}
+
+
+def deepspeed_two_precisions(d: Options, s: Setup) -> Found:
+    if d.on("fp16.enabled") and (d.on("bf16.enabled") or d.on("bfloat16.enabled")):
+        yield {}
+
+
+def deepspeed_fp16_off(d: Options, s: Setup) -> Found:
+    knobs = [k for k in d.section("fp16") if k in _LOSS_SCALE]
+    if knobs and d.raw("fp16.enabled") is None:
+        yield {"knobs": ", ".join(knobs)}
+
+
+def deepspeed_bf16_loss_scale(d: Options, s: Setup) -> Found:
+    if knobs := [k for k in _LOSS_SCALE if k in d.section("bf16")]:
+        yield {"knobs": ", ".join(knobs)}
+
+
+def deepspeed_offload_parameters(d: Options, s: Setup) -> Found:
+    if _device(d, "offload_param") != "none" and (stage := _stage(d)) in (0, 1, 2):
+        yield {"device": _device(d, "offload_param"), "stage": stage}
+
+
+def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
+    if _device(d, "offload_optimizer") != "none" and _stage(d) == 0:
+        yield {"device": _device(d, "offload_optimizer")}
+
+
+def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
+    """What a stage below 3 reads none of; how a model is saved does no harm there."""
+    if (stage := _stage(d)) not in {0, 1, 2}:
+        return
+    named = [
+        k for k in d.section("zero_optimization") if k.startswith("stage3_") and "on_model_save" not in k
+    ]
+    keys = [k for k in named if d.get(f"zero_optimization.{k}") is not None]
+    if keys:
+        yield {"keys": ", ".join(keys), "stage": stage}
+
+
+def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
+    for name in ("offload_param", "offload_optimizer"):
+        if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
+            yield {"name": name}
+
+
+def deepspeed_nvme_stage(d: Options, s: Setup) -> Found:
+    """Stages 1 and 2 take any device for the host, and never look at the path."""
+    if _device(d, "offload_optimizer") == "nvme" and (stage := _stage(d)) in {1, 2}:
+        yield {"stage": stage}
+
+
+def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
+    """DeepSpeed refuses another Adam that is handed over, and makes the one that its own file asks for."""
+    adam = str(d.get("optimizer.type")).lower() in ("adam", "adamw")
+    device = _device(d, "offload_optimizer")
+    if adam and d.on("optimizer.params.torch_adam") and device != "none" and _stage(d):
+        yield {"device": device}
+
+
+def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
+    """A group is not larger than all ranks: a size beyond them is taken for theirs."""
+    size = d.size("zero_optimization.zero_hpz_partition_size") or 1
+    if _stage(d) == 3 and s.ranks is not None and size < s.ranks and s.ranks % size:
+        yield {"size": size, "ranks": s.ranks}
+
+
+def deepspeed_least_scale(d: Options, s: Setup) -> Found:
+    """Of a dynamic loss scale; DeepSpeed's defaults are 2**16 and 1."""
+    least, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
+    power = 16 if d.raw("fp16.initial_scale_power") is None else power
+    if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or least is None or power is None:
+        return
+    if 0 <= power <= 64 and least > 2**power:
+        yield {"least": f"{least:g}", "first": 2**power, "power": power}
+
+
+def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
+    section = "activation_checkpointing"
+    if d.on(f"{section}.contiguous_memory_optimization") and not d.on(f"{section}.partition_activations"):
+        yield {}
+
+
+def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
+    """Hugging Face's models recompute with torch's checkpoint, which reads none of this."""
+    if s.trainer is None and s.accelerate is None:
+        return
+    wanted = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+    keys = [k for k in wanted if d.on(f"activation_checkpointing.{k}")]
+    if keys:
+        yield {"keys": ", ".join(keys)}
+
+
+# What Accelerate fills in itself (accelerator.py, _prepare_deepspeed, 1.15); the Trainer fills in more.
+_ACCELERATE_FILLS = {
+    *_BATCH, "gradient_clipping", "fp16.enabled", "bf16.enabled", "optimizer.params.lr",
+    "optimizer.params.weight_decay", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps",
+    "zero_optimization.reduce_bucket_size", "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_optimization.stage",
+    "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path", "zero_optimization.offload_optimizer.nvme_path",
+}  # fmt: skip
+
+
+def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
+    if s.accelerate is None or s.trainer is not None:
+        return
+    keys = [path for path, value in _leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
+    if keys:
+        yield {"keys": ", ".join(keys)}
+
+
+def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
+    kind = str(d.get("optimizer.type") or "adam")
+    if kind.lower() not in _TESTED and _stage(d) and not d.on("zero_allow_untested_optimizer"):
+        yield {"type": kind, "stage": _stage(d)}
+
+
+def deepspeed_one_bit(d: Options, s: Setup) -> Found:
+    if str(d.get("optimizer.type")).lower() in _ONE_BIT and _stage(d):
+        yield {"type": d.get("optimizer.type"), "stage": _stage(d)}
+
+
+def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
+    device = _device(d, "offload_optimizer")
+    allowed = _stage(d) and d.on("zero_allow_untested_optimizer")
+    if str(d.get("optimizer.type")).lower() == "lamb" and allowed and device != "none":
+        yield {"device": device}
+
+
+def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
+    kind = str(d.get("scheduler.type"))
+    if kind in {"WarmupDecayLR", "WarmupCosineLR"} and d.raw("scheduler.params.total_num_steps") is None:
+        yield {"type": kind}
+
+
+def deepspeed_pipeline(d: Options, s: Setup) -> Found:
+    """DeepSpeed's own section, or beside Megatron-DeepSpeed's arguments."""
+    m = s.megatron
+    stages = d.count("pipeline.stages") or 1
+    if m is not None and not m.on("no_pipeline_parallel"):
+        stages = m.count("pipeline_model_parallel_size") or stages
+    if stages > 1 and _stage(d) in {2, 3}:
+        yield {"stages": stages, "stage": _stage(d)}
+
+
+def deepspeed_bucket(d: Options, s: Setup) -> Found:
+    """Stages 1 and 2 allocate the whole bucket, twice where communication overlaps."""
+    whole = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
+    auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
+    bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
+    if s.parameters is not None and whole and not auto and bucket > s.parameters:
+        each = 2 if d.on("bf16.enabled") or d.on("fp16.enabled") else 4
+        times = 2 if d.on("zero_optimization.overlap_comm") else 1
+        mib = bucket * each * times / 2**20
+        yield {"bucket": bucket, "parameters": s.parameters, "mib": f"{mib:.0f}"}
+
+
+def deepspeed_no_zero(d: Options, s: Setup) -> Found:
+    """Accelerate's plugin, which the Trainer uses too, asks for the section. Scripts that only generate text
+    have a Trainer's flags too."""
+    trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
+    tuned = d.on("autotuning.enabled")
+    if (trains or s.accelerate is not None) and d.raw("zero_optimization") is None and not tuned:
+        yield {}
+
+
+# _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS of runtime/config.py, 0.19.8.
+_REMOVED = (
+    "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
+    "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
+    "zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather",
+    "zero_optimization.zeropp_loco_param",
+)  # fmt: skip
+
+
+def deepspeed_removed(d: Options, s: Setup) -> Found:
+    """Whatever the value is, it is refused."""
+    keys = [k for k in _REMOVED if d.raw(k) is not None]
+    if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
+        keys.append(f"optimizer {d.get('optimizer.type')}")
+    if keys:
+        yield {"keys": ", ".join(keys)}
+
+
+def deepspeed_zeropp(d: Options, s: Setup) -> Found:
+    if _stage(d) not in {0, 1, 2}:
+        return
+    switches = ("weights", "gradients", "nontrainable_weights")
+    keys = [f"zero_quantized_{k}" for k in switches if d.on(f"zero_optimization.zero_quantized_{k}")]
+    if (d.count("zero_optimization.zero_hpz_partition_size") or 1) > 1:
+        keys.append("zero_hpz_partition_size")
+    if keys:
+        yield {"keys": ", ".join(keys), "stage": _stage(d)}
+
+
+def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
+    if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
+        return
+    names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")
+    values = [d.raw(f"zero_optimization.{n}_weights_on_model_save") for n in names]
+    if not any(v is True or str(v).lower() in ("true", "auto") for v in values):
+        yield {}
+
+
+_OWN = (
+    deepspeed_batch_product, deepspeed_two_precisions, deepspeed_fp16_off, deepspeed_bf16_loss_scale,
+    deepspeed_offload_parameters, deepspeed_offload_optimizer, deepspeed_stage3_keys, deepspeed_nvme_path,
+    deepspeed_contiguous_checkpoints, deepspeed_checkpointing_unused, deepspeed_auto_unfilled,
+    deepspeed_untested_optimizer, deepspeed_one_bit, deepspeed_offload_lamb, deepspeed_scheduler_steps,
+    deepspeed_pipeline, deepspeed_bucket, deepspeed_removed, deepspeed_no_zero, deepspeed_zeropp,
+    deepspeed_nvme_stage,
+    deepspeed_torch_adam, deepspeed_hpz_ranks, deepspeed_least_scale,
+)  # fmt: skip
+CHECKS = {("deepspeed",): _OWN, ("deepspeed", "trainer"): (deepspeed_gather_on_save,)}

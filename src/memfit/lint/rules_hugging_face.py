@@ -1,0 +1,336 @@
+"""What goes wrong between Accelerate, the Trainer and what they drive. Checked against Accelerate 1.15
+(commands/launch.py, utils/dataclasses.py, utils/launch.py) and transformers 5.24 (trainer.py,
+training_args.py, integrations/deepspeed.py); read 2026-11."""
+
+from __future__ import annotations
+
+from memfit.lint.parse import Found, Options, Setup
+
+
+def _kind(a: Options) -> str:
+    return str(a.raw("distributed_type")).upper()
+
+
+# -- Accelerate --------------------------------------------------------------------------------------------
+
+_DOUBLED = (
+    "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device",
+    "offload_param_device", "offload_param_nvme_path", "offload_optimizer_nvme_path",
+    "zero3_save_16bit_model",
+)  # fmt: skip
+
+
+def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
+    path = a.raw("deepspeed_config.deepspeed_config_file")
+    if not path or _kind(a) != "DEEPSPEED":
+        return
+    keys = [k for k in _DOUBLED if k in a.section("deepspeed_config")]
+    clash = s.deepspeed is not None and any(accelerate_deepspeed_precision(a, s.deepspeed, s))
+    keys += ["mixed_precision"] if a.raw("mixed_precision") is not None and not clash else []
+    if keys:
+        yield {"keys": ", ".join(keys), "path": path}
+
+
+def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
+    told = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
+    if told and s.trainer is None:  # whose own argument may name the file
+        yield {"kind": _kind(a)}
+
+
+def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
+    stage = d.count("zero_optimization.stage")
+    if a.on("deepspeed_config.zero3_init_flag") and stage is not None and stage < 3:
+        yield {"stage": stage}
+
+
+def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
+    mixed = str(a.raw("mixed_precision")).lower()
+    other = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed)
+    if other is not None and d.on(f"{other}.enabled"):
+        yield {"mixed": mixed, "other": other}
+
+
+_SECTIONS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED", "megatron_lm_config": "MEGATRON_LM"}
+
+
+def accelerate_section_ignored(a: Options, s: Setup) -> Found:
+    for section, kind in _SECTIONS.items():
+        if a.section(section) and a.raw("distributed_type") is not None and _kind(a) != kind:
+            yield {"section": section, "kind": a.raw("distributed_type"), "needed": kind}
+
+
+def accelerate_processes(a: Options, s: Setup) -> Found:
+    processes, machines = a.count("num_processes"), a.count("num_machines") or 1
+    if processes and machines > 1 and processes % machines:
+        yield {"processes": processes, "machines": machines}
+
+
+def _machines(a: Options) -> int | None:
+    """None where another launcher counts them: SageMaker's, or DeepSpeed's, which reads a hostfile."""
+    local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
+    own = _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
+    return a.size("num_machines") if local and own and _kind(a) not in ("XLA", "TPU") else None
+
+
+def accelerate_rendezvous(a: Options, s: Setup) -> Found:
+    """Without a port torchrun's launchers take 29500; the plain one, for CPUs, takes none."""
+    plain = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
+    needed = ("main_process_ip", "main_process_port") if plain else ("main_process_ip",)
+    missing = [n for n in needed if a.raw(n) in (None, "")]
+    if (machines := _machines(a)) is not None and machines > 1 and missing:
+        yield {"machines": machines, "missing": " and ".join(missing)}
+
+
+def accelerate_local_address(a: Options, s: Setup) -> Found:
+    """With mpirun its hostfile may name this machine alone."""
+    address, machines = str(a.raw("main_process_ip")), _machines(a)
+    if a.section("mpirun_config"):
+        return
+    if machines is not None and machines > 1 and (address == "localhost" or address.startswith("127.")):
+        yield {"address": address, "machines": machines}
+
+
+def accelerate_one_process(a: Options, s: Setup) -> Found:
+    """Of a file that says NO, its launcher starts one process a machine, whatever num_processes is;
+    --multi_gpu and others on the command line would say otherwise."""
+    processes = a.count("num_processes")
+    local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
+    plain = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")  # YAML's no
+    if (
+        plain
+        and local
+        and not a.on("use_cpu")
+        and processes is not None
+        and processes > (a.count("num_machines") or 1)
+    ):
+        yield {"processes": processes}
+
+
+def accelerate_machine_rank(a: Options, s: Setup) -> Found:
+    rank, machines = a.count("machine_rank"), _machines(a)
+    if rank is not None and machines is not None and not 0 <= rank < machines:
+        yield {"rank": rank, "machines": machines, "last": machines - 1}
+
+
+def _devices(a: Options) -> tuple[int, int] | None:
+    """Devices that gpu_ids names, and processes of one machine; None where one is not known."""
+    ids = a.get("gpu_ids")
+    named = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
+    processes, machines = a.size("num_processes"), a.size("num_machines") or 1
+    if processes is None or processes % machines or a.on("use_cpu") or not all(n.isdigit() for n in named):
+        return None
+    return (len(named), processes // machines) if named else None
+
+
+def accelerate_few_devices(a: Options, s: Setup) -> Found:
+    found = _devices(a)
+    if found is not None and found[0] < found[1]:
+        yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
+
+
+def accelerate_idle_devices(a: Options, s: Setup) -> Found:
+    found = _devices(a)
+    if found is not None and found[0] > found[1]:
+        yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
+
+
+def accelerate_cpu_fp16(a: Options, s: Setup) -> Found:
+    if a.on("use_cpu") and str(a.get("mixed_precision")).lower() == "fp16":
+        yield {}
+
+
+# -- FSDP, in Accelerate's file or the Trainer's -------------------------------------------------------------
+
+
+def _of(name: str, options: Options) -> str:
+    return str(options.get(f"fsdp_config.{name}")).lower()
+
+
+def _version(options: Options, s: Setup) -> int | None:
+    """Accelerate's default is 1; the Trainer's became 2."""
+    given = options.count("fsdp_config.version")
+    return given if given is not None else 1 if options is s.accelerate else None
+
+
+_ONLY_FSDP1 = (
+    "use_orig_params", "sync_module_states", "forward_prefetch", "backward_prefetch", "sharding_strategy",
+)  # fmt: skip
+_HARMLESS = ("none", "false", "no_prefetch")  # asks for nothing
+
+
+def fsdp2_old_options(o: Options, s: Setup) -> Found:
+    keys = [k for k in _ONLY_FSDP1 if _of(k, o) not in _HARMLESS]
+    if _version(o, s) == 2 and keys:
+        yield {"keys": ", ".join(f"fsdp_{k}" for k in keys)}
+
+
+def fsdp2_reshard(o: Options, s: Setup) -> Found:
+    value = _of("reshard_after_forward", o)
+    if _version(o, s) == 2 and value not in ("none", "true", "false", "1", "0", "yes", "no"):
+        yield {"value": o.raw("fsdp_config.reshard_after_forward")}
+
+
+def fsdp_efficient_loading(o: Options, s: Setup) -> Found:
+    if o.on("fsdp_config.cpu_ram_efficient_loading") and _of("sync_module_states", o) == "false":
+        yield {}
+
+
+def fsdp_wrapping(o: Options, s: Setup) -> Found:
+    policy = _of("auto_wrap_policy", o)
+    by_class, by_size = policy == "transformer_based_wrap", policy == "size_based_wrap"
+    if not (by_class or by_size or policy == "no_wrap"):
+        return
+    if not by_class and _of("transformer_layer_cls_to_wrap", o) not in ("none", ""):
+        yield {"key": "fsdp_transformer_layer_cls_to_wrap", "policy": policy.upper()}
+    if not by_size and (o.number("fsdp_config.min_num_params") or 0) > 0:
+        yield {"key": "fsdp_min_num_params", "policy": policy.upper()}
+
+
+_PREFETCH = ("backward_pre", "backward_post", "no_prefetch", "1", "2", "none")
+
+
+def fsdp_prefetch(o: Options, s: Setup) -> Found:
+    if _of("backward_prefetch", o) not in _PREFETCH:
+        yield {"value": o.raw("fsdp_config.backward_prefetch")}
+
+
+# -- the Trainer against what it drives --------------------------------------------------------------------
+
+
+def _differs(d: Options, t: Options, ours: str, theirs: str) -> Found:
+    """A setting that both files state, with numbers that differ."""
+    mine, other = t.number(ours), d.number(theirs)
+    if mine is not None and other is not None and mine != other:
+        yield {"ours": ours, "mine": t.raw(ours), "theirs": theirs, "other": d.raw(theirs)}
+
+
+def trainer_deepspeed_batch(d: Options, t: Options, s: Setup) -> Found:
+    yield from _differs(d, t, "per_device_train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+def trainer_deepspeed_accumulation(d: Options, t: Options, s: Setup) -> Found:
+    yield from _differs(d, t, "gradient_accumulation_steps", "gradient_accumulation_steps")
+
+
+def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
+    yield from _differs(d, t, "max_grad_norm", "gradient_clipping")
+
+
+def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
+    for ours, theirs in (
+        ("learning_rate", "optimizer.params.lr"), ("weight_decay", "optimizer.params.weight_decay"),
+        ("adam_epsilon", "optimizer.params.eps"), ("learning_rate", "scheduler.params.warmup_max_lr"),
+        ("warmup_steps", "scheduler.params.warmup_num_steps"),
+    ):  # fmt: skip
+        yield from _differs(d, t, ours, theirs)
+
+
+def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
+    for name in ("fp16", "bf16"):
+        mine, other = t.get(name), d.get(f"{name}.enabled")
+        if mine is not None and other is not None and t.on(name) != d.on(f"{name}.enabled"):
+            yield {"name": name, "mine": mine, "other": other}
+    for name, rival in (("bf16", "fp16"), ("fp16", "bf16")):
+        if d.on(f"{name}.enabled") and t.get(name) is None and t.on(rival):
+            yield {"name": name, "mine": f"not set, with {rival} on", "other": d.get(f"{name}.enabled")}
+
+
+_SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
+
+
+def trainer_optimizer_twice(d: Options, t: Options, s: Setup) -> Found:
+    optim, kind = t.get("optim"), d.get("optimizer.type")
+    if kind is not None and optim is not None and optim not in _SAME_AS_ADAMW:
+        yield {"optim": optim, "type": kind}
+
+
+def trainer_find_batch(d: Options, t: Options, s: Setup) -> Found:
+    if t.on("auto_find_batch_size") and d.count("zero_optimization.stage") == 3:
+        yield {}
+
+
+def trainer_fsdp_deepspeed(t: Options, s: Setup) -> Found:
+    if t.get("fsdp") and not t.off("fsdp") and (t.raw("deepspeed") or s.deepspeed is not None):
+        yield {"fsdp": t.raw("fsdp")}
+
+
+def trainer_two_precisions(t: Options, s: Setup) -> Found:
+    if t.on("fp16") and t.on("bf16"):
+        yield {}
+
+
+def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
+    mixed = str(a.get("mixed_precision")).lower().replace("false", "no")
+    mine = [n for n in ("bf16", "fp16") if t.on(n)]
+    if len(mine) == 1 and mixed in {"no", "bf16", "fp16"} and mixed != mine[0]:
+        yield {"mine": mine[0], "mixed": mixed}
+
+
+def _recomputes(t: Options) -> bool:
+    return t.on("gradient_checkpointing") or t.on("activation_checkpointing")
+
+
+def trainer_fsdp_checkpointing(t: Options, s: Setup) -> Found:
+    o = s.fsdp
+    if o is not None and _recomputes(t) and o.on("fsdp_config.activation_checkpointing"):
+        yield {}
+
+
+def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
+    o = s.fsdp
+    alone = t.on("save_only_model") and not t.on("load_best_model_at_end")
+    if o is not None and alone and _of("state_dict_type", o) == "sharded_state_dict":
+        yield {}
+
+
+def trainer_best_model(t: Options, s: Setup) -> Found:
+    wrapper = "DeepSpeed" if s.deepspeed is not None else "FSDP" if s.fsdp is not None else None
+    if wrapper is not None and t.on("save_only_model") and t.on("load_best_model_at_end"):
+        yield {"wrapper": wrapper}
+
+
+def trainer_unused_parameters(t: Options, s: Setup) -> Found:
+    plain = s.deepspeed is None and s.fsdp is None
+    reentrant = any(t.on(f"{n}_checkpointing_kwargs.use_reentrant") for n in ("gradient", "activation"))
+    if plain and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
+        yield {}
+
+
+def trainer_cache(t: Options, s: Setup) -> Found:
+    if _recomputes(t) and t.on("use_cache"):
+        yield {}
+
+
+def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
+    """The Trainer clips to 1.0 unless told not to."""
+    o = s.fsdp
+    if o is None or _version(o, s) != 2:
+        return
+    norm = t.number("max_grad_norm")
+    if any(o.on(f"fsdp_config.{k}") for k in ("offload_params", "cpu_offload")) and norm != 0:
+        yield {"norm": "1.0 (its default)" if norm is None else norm}
+
+
+_FSDP = (fsdp2_old_options, fsdp2_reshard, fsdp_efficient_loading, fsdp_wrapping, fsdp_prefetch)
+CHECKS = {
+    ("accelerate",): (
+        accelerate_deepspeed_twice, accelerate_section_ignored, accelerate_processes, accelerate_rendezvous,
+        accelerate_local_address, accelerate_one_process,
+        accelerate_machine_rank, accelerate_few_devices, accelerate_idle_devices, accelerate_cpu_fp16,
+    ),
+    ("accelerate", "deepspeed"): (
+        accelerate_other_launcher, accelerate_zero3_init, accelerate_deepspeed_precision,
+    ),
+    ("deepspeed", "trainer"): (
+        trainer_deepspeed_batch, trainer_deepspeed_accumulation, trainer_deepspeed_clipping,
+        trainer_deepspeed_hyperparameters, trainer_deepspeed_precision, trainer_optimizer_twice,
+        trainer_find_batch,
+    ),
+    ("trainer",): (
+        trainer_fsdp_deepspeed, trainer_two_precisions, trainer_fsdp_checkpointing,
+        trainer_fsdp_save_only_model, trainer_best_model, trainer_unused_parameters, trainer_cache,
+        fsdp2_offload_clipping,
+    ),
+    ("trainer", "accelerate"): (trainer_accelerate_precision,),
+    ("fsdp",): _FSDP,
+}  # fmt: skip

@@ -1,0 +1,303 @@
+"""What goes wrong in Megatron-LM's arguments. Checked against Megatron-LM at d98e8a6 (training/arguments.py,
+core/transformer/transformer_config.py, core/parallel_state.py; read 2026-11)."""
+
+from __future__ import annotations
+
+from memfit.lint.parse import Found, Options, Setup
+
+
+def _size(m: Options, name: str) -> int | None:
+    """1 where it is not given, None where it is not known."""
+    path = f"{name}_parallel_size"
+    return 1 if m.raw(path) is None and path not in m.unsure else m.size(path)
+
+
+def _mesh(m: Options) -> tuple[int, int, int] | None:
+    """Tensor, pipeline, context; None where one of them is not known."""
+    sizes = tuple(_size(m, n) for n in ("tensor_model", "pipeline_model", "context"))
+    return None if None in sizes else sizes  # type: ignore[return-value]
+
+
+def _data(s: Setup) -> int | None:
+    """Data-parallel ranks."""
+    mesh = _mesh(s.megatron) if s.megatron is not None else None
+    if mesh is None or s.ranks is None or s.ranks % (mesh[0] * mesh[1] * mesh[2]):
+        return None
+    return s.ranks // (mesh[0] * mesh[1] * mesh[2])
+
+
+def _without(m: Options, name: str) -> bool:
+    """Certainly not given where the default is off, or switched off."""
+    return name not in m.unsure and (m.off(name) or (m.raw(name) is None and m.defaults))
+
+
+_UNEVEN = (
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "hybrid_layer_pattern",
+    "hybrid_override_pattern", "is_hybrid_model", "heterogeneous_layers_config_path", "encoder_num_layers",
+)  # fmt: skip
+_VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
+
+
+def _even(m: Options) -> bool:
+    return all(_without(m, name) for name in _UNEVEN)
+
+
+def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
+    """Where the file says that tensors are whole: a part of the arguments says nothing."""
+    said = m.raw("tensor_model_parallel_size") is not None or m.raw("micro_batch_size") is not None
+    if m.on("sequence_parallel") and _size(m, "tensor_model") == 1 and said:
+        yield {}
+
+
+def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
+    """One process is for debugging, and says nothing about the run that is meant."""
+    if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
+        return
+    if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
+        yield {"ranks": s.ranks}
+
+
+def megatron_layers(m: Options, s: Setup) -> Found:
+    stages = _size(m, "pipeline_model")
+    layers = m.count("num_layers")
+    if layers and stages and layers % stages and _even(m) and _without(m, "deepspeed"):  # cuts as it likes
+        yield {"layers": layers, "stages": stages}
+
+
+def megatron_virtual_layers(m: Options, s: Setup) -> Found:
+    if not _even(m):
+        return
+    layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
+    each, virtual = (m.count(n) for n in _VIRTUAL)
+    if not layers or not stages or layers % stages:
+        return
+    if (each and layers // stages % each) or (virtual and layers // stages % virtual):
+        yield {"layers": layers, "stages": stages, "each": each or f"1/{virtual}"}
+
+
+def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
+    if _size(m, "pipeline_model") != 1:
+        return
+    for name in _VIRTUAL:
+        if (value := m.count(name)) and (value > 1 or name.startswith("num_layers")):
+            yield {"option": f"--{name.replace('_', '-')} {value}"}
+
+
+def megatron_batch(m: Options, s: Setup) -> Found:
+    if m.raw("rampup_batch_size") is not None:
+        return
+    whole, micro, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
+    if whole and micro and whole % (micro * (data or 1)):
+        yield {"whole": whole, "micro": micro, "data": data or "any number of"}
+
+
+def megatron_ranks(m: Options, s: Setup) -> Found:
+    mesh = _mesh(m)
+    if mesh is None or s.ranks is None:
+        return
+    tensor, pipeline, context = mesh
+    if s.ranks % (tensor * pipeline * context):
+        yield {
+            "ranks": s.ranks, "tensor": tensor, "pipeline": pipeline, "context": context,
+            "least": tensor * pipeline * context,
+        }  # fmt: skip
+
+
+def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
+    data = _data(s)
+    if data is None or m.raw("microbatch_group_size_per_virtual_pipeline_stage") is not None:
+        return
+    whole, micro = m.count("global_batch_size"), m.count("micro_batch_size")
+    stages, virtual = _size(m, "pipeline_model"), any(m.count(n) for n in _VIRTUAL)
+    if not (stages and stages > 1 and virtual and whole and micro) or whole % (micro * data):
+        return
+    if (steps := whole // (micro * data)) % stages:
+        yield {"steps": steps, "stages": stages}
+
+
+_RECOMPUTE = ("recompute_method", "recompute_num_layers")
+
+
+def _recompute(m: Options) -> tuple[str | None, list[str], str]:
+    """Granularity, which of method and number are given, and how the file says it."""
+    granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
+    given = [n for n in _RECOMPUTE if m.raw(n) is not None]
+    shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in given)
+    return granularity, given, shown or "neither method nor number of layers"
+
+
+def megatron_recompute(m: Options, s: Setup) -> Found:
+    granularity, given, shown = _recompute(m)
+    wrong = (granularity == "selective" and given) or (granularity == "full" and len(given) < 2)
+    if wrong and not m.unsure.intersection(("recompute_granularity", *_RECOMPUTE)):
+        yield {"granularity": granularity, "shown": shown}
+
+
+def megatron_recompute_off(m: Options, s: Setup) -> Found:
+    granularity, given, shown = _recompute(m)
+    if granularity is None and given and _without(m, "recompute_granularity"):
+        yield {"shown": shown}
+
+
+def megatron_overlap_gather(m: Options, s: Setup) -> Found:
+    if not m.on("overlap_param_gather"):
+        return
+    instead = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
+    sharded = not _without(m, "use_distributed_optimizer") or not all(_without(m, n) for n in instead)
+    sharded = sharded or "muon" in str(m.raw("optimizer"))
+    missing = [] if sharded else ["--use-distributed-optimizer"]
+    missing += ["--overlap-grad-reduce"] if _without(m, "overlap_grad_reduce") else []
+    if missing:
+        yield {"missing": " and ".join(missing)}
+
+
+def megatron_connections(m: Options, s: Setup) -> Found:
+    """Only where the file sets it: elsewhere the container may."""
+    value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    if value is None or not value.isdigit():
+        return
+    sharded = m.on("use_torch_fsdp2") or m.on("use_megatron_fsdp")
+    mesh = _mesh(m)
+    overlaps = not _without(m, "overlap_moe_expert_parallel_comm")  # wants more, and may have them
+    if sharded and value == "1":
+        why = "FSDP's gathers wait behind the computation"
+        yield {"value": value, "why": why, "wanted": "8 or more"}
+    # 32 is what set-ups for Blackwell choose, where it does no harm
+    if not sharded and not overlaps and mesh and value not in ("1", "32") and (mesh[0] > 1 or mesh[2] > 1):
+        why = "tensor and context parallelism need collectives to start before the computation"
+        yield {"value": value, "why": why, "wanted": "1"}
+
+
+def megatron_two_precisions(m: Options, s: Setup) -> Found:
+    if m.on("fp16") and m.on("bf16"):
+        yield {}
+
+
+def megatron_heads(m: Options, s: Setup) -> Found:
+    tensor = _size(m, "tensor_model")
+    heads = m.count("num_attention_heads")
+    if heads and tensor and heads % tensor:
+        yield {"heads": heads, "tensor": tensor}
+
+
+def _groups(m: Options) -> int | None:
+    """Query groups that are used: without the switch every head has keys and values of its own."""
+    used = m.on("group_query_attention") or not m.defaults
+    return m.size("num_query_groups") if used else None
+
+
+def megatron_query_groups(m: Options, s: Setup) -> Found:
+    """Since core 0.16 the ranks of a group may also hold it together."""
+    tensor, groups = _size(m, "tensor_model"), _groups(m)
+    if groups and tensor and groups % tensor and tensor % groups:
+        yield {"groups": groups, "tensor": tensor}
+
+
+def megatron_few_query_groups(m: Options, s: Setup) -> Found:
+    tensor, groups = _size(m, "tensor_model"), _groups(m)
+    if groups and tensor and groups < tensor and tensor % groups == 0:
+        yield {"groups": groups, "tensor": tensor, "each": tensor // groups}
+
+
+def megatron_query_groups_off(m: Options, s: Setup) -> Found:
+    groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
+    plain = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
+    if groups and heads and groups != heads and plain and _without(m, "use_checkpoint_args"):
+        yield {"groups": groups, "heads": heads}
+
+
+def megatron_two_lengths(m: Options, s: Setup) -> Found:
+    samples, iterations = m.size("train_samples"), m.size("train_iters")
+    if samples and iterations and _without(m, "skip_train"):
+        yield {"samples": samples, "iterations": iterations}
+
+
+def megatron_distributed_activations(m: Options, s: Setup) -> Found:
+    if not m.on("distribute_saved_activations"):
+        return
+    clash = ["--sequence-parallel"] if m.on("sequence_parallel") else []
+    clash += ["--tensor-model-parallel-size 1"] if _size(m, "tensor_model") == 1 else []
+    full = m.get("recompute_granularity") == "full" or "recompute_granularity" in m.unsure
+    clash += ["no --recompute-granularity full"] if not full and m.defaults else []
+    if clash:
+        yield {"clash": ", ".join(clash)}
+
+
+def _dense(m: Options) -> bool:
+    """Certainly without experts: the network is described, and no number of them is given."""
+    described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
+    experts = m.get("num_experts")
+    return described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
+
+
+def megatron_experts(m: Options, s: Setup) -> Found:
+    size = _size(m, "expert_model")
+    if size is None or size == 1:
+        return
+    experts = m.count("num_experts")
+    if _dense(m) or (experts and experts % size):
+        yield {"experts": experts or "no", "size": size}
+
+
+def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
+    if m.on("moe_grouped_gemm") and _dense(m) and _size(m, "expert_model") == 1 and m.defaults:
+        yield {}
+
+
+def megatron_moe_sequence(m: Options, s: Setup) -> Found:
+    tensor = _size(m, "tensor_model")
+    trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
+    # A part of the arguments says nothing; one that is started with so many processes is no part.
+    trains = trains or (s.ranks is not None and m.raw("global_batch_size") is not None)
+    trains = trains and _without(m, "deepspeed")  # whose mixture of experts is its own
+    mixture = (m.count("num_experts") or 1) > 1
+    if mixture and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
+        yield {"experts": m.count("num_experts"), "tensor": tensor}
+
+
+def megatron_context_length(m: Options, s: Setup) -> Found:
+    context = _size(m, "context")
+    length = m.count("seq_length")
+    if context and context > 1 and length and length % (2 * context):
+        yield {"length": length, "context": context}
+
+
+def megatron_positions(m: Options, s: Setup) -> Found:
+    length, most = m.count("seq_length"), m.count("max_position_embeddings")
+    if length and most and length > most:
+        yield {"length": length, "most": most}
+
+
+def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
+    if not m.on("use_torch_fsdp2"):
+        return
+    clash = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]
+    sizes = {n: _size(m, f"{n}_model") or 1 for n in ("pipeline", "expert")}
+    clash += [f"--{n}-model-parallel-size {size}" for n, size in sizes.items() if size > 1]
+    needed = ("no_gradient_accumulation_fusion", "untie_embeddings_and_output_weights")
+    clash += [f"no --{n.replace('_', '-')}" for n in needed if _without(m, n)]
+    if clash:
+        yield {"clash": ", ".join(clash)}
+
+
+def megatron_batch_schedule(m: Options, s: Setup) -> Found:
+    if m.raw("step_batch_size_schedule") is not None and m.raw("global_batch_size") is not None:
+        yield {"whole": m.raw("global_batch_size")}
+
+
+def megatron_tensor_overlap(m: Options, s: Setup) -> Found:
+    if m.on("tp_comm_overlap") and _without(m, "sequence_parallel"):
+        yield {}
+
+
+_ALL = (
+    megatron_sequence_parallel, megatron_optimizer_alone, megatron_layers, megatron_virtual_layers,
+    megatron_virtual_pipeline, megatron_batch, megatron_ranks, megatron_interleaved_batch, megatron_recompute,
+    megatron_recompute_off, megatron_overlap_gather, megatron_connections, megatron_two_precisions,
+    megatron_heads, megatron_experts, megatron_moe_sequence, megatron_context_length, megatron_torch_fsdp2,
+    megatron_batch_schedule, megatron_tensor_overlap, megatron_positions, megatron_query_groups,
+    megatron_few_query_groups, megatron_query_groups_off, megatron_two_lengths,
+    megatron_distributed_activations, megatron_grouped_gemm,
+)  # fmt: skip
+CHECKS = {("megatron",): _ALL}

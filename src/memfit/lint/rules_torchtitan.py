@@ -1,0 +1,125 @@
+"""What goes wrong in torchtitan's TOML. Checked against v0.2.2, its last release with TOML files
+(parallel_dims.py, pipeline_parallel.py, components/optimizer.py, train.py, config/manager.py,
+activation_checkpoint.py; read 2026-11)."""
+
+from __future__ import annotations
+
+from memfit.lint.parse import Found, Options, Setup
+
+_DEGREES = (
+    "data_parallel_replicate",
+    "data_parallel_shard",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "context_parallel",
+)
+
+
+def _degrees(t: Options) -> tuple[int, int, int, int, int]:
+    """Replicate, shard (-1: the rest), tensor, pipeline, context; older releases had some in other tables."""
+    found = []
+    for name in _DEGREES:
+        places = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
+        found.append(next((n for n in map(t.count, places) if n), -1 if name == "data_parallel_shard" else 1))
+    return tuple(found)  # type: ignore[return-value]
+
+
+def _compiles(t: Options) -> bool:
+    parts = t.get("compile.components")
+    return (t.on("compile.enable") and (parts is None or "model" in parts)) or t.on("training.compile")
+
+
+def torchtitan_degrees(t: Options, s: Setup) -> Found:
+    replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
+    shown = " x ".join(f"{n} {d}" for n, d in zip(_DEGREES, degrees, strict=True))
+    model = replicate * tensor * pipeline * context
+    wrong = replicate < 1 or min(tensor, pipeline, context) < 1
+    if s.ranks is not None and not wrong:
+        wrong = s.ranks % model != 0 if shard == -1 else s.ranks != model * shard
+    if wrong:
+        yield {"shown": shown, "ranks": s.ranks or "any number of"}
+
+
+def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
+    if _compiles(t) or _degrees(t)[2] == 1:
+        return
+    if t.on("parallelism.enable_async_tensor_parallel") or t.on("experimental.enable_async_tensor_parallel"):
+        yield {}
+
+
+def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
+    converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
+    if converters and not _compiles(t):
+        yield {"converters": ", ".join(converters)}
+
+
+def torchtitan_replicate(t: Options, s: Setup) -> Found:
+    replicate, shard, tensor, pipeline, context = _degrees(t)
+    others = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "context_parallel": context}
+    if replicate > 1 and shard == 1 and max(others.values()) > 1:
+        shown = ", ".join(f"{n}_degree {d}" for n, d in others.items() if d > 1)
+        yield {"replicate": replicate, "shown": shown}
+
+
+def torchtitan_step_in_backward(t: Options, s: Setup) -> Found:
+    if not t.on("optimizer.early_step_in_backward"):
+        return
+    pipeline, experts = _degrees(t)[3], t.count("parallelism.expert_parallel_degree") or 1
+    if pipeline > 1 or experts > 1:
+        yield {"with": "pipeline parallelism" if pipeline > 1 else "expert parallelism"}
+
+
+def torchtitan_unclipped(t: Options, s: Setup) -> Found:
+    if t.on("optimizer.early_step_in_backward") and (norm := t.number("training.max_norm")):
+        yield {"norm": norm}
+
+
+def torchtitan_microbatches(t: Options, s: Setup) -> Found:
+    pipeline = _degrees(t)[3]
+    if pipeline == 1 or t.count("experimental.pipeline_parallel_microbatches"):
+        return
+    local = t.count("training.local_batch_size") or t.count("training.batch_size")
+    size = t.count("parallelism.pipeline_parallel_microbatch_size") or 1
+    if local and (local % size or local // size < pipeline) and t.section("parallelism"):
+        yield {"local": local, "size": size, "stages": pipeline}
+
+
+def torchtitan_batch(t: Options, s: Setup) -> Found:
+    whole = t.count("training.global_batch_size")
+    local = t.count("training.local_batch_size")
+    if not whole or not local or whole < 1:
+        return
+    replicate, shard, tensor, pipeline, context = _degrees(t)
+    data = replicate * shard
+    if shard < 0:
+        data = s.ranks // (tensor * pipeline * context) if s.ranks else replicate
+    if data > 0 and whole % (local * data):
+        yield {"whole": whole, "local": local, "data": data}
+
+
+def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
+    if t.get("activation_checkpoint.mode") == "memory_budget" and not _compiles(t):
+        yield {}
+
+
+def torchtitan_sequence(t: Options, s: Setup) -> Found:
+    """Every network of language asks for it; images have no length."""
+    _, _, tensor, _, context = _degrees(t)
+    length, images = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
+    split = min(tensor, context) > 0 and tensor * context > 1 and not images
+    if split and length and length % (tensor * 2 * context):
+        yield {"length": length, "tensor": tensor, "context": context}
+
+
+def torchtitan_selective_option(t: Options, s: Setup) -> Found:
+    value, mode = t.get("activation_checkpoint.selective_ac_option"), t.get("activation_checkpoint.mode")
+    if isinstance(value, str) and value != "op" and not value.isdigit() and mode in (None, "selective"):
+        yield {"value": value}
+
+
+_ALL = (
+    torchtitan_degrees, torchtitan_async_tensor, torchtitan_float8_eager, torchtitan_replicate,
+    torchtitan_step_in_backward, torchtitan_unclipped, torchtitan_microbatches, torchtitan_batch,
+    torchtitan_budget_eager, torchtitan_sequence, torchtitan_selective_option,
+)  # fmt: skip
+CHECKS = {("torchtitan",): _ALL}

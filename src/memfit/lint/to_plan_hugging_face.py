@@ -1,0 +1,285 @@
+"""DeepSpeed's file, Accelerate's and the Trainer's as a Plan: alone, and one below the other."""
+
+from __future__ import annotations
+
+from memfit.lint.draft import Draft
+from memfit.lint.parse import Options, Setup
+from memfit.types.plan import KnobValue
+
+# -- DeepSpeed, alone or below Accelerate and the Trainer --------------------------------------------
+
+_ZERO_READ = {
+    "stage", "reduce_bucket_size", "overlap_comm", "offload_optimizer", "offload_param", "cpu_offload",
+    "prefetch_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "param_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters",
+    "memory_efficient_linear",
+}  # fmt: skip
+# Of checkpoints, of how often something is said, or without a byte on the device.
+_ZERO_WITHOUT_BYTES = {
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "elastic_checkpoint", "load_from_fp32_weights", "ignore_unused_parameters", "round_robin_gradients",
+    "log_trace_cache_warnings", "allgather_partitions", "reduce_scatter", "contiguous_gradients",
+    "sub_group_size", "stage3_max_reuse_distance", "override_module_apply",
+    "use_multi_rank_bucket_allreduce", "allgather_bucket_size",
+}  # fmt: skip
+_SECTIONS = {
+    "activation_checkpointing": "it changes only models that call deepspeed.checkpointing",
+    "amp": "apex's mixed precision is not in memfit",
+    "compression_training": "compression is not in memfit",
+    "sparse_attention": "sparse attention is not in memfit",
+    "tensor_parallel": "DeepSpeed's automatic tensor parallelism is not in memfit",
+    "torch_autocast": "beside ZeRO memfit has bf16 parameters only",
+    "compile": "DeepCompile is not in memfit",
+    "expert_parallel": "DeepSpeed's expert parallelism is not in memfit",
+    "elasticity": "a plan has one number of ranks",
+}
+
+
+def from_deepspeed(setup: Setup, draft: Draft) -> None:
+    config = setup.deepspeed
+    assert config is not None
+    _batches(setup, config, draft)
+    precision = _precision(setup, config, draft)
+    stage = 1 if config.raw("zero_optimization") is True else config.count("zero_optimization.stage") or 0
+    zero = {k: config.number(f"zero_optimization.{k}") for k in config.section("zero_optimization")}
+    if stage or (draft.ranks > 1 and precision == "fp32"):
+        draft.take("zero", f"ZeRO stage {stage}", **_zero_knobs(config, stage, precision, zero, draft))
+    else:
+        _without_stage(precision, draft)
+    _deepspeed_optimizer(setup, config, draft)
+    _checkpointing(setup, draft)
+    for name in config.section("zero_optimization"):
+        if name not in _ZERO_READ | _ZERO_WITHOUT_BYTES and config.raw(f"zero_optimization.{name}") not in (
+            False,
+            None,
+        ):
+            draft.leave(f"zero_optimization.{name}", "memfit's ZeRO has no such setting")
+    for name, reason in _SECTIONS.items():
+        section = config.section(name)
+        if section and section.get("enabled", True) is not False:
+            draft.leave(name, reason)
+
+
+def _without_stage(precision: str, draft: Draft) -> None:
+    if draft.ranks > 1:
+        draft.take("ddp", "ZeRO stage 0")
+    if precision == "bf16":
+        draft.take("bf16-parameters", "bf16", rounding="master")
+
+
+def _zero_knobs(
+    config: Options, stage: int, precision: str, zero: dict[str, float | None], draft: Draft
+) -> dict[str, KnobValue]:
+    knobs: dict[str, KnobValue] = {"stage": stage, "precision": precision}
+    for knob, names in (
+        ("reduce_bucket_elements", ("reduce_bucket_size",)),
+        ("persist_elements", ("stage3_param_persistence_threshold", "param_persistence_threshold")),
+        ("live_elements", ("stage3_max_live_parameters", "max_live_parameters")),
+        ("prefetch_elements", ("stage3_prefetch_bucket_size", "prefetch_bucket_size")),
+    ):
+        for name in names:
+            if zero.get(name) is not None:
+                knobs[knob] = max(1, int(zero[name] or 0))
+            elif config.raw(f"zero_optimization.{name}") == "auto":
+                draft.leave(
+                    f"zero_optimization.{name} auto",
+                    "it is made of the model's hidden_size; DeepSpeed's default is predicted",
+                )
+    if stage < 3:
+        knobs["overlap"] = config.on("zero_optimization.overlap_comm")
+    elif config.raw("zero_optimization.memory_efficient_linear") is False:
+        knobs["memory_efficient_linear"] = False
+    knobs["offload"] = _offload(config, stage, draft)
+    return knobs
+
+
+def _offload(config: Options, stage: int, draft: Draft) -> str:
+    devices = {
+        n: str(config.get(f"zero_optimization.offload_{n}.device") or "none") for n in ("param", "optimizer")
+    }
+    if config.on("zero_optimization.cpu_offload"):
+        devices["optimizer"] = "cpu"
+    for name, device in devices.items():
+        if device == "nvme":
+            draft.leave(f"offload_{name} to nvme", "predicted as offloaded to host memory")
+    if stage == 3 and devices["param"] != "none":
+        return "parameters"
+    return "optimizer" if devices["optimizer"] != "none" else "none"
+
+
+def _precision(setup: Setup, config: Options, draft: Draft) -> str:
+    """What DeepSpeed computes in; "auto" is the Trainer's or Accelerate's word."""
+    above = _mixed_precision(setup)
+    for name in ("bf16", "bfloat16", "fp16"):
+        auto = config.raw(f"{name}.enabled") == "auto"
+        if config.on(f"{name}.enabled") or (auto and above == name.replace("bfloat16", "bf16")):
+            if name == "fp16":
+                draft.leave("fp16", "predicted as bf16: as many bytes, without the loss scale")
+            return "bf16"
+        if auto and above is None:
+            draft.leave(f"{name}.enabled auto", "no file says what the Trainer makes of it; taken as off")
+    return "fp32"
+
+
+def _mixed_precision(setup: Setup) -> str | None:
+    """bf16, fp16, fp8 or no; None where nothing says."""
+    if (args := setup.trainer) is not None:
+        return next((n for n in ("bf16", "fp16") if args.on(n)), "no")
+    value = setup.accelerate.get("mixed_precision") if setup.accelerate is not None else None
+    return None if value is None else str(value).lower().replace("false", "no")
+
+
+def _batches(setup: Setup, config: Options, draft: Draft) -> None:
+    args = setup.trainer
+    micro, steps = config.size("train_micro_batch_size_per_gpu"), config.size("gradient_accumulation_steps")
+    if args is not None:
+        micro = micro or args.size("per_device_train_batch_size")
+        steps = steps or args.size("gradient_accumulation_steps")
+    whole = config.size("train_batch_size")
+    if whole is not None and micro is not None and steps is None:
+        steps = max(1, whole // (micro * draft.ranks))
+    elif whole is not None and micro is None:
+        micro = max(1, whole // ((steps or 1) * draft.ranks))
+    draft.micro_batch = micro
+    draft.accumulate(steps)
+    draft.sized(draft.ranks, steps)
+
+
+_DEEPSPEED_ADAM = ("adam", "adamw", "fusedadam")
+_TRAINER_OPTIMIZERS = {
+    "adamw_torch_fused": "adamw-fused", "adamw_apex_fused": "adamw-fused", "adafactor": "adafactor", "sgd":
+    "sgd", "adamw_bnb_8bit": "adamw-8bit", "adamw_8bit": "adamw-8bit", "adamw_torch_8bit": "adamw-8bit",
+    "paged_adamw_8bit": "adamw-paged", "adamw_torch_4bit": "adamw-4bit",
+}  # fmt: skip
+
+
+def _deepspeed_optimizer(setup: Setup, config: Options, draft: Draft) -> None:
+    name = config.get("optimizer.type")
+    if name is None:
+        _trainer_optimizer(setup, draft)
+    elif str(name).lower() in _DEEPSPEED_ADAM:
+        host = config.raw("zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
+        if not host and not config.on("optimizer.params.torch_adam"):
+            draft.take("adamw-fused", f"optimizer {name}")
+    elif str(name).lower() == "sgd":
+        draft.take("sgd", f"optimizer {name}")
+    else:
+        draft.leave(f"optimizer {name}", "predicted with the job's own optimizer")
+
+
+def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
+    if setup.trainer is None:
+        return
+    name = str(setup.trainer.get("optim") or "adamw_torch_fused")
+    if name in _TRAINER_OPTIMIZERS:
+        draft.take(_TRAINER_OPTIMIZERS[name], f"optim {name}")
+    elif name not in ("adamw_torch", "adamw_hf"):
+        draft.leave(f"optim {name}", "predicted with the job's own optimizer")
+
+
+# -- Accelerate and the Trainer without DeepSpeed ------------------------------------------------------
+
+
+def from_hugging_face(setup: Setup, draft: Draft) -> None:
+    accelerate, args = setup.accelerate, setup.trainer
+    kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
+    fsdp = _fsdp_options(setup)
+    precision = _mixed_precision(setup) or "no"
+    sharded = fsdp is not None and (draft.ranks > 1 or setup.ranks is None)
+    if precision == "fp8" or (precision == "fp16" and sharded):
+        draft.leave(f"mixed precision {precision}", "predicted as bf16")
+        precision = "bf16"
+    data = draft.ranks
+    if fsdp is not None and sharded:
+        data = _fsdp(setup, fsdp, precision, draft)
+    else:
+        if draft.ranks > 1:
+            draft.take("ddp", kind or "data parallel", **_ddp(setup))
+        if precision != "no":
+            draft.take(f"{precision}-autocast", f"mixed precision {precision}")
+    _trainer_optimizer(setup, draft)
+    _checkpointing(setup, draft)
+    if args is not None:
+        draft.micro_batch = args.size("per_device_train_batch_size") or 8  # the Trainer's default
+        steps = args.size("gradient_accumulation_steps")
+        draft.accumulate(steps)
+        draft.sized(data, steps)
+        if args.on("torch_compile"):
+            draft.take("compile", "torch_compile", scope="model")
+    if (
+        accelerate is not None
+        and accelerate.section("dynamo_config")
+        and not (args and args.on("torch_compile"))
+    ):
+        draft.take("compile", "dynamo_config", scope="model")
+
+
+def _ddp(setup: Setup) -> dict[str, KnobValue]:
+    """torch's own defaults, which both keep: gradients lie beside the buckets."""
+    mib = setup.trainer.size("ddp_bucket_cap_mb") if setup.trainer is not None else None
+    return {"bucket_view": False, "bucket_mib": mib or 25, "sync": _sync(setup)}
+
+
+def _sync(setup: Setup) -> str:
+    """Both reduce gradients after the last micro-batch alone, unless told otherwise."""
+    args = setup.trainer
+    steps = args.size("gradient_accumulation_steps") if args is not None else None
+    each = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+    return "last" if args is not None and (steps or 1) > 1 and not args.on(each) else "every"
+
+
+def _fsdp_options(setup: Setup) -> Options | None:
+    """FSDP's settings, with the names Accelerate gives them, without their prefix."""
+    accelerate, args = setup.accelerate, setup.trainer
+    if accelerate is not None and str(accelerate.raw("distributed_type")).upper() == "FSDP":
+        return Options(file=accelerate.file, data={"version": 1, **accelerate.section("fsdp_config")})
+    if args is None or setup.fsdp is None:
+        return None
+    data = {"version": 2, **args.section("fsdp_config")}
+    words = args.texts("fsdp")
+    data.setdefault("reshard_after_forward", "shard_grad_op" not in words)
+    if "no_shard" in words:
+        data["sharding_strategy"] = "NO_SHARD"
+    data.setdefault("offload_params", data.get("cpu_offload", "offload" in words))
+    return Options(file=args.file, data=data)
+
+
+def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
+    """The ranks that see other samples."""
+    strategy = str(fsdp.raw("sharding_strategy") or "FULL_SHARD").upper()
+    strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
+        strategy, strategy
+    )
+    above = setup.accelerate or Options(file="", data={})
+    sizes = {n: above.size(f"parallelism_config.{n}_size") or 1 for n in ("tp", "cp", "dp_replicate")}
+    for name, technique in (("tp", "tensor-parallel"), ("cp", "context-parallel")):
+        if sizes[name] > 1:
+            draft.take(technique, f"{name}_size {sizes[name]}", degree=sizes[name])
+    data = max(1, draft.ranks // (sizes["tp"] * sizes["cp"]))
+    if fsdp.count("version") != 2:
+        draft.leave("fsdp_version 1", "its flat parameters are not in memfit: predicted as FSDP2")
+        if strategy == "NO_SHARD":
+            draft.take("ddp", "NO_SHARD", **_ddp(setup))
+            if precision == "bf16":
+                draft.take("bf16-autocast", "mixed precision bf16")
+            return data
+    reshard = fsdp.raw("reshard_after_forward")
+    keep = strategy in ("SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2") or str(reshard).lower() == "false"
+    replicas = (above.size("num_machines") or 1) if strategy.startswith("HYBRID") else sizes["dp_replicate"]
+    if data > 1:
+        draft.take(
+            "fsdp2", "FSDP", reshard=not keep, replicas=replicas, offload=fsdp.on("offload_params"),
+            precision="bf16" if precision == "bf16" else "as-is", sync=_sync(setup),
+        )  # fmt: skip
+    elif precision == "bf16":
+        draft.take("bf16-autocast", "mixed precision bf16")
+    return data
+
+
+def _checkpointing(setup: Setup, draft: Draft) -> None:
+    args, fsdp = setup.trainer, _fsdp_options(setup)
+    of_trainer = args is not None and (
+        args.on("gradient_checkpointing") or args.on("activation_checkpointing")
+    )
+    if of_trainer or (fsdp is not None and fsdp.on("activation_checkpointing")):
+        draft.take("activation-checkpointing", "checkpointing of every block", every=1)

@@ -1,1 +1,0 @@
-"""Memory, energy and the memory cap, read inside the process that trains."""

@@ -1,0 +1,215 @@
+"""Which modules work on independent slices of their inputs, and what they make inside: for chunking."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.model.chunking_probe import Live, ModuleCall, columns_bytes, tried
+from memfit.model.linear_roles import AnyWay, valueless
+
+_MOST_PARAMETERS = 2**25  # of a module that is tried on random numbers
+_MOST_TENSORS = 6
+_HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
+_SEEN: dict[
+    object, tuple[object, dict[str, ModuleCall]]
+] = {}  # by what decides it: a search asks for many plans
+_MOST_SEEN = 4
+_WORTH = 4  # times its output that a module makes inside, for a search to look at cutting it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkCut:
+    """``axes``: by place among the leaves, the axis along which that tensor is cut; ``first``: the leaf that
+    lengths are read from."""
+
+    axes: Mapping[int, int]
+    first: int
+    out_axis: int
+    inside_bytes: int
+    first_count: int
+
+
+class _Watch(AnyWay):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, ModuleCall] = {}
+        self._stack: list[ModuleCall] = []
+
+    def watch(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if name:
+                module.register_forward_pre_hook(self._entering, with_kwargs=True)
+                module.register_forward_hook(self._leaving(name))
+
+    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._stack.append(ModuleCall(*_pytree.tree_flatten((args, kwargs))))
+
+    def _leaving(self, name: str) -> Any:
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            call = self._stack.pop()
+            if self._stack:
+                self._stack[-1].inside_bytes += call.inside_bytes
+                self._stack[-1].columns_bytes += call.columns_bytes
+                self._stack[-1].reach = max(self._stack[-1].reach, call.reach)
+                self._stack[-1].random |= call.random
+            if isinstance(out, torch.Tensor):
+                call.out_shape = tuple(out.shape)
+                call.out_bytes = out.nbytes
+                call.inside_bytes -= out.nbytes
+            self.calls.setdefault(name, call)
+
+        return leave
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self._stack:
+            call = self._stack[-1]
+            given = {_storage(t) for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            made = [t for t in _pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            call.inside_bytes += sum(t.nbytes for t in made if _storage(t) not in given)
+            if func is torch.ops.aten.convolution.default:
+                call.columns_bytes += columns_bytes(out, args[1])
+            call.reach = max(call.reach, _reach(func, args))
+            call.random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _reach(func: Any, args: Any) -> int:
+    """A dilation, or how many places something is moved by: nothing of it shows in a shorter input."""
+    if func is torch.ops.aten.convolution.default:
+        return int(max(args[5]))
+    return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
+
+
+@dataclasses.dataclass(slots=True)
+class Trials:
+    """What was found of modules, by all that decides it, and the most that one trial took."""
+
+    known: dict[object, Any] = dataclasses.field(default_factory=dict)
+    peak_bytes: int = 0
+
+
+def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
+    """Every module's first call in a forward pass of a copy without values."""
+    parts = (job.build_model, job.make_batch, job.loss)
+    tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
+    wrapped = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
+    key = (*map(id, parts), tensors, wrapped)
+    if key not in _SEEN:
+        watch = _Watch()
+        with valueless(job, model) as (copied, batch):
+            watch.watch(copied)
+            with watch:
+                job.loss(copied, batch)
+        while len(_SEEN) >= _MOST_SEEN:
+            del _SEEN[next(iter(_SEEN))]
+        _SEEN[key] = (parts, watch.calls)  # held, so that their numbers stay theirs
+    return _SEEN[key][1]
+
+
+def to_cut(
+    model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: Trials | None = None
+) -> dict[str, ChunkCut]:
+    """The modules to cut, innermost first among those that hold the same tensors."""
+    trials = trials or Trials()
+
+    def choose(name: str, module: nn.Module) -> dict[str, ChunkCut]:
+        call = calls.get(name)
+        if call is not None and call.inside_bytes <= budget:
+            return {}
+        prefix = f"{name}." if name else ""
+        below: dict[str, ChunkCut] = {}
+        for child, inner in module.named_children():
+            below |= choose(prefix + child, inner)
+        if call is None or sum(c.inside_bytes for c in below.values()) > _HELD_BELOW * call.inside_bytes:
+            return below
+        cut = _cut(module, call, trials)
+        return {name: cut} if cut is not None else below
+
+    return choose("", model)
+
+
+def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: Trials) -> int:
+    """Of the module that makes most inside among those that can be cut: this part of it, or, with no number
+    of parts, half of what it gives out, which exists anyhow; half of its insides at most."""
+    most = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
+    inside, out = max(most, default=(0, 0))
+    return inside // parts if parts else min(inside, out) // 2
+
+
+def worth_cutting(job: Any, model: nn.Module) -> bool:
+    """Whether some module makes much inside that can be cut along something else than the batch."""
+    calls, trials = insides(job, model), Trials()
+    found = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
+    return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in found.items())
+
+
+# -- trial -----------------------------------------------------------------------------------------------
+
+
+def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None:
+    if call.random or call.out_shape is None:
+        return None
+    tensors = {i: t for i, t in enumerate(call.leaves) if isinstance(t, torch.Tensor)}
+    if not 0 < len(tensors) <= _MOST_TENSORS or not all(t.is_floating_point() for t in tensors.values()):
+        return None
+    if sum(p.numel() for p in module.parameters()) > _MOST_PARAMETERS:
+        return None
+    if not all(buffer.is_floating_point() for buffer in module.buffers()):
+        return None  # random indices would point anywhere
+    shapes = {i: tuple(t.shape) for i, t in tensors.items()}
+    others = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
+    parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+    key = (type(module), tuple(shapes.items()), others, parameters, _constants(module))
+    if key not in trials.known:
+        with _disable_current_modes(), torch.no_grad(), Live() as live:
+            trials.known[key] = tried(module, call, shapes)
+        trials.peak_bytes = max(trials.peak_bytes, live.peak_bytes)
+    found = trials.known[key]
+    if found is None:
+        return None
+    axes, out_axis = found
+    first = next(iter(axes))
+    return ChunkCut(
+        axes=axes, first=first, out_axis=out_axis, inside_bytes=call.inside_bytes,
+        first_count=math.prod(shapes[first]),
+    )  # fmt: skip
+
+
+_NOT_CONSTANT = {*vars(nn.Module()), "forward"}  # torch's own, and what techniques put around a module
+
+
+def _constants(module: nn.Module) -> tuple[str, ...]:
+    """What tells modules of one class apart beside their shapes, such as which way they sum or permute."""
+    return tuple(
+        f"{name}.{k}={_told(v)}"
+        for name, m in module.named_modules()
+        for k, v in vars(m).items()
+        if k not in _NOT_CONSTANT
+    )
+
+
+def _told(value: Any, depth: int = 3) -> str:
+    """Equal for values that are alike; what cannot be told is like itself alone."""
+    if value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device):
+        return repr(value)
+    if depth and isinstance(value, tuple | list):
+        return f"{type(value)}{[_told(v, depth - 1) for v in value]}"
+    if depth and isinstance(value, dict):
+        return str({str(k): _told(v, depth - 1) for k, v in value.items()})
+    plain = not isinstance(value, torch.Tensor | nn.Module) and not callable(value)
+    if depth and plain and hasattr(value, "__dict__"):
+        return f"{type(value)}{_told(vars(value), depth - 1)}"
+    return f"{type(value)} {id(value)}"

@@ -1,0 +1,214 @@
+"""One trial of a module for chunking: a small copy with random parameters, whole and on a slice."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MOST_TRIALS = 96
+_MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
+_MOST_INSIDE = 2**22  # bytes that a trial may make, where the real call does not make more
+_SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
+_FAR = (1024, 512, 256, 128, 64, 32)  # and lengths of what is cut, to see how far it reaches
+
+
+@dataclasses.dataclass(slots=True)
+class ModuleCall:
+    """A module's first call: leaves of its arguments (tensors without values) and what came of it."""
+
+    leaves: list[Any]
+    spec: Any
+    inside_bytes: int = 0  # new tensors, the output aside
+    out_shape: tuple[int, ...] | None = None
+    out_bytes: int = 0
+    columns_bytes: int = 0  # that convolutions unfold their inputs to, as those in float64 do
+    reach: int = 0  # how far its widest convolution or padding looks from one place to the next
+    random: bool = False  # draws random numbers: slices would draw others
+
+
+def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
+    return out.nbytes // out.shape[1] * weight[0].numel() if weight[0, 0].numel() > 1 else 0
+
+
+class Live(TorchDispatchMode):
+    """How many bytes of tensors there are at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in _pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {k: kept for k, kept in self.held.items() if not kept[0].expired()}
+        columns = columns_bytes(out, args[1]) if func is torch.ops.aten.convolution.default else 0
+        self.peak_bytes = max(self.peak_bytes, columns + sum(size for _, size in self.held.values()))
+        return out
+
+
+def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
+    """({leaf: axis}, output's axis) of the longest axis that can be cut, or None."""
+    try:
+        copied = _random_copy(module)
+    except (RuntimeError, TypeError):  # what holds a file or a graph's tensor cannot be copied, so not tried
+        return None
+    numbers, run = torch.Generator().manual_seed(0), functools.partial(_ran, copied, call)
+
+    def drawn(sizes: Mapping[int, tuple[int, ...]]) -> dict[int, torch.Tensor]:
+        return {i: torch.randn(s, generator=numbers, dtype=torch.float64) for i, s in sizes.items()}
+
+    def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
+        """No dimension is longer here than in the real call, so nothing inside is."""
+        elements, real = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
+        made = (call.inside_bytes + call.columns_bytes) * elements / max(1, real)
+        return elements <= _MOST_ELEMENTS and made <= max(_MOST_INSIDE, call.inside_bytes)
+
+    def runs(sizes: dict[int, tuple[int, ...]]) -> bool:
+        return small(sizes) and run(drawn(sizes)) is not None
+
+    def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
+        """Beyond its slice, where it is long; what cannot be tried so may."""
+        far = _lengthened(shapes, sizes, axes, runs)
+        seen = min((far or sizes)[i][axis] for i, axis in axes.items())
+        if seen <= call.reach or (far is None and any(shapes[i][a] != sizes[i][a] for i, a in axes.items())):
+            return True
+        if far is None:
+            return False
+        wide = drawn(far)
+        told = run(wide)
+        return told is None or out_axis not in _same(run, wide, told, axes)
+
+    sizes = _shortened(shapes, runs)
+    whole = drawn(sizes) if small(sizes) else {}
+    expected = run(whole) if whole else None
+    if expected is None:
+        return None
+    ways = ((axes, at) for axes in _ways(shapes, sizes) for at in _same(run, whole, expected, axes))
+    return next((way for way in ways if not reaches(*way)), None)
+
+
+def _ran(module: nn.Module, call: ModuleCall, tensors: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
+    leaves = [tensors.get(i, v) for i, v in enumerate(call.leaves)]
+    args, kwargs = _pytree.tree_unflatten(leaves, call.spec)
+    try:
+        out = module(*args, **kwargs)
+    except Exception:  # noqa: BLE001  any error says that the module does not take such shapes
+        return None
+    return out if isinstance(out, torch.Tensor) else None
+
+
+def _lengthened(
+    shapes: dict[int, tuple[int, ...]],
+    sizes: dict[int, tuple[int, ...]],
+    axes: Mapping[int, int],
+    runs: Callable[[dict[int, tuple[int, ...]]], bool],
+) -> dict[int, tuple[int, ...]] | None:
+    """The same with what is cut as long as it is, or as long as can be tried: what reaches far, as dilated
+    convolutions do, sees nothing beside itself in a short one."""
+    first, axis = next(iter(axes.items()))
+    length = shapes[first][axis], sizes[first][axis]
+    for wanted in (length[0], *(n for n in _FAR if length[1] < n < length[0])):
+        longer = {
+            i: tuple(wanted if both == length else both[1] for both in zip(shapes[i], s, strict=True))
+            for i, s in sizes.items()
+        }
+        if longer != sizes and runs(longer):
+            return longer
+    return None
+
+
+def _random_copy(module: nn.Module) -> nn.Module:
+    """With random float64 parameters: at zero, as some layers begin, everything would be independent."""
+    numbers = torch.Generator().manual_seed(1)
+    held: dict[int, Any] = {}
+    for parameter in module.parameters():
+        size = max(1, parameter.shape[-1] if parameter.dim() > 1 else 1)
+        values = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64) / size**0.5
+        held[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    for buffer in module.buffers():
+        held[id(buffer)] = torch.randn(buffer.shape, generator=numbers, dtype=torch.float64)
+    plain = copy.deepcopy(module, held)
+    for inner in plain.modules():
+        vars(inner).pop("forward", None)  # what other techniques put around it
+        for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
+            hooks.clear()
+    return plain
+
+
+def _shortened(
+    shapes: dict[int, tuple[int, ...]], runs: Callable[[dict[int, tuple[int, ...]]], bool]
+) -> dict[int, tuple[int, ...]]:
+    """Long dimensions made short where the module still runs: equal ones together, all of them or all but
+    last ones (of every tensor or of one), which may be channels of the same number."""
+    lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
+    shorts = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
+    everywhere, none = frozenset[int](), frozenset(shapes)
+    ways = [
+        [everywhere, none, *(frozenset({i}) for i, s in shapes.items() if s and s[-1] == n), None]
+        for n in lengths
+    ]
+    for kept in itertools.islice(itertools.product(*ways), _MOST_TRIALS):
+        last_stays = dict(zip(lengths, kept, strict=True))
+
+        def size(i: int, at: int, stays: Mapping[int, frozenset[int] | None] = last_stays) -> int:
+            length = shapes[i][at]
+            held = stays.get(length)
+            whole = held is None or (i in held and at == len(shapes[i]) - 1)
+            return length if whole else shorts[length]
+
+        tried = {i: tuple(size(i, at) for at in range(len(s))) for i, s in shapes.items()}
+        if runs(tried):
+            return tried
+    return shapes
+
+
+def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
+    """Ways to cut: an axis of the largest tensor, longest first, and of the others one as long or none."""
+    first = max(shapes, key=lambda i: math.prod(shapes[i]))
+    others = [i for i in shapes if i != first]
+    long = [a for a, n in enumerate(sizes[first]) if n >= 3 and shapes[first][a] > 3]
+    for axis in sorted(long, key=lambda a: -shapes[first][a]):
+        length = shapes[first][axis], sizes[first][axis]
+        same: list[list[int | None]] = [
+            [*(a for a, n in enumerate(zip(shapes[i], sizes[i], strict=True)) if n == length), None]
+            for i in others
+        ]
+        for chosen in itertools.islice(itertools.product(*same), _MOST_TRIALS):
+            yield {first: axis} | {i: a for i, a in zip(others, chosen, strict=True) if a is not None}
+
+
+def _same(
+    run: Callable[[Mapping[int, torch.Tensor]], torch.Tensor | None],
+    whole: Mapping[int, torch.Tensor],
+    expected: torch.Tensor,
+    axes: Mapping[int, int],
+) -> Iterator[int]:
+    """Axes of the output whose slices are those of the inputs."""
+    length = next(whole[i].shape[a] for i, a in axes.items())
+    slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
+    found = [
+        run({i: t.narrow(axes[i], *part) if i in axes else t for i, t in whole.items()}) for part in slices
+    ]
+    for axis, size in enumerate(expected.shape):
+        if size == length and all(
+            out is not None
+            and out.shape == (wanted := expected.narrow(axis, *part)).shape
+            and torch.allclose(out, wanted, rtol=1e-9, atol=1e-12)
+            for out, part in zip(found, slices, strict=True)
+        ):
+            yield axis

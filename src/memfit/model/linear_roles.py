@@ -1,0 +1,265 @@
+"""Which Linear layers of a block feed which, seen on fake tensors: what tensor parallelism must know.
+
+A Linear fed by the block's own input can be cut by columns (outputs), one fed by such a Linear by rows
+(inputs), so that a pair needs one collective (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from memfit.model.batch_objects import map_batch
+from memfit.model.blocks import twins
+from memfit.model.grouped_mm import grouped_products
+
+COLWISE, ROWWISE = "colwise", "rowwise"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Call:
+    """A module at work and the very tensors it was given, by position or keyword."""
+
+    name: str
+    given: tuple[tuple[int | str, torch.Tensor], ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Fed:
+    """A Linear with its role, and what was seen of it."""
+
+    role: str
+    input: torch.Tensor
+    within: tuple[_Call, ...]  # modules of the block that were at work, outermost first; itself last
+    output_dims: int
+    parts: int = 1  # equal parts its output is cut into at once: a fused query, key and value has 3
+    reaches_rows: bool = False
+
+
+class AnyWay(TorchDispatchMode):
+    """Valueless tensors that are asked for values take any way through the model."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        return func(*args, **(kwargs or {}))
+
+
+class Flow(AnyWay):
+    """``linears`` by name, in the order they ran; ``views`` are the shapes that outputs of columns were
+    given, such as (heads, head dim); ``inside`` are other modules with parameters that saw such outputs,
+    by the number of dimensions of what they saw."""
+
+    def __init__(self, roles: Mapping[str, str]) -> None:
+        super().__init__()
+        self.roles = roles
+        self.linears: dict[str, Fed] = {}
+        self.views: list[tuple[str, tuple[int, ...]]] = []
+        self.inside: dict[str, int] = {}
+        self._stack: list[_Call] = []
+        # By number, with the tensor, so that the number stays its own: the modules that used it.
+        self._used: dict[int, tuple[torch.Tensor, list[str]]] = {}
+
+    def gather_at(self, name: str) -> tuple[str, int | str]:
+        """(module, argument) where the input of this Linear can be gathered for all that need it: the
+        outermost one given that very tensor and using it for nothing but Linears cut by columns."""
+        fed = self.linears[name]
+        _, users = self._used.get(id(fed.input), (None, ()))
+        for call in fed.within:
+            used = any(_in(at, call.name) for at in users)
+            place = next((key for key, t in call.given if t is fed.input), None)
+            if place is not None and not used:
+                return call.name, place
+        return name, 0
+
+    def watch(self, model: nn.Module, blocks: Iterable[str]) -> None:
+        """The last of these blocks ends the run."""
+        paths = tuple(blocks)
+        for name, module in model.named_modules():
+            if not any(_in(name, path) for path in paths):
+                continue
+            module.register_forward_pre_hook(self._entering(name, name in paths), with_kwargs=True)
+            module.register_forward_hook(self._leaving(name, name == paths[-1]))
+
+    def copy(self, block: str, twin: str) -> None:
+        """What was seen of ``block`` is said of its ``twin`` too, which was not run."""
+
+        def there(name: str) -> str:
+            return twin + name[len(block) :] if _in(name, block) else name
+
+        for name in [n for n in self.linears if _in(n, block)]:
+            fed = self.linears[name]
+            within = tuple(_Call(there(c.name), c.given) for c in fed.within)
+            self.linears[there(name)] = dataclasses.replace(fed, within=within)
+        self.inside |= {there(n): dims for n, dims in self.inside.items() if _in(n, block)}
+        for _, users in self._used.values():
+            users += [there(at) for at in users if _in(at, block)]
+
+    def _entering(self, name: str, block: bool) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [(k, t) for k, t in (*enumerate(args), *kwargs.items()) if isinstance(t, torch.Tensor)]
+            for _, tensor in given if block else ():
+                _mark(tensor, frozenset(), None)
+            self._stack.append(_Call(name, tuple(given)))
+            first = given[0][1] if given else None
+            if first is None:
+                return
+            if isinstance(module, nn.Linear):
+                self._see(name, first)
+            elif _sources(first) and any(True for _ in module.parameters(recurse=False)):
+                self.inside[name] = first.dim()
+
+        return enter
+
+    def _see(self, name: str, given: torch.Tensor) -> None:
+        columns = [s for s in _sources(given) if self.linears[s].role == COLWISE]
+        role = self.roles.get(name, "") if self.roles else (ROWWISE if columns else COLWISE)
+        self.linears.setdefault(name, Fed(role, given, tuple(self._stack), given.dim()))
+        if role == ROWWISE:
+            for source in columns:
+                self.linears[source].reaches_rows = True
+        if role != COLWISE:
+            self._use(given, name)
+
+    def _use(self, tensor: torch.Tensor, at: str) -> None:
+        self._used.setdefault(id(tensor), (tensor, []))[1].append(at)
+
+    def _leaving(self, name: str, last: bool) -> Any:
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._stack.pop()
+            if isinstance(module, nn.Linear) and name in self.linears:
+                columns = self.linears[name].role == COLWISE
+                _mark(out, frozenset([name] if columns else ()), (name, out.shape[-1]) if columns else None)
+            if last:
+                raise _Done
+
+        return leave
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        given = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        at = self._stack[-1].name if self._stack else ""
+        if at not in self.linears:
+            for tensor in given:
+                self._use(tensor, at)
+        # Integers, such as a router's choice of experts, carry no features.
+        found = frozenset[str]().union(*(_sources(t) for t in given if t.is_floating_point()))
+        for tensor in _pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                _mark(tensor, found, self._cut(func, given[0], out) if given else None)
+        return out
+
+    def _cut(self, func: Any, given: torch.Tensor, out: Any) -> tuple[str, int] | None:
+        """What is left of a Linear's output when it is cut along its features or given another shape."""
+        origin: tuple[str, int] | None = getattr(given, "_memfit_origin", None)
+        if origin is None or func.overloadpacket.__name__ not in (
+            "split",
+            "split_with_sizes",
+            "view",
+            "_unsafe_view",
+        ):
+            return None
+        name, width = origin
+        if not isinstance(out, torch.Tensor):
+            widths = {t.shape[-1] for t in out}
+            if len(widths) == 1 and given.shape[-1] == width:
+                self.linears[name].parts = len(out)
+                return name, widths.pop()
+            return None
+        if out.shape[-1] == width:
+            return origin
+        tail = _tail(out.shape, width)
+        if len(tail) > 2 and tail[0] <= 3:
+            self.linears[name].parts = tail[0]
+        self.views.append((name, tail))
+        return None
+
+
+class _Done(BaseException):
+    """The last block has run; nothing after it is of interest. No error of the job's own code, which is
+    guarded against every Exception."""
+
+
+def observe(
+    job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
+) -> Flow:
+    """The flow through the blocks of a copy of ``model`` whose tensors hold no values; ``shrink(copy)``
+    may change that copy first. Nothing of it reaches modes that are active outside. Of blocks that are alike
+    two are run."""
+    flow = Flow(roles)
+    alike = _twins(model, blocks, roles)
+    with valueless(job, model) as (copied, batch):
+        if shrink is not None:
+            shrink(copied)
+        flow.watch(copied, blocks[: max(alike) + 1])
+        try:
+            with flow:
+                job.loss(copied, batch)
+        except _Done:
+            pass
+    for name, twin in zip(blocks[max(alike) + 1 :], alike[max(alike) + 1 :], strict=True):
+        flow.copy(blocks[twin], name)
+    return flow
+
+
+def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
+    """`twins` whose Linears have the same roles."""
+    told = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
+    found = twins([model.get_submodule(name) for name in blocks])
+    return [twin if told[twin] == told[i] else i for i, twin in enumerate(found)]
+
+
+@contextlib.contextmanager
+def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """A copy of the model and the job's first batch without values, for a forward pass without gradients that
+    no mode outside sees."""
+    with (
+        grouped_products(),
+        _disable_current_modes(),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        torch.no_grad(),
+    ):
+        held = {id(t): _valueless(t) for t in (*model.parameters(), *model.buffers())}
+        batch = map_batch(fake.from_tensor, job.make_batch(0, 0))
+        yield copy.deepcopy(model, held), batch
+
+
+def _valueless(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _mark(tensor: Any, sources: frozenset[str], origin: tuple[str, int] | None) -> None:
+    tensor._memfit_sources, tensor._memfit_origin = sources, origin
+
+
+def _sources(tensor: torch.Tensor) -> frozenset[str]:
+    found: frozenset[str] = getattr(tensor, "_memfit_sources", frozenset())
+    return found
+
+
+def _in(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
+
+
+def _tail(shape: torch.Size, width: int) -> tuple[int, ...]:
+    """The last dimensions that together hold ``width`` features."""
+    for start in range(len(shape) - 1, -1, -1):
+        if math.prod(shape[start:]) == width:
+            return tuple(shape[start:])
+    return tuple(shape)

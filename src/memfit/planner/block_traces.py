@@ -1,0 +1,157 @@
+"""The small traces that parts come from: three blocks, one or two samples, tensor and context ranks only."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memfit.cost.host import HostTensors
+from memfit.model.blocks import find_blocks
+from memfit.planner.block_costs import BLOCKS, Seconds, parts_of, updating_of
+from memfit.planner.parallelism_grid import Uses
+from memfit.techniques.parallel.axial_parallel import knowing
+from memfit.techniques.registry import make_use
+from memfit.trace.trace_pool import side_by_side
+from memfit.trace.tracer import fake_model, trace
+from memfit.trace.truncated_model import FirstBlocks
+from memfit.types.errors import UserError
+from memfit.types.gc_pause import uncollected
+from memfit.types.job import Job
+from memfit.types.parts import Parts, Updating
+from memfit.types.plan import Plan
+from memfit.types.trace import Trace
+
+_PRECISION: dict[str, Uses] = {
+    "fp32": (),
+    "autocast": (make_use("bf16-autocast", {}),),
+    "bf16": (make_use("bf16-parameters", {"rounding": "master"}),),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One small trace. ``samples``: of one micro-batch."""
+
+    tensor: int
+    sequence: bool
+    vocabulary: str
+    context: int
+    compute: str
+    uses: Uses
+    samples: int
+
+
+class Traced:
+    """Parts of one job on one kind of device. Traces are kept."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self.job, self.device = job, device
+        model = fake_model(job)
+        self.path, blocks = find_blocks(model, job.blocks)
+        self.blocks = len(blocks)
+        self.tensors = sum(p.requires_grad for p in model.parameters())
+        self.sharing = "axial-parallel" if knowing(model) else "context-parallel"
+        self.kept: dict[Key, Trace | str] = {}
+        self.updates: dict[Uses, Trace] = {}
+        self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        self._batch = job.make_batch(0, 0)  # once, and among real tensors
+
+    def host_tensors(self, kept_bytes: float) -> HostTensors:
+        """Of a rank that keeps so much in host memory; its batch as large as the whole one."""
+        tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
+        batch = sum(t.numel() * t.element_size() for t in tensors)
+        return HostTensors(
+            kept_bytes=kept_bytes, building_bytes=0.0, model_bytes=self.model_bytes, batch_bytes=batch
+        )
+
+    def parts(self, key: Key, seconds: Seconds) -> Parts:
+        """Raises UserError where the model cannot be cut or run so."""
+        self.trace([key])
+        found = self.kept[key]
+        if isinstance(found, str):
+            raise UserError(found)
+        return parts_of(found, self.path, seconds)
+
+    @functools.cache  # noqa: B019  lives as long as one search
+    def hidden_bytes(self, compute: str) -> float:
+        """Of what a block hands to the next, for one sample: what a recomputed block keeps."""
+        key = Key(
+            tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute,
+            uses=(make_use("activation-checkpointing", {"every": 1}),), samples=1,
+        )  # fmt: skip
+        return self.parts(key, lambda ops: 0.0).block.kept_bytes
+
+    def updating(self, uses: Uses, seconds: Seconds) -> Updating:
+        if uses not in self.updates:
+            self.trace((), [uses])
+        return updating_of(self.updates[uses], seconds)
+
+    def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
+        """All at once, side by side: first what is compiled, last what is cut, each of which loads parts of
+        torch that the other does without."""
+        todo: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
+            (_loads(key), self.kept, key, self._traced) for key in dict.fromkeys(keys) if key not in self.kept
+        ]
+        todo += [
+            (-1, self.updates, uses, self._updated)
+            for uses in dict.fromkeys(updates) if uses not in self.updates
+        ]  # fmt: skip
+        todo.sort(key=lambda one: one[0])
+        with uncollected():
+            found = side_by_side([functools.partial(make, what) for _, _, what, make in todo])
+        for (_, known, what, _), made in zip(todo, found, strict=True):
+            known[what] = made
+
+    def _updated(self, uses: Uses) -> Trace:
+        return trace(self._small(1, 1), Plan(uses=uses), device=self.device, steps=2)
+
+    def _traced(self, key: Key) -> Trace | str:
+        uses: list[Any] = [*_PRECISION[key.compute], *key.uses]
+        if key.tensor > 1:
+            knobs = {"degree": key.tensor, "sequence": key.sequence, "vocabulary": key.vocabulary}
+            uses.append(make_use("tensor-parallel", knobs))
+        if key.context > 1:
+            uses.append(make_use(self.sharing, {"degree": key.context}))
+        plan = Plan(uses=tuple(uses), ranks=key.tensor * key.context)
+        try:
+            return trace(
+                self._small(key.samples, BLOCKS), plan, device=self.device, steps=1, played=1, update=False
+            )
+        except Exception as error:  # noqa: BLE001  what cannot be traced is left out, and the rest goes on
+            return str(error).partition("\n")[0][:200] or type(error).__name__
+
+    def _small(self, samples: int, blocks: int) -> Job:
+        return dataclasses.replace(
+            self.job, batch_size=samples, make_batch=_Few(self._batch, self.job.batch_size, samples),
+            build_model=FirstBlocks(self.job, blocks),
+        )  # fmt: skip
+
+
+def _loads(key: Key) -> int:
+    """-1: torch's compiler, which optimizers of fewer bits load too; 1: its distributed tensors."""
+    if any(u.technique == "compile" for u in key.uses):
+        return -1
+    return int(key.tensor > 1 or key.context > 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Few:
+    """The first samples of the job's batch."""
+
+    whole: Any
+    of: int
+    samples: int
+
+    def __call__(self, step: int, seed: int) -> Any:
+        from torch.utils import _pytree
+
+        def first(value: Any) -> Any:
+            cut = hasattr(value, "dim") and value.dim() > 0 and value.shape[0] == self.of
+            return value[: self.samples].clone() if cut else value
+
+        return _pytree.tree_map(first, self.whole)

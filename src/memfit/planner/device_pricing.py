@@ -1,0 +1,220 @@
+"""Plans for many devices, priced: sketches from small traces, whole traces, and how far apart the two are."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+
+from memfit.cost.estimate import around, modelled_boundary, scaled
+from memfit.cost.host import host_memory, known_host, memory_bytes
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.money import bill
+from memfit.cost.stream_simulator import Player
+from memfit.engines import native
+from memfit.engines.registry import engine
+from memfit.planner.block_traces import Traced
+from memfit.planner.evaluate import Pricer
+from memfit.planner.grid_search import GridSketches, Sketch, find, per_host
+from memfit.planner.parallelism_grid import Limits
+from memfit.planner.plan_kinds import kind
+from memfit.planner.plan_space import may_share, may_split
+from memfit.planner.selection import Objective
+from memfit.techniques.rank_mesh import layout
+from memfit.techniques.registry import TECHNIQUES, brief, unable
+from memfit.trace.fake_process_group import priming
+from memfit.types.errors import UserError
+from memfit.types.gc_pause import uncollected
+from memfit.types.machine import Machine
+from memfit.types.plan import Accuracy, Bounds, Plan
+from memfit.types.result import Estimate
+
+_SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.15, 0.40
+
+Tell = Callable[[str, int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Aim:
+    """What is wanted. ``needs``: the memory that an estimate asks of a device; ``host``: whether a host has
+    what it needs there."""
+
+    goal: Objective
+    accuracy: Accuracy
+    cap_bytes: int
+    needs: Callable[[Estimate], int]
+    bounds: Bounds
+    tell: Tell
+    host: Callable[[Estimate], bool] = lambda estimate: True
+
+
+class Scale:
+    """A search of one job on one machine. Traces are kept from one number of devices to the next."""
+
+    def __init__(self, pricer: Pricer, aim: Aim) -> None:
+        self.pricer, self.aim, self.machine = pricer, aim, pricer.machine
+        self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
+        self.engine = engine(pricer.engine)
+        self.refused: dict[Plan, str] = {}
+        self.pairs: list[tuple[Estimate, Estimate]] = []  # finalists, sketched and traced
+        if pricer.model is None:
+            raise UserError(
+                f"speeds of {self.machine.device.name} are unknown",
+                hint="add its peak and bandwidth to the machine file",
+            )
+        self.model = pricer.model
+        self.traced = Traced(pricer.job, pricer.device)
+        self.found: dict[int, GridSketches] = {}
+        self.sketched: dict[int, list[Sketch]] = {}  # by number of devices
+        self.cap_bytes = self._allocated_cap()
+
+    def _allocated_cap(self) -> float:
+        """The highest peak of a sketch that fits."""
+        low, high = 0.0, 2.0**50
+        for _ in range(60):
+            middle = (low + high) / 2
+            allocated = around(middle, _SKETCH_MEMORY_RATIO)
+            memory = sketched(allocated, self.machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+            probe = Estimate(
+                plan=Plan(), allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
+                by_module_bytes={}, step_s=None, flops_per_step=0, traced=False,
+                reserved_bytes=memory.reserved_bytes, device_bytes=memory.device_bytes,
+            )  # fmt: skip
+            low, high = (middle, high) if self.fits_memory(probe) else (low, middle)
+        return low
+
+    def _host_cap(self, ranks: int) -> float:
+        """What each of so many ranks may keep in host memory; none where nothing says how much there is."""
+        there = memory_bytes(self.machine)
+        return 0.0 if there is None else there / min(ranks, per_host(self.machine))
+
+    def fits_memory(self, estimate: Estimate) -> bool:
+        return self.needs(estimate) <= self.aim.cap_bytes and self.aim.host(estimate)
+
+    def sketches(self, ranks: int) -> GridSketches:
+        if ranks not in self.found:
+            self.tell("search", 0, 0, f"{ranks} devices")
+            limits = self._limits(ranks)
+            with uncollected():
+                self.found[ranks] = find(
+                    self.traced, self.machine, self.model, limits, (self.cap_bytes, self._host_cap(ranks))
+                )
+            self.sketched[ranks] = [*self.found[ranks].sketches]
+        return self.found[ranks]
+
+    def _limits(self, ranks: int) -> Limits:
+        each, known = per_host(self.machine), self.engine.known - self.pricer.space.refused
+        degrees = tuple(2**i for i in range(5) if 2**i <= min(ranks, max(each, 1)))
+        return Limits(
+            ranks=ranks, per_host=each, batch=self.pricer.job.batch_size, blocks=self.traced.blocks,
+            device=self.pricer.device, tensor=degrees, context=tuple(d for d in degrees if d <= 8),
+            chunks=self.pricer.space.vocabulary >= 512, effect=self.aim.accuracy.highest,
+            micro_batch=self.bounds.micro_batch,
+            splits=may_split(self.pricer.dependence, self.aim.accuracy),
+            shares=may_share(self.pricer.dependence, self.aim.accuracy),
+            refuses=None if self.engine.name == native.ENGINE.name else self.engine.supports,
+            without=frozenset(self.bounds.without) | (frozenset(TECHNIQUES) - known) | unable(self.machine),
+        )  # fmt: skip
+
+    def estimates(self, ranks: int) -> list[Estimate]:
+        return [self.estimate(s) for s in self.sketches(ranks).sketches]
+
+    def sketch_of(self, plan: Plan) -> Sketch | None:
+        found = self.found.get(plan.ranks)
+        return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if found else None
+
+    def beside(self, sketch: Sketch) -> list[Estimate]:
+        """Plans that differ from it along one axis of its grid."""
+        ranks = sketch.grid.layout.ranks
+        near = self.found[ranks].beside(sketch)
+        self.sketched[ranks] += near
+        return [self.estimate(s) for s in near]
+
+    def over(self, counts: Sequence[int]) -> list[Estimate]:
+        """Of all these numbers of devices; raises the first one's UserError where none of them has a plan."""
+        found, reasons = list[Estimate](), list[UserError]()
+        for ranks in counts:
+            try:
+                found += self.estimates(ranks)
+            except UserError as error:
+                reasons.append(error)
+        if len(reasons) == len(counts):
+            raise reasons[0]
+        return found
+
+    def expected(self, e: Estimate) -> Estimate:
+        """As a trace would have it: a sketch is as far off as those traced of its kind, or as all that were
+        traced, in the middle."""
+        if e.traced or not self.pairs:
+            return e
+        alike = [p for p in self.pairs if kind(p[0].plan) == kind(e.plan)] or self.pairs
+        step = statistics.median(w.step_s.value / s.step_s.value for s, w in alike if s.step_s and w.step_s)
+        memory = statistics.median(w.allocated_bytes.value / s.allocated_bytes.value for s, w in alike)
+        allocated = scaled(e.allocated_bytes, memory)
+        held = sketched(allocated, self._machine(e.plan.ranks), reserved_ratio=ASSUMED_RESERVED_RATIO)
+        return dataclasses.replace(
+            e, step_s=e.step_s and scaled(e.step_s, step), allocated_bytes=allocated,
+            reserved_bytes=held.reserved_bytes, device_bytes=held.device_bytes,
+            device_parts_bytes=held.device_parts_bytes, oom_probability=held.oom_probability,
+            usd=e.usd and e.usd * step, co2_g=e.co2_g and e.co2_g * step,
+        )  # fmt: skip
+
+    def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
+        """(resource, seconds saved by a tenth less work for it) of the traced plan, largest first."""
+        trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
+        player = Player(model=self.model, machine=self.machine, members=trace.members)
+        return list(player.bottleneck(trace).items())
+
+    def estimate(self, sketch: Sketch) -> Estimate:
+        """The sketch in the words of an estimate."""
+        machine = self._machine(sketch.grid.layout.ranks)
+        cost = bill(machine, step_s=sketch.step_s)
+        allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
+        memory = sketched(allocated, machine, reserved_ratio=ASSUMED_RESERVED_RATIO)
+        host = host_memory(
+            self.traced.host_tensors(sketch.host_bytes), sketch.plan, machine, allocated=allocated,
+            workers=self.pricer.job.workers,
+        )  # fmt: skip
+        return Estimate(
+            plan=sketch.plan, allocated_bytes=allocated, phase_peak_bytes={}, at_peak_bytes={},
+            by_module_bytes={}, step_s=around(sketch.step_s, _SKETCH_TIME_RATIO), flops_per_step=0,
+            energy_j=cost.energy_j, energy_boundary=modelled_boundary(machine), usd=cost.usd,
+            co2_g=cost.co2_g, traced=False, reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
+            oom_probability=memory.oom_probability,
+            dependence=self.pricer.dependence_under(sketch.plan),
+            host_bytes=host.bytes, host_parts_bytes=host.parts_bytes,
+            host_memory_bytes=known_host(machine)[0], host_memory_assumed=known_host(machine)[1],
+        )  # fmt: skip
+
+    def _machine(self, ranks: int) -> Machine:
+        return dataclasses.replace(self.machine, device_count=ranks)
+
+    def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
+        try:
+            return self.whole(sketch)
+        except Exception as error:  # noqa: BLE001  the next best is still an answer, and the reason is told
+            reason = str(error).partition("\n")[0][:200] or type(error).__name__
+            self.refused[sketch.plan] = f"{brief(sketch.plan)}: {reason}"
+            return None
+
+    def ahead(self, plans: Sequence[Plan]) -> None:
+        with priming():
+            self.pricer.ahead(plans)
+
+    def whole(self, sketched_as: Estimate) -> Estimate:
+        """Traced. Seconds, where the trace gives none, are the sketch's."""
+        with priming():
+            traced = self.billed(self.pricer.whole(sketched_as.plan))
+        if traced.step_s is not None:
+            self.pairs.append((sketched_as, traced))
+            return traced
+        return dataclasses.replace(
+            traced, step_s=sketched_as.step_s, usd=sketched_as.usd, co2_g=sketched_as.co2_g,
+            energy_j=sketched_as.energy_j,
+        )  # fmt: skip
+
+    def billed(self, e: Estimate) -> Estimate:
+        """For the devices that the plan uses, as sketches are."""
+        cost = bill(self._machine(e.plan.ranks), step_s=e.step_s.value if e.step_s else None)
+        return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)

@@ -1,0 +1,430 @@
+"""Pricing plans: exact by tracing them whole, or quick by composing traces of their parts.
+
+A search asks for hundreds of plans that share their parts. What forward and backward take above the
+resident bytes depends on precision, recomputation and micro-batch, not on the optimizer; the optimizer's
+phase depends on precision and adapters, not on recomputation; micro-batches lie on a line between the
+smallest and the largest; blocks repeat. ``sketch`` adds up such parts, ``whole`` traces the plan itself.
+The best sketches are always traced whole before anything is recommended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy
+
+from memfit.cost.estimate import around, estimate, modelled_boundary
+from memfit.cost.host import HostTensors, host_memory, known_host
+from memfit.cost.memory import levels, step_ops
+from memfit.cost.memory_estimate import ASSUMED_RESERVED_RATIO, sketched
+from memfit.cost.money import bill
+from memfit.cost.op_time import TimeModel, time_model
+from memfit.cost.recompute_ilp import GAP_RATIO
+from memfit.cost.step_time import played, sketched_s
+from memfit.cost.step_time_calibration import factor
+from memfit.cost.stream_simulator import Played
+from memfit.engines.registry import engine
+from memfit.model.scalar_parameters import refuse_scalars
+from memfit.planner.recompute_budget import Choices, nominal_s, open_budget, possible
+from memfit.techniques.base import Space
+from memfit.techniques.rank_mesh import layout
+from memfit.techniques.registry import plain, splits_batch, technique
+from memfit.trace.sample_dependence import sample_dependence
+from memfit.trace.trace_extrapolation import deep_traces, repeated, traces_of
+from memfit.trace.trace_pool import side_by_side
+from memfit.trace.tracer import fake_model, stepping, trace
+from memfit.trace.truncated_model import with_blocks
+from memfit.types.dependence import SampleDependence
+from memfit.types.gc_pause import uncollected
+from memfit.types.job import Job
+from memfit.types.machine import Calibration, Machine
+from memfit.types.plan import Plan, use
+from memfit.types.result import Estimate
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, Trace
+from memfit.worker.train import step_maker
+
+_ACCUMULATION = "gradient-accumulation"
+_FEW_BLOCKS = 4  # models with at most this many blocks are not worth cutting
+_SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
+
+# The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
+_RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED = range(5)
+_FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # as in a later micro-batch, beside the gradients of the earlier ones
+_STEPPED, _FLOPS, _TENSORS, _HOST = range(7, 11)  # the first: backward with the optimizer inside
+_MICRO_S, _STEP_S = 11, 12
+_ENTRIES = 13
+_OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
+
+
+_Key = tuple[Plan, int, int, str]
+Weighted = list[tuple[OpCall, int]]
+_Part = tuple[list[float], Weighted, Weighted, int]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pricer:
+    """Prices plans of one job on one machine. Traces are kept; a new calibration re-prices them."""
+
+    job: Job
+    machine: Machine
+    space: Space
+    engine: str = "native"
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    model: TimeModel | None = None
+    lines: bool = False  # whether traces know the user's line of each allocation
+    traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # of a plan's rank
+    parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
+    vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
+    choices: Choices = dataclasses.field(default_factory=Choices)
+    gap_ratio: float = GAP_RATIO  # of what is recomputed under a budget
+    reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
+
+    def __post_init__(self) -> None:
+        self.recalibrate(self.calibration)
+
+    @property
+    def device(self) -> str:
+        return self.machine.device.kind
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether the model's blocks are alike, so that a few tell of many."""
+        return repeated(fake_model(self.job), self.job) is not None
+
+    @functools.cached_property
+    def dependence(self) -> SampleDependence:
+        """Of the job's samples, tried when first asked for."""
+        return sample_dependence(self.job)
+
+    def dependence_under(self, plan: Plan) -> SampleDependence | None:
+        """The same where the plan splits the batch."""
+        return self.dependence if splits_batch(plan) else None
+
+    def recalibrate(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.model = time_model(self.machine.device, calibration, self.seen())
+        self.choices = Choices()
+
+    def settled(self, plan: Plan) -> Plan:
+        """The plan with what it leaves open chosen: which tensors to recompute under its budget."""
+        if open_budget(plan) is None:
+            return plan
+        seconds = self.model.op_s if self.model else nominal_s
+        return self.choices.of(
+            self.job, plan, device=self.device, seconds=seconds, calibration=self.calibration,
+            gap_ratio=self.gap_ratio,
+        )  # fmt: skip
+
+    def seen(self) -> list[OpCall]:
+        """Distinct operators of every trace so far."""
+        ops = {op.signature: op for t in self.traces.values() for op in t.ops}
+        return list(ops.values())
+
+    def trace(self, plan: Plan, rank: int = 0) -> Trace:
+        plan = self.settled(plan)
+        self._trace(plan, [rank])
+        return self.traces[plan, rank]
+
+    def _trace(self, plan: Plan, ranks: Iterable[int]) -> None:
+        new = [rank for rank in ranks if (plan, rank) not in self.traces]
+        if not new:
+            return
+        with uncollected():
+            made = self._made(plan, new)
+        self.traces |= {(plan, rank): traced for rank, traced in zip(new, made, strict=True)}
+
+    def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
+        """Of the engine's own step, where it has one that can be traced here."""
+        carried = engine(self.engine)
+        if carried.no_scalars(plan):
+            refuse_scalars(fake_model(self.job), self.engine)
+        if not carried.own_trace:
+            plan = carried.predicted(plan)
+            return deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+        if why := carried.probe().problem or ", ".join(carried.asks_cuda(plan)):
+            made = deep_traces(self.job, plan, ranks, device=self.device, lines=self.lines)
+            told = f"{self.engine}'s own step cannot be traced here ({why}): predicted as native's"
+            return [dataclasses.replace(t, assumptions=(*t.assumptions, told)) for t in made]
+        with stepping(step_maker(self.engine, None)):
+            return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
+
+    def ahead(self, plans: Sequence[Plan]) -> None:
+        """Traces every kind of rank of all these plans side by side, for who asks next. Where one cannot be
+        traced none is: who asks for that one is told."""
+        if self.engine != "native":
+            return
+        with contextlib.suppress(Exception), uncollected():
+            settled = [self.settled(plan) for plan in plans]
+            ranks = [(plan, rank) for plan in settled for rank in layout(plan).distinct_ranks()]
+            wanted = [one for one in ranks if one not in self.traces]
+            made = traces_of(self.job, wanted, device=self.device, lines=self.lines)
+            self.traces |= dict(zip(wanted, made, strict=True))
+
+    # -- exact ----------------------------------------------------------------------------------------
+
+    def whole(self, plan: Plan) -> Estimate:
+        """Of the rank that takes most, with a host of those that take most there."""
+        ranks = self.each_rank(plan)
+        most = max(ranks, key=lambda e: e.allocated_bytes.value)
+        host = max(ranks, key=lambda e: e.host_bytes.value if e.host_bytes else 0.0)
+        return dataclasses.replace(most, host_bytes=host.host_bytes, host_parts_bytes=host.host_parts_bytes)
+
+    def each_rank(self, plan: Plan) -> list[Estimate]:
+        """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
+        plan = self.settled(plan)
+        ranks = layout(plan).distinct_ranks()
+        self._trace(plan, ranks)
+        with uncollected():
+            traces = [self.trace(plan, rank) for rank in ranks]
+            step = played(traces, plan, self.machine, self.model) if self.model else None
+            return [self._of_rank(plan, traced, step) for traced in traces]
+
+    def _of_rank(self, plan: Plan, traced: Trace, step: Played | None) -> Estimate:
+        found = estimate(
+            traced, plan, machine=self.machine, calibration=self.calibration, model=self.model, step=step,
+            workers=self.job.workers,
+        )  # fmt: skip
+        if plan == plain(plan.ranks) and found.reserved_bytes is not None:
+            self.reserved_ratio = found.reserved_bytes.value / found.allocated_bytes.value
+        return dataclasses.replace(found, dependence=self.dependence_under(plan))
+
+    def trace_all(
+        self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
+    ) -> None:
+        """Traces of several plans, side by side. ``tell(done, count, plan)``: how many are finished, and one
+        under way. Those whose budget cannot be met say so when they are priced."""
+        new = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
+        made: dict[int, Sequence[Trace]] = {}
+        try:
+            with uncollected():
+                side_by_side(
+                    [functools.partial(self._made, plan, [0]) for plan in new],
+                    lambda done, i: tell(done, len(new), new[i].label),
+                    made,
+                )
+        finally:  # interrupted, some are there
+            self.traces |= {(new[i], 0): traces[0] for i, traces in made.items()}
+
+    # -- quick ----------------------------------------------------------------------------------------
+
+    def prepare(
+        self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
+    ) -> None:
+        """Makes the parts that sketches of ``plans`` are composed from, side by side."""
+        parts = {
+            (plan, blocks, steps, "")
+            for whole in plans
+            for plan, steps in self._composed_of(whole)[1]
+            for blocks in self._cut(plan) or (0,)
+        }
+        new = sorted(parts - self.parts.keys(), key=lambda key: (key[0].fingerprint, *key[1:]))
+        with uncollected():
+            made = side_by_side(
+                [functools.partial(self._part, *key[:3]) for key in new],
+                lambda done, i: tell(done, len(new), new[i][0].label),
+            )
+        self.parts |= dict(zip(new, made, strict=True))
+
+    def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
+        """(the share of the whole batch's part, the rest of the smallest parts; (plan, steps) of each)."""
+        most, used = self.space.parts[-1], plan.get(_ACCUMULATION)
+        micros = int(used.settings["micro_batches"]) if used else 1
+        share = (1 / micros - 1 / most) / (1 - 1 / most) if most > 1 else 1.0
+        core = _core(plan)
+        parts = [(core, 1)] if share > 0 else []
+        parts += [(_accumulated(core, most), 1)] if share < 1 else []
+        return share, [*parts, (_accumulated(_optimizer_only(plan), most), 2)]
+
+    def sketch(self, plan: Plan) -> Estimate:
+        """Composed from parts. Peaks are upper bounds in between, as a maximum of lines lies below its
+        chord."""
+        most = self.space.parts[-1]
+        used = plan.get(_ACCUMULATION)
+        micros = int(used.settings["micro_batches"]) if used else 1
+        core, share = _core(plan), self._composed_of(plan)[0]
+        vector = numpy.zeros(_ENTRIES)
+        if share > 0:
+            vector += share * self._vector(core)
+        if share < 1:
+            vector += (1 - share) * self._vector(_accumulated(core, most))
+        if micros > 1:
+            vector[[_FORWARD, _BACKWARD]] = vector[[_FORWARD_AGAIN, _BACKWARD_AGAIN]]
+        optimizer = self._vector(_accumulated(_optimizer_only(plan), most), steps=2)
+        vector[[_RESIDENT, _OPTIMIZER, _STEP_S]] = optimizer[[_RESIDENT, _OPTIMIZER, _STEP_S]]
+        vector[_HOST] = max(vector[_HOST], optimizer[_HOST])
+        if plan.get("optimizer-in-backward"):
+            vector[[_BACKWARD, _OPTIMIZER]] = vector[[_STEPPED, _RESIDENT]]
+        if (away := plan.get("activation-offload")) is not None:
+            vector[[_FORWARD, _BACKWARD]] -= vector[_SAVED]
+            vector[_HOST] += vector[_SAVED] * (away.settings["to"] == "host" and self.device != "cpu")
+            if self.model:
+                vector[_MICRO_S] += 2 * vector[_SAVED] / self.model.offload_bytes_s
+                vector[_MICRO_S] += vector[_TENSORS] * self.calibration.disk_file_s
+        return self._priced(plan, vector, micros)
+
+    def _priced(self, plan: Plan, vector: numpy.ndarray, micros: int = 1) -> Estimate:
+        resident = vector[_RESIDENT]
+        peaks = {
+            "forward": int(resident + vector[_FORWARD]),
+            "backward": int(resident + vector[_BACKWARD]),
+            "optimizer": int(vector[_OPTIMIZER]),
+        }
+        phase = max(peaks, key=lambda p: peaks[p])
+        seconds = float(micros * vector[_MICRO_S] + vector[_STEP_S]) * factor(self.calibration, plan)
+        basis = self.trace(plain(plan.ranks))
+        model = basis.parameter_count
+        step_s = sketched_s(seconds, plan, model, self.machine, micros) if self.model else None
+        cost = bill(self.machine, step_s=step_s)
+        allocated = around(peaks[phase], _SKETCH_MEMORY_RATIO)
+        memory = sketched(allocated, self.machine, reserved_ratio=self.reserved_ratio)
+        kept = float(vector[_HOST])
+        tensors = dataclasses.replace(HostTensors.of(basis), kept_bytes=kept, building_bytes=kept)
+        host = host_memory(tensors, plan, self.machine, allocated=allocated, workers=self.job.workers)
+        return Estimate(
+            plan=plan, allocated_bytes=allocated, phase_peak_bytes=peaks, at_peak_bytes={},
+            by_module_bytes={}, step_s=around(step_s, _SKETCH_TIME_RATIO) if step_s is not None else None,
+            flops_per_step=int(micros * vector[_FLOPS]), energy_j=cost.energy_j,
+            energy_boundary=modelled_boundary(self.machine), usd=cost.usd, co2_g=cost.co2_g,
+            peak_phase=phase, traced=False, reserved_bytes=memory.reserved_bytes,
+            device_bytes=memory.device_bytes, device_parts_bytes=memory.device_parts_bytes,
+            oom_probability=memory.oom_probability, dependence=self.dependence_under(plan),
+            host_bytes=host.bytes, host_parts_bytes=host.parts_bytes,
+            host_memory_bytes=known_host(self.machine)[0], host_memory_assumed=known_host(self.machine)[1],
+        )  # fmt: skip
+
+    def _cut(self, plan: Plan) -> tuple[int, int] | None:
+        """Two smaller block counts to extrapolate from; None for a model too small or uneven to cut."""
+        recompute = plan.get("activation-checkpointing")
+        period = int(recompute.settings["every"]) if recompute else 1
+        few, more = max(2, period), max(2, period) + period
+        return (few, more) if self.space.block_count > max(_FEW_BLOCKS, more) and self.repeats else None
+
+    def _vector(self, plan: Plan, *, steps: int = 1) -> numpy.ndarray:
+        cut = self._cut(plan)
+        if cut is None:
+            return self._measured(plan, 0, steps)
+        few, more = (self._measured(plan, n, steps) for n in cut)
+        whole: numpy.ndarray = few + (more - few) * ((self.space.block_count - cut[0]) / (cut[1] - cut[0]))
+        return whole
+
+    def _measured(self, plan: Plan, blocks: int, steps: int) -> numpy.ndarray:
+        key = (plan, blocks, steps, self.machine.name)
+        if key not in self.vectors:
+            raw = (plan, blocks, steps, "")
+            if raw not in self.parts:
+                self.parts[raw] = self._part(plan, blocks, steps)
+            memory, micro, rest, micros = self.parts[raw]
+            seconds = [self.model.total_s(ops) if self.model else 0.0 for ops in (micro, rest)]
+            self.vectors[key] = numpy.array([*memory, seconds[0] / micros, seconds[1]])
+        return self.vectors[key]
+
+    def _part(self, plan: Plan, blocks: int, steps: int) -> _Part:
+        job = with_blocks(self.job, blocks) if blocks else self.job
+        return _digested(trace(job, plan, device=self.device, steps=steps, played=1, update=steps > 1))
+
+
+def _digested(traced: Trace) -> _Part:
+    """(memory entries, operators of all micro-steps, operators of the optimizer, micro-steps).
+
+    Forward and backward are counted above what is alive when the last step begins, without its batch.
+    Equal operators are kept once with their count, so that many traces can be remembered.
+    """
+    clock, live = levels(traced)
+    last = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
+    inputs = sum(
+        a.size_bytes for a in traced.allocations if a.category is Category.INPUT and a.step == last[0].step
+    )
+    base = int(live[max(0, int(numpy.searchsorted(clock, last[0].start)) - 1)]) - inputs
+    tops = _tops(traced, last)
+    ops = step_ops(traced)
+    micros = 1 + traced.repeated_micro_steps
+    born = [a for a in traced.allocations if a.start >= last[0].start]
+    grads = [a for a in born if a.category is Category.GRADIENT and a.end]
+    worked = [(o, n) for o, n in ops if o.phase is not Phase.OPTIMIZER]
+    micro = _gathered(worked + [(_added(g), micros - 1) for g in grads if micros > 1])
+    rest = _gathered((o, n) for o, n in ops if o.phase is Phase.OPTIMIZER)
+    again, stepped = _with_gradients_moved(traced, last, grads)
+    kept = [a.size_bytes for a in born if a.category is Category.ACTIVATION]
+    memory = [
+        int(live[-1]),
+        tops[Phase.FORWARD] - base,
+        tops[Phase.BACKWARD] - base,
+        tops[Phase.OPTIMIZER],
+        sum(size for size in kept if size >= _OFFLOADED_BYTES),
+        again[Phase.FORWARD] - base,
+        again[Phase.BACKWARD] - base,
+        stepped[Phase.BACKWARD] - base,
+        sum(o.flops * n for o, n in micro) / micros,
+        sum(size >= _OFFLOADED_BYTES for size in kept),
+        traced.host_step_bytes,
+    ]
+    return memory, micro, rest, micros
+
+
+def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
+    """Highest live bytes of each phase within the spans."""
+    clock, live = levels(traced)
+    tops = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
+    for span in spans:
+        first, end = numpy.searchsorted(clock, (span.start, span.end))
+        tops[span.phase] = max(tops[span.phase], int(live[first:end].max()) if end > first else 0)
+    return tops
+
+
+def _added(gradient: Allocation) -> OpCall:
+    """What a later micro-batch does with it: a sum with the one that is there."""
+    return OpCall(
+        clock=gradient.start, op="aten.add_.Tensor", signature=f"gradients of {gradient.size_bytes} bytes",
+        phase=Phase.BACKWARD, step=gradient.step, module=gradient.module, dtype="float32", flops=0,
+        moved_bytes=3 * gradient.size_bytes,
+    )  # fmt: skip
+
+
+def _with_gradients_moved(
+    traced: Trace, last: list[PhaseSpan], grads: list[Allocation]
+) -> tuple[dict[Phase, int], dict[Phase, int]]:
+    """`_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward): what an
+    earlier micro-batch left is there from the start, and for a moment beside what is added to it; what is
+    stepped at once is freed at once, after AdamW's two temporaries of the parameter's size."""
+    earlier = [dataclasses.replace(g, start=last[0].start, end=g.start + 1) for g in grads]
+    freed = [dataclasses.replace(g, start=g.start + 1, size_bytes=-g.size_bytes) for g in grads]
+    temporary = [dataclasses.replace(g, end=g.start + 1, size_bytes=2 * g.size_bytes) for g in grads]
+    again, stepped = (
+        dataclasses.replace(traced, allocations=(*traced.allocations, *more))
+        for more in (earlier, [*freed, *temporary])
+    )
+    return _tops(again, last), _tops(stepped, last)
+
+
+def _gathered(ops: Iterable[tuple[OpCall, int]]) -> Weighted:
+    total: dict[str, int] = {}
+    example: dict[str, OpCall] = {}
+    for op, times in ops:
+        total[op.signature] = total.get(op.signature, 0) + times
+        example[op.signature] = op
+    return [(example[s], n) for s, n in total.items()]
+
+
+def _accumulated(plan: Plan, micros: int) -> Plan:
+    return plan.with_use(use(_ACCUMULATION, micro_batches=micros)) if micros > 1 else plan
+
+
+def _core(plan: Plan) -> Plan:
+    """What decides forward and backward, with the job's own optimizer: how bf16 parameters are rounded,
+    offload and stepping in backward are priced on top."""
+    aside = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
+    kept = [u for u in plan.uses if technique(u.technique).slot != "optimizer" and u.technique not in aside]
+    core = Plan(uses=tuple(kept), ranks=plan.ranks)
+    return core.with_use(use("bf16-parameters", rounding="master")) if core.get("bf16-parameters") else core
+
+
+def _optimizer_only(plan: Plan) -> Plan:
+    """What decides the optimizer's phase: its own technique, parameter precision, adapters."""
+    names = {"bf16-parameters", "lora", "qlora"}
+    slots = {"optimizer", "data-parallel"}
+    kept = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]
+    return Plan(uses=tuple(kept), ranks=plan.ranks)

@@ -1,0 +1,106 @@
+"""What a grid is priced from, and its axes as arrays: (micro-batch, inside, ends, away, states)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy
+
+from memfit.planner.parallelism_grid import Grid, GridLayout
+from memfit.planner.sharding_costs import State
+from memfit.types.parts import Parts
+
+Array = Any  # of float64; what broadcasting makes of arrays has no narrower type
+Communicate = Callable[[str, Any, int, int], Any]
+"""(kind, bytes, ranks, ranks of them in one host) -> seconds"""
+
+GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes of a parameter that forward reads
+_MICRO_SIZES: Final = (1, 2)  # that are traced; others lie on the line through them
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Priced:
+    """Arrays of the grid's shape."""
+
+    step_s: Array
+    allocated_bytes: Array
+    host_bytes: Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Of the machine: seconds of communication, and bytes a second between one device and its host's
+    memory, of one rank's optimizer in host memory, and of a point-to-point send."""
+
+    communicate: Communicate
+    per_host: int
+    host_bytes_s: float
+    host_update_bytes_s: float
+    host_call_s: float  # to start a copy or an operator of a host's optimizer
+    copied_bytes_s: float  # read and written by a device's own plain copies
+    workspace_bytes: float  # of BLAS, inside the allocator
+    beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a grid of one compute precision is priced from. ``inside[i]`` has the parts of each traced
+    micro-batch size for the i-th value of the axis inside, ``ends[i]`` those for the loss."""
+
+    blocks: int
+    tensors: int  # that are trained, of the whole model
+    hidden_bytes: float  # of what one block hands to the next, for one sample
+    inside: Sequence[Sequence[Parts]]
+    ends: Sequence[Sequence[Parts]]
+    states: Sequence[State]
+    averaged: bool = False  # whether the loop keeps an averaged copy of the weights
+
+
+def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
+    """By micro-batch size, on the line through the traced ones; never below the smallest."""
+    one = float(getattr(getattr(parts[0], which), field))
+    if len(parts) == 1:
+        return one * sizes
+    two = float(getattr(getattr(parts[1], which), field))
+    slope = (two - one) / (_MICRO_SIZES[1] - _MICRO_SIZES[0])
+    value: Array = numpy.maximum(one + slope * (sizes - _MICRO_SIZES[0]), 0.0)
+    return value
+
+
+class Axes:
+    """Values along one axis of (micro, inside, ends, away, states)."""
+
+    def __init__(self, given: Given, grid: Grid) -> None:
+        self.sizes = numpy.array([float(b) for b, _ in grid.micro])
+        self.counts = numpy.array([float(m) for _, m in grid.micro]).reshape(-1, 1, 1, 1, 1)
+        self.given = given
+
+    def inside(self, field: str) -> Array:
+        rows = [_line(parts, "block", field, self.sizes) for parts in self.given.inside]
+        return numpy.array(rows).T.reshape(len(self.sizes), -1, 1, 1, 1)
+
+    def ends(self, which: str, field: str) -> Array:
+        rows = [_line(parts, which, field, self.sizes) for parts in self.given.ends]
+        return numpy.array(rows).T.reshape(len(self.sizes), 1, -1, 1, 1)
+
+    def states(self, value: Callable[[State], float]) -> Array:
+        return numpy.array([float(value(s)) for s in self.given.states]).reshape(1, 1, 1, 1, -1)
+
+    def hidden(self) -> Array:
+        return (self.given.hidden_bytes * self.sizes).reshape(-1, 1, 1, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Elements:
+    """Trainable numbers on one rank: of a block, of what lies before and after the blocks."""
+
+    block: float
+    before: float
+    after: float
+
+
+def deepest(blocks: int, layout: GridLayout) -> int:
+    """Blocks of the rank that has most."""
+    return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual

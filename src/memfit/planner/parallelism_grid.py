@@ -1,0 +1,357 @@
+"""Every sensible plan for many devices, as a grid: layouts (tensor, context, pipeline degrees and what goes
+with them), and for each of them the settings that its data-parallel ranks may have.
+
+A grid is small lists along axes; a plan is one index along each. What techniques and the job's own sizes
+forbid is never in it, so that every index is a plan that can be run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from memfit.techniques.registry import conflict, effect_of, make_use, proposable, technique
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue, Plan, Use
+
+Uses = tuple[Use, ...]
+CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the job, the machine and the goal allow. ``batch``: samples of a step, over all ranks;
+    ``tensor``, ``context``: degrees that the model can be cut by; ``sharing``: the technique by which ranks
+    of a context share a sample; ``per_host``: ranks in one host."""
+
+    ranks: int
+    per_host: int
+    batch: int
+    blocks: int
+    device: str
+    tensor: tuple[int, ...] = (1,)
+    context: tuple[int, ...] = (1,)
+    sharing: str = "context-parallel"
+    pipeline: bool = True
+    chunks: bool = False
+    vocabulary: bool = True  # whether tensor-parallel ranks can share it
+    effect: EffectClass = EffectClass.E2
+    without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
+    refuses: Callable[[Plan], object] | None = None  # why the engine cannot carry a plan; None: it can any
+    micro_batch: int = 0  # 0: any
+    splits: bool = True  # whether a rank's samples may be trained in micro-batches
+    shares: bool = True  # whether ranks may train other samples
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GridLayout:
+    """Degrees of what is not data parallelism. ``cut`` holds the tensor-parallel technique's settings."""
+
+    ranks: int
+    tensor: int = 1
+    sequence: bool = False
+    vocabulary: str = "whole"
+    context: int = 1
+    sharing: str = "context-parallel"
+    stages: int = 1
+    schedule: str = ""
+    virtual: int = 1
+
+    @property
+    def data(self) -> int:
+        return self.ranks // (self.tensor * self.context * self.stages)
+
+    @property
+    def uses(self) -> Uses:
+        found = []
+        if self.tensor > 1:
+            found.append(_use("tensor-parallel", degree=self.tensor, sequence=self.sequence,
+                              vocabulary=self.vocabulary))  # fmt: skip
+        if self.context > 1:
+            found.append(_use(self.sharing, degree=self.context))
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """``micro``: (micro-batch size, how many of them in a step); the other axes are techniques in use.
+    ``inside``: recomputation and compilation, what decides a block's forward and backward; ``ends``: the
+    loss; ``away``: activation offload; ``states``: data parallelism, precision and optimizer."""
+
+    layout: GridLayout
+    micro: tuple[tuple[int, int], ...]
+    inside: tuple[Uses, ...]
+    ends: tuple[Uses, ...]
+    away: tuple[Uses, ...]
+    states: tuple[Uses, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.micro), len(self.inside), len(self.ends), len(self.away), len(self.states)
+
+    def plan(self, index: Sequence[int]) -> Plan:
+        """The plan at these indices along the axes."""
+        at = [axis[i] for axis, i in zip(self._axes, index[1:], strict=True)]
+        uses = [*self.layout.uses, *itertools.chain(*at)]
+        count = self.micro[index[0]][1]
+        if self.layout.stages > 1:
+            uses.append(_use("pipeline", stages=self.layout.stages, schedule=self.layout.schedule,
+                             virtual=self.layout.virtual, micro_batches=count))  # fmt: skip
+        elif count > 1:
+            uses.append(_use("gradient-accumulation", micro_batches=count))
+        return Plan(uses=tuple(uses), ranks=self.layout.ranks)
+
+    @property
+    def _axes(self) -> tuple[tuple[Uses, ...], ...]:
+        return self.inside, self.ends, self.away, self.states
+
+
+def grids(limits: Limits) -> Iterator[Grid]:
+    """In a fixed order. Nothing where the batch cannot be shared."""
+    for layout in _layouts(limits):
+        if limits.batch % layout.data or (layout.data > 1 and not limits.shares):
+            continue
+        micro = _micro(limits, layout)
+        if not micro:
+            continue
+        extra = layout.uses
+        if layout.stages > 1:
+            staged = _use("pipeline", stages=layout.stages, schedule=layout.schedule, virtual=layout.virtual,
+                          micro_batches=2)  # fmt: skip
+            extra = (*extra, staged)
+        states = _carried(_states(limits, layout, extra), extra, limits)
+        inside = _allowed(_inside(), extra, limits)
+        ends = _allowed(_ends(limits, layout), extra, limits)
+        away = _allowed([(), (_use("activation-offload", to="host"),)], extra, limits)
+        accumulates = layout.stages == 1 and any(count > 1 for _, count in micro)
+        asked = (*extra, *((_use("gradient-accumulation", micro_batches=2),) if accumulates else ()))
+        refused = None if limits.refuses is None else (limits.refuses, asked, limits.ranks)
+        for kept, alike in _parted((inside, ends, away), states, refused):
+            yield Grid(layout=layout, micro=micro, inside=kept[0], ends=kept[1], away=kept[2], states=alike)
+
+
+def _layouts(limits: Limits) -> Iterator[GridLayout]:
+    cuts = [(1, False, "whole")]
+    cuts += [
+        (degree, sequence, vocabulary)
+        for degree in limits.tensor if degree > 1
+        for sequence in (True, False)
+        for vocabulary in (("parallel-loss", "whole") if limits.vocabulary else ("whole",))
+    ]  # fmt: skip
+    for (tensor, sequence, vocabulary), context in itertools.product(cuts, limits.context):
+        within = tensor * context
+        if limits.ranks % within:
+            continue
+        for stages, schedule, virtual in _pipelines(limits, limits.ranks // within):
+            layout = GridLayout(
+                ranks=limits.ranks, tensor=tensor, sequence=sequence, vocabulary=vocabulary,
+                context=context, sharing=limits.sharing, stages=stages, schedule=schedule, virtual=virtual,
+            )  # fmt: skip
+            probe = layout.uses
+            if stages > 1:
+                probe = (*probe, _use("pipeline", stages=2, schedule="1f1b", virtual=1, micro_batches=2))
+            if conflict(Plan(uses=probe, ranks=limits.ranks)) is None and _fine(probe, limits):
+                yield layout
+
+
+def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
+    yield 1, "", 1
+    if not limits.pipeline:
+        return
+    for stages in (s for s in _divisors(ranks) if 1 < s <= limits.blocks):
+        for schedule in ("gpipe", "1f1b"):
+            yield stages, schedule, 1
+        for virtual in (2, 4, 8):
+            if stages * virtual <= limits.blocks:
+                yield stages, "interleaved", virtual
+        if ranks == stages:  # torch's split backward passes data-parallel hooks by
+            yield stages, "zero-bubble", 1
+            if 2 * stages <= limits.blocks:
+                yield stages, "zero-bubble-v", 2
+
+
+def _micro(limits: Limits, layout: GridLayout) -> tuple[tuple[int, int], ...]:
+    own = limits.batch // layout.data
+    found = [(own // count, count) for count in _divisors(own)]
+    if not limits.splits:
+        found = [f for f in found if f[1] == 1]
+    if limits.micro_batch:
+        found = [f for f in found if f[0] == limits.micro_batch]
+    if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many as there are stages
+        found = [f for f in found if f[1] % layout.stages == 0]
+    elif layout.schedule == "zero-bubble":  # and here rounds of equally many
+        found = [f for f in found if f[1] % max(1, f[1] // layout.stages) == 0]
+    elif layout.schedule == "1f1b":  # torch's has no fewer than there are stages
+        found = [f for f in found if f[1] >= layout.stages]
+    return tuple(found)
+
+
+def _inside() -> list[Uses]:
+    recomputed: list[Uses] = [(), *((_use("activation-checkpointing", every=k),) for k in (1, 2, 4))]
+    recomputed += [
+        (_use("selective-checkpointing", keep=k),) for k in ("attention", "matmul", "every-second-matmul")
+    ]
+    compiled = (_use("compile", scope="blocks"),)
+    cheap = [
+        r
+        for r in recomputed
+        if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1
+    ]
+    eight = (_use("float8-linear"),)  # its casts cost more than they bring where nothing fuses them
+    return recomputed + [(*r, *compiled, *low) for low in ((), eight) for r in cheap]
+
+
+def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
+    plain = layout.vocabulary == "whole" and limits.chunks
+    return [(), *((_use("chunked-cross-entropy", chunks=n),) for n in (4, 16) if plain)]
+
+
+def _states(limits: Limits, layout: GridLayout, extra: Uses) -> list[Uses]:
+    """Rules are between two techniques each: few pairs are asked about, and many states are made of them."""
+    optimizers: list[Uses] = [()]
+    optimizers += [(_use(n),) for n in ("adamw-fused", "adamw-single", "adamw-8bit", "adamw-4bit")]
+    optimizers += [(_use(n),) for n in ("adafactor", "sgd")]
+    precisions: list[Uses] = [(), (_use("bf16-autocast"),)]
+    precisions += [(_use("bf16-parameters", rounding=r),) for r in ("master", "stochastic")]
+    axes = [
+        [u for u in axis if _fine(u, limits) and _go_together(extra, u)]
+        for axis in (_data(limits, layout), precisions, optimizers)
+    ]
+    data, ways, steps = axes
+    stepped = [[_go_together(p, o) for o in steps] for p in ways]
+    found: list[Uses] = []
+    for d in data:
+        beside = [_go_together(d, o) for o in steps]
+        for p, alike in zip(ways, stepped, strict=True):
+            if _go_together(d, p):
+                found += [(*d, *p, *o) for o, a, b in zip(steps, alike, beside, strict=True) if a and b]
+    return found
+
+
+def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
+    data = layout.data * layout.context
+    if data == 1:
+        return [()]
+    syncs = ("every", "last") if limits.batch > layout.data else ("every",)
+    hosts = max(1, limits.per_host // (layout.tensor * layout.context))  # of a shard inside one host
+    replicas = sorted({1, layout.data // hosts if layout.data % hosts == 0 else 1} - {0, layout.data})
+    if layout.context > 1:
+        replicas = [1]
+    found: list[Uses] = []
+    if layout.data > 1:
+        once = layout.stages > 1  # DDP in a pipeline reduces once in any case
+        found += [(_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs[: 2 - once]]
+        if layout.virtual > 1:  # DDP waits for every parameter's gradient
+            found = []
+    for reshard, precision, sync, offload, copies in itertools.product(
+        (True, False), ("bf16", "as-is"), syncs, (False, True), replicas
+    ):
+        found.append((_use("fsdp2", reshard=reshard, precision=precision, sync=sync, offload=offload,
+                           replicas=copies),))  # fmt: skip
+    if layout.tensor == layout.context == layout.stages == 1:
+        for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
+            for place in ("none", "optimizer", *(("parameters",) if stage == 3 else ())):
+                bucket = {"reduce_bucket_elements": 50_000_000}
+                found.append((_use("zero", stage=stage, precision=precision, offload=place, **bucket),))
+    return found
+
+
+def _allowed(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
+    return tuple(u for u in axis if _fine(u, limits) and _go_together(extra, u))
+
+
+def _carried(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, ...]:
+    refuses = limits.refuses
+    if refuses is None:
+        return tuple(axis)
+    return tuple(u for u in axis if not refuses(Plan(uses=(*extra, *u), ranks=limits.ranks)))
+
+
+def _fine(uses: Uses, limits: Limits) -> bool:
+    """Whether goal, device, packages and engine allow each of them."""
+    return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
+
+
+@functools.cache
+def _fine_use(used: Use, effect: EffectClass, device: str, forbidden: frozenset[str]) -> bool:
+    one = technique(used.technique)
+    asked = one.slot == "data-parallel" or one.name in CUTTING
+    mild = effect_of(Plan(uses=(used,))) <= (max(effect, EffectClass.E1) if asked else effect)
+    return mild and device in one.devices and not one.lacks(used.settings) and used.technique not in forbidden
+
+
+@functools.cache  # most layouts have the same axes
+def _parted(
+    axes: tuple[tuple[Uses, ...], ...], states: tuple[Uses, ...],
+    engine: tuple[Callable[[Plan], object], Uses, int] | None,
+) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:  # fmt: skip
+    """Axes whose values go with each other, all of them: states are parted by what they forbid, and where
+    optimizers step inside of what is accumulated. ``engine``: its refusals, what the layout uses, ranks; most
+    engines refuse several ranks that nothing is said of, so nothing is asked about without a state."""
+
+    def fit(state: Uses, other: Uses) -> bool:
+        if engine is None:
+            return _go_together(state, other)
+        refuses, extra, ranks = engine
+        plan = Plan(uses=(*extra, *state, *other), ranks=ranks)
+        return _go_together(state, other) and not refuses(plan)
+
+    parted: dict[tuple[tuple[bool, ...], ...], list[Uses]] = {}
+    for state in states:
+        fits = tuple(tuple(fit(state, other) for other in axis) for axis in axes)
+        parted.setdefault(fits, []).append(state)
+    found = []
+    for fits, alike in parted.items():
+        kept = [tuple(v for v, fit in zip(axis, f, strict=True) if fit)
+                for axis, f in zip(axes, fits, strict=True)]  # fmt: skip
+        if all(kept):
+            found.append((kept, tuple(alike)))
+    return found
+
+
+@functools.cache
+def _go_together(one: Uses, other: Uses) -> bool:
+    return proposable(Plan(uses=(*one, *other)))
+
+
+@functools.cache
+def _divisors(number: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, number + 1) if number % d == 0)
+
+
+@functools.cache
+def _made(name: str, settings: tuple[tuple[str, KnobValue], ...]) -> Use:
+    return make_use(name, dict(settings))
+
+
+def _use(name: str, **settings: KnobValue) -> Use:
+    return _made(name, tuple(sorted(settings.items())))
+
+
+def none_at_all(limits: Limits) -> UserError:
+    """Why there is no grid."""
+    if not (limits.splits and limits.shares):
+        return UserError(
+            f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits it",
+            allowed="--accuracy any, where the loss is weighed rightly",
+            hint="`memfit plan` for one device says why; SyncBatchNorm can be split among ranks",
+        )
+    if limits.batch % limits.ranks == 0 and limits.refuses is not None:
+        return UserError(
+            f"none of the plans for {limits.ranks} devices that a search knows is carried by this engine",
+            allowed="an engine with DDP, FSDP2 or ZeRO on several ranks",
+            hint="`memfit engines JOB --plan FILE` prices a plan of your own, and says who carries it",
+        )
+    if limits.batch % limits.ranks == 0:
+        return UserError(
+            f"what is left out, the accuracy and the micro-batch asked for leave no plan for {limits.ranks} "
+            f"device{'s' * (limits.ranks > 1)}",
+            hint="ask for less of --without, --accuracy or --micro-batch",
+        )
+    return UserError(
+        f"a batch of {limits.batch} cannot be shared evenly by {limits.ranks} ranks",
+        allowed="a global batch that is a multiple of the data-parallel ranks",
+        hint="--batch sets the samples of one step over all devices",
+    )

@@ -1,0 +1,28 @@
+"""Kinds of plans: those whose sketches are off alike, and how far two of one kind are apart."""
+
+from __future__ import annotations
+
+import math
+
+from memfit.planner.parallelism_grid import CUTTING
+from memfit.techniques.registry import technique
+from memfit.types.plan import Plan
+
+Degrees = dict[tuple[str, str], int]
+
+_DEGREES = ("stages", "virtual", "degree")
+
+
+def kind(plan: Plan) -> tuple[object, Degrees]:
+    """(how data parallelism is set and the model is cut; by what degrees): what decides how far a sketch is
+    off."""
+    cut = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
+    degrees = {(name, k): int(v) for name, k, v in cut if k in _DEGREES}
+    ways = tuple(one for one in cut if one[1] not in (*_DEGREES, "micro_batches"))
+    data = (u for u in plan.uses if technique(u.technique).slot == "data-parallel")
+    return (tuple(dict.fromkeys(name for name, _, _ in cut)), ways, *data), degrees
+
+
+def doublings(one: Degrees, other: Degrees) -> float:
+    """By how many doublings two sets of degrees are apart."""
+    return sum(abs(math.log2(one.get(k, 1) / other.get(k, 1))) for k in one.keys() | other.keys())

@@ -1,0 +1,338 @@
+"""From priced plans to an answer: the frontier, the recommendation, and the reasons for both."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from memfit.planner.plan_space import complexity, dependence_reasons
+from memfit.techniques.registry import brief, effect_of, plain, without
+from memfit.types.dependence import SampleDependence
+from memfit.types.errors import UserError
+from memfit.types.plan import Bounds, Plan
+from memfit.types.result import Choice, Estimate, Reason, SearchResult
+from memfit.types.units import format_seconds
+
+# Plans closer than this in the objective are equally good; the milder and simpler one is taken.
+TIE_RATIO = 0.03
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Band:
+    """How far a score may lie above the best and still count as equal: up to ``low`` always, beyond ``high``
+    never. In between the line is drawn where two successive plans are furthest apart, so that no small
+    change of a timing moves a plan across it."""
+
+    low: float
+    high: float
+
+
+EXACT = Band(TIE_RATIO, TIE_RATIO)
+# The ratio of two predicted step times on one device was off by 6 % in the median and by 13 % in nine of ten
+# pairs of quick plans (benchmarks/records/regret.jsonl).
+TIMED = Band(0.07, 0.14)
+# For a device of the catalog nothing is timed: no noise moves a plan across the line, and two plans share
+# most of their error (97.7 % of published pairs are ordered right, benchmarks/published.md).
+MODELLED = Band(0.05, 0.05)
+_USUAL_SPREAD_RATIO = 0.05  # of an operator's repeated calls, as it was there
+_WIDEST = 0.18  # more: then up to 25 %, the error of a predicted step, always counts as equal
+
+
+def timed_band(spread_ratio: float) -> Band:
+    """`TIMED`, wider by what repeated calls of operators differ more than usual on this machine, within
+    reason: no noise makes a plan as good that is predicted to take far longer."""
+    more = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
+    return Band(TIMED.low + more, TIMED.high + 2 * more)
+
+
+class Objective(enum.StrEnum):
+    FASTEST = "fastest"
+    SMALLEST = "smallest"
+    CHEAPEST = "cheapest"
+    GREENEST = "greenest"
+    FEWEST = "fewest"
+
+
+def keeps(bounds: Bounds, estimate: Estimate) -> bool:
+    """Whether the whole training is done by the deadline, within the budget."""
+    step_s = estimate.step_s.value if estimate.step_s else math.inf
+    usd = estimate.usd if estimate.usd is not None else math.inf
+    late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
+    return not late and (bounds.budget_usd is None or usd * bounds.steps <= bounds.budget_usd)
+
+
+def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
+    """Whether a rank's ``batch`` goes through in micro-batches of the size asked for. Raises UserError where
+    no number of them has that size."""
+    size = bounds.micro_batch
+    if not size:
+        return True
+    if batch % size:
+        allowed = ", ".join(str(d) for d in range(1, batch + 1) if batch % d == 0)
+        raise UserError(f"a micro-batch of {size} of the {batch} samples of a rank", allowed=allowed)
+    used = plan.get("gradient-accumulation")
+    return size * (int(used.settings["micro_batches"]) if used else 1) == batch
+
+
+def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
+    """What deadline and budget say no to: the quickest and the cheapest plan that fit, with what they take.
+    Empty where none fits, or nothing is asked for."""
+    asked = (
+        (bounds.deadline_s, Objective.FASTEST, "a deadline of {} (the quickest", format_seconds),
+        (bounds.budget_usd, Objective.CHEAPEST, "a budget of {} (the cheapest", "{:g} USD".format),
+    )
+    told = []
+    for limit, goal, words, text in asked:
+        if limit is not None and fitting:
+            e = min(fitting, key=lambda e: (score(e, goal), complexity(e.plan, e.dependence)))
+            time = format_seconds(e.step_s.value * bounds.steps) if e.step_s else "unknown time"
+            takes = f"{time} and {_usd(e.usd, bounds.steps)}, with {brief(e.plan)}"
+            told.append(f"{words.format(text(limit))} that fits takes {takes})")
+    return f"no allowed plan keeps to {' and '.join(told)}, for {bounds.steps:,} steps" if told else ""
+
+
+def _usd(each: float | None, steps: int) -> str:
+    return "an unknown price" if each is None else f"{each * steps:.3g} USD"
+
+
+def score(estimate: Estimate, goal: Objective) -> float:
+    """Smaller is better; what a plan costs in the goal's own unit. Unknown figures fall back to time,
+    to which money and carbon are proportional on one device."""
+    time_s = estimate.step_s.value if estimate.step_s else math.inf
+    if goal is Objective.SMALLEST:
+        return estimate.allocated_bytes.value
+    if goal is Objective.FEWEST:  # devices, then time
+        return estimate.plan.ranks * (1 + 1e-3 * time_s / (1 + time_s))
+    if goal is Objective.CHEAPEST:
+        return estimate.usd if estimate.usd is not None else time_s
+    if goal is Objective.GREENEST:
+        return estimate.co2_g if estimate.co2_g is not None else time_s
+    return time_s
+
+
+def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
+    """The mildest and simplest estimate among those that are as good as the best by the goal."""
+    pool = simplest_first(estimates, goal)
+    if not pool or math.isinf(score(pool[-1], goal)):
+        return pool[0] if pool else None
+    scores = [score(e, goal) for e in pool]
+    limit = _equal_up_to(scores, EXACT if goal in (Objective.SMALLEST, Objective.FEWEST) else band)
+    return next(e for e, reached in zip(pool, scores, strict=True) if reached <= limit)
+
+
+def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
+    """Each is more complex than the one before it, and better by the goal; what is neither is left out."""
+    kept: list[Estimate] = []
+    for e in sorted(estimates, key=lambda e: (mildness(e.plan, e.dependence), score(e, goal))):
+        if not kept or score(e, goal) < score(kept[-1], goal):
+            kept.append(e)
+    return kept
+
+
+def _equal_up_to(scores: Sequence[float], band: Band) -> float:
+    """The highest score that counts as equal to the least, which is the last of ``scores``."""
+    least = scores[-1]
+    inside = max(s for s in scores if s <= least * (1 + band.low))
+    between = sorted(s for s in scores if inside < s <= least * (1 + band.high))
+    steps = [inside, *between, min((s for s in scores if s > least * (1 + band.high)), default=math.inf)]
+    wide = least * (1 + 2 * band.high - band.low)  # beyond it a plan is far enough
+    gaps = [min(above, wide) - below for below, above in itertools.pairwise(steps)]
+    return steps[gaps.index(max(gaps))]
+
+
+def mildness(plan: Plan, dependence: SampleDependence | None = None) -> tuple[tuple[int, int, int], str]:
+    """Order in which plans are preferred when they are as good: by complexity, then by their settings, small
+    numbers first."""
+    settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
+    return complexity(plan, dependence), ";".join(
+        f"{t}.{n}={_padded(v)}" for t, n, v in settings
+    ) + plan.fingerprint
+
+
+def _padded(value: object) -> str:
+    return f"{value:020.3f}" if isinstance(value, int | float) else str(value)
+
+
+def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Estimates that none other beats in peak, time and effect class at once, by growing peak."""
+    kept = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
+    return sorted(
+        kept, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
+    )
+
+
+def _merits(e: Estimate) -> tuple[float, float, int, int, int, str]:
+    return (
+        e.allocated_bytes.value, score(e, Objective.FASTEST), *complexity(e.plan, e.dependence),
+        e.plan.fingerprint,
+    )  # fmt: skip
+
+
+def _dominates(one: Estimate, other: Estimate) -> bool:
+    a, b = _merits(one), _merits(other)
+    no_worse = all(x <= y for x, y in zip(a[:3], b[:3], strict=True))
+    return no_worse and (a[:3] != b[:3] or a[3:] < b[3:])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prices:
+    """How neighbours of the recommended plan are priced: ``prepare`` is told of all of them before.
+    ``needs``: the memory that an estimate asks for; ``sketches``: of every plan."""
+
+    whole: Callable[[Plan], Estimate]
+    prepare: Callable[[Sequence[Plan]], None] = lambda plans: None
+    band: Band = TIMED  # within which step times count as equal
+    needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
+    sketches: Sequence[Estimate] = ()
+
+
+def decide(
+    estimates: Sequence[Estimate],
+    *,
+    goal: Objective,
+    cap_bytes: int,
+    considered: int,
+    fits: Callable[[Estimate], bool],
+    left_out: tuple[Reason, ...],
+    price: Prices | Callable[[Plan], Estimate],
+    inside: Callable[[Estimate], bool] | None = None,
+) -> SearchResult:
+    """``estimates`` were traced and hold the plain plan. ``price`` prices neighbours for the reasons.
+    ``inside``: whether it fits the memory alone, where ``fits`` asks for more."""
+    prices = price if isinstance(price, Prices) else Prices(price)
+    basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
+    winner = best([e for e in estimates if fits(e)], goal, prices.band)
+    smallest = min(estimates, key=lambda e: (e.allocated_bytes.value, complexity(e.plan, e.dependence)))
+
+    def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
+        held = (inside or fits)(e)
+        return Choice(estimate=e, fits=held, effect=effect_of(e.plan, e.dependence), reasons=reasons)
+
+    kept = [e for e in frontier(estimates) if fits(e) or e is smallest] + [basis]
+    unique = {e.plan: e for e in ([winner] if winner else []) + kept}
+    ordered = sorted(unique.values(), key=lambda e: e.allocated_bytes.value)
+    recommended = None
+    if winner is not None:
+        prices.prepare([without(winner.plan, u.technique) for u in winner.plan.uses])
+        why = reasons_for(winner, estimates, fits, goal, prices, cap_bytes)
+        recommended = choice(winner, (*why, *left_out))
+    return SearchResult(
+        goal=goal.value,
+        cap_bytes=cap_bytes,
+        considered=considered,
+        baseline=choice(basis),
+        frontier=tuple(recommended if recommended and e is winner else choice(e) for e in ordered),
+        recommended=recommended,
+        smallest=choice(smallest),
+    )
+
+
+def reasons_for(
+    winner: Estimate,
+    estimates: Sequence[Estimate],
+    fits: Callable[[Estimate], bool],
+    goal: Objective,
+    prices: Prices,
+    cap_bytes: int,
+) -> tuple[Reason, ...]:
+    """What each technique of the winner saves, and why those of other plans are not in it."""
+    splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
+    why_not = _why_not(winner, estimates, prices, fits, goal, cap_bytes)
+    return (*splitting, *saved_by(winner, prices.whole), *why_not)
+
+
+def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
+    """For each technique of the plan: what its removal alone would cost in memory and gain in time."""
+    reasons = []
+    for use in estimate.plan.uses:
+        try:
+            less = price(without(estimate.plan, use.technique))
+        except UserError:  # a budget that cannot be met without it
+            reasons.append(Reason(kind="needed", technique=use.technique))
+            continue
+        if less.plan == estimate.plan:
+            continue  # DDP, which several ranks fall back to
+        reasons.append(
+            Reason(
+                kind="saves",
+                technique=use.technique,
+                saved_bytes=int(less.allocated_bytes.value - estimate.allocated_bytes.value),
+                time_ratio=_ratio(estimate, less),
+            )
+        )
+    return tuple(sorted(reasons, key=lambda r: -(r.saved_bytes or 0)))
+
+
+def _ratio(one: Estimate, other: Estimate) -> float | None:
+    if one.step_s is None or other.step_s is None or not other.step_s.value:
+        return None
+    return one.step_s.value / other.step_s.value
+
+
+def _why_not(
+    winner: Estimate,
+    estimates: Sequence[Estimate],
+    prices: Prices,
+    fits: Callable[[Estimate], bool],
+    goal: Objective,
+    cap_bytes: int,
+) -> tuple[Reason, ...]:
+    """Techniques that are not in the winner: the best traced plan that has them, compared. Nothing is said of
+    one that was only sketched and may fit."""
+    reasons = []
+    for name in techniques_beside(winner, [*estimates, *prices.sketches]):
+        traced = [e for e in estimates if e.plan.get(name)]
+        rivals = [e for e in traced if fits(e)]
+        sketched = [e for e in prices.sketches if e.plan.get(name)]
+        if rivals:
+            reasons.append(_compared(winner, min(rivals, key=lambda e: by_goal(e, goal)), name, goal))
+        elif traced or not any(map(fits, sketched)):
+            whole = {e.plan for e in traced}
+            priced = [*traced, *(e for e in sketched if e.plan not in whole)]
+            reasons.append(none_fits(name, priced, prices.needs, cap_bytes, inside=False))
+    return tuple(reasons)
+
+
+def techniques_beside(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
+    """Those of the plans that the winner does not have, by name."""
+    used = {u.technique for u in winner.plan.uses}
+    return sorted({u.technique for e in estimates for u in e.plan.uses} - used)
+
+
+def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:
+    return score(e, goal), complexity(e.plan, e.dependence)
+
+
+def none_fits(
+    name: str, priced: Sequence[Estimate], needs: Callable[[Estimate], int], cap_bytes: int, *, inside: bool
+) -> Reason:
+    """None of the ``priced`` plans fits, all with the technique; or without it, where the winner has it
+    ``inside``: how many they are, and the least that one needs; or that the device would do, and else not."""
+    least = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
+    if least is None:
+        return Reason(kind="needed", technique=name)
+    large = needs(least) > cap_bytes
+    kinds = ("needed_late", "needed_priced") if inside else ("left_out_late", "left_out_too_large")
+    return Reason(
+        kind=kinds[large], technique=name, plan_count=len(priced), least_bytes=needs(least),
+        detail=brief(least.plan) if large else "",
+    )  # fmt: skip
+
+
+def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
+    """A rival that is better by the goal was not taken as the difference is inside the error of the times."""
+    ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
+    if ratio > 1 + TIE_RATIO:
+        kind = "left_out_slower"
+    else:
+        kind = "left_out_uncertain" if ratio < 1 / (1 + TIE_RATIO) else "left_out_not_needed"
+    return Reason(
+        kind=kind,
+        technique=name,
+        saved_bytes=int(winner.allocated_bytes.value - rival.allocated_bytes.value),
+        time_ratio=_ratio(rival, winner),
+        detail=rival.plan.label,
+    )

@@ -1,0 +1,152 @@
+"""Probing workspaces on this machine: operators that could move a plan's peak run alone, once, in a child
+process, on made-up tensors of their shapes. What they take is kept on disk, so that it is asked once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import platformdirs
+import torch
+
+from memfit.cost.workspaces import bound_bytes, input_bytes, unprobed_signatures
+from memfit.engines import native
+from memfit.planner.evaluate import Pricer
+from memfit.runtime import local_machine
+from memfit.runtime.child_process import run
+from memfit.store.environment import digest, fingerprint
+from memfit.techniques.rank_mesh import layout
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan
+from memfit.types.trace import OpCall
+
+_BUDGET_S: Final = 2.0  # of running operators, beside the start of the process
+_LIMIT_S: Final = 60.0  # of a process on a machine that is busy with much else
+_MOST_FLOPS: Final = 2 * 10**10  # of one operator: about a second on two slow cores
+_FREE_RATIO: Final = 0.25  # of free memory that one operator may take
+_ATTEMPTS: Final = 3  # an operator that ends the process is left out of the next
+_MOST_KEPT: Final = 50_000
+_KEPT_BY: Final = ("processor", "torch", "env ONEDNN_MAX_CPU_ISA", "env ATEN_CPU_CAPABILITY")
+
+Taken = tuple[int, int] | None
+"""(bytes at the operator's own peak, bytes kept for backward); None: it cannot be run alone."""
+
+
+def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
+    """Give ``pricer`` the workspaces of this plan's operators that could move its peak. What cannot be probed
+    stays open, and `cost.estimate` widens the interval by its bound."""
+    pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
+    known = _Kept.of(pricer.calibration.threads)
+    for _ in range(_ATTEMPTS):
+        wanted = _wanted(pricer, plan)
+        _learn(pricer, {s: known.taken[k] for s in wanted if (k := _key(s)) in known.taken})
+        left = [s for s in _wanted(pricer, plan) if _key(s) not in known.taken]
+        fresh = _probed(left, pricer.calibration.threads)
+        if not fresh:
+            return
+        known.add({_key(s): taken for s, taken in fresh.items()})
+
+
+def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
+    """Signatures to probe, those that reach highest first, without what is too large for a trial."""
+    most_bytes = _FREE_RATIO * local_machine.free_bytes()
+    wanted: dict[str, None] = {}
+    for rank in layout(pricer.settled(plan)).distinct_ranks():
+        trace = pricer.trace(plan, rank)
+        ops = {op.signature: op for op in trace.ops}
+        for signature in unprobed_signatures(trace, pricer.calibration):
+            if _is_small(ops[signature], most_bytes, pricer.calibration.threads):
+                wanted[signature] = None
+    return list(wanted)
+
+
+def _is_small(op: OpCall, most_bytes: float, threads: int) -> bool:
+    taken = input_bytes(op.signature) + bound_bytes(op.signature, "cpu", threads)
+    return op.flops <= _MOST_FLOPS and taken <= most_bytes
+
+
+def _learn(pricer: Pricer, taken: Mapping[str, Taken]) -> None:
+    peaks = {s: t[0] for s, t in taken.items() if t}
+    kept = {s: t[1] for s, t in taken.items() if t and t[1]}
+    if peaks:
+        before = pricer.calibration
+        pricer.recalibrate(
+            dataclasses.replace(
+                before, op_peak_bytes={**before.op_peak_bytes, **peaks},
+                op_kept_bytes={**before.op_kept_bytes, **kept},
+            )
+        )  # fmt: skip
+
+
+def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
+    """What a child process found before its time was over. The operator that ended it cannot be run alone."""
+    if not signatures:
+        return {}
+    found: dict[str, Taken] = {}
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if event["event"] == "workspace":
+            taken = event["taken"]
+            found[signatures[event["index"]]] = taken and (taken[0], taken[1])
+
+    spec = RunSpec(
+        name="workspaces", role="calibration", job=JobRef(spec=""), plan=Plan(), seed=0, steps=0,
+        threads=threads, timeout_s=_LIMIT_S,
+    )  # fmt: skip
+    spaces = {json.loads(s)[0].split(".")[0] for s in signatures} - {"aten"}
+    config = native.render_calibration(
+        spec, signatures, budget_s=_BUDGET_S, packages=sorted(spaces & sys.modules.keys()), memory_only=True
+    )
+    with contextlib.suppress(OSError):  # no process can be started: nothing is probed
+        ended = run(config, on_event=listen)
+        crashed = ended.outcome.value == "failed" and len(found) < len(signatures)
+        if crashed and (found or "killed by" in ended.reason):
+            found[signatures[len(found)]] = None
+    return found
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What was probed before, by key of the signature, in one file per processor, torch and thread count."""
+
+    path: Path
+    taken: dict[str, Taken]
+
+    @classmethod
+    def of(cls, threads: int) -> _Kept:
+        facts = {name: value for name, value in fingerprint().items() if name in _KEPT_BY}
+        facts |= {"threads": str(threads), "simd": torch.backends.cpu.get_cpu_capability(), "format": "1"}
+        facts["onednn"] = str(torch.backends.mkldnn.enabled)
+        path = platformdirs.user_cache_path("memfit") / f"workspaces-{digest(facts)}.json"
+        return cls(path, _read(path))
+
+    def add(self, fresh: Mapping[str, Taken]) -> None:
+        """Written beside and renamed: two processes that add at once do no harm, one of them adds later."""
+        self.taken |= fresh
+        merged = [*{**_read(self.path), **self.taken}.items()][-_MOST_KEPT:]
+        with contextlib.suppress(OSError):  # a folder that cannot be written: it is asked again next time
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, suffix=".json", delete=False
+            ) as draft:
+                json.dump(dict(merged), draft)
+            Path(draft.name).replace(self.path)
+
+
+def _read(path: Path) -> dict[str, Taken]:
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, IndexError):
+        return {k: v and (int(v[0]), int(v[1])) for k, v in json.loads(path.read_text()).items()}
+    return {}
+
+
+def _key(signature: str) -> str:
+    return hashlib.sha256(signature.encode()).hexdigest()[:20]

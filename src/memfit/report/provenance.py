@@ -1,0 +1,259 @@
+"""Where the report's figures are from: its runs, predictions, tests and machines, each with an anchor of its
+own to which every figure links."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from memfit import catalog
+from memfit.catalog import finance
+from memfit.report.quantities import Figure, Sentence, assumed
+from memfit.types.decision import Decision
+from memfit.types.errors import UserError
+from memfit.types.machine import Fact
+from memfit.types.plan import Plan
+from memfit.types.result import Choice, Poc, Run
+from memfit.verify.aggregate import by_plan, ok_runs
+
+POC = "record-poc"
+GATES = "record-gates"
+SAVING = "record-saving"
+CASE = "record-case"
+MARGIN = "record-margin"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProvenanceRecord:
+    """``label``: the short name by which figures call it; ``of``: anchors of the records it is made from;
+    ``facts``: (what is known, source, date); ``sources``: texts of others."""
+
+    anchor: str
+    label: str
+    what: Sentence
+    of: tuple[str, ...] = ()
+    facts: tuple[tuple[Sentence, str, str], ...] = ()
+    sources: tuple[str, ...] = ()
+    date: str = ""
+
+
+def _named(kind: str, *parts: str) -> str:
+    return f"{kind}-{zlib.crc32(chr(0).join(parts).encode()):08x}"
+
+
+def run_anchor(index: int) -> str:
+    return f"run-{index + 1}"
+
+
+def group_anchor(role: str, plan: Plan) -> str:
+    """Of all completed runs of one plan in one role."""
+    return _named("runs", role, plan.fingerprint)
+
+
+def prediction_anchor(plan: Plan) -> str:
+    """Of what was predicted for the PoC's own size."""
+    return _named("prediction", plan.fingerprint)
+
+
+def verdict_anchor(name: str) -> str:
+    return _named("verdict", name)
+
+
+def paper_anchor(index: int) -> str:
+    return f"paper-{index + 1}"
+
+
+def reach_anchor(index: int) -> str:
+    return f"reach-{index + 1}"
+
+
+def interaction_anchor(index: int) -> str:
+    return f"interaction-{index + 1}"
+
+
+def way_anchor(index: int) -> str:
+    return f"way-{index}"
+
+
+def stage_anchor(name: str) -> str:
+    return f"stage-{name}"
+
+
+def term_anchor(name: str) -> str:
+    return f"term-{name}"
+
+
+def machine_anchor(name: str) -> str:
+    return _named("machine", name)
+
+
+# -- of the proof of concept -----------------------------------------------------------------------------
+
+
+def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
+    """`case_created`: when the job's published sizes were recorded; "" where it has none."""
+    found = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
+    if case_created:
+        found.append(
+            ProvenanceRecord(anchor=CASE, label="C", what=_said("case", job=poc.job_name), date=case_created)
+        )
+    return tuple(found)
+
+
+def _said(kind: str, **values: Figure | str | Sentence) -> Sentence:
+    return Sentence(key=f"record.{kind}", values=values)
+
+
+def _role(role: str) -> Sentence:
+    return Sentence(key=f"role.{role}")
+
+
+def _poc(poc: Poc) -> ProvenanceRecord:
+    what = _said("poc", id=poc.poc_id, machine=poc.machine)
+    return ProvenanceRecord(anchor=POC, label="PoC", what=what, sources=(poc.command,), date=poc.created[:10])
+
+
+def _runs(poc: Poc) -> Iterator[ProvenanceRecord]:
+    for i, run in enumerate(poc.runs):
+        spec, m = run.spec, run.measurement
+        told = _said("run", role=_role(spec.role), plan=spec.plan.label, seed=str(spec.seed))
+        notes = (f"{poc.poc_id} / {spec.name} / {i + 1}", spec.engine, m.peak_source, m.energy_boundary)
+        sources = tuple(n for n in notes if n)
+        yield ProvenanceRecord(anchor=run_anchor(i), label=f"R{i + 1}", what=told, of=(POC,), sources=sources)
+
+
+def _of(poc: Poc, runs: Sequence[Run]) -> tuple[str, ...]:
+    return tuple(run_anchor(i) for i, run in enumerate(poc.runs) if any(run is one for one in runs))
+
+
+def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
+    for number, runs in enumerate(by_plan(poc.runs), 1):
+        spec = runs[0].spec
+        yield ProvenanceRecord(
+            anchor=group_anchor(spec.role, spec.plan), label=f"G{number}",
+            what=_said("group", role=_role(spec.role), plan=spec.plan.label),
+            of=_of(poc, ok_runs(runs) or runs),
+        )  # fmt: skip
+
+
+def choices(poc: Poc) -> tuple[Choice, ...]:
+    """The plans of the search that the report shows, each once."""
+    search = poc.search
+    best = [search.recommended] if search.recommended else []
+    every = (search.baseline, *best, *search.frontier, search.smallest)
+    return tuple({c.estimate.plan.fingerprint: c for c in every}.values())
+
+
+def _predictions(poc: Poc) -> Iterator[ProvenanceRecord]:
+    for number, choice in enumerate(choices(poc), 1):
+        plan = choice.estimate.plan
+        what = _said("prediction", plan=plan.label, size=poc.job_size, machine=poc.machine)
+        yield ProvenanceRecord(anchor=prediction_anchor(plan), label=f"P{number}", what=what, of=(POC,))
+
+
+def _outlook(poc: Poc) -> Iterator[ProvenanceRecord]:
+    for i, row in enumerate(poc.paper):
+        what = _said("paper", size=row.size, machine=row.machine)
+        of = (POC, machine_anchor(row.machine))
+        yield ProvenanceRecord(anchor=paper_anchor(i), label=f"Q{i + 1}", what=what, of=of)
+    for i, reach in enumerate(poc.reach):
+        quantity = Sentence(key=f"quantity.{reach.quantity}")
+        what = _said("reach", machine=reach.machine, quantity=quantity)
+        of = (POC, machine_anchor(reach.machine))
+        yield ProvenanceRecord(anchor=reach_anchor(i), label=f"L{i + 1}", what=what, of=of)
+
+
+def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
+    plain = [r for r in ok_runs(poc.runs) if r.spec.role == "baseline"]
+    for i, named in enumerate(poc.verdicts):
+        tried = [r for r in ok_runs(poc.runs) if r.spec.plan == named.plan]
+        yield ProvenanceRecord(
+            anchor=verdict_anchor(named.name), label=f"V{i + 1}",
+            what=_said("verdict", plan=named.plan.label), of=_of(poc, [*plain, *tried]),
+            sources=(named.verdict.test,),
+        )  # fmt: skip
+    for i, table in enumerate(poc.interactions):
+        what = _said("interaction", first=table.first, second=table.second)
+        of = _of(poc, [r for r in ok_runs(poc.runs) if r.spec.role in ("baseline", "ablation")])
+        yield ProvenanceRecord(anchor=interaction_anchor(i), label=f"I{i + 1}", what=what, of=of)
+    if poc.metric_margin_source:
+        what = _said("margin", metric=poc.metric)
+        yield ProvenanceRecord(anchor=MARGIN, label="D", what=what, sources=(poc.metric_margin_source,))
+
+
+# -- of the decision -------------------------------------------------------------------------------------
+
+
+def decision_records(made: Decision) -> tuple[ProvenanceRecord, ...]:
+    return (*_ways(made), *_saving(made), *_stages(made))
+
+
+def _ways(made: Decision) -> Iterator[ProvenanceRecord]:
+    for i, way in enumerate(made.ways):
+        name = Sentence(key=f"way.{way.kind}", values={"machine": way.machine})
+        hours = "hours" if way.predicted else "own_hours"
+        plan: Sentence | str = Sentence(key="way.plain") if way.plain else way.plan
+        what = _said("nothing") if way.kind == "nothing" else _said(hours, way=name, way_plan=plan)
+        of = (machine_anchor(way.machine),) if way.machine else ()
+        yield ProvenanceRecord(anchor=way_anchor(i), label=f"W{i}", what=what, of=of)
+
+
+def _saving(made: Decision) -> Iterator[ProvenanceRecord]:
+    of = tuple(way_anchor(i) for i in (made.best, made.reference) if i is not None)
+    yield ProvenanceRecord(anchor=SAVING, label="S", what=_said("saving"), of=of)
+
+
+def _stages(made: Decision) -> Iterator[ProvenanceRecord]:
+    for number, stage in enumerate(made.stages, 1):
+        what = _said("stage", stage=Sentence(key=f"stages.{stage.name}"), machine=stage.machine or "–")
+        of = _way_of(made, stage.machine)
+        yield ProvenanceRecord(anchor=stage_anchor(stage.name), label=f"K{number}", what=what, of=of)
+    if made.stages:
+        yield ProvenanceRecord(anchor=GATES, label="T", what=_said("gates"))
+
+
+def _way_of(made: Decision, machine: str) -> tuple[str, ...]:
+    here = (way_anchor(i) for i, way in enumerate(made.ways) if machine and way.machine == machine)
+    return tuple(here)[:1]
+
+
+def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
+    """All that figures of a page may be from, but the numbers of the decision's own table."""
+    of_decision = decision_records(made) if made is not None else ()
+    return (*poc_records(poc, case_created), *of_decision, *machine_records(poc, made))
+
+
+# -- of the catalog --------------------------------------------------------------------------------------
+
+
+def machine_records(poc: Poc, made: Decision | None) -> tuple[ProvenanceRecord, ...]:
+    """Every machine that is named: what the catalog knows of it, row by row with source and date."""
+    names = [*(row.machine for row in poc.paper), *(row.machine for row in poc.reach)]
+    names += [way.machine for way in made.ways if way.machine] if made is not None else []
+    return tuple(_machine(name, f"M{i}") for i, name in enumerate(dict.fromkeys(names), 1))
+
+
+def _machine(name: str, label: str) -> ProvenanceRecord:
+    what = _said("machine", machine=name)
+    return ProvenanceRecord(anchor=machine_anchor(name), label=label, what=what, facts=tuple(_facts(name)))
+
+
+def _facts(name: str) -> Iterator[tuple[Sentence, str, str]]:
+    try:
+        device = catalog.machine(name).device
+    except UserError:
+        return
+    room = catalog.host_of(device.name)
+    known: Mapping[str, tuple[Fact | None, str]] = {
+        "memory": (device.memory_bytes, "bytes"),
+        "price": (device.usd_to_buy, "usd"),
+        "host": (finance.host_usd(room) if room else None, "usd"),
+        "rent": (device.usd_per_hour, "usd"),
+        "power": (device.power_w, "W"),
+        "embodied": (device.embodied_kg, "kg"),
+    }
+    for kind, (fact, unit) in known.items():
+        if fact is not None:
+            value = assumed(fact.value, unit, machine_anchor(name))
+            yield Sentence(key=f"record.fact_{kind}", values={"value": value}), fact.source, fact.date

@@ -1,0 +1,321 @@
+"""Where a rank keeps parameters and optimizer state, by the model's own names, whatever the plan.
+
+A plan may keep a parameter whole, as a DTensor, or as a range of its elements in a flat fp32 master (ZeRO).
+A range of elements is a few boxes of the whole tensor, which is what torch.distributed.checkpoint stores: so
+nothing is gathered to save, and any plan reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from memfit.jobs.training_step import TrainingStep
+from memfit.types.errors import UserError
+from memfit.types.launch import Shape
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+Box = tuple[Shape, Shape]  # (offsets, sizes)
+
+
+def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
+    """Elements ``start`` to ``end`` of a contiguous tensor as boxes, in their order: at most one of
+    whole rows, and two for each further dimension."""
+    if start >= end:
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = shape[1:]
+    row = math.prod(inner)
+    first, last = -(-start // row), end // row  # whole rows
+    if first > last:
+        yield from _in_row(last, inner, start - last * row, end - last * row)
+        return
+    yield from _in_row(first - 1, inner, start - (first - 1) * row, row if start % row else 0)
+    if first < last:
+        yield (first, *(0 for _ in inner)), (last - first, *inner)
+    yield from _in_row(last, inner, 0, end - last * row)
+
+
+def _in_row(row: int, inner: Shape, start: int, end: int) -> Iterator[Box]:
+    for offsets, sizes in boxes(inner, start, end):
+        yield (row, *offsets), (1, *sizes)
+
+
+class Pieces:
+    """Boxes of a tensor that this rank holds, as views of what it holds; to torch.distributed.checkpoint what
+    a DTensor is. ``views``: by where a box begins."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, views: dict[torch.Size, torch.Tensor]) -> None:
+        self.shape, self.dtype, self.views = torch.Size(shape), dtype, views
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=o, sizes=v.shape) for o, v in self.views.items()]
+
+    def __create_write_items__(self, fqn: str, whole: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties(dtype=self.dtype), size=self.shape
+                ),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]  # fmt: skip
+
+
+class Saves(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Pieces):
+            assert index.offset is not None
+            return found.views[index.offset]
+        return super().lookup_object(index)
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:  # noqa: A002
+        found = super().transform_object(write_item, object)
+        return _apart(found) if isinstance(found, torch.Tensor) else found
+
+
+def _apart(part: torch.Tensor) -> torch.Tensor:
+    """The same elements in the same memory, with a storage that ends where they do: of a part of a larger one
+    the writer would make a copy, and keep all copies until its file is whole."""
+    plain = type(part) in {torch.Tensor, nn.Parameter}
+    if not plain or part.device.type != "cpu" or not part.is_contiguous():
+        return part
+    width, begin = part.element_size(), part.storage_offset() * part.element_size()
+    own = part.untyped_storage()[begin : begin + part.numel() * width]
+    return torch.empty(0, dtype=part.dtype).set_(own, 0, part.shape, part.stride())
+
+
+class Loads(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Torch's own makes None of what it does not know."""
+        self.original_state_dict = self.state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, Pieces):
+            assert index.offset is not None
+            return found.views[index.offset]
+        return super().lookup_tensor(index)
+
+
+def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
+    """``flat`` holds a tensor's elements from ``start`` on."""
+    views, at = {}, 0
+    for offsets, sizes in boxes(shape, start, start + flat.numel()):
+        count = math.prod(sizes)
+        views[torch.Size(offsets)] = flat[at : at + count].view(sizes)
+        at += count
+    return Pieces(shape, flat.dtype, views)
+
+
+def in_rows(rows: DTensor, parts: int) -> Pieces:
+    """Rows in the order of tensor ranks, of each rank those of every part
+    (techniques/parallel/tensor_parallel.py), where they are in the order of parts."""
+    degree = rows.device_mesh["tensor"].size()
+    local = rows.to_local()
+    _, offsets = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
+    block = rows.shape[0] // (parts * degree)
+    views, at = {}, offsets[0]
+    while at < offsets[0] + local.shape[0]:
+        (rank, part), within = divmod(at // block, parts), at % block
+        count = min(block - within, offsets[0] + local.shape[0] - at)
+        begin = (part * degree + rank) * block + within
+        views[torch.Size((begin, *offsets[1:]))] = local.narrow(0, at - offsets[0], count)
+        at += count
+    return Pieces(tuple(rows.shape), local.dtype, views)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """``owner``: the tensor that the optimizer has a state for. ``at`` None: it is the parameter, in whose
+    rows so many parts may be ``fused``. Otherwise it is flat, and holds the parameter's elements from
+    ``start`` to ``end`` at ``at``."""
+
+    owner: torch.Tensor
+    shape: Shape
+    start: int = 0
+    end: int = 0
+    at: int | None = None
+    fused: int = 0
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
+        """The part of ``tensor``, which lies as the owner does, that belongs to the parameter."""
+        held = tensor.detach()
+        if self.fused:
+            assert isinstance(held, DTensor)
+            return in_rows(held, self.fused)
+        if self.at is None:
+            return held
+        return in_flat(self.shape, self.start, held.narrow(0, self.at, self.end - self.start))
+
+
+def places(step: TrainingStep) -> dict[str, TensorPlace]:
+    """Of every parameter that this rank holds something of; fp32 masters where there are any."""
+    named = {p: clean(n) for n, p in step.model.named_parameters()}
+    optimizer: Any = step.optimizer
+    fused = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
+    found = {n: TensorPlace(owner=p, shape=tuple(p.shape), fused=fused.get(n, 0)) for p, n in named.items()}
+    if hasattr(optimizer, "shards"):
+        found = {named[p]: place for p, place in _stage3(optimizer)}
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        found = {n: place for p, n in named.items() for place in _deepspeed3(optimizer, p)}
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        own = {n: place for p, n in named.items() for place in _deepspeed12(optimizer, p)}
+        found = own | {n: found[n] for p, n in named.items() if not p.requires_grad}
+    elif hasattr(optimizer, "span"):
+        own = {named[p]: place for p, place in _stage12(optimizer)}
+        found = own | {n: found[n] for p, n in named.items() if p not in optimizer.span}
+    elif hasattr(optimizer, "masters"):
+        pairs = zip(optimizer.params, optimizer.masters, strict=True)
+        found |= {named[p]: dataclasses.replace(found[named[p]], owner=m) for p, m in pairs}
+    return found
+
+
+def _stage12(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
+    for param, (a, b) in optimizer.mine.items():
+        at = optimizer.span[param][0] + a - optimizer.rank * optimizer.size
+        yield param, TensorPlace(owner=optimizer.master, shape=tuple(param.shape), start=a, end=b, at=at)
+
+
+def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
+    shards = optimizer.shards
+    for param, shape in shards.shape.items():
+        count, size = math.prod(shape), shards.size[param]
+        start, end = (min(r * size, count) for r in (optimizer.rank, optimizer.rank + 1))
+        if start < end:
+            trained = param in shards.place
+            owner = optimizer.master if trained else shards.shard[param]
+            at = shards.place[param] if trained else 0
+            yield param, TensorPlace(owner=owner, shape=tuple(shape), start=start, end=end, at=at)
+
+
+def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
+    """As deepspeed/utils/tensor_fragment.py links a parameter to its fp32 fragment on this rank."""
+    if (fragment := getattr(param, "_hp_mapping", None)) is not None:
+        own, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
+        yield TensorPlace(
+            owner=optimizer.single_partition_of_fp32_groups[fragment.param_group_index],
+            shape=tuple(param.shape), start=own.start, end=own.start + own.numel, at=flat.start,
+        )  # fmt: skip
+
+
+def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
+    """A parameter is cut evenly over the ranks (deepspeed/runtime/zero/partition_parameters.py)."""
+    size, count, rank = param.ds_tensor.ds_numel, param.ds_numel, dist.get_rank()
+    start, end = (min(r * size, count) for r in (rank, rank + 1))
+    if start < end:
+        owner, at = param.ds_tensor, 0
+        if param.requires_grad:
+            group, at, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+            owner = optimizer.fp32_partitioned_groups_flat[group]
+        yield TensorPlace(owner=owner, shape=tuple(param.ds_shape), start=start, end=end, at=at)
+
+
+def spread(step: TrainingStep) -> None:
+    """Low-precision and whole parameters follow from masters that were just read."""
+    optimizer: Any = step.optimizer
+    with torch.no_grad():
+        if hasattr(optimizer, "shards"):
+            optimizer.shards.flat.copy_(optimizer.master)
+            optimizer.shards.let_go(list(optimizer.shards.whole))
+        elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := optimizer.persistent_parameters:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+            optimizer.update_lp_params()
+        elif hasattr(optimizer, "span"):
+            from memfit.techniques.zero.zero_stage12 import all_gather
+
+            optimizer.part.copy_(optimizer.master)
+            if (work := all_gather(optimizer.flat, optimizer.part, optimizer.group)) is not None:
+                work.wait()
+        elif hasattr(optimizer, "masters"):
+            for param, master in zip(optimizer.params, optimizer.masters, strict=True):
+                param.copy_(master)
+
+
+def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Those of the model's state dict."""
+    return {
+        clean(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Torch's own inside whatever wraps them. Raises UserError where there are none."""
+    own = vars(optimizer)
+    inner = next((own[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in own), None)
+    if inner is not None:
+        parts = (
+            inner.values() if isinstance(inner, Mapping) else inner if isinstance(inner, list) else [inner]
+        )
+        return [found for part in parts for found in optimizers(part)]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{type(optimizer).__name__} cannot be saved", allowed="a torch.optim.Optimizer")
+    return [optimizer]
+
+
+def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
+    """Whatever a first step makes, in steps of zero gradients, one parameter at a time; values are read over
+    afterwards. ``flats``: what it will be given, where it has nothing between steps (DeepSpeed's stage 3)."""
+    held = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
+    for param in held:
+        param.grad = None
+    for param, grad in held.items():
+        _step_alone(optimizer, param, grad)
+    for param, grad in held.items():
+        param.grad = grad
+    if not held:
+        group = optimizer.param_groups[0]
+        for flat in flats:
+            given = flat.grad
+            group["params"] = [flat]
+            _step_alone(optimizer, flat, given)
+            group["params"], flat.grad = [], given
+
+
+def _step_alone(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor | None) -> None:
+    param.grad = torch.zeros_like(param) if grad is None else grad.zero_()
+    optimizer.step()
+    param.grad = None

@@ -1,0 +1,245 @@
+"""One child process: started with its files, read line by line, never outliving this process.
+
+The child talks on its standard output, one JSON object a line::
+
+    {"event": "step", "step": 3, "loss": 1.02}        any event is passed on as it comes
+    {"event": "result", "measurement": {...}}          the last one is the run's Measurement
+
+Every other line is ignored; standard error is kept for the reason when the child dies without a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Final
+
+from memfit.runtime.cgroup import Group
+from memfit.runtime.oom import is_oom_text
+from memfit.types import serialization
+from memfit.types.errors import UserError
+from memfit.types.launch import LaunchConfig
+from memfit.types.result import Measurement, OutcomeKind
+from memfit.types.units import format_bytes
+
+Event = Mapping[str, object]
+
+CHILD_ENV: Final[Mapping[str, str]] = {
+    # glibc maps blocks from 64 KiB on and unmaps them when freed, and keeps one heap for all threads:
+    # then what the kernel counts is what tensors hold.
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    # Threads that spin at a barrier make a step 5-10x slower as soon as another process wants the core.
+    "OMP_WAIT_POLICY": "passive",
+    "KINETO_LOG_LEVEL": "5",  # the profiler's own chatter would hide the reason on standard error
+}
+STOPPED: Final = "stopped, as another rank had failed"
+_STDERR_KEPT_BYTES: Final = 4096
+_TICK_S: Final = 0.2
+_ASK: Final = """
+import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: holds across exec
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent has died")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
+"""
+_VMSTAT: Final = Path("/proc/vmstat")
+
+
+def run(
+    config: LaunchConfig, *, on_event: Callable[[Event], None], stop: threading.Event | None = None
+) -> Measurement:
+    """Run `config` to its end, whatever that is. ``{dir}`` in argv is the folder of `config.files`.
+
+    ``stop``, set from another thread, ends the child. Only an interruption of this process (Ctrl-C, an error
+    in `on_event`) is raised, after the child and its process group are gone.
+    """
+    with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
+        for name, text in config.files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        watch = _Watch(config, folder, errors, stop or threading.Event())
+        try:
+            watch.follow(on_event)
+        finally:
+            watch.end()
+        return watch.measurement()
+
+
+class _Watch:
+    """A running child and what it has told so far."""
+
+    def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
+        self._spec, self._errors, self._stop = config.spec, errors, stop
+        self._started_s = time.monotonic()
+        self._machine_kills = _machine_oom_kills()
+        self._group_kills = self._steps = 0
+        self._timed_out = False
+        self._losses: list[float] = []
+        self._result: object = None
+        self._process = subprocess.Popen(
+            _dying_with_parent([part.replace("{dir}", folder) for part in config.argv]),
+            env={**os.environ, **CHILD_ENV, **config.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # one process group, killed as one
+        )
+
+    def follow(self, on_event: Callable[[Event], None]) -> None:
+        """Read the child until it exits or its time is over."""
+        for line in self._lines():
+            event = _event(line)
+            if event is not None:
+                self._note(event)
+                on_event(event)
+        while not self._exited() and self._left_s() > 0:  # it closed its output and lives on
+            time.sleep(min(_TICK_S, self._left_s()))
+        self._timed_out = not self._exited()
+
+    def _note(self, event: Event) -> None:
+        loss = event.get("loss")
+        if event["event"] == "result":
+            self._result = event.get("measurement")
+        elif event["event"] == "step":
+            self._steps += 1
+            self._losses += [float(loss)] if isinstance(loss, int | float) else []
+
+    def _lines(self) -> Iterator[bytes]:
+        """Lines until the child closes its output, exits or runs out of time."""
+        rest = b""
+        for chunk in self._chunks():
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+        yield rest
+
+    def _chunks(self) -> Iterator[bytes]:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while self._left_s() > 0:
+                exited = self._exited()  # asked before reading: all that it wrote is then in the pipe
+                if selector.select(0 if exited else min(_TICK_S, self._left_s())):
+                    chunk = os.read(descriptor, 1 << 16)
+                    if not chunk:
+                        return
+                    yield chunk
+                elif exited:
+                    return  # a grandchild holds the pipe open
+
+    def _exited(self) -> bool:
+        """Without reaping it: until then its process group's number belongs to nobody else."""
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self._process.pid, flags) is not None
+
+    def _left_s(self) -> float:
+        """Infinite for a run without a time limit."""
+        limit_s = math.inf if self._spec.timeout_s is None else self._spec.timeout_s
+        return 0.0 if self._stop.is_set() else max(0.0, self._started_s + limit_s - time.monotonic())
+
+    def end(self) -> None:
+        """Nothing of the child stays: its process group is killed, its control group removed."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids a group of zombies
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        group = Group.of(self._process.pid)
+        if group is not None:
+            self._group_kills = group.oom_kills()
+            group.remove()
+
+    def measurement(self) -> Measurement:
+        if self._result is not None:
+            try:
+                return serialization.loads(Measurement, json.dumps(self._result), what="the child's result")
+            except UserError as error:
+                return self._without_result(OutcomeKind.FAILED, str(error))
+        return self._without_result(*self._ending())
+
+    def _without_result(self, outcome: OutcomeKind, reason: str) -> Measurement:
+        return Measurement(
+            outcome=outcome,
+            reason=reason,
+            steps_done=self._steps,
+            losses=tuple(self._losses),
+            wall_s=time.monotonic() - self._started_s,
+        )
+
+    def _ending(self) -> tuple[OutcomeKind, str]:
+        """What an end without a result was. SIGKILL alone proves nothing: the kernel must have counted it."""
+        code, lines = self._process.returncode, self._last_words()
+        if self._timed_out and self._stop.is_set():
+            return OutcomeKind.FAILED, STOPPED
+        if self._timed_out:
+            return OutcomeKind.TIMEOUT, f"stopped at its time limit of {self._spec.timeout_s:g} s"
+        if code == -signal.SIGKILL and self._group_kills:
+            return (
+                OutcomeKind.OOM,
+                f"killed by the kernel at its cap of {format_bytes(self._spec.cap_bytes or 0)}",
+            )
+        if code == -signal.SIGKILL and _machine_oom_kills() > self._machine_kills:
+            return OutcomeKind.OOM, "killed by the kernel: the machine ran out of memory"
+        said_oom = [line for line in lines if is_oom_text(line)]
+        if code and said_oom:
+            return OutcomeKind.OOM, said_oom[-1]
+        how = "ended without a result" if code == 0 else _code_text(code)
+        return OutcomeKind.FAILED, f"{how}: {lines[-1]}" if lines else how
+
+    def _last_words(self) -> list[str]:
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - _STDERR_KEPT_BYTES))
+        text = self._errors.read().decode("utf-8", "replace")
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _event(line: bytes) -> Event | None:
+    if not line.startswith(b'{"event":'):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None  # somebody else's output, or a line cut short by death
+    return event if isinstance(event["event"], str) else None
+
+
+def _code_text(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def _machine_oom_kills() -> int:
+    """The kernel's count of processes killed for want of memory; 0 where it is not told."""
+    with contextlib.suppress(OSError):
+        for line in _VMSTAT.read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _dying_with_parent(argv: Sequence[str]) -> list[str]:
+    """`argv`, started so that Linux kills it when this process dies in any way.
+
+    A program that asks and then becomes argv, as Python between fork and exec is unsafe with threads.
+    """
+    return [sys.executable, "-I", "-S", "-c", _ASK, str(os.getpid()), *argv]

@@ -1,0 +1,180 @@
+"""Peak of live tensor bytes, by the best counter there is, and the process's own memory from /proc."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+
+from memfit.runtime.counting_allocator import AllocatorUnavailable, CountingAllocator
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
+
+_STATUS: Final = Path("/proc/self/status")
+_CLEAR_REFS: Final = Path("/proc/self/clear_refs")
+_RESET_PEAK: Final = "5"  # man 5 proc: resets VmHWM to the current resident size
+_ALIGN_BYTES: Final = 64
+
+
+class PeakCounter(Protocol):
+    """Counts live tensor bytes from its construction on; `source` names the method."""
+
+    source: str
+
+    def live_bytes(self) -> int: ...
+
+    def peak_bytes(self) -> int:
+        """Highest live bytes since the last reset_peak (or the start)."""
+        ...
+
+    def reset_peak(self) -> None: ...
+
+
+def peak_counter(device: str = "cpu") -> PeakCounter:
+    """The counter for `device` ("cpu", "cuda:1"), already counting: call it before the model is built."""
+    if device.startswith("cuda"):
+        return CudaCounter(device)
+    try:
+        counter = CountingAllocator()
+        counter.install()
+    except AllocatorUnavailable:
+        return TorchEvents()
+    return counter
+
+
+class CudaCounter:
+    """torch's own CUDA statistics: exact, as its caching allocator hands out every block."""
+
+    source = "torch CUDA allocator"
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.reset_peak()
+
+    def live_bytes(self) -> int:
+        return int(torch.cuda.memory_allocated(self._device))
+
+    def peak_bytes(self) -> int:
+        return int(torch.cuda.max_memory_allocated(self._device))
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+class TorchEvents:
+    """torch.profiler's allocation events: for where the counting allocator cannot be built.
+
+    Slower, keeps every event since the last reading in memory, and loses frees made on threads that the
+    profiler does not follow. Reading it ends one profile and begins the next.
+    """
+
+    source = "torch allocator events"
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}  # pointer -> rounded bytes
+        self._live = self._peak = 0
+        self._begin()
+        atexit.register(self._end)  # a profile still open when Python ends crashes it
+
+    def live_bytes(self) -> int:
+        self._read()
+        return self._live
+
+    def peak_bytes(self) -> int:
+        self._read()
+        return self._peak
+
+    def reset_peak(self) -> None:
+        self._read()
+        self._peak = self._live
+
+    def _begin(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._profile: profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.start()
+
+    def _end(self) -> None:
+        self._profile.stop()
+
+    def _read(self) -> None:
+        self._end()
+        for pointer, size in _allocations(self._profile):
+            self._count(pointer, size)
+        self._begin()
+
+    def _count(self, pointer: int, size_bytes: int) -> None:
+        if size_bytes > 0:
+            self._sizes[pointer] = -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+            self._live += self._sizes[pointer]
+        else:
+            self._live -= self._sizes.pop(pointer, 0)  # unknown: made before counting began
+        self._peak = max(self._peak, self._live)
+
+
+def _allocations(profiled: profile) -> list[tuple[int, int]]:
+    """(pointer, +bytes or -bytes) of every CPU allocation and free, in order of time."""
+    from torch._C._profiler import _EventType
+
+    results = profiled.profiler.kineto_results if profiled.profiler else None
+    found: list[tuple[int, int, int]] = []
+    for event in _tree(results.experimental_event_tree() if results else []):
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            fields = event.extra_fields
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return [(pointer, size) for _, pointer, size in sorted(found, key=lambda item: item[0])]
+
+
+def _tree(events: list[Any]) -> Iterator[Any]:
+    stack = list(events)
+    while stack:
+        event = stack.pop()
+        yield event
+        stack.extend(event.children)
+
+
+def rss_bytes() -> int:
+    """Resident bytes of this process now."""
+    found = _status_bytes("VmRSS")
+    if found is not None:
+        return found
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def rss_peak_bytes() -> int:
+    """Highest resident bytes since the last reset_rss_peak, or since the process began."""
+    found = _status_bytes("VmHWM")
+    if found is not None:
+        return found
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def reset_rss_peak() -> bool:
+    """The resident peak becomes what is resident now. False where the system cannot."""
+    with contextlib.suppress(OSError):
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+        return True
+    return False
+
+
+def data_bytes() -> int | None:
+    """VmData: private writable memory without the stack, what RLIMIT_DATA limits. None without /proc."""
+    return _status_bytes("VmData")
+
+
+def _status_bytes(field: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,195 @@
+"""The hard memory cap, set by the process on itself after its warm-up step.
+
+What the process holds by then (interpreter, libraries, kernel caches) is its footprint and stays outside;
+`cap_bytes` is what it may take above it. For the cap to see what tensors hold, freed blocks must go
+back to the system: start the process with memfit.runtime.child_process.CHILD_ENV. Which limit, and why:
+docs/decisions/002-memory-cap.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import resource
+from typing import Final, Protocol
+
+from memfit.runtime.cgroup import Group
+from memfit.runtime.counting_allocator import CountingAllocator
+from memfit.runtime.memory import PeakCounter, data_bytes, rss_bytes
+from memfit.runtime.oom import is_oom_error
+from memfit.types.errors import MemfitError
+
+__all__ = ["MemoryLimit", "is_oom_error"]
+
+_PROBE_BYTES: Final = 32 * 1024**2
+
+
+class MemoryLimit:
+    """A cap of `cap_bytes` above the footprint. `kind`: "RLIMIT_DATA", "cgroup" or "cuda fraction".
+
+    `counter`, when it is the counting allocator, lets RLIMIT_DATA know its own peak. Raises MemfitError
+    where the system has no such limit.
+    """
+
+    def __init__(self, cap_bytes: int, *, device: str = "cpu", counter: PeakCounter | None = None) -> None:
+        self.cap_bytes = cap_bytes
+        self.footprint_bytes: int | None = None  # None until apply()
+        self._used_bytes: int | None = None  # None until lift()
+        self._lifted = False
+        self._allocator = counter if isinstance(counter, CountingAllocator) else None
+        cuda = device.startswith("cuda")
+        self._cap: _Cap = _CudaFraction(device) if cuda else _cpu_cap(cap_bytes, self._allocator)
+
+    @property
+    def kind(self) -> str:
+        return self._cap.kind
+
+    def apply(self) -> None:
+        """From now on an allocation beyond the cap fails (RLIMIT_DATA, CUDA) or kills (cgroup)."""
+        if self._allocator is not None:
+            self._allocator.release(self.cap_bytes)
+        _trim()
+        self.footprint_bytes = self._cap.apply(self.cap_bytes)
+
+    def lift(self) -> None:
+        """A second time changes nothing."""
+        if not self._lifted:
+            self._lifted = True
+            self._used_bytes = self._cap.used_bytes()
+            self._cap.lift()
+            if self._allocator is not None:
+                self._allocator.release()
+
+    def used_bytes(self) -> int | None:
+        """Peak above the footprint from apply() to now or to lift(), as the cap sees it; None: not known."""
+        return self._cap.used_bytes() if self._used_bytes is None else self._used_bytes
+
+
+class _Cap(Protocol):
+    kind: str
+
+    def apply(self, cap_bytes: int) -> int:
+        """Returns the footprint in bytes."""
+        ...
+
+    def lift(self) -> None: ...
+
+    def used_bytes(self) -> int | None: ...
+
+
+def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
+    if _data_limit_holds():
+        return _DataLimit(allocator)
+    group = Group.of(os.getpid())
+    if group is not None:
+        with contextlib.suppress(OSError):  # not allowed after all
+            group.make(cap_bytes)
+            return _Cgroup(group)
+    raise MemfitError("no hard memory cap is possible here: neither RLIMIT_DATA nor a control group works")
+
+
+def _data_limit_holds() -> bool:
+    """Tried out: kernels before Linux 4.7 and some sandboxes let a mapping pass RLIMIT_DATA."""
+    held = data_bytes()
+    if held is None:
+        return False
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (held + _PROBE_BYTES, before[1]))
+    try:
+        mmap.mmap(-1, 2 * _PROBE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    return False
+
+
+class _DataLimit:
+    """RLIMIT_DATA counts private writable memory, touched or not (VmData)."""
+
+    kind = "RLIMIT_DATA"
+
+    def __init__(self, allocator: CountingAllocator | None) -> None:
+        self._allocator = allocator
+        self._before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def apply(self, cap_bytes: int) -> int:
+        footprint = data_bytes() or 0
+        soft, hard = self._before
+        bounds = [b for b in (soft, hard, footprint + cap_bytes) if b != resource.RLIM_INFINITY]
+        if self._allocator is not None:
+            self._allocator.watch_data(True)
+            self._start_bytes = self._allocator.data_peak_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+        return footprint
+
+    def lift(self) -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, self._before)
+        if self._allocator is not None:
+            self._allocator.watch_data(False)
+
+    def used_bytes(self) -> int | None:
+        """The kernel keeps no peak of VmData; the counting allocator does."""
+        return None if self._allocator is None else self._allocator.data_peak_bytes() - self._start_bytes
+
+
+class _Cgroup:
+    """Counts the pages touched after the process entered its own control group."""
+
+    kind = "cgroup"
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def apply(self, cap_bytes: int) -> int:
+        footprint = rss_bytes()
+        self._group.enter()
+        return footprint
+
+    def lift(self) -> None:
+        self._group.leave()
+        self._group.remove()
+
+    def used_bytes(self) -> int | None:
+        return self._group.peak_bytes()
+
+
+class _CudaFraction:
+    """The caching allocator's own limit on what it reserves from the device."""
+
+    kind = "cuda fraction"
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def apply(self, cap_bytes: int) -> int:
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._start_bytes = int(torch.cuda.memory_reserved(self._device))
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        self._set(min(1.0, (self._start_bytes + cap_bytes) / total))
+        return self._start_bytes
+
+    def _set(self, fraction: float) -> None:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(fraction, self._device)
+
+    def lift(self) -> None:
+        self._set(1.0)
+
+    def used_bytes(self) -> int:
+        import torch
+
+        return int(torch.cuda.max_memory_reserved(self._device)) - self._start_bytes
+
+
+def _trim() -> None:
+    """Give free blocks of the C library's heap back, so that the footprint holds none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,281 @@
+"""Calibration: operators run alone on this machine, for their time and for the memory inside them.
+
+An operator's own peak (outputs included) cannot be seen on fake tensors where a kernel takes scratch
+memory; running it once on real tensors of the same shapes shows it. Both figures are labelled
+calibration wherever they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from memfit.runtime.memory import PeakCounter
+from memfit.techniques.offload import Parked, Spool
+from memfit.types.machine import Calibration
+
+_RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
+_REPEATS = 10
+_CALLS, _FEWEST_CALLS = 9, 2  # of an operator
+_OP_LIMIT_S = 0.1  # no single operator may eat the budget
+_MATMUL_SIZE = 1024
+_COPY_BYTES = 64 * 2**20
+_BETWEEN_BYTES = 8 * 2**20  # what other operators of a step put into the caches between two calls
+_LARGE_BYTES = 4 * 2**20
+_FILE_BYTES, _FILES = 64 * 2**10, 64
+_SCHEDULED = Path("/proc/thread-self/schedstat")
+
+
+def calibrate(
+    signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
+) -> Calibration:
+    """Probe the signatures in order until ``budget_s`` is spent; before them, with ``rates``, the machine's
+    own: matrix products, copies, the disk, the overhead of a call."""
+    begun, waited_s = time.perf_counter(), _waited_s()
+    machine = _rates() if rates else Calibration()
+    seen: dict[str, Probed] = {}
+    failed: list[str] = []
+    for signature in signatures:
+        if time.perf_counter() - begun > budget_s:
+            break
+        if (found := probe(signature, counter)) is not None:
+            seen[signature] = found
+        else:
+            failed.append(signature)
+    took_s = time.perf_counter() - begun
+    return dataclasses.replace(
+        machine,
+        threads=torch.get_num_threads(),
+        op_s={s: p.seconds for s, p in seen.items()},
+        op_peak_bytes={s: p.peak_bytes for s, p in seen.items()},
+        op_kept_bytes={s: p.kept_bytes for s, p in seen.items() if p.kept_bytes},
+        op_spread_ratio={s: p.spread_ratio for s, p in seen.items()},
+        not_timed=tuple(failed),
+        load_count=os.getloadavg()[0],
+        waited_ratio=min(1.0, (_waited_s() - waited_s) / took_s),
+        took_s=took_s,
+    )
+
+
+def _rates() -> Calibration:
+    dtypes = (torch.float32, torch.bfloat16)
+    disk_bytes_s, disk_file_s = _disk()
+    return Calibration(
+        overhead_s=_overhead_s(),
+        flops_s={str(d).removeprefix("torch."): _matmul_flops_s(d) for d in dtypes},
+        bandwidth_bytes_s=_copy_bytes_s(),
+        disk_bytes_s=disk_bytes_s,
+        disk_file_s=disk_file_s,
+    )
+
+
+def _waited_s() -> float:
+    """How long this thread was ready and waited for a processor, by the kernel's count; 0 where it keeps
+    none."""
+    try:
+        return int(_SCHEDULED.read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def workspaces(
+    signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
+) -> Iterator[tuple[str, Inside | None]]:
+    """Each signature with what its operator takes, run once, in order until ``budget_s`` is spent; None where
+    it cannot be run alone."""
+    begun = time.perf_counter()
+    for signature in signatures:
+        if time.perf_counter() - begun > budget_s:
+            return
+        try:
+            yield signature, inside(signature, counter)[1]
+        except CANNOT_RUN:
+            yield signature, None
+
+
+class Inside(NamedTuple):
+    """Bytes of one call: at its own peak, outputs included, and those of a workspace kept for backward."""
+
+    peak_bytes: int
+    kept_bytes: int
+
+
+class Probed(NamedTuple):
+    """One operator alone: the time of a call, the bytes at its own peak, those of them that are a kernel's
+    workspace for backward, whose size fake tensors do not know, and how far the median of its calls lies
+    above the shortest."""
+
+    seconds: float
+    peak_bytes: int
+    kept_bytes: int = 0
+    spread_ratio: float = 0.0
+
+
+def probe(signature: str, counter: PeakCounter) -> Probed | None:
+    """None where the operator cannot be run alone."""
+    try:
+        call, taken = inside(signature, counter)
+        seconds, spread_ratio = _typical_s(call)
+        return Probed(seconds, taken.peak_bytes, taken.kept_bytes, spread_ratio)
+    except CANNOT_RUN:
+        return None
+
+
+# An argument that JSON cannot carry, or values the kernel refuses.
+CANNOT_RUN = (
+    RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError,
+    MemoryError,
+)  # fmt: skip
+
+
+def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Inside]:
+    """The operator with its made-up arguments, to be called again, and what its first call took. Raises one
+    of `CANNOT_RUN`."""
+    call, args, kwargs = ready(signature)
+    before = counter.live_bytes()
+    counter.reset_peak()
+    out = call(*args, **kwargs)  # no input asks for a gradient; kernels that look see training
+    peak = counter.peak_bytes() - before
+    kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
+    return lambda: call(*args, **kwargs), Inside(peak, kept)
+
+
+def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """(operator, real arguments, keyword arguments), to be called."""
+    name, args, kwargs = json.loads(signature)
+    inputs = [_real(a) for a in args]
+    if name == _RNN_BACKWARD:
+        inputs = _after_forward(inputs)
+    return _operator(name), inputs, {k: _real(v) for k, v in kwargs.items()}
+
+
+def _after_forward(inputs: list[Any]) -> list[Any]:
+    """oneDNN's recurrent backward reads the workspace that its forward wrote; anything else crashes it."""
+    *tensors, reverse, mode, hidden, layers, biases, train, both, sizes, first, _ = inputs
+    out, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
+        *tensors[:7], reverse, sizes, mode, hidden, layers, biases, both, first, train
+    )
+    ends = (reverse, mode, hidden, layers, biases, train, both, sizes, first, workspace)
+    return [*tensors[:7], out, hy, cy, *tensors[10:], *ends]
+
+
+def _tensors(out: Any) -> list[torch.Tensor]:
+    return [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
+
+
+def _best_s(call: Callable[[], Any]) -> float:
+    """Shortest of a few calls: other work on the machine only ever adds time."""
+    taken: list[float] = []
+    while len(taken) < _REPEATS and sum(taken) < _OP_LIMIT_S:
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
+    """(median of a few calls, how far it lies above the shortest). The calls do not find their operands in
+    the caches nearest to the processor, as in a step: the shortest of calls in a row was a quarter short of a
+    step's. Time in which a call waited for a processor that another process had does not count."""
+    between, taken = torch.ones(_BETWEEN_BYTES // 4), list[float]()
+    while len(taken) < _CALLS and (sum(taken) < _OP_LIMIT_S or len(taken) < _FEWEST_CALLS):
+        between.add_(1.0)
+        waited_s, start = _waited_s(), time.perf_counter()
+        call()
+        wall_s = time.perf_counter() - start
+        taken.append(max(wall_s / 20, wall_s - (_waited_s() - waited_s)))
+    median_s = statistics.median(taken)
+    return median_s, median_s / min(taken) - 1
+
+
+def _operator(name: str) -> Any:
+    space, packet, overload = name.split(".") if name.count(".") == 2 else ("", "", "")
+    return getattr(getattr(getattr(torch.ops, space), packet), overload)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_real(v) for v in value]
+    if isinstance(value, dict):
+        if "t" in value:
+            return _tensor(*value["t"])
+        if "torch" in value:
+            return getattr(torch, value["torch"])
+        if "device" in value:
+            return torch.device(value["device"])
+        raise ValueError(f"cannot be made again: {value}")
+    return value
+
+
+def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str = "") -> torch.Tensor:
+    """Small random numbers; zeros for integers, which are valid indices everywhere; true for masks."""
+    if seen_as == "conj":
+        return _tensor(shape, stride, dtype_name).conj()
+    dtype = getattr(torch, dtype_name)
+    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    if dtype == torch.bool:
+        return tensor.fill_(True)
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return tensor.zero_()
+    if any(s == 0 for s in stride) and tensor.numel():
+        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor.as_strided([stored], [1]).fill_(0.5).as_strided(shape, stride)
+    return tensor.uniform_(0.1, 1.0) if dtype.is_floating_point else tensor.fill_(0.5)
+
+
+def _matmul_flops_s(dtype: torch.dtype) -> float:
+    n = _MATMUL_SIZE
+    left, right, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
+    torch.mm(left, right, out=out)
+    return 2 * n**3 / _best_s(lambda: torch.mm(left, right, out=out))
+
+
+def _copy_bytes_s() -> float:
+    source = torch.ones(_COPY_BYTES // 4)
+    target = torch.empty_like(source).copy_(source)
+    return 2 * _COPY_BYTES / _best_s(lambda: target.copy_(source))
+
+
+def _disk() -> tuple[float, float]:
+    """(bytes a second, seconds a tensor more) of writing tensors to a file and reading them back, as
+    activation offload does: through the page cache, large ones and many of the smallest, in places that
+    a step before has used."""
+    spool = Spool()
+
+    def seconds(tensor: torch.Tensor, count: int) -> float:
+        start = time.perf_counter()
+        parked = [Parked(tensor, spool) for _ in range(count)]
+        while parked:
+            parked.pop().back()
+        return time.perf_counter() - start
+
+    large, small = torch.ones(_LARGE_BYTES // 4), torch.ones(_FILE_BYTES // 4)
+    large_s = min(seconds(large, _COPY_BYTES // _LARGE_BYTES) for _ in range(3))
+    small_s = min(seconds(small, _FILES) for _ in range(3))
+    spool.close()
+    bytes_s = 2 * _COPY_BYTES / large_s
+    return bytes_s, max(0.0, small_s / _FILES - 2 * _FILE_BYTES / bytes_s)
+
+
+def _overhead_s() -> float:
+    """What autograd and Python add to one operator of no size, forward and backward averaged."""
+    x, calls = torch.ones(1, requires_grad=True), 200
+    factor = torch.ones(1)
+
+    def chain() -> None:
+        y = x
+        for _ in range(calls):
+            y = y * factor
+        y.backward()
+
+    chain()
+    alone_s = _best_s(lambda: torch.mul(factor, factor))
+    return max(0.0, _best_s(chain) / (2 * calls) - alone_s)

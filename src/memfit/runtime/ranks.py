@@ -1,0 +1,68 @@
+"""One child a rank: the same launch started as many times as its plan has ranks, joined over gloo."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from memfit.runtime.child_process import Event, run
+from memfit.types.launch import LaunchConfig
+from memfit.types.result import Measurement, OutcomeKind
+
+GRACE_S: Final = 60.0  # for the other ranks to say why they fail too
+
+
+def run_ranks(
+    config: LaunchConfig, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
+) -> tuple[Measurement, ...]:
+    """Every rank's Measurement, by rank; ``on_event(rank, event)`` is called from one thread a rank.
+
+    A rank that fails leaves the others waiting in a collective: they end when gloo notices the closed
+    connection, and are stopped where they have not after `GRACE_S`.
+    """
+    ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
+    graces: list[threading.Timer] = []
+
+    def one(rank: int) -> Measurement:
+        env = {**config.env, **rank_env(rank, ranks, port)}
+        told = dataclasses.replace(config, env=env)
+        measured = run(told, on_event=lambda event: on_event(rank, event), stop=stop)
+        if measured.outcome is not OutcomeKind.OK:
+            graces.append(threading.Timer(GRACE_S, stop.set))
+            graces[-1].start()
+        return measured
+
+    with ThreadPoolExecutor(ranks) as pool:
+        try:
+            return tuple(pool.map(one, range(ranks)))
+        except BaseException:  # an interruption among them: the pool waits for its threads, they for children
+            stop.set()
+            raise
+        finally:
+            for grace in graces:
+                grace.cancel()
+
+
+def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of one machine, and gloo's interface: the loopback."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    }
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,70 @@
+"""Ranks that die are started again, all together, from the newest complete checkpoint, as torchrun's do.
+
+Not by torchrun's elastic agent: it starts processes of its own, whose messages, caps and reasons of death
+memfit would no longer see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from memfit.jobs import checkpoints
+from memfit.runtime.child_process import STOPPED, Event
+from memfit.types.errors import UserError
+from memfit.types.launch import Keep, RunSpec
+from memfit.types.result import Measurement, OutcomeKind
+
+OnEvent = Callable[[int, Event], None]
+RESTARTS: Final = 3
+
+
+def run_through(
+    spec: RunSpec, start: Callable[[RunSpec, OnEvent], Sequence[Measurement]], *, on_event: OnEvent
+) -> Sequence[Measurement]:
+    """What ``start`` measures of every rank. A run that saves checkpoints is started up to `RESTARTS` times
+    more where a rank died in training: its losses are then those of all its steps, everything else is of the
+    last start. ``on_event`` is told ``{"event": "restarted", "why": ...}`` before each."""
+    losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
+
+    def listen(rank: int, event: Event) -> None:
+        step, loss = event.get("step"), event.get("loss")
+        if event["event"] == "step" and isinstance(step, int) and isinstance(loss, int | float):
+            losses[rank][step] = float(loss)
+        on_event(rank, event)
+
+    seen = start(spec, listen)
+    for _ in range(RESTARTS if spec.keep.save else 0):
+        dead = [m for m in seen if _died(m)]
+        if not dead:
+            return seen
+        first = min(dead, key=lambda m: (not m.reason.startswith("killed"), m.reason == STOPPED))
+        on_event(0, {"event": "restarted", "why": first.reason})
+        spec = dataclasses.replace(spec, keep=_newest(spec.keep))
+        seen = [_whole(m, losses[rank]) for rank, m in enumerate(start(spec, listen))]
+    return seen
+
+
+def _died(measured: Measurement) -> bool:
+    """Without a result, after training had begun: what fails before would fail again."""
+    silent = measured.outcome is OutcomeKind.FAILED and measured.peak_bytes is None
+    return silent and measured.steps_done > 0
+
+
+def _newest(keep: Keep) -> Keep:
+    """``keep`` to go on from what was saved; from where it began while nothing was."""
+    try:
+        path, _, passed = checkpoints.find(Path(keep.save))
+    except UserError:
+        return keep
+    return dataclasses.replace(keep, resume=str(path), passed_over=passed)
+
+
+def _whole(measured: Measurement, losses: dict[int, float]) -> Measurement:
+    if measured.outcome is not OutcomeKind.OK:
+        return measured
+    return dataclasses.replace(
+        measured, losses=tuple(losses[step] for step in sorted(losses)), steps_done=len(losses)
+    )

@@ -1,1 +1,0 @@
-"""Plans for many devices: priced by the million from a few small traces, the best of them traced whole."""

@@ -1,0 +1,400 @@
+"""Regions of a model as pairs of graphs, forward and backward, run kernel by kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.techniques.synthetic_kernel import kernel, read_bytes
+
+_ATEN: Any = torch.ops.aten
+_EXTERN = frozenset({
+    _ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.convolution, _ATEN.convolution_backward,
+    _ATEN._scaled_dot_product_flash_attention, _ATEN._scaled_dot_product_flash_attention_backward,
+    _ATEN._scaled_dot_product_efficient_attention, _ATEN._scaled_dot_product_efficient_attention_backward,
+    _ATEN._scaled_mm, _ATEN.sort, _ATEN.topk, _ATEN._grouped_mm,
+})  # fmt: skip
+_VIEWS = (_ATEN.reshape, _ATEN._unsafe_view)
+_REDUCTIONS = frozenset({
+    _ATEN.sum, _ATEN.mean, _ATEN.amax, _ATEN.amin, _ATEN.var_mean, _ATEN.max, _ATEN.min, _ATEN.argmax,
+    _ATEN.any,
+})  # fmt: skip
+
+
+class Region:
+    """A module's call through its two graphs. ``graphs`` is shared by the regions of one model.
+    ``recompute``, where the module is checkpointed inside of what is compiled: a function that makes a fresh
+    judge of which operators, in the order of forward, are kept."""
+
+    def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any]) -> None:
+        self.module, self.graphs, self.inner = module, graphs, module.forward
+        self.recompute: Callable[[], Callable[[Any], bool]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.inner(*args, **kwargs)
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        leaves, spec = _pytree.tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [*state.values(), *(leaves[i] for i in places)]
+        key = (type(self.module), tuple(state), tuple(map(_shape, tensors)), torch.is_autocast_enabled("cpu"))
+        if key not in self.graphs:
+            call = self._functional(tuple(state), leaves, places, spec)
+            self.graphs[key] = Pair(call, tensors, range(len(state)), self.recompute)
+        outs = _Run.apply(self.graphs[key], *tensors)  # type: ignore[no-untyped-call]
+        return outs[0] if self.graphs[key].single else outs
+
+    def _functional(self, names: tuple[str, ...], leaves: list[Any], places: list[int], spec: Any) -> Any:
+        from torch.nn.utils.stateless import _reparametrize_module
+
+        module, inner = self.module, self.inner
+
+        def call(*tensors: torch.Tensor) -> Any:
+            given = list(leaves)
+            for place, tensor in zip(places, tensors[len(names) :], strict=True):
+                given[place] = tensor
+            args, kwargs = _pytree.tree_unflatten(given, spec)
+            # Not by calling the module: its hooks (FSDP's) lie outside what is compiled.
+            with _reparametrize_module(module, dict(zip(names, tensors, strict=False))):
+                return inner(*args, **kwargs)
+
+        return call
+
+
+def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+
+class Pair:
+    """Forward and backward of one function of tensors, as schedules of kernels. ``static``: numbers of those
+    that live on in any case (parameters, buffers): keeping them for backward costs nothing."""
+
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        tensors: list[torch.Tensor],
+        static: Sequence[int],
+        recompute: Callable[[], Callable[[Any], bool]] | None = None,
+    ) -> None:
+        joint, copies, self.single, self.outputs, forward_names = _joint(call, tensors)
+        if recompute is not None:
+            _tag(joint, forward_names, recompute())
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        with _disable_current_modes():
+            forward, backward = min_cut_rematerialization_partition(
+                joint, copies, num_fwd_outputs=self.outputs, static_lifetime_input_indices=[*static]
+            )
+        self.forward, self.backward = Schedule(forward.graph), Schedule(backward.graph)
+
+
+def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
+    """Forward's operators say to the partitioner whether they run again in backward
+    (torch.utils.checkpoint's policies, as torch.compile hands them on)."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    for node in joint.graph.nodes:
+        if node.op == "call_function" and node.name in names:
+            if node.target is operator.getitem:
+                node.meta["recompute"] = node.args[0].meta["recompute"]
+            elif keeps(node.target):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            else:
+                node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = 1
+
+
+def _joint(
+    call: Callable[..., Any], tensors: list[torch.Tensor]
+) -> tuple[Any, list[Any], bool, int, set[str]]:
+    """The joint graph over tensors of the same shapes, traced where no one is counting; the names of
+    forward's operators in it."""
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    single, count = False, 0
+    names, apart = set[str](), False  # apart: outputs, which may be views, from what they are views of
+
+    def flat(*given: torch.Tensor) -> tuple[Any, ...]:
+        nonlocal single, count
+        outs = call(*given)
+        if (mode := get_proxy_mode()) is not None:
+            names.update(n.name for n in mode.tracer.graph.nodes)
+        single = isinstance(outs, torch.Tensor)
+        found = (outs,) if single else tuple(outs)
+        count = len(found)
+        return tuple(o.clone() for o in found) if apart else found
+
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+        copies = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).requires_grad_(t.requires_grad)
+            for t in tensors
+        ]
+
+        def exported() -> Any:
+            return aot_export_joint_simple(
+                flat, tuple(copies), trace_joint=True, decompositions=select_decomp_table()
+            )
+
+        try:
+            joint = exported()
+        except RuntimeError as error:
+            if "outputs that alias" not in str(error):
+                raise
+            apart = True
+            joint = _without_last_copies(exported(), count)
+    _drop_checks(joint.graph)
+    return joint, copies, single, count, names
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    """Exporting adds checks of a cast's input, which a compiler does not see: they would make it kept."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+def _without_last_copies(joint: Any, outputs: int) -> Any:
+    """torch.compile returns views as views; to export them they were copied."""
+    last = next(n for n in joint.graph.nodes if n.op == "output")
+    found = list(last.args[0])
+    found[:outputs] = (n.args[0] if n.target is torch.ops.aten.clone.default else n for n in found[:outputs])
+    last.args = (found,)
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+    return joint
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pair: Pair, *tensors: torch.Tensor) -> Any:
+        results = pair.forward.run(list(tensors))
+        outs, saved = results[: pair.outputs], results[pair.outputs :]
+        ctx.pair, ctx.other = pair, [None if isinstance(s, torch.Tensor) else s for s in saved]
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None:  # let go of one by one in backward
+            ctx.kept = saved
+        else:
+            ctx.kept = None
+            ctx.save_for_backward(*(s for s in saved if isinstance(s, torch.Tensor)))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        kept = ctx.kept
+        if kept is None:
+            tensors = iter(ctx.saved_tensors)
+            kept = [next(tensors) if other is None else other for other in ctx.other]
+        ctx.kept = None
+        given = [*kept, *grads]
+        del kept, grads
+        return None, *ctx.pair.backward.run(given)
+
+
+@dataclasses.dataclass(slots=True)
+class _Kernel:
+    """``nodes``: one call that runs as it is, or none: a fused group, which makes its ``outputs`` only."""
+
+    node: fx.Node | None
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+
+
+class Schedule:
+    """A graph's kernels in the order in which their results are asked for."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        self.result: Any = next(n for n in graph.nodes if n.op == "output").args[0]
+        self.attributes = {
+            n: getattr(graph.owning_module, n.target) for n in graph.nodes if n.op == "get_attr"
+        }
+        groups = _groups(graph)
+        self.kernels = _ordered(graph, groups)
+        self.uses = Counter(n for k in self.kernels for n in k.inputs)
+        self.uses.update(n for n in self.result if isinstance(n, fx.Node))
+
+    def run(self, given: list[Any]) -> list[Any]:
+        """Empties ``given``: what is not needed any more is let go of."""
+        values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
+        given.clear()
+        values.update(self.attributes)
+        left = Counter(self.uses)
+        for node in [n for n in values if not left[n]]:
+            del values[node]
+        for each in self.kernels:
+            if each.node is not None:
+                values[each.node] = _call(each.node, values)
+                _release(each.inputs, left, values)
+            else:
+                _fused(each, left, values)
+            if each.node is not None and not left[each.node]:
+                del values[each.node]
+        return [values[n] if isinstance(n, fx.Node) else n for n in self.result]
+
+
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fused(group: _Kernel, left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
+    """A dying input of an output's size is written over."""
+    wanted = Counter(_meta_bytes(n) for n in group.outputs)
+    inputs = dict.fromkeys(group.inputs)  # in their order: equal graphs run alike
+    reads = read_bytes(values.get(n) for n in inputs)
+    dying = [n for n in inputs if left[n] == group.inputs.count(n)]
+    for node in dying:
+        value = values.get(node)
+        size = value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) else -1
+        if wanted[size] and node.op != "placeholder":
+            wanted[size] -= 1
+            values[node] = None
+    for node in group.outputs:
+        value = node.meta["val"]
+        values[node] = torch.empty_strided(tuple(value.shape), value.stride(), dtype=value.dtype)
+    kernel([values[n] for n in group.outputs], reads)
+    _release(group.inputs, left, values)
+
+
+def _meta_bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _release(nodes: list[fx.Node], left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
+    for node in nodes:
+        left[node] -= 1
+        if left[node] <= 0:
+            values.pop(node, None)
+
+
+# -- from a graph to kernels ----------------------------------------------------------------------------
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def _extern(node: fx.Node) -> bool:
+    """Kernels that are not fused; collectives among them."""
+    return _packet(node) in _EXTERN or getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
+def _alone(node: fx.Node) -> bool:
+    """Runs as it is: an extern kernel, a view, or a pick from what either of them gives."""
+    if node.target is operator.getitem:
+        return _alone(node.all_input_nodes[0])
+    if node.op != "call_function" or _extern(node):
+        return True
+    return bool(getattr(node.target, "is_view", False)) or _packet(node) in _VIEWS
+
+
+def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
+    """How many extern kernels lie before a node; what is fused lies on one level. A pointwise value that
+    only a later level reads is computed there."""
+    level: dict[fx.Node, int] = {}
+    for node in calls:
+        before = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
+        level[node] = max(before, default=0)
+    for node in reversed(calls):
+        if _alone(node) or _packet(node) in _REDUCTIONS:
+            continue
+        users = [u for u in node.users if u.op == "call_function"]
+        if users and len(users) == len(node.users) and not any(_alone(u) for u in users):
+            level[node] = max(level[node], min(level[u] for u in users))
+    return level
+
+
+def _from_extern(node: fx.Node) -> bool:
+    return _extern(node) or (node.target is operator.getitem and _extern(node.all_input_nodes[0]))
+
+
+def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Fused node -> its group: connected nodes of one level, through the views between them."""
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    level = _levels(calls)
+    parent: dict[fx.Node, fx.Node] = {n: n for n in calls if not _from_extern(n)}
+
+    def root(node: fx.Node) -> fx.Node:
+        while parent[node] is not node:
+            node = parent[node]
+        return node
+
+    for node in parent:
+        for given in node.all_input_nodes:
+            if given in parent and level[given] == level[node]:
+                parent[root(node)] = root(given)
+    number = {n: i for i, n in enumerate(calls)}
+    return {n: number[root(n)] for n in parent if not _alone(n)}
+
+
+def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
+    members: dict[int, list[fx.Node]] = {}
+    for node, group in groups.items():
+        members.setdefault(group, []).append(node)
+    kernels: list[_Kernel] = []
+    done: set[Any] = set()
+
+    def inputs_of(group: int) -> list[fx.Node]:
+        inside = set(members[group])
+        found = {i: None for n in members[group] for i in _sources(n, inside, groups)}
+        return list(found)
+
+    def emit(node: fx.Node) -> None:
+        key: Any = groups.get(node, node)
+        if node.op != "call_function" or key in done:
+            return
+        done.add(key)
+        inputs = inputs_of(key) if node in groups else list(node.all_input_nodes)
+        for given in inputs:
+            emit(given)
+        if node not in groups:
+            kernels.append(_Kernel(node=node, inputs=inputs, outputs=[]))
+            return
+        outputs = [n for n in members[key] if _leaves(n, key, groups)]
+        kernels.append(_Kernel(node=None, inputs=inputs, outputs=outputs))
+
+    for node in graph.nodes:
+        if node.op == "call_function" and _extern(node):
+            emit(node)
+    output = next(n for n in graph.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        emit(node)
+    return kernels
+
+
+def _sources(node: fx.Node, inside: set[fx.Node], groups: dict[fx.Node, int]) -> list[fx.Node]:
+    """What a fused node reads from outside its group, seen through views of values inside."""
+    found = []
+    for given in node.all_input_nodes:
+        base = given
+        while base.op == "call_function" and base not in groups and _alone(base) and not _from_extern(base):
+            base = base.all_input_nodes[0]
+        if base not in inside:
+            found.append(given)
+    return found
+
+
+def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
+    """Whether anything outside the group reads the node, directly or through views."""
+    if node in groups and not isinstance(node.meta.get("val"), torch.Tensor):
+        return False  # its parts leave, one by one; those of a view (split) are all that it is
+    for user in node.users:
+        if user in groups:
+            outside = groups[user] != group
+        else:
+            outside = user.op == "output" or _from_extern(user) or _leaves(user, group, groups)
+        if outside:
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Techniques that spread one model over several ranks."""

@@ -1,0 +1,71 @@
+"""Axial parallelism: every rank holds a part of the rows or residues of an Evoformer's representations.
+
+FastFold's dynamic axial parallelism (Cheng et al. 2022, arXiv 2203.00854, section 4.2): attention along one
+axis needs no other rank where the tensor is cut along another, so an all-to-all turns the cut between them;
+pair biases and one operand of products over residues are gathered, and gathered again in backward. All ranks
+see the same samples and draw the same dropout. What is outside of the stacks runs whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.techniques.axial import Axial
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    mesh = bench.world.sub("context")
+    if mesh is None:
+        return
+    from memfit.techniques.axial import Cut
+    from memfit.techniques.parallel.sample_parallel_collectives import Together, averaging
+
+    modules = knowing(bench.model)
+    if not modules:
+        raise UserError(
+            f"axial-parallel finds nothing to cut in {type(bench.model).__name__}",
+            allowed="a model whose modules derive from memfit.techniques.axial.Axial, as those of alphafold2",
+            hint="context-parallel cuts a sequence, tensor-parallel the layers",
+        )
+    together = Together(
+        group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size()
+    )
+    for module in modules:
+        module.across = Cut(together)
+    bench.before_micro_batch.append(averaging(bench, together))
+
+
+def knowing(model: torch.nn.Module) -> list[Axial]:
+    """Its modules that know that their inputs may be cut."""
+    from memfit.techniques.axial import Axial
+
+    return [module for module in model.modules() if isinstance(module, Axial)]
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="axial-parallel",
+    summary="each rank holds a part of the rows or residues of an Evoformer's representations (FastFold)",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=49,  # chunking tries modules whole
+    knobs=(Knob(name="degree", default=2, doc="ranks that share a sample"),),
+    # The first two are two ways to share what a sample takes; zero and sharded-ddp average over data-parallel
+    # ranks only; the rest have not been tried beside it.
+    forbids=(
+        "context-parallel", "tensor-parallel", "zero", "sharded-ddp", "expert-parallel", "pipeline",
+        "compile", "optimal-checkpointing",
+    ),
+)  # fmt: skip

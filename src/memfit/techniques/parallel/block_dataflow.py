@@ -1,0 +1,297 @@
+"""A model seen as a chain of blocks: which parameters work where, and what goes from block to block.
+
+Found by one forward and loss on fake tensors. Positions: -1 is everything before the first block, ``i`` is
+block i, ``len(blocks)`` everything after the last. A model is a chain when each position reads parameters
+and what the position just before it made, nothing older; else cutting it would change its numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
+
+from memfit.model.batch_objects import map_batch
+from memfit.model.blocks import find_blocks, twins
+from memfit.techniques.base import Workbench
+from memfit.types.errors import UserError
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+# They read a tensor's shape and dtype, not its values.
+_SHAPE_ONLY = ("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like",
+               "full_like", "new_empty_strided")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hole:
+    """Where a tensor was."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """``uses``: parameter name to the positions it works at. ``carried``: for each block, the tensors among
+    its flattened (args, kwargs) that the block before it made. ``returns``: what blocks return, and
+    ``before`` what modules called once before the first block return, tensors as `Hole`."""
+
+    path: str
+    blocks: tuple[torch.nn.Module, ...]
+    uses: Mapping[str, frozenset[int]]
+    carried: tuple[Mapping[int, Hole], ...]
+    returns: tuple[Any, ...]
+    before: Mapping[str, Any]
+
+
+def record_chain(bench: Workbench, parts: int) -> Chain:
+    """The workbench's model on one of ``parts`` equal parts of its batch. Raises UserError where it is not
+    a chain of blocks."""
+    path, blocks = find_blocks(bench.model, bench.job.blocks)
+    with _disable_current_modes():
+        batch = bench.first_part(parts)
+        fake = detect_fake_mode(list(bench.model.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, _lent(bench.model, fake) as owned:
+            names = {key: name for name, p in bench.model.named_parameters() for key in _storages(p)}
+            recorder = _Recorder(names, path, blocks)
+            part = map_batch(fake.from_tensor, batch)
+            with torch.no_grad(), contextlib.ExitStack() as stack, recorder, recorder.watching(bench.model):
+                # What a mode saw once the compiler leaves alone for good.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                for context in bench.forward_contexts:
+                    stack.enter_context(context())
+                bench.job.loss(bench.call or bench.model, part)
+            del owned
+    if recorder.position != len(blocks):
+        raise UserError(f"the loss does not call all of {path}", hint="name the blocks in Job(blocks=...)")
+    for name, _ in bench.model.named_parameters():
+        inside = [i for i in range(len(blocks)) if name.startswith(f"{path}.{i}.")]
+        recorder.uses[name].update(inside or (() if recorder.uses[name] else (-1,)))
+    return Chain(
+        path=path,
+        blocks=tuple(blocks),
+        uses={n: frozenset(int(at) for at in found) for n, found in recorder.uses.items()},
+        carried=tuple(recorder.carried),
+        returns=tuple(recorder.returns),
+        before=recorder.called_once(),
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows storages from parameters onwards: each remembers the position that made it."""
+
+    def __init__(self, names: Mapping[int, str], path: str, blocks: list[torch.nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names, self.path, self.blocks = names, path, blocks
+        self.position: float = -1  # halves are between blocks
+        self.uses: dict[str, set[float]] = defaultdict(set)
+        self.carried: list[dict[int, Hole]] = []
+        self.returns: list[Any] = []
+        self._origin: dict[int, float] = {}
+        self._kept: list[torch.Tensor] = []  # so that no storage's address is used again
+        self._called: dict[str, list[Any]] = defaultdict(list)
+        self._twins = twins(blocks)
+        self._ran: dict[int, Any] = {}  # by number, of blocks that only gave: (what they were given, gave)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], _FAKE):
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        if any(kind is not _FAKE and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented
+        if func is _ITEM:
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
+        out = func(*args, **kwargs)
+        if func._overloadpacket.__name__ not in _SHAPE_ONLY:
+            self._follow(func, _tensors((args, kwargs)), _tensors(out))
+        return out
+
+    def _follow(self, func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        keys = [key for t in given for key in _storages(t)]
+        params = {self.names[k] for k in keys if k in self.names}
+        origins = {self._origin[k] for k in keys if k in self._origin}
+        if not params and not origins:
+            return
+        if func.is_view:
+            return
+        if self.position % 1:
+            raise self._broken(f"{func} works on what blocks make, between two of them")
+        if old := [o for o in origins if o not in (self.position, self.position - 1)]:
+            raise self._broken(f"{self._place(self.position)} reads what {self._place(old[0])} made")
+        for name in params:
+            self.uses[name].add(self.position)
+        for tensor in made:
+            for key in _storages(tensor):
+                if key not in self.names:
+                    self._origin[key] = self.position
+            self._kept.append(tensor)
+
+    def _broken(self, why: str) -> UserError:
+        return UserError(
+            f"the model is not a chain of blocks: {why}",
+            allowed=f"modules in {self.path} that hand their output to the next and to nobody else",
+            hint="move such work into the blocks, or name other blocks in Job(blocks=...)",
+        )
+
+    def _place(self, position: float) -> str:
+        if position < 0:
+            return "the part before the blocks"
+        return "the part after the blocks" if position >= len(self.blocks) else f"block {int(position)}"
+
+    @contextlib.contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        names = {id(m): n for n, m in model.named_modules()}
+        begun: list[str] = []
+
+        def enter(module: torch.nn.Module, args: Any) -> None:
+            if self.position == -1 and id(module) in names:
+                begun.append(names[id(module)])
+
+        def leave(module: torch.nn.Module, args: Any, out: Any) -> None:
+            if self.position == -1 and id(module) in names and begun and begun[-1] == names[id(module)]:
+                self._called[begun.pop()].append(holes(out))
+
+        hooks = torch.nn.modules.module
+        handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
+        for index, block in enumerate(self.blocks):
+            block._compiled_call_impl = self._around(index, block)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _around(self, index: int, block: torch.nn.Module) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.position != (index - 0.5 if index else -1):
+                raise self._broken(f"{self.path}.{index} is not called once, in order")
+            leaves = _pytree.tree_leaves((args, kwargs))
+            self.carried.append(
+                {
+                    at: Hole(tuple(leaf.shape), leaf.dtype)
+                    for at, leaf in enumerate(leaves)
+                    if isinstance(leaf, torch.Tensor)
+                    and any(self._origin.get(key) == index - 1 for key in _storages(leaf))
+                }
+            )
+            self.position = index
+            out = self._output(index, block, args, kwargs)
+            self.returns.append(holes(out))
+            self.position = index + (1 if index == len(self.blocks) - 1 else 0.5)
+            return out
+
+        return call
+
+    def _output(self, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a block gives; where one that is alike was given the same, tensors like that one's."""
+        given = (holes((args, kwargs)), self.carried[-1])
+        if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], given):
+            out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
+            made = _tensors(out)
+            self._origin |= {key: index for t in made for key in _storages(t)}
+            self._kept += made
+            return out
+        before = _held(block)
+        out = block._call_impl(*args, **kwargs)
+        own = all(n.startswith(f"{self.path}.{index}.") for n, at in self.uses.items() if index in at)
+        old = {key for t in _tensors((args, kwargs)) for key in _storages(t)}
+        new = all(type(t) is _FAKE and not old & {*_storages(t)} for t in _tensors(out))
+        if own and new and before == _held(block):
+            self._ran[index] = given, out
+        return out
+
+    def called_once(self) -> dict[str, Any]:
+        """Outermost modules that hold parameters and were called once, wholly before the blocks."""
+        early = {n for n, at in self.uses.items() if at == {-1.0}}
+        found: dict[str, Any] = {}
+        for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
+            nested = any(name.startswith(f"{outer}.") for outer in found)
+            if len(outs) == 1 and not nested and any(p.startswith(f"{name}.") for p in early):
+                found[name] = outs[0]
+        return found
+
+
+def holes(value: Any) -> Any:
+    """The same structure with tensors as holes."""
+    return _pytree.tree_map_only(torch.Tensor, lambda t: Hole(tuple(t.shape), t.dtype), value)
+
+
+class Zeros:
+    """Fills holes with zeros that take no memory: views of one element for each dtype."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._elements: dict[torch.dtype, torch.Tensor] = {}
+
+    def fill(self, value: Any) -> Any:
+        """The same structure with holes as zeros."""
+        return _pytree.tree_map_only(Hole, self._like, value)
+
+    def _like(self, hole: Hole) -> torch.Tensor:
+        if hole.dtype not in self._elements:
+            self._elements[hole.dtype] = torch.zeros((), dtype=hole.dtype, device=self._device)
+        return self._elements[hole.dtype].expand(hole.shape)
+
+
+@contextlib.contextmanager
+def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
+    """The model with fake copies of its parameters and buffers; afterwards every module's attributes are
+    what they were, tables that a forward caches among them."""
+    saved = [(module, dict(vars(module))) for module in model.modules()]
+    lent: dict[int, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in lent:
+            lent[id(tensor)] = tensor.detach() if isinstance(tensor, _FAKE) else fake.from_tensor(tensor)
+        return lent[id(tensor)]
+
+    try:
+        for module, attributes in saved:
+            for kind in ("_parameters", "_buffers"):
+                vars(module)[kind] = {name: copy(tensor) for name, tensor in attributes[kind].items()}
+        yield lent
+    finally:
+        for module, attributes in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _held(block: torch.nn.Module) -> list[int]:
+    """What its modules have as attributes: a block that stores something is not like another."""
+    return [id(value) for m in block.modules() for value in vars(m).values()]
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):  # arguments that cannot be compared
+        return False
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _storages(tensor: torch.Tensor) -> list[int]:
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, _FAKE):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return [key for t in inner if isinstance(t, torch.Tensor) for key in _storages(t)]
+    return [tensor.untyped_storage()._cdata]
+
+
+_FAKE = torch._subclasses.fake_tensor.FakeTensor

@@ -1,0 +1,157 @@
+"""Context parallelism: every rank works on its slice of the sequence; attention gathers keys and values.
+
+Each rank holds two chunks, one from the head of the sequence and one from its tail, so that causal work is
+even (Llama 3, Grattafiori et al. 2024, section 3.3.2). Attention over gathered blocks is merged by the
+log-sum-exp of each (Liu et al. 2023, arXiv 2310.01889); backward gathers again and scatters gradients.
+The loss must be a mean over positions, with inputs and targets aligned: what shifts by one must shift in the
+batch. Only attention through ``scaled_dot_product_attention`` may look across positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from memfit.model.blocks import find_blocks
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+_SHIFTS = ("ForCausalLM", "LMHeadModel")  # Hugging Face models whose loss moves labels by one
+_IGNORED = -100  # label that counts for nothing, as in torch's cross-entropy
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    mesh = bench.world.sub("context")
+    if mesh is None:
+        return
+    from memfit.techniques.parallel.gathered_attention import Across, AttentionAcross
+    from memfit.techniques.parallel.sample_parallel_collectives import averaging
+
+    across = Across(
+        group=mesh.get_group().group_name, rank=bench.world.index("context"), ranks=mesh.size(),
+        device=bench.device, fixed=bench.fixed_counts,
+    )  # fmt: skip
+    mode = functools.partial(AttentionAcross, across)
+    for module in (*_blocks(bench), bench.model):
+        _under(module, mode)
+    dim, shifts = bench.job.sequence_dim, type(bench.model).__name__.endswith(_SHIFTS)
+
+    def slices(batch: Any) -> list[Any]:
+        whole = _shifted(batch) if shifts else batch
+        length = _length(whole, dim)
+        if length % (2 * across.ranks):
+            raise UserError(
+                f"a sequence of {length} on {across.ranks} context-parallel ranks",
+                allowed=f"a multiple of {2 * across.ranks}",
+            )
+        across.length = length // across.ranks
+        return [_slice(whole, dim, length, across.positions(rank)) for rank in range(across.ranks)]
+
+    bench.slices = slices
+    bench.loss_terms = _terms
+    bench.before_micro_batch.append(averaging(bench, across))
+
+
+def _look(bench: Workbench) -> None:
+    if bench.world.layout.context > 1:
+        from memfit.model.linear_roles import AnyWay, valueless
+        from memfit.techniques.parallel.gathered_attention import GatheredCounts
+
+        with valueless(bench.job, bench.model) as (model, batch), AnyWay(), GatheredCounts() as counts:
+            bench.job.loss(model, batch)
+        bench.fixed_counts = {site: frozenset(found) for site, found in counts.found.items()}
+
+
+def _blocks(bench: Workbench) -> list[torch.nn.Module]:
+    """Recomputation in backward starts at blocks, where the model's own forward is over."""
+    try:
+        return find_blocks(bench.model, bench.job.blocks)[1]
+    except UserError:
+        return []
+
+
+def _under(module: torch.nn.Module, mode: Any) -> None:
+    inner = module.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not module.training:
+            return inner(*args, **kwargs)
+        with mode(), _packing_unseen():
+            return inner(*args, **kwargs)
+
+    module.forward = forward
+
+
+@contextlib.contextmanager
+def _packing_unseen() -> Iterator[None]:
+    """Hugging Face takes positions that jump for several sequences packed into one."""
+    if "transformers.masking_utils" not in sys.modules:
+        yield
+        return
+    with mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None):
+        yield
+
+
+def _length(batch: Any, dim: int) -> int:
+    import torch
+    from torch.utils import _pytree
+
+    tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim() > dim]
+    if not tensors:
+        raise UserError(
+            "no tensor of the batch has a sequence", hint="name its dimension in Job(sequence_dim=)"
+        )
+    return int(tensors[0].shape[dim])
+
+
+def _slice(batch: Any, dim: int, length: int, positions: torch.Tensor) -> Any:
+    import torch
+    from torch.utils import _pytree
+
+    def cut(value: torch.Tensor) -> torch.Tensor:
+        has_sequence = value.dim() > dim and value.shape[dim] == length
+        return value.index_select(dim, positions.to(value.device)) if has_sequence else value
+
+    return _pytree.tree_map_only(torch.Tensor, cut, batch)
+
+
+def _shifted(batch: Any) -> Any:
+    from torch.nn import functional
+
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return batch
+    return {**batch, "shift_labels": functional.pad(batch["labels"], (0, 1), value=_IGNORED)[..., 1:]}
+
+
+def _terms(part: Any) -> int | None:
+    """Labels that count, of which slices of a sequence may have more or fewer."""
+    labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return None
+    return int((labels != _IGNORED).sum())
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="context-parallel",
+    summary="each rank works on its slice of the sequence; attention gathers keys and values",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=46,
+    knobs=(Knob(name="degree", default=2, doc="ranks that share a sequence"),),
+    forbids=("zero", "pipeline", "selective-checkpointing"),
+    look=_look,
+)

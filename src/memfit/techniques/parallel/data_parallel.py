@@ -1,0 +1,297 @@
+"""Data parallelism: the same model on every rank (DDP), or each rank keeping a shard of it (FSDP2, HSDP).
+
+DDP averages gradients in buckets while backward runs (Li et al. 2020); FSDP2 gathers each block's
+parameters just before they are used and scatters its gradients (Rajbhandari et al. 2020, ZeRO-3;
+torch.distributed.fsdp.fully_shard).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.model.blocks import find_blocks
+from memfit.model.scalar_parameters import refuse_scalars
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.optimizers import stepping_on_host
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+_SYNC = Knob(
+    name="sync",
+    default="every",
+    doc="reduce gradients after every micro-batch, or only after the last (no_sync: whole gradients wait); "
+    "in a pipeline FSDP2 does so in each stage's last backward, and gathers once where reshard is false",
+    choices=("every", "last"),
+)
+
+
+def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = bench.world.flat("replicate", "context")
+    if mesh is None:
+        return
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
+    with bench.place(""):  # its buckets lie on the device
+        wrapped = DistributedDataParallel(
+            bench.model,
+            process_group=mesh.get_group(),
+            bucket_cap_mb=int(settings["bucket_mib"]),
+            gradient_as_bucket_view=bool(settings["bucket_view"]),
+        )
+    bench.call, bench.ddp = _Forwarding(wrapped), wrapped
+    if bench.on_ddp is not None:
+        bench.on_ddp(wrapped)
+    if settings["sync"] == "last":
+
+        def choose(last: bool) -> None:
+            wrapped.require_backward_grad_sync = last
+
+        bench.before_micro_batch.append(choose)
+
+
+class _Forwarding:
+    """Calls go through DDP, attributes to the model inside, so that a job's loss need not know."""
+
+    def __init__(self, wrapped: torch.nn.Module) -> None:
+        self._wrapped = wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped.module, name)
+
+
+def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    replicas = bench.world.layout.replicate
+    if replicas > 1 and bench.world.layout.shard == 1:  # a mesh of one dimension would be sharded over
+        raise UserError(
+            f"{replicas} replicas over {replicas} data-parallel ranks leave nothing to shard",
+            hint="that is ddp",
+        )
+    mesh = bench.world.sub("replicate", "shard") if bench.world.layout.context == 1 else _with_context(bench)
+    if mesh is None:
+        return
+    refuse_scalars(bench.model, "fsdp2", left_alone=bench.own_parameters)
+    pinned = bench.device == "cuda" and torch._guards.active_fake_mode() is None  # fakes cannot be pinned
+    offload = CPUOffloadPolicy(pin_memory=pinned) if settings["offload"] else OffloadPolicy()
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": _precision(str(settings["precision"])),
+        "offload_policy": offload,
+        "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
+    }
+    with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
+        groups = _sharded(bench, settings, options)
+        root: Any = groups.pop()
+    if settings["offload"]:
+        _optimize_on_host(bench)
+    _prefetch([g for g in groups if not isinstance(g, list)], int(settings["prefetch"]))
+
+    def choose(last: bool) -> None:
+        root.set_is_last_backward(last)
+        if settings["sync"] == "last":
+            once(last) if bench.pipeline else root.set_requires_gradient_sync(last)
+
+    once = _once_a_step(bench, root, stay=settings["reshard"] is False)
+    bench.before_micro_batch.append(choose)
+
+
+def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool], None]:
+    """In a pipeline every stage reduces in its own last backward, and with ``stay`` parameters are gathered
+    until then, as where torch's schedules are given FSDP2's modules (torch.distributed.pipelining.stage)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    every = [m for m in root.modules() if isinstance(m, FSDPModule)]
+
+    def choose(last: bool) -> None:
+        for module in every:
+            ends = last or bool(bench.pipeline and module in bench.pipeline.ending)
+            module.set_requires_gradient_sync(ends, recurse=False)
+            if stay:
+                module.set_reshard_after_backward(ends, recurse=False)
+
+    return choose
+
+
+def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:
+    """What is gathered together, the root last. Islands inside are groups of their own, not cast."""
+    from torch.distributed.fsdp import fully_shard
+
+    wanted = _groups(bench, str(settings.get("units")), settings["reshard"])
+    narrow = settings["precision"] != "as-is" or len({p.dtype for p in bench.model.parameters()}) > 1
+    if not narrow or not bench.islands:
+        return [fully_shard(modules, reshard_after_forward=free, **options) for modules, free in wanted]
+    apart = {i for i in bench.islands.values() if next(i.parameters(), None) is not None}
+    wide = {m for i in apart for m in i.modules()}
+    wanted = [
+        ([m for m in g if m not in wide] or g if isinstance(g, list) else g, free) for g, free in wanted
+    ]
+    grouped = {m for g, _ in wanted for m in (g if isinstance(g, list) else [g])}
+    apart -= grouped
+    around = {i for i in apart if grouped & set(i.modules())}
+    as_is = options | {"mp_policy": _precision("as-is")}
+
+    def shard(module: Any, free: bool) -> Any:
+        alike = as_is if wide.issuperset(module if isinstance(module, list) else [module]) else options
+        return fully_shard(module, reshard_after_forward=free, **alike)
+
+    for island in apart - around:
+        shard(island, settings["reshard"] is not False)
+    groups = [shard(modules, free) for modules, free in wanted[:-1]]
+    for island in around:
+        shard(island, settings["reshard"] is not False)
+    return [*groups, shard(*wanted[-1])]
+
+
+def _optimize_on_host(bench: Workbench) -> None:
+    make = bench.make_optimizer
+
+    bench.make_optimizer = lambda params: stepping_on_host(bench, make(params))
+    bench.gradients_on = bench.parameters_on = "host"
+
+
+def _with_context(bench: Workbench) -> Any:
+    """Parameters are sharded over data and context ranks together; replicas stay a dimension apart."""
+    flat = bench.world.flat("shard", "context")
+    if bench.world.layout.replicate > 1:
+        raise UserError(
+            "fsdp2 with replicas and context-parallel together",
+            hint="leave one of them out: not supported yet",
+        )
+    return flat
+
+
+def _blocks(bench: Workbench) -> list[Any]:
+    try:
+        return find_blocks(bench.model, bench.job.blocks)[1]
+    except UserError:
+        if bench.job.blocks is not None:
+            raise
+        return []  # the whole model is one group
+
+
+def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
+    """What is gathered together, and whether it is freed after forward; the root, with what is left, last."""
+    blocks = _blocks(bench)
+    before, after = _beside(bench, blocks)
+    apart: list[Any] = list(blocks)
+    if units == "parts":
+        apart += before + after
+    elif units == "ends":
+        apart = [*before, *blocks, after] if after else [*before, *blocks]
+    free = [reshard is not False] * len(apart)
+    if reshard == "not-last" and apart:
+        free[-1] = False
+    return [*zip(apart, free, strict=True), (bench.model, reshard is True)]
+
+
+def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The root's own modules that have parameters and hold no blocks: those before the blocks (embedding)
+    and those after them (last norm, head)."""
+    inside = {m for block in blocks for m in block.modules()}
+    before: list[Any] = []
+    after: list[Any] = []
+    now = before
+    for module in _callable(bench.model):
+        if inside & set(module.modules()):
+            now = after
+        elif next(module.parameters(), None) is not None:
+            now.append(module)
+    return before, after
+
+
+def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Its members, and those of members that only hold others."""
+    import torch
+
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+            yield from _callable(child)
+        else:
+            yield child
+
+
+def _precision(name: str) -> Any:
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if name == "as-is":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def _prefetch(groups: list[Any], depth: int) -> None:
+    """Beyond the one group that torch prefetches on its own in backward."""
+    if depth <= 1:
+        return
+    for i, group in enumerate(groups):
+        group.set_modules_to_forward_prefetch(groups[i + 1 : i + 1 + depth])
+        group.set_modules_to_backward_prefetch(groups[max(0, i - depth) : i][::-1])
+
+
+def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[Mapping[str, KnobValue]]]:
+    """A plan of one rank has no use for it."""
+    return lambda space: settings if space.ranks > 1 else ()
+
+
+def _sharding(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return () if "fsdp2" in space.refused else _on_ranks({}, {"precision": "bf16"})(space)
+
+
+DDP = Technique(
+    name="ddp",
+    summary="the same model on every rank, gradients averaged in buckets",
+    effect=EffectClass.E1,
+    apply=_apply_ddp,
+    settings=_on_ranks({}),
+    order=90,
+    slot="data-parallel",
+    knobs=(
+        Knob(name="bucket_mib", default=25, doc="MiB of gradients reduced together"),
+        Knob(name="bucket_view", default=True, doc="gradients are views of buckets", choices=(True, False)),
+        _SYNC,
+    ),
+    forbids=("optimizer-in-backward",),
+)
+
+FSDP2 = Technique(
+    name="fsdp2",
+    summary="each rank keeps a shard of parameters, gradients and optimizer state (ZeRO-3; HSDP by replicas)",
+    effect=EffectClass.E1,
+    apply=_apply_fsdp2,
+    settings=_sharding,
+    order=90,
+    slot="data-parallel",
+    knobs=(
+        Knob(
+            name="reshard",
+            default=True,
+            doc="free gathered parameters after forward; blocks: of blocks only, as torch before 2.8; "
+            "not-last: nor of the last block",
+            choices=(True, False, "blocks", "not-last"),
+        ),
+        Knob(name="precision", default="as-is", doc="of gathered parameters", choices=("as-is", "bf16")),
+        Knob(name="prefetch", default=1, doc="groups gathered ahead"),
+        Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
+        Knob(
+            name="units",
+            default="blocks",
+            doc="gathered apart; ends: also what lies before the blocks, and together what lies after them",
+            choices=("blocks", "parts", "ends"),
+        ),
+        Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
+        _SYNC,
+    ),
+    # Neither bitsandbytes nor torch's Adafactor has rules for DTensor.
+    forbids=("optimizer-in-backward", "adamw-8bit", "adamw-paged", "adafactor"),
+    unsearched=("bf16-autocast",),  # it has a precision of its own
+)

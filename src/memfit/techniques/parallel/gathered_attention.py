@@ -1,0 +1,282 @@
+"""Attention of this rank's queries over the keys and values of every rank's slice of the sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from memfit.techniques.parallel.sample_parallel_collectives import Together
+from memfit.types.errors import UserError
+
+_HALF = (torch.float16, torch.bfloat16)
+_ATEN: Any = torch.ops.aten
+Site = tuple[tuple[Any, int], ...]  # (code, instruction)
+_DEEP, _UNDER = 2, (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+Slices = tuple[slice, slice, bool]  # of queries and keys, and whether causal among themselves
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Across(Together):
+    """The ranks that share a sequence; ``length`` is one rank's part, set when a batch is cut.
+
+    Of 2 x ranks chunks a rank has its own from the front and its own from the back.
+    """
+
+    device: str
+    length: int = 0
+    fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # by `Counts`
+
+    def positions(self, rank: int) -> torch.Tensor:
+        chunk = self.length // 2
+        front, back = rank * chunk, (2 * self.ranks - 1 - rank) * chunk
+        return torch.cat([torch.arange(front, front + chunk), torch.arange(back, back + chunk)])
+
+    def blocks(self, causal: bool) -> Iterator[tuple[int, Slices]]:
+        """(whose keys, what of queries and keys meets), this rank's own first: only there is anything
+        causal; earlier ranks' back chunks are never seen, later ranks only by the back chunk."""
+        everything, front, back = slice(None), slice(0, self.length // 2), slice(self.length // 2, None)
+        yield self.rank, (everything, everything, causal)
+        for other in range(self.ranks):
+            if other == self.rank:
+                continue
+            if not causal:
+                yield other, (everything, everything, False)
+            elif other < self.rank:
+                yield other, (everything, front, False)
+            else:
+                yield other, (back, everything, False)
+
+
+class AttentionAcross(TorchFunctionMode):
+    """Attention over all slices, and positions of this rank's slice wherever ``torch.arange`` counts one."""
+
+    def __init__(self, across: Across) -> None:
+        super().__init__()
+        self.across = across
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return _attention(self.across, *args, **kwargs)
+        out = func(*args, **kwargs)
+        length = self.across.length
+        if _counted(func, args) == length and length not in self.across.fixed.get(_site(), ()):
+            return self.across.positions(self.across.rank).to(out)
+        return out
+
+
+class GatheredCounts(TorchFunctionMode):
+    """How far ``torch.arange`` counts at each place of the code while the sequence is whole. A place that
+    counts as far on a slice counts something else: channels, heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Site, set[int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (count := _counted(func, args)) is not None:
+            self.found.setdefault(_site(), set()).add(count)
+        return func(*args, **(kwargs or {}))
+
+
+def _counted(func: Any, args: Any) -> int | None:
+    """n of arange(n) and arange(0, n)."""
+    if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
+        return None
+    return args[-1] if args[0] in {0, args[-1]} else None
+
+
+def _site() -> Site:
+    """The innermost calls in code outside torch and this folder, two deep; a line may hold several."""
+    found = list[tuple[Any, int]]()
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and len(found) < _DEEP:
+        if not frame.f_code.co_filename.startswith(_UNDER):
+            found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _attention(
+    across: Across,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **grouped: bool,
+) -> torch.Tensor:
+    """Shapes (batch, heads, length, head dim), as in scaled_dot_product_attention. Raises UserError for
+    what has no meaning on a slice."""
+    if query.shape[2] != across.length or key.shape[2] != across.length:
+        raise UserError(
+            f"context-parallel: attention of {query.shape[2]} queries to {key.shape[2]} keys",
+            allowed=f"self-attention over this rank's {across.length} positions",
+        )
+    if dropout_p:
+        raise UserError("context-parallel with dropout in attention", allowed="0")
+    if attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.shape[1:3] != (1, 1)):
+        raise UserError(
+            f"context-parallel: an attention mask of shape {tuple(attn_mask.shape)}",
+            allowed="is_causal=True, or a mask of keys (batch, 1, 1, length)",
+        )
+    if torch.is_autocast_enabled(query.device.type):
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    bias = None if attn_mask is None else _additive(attn_mask, query).expand(query.shape[0], 1, 1, -1)
+    out: torch.Tensor = _Attend.apply(query, key, value, bias, across, is_causal, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Never minus infinity: a block may have no key at all for a query, and its weight must be 0, not nan."""
+    lowest = torch.finfo(query.dtype).min
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), lowest)
+    return mask.to(query.dtype).clamp(min=lowest)
+
+
+class _Attend(torch.autograd.Function):
+    """Saves this rank's own tensors only; keys and values of the others are gathered again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        across: Across,
+        causal: bool,
+        scale: float | None,
+    ) -> torch.Tensor:
+        keys, values = across.gather(key), across.gather(value)
+        biases = across.gather(bias) if bias is not None else None
+        out = total = torch.empty(0)
+        for other, (rows, columns, ordered) in across.blocks(causal):
+            bias_here = _columns(biases, other, columns, rows, query)
+            kernel = _Kernel(device=across.device, causal=ordered, scale=scale, bias=bias_here)
+            part, weight = kernel.forward(
+                query[:, :, rows], keys[other][:, :, columns], values[other][:, :, columns]
+            )
+            if other == across.rank:
+                out, total = part.float(), weight
+            else:
+                _merge(out[:, :, rows], total[:, :, rows], part, weight)
+        out = out.to(query.dtype)
+        ctx.across, ctx.causal, ctx.scale = across, causal, scale
+        ctx.save_for_backward(query, key, value, bias, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        query, key, value, bias, out, total = ctx.saved_tensors
+        across: Across = ctx.across
+        keys, values = across.gather(key), across.gather(value)
+        biases = across.gather(bias) if bias is not None else None
+        grad_query = torch.zeros_like(query)
+        grad_keys, grad_values = (
+            torch.zeros((across.ranks, *t.shape), dtype=t.dtype, device=t.device) for t in (key, value)
+        )
+        for other, (rows, columns, ordered) in across.blocks(ctx.causal):
+            bias_here = _columns(biases, other, columns, rows, query)
+            kernel = _Kernel(device=across.device, causal=ordered, scale=ctx.scale, bias=bias_here)
+            inputs = query[:, :, rows], keys[other][:, :, columns], values[other][:, :, columns]
+            for_query, for_key, for_value = kernel.backward(
+                grad[:, :, rows], inputs, out[:, :, rows], total[:, :, rows]
+            )
+            grad_query[:, :, rows] += for_query
+            grad_keys[other][:, :, columns] += for_key
+            grad_values[other][:, :, columns] += for_value
+        grad_key = across.scatter_sum(grad_keys.flatten(0, 1))
+        return grad_query, grad_key, across.scatter_sum(grad_values.flatten(0, 1)), None, None, None, None
+
+
+def _columns(
+    biases: tuple[torch.Tensor, ...] | None, other: int, columns: slice, rows: slice, query: torch.Tensor
+) -> torch.Tensor | None:
+    if biases is None:
+        return None
+    return biases[other][..., columns].expand(-1, query.shape[1], query[:, :, rows].shape[2], -1)
+
+
+def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> None:
+    """Two softmax averages into one, in place; weights are logarithms of sums."""
+    both = torch.logaddexp(total, weight)
+    out.mul_((total - both).exp_().unsqueeze(-1)).add_(part.mul((weight - both).exp_().unsqueeze(-1)))
+    total.copy_(both)
+
+
+def _repeated(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values for every query head (grouped-query attention)."""
+    repeats = query.shape[1] // tensor.shape[1]
+    return tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Kernel:
+    """The kernel torch would choose on the device."""
+
+    device: str
+    causal: bool
+    scale: float | None
+    bias: torch.Tensor | None
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, log-sum-exp (batch, heads, queries))."""
+        inputs = query, _repeated(key, query), _repeated(value, query)
+        causal, scale, bias = self.causal, self.scale, self.bias
+        if self.device == "cpu":
+            found = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+                *inputs, 0.0, causal, attn_mask=bias, scale=scale
+            )
+        elif bias is None and query.dtype in _HALF:
+            found = _ATEN._scaled_dot_product_flash_attention(*inputs, 0.0, causal, False, scale=scale)
+        else:
+            found = _ATEN._scaled_dot_product_efficient_attention(
+                *inputs, bias, True, 0.0, causal, scale=scale
+            )
+        return found[0], found[1][:, :, : query.shape[2]]
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+        total: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Gradients of query, key and value; ``out`` and ``total`` are those of the whole row."""
+        query, key, value = inputs
+        repeated = query, _repeated(key, query), _repeated(value, query)
+        causal, scale, bias = self.causal, self.scale, self.bias
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout, of which there is none
+        if self.device == "cpu":
+            grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, *repeated, out, total, 0.0, causal, attn_mask=bias, scale=scale
+            )
+        elif bias is None and query.dtype in _HALF:
+            lengths = None, None, query.shape[2], key.shape[2]
+            grads = _ATEN._scaled_dot_product_flash_attention_backward(
+                grad, *repeated, out, total.contiguous(), *lengths, 0.0, causal, seed, seed, scale=scale
+            )
+        else:
+            padded = functional.pad(total, (0, -total.shape[2] % 32))  # the kernel's rows come in 32s
+            wanted = True, True, True, False
+            grads = _ATEN._scaled_dot_product_efficient_attention_backward(
+                grad, *repeated, bias, out, padded, seed, seed, 0.0, wanted, causal, scale=scale
+            )
+        heads = key.shape[1]
+        folded = (g.unflatten(1, (heads, -1)).sum(2) if g.shape[1] != heads else g for g in grads[1:3])
+        return grads[0], *folded

@@ -1,0 +1,79 @@
+"""Pipeline parallelism: each rank holds some of the blocks, and micro-batches stream through them.
+
+GPipe runs all forwards, then all backwards (Huang et al. 2019); 1F1B alternates, so that stage r of p
+keeps min(m, p - r) of m micro-batches (Narayanan et al. 2019); interleaved gives each rank several stages
+(Narayanan et al. 2021); zero-bubble does the weights' half of backward later (Qi et al. 2023, ZB1P and
+ZBV). torch.distributed.pipelining runs them. With gradient accumulation each accumulated micro-batch is
+streamed through as ``micro_batches`` smaller ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.techniques.rank_mesh import Layout
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+_VIRTUAL = {  # least and most stages on a rank
+    "gpipe": (1, 1),
+    "1f1b": (1, 1),
+    "interleaved": (2, sys.maxsize),
+    "zero-bubble": (1, sys.maxsize),
+    "zero-bubble-v": (2, 2),
+}
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    if bench.world.sub("pipeline") is None:
+        return
+    from memfit.techniques.parallel.pipeline_stages import Pipeline
+
+    schedule, virtual = str(settings["schedule"]), int(settings["virtual"])
+    _check(schedule, virtual, bench.world.layout)
+    bench.pipeline = Pipeline(
+        bench, schedule=schedule, virtual=virtual, micro_batches=int(settings["micro_batches"])
+    )
+
+
+def _check(schedule: str, virtual: int, layout: Layout) -> None:
+    low, high = _VIRTUAL[schedule]
+    if not low <= virtual <= high:
+        allowed = f"virtual={low}" + ("" if high == low else " or more")
+        raise UserError(f"pipeline schedule {schedule!r} with virtual={virtual}", allowed=allowed)
+    if virtual > 1 and layout.replicate > 1 and layout.shard == 1:
+        raise UserError(
+            f"ddp with {virtual} pipeline stages on a rank",
+            allowed="fsdp2",
+            hint="DDP waits for every parameter's gradient, and each backward brings one stage's",
+        )
+    if schedule.startswith("zero-bubble") and layout.data > 1:
+        raise UserError(
+            f"pipeline schedule {schedule!r} over {layout.data} data-parallel ranks",
+            allowed="gpipe, 1f1b, interleaved",
+            hint="torch's split backward passes the hooks of data parallelism by",
+        )
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="pipeline",
+    summary="each rank holds some of the blocks, and micro-batches stream through them",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=86,
+    slot="pipeline",
+    knobs=(
+        Knob(name="stages", default=2, doc="ranks the blocks are dealt to", minimum=2),
+        Knob(name="schedule", default="1f1b", doc="order of forwards and backwards", choices=tuple(_VIRTUAL)),
+        Knob(name="virtual", default=1, doc="stages on each rank (interleaved, zero-bubble)"),
+        Knob(name="micro_batches", default=4, doc="parts that stream through"),
+    ),
+    forbids=("optimizer-in-backward", "qlora"),
+)

@@ -1,0 +1,386 @@
+"""A pipeline's stages on one rank: the model cut down to them, run by torch's own schedules.
+
+Every stage runs the job's own loss. Blocks of other stages hand on zeros that take no memory; the first
+block of a stage gets what was received in their place; the stage ends where the next one's first block
+would begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence, Set
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
+from torch.utils import _pytree
+
+from memfit.techniques.base import Piece, WeightedLoss, Workbench
+from memfit.techniques.parallel.block_dataflow import Hole, Zeros, record_chain
+from memfit.types.errors import UserError
+from memfit.types.trace import Phase
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": schedules.ScheduleGPipe,
+    "1f1b": schedules.Schedule1F1B,
+    "interleaved": schedules.ScheduleInterleaved1F1B,
+    "zero-bubble": schedules.ScheduleInterleavedZeroBubble,
+    "zero-bubble-v": schedules.ScheduleZBVZeroBubble,
+}
+
+
+class StageEnd(Exception):
+    """What the stage hands to the next one."""
+
+    def __init__(self, carried: tuple[torch.Tensor, ...]) -> None:
+        super().__init__()
+        self.carried = carried
+
+
+class Pipeline:
+    """The stages of one rank. Cutting the model drops the parameters that work elsewhere.
+
+    Raises UserError where the model is not a chain of blocks or the schedule cannot run the numbers.
+    """
+
+    def __init__(self, bench: Workbench, *, schedule: str, virtual: int, micro_batches: int) -> None:
+        mesh = bench.world.sub("pipeline")
+        assert mesh is not None, "a pipeline of one stage"
+        self.bench, self.micro_batches, self.group = bench, micro_batches, mesh.get_group()
+        ranks = self.group.size()
+        count = ranks * virtual
+        parts = bench.world.layout.data * bench.micro_batches * micro_batches
+        self.chain = record_chain(bench, parts)
+        self.bounds = _even(len(self.chain.blocks), count)
+        self.rank_of = generate_stage_to_rank_mapping(
+            ranks, count, style="v" if schedule == "zero-bubble-v" else "loop"
+        )
+        rank = bench.world.index("pipeline")
+        self.stages = [s for s in range(count) if self.rank_of[s] == rank]
+        self.device = next(bench.model.parameters()).device
+        self.zeros = Zeros(self.device)
+        self.now = -1  # the stage at work
+        self.received: tuple[torch.Tensor, ...] = ()
+        self.ended = False
+        self._mark: Callable[[Phase], None] = lambda phase: None
+        self._pieces: Sequence[Piece] = ()
+        self._weighted: WeightedLoss | None = None
+        self._last, self._backwards_left = True, dict[int, int]()  # of each stage
+        self.ending: Set[object] = frozenset()  # what has its last backward of the step next
+        learns = [self._learns(s) for s in range(count)]  # before parameters are dropped
+        self._shared = self._find_shared()
+        self._cut()
+        blocks = {s: self.chain.blocks[slice(*self.bounds[s])] for s in self.stages}
+        self._inside = {s: frozenset(m for b in found for m in b.modules()) for s, found in blocks.items()}
+        self._schedule = self._make_schedule(schedule, learns)
+
+    # -- cutting --------------------------------------------------------------------------------------
+
+    def _positions(self, stage: int) -> set[int]:
+        first, end = self.bounds[stage]
+        ends = {-1} if stage == 0 else set[int]()
+        return {*range(first, end), *ends, *({end} if stage == len(self.bounds) - 1 else ())}
+
+    def _learns(self, stage: int) -> bool:
+        """Whether a parameter before the stage is trained, so that its input needs a gradient."""
+        first = self.bounds[stage][0]
+        return any(
+            p.requires_grad and min(self.chain.uses[n]) < first
+            for n, p in self.bench.model.named_parameters()
+        )
+
+    def _find_shared(self) -> dict[str, Any]:
+        """Parameter name -> group of the ranks that hold it, of tied parameters on several ranks. Ranks but
+        the first leave them out of the gradient norm."""
+        found, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
+        everyone = dist.get_process_group_ranks(self.group)
+        for name, param in self.bench.model.named_parameters():
+            holders = sorted(
+                {self.rank_of[s] for s in self.rank_of if self.chain.uses[name] & self._positions(s)}
+            )
+            here = self.rank_of[self.stages[0]]
+            if len(holders) < 2 or here not in holders or not param.requires_grad:
+                continue
+            ranks = tuple(everyone[h] for h in holders)
+            if ranks not in groups:
+                groups[ranks] = self.group if len(ranks) == len(everyone) else _group(ranks)
+            found[name] = groups[ranks]
+            if here != holders[0]:
+                self.bench.counted_elsewhere.add(name)
+        return found
+
+    def _cut(self) -> None:
+        model, chain = self.bench.model, self.chain
+        here = set[int]().union(*(self._positions(s) for s in self.stages))
+        gone = {n for n, at in chain.uses.items() if not at & here}
+        for name, module in model.named_modules(remove_duplicate=False):
+            for key in [k for k in module._parameters if f"{name}.{k}".lstrip(".") in gone]:
+                _drop(module, key, module._parameters)
+        for index, block in enumerate(chain.blocks):
+            block._compiled_call_impl = self._route(index, block)
+            if index not in here:
+                for module in block.modules():
+                    for key in list(module._buffers):
+                        _drop(module, key, module._buffers)
+        for name, returns in chain.before.items():
+            module = model.get_submodule(name)
+            module._compiled_call_impl = self._route_early(module, returns)
+        model.forward = self._until_end(model.forward)
+
+    def _route(self, index: int, block: torch.nn.Module) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.now < 0:
+                return block._call_impl(*args, **kwargs)
+            first, end = self.bounds[self.now]
+            if index < first:
+                return self.zeros.fill(self.chain.returns[index])
+            carried = self.chain.carried[index]
+            leaves, spec = _pytree.tree_flatten((args, kwargs))
+            if index >= end:
+                raise StageEnd(tuple(leaves[at].contiguous() for at in carried))
+            if index == first and index > 0:
+                for at, tensor in zip(carried, self.received, strict=True):
+                    leaves[at] = tensor
+                args, kwargs = _pytree.tree_unflatten(leaves, spec)
+            del leaves
+            return block._call_impl(*args, **kwargs)
+
+        return call
+
+    def _route_early(self, module: torch.nn.Module, returns: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.now > 0:
+                return self.zeros.fill(returns)
+            return module._call_impl(*args, **kwargs)
+
+        return call
+
+    def _until_end(self, inner: Callable[..., Any]) -> Any:
+        """The model's forward returns what the stage hands on, so that wrappers around it see an output."""
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return inner(*args, **kwargs)
+            except StageEnd as end:
+                self.ended = True
+                return end.carried
+
+        return forward
+
+    # -- running --------------------------------------------------------------------------------------
+
+    def _make_schedule(self, name: str, learns: list[bool]) -> Any:
+        made = [self._make_stage(s, learns) for s in self.stages]
+        single = issubclass(SCHEDULES[name], schedules.PipelineScheduleSingle)
+        try:
+            return SCHEDULES[name](
+                made[0] if single else made, self.micro_batches, loss_fn=_as_it_is, scale_grads=False
+            )
+        except ValueError as error:
+            raise UserError(f"pipeline schedule {name!r}: {error}") from error
+
+    def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
+        def like(at: int) -> tuple[torch.Tensor, ...]:
+            """What enters stage ``at``: nothing from outside, hidden states, at the end the loss."""
+            if at == 0:
+                return ()
+            loss = at == len(self.bounds)
+            carried = [Hole((), torch.float32)] if loss else self.chain.carried[self.bounds[at][0]].values()
+            needs_grad = loss or learns[at]
+            return tuple(
+                torch.empty(h.shape, dtype=h.dtype, device="meta", requires_grad=needs_grad) for h in carried
+            )
+
+        part = _Part(self, stage)
+        made = _Stage(
+            part, stage, len(self.bounds), self.device, input_args=like(stage), output_args=like(stage + 1),
+            group=self.group,
+        )  # fmt: skip
+        made.stage_index_to_group_rank = self.rank_of
+        return made
+
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        weighted: WeightedLoss,
+        mark: Callable[[Phase], None],
+        *,
+        last: bool,
+    ) -> torch.Tensor:
+        """All pieces forward and backward; their weighted losses summed, the same on every stage. ``last``:
+        nothing follows before the optimizer's step."""
+        self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
+        self._backwards_left = dict.fromkeys(self.stages, len(pieces))
+        losses: list[torch.Tensor] = []
+        mark(Phase.FORWARD)  # the first time, buffers to receive into are made
+        for stage in getattr(self._schedule, "_stages", None) or [self._schedule._stage]:
+            stage.has_backward = True
+            stage.clear_runtime_states()
+        try:
+            with _works_as_on(self.bench.device):
+                self._schedule._step_microbatches(
+                    kwarg_mbs=[{"index": i} for i in range(len(pieces))],
+                    target_mbs=[None] * len(pieces),
+                    losses=losses,
+                    return_outputs=False,
+                )
+        except RuntimeError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+        finally:
+            self.now, self._pieces = -1, ()
+        for name, group in self._shared.items() if last else ():
+            grad: Any = self.bench.model.get_parameter(name).grad
+            dist.all_reduce(grad.to_local() if hasattr(grad, "to_local") else grad, group=group)
+        total = torch.stack(losses).detach().float().sum() if losses else torch.zeros((), device=self.device)
+        if hasattr(total, "full_tensor"):  # of a loss over a cut vocabulary
+            total = total.full_tensor()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def forward(self, stage: int, received: tuple[torch.Tensor, ...], index: int) -> Any:
+        assert self._weighted is not None
+        part, share = self._pieces[index]
+        self.now, self.received, self.ended = stage, received, False
+        if self.bench.ddp is not None:
+            self.bench.ddp.require_backward_grad_sync = False  # `before_backward` says when
+        try:
+            return self._weighted(_Whole(self), part, share)
+        except StageEnd as end:
+            return end.carried
+        except UserError as error:  # a guarded loss makes any error the user's
+            if not isinstance(error.__cause__, StageEnd):
+                raise
+            return error.__cause__.carried
+        finally:
+            self.received, self.ended = (), False
+
+    def before_forward(self) -> None:
+        self._mark(Phase.FORWARD)
+
+    def before_backward(self, stage: int, *, counts: bool) -> None:
+        self._mark(Phase.BACKWARD)
+        self._backwards_left[stage] -= counts
+        ends = counts and self._last and not self._backwards_left[stage]
+        self.ending = self._inside[stage] if ends else frozenset()
+        final = counts and not any(self._backwards_left.values())
+        ddp = self.bench.ddp
+        if ddp is not None:
+            ddp.require_backward_grad_sync = True
+        for tell in self.bench.before_micro_batch:
+            tell(final and self._last)
+        if ddp is not None and final and ddp.require_backward_grad_sync:
+            ddp.reducer.prepare_for_backward([])
+
+
+class _Whole:
+    """The model as the job's loss sees it: where its forward ended early, so does the loss."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bench = self._pipeline.bench
+        call = bench.call or bench.model
+        out = call(*args, **kwargs)
+        if self._pipeline.ended:
+            raise StageEnd(out)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline.bench.model, name)
+
+
+class _Part(torch.nn.Module):
+    """What torch's stage calls. Holds the rank's model, so that its parameters are the stage's."""
+
+    def __init__(self, pipeline: Pipeline, stage: int) -> None:
+        super().__init__()
+        self.model, self.stage = pipeline.bench.model, stage
+        self.pipeline = pipeline
+
+    def forward(self, *received: torch.Tensor, index: int) -> Any:
+        return self.pipeline.forward(self.stage, received, index)
+
+
+class _Stage(PipelineStage):
+    """torch's stage, telling when forward and backward begin."""
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        self._pipeline.before_forward()
+        return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        self._pipeline.before_backward(self.stage_index, counts=True)
+        return super().backward_one_chunk(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        self._pipeline.before_backward(self.stage_index, counts=False)
+        return super().backward_weight_one_chunk(*args, **kwargs)
+
+    def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(1)  # shapes are known everywhere: no need to ask the other stages
+
+    def _warmup_backward_result(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(1)
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        return cast(_Part, self.submod).pipeline
+
+
+def _works_as_on(device: str) -> contextlib.AbstractContextManager[Any]:
+    """On the fake process group, for CPU: gloo's work objects keep the tensors they send, NCCL's do not once
+    they are waited for."""
+    if dist.get_backend() != "fake" or device != "cpu":
+        return contextlib.nullcontext()
+    plain = schedules._batch_p2p
+
+    def batch(ops: list[dist.P2POp], desc: str | None = None) -> list[Any]:
+        return [_Work(work, [op.tensor for op in ops]) for work in plain(ops, desc)]
+
+    return mock.patch.object(schedules, "_batch_p2p", batch)
+
+
+class _Work:
+    def __init__(self, inner: dist.Work, tensors: list[torch.Tensor]) -> None:
+        self.inner, self.tensors = inner, tensors
+
+    def wait(self) -> None:
+        self.inner.wait()
+
+
+def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
+    return loss
+
+
+def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
+    """(first block, end) of each stage, sizes differing by one at most, larger ones first."""
+    if stages > blocks:
+        raise UserError(
+            f"{stages} pipeline stages of a model with {blocks} blocks", allowed=f"at most {blocks}"
+        )
+    sizes = [blocks // stages + (s < blocks % stages) for s in range(stages)]
+    return [(sum(sizes[:s]), sum(sizes[: s + 1])) for s in range(stages)]
+
+
+def _drop(module: torch.nn.Module, key: str, held: dict[str, Any]) -> None:
+    """The attribute stays, as zeros that take no memory."""
+    tensor = held.pop(key)
+    if tensor is not None:
+        zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+        object.__setattr__(module, key, zero.expand(tensor.shape))
+    else:
+        object.__setattr__(module, key, None)
+
+
+def _group(ranks: tuple[int, ...]) -> Any:
+    if dist.get_backend() == "fake":
+        return dist.new_group(list(ranks))
+    return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -1,0 +1,328 @@
+"""Tensor parallelism: every rank holds a slice of the Linear layers of the blocks (Shoeybi et al. 2019).
+
+``sequence`` keeps what lies between those layers, norms and residuals, cut along the sequence
+(Korthikanti et al. 2022, arXiv 2205.05198). Which layer is cut how comes from ``Job.tensor_parallel``, from
+Hugging Face's own plan, or from watching which layer feeds which. All ranks must build the same model.
+A fused query, key and value keeps its rows in the order of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.model.blocks import find_blocks, find_head
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from memfit.model.linear_roles import Flow
+
+_COLWISE, _ROWWISE = "colwise", "rowwise"
+_COUNTS_HEADS = re.compile(r"\w*heads?")  # num_heads, n_head, num_key_value_heads, ...
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    mesh = bench.world.sub("tensor")
+    if mesh is None:
+        return
+    path, blocks = find_blocks(bench.model, bench.job.blocks)
+    names = [f"{path}.{n}".lstrip(".") for n, _ in bench.model.get_submodule(path).named_children()]
+    flow, roles = _roles(bench, names)
+    _check_split(bench, names, roles, flow, mesh.size())
+    _split_heads(bench.model, roles, mesh.size())
+    for name, role in roles.items():
+        if role == _COLWISE and flow.linears[name].parts > 1:
+            fused, parts = bench.model.get_submodule(name), flow.linears[name].parts
+            _rows_by_rank(fused, parts, mesh.size())
+            bench.fused_rows |= {f"{name}.{own}": parts for own, _ in fused.named_parameters()}
+    sequence = bool(settings["sequence"])
+    styles, gathered = _styles(bench.model, names, flow, roles, sequence)
+    for name, style in styles:
+        _parallelize(bench.model, name, mesh, style)
+    for name, place in gathered.items():
+        _gather(bench.model.get_submodule(name), mesh, place)
+    if sequence:
+        _enter_and_leave(blocks, mesh)
+    if settings["vocabulary"] != "whole":
+        _split_vocabulary(bench, mesh, parallel_loss=settings["vocabulary"] == "parallel-loss")
+
+
+def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
+    """What was seen of the blocks, and the Linears to cut. Raises UserError where nothing can be."""
+    given = _given(bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {})
+    flow = _observed(bench, blocks, given, 1)
+    found = {}
+    for name, fed in flow.linears.items():
+        if fed.role == _ROWWISE or (fed.role == _COLWISE and fed.reaches_rows):
+            found[name] = fed.role
+        elif fed.role == _COLWISE and bench.job.tensor_parallel:
+            raise UserError(
+                f"Job.tensor_parallel cuts {name} by columns, but no Linear cut by rows follows",
+                hint="name that one too, or leave this one out",
+            )
+    if not found:
+        raise UserError(
+            "tensor-parallel finds no pair of Linear layers in the blocks",
+            hint='name them in Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+        )
+    return flow, found
+
+
+def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
+    """Names of modules with the role that the first pattern that fits gives them."""
+    found = {}
+    for name, _ in model.named_modules():
+        role = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), "")
+        if role in (_COLWISE, _ROWWISE):
+            found[name] = role
+    return found
+
+
+# By the job's loss, as a job with fewer blocks or samples has the same: flows of models of one structure.
+_SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Flow]] = weakref.WeakKeyDictionary()
+
+
+def _observed(
+    bench: Workbench, blocks: list[str], roles: Mapping[str, str], degree: int, shrink: Any = None
+) -> Flow:
+    from memfit.model.linear_roles import observe
+
+    key = (tuple(blocks), tuple(roles.items()), degree, _structure(bench.model))
+    try:
+        known = _SEEN.setdefault(bench.job.loss, {})
+    except TypeError:  # what cannot be held weakly is not remembered
+        known = {}
+    try:
+        if key not in known:
+            known[key] = observe(bench.job, bench.model, blocks, roles, shrink)
+    except (RuntimeError, ValueError, TypeError) as error:
+        what = "on a slice of their features" if shrink else "without values"
+        raise UserError(
+            f"tensor-parallel: the blocks do not run {what}: {str(error).splitlines()[0]}",
+            hint="name the Linear layers to cut in Job(tensor_parallel=...)",
+        ) from error
+    return known[key]
+
+
+def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
+    """Modules with the numbers they hold, such as those of heads, and parameters with their shapes."""
+    modules = (
+        (name, type(m), *((k, v) for k, v in vars(m).items() if type(v) in (int, float, bool, str)))
+        for name, m in model.named_modules()
+    )
+    shapes = ((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters())
+    return (*modules, *shapes, str(getattr(model, "config", "")))
+
+
+def _check_split(
+    bench: Workbench, blocks: list[str], roles: Mapping[str, str], flow: Flow, degree: int
+) -> None:
+    """The blocks run with every Linear cut, and heads stay heads: code that takes a number of heads from
+    elsewhere would otherwise cut heads in two without a word."""
+    for name, role in roles.items():
+        linear: Any = bench.model.get_submodule(name)
+        size = linear.out_features // flow.linears[name].parts if role == _COLWISE else linear.in_features
+        _must_divide(f"the width of {name}", size, degree)
+    _check_config(getattr(bench.model, "config", None), degree)
+
+    def shrink(model: torch.nn.Module) -> None:
+        _split_heads(model, roles, degree)
+        for name, role in roles.items():
+            linear: Any = model.get_submodule(name)
+            for param in linear.parameters():
+                dim = 0 if role == _COLWISE else 1
+                if dim < param.dim():
+                    param.data = param.data.narrow(dim, 0, param.shape[dim] // degree)
+
+    cut = _observed(bench, blocks, roles, degree, shrink)
+    for (name, before), (_, after) in zip(flow.views, cut.views, strict=False):
+        if name in roles and before[-1] != after[-1]:
+            raise UserError(
+                f"tensor-parallel: the output of {name} is seen as {before}, on {degree} ranks as {after}: "
+                "its heads would be cut in two",
+                hint="keep the number of heads in an attribute of the module such as num_heads",
+            )
+
+
+def _check_config(config: Any, degree: int) -> None:
+    for attribute in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, attribute, None)
+        if isinstance(heads, int):
+            _must_divide(attribute, heads, degree)
+
+
+def _must_divide(what: str, count: int, degree: int) -> None:
+    if count % degree:
+        raise UserError(
+            f"tensor-parallel: {what} is {count}, on {degree} ranks", allowed=f"a divisor of {count}"
+        )
+
+
+def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) -> None:
+    """Modules that hold Linears cut by columns count the heads of one rank."""
+    holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
+    for name, module in model.named_modules():
+        if name and any(_within(holder, name) for holder in holders):
+            for attribute, count in list(vars(module).items()):
+                if type(count) is int and _COUNTS_HEADS.fullmatch(attribute):
+                    _must_divide(f"{name}.{attribute}", count, degree)
+                    setattr(module, attribute, count // degree)
+
+
+def _within(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
+
+
+def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
+    """(q, k, v) of all heads become (q, k, v) of the first rank's heads, then of the second's."""
+    import torch
+
+    with torch.no_grad():
+        for param in linear.parameters():
+            param.copy_(param.unflatten(0, (parts, degree, -1)).transpose(0, 1).reshape(param.shape))
+
+
+def _styles(
+    model: torch.nn.Module, blocks: list[str], flow: Flow, roles: Mapping[str, str], sequence: bool
+) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
+    """(module, style) as torch.distributed.tensor.parallel wants them; by module, which of its arguments
+    comes with the sequence cut."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+
+    found: list[tuple[str, Any]] = []
+    gathered: dict[str, int | str] = {}
+    between = Shard(1) if sequence else Replicate()
+    for name, role in roles.items():
+        if sequence and flow.linears[name].output_dims != 3:
+            raise UserError(f"{name} sees no (batch, sequence, features)", hint="leave out sequence=True")
+        if role == _ROWWISE:
+            found.append((name, RowwiseParallel(output_layouts=between)))
+            continue
+        at, place = flow.gather_at(name)
+        if sequence and at != name:
+            gathered[at] = place
+        found.append((name, ColwiseParallel(input_layouts=between if at == name else Replicate())))
+    for name, module in model.named_modules():
+        own = any(True for _ in module.parameters(recurse=False))
+        if not own or name in roles or not any(_within(name, b) for b in blocks):
+            continue
+        if name in flow.inside:
+            if flow.inside[name] != 4:
+                raise UserError(f"tensor-parallel: {name} works on features that are cut")
+            found.append((name, SequenceParallel(sequence_dim=2, use_local_output=True)))
+        elif sequence:
+            found.append((name, SequenceParallel(use_local_output=True)))
+    return found, gathered
+
+
+def _gather(module: torch.nn.Module, mesh: DeviceMesh, place: int | str) -> None:
+    """The whole sequence as a DTensor, made once for all Linears inside; other arguments stay."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        given: Any = dict(enumerate(args)) | kwargs
+        cut = DTensor.from_local(given[place], mesh, [Shard(1)], run_check=False)
+        given[place] = cut.redistribute(placements=[Replicate()])
+        return tuple(given[i] for i in range(len(args))), {k: given[k] for k in kwargs}
+
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def _parallelize(model: torch.nn.Module, name: str, mesh: DeviceMesh, style: Any) -> None:
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    parallelize_module(model.get_submodule(name), mesh, style, src_data_rank=None)
+
+
+def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
+    """Cut the sequence before the first block, gather it after the last."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    def to(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
+        moved: Any = DTensor.from_local(tensor, mesh, [one], run_check=False).redistribute(placements=[other])
+        local: torch.Tensor = moved.to_local()
+        return local
+
+    def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        key = next(iter(kwargs)) if not args else None
+        whole = args[0] if args else kwargs[key]
+        _must_divide("the sequence", whole.shape[1], mesh.size())
+        cut = to(whole, Replicate(), Shard(1))
+        return ((cut, *args[1:]), kwargs) if args else (args, {**kwargs, key: cut})
+
+    def leave(module: torch.nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (to(out[0], Shard(1), Replicate()), *out[1:])
+        return to(out, Shard(1), Replicate())
+
+    blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+    blocks[-1].register_forward_hook(leave)
+
+
+def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool) -> None:
+    """The head by columns and the input embedding by rows, tied or not."""
+    import torch
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+    from torch.distributed.tensor.parallel import loss_parallel as losses
+
+    model = bench.model
+    name, head = find_head(model, bench.job.head)
+    if "forward" in vars(head):
+        raise UserError(
+            "tensor-parallel with vocabulary and chunked-cross-entropy", hint="leave one of them out"
+        )
+    _must_divide(f"the vocabulary of {name}", head.out_features, mesh.size())
+    tables = [
+        n for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Embedding) and m.num_embeddings == head.out_features
+    ]  # fmt: skip
+    tied = {n for n in tables if model.get_submodule(n).weight is head.weight}
+    style = ColwiseParallel(
+        output_layouts=Shard(-1) if parallel_loss else Replicate(), use_local_output=not parallel_loss
+    )
+    _parallelize(model, name, mesh, style)
+    for table in tables:
+        _parallelize(model, table, mesh, RowwiseParallel(input_layouts=Replicate()))
+        if table in tied:
+            model.get_submodule(table).weight = head.weight
+    if parallel_loss:  # for backward as well, which forward's contexts do not reach
+        stack = contextlib.ExitStack()
+        stack.enter_context(losses())
+        bench.closers.append(stack.close)
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="tensor-parallel",
+    summary="each rank keeps a slice of every Linear layer of the blocks (Megatron-LM)",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=45,
+    knobs=(
+        Knob(name="degree", default=2, doc="ranks that share the layers"),
+        Knob(name="sequence", default=False, doc="cut norms, residuals by sequence", choices=(True, False)),
+        Knob(
+            name="vocabulary",
+            default="whole",
+            doc="embedding and head: whole on every rank, cut with logits gathered, or cut with the loss",
+            choices=("whole", "gathered", "parallel-loss"),
+        ),
+    ),
+    # Beside it fsdp2, whose replicas are what DDP is; these optimizers have no rules for DTensor.
+    forbids=("lora", "qlora", "ddp", "zero", "compile", "adamw-8bit", "adamw-paged", "adafactor"),
+)

@@ -1,0 +1,1 @@
+"""Techniques that compute activations again in the backward pass."""

@@ -1,0 +1,184 @@
+"""Activation checkpointing: blocks keep their inputs only and run again in backward (Chen et al. 2016).
+
+``activation-checkpointing(every=k)`` recomputes every k-th block; ``selective-checkpointing`` recomputes
+inside every block all operators but the expensive ones its policy keeps. Bitwise equal (E0): the random
+state is restored before the second forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.model.blocks import find_stacks
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+
+def recompute(block: torch.nn.Module, **options: Any) -> None:
+    """Its forward keeps inputs alone in training; ``options`` are those of torch's checkpoint."""
+    from torch.utils.checkpoint import checkpoint
+
+    inner: Callable[..., Any] = block.forward
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, **options, **kwargs)
+
+    block.forward = forward
+
+
+def _apply_full(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    for blocks in find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks):
+        for block in blocks[:: int(settings["every"])]:
+            recompute(block)
+
+
+def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    policy = str(settings["keep"])
+    kept = frozenset(_kept_operators(policy))
+    judge = functools.partial(_every_second if policy == "every-second-matmul" else _all_of, kept)
+    stacks = find_stacks(bench.model, bench.job.blocks, bench.job.more_blocks)
+    for block in itertools.chain(*stacks):
+        region = getattr(block.forward, "region", None)
+        if region is None:
+            block.forward = _without_cast_cache(block.forward)
+            recompute(block, context_fn=functools.partial(_contexts, judge))
+        else:  # a compiled block's graph is cut with the policy in mind
+            region.recompute = judge
+
+
+def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A block called several times finds autocast's copies of its weights from the second call on, but not in
+    the recomputation: its operators would not be those of the first time."""
+    import torch
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(before)
+
+    return forward
+
+
+def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    keeps = {True: judge(), False: judge()}  # by whether it is the recomputation
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = keeps[context.is_recompute](op)
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    first, again = create_selective_checkpoint_contexts(policy)
+    return first, _Lasting(again)
+
+
+class _Lasting:
+    """The second of torch's contexts, which hands out what was kept once only: here the next backward pass
+    through a graph that stays, as gradients of gradients make, finds it again."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.kept: Mapping[Any, Any] = {}
+
+    def __enter__(self) -> None:
+        import torch
+
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            self.kept = {operator: copy.copy(entries) for operator, entries in self.inner.storage.items()}
+        self.inner.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.inner.__exit__(*raised)
+        self.inner.storage.update(self.kept)
+        self.kept = {}
+
+
+def _all_of(kept: frozenset[Any]) -> Callable[[Any], bool]:
+    return kept.__contains__
+
+
+def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
+    """torchtitan's policy: of the products of one call only every second is kept, the first, the third..."""
+    import torch
+
+    # To policies a product of torchao's 8-bit tensors is one of plain ones; a compiler's graph has their own.
+    products, seen = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default), 0
+
+    def keeps(op: Any) -> bool:
+        nonlocal seen
+        product = op in products
+        seen += product
+        return op in kept and not (product and seen % 2 == 0)
+
+    return keeps
+
+
+def _kept_operators(policy: str) -> Iterable[Any]:
+    """Operators whose outputs are kept. ``attention``: the fused kernels, whose recomputation costs most
+    per byte; ``matmul``: every dense product as well."""
+    import torch
+
+    aten: Any = torch.ops.aten
+    yield aten._scaled_dot_product_flash_attention_for_cpu.default
+    yield aten._scaled_dot_product_flash_attention.default
+    yield aten._scaled_dot_product_efficient_attention.default
+    yield aten._scaled_dot_product_cudnn_attention.default
+    if policy != "attention":
+        yield from (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
+        yield aten._scaled_mm.default
+
+
+def _every(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"every": k} for k in (1, 2, 3) if k == 1 or k < space.block_count]
+
+
+def _policies(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return [{"keep": "attention"}, {"keep": "matmul"}] if space.block_count else []
+
+
+def _every_with_blocks(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return _every(space) if space.block_count else []
+
+
+FULL = Technique(
+    name="activation-checkpointing",
+    summary="keep only the inputs of blocks and compute their insides again in backward",
+    effect=EffectClass.E0,
+    apply=_apply_full,
+    settings=_every_with_blocks,
+    order=50,
+    slot="recomputation",
+    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1 is all"),),
+)
+
+SELECTIVE = Technique(
+    name="selective-checkpointing",
+    summary="recompute cheap operators of every block, keep the expensive ones",
+    effect=EffectClass.E0,
+    apply=_apply_selective,
+    settings=_policies,
+    order=50,
+    slot="recomputation",
+    knobs=(
+        Knob(
+            name="keep",
+            default="attention",
+            doc="which outputs stay in memory",
+            choices=("attention", "matmul", "every-second-matmul"),
+        ),
+    ),
+)

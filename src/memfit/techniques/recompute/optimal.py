@@ -1,0 +1,98 @@
+"""Optimal recomputation: which tensors of forward to drop, so that the step fits a budget at least cost.
+
+A plan names the budget. Which tensors are dropped is solved from a trace of the job (cost/recompute_ilp.py)
+and stands in the plan from then on, beside a checksum of the operators it was chosen for: the same plan means
+the same tomorrow and elsewhere. Bitwise equal (E0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+NAME = "optimal-checkpointing"
+_SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
+
+
+def dropped_text(key: int, dropped: Iterable[int]) -> str:
+    """``0badcafe:3-9,12``: the operators' checksum and the numbers of dropped storages; "none": none is."""
+    runs: list[list[int]] = []
+    for number in sorted(dropped):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+    return f"{key:08x}:{told}" if told else "none"
+
+
+def read_dropped(text: str) -> tuple[int, frozenset[int]]:
+    key, _, told = text.partition(":")
+    numbers = set[int]()
+    for run in told.split(","):
+        first, _, last = run.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return int(key, 16), frozenset(numbers)
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    text = str(settings["dropped"])
+    if not text:
+        raise UserError(
+            f"{NAME} with a budget of {settings['budget_mib']} MiB and no choice yet",
+            allowed="a plan that memfit has chosen the tensors for",
+            hint="memfit.planner.recompute_budget.chosen(job, plan) gives it",
+        )
+    if text != "none":
+        key, numbers = read_dropped(text)
+        bench.forward_contexts.append(lambda: _without(key, numbers))
+
+
+@contextlib.contextmanager
+def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from memfit.techniques.recompute.selective_recompute import Tape
+
+    tape = Tape(numbers)
+    with saved_tensors_hooks(tape.pack, tape.unpack), tape:
+        yield
+    if tape.packed and tape.key != key:
+        raise UserError(
+            f"{NAME}: the forward pass runs other operators than those the plan was made for",
+            allowed="the same job, device and versions of torch and of the model's library",
+            hint="take 'dropped' out of the plan, and memfit chooses again",
+        )
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a budget is the user's, or the search's own business
+
+
+TECHNIQUE = Technique(
+    name=NAME,
+    summary="drop the tensors whose recomputation costs least, as many as a budget for the step's peak asks",
+    effect=EffectClass.E0,
+    apply=_apply,
+    settings=_nothing,
+    order=95,  # sees the operators that all others leave
+    slot="recomputation",
+    knobs=(
+        Knob(name="budget_mib", default=1024, doc="peak of all tensors of the step, in MiB"),
+        Knob(
+            name="dropped",
+            default="",
+            doc="numbers of the dropped tensors; left out, memfit chooses",
+            pattern=re.compile(_SHAPE),
+        ),
+    ),
+    forbids=(
+        "activation-offload", "compile", "qlora", "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel",
+        "context-parallel", "expert-parallel", "pipeline",
+    ),
+)  # fmt: skip

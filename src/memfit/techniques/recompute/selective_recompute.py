@@ -1,0 +1,326 @@
+"""Tensors that forward makes and lets go of, and that backward makes again from what was kept.
+
+The storages that forward's operators make are numbered in their order. Of those that a choice drops, autograd
+gets a handle in the place of the tensor; the call that made it is remembered with its arguments: tensors
+that are kept themselves, dropped ones by their place. What backward asks for is made again once, and stays
+until nobody needs it any more. Writes in place are part of how a storage was made; random operators start
+from the generator's state of the first time. Every call is the same kernel on the same numbers, so no bit
+changes. (Chen et al. 2016; which to drop: Jain et al. 2020.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from memfit.techniques.recompute.op_numbering import (
+    Numbered,
+    OperatorNumber,
+    called,
+    fact,
+    flat,
+    plain_view,
+    repeatable,
+    storage_key,
+    written,
+)
+from memfit.types.errors import MemfitError
+
+
+class StorageGeometry(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> StorageGeometry:
+        return StorageGeometry(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+
+class Ref(NamedTuple):
+    """A dropped value as it was given to an operator."""
+
+    value: Value
+    geometry: StorageGeometry
+
+
+class OwnTensors(NamedTuple):
+    """The value that the call writes to, as it was given; no reference, which would be a circle."""
+
+    geometry: StorageGeometry
+
+
+class Held(NamedTuple):
+    """A kept tensor as it was given to an operator. ``version``: of a parameter, which an optimizer may step
+    during backward; other writes happen in forward and are seen."""
+
+    tensor: torch.Tensor
+    version: int | None
+
+
+class Value:
+    """A storage that is let go of. ``pending``: the calls that make it and write to it, not yet run again."""
+
+    __slots__ = ("__weakref__", "dtype", "pending", "tensor")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.pending: list[RecomputedCall] = []
+        self.tensor: torch.Tensor | None = None  # once it is made again
+
+
+class Handle(NamedTuple):
+    """What autograd keeps in the place of a dropped tensor."""
+
+    value: Value
+    geometry: StorageGeometry
+
+
+class RecomputedCall:
+    """An operator's call that can be repeated. ``outputs``: (place among its outputs, value that it makes),
+    or (-1, value that it writes to)."""
+
+    __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
+
+    def __init__(self, func: Any, given: tuple[Any, Any], state: Any) -> None:
+        self.func, self.state = func, state
+        self.args, self.kwargs = given
+        self.outputs: list[tuple[int, weakref.ref[Value]]] = []
+        self.sources = [r.value for r in self._references() if isinstance(r, Ref)]
+
+    def _references(self) -> Iterator[Ref | Held]:
+        return _references((*self.args, *self.kwargs.values()))
+
+    def reads(self, tensor: torch.Tensor, value: Value | None) -> bool:
+        key = storage_key(tensor)
+        return any(
+            r.value is value if isinstance(r, Ref) else storage_key(r.tensor) == key
+            for r in self._references()
+        )
+
+    def run(self, own: Value) -> None:
+        """Fill the values that it makes, or write to ``own``. Raises MemfitError where a kept tensor has been
+        written to since."""
+        args = [_given(own, a) for a in self.args]
+        kwargs = {k: _given(own, a) for k, a in self.kwargs.items()}
+        # What was kept for this call alone goes with the arguments.
+        self.args, self.kwargs, self.sources = (), {}, []
+        outs = list(flat((_repeated(self.func, args, kwargs, self.state),)))
+        own.pending.remove(self)
+        for place, reference in self.outputs:
+            value = reference()
+            if value is not None and place >= 0:
+                value.tensor = outs[place]
+                if value is not own:
+                    value.pending.remove(self)
+
+
+def _references(given: Any) -> Iterator[Ref | Held]:
+    for value in given:
+        if isinstance(value, Ref | Held):
+            yield value
+        elif isinstance(value, list):
+            yield from _references(value)
+
+
+def _given(own: Value, leaf: Any) -> Any:
+    if isinstance(leaf, Held):
+        if leaf.version is not None and leaf.tensor._version != leaf.version:
+            raise MemfitError("a parameter was changed in backward before recomputation had read it")
+        return leaf.tensor
+    if isinstance(leaf, Ref):
+        return seen(leaf.value, leaf.geometry)
+    if isinstance(leaf, OwnTensors):
+        return seen(own, leaf.geometry)
+    return [_given(own, part) for part in leaf] if isinstance(leaf, list) else leaf
+
+
+def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
+    tensor = value.tensor
+    assert tensor is not None
+    return tensor if StorageGeometry.of(tensor) == geometry else tensor.as_strided(*geometry)
+
+
+def _repeated(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
+    first = fact(func).statistics
+    if first is not None and args[first] is not None:  # they were updated the first time
+        args = [*args[:first], args[first].clone(), args[first + 1].clone(), *args[first + 2 :]]
+    if state is None:
+        return called(func, args, kwargs)
+    device, before = state
+    now = rng_state(device)
+    set_rng_state(device, before)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        set_rng_state(device, now)
+
+
+def rng_state(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
+
+
+def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+def device_of(args: Any, kwargs: Any) -> torch.device:
+    given = next(flat((args, tuple(kwargs.values()))), None)
+    return given.device if given is not None else torch.device(kwargs.get("device") or "cpu")
+
+
+class Tape(Numbered):
+    """One forward pass without the storages of ``dropped``; use it as context together with its `pack` and
+    `unpack`."""
+
+    def __init__(self, dropped: frozenset[int]) -> None:
+        super().__init__()
+        self.dropped, self.packed = dropped, 0
+        self.values: dict[int, tuple[weakref.ref[Any], Value]] = {}  # by storage, while it lives
+        self.calls: weakref.WeakSet[RecomputedCall] = weakref.WeakSet()
+        self.read: set[int] = set()  # storages, some long gone, that such calls read
+
+    def value(self, tensor: torch.Tensor) -> Value | None:
+        found = self.values.get(storage_key(tensor))
+        return found[1] if found is not None else None
+
+    # -- forward
+
+    def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
+        if not (known.written or known.random):
+            return None
+        targets = written(func, args, kwargs)
+        for tensor in targets:
+            if storage_key(tensor) in self.read:
+                self._run_readers(tensor)
+        if any(self._is_odd(t, targets, kwargs) for t in targets):
+            for tensor in targets:
+                self._keep(tensor)
+        if known.random and (self.count in self.dropped or any(map(self.value, targets))):
+            device = device_of(args, kwargs)
+            return device, rng_state(device)
+        return None
+
+    def after(
+        self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
+    ) -> None:
+        goals = written(func, args, kwargs)
+        if not goals and self.dropped.isdisjoint(range(self.count, self.count + len(made))):
+            return
+        targets = [v for v in map(self.value, goals) if v is not None]
+        ours = [pair for i, pair in enumerate(made, self.count) if i in self.dropped]
+        if not (targets or ours) or not repeatable(kwargs, len(goals) - len(targets)):
+            return
+        call = RecomputedCall(func, self._sources(args, kwargs, targets), state)
+        self.calls.add(call)
+        for value in targets:
+            value.pending.append(call)
+            call.outputs.append((-1, weakref.ref(value)))
+        for place, tensor in ours:
+            value = Value(tensor.dtype)
+            value.pending.append(call)
+            call.outputs.append((place, weakref.ref(value)))
+            self._remember(tensor, value)
+
+    def _is_odd(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
+        """Whether a write to a dropped storage cannot be repeated on another."""
+        value = self.value(tensor)
+        strange = len(targets) > 1 or not repeatable(kwargs, 0)
+        return value is not None and (strange or not plain_view(tensor, value.dtype))
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        """From now on; who has seen it before gets what it was then."""
+        found = self.values.pop(storage_key(tensor), None)
+        if found is not None:
+            before = weakref.ref(found[1])
+            del found
+            if (value := before()) is not None:
+                self._make(value)
+
+    def _remember(self, tensor: torch.Tensor, value: Value) -> None:
+        key, values = storage_key(tensor), self.values
+
+        def died(reference: Any) -> None:
+            if key in values and values[key][0] is reference:
+                del values[key]
+
+        values[key] = (weakref.ref(tensor.untyped_storage(), died), value)
+
+    def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
+        """The arguments with dropped tensors by their place, and kept ones without their graph."""
+        given = [self._source(leaf, targets) for leaf in args]
+        return given, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
+
+    def _source(self, leaf: Any, targets: list[Value]) -> Any:
+        if isinstance(leaf, list | tuple):
+            return [self._source(part, targets) for part in leaf]
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.layout is not torch.strided:
+            return Held(leaf.detach(), None)
+        key = storage_key(leaf)
+        found = self.values.get(key)
+        ours = found is not None and plain_view(leaf, found[1].dtype)
+        if found is not None and ours and found[1] in targets:
+            return OwnTensors(StorageGeometry.of(leaf))
+        self.read.add(key)
+        if found is not None and ours:
+            return Ref(found[1], StorageGeometry.of(leaf))
+        if leaf.is_leaf and leaf.requires_grad:
+            return Held(leaf, leaf._version)
+        return Held(leaf.detach(), None)
+
+    def _run_readers(self, tensor: torch.Tensor) -> None:
+        """Before it is written to. Writes to it itself are repeated in their order."""
+        target = self.value(tensor)
+        for reader in [c for c in self.calls if c.reads(tensor, target)]:
+            for _, reference in reader.outputs:
+                value = reference()
+                if value is not None and value is not target and reader in value.pending:
+                    self._make(value)
+
+    # -- autograd
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        self.packed += 1
+        value = self.value(tensor) if tensor.layout is torch.strided else None
+        if value is None or not plain_view(tensor, value.dtype):
+            return tensor
+        return Handle(value, StorageGeometry.of(tensor))
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if not isinstance(packed, Handle):
+            return packed  # type: ignore[no-any-return]
+        self._make(packed.value)
+        return seen(packed.value, packed.geometry)
+
+    def _make(self, value: Value) -> None:
+        """Run what is pending, sources first."""
+        if not value.pending:
+            return
+        before, self.busy = self.busy, True
+        stack = [value]
+        try:
+            # As in forward, where autograd and autocast had done their part; some kernels ask for the mode.
+            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                while stack:
+                    top = stack[-1]
+                    if not top.pending:
+                        stack.pop()
+                        continue
+                    call = top.pending[0]
+                    missing = [v for v in call.sources if v.pending]
+                    if missing:
+                        stack += missing
+                    else:
+                        call.run(top)
+        finally:
+            self.busy = before

@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO and FairScale's sharded data parallelism."""

@@ -1,0 +1,253 @@
+"""Sharded data parallelism as FairScale lays it out: whole parameters on every rank, each owned by one.
+
+The owner alone keeps a parameter's optimizer state and its gradient, which all ranks reduce to it while
+backward runs; after the step it broadcasts what is new (fairscale/optim/oss.py,
+fairscale/nn/data_parallel/sharded_ddp.py). Gradients of small parameters lie in buckets, one an owner, which
+every rank keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from memfit.techniques.base import Knob, MakeOptimizer, Space, Technique, Workbench
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    from memfit.techniques.zero.zero_stage12 import Alone
+
+    mesh = bench.world.sub("shard")
+    make, group = bench.make_optimizer, mesh.get_group() if mesh is not None else Alone()
+    most = int(settings["reduce_buffer_elements"])
+    bench.make_optimizer = lambda params: ShardedDdp(bench, params, most, make, group)
+
+
+class ShardedDdp:
+    def __init__(
+        self, bench: Workbench, params: list[torch.nn.Parameter], most: int, make: MakeOptimizer, group: Any
+    ) -> None:
+        self.bench, self.group, self.ranks, self.rank = bench, group, group.size(), group.rank()
+        model_elements = sum(p.numel() for p in bench.model.parameters())
+        self.most = min(most, model_elements) if self.ranks > 1 else 0
+        self.owner = owners(params, self.ranks)
+        self.by_owner = [
+            sorted((p for p in params if self.owner[p] == rank), key=lambda p: p.numel())
+            for rank in range(self.ranks)
+        ]
+        self.params = sorted((p for own in self.by_owner for p in own), key=lambda p: p.numel())
+        self.flats: dict[int, torch.Tensor] = {}
+        self._flatten()
+        self.buckets: list[Bucket] = []
+        self.bucket: dict[torch.nn.Parameter, Bucket] = {}
+        self.sent: list[tuple[Any, torch.nn.Parameter | None]] = []  # oldest first
+        self.ready, self.last, self.queued = False, True, False
+        bench.closers += [p.register_post_accumulate_grad_hook(self._on_gradient).remove for p in params]
+        bench.closers.append(bench.model.register_forward_pre_hook(self._on_forward).remove)
+        bench.before_micro_batch.append(self._begin)
+        bench.grad_norm = self.grad_norm
+        self.inner = make([p for p in params if self.owner[p] == self.rank])
+
+    def _flatten(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            for rank, params in enumerate(self.by_owner):
+                if not params:
+                    continue
+                flat, at = params[0].new_zeros(sum(p.numel() for p in params)), 0
+                for param in params:
+                    place = flat.narrow(0, at, param.numel())
+                    place.copy_(param.detach().view(-1))
+                    param.data = place.view_as(param)
+                    at += param.numel()
+                self.flats[rank] = flat
+
+    def _begin(self, last: bool) -> None:
+        self.last, self.queued = last, False
+
+    def _on_forward(self, *_: Any) -> None:
+        """The first one makes the parameters' flat buffers again, and the buckets."""
+        import torch
+
+        if not torch.is_grad_enabled():
+            return
+        if not self.ready:
+            self.ready = True
+            self._flatten()
+            self._fill_buckets()
+        if self.last and self.ranks > 1:
+            works = [self._send("broadcast", b.detach(), 0) for b in self.bench.model.buffers()]
+            for work in works:
+                work.wait()
+        for bucket in self.buckets:
+            bucket.missing, bucket.sent = len(bucket.params), False
+
+    def _fill_buckets(self) -> None:
+        import torch
+
+        if not self.most:
+            return
+        with torch.no_grad():
+            buckets: dict[int, Bucket] = {}
+            for param in self.params:
+                owner = self.owner[param]
+                if owner not in buckets:
+                    buckets[owner] = Bucket(owner, param.new_zeros(self.most))
+                if buckets[owner].elements + param.numel() < self.most:
+                    buckets[owner].add(param)
+                    self.bucket[param] = buckets[owner]
+            self.buckets = list(buckets.values())
+            for bucket in self.buckets:
+                bucket.shrink()
+
+    def _send(self, what: str, tensor: torch.Tensor, rank: int) -> Any:
+        import torch
+
+        to = torch.distributed.get_global_rank(self.group, rank)
+        return getattr(torch.distributed, what)(tensor, to, group=self.group, async_op=True)
+
+    def _reduce(self, grad: torch.Tensor, owner: int, param: torch.nn.Parameter | None = None) -> None:
+        grad.mul_(1.0 / self.ranks)
+        work = self._send("reduce", grad, owner) if self.ranks > 1 else None
+        self.sent.append((work, param))
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        import torch
+
+        if not self.last:
+            return
+        if not self.queued:
+            self.queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        with torch.no_grad():
+            self._hand_over(param)
+            # The one just sent is under way. An accelerator is behind the program: none may have arrived.
+            while len(self.sent) > 1 and self.bench.device == "cpu":
+                self._arrive()
+
+    def _hand_over(self, param: torch.nn.Parameter) -> None:
+        if (bucket := self.bucket.get(param)) is None:
+            assert param.grad is not None
+            self._reduce(param.grad, self.owner[param], param)
+            return
+        bucket.missing -= 1
+        if not bucket.missing:
+            bucket.sent = True
+            self._reduce(bucket.buffer, bucket.owner)
+
+    def _arrive(self) -> None:
+        work, param = self.sent.pop(0)
+        if work is not None:
+            work.wait()
+        if param is not None and self.owner[param] != self.rank:
+            param.grad = None
+
+    def _after_backward(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            for bucket in self.buckets:
+                if not bucket.sent and bucket.params:
+                    self._reduce(bucket.buffer, bucket.owner)
+                bucket.sent = True
+            while self.sent:
+                self._arrive()
+
+    def grad_norm(self) -> torch.Tensor:
+        import torch
+
+        from memfit.techniques.zero.zero_stage12 import all_reduce
+
+        grads = [p.grad for p in self.params if self.owner[p] == self.rank and p.grad is not None]
+        total = torch.stack([torch.linalg.vector_norm(g) for g in grads]).float().square().sum()
+        all_reduce(total, self.group)
+        return total.sqrt()
+
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        """(parameter, its first element, gradient) of those that this rank updates: others' are stale."""
+        own = (p for p in self.params if self.owner[p] == self.rank)
+        return ((p, 0, p.grad) for p in own if p.grad is not None)
+
+    def step(self) -> None:
+        self.inner.step()
+        if self.ranks > 1:
+            for work in [self._send("broadcast", flat, rank) for rank, flat in self.flats.items()]:
+                work.wait()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for param in self.params:
+            if param not in self.bucket:
+                param.grad = None
+        for bucket in self.buckets:
+            bucket.buffer.zero_()
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+
+class Bucket:
+    """Gradients of small parameters of one owner, as views."""
+
+    def __init__(self, owner: int, buffer: torch.Tensor) -> None:
+        self.owner, self.buffer, self.elements = owner, buffer, 0
+        self.params: list[torch.nn.Parameter] = []
+        self.missing, self.sent = 0, False
+
+    def add(self, param: torch.nn.Parameter) -> None:
+        import torch
+
+        param.grad = torch.zeros_like(param)
+        self._place(param, self.elements)
+        self.params.append(param)
+        self.elements += param.numel()
+
+    def shrink(self) -> None:
+        self.buffer, at = self.buffer[: self.elements].clone(), 0
+        for param in self.params:
+            self._place(param, at)
+            at += param.numel()
+
+    def _place(self, param: torch.nn.Parameter, at: int) -> None:
+        assert param.grad is not None
+        place = self.buffer.narrow(0, at, param.numel()).view_as(param)
+        place.copy_(param.grad)
+        param.grad = place
+
+
+def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
+    """Each parameter goes to the rank that has least so far, in the model's order."""
+    sizes, found = [0] * ranks, {}
+    for param in params:
+        found[param] = rank = sizes.index(min(sizes))
+        sizes[rank] += param.numel()
+    return found
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="sharded-ddp",
+    summary="optimizer state and gradient of each whole parameter on one rank, as FairScale lays it out",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=90,
+    slot="data-parallel",
+    knobs=(
+        Knob(
+            name="reduce_buffer_elements",
+            default=2**23,
+            doc="small gradients reduced together, which every rank keeps; 0: each alone",
+            minimum=0,
+        ),
+    ),
+    forbids=("optimizer-in-backward", "tensor-parallel", "context-parallel", "pipeline"),
+)

@@ -1,0 +1,111 @@
+"""ZeRO as DeepSpeed lays it out (Rajbhandari et al. 2020): what of the model state each rank keeps.
+
+Stage 0 only averages gradients, stage 1 shards the optimizer's state, stage 2 the gradients too, stage 3 the
+parameters too. The layouts are those of DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py: one flat
+buffer of parameters, an fp32 master of this rank's part, gradients reduced in a contiguous bucket of fixed
+size. One rank has them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from memfit.techniques.base import Knob, Space, Technique, Workbench
+from memfit.types.errors import UserError
+from memfit.types.plan import EffectClass, KnobValue
+
+if TYPE_CHECKING:
+    import torch
+
+    from memfit.techniques.zero.zero_stage12 import Reducing
+
+
+def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
+    import torch
+
+    from memfit.techniques.precision import Bf16Inputs
+    from memfit.techniques.zero.zero_stage3 import ZeroThree
+    from memfit.techniques.zero.zero_stage12 import Alone, ZeroNone, ZeroTwo
+
+    mesh = bench.world.sub("shard")
+    stage, offload = int(settings["stage"]), str(settings["offload"])
+    if stage == 0 and (offload != "none" or settings["precision"] != "fp32"):
+        raise UserError("zero of stage 0 with offload or bf16", allowed="stages 1 to 3")
+    if offload == "parameters" and stage < 3:
+        raise UserError(
+            f"zero of stage {stage} keeps whole parameters on the device",
+            allowed='offload="none" or "optimizer"; "parameters" with stage=3',
+        )
+    bench.parameters_on = "host" if offload == "parameters" else ""
+    with bench.place("" if stage < 3 else "host"):  # stages 1 and 2 move the model to the device first
+        bench.model.to(torch.bfloat16 if settings["precision"] == "bf16" else torch.float32)
+    if settings["precision"] == "bf16":
+        bench.forward_contexts.append(lambda: Bf16Inputs(bench.model))
+    make, group = bench.make_optimizer, mesh.get_group() if mesh is not None else Alone()
+    kind = (ZeroNone, ZeroTwo, ZeroTwo, ZeroThree)[stage]
+
+    def make_zero(params: list[torch.nn.Parameter]) -> Reducing:
+        return kind(bench, params, settings, make, group)
+
+    bench.make_optimizer = make_zero
+
+
+def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
+    return []  # a plan of one rank has no use for it
+
+
+TECHNIQUE = Technique(
+    name="zero",
+    summary="optimizer state, then gradients, then parameters sharded, as DeepSpeed lays them out",
+    effect=EffectClass.E1,
+    apply=_apply,
+    settings=_nothing,
+    order=90,
+    slot="data-parallel",
+    knobs=(
+        Knob(
+            name="stage",
+            default=2,
+            doc="0: gradients are averaged; 1: optimizer state sharded; 2: and gradients; 3: and parameters",
+            choices=(0, 1, 2, 3),
+        ),
+        Knob(
+            name="precision",
+            default="fp32",
+            doc="parameters and gradients; the master is fp32",
+            choices=("fp32", "bf16"),
+        ),
+        Knob(name="reduce_bucket_elements", default=500_000_000, doc="gradients reduced together"),
+        Knob(
+            name="overlap",
+            default=False,
+            doc="stages 1, 2: gradients are reduced in backward, and a second bucket fills meanwhile",
+            choices=(True, False),
+        ),
+        Knob(
+            name="offload",
+            default="none",
+            doc="what lives in host memory",
+            choices=("none", "optimizer", "parameters"),
+        ),
+        Knob(name="persist_elements", default=100_000, doc="stage 3: parameters up to this size stay whole"),
+        Knob(name="live_elements", default=1_000_000_000, doc="stage 3: gathered parameters kept for reuse"),
+        Knob(name="prefetch_elements", default=50_000_000, doc="stage 3: gathered ahead"),
+        Knob(
+            name="memory_efficient_linear",
+            default=True,
+            doc="stage 3: linear layers keep no gathered weight; False: torch's own, which keep "
+            "weights until backward; on one rank losses are then plain training's bits",
+            choices=(True, False),
+        ),
+    ),
+    forbids=(
+        "optimizer-in-backward",
+        "bf16-autocast",
+        "bf16-parameters",
+        "tensor-parallel",
+        "context-parallel",
+        "pipeline",
+    ),
+)

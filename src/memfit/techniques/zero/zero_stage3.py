@@ -1,0 +1,401 @@
+"""ZeRO stage 3: parameters are gathered just before a module needs them and let go when none soon will.
+
+The first forward and backward records which modules run in which order and lets parameters go at once; from
+then on parameters are gathered ahead and kept for reuse within the limits (DeepSpeed's
+partitioned_param_coordinator.py and partition_parameters.py). A parameter that is let go is empty; a view of
+it that autograd saved keeps the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.distributed_c10d import ReduceScatterOptions
+
+from memfit.techniques.zero.zero_stage3_autograd import LinearPatch, tapped, watch_reads
+from memfit.techniques.zero.zero_stage12 import Group, Reducing, all_gather, norm64
+
+if TYPE_CHECKING:
+    from memfit.techniques.base import MakeOptimizer, Workbench
+    from memfit.types.plan import KnobValue
+
+
+class ZeroThree(Reducing):
+    """Every parameter is cut evenly over the ranks; shards of those to train lie in one flat buffer."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        params: list[torch.nn.Parameter],
+        settings: Mapping[str, KnobValue],
+        make: MakeOptimizer,
+        group: Group,
+    ) -> None:
+        super().__init__(bench, params, settings, group)
+        self.norms: dict[torch.nn.Parameter, torch.Tensor] = {}
+        with torch.no_grad():
+            self.shards = shards = Shards(bench, params, settings, group)
+            own = shards.flat
+            with bench.place(self.state_on):
+                self.master = torch.nn.Parameter(own.float().clone())
+                if self.state_on:
+                    self.master.grad = torch.zeros_like(self.master)
+                torch.zeros_like(self.master)
+            with bench.place(""):
+                self.buffer = torch.empty(self.limit, dtype=own.dtype)
+            with bench.place(self.state_on):
+                self.grads = torch.zeros_like(own)
+            for param in params:  # its gradient's shape is learnt
+                shards.gather([param])
+                shards.let_go([param])
+        bench.on_kept(own, "parameter")
+        bench.on_kept(self.grads, "gradient")
+        bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
+        linear = LinearPatch() if settings["memory_efficient_linear"] else None
+        for module in bench.model.modules():  # those without parameters too: there is time to gather ahead
+            self._watch(module)
+            bench.closers.append(watch_reads(module, shards.read))
+            bench.closers += linear.during(module) if linear is not None else []
+        self.inner = make([self.master])
+
+    def _watch(self, module: torch.nn.Module) -> None:
+        """Fetch before and let go after the module's forward, and its backward."""
+        fetch, release, running = self.shards.fetch, self.shards.release, self.shards.running
+
+        def before(mod: torch.nn.Module, args: Any) -> Any:
+            running.append(mod)
+            fetch(mod)
+            return tapped(args, lambda: release(mod), once=True)
+
+        def after(mod: torch.nn.Module, args: Any, out: Any) -> Any:
+            running.pop()
+            release(mod)
+            return tapped(out, lambda: fetch(mod))
+
+        self.bench.closers.append(module.register_forward_pre_hook(before).remove)
+        self.bench.closers.append(module.register_forward_hook(after).remove)
+
+    def _on_gradient(self, param: torch.nn.Parameter) -> None:
+        if self.pending and self.elements + param.numel() > self.limit:
+            self._reduce()
+        if self.elements + param.numel() <= self.limit:
+            self._into(self.buffer, self.elements, param)
+        self.pending.append(param)
+        self.elements += param.numel()
+
+    def _reduce(self) -> None:
+        """Reduce and scatter a copy in which each rank's pieces lie together."""
+        pending = sorted(self.pending, key=self.shards.number.__getitem__)
+        sizes = [self.shards.size[p] for p in pending]
+        own = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
+        for param, part in zip(pending, own.split(sizes), strict=True):
+            self._keep(param, part)
+        self.pending, self.elements = [], 0
+
+    def _scattered(self, grads: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+        even = all(g.numel() == n * self.ranks for g, n in zip(grads, sizes, strict=True))
+        if even and len(grads) == 1:
+            whole = grads[0]
+        elif even:  # one piece for all ranks: thousands of them take longer than what they are for
+            whole = torch.cat([g.view(self.ranks, -1) for g in grads], dim=1).view(-1)
+        else:
+            pieces = [
+                c
+                for r in range(self.ranks)
+                for g, n in zip(grads, sizes, strict=True)
+                for c in piece(g, n, r)
+            ]
+            whole = torch.cat(pieces)
+        whole.div_(self.ranks)
+        own = whole.narrow(0, self.rank * sum(sizes), sum(sizes))
+        if self.ranks > 1:
+            self.group._reduce_scatter_base(own, whole, ReduceScatterOptions()).wait()
+        return own
+
+    def _keep(self, param: torch.nn.Parameter, part: torch.Tensor) -> None:
+        kept, apart = self.shards.of(param, self.grads), bool(self.state_on) and self.bench.device != "cpu"
+        if self.micro_batch == 0:
+            kept.copy_(part)
+        elif apart:
+            kept.copy_(part.clone().add_(part))  # what is there comes to the device and goes back
+        else:
+            kept.add_(part)
+        if self.state_on and self.last:
+            with self.bench.place(""):
+                grad = kept.clone() if apart else kept
+                self.norms[param] = norm64(grad)
+                assert self.master.grad is not None
+                self.shards.of(param, self.master.grad).copy_(grad.float())
+        param.grad = None
+
+    def _after_backward(self) -> None:
+        with torch.no_grad():
+            if self.pending:
+                self._reduce()
+            self.shards.end()
+
+    def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
+        return ((p, self.rank * self.shards.size[p], self.shards.of(p, self.grads)) for p in self.params)
+
+    def grad_norm(self) -> torch.Tensor:
+        with torch.no_grad():
+            self.shards.let_go(self.shards.whole)
+        if self.state_on:
+            return self._norm(self.norms.values())
+        return self._norm(norm64(self.shards.of(p, self.grads)) for p in self.params)
+
+    def step(self) -> None:
+        self.micro_batch = -1
+        with self.bench.place(self.state_on):
+            if not self.state_on:
+                parts = [self.shards.of(p, self.grads) for p in self.params]
+                self.master.grad = torch._utils._flatten_dense_tensors(parts).float()
+            self._scaled()
+            self.inner.step()
+            if not self.state_on:
+                self.master.grad = None
+        with torch.no_grad():
+            self.shards.flat.copy_(self.master)
+            self.shards.gather(list(self.shards.persistent))
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {self.master: {"master": self.master, **self.inner.state.get(self.master, {})}}
+
+
+class Shards:
+    """This rank's pieces of all parameters, and which parameters are whole at the moment."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        trained: list[torch.nn.Parameter],
+        settings: Mapping[str, KnobValue],
+        group: Group,
+    ) -> None:
+        self.bench, self.group, self.ranks = bench, group, group.size()
+        every = list(bench.model.parameters())
+        self.number = {p: i for i, p in enumerate(every)}
+        self.shape = {p: p.shape for p in every}
+        self.size = {p: -(-p.numel() // self.ranks) for p in every}
+        threshold, self.offload = int(settings["persist_elements"]), settings["offload"] == "parameters"
+        self.persistent = dict.fromkeys(p for p in every if p.numel() <= threshold)
+        self.most_live, self.ahead = int(settings["live_elements"]), int(settings["prefetch_elements"])
+        self.whole: set[torch.nn.Parameter] = set()
+        self.flying: dict[torch.nn.Parameter, Flight] = {}  # or landed and not used yet
+        self.active: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
+        self.running: list[torch.nn.Module] = []
+        self.others: dict[torch.nn.Module, list[torch.nn.Parameter]] = defaultdict(list)  # that it reads
+        self.visits: list[torch.nn.Module] | None = None  # of this micro-batch, until they are known
+        self.order: list[torch.nn.Module] = []  # as known
+        self.shard = {p: self._cut(p) for p in every}
+        self.place: dict[torch.nn.Parameter, int] = {}
+        self.flat = self._flattened(trained)
+        for param in every:  # for who looks at what a rank holds
+            param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
+        self.begin()
+
+    def _cut(self, param: torch.nn.Parameter) -> torch.Tensor:
+        on_host = self.offload and param not in self.persistent
+        with self.bench.place("host" if on_host else ""):
+            own = torch.empty(self.size[param], dtype=param.dtype)
+        start = min(self.group.rank() * self.size[param], param.numel())
+        given = param.detach().view(-1)[start : start + self.size[param]]
+        own[: given.numel()].copy_(given)
+        own[given.numel() :].zero_()
+        param.data = torch.empty(0, dtype=param.dtype)
+        return own
+
+    def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
+        """Pieces go one by one into a buffer on the host, which then moves to the device."""
+        with self.bench.place("host"):
+            flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
+        at = 0
+        for param in trained:
+            self.place[param] = at
+            at += self.size[param]
+            self.of(param, flat).copy_(self.shard[param])
+            del self.shard[param]
+        if not self.offload and self.bench.device != "cpu":
+            with self.bench.place(""):
+                flat = flat.clone()
+        self.shard.update((p, self.of(p, flat)) for p in trained)
+        return flat
+
+    def of(self, param: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
+        return flat.narrow(0, self.place[param], self.size[param])
+
+    def begin(self) -> None:
+        """A forward pass of the whole model starts."""
+        for param in list(self.flying):
+            if param in self.flying:
+                self._land(param)
+            self._free(param)
+        if not self.order and self.visits:
+            self.order, self.visits = self.visits, None
+        elif not self.order:
+            self.visits = []
+        self.at, self.live = 0, 0
+        self.latest: dict[torch.nn.Parameter, int] = defaultdict(lambda: -1)
+        self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self._of(m))
+
+    def end(self) -> None:
+        """Backward is over: modules whose inputs need no gradient were not told."""
+        for param in [p for p, modules in self.active.items() if modules]:
+            self.active[param].clear()
+            if param not in self.persistent:
+                self._free(param)
+
+    def _of(self, module: torch.nn.Module) -> list[torch.nn.Parameter]:
+        own = {*module.parameters(recurse=False), *self.others[module]}
+        return sorted(own, key=self.number.__getitem__)
+
+    def read(self, param: torch.nn.Parameter) -> None:
+        """A module that runs reads a parameter, perhaps of another: from now on it is fetched for it too."""
+        if self.running and param in self.number and param not in self.whole and param not in self.flying:
+            self.others[self.running[-1]].append(param)
+            with torch.no_grad():
+                self.gather([param])
+
+    def fetch(self, module: torch.nn.Module) -> None:
+        if self.order and (self.at >= len(self.order) or self.order[self.at] is not module):
+            self.order, self.queue, self.visits = [], deque(), None  # it goes another way than before
+        if self.visits is not None:
+            self.visits.append(module)
+        needed = self._of(module)
+        with torch.no_grad():
+            self._send([p for p in needed if p not in self.whole and p not in self.flying])
+            for param in needed:
+                self.active[param].add(module)
+                if param in self.flying:
+                    self._land(param)
+            if self.order:
+                self._prefetch(needed)
+        self.at += 1
+
+    def _prefetch(self, needed: list[torch.nn.Parameter]) -> None:
+        """Send for what comes next, in the order in which it will be used."""
+        new = {p for p in needed if self.latest[p] < self.at}
+        seen: set[torch.nn.Parameter] = set()
+        while self.queue and len(seen) < len(new):
+            param, self.latest[param] = self.queue.popleft()
+            seen.add(param)
+        room, wanted = min(self.most_live - self.live, self.ahead), dict[torch.nn.Parameter, None]()
+        while self.queue and room > 0:
+            param, at = self.queue.popleft()
+            self.latest[param] = max(self.latest[param], at)
+            if param not in self.whole and param not in self.flying and param not in wanted:
+                wanted[param] = None
+                room -= math.prod(self.shape[param])
+        self._send(sorted(wanted, key=self.number.__getitem__))
+
+    def release(self, module: torch.nn.Module) -> None:
+        own = self._of(module)
+        kept = self._kept(own) if self.order else set()
+        for param in own:
+            self.active[param].discard(module)
+            if param not in kept:
+                self._free(param)
+
+    def _kept(self, own: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
+        """Those that stay whole, or are used again within the limit of what may be kept for reuse."""
+        soon = set(self.persistent) | {p for p in own if self.latest[p] > self.at}
+        elements = 0
+        for module in self.order[self.at :]:
+            if elements >= self.most_live:
+                break
+            for param in self._of(module):
+                soon.add(param)
+                elements += math.prod(self.shape[param])
+        return soon
+
+    def _free(self, param: torch.nn.Parameter) -> None:
+        if param in self.whole and not self.active[param]:
+            self.let_go([param])
+            self.live -= math.prod(self.shape[param])
+
+    def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
+        for param in list(params):
+            param.data = torch.empty(0, dtype=param.dtype)
+            self.whole.discard(param)
+            self.active[param].clear()
+
+    def gather(self, params: list[torch.nn.Parameter]) -> None:
+        """Each into a tensor of its own, at once."""
+        if self.ranks == 1 and len(params) > 1:
+            self._be_whole(params)
+            return
+        wholes = [torch.empty(self.size[p] * self.ranks, dtype=p.dtype) for p in params]
+        works = [all_gather(w, self.shard[p], self.group) for w, p in zip(wholes, params, strict=True)]
+        for work in works:
+            if work is not None:
+                work.wait()
+        for param, whole in zip(params, wholes, strict=True):
+            self._arrived(param, whole)
+
+    def _send(self, params: list[torch.nn.Parameter]) -> None:
+        """Start to gather parameters, several of them in one flat tensor."""
+        if not params:
+            return
+        self.live += sum(math.prod(self.shape[p]) for p in params)
+        if self.ranks == 1:
+            self._be_whole(params)
+            return
+        flat = torch.empty(sum(self.size[p] for p in params) * self.ranks, dtype=params[0].dtype)
+        own = flat.chunk(self.ranks)[self.group.rank()] if len(params) > 1 else self.shard[params[0]]
+        if len(params) > 1:
+            torch.cat([self.shard[p] for p in params], out=own)
+        flight = Flight(params, flat, all_gather(flat, own, self.group))
+        self.flying.update(dict.fromkeys(params, flight))
+
+    def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
+        """One rank's pieces are the parameters themselves."""
+        for param in params:
+            apart = self.offload and self.bench.device != "cpu"
+            self._arrived(param, self.shard[param].clone() if apart else self.shard[param])
+
+    def _land(self, param: torch.nn.Parameter) -> None:
+        """The first that is needed lands all; what came is kept until the last of them is."""
+        flight = self.flying.pop(param)
+        if flight.landed:
+            return
+        flight.landed = True
+        if flight.work is not None:
+            flight.work.wait()
+        if len(flight.params) == 1:
+            self._arrived(param, flight.flat)
+            return
+        at, rows = 0, flight.flat.view(self.ranks, -1)
+        for one in flight.params:
+            size, count = self.size[one], math.prod(self.shape[one])
+            if count == size * self.ranks:
+                together = rows[:, at : at + size].clone(memory_format=torch.contiguous_format).view(-1)
+            else:
+                pieces = [rows[r, at : at + min(size, count - r * size)] for r in range(self.ranks)]
+                together = torch.cat([p for p in pieces if p.numel()])
+            self._arrived(one, together)
+            del together
+            at += size
+
+    def _arrived(self, param: torch.nn.Parameter, flat: torch.Tensor) -> None:
+        shape = self.shape[param]
+        param.data = flat[: math.prod(shape)].view(shape)
+        self.whole.add(param)
+
+
+class Flight:
+    """A gather under way."""
+
+    def __init__(self, params: list[torch.nn.Parameter], flat: torch.Tensor, work: Any) -> None:
+        self.params, self.flat, self.work, self.landed = params, flat, work, False
+
+
+def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
+    """A rank's piece of a flat tensor, and what fills it up to ``size``."""
+    start = min(rank * size, flat.numel())
+    own = flat[start : start + size]
+    return [own] if own.numel() == size else [own, flat.new_zeros(size - own.numel())]

@@ -1,0 +1,469 @@
+"""The ledger: every storage's birth and death, every operator call, in the order they happen.
+
+Storages are what is counted, views once, rounded to the device's granularity (64 B on CPU, c10's
+alignment; 512 B on CUDA, the caching allocator's smallest block).
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+
+from memfit.model.batch_objects import batch_tensors
+from memfit.trace import operators
+from memfit.trace.concrete_values import Shadows
+from memfit.trace.data_dependent import Guesses
+from memfit.trace.fake_storage import of_kernels_types, plain_tensors, sole_counts, strided_storage
+from memfit.trace.operators import tensors_in
+from memfit.trace.source_location import ModuleStack, newest_node, running_node, user_line
+from memfit.trace.streams import Flow, Flows
+from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
+
+_PRODUCT = ("aten.bmm.default", "aten.mm.default")  # of attention's scores, of a linear layer
+
+
+@dataclasses.dataclass(slots=True)
+class _Life:
+    start: int
+    size_bytes: int
+    phase: Phase
+    step: int
+    module: str
+    op: str
+    line: str
+    node: int  # sequence number of the autograd node at work, in forward too where that takes gradients
+    end: int | None = None
+    category: Category | None = None
+    place: str = ""
+
+
+_ROWS = "_memfit_rows"
+
+
+class _Rows:
+    """Indices and values of a sparse tensor, which its views share; how many of its rows are distinct."""
+
+    def __init__(self, size_bytes: int, distinct_ratio: float) -> None:
+        self.size_bytes, self.distinct_ratio, self.joined = size_bytes, distinct_ratio, False
+
+
+def _rows_of(tensor: torch.Tensor) -> _Rows:
+    rows: _Rows | None = getattr(tensor, _ROWS, None)
+    if rows is None:
+        setattr(tensor, _ROWS, rows := _Rows(0, 1.0))
+    return rows
+
+
+_SPARSE_COPIES = 5  # of a gradient's rows that SparseAdam has at once
+_SCALAR = 0.5  # an optimizer's own, a step count or a product of momenta: formulas divide by it and by 1 - it
+_DEVICE: Any = torch.ops.prim.device.default
+_NOTHING = operators.OperatorWork("[]", "", 0, 0)
+
+
+class Ledger(TorchDispatchMode):
+    """Enter inside a FakeTensorMode. ``phase()`` marks the step's phases; ``label()`` names storages."""
+
+    def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
+        self.lines = lines
+        self.clock = 0
+        self.step = 0
+        self.current = Phase.SETUP
+        self.lives: list[_Life] = []
+        self.spans: list[PhaseSpan] = []
+        self.modules = ModuleStack()
+        self.shadows = Shadows()
+        self.guesses = guesses or Guesses()
+        self.guesses.shadows = self.shadows
+        self.results = operators.Results(self.guesses)
+        self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
+        self.paused = False
+        self.place = ""  # where tensors are made: "" with the model, "host", or another stream's pool
+        self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
+        self._span_start = 0
+        self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
+        self._calls: list[operators.OperatorCall] = []
+        self.flows = Flows()
+        self._works: dict[Any, operators.OperatorWork] = {}
+        self._sole = sole_counts()
+        self._sparse_seen = False
+        self._line_of_node: dict[int, str] = {}
+        self._flying: dict[int, Any] = {}  # by storage of what comes: what a collective sends until then
+        self._outer: Any = None  # the operator last called on a wrapper, such as a tensor not yet waited for
+
+    # -- what the step tells ------------------------------------------------------------------------
+
+    def phase(self, phase: Phase) -> None:
+        self._close_span()
+        self.current = phase
+        self.shadows.on = self.shadows.seeded and phase is not Phase.OPTIMIZER
+
+    def next_step(self) -> None:
+        self.step += 1
+
+    def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
+        """Name the storages of every tensor in ``value``, and whose they are; births that nobody saw are
+        noted now."""
+        for tensor in batch_tensors(value):
+            for inner in plain_tensors(tensor):
+                life = self.note_real(inner, category.value)
+                life.category = category
+                life.module = life.module if module is None else module
+
+    def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
+        """A tensor that never passes the dispatcher."""
+        return self._note(tensor, op, self.modules.name(self.current))
+
+    def note_offload(self, out_bytes: int, back_bytes: int) -> None:
+        self.offloaded_bytes += out_bytes
+        self.restored_bytes += back_bytes
+        self.offloaded_tensors += 1
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has grown or shrunk in place: the old block's life ends, the new one's begins."""
+        known = self._known.get(storage._cdata)
+        size_bytes = storage.nbytes()
+        if known is None or known[0]() is None or known[1].size_bytes == size_bytes:
+            return
+        reference, old = known
+        # As torch does it: the new block is there before the contents move and the old one goes.
+        life = self._born(size_bytes, old.op, old.module, old.category)
+        self._end(old)
+        self._known[storage._cdata] = (reference, life)
+
+    # -- what torch does ----------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device  # autograd asks at every turn, and all fake tensors know
+        kwargs = kwargs or {}
+        if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
+            self._outer = func
+            return NotImplemented  # its inner operators come here one by one
+        if self.paused:
+            return self._unrecorded(func, args, kwargs)
+        if (
+            FakeTensor not in types
+            and func is not operators.LIFT
+            and any(isinstance(a, torch.Tensor) for a in args)
+        ):
+            with no_dispatch():
+                return func(*args, **kwargs)  # real tensors, such as a device mesh, have values to look at
+        if func is operators.COMING:
+            return AsyncCollectiveTensor(args[0])
+        fact = operators.fact(func)
+        if fact.composite:
+            with self:
+                return func.decompose(*args, **kwargs)
+        values = self.shadows.values(func, args, kwargs)
+        if func is operators.ITEM:
+            told = self.current not in (Phase.OPTIMIZER, Phase.SETUP)
+            if self.current is Phase.OPTIMIZER and values is None and args[0].dtype.is_floating_point:
+                values = _SCALAR
+            return self.guesses.item(args[0], told=told, value=values)
+        out = (
+            self._silent(func, fact, args, kwargs)
+            if fact.silent
+            else self._watched(func, fact, args, kwargs, values)
+        )
+        if values is not None and func not in operators.MAKERS:
+            self.shadows.attach(out, values)
+        return out
+
+    def _unrecorded(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is operators.ITEM and args[0].constant is None:
+            return self.guesses.item(args[0], told=False)
+        if self.guesses.decides(func):
+            return self.guesses.call(func, args, kwargs)
+        return operators.built(func, args, kwargs)
+
+    def _silent(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
+        out = operators.view(func, args, kwargs)
+        out = func(*args, **kwargs) if out is None else out
+        if func in operators.MAKERS:
+            self._note(out, fact.name, self.modules.name(self.current))
+        elif self._sparse_seen and operators.is_sparse(out) and operators.is_sparse(args[0]):
+            setattr(out, _ROWS, _rows_of(args[0]))
+        return out
+
+    def _watched(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any) -> Any:
+        """An operator that works: its outputs' storages and its cost go on record."""
+        if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
+            return self._sparse(func, fact, args, kwargs)
+        module = self.modules.name(self.current)
+        owners = self._owners(args) if not module and self.current in (Phase.SETUP, Phase.OPTIMIZER) else []
+        module = module or (owners[0] if len(owners) == 1 else "")
+        before = self.clock
+        self.clock += 1
+        key = (func, operators.key(args), operators.key(kwargs) if kwargs else ())
+        if self._writes(func, args, kwargs):
+            self.guesses.positions(func, args)
+            func, out = operators.IN_PLACE[func], args[0]
+            fact, key = operators.fact(func), (func, *key[1:])
+        else:
+            out = self.results.of(key, func, args, kwargs, values)
+            if func in operators.WIDE_LOSSES:
+                self._widen(args[0], args[1], out)
+            elif func is operators.SOFTMAX_BACKWARD and self.device == "cuda":
+                self.guesses.scratch.append(torch.empty_like(args[1]))  # times the gradient: SoftMax.cu
+            elif func in operators.NORMS:
+                out = of_kernels_types(func, args, out, self.device)
+        outputs = tensors_in(out)
+        each = len(owners) == len(outputs) > 1
+        for i, tensor in enumerate((*self.guesses.scratch, *outputs)):
+            self._note(tensor, fact.name, owners[i] if each else module)
+            if fact.resizes:
+                self.resized(tensor.untyped_storage())
+        self.guesses.scratch.clear()
+        self._fly(func, args, out)
+        work = self._works.get(key)
+        if work is None:
+            work = self._works[key] = operators.work(func, fact, args, kwargs, out)
+        if self.place != "host" or self.current is not Phase.SETUP:  # building there is not the device's work
+            self._record(
+                before, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
+            )
+        return out
+
+    def _sparse(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
+        """Fake sparse tensors hold no rows: those given to the first count, and what is made of them has as
+        many. An optimizer that joins equal rows works on copies of them (torch/optim/_functional.py)."""
+        if func is operators.IS_COALESCED:  # rows may repeat, and joining them is work
+            return _rows_of(args[0]).joined
+        # A fake one without rows counts as joined, which torch refuses to do again.
+        out = args[0].clone() if func is operators.COALESCE else func(*args, **kwargs)
+        given = [_rows_of(t) for t in args if operators.is_sparse(t)]
+        size_bytes = max((rows.size_bytes for rows in given), default=0)
+        share = min((rows.distinct_ratio for rows in given), default=1.0)
+        if func is operators.COALESCE:
+            size_bytes, share = int(size_bytes * share), 1.0
+        if func in operators.SPARSE_MAKERS:
+            dense = [t for t in tensors_in(args) if not operators.is_sparse(t)]
+            size_bytes = sum(t.numel() * t.element_size() for t in dense) or size_bytes
+            places = next((self.shadows.of(t) for t in dense if t.dtype is torch.int64), None)
+            if places is not None and places.numel():
+                with no_dispatch():
+                    share = places.unique(dim=-1).numel() / places.numel()
+        self._sparse_seen = True
+        made = [_Rows(size_bytes, share) for t in tensors_in(out) if operators.is_sparse(t)]
+        for tensor, rows in zip(filter(operators.is_sparse, tensors_in(out)), made, strict=True):
+            setattr(tensor, _ROWS, rows)
+            self._note(tensor, fact.name, self.modules.name(self.current))
+            rows.joined = func is operators.COALESCE
+        if func is operators.COALESCE and self.current is Phase.OPTIMIZER:
+            for copy in [_Rows(size_bytes, 1.0) for _ in range(_SPARSE_COPIES)]:
+                made.append(copy)
+                self._note_rows(copy, fact.name, self.modules.name(self.current))
+        return out
+
+    def _note_rows(self, rows: _Rows, op: str, module: str) -> _Life:
+        known = self._known.get(id(rows))
+        if known is not None and known[0]() is rows:
+            return known[1]
+        life = self._born(rows.size_bytes, op, module)
+        self._known[id(rows)] = (weakref.ref(rows, self._death(id(rows))), life)
+        return life
+
+    def _owners(self, args: Any) -> list[str]:
+        """Whose the first argument is, or each of a list's: outside forward and backward what an operator
+        makes belongs to the module of the parameter it works on."""
+        first = args[0] if args else None
+        tensors = first if isinstance(first, list | tuple) else [first]
+        return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
+
+    def owner(self, tensor: torch.Tensor) -> str:
+        """The module a tensor belongs to, as far as is known."""
+        known = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
+        return known[0][1].module if known and known[0] is not None else ""
+
+    def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
+        """``build`` without a record of it: its tensors are noted when they are labelled."""
+        return self.pause()(build)
+
+    def pause(self) -> contextlib._GeneratorContextManager[None]:
+        """Nothing inside is recorded."""
+        return self._set("paused", True)
+
+    def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
+        """What is made inside lies there."""
+        return self._set("place", place)
+
+    @contextlib.contextmanager
+    def _set(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+    def wait(self, stream: str, awaited: str, calls: int) -> None:
+        """A stream waits for the first so many calls of another."""
+        flow = self.flows.wait(stream, awaited, calls)
+        if flow is not None and not self.paused:
+            self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), flow)
+            self.clock += 1
+
+    def _record(
+        self, clock: int, name: str, work: operators.OperatorWork, module: str, flow: Flow | None
+    ) -> None:
+        self._calls.append(operators.OperatorCall(clock, name, work, self.current, self.step, module, flow))
+
+    def move(self, value: Any, place: str) -> None:
+        """The storages of every tensor in ``value`` have lain there from the start."""
+        for tensor in tensors_in(value):
+            for inner in plain_tensors(tensor):
+                self.note_real(inner, "").place = place
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard costs more than the bookkeeping
+
+    def _widen(self, given: torch.Tensor, wanted: torch.Tensor, loss: torch.Tensor) -> None:
+        """A loss reduced to a number stays in the storage of its unreduced self, made from another as large
+        (aten/src/ATen/native/Loss.cpp)."""
+        elements = math.prod(torch.broadcast_shapes(given.shape, wanted.shape))
+        if loss.dim() == 0 and elements > 1:
+            loss.untyped_storage().resize_(elements * loss.element_size())
+            self.guesses.scratch.append(loss.new_empty(elements))
+
+    def _fly(self, func: Any, args: Any, out: Any) -> None:
+        """What a collective sends stays until what comes is waited for."""
+        if func in operators.SENDING:
+            self._flying[out.untyped_storage()._cdata] = args[0]
+        elif func is operators.WAIT:
+            self._flying.pop(out.untyped_storage()._cdata, None)
+
+    def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether torch takes the in-place form of an operator. Never for wrappers, whatever is inside."""
+        plain = self._outer is not func
+        self._outer = self._outer if plain else None
+        return (
+            func in operators.IN_PLACE
+            and plain
+            and self._solely_held(args[0], spare=int(func is not operators.ADD))
+            and self._in_place(func, *args, **kwargs)
+        )
+
+    def _solely_held(self, tensor: Any, spare: int) -> bool:
+        """Whether one place in torch's own code holds this tensor and its storage, all of it; ``spare``
+        more may, for a formula that has just asked whether it is a subclass."""
+        storage = tensor.untyped_storage()
+        held = tensor._use_count() - self.modes_above - self._sole[0]
+        alone = 0 <= held <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
+        return alone and tensor.numel() * tensor.element_size() == storage.nbytes()
+
+    def _in_place(self, func: Any, held: Any, more: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether torch writes in place here where tensors are plain, though never with fake ones:
+
+        - the bias of a linear layer (aten/src/ATen/native/Linear.cpp), the mask onto attention's scores
+          (transformers/attention.cpp there);
+        - a derivative's formula into zeros it has just made, or into the probabilities of logits
+          (areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp);
+        - one gradient added to another that only the autograd engine holds (input_buffer.cpp there). Its
+          first term was made by an earlier node, or by this one for two edges to one place; a formula's
+          own sums start from what the formula made.
+        """
+        known = self._known.get(held.untyped_storage()._cdata)
+        if known is None or (func is operators.ADD and (kwargs or not isinstance(more, torch.Tensor))):
+            return False
+        if func is operators.ADD and held.dim() > 2 and known[1].op == _PRODUCT[more.dim() == 1]:
+            return bool(torch.broadcast_shapes(held.shape, more.shape) == held.shape)
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return False
+        this_node = known[1].node == running_node()
+        if func in operators.OF_LOGITS:
+            formula = this_node and not torch.is_grad_enabled() and "sigmoid" in known[1].op
+            return formula and "CrossEntropyWithLogits" in node.name()
+        if func is not operators.ADD:
+            means = func is operators.SCATTER_ADD and "zeros_like" in known[1].op  # of scatter_reduce
+            return this_node and "zeros" in known[1].op and not means
+        if self.current is not Phase.BACKWARD or torch.is_grad_enabled():
+            return False
+        return not this_node or len(set(node.next_functions)) < len(node.next_functions)
+
+    def _note(self, tensor: torch.Tensor, op: str, module: str) -> _Life:
+        if operators.is_sparse(tensor):
+            return self._note_rows(_rows_of(tensor), op, module)
+        storage = strided_storage(tensor)
+        key = storage._cdata
+        known = self._known.get(key)
+        if known is not None and known[0]() is not None:
+            return known[1]
+        life = self._born(storage.nbytes(), op, module)
+        self._known[key] = (weakref.ref(storage, self._death(key)), life)
+        return life
+
+    def _line(self) -> str:
+        """In backward, the line whose forward made the autograd node that runs."""
+        line = user_line()
+        if self.current is Phase.FORWARD:
+            self._line_of_node.setdefault(newest_node(), line)
+        elif not line and self.current is Phase.BACKWARD:
+            line = self._line_of_node.get(running_node(), "")
+        return line
+
+    def _born(self, size_bytes: int, op: str, module: str, category: Category | None = None) -> _Life:
+        line = self._line() if self.lines else ""
+        node = running_node() if self.current in (Phase.FORWARD, Phase.BACKWARD) else 0
+        life = _Life(
+            self.clock, size_bytes, self.current, self.step, module, op, line, node, category=category,
+            place=self.place,
+        )  # fmt: skip
+        self.clock += 1
+        self.lives.append(life)
+        return life
+
+    def _end(self, life: _Life) -> None:
+        life.end = self.clock
+        self.clock += 1
+
+    def _death(self, key: int) -> Callable[[Any], None]:
+        def died(reference: Any) -> None:
+            known = self._known.get(key)
+            if known is not None and known[0] is reference:
+                self._end(known[1])
+                del self._known[key]
+
+        return died
+
+    # -- what comes out -----------------------------------------------------------------------------
+
+    def _close_span(self) -> None:
+        if self.clock > self._span_start:
+            span = PhaseSpan(phase=self.current, step=self.step, start=self._span_start, end=self.clock)
+            self.spans.append(span)
+        self._span_start = self.clock
+
+    def finish(self) -> tuple[tuple[Allocation, ...], tuple[OpCall, ...], tuple[PhaseSpan, ...]]:
+        self._close_span()
+        bounds = sorted({s.end for s in self.spans})
+        ops = tuple(call.told() for call in self._calls)
+        return tuple(self._allocation(x, bounds) for x in self.lives), ops, tuple(self.spans)
+
+    def _allocation(self, life: _Life, bounds: list[int]) -> Allocation:
+        category = life.category
+        if category is None:
+            index = bisect.bisect_right(bounds, life.start)
+            phase_end = bounds[index] if index < len(bounds) else self.clock
+            outlives = life.end is None or life.end >= phase_end
+            saved = life.phase is Phase.FORWARD and outlives
+            category = Category.ACTIVATION if saved else Category.TEMPORARY
+        return Allocation(
+            start=life.start, end=life.end, size_bytes=rounded(life.size_bytes, self.device),
+            category=category, phase=life.phase, step=life.step, module=life.module, op=life.op,
+            line=life.line, requested_bytes=life.size_bytes, stream=life.place,
+        )  # fmt: skip

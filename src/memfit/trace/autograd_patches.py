@@ -1,0 +1,90 @@
+"""What torch works out in another way for fake tensors, as it does for plain ones.
+
+The formulas of ``prod`` and ``cumprod`` look for zeros, and have a short way where there are none; with a
+tensor whose values cannot be asked for they take the long one (torch/csrc/autograd/FunctionsManual.cpp).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memfit.model.grouped_mm import grouped_products
+
+
+@contextlib.contextmanager
+def plain_formulas() -> Iterator[None]:
+    """Products without zeros, for as long as this lasts."""
+    with contextlib.ExitStack() as stack:
+        for home in (torch, torch.Tensor):
+            for name, function in (("prod", _Product), ("cumprod", _Cumulated)):
+                patched = _given_to(function, getattr(home, name))
+                stack.enter_context(mock.patch.object(home, name, patched))
+        stack.enter_context(grouped_products())
+        # ZeRO's own linear layer stays where a traced step fails inside a module.
+        stack.enter_context(mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear))
+        yield
+
+
+def _given_to(function: Any, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        tensor: Any = args[0] if args else None
+        learns = type(tensor) is FakeTensor and tensor.requires_grad and torch.is_grad_enabled()
+        known = kwargs.keys() <= {"dim", "keepdim"}
+        if not learns or not known or tensor.dim() == 0 or torch.is_autocast_enabled("cpu"):
+            return inner(*args, **kwargs)
+        rest = [*args[1:], *(kwargs[name] for name in ("dim", "keepdim") if name in kwargs)]
+        return function.apply(tensor, inner, *rest)
+
+    return called
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, inner: Any, dim: int | None = None, keep: bool = False
+    ) -> torch.Tensor:
+        out: torch.Tensor = inner(tensor) if dim is None else inner(tensor, dim, keep)
+        ctx.save_for_backward(tensor, out)
+        ctx.dim = (dim, keep)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (tensor, out), (dim, keep), grad = ctx.saved_tensors, ctx.dim, grads[0]
+        if dim is not None and not keep:
+            grad, out = grad.unsqueeze(dim), out.unsqueeze(dim)
+        zeros = tensor == 0
+        if dim is not None:
+            zeros.sum(dim, keepdim=True).sum()
+        else:
+            del zeros
+        return grad * (out / tensor).conj(), None, None, None
+
+
+class _Cumulated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, inner: Any, dim: int) -> torch.Tensor:
+        out: torch.Tensor = inner(tensor, dim)
+        ctx.save_for_backward(tensor, out)
+        ctx.dim = dim
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (tensor, out), dim = ctx.saved_tensors, ctx.dim
+        if tensor.shape[dim] == 1:
+            return grads[0], None, None
+        weighted = out.conj() * grads[0]
+        zeros = tensor == 0
+        zeros.any()
+        turned = weighted.flip(dim)
+        added = turned.cumsum(dim)
+        back = added.flip(dim)
+        del turned, added  # together, as C++ ends an expression
+        return back.div(tensor.conj()), None, None

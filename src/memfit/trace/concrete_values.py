@@ -1,0 +1,176 @@
+"""Real values beside fake tensors, for the little that the batch alone decides: masks, positions, routes.
+
+A model looks at its padding mask to choose a kernel, or finds edges within a radius. Such tensors are
+computed from the batch without any parameter, so they are computed for real as well, as long as they are
+small. Whatever a parameter touches stays fake, but for what it chooses: indices, counts and random numbers
+are assumed (`assumed_values`) and followed in the same way, with a mark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils import _pytree
+
+from memfit.model.batch_objects import batch_tensors
+from memfit.trace.assumed_values import (
+    CHOICES,
+    CONSTANTS,
+    COUNTS,
+    FILLS,
+    assumed,
+    current_case,
+    drawn,
+    filled,
+    is_assumed,
+    marked,
+)
+
+_MOST_ELEMENTS = 2**20
+_MOST_FILLED = 64  # elements of a tensor whose random numbers code may ask for
+_NAME = "_memfit_shadow"
+_LIFT: Any = torch.ops.aten.lift_fresh.default
+_CAST: Any = torch.ops.aten._to_copy.default
+
+
+class Shadows:
+    """The real tensor of a fake one is its attribute; ``stale`` are storages written with unknown values."""
+
+    def __init__(self) -> None:
+        self.on = self.seeded = False
+        self.case = current_case()
+        self._draws = 0
+        self._stale: dict[int, torch.UntypedStorage] = {}
+
+    def seed(self, fakes: Any, reals: Any) -> None:
+        """The batch's own values. From now on values are followed."""
+        self.on = self.seeded = True
+        for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
+            if isinstance(fake, FakeTensor) and real.numel() <= _MOST_ELEMENTS:
+                setattr(fake, _NAME, real.detach())
+
+    def of(self, tensor: Any) -> torch.Tensor | None:
+        if type(tensor) is torch.Tensor:
+            return tensor  # a real one beside fake ones
+        real: torch.Tensor | None = getattr(tensor, _NAME, None)
+        if real is None or (self._stale and real.untyped_storage()._cdata in self._stale):
+            return None
+        return real
+
+    def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What the operator gives for the values that are known or assumed; None where nothing is."""
+        if self.on and args and isinstance(args[0], FakeTensor) and not hasattr(args[0], _NAME):
+            if func in FILLS:
+                return self._filled(func, args, kwargs)
+            if func in CHOICES or (args[0].dtype is torch.bool and _counts(func, kwargs)):
+                return self._chosen(func, args, kwargs)
+            if func in CONSTANTS and args[0].numel() <= _MOST_ELEMENTS:
+                return self._constant(func, args, kwargs)
+        return self.compute(func, args, kwargs) if self.may_follow(args) else None
+
+    def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Indices and counts for assumed numbers, which themselves stay unknown; a mask keeps its values."""
+        known = self.assume(args[0]) is not None
+        found = self.compute(func, args, kwargs) if known and self.may_follow(args) else None
+        if known and args[0].dtype is not torch.bool:
+            self.forget(args[0])
+        return None if found is None else _pytree.tree_map(_whole_numbers, found)
+
+    def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """One whole number or truth value everywhere, whatever the values of the tensor it is like."""
+        dtype = kwargs.get("dtype") or args[0].dtype
+        if dtype.is_floating_point or dtype.is_complex or _large(args):
+            return None
+        with torch.no_grad(), unset_fake_temporarily():
+            return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
+
+    def assume(self, tensor: Any) -> torch.Tensor | None:
+        """The tensor's values; assumed where they are not known, and from now on these. None for large ones
+        and for integers."""
+        real = self.of(tensor)
+        if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= _MOST_ELEMENTS:
+            real = assumed(tensor, self.case, self._seed())
+            if real is not None:
+                setattr(tensor, _NAME, real)
+        return real
+
+    def forget(self, tensor: Any) -> None:
+        """What was assumed of it."""
+        if hasattr(tensor, _NAME):
+            delattr(tensor, _NAME)
+
+    def _seed(self) -> int:
+        self._draws += 1
+        return self._draws
+
+    def _filled(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        tensor = args[0]
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        if whole and 0 < tensor.numel() <= _MOST_FILLED:
+            setattr(tensor, _NAME, filled(func, tensor, args[1:], kwargs, self.case, self._seed()))
+
+    def may_follow(self, args: Any) -> bool:
+        """Quick: whether the first argument, or the first in a list, has a value, is real or is no tensor.
+        Not inside torch.func's transforms, whose tensors wrap others."""
+        first = args[0] if args else None
+        while isinstance(first, list | tuple) and first:
+            first = first[0]
+        if not self.on or torch._C._functorch.peek_interpreter_stack() is not None:
+            return False
+        return not isinstance(first, torch.Tensor) or type(first) is torch.Tensor or hasattr(first, _NAME)
+
+    def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The operator on real values; None where one is missing, large or random."""
+        if func is _LIFT:  # a tensor of Python numbers
+            with unset_fake_temporarily():
+                return args[0].clone()
+        leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        values = {id(x): self.of(x) for x in leaves}
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        writes = random and func._schema.is_mutable
+        if writes or None in values.values() or _large(args):
+            self._forget(func, leaves)
+            return None
+        real = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
+        with torch.no_grad(), unset_fake_temporarily():
+            if random:
+                return drawn(func, real[0], real[1], self.case, self._seed())
+            out = func(*real[0], **real[1])
+        return marked(out) if any(map(is_assumed, values.values())) else out
+
+    def attach(self, out: Any, real: Any) -> None:
+        for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
+            same = (
+                isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape
+            )
+            if same and value.numel() <= _MOST_ELEMENTS:
+                setattr(fake, _NAME, value)
+
+    def _forget(self, func: Any, leaves: list[torch.Tensor]) -> None:
+        if func._schema.is_mutable and leaves and (real := self.of(leaves[0])) is not None:
+            storage = real.untyped_storage()
+            self._stale[storage._cdata] = storage
+
+
+def _large(args: Any) -> bool:
+    """Whether a list of sizes among the arguments, or a number alone, asks for many elements, as factories
+    have it."""
+    if len(args) == 1 and isinstance(args[0], int):
+        return args[0] > _MOST_ELEMENTS
+    lists = [a for a in args if isinstance(a, list | tuple) and all(isinstance(n, int) for n in a)]
+    return any(math.prod(sizes) > _MOST_ELEMENTS for sizes in lists)
+
+
+def _counts(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator makes whole numbers of a mask."""
+    kind = kwargs.get("dtype")
+    return func in COUNTS or (func is _CAST and kind is not None and not kind.is_floating_point)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """Indices and counts; what was chosen among stays unknown."""
+    return None if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value

@@ -1,0 +1,390 @@
+"""What fake tensors cannot know: values read out of them, and shapes that depend on values.
+
+What the batch alone decides is taken from its values (`shadows`). For the rest a job gives bounds
+(``Job.bound``); without one, values within the range of the operator that made them are assumed
+(`assumed_values`), ``.item()`` gets a harmless answer where there is no range, and a size without a limit is
+the user's to bound. Everything assumed is told in ``assumptions``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    unset_fake_temporarily,
+)
+from torch.utils import _pytree
+
+from memfit.trace.assumed_values import AssumedCase, is_assumed
+from memfit.trace.concrete_values import Shadows
+from memfit.trace.source_location import asking_line, library_line, user_line
+from memfit.types.errors import UserError
+from memfit.types.job import Bound
+
+# Sizes that have a limit: how many elements were asked about.
+_LIMITED = frozenset({"nonzero", "masked_select", "unique", "_pack_padded_sequence", "ctc_loss"})
+_HERE = str(Path(__file__).parent)
+_REJECTIONS = 16  # answers of True to one line of one call before it hears False
+_LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never ends
+
+
+class Guesses:
+    """Answers for one trace. ``scratch`` holds what an operator made inside itself until the ledger has
+    seen it. ``doubtful``: the code that last heard True without any knowledge; ``open``: the lines that
+    heard a number so; ``assumed``: those that heard one within its range."""
+
+    def __init__(self, bound: Bound | None = None) -> None:
+        self.bound = bound
+        self.doubtful = ""
+        self.open: dict[str, None] = {}
+        self.assumed: dict[str, None] = {}
+        self.shadows = Shadows()
+        self.assumptions: dict[str, None] = {}
+        self.scratch: list[torch.Tensor] = []
+        self._asked: Counter[str] = Counter()
+        self._loop: tuple[int, int, int] = (0, 0, 0)
+
+    def item(self, tensor: torch.Tensor, *, told: bool, value: Any = None) -> bool | int | float:
+        """A value for ``.item()``: what the batch says (``value``), the bound of its line (or of "item"),
+        else True, 1 or 1.0, which keep ordinary code going. What the optimizer and the model's
+        construction ask is not ``told``.
+
+        A bool's bound says how often the line hears True before it hears False. Raises UserError where a
+        line without one goes on asking."""
+        truth, floating = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
+        chance = value is not None and is_assumed(self.shadows.of(tensor))
+        place = asking_line() if truth and (value is None or (chance and value)) else ""
+        denied = bool(place) and isinstance(self.bound, Mapping) and place in self.bound
+        self.doubtful = place if place and not denied else self.doubtful
+        if not told:
+            if value is not None and not denied:
+                return value  # type: ignore[no-any-return]
+            if truth:
+                return not denied and not self._rejects()
+            return 1.0 if floating else 1
+        where = library_line()
+        found = 0 if denied else self._given("item", where)
+        self._asked[where] += 1
+        limit = _LOOP_LIMIT if where else 1000 * _LOOP_LIMIT  # an optimizer's own, stepping in backward
+        if found is None and self._asked[where] > limit:
+            raise UserError(
+                f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
+                allowed="bound={" + repr(where or "item") + ": how often it runs} of the Job or of estimate",
+            )
+        source = ""
+        if truth and (found is not None or value is None):
+            answer: bool | int | float = found is None or self._asked[where] % (int(found) + 1) != 0
+        elif found is not None:
+            answer = found if floating else int(found)
+        elif value is not None:
+            answer, source = value, self._source(chance, where)
+        else:
+            self.open[where] = None
+            answer = 1.0 if floating else 1
+        if not (truth and found):
+            self._tell(f".item() on {tensor.dtype} answered {answer}{source}", where)
+        return answer
+
+    def _rejects(self) -> bool:
+        """Whether one call asks the same line again and again: initialisers that draw until all is in
+        range, such as trunc_normal_, must come to an end."""
+        frame: Any = sys._getframe(1)
+        while frame.f_code.co_filename.startswith(_HERE):  # past the dispatcher
+            frame = frame.f_back
+        place, count = (id(frame), frame.f_lineno), self._loop[2]
+        self._loop = (*place, count + 1 if self._loop[:2] == place else 0)
+        return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
+
+    def decides(self, func: Any) -> bool:
+        """Whether more than its arguments' shapes says what the operator gives."""
+        return func in _SHAPED or func in _INDEXED
+
+    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
+        """The operator on fake tensors, with bounds for what depends on data; ``values`` are what it gives
+        for the batch, where that alone decides them."""
+        if func in _SHAPED:
+            return _SHAPED[func](self, *args, **kwargs)
+        args = self.positions(func, args)
+        try:
+            return func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException):
+            op, where = func.overloadpacket.__name__, library_line()
+            chance = values is None
+            values = self._of_assumed(func, args, kwargs) if chance else values
+            if values is None:
+                raise UserError(
+                    op
+                    + (f" at {where}" if where else "")
+                    + " gives what only the values of its inputs decide",
+                    allowed="values that follow from the batch alone",
+                    hint="take the operator out of the step",
+                ) from None
+            of = "assumed values" if chance else "the batch, as in the batch"
+            self._tell(f"{op} gave what it gives for {of}", where)
+            if chance:
+                self.assumed[where or op] = None
+            return _pytree.tree_map_only(torch.Tensor, _without_values, values)
+
+    def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
+        """Elements that ``op`` gives, of ``most`` possible ones: the bound, else ``count`` of the values
+        that decide. Raises UserError where there is neither."""
+        where = library_line()
+        found = self._given(op, where)
+        if found is None:
+            found = self.bound.get("") if isinstance(self.bound, Mapping) else self.bound
+        source = ""
+        if found is None:
+            real = self.shadows.assume(decided) if decided.dtype is torch.bool else self.shadows.of(decided)
+            if real is not None:
+                with torch.no_grad(), unset_fake_temporarily():
+                    found = int(count(real))
+                source = self._source(is_assumed(real), where or op)
+            elif op in _LIMITED:  # all of them, or one: large, or distinct numbers of which none is known
+                found = min(1, most) if self.shadows.case is AssumedCase.LOW else most
+                source = self._source(True, where or op)
+            else:
+                raise _unbounded(op, where)
+        size = math.ceil(found * most) if isinstance(found, float) else found
+        self._tell(f"{op} gave {size} of {most} elements{source}", where)
+        return size
+
+    def _given(self, op: str, where: str) -> int | float | None:
+        if not isinstance(self.bound, Mapping):
+            return None
+        return self.bound.get(where, self.bound.get(user_line(), self.bound.get(op)))
+
+    def _source(self, chance: bool, where: str) -> str:
+        """How an answer is told: as the batch's, or as an assumed one of the line."""
+        if chance:
+            self.assumed[where] = None
+        return "" if chance else ", as in the batch"
+
+    def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """Values for code outside torch: the batch's, or assumed ones; whole numbers of no known range, and
+        large tensors, are full of the line's bound, or of ones."""
+        real, where = self.shadows.assume(tensor), library_line()
+        if real is None:
+            bound = self._given("item", where)
+            self.open |= {where: None} if bound is None else {}
+            with unset_fake_temporarily():
+                filled = torch.full(tensor.shape, 1 if bound is None else bound).to(tensor.dtype)
+            self._tell(f"{what} gave {1 if bound is None else bound} everywhere", where)
+            return filled
+        chance = is_assumed(real)
+        self._tell(f"{what} gave {'assumed ' if chance else ''}values" + self._source(chance, where), where)
+        return real
+
+    def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """What an operator gives for assumed numbers and masks; None where whole numbers are unknown, for
+        which some would be out of range, and where it fails."""
+        leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        unknown = [x for x in leaves if self.shadows.of(x) is None]
+        values = {id(x): self.shadows.assume(x) for x in leaves}
+        for tensor in unknown:
+            self.shadows.forget(tensor)
+        if None in values.values():
+            return None
+        real = _pytree.tree_map_only(torch.Tensor, lambda x: values[id(x)], (args, dict(kwargs)))
+        with (
+            torch.no_grad(),
+            unset_fake_temporarily(),
+            contextlib.suppress(RuntimeError, ValueError, IndexError),
+        ):
+            return func(*real[0], **real[1])
+        return None
+
+    def _tell(self, what: str, where: str) -> None:
+        self.assumptions[what + (f" at {where}" if where else "")] = None
+
+    def positions(self, func: Any, args: Any) -> Any:
+        """Boolean indices as the kernel turns them into positions: one ``nonzero`` each."""
+        if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
+            return args
+        reads = func is _ATEN.index.Tensor
+        if not reads and args[2].numel() == 1:
+            return args  # one value for all is a masked fill
+        indices: list[Any] = []
+        for index in args[1]:
+            if _is_mask(index):
+                size = self.size("nonzero", index.numel(), index, torch.count_nonzero)
+                self.scratch.append(torch.empty(size, index.dim(), dtype=torch.int64))
+                indices += self.scratch[-1].unbind(1)
+            else:
+                indices.append(index)
+        return (args[0], indices, *args[2:])
+
+
+def _without_values(real: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _unbounded(op: str, where: str) -> UserError:
+    return UserError(
+        op + (f" at {where}" if where else "") + " has a size that depends on the data",
+        allowed=f"bound={{{where or op!r}: N}} of the Job or of estimate, N elements or a share such as 0.5",
+    )
+
+
+def _nonzero(self: Guesses, x: torch.Tensor) -> torch.Tensor:
+    size = self.size("nonzero", x.numel(), x, torch.count_nonzero)
+    return torch.empty(x.dim(), size, dtype=torch.int64).t()  # column by column, as the kernel lays it out
+
+
+def _masked_select(self: Guesses, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    most = math.prod(torch.broadcast_shapes(x.shape, mask.shape))
+    times = most // max(1, mask.numel())
+    return x.new_empty(self.size("masked_select", most, mask, lambda real: real.count_nonzero() * times))
+
+
+def _unique(
+    self: Guesses,
+    x: torch.Tensor,
+    ordered: bool = True,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    size = self.size("unique", x.numel(), x, lambda real: real.unique().numel())
+    shapes = (x.shape if return_inverse else 0, size * return_counts)
+    return (x.new_empty(size), *(x.new_empty(n, dtype=torch.int64) for n in shapes))
+
+
+def _unique_consecutive(
+    self: Guesses, x: torch.Tensor, return_inverse: bool = False, return_counts: bool = False, dim: Any = None
+) -> tuple[torch.Tensor, ...]:
+    if dim is not None:
+        return _unique_dim(self, x, dim, True, return_inverse, return_counts)
+    return _unique(self, x, True, return_inverse, return_counts)
+
+
+def _unique_dim(
+    self: Guesses,
+    x: torch.Tensor,
+    dim: int,
+    ordered: bool = True,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    size = self.size("unique", x.shape[dim], x, lambda real: real.unique(dim=dim).shape[dim])
+    shape = list(x.shape)
+    inverse = x.new_empty(shape[dim] * return_inverse, dtype=torch.int64)
+    shape[dim] = size
+    return x.new_empty(shape), inverse, x.new_empty(size * return_counts, dtype=torch.int64)
+
+
+def _bincount(self: Guesses, x: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
+    size = max(minlength, self.size("bincount", x.numel(), x, lambda real: real.max() + 1))
+    return torch.empty(size, dtype=torch.int64 if weights is None else torch.float64)
+
+
+def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any = None) -> torch.Tensor:
+    if output_size is None:
+        output_size = self.size("repeat_interleave", repeats.numel(), repeats, torch.sum)
+    return repeats.new_empty(output_size)
+
+
+def _pack_padded_sequence(
+    self: Guesses, padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths are sorted, longest first. The batch sizes are real, as recurrent layers and the derivative
+    read them where no mode sees it; pieces of equal batch size are copied and joined (PackedSequence.cpp)."""
+    by_time = padded.transpose(0, 1) if batch_first else padded
+    longest, rows = by_time.shape[:2]
+    size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
+    real = self.shadows.of(lengths)
+    with torch.no_grad(), unset_fake_temporarily():
+        if real is None or int(real.sum()) != size:
+            real = _shared_out(size, longest, rows)
+        sizes = (real[None] > torch.arange(int(real.max()))[:, None]).sum(1)
+        widths, steps = sizes.unique_consecutive(return_counts=True)
+        cuts = torch.stack((steps.cumsum(0) - steps, steps.cumsum(0), widths), 1).tolist()
+    pieces = [by_time[start:end, :width].contiguous().flatten(0, 1) for start, end, width in cuts]
+    self.scratch += [sizes, *pieces]
+    return torch.cat(pieces), sizes
+
+
+def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
+    """Lengths of ``rows`` sequences with ``size`` elements, one as long as can be, the others alike."""
+    size = min(max(size, rows), longest * rows)
+    first = min(longest, size - rows + 1)
+    others, more = divmod(size - first, max(1, rows - 1))
+    return torch.tensor([first] + [others + (i < more) for i in range(rows - 1)])
+
+
+def _ctc_loss(
+    self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One state for every letter and every gap between them, at every instant (LossCTC.cpp). Lengths are a
+    tensor or numbers."""
+    most = targets.shape[1] if targets.dim() == 2 else targets.numel()
+    known = not isinstance(lengths, torch.Tensor)
+    states = 2 * (max(lengths) if known else self.size("ctc_loss", most, lengths, torch.max)) + 1
+    alpha = log_probs.new_empty(log_probs.shape[1], log_probs.shape[0], states)
+    return log_probs.new_empty(log_probs.shape[1]), alpha
+
+
+def _ctc_loss_backward(
+    self: Guesses, grad: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any,
+    lengths: Any, likelihood: torch.Tensor, log_alpha: torch.Tensor, *rest: Any,
+) -> torch.Tensor:  # fmt: skip
+    self.scratch += [torch.empty_like(log_probs, memory_format=torch.contiguous_format)]
+    self.scratch += [torch.empty_like(log_alpha)]
+    return self.scratch[-2]
+
+
+def _log_softmax_backward(
+    self: Guesses, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Contiguous (SoftMax.cpp), where the fake one is laid out as the gradient."""
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
+def _equal(self: Guesses, one: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    """No, where torch asks a condition of its own whether it is true (is_scalar_tensor_true in TensorUtils,
+    of istft's windows): what is true there is an error."""
+    answer = one.dim() > 0 or one.dtype is not torch.bool
+    self._tell(f"equal answered {answer}", library_line())
+    return answer
+
+
+_ATEN: Any = torch.ops.aten
+_INDEXED = frozenset(
+    {
+        _ATEN.index.Tensor,
+        _ATEN.index_put.default,
+        _ATEN.index_put_.default,
+        _ATEN._index_put_impl_.default,
+        _ATEN._unsafe_index_put.default,
+    }
+)
+_SHAPED: dict[Any, Callable[..., Any]] = {
+    torch.ops._c10d_functional.wait_tensor.default: lambda self, x: x,  # fakes give a new tensor
+    _ATEN.nonzero.default: _nonzero,
+    _ATEN.masked_select.default: _masked_select,
+    _ATEN._unique2.default: _unique,
+    _ATEN._unique.default: _unique,
+    _ATEN.unique_consecutive.default: _unique_consecutive,
+    _ATEN.unique_dim.default: _unique_dim,
+    _ATEN.bincount.default: _bincount,
+    _ATEN.repeat_interleave.Tensor: _repeat_interleave,
+    _ATEN._pack_padded_sequence.default: _pack_padded_sequence,
+    _ATEN._log_softmax_backward_data.default: _log_softmax_backward,
+    _ATEN._ctc_loss.default: _ctc_loss,
+    _ATEN._ctc_loss.Tensor: _ctc_loss,
+    _ATEN._ctc_loss_backward.default: _ctc_loss_backward,
+    _ATEN._ctc_loss_backward.Tensor: _ctc_loss_backward,
+    _ATEN.equal.default: _equal,
+    _ATEN.allclose.default: _equal,
+}

@@ -1,0 +1,198 @@
+"""The device lens: kernels the target device would choose, while tensors are fake CPU ones.
+
+For CUDA:
+
+- attention goes to the flash kernel (half precision, no mask) or the memory-efficient one, as torch's own
+  dispatcher does (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp);
+- dropout keeps one byte an element (``native_dropout``), where the CPU keeps a mask of the input's type;
+- under autocast, the functions of CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h); the
+  CPU's list is another, and leaves most of them in half precision;
+- ``softmax(dtype=float32)`` of a float16 tensor is one kernel, without a float32 copy of its input; of a
+  bfloat16 tensor it is not (``softmax`` in aten/src/ATen/native/SoftMax.cpp);
+- layer normalisation keeps its statistics in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from memfit.techniques.synthetic_kernel import kernel, read_bytes
+from memfit.trace.autograd_patches import plain_formulas
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Lens(TorchFunctionMode):
+    """Sends calls to what CUDA would run, as far as the fake implementations of CUDA's kernels go."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = _KERNELS.get(func)
+        if found is not None:
+            return found(*args, **kwargs)
+        if func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            return _widened(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def device_lens(device: str) -> Iterator[None]:
+    """The lens over forward and over what backward recomputes: torch takes function modes off before its
+    autograd engine runs. For "cpu" only what derivatives do otherwise with fake tensors."""
+    if device == "cpu":
+        with plain_formulas():
+            yield
+        return
+    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    lens = Lens()
+
+    def run_under_lens(*args: Any, **kwargs: Any) -> Any:
+        with lens:
+            return engine(*args, **kwargs)
+
+    with plain_formulas(), lens, mock.patch.object(torch.autograd, "_engine_run_backward", run_under_lens):
+        yield
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Shapes (batch, heads, length, head dim), as in scaled_dot_product_attention."""
+    aten: Any = torch.ops.aten
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+    if attn_mask is None and query.dtype in _HALF and query.shape[-1] <= 256:
+        out = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )
+        return out[0]  # type: ignore[no-any-return]
+    bias = _bias(attn_mask, query, key)
+    out = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+    )
+    return out[0]  # type: ignore[no-any-return]
+
+
+def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """A boolean mask becomes an additive one of the query's dtype, as the kernel's front end does."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _dropout(
+    input: torch.Tensor,  # noqa: A002 - torch's own name
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> torch.Tensor:
+    if not training or p == 0.0 or inplace or not input.requires_grad:
+        return functional.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _softmax(
+    kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """One kernel from float16 to float32 where that is what was asked for; autocast asks for it as well."""
+    tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = dtype or torch.float32
+    if tensor.dtype == torch.float16 and dtype == torch.float32 and dim is not None:
+        if kernel is torch._softmax:
+            return torch._softmax(tensor, dim, True)
+        return _HalfToFloat.apply(tensor)  # type: ignore[no-any-return,no-untyped-call]
+    return whole(tensor, dim, dtype=dtype)
+
+
+def _softmax_arguments(
+    input: torch.Tensor,  # noqa: A002 - torch's own name
+    dim: int | None = None,
+    _stacklevel: int | torch.dtype | None = None,  # torch.softmax has the dtype in its place
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, int | None, torch.dtype | None]:
+    return input, dim, _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
+
+
+class _HalfToFloat(torch.autograd.Function):
+    """log_softmax of half precision into float32: its output is kept, its gradient is half again. Without
+    values: the kernel's own fake implementation knows float16 only."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(tensor, dtype=torch.float32)
+        kernel([out], read_bytes([tensor]))
+        ctx.save_for_backward(out)
+        ctx.dtype = tensor.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (out,) = ctx.saved_tensors
+        grad = torch.empty_like(out, dtype=ctx.dtype)
+        kernel([grad], read_bytes([out, *grads]))
+        return grad
+
+
+def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call in float32: half-precision tensors are cast, autocast is off inside."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dtype in _HALF:
+            return value.float()
+        return type(value)(wide(v) for v in value) if isinstance(value, list | tuple) else value
+
+    with torch.autocast("cpu", enabled=False):
+        return func(*(wide(a) for a in args), **{k: wide(v) for k, v in kwargs.items()})
+
+
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.dropout: _dropout,
+    **{
+        f: functools.partial(_softmax, torch._softmax, torch.softmax)
+        for f in (functional.softmax, torch.softmax, torch.Tensor.softmax)
+    },
+    **{
+        f: functools.partial(_softmax, torch._log_softmax, torch.log_softmax)
+        for f in (functional.log_softmax, torch.log_softmax, torch.Tensor.log_softmax)
+    },
+}
+_NAMES = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal",
+    "rsqrt", "sinh", "tan", "pow", "norm", "cumprod", "cumsum", "dist", "renorm", "logsumexp", "prod",
+    "sum",
+)  # fmt: skip
+_FUNCTIONS = (
+    "layer_norm", "group_norm", "rms_norm", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
+    "smooth_l1_loss", "huber_loss", "kl_div", "cosine_similarity", "cosine_embedding_loss",
+    "poisson_nll_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss",
+    "soft_margin_loss", "triplet_margin_loss", "multilabel_margin_loss", "gaussian_nll_loss", "softplus",
+    "softmin", "binary_cross_entropy_with_logits",
+)  # fmt: skip
+_IN_FLOAT32 = frozenset(
+    getattr(home, name)
+    for home, names in ((torch, _NAMES), (torch.Tensor, _NAMES), (functional, _FUNCTIONS))
+    for name in names
+    if hasattr(home, name)
+) | frozenset({torch.layer_norm, torch.group_norm, torch.rms_norm, torch.Tensor.__pow__})

@@ -1,0 +1,299 @@
+"""A fake process group of the plan's real size, so that one process can trace any rank of any world."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils import _pytree
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from memfit.techniques.rank_mesh import World, layout, make_world
+from memfit.trace.streams import group_of
+from memfit.types.errors import MemfitError, UserError
+from memfit.types.plan import Plan
+from memfit.types.trace import Allocation, Phase, PhaseSpan
+
+
+@contextlib.contextmanager
+def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
+    """The world of ``plan`` as ``rank`` sees it; collectives return at once. Enter outside fake tensors:
+    a device mesh holds real numbers. Raises UserError where degrees and ranks disagree, MemfitError where
+    this process has a process group already."""
+    if plan.ranks == 1:
+        yield make_world(plan, rank=0, device="cpu")
+        return
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise MemfitError(
+            "a plan of several ranks cannot be traced while a process group is initialised here"
+        )
+    _forget_other_worlds(layout(plan), rank)
+    hook = sys.excepthook  # torch puts one before it that names the rank in whatever the user sees later
+    dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
+    try:
+        with _without_values(), _cut_columns_told(plan):
+            yield make_world(plan, rank=rank, device="cpu")
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def _cut_columns_told(plan: Plan) -> Iterator[None]:
+    """The user's code may view what a Linear gives by its full width, of which a rank has a part: an error
+    there is the plan's, and the message says so."""
+    try:
+        yield
+    except UserError as error:
+        its_own = error.__cause__ is None or isinstance(error.__cause__, MemfitError)
+        if plan.get("tensor-parallel") is None or its_own:
+            raise
+        raise UserError(
+            f"tensor-parallel: {error.given}",
+            hint="a rank has a part of the columns of each Linear that is cut; name those that can be cut in "
+            'Job(tensor_parallel={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})',
+        ) from error
+
+
+_last_world: list[Any] = [None]
+
+
+def _forget_other_worlds(*world: Any) -> None:
+    """DTensor remembers what operators give by meshes that count as equal though their groups are not: those
+    of an earlier world of other degrees are gone."""
+    if _last_world[0] not in (None, world):
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()
+        _redistribute.clear_redistribute_planner_cache()
+    _last_world[0] = world
+
+
+@contextlib.contextmanager
+def _without_values() -> Iterator[None]:
+    """DDP compares and broadcasts values of parameters when it starts; fake tensors have none. A device
+    mesh, which parts of meshes are too, looks for its rank in a real tensor. Among fake tensors functional
+    collectives would be waited for at once, not when their result is used. FSDP2 cuts a parameter for every
+    rank and takes one part: with thousands of ranks that is most of the work, so the others are not made."""
+    from torch.distributed import _functional_collectives as functional
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    from torch.nn.parallel import distributed
+
+    inner = DeviceMesh.__init__
+
+    def init(self: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        with _disable_current_modes():
+            inner(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *a, **k: True),
+        mock.patch.object(DeviceMesh, "__init__", init),
+        mock.patch.object(functional, "_are_we_tracing", lambda: False),
+        mock.patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
+    ):
+        yield
+
+
+class _Chunks:
+    """What `torch.chunk` gives, with empty ones up to ``count``, each made when it is asked for."""
+
+    def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._each = -(-tensor.shape[dim] // count)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start = index * self._each
+        left = self._tensor.shape[self._dim] - start
+        if self._each and left <= 0:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(self._each, left))
+
+
+_LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=False)
+
+
+@contextlib.contextmanager
+def late() -> Iterator[None]:
+    """Traces made inside this take gloo's collectives at their latest: what one of them holds stays until
+    the group's next. gloo runs them on threads of its own, so that memory on CPU ranks may be anything from
+    what a trace says to what it says here."""
+    token = _LATE.set(True)
+    try:
+        yield
+    finally:
+        _LATE.reset(token)
+
+
+_PRIMES: contextvars.ContextVar[bool] = contextvars.ContextVar("primes", default=False)
+
+
+@contextlib.contextmanager
+def priming() -> Iterator[None]:
+    """Traces made inside this of pipelines with several stages on a rank, which cannot be cut short, take the
+    optimizer's step for a first one: half the time. Peaks and operators of the last step are the same; what a
+    caching allocator would keep from a whole first step is not seen."""
+    token = _PRIMES.set(True)
+    try:
+        yield
+    finally:
+        _PRIMES.reset(token)
+
+
+def primed(plan: Plan) -> bool:
+    used = plan.get("pipeline")
+    return _PRIMES.get() and used is not None and int(used.settings["virtual"]) > 1
+
+
+class GlooScratch(TorchDispatchMode):
+    """What gloo's collectives take inside on CPU tensors, one after the other, each freed at once: flat
+    outputs of a gather, a copy of what is reduced and scattered. Enter inside the ledger, which then sees
+    them. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._late = _LATE.get()
+        self._held: dict[str, Any] = {}  # by process group, where collectives are late
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = _GLOO_SCRATCH.get(func)
+        out = func(*args, **(kwargs or {}))
+        groups = rule(args, out) if rule is not None else ()
+        sizes = [sum(t.numel() * t.element_size() for t in _pytree.tree_leaves(g)) for g in groups]
+        for size_bytes in sizes:
+            torch.empty(size_bytes, dtype=torch.uint8)
+        if self._late and (group := group_of(func, args)):
+            kept = torch.empty(max(sizes), dtype=torch.uint8) if sizes else None
+            self._held[group] = (args, out, kept)
+        return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here
+
+
+def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:
+    """By operator: its arguments and output -> groups of tensors; each group's bytes are taken in turn."""
+    c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
+    return {
+        c10d._allgather_base_.default: lambda args, out: (args[0], args[0]),
+        c10d.allgather_.default: lambda args, out: (args[0], args[0]),
+        c10d._reduce_scatter_base_.default: lambda args, out: (args[1],),
+        c10d.scatter_.default: lambda args, out: (args[1],) if args[1] else (),
+        functional.all_gather_into_tensor.default: lambda args, out: (args[0], out),
+        functional.reduce_scatter_tensor.default: lambda args, out: (args[0],),
+    }
+
+
+_GLOO_SCRATCH = _gloo_rules()
+
+
+class _RealIntegers(TorchDispatchMode):
+    """DDP lists its buckets in int32 tensors that it reads in C++: those are made for real, and noted."""
+
+    def __init__(self, note: Callable[[torch.Tensor, str], Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        makes = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") is torch.int32
+        if makes or (tensors and all(type(t) is torch.Tensor for t in tensors)):
+            with no_dispatch():
+                out = func(*args, **kwargs)
+            if isinstance(out, torch.Tensor):
+                self._note(out, str(func))
+            return out
+        return func(*args, **kwargs)
+
+
+def builds_on_host(plan: Plan, device: str) -> bool:
+    """Whether the whole model is made in host memory, and the accelerator gets this rank's part: shards, the
+    bf16 copy of ZeRO 1 and 2, or what pipeline and tensor parallelism leave."""
+    return device != "cpu" and (_shards(plan) or _cuts(plan))
+
+
+def moves_parameters(plan: Plan, device: str) -> bool:
+    """Whether those very parameters go to the accelerator, where shards would be made there."""
+    return builds_on_host(plan, device) and not _shards(plan)
+
+
+def _shards(plan: Plan) -> bool:
+    uses = {u.technique: u.settings for u in plan.uses}
+    zero = uses.get("zero", {})
+    if zero.get("stage") == 3 or zero.get("precision") == "bf16":
+        return True
+    return "fsdp2" in uses and layout(plan).shard > 1
+
+
+def _cuts(plan: Plan) -> bool:
+    place = layout(plan)
+    return place.pipeline > 1 or place.tensor > 1
+
+
+def without_host(
+    allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
+) -> tuple[tuple[Allocation, ...], int, int]:
+    """(the device's allocations, highest bytes of those in host memory, the same without what building the
+    model took for a time)."""
+    host = [a for a in allocations if a.stream == "host"]
+    built = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
+    kept = [a for a in host if a.end is None or a.end > built]
+    return tuple(a for a in allocations if a.stream != "host"), _highest(host), _highest(kept)
+
+
+def _highest(allocations: Sequence[Allocation]) -> int:
+    events = [(a.start, a.requested_bytes) for a in allocations]
+    events += [(a.end, -a.requested_bytes) for a in allocations if a.end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(events)), default=0)
+
+
+def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
+    """Two things that DDP asks of real tensors. Its reduction wants a value of the collective's future,
+    which on a fake process group is None: a hook does the same. Its buckets are listed in integers, of
+    which ``note`` is told."""
+    enter = wrapped._pre_forward
+
+    def pre_forward(*args: Any, **kwargs: Any) -> Any:
+        with _RealIntegers(note):
+            return enter(*args, **kwargs)
+
+    wrapped._pre_forward = pre_forward
+    ranks = wrapped.process_group.size()
+
+    def reduce(group: Any, bucket: Any) -> Any:
+        buffer = bucket.buffer().div_(ranks)
+        torch.distributed.all_reduce(buffer, group=group, async_op=True)
+        done: torch.futures.Future[Any] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    # torch reads the annotations, which here are text.
+    reduce.__annotations__ = {
+        "bucket": torch._C._distributed_c10d.GradBucket,
+        "return": torch.futures.Future[torch.Tensor],
+    }
+    wrapped.register_comm_hook(wrapped.process_group, reduce)
+
+
+def members() -> dict[str, tuple[int, ...]]:
+    """The ranks of every process group this rank is in, the default one first."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return {}
+    groups = dist.distributed_c10d._world.pg_group_ranks
+    return {dist.distributed_c10d._get_process_group_name(g): tuple(r) for g, r in groups.items()}

@@ -1,0 +1,69 @@
+"""What plain tensors have that fake ones lack: a storage that holds the bytes, their kernels' types, and
+counts of who holds them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from memfit.trace import operators
+from memfit.trace.source_location import user_line
+from memfit.types.errors import UserError
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold the bytes: a wrapper subclass's inner ones, else the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [p for t in inner if isinstance(t, torch.Tensor) for p in plain_tensors(t)]
+
+
+def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
+    """What a normalisation gives. In half precision means and deviations are float32 beside float32 weights
+    (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA but for groups; the
+    input's gradient, where one is asked for, is of the input's type. Fake ones are all there, of one type."""
+    if func in operators.NORM_GRADIENTS:
+        same = out[0] is not None and out[0].dtype == args[1].dtype
+        wanted = args[-1][0]
+        return out if same and wanted else (torch.empty_like(args[1]) if wanted else None, *out[1:])
+    mixed = any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[1:5])
+    wide = mixed or (device != "cpu" and func is not operators.GROUP_NORM)
+    if not wide or args[0].element_size() != 2:
+        return out
+    return (out[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in out[1:]))
+
+
+def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    """Raises UserError for layouts whose bytes are not one storage."""
+    if tensor.layout is torch.strided:
+        return tensor.untyped_storage()
+    where = user_line()
+    raise UserError(
+        f"a {str(tensor.layout)[6:]} tensor" + (f" at {where}" if where else ""),
+        allowed="dense tensors",
+        hint="sparse gradients come from nn.Embedding(sparse=True); take that out",
+    )
+
+
+@functools.cache
+def sole_counts() -> tuple[int, int]:
+    """References to a tensor and to its storage, as a dispatch mode sees them, when the autograd engine
+    alone holds the tensor: seen on ``x * x``, whose two gradients meet."""
+    seen: list[tuple[int, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is operators.ADD:
+                storage = args[0].untyped_storage()
+                seen.append((args[0]._use_count(), torch._C._storage_Use_Count(storage._cdata)))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.enable_grad(), Watch():  # type: ignore[no-untyped-call]
+        root = torch.ones(2, requires_grad=True).sin()
+        (root * root).sum().backward()
+    return seen[0]

@@ -1,0 +1,167 @@
+"""A trace whose last forward pass is recorded operator by operator, for who chooses what to recompute."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from memfit.jobs.training_step import TrainingStep
+from memfit.techniques.recompute.op_numbering import (
+    Numbered,
+    OperatorNumber,
+    flat,
+    plain_view,
+    repeatable,
+    storage_key,
+    written,
+)
+from memfit.trace.allocation_recorder import Ledger
+from memfit.trace.tracer import stepping, trace
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.recording import Called, Made, Recording
+from memfit.types.trace import rounded
+
+
+def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
+    """Raises UserError where the plan does not suit the job."""
+    last: list[_Recorder] = []
+
+    @contextlib.contextmanager
+    def recording() -> Iterator[None]:
+        recorder = _Recorder()
+        last[:] = [recorder]
+        with saved_tensors_hooks(recorder.pack, recorder.unpack), recorder:
+            yield
+
+    def make_step(*args: Any, **kwargs: Any) -> TrainingStep:
+        step = TrainingStep(*args, **kwargs)
+        step.bench.forward_contexts.append(recording)
+        return step
+
+    with stepping(make_step):
+        traced = trace(job, plan, device=device)
+    (recorder,) = last
+    return Recording(
+        trace=traced,
+        key=recorder.key,
+        start=recorder.start,
+        made=recorder.made(),
+        calls=tuple(recorder.calls),
+    )
+
+
+class _Recorder(Numbered):
+    """Drops nothing. Clocks are the ledger's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        modes = _get_current_dispatch_mode_stack()
+        self.ledger: Ledger = next(m for m in modes if isinstance(m, Ledger))
+        self.start = self.ledger.clock
+        self.calls: list[Called] = []
+        self.of: list[list[int]] = []  # calls of each number
+        self.lives: list[Any] = []
+        self.dtypes: list[torch.dtype] = []
+        self.last_read: list[int] = []
+        self.needs: defaultdict[int, list[int]] = defaultdict(list)
+        self.pinned: set[int] = set()
+        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}  # by storage, while it lives
+        self._readers: defaultdict[int, set[int]] = defaultdict(set)  # storage: what was made from it
+
+    def number(self, tensor: torch.Tensor) -> int | None:
+        found = self._numbers.get(storage_key(tensor))
+        return found[1] if found is not None else None
+
+    sees_views = True
+
+    def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
+        return self.ledger.clock
+
+    def after(
+        self, func: Any, args: Any, kwargs: Any, made: list[tuple[int, torch.Tensor]], state: Any
+    ) -> None:
+        given = list(flat((args, tuple(kwargs.values()))))
+        goals = written(func, args, kwargs)
+        reads = dict.fromkeys(n for n in map(self.number, given) if n is not None)
+        for number in reads:
+            self.last_read[number] = self.ledger.clock
+        targets = [n for n in map(self.number, goals) if n is not None]
+        if not (made or targets):
+            return
+        index = len(self.calls)
+        self.calls.append(Called(clock=state, reads=tuple(reads)))
+        fresh = range(self.count, self.count + len(made))
+        for target in targets:
+            self.of[target].append(index)
+        keys = {storage_key(t) for t in given}
+        for number, (_, tensor) in zip(fresh, made, strict=True):
+            self._born(number, tensor, index, shared=storage_key(tensor) in keys)
+        self._pin(goals, targets, fresh, kwargs)
+        self.pinned.update(n for t in given if (n := self.number(t)) is not None and not self._plain(n, t))
+        for tensor in given:
+            self._readers[storage_key(tensor)].update((*fresh, *targets))
+
+    def _pin(self, goals: list[torch.Tensor], targets: list[int], fresh: range, kwargs: Any) -> None:
+        """What is read before it is written to would have to be made again at once."""
+        for tensor in goals:
+            readers = self._readers[storage_key(tensor)]
+            self.pinned |= readers - {self.number(tensor)}
+        odd = any(not self._plain(n, t) for t in goals if (n := self.number(t)) is not None)
+        if not repeatable(kwargs, len(goals) - len(targets)) or len(goals) > 1 or odd:
+            self.pinned.update((*fresh, *targets))
+
+    def _plain(self, number: int, tensor: torch.Tensor) -> bool:
+        return plain_view(tensor, self.dtypes[number])
+
+    def _born(self, number: int, tensor: torch.Tensor, call: int, *, shared: bool) -> None:
+        storage, key, numbers = tensor.untyped_storage(), storage_key(tensor), self._numbers
+        self.of.append([call])
+        self.lives.append(self.ledger.note_real(tensor, ""))
+        self.dtypes.append(tensor.dtype)
+        self.last_read.append(self.ledger.clock)
+        if shared or key in numbers:  # with an argument, or an output before
+            self.pinned.add(number)
+            return
+        self._readers.pop(key, None)  # of another storage, at the same place before
+
+        def died(reference: Any) -> None:
+            if key in numbers and numbers[key][0] is reference:
+                del numbers[key]
+
+        numbers[key] = (weakref.ref(storage, died), number)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        number = self.number(tensor) if tensor.layout is torch.strided else None
+        if number is None:
+            return tensor
+        if not self._plain(number, tensor):
+            self.pinned.add(number)
+        return number, tensor
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, tuple):
+            number, packed = packed
+            self.needs[number].append(self.ledger.clock)
+        return packed  # type: ignore[no-any-return]
+
+    def made(self) -> tuple[Made, ...]:
+        return tuple(
+            Made(
+                size_bytes=rounded(life.size_bytes, self.ledger.device),
+                start=life.start,
+                end=life.end,
+                last_read=self.last_read[number],
+                calls=tuple(self.of[number]),
+                needs=tuple(self.needs[number]),
+                pinned=number in self.pinned,
+            )
+            for number, life in enumerate(self.lives)
+        )

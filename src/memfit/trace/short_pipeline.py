@@ -1,0 +1,222 @@
+"""A stage of a long pipeline traced in a short one, and the memory of the micro-batches that it lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+
+from memfit.jobs.training_step import batch_length
+from memfit.techniques.rank_mesh import layout
+from memfit.trace import tracer
+from memfit.trace.truncated_model import with_blocks
+from memfit.trace.unroll import Mismatch
+from memfit.types.job import Job
+from memfit.types.plan import Plan, use
+from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLine:
+    """A stage of a pipeline, and the shorter pipeline that it is traced in. One stage: no pipeline."""
+
+    job: Job
+    plan: Plan
+    rank: int
+    stages: int = 1
+    stage: int = 0
+    virtual: int = 1
+    short_job: Job
+    short_plan: Plan
+    short_rank: int
+    short_stages: int = 1
+    short_stage: int = 0
+    micros: int = 1
+    short_micros: int = 1
+    missing: tuple[int, ...] = (0,)  # micro-batches in flight beyond those traced, of each chunk
+    fewer: int = 0  # blocks that the last stages lack
+
+    def own_blocks(self, count: int) -> list[int]:
+        """Numbers of the rank's blocks, of ``count``."""
+        return _numbers(count, self.stages, self.stage, self.virtual)
+
+    def short_blocks(self, depth: int) -> list[int]:
+        """And in the short pipeline."""
+        return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
+
+    def depth(self, count: int) -> int:
+        """Of the short pipeline's stages where the rank has all of its blocks."""
+        sizes = _of_rank(count, self.stages, self.stage, self.virtual)
+        return max(sizes) * self.virtual
+
+    def _short_count(self, depth: int) -> int:
+        return depth * self.short_stages - self.fewer
+
+    def trace(self, depth: int, **options: Any) -> Trace:
+        """With ``depth`` blocks on every stage."""
+        job = with_blocks(self.short_job, self._short_count(depth))
+        return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
+
+    def filled(self, trace: Trace) -> Trace:
+        """With the memory of the micro-batches that were not traced."""
+        found, beyond = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
+        if self.stages > 1:
+            beyond = self.micros - self.short_micros
+            played = len(_spans(trace, trace.steps - 1, Phase.BACKWARD)) // len(self.missing)
+            again = (played // self.short_micros + trace.repeated_micro_steps) * self.micros - played
+        if self.stages == 1 or not again:
+            return found
+        more, between = self._buffers(trace) * beyond, tuple[PhaseSpan, ...]()
+        for step in range(trace.steps):
+            forwards, backwards = (_spans(trace, step, p) for p in (Phase.FORWARD, Phase.BACKWARD))
+            if not backwards:  # primed
+                continue
+            receives = len(forwards) > len(backwards)  # before the first, and in the first step makes buffers
+            seconds = [
+                c * self.short_micros + min(1, self.short_micros - 1) for c in range(len(self.missing))
+            ]
+            ahead, back = [forwards[receives + at] for at in seconds], [backwards[at] for at in seconds[::-1]]
+            for forward, backward, missing in zip(ahead, back, self.missing, strict=True):
+                kept, left = _kept(trace, forward, backwards[-1].start)
+                # The second backward has gradients to add to and nothing to reduce, as all but two have.
+                more += [dataclasses.replace(a, end=backward.end - 1) for a in kept] * missing + left * beyond
+            between = (*ahead, *back)
+        return dataclasses.replace(
+            found, allocations=(*trace.allocations, *more), repeated_micro_steps=again, repeated_spans=between
+        )
+
+    def _buffers(self, trace: Trace) -> list[Allocation]:
+        """What each micro-batch is received into; it stays (torch's PipelineStage makes it at the start)."""
+        forward = next(s for s in trace.spans if s.phase is Phase.FORWARD)
+        made = [
+            a for a in trace.allocations
+            if forward.start <= a.start < forward.end and a.end is None and a.category is Category.ACTIVATION
+        ]  # fmt: skip
+        ones = made[:: self.short_micros]
+        if [a.size_bytes for a in made] != [a.size_bytes for a in ones for _ in range(self.short_micros)]:
+            raise Mismatch("micro-batches receive different bytes")
+        return ones
+
+
+def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
+    return [s for s in trace.spans if s.step == step and s.phase is phase]
+
+
+def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation], list[Allocation]]:
+    """What a micro-batch's forward keeps for its backward, and what until the ``last`` one, such as its
+    loss."""
+    kept = [
+        a for a in trace.allocations
+        if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is not Category.INPUT
+    ]  # fmt: skip
+    return [a for a in kept if (a.end or 0) < last], [a for a in kept if (a.end or 0) >= last]
+
+
+_IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches that a shortened pipeline keeps
+_ROUND = 3  # of an interleaved one: a first, a last and one between
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Short:
+    """Of the shorter pipeline."""
+
+    stages: int
+    stage: int
+    micros: int
+    missing: tuple[int, ...]
+    fewer: int = 0
+
+
+def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
+    """``blocks``: of the whole model. None where the schedule's micro-batches in flight are not those of a
+    shorter pipeline."""
+    used, place = plan.get("pipeline"), layout(plan)
+    if used is None:
+        return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
+    stages, micros = place.pipeline, int(used.settings["micro_batches"])
+    schedule = used.settings["schedule"]
+    accumulated = plan.get("gradient-accumulation")
+    parts = place.data * micros * (int(accumulated.settings["micro_batches"]) if accumulated else 1)
+    per_stage = plan.ranks // stages
+    stage = rank // per_stage
+    if schedule == "interleaved":
+        short = _interleaved(stages, stage, micros, int(used.settings["virtual"]), blocks)
+    else:
+        short = _straight(str(schedule), stages, stage, micros)
+    if short is None or job.batch_size % parts:
+        return None
+    knobs = {**used.settings, "stages": short.stages, "micro_batches": short.micros}
+    return MemoryLine(
+        job=job,
+        plan=plan,
+        rank=rank,
+        stages=stages,
+        stage=stage,
+        virtual=int(used.settings["virtual"]),
+        short_job=_first_rows(job, job.batch_size // micros * short.micros),
+        short_plan=dataclasses.replace(
+            plan.with_use(use("pipeline", **knobs)), ranks=per_stage * short.stages
+        ),
+        short_rank=short.stage * per_stage + rank % per_stage,
+        short_stages=short.stages,
+        short_stage=short.stage,
+        micros=micros,
+        short_micros=short.micros,
+        missing=short.missing,
+        fewer=short.fewer,
+    )
+
+
+def _straight(schedule: str, stages: int, stage: int, micros: int) -> _Short | None:
+    if schedule not in _IN_FLIGHT:
+        return None
+    flying = micros if schedule == "gpipe" else min(micros, stages - stage)
+    kept = min(flying, _IN_FLIGHT[schedule])
+    place = min(stage, 1)
+    count = max(2, place + (kept if schedule == "1f1b" else 1 + (stage < stages - 1)))
+    traced = min(micros, max(count, 3))  # a first, a last and one between
+    return _Short(stages=count, stage=place, micros=traced, missing=(flying - kept,))
+
+
+def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
+    """One round of micro-batches, of which a rank does every chunk's in a row. All forwards come before the
+    first backward on the first rank and the second; the last goes back at once from its last chunk
+    (`cost.schedules`)."""
+    last = stage == stages - 1
+    if micros != stages or stages <= _ROUND or not (stage < 2 or last):
+        return None
+    place = _ROUND - 1 if last else stage
+    own = _of_rank(blocks, stages, stage, virtual)
+    most = max(own) * _ROUND * virtual
+    alike = (f for f in range(_ROUND * virtual) if _of_rank(most - f, _ROUND, place, virtual) == own)
+    fewer = next(alike, None)
+    if fewer is None:
+        return None
+    missing = [stages - _ROUND] * (virtual - last) + [0] * last
+    return _Short(stages=_ROUND, stage=place, micros=_ROUND, missing=tuple(missing), fewer=fewer)
+
+
+def _numbers(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
+    """Of a rank's blocks, chunk by chunk."""
+    each, more = divmod(blocks, stages * virtual)
+    sizes = zip(range(stage, stages * virtual, stages), _of_rank(blocks, stages, stage, virtual), strict=True)
+    return [each * at + min(at, more) + i for at, size in sizes for i in range(size)]
+
+
+def _of_rank(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
+    """Blocks of each of a rank's chunks."""
+    each, more = divmod(blocks, stages * virtual)
+    return [each + (at < more) for at in range(stage, stages * virtual, stages)]
+
+
+def _first_rows(job: Job, rows: int) -> Job:
+    def make(step: int, seed: int) -> Any:
+        batch = job.make_batch(step, seed)
+        length = batch_length(batch)
+        return _pytree.tree_map_only(
+            torch.Tensor, lambda t: t[:rows] if t.dim() and t.shape[0] == length else t, batch
+        )
+
+    return dataclasses.replace(job, make_batch=make, batch_size=rows)

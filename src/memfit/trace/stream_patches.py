@@ -1,0 +1,77 @@
+"""Torch's CPU streams, patched while tracing: named streams on which work is recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from memfit.trace.allocation_recorder import Ledger
+
+
+class _Event(torch.cpu.Event):
+    """So many calls of a stream."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.at = ledger, ("", 0)
+
+    def record(self, stream: Any = None) -> None:
+        name = stream.name if isinstance(stream, _Stream) else self.ledger.place
+        self.at = (name, self.ledger.flows.calls[name])
+
+    def wait(self, stream: Any = None) -> None:
+        self.ledger.wait(stream.name if isinstance(stream, _Stream) else self.ledger.place, *self.at)
+
+
+class _Stream(torch.cpu.Stream):
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self.ledger, self.name = ledger, name
+
+    def wait_stream(self, stream: Any) -> None:
+        if isinstance(stream, _Stream):
+            self.ledger.wait(self.name, stream.name, self.ledger.flows.calls[stream.name])
+
+    def record_event(self) -> Any:
+        event = _Event(self.ledger)
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Any) -> None:
+        if isinstance(event, _Event):
+            event.wait(self)
+
+
+@contextlib.contextmanager
+def streams(ledger: Ledger) -> Iterator[None]:
+    """FSDP2 gathers and reduces on streams of its own, each with its own pool in the CUDA allocator; the CPU
+    streams that it gets in a trace are given names, what is made on them is placed there, and who waits for
+    whom goes on record."""
+    numbers = itertools.count(1)
+
+    def made(priority: int = -1) -> _Stream:
+        return _Stream(ledger, f"stream {next(numbers)}")
+
+    def enter(stream: Any) -> Any:
+        return ledger.placed(stream.name) if isinstance(stream, _Stream) else contextlib.nullcontext()
+
+    def current(device: Any = None) -> _Stream:
+        return _Stream(ledger, ledger.place)
+
+    def waited(self: Any, *args: Any, **kwargs: Any) -> bool:
+        if (awaited := ledger.flows.next_under_way()) is not None:
+            ledger.wait(ledger.place, *awaited)
+        return True
+
+    event = functools.partial(_Event, ledger)
+    work = torch._C._distributed_c10d.Work
+    with (
+        mock.patch.multiple(torch.cpu, Stream=made, Event=event, stream=enter, current_stream=current),
+        mock.patch.object(torch.accelerator, "current_stream", current),  # where a gather was not used
+        mock.patch.object(work, "wait", waited),
+    ):
+        yield

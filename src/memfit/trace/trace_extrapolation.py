@@ -1,0 +1,171 @@
+"""Whole traces of deep models and long pipelines, made of traces of shallow and short ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from memfit.model.blocks import find_blocks
+from memfit.techniques import fp32_modules
+from memfit.trace import tracer
+from memfit.trace.short_pipeline import MemoryLine, shortened
+from memfit.trace.trace_pool import side_by_side
+from memfit.trace.truncated_model import CONTAINERS
+from memfit.trace.unroll import Blocks, Mismatch, renumbered, unroll
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.plan import Plan
+from memfit.types.trace import Trace
+
+_TRIES = 3  # one block deeper each time
+_LARGE = 500_000_000  # parameters from which on two processes are quicker than one
+
+
+def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
+    """`deep_traces` of one rank."""
+    return deep_traces(job, plan, [rank], **options)[0]
+
+
+def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
+    """`traces_of` several ranks of one plan."""
+    return traces_of(job, [(plan, rank) for rank in ranks], **options)
+
+
+def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
+    """`trace` of (plan, rank) pairs; of models with many equal blocks at the cost of a few: two shallow
+    traces are unrolled, and their own agreement is the proof that this may be done. A model that is not so is
+    traced whole.
+
+    Of a pipeline (GPipe, 1F1B, one round of interleaved) a rank's stages are traced in a shorter pipeline
+    with few micro-batches, and what a micro-batch keeps is there as often as micro-batches are in flight.
+    Stages that are alike share their traces.
+    """
+    model = tracer.fake_model(job)
+    found = repeated(model, job)
+    cpu = options.get("device", "cpu") == "cpu"
+    deep = [
+        _Deep.of(job, plan, rank, *found) if found and _repeats(plan, cpu=cpu) else None
+        for plan, rank in wanted
+    ]
+    calls: dict[Any, Callable[[], Trace]] = {}
+    for (plan, rank), one in zip(wanted, deep, strict=True):
+        if one is None:
+            calls["whole", plan, rank] = partial(tracer.trace, job, plan, rank=rank, **options)
+        else:
+            calls |= {one.key(d): partial(one.line.trace, d, **options) for d in one.depths()[:2]}
+    large = sum(p.numel() for p in model.parameters()) >= _LARGE
+    del model
+    made = side_by_side(list(calls.values())) if large else [call() for call in calls.values()]
+    kept = dict(zip(calls, made, strict=True))
+    return [
+        kept["whole", plan, rank] if one is None else one.unrolled(kept, options)
+        for (plan, rank), one in zip(wanted, deep, strict=True)
+    ]
+
+
+def _repeats(plan: Plan, *, cpu: bool) -> bool:
+    """Blocks differ where a budget chose what to recompute. On a processor the whole model is built where a
+    rank of a pipeline trains, and the peak may be there."""
+    return plan.get("optimal-checkpointing") is None and not (cpu and plan.get("pipeline"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Deep:
+    """A rank of a model whose repeated blocks need not all be traced."""
+
+    line: MemoryLine
+    wanted: Blocks  # on the rank
+    first_depth: int
+    # Where all of the rank's blocks are traced, being fewer than two shallow traces have: their numbers in
+    # the short pipeline, and in the whole one.
+    numbers: dict[int, int] | None = None
+
+    @staticmethod
+    def of(job: Job, plan: Plan, rank: int, path: str, count: int) -> _Deep | None:
+        line = shortened(job, plan, rank, count)
+        if line is None:
+            return None
+        own, period = line.own_blocks(count), _period(plan)
+        few = _first_depth(plan, period)
+        few += (len(own) - few) % period
+        wanted = Blocks(path=path, first=own[0], count=len(own), period=period)
+        deep = _Deep(line=line, wanted=wanted, first_depth=few)
+        if line.stages > 1 and (line.virtual > 1 or len(own) <= 2 * few + period):
+            numbers = dict(zip(line.short_blocks(line.depth(count)), own, strict=True))
+            alike = all((one - other) % period == 0 for one, other in numbers.items())
+            deep = dataclasses.replace(deep, numbers=numbers, first_depth=line.depth(count))
+            worth = line.short_micros < line.micros and len(own) * line.short_stages <= count and alike
+        else:
+            bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets are filled across blocks
+            worth = not bucketed and deep._is_worth(few)
+        return deep if worth else None
+
+    def depths(self) -> range:
+        """Blocks of the traces that may be made; each is unrolled to the next."""
+        period = self.wanted.period
+        if self.numbers:
+            return range(self.first_depth, self.first_depth + 1)
+        return range(self.first_depth, self.first_depth + (_TRIES + 1) * period, period)
+
+    def key(self, depth: int) -> Any:
+        return self.line.short_plan, self.line.short_rank, self.line.short_job.batch_size, depth
+
+    def unrolled(self, kept: dict[Any, Trace], options: dict[str, Any]) -> Trace:
+        line, wanted = self.line, self.wanted
+        if self.numbers:
+            try:
+                return line.filled(renumbered(kept[self.key(self.first_depth)], wanted.path, self.numbers))
+            except Mismatch:
+                return tracer.trace(line.job, line.plan, rank=line.rank, **options)
+        for depth, deeper in pairwise(self.depths()):
+            if not self._is_worth(depth):
+                break
+            for blocks in (depth, deeper):
+                if self.key(blocks) not in kept:
+                    kept[self.key(blocks)] = line.trace(blocks, **options)
+            given = dataclasses.replace(wanted, first=line.short_stage * depth, count=depth)
+            shallow, proof = kept[self.key(depth)], kept[self.key(deeper)]
+            try:
+                return line.filled(unroll(shallow, proof, given, wanted))
+            except Mismatch:
+                continue
+        return tracer.trace(line.job, line.plan, rank=line.rank, **options)
+
+    def _is_worth(self, depth: int) -> bool:
+        """Whether two shallow traces are less work than a whole one."""
+        shallow = (2 * depth + self.wanted.period) * self.line.short_micros
+        return shallow < self.wanted.count * self.line.micros
+
+
+def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
+    """(path, number) of blocks that are all alike and in a container from which some can be left out."""
+    try:
+        path, blocks = find_blocks(model, job.blocks)
+    except UserError:
+        return None
+    apart = fp32_modules.find(model, job.islands)
+    equal = len({_shape(b, f"{path}.{i}", apart) for i, b in enumerate(blocks)}) == 1
+    return (path, len(blocks)) if equal and isinstance(model.get_submodule(path), CONTAINERS) else None
+
+
+def _shape(block: torch.nn.Module, path: str, apart: Iterable[str]) -> tuple[Any, ...]:
+    inside = tuple(sorted(n.removeprefix(path) for n in apart if f"{n}.".startswith(f"{path}.")))
+    return tuple((name, p.shape) for name, p in block.named_parameters()), inside
+
+
+def _period(plan: Plan) -> int:
+    recompute = plan.get("activation-checkpointing")
+    return int(recompute.settings["every"]) if recompute else 1
+
+
+def _first_depth(plan: Plan, period: int) -> int:
+    """The first and the last block may differ from those between; prefetching makes more of them differ,
+    and tensors cut along the sequence too."""
+    sharded, split = plan.get("fsdp2"), plan.get("tensor-parallel")
+    ahead = int(sharded.settings["prefetch"]) if sharded else 0
+    return ((3, 4, 8, 10)[min(ahead, 3)] + bool(sharded and split)) * period

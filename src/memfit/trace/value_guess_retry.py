@@ -1,0 +1,126 @@
+"""Second thoughts: a trace that failed because of a guess runs again with another, and one whose guess
+decides how much memory is taken is refused.
+
+Code that checks its input raises where a condition on values holds. A step that trains does not raise, so
+the answer that leads there is wrong. Nothing else can be said of a number that was made up, except whether
+it matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from memfit.trace.assumed_values import AssumedCase, assuming
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.trace import Phase, Trace
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_TRIES = 4  # conditions that are answered otherwise before the error is believed
+_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
+_ANOTHER = 2  # where 1 was the answer
+
+
+class Doubted(Exception):
+    """A run failed with ``reason`` after the code at ``place`` had heard True without knowledge."""
+
+    def __init__(self, place: str, reason: Exception) -> None:
+        super().__init__(place)
+        self.place, self.reason = place, reason
+
+
+def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
+    """``run(job, ...)`` again, with False for the condition that was last taken as true, where it fails."""
+
+    @functools.wraps(run)
+    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        first: Exception | None = None
+        for _ in range(_TRIES):
+            try:
+                return run(job, *args, **kwargs)
+            except Doubted as doubted:
+                first = first or doubted.reason
+                job = _told(job, {doubted.place: 0})
+            except Exception:
+                if first is not None:
+                    raise first from first.__cause__
+                raise
+        assert first is not None
+        raise first from first.__cause__
+
+    return settled
+
+
+def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
+    """``run(job, ...)``. Raises UserError where a number that was guessed decides sizes: another answer
+    leads to other allocations."""
+
+    @functools.wraps(run)
+    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
+        found = run(job, *args, **kwargs)
+
+        def matters(lines: Iterable[str]) -> bool:
+            with contextlib.suppress(UserError, *_FAILURES):  # an answer that cannot be tells nothing
+                once: Any = {**kwargs, "steps": 1}
+                other = run(_told(job, dict.fromkeys(lines, _ANOTHER)), *args, **once)
+                return _sizes(found) != _sizes(other)
+            return False
+
+        if found.guessed and matters(found.guessed):
+            lines = [line for line in found.guessed if matters([line])] or found.guessed
+            raise UserError(
+                f".item() at {' and '.join(lines)} decides how much memory the step takes, and the batch "
+                "alone does not say what it gives",
+                allowed=f"bound={{{', '.join(f'{line!r}: N' for line in lines)}}} of the Job or of estimate",
+            )
+        return found
+
+    return settled
+
+
+def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
+    """``run(job, ...)``. Where assumed values were asked for, the step is traced with the lowest and highest
+    ones too: the trace says between which ratios to its own peak theirs lie."""
+
+    @functools.wraps(run)
+    def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
+        found = run(job, *args, **kwargs)
+        if not found.assumed:
+            return found
+        peaks = [_peak_bytes(found)]
+        for case in (AssumedCase.LOW, AssumedCase.HIGH):
+            with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # values that cannot be
+                peaks.append(_peak_bytes(run(job, *args, **kwargs)))
+        where, tried = " and ".join(found.assumed), len(peaks) - 1
+        told = f"values at {where} were assumed; the interval holds the peaks under {tried} other cases"
+        matters = min(peaks) < max(peaks) or not tried
+        return dataclasses.replace(
+            found,
+            assumed_low_ratio=min(peaks) / peaks[0],
+            assumed_high_ratio=max(peaks) / peaks[0],
+            assumptions=(*found.assumptions, told) if matters else found.assumptions,
+        )
+
+    return settled
+
+
+def _peak_bytes(trace: Trace) -> int:
+    changes = [(a.start, a.size_bytes) for a in trace.allocations]
+    changes += [(a.end, -a.size_bytes) for a in trace.allocations if a.end is not None]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+
+
+def _told(job: Job, more: Mapping[str, int]) -> Job:
+    known = job.bound if isinstance(job.bound, Mapping) else {} if job.bound is None else {"": job.bound}
+    return dataclasses.replace(job, bound={**known, **more})
+
+
+def _sizes(trace: Trace) -> list[int]:
+    phases = (Phase.FORWARD, Phase.BACKWARD)
+    return [a.size_bytes for a in trace.allocations if a.step == 0 and a.phase in phases]

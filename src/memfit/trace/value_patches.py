@@ -1,0 +1,91 @@
+"""Functions of torch that read or write values in code where no mode sees it: as they are, for values that
+are known."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from memfit.trace.concrete_values import Shadows
+from memfit.trace.data_dependent import Guesses
+
+
+@contextlib.contextmanager
+def values_read(guesses: Guesses) -> Iterator[None]:
+    """For as long as this lasts."""
+    shadows = guesses.shadows
+    with contextlib.ExitStack() as stack:
+        for home, name, put in (
+            (torch._VF, "_pad_packed_sequence", _padding(shadows)),
+            (torch, "ctc_loss", _given_tensors(torch.ctc_loss)),
+            (torch, "tensor_split", _given_numbers(torch.tensor_split)),
+            (torch.Tensor, "tensor_split", _given_numbers(torch.Tensor.tensor_split)),
+            (torch.Tensor, "numpy", _of_values(guesses, torch.Tensor.numpy)),
+            (FakeTensor, "tolist", _of_values(guesses, torch.Tensor.tolist)),
+        ):
+            stack.enter_context(mock.patch.object(home, name, put, create=home is torch._VF))
+        yield
+
+
+def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``numpy`` and ``tolist`` of a fake tensor, for other libraries: of its known or assumed values."""
+
+    def called(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if type(tensor) is not FakeTensor:
+            return inner(tensor, *args, **options)
+        with _disable_current_modes():
+            return inner(guesses.read(tensor, inner.__name__).clone(), *args, **options)
+
+    return called
+
+
+def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``ctc_loss``, whose form for lists of lengths makes tensors of them where they cannot be fake."""
+
+    def called(scores: Any, targets: Any, *lengths: Any, **options: Any) -> Any:
+        lengths = tuple(torch.tensor(n) if isinstance(n, list | tuple) else n for n in lengths)
+        return inner(scores, targets, *lengths, **options)
+
+    return called
+
+
+def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """``tensor_split`` at indices that are a tensor."""
+
+    def called(tensor: Any, where: Any, *rest: Any, **options: Any) -> Any:
+        return inner(tensor, where.tolist() if isinstance(where, torch.Tensor) else where, *rest, **options)
+
+    return called
+
+
+def _padding(shadows: Shadows) -> Callable[..., Any]:
+    """``pad_packed_sequence`` with batch sizes that are real, and lengths whose values are followed
+    (aten/src/ATen/native/PackedSequence.cpp)."""
+
+    def pad(
+        data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with _disable_current_modes():
+            rows = int(batch_sizes[0])
+            real = (batch_sizes[:, None] > torch.arange(rows)).sum(0)
+            widths, steps = (t.tolist() for t in batch_sizes.unique_consecutive(return_counts=True))
+        longest = len(batch_sizes)
+        if 0 < total_length < longest:
+            raise ValueError(f"total_length is {total_length}, and the longest sequence has {longest}")
+        out = data.new_full((max(longest, total_length), rows, *data.shape[1:]), value)
+        lengths = torch.empty(rows, dtype=torch.int64)
+        shadows.attach(lengths, real)
+        place = time = 0
+        for width, count in zip(widths, steps, strict=True):
+            piece = data[place : place + width * count].view(count, width, *data.shape[1:])
+            out[time : time + count, :width].copy_(piece)
+            place, time = place + width * count, time + count
+        return (out.transpose(0, 1) if batch_first else out), lengths
+
+    return pad

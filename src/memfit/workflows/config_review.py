@@ -1,0 +1,94 @@
+"""A plan that somebody trains already, priced beside what would be better.
+
+On one rank that is the search's recommendation. Plans of several ranks are not searched for yet; there it is
+the plan with one thing changed, those that take less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections import Counter
+
+from memfit.lint.neighbours import neighbours
+from memfit.model.blocks import find_blocks
+from memfit.planner.single_device import Progress, Request, fits_under, make_pricer, needed_bytes, search
+from memfit.techniques.registry import check, effect_of
+from memfit.trace.tracer import fake_model
+from memfit.types.errors import NothingFits, UserError
+from memfit.types.plan import EffectClass, Plan
+from memfit.types.result import Choice, Estimate
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """``fits`` compares ``needed_bytes`` with ``cap_bytes``; both are None where nothing says how much memory
+    there is. ``better``: least memory first.
+    ``recommended`` is None on several ranks, and where nothing fits: ``nothing`` says what would."""
+
+    given: Estimate
+    fits: bool | None
+    needed_bytes: int
+    cap_bytes: int | None
+    better: tuple[Estimate, ...] = ()
+    recommended: Choice | None = None
+    nothing: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobSize:
+    """``batch_size``: of a step on all ranks; ``layers``: repeated blocks, ``width``: of their norms, None
+    where the model has none."""
+
+    batch_size: int
+    parameter_count: int
+    layers: int | None
+    width: int | None
+
+
+def job_size(request: Request) -> JobSize:
+    """Of the request's job. Raises UserError where the job cannot be made."""
+    job, _ = make_pricer(request)
+    model = fake_model(job)
+    count = sum(p.numel() for p in model.parameters())
+    try:
+        blocks = find_blocks(model, job.blocks)[1]
+    except UserError:
+        return JobSize(batch_size=job.batch_size, parameter_count=count, layers=None, width=None)
+    named = blocks[0].named_parameters()
+    widths = Counter(p.numel() for n, p in named if p.dim() == 1 and re.search(r"norm|ln_|_ln", n.lower()))
+    width = widths.most_common(1)[0][0] if widths else None
+    return JobSize(batch_size=job.batch_size, parameter_count=count, layers=len(blocks), width=width)
+
+
+def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
+    """Raises UserError where the job cannot take the plan."""
+    _, pricer = make_pricer(request)
+    progress("trace", 0, 0, plan.label)
+    given = pricer.whole(check(plan, request.machine))
+    cap_bytes = request.cap_bytes
+    if cap_bytes is None and request.machine.device.kind != "cpu":
+        cap_bytes = int(request.machine.device.memory_bytes.value)
+    need = needed_bytes(given, request.machine)
+    told = Beside(
+        given=given, needed_bytes=need, cap_bytes=cap_bytes,
+        fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given),
+    )  # fmt: skip
+    if plan.ranks == 1:
+        if cap_bytes is None:  # a CPU: as much as the given plan asks for
+            request = dataclasses.replace(request, cap_bytes=need)
+        try:
+            recommended = search(request, progress).result.recommended
+        except NothingFits as error:
+            return dataclasses.replace(told, nothing=str(error))
+        return dataclasses.replace(told, recommended=recommended)
+    better = []
+    for other in neighbours(plan, parameters=parameters):
+        progress("trace", 0, 0, other.label)
+        with contextlib.suppress(UserError):  # the job cannot take it, such as half a sample
+            priced = pricer.whole(check(other))
+            if effect_of(other, priced.dependence) <= max(effect_of(plan, given.dependence), EffectClass.E2):
+                better.append(priced)
+    less = [e for e in better if e.allocated_bytes.value < given.allocated_bytes.value]
+    return dataclasses.replace(told, better=tuple(sorted(less, key=lambda e: e.allocated_bytes.value)))

@@ -1,0 +1,93 @@
+"""Which engine when: for one job, machine and plan, what each engine can do, needs and asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from memfit import catalog
+from memfit.engines.base import Engine
+from memfit.engines.registry import ENGINES, render
+from memfit.jobs.registry import load
+from memfit.planner.single_device import Progress, Request, calibrate, make_pricer, model_sizes
+from memfit.techniques.rank_mesh import layout
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.launch import RunSpec
+from memfit.types.machine import Calibration
+from memfit.types.plan import Plan
+from memfit.types.result import Estimate
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineChoice:
+    """``gaps``: why it cannot carry the plan, empty where it can; ``cuda``: parts that run on NVIDIA GPUs
+    alone; ``problem``: what is missing here, with ``fix``. ``config_lines``: of its own configuration, beside
+    memfit's. ``facts``: the catalog's rows, name to (value, source, date)."""
+
+    engine: str
+    summary: str
+    gaps: tuple[str, ...]
+    cuda: tuple[str, ...]
+    version: str
+    problem: str
+    fix: str
+    tested: str
+    estimate: Estimate | None
+    config_lines: int | None
+    facts: dict[str, tuple[str, str, str]]
+
+
+def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoice]:
+    """Engines that can carry the plan first, by predicted memory; each predicted as it would run there."""
+    known = [Calibration()]  # of this machine, shared: engines differ by what they run, not by its mood
+    load(request.job)  # a job that cannot be loaded is no engine's gap
+    layout(plan)
+    training = (e for e in ENGINES.values() if e.name != "replay")
+    found = [_choice(request, plan, engine, known, progress) for engine in training]
+    return sorted(found, key=lambda c: (bool(c.gaps), c.estimate is None, _bytes(c)))
+
+
+def _bytes(choice: EngineChoice) -> float:
+    return choice.estimate.allocated_bytes.value if choice.estimate else 0.0
+
+
+def _choice(
+    request: Request, plan: Plan, engine: Engine, known: list[Calibration], progress: Progress
+) -> EngineChoice:
+    gaps, probe = engine.supports(plan), engine.probe()
+    estimate, lines = None, None
+    if not gaps:
+        progress("trace", 0, 0, engine.name)
+        try:
+            estimate, lines = _priced(dataclasses.replace(request, engine=engine.name), plan, known, progress)
+        except UserError as error:
+            gaps = (str(error),)
+    low, high = engine.tested
+    return EngineChoice(
+        engine=engine.name, summary=engine.summary, gaps=gaps, cuda=engine.asks_cuda(plan),
+        version=probe.version, problem=probe.problem, fix=probe.fix,
+        tested=f">={low}, <{high}" if low else "", estimate=estimate, config_lines=lines,
+        facts=catalog.engine_facts(engine.name),
+    )  # fmt: skip
+
+
+def _priced(
+    request: Request, plan: Plan, known: list[Calibration], progress: Progress
+) -> tuple[Estimate, int]:
+    job, pricer = make_pricer(request)
+    pricer.whole(plan)
+    if request.is_here:
+        pricer.recalibrate(known[-1])
+        calibrate(pricer, request, progress, plans=[plan])
+        known.append(pricer.calibration)
+    return pricer.whole(plan), sum(_lines(request, job, plan))
+
+
+def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
+    """Of the engine's own files."""
+    spec = RunSpec(
+        name="", role="", job=request.job, plan=plan, engine=request.engine, seed=0, steps=job.steps,
+        batch_size=job.batch_size, clip=job.clip, sizes=model_sizes(request.engine, job),
+    )  # fmt: skip
+    yield from (len(text.splitlines()) for name, text in render(spec).files.items() if name != "run.json")

@@ -1,0 +1,405 @@
+"""The story in order: trace, cost, search, run, measure, verify, record, report. Stages meet only here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from memfit.cost.memory import timeline
+from memfit.cost.step_time_calibration import corrected
+from memfit.decision import case as cases
+from memfit.decision import rollout_gates
+from memfit.decision.decide import decide as decide_on
+from memfit.engines.registry import engine
+from memfit.planner import single_device as planner
+from memfit.planner import trials
+from memfit.planner.selection import Objective
+from memfit.planner.single_device import (
+    Planning,
+    Progress,
+    Request,
+    autocast,
+    calibrate,
+    is_long,
+    model_sizes,
+)
+from memfit.planner.workload import workload_of
+from memfit.report.case import case_offers
+from memfit.report.html import write_html
+from memfit.runtime import local_machine
+from memfit.store.database import Store
+from memfit.store.environment import fingerprint
+from memfit.store.pocs import attended, stored_poc, wanted_poc
+from memfit.techniques.registry import effect_of, plain, without
+from memfit.types import serialization
+from memfit.types.decision import Decision
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import RunSpec
+from memfit.types.plan import Plan, Use, use
+from memfit.types.result import (
+    Cause,
+    Interaction,
+    Measurement,
+    NamedVerdict,
+    Offer,
+    OutcomeKind,
+    Poc,
+    Reproducibility,
+    Run,
+    Verdict,
+    VerdictKind,
+)
+from memfit.verify import reproducibility, verdict
+from memfit.verify.aggregate import median_step_s
+from memfit.workflows import reference_machines
+from memfit.workflows.effort import effort
+from memfit.workflows.single_run import anatomy, explain, run_plan, run_spec
+
+__all__ = [
+    "Objective", "Planning", "Progress", "Request", "anatomy", "attended", "explain", "poc", "report",
+    "run_plan", "search", "stored_poc",
+]  # fmt: skip
+
+# Records beside a PoC's own: the user's figures, predictions made later, machines of stages, limits.
+CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
+_KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
+BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
+_TIMELINE_POINTS = 400
+_TRIALS_S = 60.0  # of a proof of concept, for rivals of its recommendation
+_SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")  # of machines whose times correct each other
+_CHECKPOINTING = use("activation-checkpointing", every=1)
+
+
+def poc(
+    request: Request,
+    *,
+    store: Store,
+    seeds: int,
+    steps: int | None,
+    report_path: Path | None,
+    lang: str,
+    command: str,
+    progress: Progress,
+) -> Poc:
+    """The proof of concept: predict, search, train baseline, recommendation and ablations, judge, report.
+
+    Every run is in the store as soon as it ends. Raises NothingFits, UserError.
+    """
+    begun = time.perf_counter()
+    planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
+    story = _Story(planning, store, seeds, steps or planning.job.steps, command, progress)
+    found = story.begin(request)
+    specs = list(story.specs())
+    calibrate(planning.pricer, planning.request, progress, plans=list(dict.fromkeys(s.plan for s in specs)))
+    for index, spec in enumerate(specs):
+        found = story.add_run(found, story.shortened(spec), f"{spec.name} ({index + 1} of {len(specs)})")
+    found = story.conclude(found)
+    path = report_path or store.path.parent / "reports" / f"{found.poc_id}.{lang}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = dataclasses.replace(found, took_s=time.perf_counter() - begun, report=str(path))
+    store.append(found.poc_id, "poc", found)
+    write_html(found, path, lang=lang, decision=decide_on(found, cases.DecisionCase()))
+    return found
+
+
+def search(
+    request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
+) -> Planning:
+    """`planning.search`; with ``measure_s`` the rivals of the recommended plan are run for about as long
+    before one is recommended. Raises NothingFits, UserError."""
+    if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
+        raise UserError(f"--measure with --goal {request.goal.value}", allowed=", ".join(trials.BY_TIME))
+    planning = planner.search(request, progress, must_run=must_run)
+    if measure_s is None or request.goal not in trials.BY_TIME:
+        return planning
+    try:
+        return trials.measured(planning, progress, budget_s=measure_s)
+    except KeyboardInterrupt:
+        so_far = dataclasses.replace(planning.result, unfinished=True)
+        raise planner.SearchInterrupted(so_far) from None
+
+
+def report(
+    store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
+) -> Path:
+    """Write the HTML of a stored PoC, the latest by default; an interrupted one shows what there is."""
+    found, decision = decide(store, poc_id=poc_id, case=case)
+    path = path or Path(f"memfit-{found.poc_id}.{lang}.html")
+    return write_html(found, path, lang=lang, decision=decision)
+
+
+def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
+    """A stored PoC, the latest by default, and the decision from it: with the user's figures in the file
+    `case`, which is kept; without one, with those that were kept last."""
+    wanted = wanted_poc(store, poc_id)
+    found = stored_poc(store, wanted)
+    kept = store.records(wanted, CASE)
+    if case is not None:
+        own, name = cases.read(case), str(case)
+    elif kept:
+        last = json.loads(kept[-1].body)
+        own, name = cases.parsed(last["text"], f"the case that was kept, {last['name']},"), last["name"]
+    else:
+        own, name = cases.DecisionCase(), ""
+    more = offers_of(store, wanted)
+    named = {s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(wanted, STAGE)))}
+    held = store.records(wanted, GATES)[-1:]  # those before may be of an older version
+    limits = [rollout_gates.parsed(json.loads(r.body)["text"], _KEPT_GATES) for r in held]
+    decision = decide_on(
+        found, own, more=more, name=name, named=named, limits=limits[-1] if limits else rollout_gates.Gates()
+    )
+    if case is not None:
+        store.append(wanted, CASE, {"name": name, "text": case.read_text(encoding="utf-8")})
+    return found, decision
+
+
+def offers_of(store: Store, poc_id: str) -> list[Offer]:
+    """What was predicted for machines after the PoC, in the order in which it was."""
+    return [
+        serialization.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)
+    ]
+
+
+def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
+    """`request` with step times corrected by the runs of a PoC of the same job on this machine, the last one
+    by default. Raises UserError for another job, machine or torch, and where no run ended well."""
+    wanted = wanted_poc(store, poc_id)
+    found, now = stored_poc(store, wanted), fingerprint()
+    job = found.runs[0].spec.job.spec if found.runs else found.job_name
+    if not request.is_here or job != request.job.spec:
+        raise UserError(f"PoC {wanted} ran {job} on this machine", allowed="plans for the same job here")
+    other = [name for name in _SAME if found.environment.get(name) != now.get(name)]
+    if other:
+        told = "; ".join(f"{n} {found.environment.get(n)} then, {now.get(n)} now" for n in other)
+        raise UserError(f"PoC {wanted} was measured elsewhere: {told}")
+    ratios: dict[Plan, list[float]] = {}
+    for run in found.runs:
+        seconds = median_step_s(run.measurement)
+        if run.measurement.outcome is OutcomeKind.OK and seconds and run.predicted_step_s:
+            ratios.setdefault(run.spec.plan, []).append(seconds / run.predicted_step_s)
+    if not ratios:
+        raise UserError(f"no run of PoC {wanted} ended well: it corrects nothing")
+    seen = [(plan, statistics.median(of_plan)) for plan, of_plan in ratios.items()]
+    return dataclasses.replace(request, correction=corrected(request.correction, seen, source=wanted))
+
+
+@dataclasses.dataclass(kw_only=False)
+class _Story:
+    """The runs of a PoC and what follows from them."""
+
+    planning: Planning
+    store: Store
+    seeds: int
+    steps: int
+    command: str
+    progress: Progress
+
+    @property
+    def recommended(self) -> Plan:
+        choice = self.planning.result.recommended
+        assert choice is not None, "search raises NothingFits otherwise"
+        return choice.estimate.plan
+
+    @property
+    def baseline(self) -> Plan:
+        return plain(self.planning.request.ranks)
+
+    @property
+    def mixed(self) -> Use:
+        return autocast(self.planning.pricer.space)
+
+    def begin(self, asked: Request) -> Poc:
+        job, result, request = self.planning.job, self.planning.result, self.planning.request
+        # Other machines and sizes are told of one device, and of models that are traced in a second.
+        metric, beyond = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
+        paper, offers = (
+            reference_machines.paper(self.planning, self.progress) if beyond else ((), case_offers(job.name))
+        )
+        found = Poc(
+            poc_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            command=self.command,
+            job_name=job.name,
+            job_title=job.title or job.name,
+            job_size=job.size,
+            data_source=job.data_source,
+            parameter_count=self.planning.pricer.trace(self.baseline).parameter_count,
+            workload=workload_of(job, request.machine.name),
+            metric=metric.name if metric else "",
+            metric_unit=metric.unit if metric else "",
+            metric_naive=metric.naive if metric else None,
+            metric_naive_name=metric.naive_name if metric else "",
+            metric_margin_source=metric.margin_source if metric else "",
+            machine=request.machine.name,
+            environment=fingerprint(),
+            cap_bytes=self.planning.cap_bytes,
+            cap_reason=self.planning.cap_reason,
+            search=result,
+            runs=(),
+            verdicts=(),
+            interactions=(),
+            reproducibility=Reproducibility(reproducible=None),
+            effort=effort(request.job, self.recommended, (), self.store),
+            predicted_timeline_bytes={
+                name: timeline(self.planning.pricer.trace(plan), _TIMELINE_POINTS)
+                for name, plan in ((BASELINE, self.baseline), (RECOMMENDED, self.recommended))
+            },
+            place=request.machine.place.name if request.machine.place else "",
+            paper=paper,
+            offers=offers,
+            reach=reference_machines.reach(self.planning, self.progress) if beyond else (),
+            steps_per_run=self.steps,
+            notes=_notes(request.job, asked.job, beyond=beyond or request.ranks > 1),
+            finished=False,
+        )
+        self.store.append(found.poc_id, "begin", found)
+        return found
+
+    def specs(self) -> Iterator[RunSpec]:
+        """Baseline under the cap; baseline and recommendation in turn over the seeds, so that both see
+        the same noise; the recommendation again for reproducibility; ablations; the 2 x 2."""
+        yield self._spec(BASELINE, BASELINE, self.baseline, seed=0, capped=True)
+        for seed in range(self.seeds):
+            yield self._spec(BASELINE, BASELINE, self.baseline, seed=seed)
+            yield self._spec(RECOMMENDED, RECOMMENDED, self.recommended, seed=seed, capped=True)
+        yield self._spec("recommended again", RECOMMENDED, self.recommended, seed=0, capped=True)
+        seen, excluded = {self.baseline, self.recommended}, self.planning.request.bounds.without
+        for name, plan in self._ablations():
+            if plan not in seen and not any(plan.get(technique) for technique in excluded):
+                seen.add(plan)
+                yield self._spec(name, ABLATION, plan, seed=0)
+
+    def _ablations(self) -> Iterator[tuple[str, Plan]]:
+        for used in self.recommended.uses:
+            less = without(self.recommended, used.technique)
+            with contextlib.suppress(UserError):  # a budget that cannot be met without it
+                yield f"without {used.technique}", self.planning.pricer.settled(less)
+        yield "precision only", self.baseline.with_use(self.mixed)
+        if self.planning.pricer.space.block_count:
+            yield "checkpointing only", self.baseline.with_use(_CHECKPOINTING)
+            both = self.baseline.with_use(self.mixed).with_use(_CHECKPOINTING)
+            yield "precision and checkpointing", both
+
+    def _spec(self, name: str, role: str, plan: Plan, *, seed: int, capped: bool = False) -> RunSpec:
+        request, job = self.planning.request, self.planning.job
+        name_of_engine = "native" if engine(request.engine).supports(plan) else request.engine
+        return RunSpec(
+            name=name, role=role, job=request.job, plan=plan, engine=name_of_engine, seed=seed,
+            steps=self.steps, batch_size=job.batch_size, clip=job.clip,
+            sizes=model_sizes(name_of_engine, job),
+            cap_bytes=self.planning.cap_bytes if capped else None,
+            threads=request.threads or max(1, local_machine.threads() // request.ranks), timeline=seed == 0,
+        )  # fmt: skip
+
+    def shortened(self, spec: RunSpec) -> RunSpec:
+        """An ablation that is many times slower than plain training, as bfloat16 is on a processor without
+        it, is run for its memory and step time only."""
+        own, plain_s = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
+        if spec.role != ABLATION or own is None or plain_s is None or own.value < _SLOW * plain_s.value:
+            return spec
+        few = max(_FEWEST_STEPS, int(_SLOW_RUN_S / own.value))
+        return dataclasses.replace(spec, steps=few, evaluate=False) if few < spec.steps else spec
+
+    def add_run(self, found: Poc, spec: RunSpec, label: str) -> Poc:
+        done = run_spec(spec, self.planning.pricer.whole(spec.plan), self.progress, label)
+        self.store.append(found.poc_id, "run", done)
+        return dataclasses.replace(found, runs=(*found.runs, done))
+
+    def conclude(self, found: Poc) -> Poc:
+        runs = found.runs
+        plain = [r for r in runs if r.spec.role == BASELINE and r.spec.cap_bytes is None]
+        chosen = [r for r in runs if r.spec.name == RECOMMENDED]
+        again = [r for r in runs if r.spec.name == "recommended again"]
+        return dataclasses.replace(
+            found,
+            verdicts=tuple(self._verdicts(plain, chosen, runs)),
+            interactions=tuple(self._interactions(runs)),
+            reproducibility=reproducibility(chosen[0], again[0]),
+            effort=effort(self.planning.request.job, self.recommended, runs, self.store),
+            step_time_ratio=_paired_ratio(plain, chosen),
+            finished=True,
+        )
+
+    def _verdicts(
+        self, plain: Sequence[Run], chosen: Sequence[Run], runs: Sequence[Run]
+    ) -> Iterator[NamedVerdict]:
+        metric = self.planning.job.metric
+
+        def named(name: str, base: Sequence[Run], other: Sequence[Run]) -> NamedVerdict:
+            plan = other[0].spec.plan
+            effect = effect_of(plan, other[0].dependence)
+            judged = verdict(base, other, effect=effect, metric=metric)
+            return NamedVerdict(name=name, plan=plan, verdict=judged)
+
+        if self.recommended != self.baseline:
+            yield named(RECOMMENDED, plain, chosen)
+        else:
+            same = Verdict(
+                kind=VerdictKind.EQUIVALENT, effect=effect_of(self.baseline), test="identity",
+                reason="the recommendation is plain training itself", cause=Cause(kind="same_plan"),
+            )  # fmt: skip
+            yield NamedVerdict(name=RECOMMENDED, plan=self.baseline, verdict=same)
+        for other in (r for r in runs if r.spec.role == ABLATION):
+            yield named(other.spec.name, plain[:1], [other])
+
+    def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
+        """Precision x checkpointing on seed 0, wherever all four corners ran."""
+        uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
+        corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
+        cells = [_corner(runs, plan) for plan in corners]
+        for quantity, value in _QUANTITIES.items():
+            values = [value(c.measurement) if c else None for c in cells]
+            if all(v is not None for v in values):
+                neither, first, second, both = (float(v) for v in values if v is not None)
+                yield Interaction(
+                    first=self.mixed.technique, second=_CHECKPOINTING.technique, quantity=quantity,
+                    neither=neither, first_only=first, second_only=second, both=both,
+                )  # fmt: skip
+
+
+def _notes(used: JobRef, asked: JobRef, *, beyond: bool) -> tuple[str, ...]:
+    """What the reader must know about this very PoC."""
+    notes = []
+    if used != asked:
+        notes.append(
+            "Plain training does not fit this machine's free memory at the batch asked for: everything here, "
+            f"the verdict included, is for a batch of {used.batch}."
+        )
+    if not beyond and "paper" in reference_machines.sizes(used.spec):
+        notes.append(
+            "The full size was not planned here, as a trace of this model takes long: "
+            f"`memfit plan {used.spec} --size paper --on MACHINE` does it."
+        )
+    return tuple(notes)
+
+
+def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
+    fine = (r for r in runs if r.measurement.outcome is OutcomeKind.OK and r.spec.seed == 0)
+    return next((r for r in fine if r.spec.plan == plan), None)
+
+
+_SLOW, _SLOW_RUN_S, _FEWEST_STEPS = 5.0, 30.0, 5  # times plain training's step; of such an ablation
+_QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
+    "peak_bytes": lambda m: m.peak_bytes,
+    "step_s": median_step_s,
+    "metric": lambda m: m.metric,
+}
+
+
+def _paired_ratio(plain: Sequence[Run], chosen: Sequence[Run]) -> float | None:
+    """Median over seeds of recommended / baseline step time, each pair run one after the other."""
+    ratios = []
+    for one, other in zip(plain, chosen, strict=False):
+        base, new = median_step_s(one.measurement), median_step_s(other.measurement)
+        if base and new:
+            ratios.append(new / base)
+    return statistics.median(ratios) if ratios else None

@@ -1,0 +1,309 @@
+"""Beyond this machine: the same job at paper size on machines of the catalog, and how far each reaches.
+
+Nothing here is run; every figure is composed from traces of the real model with few of its blocks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from memfit import catalog
+from memfit.jobs.registry import describe, load
+from memfit.planner.evaluate import Pricer
+from memfit.planner.plan_space import plans, usable
+from memfit.planner.selection import MODELLED, best
+from memfit.planner.single_device import Planning, Progress, fits_under, limit_parts, space_of
+from memfit.techniques.base import Space, Technique
+from memfit.types.dependence import DependenceKind
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.machine import Machine
+from memfit.types.plan import EffectClass, Plan, Use, use
+from memfit.types.result import Estimate, Offer, PaperRow, Reach
+
+MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
+LENGTHS = tuple(1024 * 2**k for k in range(8))  # 1,024 to 131,072
+_FULL_LENGTH = ("650M", "3B", "15B", "124M", "1.3B")
+# What is searched at paper size: the techniques that move memory most, at one setting each.
+_AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing", "adamw-8bit")
+
+
+def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...], tuple[Offer, ...]]:
+    """Plain and recommended at paper size, or as the job is where it has no such size: in full on three
+    machines (paper sizes only), in short on every machine of the catalog that has a price."""
+    ref = _at(planning, "paper")
+    pricers = _pricers(planning, ref or planning.request.job, priced())
+    rows = [
+        _row(planning, pricer, progress)
+        for pricer in pricers
+        if ref is not None and pricer.machine.name in MACHINES
+    ]
+    return tuple(rows), tuple(_offers(planning, pricers, progress))
+
+
+def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
+    """The job as it was planned on every machine of the catalog that has a price; ``trained``: the plan that
+    a proof of concept trained."""
+    pricers = _pricers(planning, planning.request.job, priced())
+    return tuple(_offers(planning, pricers, progress, trained))
+
+
+def priced() -> tuple[str, ...]:
+    """Single accelerators that somebody sells or rents at a price that is known."""
+    devices = map(catalog.device, catalog.device_names())
+    return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)
+
+
+def _offers(
+    planning: Planning, pricers: Sequence[Pricer], progress: Progress, trained: Plan | None = None
+) -> Iterator[Offer]:
+    """Plain, and the best of the plans whose science the proof of concept has seen; of the others only where
+    none of those fits."""
+    if trained is None:
+        best_here = planning.result.recommended
+        trained = best_here.estimate.plan if best_here is not None else Plan()
+    for pricer in pricers:
+        machine = pricer.machine
+        progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
+        fits = fits_under(int(machine.device.memory_bytes.value), machine)
+        plain = pricer.sketch(Plan())
+        yield offer(plain, machine=machine.name, size=pricer.job.size, plain=True, fits=fits(plain))
+        for plans_ in (_seen_plans(planning, pricer, trained), _paper_plans(planning, pricer)):
+            found = best(_fitting(pricer, plans_, fits, machine), planning.request.goal, MODELLED)
+            if found is not None:
+                break
+        if found is not None and found.plan != plain.plan:
+            yield offer(found, machine=machine.name, size=pricer.job.size, plain=False, fits=True)
+
+
+def _fitting(
+    pricer: Pricer, plans_: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
+) -> list[Estimate]:
+    """Those whose upper end fits, else those that are likely to: plain training is held to the value."""
+
+    def surely(sketch: Estimate) -> bool:
+        whole = sketch.device_bytes
+        return whole is None or whole.high <= machine.device.memory_bytes.value
+
+    likely = [e for e in map(pricer.sketch, plans_) if fits(e)]
+    return [e for e in likely if surely(e)] or likely
+
+
+def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
+    """Without those that were excluded by the user."""
+    techniques, _ = usable(pricer.space, planning.request.accuracy, dependence=planning.pricer.dependence)
+    return [t for t in techniques if t.name not in planning.request.bounds.without]
+
+
+def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
+    """What was trained, with its settings where they decide the numbers, and what changes no result but in
+    the last bits."""
+    techniques = _usable(planning, pricer)
+    own, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
+
+    def mild(t: Technique) -> bool:
+        split = t.name == "gradient-accumulation" and dependence.kind is DependenceKind.DEPENDENT
+        return t.effect <= EffectClass.E1 and not split
+
+    kept = [t for t in techniques if t.name in own or (t.name in _AT_PAPER and mild(t))]
+    narrow = {t.name for t in kept if t.effect > EffectClass.E1}
+    return [
+        p
+        for p in plans(pricer.space, kept)
+        if _one_setting(p) and all(p.get(n) in (None, trained.get(n)) for n in narrow)
+    ]
+
+
+def stage_offers(planned: Planning) -> Iterator[Offer]:
+    """Plain training and the recommendation of a finished search."""
+    result, machine, size = planned.result, planned.request.machine.name, planned.job.size
+    basis, chosen = result.baseline, result.recommended
+    yield offer(basis.estimate, machine=machine, size=size, plain=True, fits=basis.fits)
+    if chosen is not None and chosen.estimate.plan != basis.estimate.plan:
+        yield offer(chosen.estimate, machine=machine, size=size, plain=False, fits=True)
+
+
+def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
+    step, joules = estimate.step_s, estimate.energy_j
+    return Offer(
+        machine=machine,
+        size=size,
+        plan=estimate.plan.label,
+        plain=plain,
+        fits=fits,
+        memory_bytes=estimate.device_bytes or estimate.allocated_bytes,
+        step_s=step,
+        power_w=joules / step.value if joules is not None and step is not None else None,
+    )
+
+
+def sizes(spec: str) -> tuple[str, ...]:
+    """Published sizes of a built-in job; none for the user's own."""
+    return next((b.sizes for b in describe() if b.name == spec), ())
+
+
+def _at(planning: Planning, size: str) -> JobRef | None:
+    ref = planning.request.job
+    if size not in sizes(ref.spec):
+        return None
+    return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
+
+
+def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
+    """One a machine; machines with the same kernels share their traces."""
+    job = load(ref)
+    place = planning.request.machine.place
+    shared: dict[Any, Any] = {}
+    spaces: dict[str, Space] = {}
+    made = []
+    for name in machines:
+        machine = catalog.machine(name, place.name if place else "world")
+        kind = machine.device.kind
+        if kind not in spaces:
+            spaces[kind] = space_of(job, kind)
+        pricer = Pricer(job=job, machine=machine, space=spaces[kind])
+        pricer.dependence = planning.pricer.dependence  # of the same model, smaller
+        limit_parts(pricer, planning.request.accuracy)
+        pricer.parts = shared
+        made.append(pricer)
+    return made
+
+
+def _row(planning: Planning, pricer: Pricer, progress: Progress) -> PaperRow:
+    machine = pricer.machine
+    fits = fits_under(int(machine.device.memory_bytes.value), machine)
+    progress("outlook", 0, 0, f"{pricer.job.size} on {machine.name}")
+    plain = pricer.sketch(Plan())
+    fitting = _fitting(pricer, _paper_plans(planning, pricer), fits, machine)
+    return PaperRow(
+        machine=machine.name,
+        size=pricer.job.size,
+        device_memory_bytes=int(machine.device.memory_bytes.value),
+        plain=plain,
+        plain_fits=fits(plain),
+        recommended=best(fitting, planning.request.goal, MODELLED),
+    )
+
+
+def _paper_plans(planning: Planning, pricer: Pricer) -> list[Plan]:
+    techniques = _usable(planning, pricer)
+    kept = [t for t in techniques if t.name in _AT_PAPER]
+    return [p for p in plans(pricer.space, kept) if _one_setting(p)]
+
+
+def _one_setting(plan: Plan) -> bool:
+    recompute = plan.get("activation-checkpointing")
+    return recompute is None or recompute.settings["every"] == 1
+
+
+def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
+    """The largest model and the longest input that fit each machine, plain and with the tightest allowed
+    plan. Sizes below the paper's are cut to the data at hand; only those at full length compare."""
+    job = planning.request.job
+    models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
+    inputs = {}
+    if "paper" in sizes(job.spec):
+        inputs = {str(n): dataclasses.replace(_sized(job, f"paper@{n}"), batch=1) for n in LENGTHS}
+    rows = []
+    for quantity, ladder in (
+        ("parameters", _Ladder(planning, models)),
+        ("length", _Ladder(planning, inputs)),
+    ):
+        for index, machine in enumerate(MACHINES if ladder.stands() else ()):
+            progress("outlook", 0, 0, f"{quantity} on {machine}")
+            plain, tight = ladder.highest(index, tight=False), ladder.highest(index, tight=True)
+            rows.append(_reach_row(machine, quantity, plain, tight, ladder, index))
+    return tuple(rows)
+
+
+def _sized(ref: JobRef, size: str) -> JobRef:
+    return dataclasses.replace(ref, size=size, batch=None, length=None, steps=None, data=None, weights=None)
+
+
+@dataclasses.dataclass(kw_only=False)
+class _Ladder:
+    """Ever larger versions of a job, smallest first; each is loaded once for all machines."""
+
+    planning: Planning
+    rungs: Mapping[str, JobRef]
+    loaded: dict[str, list[Pricer]] = dataclasses.field(default_factory=dict)
+    shortened: bool = False  # a rung was found that cannot be loaded: it and those above are gone
+
+    def stands(self) -> bool:
+        """Whether there is a first rung: grids, or molecules in space, have no length."""
+        try:
+            return bool([self.pricer(name, 0) for name in list(self.rungs)[:1]])
+        except UserError:
+            return False
+
+    def pricer(self, name: str, index: int) -> Pricer:
+        if name not in self.loaded:
+            try:
+                self.loaded[name] = _pricers(self.planning, self.rungs[name])
+            except UserError:  # the data at hand are shorter than that
+                names = list(self.rungs)
+                self.rungs = {n: self.rungs[n] for n in names[: names.index(name)]}
+                self.shortened = True
+                raise
+        return self.loaded[name][index]
+
+    def highest(self, index: int, *, tight: bool) -> str | None:
+        """The last rung that fits machine ``index``, by halving: what does not fit is below nothing that
+        does. None where not even the first fits."""
+        while True:
+            names = list(self.rungs)
+            try:
+                below = bisect.bisect_left(
+                    names, True, key=lambda name: not self._fits(name, index, tight=tight)
+                )
+            except UserError:
+                if not self.shortened:
+                    raise
+                self.shortened = False
+            else:
+                return names[below - 1] if below else None
+
+    def _fits(self, name: str, index: int, *, tight: bool) -> bool:
+        pricer = self.pricer(name, index)
+        plan = _tightest(self.planning, pricer) if tight else Plan()
+        fits = fits_under(int(pricer.machine.device.memory_bytes.value), pricer.machine)
+        return fits(pricer.sketch(plan))
+
+
+def _reach_row(
+    machine: str, quantity: str, plain: str | None, tight: str | None, ladder: _Ladder, index: int
+) -> Reach:
+    def amount(name: str | None) -> float | None:
+        if name is None:
+            return None
+        return float(name) if quantity == "length" else float(_count(ladder.pricer(name, index)))
+
+    label = "paper" if quantity == "length" else None
+    return Reach(
+        machine=machine,
+        quantity=quantity,
+        plain=amount(plain),
+        recommended=amount(tight),
+        plain_label=label or plain or "",
+        recommended_label=label or tight or "",
+        at_limit=tight == list(ladder.rungs)[-1],
+    )
+
+
+def _count(pricer: Pricer) -> int:
+    from memfit.trace.tracer import fake_model
+
+    return sum(p.numel() for p in fake_model(pricer.job).parameters())
+
+
+def _tightest(planning: Planning, pricer: Pricer) -> Plan:
+    """Single-sample micro-batches, bf16 activations, recomputation, small optimizer state: as far as
+    the accuracy class allows."""
+    names = {t.name for t in _usable(planning, pricer)}
+    wanted: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
+    if pricer.space.parts[-1] > 1:
+        wanted.append(use("gradient-accumulation", micro_batches=pricer.space.parts[-1]))
+    return Plan(uses=tuple(u for u in wanted if u.technique in names))

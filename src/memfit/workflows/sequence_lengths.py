@@ -1,0 +1,219 @@
+"""The memory of real data: a file of lengths against a job, from a handful of traces."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree
+
+from memfit.cost import lengths as cost
+from memfit.cost.lengths import Batching, Ints, PeakModel, Shape
+from memfit.cost.memory import levels
+from memfit.jobs.builtin.fasta import read_fasta, read_text
+from memfit.jobs.training_step import batch_length
+from memfit.planner.evaluate import Pricer
+from memfit.planner.single_device import Progress, needed_bytes, space_of
+from memfit.trace.tracer import trace
+from memfit.types.errors import UserError
+from memfit.types.job import Job
+from memfit.types.machine import Machine
+from memfit.types.plan import Plan
+
+_SHORTEST = 16
+_FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """A shape that the polynomial was not fitted to, traced whole."""
+
+    rows: int
+    length: int
+    predicted_bytes: int
+    traced_bytes: int
+
+    @property
+    def error_ratio(self) -> float:
+        return self.predicted_bytes / self.traced_bytes - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LengthReport:
+    """``fits_up_to``: the longest padded length at which a whole batch fits; 0 when none does.
+    ``quantile_bytes``: peaks of random batches padded to their longest. ``first``: indices, from 0, of the
+    longest sequences: the batch to try first. ``best`` has the lowest peak, then the least padding."""
+
+    sequences: int
+    batch: int
+    longest: int
+    cap_bytes: int
+    margin_bytes: int  # beside the tensors, at the longest batch
+    fits_up_to: int
+    oom_per_step: float
+    oom_per_epoch: float
+    quantile_bytes: Mapping[str, int]
+    curve_bytes: Mapping[int, int]  # padded length -> peak of a whole batch
+    held_out: tuple[HeldOut, ...]
+    first: tuple[int, ...]
+    batchings: tuple[Batching, ...]
+    best: str
+
+
+def read_lengths(path: str, *, column: str | None = None) -> Ints:
+    """Lengths of a FASTA file's sequences, of a column of an .npz or .csv file (the first that holds whole
+    numbers, when none is named), or one whole number a line. Raises UserError naming file and line."""
+    if path.endswith(_FASTA):
+        values = [len(p.sequence) for p in read_fasta(path)]
+    elif path.endswith(".npz"):
+        values = _from_npz(path, column)
+    elif path.endswith(".csv"):
+        values = _from_csv(path, column)
+    else:
+        lines = enumerate(read_text(path).splitlines(), start=1)
+        values = [_whole(x.strip(), f"{path} line {n}") for n, x in lines if x.strip()]
+    if not values or min(values) < 1:
+        raise UserError(f"{path} holds {'a length below 1' if values else 'no lengths'}")
+    return np.array(values, np.int64)
+
+
+def _whole(text: str, where: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"{where}: {text[:40]!r} is no length", allowed="a whole number of tokens")
+    return int(text)
+
+
+def _from_npz(path: str, column: str | None) -> list[int]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files if column in (None, k)}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    found = [a for a in arrays.values() if a.ndim == 1 and np.issubdtype(a.dtype, np.integer)]
+    if not found:
+        raise UserError(f"{path} has no array of whole numbers{f' {column!r}' if column else ''}")
+    return [int(v) for v in found[0]]
+
+
+def _from_csv(path: str, column: str | None) -> list[int]:
+    rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    names = list(rows[0]) if rows else []
+    chosen = column or next((n for n in names if (rows[0][n] or "").strip().isdigit()), None)
+    if chosen is None or chosen not in names:
+        raise UserError(f"{path} has no column {column or 'of whole numbers'}", allowed=", ".join(names))
+    return [_whole((r[chosen] or "").strip(), f"{path} line {n}") for n, r in enumerate(rows, start=2)]
+
+
+def at_shape(job: Job, rows: int, length: int) -> Job:
+    """The job with batches of ``rows`` x ``length``: its own batch with those dimensions stretched or cut.
+    The length dimension is the commonest size after the first dimension. Raises UserError without one."""
+    batch = job.make_batch(0, 0)
+    tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
+    sizes = Counter(size for t in tensors for size in t.shape[1:])
+    if not sizes:
+        raise UserError(f"the batches of {job.name} have no length", allowed="tensors of (rows, length, ...)")
+    old_rows = batch_length(batch)
+    old_length = max(sizes, key=lambda size: (sizes[size], size))
+
+    def resized(tensor: torch.Tensor) -> torch.Tensor:
+        for dim, size in enumerate(tensor.shape):
+            if dim == 0 and size == old_rows:
+                tensor = tensor[torch.arange(rows) % old_rows]
+            elif dim > 0 and size == old_length:
+                tensor = tensor.index_select(dim, torch.arange(length) * old_length // length)
+        return tensor.contiguous()
+
+    stretched = _pytree.tree_map_only(torch.Tensor, resized, batch)
+    return dataclasses.replace(
+        job, make_batch=lambda step, seed: stretched, batch_size=rows, loss_terms=None, tokens_per_batch=0
+    )
+
+
+def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
+    """From six traces: three lengths up to ``longest`` at one and two rows a micro-batch."""
+    micro = plan.get("gradient-accumulation")
+    rows = int(micro.settings["micro_batches"]) if micro else 1
+    lengths = sorted({max(_SHORTEST, -(-longest * q // 64) * 16) for q in (1, 2, 4)})
+    if len(lengths) < 3:
+        lengths = [_SHORTEST, 2 * _SHORTEST, 4 * _SHORTEST]
+    shapes = [Shape(rows=r, length=n) for r in (rows, 2 * rows) for n in lengths]
+    traces = [trace(at_shape(job, s.rows, s.length), plan, device=device) for s in shapes]
+    return cost.fit(shapes, traces)
+
+
+def report(
+    job: Job,
+    lengths: Ints,
+    *,
+    batch: int,
+    plan: Plan,
+    machine: Machine,
+    cap_bytes: int,
+    progress: Progress = lambda stage, done, total, detail: None,
+) -> LengthReport:
+    """What the lengths mean for memory when ``batch`` sequences are trained a step. Raises UserError."""
+    batch, longest = min(batch, len(lengths)), int(lengths.max())
+    progress("trace", 0, 0, "six shapes")
+    model = peak_model(job, plan, longest, machine.device.kind)
+    held_out, margin = _checked(job, plan, machine, model, (batch, longest))
+
+    def fits(peak_bytes: int) -> bool:
+        return peak_bytes + margin <= cap_bytes
+
+    distinct = np.unique(lengths)
+    rests = len(lengths) % batch or batch
+    limit, last_limit = (_limit(model, rows, distinct, fits) for rows in (batch, rests))
+    peaks = {n: model.peak_bytes(Shape(rows=batch, length=n)) for n in _curve(longest)}
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    ways = cost.batchings(lengths, batch, model, fits=fits)
+    return LengthReport(
+        sequences=len(lengths),
+        batch=batch,
+        longest=longest,
+        cap_bytes=cap_bytes,
+        margin_bytes=margin,
+        fits_up_to=limit,
+        oom_per_step=cost.oom_per_step(lengths, batch, limit),
+        oom_per_epoch=cost.oom_per_epoch(lengths, batch, limit, last_limit),
+        quantile_bytes={
+            name: model.peak_bytes(Shape(rows=batch, length=cost.quantile_length(lengths, batch, share)))
+            for name, share in shares.items()
+        },
+        curve_bytes=peaks,
+        held_out=held_out,
+        first=tuple(int(i) for i in np.argsort(-lengths, kind="stable")[:batch]),
+        batchings=ways,
+        best=min(ways, key=lambda w: (w.peak_bytes, w.padded_tokens)).name,
+    )
+
+
+def _checked(
+    job: Job, plan: Plan, machine: Machine, model: PeakModel, whole: tuple[int, int]
+) -> tuple[tuple[HeldOut, ...], int]:
+    """The model at shapes it has not seen, the longest whole batch among them; and what that batch needs
+    beside its tensors."""
+    rows, longest = whole
+    found, margin = [], 0
+    for length in dict.fromkeys((max(_SHORTEST, longest * 2 // 3), longest)):
+        sized = at_shape(job, rows, length)
+        pricer = Pricer(job=sized, machine=machine, space=space_of(sized, machine.device.kind))
+        traced = int(levels(pricer.trace(plan))[1].max())
+        predicted = model.peak_bytes(Shape(rows=rows, length=length))
+        margin = max(0, needed_bytes(pricer.whole(plan), machine) - traced)
+        found.append(HeldOut(rows=rows, length=length, predicted_bytes=predicted, traced_bytes=traced))
+    return tuple(found), margin
+
+
+def _limit(model: PeakModel, rows: int, distinct: Ints, fits: Any) -> int:
+    fitting = [int(n) for n in distinct if fits(model.peak_bytes(Shape(rows=rows, length=int(n))))]
+    return max(fitting, default=0)
+
+
+def _curve(longest: int) -> list[int]:
+    return sorted({max(1, longest * i // 8) for i in range(1, 9)})

@@ -1,0 +1,197 @@
+"""One plan: where its memory goes, and one run of it beside its prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from memfit.cost.memory import memory_profile, with_workspace
+from memfit.engines.registry import carrying, ready, render
+from memfit.jobs import checkpoints
+from memfit.jobs.user_job import source_digest
+from memfit.planner.evaluate import Pricer
+from memfit.planner.recompute_budget import open_budget
+from memfit.planner.single_device import (
+    Progress,
+    Request,
+    calibrate,
+    make_pricer,
+    model_sizes,
+    needed_bytes,
+)
+from memfit.report.explain import Explained
+from memfit.runtime import local_machine
+from memfit.runtime.child_process import STOPPED, run
+from memfit.runtime.ranks import run_ranks
+from memfit.runtime.restart import OnEvent, run_through
+from memfit.store.database import Store
+from memfit.techniques.registry import check, refuse_wrong_weights
+from memfit.types import serialization
+from memfit.types.errors import UserError
+from memfit.types.job import JobRef
+from memfit.types.launch import Keep, RunSpec
+from memfit.types.plan import Plan
+from memfit.types.result import (
+    Estimate,
+    Measurement,
+    OutcomeKind,
+    Run,
+)
+
+_TRAIN = "`memfit run` without --engine replay"
+_NOT_KEPT = Keep()
+
+
+def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
+    """Where every MiB of ``plan`` goes, before running it."""
+    return anatomy(request, [plan], progress)[0].estimate
+
+
+def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
+    """The plan with what it leaves open chosen for the request's machine."""
+    return plan if open_budget(plan) is None else explain(request, plan, progress).plan
+
+
+def anatomy(
+    request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
+) -> tuple[Explained, ...]:
+    """Each plan's estimate beside its whole trace; ``lines`` finds the user's line of each allocation."""
+    _, pricer = make_pricer(request)
+    pricer.lines = lines
+    for plan in plans:
+        carrying(request.engine, plan)
+        if (dependence := pricer.dependence_under(plan)) is not None:
+            refuse_wrong_weights(plan, dependence)
+        progress("trace", 0, 0, plan.label)
+        pricer.whole(check(plan, request.machine))
+    if request.is_here:
+        calibrate(pricer, request, progress, plans=list(plans))
+    return tuple(_explained(pricer, plan) for plan in plans)
+
+
+def _explained(pricer: Pricer, plan: Plan) -> Explained:
+    estimate = pricer.whole(plan)
+    traced = pricer.trace(plan, estimate.rank)
+    profile = memory_profile(traced, pricer.calibration)
+    whole = with_workspace(traced, profile)
+    return Explained(estimate=estimate, trace=whole, peak_clock=profile.peak_clock)
+
+
+def run_plan(
+    request: Request,
+    plan: Plan,
+    *,
+    seed: int | None,
+    steps: int | None,
+    capped: bool,
+    progress: Progress,
+    keep: Keep = _NOT_KEPT,
+    store: Store | None = None,
+) -> Run:
+    """Train one plan for real on the request's engine, with its prediction beside the measurement. ``seed``
+    None: that of the checkpoint it goes on from, else 0. The run is kept in ``store``, where the engine
+    "replay" finds it."""
+    ready(request.engine, plan)
+    most = max(8, 2 * local_machine.threads())
+    if plan.ranks > most:
+        raise UserError(
+            f"a plan of {plan.ranks} ranks", allowed=f"at most {most} processes on this machine",
+            hint="`memfit explain` predicts it without running it",
+        )  # fmt: skip
+    job = make_pricer(request)[0]
+    keep, seed = checkpoints.settled(keep, seed, steps or job.steps)
+    replayed = request.engine == "replay"
+    known = _stored(store or Store(), request, seed) if replayed else []
+    estimate = explain(request, plan, progress)
+    plan = estimate.plan
+    if replayed:
+        return _replayed(known, request, estimate)
+    spec = RunSpec(
+        name=plan.label, role="run", job=request.job, plan=plan, engine=request.engine, seed=seed, keep=keep,
+        timeout_s=request.timeout_s, steps=steps or job.steps, batch_size=job.batch_size, clip=job.clip,
+        sizes=model_sizes(request.engine, job),
+        cap_bytes=(request.cap_bytes or needed_bytes(estimate, request.machine)) if capped else None,
+        threads=request.threads or local_machine.threads(), evaluate=plan.ranks == 1,
+        source_digest=source_digest(request.job.spec),
+    )  # fmt: skip
+    done = run_spec(spec, estimate, progress, plan.label, strict=True)
+    if store is not None:
+        store.append("run", "run", done)
+    return done
+
+
+def _stored(store: Store, request: Request, seed: int) -> list[Run]:
+    """Runs of this job with this seed. Raises UserError where there are none."""
+    stored = [
+        serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
+    ]
+    asked = (_unlimited(request.job), seed)
+    if found := [r for r in stored if (_unlimited(r.spec.job), r.spec.seed) == asked]:
+        return found
+    raise UserError(f"{store.path} has no run of this job and seed", hint=_TRAIN)
+
+
+def _replayed(known: Sequence[Run], request: Request, estimate: Estimate) -> Run:
+    """The last of those with this plan, beside today's prediction. Raises UserError."""
+    found = [r for r in known if r.spec.plan == estimate.plan]
+    if not found:
+        raise UserError(f"no run of this job and seed has the plan {estimate.plan.label}", hint=_TRAIN)
+    if found[-1].spec.source_digest not in {"", source_digest(request.job.spec)}:
+        raise UserError(f"{request.job.spec} has changed since that run", hint=_TRAIN)
+    return dataclasses.replace(
+        found[-1], predicted_peak_bytes=int(estimate.allocated_bytes.value),
+        predicted_phase_peak_bytes=estimate.phase_peak_bytes,
+        predicted_step_s=estimate.step_s.value if estimate.step_s else None,
+    )  # fmt: skip
+
+
+def run_spec(
+    spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False
+) -> Run:
+    """``strict``: what the worker refuses is raised as its UserError, and is not an outcome."""
+
+    def listen(event: Mapping[str, object]) -> None:
+        if event["event"] == "refused" and strict:
+            raise UserError(str(event["given"]), allowed=str(event["allowed"]), hint=str(event["hint"]))
+        if event["event"] == "step":
+            progress("run", int(str(event["step"])) + 1, spec.steps, label)
+        elif event["event"] == "stage":
+            progress("run", 0, spec.steps, f"{label}: {event['stage']}")
+        elif event["event"] == "restarted":
+            progress("run", 0, spec.steps, f"{label}: started again, {event['why']}")
+
+    progress("run", 0, spec.steps, label)
+    return Run(
+        spec=spec,
+        predicted_peak_bytes=int(estimate.allocated_bytes.value),
+        predicted_phase_peak_bytes=estimate.phase_peak_bytes,
+        predicted_step_s=estimate.step_s.value if estimate.step_s else None,
+        measurement=_measured(spec, listen),
+        dependence=estimate.dependence,
+    )
+
+
+def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
+    """Of several ranks the one that ran out of memory or failed, else the one with the highest peak, as
+    predictions are, with the mean of all ranks' losses."""
+    seen = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
+    if spec.plan.ranks == 1:
+        return seen[0]
+    # ranks whose neighbour ran out of memory fail for want of it
+    failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
+    if failed:
+        return min(failed, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
+    losses = tuple(statistics.fmean(step) for step in zip(*(m.losses for m in seen), strict=True))
+    return dataclasses.replace(max(seen, key=lambda m: m.peak_bytes or 0), losses=losses)
+
+
+def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
+    if spec.plan.ranks == 1:
+        return [run(render(spec), on_event=lambda event: on_event(0, event))]
+    return run_ranks(render(spec), on_event=on_event)
+
+
+def _unlimited(job: JobRef) -> JobRef:
+    """However many steps it was to run."""
+    return dataclasses.replace(job, steps=None)
