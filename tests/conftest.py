@@ -16,13 +16,15 @@ from beartype import BeartypeConf
 from beartype.claw import beartype_packages
 from hypothesis import settings
 
-# Not the rooms that handle tensors: a checking wrapper holds its arguments and so changes what is measured.
-_DATA_ROOMS = (
-    "types", "catalog", "cost", "search", "engines", "run", "verify", "store", "report", "export", "wire",
-    "pipeline", "cli", "decision",
+# Not the modules that handle tensors: a checking wrapper holds its arguments and so changes what is measured.
+_CHECKED = (
+    "types", "catalog", "cost", "planner.selection", "planner.plan_space", "planner.parallelism_grid",
+    "engines.base", "engines.registry", "engines.native", "engines.replay", "runtime.child_process",
+    "runtime.restart", "runtime.ranks", "runtime.engine_environment", "verify", "store", "report", "export",
+    "workflows.proof_of_concept", "cli", "decision",
 )  # fmt: skip
 beartype_packages(
-    tuple(f"memfit.{room}" for room in _DATA_ROOMS),
+    tuple(f"memfit.{name}" for name in _CHECKED),
     conf=BeartypeConf(is_pep484_tower=True),  # an int is a float, as for mypy
 )
 

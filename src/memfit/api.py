@@ -45,20 +45,22 @@ from memfit.types.workload import Workload
 
 __all__ = ["Prediction", "assert_fits", "conform", "estimate", "from_trainer"]
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-_CHEAP_BYTES = 64 * 2**30  # models above this are not searched for a plan that would fit
+_CHEAP_BYTES = 64 * 2**30  # larger models are not searched for a plan that would fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One training step before running it. Bytes are intervals; None: this machine has no such memory, or
-    the catalog does not know enough."""
+    """The prediction for one training step.
+
+    Bytes are intervals. None: this machine has no such memory, or the catalog does not have enough facts.
+    """
 
     estimate: Estimate
     job: Job
     machine: Machine
     cap_bytes: int
     pricer: Pricer = dataclasses.field(repr=False)
-    probe: bool = True  # whether workspaces of kernels may be probed, as given to `estimate`
+    probe: bool = True  # whether kernel workspaces may be probed, as given to `estimate`
 
     @property
     def plan(self) -> Plan:
@@ -79,33 +81,37 @@ class Prediction:
 
     @property
     def host_bytes(self) -> Interval | None:
-        """Of one host with all its ranks: offloaded tensors, loader workers, processes, loading the model."""
+        """Memory of one host with all its ranks: offloaded tensors, loader workers, processes, loading the
+        model.
+        """
         return self.estimate.host_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether ``cap_bytes`` is enough, with what the process or device needs beside the tensors, and the
-        host has the memory that the plan needs there (``host``)."""
+        """Whether ``cap_bytes`` is enough, including what the process or device needs beside the tensors.
+
+        The host must also have the memory that the plan needs there (``host``).
+        """
         return fits_under(self.cap_bytes, self.machine)(self.estimate)
 
     @property
     def needed_bytes(self) -> int:
-        """What is compared with ``cap_bytes``: on a device the upper end of its range."""
+        """The bytes that are compared with ``cap_bytes``; on a device, the upper end of its range."""
         return needed_bytes(self.estimate, self.machine)
 
     @property
     def host(self) -> str:
-        """What is needed of a host's memory, and whether it is there; "" on a CPU."""
+        """What the plan needs of a host's memory, and whether the host has it; "" on a CPU."""
         return host_line(self.estimate, self.machine)
 
     @property
     def not_included(self) -> tuple[str, ...]:
-        """What a training loop may hold that no number here has."""
+        """What a training loop may use that is not part of any number here."""
         return NOT_INCLUDED
 
     @property
     def by_category(self) -> Mapping[str, int]:
-        """Bytes alive at the peak."""
+        """Bytes alive at the peak, by category."""
         return self.estimate.at_peak_bytes
 
     @property
@@ -120,23 +126,23 @@ class Prediction:
 
     @functools.cached_property
     def workload(self) -> Workload:
-        """Model, parameters, batch and length that this is about."""
+        """Model, parameters, batch and length of this prediction."""
         return workload_of(self.job, self.machine.name)
 
     @functools.cached_property
     def lifecycle(self) -> Lifecycle:
-        """Peaks of loading, first step, evaluation, saving and resuming; traced when first asked for."""
+        """Peaks of loading, first step, evaluation, saving and resuming; traced on first access."""
         if self.plan.ranks > 1:
             raise UserError("lifecycle peaks are predicted for one process", hint="take a plan of 1 rank")
         return lifecycle(self.job, self.plan, device=self.machine.device.kind)
 
     @property
     def checkpoint_bytes(self) -> Mapping[str, int]:
-        """Files that ``torch.save`` writes for the model and the optimizer."""
+        """Sizes of the files that ``torch.save`` writes for the model and the optimizer."""
         return self.lifecycle.checkpoint_bytes
 
     def explain(self) -> str:
-        """Where every byte of the peak is, as text."""
+        """Return a text that says what the peak consists of."""
         from rich.console import Console
         from rich.text import Text
 
@@ -194,22 +200,24 @@ def estimate(  # noqa: PLR0913
     probe: bool = True,
     host_memory: str | int | None = None,
 ) -> Prediction:
-    """Predict one training step of ``model`` on ``batch``; nothing is trained and nothing given is changed.
-    Under a plan that splits the batch, a copy of the model is tried on a few samples:
-    ``estimate.dependence``.
+    """Predict one training step of ``model`` on ``batch``; nothing is trained and no argument is changed.
+
+    If the plan splits the batch, a copy of the model is run on a few samples to test whether they depend on
+    each other: ``estimate.dependence``.
 
     ``model``: a module, a function that builds one, or a Job. ``batch``: a tensor, mapping or tuple, or a
     function that makes one. ``loss``: ``loss(model, batch)`` or ``loss(output, batch)``; by default the
-    model's own. ``optimizer``: a name, an optimizer of this model, or a function of parameters; AdamW by
-    default. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file; a mapping of
-    techniques for several ranks that does not say ``ranks`` is for all devices of the machine. ``machine``:
-    a name of the catalog such as ``"8xH100-SXM"``; this machine by default. ``bound``: sizes that only values
-    decide, as in `Job`. ``ema``: the decay of a weight average that the loop keeps (True: 0.999). ``clip``:
-    the largest gradient norm. ``workers``: DataLoader worker processes, which take host memory.
-    ``host_memory``: of each host ("128GiB" or bytes), where the catalog's does not hold.
-    ``probe``: on this machine, run operators whose kernels may take workspace at the peak once each, alone
-    and on made-up tensors, in a child process (a few seconds, kept on disk). Without it, and for another
-    machine, the interval's upper end has room for what they can take. Raises UserError.
+    model's own. ``optimizer``: a name, an optimizer of this model, or a function of parameters; by default
+    AdamW. ``plan``: a Plan, ``{"activation-checkpointing": {}}``, YAML text or a file; a mapping with
+    techniques for several ranks but without ``ranks`` uses all devices of the machine. ``machine``: a name of
+    the catalog such as ``"8xH100-SXM"``; by default this machine. ``bound``: sizes that only values decide,
+    as in `Job`. ``ema``: the decay of a weight average that the loop keeps (True: 0.999). ``clip``: the
+    largest gradient norm. ``workers``: DataLoader worker processes, which take host memory. ``host_memory``:
+    of each host ("128GiB" or bytes), if it differs from the catalog's.
+
+    ``probe``: on this machine, run each operator whose kernel may use workspace at the peak once, alone and
+    on made-up tensors, in a child process (a few seconds; results are stored on disk). Without it, and for
+    another machine, the interval's upper end includes the most that they can use. Raises UserError.
     """
     job = job_of(
         model, batch, loss=loss, optimizer=optimizer, bound=bound, ema=ema, clip=clip, workers=workers
@@ -247,12 +255,12 @@ def _predicted(
 
 
 def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
-    """With the workspaces of kernels probed, where the machine is this one and ``probe`` says so."""
+    """Return the estimate; kernel workspaces are probed if the machine is this one and ``probe`` is set."""
     try:
         if probe and pricer.machine.device.name == "this machine":
             probe_workspaces(pricer, plan)
         return pricer.whole(plan)
-    except _FAILURES as error:  # outside the user's own functions, whose errors are told already
+    except _FAILURES as error:  # outside the user's own functions, whose errors are already UserErrors
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the training step does not run on fake tensors: {type(error).__name__}: {reason[:200]}",
@@ -261,9 +269,12 @@ def _priced(pricer: Pricer, plan: Plan, probe: bool) -> Estimate:
 
 
 def from_trainer(trainer: Any, machine: Any = None, *, probe: bool = True) -> Prediction:
-    """The step that a Hugging Face ``Trainer`` would run: its model, a batch of its loader for each
-    accumulated micro-batch, its loss and optimizer, and its ``TrainingArguments`` as a plan. Call it before
-    ``trainer.train()``. Raises UserError for arguments that no plan expresses."""
+    """Predict the step that a Hugging Face ``Trainer`` would run.
+
+    It uses the trainer's model, a batch of its loader for each accumulated micro-batch, its loss and
+    optimizer, and its ``TrainingArguments`` as a plan. Call it before ``trainer.train()``. Raises UserError
+    for arguments that no plan can express.
+    """
     import torch
     from torch.utils import _pytree
 
@@ -308,9 +319,12 @@ def assert_fits(  # noqa: PLR0913
     probe: bool = True,
     host_memory: str | int | None = None,
 ) -> Prediction:
-    """For tests: the prediction, if the step fits ``memory`` ("24GiB" or bytes). ``model`` and the rest are
-    as for `estimate`; a Job or a Prediction needs no batch. Raises AssertionError telling the peak, its
-    phase and largest contributors, and a plan that would fit where one is quickly found."""
+    """Return the prediction if the step fits ``memory`` ("24GiB" or bytes); for use in tests.
+
+    ``model`` and the other arguments are as in `estimate`; a Job or a Prediction needs no batch. Raises
+    AssertionError with the peak, its phase and largest contributors, and a plan that would fit if one is
+    found quickly.
+    """
     cap_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
     if isinstance(model, Prediction):
         found = dataclasses.replace(model, cap_bytes=cap_bytes)
@@ -360,7 +374,9 @@ def _largest(parts: Mapping[str, int]) -> str:
 
 
 def _smaller(found: Prediction) -> Iterator[Prediction]:
-    """The plan with ever more techniques that keep the algorithm, those that cost least first."""
+    """Yield predictions of the plan with more and more techniques that keep the algorithm, the cheapest
+    first.
+    """
     if found.allocated_bytes.value > _CHEAP_BYTES:
         return
     plan, batch = found.plan, found.job.batch_size
@@ -368,7 +384,7 @@ def _smaller(found: Prediction) -> Iterator[Prediction]:
     if batch > 1 and found.pricer.dependence.kind is not DependenceKind.DEPENDENT:
         added += [use("gradient-accumulation", micro_batches=n) for n in (2, 4, batch) if 1 < n <= batch]
     for one in added:
-        with contextlib.suppress(MemfitError):  # it does not go with the plan or suit the model
+        with contextlib.suppress(MemfitError):  # it conflicts with the plan or does not suit the model
             more = plan_of(plan.with_use(one))
             if not proposable(more):
                 continue
@@ -388,32 +404,34 @@ def conform(
 ) -> Conformance:
     """Compare a prepared model and optimizer with a plan, on every rank of the job.
 
-    ``plan``: as `estimate` takes it; where it does not say ``ranks``, they are those given, by default the
-    world's, and one process is too few for techniques of several. ``blocks``: module path of the repeated
-    blocks, as in ``Job(blocks=...)``. ``clip``: the largest gradient norm that the update should get, 0 where
-    gradients are not to be clipped; not looked at by default.
+    ``plan``: as in `estimate`. If it does not give ``ranks``, they are those given, by default the world
+    size; one process is too few for techniques of several ranks. ``blocks``: module path of the repeated
+    blocks, as in ``Job(blocks=...)``. ``clip``: the largest gradient norm that the update should receive, 0
+    if gradients must not be clipped; not checked by default.
 
-    Looked at now: ranks, elements of parameters on this rank, their dtypes, which weights of blocks learn
-    (LoRA: of which rank, beside how many layers) and in how many bits the frozen ones are, and which update
-    torch's AdamW runs. ``step`` runs one whole training step; with it also: gradients and optimizer state on
-    this rank and the state's bytes an element, micro-batches, which blocks run again in backward and which
-    compiled, autocast, equal replicas, whether data-parallel ranks are given different samples and update
-    with the mean of all their gradients, what FSDP2 frees after forward, whether tensor-parallel ranks leave
-    the last block with the same numbers, whether ranks
-    that share a sample work on different parts and look at each other's (a block is run four times more for
-    that), whether stages of a pipeline hold what others train and follow the planned schedule, and of what
-    autograd keeps for backward, what went away, was dropped, or is whole logits. CPU offload is told by
-    devices where the step runs on an accelerator, else by the policy that FSDP2, or the ZeRO optimizer, has
-    in force.
+    Without ``step``, these are checked: ranks; number of parameter elements on this rank and their dtypes;
+    which weights of blocks are trained (with LoRA: its rank, and beside how many layers) and the number of
+    bits of the frozen ones; and which update torch's AdamW runs.
 
-    What the plan says and was not looked at is in ``unseen``, with the reason: it is not said to conform.
-    Raises NotConforming naming each difference, on all ranks alike; UserError where what is given is wrong.
+    ``step`` runs one whole training step. With it, these are also checked: gradients and optimizer state on
+    this rank and the state's bytes per element; micro-batches; which blocks are recomputed in backward and
+    which are compiled; autocast; whether replicas are equal; whether data-parallel ranks get different
+    samples and update with the mean of all their gradients; what FSDP2 frees after forward; whether
+    tensor-parallel ranks leave the last block with the same numbers; whether ranks that share a sample work
+    on different parts and use each other's (for this, a block is run four more times); whether pipeline
+    stages hold what other stages train and follow the planned schedule; and, of the tensors that autograd
+    keeps for backward, what was offloaded, dropped, or is whole logits. CPU offload is recognized by devices
+    if the step runs on an accelerator, else by the active policy of FSDP2 or of the ZeRO optimizer.
+
+    What the plan states but could not be checked is in ``unseen``, with the reason; it is not reported as
+    conforming. Raises NotConforming with each difference, on all ranks alike; UserError if the arguments are
+    wrong.
     """
     if not callable(getattr(model, "named_parameters", None)):
         raise UserError(f"the model is a {type(model).__name__}", allowed="a torch.nn.Module")
     _check_step(step)
     asked = plan_of(on_ranks(plan, ranks or world_size()))
-    several = tuple(t for t in _of_several(asked) if t != "zero")  # which has a layout of one rank
+    several = tuple(t for t in _of_several(asked) if t != "zero")  # zero has a layout of one rank
     if several and world_size() == 1 and ranks is None and not says_ranks(plan):
         alone = Difference(
             feature="ranks", planned=f"several, for {', '.join(several)}", found="a world size of 1"
@@ -435,7 +453,7 @@ def _check_step(step: object) -> None:
         return
     if not callable(step):
         raise UserError(f"step is {step!r:.60}", allowed=allowed)
-    with contextlib.suppress(ValueError):  # what is built in has no signature
+    with contextlib.suppress(ValueError):  # built-in functions have no signature
         try:
             inspect.signature(step).bind()
         except TypeError as error:

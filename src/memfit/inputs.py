@@ -1,6 +1,7 @@
-"""What a user has in a notebook (a module, a batch, a loss, an optimizer, a plan) as a Job, Plan and Machine.
+"""Convert what a user has in a notebook (a module, a batch, a loss, an optimizer, a plan) to a Job, Plan and
+Machine.
 
-The user's objects are only read: the model is copied without its bytes each time a trace builds it.
+The user's objects are only read. The model is copied without its data each time a trace builds it.
 """
 
 from __future__ import annotations
@@ -60,16 +61,16 @@ def job_of(
     clip: float | None = None,
     workers: int | None = None,
 ) -> Job:
-    """A Job from a module (or a function that builds one) and a batch (or a function that makes one).
+    """Return a Job from a module (or a function that builds one) and a batch (or a function that makes one).
 
-    Raises UserError for anything that is neither, and, when traced, for errors in the user's own code.
+    Raises UserError for anything else, and, when traced, for errors in the user's own code.
     """
     if isinstance(model, Job):
         if batch is not None or loss is not None or optimizer is not None:
             raise UserError("a Job has its own batch, loss and optimizer", hint="give only plan and machine")
         asked: dict[str, Any] = {"bound": bound, "ema": ema, "clip": clip, "workers": workers}
         return dataclasses.replace(model, **{k: v for k, v in asked.items() if v is not None})
-    model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager one inside
+    model = getattr(model, "_orig_mod", model)  # a compiled module is predicted as the eager module inside it
     build = _build_of(model)
     value = _batch_of(batch)
     name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "model")
@@ -96,7 +97,7 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
     if isinstance(model, torch.nn.Module):
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
-                continue  # its forward is compiled, and copied with it
+                continue  # its forward is compiled and copied with it
             own = vars(module).get("forward")
             if own is not None and getattr(own, "__self__", None) is not module:
                 raise UserError(
@@ -114,13 +115,13 @@ def _build_of(model: Any) -> Callable[[], torch.nn.Module]:
         made: torch.nn.Module = model()
         fake = torch._guards.active_fake_mode() is None or not isinstance(made, torch.nn.Module)
         fake = fake or all(isinstance(p, FakeTensor) for p in made.parameters())
-        return made if fake else copied(made)  # a function may return a module that was there before
+        return made if fake else copied(made)  # a function may return an already existing module
 
     return build
 
 
 def _batch_of(batch: Any) -> Any:
-    """On the CPU, mappings as dicts. Tensors on the meta device become zeros."""
+    """Return the batch on the CPU, mappings as dicts. Tensors on the meta device become zeros."""
     if callable(batch) and not isinstance(batch, Mapping | torch.Tensor) and not batch_tensors(batch):
         batch = guarded(batch, "the function that makes the batch")
     if isinstance(batch, torch.utils.data.DataLoader):
@@ -138,9 +139,12 @@ def _batch_of(batch: Any) -> Any:
 
 
 def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
-    """``loss(model, batch)`` from what was given: that itself; ``loss(output, batch)`` or ``loss(output,
-    target)``, told apart by the names of its parameters; a torch loss module or function; or nothing, when
-    the model's own loss is used, else the mean of its output."""
+    """Return ``loss(model, batch)`` for the given loss.
+
+    ``loss`` may be that function itself; ``loss(output, batch)`` or ``loss(output, target)``, recognized by
+    the names of its parameters; a torch loss module or function; or None. With None the model's own loss is
+    used, or else the mean of its output. Raises UserError if it is not callable.
+    """
     if loss is None:
         return lambda model, batch: own_loss(_called(model, batch, forward))
     if not callable(loss):
@@ -163,7 +167,7 @@ def loss_of(loss: Any, forward: inspect.Signature) -> Loss:
 def _parameters(function: Any) -> list[str]:
     try:
         return list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # built-in functions tell no signature
+    except (TypeError, ValueError):  # built-in functions have no signature
         return []
 
 
@@ -176,7 +180,7 @@ def _target(batch: Any) -> Any:
 
 
 def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart: bool = False) -> Any:
-    """The model's output for the parts of the batch that its forward takes."""
+    """Return the model's output for the parts of the batch that its forward accepts."""
     kinds = [p.kind for p in forward.parameters.values()]
     if isinstance(batch, Mapping):
         takes_all = inspect.Parameter.VAR_KEYWORD in kinds
@@ -200,8 +204,11 @@ def _called(model: Any, batch: Any, forward: inspect.Signature, *, target_apart:
 
 
 def own_loss(output: Any) -> torch.Tensor:
-    """The loss a model returns itself: ``.loss``, ``["loss"]`` or a scalar among its outputs; without one,
-    the mean of the first output stands in, whose memory is that of a plain reduction. Raises UserError."""
+    """Return the loss that a model returns itself: ``.loss``, ``["loss"]`` or a scalar among its outputs.
+
+    Without one, the mean of the first output is used, whose memory is that of a plain reduction. Raises
+    UserError if there is no floating-point tensor.
+    """
     found = getattr(output, "loss", None)
     if found is None and isinstance(output, Mapping):
         found = output.get("loss")
@@ -242,8 +249,11 @@ def _optimizer_of(optimizer: Any, model: Any) -> OptimizerChoice:
 
 
 def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[torch.nn.Parameter]], Any]:
-    """The same class with the same numbers for other parameters: group by group where they are the model's,
-    else (a technique replaced some of them) all with the optimizer's defaults."""
+    """Return a function that makes the same optimizer with the same settings for other parameters.
+
+    Settings are applied group by group if the parameters are the model's, else (a technique replaced some of
+    them) the optimizer's defaults are used for all.
+    """
     trainable = (
         [p for p in model.parameters() if p.requires_grad] if isinstance(model, torch.nn.Module) else []
     )
@@ -272,8 +282,11 @@ def _made_like(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[list[t
 
 
 def plan_of(plan: Any) -> Plan:
-    """A Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path or text of
-    such a file; the name of one technique; None for plain training. Raises UserError."""
+    """Return a Plan from any of the accepted forms.
+
+    These are a Plan; a mapping of techniques to settings, or one with the keys of a plan file; the path or
+    text of such a file; the name of one technique; None for plain training. Raises UserError.
+    """
     if plan is None or isinstance(plan, Plan):
         plan = plan or Plan()
         full = tuple(make_use(u.technique, u.settings) for u in plan.uses)
@@ -287,7 +300,7 @@ def plan_of(plan: Any) -> Plan:
 
 
 def _read(plan: Any) -> Any:
-    """Text as what it says, or as the path of a file; all else as it is."""
+    """Parse text as YAML or as the path of a file; return anything else unchanged."""
     if not isinstance(plan, str):
         return plan
     if plan.strip().endswith((".yaml", ".yml")):
@@ -302,13 +315,15 @@ def _read(plan: Any) -> Any:
 
 
 def says_ranks(plan: Any) -> bool:
-    """False for a mapping, a text or a technique's name that does not tell on how many ranks."""
+    """Return False for a mapping, a text or a technique's name that does not give the number of ranks, else
+    True.
+    """
     data = _read(plan)
     return not isinstance(data, Mapping) or "ranks" in data
 
 
 def on_ranks(plan: Any, ranks: int) -> Any:
-    """What `plan_of` takes, on so many ranks where it does not say."""
+    """Return an argument for `plan_of` that has ``ranks`` ranks if ``plan`` does not give a number."""
     if says_ranks(plan):
         return plan
     data = _read(plan)
@@ -316,7 +331,9 @@ def on_ranks(plan: Any, ranks: int) -> Any:
 
 
 def machine_of(machine: Any) -> Machine:
-    """A Machine, a name such as ``8xH100-SXM``, the path of a machine file, or None for this machine."""
+    """Return a Machine for a Machine, a name such as ``8xH100-SXM``, a machine file's path, or None (this
+    machine).
+    """
     if isinstance(machine, Machine):
         return machine
     if machine is None or machine == "this":

@@ -270,7 +270,7 @@ def test_devices_tell_where_states_are(planned: str, found: str) -> None:
     watch = Monitor(model, optimizer, plan)
     watch.graph.device = "meta"
     offloaded_states(watch)
-    assert bool(watch._differences) == (planned != found)
+    assert bool(watch.differences) == (planned != found)
 
 
 def test_torchs_own_offload_and_a_step_without_it() -> None:
@@ -412,4 +412,4 @@ def test_offload_of_half_of_the_parameters(share: float) -> None:
     watch = Monitor(model, SimpleNamespace(state=state, step=lambda: None), _plan("fsdp2", offload=True))
     watch.graph.device = "meta"
     offloaded_states(watch)
-    assert bool(watch._differences) == (share < 1)
+    assert bool(watch.differences) == (share < 1)

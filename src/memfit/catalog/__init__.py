@@ -1,5 +1,7 @@
-"""Facts as TOML, each with a source and a date: devices, links, hosts, networks, places, engines. Unknown
-stays unknown."""
+"""Facts as TOML, each with a source and a date: devices, links, hosts, networks, places, engines.
+
+Unknown facts stay unknown.
+"""
 
 from memfit.catalog.load import (
     cpu_power,

@@ -1,4 +1,4 @@
-"""What money needs: currencies, taxes, tariffs, suppliers, lives and prices of servers, and defaults.
+"""Facts for costs: currencies, taxes, tariffs, suppliers, lifetimes and prices of servers, and defaults.
 
 Prices are without tax. Every number is a row of finance.toml with a source and a date.
 """
@@ -13,7 +13,7 @@ from memfit.catalog.tables import fact, facts, find, table
 from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 
-PRICE_KINDS: Final = {  # what a source calls its price
+PRICE_KINDS: Final = {  # kind of price -> words that sources use for it
     "spot": ("spot",),
     "starting": ("starting price",),
     "reserved": ("active worker",),
@@ -23,12 +23,13 @@ PRICE_KINDS: Final = {  # what a source calls its price
     "list": ("list price",),
     "on_demand": ("on demand", "on-demand", "Secure Cloud"),
 }
-_PART: Final = re.compile(r"^\d+/\d+ of | with \d+ devices$")  # what catalog.host says of a part
+# suffixes and prefixes that catalog.host adds to the name of a part
+_PART: Final = re.compile(r"^\d+/\d+ of | with \d+ devices$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Currency:
-    """``per_usd``: how many of it a US dollar buys. ``decimals``: of its smallest coin."""
+    """A currency. ``per_usd``: its price of one US dollar. ``decimals``: of its smallest coin."""
 
     code: str  # ISO 4217
     symbol: str
@@ -44,28 +45,35 @@ class Tariff:
     place: str
     currency: str
     energy_per_kwh: Fact
-    levy_per_kwh: Fact | None = None  # on top of the energy
-    basic_per_kw_month: Fact | None = None  # of contracted power
+    levy_per_kwh: Fact | None = None  # added to the price of energy
+    basic_per_kw_month: Fact | None = None  # per month and kW of contracted power
 
 
 def currency_codes() -> tuple[str, ...]:
+    """Return the codes of all currencies."""
     return tuple(_rows("currencies"))
 
 
 def tariff_names() -> tuple[str, ...]:
+    """Return the names of all tariffs."""
     return tuple(_rows("tariffs"))
 
 
 def supplier_names() -> tuple[str, ...]:
+    """Return the names of all electricity suppliers."""
     return tuple(_rows("suppliers"))
 
 
 def default_names() -> tuple[str, ...]:
+    """Return the names of all defaults."""
     return tuple(_rows("defaults"))
 
 
 def currency(code: str) -> Currency:
-    """``"JPY"``, in any case. Raises UserError with the codes there are."""
+    """Return a currency by its code, such as ``"JPY"``, in any case.
+
+    Raises UserError with the known codes.
+    """
     known = find(code, what="currency", rows=_rows("currencies"))
     row = _rows("currencies")[known]
     rate = fact(row["per_usd"], _sources())
@@ -73,20 +81,24 @@ def currency(code: str) -> Currency:
 
 
 def tax_ratio(place: str) -> Fact | None:
-    """Consumption or value-added tax on what is bought there, over the price; None where no row says."""
+    """Return the consumption or value-added tax on purchases there, relative to the price; None if it is
+    unknown.
+    """
     row = _rows("taxes").get(_place(place))
     return fact(row["ratio"], _sources()) if row else None
 
 
 def write_off_years(place: str, computer: str = "server") -> Fact:
-    """Years in which a ``"server"`` or a ``"pc"`` is written off there; the world's where no row says."""
+    """Return the years in which a ``"server"`` or a ``"pc"`` is written off there, or the world's value if
+    unknown.
+    """
     rows = _rows("write_off")
     row = rows.get(_place(place), rows["world"])
     return fact(row[f"{computer}_years"], _sources())
 
 
 def tariff(name: str) -> Tariff:
-    """For example ``"japan-high-voltage"``. Raises UserError with the closest names."""
+    """Return a tariff, for example ``"japan-high-voltage"``. Raises UserError with the closest names."""
     known = find(name, what="tariff", rows=_rows("tariffs"))
     row = _rows("tariffs")[known]
     prices = facts(row, _sources(), ("energy_per_kwh", "levy_per_kwh", "basic_per_kw_month"))
@@ -94,20 +106,24 @@ def tariff(name: str) -> Tariff:
 
 
 def supplier_place(name: str) -> str:
+    """Return the place of an electricity supplier. Raises UserError with the closest names."""
     known = find(name, what="electricity supplier", rows=_rows("suppliers"))
     place: str = _rows("suppliers")[known]["place"]
     return place
 
 
 def supplier_co2(name: str) -> Fact:
-    """Grams of CO2 per kWh that a supplier sells. Raises UserError with the closest names."""
+    """Return the grams of CO2 per kWh that a supplier sells. Raises UserError with the closest names."""
     known = find(name, what="electricity supplier", rows=_rows("suppliers"))
     return fact(_rows("suppliers")[known]["co2_g_per_kwh"], _sources())
 
 
 def host_usd(name: str) -> Fact | None:
-    """US dollars for a whole server of the catalog without its accelerators, also where `name` is a part of
-    it (``"1/8 of HGX-H100"``); None where no row says."""
+    """Return the price in US dollars of a whole server of the catalog without its accelerators; None if
+    unknown.
+
+    `name` may be a part of it (``"1/8 of HGX-H100"``).
+    """
     try:
         known = find(_PART.sub("", name), what="host", rows=table("hosts.toml")["hosts"])
     except UserError:
@@ -117,18 +133,18 @@ def host_usd(name: str) -> Fact | None:
 
 
 def price_kind(source: str) -> str:
-    """What sort of price a source tells, a key of `PRICE_KINDS`; "" where it does not say."""
+    """Return the kind of price that a source states, a key of `PRICE_KINDS`; "" if it states none."""
     return next((kind for kind, names in PRICE_KINDS.items() if any(n in source for n in names)), "")
 
 
 def default(name: str) -> Fact:
-    """What stands in until the user says better, for example ``"discount_rate"``. Raises UserError."""
+    """Return the value used until the user gives one, for example ``"discount_rate"``. Raises UserError."""
     known = find(name, what="default", rows={key: {} for key in default_names()})
     return fact(_rows("defaults")[known], _sources())
 
 
 def _place(name: str) -> str:
-    """The catalog's name of it; a user's own place has no other."""
+    """Return the catalog's name of the place, or the name itself if the catalog does not have it."""
     try:
         return find(name, what="place", rows=table("places.toml")["places"])
     except UserError:

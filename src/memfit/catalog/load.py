@@ -1,4 +1,4 @@
-"""The shipped TOML tables as nouns."""
+"""Load the shipped TOML tables as data types."""
 
 from __future__ import annotations
 
@@ -15,69 +15,85 @@ _HOST_FACTS: Final = tuple(f.name for f in dataclasses.fields(Host) if str(f.typ
 
 
 def device_names() -> tuple[str, ...]:
-    """Every accelerator of the catalog, in the order of the file."""
+    """Return every accelerator of the catalog, in the order of the file."""
     return tuple(table("gpus.toml")["devices"])
 
 
 def place_names() -> tuple[str, ...]:
+    """Return every place of the catalog."""
     return tuple(table("places.toml")["places"])
 
 
 def link_names() -> tuple[str, ...]:
+    """Return every link between devices of the catalog."""
     return tuple(table("links.toml")["links"])
 
 
 def network_names() -> tuple[str, ...]:
+    """Return every network of the catalog."""
     return tuple(table("links.toml")["networks"])
 
 
 def host_names() -> tuple[str, ...]:
+    """Return every host of the catalog."""
     return tuple(table("hosts.toml")["hosts"])
 
 
 def device(name: str) -> Device:
-    """``"h100 sxm"``, ``"H100-SXM"`` and torch's ``"NVIDIA H100 80GB HBM3"`` are one device.
+    """Return a device. ``"h100 sxm"``, ``"H100-SXM"`` and torch's ``"NVIDIA H100 80GB HBM3"`` are the same.
 
-    Raises UserError with the closest names; a name that fits two devices (``"A100"``) is no name.
+    Raises UserError with the closest names, also for a name that fits two devices (``"A100"``).
     """
     return _device(find(name, what="device", rows=table("gpus.toml")["devices"]))
 
 
 def place(name: str) -> Place:
-    """A country or ``"world"``. Raises UserError with the closest names."""
+    """Return a country or ``"world"``. Raises UserError with the closest names."""
     return _place(find(name, what="place", rows=table("places.toml")["places"]))
 
 
 def link(name: str) -> Link:
-    """Between devices of one host, for example ``"NVLink4"``. Raises UserError with the closest names."""
+    """Return a link between devices of one host, for example ``"NVLink4"``.
+
+    Raises UserError with the closest names.
+    """
     return _link("links", find(name, what="link", rows=table("links.toml")["links"]))
 
 
 def network(name: str, devices_per_host: int = 1) -> Link:
-    """Between hosts, for example ``"IB-NDR"``; where a host's devices share its card, each gets its part.
-    Raises UserError with the closest names."""
+    """Return a link between hosts, for example ``"IB-NDR"``. If the devices of a host share its card, each
+    gets its part.
+
+    Raises UserError with the closest names.
+    """
     return _network(find(name, what="network", rows=table("links.toml")["networks"]), devices_per_host)
 
 
 def host(name: str, devices: int = 0) -> Host:
-    """The server, for example ``"HGX-H100"``, as `devices` of its devices see it (0: all it is sold with).
-    Fewer get their share of what is shared; more share what there is. Raises UserError with the closest
-    names."""
+    """Return the server, for example ``"HGX-H100"``, as seen by `devices` of its devices (0: all it is sold
+    with).
+
+    Fewer devices get their share of what is shared; more devices share what there is. Raises UserError with
+    the closest names.
+    """
     return _host(find(name, what="host", rows=table("hosts.toml")["hosts"]), devices)
 
 
 def host_of(device: str) -> str:
-    """The catalog's host for a device of the catalog; empty where there is none."""
+    """Return the name of the catalog's host for a device of the catalog, or "" if there is none."""
     return str(table("gpus.toml")["devices"].get(device, {}).get("host", ""))
 
 
 def devices_of(host: str) -> int:
-    """How many devices a host of the catalog is sold with."""
+    """Return the number of devices that a host of the catalog is sold with."""
     return int(table("hosts.toml")["hosts"][host]["devices"])
 
 
 def cpu_power(threads: int) -> Fact:
-    """Watts of a server processor that keeps `threads` hardware threads busy; always an assumption."""
+    """Return the watts of a server processor with `threads` busy hardware threads.
+
+    It is always an assumption.
+    """
     hosts = table("hosts.toml")
     per_thread = fact(hosts["cpu"]["power_w_per_thread"], hosts["sources"])
     return Fact(
@@ -89,8 +105,11 @@ def cpu_power(threads: int) -> Fact:
 
 
 def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
-    """Share of its peak that each class of large operators reaches. Where nobody measured the device, its
-    architecture's stands in and is marked assumed. Raises UserError for an unknown architecture."""
+    """Return the share of the peak that each class of large operators reaches.
+
+    If the device was not measured, the values of its architecture are used and marked assumed. Raises
+    UserError for an unknown architecture.
+    """
     ratios = table("efficiency.toml")
     known = find(architecture, what="architecture", rows=ratios["architectures"])
     general = {key: fact(row, ratios["sources"]) for key, row in ratios["architectures"][known].items()}
@@ -99,12 +118,12 @@ def efficiency(architecture: str, name: str = "") -> dict[str, Fact]:
 
 
 def engine_facts(name: str) -> dict[str, tuple[str, str, str]]:
-    """What is known of an engine's packages and upkeep: fact -> (value, source, date)."""
+    """Return what is known of an engine's packages and maintenance: fact -> (value, source, date)."""
     return _upkeep("engines", name)
 
 
 def package_facts(name: str) -> dict[str, tuple[str, str, str]]:
-    """The same of a library that a technique needs."""
+    """Return the same for a library that a technique needs."""
     return _upkeep("packages", name)
 
 
@@ -170,7 +189,7 @@ def _host(name: str, devices: int) -> Host:
 
 
 def _share(whole: Fact, part: Fraction, why: str) -> Fact:
-    """Assumed: how the devices share is up to what else runs there."""
+    """Return a part of a Fact, marked assumed, because the sharing depends on what else runs there."""
     if part == 1:
         return whole
     low, high = (None if bound is None else float(bound * part) for bound in (whole.low, whole.high))

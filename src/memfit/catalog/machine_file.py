@@ -1,27 +1,27 @@
-"""A user's own machine file: strict, every problem told at once.
+"""Read a user's own machine file. Parsing is strict, and all problems are reported at once.
 
 ::
 
     name = "lab cluster"
-    hosts = 4                  # in all: hosts x devices_per_host, or device_count; 1 host unless told
+    hosts = 4                  # in all: hosts x devices_per_host, or device_count; 1 host by default
     devices_per_host = 2
     network = "RoCE-100G"      # between hosts, or a [network] table with name and bytes_s
-    host = "workstation"       # or a [host] table; the catalog's for a device of the catalog unless told
+    host = "workstation"       # or a [host] table; by default the catalog's host for a device of the catalog
     place = "japan"            # or a [place] table with usd_per_kwh, co2_g_per_kwh and pue_ratio
     device = "RTX-4090"        # or a [device] table:
 
     [device]
     name = "Custom 48GB"
     kind = "cuda"
-    architecture = "ada"       # whose efficiency_ratio stands in for what the table does not give
+    architecture = "ada"       # its efficiency_ratio is used for what the table does not give
     link = "PCIe4"             # or a table
     memory_bytes = {value = 50e9, source = "torch total_memory", date = "2025-06-01", kind = "measured"}
     peak_flops.bfloat16 = {value = 180e12, source = "data sheet", date = "2024-03"}
 
-A device of the catalog at one's own price, or with other figures of its own::
+A device of the catalog with its own price or other figures::
 
     [device]
-    base = "H100-SXM"          # its figures stand where the table gives none
+    base = "H100-SXM"          # its figures are used where the table gives none
     usd_per_hour = {value = 1.85, source = "our contract", date = "2026-11-01"}
 """
 
@@ -39,12 +39,16 @@ from memfit.catalog import load
 from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Machine
 
-# Keys of the file that are no field of the noun.
+# Keys of the file that are not fields of the data type.
 _OWN_KEYS: Final = {Machine: ("hosts",), Device: ("architecture", "base")}
 
 
 def from_toml(path: str | Path) -> Machine:
-    """Read a machine file. Raises UserError: no file, no TOML, unknown or missing keys, odd values."""
+    """Read a machine file.
+
+    Raises UserError if the file is missing or not TOML, has unknown or missing keys, or has implausible
+    values.
+    """
     data = _read(Path(path))
     problems = [*_counted(data), *_named(data)]
     problems += _unknown_keys(Machine, data)
@@ -58,7 +62,9 @@ def from_toml(path: str | Path) -> Machine:
 
 
 def _counted(data: dict[str, Any]) -> Iterator[str]:
-    """`hosts`, devices_per_host and device_count, of which any two say the third; and what is wrong there."""
+    """Complete `hosts`, devices_per_host and device_count, any two of which give the third, and yield what is
+    wrong with them.
+    """
     given = {key: data.get(key) for key in ("hosts", "devices_per_host", "device_count")}
     hosts, each, count = given.values()
     data.pop("hosts", None)
@@ -92,7 +98,7 @@ def _odd(count: Any) -> bool:
 
 
 def _named(data: dict[str, Any]) -> Iterator[str]:
-    """Names of the catalog become what they name; those that name nothing are told and left as they are."""
+    """Replace names of the catalog by what they name. Unknown names are reported and left unchanged."""
     each = data.get("devices_per_host") or data.get("device_count") or 1
     each = 1 if _odd(each) else each
     yield from _based(data)
@@ -114,7 +120,7 @@ def _named(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _based(data: dict[str, Any]) -> Iterator[str]:
-    """A [device] table on a device of the catalog becomes a whole one."""
+    """Complete a [device] table that is based on a device of the catalog."""
     own = data.get("device")
     if not isinstance(own, dict) or "base" not in own:
         return
@@ -161,7 +167,7 @@ def _build(data: dict[str, Any]) -> tuple[Machine | None, list[str]]:
 
 
 def _said(error: Any) -> str:
-    """Of one field; a bare number where a figure is needed lacks its source."""
+    """Return the problem of one field. A bare number where a Fact is needed lacks its source."""
     given = error["input"]
     if error["type"] == "dataclass_type" and isinstance(given, (int, float)):
         return f'{given}, but a figure names its source: {{value = {given}, source = "...", date = "..."}}'
@@ -169,7 +175,7 @@ def _said(error: Any) -> str:
 
 
 def _unknown_keys(noun: Any, data: Any, where: str = "") -> Iterator[str]:
-    """Keys that no field of the dataclass `noun` takes, all the way down, each with the nearest field."""
+    """Yield keys that are not fields of the dataclass `noun`, recursively, each with the closest field."""
     if not isinstance(data, Mapping):
         return
     hints = typing.get_type_hints(noun)
@@ -185,12 +191,12 @@ def _unknown_keys(noun: Any, data: Any, where: str = "") -> Iterator[str]:
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """``Place`` out of ``Place | None``; None for ``str`` and the like."""
+    """Return ``Place`` for ``Place | None``; None for ``str`` and the like."""
     return next((t for t in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(t)), None)
 
 
 def _odd_values(made: Machine) -> Iterator[str]:
-    """What is well formed and cannot be true."""
+    """Yield values that are well-formed but cannot be right."""
     if made.device.kind not in ("cpu", "cuda"):
         yield f"device.kind: {made.device.kind!r}, but cpu or cuda is needed"
     if made.place is not None and made.place.pue_ratio.value < 1:
@@ -202,7 +208,7 @@ def _odd_values(made: Machine) -> Iterator[str]:
 
 
 def facts_in(noun: Any, where: str = "") -> Iterator[tuple[str, Fact]]:
-    """Every fact of `noun` and of the nouns and tables in it, with the keys that lead to it."""
+    """Yield every Fact in `noun`, recursively, with the keys that lead to it."""
     if isinstance(noun, Fact):
         yield where, noun
     elif isinstance(noun, Mapping):

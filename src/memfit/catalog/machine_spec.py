@@ -1,5 +1,7 @@
-"""A machine in one word: ``H100-SXM``, ``8xH100-SXM``, ``64x8xH100-SXM@IB-NDR`` (hosts x devices x device @
-network)."""
+"""A machine as one word, hosts x devices x device @ network.
+
+Examples: ``H100-SXM``, ``8xH100-SXM``, ``64x8xH100-SXM@IB-NDR``.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ _SPELLED: Final = re.compile(rf"\s*{_TIMES}{_TIMES}{_WORDS}\s*(?:@\s*{_WORDS}\s*
 
 
 def machine(spec: str, place: str = "world") -> Machine:
-    """What `spec` names, powered from `place`. A single count goes into one host; with a network it fills as
-    many hosts as it takes. Raises UserError with the nearest names, and for several hosts without a network.
+    """Return the machine that `spec` names, powered from `place`.
+
+    A single count means devices in one host; with a network it fills as many hosts as needed. Raises
+    UserError with the closest names, and for several hosts without a network.
     """
     match = _SPELLED.fullmatch(spec)
     counts = [int(count) for count in match.groups()[:2] if count] if match else [0]
@@ -46,17 +50,20 @@ def machine(spec: str, place: str = "world") -> Machine:
 
 
 def spelled(device: str, hosts: int, devices: int, network: str = "") -> str:
-    """As `machine` reads it: ``2x1xT4@IB-HDR``."""
+    """Return the spec that `machine` reads, such as ``2x1xT4@IB-HDR``."""
     room = load.host_of(device)
     crowded = bool(network and room) and devices > load.devices_of(
         room
-    )  # a single count would be several hosts
+    )  # a single count would mean several hosts
     counts = (hosts, devices) if hosts > 1 or crowded else (devices,) if devices > 1 else ()
     return "".join(f"{count}x" for count in counts) + device + (f"@{network}" if network else "")
 
 
 def _filled(spec: str, device: str, count: int = 1, *, network: str) -> tuple[int, int]:
-    """Hosts, and devices in each, for a single count. Raises UserError."""
+    """Return (hosts, devices in each) for a single count.
+
+    Raises UserError if the devices do not fill whole hosts.
+    """
     room = load.host_of(device)
     if not (network and room) or count <= (each := load.devices_of(room)):
         return 1, count

@@ -1,4 +1,4 @@
-"""The shipped TOML tables. A name is found whatever its case, spaces, dashes and brand words."""
+"""The shipped TOML tables. Names are found regardless of case, spaces, dashes and brand words."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 
 _BRANDS: Final = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct)\b")
-_FEW_ROWS: Final = 12  # a longer list would stand between the question and the nearest names
+_FEW_ROWS: Final = 12  # a longer list of all names would hide the closest ones
 
 Row = Mapping[str, Any]
 
 
 @functools.cache
 def table(file: str) -> dict[str, Any]:
+    """Return a shipped TOML file as a dictionary. It is read once."""
     return tomllib.loads((files("memfit.catalog") / file).read_text(encoding="utf-8"))
 
 
 def fact(row: list[Any], sources: Mapping[str, dict[str, str]]) -> Fact:
-    """``[value, source]`` or ``[value, source, low, high]``."""
+    """Convert a row ``[value, source]`` or ``[value, source, low, high]`` to a Fact."""
     value, key, *bounds = row
     low, high = map(float, bounds) if bounds else (None, None)
     return Fact(value=float(value), low=low, high=high, **sources[key])
 
 
 def facts(row: Row, sources: Mapping[str, dict[str, str]], keys: tuple[str, ...]) -> dict[str, Fact]:
-    """Those of `keys` that the row knows."""
+    """Return the facts of the row for those of `keys` that it has."""
     return {key: fact(row[key], sources) for key in keys if key in row}
 
 
 def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
-    """The table's own name for `given`. Raises UserError."""
+    """Return the table's own name for `given`. Raises UserError with the closest names."""
     known = {plain(a): name for name, row in rows.items() for a in (name, *row.get("aliases", ()))}
     wanted = plain(given)
     if wanted in known:
@@ -50,12 +51,16 @@ def find(given: str, *, what: str, rows: Mapping[str, Row]) -> str:
 
 
 def plain(name: str) -> str:
+    """Reduce a name to lower-case letters and digits, without brand words."""
     return re.sub(r"[^a-z0-9]", "", _BRANDS.sub("", name.lower()))
 
 
 def _closest(wanted: str, known: dict[str, str]) -> tuple[str, ...]:
-    """Names that begin with `wanted`, those of another memory or number behind the plain variants; without
-    such names, those that look alike. None occurs twice."""
+    """Return the closest names, without repeats.
+
+    These are names that begin with `wanted`, plain variants before those with another memory size or number.
+    If there are none, similar names.
+    """
     begins = [key for key in known if wanted and key.startswith(wanted)]
     begins.sort(key=lambda key: key[len(wanted) :][:1].isdigit())
     alike = begins or difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)

@@ -1,7 +1,7 @@
-"""The command line: arguments to a request, results to text or JSON, endings to exit codes.
+"""The command line: converts arguments to a request, results to text or JSON, and errors to exit codes.
 
-Exit codes: 0 done, 1 memfit or a run failed, 2 the user's mistake, 3 nothing fits, 130 interrupted.
-Every command loads torch and the other heavy libraries only when it needs them.
+Exit codes: 0 success, 1 memfit or a run failed, 2 invalid use, 3 nothing fits, 130 interrupted. Commands load
+torch and other heavy libraries only when they need them.
 """
 
 from __future__ import annotations

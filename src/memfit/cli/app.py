@@ -1,4 +1,4 @@
-"""The commands in one list, and what every ending of one becomes."""
+"""Register all commands, and convert every result or error of a command to an exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from memfit.types.errors import Interrupted, MemfitError
 from memfit.types.sanitize import one_line
 
 INTERRUPTED: Final = Interrupted.exit_code
-# typer carries its own copy of click in newer releases; this is the UsageError of whichever it uses.
+# Newer releases of typer contain their own copy of click. This is the UsageError of the click in use.
 _USAGE_ERROR: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ app = typer.Typer(
     help="Fit the training of a PyTorch model into the memory you have: predict, prove, report.",
     epilog="Start with `memfit doctor`, then `memfit poc`.",
     invoke_without_command=True,
-    rich_markup_mode=None,  # plain help loads no rich
+    rich_markup_mode=None,  # plain help does not load rich
     add_completion=False,
 )
 for _name, _function in (
@@ -75,7 +75,8 @@ def _top(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Broken invariants keep their traceback."""
+    """Run one command and return its exit code. Errors that memfit does not expect are raised with their
+    traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     try:
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:
-        # `memfit plan | head`: nobody reads on, and the interpreter's last flush must not fail
+        # The reader has closed the pipe, as in `memfit plan | head`. Redirect standard output, so that the
+        # interpreter's last flush does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -102,14 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _known_command(given: Sequence[str]) -> None:
-    """Raises UserError with the nearest command; the options before a command take no values."""
+    """Check the command's name. Raises UserError with the nearest name. Options before the command take no
+    values, so the first word that is no option is the command."""
     first = next((word for word in given if not word.startswith("-")), None)
     if first is not None:
         one_of("command", first, (c.name for c in app.registered_commands if c.name))
 
 
 def _usage(error: BaseException) -> str:
-    """The parser's message in one line, with where to read on."""
+    """Return the parser's message in one line, with a pointer to --help."""
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "memfit"
     text = " ".join(str(getattr(error, "format_message", lambda: error)()).split())

@@ -1,4 +1,4 @@
-"""``memfit decide``: what to do for which money, from a proof of concept and your own figures."""
+"""``memfit decide``: compare options and their costs, from a proof of concept and the user's figures."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecideOptions:
+    """The proof of concept, and the user's figures."""
+
     poc: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="Which proof of concept. Default: the last.")
     ] = None
@@ -29,7 +31,7 @@ class DecideOptions:
 
 
 def decide(own: DecideOptions, effort: EffortOptions, store: StoreOptions, output: OutputOptions) -> None:
-    """Put the machine you have, a purchase, the cloud and doing nothing side by side."""
+    """Compare four options: the machine you have, a purchase, the cloud, and doing nothing."""
     words = language(output.lang)
     if own.template:
         if own.case is not None or own.poc is not None:

@@ -1,4 +1,4 @@
-"""``memfit doctor``: what this machine has, what works here, what to install."""
+"""``memfit doctor``: show what this machine has, what works on it, and what to install."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memfit.cli.progress import Bars
 from memfit.types.errors import MemfitError
 from memfit.types.units import format_bytes
 
-# Optional packages with the extra of memfit that brings them.
+# Optional package -> the extra of memfit that installs it.
 EXTRAS: Final[Mapping[str, str]] = {"bitsandbytes": "lowbit", "torchao": "lowbit", "peft": "lora"}
 _IMPORT_LIMIT_S: Final = 120.0
 _IMPORT: Final = (
@@ -27,7 +27,8 @@ _IMPORT: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """``ok`` None: neither good nor bad, only so. ``fix``: the one command or step that would help."""
+    """The result of one check. ``ok`` is None for plain information; ``fix``: the command or step that would
+    help."""
 
     name: str
     ok: bool | None
@@ -53,6 +54,7 @@ def doctor(store: StoreOptions, output: JsonOptions) -> None:
 
 
 def machine() -> Iterator[Check]:
+    """Yield checks of the processor, memory, system and torch."""
     from memfit.runtime.local_machine import free_bytes, threads
     from memfit.store import fingerprint
 
@@ -66,6 +68,7 @@ def machine() -> Iterator[Check]:
 
 
 def torch_check() -> Check:
+    """Check whether torch can be imported, and list the GPUs it can use."""
     quiet_libraries()
     try:
         import torch
@@ -78,12 +81,14 @@ def torch_check() -> Check:
 
 
 def tools() -> Iterator[Check]:
+    """Yield checks of memfit's measuring tools."""
     yield allocator_check()
     yield cap_check()
     yield meter_check()
 
 
 def allocator_check() -> Check:
+    """Check whether the counting allocator is available."""
     name = "counting allocator"
     try:
         from memfit.runtime.counting_allocator import available
@@ -98,6 +103,7 @@ def allocator_check() -> Check:
 
 
 def cap_check() -> Check:
+    """Check how the memory of runs can be capped."""
     from memfit.runtime.cgroup import Group
 
     name = "memory cap"
@@ -115,6 +121,7 @@ def cap_check() -> Check:
 
 
 def meter_check() -> Check:
+    """Check whether an energy meter can be read."""
     from memfit.runtime.energy import EnergyMeter
 
     meter = EnergyMeter()
@@ -128,7 +135,7 @@ def meter_check() -> Check:
 
 
 def packages(extras: Mapping[str, str]) -> list[Check]:
-    """Optional packages, each imported for real: installed and broken is not the same as installed."""
+    """Check the optional packages. Each is actually imported, as an installed package may be broken."""
     installed = {name: version for name in extras if (version := _version(name))}
     broken = dict(broken_imports(list(installed)))
     return [_package(name, extra, installed.get(name), broken.get(name)) for name, extra in extras.items()]
@@ -151,7 +158,8 @@ def _version(package: str) -> str | None:
 
 
 def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Those that do not import, with the reason; in a child, which a broken library may take down."""
+    """Yield (name, reason) for each package that cannot be imported. Imports run in a child process, because
+    a broken library may crash it."""
     waiting = list(names)
     while waiting:
         reason, imported = _import(waiting)
@@ -161,7 +169,8 @@ def broken_imports(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _import(names: Sequence[str]) -> tuple[str, int]:
-    """The last line of the error, and how many were imported before it."""
+    """Import ``names`` in a child process. Return the last line of the error, and how many were imported
+    before it."""
     try:
         child = subprocess.run(
             (sys.executable, "-P", "-c", _IMPORT, *names), capture_output=True, text=True, check=False,
@@ -174,6 +183,8 @@ def _import(names: Sequence[str]) -> tuple[str, int]:
 
 
 def techniques(found: Sequence[Check]) -> list[Check]:
+    """Check whether the packages that each technique needs are available. ``found``: the checks of the
+    packages."""
     quiet_libraries()
     try:
         from memfit.techniques.registry import TECHNIQUES
@@ -193,7 +204,7 @@ def _technique(name: str, summary: str, without: Sequence[Check]) -> Check:
 
 
 def engines() -> Iterator[Check]:
-    """What each engine lacks here, and the one command that installs it."""
+    """Yield what each engine lacks on this machine, and the command that installs it."""
     from memfit.engines.registry import ENGINES
 
     for engine in ENGINES.values():
@@ -205,6 +216,7 @@ def engines() -> Iterator[Check]:
 
 
 def files(store: StoreOptions) -> Iterator[Check]:
+    """Yield the locations of the store and the cache."""
     import platformdirs
 
     from memfit.store import default_path

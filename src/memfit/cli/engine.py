@@ -1,4 +1,4 @@
-"""``memfit engine``: the engines and what is installed, and environments for those that need their own."""
+"""``memfit engine``: list the engines, and create environments for those that need their own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
+    """What to do, with which engine, and where."""
+
     action: Annotated[str, typer.Argument(metavar="list|install", help="What to do.")] = "list"
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The engine to install.")] = None
     into: Annotated[
@@ -29,7 +31,7 @@ class EngineOptions:
 
 
 def engine(own: EngineOptions, output: JsonOptions) -> None:
-    """List the engines, or make the environment of one whose dependencies clash with memfit's."""
+    """List the engines, or create an environment for one whose dependencies conflict with memfit's."""
     action = one_of("action", own.action, ("list", "install"))
     if action == "install":
         _install(own, as_json=output.json)
@@ -63,6 +65,7 @@ def _install(own: EngineOptions, *, as_json: bool) -> None:
 
 
 def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
+    """Return the engine, and what is installed of it, as plain data for ``--json``."""
     from memfit.types.serialization import to_plain
 
     return {"name": engine.name, "what": engine.summary, **to_plain(engine.probe())}

@@ -1,4 +1,4 @@
-"""``memfit engines``: which engine when, derived for one job, machine and plan."""
+"""``memfit engines``: compare the engines for one job, machine and plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def engines(
     job: JobOptions, which: WhichOptions, goal: GoalOptions, on: MachineOptions, here: HereOptions,
     output: JsonOptions,
 ) -> None:  # fmt: skip
-    """Which engine when: for each engine whether it carries the plan, its memory, effort and upkeep."""
+    """Compare the engines for a plan: whether each supports it, its memory, effort and maintenance."""
     plan = plan_file(which)
     asked = request(job, goal, here, on.on)
     workload = begin_answer(asked, lang="en", quiet=output.json)
@@ -39,6 +39,7 @@ def engines(
 
 
 def view(choice: memfit.workflows.engine_comparison.EngineChoice) -> dict[str, Any]:
+    """Return a choice as plain data for ``--json``."""
     from memfit.cli.views import estimate_view
     from memfit.types.serialization import to_plain
 

@@ -1,4 +1,4 @@
-"""``memfit explain``: where every MiB of a plan goes, or why two plans differ, before running them."""
+"""``memfit explain``: show what uses the memory of a plan, or why two plans differ, before running them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainOptions:
-    """Which plans are compared, and which files are written."""
+    """The plans to compare, and the files to write."""
 
     plans: Annotated[
         list[str] | None, typer.Argument(metavar="[A.yaml B.yaml]", help="Why do these two plans differ?")
@@ -52,7 +52,7 @@ def explain(
     job: JobOptions, more: ExplainOptions, which: WhichOptions, goal: GoalOptions,
     on: MachineOptions, here: HereOptions, lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
-    """Show where every MiB goes, or why two plans differ, before running."""
+    """Show what uses the memory of a plan, or why two plans differ, before running."""
     words = language(lang.lang)
     job, files = _plan_files(job, more)
     plans = _plans(files, more, which)
@@ -71,7 +71,7 @@ def explain(
 
 
 def _plan_files(job: JobOptions, more: ExplainOptions) -> tuple[JobOptions, list[str]]:
-    """``explain A.yaml B.yaml`` leaves the job out."""
+    """Separate the job from the plan files: ``explain A.yaml B.yaml`` names no job."""
     files = list(more.plans or ())
     if job.job is not None and job.job.endswith((".yaml", ".yml")):
         return dataclasses.replace(job, job=None), [job.job, *files]
@@ -79,7 +79,8 @@ def _plan_files(job: JobOptions, more: ExplainOptions) -> tuple[JobOptions, list
 
 
 def _plans(files: list[str], more: ExplainOptions, which: WhichOptions) -> list[Plan]:
-    """Empty for the recommended plan. Raises UserError."""
+    """Return the plans to explain; empty for the recommended plan. Raises UserError for contradictory
+    options."""
     written = [path for path in (more.html, more.snapshot, more.perfetto) if path]
     for path in written:
         writable(path)
@@ -108,7 +109,8 @@ def _one(
         (more.snapshot, lambda: explain_files.snapshot(found)),
         (more.perfetto, lambda: explain_files.chrome_trace(found)),
     )
-    for path, data in [(path, make()) for path, make in wanted if path]:  # all are made before one is written
+    # All files are rendered before the first is written.
+    for path, data in [(path, make()) for path, make in wanted if path]:
         write_whole(path, data)
     if as_json:
         from memfit.cli.views import estimate_view

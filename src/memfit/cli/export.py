@@ -1,4 +1,5 @@
-"""``memfit export``: a plan as the files of a launcher, a cluster or a trainer; runs nothing."""
+"""``memfit export``: write a plan as files for a launcher, a cluster or a trainer, without running
+anything."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     import memfit.types.dependence
     import memfit.types.job
 
-_MOST_BYTES = 512 * 1024  # of a file that is carried
+_MOST_BYTES = 512 * 1024  # maximum size of a file that is copied into the export
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
+    """The target, the folder, and the settings of the launch."""
+
     to: Annotated[
         str,
         typer.Option(
@@ -88,9 +91,9 @@ def export(
     job: JobOptions, which: WhichOptions, goal: GoalOptions, own: ExportOptions, here: HereOptions,
     output: JsonOptions,
 ) -> None:  # fmt: skip
-    """Write a plan as files to start elsewhere; train nothing.
+    """Write a plan as files to start elsewhere, without training.
 
-    The engine's configuration is byte for byte what `memfit run` would use.
+    The engine's configuration is byte for byte the one that `memfit run` would use.
     """
     from memfit.export.base import Handover
     from memfit.export.readme import dependence_line
@@ -157,7 +160,8 @@ def _names(text: str) -> tuple[str, ...]:
 def _as_files_say(
     given: memfit.export.base.UserFiles | None, job: JobOptions, goal: GoalOptions
 ) -> tuple[JobOptions, GoalOptions]:
-    """The files' own engine, and their batch where the job can be made with it, unless asked otherwise."""
+    """Take the engine from the user's files, and the batch if the job accepts it, unless the options give
+    them."""
     from memfit.jobs.registry import load
 
     if given is None:
@@ -198,8 +202,8 @@ def _launch(
     memfit.export.base.UserFiles | None,
     memfit.types.dependence.SampleDependence | None,
 ]:
-    """The launch, the job's file where the user wrote one (it is put beside the run), the configuration
-    beside the job's own clipping, and the dependence between samples of a batch that the plan splits."""
+    """Return the launch, the files of the user's job (they are put beside it), the user's configuration
+    with the job's clipping, and how the samples of a batch that the plan splits depend on each other."""
     from memfit.engines.registry import carrying, render
     from memfit.jobs.registry import load
     from memfit.planner.single_device import model_sizes
@@ -228,8 +232,8 @@ def _launch(
 
 
 def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependence.SampleDependence | None:
-    """Of the job's samples; None where the plan does not split the batch. Raises UserError where it would
-    weigh the loss wrongly."""
+    """Return how the job's samples depend on each other, or None if the plan does not split the batch. Raises
+    UserError if splitting would weight the loss wrongly."""
     from memfit.techniques.registry import refuse_wrong_weights, splits_batch
     from memfit.trace.sample_dependence import sample_dependence
 
@@ -241,7 +245,7 @@ def _dependence(job: memfit.types.job.Job, plan: Plan) -> memfit.types.dependenc
 
 
 def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The user's program with its arguments, and its file."""
+    """Return the user's program with its arguments, and its files (name -> text)."""
     words = shlex.split(script or "")
     if not words:
         return (), {}
@@ -250,8 +254,8 @@ def _words(script: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def _carried(path: Path) -> dict[str, str]:
-    """The file, and the modules beside it that it imports, and they. Packages are told: names of a cluster's
-    files have no folders."""
+    """Return the text of the file and of all modules beside it that it imports, directly or indirectly.
+    Packages beside it are only reported on standard error: the export's files have no subfolders."""
     found: dict[str, str] = {}
     packages: set[str] = set()
     waiting = [path]
@@ -271,7 +275,7 @@ def _carried(path: Path) -> dict[str, str]:
 
 
 def _imported(source: str) -> Iterator[str]:
-    """Top names of what it imports. A file that is no Python has none."""
+    """Yield the top-level names that ``source`` imports; none if it is not valid Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:

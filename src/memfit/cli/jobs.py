@@ -1,4 +1,4 @@
-"""``memfit jobs``: what can be trained without writing anything."""
+"""``memfit jobs``: list what can be trained without writing code."""
 
 from __future__ import annotations
 

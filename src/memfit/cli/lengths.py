@@ -1,4 +1,4 @@
-"""``memfit lengths``: what the lengths in real data mean for memory."""
+"""``memfit lengths``: show how the lengths of real data affect memory."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthOptions:
+    """The data, the job, and how sequences are batched."""
+
     file: Annotated[
         str,
         typer.Argument(metavar="FILE", help="One length a line, or .fasta[.gz], .csv or .npz."),
@@ -53,10 +55,10 @@ class LengthOptions:
 
 
 def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> None:
-    """Tell what the lengths in your data mean for memory.
+    """Show how the lengths of your data affect memory.
 
-    The peak by padded length, the chance to run out per step and per epoch, the batch to try first, and
-    which way of batching saves most.
+    Prints the peak by padded length, the probability of running out of memory per step and per epoch, the
+    batch to try first, and the batching method that saves most.
     """
     cap_bytes = parse_bytes(options.memory) if options.memory is not None else None
     machine = machine_of(on.on, "world")
@@ -71,7 +73,7 @@ def lengths(options: LengthOptions, on: MachineOptions, output: JsonOptions) -> 
     values = values.clip(max=options.max_length) if options.max_length else values
     size = options.size
     if options.job in names() and "@" not in (size or ""):
-        size = f"{size or 'tiny'}@{max(16, int(values.max()))}"  # positions for the longest
+        size = f"{size or 'tiny'}@{max(16, int(values.max()))}"  # enough positions for the longest sequence
     job = load(JobRef(spec=options.job, size=size, batch=options.batch))
     found = house.report(
         job, values, batch=options.batch or job.batch_size, machine=machine,

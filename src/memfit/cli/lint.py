@@ -1,4 +1,4 @@
-"""``memfit lint``: known misconfigurations in the files of other libraries; loads no torch."""
+"""``memfit lint``: find known misconfigurations in files of other libraries. It does not load torch."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _STYLES = {"error": "red", "warning": "yellow", "note": "dim"}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LintOptions:
+    """The files to check."""
+
     files: Annotated[
         list[Path],
         typer.Argument(metavar="FILE...", help="One of each kind: DeepSpeed, Accelerate, Trainer, ..."),
@@ -31,11 +33,11 @@ class LintOptions:
 
 
 def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> None:
-    """Find contradictions, options without effect and known traps in configuration files.
+    """Find contradictions, options without effect and known pitfalls in configuration files.
 
-    Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments,
-    torchtitan TOML and OpenFold's settings; several at once are one set-up. Exit code 1 where a finding is
-    an error.
+    Reads DeepSpeed JSON, Accelerate YAML, Hugging Face TrainingArguments, Megatron-LM arguments, torchtitan
+    TOML and OpenFold's settings. Several files are read as one set-up. Exits with code 1 if a finding is an
+    error.
     """
     words = language(lang.lang)
     from memfit.lint.check import check
@@ -51,7 +53,7 @@ def lint(options: LintOptions, lang: LanguageOptions, output: JsonOptions) -> No
         raise typer.Exit(1)
 
 
-# Of an export: what memfit, a cluster or an engine without a linted configuration reads.
+# Files of an export that are not linted: memfit, a cluster or an engine without rules reads them.
 _NOT_LINTED = frozenset({
     "export.json", "run.json", "plan.yaml", "README.md", "torchrun.sh", "job.sbatch", "job.yaml", "task.yaml",
     "colossalai.json", "fairscale.json", "torchtitan.args",
@@ -59,7 +61,7 @@ _NOT_LINTED = frozenset({
 
 
 def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
-    """Without what an export has beside them. Raises UserError where that leaves none."""
+    """Return the files without those that an export puts beside them. Raises UserError if none is left."""
     from memfit.export.write import MANIFEST
 
     others = [f for f in files if f.name not in _NOT_LINTED or not (f.parent / MANIFEST).is_file()]
@@ -72,10 +74,12 @@ def _of_libraries(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def findings_view(found: Sequence[memfit.lint.check.Finding]) -> list[dict[str, Any]]:
+    """Return findings as plain data for ``--json``."""
     return [dataclasses.asdict(f) | {"severity": str(f.severity)} for f in found]
 
 
 def print_findings(found: Sequence[memfit.lint.check.Finding], *, lang: str) -> None:
+    """Print each finding with its advice and links."""
     from rich.padding import Padding
     from rich.text import Text
 

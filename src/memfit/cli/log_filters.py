@@ -1,4 +1,4 @@
-"""Known chatter of libraries at import that says nothing about the user's machine or job."""
+"""Filter log messages of libraries that say nothing about the user's machine or job."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class _Without(logging.Filter):
 
 
 _CHATTER: Final = {
-    # torchao tries every binary that it ships, those for other processors and Pythons too
+    # torchao tries to load every binary that it ships, including those for other processors and Pythons.
     "torchao": _Without("Failed to load "),
-    # torch tells the authors of torchao about a deprecation
+    # A deprecation warning of torch to the authors of torchao.
     "torch.utils._pytree": _Without("register_constant()"),
-    # that there is no GPU, on standard output, where Accelerate asks which engine it has
+    # Printed to standard output if there is no GPU, when Accelerate asks DeepSpeed for its accelerator.
     "DeepSpeed": _Without("Setting accelerator to CPU"),
-    # an optional accelerator of bitsandbytes that nobody asked for
+    # About an optional accelerator of bitsandbytes that memfit does not use.
     "bitsandbytes.backends.cpu.ops": _Without("from kernels-community"),
 }
 
 
 def quiet_libraries() -> None:
-    """Drop those messages and no others; call before the libraries are imported."""
+    """Drop these messages and no others. Call it before the libraries are imported."""
     for logger, known in _CHATTER.items():
         logging.getLogger(logger).addFilter(known)

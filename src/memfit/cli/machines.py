@@ -1,4 +1,4 @@
-"""``memfit machines``: what the catalog knows, and where each figure is from."""
+"""``memfit machines``: list the figures in the catalog and their sources."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Device, Fact, Host, Link, Place
 from memfit.types.units import GIB
 
-# by the end of a fact's name: what it is divided by, and the unit then
+# The end of a fact's name -> (divisor for display, unit after the division).
 _UNITS: Final = {
     "usd_per_kwh": (1, "USD/kWh"), "co2_g_per_kwh": (1, "g CO2/kWh"), "usd_per_hour": (1, "USD/h"),
     "usd_to_buy": (1, "USD"), "bytes_s": (1e9, "GB/s"), "bytes": (GIB, "GiB"), "latency_s": (1e-6, "us"),
@@ -26,6 +26,8 @@ _UNITS: Final = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NameOptions:
+    """The entry of the catalog to show; None for all."""
+
     name: Annotated[
         str | None,
         typer.Argument(
@@ -36,7 +38,7 @@ class NameOptions:
 
 
 def machines(which: NameOptions, output: JsonOptions) -> None:
-    """List the catalog's devices, networks, hosts and places; or one of them with its sources."""
+    """List the devices, networks, hosts and places of the catalog, or show one of them with its sources."""
     if which.name is not None:
         kind, noun = _found(which.name)
         if output.json:
@@ -66,7 +68,7 @@ def machines(which: NameOptions, output: JsonOptions) -> None:
 
 
 def _print_one(kind: str, noun: Any) -> None:
-    """Its figures with the number of their source, and the sources below."""
+    """Print the figures with the numbers of their sources, and the sources below."""
     sources: dict[str, int] = {}
     rows = []
     for path, fact in facts_in(noun):
@@ -82,7 +84,7 @@ def _print_one(kind: str, noun: Any) -> None:
 
 
 def _found(name: str) -> tuple[str, Any]:
-    """Of which kind `name` is, and what it names. Raises UserError with the nearest names."""
+    """Return the kind of `name` and the catalog's entry. Raises UserError with the nearest names."""
     if name.endswith(".toml"):
         return "machine", catalog.from_toml(name)
     rooms: dict[str, Callable[[], Any]] = {

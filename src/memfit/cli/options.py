@@ -1,4 +1,4 @@
-"""Options that several commands share, as dataclasses whose fields typer reads as parameters."""
+"""Options that several commands share. typer reads the fields of these dataclasses as parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULT_JOB = "protein-ss"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What is trained."""
+    """The job to train."""
 
     job: Annotated[
         str | None,
@@ -39,7 +39,7 @@ class JobOptions:
 
     @property
     def spec(self) -> str:
-        """The job named, or the default one."""
+        """The given job, or the default one."""
         return self.job or _DEFAULT_JOB
 
     @property
@@ -50,7 +50,7 @@ class JobOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GoalOptions:
-    """What a plan should achieve, and with what."""
+    """The goal of a plan, its limits, and the engine."""
 
     memory: Annotated[
         str | None,
@@ -91,7 +91,7 @@ ExcludedTechniques = Annotated[
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BoundsOptions:
-    """What the whole training must keep to, on the devices of --on."""
+    """Limits of the whole training, on the devices of --on."""
 
     deadline: Annotated[
         str | None, typer.Option(metavar="TIME", help="Done by then: 90m, 72h, 3d; with --steps.")
@@ -111,7 +111,7 @@ class BoundsOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HereOptions:
-    """Where the electricity comes from, and how much of this machine is used."""
+    """The origin of the electricity, and how this machine is used."""
 
     place: Annotated[str, typer.Option(metavar="PLACE", help="Whose power: a country, or world.")] = "world"
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads. Default: all.")] = None
@@ -125,7 +125,7 @@ class HereOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MachineOptions:
-    """For which machine a plan is made."""
+    """The machine for which a plan is made."""
 
     on: Annotated[
         str,
@@ -138,7 +138,7 @@ class MachineOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WhichOptions:
-    """Which plan; plain training when neither is given."""
+    """The plan; plain training if neither option is given."""
 
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="A plan file, as `memfit plan --save` writes it.")
@@ -150,7 +150,7 @@ class WhichOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """Where records are kept."""
+    """The location of the records."""
 
     store: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The store. Default: in your data folder.")
@@ -159,7 +159,7 @@ class StoreOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EffortOptions:
-    """What only people can tell of a proof of concept."""
+    """Effort of a proof of concept that cannot be measured and must be entered."""
 
     attended_minutes: Annotated[
         float | None,
@@ -169,28 +169,29 @@ class EffortOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageOptions:
-    """In which language the result is told."""
+    """The language of the result."""
 
     lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JsonOptions:
-    """Whether the result is for a machine."""
+    """Whether to print the result as JSON."""
 
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """How the result is told."""
+    """The language and format of the result."""
 
     lang: Annotated[str, typer.Option(metavar="en|ja", help="Language of the result.")] = "en"
     json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` takes option dataclasses; typer is shown one parameter for each of their fields."""
+    """Wrap `function`, which takes option dataclasses, for typer: the wrapper has one parameter for each of
+    their fields."""
     nouns = {n: t for n, t in typing.get_type_hints(function).items() if n != "return"}
     shown = [parameter for noun in nouns.values() for parameter in _parameters(noun)]
 

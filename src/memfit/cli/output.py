@@ -1,4 +1,4 @@
-"""What a command says: text on a console, or one JSON object."""
+"""Output of commands: text on a console, or one JSON object."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from memfit.types.sanitize import escaped
 if TYPE_CHECKING:
     import rich.console
 
-_PIPE_COLUMNS = 120  # rich assumes 80 where there is no terminal, too few for the tables
+_PIPE_COLUMNS = 120  # rich assumes 80 if there is no terminal, which is too narrow for the tables
 
 
 def emit(value: Any) -> None:
-    """One JSON object on standard output."""
+    """Print ``value`` as one JSON object on standard output."""
     from memfit.types import serialization
 
     print(escaped(serialization.dumps(value, indent=2)))
 
 
 def console() -> rich.console.Console:
-    """Standard output, in colour where it is a terminal."""
+    """Return a console on standard output, in colour if it is a terminal."""
     from memfit.cli.safe_console import SafeConsole
 
     plain = SafeConsole(highlight=False)
@@ -31,7 +31,7 @@ def console() -> rich.console.Console:
 
 
 def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
-    """`given`, when it is allowed. Raises UserError with the nearest value otherwise."""
+    """Return `given` if it is one of `allowed`. Raises UserError with the nearest value otherwise."""
     names = tuple(map(str, allowed))
     if given in names:
         return given
@@ -41,13 +41,14 @@ def one_of(what: str, given: str, allowed: Iterable[str]) -> str:
 
 
 def language(given: str) -> str:
-    """Asked for before anything long begins. Raises UserError."""
+    """Check the language before any long work begins, and return it. Raises UserError for an unknown one."""
     from memfit.report.words import LANGUAGES
 
     return one_of("--lang", given, LANGUAGES)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table to standard output."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""``memfit plan``: the recommended plan and its rivals, with reasons; trains nothing."""
+"""``memfit plan``: recommend a plan and compare it with its rivals, with reasons, without training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SaveOptions:
-    """On how many processes, whether rivals are run first, and where the plan is written."""
+    """The number of processes, whether to measure rivals first, and where to write the plan."""
 
     nproc: Annotated[
         int, typer.Option(metavar="N", min=1, help="Plan for N processes that share the batch.")
@@ -64,6 +64,8 @@ class SaveOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FromOptions:
+    """The user's own set-up, and the proof of concept that corrects step times."""
+
     given: Annotated[
         list[Path] | None,
         typer.Option(
@@ -88,10 +90,10 @@ def plan(
     job: JobOptions, goal: GoalOptions, on: MachineOptions, limits: BoundsOptions, here: HereOptions,
     yours: FromOptions, save: SaveOptions, output: OutputOptions,
 ) -> None:  # fmt: skip
-    """Recommend a plan that fits the memory; train nothing.
+    """Recommend a plan that fits the memory, without training.
 
-    The recommended plan and its rivals, each technique with what it saves and costs, and why others
-    were left out.
+    Prints the recommended plan and its rivals, what each technique saves and costs, and why other plans were
+    left out.
     """
     words = language(output.lang)
     if save.save is not None:
@@ -138,7 +140,8 @@ def _corrected(
 
 
 def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
-    """Raises UserError: what bounds the whole training wants to know how many steps it has."""
+    """Return the limits of the training. Raises UserError if a limit of the whole training is given without
+    the number of steps, or if a limit is given that applies only to the devices of --on."""
     total = given.deadline is not None or given.budget is not None
     if total and job.steps is None:
         raise UserError("--deadline and --budget are of the whole training", hint="give --steps")
@@ -154,6 +157,7 @@ def bounds_of(job: JobOptions, given: BoundsOptions, on: str) -> Bounds:
 
 
 def write_plan(path: Path, plan: Plan, *, note: str) -> None:
+    """Write ``plan`` to ``path`` as YAML, with ``note`` as a comment."""
     from memfit.techniques.plan_file import plan_text
 
     path.write_text(plan_text(plan, note=note), encoding="utf-8")

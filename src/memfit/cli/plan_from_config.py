@@ -1,4 +1,4 @@
-"""``memfit plan JOB --from FILE``: a set-up that exists, predicted, linted, and what would be better."""
+"""``memfit plan JOB --from FILE``: predict and lint an existing set-up, and show what would be better."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def plan_given(
     files: Sequence[Path], job: JobOptions, goal: GoalOptions, here: HereOptions, on: str, *,
     lang: str, as_json: bool,
 ) -> Plan:  # fmt: skip
-    """The plan that the files come to. Raises UserError for files of no known kind, and for plans that the
-    job cannot take."""
+    """Predict and lint the set-up in ``files``, print the result, and return its plan. Raises UserError for
+    files of no known kind, and for plans that the job does not support."""
     from memfit.lint import check, draft, parse, to_plan
     from memfit.lint.clipping import clipping_setting
 
@@ -51,7 +51,7 @@ def plan_given(
 
     found = check.check(dataclasses.replace(setup, parameters=size.parameter_count), lang=lang)
     workload = begin_answer(asked, lang=lang, quiet=as_json)
-    if not as_json:  # before the prediction, which may say that the plan is impossible
+    if not as_json:  # printed before the prediction, which may fail because the plan is impossible
         _print_carried(carried, lang)
         print_findings(found, lang=lang)
     with Bars(lang) as progress:
@@ -73,7 +73,8 @@ def _left_out(carried: memfit.lint.draft.Carried, option: str, reason: str) -> m
 def _published(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[memfit.lint.draft.Carried, JobOptions]:
-    """At the size of the job that the files are about. Raises UserError where they are about another job."""
+    """Set the job and the size that the files describe, if they describe a built-in job. Raises UserError if
+    the user asked for another job."""
     from memfit.lint.openfold import JOB
 
     if not carried.size:
@@ -96,7 +97,7 @@ def _published(
 def _modelled(
     carried: memfit.lint.draft.Carried, job: JobOptions
 ) -> tuple[JobOptions, memfit.lint.draft.Carried]:
-    """Of the model that the files describe, where no JOB is named."""
+    """Use the model that the files describe as the job, if no JOB is named."""
     model = carried.model
     if job.job is not None:
         return job, carried
@@ -110,7 +111,7 @@ def _modelled(
 
 
 def _described(model: memfit.lint.models.DescribedModel) -> str:
-    """``48 layers of width 8192``."""
+    """Return a short description, such as ``48 layers of width 8192``."""
     layers = None if model.layers is None else f"{model.layers} layers"
     width = None if model.width is None else f"width {model.width}"
     return " of ".join(filter(None, (layers, width))) or "the model"
@@ -121,7 +122,7 @@ def _sized(
 ) -> tuple[
     memfit.planner.single_device.Request, memfit.workflows.config_review.JobSize, memfit.lint.draft.Carried
 ]:
-    """Of the files' batch and length, where no others are asked for and the job can take them."""
+    """Use the files' batch and length, unless the user gave others or the job does not accept them."""
     from memfit.workflows import config_review
 
     for name in ("batch", "length"):
@@ -135,7 +136,8 @@ def _sized(
         try:
             config_review.job_size(request(taken, goal, here, on))
         except UserError as error:
-            config_review.job_size(request(job, goal, here, on))  # what is wrong anyway is told as it is
+            # Raises the job's own error if the job is invalid without the files' value too.
+            config_review.job_size(request(job, goal, here, on))
             carried = _left_out(carried, f"{name} {files}", str(error))
             continue
         job = taken
@@ -147,7 +149,7 @@ def _sized(
 def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
-    """With the batch and length that are predicted, and what of the files' model the job's differs from."""
+    """Set the predicted batch and length, and record how the files' model differs from the job's."""
     micro = carried.micro_batch
     if micro is not None and carried.batch is not None:
         steps = carried.batch // micro
@@ -166,7 +168,7 @@ def _as_predicted(
 def _clipped(
     asked: memfit.planner.single_device.Request, carried: memfit.lint.draft.Carried, limit: float | None
 ) -> tuple[memfit.planner.single_device.Request, memfit.lint.draft.Carried]:
-    """With gradients clipped to ``limit``, as the files say. 0: not clipped; None: undecided."""
+    """Clip gradients to ``limit``, as the files say. 0: not clipped; None: the files do not determine it."""
     if limit and carried.plan.get("optimizer-in-backward"):
         reason = "each parameter is updated before the whole norm is known: predicted without clipping"
         return asked, _left_out(carried, f"gradients clipped to {limit:g}", reason)

@@ -1,4 +1,4 @@
-"""``memfit poc``: predict, search, train, judge and report, all at once."""
+"""``memfit poc``: predict, search, train, verify and report in one command."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from memfit.types.result import OutcomeKind, Poc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PocOptions:
+    """The extent of the proof of concept, and its report."""
+
     seeds: Annotated[
         int,
         typer.Option(
@@ -47,7 +49,7 @@ def poc(
     job: JobOptions, goal: GoalOptions, own: PocOptions, here: HereOptions, store: StoreOptions,
     lang: LanguageOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
-    """Predict, search, train, judge and report, on this machine."""
+    """Predict, search, train, verify and report on this machine."""
     words = language(lang.lang)
     path = writable(own.out) if own.out is not None else None
     asked = request(job, goal, here, ranks=own.nproc, bounds=Bounds(without=excluded_techniques(own.without)))

@@ -1,4 +1,4 @@
-"""``memfit precision``: which modules must stay in float32, by measurement."""
+"""``memfit precision``: measure which modules must stay in float32."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _DTYPES: Final = ("bf16", "fp16")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionOptions:
+    """The precisions to try, and on which data."""
+
     dtype: Annotated[str, typer.Option(metavar="bf16|fp16|both", help="The precision to try.")] = "both"
     batches: Annotated[int, typer.Option(metavar="N", min=1, help="Training batches to look at.")] = 1
     after: Annotated[
@@ -30,10 +32,10 @@ class PrecisionOptions:
 
 
 def precision(job: JobOptions, more: PrecisionOptions, lang: LanguageOptions, output: JsonOptions) -> None:
-    """Tell which modules must stay in float32, and the error they would cause.
+    """Show which modules must stay in float32, and the error they would cause in half precision.
 
-    Each module's own code runs in half precision and in float64 on real activations and gradients, with its
-    children's results handed in, so that an error is told where it is made.
+    The code of each module runs in half precision and in float64 on real activations and gradients. It gets
+    the results of its child modules as inputs, so that an error is attributed to the module that causes it.
     """
     words = language(lang.lang)
     asked = one_of("--dtype", more.dtype, (*_DTYPES, "both"))

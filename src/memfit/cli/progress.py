@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, now and then a plain line elsewhere."""
+"""Progress on standard error: bars on a terminal, an occasional line of text elsewhere."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import rich.console
 
 _TICK_S: Final = 0.25
-_SILENT_S: Final = 3.0  # a command that is over by then, or a mistake told by then, needs no progress
-_STAGE_S: Final = 1.0  # shorter stages are not worth a line
+_SILENT_S: Final = 3.0  # no progress for a command that ends or fails within this time
+_STAGE_S: Final = 1.0  # no line for shorter stages
 _LINE_EVERY_S: Final = 10.0
 _DETAIL_COLUMNS: Final = 60
 
-# Held while progress is written and while the process is copied: a copy whose standard error is locked for
-# ever would hang at its first warning.
+# Held while progress is written and while the process forks. A child that is forked while standard error is
+# locked could never write to it, and would hang at its first warning.
 _WRITING: Final = threading.RLock()
 os.register_at_fork(
     before=_WRITING.acquire, after_in_parent=_WRITING.release, after_in_child=_WRITING.release
@@ -32,7 +32,7 @@ os.register_at_fork(
 
 
 class _Ticker:
-    """Calls ``beat`` every quarter of a second from a thread beside which the process may be copied."""
+    """A thread that calls ``beat`` every quarter of a second. The process may fork while it runs."""
 
     def __init__(self, beat: Callable[[], None]) -> None:
         self._beat, self._closed = beat, threading.Event()
@@ -52,7 +52,8 @@ class _Ticker:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Stage:
-    """One stage under way. ``total`` 0: nobody knows how much there is to do. ``title`` is for people."""
+    """One stage in progress. ``total`` is 0 if the amount of work is unknown; ``title``: the name shown to
+    the user."""
 
     name: str
     title: str
@@ -62,14 +63,15 @@ class _Stage:
     begun_s: float = dataclasses.field(default_factory=time.monotonic)
 
     def gives_way_to(self, name: str, done: int, total: int, detail: str) -> bool:
-        """Another stage begins, or the same from its start: a new run, whatever the last one did (``baseline:
-        evaluate`` still is that run); elsewhere a count that falls back to zero."""
+        """Return whether an update begins another stage, or the same stage again. A count that falls back to
+        0 restarts a stage. A new run always restarts it; a detail such as ``baseline: evaluate`` still
+        belongs to the same run."""
         from_start = total > 0 and done == 0 and ": " not in detail
         return name != self.name or (from_start and (name == "run" or self.done > 0))
 
     @property
     def complete(self) -> bool:
-        """Whether its last unit was begun: some stages count before the work, some after it."""
+        """Whether the last unit has begun: some stages count before the work and some after it."""
         return self.done + 1 >= self.total
 
     @property
@@ -82,7 +84,7 @@ class _Stage:
 
 
 class Bars:
-    """The pipeline's progress callback, shown until the ``with`` block ends."""
+    """The pipeline's progress callback. It shows progress until the ``with`` block ends."""
 
     def __init__(self, lang: str) -> None:
         self._lang = lang
@@ -120,7 +122,8 @@ class Bars:
 
 
 class _Bar:
-    """The present stage is a live bar; a finished one leaves a line if it was long or countable."""
+    """A display with a live bar for the current stage. A finished stage leaves a line if it was long or had a
+    count."""
 
     def __init__(self, console: rich.console.Console) -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -145,7 +148,7 @@ class _Bar:
     def update(self, stage: _Stage) -> None:
         self._live.update(
             self._live.task_ids[-1],
-            completed=max(stage.done - 0.01, 0),  # a full bar would stop its clock
+            completed=max(stage.done - 0.01, 0),  # rich stops the clock of a full bar
             total=stage.total or None,
             count=stage.count,
             detail=_short(stage.detail),
@@ -169,7 +172,8 @@ class _Bar:
 
 
 class _Lines:
-    """A stage is told when it has lasted a second, and again every few seconds until it ends."""
+    """A display of plain lines: one when a stage has lasted a second, and more every few seconds until it
+    ends."""
 
     def __init__(self) -> None:
         self._stage: _Stage | None = None
@@ -181,7 +185,7 @@ class _Lines:
         self._stage = stage
 
     def update(self, stage: _Stage) -> None:
-        pass  # the ticker looks at the stage itself
+        pass  # the ticker reads the stage itself
 
     def end(self, stage: _Stage, *, well: bool) -> None:
         self._stage = None

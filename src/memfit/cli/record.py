@@ -1,4 +1,5 @@
-"""``memfit record``: a proof of concept in the format that is shared; ``memfit compare``: two of them."""
+"""``memfit record``: write a proof of concept in the format for sharing. ``memfit compare``: compare two of
+them."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
+    """The record to write or to add."""
+
     poc: Annotated[
         str | None, typer.Option(metavar="ID", help="Which proof of concept. Default: the last.")
     ] = None
@@ -39,12 +42,14 @@ class RecordOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
+    """The two records to compare."""
+
     a: Annotated[str, typer.Argument(metavar="A", help="A record's file, or the ID of one in the store.")]
     b: Annotated[str, typer.Argument(metavar="B", help="The other.")]
 
 
 def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Write a proof of concept as one JSON file that others can read, or take theirs in."""
+    """Write a proof of concept as one JSON file that others can read, or add one from others to the store."""
     if sum((own.schema, own.add is not None, own.poc is not None or own.out is not None)) > 1:
         raise UserError("--schema, --add and --poc or --out together", allowed="one of them")
     if own.said_by is not None and own.add is None:
@@ -75,7 +80,7 @@ def record(own: RecordOptions, store: StoreOptions, output: JsonOptions) -> None
 
 
 def compare(own: CompareOptions, store: StoreOptions, output: JsonOptions) -> None:
-    """Say in what two records may be compared, and in what not and why."""
+    """Compare two records, and say which quantities are not comparable and why."""
     quiet_libraries()
     from memfit.store import exchange
 
@@ -108,14 +113,15 @@ def _told(value: float | str | None) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordFound:
-    """``taken_from``: who says so; "" for what was measured here."""
+    """A record and its origin. ``taken_from``: who reports it; "" if it was measured here."""
 
     record: memfit.store.exchange.Shared
     taken_from: str
 
 
 def found_record(name: str | None, path: Path | None) -> RecordFound:
-    """A file, or an ID in the store, the last PoC's by default. Raises UserError."""
+    """Return the record in the file ``name``, or the one in the store at ``path`` with the ID ``name``, by
+    default the last proof of concept. Raises UserError if there is none."""
     from memfit.store import Store, exchange
     from memfit.store.pocs import wanted_poc
 
@@ -130,7 +136,7 @@ def found_record(name: str | None, path: Path | None) -> RecordFound:
 
 
 def _stored(kept: memfit.store.Store, wanted: str) -> RecordFound:
-    """Our own PoC, or a record that was taken in."""
+    """Return our own proof of concept with the ID ``wanted``, or a record from others."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN, taken_from
     from memfit.workflows import proof_of_concept
@@ -144,8 +150,8 @@ def _stored(kept: memfit.store.Store, wanted: str) -> RecordFound:
 
 
 def _known(kept: memfit.store.Store, given: memfit.store.exchange.Shared, what: str) -> RecordFound | None:
-    """What the store has under the ID of `given`, where that is the same to the byte; None where it has
-    nothing. Raises UserError where it has something else: two records of one ID are one too many."""
+    """Return what the store has under the ID of `given`, or None if it has nothing. Raises UserError if it
+    has anything but the same record, byte for byte."""
     from memfit.store import exchange
     from memfit.store.database import TAKEN
 

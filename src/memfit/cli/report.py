@@ -1,4 +1,4 @@
-"""``memfit report``: the HTML file of a proof of concept that is in the store."""
+"""``memfit report``: write the HTML report of a proof of concept in the store."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from memfit.cli.request import writable
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
+    """The proof of concept, the user's figures, and the file to write."""
+
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The HTML file. Default: memfit-ID.LANG.html here.")
     ] = None

@@ -1,4 +1,4 @@
-"""Options to what the pipeline asks for. Loads the planner, and torch with it."""
+"""Convert options to the pipeline's request. This loads the planner, and with it torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def request(
     ranks: int = 1,
     bounds: Bounds | None = None,
 ) -> memfit.planner.single_device.Request:
-    """What is cheap to check is checked before torch is loaded. Raises UserError."""
+    """Return the request. Options that are cheap to check are checked before torch is loaded. Raises
+    UserError for invalid ones."""
     cap_bytes = parse_bytes(goal.memory) if goal.memory is not None else None
     accuracy = Accuracy(one_of("--accuracy", goal.accuracy, Accuracy))
     machine = machine_of(on, here.place)
@@ -69,7 +70,8 @@ def request(
 
 
 def warn_of_shadowed_modules(job: str) -> None:
-    """One line on standard error for each module beside the job that another one of its name hides."""
+    """Print a warning to standard error for each module beside the job that another module of the same name
+    hides."""
     from memfit.jobs.user_job import shadowed_modules
 
     for line in shadowed_modules(job):
@@ -77,7 +79,8 @@ def warn_of_shadowed_modules(job: str) -> None:
 
 
 def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quiet: bool) -> Workload:
-    """What the answer is about, printed unless ``quiet``. Raises UserError where the job cannot be made."""
+    """Return what the answer is about, and print it unless ``quiet``. Raises UserError if the job cannot be
+    built."""
     from memfit.jobs.registry import load
     from memfit.planner.workload import workload_of
 
@@ -88,6 +91,7 @@ def begin_answer(asked: memfit.planner.single_device.Request, *, lang: str, quie
 
 
 def print_workload(workload: Workload, lang: str) -> None:
+    """Print what the answer is about."""
     from rich.text import Text
 
     from memfit.report.words import load_words
@@ -97,7 +101,8 @@ def print_workload(workload: Workload, lang: str) -> None:
 
 
 def tell_of_unused_accelerator() -> None:
-    """One line on standard error where this machine has one: memfit trains and measures on its processor."""
+    """Print a line to standard error if this machine has an accelerator: memfit trains and measures on the
+    CPU."""
     from memfit.runtime.local_machine import accelerator_kind
 
     if kind := accelerator_kind():
@@ -109,7 +114,8 @@ def tell_of_unused_accelerator() -> None:
 
 
 def machine_of(on: str, place: str) -> Machine:
-    """``this``, a machine in one word as the catalog spells it, or a machine file. Raises UserError."""
+    """Return the machine that ``on`` names: ``this``, a name of the catalog, or a machine file. Raises
+    UserError for an unknown one."""
     from memfit import catalog
     from memfit.runtime.local_machine import this_machine
 
@@ -119,14 +125,15 @@ def machine_of(on: str, place: str) -> Machine:
 
 
 def excluded_techniques(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Raises UserError for an unknown technique, with the nearest that there is."""
+    """Return the names of the techniques. Raises UserError with the nearest name for an unknown one."""
     from memfit.techniques.registry import technique
 
     return tuple(technique(name).name for name in names or ())
 
 
 def plan_file(which: WhichOptions) -> Plan | None:
-    """The plan of the file; plain training without one; None for the recommended. Raises UserError."""
+    """Return the plan in the file, plain training if no file is given, or None for the recommended plan.
+    Raises UserError for an invalid file."""
     if which.plan is None:
         return None if which.recommended else Plan()
     if which.recommended:
@@ -138,7 +145,7 @@ def plan_file(which: WhichOptions) -> Plan | None:
 
 
 def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars) -> Plan:
-    """Raises NothingFits."""
+    """Search for the recommended plan and return it. Raises NothingFits."""
     from memfit.workflows import proof_of_concept
 
     choice = proof_of_concept.search(asked, progress).result.recommended
@@ -148,7 +155,7 @@ def recommended_plan(asked: memfit.planner.single_device.Request, progress: Bars
 
 @contextlib.contextmanager
 def best_so_far(*, lang: str, as_json: bool, workload: Workload | None = None) -> Iterator[None]:
-    """Ctrl-C in a search shows what it had come to. Raises Interrupted."""
+    """Print the best result so far when Ctrl-C interrupts a search, and raise Interrupted."""
     from memfit.planner.single_device import SearchInterrupted
 
     try:
@@ -162,6 +169,7 @@ def show_search(
     result: SearchResult, *, lang: str, as_json: bool, correction: Calibration | None = None,
     workload: Workload | None = None,
 ) -> None:  # fmt: skip
+    """Print the result of a search as text or JSON."""
     if as_json:
         from memfit.cli.views import search_view
 
@@ -173,7 +181,8 @@ def show_search(
 
 
 def writable(path: Path, *, overwrite: bool = True) -> Path:
-    """Found out before the work, not after it. Raises UserError."""
+    """Return ``path`` if a file can be written there. Call it before the work begins. Raises UserError
+    otherwise."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="give a file name")
     if not path.parent.is_dir():

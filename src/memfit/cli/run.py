@@ -1,4 +1,4 @@
-"""``memfit run``: train one plan in a process of its own, measured beside its prediction."""
+"""``memfit run``: train one plan in its own process, and compare measurement and prediction."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from memfit.types.units import format_bytes, format_seconds
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
+    """The memory cap, seed, time limit and checkpoints of the run."""
+
     capped: Annotated[
         bool | None,
         typer.Option(
@@ -68,7 +70,7 @@ def run(
     job: JobOptions, which: WhichOptions, goal: GoalOptions, own: RunOptions,
     here: HereOptions, store: StoreOptions, output: JsonOptions,
 ) -> None:  # fmt: skip
-    """Train one plan and measure it beside its prediction."""
+    """Train one plan, and compare its measured memory and time with the prediction."""
     timeout_s = parse_duration(own.timeout) if own.timeout is not None else None
     plan = plan_file(which)
     asked = dataclasses.replace(request(job, goal, here), timeout_s=timeout_s)
@@ -95,13 +97,14 @@ def run(
 
 
 def kept(own: RunOptions) -> Keep:
+    """Return the checkpoint settings. Raises UserError for --save-every without --save."""
     if own.save_every and own.save is None:
         raise UserError("--save-every without --save", allowed="--save DIR --save-every N")
     return Keep(save=str(own.save or ""), every_steps=own.save_every, resume=str(own.resume or ""))
 
 
 def lines(run: Run) -> Iterator[str]:
-    """The run in a few lines: how it ended, memory and time against their prediction, what it learned."""
+    """Yield a summary of the run: its outcome, memory and time with their predictions, and the loss."""
     from memfit.cli.views import step_s
 
     seen, cap_bytes = run.measurement, run.spec.cap_bytes
@@ -127,7 +130,8 @@ def lines(run: Run) -> Iterator[str]:
 
 
 def _peak(run: Run, peak_bytes: int) -> str:
-    """An error only of what was predicted: a run that ended early, or before its second step, saw less."""
+    """Describe the peak. The error of the prediction is given only if the run reached what was predicted: a
+    run that ended early, or before its second step, did not."""
     told, predicted = format_bytes(peak_bytes), run.predicted_peak_bytes
     if run.measurement.outcome is not OutcomeKind.OK:
         more = f", {format_bytes(predicted)} predicted for the whole" if predicted else ""
@@ -138,7 +142,7 @@ def _peak(run: Run, peak_bytes: int) -> str:
 
 
 def _beside(predicted: float | None, measured: float, text: Callable[[float], str]) -> str:
-    """``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``."""
+    """Describe a pair of values, such as ``1.5 MiB measured, 1.498 MiB predicted (-0.13 %)``."""
     told = f"{text(measured)} measured"
     if predicted is None or not measured:
         return told

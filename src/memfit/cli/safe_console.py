@@ -1,4 +1,4 @@
-"""A console that shows what others wrote and obeys none of it."""
+"""A console that prints control sequences in foreign text as plain text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from memfit.types.sanitize import shown
 
 
 class SafeConsole(Console):
-    """Names, notes and paths come from records and files: an escape sequence in them stays text. rich renders
-    every cell and line through here; its own styles are added afterwards."""
+    """A console that makes escape sequences in names, notes and paths from records and files visible instead
+    of executing them. rich renders every cell and line through ``render``; its own styles are added
+    afterwards."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, str):
             renderable = shown(renderable)
         elif isinstance(renderable, Text) and (plain := shown(renderable.plain)) != renderable.plain:
             renderable = renderable.copy()
-            renderable.plain = plain  # of the same length, so that styles stay where they are
+            renderable.plain = plain  # has the same length, so the positions of styles stay valid
         yield from super().render(renderable, options)

@@ -1,4 +1,4 @@
-"""``memfit scale``: from a proof of concept to a pilot and the full size, one gate at a time."""
+"""``memfit scale``: go from a proof of concept to a pilot and to the full size, one gate at a time."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
+    """The record, the limits of the gates, and the machines of the next stages."""
+
     record: Annotated[
         str | None, typer.Argument(metavar="[RECORD]", help="A record's file or ID. Default: the last.")
     ] = None
@@ -62,14 +64,14 @@ def scale(
     own: ScaleOptions, effort: EffortOptions, goal: GoalOptions, here: HereOptions, store: StoreOptions,
     output: OutputOptions,
 ) -> None:  # fmt: skip
-    """Hold a proof of concept against the gate to the next stage, and predict that stage.
+    """Check a proof of concept against the gate to the next stage, and predict that stage.
 
-    Exit code 1 where a gate does not hold: nothing further is predicted then.
+    Exits with code 1 if a gate does not hold; then nothing further is predicted.
     """
     lang = language(output.lang)
     machines = {n: m for n, m in (("pilot", own.pilot), ("full", own.full)) if m is not None}
     for name in machines.values():
-        machine_of(name, here.place)  # known before anything long begins
+        machine_of(name, here.place)  # raises for an unknown machine before any long work begins
     quiet_libraries()
     from memfit.decision import rollout_gates
 
@@ -100,7 +102,7 @@ def scale(
 
 
 def _attended(found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
-    """The record with the minutes, which are kept. Raises UserError for a record of others."""
+    """Store the minutes and return the updated record. Raises UserError for a record from others."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -112,8 +114,9 @@ def _attended(found: RecordFound, minutes: float, store: StoreOptions) -> Record
 
 
 def _spec(found: RecordFound, store: StoreOptions) -> str:
-    """Which job the record is of: a name does not find a job of the user's own, its file does. Raises
-    UserError for a file that others name, as predicting it would run it."""
+    """Return the spec of the record's job. For our own records it includes the file of a user's job, which a
+    name does not identify. Raises UserError if a record from others is not of a built-in job: predicting the
+    job would run its file."""
     from memfit.jobs.registry import names
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
@@ -139,7 +142,7 @@ def _job(spec: str, size: str | None) -> JobOptions:
 def _stage(
     job: JobOptions, on: str, goal: GoalOptions, here: HereOptions
 ) -> tuple[dict[str, Any], memfit.planner.single_device.Planning]:
-    """The plan of one stage with what is predicted for it."""
+    """Return the plan of one stage with its prediction, as plain data, and the planning behind it."""
     from memfit.planner import single_device
     from memfit.types.units import format_bytes
 
@@ -171,8 +174,8 @@ def _stage(
 
 
 def _keep(poc_id: str, found: list[memfit.planner.single_device.Planning], store: StoreOptions) -> None:
-    """For the decision: what was predicted for the stages, and, where it is of another size than what the PoC
-    predicted, the catalog's machines at that size beside it. All of it or nothing."""
+    """Store the stages' predictions for the decision. If the PoC predicted another size, also predict and
+    store the catalog's machines at this size. All are predicted before the first is stored."""
     from memfit.planner.single_device import is_long
     from memfit.store import Store
     from memfit.workflows import proof_of_concept, reference_machines
@@ -196,8 +199,8 @@ def _keep(poc_id: str, found: list[memfit.planner.single_device.Planning], store
 def _decision(
     poc_id: str, stages: dict[str, Any], gates: Path | None, store: StoreOptions
 ) -> tuple[memfit.types.result.Poc, memfit.types.decision.Decision]:
-    """Money of each stage, with the figures that were given last; the user's limits and machines are kept for
-    the report."""
+    """Return the PoC and its decision: the cost of each stage with the user's latest figures. Stores the
+    user's limits and machines for the report."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
@@ -205,12 +208,12 @@ def _decision(
     for name, stage in stages.items():
         kept.append(poc_id, proof_of_concept.STAGE, {"name": name, "machine": stage["machine"]})
     text = gates.read_text(encoding="utf-8") if gates is not None else ""
-    kept.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report's gate is the one held last
+    kept.append(poc_id, proof_of_concept.GATES, {"text": text})  # the report shows the gate checked last
     return proof_of_concept.decide(kept, poc_id=poc_id, case=None)
 
 
 def _with_money(stages: dict[str, Any], made: memfit.types.decision.Decision) -> dict[str, Any]:
-    """Every stage as the report has it, and what was predicted now beside it."""
+    """Return every stage as in the report, with the current predictions added."""
     of_record = (
         "state", "machine", "plan", "engine", "memory_bytes", "step_s", "spent", "to_spend", "most", "unpaid"
     )  # fmt: skip
@@ -246,7 +249,7 @@ def _print(
 
 
 def _print_plain(stages: dict[str, Any], out: rich.console.Console, words: memfit.report.words.Words) -> None:
-    """Of a record that others made: what is predicted, without money."""
+    """Print the predictions for a record from others, without costs."""
     from memfit.types.units import format_bytes
 
     for name, stage in stages.items():

@@ -1,4 +1,4 @@
-"""``memfit techniques``: what a plan can be made of."""
+"""``memfit techniques``: list the techniques that plans combine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def techniques(output: JsonOptions) -> None:
-    """List what a plan can be made of."""
+    """List the techniques that plans combine."""
     quiet_libraries()
     from memfit.techniques.registry import TECHNIQUES
 
@@ -25,6 +25,7 @@ def techniques(output: JsonOptions) -> None:
 
 
 def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
+    """Return the technique as plain data for ``--json``."""
     return {
         "name": technique.name,
         "what": technique.summary,
@@ -39,6 +40,7 @@ def view(technique: memfit.techniques.base.Technique) -> dict[str, Any]:
 
 
 def row(technique: memfit.techniques.base.Technique) -> tuple[str, ...]:
+    """Return the technique's row of the table."""
     missing = technique.missing
     needs = [f"needs {p}{', which is missing' if p in missing else ''}" for p in technique.needs]
     about = "; ".join([*map(_knob, technique.knobs), *needs])

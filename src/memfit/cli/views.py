@@ -1,4 +1,4 @@
-"""Results as the plain data that ``--json`` prints. The names are kept stable."""
+"""Convert results to the plain data that ``--json`` prints. The names of keys are stable."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ View = Mapping[str, Any]
 
 
 def plan_view(plan: Plan) -> View:
+    """Return a plan and its label."""
     return {"plan": plan.to_dict(), "label": plan.label}
 
 
 def estimate_view(estimate: Estimate) -> View:
-    """The estimate with its plan as technique -> knobs."""
+    """Return the estimate, with its plan as technique -> settings."""
     more = {**plan_view(estimate.plan), "not_included": list(NOT_INCLUDED)}
     return serialization.to_plain(estimate) | more  # type: ignore[no-any-return]
 
 
 def choice_view(choice: Choice) -> View:
+    """Return a plan, its estimate, and the reasons for its techniques."""
     plain = serialization.to_plain(choice.estimate)
     return {
         **plan_view(choice.estimate.plan),
@@ -37,8 +39,9 @@ def choice_view(choice: Choice) -> View:
 
 
 def search_view(result: SearchResult, correction: Calibration | None = None) -> View:
-    """``recommended`` is null when nothing fits; then ``smallest`` is the least that would do.
-    ``correction``: what runs taught about step times, null before any."""
+    """Return the result of a search. ``recommended`` is null if nothing fits; then ``smallest`` is the plan
+    that needs the least memory. ``correction``: how measured runs correct step times, or null if there are
+    none."""
     known = correction is not None and correction.corrected_by
     return {
         "correction": correction_view(correction) if correction is not None and known else None,
@@ -63,6 +66,7 @@ def search_view(result: SearchResult, correction: Calibration | None = None) -> 
 
 
 def correction_view(found: Calibration) -> View:
+    """Return how a proof of concept corrects predicted step times."""
     return {
         "poc_id": found.corrected_by,
         "plans": found.corrected_count,
@@ -73,12 +77,14 @@ def correction_view(found: Calibration) -> View:
 
 
 def step_s(measurement: Measurement) -> float | None:
-    """Median step without the first two, which warm caches."""
+    """Return the median step time in seconds without the first two steps, which warm the caches. If there are
+    no more than two steps, return the median of those."""
     steady = measurement.step_s[2:] or measurement.step_s
     return statistics.median(steady) if steady else None
 
 
 def run_view(run: Run) -> View:
+    """Return a run with its prediction and measurement."""
     spec, seen = run.spec, run.measurement
     return {
         "name": spec.name,
@@ -110,7 +116,7 @@ def run_view(run: Run) -> View:
 
 
 def poc_view(poc: Poc) -> View:
-    """``verdict`` is the recommended plan's; null before it was judged."""
+    """Return a proof of concept. ``verdict`` is the recommended plan's, or null before it has one."""
     verdicts = {named.name: serialization.to_plain(named.verdict) for named in poc.verdicts}
     search = search_view(poc.search)
     return {

@@ -1,1 +1,2 @@
-"""Was the plan applied? A monitor watches one step of a prepared model; checks compare it with the plan."""
+"""Check whether a plan was applied: a monitor watches one step of a prepared model, and checks compare it
+with the plan."""

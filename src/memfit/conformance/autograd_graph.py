@@ -1,6 +1,6 @@
-"""What autograd keeps at the moment that backward begins, read from the graph itself.
+"""What autograd keeps for backward when backward begins, read from the graph itself.
 
-Nothing is unpacked, so nothing comes back from where it waits and nothing is computed again.
+Saved tensors are not unpacked, so nothing is read back from offload and nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memfit.conformance.sharding import fsdp_params, in_backward
 
-_LOOKS = 16  # backward passes of one step
-_DEEP = 4  # containers inside of what a hook packed
+_LOOKS = 16  # backward passes of one step that are inspected
+_DEEP = 4  # depth of containers inside what a hook packed
 
 
 class Graph:
     """Listens to `torch.autograd.backward` between `__enter__` and `__exit__`.
 
-    ``here``: bytes of each storage that is kept for backward where the loss was computed, parameters and
-    buffers left out; ``stuck``: of those with a contiguous tensor; ``away``: tensors that a saved-tensor hook
-    left no copy of there, of ``away_bytes`` but for ``unsized`` ones; ``packed``: all that hooks have put
-    something else in the place of, checkpoints left out; ``unread``: what this torch does not show. ``rows``:
-    most rows kept, by their width. ``ends``: sums of what each pass ends in, a loss or what a stage hands on.
-    ``compiled``, ``eager``: addresses of parameters whose gradient comes out of a compiled graph, or out of
-    an operator's own backward.
+    - ``here``: bytes of each storage kept for backward on the device of the loss, without parameters and
+      buffers.
+    - ``stuck``: like ``here``, for storages with a contiguous tensor.
+    - ``away``: number of tensors of which a saved-tensor hook left no copy on that device. Their bytes are
+      ``away_bytes``, except ``unsized`` tensors, whose bytes are not known.
+    - ``packed``: number of tensors that hooks have replaced by something else, without checkpoints.
+    - ``unread``: number of saved tensors that this torch does not expose.
+    - ``rows``: largest number of rows kept, by width.
+    - ``ends``: sum of the tensor at which each backward starts, a loss or what a stage passes on.
+    - ``compiled``, ``eager``: addresses of parameters whose gradient comes from a compiled graph, or from an
+      operator's own backward.
     """
 
     def __init__(
         self, model: nn.Module, on_backward: Callable[[], None] = lambda: None, *, weighs: bool = False
     ) -> None:
-        """``weighs``: what saved-tensor hooks are given."""
-        self._model = weakref.ref(model)  # who never leaves must not keep it alive
+        """``weighs``: measure what saved-tensor hooks receive."""
+        self._model = weakref.ref(model)  # a listener that is never exited must not keep the model alive
         self._on_backward, self._weighs = on_backward, weighs
         self.backwards, self.device = 0, ""
         self.ends: list[float] = []
         self.here: list[int] = []
         self.stuck: list[int] = []
         self.away = self.away_bytes = self.unsized = self.packed = self.unread = 0
-        self._sizes: dict[int, int] = {}  # bytes of what a hook was given, by the address of what it made
+        self._sizes: dict[int, int] = {}  # address of what a hook returned -> bytes that it was given
         self._known: dict[Any, StorageWeakRef] = {}
         self.rows: dict[int, int] = {}
         self.compiled: set[int] = set()
@@ -111,7 +115,7 @@ class Graph:
             kept = raw.data
         except RuntimeError:  # freed
             return
-        except AttributeError:  # a torch that does not show it (2.5)
+        except AttributeError:  # torch 2.5 does not expose saved tensors
             self.unread += 1
             return
         if type(kept).__module__ == "torch.utils.checkpoint" or kept is None:
@@ -140,13 +144,14 @@ class Graph:
 
 
 def _resident(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Its parameters and buffers, of sharded ones what is gathered of them and what is local."""
+    """Yield the model's parameters and buffers. Of sharded ones, yield what is gathered and the local
+    shard."""
     for tensor in (*model.parameters(), *model.buffers(), *(p for p, _ in gathered(model))):
         yield getattr(tensor, "_local_tensor", tensor)
 
 
 def gathered(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Parameter]]:
-    """(parameter that layers compute with, the shard it is gathered from), with fsdp2."""
+    """Yield (parameter that layers compute with, shard it is gathered from) for fsdp2."""
     for one in fsdp_params(model):
         if (whole := getattr(one, "_unsharded_param", None)) is not None:
             yield whole, one.sharded_param
@@ -174,7 +179,8 @@ def _raw(node: Any) -> Iterator[Any]:
 
 
 def _tensors(packed: Any, depth: int = _DEEP) -> Iterator[torch.Tensor]:
-    """Tensors that live as long as ``packed``: itself, in containers, and in attributes."""
+    """Yield the tensors that live as long as ``packed``: itself, or those in its containers and
+    attributes."""
     if isinstance(packed, torch.Tensor):
         yield packed
     elif depth and isinstance(packed, tuple | list):

@@ -1,4 +1,4 @@
-"""What a rank trains on: digests of what its model is given."""
+"""Digests of the inputs that a rank's model receives."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch.utils import _pytree
 
-_LOOKS = 16  # forward passes of one step
+_LOOKS = 16  # forward passes of one step that are recorded
 
 
 @dataclasses.dataclass(slots=True)
 class Samples:
-    """``given``: one digest a forward pass. ``several``: whether more than one sample is among them: two
-    ranks may be given the same one by chance, but not the same two."""
+    """``given`` holds one digest per forward pass. ``several`` says whether it covers more than one sample:
+    two ranks may receive the same sample by chance, but not the same two."""
 
     given: list[str] = dataclasses.field(default_factory=list)
     several: bool = False
 
     def hear(self, args: Any, kwargs: Any) -> None:
+        """Record the digest of the tensors among the inputs of a forward pass."""
         leaves = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         tensors = [getattr(t, "_local_tensor", t).detach() for t in leaves]
         tensors = [t for t in tensors if t.numel() and t.dim() and not t.is_meta]

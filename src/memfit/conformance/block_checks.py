@@ -1,6 +1,7 @@
-"""Dtypes, recomputation and autocast of repeated blocks, against the plan.
+"""Compare dtypes, recomputation and autocast of repeated blocks with the plan.
 
-What a plan does not ask for may be the model's own doing: it recomputes, narrows or widens by itself.
+Effects that the plan does not request may come from the model, which may recompute or change dtypes by
+itself.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import whole
 
 _T = TypeVar("_T")
-_OWN_WIDE_RATIO = 0.1  # of elements: norms that a model keeps in float32 by itself, and adapters
+_OWN_WIDE_RATIO = 0.1  # fraction of elements: norms that a model keeps in float32 by itself, and adapters
 _AUTOCAST = {"bf16-autocast": torch.bfloat16, "fp16-autocast": torch.float16}
 
 
 def parameter_dtypes(step: Observation) -> None:
+    """Check the dtypes of the parameters."""
     zero, plan = step.plan.get("zero"), step.plan
     low = plan.get("bf16-parameters") or (zero is not None and zero.settings["precision"] == "bf16")
     if plan.get("qlora") is not None:
@@ -43,6 +45,7 @@ def parameter_dtypes(step: Observation) -> None:
 
 
 def recomputation(step: Observation) -> None:
+    """Check which blocks run again in backward."""
     used, ran = step.plan.get("activation-checkpointing"), set(step.heard.ran)
     used = used or step.plan.get("selective-checkpointing")
     if not ran:
@@ -55,12 +58,12 @@ def recomputation(step: Observation) -> None:
     feature = used.technique if used is not None else "activation-checkpointing"
     found = step.heard.recomputed()
     if step.plan.get("chunking") is not None:
-        found &= wanted  # parts of the others run again, slice by slice
+        found &= wanted  # slices of the other blocks run again
     planned, text = (_listed(sorted(s)) for s in (wanted, found))
     own = _own_step(step, None) if found - wanted else None
     again = None if own is None else own.recomputed()
     beside = _beside(step, feature, f"that blocks {text} run again", found - wanted, again)
-    due = wanted & step.heard.passed  # nothing runs again where no gradient goes through
+    due = wanted & step.heard.passed  # nothing is recomputed if no gradient passes through
     if used is not None and not due:
         step.unseen(f"{feature}: no gradient goes through the blocks that would run again")
     wrong = bool(due - found or beside)
@@ -68,6 +71,7 @@ def recomputation(step: Observation) -> None:
 
 
 def autocast(step: Observation) -> None:
+    """Check whether blocks run under the planned autocast."""
     feature = next((n for n in _AUTOCAST if step.plan.get(n)), "bf16-autocast")
     if not step.heard.autocast:
         if step.plan.get(feature):
@@ -84,7 +88,7 @@ def autocast(step: Observation) -> None:
 
 
 def _outside(step: Observation, feature: str) -> bool:
-    """Whether blocks are outside of autocast that the model itself does not keep there."""
+    """Return whether blocks run outside autocast although the model itself does not cause this."""
     wanted = _AUTOCAST[feature]
     blocks = {index for index, _ in step.heard.autocast}
     outside = blocks - step.heard.narrow(str(wanted))
@@ -98,6 +102,7 @@ def _outside(step: Observation, feature: str) -> bool:
 
 
 def fsdp2_precision(step: Observation) -> None:
+    """Check the dtype in which FSDP2's layers compute."""
     fsdp, computed = step.plan.get("fsdp2"), step.heard.computed
     if fsdp is None or not computed:
         return
@@ -116,7 +121,7 @@ def _own_step(step: Observation, narrow: torch.dtype | None) -> Heard | None:
 def _beside(
     step: Observation, feature: str, text: str, found: set[_T], own: Collection[_T] | None
 ) -> set[_T]:
-    """What is not of the plan, and not the model's own doing."""
+    """Return the part of ``found`` that the model does not cause by itself."""
     if own is not None:
         return found - set(own)
     if found:

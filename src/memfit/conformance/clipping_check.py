@@ -1,6 +1,6 @@
-"""Gradient clipping: the norm of the gradients that the update gets, against the planned limit.
+"""Gradient clipping: compare the norm of the gradients that the update receives with the planned limit.
 
-Any clipping is seen by its effect on that norm, whoever clips: torch, an engine, or the user's own loop.
+Any clipping is visible by its effect on that norm, whether torch, an engine or the user's own loop does it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import from_all
 
 FEATURE = "gradient clipping"
-_TOLERANCE_RATIO = 0.01  # of the limit; gradients may be bf16
+_TOLERANCE_RATIO = 0.01  # relative to the limit; gradients may be bf16
 _SEVERAL = {"tensor-parallel", "context-parallel", "axial-parallel", "pipeline", "expert-parallel"}
 
 
 def clipped(step: Observation) -> None:
-    """Against ``step.clip``: None is not known, 0 is without clipping."""
+    """Check the gradient norm against ``step.clip``, where None means unknown and 0 means no clipping."""
     if step.clip is None:
         return
     if not any(from_all(bool(step.clipping.squares))):

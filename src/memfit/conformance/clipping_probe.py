@@ -1,4 +1,4 @@
-"""The norms of the gradients that an update gets, and the calls of torch's clipping."""
+"""Record the norms of the gradients that an update receives, and the calls of torch's clipping."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch.nn.utils import clip_grad
 from memfit.conformance.prepared import Prepared
 from memfit.conformance.sharding import from_all, world_size
 
-_TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # functions of torch that scale gradients
+_TORCH = ("_clip_grads_with_norm_", "clip_grads_with_norm_")  # torch's functions that scale gradients
 
 
 class Clipping:
-    """Listens between `__enter__` and `__exit__`. ``limits``: with which largest norms torch's clipping was
-    called. ``squares``: of each parameter of the optimizer, the squared norm of its gradient on this rank at
-    the update, and on how many ranks the same numbers lie. ``before``: the norm of all ranks' gradients
-    before anything clips, where the caller knows it."""
+    """Listens between `__enter__` and `__exit__`.
+
+    - ``limits``: the maximum norms with which torch's clipping was called.
+    - ``squares``: for each parameter of the optimizer, the squared norm of its gradient on this rank at the
+      update, and the number of ranks that hold the same numbers.
+    - ``before``: the norm of all ranks' gradients before any clipping, if the caller knows it.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, self._stack = prepared, contextlib.ExitStack()
@@ -47,8 +50,8 @@ class Clipping:
         return clips
 
     def before_update(self, optimizer: torch.optim.Optimizer) -> None:
-        """An engine may update in several calls, each of other parameters. Nothing is read of the gradients
-        where no limit is known: each norm would wait for the device."""
+        """Record the gradient norms before an update. An engine may update in several calls with different
+        parameters. If no limit is known, gradients are not read, because each norm waits for the device."""
         if self._prepared.clip is None:
             return
         for param in (p for group in optimizer.param_groups for p in group["params"]):
@@ -58,7 +61,7 @@ class Clipping:
                 self.squares[id(param)] = max((square, copies), self.squares.get(id(param), (0.0, 1.0)))
 
     def _copies(self, grad: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """(how many ranks hold these numbers, this rank's part of them)."""
+        """Return (number of ranks that hold these numbers, this rank's part of the gradient)."""
         mesh: Any = getattr(grad, "device_mesh", None)
         local: torch.Tensor = grad.to_local() if mesh is not None else grad  # type: ignore[attr-defined]
         if local.is_sparse:
@@ -69,13 +72,14 @@ class Clipping:
         return world_size() / cut, local
 
     def _flat(self) -> bool:
-        """Whether a plain tensor of the optimizer is this rank's alone."""
+        """Return whether a plain tensor of the optimizer belongs to this rank alone."""
         return any(self._prepared.plan.get(name) is not None for name in ("zero", "sharded-ddp"))
 
     def norm(self) -> float:
-        """Of all ranks' gradients at the update; a collective."""
+        """Return the norm of all ranks' gradients at the update. This is a collective."""
         return math.sqrt(sum(from_all(sum(square / copies for square, copies in self.squares.values()))))
 
     def largest(self) -> float:
-        """Of what any one rank holds: the whole norm is at least that. A collective."""
+        """Return the largest norm of one rank's gradients, a lower bound of the whole norm. This is a
+        collective."""
         return math.sqrt(max(from_all(sum(square for square, _ in self.squares.values()))))

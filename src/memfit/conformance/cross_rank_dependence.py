@@ -1,8 +1,8 @@
-"""Whether blocks of a rank that has a part of each sample look at the other ranks' parts.
+"""Check whether blocks of a rank that holds a part of each sample read the other ranks' parts.
 
-A block runs four times more, without gradients: as it is, with the input changed on every second rank, with
-it changed on the others, and with half of each rank's own part changed. Where a change reaches the other
-half and never another rank, the block looks at its own part only. Blocks that begin as the identity look at
+A block runs four more times, without gradients: unchanged, with the input changed on every second rank, with
+it changed on the other ranks, and with half of each rank's own part changed. If a change affects the other
+half but no other rank, the block reads only its own part. Blocks that are initialised as the identity read
 nothing.
 """
 
@@ -24,8 +24,9 @@ from memfit.conformance.sharding import from_all, in_backward
 
 
 class PartReach:
-    """Tries blocks, one after the other, until one looks at other ranks' parts (``reached``); all ranks try
-    alike. ``own``: how many looked at the rank's own part only; ``running``: one is tried now."""
+    """Tries blocks one after the other until one reads other ranks' parts (``reached``). All ranks try the
+    same blocks. ``own`` counts blocks that read only the rank's own part. ``running`` is true during a
+    trial."""
 
     def __init__(self, blocks: Sequence[nn.Module], *, place: int, group: tuple[int, ...]) -> None:
         self.blocks, self.place, self.group = blocks, place, group
@@ -85,12 +86,12 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
-    """Other activations of the same sizes."""
+    """Return other activations of the same sizes."""
     return 1 - tensor if tensor.is_floating_point() and tensor.dim() > 2 else tensor
 
 
 def _half_other(tensor: torch.Tensor) -> torch.Tensor:
-    """The first half along the dimension after the batch's."""
+    """Change the first half along the dimension after the batch."""
     if _other(tensor) is tensor:
         return tensor
     return torch.cat([1 - tensor[:, : tensor.shape[1] // 2], _second_half(tensor)], dim=1)
@@ -111,7 +112,8 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def reach_of(prepared: Prepared) -> PartReach:
-    """Of the plan: nothing is tried where ranks do not share samples, or where blocks are compiled."""
+    """Return the `PartReach` of a prepared model. It tries nothing if ranks do not share samples, or if
+    blocks are compiled."""
     place, plan = prepared.layout.coordinate(dist.get_rank() if dist.is_initialized() else 0), prepared.plan
     tries = prepared.layout.context > 1 and plan.get("compile") is None
     group = tuple(v for name, v in place.items() if name != "context")

@@ -1,6 +1,6 @@
-"""What `Watch` looks at of parallel plans beyond sharded elements: one function a technique or two.
+"""Checks of parallel plans beyond sharded elements, mostly one function per technique.
 
-Gathers are the same on every rank: whether one is made depends on the plan alone.
+Whether a gather is made depends only on the plan, so that all ranks make the same gathers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from memfit.conformance.sharding import (
 )  # fmt: skip
 from memfit.conformance.technique_checks import told
 
-_ALL_RATIO = 0.9  # of bytes
-_ONCE_RATIO = 0.75  # of elements: shards are padded, never smaller together
-_REPLICAS_RATIO = 1e-7  # averaged gradients are the same bits on every rank
+_ALL_RATIO = 0.9  # fraction of bytes
+_ONCE_RATIO = 0.75  # fraction of elements: shards are padded, and never smaller in total
+_REPLICAS_RATIO = 1e-7  # averaged gradients are bitwise equal on every rank
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
 def shards(step: Observation) -> None:
-    """All ranks together hold the model once for each of its replicas."""
+    """Check that all ranks together hold the model once per replica."""
     degree, feature = step.sharded("parameters")
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -52,7 +52,7 @@ def shards(step: Observation) -> None:
 
 
 def units(step: Observation) -> None:
-    """FSDP2 gathers block by block."""
+    """Check that FSDP2 gathers block by block."""
     if step.plan.get("fsdp2") is None or len(step.blocks) < 2:
         return
     at = _block_of(step)
@@ -72,8 +72,8 @@ def units(step: Observation) -> None:
 
 
 def resharded(step: Observation) -> None:
-    """What FSDP2 has gathered is freed after a block's forward, or kept, as planned. The last block's may
-    stay: it is the first that backward needs."""
+    """Check that what FSDP2 has gathered is freed after a block's forward, or kept, as planned. The last
+    block may stay gathered, because backward needs it first."""
     used = step.plan.get("fsdp2")
     if used is None or step.layout.pipeline > 1 or step.layout.shard * step.layout.context == 1:
         return
@@ -90,12 +90,13 @@ def resharded(step: Observation) -> None:
 
 
 def _block_of(step: Observation) -> dict[nn.Module, int]:
-    """By module: while they are gathered, parameters of modules are not the shards."""
+    """Return the block index of each module. Modules are used because gathered parameters are not the
+    shards."""
     return {module: i for i, block in enumerate(step.blocks) for module in block.modules()}
 
 
 def still_gathered(step: Observation) -> list[int]:
-    """Blocks most of whose elements are there whole, with fsdp2."""
+    """Return the indices of blocks most of whose elements are gathered, with fsdp2."""
     at = _block_of(step)
     here, total = [0] * len(step.blocks), [0] * len(step.blocks)
     for param in fsdp_params(step.model):
@@ -109,7 +110,7 @@ def still_gathered(step: Observation) -> list[int]:
 
 
 def replicas(step: Observation) -> None:
-    """Where every rank has whole parameters they are the same after a step, or gradients were not
+    """Check that whole parameters are equal on every rank after a step. If not, gradients were not
     averaged."""
     alike = step.layout.data * step.layout.context
     if alike == 1 or step.layout.ranks != alike or step.sharded("parameters")[0] > 1:
@@ -131,21 +132,22 @@ def replicas(step: Observation) -> None:
 
 
 def norms(params: Iterable[nn.Parameter]) -> list[float]:
-    """Of what this rank holds."""
+    """Return the norms of this rank's parts of the parameters."""
     local = (real(getattr(p, "to_local", lambda p=p: p)().detach()) for p in params)
     norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in local]
     return torch.stack(norms).tolist() if norms else []
 
 
 def near(a: list[float], b: list[float]) -> bool:
+    """Return whether two lists of norms are equal within `_REPLICAS_RATIO`."""
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=_REPLICAS_RATIO) for x, y in zip(a, b, strict=True)
     )
 
 
 def offloaded_states(step: Observation) -> None:
-    """Of parameters and of optimizer state. Where layers compute on an accelerator, devices tell; else what
-    is asked is the object that would move them."""
+    """Check the offload of parameters and optimizer state. If layers compute on an accelerator, the devices
+    of tensors are checked, else the object that would move them."""
     used = step.plan.get("fsdp2") or step.plan.get("zero")
     if used is None:
         return
@@ -165,8 +167,8 @@ def _planned_on_host(offload: str) -> list[str]:
 
 
 def _on_devices(step: Observation, planned: Sequence[str]) -> set[str]:
-    """Named is what has its bytes on the host: nearly all of them where that is the plan, else most. ZeRO
-    leaves small parameters where they are."""
+    """Return what has its bytes on the host: nearly all of its bytes if that is the plan, else most of them.
+    ZeRO leaves small parameters in place."""
     stay = "parameters" in planned and step.plan.get("zero") is not None
     moved = (p for p in step.model.parameters() if not (stay and step.persists(p)))
     state = (t for _, tensors in states(step.optimizer) for t in tensors)
@@ -189,7 +191,7 @@ def _by_policy(step: Observation) -> set[str] | None:
         if hasattr(layer, "state_on"):  # memfit's ZeRO
             parameters = getattr(getattr(layer, "shards", None), "offload", False)
             return _named(optimizer=layer.state_on == "host", parameters=parameters)
-        if hasattr(layer, "cpu_offload") or hasattr(layer, "offload_optimizer"):  # DeepSpeed's
+        if hasattr(layer, "cpu_offload") or hasattr(layer, "offload_optimizer"):  # DeepSpeed's ZeRO
             flags = [getattr(layer, name, False) for name in ("cpu_offload", "offload_optimizer")]
             return _named(optimizer=any(flags), parameters=getattr(layer, "offload_param", False))
     return None
@@ -201,8 +203,9 @@ def _named(**said: bool) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Stage:
-    """What one rank holds of a pipeline. ``held``: names of parameters that learn; ``learned``: of those, the
-    ones that got a gradient; ``norms``: of those that learn."""
+    """What one rank holds of a pipeline. ``held`` maps the names of trained parameters to their elements,
+    ``learned`` holds the names of those that got a gradient, and ``norms`` the norms of the trained
+    parameters."""
 
     place: int
     held: dict[str, int]
@@ -211,7 +214,7 @@ class _Stage:
 
 
 def stages(step: Observation) -> None:
-    """Each rank holds its own stages and nothing else."""
+    """Check that each rank holds its own stages and nothing else."""
     used = step.plan.get("pipeline")
     if used is None:
         return
@@ -253,7 +256,7 @@ def stages(step: Observation) -> None:
 
 
 def shared_samples(step: Observation) -> None:
-    """Ranks that share a sample work on different parts of it."""
+    """Check that ranks that share a sample work on different parts of it."""
     used = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
     if used is None or step.layout.context == 1:
         return
@@ -271,7 +274,7 @@ def shared_samples(step: Observation) -> None:
 
 
 def entering(args: Iterable[Any]) -> Iterator[float]:
-    """Figures that are equal where two ranks are given the same; none of what is the same all over."""
+    """Yield figures that are equal if two ranks receive the same tensors. Constant tensors are skipped."""
     for value in args:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
             local = getattr(value, "_local_tensor", value).detach()
@@ -280,6 +283,7 @@ def entering(args: Iterable[Any]) -> Iterator[float]:
 
 
 def experts(step: Observation) -> None:
+    """Check that a rank holds only its part of the experts."""
     used = step.plan.get("expert-parallel")
     if used is None:
         return

@@ -1,4 +1,5 @@
-"""A few numbers that stand for a tensor, and of which those of its parts are a sum."""
+"""Linear fingerprints of a tensor: the fingerprint of a concatenation is the sum of its parts'
+fingerprints."""
 
 from __future__ import annotations
 
@@ -7,16 +8,18 @@ import math
 import torch
 
 _AT_ONCE = 2**20  # elements
-# Radians from row to row and from column to column, of each figure.
+# Radians per row and per column, for each number of the fingerprint.
 TURNS = ((2.4, 1.9), (1.1, 0.83), (0.37, 2.65), (2.9, 0.29))
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a complex tensor as a real one with a last dimension of 2, and other tensors unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) -> torch.Tensor:
-    """Of elements from ``start`` on, of a tensor whose rows (dimension 0) have so many of them."""
+    """Return the fingerprint of consecutive elements of a tensor, as len(TURNS) float64 numbers. The elements
+    begin at index ``start`` of a tensor whose rows (dimension 0) have ``columns`` elements."""
     values = real(values.detach())
     columns = columns or math.prod(values.shape[1:])
     if values.is_sparse:
@@ -37,14 +40,14 @@ def figures(values: torch.Tensor, start: int = 0, columns: int | None = None) ->
             continue
         rows = _waves(torch.arange(at, at + block.shape[0], device=block.device), 0)
         across = _waves(torch.arange(column, column + block.shape[1], device=block.device), 1)
-        size = max(1, _AT_ONCE // block.shape[1])  # rows, so that copies stay small
+        size = max(1, _AT_ONCE // block.shape[1])  # limits the rows of a part, so that copies stay small
         for part, by in zip(block.split(size), rows.split(size), strict=True):
             found += ((part.float() @ across) * by).sum(0, dtype=torch.float64)
     return found
 
 
 def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
-    """Of a gradient that has some rows, as embeddings give."""
+    """Return the fingerprint of a sparse gradient that has only some rows, as embeddings produce."""
     values = sparse.values().reshape(sparse.values().shape[0], -1).float()
     across = _waves(torch.arange(values.shape[1], device=values.device), 1)
     found: torch.Tensor = ((values @ across) * _waves(sparse.indices()[0], 0)).sum(0, dtype=torch.float64)
@@ -52,6 +55,6 @@ def _of_rows(sparse: torch.Tensor) -> torch.Tensor:
 
 
 def _waves(places: torch.Tensor, axis: int) -> torch.Tensor:
-    """(places, figures)"""
+    """Return the weight of each place for each number, shape (places, len(TURNS))."""
     turns = torch.tensor([pair[axis] for pair in TURNS], dtype=torch.float64, device=places.device)
     return (places.double()[:, None] * turns + 0.5).cos().float()

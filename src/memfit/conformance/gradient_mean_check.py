@@ -1,10 +1,12 @@
-"""Whether the gradients that an update is given are the mean of what all ranks' backward passes made.
+"""Check whether the gradients that an update receives are the mean of the gradients of all ranks' backward
+passes.
 
-Of each parameter a few figures are taken twice: of its gradient as this rank's backward made it, and of what
-is there before the update, of this rank's shard where it is sharded. Each is a sum of the elements, each
-times a number that belongs to its place: linear, so a parameter's figures before the update are one multiple
-of the mean of the ranks', whoever averages and however, and shards' add up. Loss scaling and clipping by
-norms change the multiple only. (Plain sums would not do: transformers' gradients mostly sum up to nothing.)
+A fingerprint of each parameter's gradient is taken twice: of the gradient that this rank's backward made, and
+of the gradient before the update (of this rank's shard if it is sharded). A fingerprint is a sum of the
+elements, each weighted by a number that depends on its place. Since it is linear, the fingerprint before the
+update is a multiple of the mean of the ranks' fingerprints, whoever averages and however, and the
+fingerprints of shards add up. Loss scaling and clipping by norm change only the multiple. (Plain sums would
+not work: transformers' gradients mostly sum to zero.)
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import from_all, placed
 
 _ROUNDING, _ROUNDING_BF16 = 2.0**-20, 2.0**-8  # of many sums in float32; gradients may be reduced in bfloat16
-_SURE = 30  # times what rounding can do, squared
-_SPREAD_RATIO = 0.01  # squared, of how far ranks lie from their mean: nearer to it is at it
-_SHARE = 0.01  # of all gradients' squares, from which on it matters
-_COUNT = 5  # times that of parameters
+_SURE = 30  # multiple of what rounding can cause, squared
+# Squared, relative to the ranks' distance from their mean; a smaller distance counts as equal.
+_SPREAD_RATIO = 0.01
+_SHARE = 0.01  # share of all gradients' squares from which a difference matters
+_COUNT = 5  # a share of the number of parameters must be this many times larger
 _AVERAGING = ("ddp", "zero", "sharded-ddp", "fsdp2", "context-parallel", "axial-parallel")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Rank:
-    """``group``: where it is along all dimensions but those of gradients' mean; ``copy``: which of the
-    several holders of a whole gradient it belongs to."""
+    """What one rank observed. ``group`` is its coordinate along all dimensions except those over which
+    gradients are averaged. ``copy`` says to which of several holders of a whole gradient the rank belongs.
+    The other fields are those of `Averages`."""
 
     group: tuple[int, ...]
     copy: tuple[int, ...]
@@ -43,7 +47,7 @@ class _Rank:
 
 
 def mean_gradients(step: Observation) -> None:
-    """Gradients of the update are the mean over all ranks that have the same parameters."""
+    """Check that the gradients of the update are the mean over all ranks with the same parameters."""
     ranks = step.layout.data * step.layout.context
     if ranks == 1:
         return
@@ -86,7 +90,8 @@ def _this_rank(step: Observation) -> _Rank:
 
 
 def cut_names(step: Observation) -> set[str]:
-    """Of parameters that tensor parallelism cuts: gradients of others may be parts of sums over its ranks."""
+    """Return the names of parameters that tensor parallelism shards. Gradients of other parameters may be
+    parts of sums over its ranks."""
 
     def cut(param: nn.Parameter) -> bool:
         by_mesh = any(p.is_shard() for p, tensor in placed(param) if tensor)
@@ -97,7 +102,7 @@ def cut_names(step: Observation) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Verdict:
-    """``why``: what is wrong, or why nothing can be said; "" where all is well."""
+    """``why`` says what is wrong, or why nothing can be said; it is "" if all is well."""
 
     why: str = ""
     wrong: bool = False
@@ -125,20 +130,20 @@ def _compared(ranks: _Ranks, copies: list[list[_Rank]]) -> _Verdict:
     if not any(bool(f.any()) for f in (*before, *after, *backward)):
         return _Verdict("what the update is given was not found")
     if not any(bool(f.any()) for f in before):
-        before = backward  # the optimizer's step was not heard
-    if ranks.averaged(before) or ranks.averaged(after):  # or within the optimizer's step
+        before = backward  # the optimizer's step was not observed
+    if ranks.averaged(before) or ranks.averaged(after):  # the second: averaged within the optimizer's step
         return _Verdict()
     if not ranks.of_one(before[0]) and all(ranks.alike(f, before[0]) for f in before):
         if ranks.averaged(backward):
-            return _Verdict()  # clipped or decayed after it was averaged
+            return _Verdict()  # averaged, then clipped or decayed
         if len(copies) > 1:
             return _Verdict("they are the same on every rank, and not a multiple of the mean")
     return _Verdict("others: they were not reduced over all ranks", wrong=True)
 
 
 class _Ranks:
-    """What ranks' backward passes made: ``own``, (ranks, parameters, figures). ``sure``: parameters whose
-    ranks differ by more than rounding."""
+    """The gradients of the ranks' backward passes. ``own`` has shape (ranks, parameters, figures). ``sure``
+    marks parameters whose gradients differ between ranks by more than rounding."""
 
     @classmethod
     def of(cls, group: list[_Rank]) -> _Ranks:
@@ -156,7 +161,7 @@ class _Ranks:
         self._rounding = noise * _ROUNDING_BF16**2
 
     def figures(self, copy: list[Figures]) -> torch.Tensor:
-        """Of all shards of a copy together."""
+        """Return the figures of all shards of a copy together, shape (parameters, figures)."""
         nothing = [0.0] * len(TURNS)
         shards = [[of_rank.get(n, nothing) for n in self._names] for of_rank in copy]
         return torch.tensor(shards, dtype=torch.float64).sum(0)
@@ -165,7 +170,7 @@ class _Ranks:
         return all(bool(f.any()) and self.off(f) < _SHARE for f in copies)
 
     def off(self, given: torch.Tensor) -> float:
-        """Share of gradients that are no multiple of their mean."""
+        """Return the share of gradients that are not a multiple of their mean."""
         return self._share(self._wrong(given))
 
     def _wrong(self, given: torch.Tensor) -> torch.Tensor:
@@ -173,25 +178,27 @@ class _Ranks:
         return self.sure & (apart > self._near) & (apart > self._rounding)
 
     def of_one(self, given: torch.Tensor) -> bool:
-        """Whether what is no multiple of the mean is one rank's own."""
+        """Return whether the gradients that are not a multiple of the mean are one rank's own."""
         wrong = self._wrong(given)
         return any(self._share(wrong & self._differ(given, own)) < _SHARE for own in self.own)
 
     def alike(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """The same gradients but for a multiple of each parameter's, and rounding."""
+        """Return whether the gradients are equal up to a factor per parameter, and rounding."""
         return self._share(self.sure & self._differ(a, b)) < _SHARE
 
     def _differ(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return _apart(a, b) > torch.maximum(self._near / 10, self._rounding)
 
     def _share(self, some: torch.Tensor) -> float:
-        """By their squares, or by a part of their number: heads and embeddings may outweigh all blocks."""
+        """Return the share of some parameters: by their squares, or by a part of their number, because heads
+        and embeddings may outweigh all blocks."""
         by_squares = float(self._squares[some].sum() / self._squares[self.sure].sum())
         return max(by_squares, float(some.sum() / self.sure.sum()) / _COUNT)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Squared sine of the angle between figures, by parameter; 0 where one of them is nothing."""
+    """Return the squared sine of the angle between figures for each parameter, or 0 if one of them is
+    zero."""
     product, sizes = (a * b).sum(-1).square(), a.square().sum(-1) * b.square().sum(-1)
     there = sizes > 0
     return torch.where(there, 1 - product / torch.where(there, sizes, 1.0), 0.0).clamp_min(0.0)

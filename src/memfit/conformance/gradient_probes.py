@@ -1,4 +1,4 @@
-"""What becomes of gradients between backward and the optimizer: figures of them, on this rank."""
+"""Fingerprints of this rank's gradients between backward and the optimizer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ Figures = dict[str, list[float]]
 
 
 class Averages:
-    """Listens between `__enter__` and `__exit__`. ``own``: of each parameter, by name, the figures of its
-    gradient on this rank and the sum of squares; ``backward``, ``before``, ``after``: figures of what was
-    there after the last pass, and before and after the optimizer's last step; ``began``: gradients of an
-    earlier pass were there when listening began; ``waiting``: FSDP2 had not reduced some when the optimizer
-    stepped; ``hooked``: the user's own hooks change gradients in backward."""
+    """Listens between `__enter__` and `__exit__`. Figures are the numbers of a fingerprint.
+
+    - ``own``: for each parameter name, the figures of its gradient on this rank and the sum of squares.
+    - ``backward``, ``before``, ``after``: figures of the gradients after the last backward, and before and
+      after the optimizer's last step.
+    - ``began``: gradients of an earlier pass existed when listening began.
+    - ``waiting``: FSDP2 had not reduced some gradients when the optimizer stepped.
+    - ``hooked``: the user's own hooks change gradients in backward.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
@@ -44,7 +48,8 @@ class Averages:
         self.hooked = False
         self._filled = False
         self._names: dict[int, str] = {}
-        self._params: list[nn.Parameter] = []  # modules may hold gathered ones meanwhile
+        # Kept here, because modules may hold gathered parameters in the meantime.
+        self._params: list[nn.Parameter] = []
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -60,7 +65,7 @@ class Averages:
         self._patch(torch.autograd, "backward", self._backward)
         for layer in layers(prepared.optimizer):
             hooked = hasattr(layer, "_optimizer_step_pre_hooks")
-            if hooked:  # others' hooks come first
+            if hooked:  # hooks of others run first
                 self._stack.callback(layer.register_step_pre_hook(lambda *_: self._stepping()).remove)
             self._patch(layer, "step", functools.partial(self._step, hooked))
         if (module := _fsdp_module()) is not None:
@@ -73,7 +78,7 @@ class Averages:
     def _patch(self, of: Any, name: str, around: Callable[..., Any]) -> None:
         inner = getattr(of, name)
         call = functools.wraps(inner)(functools.partial(around, inner))
-        with contextlib.suppress(AttributeError):  # an object that takes no attributes
+        with contextlib.suppress(AttributeError):  # an object without settable attributes
             self._stack.enter_context(mock.patch.object(of, name, call))
 
     def _made(self, name: str, grad: torch.Tensor) -> None:
@@ -86,7 +91,7 @@ class Averages:
         self.own[name] = found if before is None else before + found
 
     def _reduce(self, inner: Any, params: Any, grads: Iterable[torch.Tensor], *args: Any, **kw: Any) -> Any:
-        """FSDP2's layers compute with other tensors than the parameters: what it is about to reduce."""
+        """Record what FSDP2 is about to reduce. Its layers compute with other tensors than the parameters."""
         for param, grad in zip(params, grads := list(grads), strict=True):
             if (name := self._names.get(id(param.sharded_param))) is not None:
                 self._made(name, grad)
@@ -99,14 +104,14 @@ class Averages:
         there = _any(self._read())
         if self.began is None:
             self.began = there
-        if self._filled and not there:  # somebody begins anew: sharpness-aware steps, LBFGS
+        if self._filled and not there:  # gradients were reset: sharpness-aware steps, LBFGS
             self.own.clear()
         inner(*args, **kwargs)
         self.backward = self._read()
         self._filled = _any(self.backward)
 
     def _stepping(self) -> None:
-        self.before = self._read() or self.before  # an optimizer within another may find them taken
+        self.before = self._read() or self.before  # an outer optimizer may already have taken the gradients
         self.waiting = any(id(p) in self._names for p in _unreduced(self._prepared))
 
     def _step(self, hooked: bool, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +140,8 @@ def _any(read: Figures) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Piece:
-    """``values``: those of a gradient that lie together, from element ``start`` on. ``copies``: how many
-    ranks hold them where others are sharded."""
+    """Adjacent ``values`` of the gradient of parameter ``of``, from element ``start`` on. ``copies``: number
+    of ranks that hold them while others are sharded."""
 
     of: nn.Parameter
     start: int
@@ -158,7 +163,7 @@ def _fsdp_module() -> Any:
 
 
 def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
-    """What of gradients this rank's update is given."""
+    """Yield the gradients that this rank's update receives."""
     beside = prepared.layout.shard * prepared.layout.context if prepared.plan.get("fsdp2") is not None else 1
     for layer in layers(prepared.optimizer):
         if hasattr(layer, "own_gradients"):  # memfit's ZeRO and sharded DDP
@@ -167,23 +172,26 @@ def _held(prepared: Prepared, params: list[nn.Parameter]) -> Iterator[_Piece]:
         if isinstance(getattr(layer, "averaged_gradients", None), Mapping):
             yield from _deepspeed(layer)
             return
-        if callable(getattr(layer, "partition_parameters", None)):  # FairScale's: others' are stale
+        # FairScale's; gradients of other ranks' parameters are stale
+        if callable(getattr(layer, "partition_parameters", None)):
             groups = layer.partition_parameters()[dist.get_rank(layer.group)]
             params = [p for group in groups for p in group["params"]]
             break
     for param in params:
-        grad = getattr(param, "main_grad", None) if param.grad is None else param.grad  # Megatron's
+        # main_grad is Megatron's.
+        grad = getattr(param, "main_grad", None) if param.grad is None else param.grad
         if grad is not None and (start := _starts(param)) is not None:
             copies = 1 if hasattr(param, "placements") else beside
             yield _Piece(param, start, getattr(grad, "_local_tensor", grad), copies)
 
 
 def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
-    """Stages 1 and 2 keep a stretch of all parameters one behind the other, stage 3 a part of each."""
+    """Yield DeepSpeed's gradients. Stages 1 and 2 keep a range of the concatenated parameters; stage 3 keeps
+    a part of each parameter."""
     stretches = getattr(optimizer, "params_in_partition", None)
     for group, grads in optimizer.averaged_gradients.items():
         params = stretches[group] if stretches is not None else optimizer.fp16_groups[group]
-        for index, (param, grad) in enumerate(zip(params, grads or (), strict=False)):  # then padding
+        for index, (param, grad) in enumerate(zip(params, grads or (), strict=False)):  # padding follows
             if stretches is None:
                 start = dist.get_rank(param.ds_process_group) * param.ds_tensor.ds_numel
             else:
@@ -192,8 +200,8 @@ def _deepspeed(optimizer: Any) -> Iterator[_Piece]:
 
 
 def _starts(param: nn.Parameter) -> int | None:
-    """Where this rank's elements of it begin, of its part under tensor parallelism; None: they do not lie
-    together."""
+    """Return the index of this rank's first element of a parameter, within its part under tensor parallelism.
+    Return None if the rank's elements are not adjacent."""
     mesh: Any = getattr(param, "device_mesh", None)
     if mesh is None:
         return 0
@@ -211,7 +219,8 @@ def _starts(param: nn.Parameter) -> int | None:
 
 
 def _unreduced(prepared: Prepared) -> Iterator[nn.Parameter]:
-    """Parameters of FSDP2 with gradients that wait for a reduction: of all ranks, or among replicas."""
+    """Yield FSDP2's parameters whose gradients have not been reduced yet, over all ranks or among
+    replicas."""
     for group in fsdp_groups(prepared.model):
         partly = getattr(group, "_partial_reduce_output", None) is not None
         for param in group.fsdp_params:

@@ -1,4 +1,4 @@
-"""What repeated blocks do in a training step, seen by hooks of their layers."""
+"""Observe what repeated blocks do in a training step, with hooks on their layers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from torch.utils import _pytree
 
 from memfit.conformance.sharding import in_backward, whole
 
-_MOST = 0.75  # of a block's elements; backward stops once it has what it needs
+_MOST = 0.75  # fraction of a block's elements; backward stops recomputing once it has what it needs
 
 
 @dataclasses.dataclass(slots=True)
 class Heard:
-    """By the index of a block. ``ran``, ``again``: elements of layers that ran, and that ran once more in
-    backward; ``passed``: blocks that gradients go through; ``autocast``: (block, dtype or "off") of its
-    layers; ``computed``: elements of layers by the dtype of their parameters."""
+    """Observations by block index.
+
+    - ``ran``, ``again``: elements of the layers that ran, and that ran again in backward.
+    - ``passed``: blocks through which gradients pass.
+    - ``autocast``: (block, dtype or "off") of layers.
+    - ``computed``: elements of layers by the dtype of their parameters.
+    """
 
     ran: dict[int, dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
     again: dict[int, dict[int, int]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
@@ -36,8 +40,9 @@ class Heard:
         on_first: Callable[[Iterable[Any]], None] = lambda args: None,
         busy: Callable[[], bool] = lambda: False,
     ) -> list[Any]:
-        """Handles of the hooks. ``islands``: whose autocast is none of the plan's; ``on_first`` is given
-        what layers of the first block are given; ``busy``: whether a forward is none of the step's."""
+        """Register hooks on the blocks' layers and return their handles. ``islands`` are modules whose
+        autocast is not checked. ``on_first`` receives the inputs of the first block's layers. ``busy``
+        returns whether a forward does not belong to the step."""
 
         def hook(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -73,12 +78,12 @@ class Heard:
                 self.computed[p.dtype] += whole(p)
 
     def recomputed(self) -> set[int]:
-        """Blocks of which nearly all runs again."""
+        """Return the blocks of which nearly everything ran again."""
         shares = {i: _weight(self.again.get(i, {})) / max(_weight(own), 1) for i, own in self.ran.items()}
         return {i for i, share in shares.items() if share >= _MOST}
 
     def narrow(self, dtype: str) -> set[int]:
-        """Blocks with a layer under autocast to that."""
+        """Return the blocks that have a layer under autocast to ``dtype``."""
         return {i for i, kind in self.autocast if kind == dtype}
 
 
@@ -88,8 +93,8 @@ def _weight(layers: dict[int, int]) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
-    """What the model does by itself, without any plan. ``step``: one training step of it, heard, under
-    autocast to that dtype where one is given; None: it could not be run."""
+    """What the model does without any plan. ``step(dtype)`` returns the observations of one training step,
+    under autocast to ``dtype`` if it is given, or None if the step fails."""
 
     dtypes: frozenset[torch.dtype]
     step: Callable[[torch.dtype | None], Heard | None]

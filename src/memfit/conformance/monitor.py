@@ -1,9 +1,9 @@
-"""What a prepared model really does, against what its plan says.
+"""Compare what a prepared model does with what its plan says.
 
-Engines ignore switches without a word. So nothing here asks an engine for its settings: what is looked at
-is how many elements of parameters, gradients and optimizer state this rank holds, their dtypes, which modules
-run again in backward, whether autocast is on where layers run, whether replicas are still equal after a
-step, and what the other modules of this package check.
+Engines ignore some settings silently, so no engine is asked for its settings. Instead the monitor measures
+the elements of parameters, gradients and optimizer state that this rank holds, their dtypes, which modules
+run again in backward, whether autocast is active where layers run, and whether replicas are still equal after
+a step. The other modules of this package check more.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ from memfit.conformance.sharding import (
 )  # fmt: skip
 from memfit.types.conformance import Conformance, NotConforming
 
-_PADDING = 64  # elements a rank, of flat buffers
+_PADDING = 64  # elements per rank, of flat buffers
 _LOOKS = 16  # in one backward pass
-_IGNORED_RATIO = 0.05  # of elements, that may stay whole beside what FSDP2 shards
+_IGNORED_RATIO = 0.05  # fraction of elements that FSDP2 may leave whole
 
 
 class Monitor(Observation):
-    """Listens to one training step between `__enter__` and `__exit__`; `conclude` compares."""
+    """Listens to one training step between `__enter__` and `__exit__`. `conclude` compares it with the
+    plan."""
 
     _handles: list[Any]
 
@@ -57,7 +58,7 @@ class Monitor(Observation):
         self._handles = []
         for listener in (self.graph, self.order, self.reach, self.averages, self.clipping):
             listener.__enter__()
-        compiled = self.plan.get("compile")  # a hook inside would cut the graph in two
+        compiled = self.plan.get("compile")  # a hook inside would split the graph
         if compiled is None or compiled.settings["scope"] != "model":
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward, with_kwargs=True))
         self._handles += self.heard.listen(
@@ -94,7 +95,7 @@ class Monitor(Observation):
         return sum(local_elements(p.grad) for p in self.trainable() if p.grad is not None)
 
     def before_update(self) -> None:
-        """Gradients are complete and the optimizer has not begun."""
+        """Call when gradients are complete and the optimizer has not started."""
         self.learned |= {id(p) for p in self.trainable() if p.grad is not None}
         if self.gradients is None:
             self.gradients = self._held_gradients() + buffered_gradients(self.optimizer)
@@ -104,11 +105,11 @@ class Monitor(Observation):
         self.clipping.before_update(optimizer)
 
     def _on_step(self) -> None:
-        """A pass may also be in the step's own closure."""
+        """Record the backward passes of an update, which may include passes in the step's own closure."""
         self.passes.append(self.graph.backwards - sum(self.passes))
 
     def _on_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not in_backward() and torch.is_grad_enabled():  # torch's pipelines find shapes without
+        if not in_backward() and torch.is_grad_enabled():  # torch's pipelines infer shapes without gradients
             self.forwards += 1
             self.order.on_forward()
             if self.layout.data > 1:
@@ -130,7 +131,7 @@ class Monitor(Observation):
     # -- comparing ------------------------------------------------------------------------------------
 
     def conclude(self) -> Conformance:
-        """What differs on any rank. Raises NotConforming where anything does."""
+        """Return the result of all ranks. Raises NotConforming if anything differs on any rank."""
         with meshes_of(self.plan, self.model):
             return self._concluded()
 
@@ -174,7 +175,7 @@ class Monitor(Observation):
             look(self)
 
     def _gathered(self) -> Conformance:
-        """Alike on all ranks, so that none waits for one that has given up."""
+        """Gather the differences of all ranks, so that no rank waits for one that has stopped."""
         told = [self.differences]
         if dist.is_initialized() and dist.get_world_size() > 1:
             told = [None] * dist.get_world_size()  # type: ignore[list-item]
@@ -187,7 +188,7 @@ class Monitor(Observation):
         self.differs("ranks", str(self.plan.ranks), str(found), wrong=found != self.plan.ranks)
 
     def _parameters(self) -> None:
-        """Held by this rank: all of its part of the model, or the shard that the plan says."""
+        """Check the parameters that this rank holds: all of its part of the model, or the planned shard."""
         params = list(self.model.parameters())
         held, part = sum(map(local_elements, params)), self.part(params)
         degree, feature = self.sharded("parameters")
@@ -205,8 +206,8 @@ class Monitor(Observation):
             )
 
     def _shard(self, params: list[nn.Parameter], degree: int) -> float:
-        """Most elements that one of ``degree`` ranks holds of them: whole rows of each with fsdp2, whole
-        parameters where those are dealt out, else even parts."""
+        """Return the most elements of ``params`` that one of ``degree`` ranks may hold: whole rows of each
+        with fsdp2, whole parameters if these are distributed, else even parts."""
         sizes = [whole(p) for p in params]
         if (part := self.part(params)) > sum(sizes):
             return part / degree + _PADDING * degree
@@ -216,7 +217,7 @@ class Monitor(Observation):
         left = [p for p in params if not placed(p)] if by_rows else []
         if sum(map(whole, left)) > _IGNORED_RATIO * sum(sizes):
             left = []
-        alone = {id(p) for p in left}  # that FSDP2 was told to ignore
+        alone = {id(p) for p in left}  # parameters that FSDP2 was told to ignore
         rows = [p.shape[0] if by_rows and p.dim() else n for p, n in zip(params, sizes, strict=True)]
         parts = (
             n if id(p) in alone else math.ceil(r / degree) * n / max(r, 1)
@@ -225,7 +226,8 @@ class Monitor(Observation):
         return sum(parts) + _PADDING * degree
 
     def _overlapping(self, params: list[nn.Parameter], degree: int) -> int:
-        """Elements of parameters that lie at least partly in this rank's part of them all."""
+        """Return the elements of parameters that lie at least partly in this rank's part of the concatenated
+        parameters."""
         size = math.ceil(sum(map(whole, params)) / degree)
         first = size * (dist.get_rank() % degree)
         ends = list(itertools.accumulate(map(whole, params)))
@@ -236,21 +238,22 @@ class Monitor(Observation):
         )
 
     def _bucketed(self) -> int:
-        """Elements of gradients that every rank keeps in buckets, one an owner."""
+        """Return the elements of gradients that every rank keeps in buckets, one per owner."""
         used = self.plan.get("sharded-ddp")
         return int(used.settings["reduce_buffer_elements"]) * self.layout.shard if used is not None else 0
 
     def _micro_batches(self) -> None:
         used, staged = self.plan.get("gradient-accumulation"), self.plan.get("pipeline")
         wanted = self.micro_batches or (int(used.settings["micro_batches"]) if used else 1)
-        if staged is not None:  # every stage on this rank runs each
+        if staged is not None:  # every stage on this rank runs each micro-batch
             wanted *= int(staged.settings["micro_batches"]) * int(staged.settings["virtual"])
-            found = self.order.staged.count("F") or self.forwards  # torch's may try one to learn its shapes
+            # torch's stages may run one to infer shapes.
+            found = self.order.staged.count("F") or self.forwards
             feature = "pipeline: micro-batches"
-        else:  # a loss may call the model several times, and look at other data in between
+        else:  # a loss may call the model several times, and read other data in between
             found, feature = self.graph.backwards or self.forwards, "gradient-accumulation"
         if found and (staged is not None or wanted > 1):
-            # LBFGS and sharpness-aware steps go over their micro-batches several times
+            # LBFGS and sharpness-aware steps run their micro-batches several times.
             if staged is None and not found % wanted:
                 found = max(self.passes, default=0) or found
             wrong = found != wanted if staged is not None else bool(found % wanted)
@@ -265,7 +268,8 @@ class Monitor(Observation):
             return
         part = self.part(params)
         most = self._shard(params, degree)
-        never = self.plan.get("fsdp2") is not None and not self.gradients  # they were not reduced to shards
+        # Gradients were not reduced to shards.
+        never = self.plan.get("fsdp2") is not None and not self.gradients
         self.differs(
             feature, f"1/{degree} of {part:,} elements on a rank before the update", f"{self.gradients:,}",
             wrong=never or self.gradients > most + self._bucketed(),
@@ -274,7 +278,8 @@ class Monitor(Observation):
         if zero is None or int(zero.settings["stage"]) != 2 or not self.waiting:
             return
         bucket = int(zero.settings["reduce_bucket_elements"])
-        most = self._overlapping(params, degree) + bucket + max(map(whole, params))  # the last one under way
+        # The last one may be in progress.
+        most = self._overlapping(params, degree) + bucket + max(map(whole, params))
         if most >= part:
             self.unseen(f"{feature} in backward: the reduce bucket could hold them all")
         else:

@@ -1,4 +1,4 @@
-"""What one training step of a prepared model did, as its listeners saw it, and what the checks find in it."""
+"""What listeners observed in one training step of a prepared model, and what checks found."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from memfit.types.plan import Plan
 
 
 class Observation(Prepared):
-    """``micro_batches``: forward passes of the step, where not the plan's. ``own``: what the model does
-    without a plan; where nobody knows, what a plan does not ask for is listed as not seen.
+    """The observations of one step. A check reads them and calls `differs` or `unseen`.
 
-    A check reads the observation and calls `differs` or `unseen`.
+    ``micro_batches`` is the number of forward passes of the step, if it differs from the plan's. ``own`` says
+    what the model does without a plan. If it is None, effects that the plan does not request are listed as
+    not seen.
     """
 
     def __init__(
@@ -37,33 +38,35 @@ class Observation(Prepared):
         micro_batches: int | None = None,
     ) -> None:
         super().__init__(model, optimizer, plan, blocks=blocks, head=head, whole_elements=whole_elements)
-        self.own: Own | None = None  # set by who knows
+        self.own: Own | None = None  # set by the caller, if known
         self.micro_batches = micro_batches
         self.forwards = 0
         self.heard = Heard()
-        self.entered: list[float] = []  # figures of what the first block's modules were given first
+        self.entered: list[float] = []  # fingerprints of the first inputs of the first block's modules
         self.order, self.reach, self.samples = Order(plan), reach_of(self), Samples()
         self.averages, self.clipping = Averages(self), Clipping(self)
         offloads = plan.get("activation-offload") is not None
         self.graph = Graph(model, self._on_backward, weighs=offloads)
-        self.still_gathered: list[int] | None = None  # blocks, where backward begins, with fsdp2
-        self.left: list[tuple[float, float]] = []  # of what the last block gives out
-        self.learned: set[int] = set()  # parameters that got a gradient, by address
-        self.passes: list[int] = []  # of backward, for each step of the optimizer
+        # Indices of blocks that are gathered when backward begins, with fsdp2.
+        self.still_gathered: list[int] | None = None
+        self.left: list[tuple[float, float]] = []  # fingerprints of the last block's outputs
+        self.learned: set[int] = set()  # addresses of parameters that got a gradient
+        self.passes: list[int] = []  # numbers of backward passes, for each optimizer step
         self.gradients: int | None = None
-        self.arrived, self.waiting = 0, 0  # gradients in backward; most elements held there
+        self.arrived, self.waiting = 0, 0  # gradients that arrived in backward; most elements held there
         self.differences: list[Difference] = []
         self.checked: list[str] = []
         self.not_seen: list[str] = []
 
     def _on_backward(self) -> None:
-        """A monitor listens here."""
+        """Called when a backward pass begins. A monitor overrides it."""
 
     def unseen(self, what: str) -> None:
-        """Of the plan, and not looked at, with why."""
+        """Record a part of the plan that was not checked, with the reason."""
         self.not_seen.append(what)
 
     def differs(self, feature: str, planned: str, found: str, *, wrong: bool) -> None:
+        """Record that a feature was checked, and a difference if it is ``wrong``."""
         if feature not in self.checked:
             self.checked.append(feature)
         if wrong:

@@ -1,4 +1,4 @@
-"""A prepared model beside its plan: what a rank should hold of it, and what its listeners ask."""
+"""A prepared model with its plan: what a rank should hold of it, for listeners and checks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from memfit.types.plan import Plan
 
 
 class Prepared:
-    """``whole_elements``: elements of the model's parameters before anything was sharded, where the caller
-    knows. ``clip``: the largest gradient norm that the update should get; 0: gradients are not clipped; None:
-    unknown."""
+    """A model, its optimizer and its plan.
+
+    ``whole_elements`` is the number of elements of the model's parameters before sharding, if the caller
+    knows it. ``clip`` is the largest gradient norm that the update should receive; 0 means no clipping, and
+    None means unknown.
+    """
 
     def __init__(
         self,
@@ -34,7 +37,7 @@ class Prepared:
         self.model, self.optimizer, self.plan, self.head = model, optimizer, plan, head
         self.layout = layout(plan)
         self.whole_elements = whole_elements
-        self.clip: float | None = None  # set by who knows
+        self.clip: float | None = None  # set by the caller, if known
         try:
             self.blocks = find_blocks(model, blocks)[1]
         except UserError:
@@ -42,7 +45,7 @@ class Prepared:
         self.islands = frozenset(fp32_modules.members(model))
 
     def beside(self, *dimensions: str) -> tuple[int, ...]:
-        """This rank's place along all other dimensions of the plan's mesh."""
+        """Return this rank's coordinates along all other dimensions of the plan's mesh."""
         place = self.layout.coordinate(dist.get_rank())
         return tuple(v for name, v in place.items() if name not in dimensions)
 
@@ -50,18 +53,18 @@ class Prepared:
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def part(self, params: list[nn.Parameter]) -> int:
-        """Elements of this rank's part of the model; parameters may have been let go of."""
+        """Return the elements of this rank's part of the model. Parameters may have been freed."""
         found = sum(map(whole, params))
         gone = any(not p.numel() and not lets_go(p) for p in params)
         return max(found, self.whole_elements or 0) if gone else found
 
     def persists(self, param: nn.Parameter) -> bool:
-        """ZeRO 3 leaves small parameters whole."""
+        """Return whether ZeRO 3 keeps this parameter whole because it is small."""
         used = self.plan.get("zero")
         return used is not None and whole(param) <= int(used.settings["persist_elements"])
 
     def sharded(self, what: str) -> tuple[int, str]:
-        """(over how many ranks the plan shards it, which technique says so)."""
+        """Return (number of ranks over which the plan shards ``what``, the feature name)."""
         shard = self.layout.shard * self.layout.context if self.plan.get("fsdp2") else self.layout.shard
         if self.plan.get("fsdp2") is not None:
             return shard, f"fsdp2: {what}"

@@ -1,4 +1,5 @@
-"""Data-parallel ranks train on different samples; ranks that share a sample look at each other's parts."""
+"""Check that data-parallel ranks train on different samples, and that ranks that share a sample read each
+other's parts."""
 
 from __future__ import annotations
 
@@ -13,21 +14,21 @@ import torch.distributed as dist
 from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import from_all
 
-_EQUAL_RATIO = 1e-6  # losses of the same samples
+_EQUAL_RATIO = 1e-6  # of losses of the same samples
 _DATA_PARALLEL = ("ddp", "fsdp2", "zero", "sharded-ddp")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Rank:
     rank: int
-    group: tuple[int, ...]  # its place along all dimensions but those of data
+    group: tuple[int, ...]  # its coordinates along all dimensions except those of data
     given: tuple[str, ...]
     several: bool
     ends: tuple[float, ...]
 
 
 def different_samples(step: Observation) -> None:
-    """Ranks of data parallelism train on different samples."""
+    """Check that data-parallel ranks train on different samples."""
     if step.layout.data == 1:
         return
     used = next((u.technique for u in step.plan.uses if u.technique in _DATA_PARALLEL), "replicas")
@@ -60,7 +61,7 @@ def _same_ends(a: _Rank, b: _Rank) -> bool:
 
 
 def other_parts(step: Observation) -> None:
-    """Blocks look at what the other ranks have of a sample."""
+    """Check that blocks read the other ranks' parts of a sample."""
     used = step.plan.get("context-parallel") or step.plan.get("axial-parallel")
     if used is None or step.layout.context == 1:
         return

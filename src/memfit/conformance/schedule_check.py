@@ -1,7 +1,7 @@
-"""The schedule of a pipeline, told from the order in which its stages run forwards and backwards.
+"""Check the schedule of a pipeline by the order in which its stages run forwards and backwards.
 
-Schedules differ in how many micro-batches are under way at once (forwards whose backward has not run), and in
-whether gradients of weights come apart, later (zero-bubble).
+Schedules differ in how many micro-batches are in flight at once (forwards whose backward has not run), and in
+whether gradients of weights are computed separately, later (zero-bubble).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from memfit.conformance.technique_checks import told
 
 
 def schedule(step: Observation) -> None:
-    """As many micro-batches under way on each stage as the planned schedule lets through."""
+    """Check that as many micro-batches are in flight on each stage as the planned schedule allows."""
     used = step.plan.get("pipeline")
     if used is None:
         return
@@ -44,9 +44,11 @@ def schedule(step: Observation) -> None:
 
 
 def _under_way(name: str, virtual: int, stages: int, micros: int, place: int) -> int:
-    """Forwards whose backward has not run, at most, on the rank at ``place`` (Huang et al. 2019; Narayanan et
-    al. 2019 and 2021; Qi et al. 2023, whose V holds what 1F1B's first rank does on every rank)."""
-    at_once = micros // max(1, micros // stages)  # interleaved: of a stage, before the rank's next one's turn
+    """Return the largest number of forwards whose backward has not run, on the rank at ``place`` (Huang et
+    al. 2019; Narayanan et al. 2019 and 2021; Qi et al. 2023, whose V schedule holds on every rank what 1F1B
+    holds on its first rank)."""
+    # Interleaved: micro-batches of a stage before the rank's next stage runs.
+    at_once = micros // max(1, micros // stages)
     after = stages - 1 - place
     found = {
         "gpipe": micros * virtual,

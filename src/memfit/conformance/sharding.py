@@ -1,4 +1,4 @@
-"""How many elements of a prepared model and its optimizer this rank holds, whoever prepared them."""
+"""Count the elements of a prepared model and its optimizer that this rank holds, whoever prepared them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 
 from memfit.types.plan import Plan
 
-_DEEP = 8  # wrappers of wrappers of an optimizer
+_DEEP = 8  # depth of wrappers around an optimizer
 
 
 def whole(param: nn.Parameter) -> int:
-    """Elements before data-parallel sharding, of this rank's part under tensor parallelism."""
+    """Return the elements of a parameter before data-parallel sharding, of this rank's part under tensor
+    parallelism."""
     if lets_go(param):
         return math.prod(shape(param))
     mesh: Any = getattr(param, "device_mesh", None)
@@ -32,7 +33,8 @@ _UNNAMED_IS_TENSOR: contextvars.ContextVar[bool] = contextvars.ContextVar("unnam
 
 @contextlib.contextmanager
 def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
-    """A mesh without names is that of tensor parallelism where the plan has it and nothing else shards."""
+    """Set how meshes without names are read, inside this context: as those of tensor parallelism, if the plan
+    has it and nothing else shards."""
     alone = plan.get("tensor-parallel") is not None and not any(True for _ in fsdp_groups(model))
     token = _UNNAMED_IS_TENSOR.set(alone)
     try:
@@ -42,8 +44,8 @@ def meshes_of(plan: Plan, model: nn.Module) -> Iterator[None]:
 
 
 def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
-    """(placement, whether tensor parallelism decides it) of each dimension of its mesh; none of a plain
-    tensor."""
+    """Return (placement, whether it belongs to tensor parallelism) for each dimension of the tensor's mesh.
+    Return an empty list for a plain tensor."""
     mesh: Any = getattr(param, "device_mesh", None)
     if mesh is None:
         return []
@@ -53,30 +55,33 @@ def placed(param: torch.Tensor) -> list[tuple[Any, bool]]:
 
 
 def shape(param: torch.Tensor) -> tuple[int, ...]:
-    """Of the whole, where it is let go of as well: by DeepSpeed's ZeRO 3 and by memfit's."""
+    """Return the shape of the whole parameter, also if DeepSpeed's or memfit's ZeRO 3 has freed it."""
     return tuple(getattr(param, "ds_shape", getattr(param, "whole_shape", param.shape)))
 
 
 def lets_go(param: torch.Tensor) -> bool:
+    """Return whether ZeRO 3 frees this parameter between uses."""
     return hasattr(param, "ds_shape") or hasattr(param, "whole_shape")
 
 
 def own_shard(param: torch.Tensor) -> torch.Tensor:
-    """What of a parameter stays on this rank with ZeRO 3; else itself."""
+    """Return the part of a parameter that stays on this rank with ZeRO 3, else the parameter itself."""
     found: torch.Tensor = getattr(param, "ds_tensor", getattr(param, "shard", param))
     return found
 
 
 def in_backward() -> bool:
+    """Return whether the autograd engine is running."""
     return torch._C._current_graph_task_id() != -1
 
 
 def world_size() -> int:
+    """Return the number of ranks, which is 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def from_all(own: Any) -> list[Any]:
-    """What every rank gives, in the order of ranks."""
+    """Return every rank's value, in the order of ranks. This is a collective."""
     every: list[Any] = [own] * world_size()
     if len(every) > 1:
         dist.all_gather_object(every, own)
@@ -84,7 +89,7 @@ def from_all(own: Any) -> list[Any]:
 
 
 def local_elements(tensor: torch.Tensor) -> int:
-    """Elements of it that this rank holds."""
+    """Return the elements of a tensor that this rank holds."""
     if (shard := own_shard(tensor)) is not tensor and tensor.numel() == 0:
         return int(shard.numel())
     local: torch.Tensor = getattr(tensor, "to_local", lambda: tensor)()
@@ -94,7 +99,7 @@ def local_elements(tensor: torch.Tensor) -> int:
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, and those it wraps, outermost first."""
+    """Yield an optimizer and those it wraps, outermost first."""
     for _ in range(_DEEP):
         if optimizer is None:
             return
@@ -104,7 +109,7 @@ def layers(optimizer: Any) -> Iterator[Any]:
 
 
 def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
-    """(parameter, tensors of its state that are no scalars) on this rank."""
+    """Yield (parameter, non-scalar tensors of its state) on this rank."""
     for layer in reversed(list(layers(optimizer))):
         state = getattr(layer, "state", None)
         if isinstance(state, Mapping) and state:
@@ -115,18 +120,20 @@ def states(optimizer: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
 
 
 def buffered_gradients(optimizer: Any) -> int:
-    """Elements of gradients that memfit's ZeRO 3 keeps in a buffer of its own."""
+    """Return the elements of gradients that memfit's ZeRO 3 keeps in its own buffer."""
     buffers = (getattr(layer, "grads", None) for layer in layers(optimizer))
     return sum(local_elements(b) for b in buffers if isinstance(b, torch.Tensor))
 
 
 def state_elements(optimizer: Any) -> int:
-    """Elements that the optimizer has a state for on this rank: of each entry the largest tensor."""
+    """Return the elements for which the optimizer has state on this rank: the largest tensor of each
+    entry."""
     return sum(max(map(local_elements, tensors), default=0) for _, tensors in states(optimizer))
 
 
 def local_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of it on this rank; of a tensor made of others, as those of 4 bits are, of all of them."""
+    """Return the bytes of a tensor on this rank. For a tensor made of others, as 4-bit tensors are, sum over
+    all of them."""
     local: Any = getattr(tensor, "to_local", lambda: tensor)()
     if hasattr(local, "__tensor_flatten__"):
         return sum(local_bytes(getattr(local, name)) for name in local.__tensor_flatten__()[0])
@@ -134,12 +141,14 @@ def local_bytes(tensor: torch.Tensor) -> int:
 
 
 def fsdp_groups(model: nn.Module) -> Iterator[Any]:
-    """Parameter groups of fsdp2, also of several modules together: torch has no public way to ask."""
+    """Yield the parameter groups of fsdp2, including those of several modules. Torch has no public way to
+    list them."""
     states = {id(s): s for m in model.modules() if (s := getattr(m, "_get_fsdp_state", lambda: None)())}
     for state in states.values():
         yield from getattr(state, "_fsdp_param_groups", ())
 
 
 def fsdp_params(model: nn.Module) -> Iterator[Any]:
+    """Yield the parameters of fsdp2's groups."""
     for group in fsdp_groups(model):
         yield from group.fsdp_params

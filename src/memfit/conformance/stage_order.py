@@ -1,4 +1,4 @@
-"""In which order a rank runs the forwards and backwards of its pipeline stages."""
+"""Record the order in which a rank runs the forwards and backwards of its pipeline stages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _CALLS = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_
 
 
 class Order:
-    """F, B and W (weights' half of a backward) of this rank, between `__enter__` and `__exit__`: ``staged``
-    from torch's pipeline stages, ``plain`` from the model's forward passes and calls of backward."""
+    """Records F, B and W (the weights' part of a backward) of this rank between `__enter__` and `__exit__`.
+    ``staged`` comes from torch's pipeline stages, ``plain`` from the model's forward passes and calls of
+    backward."""
 
     def __init__(self, plan: Plan) -> None:
         self._listens = plan.get("pipeline") is not None
@@ -35,9 +36,11 @@ class Order:
         self._stack.close()
 
     def on_forward(self) -> None:
+        """Record a forward pass of the model."""
         self.plain += "F"
 
     def on_backward(self) -> None:
+        """Record a backward pass."""
         self.plain += "B"
 
     def _telling(self, inner: Callable[..., Any], letter: str) -> Callable[..., Any]:

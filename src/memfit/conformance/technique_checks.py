@@ -1,6 +1,6 @@
-"""What `Watch` looks at beyond sharding, dtypes and recomputation: one function a technique or two.
+"""Checks of techniques beyond sharding, dtypes and recomputation, mostly one function per technique.
 
-Each compares an effect of the technique with the plan. Where there is nothing to see, it says so.
+Each compares an effect of the technique with the plan, or records that there is nothing to see.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from memfit.techniques import float8
 from memfit.techniques.registry import technique
 from memfit.types.errors import UserError
 
-# Elements: bitsandbytes and torchao keep states of smaller parameters in float32, torchao those of others
-# than whole blocks too, and who follows bitsandbytes' advice those of embeddings.
+# Elements. bitsandbytes and torchao keep states of smaller parameters in float32. torchao also does so if a
+# parameter is not a multiple of its block, and users who follow bitsandbytes' advice do so for embeddings.
 _SMALL, _BLOCK = 4096, 256
-# Least and most bytes of state that an optimizer keeps for an element of a parameter, scales with it;
-# of others, how many moments of the parameter's own dtype.
+# Minimum and maximum bytes of optimizer state per element of a parameter, including scales. For the
+# optimizers in _MOMENTS, the number of moments of the parameter's own dtype.
 _STATE_BYTES = {
     "adamw-8bit": (2.0, 3.0),
     "adamw-paged": (2.0, 3.0),
     "adamw-4bit": (1.0, 2.0),
     "adafactor": (0.0, 1.0),
 }
-_CODED = ("adamw-8bit", "adamw-paged", "adamw-4bit")  # of which the least are bytes of codes
-_MOMENTS = {"sgd": (1, 1), "adamw-fused": (2, 3), "adamw-single": (2, 3)}  # with AMSGrad a third
+_CODED = ("adamw-8bit", "adamw-paged", "adamw-4bit")  # their minimum counts only bytes of codes
+_MOMENTS = {"sgd": (1, 1), "adamw-fused": (2, 3), "adamw-single": (2, 3)}  # AMSGrad adds a third moment
 _KINDS = (*_STATE_BYTES, *_MOMENTS)
-_STAYS_RATIO = 0.25  # of what is to be offloaded: last layers may stay, whose turn comes at once
+# Share of what is to be offloaded: the last layers may stay, since they are needed at once.
+_STAYS_RATIO = 0.25
 _LOW_RANK = 32  # rows and columns from which factored moments are clearly smaller than whole ones
 
 
 def offloaded_activations(step: Observation) -> None:
+    """Check that saved tensors are offloaded."""
     used = step.plan.get("activation-offload")
     if used is None:
         return
@@ -46,7 +48,8 @@ def offloaded_activations(step: Observation) -> None:
     if used.settings["to"] == "host" and graph.device == "cpu":
         step.unseen("activation-offload: the step runs in host memory, there is nowhere to go")
         return
-    kept = graph.stuck if used.settings["to"] == "disk" else graph.here  # a file takes what is contiguous
+    # Only contiguous tensors go to a file.
+    kept = graph.stuck if used.settings["to"] == "disk" else graph.here
     here = [size for size in kept if size >= least]
     if not graph.away + len(here):
         step.unseen(f"activation-offload: no saved tensors of {least // 1024} KiB or more were found")
@@ -62,6 +65,7 @@ def offloaded_activations(step: Observation) -> None:
 
 
 def dropped_tensors(step: Observation) -> None:
+    """Check that tensors are dropped and recomputed in backward."""
     used = step.plan.get("optimal-checkpointing")
     if used is None or used.settings["dropped"] in ("", "none"):
         return
@@ -73,6 +77,7 @@ def dropped_tensors(step: Observation) -> None:
 
 
 def compiled(step: Observation) -> None:
+    """Check that blocks or the model run compiled."""
     used = step.plan.get("compile")
     if used is None:
         return
@@ -94,6 +99,7 @@ def compiled(step: Observation) -> None:
 
 
 def chunked_loss(step: Observation) -> None:
+    """Check that no logits are kept for backward."""
     used = step.plan.get("chunked-cross-entropy")
     if used is None:
         return
@@ -104,10 +110,11 @@ def chunked_loss(step: Observation) -> None:
         step.unseen(f"{feature}: no head was found")
         return
     width, rows = head.out_features, graph.rows.get(head.out_features, 0)
-    part = graph.rows.get(head.in_features, 0) / int(used.settings["chunks"])  # of the rows that it reads
+    # Of the rows that the head reads.
+    part = graph.rows.get(head.in_features, 0) / int(used.settings["chunks"])
     others = (m for m in step.model.modules() if isinstance(m, nn.Linear) and m is not head)
     alike = any(width in (m.in_features, m.out_features) for m in others)
-    if alike or not graph.backwards or 0 < rows < part:  # of as many tokens as there are classes
+    if alike or not graph.backwards or 0 < rows < part:  # there may be as many tokens as classes
         step.unseen(f"{feature}: logits cannot be told from what other layers make")
     elif not rows and (graph.packed or graph.unread):
         step.unseen(f"{feature}: what is saved for backward is somewhere else")
@@ -117,10 +124,11 @@ def chunked_loss(step: Observation) -> None:
         )
 
 
-# -- what learns, and how ---------------------------------------------------------------------------------
+# -- what is trained, and how -----------------------------------------------------------------------------
 
 
 def adapters(step: Observation) -> None:
+    """Check that only adapters of the planned rank are trained in the blocks."""
     used = step.plan.get("lora") or step.plan.get("qlora")
     if used is None:
         return
@@ -153,6 +161,7 @@ def adapters(step: Observation) -> None:
 
 
 def eight_bits(step: Observation) -> None:
+    """Check that linear layers of the blocks use 8-bit products."""
     if step.plan.get(float8.NAME) is None:
         return
     linears = [m for block in step.blocks for m in block.modules() if isinstance(m, nn.Linear)]
@@ -160,7 +169,7 @@ def eight_bits(step: Observation) -> None:
     if not wanted:
         step.unseen(f"{float8.NAME}: no linear layers of such sizes were found in blocks")
         return
-    found = [m for m in wanted if type(m).__name__ == "Float8Linear"]  # torchao's
+    found = [m for m in wanted if type(m).__name__ == "Float8Linear"]  # torchao's class
     step.differs(
         float8.NAME, f"{len(wanted)} linear layers of the blocks with products in 8 bits", f"{len(found)}",
         wrong=len(found) < len(wanted),
@@ -168,7 +177,7 @@ def eight_bits(step: Observation) -> None:
 
 
 def _frozen_linear(module: Any) -> bool:
-    """Held by this rank, in whatever number of bits."""
+    """Return whether a module is a frozen linear layer that this rank holds, in any number of bits."""
     if not isinstance(getattr(module, "in_features", None), int) or next(module.children(), None) is not None:
         return False
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -177,14 +186,15 @@ def _frozen_linear(module: Any) -> bool:
 
 
 def optimizer_kind(step: Observation) -> None:
-    """By the bytes of state for an element of the parameters, and by how wide its numbers are."""
+    """Check the kind of optimizer by the bytes of state per element of the parameters, and by the width of
+    its numbers."""
     used = next((u for u in step.plan.uses if u.technique in _KINDS), None)
     if used is None:
         return
     kind, elements, least, most = used.technique, 0, 0.0, 0.0
     embeddings = (m.weight for m in step.model.modules() if isinstance(m, nn.Embedding) and kind in _CODED)
     apart = set(map(id, embeddings))
-    kept = dict[tuple[int, ...], torch.Tensor]()  # tables of the values that a code stands for are shared
+    kept = dict[tuple[int, ...], torch.Tensor]()  # tables of code values are shared
     for param, tensors in states(step.optimizer):
         if not isinstance(param, torch.Tensor) or id(param) in apart or not _counts(kind, param):
             continue
@@ -211,7 +221,7 @@ def _bounds(kind: str, param: torch.Tensor) -> tuple[float, float]:
     if (bounds := _STATE_BYTES.get(kind)) is not None:
         return bounds
     low, high = _MOMENTS[kind]
-    wide = 4 if kind != "sgd" else 0  # moments may be wider than a parameter in bf16
+    wide = 4 if kind != "sgd" else 0  # moments may be wider than a bf16 parameter
     return low * param.element_size(), high * max(param.element_size(), wide)
 
 
@@ -224,7 +234,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def update_kernel(step: Observation) -> None:
-    """Which update torch's own optimizer runs: it does as its groups say, or raises."""
+    """Check which update torch's optimizer runs. It does what its groups say, or raises."""
     used = step.plan.get("adamw-fused") or step.plan.get("adamw-single")
     if used is None:
         return
@@ -248,6 +258,7 @@ def _kernel(group: dict[str, Any]) -> str:
 
 
 def in_backward_updates(step: Observation) -> None:
+    """Check that only a few gradients exist at a time in backward."""
     if step.plan.get("optimizer-in-backward") is None:
         return
     sizes = [whole(p) for p in step.model.parameters() if p.requires_grad]
@@ -276,6 +287,7 @@ def _address(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def told(values: Iterable[Any]) -> str:
+    """Return the values separated by commas, or "none"."""
     return ", ".join(map(str, values)) or "none"
 
 
@@ -301,7 +313,7 @@ _PARTLY = {
     "lora": "whether adapters learn",
     "sgd": "an optimizer with as many bytes of state",
 }
-# Techniques that a look, here or in `Watch`, is for.
+# Techniques that a check, here or in `Monitor`, covers.
 SEEN = _BY_A_STEP | {
     "ddp", "fsdp2", "zero", "sharded-ddp", "tensor-parallel", "bf16-parameters", "expert-parallel", "lora",
     "qlora", "adamw-fused", "adamw-single", "float8-linear",
@@ -309,6 +321,7 @@ SEEN = _BY_A_STEP | {
 
 
 def not_looked_at(step: Observation, *, stepped: bool) -> Iterator[str]:
+    """Yield what is not checked: techniques, parts of techniques, and settings other than the default."""
     for name in (u.technique for u in step.plan.uses):
         if name not in SEEN:
             yield f"{name}: nothing of it is looked at"
@@ -319,7 +332,7 @@ def not_looked_at(step: Observation, *, stepped: bool) -> Iterator[str]:
     yield from _other_settings(step)
 
 
-# Knobs whose effect nothing looks at; told where a plan sets them otherwise than their default.
+# Knobs whose effect is not checked. They are reported if the plan does not use their default.
 _NO_LOOK = {
     "ddp": ("bucket_mib", "bucket_view", "sync"),
     "fsdp2": ("units", "prefetch", "sync"),

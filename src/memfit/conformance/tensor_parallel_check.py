@@ -1,4 +1,4 @@
-"""What `Watch` looks at of tensor parallelism: what is cut, and whether sums over its ranks are made."""
+"""Checks of tensor parallelism: what is sharded, and whether sums over its ranks are made."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from memfit.conformance.observation import Observation
 from memfit.conformance.sharding import from_all, placed, whole
 from memfit.conformance.technique_checks import told
 
-_ALIKE_RATIO = 1e-3  # of a norm: sums over ranks are the same bits on each of them, or nearly
-_WHOLE_RATIO = 1e-5  # of norms
+_ALIKE_RATIO = 1e-3  # relative to a norm: sums over ranks are bitwise equal on all of them, or nearly
+_WHOLE_RATIO = 1e-5  # relative difference of norms
 
 
 def tensor_parallel(step: Observation) -> None:
+    """Check that layers are sharded over the planned number of ranks."""
     degree = step.layout.tensor
     if degree == 1 or step.plan.get("expert-parallel") is not None:
         return
     params = list(step.model.parameters())
     part, staged = step.part(params), step.layout.pipeline > 1
-    # DTensors tell their whole size
+    # DTensors know their whole size.
     known = any(placed(p) for p in params)
     if not known and not step.whole_elements:
         matrices = norms(p for p in params if p.dim() > 1)
-        stepped = bool(step.graph.backwards)  # slices may begin alike
+        stepped = bool(step.graph.backwards)  # before a step, slices may be equal
         if stepped and matrices and all(near(matrices, other) for other in from_all(matrices)):
             step.differs(
                 "tensor-parallel",
@@ -42,7 +43,7 @@ def tensor_parallel(step: Observation) -> None:
             step.unseen("tensor-parallel: how much is cut: neither DTensors nor the whole model are known")
         return
     total = (not staged and step.whole_elements) or sum(p.numel() for p in params)
-    most = total * (1 + 1 / degree) / 2  # norms, and at times the vocabulary, stay whole
+    most = total * (1 + 1 / degree) / 2  # norms, and sometimes the vocabulary, stay whole
     step.differs(
         "tensor-parallel", f"layers cut over {degree} ranks", f"{part:,} of {total:,} elements on a rank",
         wrong=part > most,
@@ -55,7 +56,8 @@ def tensor_parallel(step: Observation) -> None:
 
 
 def summed(step: Observation) -> None:
-    """Ranks of tensor parallelism leave their last block with the same numbers: parts of sums are summed."""
+    """Check that tensor-parallel ranks get the same output of their last block, so that partial sums are
+    summed."""
     used = step.plan.get("tensor-parallel")
     if used is None or step.layout.tensor == 1 or step.plan.get("expert-parallel") is not None:
         return
@@ -85,8 +87,8 @@ def summed(step: Observation) -> None:
 
 
 def _whole_alike(step: Observation) -> None:
-    """Parameters that are not cut are the same on all tensor-parallel ranks after a step, or sums in backward
-    were not made."""
+    """Check that parameters that are not sharded are equal on all tensor-parallel ranks after a step. If not,
+    sums in backward are missing."""
     feature = "tensor-parallel: parameters that are not cut"
     params = dict(step.model.named_parameters())
     cut = cut_names(step)
@@ -117,7 +119,8 @@ def _drops(module: nn.Module) -> bool:
 
 
 def leaving(out: Any) -> list[tuple[float, float]]:
-    """(figure, norm) of the first tensor that a block gives out, where every rank has the whole of it."""
+    """Return (first fingerprint number, norm) of the first tensor that a block returns, or nothing if it is
+    sharded."""
     for value in _pytree.tree_leaves(out):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
             continue

@@ -1,1 +1,4 @@
-"""Stage 2: arithmetic only. (Trace, Machine, Calibration) to an Estimate; nothing here loads torch."""
+"""Stage 2: arithmetic only. Turns (Trace, Machine, Calibration) into an Estimate.
+
+Nothing here loads torch.
+"""

@@ -1,10 +1,10 @@
 """A replay of PyTorch's CUDA caching allocator: what it reserves for a sequence of allocations and frees.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp (read at pytorch@001074d, and the notes in the
-documentation, "Memory management" and "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"). Small
-requests (up to 1 MiB) and large ones have free lists of their own, one a stream. A request takes the
-smallest free block that holds it and splits it; where there is none, a segment is asked of the driver.
-A freed block merges with its free neighbours in the segment. CUDA graphs' private pools are not in it.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp (read at pytorch@001074d) and of the notes in the
+documentation ("Memory management" and "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"). Small requests
+(up to 1 MiB) and large ones have separate free lists, one per stream. A request takes the smallest free block
+that is large enough and splits it. If there is none, a segment is requested from the driver. A freed block
+merges with its free neighbours in the segment. Private pools of CUDA graphs are not modelled.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ Event = tuple[Hashable, int, str]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """PYTORCH_CUDA_ALLOC_CONF. ``cap_bytes`` is the memory the driver can give (or the fraction set);
-    garbage is collected above ``garbage_collection_threshold`` of it, as in PyTorch only where it is set."""
+    """The options of PYTORCH_CUDA_ALLOC_CONF.
+
+    ``cap_bytes`` is the memory that the driver can give (or the fraction set); None: unlimited. Above
+    ``garbage_collection_threshold`` of it, garbage is collected. As in PyTorch, 0 disables garbage
+    collection.
+    """
 
     max_split_size_bytes: int | None = None
     roundup_power2_divisions: int = 0  # a power of two, for all sizes
@@ -50,19 +54,22 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """``fits`` False: an allocation failed even after everything cached was given back; the peaks are
-    those until then."""
+    """Result of a replay.
+
+    With ``fits`` False, an allocation failed even after all cached memory was released; the peaks are those
+    up to then.
+    """
 
     allocated_peak_bytes: int
     reserved_peak_bytes: int
     allocated_bytes: int  # when the sequence ended
     reserved_bytes: int
-    retries: int  # times that cached segments were given back to make room: each stops the device
+    retries: int  # how often cached segments were released to make room; each time synchronises the device
     fits: bool
 
 
 class CachingAllocator:
-    """Feed it ``allocate`` and ``free``; read ``allocated_bytes``, ``reserved_bytes`` and their peaks."""
+    """Call ``allocate`` and ``free``, then read ``allocated_bytes``, ``reserved_bytes`` and their peaks."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -77,7 +84,10 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, key: Hashable, size_bytes: int, stream: str = "") -> bool:
-        """False: out of memory, with everything cached given back first. ``key`` names it for `free`."""
+        """Allocate ``size_bytes`` under the name ``key``, which `free` takes.
+
+        Returns False if out of memory, after all cached memory was released.
+        """
         size = rounded_bytes(size_bytes, self.settings.roundup_power2_divisions)
         small = size <= SMALL_BYTES
         pool = self._pools.get((stream, small))
@@ -102,8 +112,10 @@ class CachingAllocator:
         self.complete_free(key)
 
     def request_free(self, key: Hashable) -> None:
-        """Its tensor is gone, but another stream that was recorded on it may still be at work: no longer
-        allocated, not yet to be reused."""
+        """Mark the block as no longer allocated, but not yet reusable.
+
+        The tensor is gone, but another stream recorded on it may still use the block.
+        """
         block = self._held[key] = self._live.pop(key)
         self.allocated_bytes -= block.size
 
@@ -116,13 +128,16 @@ class CachingAllocator:
     # -- where a block comes from ---------------------------------------------------------------------
 
     def _cached(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """Best fit. With a `max_split_size`, oversize blocks serve only requests of nearly their size."""
+        """Return the best-fitting free block.
+
+        With a `max_split_size`, oversize blocks only serve requests of similar size.
+        """
         pool.searches[0] += 1
         free = pool.free
         at = bisect.bisect_left(free, (size,))
         if at == len(free):
             return None
-        if self.settings.expandable_segments:  # an end that can grow is worth all it can grow to
+        if self.settings.expandable_segments:  # a block that can grow counts with all it can grow to
             while at + 1 < len(free) and room_bytes(free[at + 1][2]) < room_bytes(free[at][2]):
                 at += 1
         block = free[at][2]
@@ -136,7 +151,10 @@ class CachingAllocator:
         return block
 
     def _fresh(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """From the driver; where that fails, after giving back ever more of what is cached."""
+        """Return a block of a new segment.
+
+        If the driver has no memory, cached memory is released step by step.
+        """
         self._collect_garbage()
         block = self._segment(pool, size)
         if block is None and self._release_oversize(pool, size):
@@ -173,7 +191,9 @@ class CachingAllocator:
     # -- expandable segments ------------------------------------------------------------------------
 
     def _grown(self, pool: Pool, size: int) -> SegmentBlock | None:
-        """The lowest run of idle addresses that is long enough, with memory mapped behind it by pages."""
+        """Return a block on the lowest run of idle addresses that is long enough, with memory mapped in
+        pages.
+        """
         block = next((b for b in growable(pool) if run_holds(b, size)), None)
         if block is None:
             block = SegmentBlock(pool, self._next_address, ADDRESSES_BYTES)
@@ -187,7 +207,7 @@ class CachingAllocator:
             assert gap is not None and not gap.mapped
             if not self._map(gap, min(size - block.size, gap.size)):
                 return None
-            block = gap  # it swallowed the mapped block before it
+            block = gap  # it merged with the mapped block before it
         pool.remove(block)
         return block
 
@@ -209,7 +229,7 @@ class CachingAllocator:
         return True
 
     def _unmap(self, block: SegmentBlock) -> None:
-        """Give back the pages that lie wholly in a free block."""
+        """Release the pages that lie entirely in a free block."""
         page, pool = block.pool.page_bytes, block.pool
         first = -(-block.address // page) * page
         last = (block.address + block.size) // page * page
@@ -233,8 +253,9 @@ class CachingAllocator:
     # -- giving memory back -------------------------------------------------------------------------
 
     def _collect_garbage(self) -> None:
-        """Unsplit large blocks that lay unused for longer than the average, oldest first, until the
-        reserved bytes are back under the threshold."""
+        """Release unsplit large blocks that were unused for longer than the average, oldest first, until the
+        reserved bytes are below the threshold.
+        """
         threshold, cap = self.settings.garbage_collection_threshold, self.settings.cap_bytes
         if not threshold or cap is None or self.settings.expandable_segments:
             return
@@ -249,8 +270,11 @@ class CachingAllocator:
                 self._give_back(block)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        """With a `max_split_size`: the smallest oversize block that would do, else the largest ones until
-        enough is given back. Expandable segments are passed over."""
+        """Release oversize blocks when a `max_split_size` is set.
+
+        The smallest one that is large enough is released, or else the largest ones until their total is
+        enough. Does nothing with expandable segments.
+        """
         if self._unsplit_bytes is None or self.settings.expandable_segments:
             return False
         wanted = max(size, self._unsplit_bytes)
@@ -265,7 +289,7 @@ class CachingAllocator:
         return released >= wanted
 
     def _release_cached(self) -> None:
-        """Wait for other streams, then give back every segment and page without a live block."""
+        """Wait for other streams, then release every segment and page without a live block."""
         for key in list(self._held):
             self.complete_free(key)
         for small in (False, True):
@@ -285,7 +309,7 @@ class CachingAllocator:
 
 
 def run(events: Iterable[Event], settings: Settings | None = None) -> Replayed:
-    """Plays the events in order; stops at the first allocation that fails."""
+    """Replay the events in order; stop at the first allocation that fails."""
     heap = CachingAllocator(settings)
     fits = all(_played(heap, *event) for event in events)
     return Replayed(
@@ -306,12 +330,14 @@ def _played(heap: CachingAllocator, key: Hashable, size_bytes: int, stream: str)
 
 
 def replay(allocations: Iterable[Allocation], settings: Settings | None = None) -> Replayed:
-    """The allocations of a trace in the order of their clock, as the device's allocator would serve them."""
+    """Replay the allocations of a trace in the order of their clock, as the device's allocator would serve
+    them.
+    """
     return run(events_of(allocations), settings)
 
 
 def events_of(allocations: Iterable[Allocation]) -> list[Event]:
-    """By clock; empty tensors never reach the allocator."""
+    """Return the events by clock. Empty tensors never reach the allocator, so they are left out."""
     lives = [a for a in allocations if a.size_bytes]
     ended = [i for i, a in enumerate(lives) if a.end is not None]
     clock = numpy.array([a.start for a in lives] + [lives[i].end for i in ended], dtype=numpy.int64)

@@ -1,4 +1,4 @@
-"""What the CUDA caching allocator's pools are made of: blocks of segments, and the rules of their sizes.
+"""Data structures of the CUDA caching allocator: segments, blocks, pools, and the rules for their sizes.
 
 From c10/cuda/CUDACachingAllocator.cpp (read at pytorch@001074d).
 """
@@ -14,14 +14,18 @@ from memfit.types.units import MIB
 SMALLEST_BYTES: Final = 512
 SMALL_BYTES: Final = 1 * MIB  # the largest request of the small pool
 SMALL_SEGMENT_BYTES: Final = 2 * MIB
-LARGE_SEGMENT_BYTES: Final = 20 * MIB  # for requests below 10 MiB; also the slack of oversize blocks
+LARGE_SEGMENT_BYTES: Final = 20 * MIB  # for requests below 10 MiB; also the tolerance for oversize blocks
 PACKED_BYTES: Final = 10 * MIB
 ROUND_LARGE_BYTES: Final = 2 * MIB
-ADDRESSES_BYTES: Final = LARGE_SEGMENT_BYTES << 24  # of an expandable segment: never used up
+ADDRESSES_BYTES: Final = LARGE_SEGMENT_BYTES << 24  # address range of an expandable segment, never used up
 
 
 def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
-    """Multiples of 512; with ``divisions``, the next of so many equal parts between powers of two."""
+    """Round up to a multiple of 512 bytes.
+
+    With ``divisions``, the range between two powers of two has that many equal steps, and sizes round up to a
+    step.
+    """
     if divisions > 1 and size_bytes > SMALLEST_BYTES * divisions:
         step = (1 << (size_bytes.bit_length() - 1)) // divisions
         return -(-size_bytes // step) * step
@@ -29,7 +33,7 @@ def rounded_bytes(size_bytes: int, divisions: int = 0) -> int:
 
 
 def segment_bytes(size_bytes: int) -> int:
-    """What is asked of the driver for a rounded request that no cached block holds."""
+    """Return the size requested from the driver for a rounded request that no cached block can serve."""
     if size_bytes <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if size_bytes < PACKED_BYTES:
@@ -38,7 +42,7 @@ def segment_bytes(size_bytes: int) -> int:
 
 
 class SegmentBlock:
-    """A piece of a segment. ``idle``: free to be used; ``mapped``: has memory behind its addresses."""
+    """A piece of a segment. ``idle``: free for use; ``mapped``: its addresses are backed by memory."""
 
     __slots__ = ("address", "after", "before", "born", "idle", "mapped", "pool", "size")
 
@@ -49,7 +53,7 @@ class SegmentBlock:
         self.idle, self.mapped, self.born = True, True, 0
 
     def insert_after(self, address: int, size: int) -> SegmentBlock:
-        """A new block behind this one in the same segment."""
+        """Insert a new block after this one in the same segment and return it."""
         new = SegmentBlock(self.pool, address, size)
         new.before, new.after, self.after = self, self.after, new
         if new.after is not None:
@@ -58,9 +62,11 @@ class SegmentBlock:
 
 
 class Pool:
-    """Idle blocks of one stream and size class: mapped ones by (size, address), unmapped by address.
-    ``searches`` counts requests of the size class, for all streams together: PyTorch has one pool for them,
-    whose blocks it tells apart by stream."""
+    """Idle blocks of one stream and size class: mapped ones by (size, address), unmapped ones by address.
+
+    ``searches`` counts requests of the size class over all streams, because PyTorch keeps one pool for all
+    streams and separates the blocks by stream.
+    """
 
     __slots__ = ("free", "page_bytes", "searches", "small", "unmapped")
 
@@ -89,7 +95,7 @@ class Pool:
 
 
 def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:
-    """Take in an idle neighbour of the same kind (with memory behind it, or without)."""
+    """Merge the block with an idle neighbour of the same kind (both mapped or both unmapped)."""
     if neighbour is None or not neighbour.idle or neighbour.mapped != block.mapped:
         return
     block.pool.remove(neighbour)
@@ -105,23 +111,27 @@ def merge(block: SegmentBlock, neighbour: SegmentBlock | None) -> None:
 
 
 def is_whole(block: SegmentBlock) -> bool:
-    """The block is a segment by itself."""
+    """Return whether the block is a whole segment."""
     return block.before is None and block.after is None
 
 
 def room_bytes(block: SegmentBlock) -> int:
+    """Return the block's size plus that of the unmapped block after it, into which it can grow."""
     beyond = block.after
     return block.size + (beyond.size if beyond is not None and not beyond.mapped else 0)
 
 
 def growable(pool: Pool) -> Iterator[SegmentBlock]:
-    """Unmapped blocks by address, each with the idle block right before it where there is one."""
+    """Yield unmapped blocks by address, each replaced by the idle block directly before it if there is
+    one.
+    """
     for _, block in pool.unmapped:
         before = block.before
         yield before if before is not None and before.idle else block
 
 
 def run_holds(block: SegmentBlock | None, size: int) -> bool:
+    """Return whether the run of idle blocks from this one is at least ``size`` bytes long."""
     found = 0
     while found < size and block is not None and block.idle:
         found += block.size

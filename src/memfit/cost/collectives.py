@@ -1,10 +1,10 @@
-"""Seconds of one collective, by kind, size, number of ranks and where they are.
+"""Seconds of one collective, by kind, size, number of ranks and their placement.
 
-NCCL's own model of itself (src/graph/tuning.cc of its public source: latencies of a step over NVLink and over
-the network, for each algorithm and protocol; bandwidths of the protocols as shares of the links): rings with
-their three protocols, a tree, and in-switch reduction where the device has it. The quickest is taken. A ring
-over several hosts leaves each of them through all its ranks' network ports at once, so it is as quick as the
-slower of the links inside and of the ports together.
+This is NCCL's own model (src/graph/tuning.cc of its public source: latency per step over NVLink and over the
+network, for each algorithm and protocol; bandwidth of the protocols as a share of the links). It covers rings
+with their three protocols, a tree, and in-switch reduction if the device has it. The fastest is taken. A ring
+over several hosts uses the network ports of all ranks of a host at once, so its speed is the lower of the
+link speed inside a host and of all ports together.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from typing import Any, NamedTuple
 
 from memfit.types.machine import Machine
 
-# Of a link's bandwidth that large transfers reach, where the catalog does not say (nccl-tests: 230 to 235 of
-# 300 GB/s on 8 A100, 360 to 370 of 450 on 8 H100; over InfiniBand and RoCE 370 of 400 GB/s a host).
+# Share of a link's bandwidth that large transfers reach, used if the catalog has none (nccl-tests: 230 to 235
+# of 300 GB/s on 8 A100, 360 to 370 of 450 on 8 H100; over InfiniBand and RoCE 370 of 400 GB/s per host).
 LINK_RATIO, NETWORK_RATIO = 0.80, 0.92
-SWITCH_RATIO = 1.05  # in-switch all-reduce on 8 H100: 475 GB/s of bus bandwidth over 450 of link
+SWITCH_RATIO = 1.05  # in-switch all-reduce on 8 H100: 475 GB/s of bus bandwidth for 450 GB/s of link
 ASSUMED_LINK_BYTES_S = 16e9  # PCIe 4.0 x16 through the host's memory
-ASSUMED_NETWORK_BYTES_S = 12.5e9  # one 100 Gb/s port a device
+ASSUMED_NETWORK_BYTES_S = 12.5e9  # one 100 Gb/s port per device
 LAUNCH_S = 3e-6
-# Seconds: (start, step inside a host, step between hosts), with the share of the bandwidth it reaches.
+# (start s, seconds per step inside a host, seconds per step between hosts, share of the bandwidth it
+# reaches).
 _RING = ((6.6e-6, 0.6e-6, 2.7e-6, 0.25), (14.0e-6, 1.9e-6, 4.0e-6, 0.92), (8.4e-6, 3.4e-6, 14.0e-6, 1.0))
 _TREE = ((6.8e-6, 0.6e-6, 5.0e-6, 0.24), (14.0e-6, 1.25e-6, 8.5e-6, 0.85), (8.4e-6, 4.0e-6, 14.0e-6, 0.92))
 _SWITCH_S = 25e-6
-_PEER_S = 2e-6  # of one more partner in an exchange of all with all
+_PEER_S = 2e-6  # per additional partner in an all-to-all exchange
 
 Protocol = tuple[float, float, float, float]
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send")
 
 
 class Wires(NamedTuple):
-    """Bytes/s of one device, in one direction: to its neighbours in the host, out of the host, and to the
-    switch that reduces (0: there is none)."""
+    """Bytes/s of one device in one direction: to its neighbours in the host, out of the host, and to the
+    reducing switch (0 if there is none).
+    """
 
     inside: float
     outside: float
@@ -41,6 +43,7 @@ class Wires(NamedTuple):
 
 
 def wires(machine: Machine) -> Wires:
+    """Return the bandwidths that transfers reach on this machine."""
     device, network = machine.device, machine.network
     link = device.link.bytes_s.value if device.link else ASSUMED_LINK_BYTES_S
     reached = device.efficiency_ratio.get("link")
@@ -52,10 +55,11 @@ def wires(machine: Machine) -> Wires:
 
 
 def collective_s(kind: str, size_bytes: Any, ranks: int, ranks_per_host: int, machine: Machine) -> Any:
-    """Seconds, for a number or a numpy array of sizes.
+    """Return the seconds of a collective, for a number or a numpy array of sizes.
 
-    ``size_bytes``: of the whole: what every rank has after a gather, before a scatter, of the tensor that is
-    reduced or sent, of all that one rank exchanges. ``ranks_per_host``: of this group, in one host.
+    ``size_bytes`` is the size of the whole: what every rank has after a gather or before a scatter, the
+    tensor that is reduced or sent, or all that one rank exchanges. ``ranks_per_host``: ranks of this group in
+    one host.
     """
     assert kind in KINDS, kind
     if ranks <= 1:
@@ -83,7 +87,7 @@ def _least(options: list[Any]) -> Any:
 
 
 def _speed(ranks: int, each: int, found: Wires) -> float:
-    """Bus bandwidth of a ring."""
+    """Return the bus bandwidth of a ring."""
     if each == 1:
         return found.outside
     return found.inside if ranks == each else min(found.inside, found.outside * each)
@@ -107,7 +111,7 @@ def _ring_s(kind: str, size: Any, ranks: int, each: int, found: Wires, protocol:
 
 
 def _tree_s(size: Any, ranks: int, each: int, found: Wires, protocol: Protocol) -> Any:
-    """Chains inside hosts, a double binary tree between them; up and down."""
+    """Return the seconds of a tree: chains inside hosts, a double binary tree between them, up and down."""
     start, inside_s, outside_s, share = protocol
     hosts = -(-ranks // each)
     latency = 2 * ((each - 1) * inside_s + math.ceil(math.log2(hosts)) * outside_s)
@@ -120,7 +124,7 @@ def _sent_s(size: Any, found: Wires, *, inside: bool) -> Any:
 
 
 def _exchange_s(size: Any, ranks: int, each: int, found: Wires) -> Any:
-    """Every rank to every other; what stays inside a host and what leaves it flow side by side."""
+    """Return the seconds of an all-to-all. Traffic inside a host and traffic leaving it flow in parallel."""
     near, far = (each - 1) / ranks, (ranks - each) / ranks
     start, _, outside_s, _ = _RING[2]
     latency = LAUNCH_S + start + (ranks - 1) * _PEER_S + (outside_s if far else 0.0)

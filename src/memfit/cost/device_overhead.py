@@ -1,5 +1,5 @@
-"""What lies on a device beside tensors: BLAS workspaces inside the caching allocator; the CUDA context and
-NCCL's buffers outside of it. Every number is a Fact of the catalog with a range.
+"""Device memory beside tensors: BLAS workspaces inside the caching allocator; the CUDA context and NCCL's
+buffers outside it. Every number is a Fact of the catalog with a range.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from memfit.types.result import Interval
 from memfit.types.trace import Allocation, Category, OpCall, Phase, Trace
 from memfit.types.units import KIB, MIB
 
-# One NCCL connection, as src/transport/p2p.cc and src/init.cc (nccl@5067397) size it by default: the
-# receiver has a buffer for each protocol (Simple 4 MiB; LL 8 x 512 x 8 lines of 16 B; LL128 120 x 640 x 8
-# words of 8 B) and 8 KiB of flags, the sender its flags, both rounded up to CUDA's pages of 2 MiB:
-# 10 and 2 MiB, which are the two sizes that nccl#1685 counts on an H100.
+# One NCCL connection with the default sizes of src/transport/p2p.cc and src/init.cc (nccl@5067397). The
+# receiver has a buffer per protocol (Simple 4 MiB; LL 8 x 512 x 8 lines of 16 B; LL128 120 x 640 x 8 words of
+# 8 B) and 8 KiB of flags; the sender has its flags. Both are rounded up to CUDA's pages of 2 MiB, giving 10
+# and 2 MiB, the two sizes that nccl#1685 counts on an H100.
 _PAGE_BYTES: Final = 2 * MIB
 _BUFFERS_BYTES: Final = 4 * MIB + 8 * 512 * 8 * 16 + 120 * 640 * 8 * 8 + 8 * KIB
 CONNECTION_BYTES: Final = -(-_BUFFERS_BYTES // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES
-# NVLink SHARP (src/transport/nvls.cc): 8 steps of 128 KiB, up and down, a channel and a rank of the node.
+# NVLink SHARP (src/transport/nvls.cc): 8 steps of 128 KiB, up and down, per channel and rank of the node.
 _MULTICAST_BYTES: Final = 2 * 8 * 128 * KIB
 _NODE_RANKS: Final = 8
 
@@ -42,16 +42,22 @@ BLAS_WORKSPACE: Final = "BLAS workspace"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """Device memory that the caching allocator does not see. ``total`` None: a part of it is unknown."""
+    """Device memory that the caching allocator does not see.
+
+    ``total_bytes`` is None if a part of it is unknown.
+    """
 
     total_bytes: Interval | None
     parts_bytes: Mapping[str, int]
 
 
 def with_workspaces(trace: Trace, device: Device) -> Trace:
-    """The trace with the workspaces that PyTorch allocates at the first matrix product of each of its
-    threads (forward and optimizer run in the caller's, backward in autograd's: one BLAS handle each,
-    aten/src/ATen/cuda/CublasHandlePool.cpp) and keeps. They go through the caching allocator."""
+    """Return the trace with PyTorch's BLAS workspaces added.
+
+    PyTorch allocates a workspace at the first matrix product of each thread and keeps it. Forward and
+    optimizer run in the caller's thread, backward in autograd's; each has one BLAS handle
+    (aten/src/ATen/cuda/CublasHandlePool.cpp). The workspaces go through the caching allocator.
+    """
     size = device.blas_workspace_bytes
     if size is None:
         return trace
@@ -64,13 +70,15 @@ def with_workspaces(trace: Trace, device: Device) -> Trace:
 
 
 def _base_name(op: str) -> str:
-    """``aten.addmm.default`` to ``addmm``."""
+    """Reduce ``aten.addmm.default`` to ``addmm``."""
     parts = op.split(".")
     return parts[1] if len(parts) > 1 else op
 
 
 def _workspace(op: OpCall, size_bytes: int) -> Allocation:
-    """Made inside the operator, after its output: on the same tick, and behind it in the trace."""
+    """Return the workspace as an allocation made inside the operator, after its output: on the same tick,
+    later in the trace.
+    """
     return Allocation(
         start=op.clock + 1, end=None, size_bytes=size_bytes, category=Category.WORKSPACE, phase=op.phase,
         step=op.step, module="", op=BLAS_WORKSPACE,
@@ -78,7 +86,7 @@ def _workspace(op: OpCall, size_bytes: int) -> Allocation:
 
 
 def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Outside:
-    """Context and communication buffers of one process on ``device``."""
+    """Return the memory of the context and the communication buffers of one process on ``device``."""
     parts: dict[str, Interval | None] = {"context": interval_of(device.context_bytes)}
     if device.kernels_bytes is not None:
         parts["kernels"] = interval_of(device.kernels_bytes)
@@ -90,9 +98,12 @@ def outside(device: Device, communicators: Iterable[tuple[str, int]] = ()) -> Ou
 
 
 def nccl_bytes(device: Device, ranks: int) -> Interval | None:
-    """One communicator of ``ranks``. Low: only rings were ever used (NCCL connects an algorithm at its first
-    use since 2.22). Value: one more algorithm, trees with one neighbour, as between two ranks; a device with
-    NVLink SHARP has its multicast buffers in their place. High: trees with two neighbours, and those."""
+    """Return the buffers of one communicator of ``ranks``, or None if the device's channel count is unknown.
+
+    Low: only rings are used (NCCL connects an algorithm at its first use since 2.22). Value: one more
+    algorithm, a tree with one neighbour, as between two ranks; on a device with NVLink SHARP its multicast
+    buffers instead. High: trees with two neighbours, plus the multicast buffers.
+    """
     channels = interval_of(device.nccl_channels)
     if channels is None:
         return None
@@ -110,7 +121,7 @@ def _count(fact: Fact | None) -> float:
 
 
 def interval_of(fact: Fact | None) -> Interval | None:
-    """A Fact with its range; one without a range is exact."""
+    """Return a Fact as an interval. A Fact without a range is taken as exact."""
     if fact is None:
         return None
     low = fact.value if fact.low is None else fact.low
@@ -118,7 +129,10 @@ def interval_of(fact: Fact | None) -> Interval | None:
 
 
 def added(parts: Iterable[Interval | None]) -> Interval | None:
-    """Ranges add up end to end: what makes one part large may make another so. None with an unknown part."""
+    """Add intervals end to end, because what makes one part large may make another large too.
+
+    None if a part is unknown.
+    """
     known = list(parts)
     if any(part is None for part in known):
         return None
@@ -130,8 +144,11 @@ def added(parts: Iterable[Interval | None]) -> Interval | None:
 
 
 def exceeds_probability(amount: Interval, limit: float) -> float:
-    """P(amount > limit), with the interval read as the central 95 % of a split normal distribution: the
-    mode at its value, a spread of its own on either side (Wallis 2014), each weighted by its width."""
+    """Return P(amount > limit).
+
+    The interval is read as the central 95 % of a split normal distribution: its mode is the value, and each
+    side has its own spread and is weighted by its width (Wallis 2014).
+    """
     below, above = ((amount.value - amount.low) / 1.96, (amount.high - amount.value) / 1.96)
     if below + above == 0:
         return float(amount.value > limit)

@@ -1,4 +1,4 @@
-"""``estimate``: a Trace on a Machine as one Estimate, with intervals and what each figure rests on."""
+"""Combine a Trace and a Machine into one Estimate, with intervals and the basis of each figure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from memfit.types.plan import Plan
 from memfit.types.result import Estimate, Interval
 from memfit.types.trace import Trace
 
-# Half-widths of the intervals. Memory: the worst error of the test matrix (tests/engines), doubled; those of
-# reserved and device memory are told in cost/memory_estimate.py. Time: calibrated operators add up to within
-# this; nine in ten published runs lie within the second (benchmarks/published.md); bare rooflines are rough.
+# Half-widths of the intervals. Memory: twice the worst error of the test matrix (tests/engines); the widths
+# for reserved and device memory are explained in cost/memory_estimate.py. Time: sums of calibrated operators
+# are within the first ratio; 90 % of published runs are within the second (benchmarks/published.md); plain
+# rooflines are rough.
 MEMORY_RATIO = 0.01
 CALIBRATED_TIME_RATIO = 0.25
 KERNELS_TIME_RATIO = 0.30
@@ -38,8 +39,11 @@ def estimate(
     step: Played | None = None,
     workers: int = 0,
 ) -> Estimate:
-    """Peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``. ``step``: played
-    before, where the plan's ranks differ. ``workers``: of the data loader of each rank."""
+    """Return peak memory, seconds, joules, money and carbon of one optimizer step of ``plan``.
+
+    ``step``: an already simulated step, for plans whose ranks differ. ``workers``: data loader workers of
+    each rank.
+    """
     tensors = HostTensors.of(trace)
     if step is None and model is not None:
         step = played([trace], plan, machine, model)
@@ -82,7 +86,7 @@ def estimate(
 
 
 def _with_assumed(allocated: Interval, trace: Trace) -> Interval:
-    """Wide enough for other values of what only a run decides."""
+    """Widen the interval to cover other values of what only a run decides."""
     low, high = allocated.low * trace.assumed_low_ratio, allocated.high * trace.assumed_high_ratio
     return Interval(value=allocated.value, low=low, high=high)
 
@@ -96,15 +100,17 @@ def _spread(calibration: Calibration, machine: Machine) -> float:
 
 
 def scaled(interval: Interval, factor: float) -> Interval:
+    """Return the interval with all ends multiplied by ``factor``."""
     return Interval(value=interval.value * factor, low=interval.low * factor, high=interval.high * factor)
 
 
 def around(value: float, ratio: float) -> Interval:
+    """Return the interval from ``value * (1 - ratio)`` to ``value * (1 + ratio)``."""
     return Interval(value=value, low=value * (1 - ratio), high=value * (1 + ratio))
 
 
 def modelled_boundary(machine: Machine) -> str:
-    """What a modelled energy covers."""
+    """Return the text that says what a modelled energy covers."""
     covered = "package" if machine.device.kind == "cpu" else "board"
     host = "" if hosts_w(machine) is None else " and host"
     return f"{covered}{host} (modelled: power x time)"

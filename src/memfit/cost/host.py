@@ -1,9 +1,9 @@
-"""Host memory: what all processes of one host need beside their devices, and whether the host has it.
+"""Host memory: what all processes of one host need beside their devices, and whether the host has enough.
 
-A host's need is the larger of two moments. In training: tensors that a plan keeps in host memory, once for
-each rank of the host, DataLoader workers with the batches they hold ready, and the processes themselves.
-Before it: the model built in host memory, from where each rank's part goes to its device. One copy is counted
-for each host, as where ranks load one after the other or one of them loads for all.
+A host's need is the larger of two moments. During training: tensors that a plan keeps in host memory, once
+per rank of the host; DataLoader workers with the batches they hold ready; and the processes themselves.
+Before training: the model built in host memory, from which each rank's part goes to its device. One copy is
+counted per host, which holds if ranks load one after the other or one of them loads for all.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MIB = 2**20
 _CPU_PROCESS = Interval(value=328 * _MIB, low=250 * _MIB, high=700 * _MIB)
 _CPU_GROUP_BYTES = 21 * _MIB
 _CUDA_PROCESS = Interval(value=2.5 * 2**30, low=1.0 * 2**30, high=5.0 * 2**30)
-# Private bytes of a forked DataLoader worker: 11 MiB measured just after the fork; what its dataset touches
-# comes on top. A spawned one imports torch again.
+# Private bytes of a forked DataLoader worker: 11 MiB measured directly after the fork; what its dataset
+# touches is added to that. A spawned worker imports torch again.
 _WORKER = Interval(value=64 * _MIB, low=11 * _MIB, high=400 * _MIB)
 _READY_BATCHES = 2  # torch.utils.data.DataLoader's prefetch_factor
 _PINNED_ROUNDING = 2.0  # the pinned allocator rounds each block up to a power of two
@@ -35,9 +35,11 @@ LOADED_IN_PIECES = frozenset({"qlora"})  # quantized tensor by tensor while it i
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostTensors:
-    """Of one rank. ``kept_bytes``: tensors in host memory during a step; ``building_bytes``: at most, while
-    the model is built too; ``model_bytes``: parameters and buffers as built; ``batch_bytes``: its part of a
-    batch."""
+    """Tensors of one rank in host memory.
+
+    ``kept_bytes``: during a step. ``building_bytes``: at most, including while the model is built.
+    ``model_bytes``: parameters and buffers as built. ``batch_bytes``: its part of a batch.
+    """
 
     kept_bytes: float
     building_bytes: float
@@ -58,21 +60,29 @@ class HostTensors:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Of one host with all its ranks. ``parts_bytes``: "offload", "tensors" (of a CPU), "workers" and
-    "processes" in training; "loading" before it, beside the processes."""
+    """Memory of one host with all its ranks.
+
+    ``parts_bytes`` has "offload", "tensors" (on a CPU), "workers" and "processes" during training, and
+    "loading" before training, beside the processes.
+    """
 
     bytes: Interval
     parts_bytes: Mapping[str, int]
 
 
 def ranks_of_host(plan: Plan, machine: Machine) -> int:
+    """Return the number of ranks that share one host."""
     return min(plan.ranks, machine.devices_per_host or max(plan.ranks, machine.device_count))
 
 
 def host_memory(
     tensors: HostTensors, plan: Plan, machine: Machine, *, allocated: Interval, workers: int
 ) -> HostMemory:
-    """``allocated``: a rank's peak, which on a CPU lies in the same memory. ``workers``: of each rank."""
+    """Return the memory that a host needs.
+
+    ``allocated`` is a rank's peak, which lies in the same memory on a CPU. ``workers``: data loader workers
+    per rank.
+    """
     ranks, cpu = ranks_of_host(plan, machine), machine.device.kind == "cpu"
     process = _times(_CPU_PROCESS if cpu else _CUDA_PROCESS, ranks)
     if cpu and plan.ranks > 1:
@@ -100,7 +110,7 @@ def host_memory(
 
 
 def uses_pinned(plan: Plan) -> bool:
-    """Whether some of what the plan keeps on the host may be pinned."""
+    """Return whether some of what the plan keeps on the host may be pinned."""
     names = {u.technique for u in plan.uses}
     return bool(names & {"fsdp2", "zero", "activation-offload"})
 
@@ -118,7 +128,10 @@ def _plus(one: Interval, other: Interval) -> Interval:
 
 
 def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
-    """The machine with so much memory in each host, as the user says. Raises UserError for a CPU."""
+    """Return the machine with ``size_bytes`` of memory in each host, as given by the user.
+
+    Raises UserError for a CPU.
+    """
     if machine.device.kind == "cpu":
         raise UserError("host memory of a CPU is the memory itself", hint="give it as --memory")
     fact = Fact(value=float(size_bytes), source="asked for", date="", kind="measured")
@@ -126,19 +139,21 @@ def with_host_memory(machine: Machine, size_bytes: int) -> Machine:
     return dataclasses.replace(machine, host=dataclasses.replace(host, memory_bytes=fact))
 
 
-# -- is it there? ---------------------------------------------------------------------------------
+# -- does the host have enough? ------------------------------------------------------------------
 
 
 def memory_bytes(machine: Machine) -> float | None:
-    """Of one host; None: nothing says how much."""
+    """Return the memory of one host in bytes, or None if it is unknown."""
     if machine.device.kind == "cpu":
         return machine.device.memory_bytes.value
     return machine.host.memory_bytes.value if machine.host and machine.host.memory_bytes else None
 
 
 def host_holds(estimate: Estimate, machine: Machine) -> bool:
-    """Whether the host has the memory that the plan needs. Where nothing says how much it has, a plan that
-    keeps tensors there is not said to fit."""
+    """Return whether the host has the memory that the plan needs.
+
+    If the host's memory is unknown, a plan that keeps tensors there does not fit.
+    """
     need, there = estimate.host_bytes, memory_bytes(machine)
     if need is None:
         return True
@@ -148,15 +163,17 @@ def host_holds(estimate: Estimate, machine: Machine) -> bool:
 
 
 def known_host(machine: Machine) -> tuple[int | None, bool]:
-    """(bytes of one host, whether they are assumed)."""
+    """Return (bytes of one host, whether they are assumed)."""
     there = memory_bytes(machine)
     known = machine.host.memory_bytes if machine.host else None
     return (None if there is None else int(there)), known is not None and known.kind == "assumed"
 
 
 def host_line(estimate: Estimate, machine: Machine) -> str:
-    """What the plan needs of a host, what that has, and what to do, for people; "" on a CPU, whose memory the
-    cap is of."""
+    """Return the text that says what the plan needs of a host, what the host has, and what to do.
+
+    Returns "" on a CPU, where the cap already covers this memory.
+    """
     need, there = estimate.host_bytes, memory_bytes(machine)
     if machine.device.kind == "cpu" or need is None:
         return ""

@@ -1,9 +1,10 @@
-"""Seconds of one kernel on an accelerator, by class of operator, where nothing was measured on it.
+"""Seconds of one kernel on an accelerator that was not measured, by class of operator.
 
-A product's rate is the device's dense peak times the ratio that large products reach (catalog), times what
-its shape leaves of that: whole waves of output tiles over the multiprocessors, tiles that stick out of the
-matrix, the fixed work of a tile beside its inner loop. Attention likewise, over tiles of queries; what only
-moves bytes runs at a ratio of the memory's bandwidth. No kernel is shorter than its start.
+The rate of a matrix product is the device's dense peak, times the ratio that large products reach (catalog),
+times what its shape leaves of it: whole waves of output tiles over the multiprocessors, tiles that extend
+beyond the matrix, and a tile's fixed work beside its inner loop. Attention is modelled the same way over
+tiles of queries. Operators that only move bytes run at a ratio of the memory bandwidth. No kernel is shorter
+than its launch.
 """
 
 from __future__ import annotations
@@ -18,43 +19,44 @@ from typing import Any, NamedTuple
 from memfit.types.machine import Device, Fact
 from memfit.types.trace import OpCall
 
-# Of the peak that large operators reach, where the catalog does not say; marked assumed in reports.
+# Share of the peak that large operators reach, used if the catalog has none; marked assumed in reports.
 ASSUMED_RATIOS = {
     "matmul": 0.72, "matmul_float8": 0.60, "matmul_tf32": 0.70, "matmul_float32": 0.85, "attention": 0.45,
     "attention_backward": 0.36, "memory": 0.85,
 }  # fmt: skip
 ASSUMED_MULTIPROCESSORS = 128  # 108 of an A100, 132 of an H100, 148 of a B200
-LAUNCH_S = 2e-6  # a kernel that does nothing, from its start to the start of the next (CUDA graphs' nodes)
+LAUNCH_S = 2e-6  # time from the start of an empty kernel to the start of the next (nodes of CUDA graphs)
 
-# (rows, columns, share of the largest tile's rate): an inner step reads rows + columns and multiplies
-# rows x columns, so small tiles are bound by shared memory (CUTLASS's efficient GEMM notes).
+# (rows, columns, share of the largest tile's rate): an inner step reads rows + columns elements and
+# multiplies rows x columns, so small tiles are bound by shared memory (CUTLASS's efficient GEMM notes).
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.94), (64, 128, 0.82), (128, 64, 0.82), (64, 64, 0.7))
-# Of the inner dimension: what filling the pipeline and writing the tile cost, at so many FLOP/s of one
-# multiprocessor (an H100's in half precision); quicker ones spend as long on it.
+# Cost of filling the pipeline and writing the tile, in elements of the inner dimension, at this rate in
+# FLOP/s of one multiprocessor (an H100's in half precision). Faster multiprocessors spend the same time on
+# it.
 _TILE_START, _TILE_START_FLOPS_S = 128, 7.5e12
-_SPLITS = (1, 2, 4, 8)  # of the inner dimension over multiprocessors that would idle
-# (elements of half precision that rows are a multiple of, share of the rate); assumed after NVIDIA's guide to
-# matrix multiplication, which shows a fall by steps.
+_SPLITS = (1, 2, 4, 8)  # ways to split the inner dimension over multiprocessors that would be idle
+# (number of half-precision elements that row lengths are a multiple of, share of the rate). Assumed, after
+# NVIDIA's guide to matrix multiplication, which shows that the rate falls in steps.
 _ALIGNED = ((8, 1.0), (4, 0.7), (2, 0.45), (1, 0.25))
-_ROW_START = 128  # elements of a normalised row, which has a block of threads to itself; assumed
-STRIDED, BROADCAST = 0.6, 0.8  # of the bandwidth, by layout; assumed
-NARROW = 0.7  # of the bandwidth, by a product that is bound by it: its tiles start and end more than they run
-# 8-bit products that add up in full precision, as torchao's and Transformer Engine's backward has it, take
-# more instructions than the quick sum: about three quarters of its rate; assumed.
+_ROW_START = 128  # in elements of a normalised row, which has its own block of threads; assumed
+STRIDED, BROADCAST = 0.6, 0.8  # share of the bandwidth, by layout; assumed
+NARROW = 0.7  # share of the bandwidth of a memory-bound product: its tiles start and end more than they run
+# 8-bit products that accumulate in full precision, as in the backward of torchao and Transformer Engine, take
+# more instructions than the fast accumulation: about three quarters of its rate; assumed.
 FULL_SUM = 0.75
-_WHOLE = (  # have kernels of their own that do not mind
+_WHOLE = (  # these have their own kernels, which are not sensitive to the layout
     "mm", "addmm", "bmm", "baddbmm", "native_", "_scaled_dot", "embedding", "_fused", "_foreach", "nll_loss",
     "convolution", "_softmax", "_log_softmax", "sum", "mean", "_scaled_mm", "_grouped_mm",
 )  # fmt: skip
-_LARGE = 8192  # the size at which ratios of products are told
-# Keys of a query tile that its start and its end cost, and the same of a key tile in backward:
-# FlashAttention-2's published curves over the length (Dao 2023, figures 5 and 6) reach half at about as many.
+_LARGE = 8192  # matrix size for which the catalog's product ratios hold
+# Start and end costs of a query tile in keys, and the same of a key tile in backward. FlashAttention-2's
+# published curves over the length (Dao 2023, figures 5 and 6) reach half of the rate at about as many keys.
 _KEYS_START, _KEYS_START_BACKWARD = 240, 300
 _QUERY_TILE = 128
-_HEAD_START = 16  # of the head dimension: exponentials beside the products
+_HEAD_START = 16  # in elements of the head dimension: exponentials beside the products
 _HALF = ("bfloat16", "float16")
 
-_PRODUCTS = {  # where their two matrices begin among the arguments
+_PRODUCTS = {  # position of their first matrix among the arguments
     "mm": 0, "bmm": 0, "_scaled_mm": 0, "_grouped_mm": 0, "addmm": 1, "baddbmm": 1, "_addmm_activation": 1,
 }  # fmt: skip
 _CAUSAL_AT = {
@@ -65,6 +67,8 @@ _CAUSAL_AT = {
 
 
 class Product(NamedTuple):
+    """Sizes of a batched matrix product: (batch, rows, inner) x (batch, inner, columns)."""
+
     batch: int
     rows: int
     columns: int
@@ -72,19 +76,24 @@ class Product(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """``tiles``: batch x heads x tiles of queries; ``keys``: as many as a query sees on average."""
+    """Shape of attention.
+
+    ``tiles``: batch x heads x tiles of queries; ``keys``: number that a query sees on average.
+    """
 
     tiles: int
     queries: int
     keys: float
     head_dim: int
-    share: float  # of the full square that is computed
+    share: float  # share of the full square of scores that is computed
     backward: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """Rates of one accelerator: FLOP/s by dtype, bytes/s, the ratios of them that large operators reach."""
+    """Rates of one accelerator: FLOP/s by dtype, bytes/s, and the shares of them that large operators
+    reach.
+    """
 
     flops_s: Mapping[str, float]
     bandwidth_bytes_s: float
@@ -92,7 +101,7 @@ class Kernels:
     multiprocessors: int = ASSUMED_MULTIPROCESSORS
 
     def seconds(self, op: OpCall) -> float:
-        """From its start to the start of the next kernel."""
+        """Return the seconds from the kernel's start to the start of the next kernel."""
         return max(self.arithmetic_s(op), self.moving_s(op)) + LAUNCH_S
 
     def moving_s(self, op: OpCall) -> float:
@@ -117,7 +126,7 @@ class Kernels:
         return flops / (self.rate(op.dtype) * self.ratio(kind, op.dtype) * left)
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s of the dtype; float32's where the device has no units for it."""
+        """Return the FLOP/s of the dtype, or of float32 if the device has no units for it."""
         name = "float8" if dtype.startswith("float8") else dtype
         return self.flops_s.get(name) or self.flops_s.get("float32") or math.inf
 
@@ -129,7 +138,7 @@ class Kernels:
 
 
 def kernels(device: Device) -> Kernels | None:
-    """None where the catalog knows neither compute nor bandwidth of the device."""
+    """Return the device's rates, or None if the catalog knows neither its compute nor its bandwidth."""
     if not device.peak_flops or device.bandwidth_bytes_s is None:
         return None
     known = {name: fact.value for name, fact in device.efficiency_ratio.items()}
@@ -142,7 +151,7 @@ def kernels(device: Device) -> Kernels | None:
 
 
 def bound_by(op: OpCall, rates: Kernels | None) -> str:
-    """What a kernel keeps busy most: "attention", "matmul" or "memory"."""
+    """Return what limits the operator: "attention", "matmul" or "memory"."""
     if not op.flops:
         return "memory"
     kind = "attention" if "attention" in op.op or isinstance(shape_of(op.signature), Scores) else "matmul"
@@ -154,8 +163,11 @@ def _value(fact: Fact | None, default: float) -> float:
 
 
 def product_share(shape: Product, multiprocessors: int, start: float = _TILE_START) -> float:
-    """Of the rate of endless products, for the best tile and split of the inner dimension; ``start``: of it,
-    what a tile costs besides."""
+    """Return the share of an infinitely large product's rate, for the best tile and split of the inner
+    dimension.
+
+    ``start``: fixed cost of a tile, in elements of the inner dimension.
+    """
     best = 0.0
     for rows, columns, rate in _TILES:
         tiles = shape.batch * -(-shape.rows // rows) * -(-shape.columns // columns)
@@ -170,7 +182,10 @@ def product_share(shape: Product, multiprocessors: int, start: float = _TILE_STA
 
 
 def _aligned(shape: Product, dtype: str) -> float:
-    """Rows of half precision that do not start at 16 bytes are loaded in smaller pieces."""
+    """Return the share of the rate.
+
+    Half-precision rows that do not start at 16 bytes are loaded in smaller pieces.
+    """
     if dtype not in _HALF:
         return 1.0
     return next(share for step, share in _ALIGNED if not (shape.columns % step or shape.inner % step))
@@ -178,7 +193,7 @@ def _aligned(shape: Product, dtype: str) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _sums_fully(signature: str) -> bool:
-    """Of an 8-bit product without ``use_fast_accum``, its eighth argument."""
+    """Return whether the operator is an 8-bit product without ``use_fast_accum``, its eighth argument."""
     if not signature.startswith('["aten._scaled_mm'):
         return False
     _, args, kwargs = json.loads(signature)
@@ -200,7 +215,9 @@ def _attention_share(shape: Scores, multiprocessors: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 16)
 def shape_of(signature: str) -> Product | Scores | None:
-    """Of a product or of attention, from the operator's signature (trace/signature.py)."""
+    """Return the shape of a product or of attention from the operator's signature (trace/signature.py), else
+    None.
+    """
     try:
         name, args, _ = json.loads(signature)
     except ValueError:
@@ -220,8 +237,11 @@ def shape_of(signature: str) -> Product | Scores | None:
 
 @functools.lru_cache(maxsize=1 << 16)
 def layout_share(signature: str) -> float:
-    """Of the bandwidth that contiguous tensors reach: torch's pointwise kernels load several elements at once
-    only where all their tensors are contiguous and equal in shape (TensorIterator)."""
+    """Return the share of the bandwidth that contiguous tensors reach.
+
+    torch's pointwise kernels load several elements at once only if all their tensors are contiguous and equal
+    in shape (TensorIterator).
+    """
     try:
         name, args, _ = json.loads(signature)
     except ValueError:
@@ -252,7 +272,9 @@ def _contiguous(shape: list[int], strides: list[int]) -> bool:
 
 
 def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
-    """Of a kernel that a prediction stands in for (techniques/synthetic_kernel.py)."""
+    """Return the shape of a kernel whose place a synthetic operator takes
+    (techniques/synthetic_kernel.py).
+    """
     if kind == "mm":
         return Product(*shape)
     if not kind.startswith("attention"):
@@ -262,7 +284,10 @@ def _stood_in(kind: str, shape: list[int]) -> Product | Scores | None:
 
 
 def _grouped(left: list[int], right: list[int]) -> Product | None:
-    """Groups share the rows equally: which tokens go where is not known."""
+    """Return the shape of a grouped product.
+
+    Rows are divided equally, because the routing of tokens is unknown.
+    """
     if len(left) == 2 and len(right) == 3:
         return Product(right[0], -(-left[0] // right[0]), right[-1], left[-1])
     if len(left) == 3 and len(right) == 3:

@@ -1,8 +1,9 @@
-"""Real data have lengths: peaks as a function of rows and padded length, chances to run out, ways to batch.
+"""Variable sequence lengths: peak memory by rows and padded length, chances of running out, and ways to
+batch.
 
-Every allocation of a step is a polynomial in rows b and length l: 1, l, l^2 (whatever is shared by rows) and
-b, b l, b l^2 (one for each row; l^2 is attention's). Fitted allocation by allocation from a few traces, the
-peak at any shape is the maximum over all instants, and so has its kinks where the instant changes.
+Every allocation of a step is a polynomial in rows b and length l: 1, l, l^2 (shared by all rows) and b, b l,
+b l^2 (per row; l^2 is attention's). The polynomials are fitted allocation by allocation from a few traces.
+The peak at any shape is the maximum over all instants, so it has kinks where that instant changes.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from memfit.types.errors import UserError
 from memfit.types.trace import Trace
 
 Ints = npt.NDArray[np.int64]
-_POOL_BATCHES = 50  # length buckets are sorted within pools of this many batches, as fairseq-like samplers do
+_POOL_BATCHES = 50  # length buckets are sorted within pools of this many batches, as in fairseq-like samplers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A batch as memory sees it. ``attended``: sum over rows of the squares of the lengths that attend to
-    each other; None: every row attends to its whole padded length."""
+    """A batch as memory sees it.
+
+    ``attended``: sum over rows of the squares of the lengths that attend to each other. None: every row
+    attends to its whole padded length.
+    """
 
     rows: int
     length: int
@@ -40,7 +44,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PeakModel:
-    """``instants``: polynomial coefficients of the live bytes after each allocation (instants, 6)."""
+    """Peak memory as a function of a batch's shape.
+
+    ``instants``: polynomial coefficients of the live bytes after each allocation, shape (instants, 6).
+    """
 
     instants: npt.NDArray[np.float64]
 
@@ -49,7 +56,10 @@ class PeakModel:
 
 
 def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
-    """Raises UserError where the traces are not one sequence of allocations, so that no polynomial holds."""
+    """Fit the peak model to traces of these shapes.
+
+    Raises UserError if the traces are not the same sequence of allocations, so that no polynomial fits.
+    """
     clocks = [_clocks(t) for t in traces]
     if any(not np.array_equal(c, clocks[0]) for c in clocks):
         raise UserError(
@@ -68,8 +78,10 @@ def fit(shapes: Sequence[Shape], traces: Sequence[Trace]) -> PeakModel:
 
 
 def _clocks(trace: Trace) -> Ints:
-    """How many allocations were made before each was freed: frees between two allocations may come in any
-    order, as those of autocast's cache do."""
+    """Return how many allocations were made before each was freed.
+
+    Frees between two allocations may come in any order, as those of autocast's cache do.
+    """
     starts = [a.start for a in trace.allocations]
     ends = [math.inf if a.end is None else a.end for a in trace.allocations]
     return np.searchsorted(np.array(starts), np.array(ends)).astype(np.int64)
@@ -79,18 +91,21 @@ def _clocks(trace: Trace) -> Ints:
 
 
 def all_among(chosen: int, good: int, total: int) -> float:
-    """Chance that ``chosen`` drawn from ``total`` without putting back are all among ``good`` of them."""
+    """Return the chance that ``chosen`` draws without replacement from ``total`` are all among ``good``."""
     return math.prod(max(0, good - i) / (total - i) for i in range(chosen))
 
 
 def oom_per_step(lengths: Ints, batch: int, limit: int) -> float:
-    """Chance that a batch drawn at random holds a sequence longer than ``limit``."""
+    """Return the chance that a random batch contains a sequence longer than ``limit``."""
     return 1.0 - all_among(batch, int((lengths <= limit).sum()), len(lengths))
 
 
 def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> float:
-    """Chance that some batch of a shuffled epoch does. The last batch holds what is left over, in fewer
-    rows, and so bears up to ``last_limit``: all is well only if every longer sequence lands there."""
+    """Return the chance that some batch of a shuffled epoch contains a sequence longer than ``limit``.
+
+    The last batch holds the remainder in fewer rows, so it can take lengths up to ``last_limit``. The epoch
+    is safe only if every longer sequence falls into it.
+    """
     long = int((lengths > limit).sum())
     left_over = len(lengths) % batch
     if long == 0:
@@ -101,7 +116,9 @@ def oom_per_epoch(lengths: Ints, batch: int, limit: int, last_limit: int) -> flo
 
 
 def quantile_length(lengths: Ints, batch: int, share: float) -> int:
-    """The padded length that ``share`` of random batches do not exceed: of the maximum of ``batch`` draws."""
+    """Return the padded length that ``share`` of random batches do not exceed: a quantile of the maximum of
+    ``batch`` draws.
+    """
     ordered = np.unique(lengths)
     ranks = np.searchsorted(np.sort(lengths), ordered, side="right")
     at = bisect.bisect_left(ranks, share, key=lambda k: all_among(batch, int(k), len(lengths)))
@@ -113,11 +130,11 @@ def quantile_length(lengths: Ints, batch: int, share: float) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """One way to make an epoch's batches, all with about the same real tokens a step.
+    """One way to make an epoch's batches, all with about the same number of real tokens per step.
 
     ``wasted_ratio``: share of computed tokens that are padding. ``attention_wasted_ratio``: share of the
-    computed query-key pairs that are padding or belong to two different sequences. ``worst``: indices of
-    the sequences of the batch with the highest peak.
+    computed query-key pairs that are padding or belong to two different sequences. ``worst``: indices of the
+    sequences of the batch with the highest peak.
     """
 
     name: str
@@ -136,8 +153,12 @@ _Batch = tuple[Ints, Shape]
 def batchings(
     lengths: Ints, batch: int, model: PeakModel, *, fits: Callable[[int], bool], seed: int = 0
 ) -> tuple[Batching, ...]:
-    """Padding to the longest in random, length-bucketed and sorted batches of ``batch`` rows; sorted batches
-    of about equal tokens; packing into rows of the longest length with full or block-diagonal attention."""
+    """Return the ways to batch.
+
+    They are: padding to the longest in random, length-bucketed and sorted batches of ``batch`` rows; sorted
+    batches of about equal tokens; and packing into rows of the longest length with full or block-diagonal
+    attention.
+    """
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(lengths))
     pools = [shuffled[i : i + batch * _POOL_BATCHES] for i in range(0, len(lengths), batch * _POOL_BATCHES)]
@@ -152,7 +173,8 @@ def batchings(
         "packed": _packed(lengths, longest_first, budget, block_diagonal=False),
         "packed-block-diagonal": _packed(lengths, longest_first, budget, block_diagonal=True),
     }
-    # However an epoch is shuffled, its longest sequence is in a batch, in some epoch in a whole one.
+    # However an epoch is shuffled, its longest sequence is in some batch, and in some epoch that batch is
+    # full.
     first = longest_first[:batch]
     whole: _Batch = (first, Shape(rows=len(first), length=int(lengths.max())))
     return tuple(
@@ -199,7 +221,7 @@ def _chunks(lengths: Ints, order: Ints, batch: int) -> list[_Batch]:
 
 
 def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch]:
-    """As many rows as the budget of padded tokens allows, at least one."""
+    """Take as many rows per batch as the budget of padded tokens allows, but at least one."""
     made, at = [], 0
     while at < len(longest_first):
         length = int(lengths[longest_first[at]])
@@ -210,10 +232,10 @@ def _by_tokens(lengths: Ints, longest_first: Ints, budget: float) -> list[_Batch
 
 
 def _packed(lengths: Ints, longest_first: Ints, budget: float, *, block_diagonal: bool) -> list[_Batch]:
-    """Best fit, longest first (Johnson 1974), into rows of the longest length."""
+    """Pack by best fit, longest first (Johnson 1974), into rows of the longest length."""
     length = int(lengths.max())
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is left, row), sorted
+    room: list[tuple[int, int]] = []  # (free length, row), sorted
     for index in longest_first:
         need = int(lengths[index])
         at = bisect.bisect_left(room, (need, -1))

@@ -1,4 +1,4 @@
-"""From a trace to memory: the level of live bytes over the clock, its peak, and who holds it."""
+"""Turn a trace into memory: the live bytes over the clock, their peak, and who holds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MemoryProfile:
 
 
 def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(clock, live bytes from that clock on), sorted by clock; each clock value occurs once."""
+    """Return (clock, live bytes from that clock on), sorted by clock; each clock value occurs once."""
     clock = [a.start for a in trace.allocations] + [a.end for a in trace.allocations if a.end is not None]
     change = [a.size_bytes for a in trace.allocations]
     change += [-a.size_bytes for a in trace.allocations if a.end is not None]
@@ -40,26 +40,26 @@ def levels(trace: Trace) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
-    """Levels between operators, and inside those operators whose own peak was probed."""
+    """Return the profile of the levels between operators and inside operators whose own peak was probed."""
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
     phase_peak, peaks = Counter[str](), []
     for span in trace.spans:
         first, last = numpy.searchsorted(clock, (span.start, span.end))
-        highest = int(live[first - 1]) if first else 0  # what it starts with
+        highest = int(live[first - 1]) if first else 0  # the level at its start
         if last > first:
             top = first + int(numpy.argmax(live[first:last]))
             peaks.append((int(live[top]), int(clock[top]), str(span.phase), "", False))
             highest = max(highest, int(live[top]))
         if span.phase is Phase.SETUP and span.start:
-            continue  # between steps nothing is built
+            continue  # nothing is built between steps
         phase_peak[str(span.phase)] = max(phase_peak[str(span.phase)], highest)
     for op, inside in _inside(trace, clock, live, calibration):
         if op.phase is Phase.SETUP and op.clock >= trace.spans[0].end:
             continue
         peaks.append((inside, op.clock, str(op.phase), op.op, True))
         phase_peak[str(op.phase)] = max(phase_peak[str(op.phase)], inside)
-    # A probe that finds no more than the outputs says nothing new: ties go to the level.
+    # A probe that finds only the outputs adds nothing: ties go to the level between operators.
     top_bytes, at, phase, op_name, probed = max(peaks, key=lambda p: (p[0], not p[4]))
     alive = [a for a in trace.allocations if a.start <= at and (a.end is None or a.end > at)]
     categories = _sum_by(alive, lambda a: str(a.category))
@@ -79,8 +79,9 @@ def memory_profile(trace: Trace, calibration: Calibration) -> MemoryProfile:
 
 
 def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
-    """The trace with what a kernel takes inside at the peak as an allocation of its own, so that its
-    highest level is the predicted peak."""
+    """Return the trace with the kernel workspace at the peak as an allocation, so that its highest level is
+    the predicted peak.
+    """
     at = profile.peak_clock
     op = next((o for o in trace.ops if o.clock == at), None)
     size_bytes = profile.at_peak_bytes.get(str(Category.WORKSPACE), 0)
@@ -94,7 +95,9 @@ def with_workspace(trace: Trace, profile: MemoryProfile) -> Trace:
 
 
 def with_kept(trace: Trace, calibration: Calibration) -> Trace:
-    """Workspaces that forward hands to backward, empty on fake tensors, in the size that a probe found."""
+    """Return the trace with probed sizes for workspaces that forward passes to backward; fake tensors show
+    them empty.
+    """
     if not any(op.signature in calibration.op_kept_bytes for op in trace.ops):
         return trace
     empty = {(a.op, a.start): a for a in trace.allocations if not a.size_bytes}
@@ -114,7 +117,7 @@ def with_kept(trace: Trace, calibration: Calibration) -> Trace:
 def _inside(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, calibration: Calibration
 ) -> Iterator[tuple[OpCall, int]]:
-    """(operator, live bytes at its own peak) for operators with a probe."""
+    """Yield (operator, live bytes at its own peak) for probed operators."""
     for op in trace.ops:
         own = calibration.op_peak_bytes.get(op.signature)
         if own is not None:
@@ -134,16 +137,18 @@ def _op_at(trace: Trace, at: int) -> str:
 
 
 def state_bytes(trace: Trace) -> int:
-    """Optimizer state alive when the trace ends."""
+    """Return the bytes of optimizer state that are alive when the trace ends."""
     return sum(
         a.size_bytes for a in trace.allocations if a.end is None and str(a.category) == "optimizer_state"
     )
 
 
 def timeline(trace: Trace, points: int) -> tuple[int, ...]:
-    """Live bytes over one whole step, the last: every forward, backward and optimizer phase gets the same
-    number of points (the maxima of its stretches), so that a measured step lines up. Micro-steps that
-    were not played repeat those that stand for them."""
+    """Return the live bytes over the last whole step, thinned to about ``points`` values.
+
+    Every forward, backward and optimizer phase gets the same number of points (the maxima of its stretches),
+    so that a measured step lines up. Micro-steps that were not traced repeat the ones that represent them.
+    """
     clock, live = levels(trace)
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     micro, rest = [s for s in last if s.phase is not Phase.OPTIMIZER], last[-1:]
@@ -155,16 +160,22 @@ def timeline(trace: Trace, points: int) -> tuple[int, ...]:
 
 
 def step_ops(trace: Trace) -> tuple[tuple[OpCall, int], ...]:
-    """(operator, how often) of one whole step: the last traced one, with the micro-steps that were not
-    played counted on those that stand for them."""
+    """Return (operator, count) of one whole step.
+
+    The step is the last traced one. Micro-steps that were not traced are counted on the ones that represent
+    them.
+    """
     ops = [op for op in trace.ops if op.step == trace.steps - 1 and op.phase is not Phase.SETUP]
     micro, again = _repeated(trace), trace.repeated_micro_steps
     return tuple((op, 1 + again if any(s.start <= op.clock < s.end for s in micro) else 1) for op in ops)
 
 
 def _repeated(trace: Trace) -> tuple[PhaseSpan, ...]:
-    """The forwards and backwards that stand for those not played: the last micro-step's where none are named;
-    between them those of others may lie, in a pipeline."""
+    """Return the forwards and backwards that represent those not traced.
+
+    Without named spans these are the last micro-step's. In a pipeline, spans of other micro-batches may lie
+    between them.
+    """
     if trace.repeated_spans:
         return trace.repeated_spans
     last = [s for s in trace.spans if s.step == trace.steps - 1]

@@ -1,10 +1,9 @@
-"""The second and third number of a plan: what the caching allocator reserves and what the device holds,
-each with its range, and the chance that it does not fit.
+"""Reserved and device memory of a plan, each with its range, and the probability that it does not fit.
 
-What the ranges rest on. Reserved: the replay in the traced order and with frees that come up to 16 events
-late (a free waits for Python and for autograd's thread), lowest to highest, and the error of the sizes
-themselves; no GPU has checked it yet. Device: added to that, end to end, the catalog's ranges for context,
-kernels and NCCL. A probability reads a range as the central 95 % of a split normal distribution.
+Basis of the ranges. Reserved: the lowest and highest of replays in the traced order and with frees up to 16
+events late (a free waits for Python and for autograd's thread), plus the error of the sizes themselves; not
+yet checked on a GPU. Device: the catalog's ranges for context, kernels and NCCL are added to that, end to
+end. For probabilities a range is read as the central 95 % of a split normal distribution.
 """
 
 from __future__ import annotations
@@ -23,13 +22,16 @@ from memfit.types.trace import Trace
 _LATE_EVENTS = (1, 4, 16)
 _BISECTIONS = 6
 ASSUMED_RESERVED_RATIO = (
-    1.06  # reserved to allocated, the median of 20 replayed plans; for what is not traced
+    1.06  # reserved to allocated, median of 20 replayed plans; used for plans that were not traced
 )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """None: this device has no such thing (a CPU), or the catalog does not know a part of it."""
+    """Reserved and device memory of a plan.
+
+    None: the device has no such memory (a CPU), or the catalog lacks a part of it.
+    """
 
     reserved_bytes: Interval | None = None
     device_bytes: Interval | None = None
@@ -38,7 +40,7 @@ class Footprint:
 
 
 def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
-    """Of a traced plan, whose allocations include the BLAS workspaces."""
+    """Return the footprint of a traced plan, whose allocations include the BLAS workspaces."""
     if machine.device.kind != "cuda":
         return Footprint()
     events = events_of(trace.allocations)
@@ -60,7 +62,9 @@ def footprint(trace: Trace, allocated: Interval, machine: Machine) -> Footprint:
 
 
 def sketched(allocated: Interval, machine: Machine, *, reserved_ratio: float) -> Footprint:
-    """Of a plan that was not traced: reserved in the ratio that a traced plan of the job had."""
+    """Return the footprint of a plan that was not traced, with the reserved ratio of a traced plan of the
+    job.
+    """
     if machine.device.kind != "cuda":
         return Footprint()
     reserved = Interval(
@@ -89,7 +93,7 @@ def _reserved(events: Sequence[Event], plain: Replayed, allocated: Interval) -> 
 
 
 def late(events: Sequence[Event], by: int) -> list[Event]:
-    """The same events with every free up to ``by`` places later, at random but always the same."""
+    """Return the events with every free moved up to ``by`` places later, at random with a fixed seed."""
     shift = numpy.random.default_rng(0).integers(0, by + 1, len(events)) + 0.5
     frees = numpy.fromiter((size < 0 for _, size, _ in events), dtype=bool, count=len(events))
     order: list[int] = numpy.argsort(numpy.arange(len(events)) + shift * frees, kind="stable").tolist()
@@ -97,7 +101,7 @@ def late(events: Sequence[Event], by: int) -> list[Event]:
 
 
 def _least(events: Sequence[Event], plain: Replayed, reserved: Interval, allocated: Interval) -> Interval:
-    """The smallest memory under which the replay ends well, giving back cached segments on the way."""
+    """Return the smallest memory under which the replay succeeds, releasing cached segments on the way."""
     low, high = plain.allocated_peak_bytes, plain.reserved_peak_bytes
     for _ in range(_BISECTIONS):
         middle = (low + high) // 2

@@ -1,9 +1,9 @@
-"""Energy, money and CO2 of one step, from the facts of a machine. Unknown in, unknown (None) out.
+"""Energy, money and CO2 of one step, from the facts of a machine. If an input is unknown, the result is None.
 
-energy [J] = power [W] x step time [s], an upper bound: the boards of all devices, and the hosts around them
-where the machine knows their power. The boundary says which: "board" or "board and host (modelled: power x
-time)". Electricity and CO2 count the whole site: energy x PUE, with 3.6e6 J in a kWh. CO2 is that of the
-electricity; making the hardware is not in it.
+energy [J] = power [W] x step time [s]. This is an upper bound for the boards of all devices, and for the
+hosts around them if the machine's facts include their power. The energy boundary says which: "board" or
+"board and host (modelled: power x time)". Electricity and CO2 count the whole site: energy x PUE, with 3.6e6
+J per kWh. CO2 covers the electricity only, not the making of the hardware.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ S_PER_HOUR: Final = 3600.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """One step's bill. None: a fact it needs is unknown."""
+    """The bill of one step. None: a fact it needs is unknown."""
 
-    energy_j: float | None  # at the devices, and at their hosts where known; before PUE
+    energy_j: float | None  # of the devices, and of their hosts if known; before PUE
     electricity_usd: float | None
     rental_usd: float | None
     usd: float | None
@@ -29,14 +29,14 @@ class Bill:
 
 
 def energy_j(power_w: float | None, step_s: float | None, *, devices: int = 1) -> float | None:
-    """Joules that `devices` draw at `power_w` watts each during `step_s` seconds."""
+    """Return the joules that `devices` draw at `power_w` watts each during `step_s` seconds."""
     if power_w is None or step_s is None:
         return None
     return power_w * step_s * devices
 
 
 def hosts_w(machine: Machine) -> float | None:
-    """Watts of all its hosts without their devices."""
+    """Return the watts of all hosts of the machine, without their devices; None if unknown."""
     if machine.host is None or machine.host.power_w is None:
         return None
     hosts = machine.device_count / machine.devices_per_host if machine.devices_per_host else 1
@@ -44,19 +44,20 @@ def hosts_w(machine: Machine) -> float | None:
 
 
 def site_kwh(place: Place | None, energy_j: float | None) -> float | None:
-    """kWh at the meter of the site: energy x PUE."""
+    """Return the kWh at the site's meter: energy x PUE."""
     if place is None or energy_j is None:
         return None
     return energy_j / J_PER_KWH * place.pue_ratio.value
 
 
 def electricity_usd(place: Place | None, energy_j: float | None) -> float | None:
+    """Return the price of the electricity in US dollars, including PUE; None if unknown."""
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.usd_per_kwh.value
 
 
 def rental_usd(machine: Machine, step_s: float | None) -> float | None:
-    """What the machine costs to rent for `step_s` seconds, all its devices."""
+    """Return the price of renting the machine with all its devices for `step_s` seconds."""
     hourly = machine.device.usd_per_hour
     if hourly is None or step_s is None:
         return None
@@ -64,10 +65,10 @@ def rental_usd(machine: Machine, step_s: float | None) -> float | None:
 
 
 def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> float | None:
-    """Electricity, plus rental where the catalog has a rental price. None where electricity is unknown.
+    """Return electricity plus rental, if the catalog has a rental price. None if electricity is unknown.
 
-    A rental price has the provider's own electricity in it, so for a rented machine this is a little
-    high (a few percent); `Bill` keeps the two parts apart.
+    A rental price includes the provider's own electricity, so for a rented machine the sum is slightly too
+    high (a few percent). `Bill` keeps the two parts separate.
     """
     electricity, rental = electricity_usd(machine.place, energy_j), rental_usd(machine, step_s)
     if electricity is None or (rental is None and machine.device.usd_per_hour is not None):
@@ -76,13 +77,13 @@ def usd(machine: Machine, *, energy_j: float | None, step_s: float | None) -> fl
 
 
 def co2_g(place: Place | None, energy_j: float | None) -> float | None:
-    """Grams of CO2 equivalent of the electricity."""
+    """Return the grams of CO2 equivalent of the electricity."""
     kwh = site_kwh(place, energy_j)
     return None if place is None or kwh is None else kwh * place.co2_g_per_kwh.value
 
 
 def bill(machine: Machine, *, step_s: float | None, measured_j: float | None = None) -> Bill:
-    """One step on the whole machine; `measured_j` replaces power x time."""
+    """Return the bill of one step on the whole machine. `measured_j` replaces power x time."""
     power = machine.device.power_w
     boards_j = energy_j(power.value if power else None, step_s, devices=machine.device_count)
     modelled_j = None if boards_j is None else boards_j + (energy_j(hosts_w(machine), step_s) or 0.0)

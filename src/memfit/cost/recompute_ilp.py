@@ -1,14 +1,13 @@
-"""Which tensors to drop: an integer program over a recorded step, solved by HiGHS.
+"""Choose which tensors to drop: an integer program over a recorded step, solved by HiGHS.
 
-Binary ``D[v]``: v is dropped after forward. ``A[v, k]`` in [0, 1]: it is still absent after the k-th first
-need of backward. With D fixed the largest A is integral: absence only ends, and a tensor that is made again
-finds its sources there (A[u, k] <= 1 - D[v] + A[v, k] for v made from u). Each instant of the plain step's
-level gives a row: level - bytes absent then + bytes that recomputation takes for a moment <= budget. What is
-minimised is the seconds of all calls that run again (calls shared by several tensors once).
-
-The program knows neither moments of recomputation nor tensors held longer as sources; a replay of its answer
-does, and what it finds goes back into the rows. (Formulation after Jain et al., Checkmate, 2020, for one
-recomputation of each tensor.)
+Binary ``D[v]``: v is dropped after forward. ``A[v, k]`` in [0, 1]: v is still absent after the k-th first
+need of backward. With D fixed, the largest A is integral: absence only ends, and a recomputed tensor needs
+its sources (A[u, k] <= 1 - D[v] + A[v, k] for v made from u). Each instant of the plain step's memory level
+gives a row: level - bytes absent then + bytes that recomputation takes temporarily <= budget. The objective
+is the time of all calls that run again (calls shared by several tensors count once). The program ignores the
+temporary bytes of recomputation and tensors kept longer as sources. A replay of its answer finds them, and
+they are added to the rows. (Formulation after Jain et al., Checkmate, 2020, with one recomputation of each
+tensor.)
 """
 
 from __future__ import annotations
@@ -20,16 +19,19 @@ import numpy
 
 from memfit.cost.recompute_replay import Candidate, Replay
 
-_WINDOW = 24  # first needs before a tensor's own at which it may be made again
+_WINDOW = 24  # a tensor may be recomputed up to this many first needs before its own
 _ROUNDS = 6
 GAP_RATIO = 0.003
-_STEPS_UP = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)  # from the lowest bound to the plain peak
-_NODES = 400  # of the branch and bound: a limit in time would not be deterministic
+_STEPS_UP = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)  # steps from the lower bound to the plain peak
+_NODES = 400  # node limit of the branch and bound; a time limit would not be deterministic
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecomputeChoice:
-    """``dropped``: candidates' numbers."""
+    """A set of tensors to drop, with the replayed peak and the cost.
+
+    ``dropped``: numbers of the candidates.
+    """
 
     dropped: frozenset[int]
     peak_bytes: int
@@ -37,7 +39,7 @@ class RecomputeChoice:
 
 
 def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) -> RecomputeChoice | None:
-    """The cheapest choice found whose replayed peak is within the budget."""
+    """Return the cheapest choice found whose replayed peak is within the budget, or None."""
     program = _Program(replay)
     found: list[RecomputeChoice] = []
     for _ in range(_ROUNDS):
@@ -53,8 +55,10 @@ def solve(replay: Replay, budget_bytes: int, *, gap_ratio: float = GAP_RATIO) ->
 
 
 def smallest(replay: Replay) -> RecomputeChoice:
-    """A choice near the lowest peak that there can be: the first found going up from where the program
-    without integers ends."""
+    """Return a choice near the lowest possible peak.
+
+    It is the first one found when raising the budget from the optimum of the program without integrality.
+    """
     plain = _choice(replay, frozenset())
     low = _Program(replay).lowest_bytes()
     for share in _STEPS_UP:
@@ -71,7 +75,7 @@ def _choice(replay: Replay, dropped: frozenset[int]) -> RecomputeChoice:
 
 
 def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> RecomputeChoice:
-    """Tensors kept again, the dearest first, where the replay says that they fit after all."""
+    """Keep tensors again, the most expensive first, while the replayed peak stays within the budget."""
     if choice.peak_bytes > budget_bytes:
         return choice
     by_cost = sorted(choice.dropped, key=lambda n: (choice.cost_s - replay.cost_s(choice.dropped - {n}), n))
@@ -83,7 +87,9 @@ def refined(replay: Replay, choice: RecomputeChoice, budget_bytes: int) -> Recom
 
 
 class _Program:
-    """Columns: D of each candidate, R of each call, A of each candidate and step of its window, the peak."""
+    """Columns: D of each candidate, R of each call, A of each candidate and step of its window, and the
+    peak.
+    """
 
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
@@ -100,10 +106,11 @@ class _Program:
                 self.absent[c.number, k] = column
                 column += 1
         self.peak, self.width = column, column + 1
-        self.rows: list[tuple[dict[int, float], float]] = []  # coefficients, at most
+        self.rows: list[tuple[dict[int, float], float]] = []  # (coefficients, upper bound)
         self._structure()
         self.instants = self._instants()
-        self.moment: defaultdict[int, int] = defaultdict(int)  # bytes that recomputation takes there
+        # temporary bytes of recomputation at that instant
+        self.moment: defaultdict[int, int] = defaultdict(int)
 
     def _structure(self) -> None:
         for c in self.replay.candidates:
@@ -120,7 +127,7 @@ class _Program:
                     self._after(c, self.replay.candidates[self.index[source]])
 
     def _after(self, made: Candidate, source: Candidate) -> None:
-        """Where ``made`` is made again its source is there."""
+        """Require that ``source`` is present when ``made`` is recomputed."""
         own, last, need = self.index[made.number], self.place[source.first_need], self.place[made.first_need]
         first = max(0, last - _WINDOW)
         if need < first:
@@ -133,7 +140,7 @@ class _Program:
                 self.rows.append((row, 1.0))
 
     def _instants(self) -> list[tuple[int, int]]:
-        """(clock, level): the highest of the plain step between two changes of what may be absent."""
+        """Return (clock, level): the plain step's highest level between two changes of what may be absent."""
         clock, level = self.replay.clock, self.replay.level
         bounds = sorted({*self.events, *(c.gone for c in self.replay.candidates)})
         parts = numpy.searchsorted(numpy.array(bounds, dtype=numpy.int64), clock, side="right")
@@ -144,8 +151,9 @@ class _Program:
         return list(top.values())
 
     def _row(self, at: int) -> dict[int, float]:
-        """Bytes absent at ``at``, by column, as negative coefficients."""
-        step = int(numpy.searchsorted(self.events, at, side="right")) - 1  # first needs that have been
+        """Return the bytes absent at clock ``at``, by column, as negative coefficients."""
+        # index of the last first need up to that clock
+        step = int(numpy.searchsorted(self.events, at, side="right")) - 1
         row = {}
         for c in self.replay.candidates:
             if c.gone <= at < c.first_need:
@@ -154,7 +162,7 @@ class _Program:
         return row
 
     def dropped(self, budget_bytes: int, gap_ratio: float) -> frozenset[int] | None:
-        """A cheapest choice under the program's rows; None: there is none."""
+        """Return a cheapest choice under the program's rows, or None if there is none."""
         seconds = numpy.zeros(self.width)
         total = sum(self.replay.seconds[k] for k in self.call) or 1.0
         for k, column in self.call.items():
@@ -170,7 +178,7 @@ class _Program:
         return frozenset(n for n, i in self.index.items() if solved[i] > 0.5)
 
     def lowest_bytes(self) -> int:
-        """No choice has a lower peak: that of the program without integers."""
+        """Return a lower bound on the peak of any choice: the optimum of the program without integrality."""
         unit = float(self.replay.level.max())
         objective = numpy.zeros(self.width)
         objective[self.peak] = 1.0
@@ -182,7 +190,10 @@ class _Program:
     def _solved(
         self, more: list[tuple[dict[int, float], float]], objective: numpy.ndarray, gap_ratio: float | None
     ) -> numpy.ndarray | None:
-        """``more``: rows in bytes. ``gap_ratio``: within which the answer is best; None: without integers."""
+        """Solve the program.
+
+        ``more``: additional rows in bytes. ``gap_ratio``: relative optimality gap; None: without integrality.
+        """
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
@@ -203,7 +214,7 @@ class _Program:
         return None if solved.x is None else numpy.asarray(solved.x)
 
     def learn(self, dropped: frozenset[int], budget_bytes: int) -> bool:
-        """Put what the replay finds above the program's rows into them; whether there was anything."""
+        """Add what the replay finds above the program's rows to them. Returns whether anything was added."""
         clock, level = self.replay.levels(dropped)
         known = numpy.array([at for at, _ in self.instants], dtype=numpy.int64)
         order = numpy.argsort(known)
@@ -223,7 +234,9 @@ class _Program:
         return changed
 
     def _absent(self, at: int, dropped: frozenset[int]) -> int:
-        """Bytes that the program takes to be absent at most: of tensors before their first need."""
+        """Return the most bytes that the program treats as absent: of dropped tensors before their first
+        need.
+        """
         return sum(
             c.size_bytes
             for c in self.replay.candidates

@@ -1,4 +1,4 @@
-"""What a choice of dropped tensors does to the level of live bytes, and what it costs, from a recording."""
+"""Compute the memory level and the cost of a choice of dropped tensors, from a recording."""
 
 from __future__ import annotations
 
@@ -17,41 +17,49 @@ from memfit.types.trace import OpCall, Phase, Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A tensor that backward asks for and that may be dropped. ``sources``: other candidates that its
-    recomputation reads; ``calls``: what runs for it, tensors in between that nobody keeps included."""
+    """A tensor that backward needs and that may be dropped.
+
+    ``sources``: other candidates that its recomputation reads. ``calls``: the calls that recompute it,
+    including those for intermediate tensors that are not kept.
+    """
 
     number: int
     size_bytes: int
-    gone: int  # clock from which forward can do without it
+    gone: int  # clock from which forward does not need it
     first_need: int
     sources: tuple[int, ...]
     calls: tuple[int, ...]
-    between: tuple[int, ...]  # numbers of the tensors in between
+    between: tuple[int, ...]  # numbers of the intermediate tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """``clock``, ``level``: live bytes of the plain step within the pass, with what kernels take inside."""
+    """A recorded forward pass, ready to evaluate choices.
+
+    ``clock``, ``level``: live bytes of the plain step within the pass, including memory inside kernels.
+    """
 
     recording: Recording
     candidates: tuple[Candidate, ...]
     seconds: Sequence[float]  # of each recorded call
-    workspace: Sequence[int]  # bytes that each recorded call takes inside, its outputs included
+    workspace: Sequence[int]  # bytes inside each recorded call, with its outputs
     clock: numpy.ndarray
     level: numpy.ndarray
     outside_bytes: int  # highest level before and after the pass
 
     def cost_s(self, dropped: frozenset[int]) -> float:
-        """Seconds of recomputation; ``dropped`` are candidates' numbers."""
+        """Return the seconds of recomputation. ``dropped``: numbers of the candidates."""
         calls = {c for one in self.candidates if one.number in dropped for c in one.calls}
         return sum(self.seconds[c] for c in calls)
 
     def closure(self, dropped: frozenset[int]) -> frozenset[int]:
-        """With the tensors in between."""
+        """Return the dropped tensors together with the intermediate ones."""
         return dropped.union(*(c.between for c in self.candidates if c.number in dropped))
 
     def levels(self, dropped: frozenset[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(clock, live bytes) of the pass without these candidates, instants of recomputation included."""
+        """Return (clock, live bytes) of the pass without these candidates, including instants of
+        recomputation.
+        """
         return _Played(self, self.closure(dropped)).levels()
 
     def peak_bytes(self, dropped: frozenset[int]) -> int:
@@ -61,7 +69,7 @@ class Replay:
 def replay(
     recording: Recording, seconds: Callable[[OpCall], float], calibration: Calibration, *, least_bytes: int
 ) -> Replay:
-    """Tensors smaller than ``least_bytes`` are always kept."""
+    """Prepare the replay of a recording. Tensors smaller than ``least_bytes`` are always kept."""
     trace = with_kept(recording.trace, calibration)
     ops = {op.clock: op for op in trace.ops}
     called = [ops.get(c.clock) for c in recording.calls]
@@ -88,7 +96,10 @@ def replay(
 
 
 def _outside(trace: Trace, points: list[tuple[int, int]]) -> Iterator[int]:
-    """Levels while the model is built and while the optimizer steps; other passes are as the recorded one."""
+    """Yield the levels while the model is built and while the optimizer steps.
+
+    Other passes are like the recorded one.
+    """
     spans = [s for s in trace.spans if s.phase is Phase.OPTIMIZER or not s.start]
     starts = [s.start for s in spans]
     for at, value in points:
@@ -130,15 +141,18 @@ def _candidates(recording: Recording, least_bytes: int) -> list[Candidate]:
 
 
 class _Played:
-    """The tape of one choice, by arithmetic: who is made again when, and held until when."""
+    """Computes for one choice which tensors are recomputed when, and until when they are held."""
 
     def __init__(self, replay: Replay, dropped: frozenset[int]) -> None:
         self.replay, self.dropped = replay, dropped
         self.made, self.calls = replay.recording.made, replay.recording.calls
-        self.changes: defaultdict[int, int] = defaultdict(int)  # by clock, of the plain step
-        self.instants: list[tuple[int, int]] = []  # (clock, bytes above the changed level) while making
+        # change of bytes by clock, relative to the plain step
+        self.changes: defaultdict[int, int] = defaultdict(int)
+        # (clock, bytes above the changed level) during recomputation
+        self.instants: list[tuple[int, int]] = []
         self.present: set[int] = set()
-        self.readers: defaultdict[int, set[int]] = defaultdict(set)  # who is yet to be made from a tensor
+        # tensors still to be recomputed, by the tensor they read
+        self.readers: defaultdict[int, set[int]] = defaultdict(set)
         self.above = 0
 
     def levels(self) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -174,7 +188,10 @@ class _Played:
         return {r for c in self.made[number].calls for r in self.calls[c].reads} - {number}
 
     def _make(self, number: int, at: int) -> None:
-        """Sources first, as the tape does it. Changes at ``at`` apply after it; instants within are noted."""
+        """Recompute the tensor, sources first, as at run time.
+
+        Changes at ``at`` apply after it; instants within the recomputation are recorded.
+        """
         self.above = 0
         stack = [number]
         while stack:
@@ -203,11 +220,11 @@ class _Played:
             self._free(m.size_bytes, at)
 
     def _let_go(self, source: int, at: int) -> None:
-        """The last one to read it has: it goes, unless backward is yet to ask for it."""
+        """Release a source after its last reader, unless backward still needs it."""
         m = self.made[source]
         if source in self.dropped and not m.needs:
             self._free(m.size_bytes, at)
-        elif m.end is not None and m.end <= at:  # held beyond its life in the plain step
+        elif m.end is not None and m.end <= at:  # held longer than in the plain step
             self.changes[m.end] += m.size_bytes
             self.changes[at] -= m.size_bytes
 

@@ -1,7 +1,7 @@
-"""Pipeline schedules as what they are: an order of work on every rank, and who needs whose result.
+"""Pipeline schedules: the order of work on every rank, and the dependencies between results.
 
-``simulate`` plays any stages exactly. ``closed_s`` has the formulas for equal stages (Huang et al. 2019,
-GPipe; Narayanan et al. 2021, 1F1B and interleaved; Qi et al. 2023, ZB-H1), on numbers or numpy arrays.
+``simulate`` simulates arbitrary stages exactly. ``closed_s`` has the formulas for equal stages (Huang et al.
+2019, GPipe; Narayanan et al. 2021, 1F1B and interleaved; Qi et al. 2023, ZB-H1), for numbers or numpy arrays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Work = tuple[int, int, int]  # (kind, chunk, micro-batch)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """``busy_s``: of each rank; ``bubble_ratio``: what is idle of all ranks' time."""
+    """Result of a simulation. ``busy_s``: of each rank; ``bubble_ratio``: idle share of all ranks' time."""
 
     step_s: float
     busy_s: tuple[float, ...]
@@ -37,10 +37,13 @@ def simulate(
     send_s: float = 0.0,
     virtual: int = 1,
 ) -> Simulated:
-    """``forward_s``, ``backward_s``: of one micro-batch through each stage, in the order of the model; with
-    ``virtual`` chunks a rank there are so many times as many stages, and rank r has r, r + ranks, ...
-    ``weight_s``: the part of backward that nobody waits for, split off by zero-bubble only. ``send_s``:
-    from one stage to the next."""
+    """Simulate one step of a pipeline.
+
+    ``forward_s``, ``backward_s``: seconds of one micro-batch through each stage, in the order of the model.
+    With ``virtual`` chunks per rank there are that many times as many stages, and rank r has stages r, r +
+    ranks, ... ``weight_s``: the part of backward that no other work waits for, split off by zero-bubble only.
+    ``send_s``: from one stage to the next.
+    """
     assert kind in KINDS, kind
     stages = len(forward_s)
     ranks = stages // virtual
@@ -74,8 +77,11 @@ def _order(kind: str, rank: int, ranks: int, micros: int, virtual: int) -> list[
 
 
 def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
-    """ZB-H1: a rank puts off as many weights' gradients as there are ranks before it, and makes them up where
-    it would wait for the last backwards."""
+    """Insert weight-gradient work for ZB-H1.
+
+    A rank postpones as many weight gradients as there are ranks before it, and does them where it would
+    otherwise wait for the last backwards.
+    """
     found: list[_Work] = []
     owed: list[_Work] = []
     forwards = sum(kind == _FORWARD for kind, _, _ in order)
@@ -91,7 +97,9 @@ def _with_weights(order: list[_Work], rank: int) -> list[_Work]:
 
 
 def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(chunk, micro-batch) in the order of forward and of backward: a chunk at a time of a group of them."""
+    """Return (chunk, micro-batch) in the order of forward and of backward: for each group of micro-batches,
+    chunk by chunk.
+    """
     forward, backward = [], []
     size = _group(ranks, micros)
     for first in range(0, micros, size):
@@ -102,14 +110,14 @@ def _sequence(ranks: int, micros: int, virtual: int) -> tuple[list[tuple[int, in
 
 
 def _group(ranks: int, micros: int) -> int:
-    """As many micro-batches as there are ranks; a few more where they do not come out even."""
+    """Return the size of a group: as many micro-batches as ranks, or a few more if the division is uneven."""
     return -(-micros // max(1, micros // ranks))
 
 
 def _play(
     orders: list[list[_Work]], seconds: tuple[list[float], ...], send_s: float, ranks: int
 ) -> list[float]:
-    """When each rank is done."""
+    """Return the time when each rank finishes."""
     last = len(seconds[0]) - 1
     done: dict[tuple[int, int, int], float] = {}  # (kind, stage, micro-batch) -> end
     free, place = [0.0] * ranks, [0] * ranks
@@ -137,7 +145,7 @@ def _play(
 def _ready(
     kind: int, stage: int, micro: int, last: int, done: dict[tuple[int, int, int], float], send_s: float
 ) -> float | None:
-    """When what a piece of work needs is there; None: not known yet."""
+    """Return the time when the inputs of a piece of work are available; None if it is not known yet."""
     if kind == _WEIGHT or (kind == _FORWARD and stage == 0):
         return 0.0
     if kind == _FORWARD:
@@ -153,9 +161,12 @@ def closed_s(
     kind: str, forward_s: Any, backward_s: Any, micro_batches: Any, ranks: Any, *, weight_s: Any = 0.0,
     send_s: Any = 0.0, virtual: Any = 1,
 ) -> Any:  # fmt: skip
-    """Step seconds of equal stages; ``forward_s`` and ``backward_s``: of one micro-batch through all of a
-    rank's chunks. With ``send_s`` exact for 1F1B of a multiple of ``ranks`` micro-batches, whose every round
-    trip waits for its sends; for GPipe; and, for the others, of the first and last micro-batch only."""
+    """Return the step seconds for equal stages.
+
+    ``forward_s`` and ``backward_s``: of one micro-batch through all of a rank's chunks. ``send_s`` is exact
+    for 1F1B with a multiple of ``ranks`` micro-batches, where every round trip waits for its sends, and for
+    GPipe. For the other schedules it counts the first and last micro-batch only.
+    """
     both, ahead = forward_s + backward_s, ranks - 1
     if kind == "gpipe":
         return (micro_batches + ahead) * both + 2 * ahead * send_s

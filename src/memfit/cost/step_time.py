@@ -1,6 +1,7 @@
-"""A plan's step from its kinds of ranks: one played on its streams, or stages in a pipeline's order.
+"""Step time of a plan from its distinct ranks: one rank simulated on its streams, or stages in a pipeline's
+order.
 
-Not priced: loading data, ranks that are slower at times, and numbers that the host waits for.
+Not modelled: loading data, ranks that are slower at times, and host synchronisation on tensor values.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from memfit.types.machine import Machine
 from memfit.types.plan import Plan, Use
 from memfit.types.trace import Phase, Trace
 
-_WEIGHT_SHARE = 0.5  # of backward: the weights' gradients, in a layer of products
+_WEIGHT_SHARE = 0.5  # share of backward for weight gradients, in a layer of matrix products
 
 
 def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeModel) -> Played | None:
-    """``traces``: of one rank of each kind (`Layout.distinct_ranks`), in order. None where it is not
-    modelled: several ranks on processors, whose cores they share."""
+    """Simulate the plan's step.
+
+    ``traces``: one rank of each kind (`Layout.distinct_ranks`), in order. Returns None if it is not modelled:
+    several ranks on processors, whose cores they share.
+    """
     if plan.ranks > 1 and machine.device.kind == "cpu":
         return None
     pairs = [(Player(model=model, machine=machine, members=t.members), t) for t in traces]
@@ -34,8 +38,11 @@ def played(traces: Sequence[Trace], plan: Plan, machine: Machine, model: TimeMod
 
 
 def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, micros: int) -> float | None:
-    """With what replicas or shards of the model exchange in a step, of which half of the work hides as much:
-    good enough to say which plans are worth a trace. None where several ranks are not modelled."""
+    """Return the step seconds including what replicas or shards of the model exchange.
+
+    Half of the compute time hides communication. This is accurate enough to decide which plans are worth a
+    trace. Returns None if several ranks are not modelled.
+    """
     if plan.ranks == 1:
         return compute_s
     if machine.device.kind == "cpu":
@@ -57,7 +64,7 @@ def sketched_s(compute_s: float, plan: Plan, parameters: int, machine: Machine, 
 
 
 def _with_offload(found: Played, trace: Trace, machine: Machine, model: TimeModel) -> Played:
-    """What leaves the device and comes back, by copies that compute waits for."""
+    """Add the copies that leave the device and come back, for which compute waits."""
     more_s = _whole(trace, trace.offloaded_bytes + trace.restored_bytes) / host_bytes_s(machine, model)
     more_s += model.calibration.disk_file_s * _whole(trace, trace.offloaded_tensors)
     busy = {**found.busy_s, "host link": more_s} if more_s else found.busy_s
@@ -65,13 +72,13 @@ def _with_offload(found: Played, trace: Trace, machine: Machine, model: TimeMode
 
 
 def _whole(trace: Trace, played: int) -> float:
-    """Of all micro-batches of a step."""
+    """Scale a quantity of the traced micro-batches to all micro-batches of a step."""
     forwards = sum(s.phase is Phase.FORWARD and s.step == trace.steps - 1 for s in trace.spans)
     return played * (forwards + trace.unplayed(Phase.FORWARD)) / max(1, forwards)
 
 
 def host_bytes_s(machine: Machine, model: TimeModel) -> float:
-    """Between one device and its host's memory, while all of its devices do the same."""
+    """Return the bytes/s between one device and its host's memory while all devices of the host copy."""
     host = machine.host
     if host is None or host.device_bytes_s is None or model.calibration.disk_bytes_s:
         return model.offload_bytes_s
@@ -81,13 +88,13 @@ def host_bytes_s(machine: Machine, model: TimeModel) -> float:
 
 
 def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, used: Use, machine: Machine) -> Played:
-    """The second rank stands for all between the first and the last."""
+    """Simulate a pipeline. The second rank represents all ranks between the first and the last."""
     stages, virtual = layout(plan).pipeline, int(used.settings["virtual"])
     kind = str(used.settings["schedule"])
     chunks = virtual if kind == "interleaved" else 1
     if kind.startswith("zero-bubble"):
-        kind = "zero-bubble"  # a rank's chunks one after the other
-    micros = max(1, micro_steps(pairs[0][1]) // virtual)  # the last stage's loss is a forward of its own
+        kind = "zero-bubble"  # a rank's chunks run one after the other
+    micros = max(1, micro_steps(pairs[0][1]) // virtual)  # the last stage's loss is a separate forward
     pieces = [_pieces(p, t, micros) for p, t in pairs]
     order = [pieces[0], *[pieces[min(1, len(pieces) - 1)]] * (stages - 2), pieces[-1]]
     forward, backward = ([one[i] / chunks for one in order] * chunks for i in range(2))
@@ -104,7 +111,7 @@ def _piped(pairs: list[tuple[Player, Trace]], plan: Plan, used: Use, machine: Ma
 
 
 def micro_steps(trace: Trace) -> int:
-    """Forwards of a step; one for each chunk of each micro-batch."""
+    """Return the number of forwards in a step: one per chunk and micro-batch."""
     forwards = [s for s in trace.spans if s.phase is Phase.FORWARD and s.step == trace.steps - 1]
     worked = {o.clock for o in trace.ops if o.phase is Phase.FORWARD}
     seen = sum(any(s.start <= clock < s.end for clock in worked) for s in forwards)
@@ -112,7 +119,7 @@ def micro_steps(trace: Trace) -> int:
 
 
 def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, float]:
-    """Seconds of a micro-batch's forward and backward on this rank, and of a step's rest."""
+    """Return seconds of (a micro-batch's forward, its backward, the rest of the step) on this rank."""
     ops = [o for o in trace.ops if o.step == trace.steps - 1]
     seconds: dict[Phase, float] = {Phase.FORWARD: 0.0, Phase.BACKWARD: 0.0, Phase.OPTIMIZER: 0.0}
     for span in trace.spans:
@@ -125,7 +132,7 @@ def _pieces(player: Player, trace: Trace, micros: int) -> tuple[float, float, fl
 
 
 def _send_s(trace: Trace, plan: Plan, machine: Machine) -> float:
-    """Of what one stage hands to the next."""
+    """Return the seconds to send one stage's output to the next."""
     sizes = [payload_bytes(o) for o in trace.ops if o.op.startswith("c10d.send")]
     apart = plan.ranks // layout(plan).pipeline
     inside = not machine.devices_per_host or apart < machine.devices_per_host

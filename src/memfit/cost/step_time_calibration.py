@@ -1,8 +1,9 @@
-"""The closed loop: short real runs correct what is predicted for other plans on the same machine.
+"""The closed loop: short real runs correct the predictions for other plans on the same machine.
 
-log(measured / predicted) of a step = a + the sum of b over the plan's techniques, by least squares with b
-drawn to zero (ridge of one observation), so that few runs do not say much of a technique and many do. How
-far a run is off when the others alone predict it (leave one out) is the interval's new half-width.
+log(measured / predicted) of a step = a + the sum of b over the plan's techniques. The fit is least squares
+with b shrunk to zero (ridge of one observation), so that a few runs say little about a technique and many
+runs say much. The error of each run when predicted from the others (leave-one-out) gives the interval's new
+half-width.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Final
 from memfit.types.machine import Calibration
 from memfit.types.plan import Plan
 
-LEAST_SPREAD: Final = 0.05  # no step is known better: machines have moods
-_ENOUGH: Final = 3  # plans, below which nothing is said of the interval
+LEAST_SPREAD: Final = 0.05  # no prediction is more certain, because machines vary
+_ENOUGH: Final = 3  # number of plans below which the interval is not changed
 _RIDGE: Final = 1.0
 
-Seen = Sequence[tuple[Plan, float]]  # a plan and its measured over predicted seconds
+Seen = Sequence[tuple[Plan, float]]  # plans with their measured over predicted seconds
 
 
 def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibration:
-    """`calibration` with what the runs taught. ``source`` names them. Without runs, as it was."""
+    """Return `calibration` with the corrections from the runs, or unchanged without runs.
+
+    ``source`` names the runs.
+    """
     if not seen:
         return calibration
     base, by_technique = _fit(seen)
@@ -41,7 +45,7 @@ def corrected(calibration: Calibration, seen: Seen, *, source: str) -> Calibrati
 
 
 def factor(calibration: Calibration, plan: Plan) -> float:
-    """What a predicted step is to be multiplied with; 1 before any run."""
+    """Return the factor for a predicted step time; 1 before any run."""
     return _told(calibration.step_ratio, calibration.technique_ratio, plan)
 
 
@@ -54,7 +58,7 @@ def _fit(seen: Seen) -> tuple[float, dict[str, float]]:
 
     names = sorted({use.technique for plan, _ in seen for use in plan.uses})
     rows = [[1.0, *(float(plan.get(name) is not None) for name in names)] for plan, _ in seen]
-    drawn = _RIDGE * numpy.eye(len(names) + 1)[1:]  # the base is free
+    drawn = _RIDGE * numpy.eye(len(names) + 1)[1:]  # the base is not shrunk
     left = numpy.vstack([numpy.array(rows), drawn])
     right = numpy.concatenate([[math.log(ratio) for _, ratio in seen], numpy.zeros(len(names))])
     found = numpy.exp(numpy.linalg.lstsq(left, right, rcond=None)[0])
@@ -62,11 +66,13 @@ def _fit(seen: Seen) -> tuple[float, dict[str, float]]:
 
 
 def merged(old: Calibration, new: Calibration) -> Calibration:
-    """Newer operator figures win; the machine's rates are the better of both (noise only slows)."""
+    """Merge calibrations: newer operator figures win, rates of the machine are the better of both (noise only
+    slows).
+    """
     rates = {k: max(v, old.flops_s.get(k, 0.0)) for k, v in new.flops_s.items()}
     overheads = [c.overhead_s for c in (old, new) if c.flops_s]
     return dataclasses.replace(
-        old,  # with what runs taught
+        old,  # keeps the corrections from runs
         threads=new.threads,
         machine="this machine",
         flops_s=rates,

@@ -1,8 +1,9 @@
-"""One rank's step played on its streams: compute, each communication stream, the host that issues all of it.
+"""Simulate one rank's step on its streams: compute, each communication stream, and the host that issues the
+calls.
 
-A call starts when it is issued, when its stream is free and when what its stream waits for is done; a
-collective also when its wires are. While a collective runs beside it, a kernel has fewer multiprocessors.
-Other ranks are taken to be as quick: nobody is waited for at a collective's start.
+A call starts when it is issued, its stream is free, and what its stream waits for is done; a collective also
+waits for its wires. While a collective runs, concurrent kernels have fewer multiprocessors. Other ranks are
+assumed to be equally fast, so no rank waits for another at the start of a collective.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from memfit.cost.op_time import COLLECTIVES, FUSED, TimeModel
 from memfit.types.machine import Machine
 from memfit.types.trace import OpCall, Phase, PhaseSpan, Trace
 
-ASSUMED_CHANNELS = 16  # multiprocessors that a running collective keeps busy, where the catalog has no count
+ASSUMED_CHANNELS = 16  # multiprocessors that a running collective uses, if the catalog has no count
 ASSUMED_HOST_BYTES_S = 200e9  # an optimizer on two sockets with eight channels each: half of their bandwidth
-FASTER = 0.9  # of its time: how a resource is tried for being the bottleneck
-_PLAYED_AGAIN = 2  # micro-steps repeated for real; the rest follow on the line
+FASTER = 0.9  # factor on a resource's time to test whether it is the bottleneck
+_PLAYED_AGAIN = 2  # micro-steps that are simulated; the rest are extrapolated linearly
 
 _KINDS = {
     "allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
@@ -36,8 +37,11 @@ _ITEM_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Played:
-    """``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing),
-    host memory. ``exposed_s``: communication that compute waits for; ``idle_s``: compute's other gaps."""
+    """Result of a simulated step.
+
+    ``busy_s``: seconds of work by resource: matmul, attention, memory, link, network, host (issuing), host
+    memory. ``exposed_s``: communication that compute waits for. ``idle_s``: other gaps in compute.
+    """
 
     step_s: float
     busy_s: Mapping[str, float]
@@ -57,8 +61,11 @@ class Item:
 
 @dataclasses.dataclass(kw_only=True)
 class Player:
-    """Plays traces of one plan on one machine. ``quicker``: a factor on the seconds of a resource.
-    ``blocking``: the host waits for every kernel before it issues the next (CUDA_LAUNCH_BLOCKING=1)."""
+    """Simulates traces of one plan on one machine.
+
+    ``quicker``: factor on the seconds of a resource. ``blocking``: the host waits for every kernel before it
+    issues the next (CUDA_LAUNCH_BLOCKING=1).
+    """
 
     model: TimeModel
     machine: Machine
@@ -70,7 +77,7 @@ class Player:
         device = self.machine.device
         channels = device.nccl_channels.value if device.nccl_channels else ASSUMED_CHANNELS
         whole = self.model.kernels.multiprocessors if self.model.kernels else math.inf
-        self.beside = 1 / (1 - min(0.5, channels / whole))  # a kernel's seconds beside a collective
+        self.beside = 1 / (1 - min(0.5, channels / whole))  # slowdown of a kernel beside a collective
         self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
     def item(self, op: OpCall) -> Item:
@@ -97,7 +104,7 @@ class Player:
 
     def _collective(self, op: OpCall) -> tuple[float, str]:
         kind, size_bytes, *where = sent(op)
-        if where:  # a stand-in says how many ranks, and how many of them in a host
+        if where:  # a synthetic operator gives its number of ranks and how many of them share a host
             count, near = where
             seconds = collective_s(kind, size_bytes, count, near, self.machine)
             return float(seconds), "link" if near >= count else "network"
@@ -115,9 +122,9 @@ class Player:
         return _Stage(self.beside, self.blocking).run([self.item(op) for op in ops])
 
     def step(self, trace: Trace) -> Played:
-        """A whole step: the last one traced, with the micro-steps that were not played on the line."""
+        """Simulate a whole step: the last one traced, with untraced micro-steps extrapolated linearly."""
         again = trace.repeated_micro_steps
-        if trace.repeated_spans:  # of a pipeline, whose phases follow each other in its own order
+        if trace.repeated_spans:  # a pipeline, whose phases follow its schedule
             whole, spans = self.play(_played(trace)), trace.repeated_spans
             more = [self.play(o for o in _played(trace) if s.start <= o.clock < s.end) for s in spans]
             return _added(whole, more, again)
@@ -131,8 +138,7 @@ class Player:
         return _added(_added(two, [two], times), [one], -times)
 
     def bottleneck(self, trace: Trace) -> dict[str, float]:
-        """Resource -> seconds by which the step is shorter when it takes a tenth less for its work; the
-        largest first."""
+        """Return resource -> seconds saved per step if its work takes a tenth less, largest first."""
         base = self.step(trace)
         saved = {}
         for resource in [*base.busy_s]:
@@ -142,7 +148,7 @@ class Player:
 
 
 def _added(one: Played, more: Sequence[Played], times: int) -> Played:
-    """With each of ``more`` so many times."""
+    """Return ``one`` with each of ``more`` added ``times`` times."""
     busy_s = {k: v + times * sum(m.busy_s.get(k, 0.0) for m in more) for k, v in one.busy_s.items()}
     return Played(
         step_s=one.step_s + times * sum(m.step_s for m in more), busy_s=busy_s,
@@ -152,6 +158,8 @@ def _added(one: Played, more: Sequence[Played], times: int) -> Played:
 
 
 class _Stage:
+    """State of the simulation of one rank."""
+
     def __init__(self, beside: float, blocking: bool) -> None:
         self.beside, self.blocking = beside, blocking
         self.issued = self.exposed = self.idle = 0.0
@@ -159,7 +167,7 @@ class _Stage:
         self.wires: dict[str, float] = defaultdict(float)
         self.ends: dict[str, list[float]] = defaultdict(list)
         self.busy: dict[str, float] = defaultdict(float)
-        self.flying: list[tuple[float, float]] = []  # collectives' (start, end) that may still run
+        self.flying: list[tuple[float, float]] = []  # (start, end) of collectives that may still be running
 
     def run(self, items: Sequence[Item]) -> Played:
         phase = Phase.FORWARD
@@ -178,7 +186,7 @@ class _Stage:
         )  # fmt: skip
 
     def _join(self) -> None:
-        """Compute waits for all collectives: gradients are there when backward is over."""
+        """Make compute wait for all collectives, because gradients are complete at the end of backward."""
         for stream, ends in list(self.ends.items()):
             if stream and ends:
                 self._until(ends[-1])
@@ -224,7 +232,7 @@ class _Stage:
             self.issued = max(self.issued, start + seconds)
 
     def _slowed(self, start: float, seconds: float) -> float:
-        """More seconds of a kernel for the time that collectives run beside it."""
+        """Return the additional seconds of a kernel caused by collectives that run beside it."""
         if not self.flying:
             return 0.0
         self.flying = [f for f in self.flying if f[1] > start]
@@ -234,7 +242,7 @@ class _Stage:
 
 
 def split(trace: Trace) -> tuple[list[OpCall], list[OpCall], list[OpCall]]:
-    """Of the last step: what comes before its last micro-step, that micro-step, what comes after it."""
+    """Return the operators of the last step: (before its last micro-step, of that micro-step, after it)."""
     last = [s for s in trace.spans if s.step == trace.steps - 1 and s.phase is not Phase.SETUP]
     ops = _played(trace)
     first, end = _window(last)
@@ -247,16 +255,19 @@ def _played(trace: Trace) -> list[OpCall]:
 
 
 def _window(last: Sequence[PhaseSpan]) -> tuple[int, int]:
-    """Clocks of the last micro-step: its forward and its backward."""
+    """Return the start and end clock of the last micro-step: of its forward and its backward."""
     starts = [s.start for s in last if s.phase is Phase.FORWARD]
     ends = [s.end for s in last if s.phase is Phase.BACKWARD]
     return (starts[-1], ends[-1]) if starts and ends else (0, 0)
 
 
 def sent(op: OpCall) -> tuple[Any, ...]:
-    """(kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) of anything else.
-    Of one that a prediction stands in for (techniques/synthetic_kernel.py) also its ranks, and those of them
-    in a host."""
+    """Return (kind, bytes of the whole) of a collective, as `collective_s` counts them; ("", 0) for other
+    operators.
+
+    For a synthetic collective (techniques/synthetic_kernel.py) the result also has its number of ranks, and
+    how many of them share a host.
+    """
     if op.op.startswith(FUSED):
         _, args, _ = json.loads(op.signature)
         return (args[3], *args[4]) if args[3] in KINDS else ("", 0)
@@ -264,7 +275,7 @@ def sent(op: OpCall) -> tuple[Any, ...]:
 
 
 def payload_bytes(op: OpCall) -> int:
-    """Of what is sent from one rank to another."""
+    """Return the bytes of a point-to-point send."""
     return _bytes(json.loads(op.signature)[1][0])
 
 
@@ -286,7 +297,7 @@ def _sent(signature: str) -> tuple[str, int]:
 
 
 def _bytes(value: Any) -> int:
-    """Of a tensor in a signature, or of all in a list."""
+    """Return the bytes of a tensor in a signature, or of all tensors in a list."""
     if isinstance(value, list):
         return sum(map(_bytes, value))
     if not isinstance(value, dict) or "t" not in value:

@@ -1,7 +1,7 @@
-"""Workspaces: memory that a kernel takes inside itself and gives back. Fake tensors do not show them.
+"""Workspaces: memory that a kernel allocates and frees while it runs. Fake tensors do not show them.
 
-Which operators may take one, how much it can be at most, and whether that could move the peak. A probe (the
-operator run alone, runtime/op_benchmark.py) replaces the bound by what was measured.
+This module says which operators may use a workspace, an upper bound on its size, and whether that could move
+the peak. A probe (the operator run alone, runtime/op_benchmark.py) replaces the bound by a measurement.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from memfit.types.machine import Calibration
 from memfit.types.trace import OpCall, Phase, Trace
 from memfit.types.units import KIB
 
-# Share of the peak below which a possible rise is left alone: it is inside the interval of what is known.
+# A possible rise below this share of the peak is ignored: it is within the interval of the estimate.
 MATTERS_RATIO: Final = 0.003
-_BLOCK: Final = 16  # channels that oneDNN lays side by side at most
-_SMALL_INPUT: Final = 20_480  # elements; single samples up to here are convolved by torch's own kernel
+_BLOCK: Final = 16  # most channels that oneDNN stores together in a block
+_SMALL_INPUT: Final = 20_480  # elements; single samples up to this size are convolved by torch's own kernel
 _ITEM_BYTES: Final = {
     "float64": 8, "complex64": 8, "complex128": 16, "int64": 8, "float32": 4, "int32": 4, "float16": 2,
     "bfloat16": 2, "int16": 2,
@@ -31,8 +31,8 @@ _ITEM_BYTES: Final = {
 _HALVES: Final = ("bfloat16", "float16")
 _ONCE: Final = 64 * KIB  # rounding of small buffers
 
-# Kernels that write their outputs and take nothing else on the processor, in any precision, where all tensors
-# have one.
+# CPU kernels that write their outputs and use no other memory, in any precision, if all tensors have the same
+# dtype.
 _POINTWISE: Final = (
     "abs add addcdiv addcmul arange atan2 bernoulli bitwise_and bitwise_not bitwise_or bitwise_xor celu "
     "ceil clamp clamp_max clamp_min clone copy cos detach div elu empty empty_like empty_strided eq erf erfc "
@@ -46,7 +46,7 @@ _POINTWISE: Final = (
     "leaky_relu_backward log_sigmoid_backward mish_backward sigmoid_backward silu_backward "
     "softplus_backward tanh_backward threshold_backward cat stack _to_copy"
 )
-# And in single or double precision.
+# The same, but only in single or double precision.
 _OTHERS: Final = (
     "_fused_adam _fused_adamw _fused_sgd _local_scalar_dense _log_softmax _log_softmax_backward_data "
     "_softmax _softmax_backward_data addmm amax amin avg_pool2d avg_pool2d_backward binary_cross_entropy "
@@ -59,7 +59,7 @@ _OTHERS: Final = (
 )
 _ANY_DTYPE: Final = frozenset(_POINTWISE.split())
 _PLAIN: Final = _ANY_DTYPE | frozenset(_OTHERS.split())
-# Of these, the ones that take indices, masks or any dtype as they are: they convert nothing.
+# Of these, the operators that take indices, masks or any dtype without converting them.
 _AS_THEY_ARE: Final = (
     "_local_scalar_dense _to_copy amax amin arange bernoulli clone constant_pad_nd copy detach embedding "
     "embedding_dense_backward empty empty_like empty_strided fill full full_like index_select masked_fill "
@@ -69,7 +69,7 @@ _AS_THEY_ARE: Final = (
     "slice_backward slice_scatter split_with_sizes tril triu uniform view wait_tensor zero zeros zeros_like"
 )
 _CONVERTS_NOTHING: Final = frozenset(_AS_THEY_ARE.split())
-# These copy an input that does not lie in memory as they want it, or not as the others do.
+# These copy an input whose memory layout they cannot use, or whose layout differs from that of the others.
 _PRODUCTS: Final = frozenset({"mm", "addmm"})
 _BY_LAYOUT: Final = frozenset(
     {
@@ -80,29 +80,31 @@ _BY_LAYOUT: Final = frozenset(
     }
 )  # fmt: skip
 _NO_KERNELS: Final = ("memfit.", "stream.", "c10d.", "_c10d_functional.", "prim.", "profiler.")
-# On an accelerator the one class that is asked about: its workspaces are the large ones.
+# The only operators checked on an accelerator, because their workspaces are the large ones.
 _CONVOLUTIONS: Final = frozenset({"convolution", "convolution_backward", "cudnn_convolution"})
 _RECURRENT: Final = frozenset({"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Unprobed:
-    """Operators whose workspaces were not probed and can move the peak. ``high_bytes``: the peak if all of
-    them take as much as they can; ``signatures``: the most dangerous first; ``calls``: of each operator in
-    one step."""
+    """Operators whose workspaces were not probed and can move the peak.
+
+    ``high_bytes``: the peak if each of them uses its upper bound. ``signatures``: largest effect first.
+    ``calls``: number of calls of each operator in one step.
+    """
 
     high_bytes: int
     signatures: tuple[str, ...]
     calls: Mapping[str, int]
 
     def assumption(self) -> str:
-        """One line for the list of assumptions."""
+        """Return one line for the list of assumptions."""
         names = ", ".join(f"{name} ({count} calls)" for name, count in self.calls.items())
         return f"workspaces not probed, the upper end has room for them: {names}"
 
 
 def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> Unprobed | None:
-    """None where every workspace that could move the peak was probed."""
+    """Return the unprobed operators, or None if every workspace that could move the peak was probed."""
     trace = with_kept(trace, calibration)
     clock, live = levels(trace)
     if not trace.ops or not len(clock):
@@ -135,7 +137,7 @@ def unprobed(trace: Trace, profile: MemoryProfile, calibration: Calibration) -> 
 
 
 def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ...]:
-    """Of operators whose workspaces could move the peak, the most dangerous first."""
+    """Return the signatures of operators whose workspaces could move the peak, largest effect first."""
     left = unprobed(trace, memory_profile(trace, calibration), calibration)
     return left.signatures if left else ()
 
@@ -143,7 +145,9 @@ def unprobed_signatures(trace: Trace, calibration: Calibration) -> tuple[str, ..
 def _with_outputs(
     trace: Trace, clock: numpy.ndarray, live: numpy.ndarray, ops: Sequence[OpCall]
 ) -> list[int]:
-    """Highest level from the start of each operator to the start of the next: its outputs included."""
+    """Return the highest level from the start of each operator to the start of the next, which includes its
+    outputs.
+    """
     if not ops:
         return []
     starts = sorted({op.clock for op in trace.ops})
@@ -154,7 +158,7 @@ def _with_outputs(
 
 
 def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
-    """Workspaces that recurrent layers hand to backward and that were not probed, of one step."""
+    """Return the unprobed workspaces that recurrent layers pass to backward in one step."""
     return sum(
         _recurrent_bytes(*_sizes(op.signature))
         for op in trace.ops
@@ -165,7 +169,7 @@ def _kept_bytes(trace: Trace, calibration: Calibration) -> int:
 
 
 def base_name(op: str) -> str:
-    """``aten.add_.Tensor`` to ``add``; foreach forms to that of one tensor."""
+    """Reduce ``aten.add_.Tensor`` to ``add``, and foreach operators to the name for one tensor."""
     parts = op.split(".")
     name = parts[1] if len(parts) > 1 else op
     return name.removeprefix("_foreach_").rstrip("_")
@@ -173,7 +177,9 @@ def base_name(op: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def bound_bytes(signature: str, device: str, threads: int) -> int:
-    """What the operator can take at most beside its inputs and outputs; 0 for what is no call of torch."""
+    """Return the most bytes that the operator can use beside its inputs and outputs; 0 if it is not a torch
+    operator.
+    """
     if not signature.startswith('["'):
         return 0
     name = signature[2 : signature.index('"', 2)]
@@ -192,7 +198,7 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
         return _recurrent_bytes(*_sizes(signature))
     if base.startswith("_scaled_dot_product"):
         return _attention_bytes(tensors, threads)
-    larger = 0  # an output that may be made in another layout first
+    larger = 0  # an output that may first be made in another layout
     if base.startswith("upsample") and not base.endswith("backward"):
         shape, _, dtype = args[0]["t"][:3]
         larger = int(math.prod([*shape[:2], *args[1]])) * _ITEM_BYTES.get(dtype, 1)
@@ -200,9 +206,11 @@ def bound_bytes(signature: str, device: str, threads: int) -> int:
 
 
 def _copied_bytes(signature: str, base: str) -> int:
-    """Copies that kernels on the processor make of their inputs: of tensors with another dtype than the one
-    they compute in (written in place, the result is converted back from a copy, too), and of those in another
-    layout than they take."""
+    """Return the bytes of copies that CPU kernels make of their inputs.
+
+    Copied are tensors whose dtype differs from the one the kernel computes in (for an in-place operator, the
+    result is converted back from a copy too), and tensors whose layout the kernel cannot use.
+    """
     name, args, kwargs = json.loads(signature)
     tensors = [t for t in _tensors([args, kwargs]) if t[0]]
     if base in _PRODUCTS:
@@ -214,25 +222,27 @@ def _copied_bytes(signature: str, base: str) -> int:
     if base in _CONVERTS_NOTHING:
         return 0
     if base == "where":
-        tensors = tensors[1:]  # the condition is taken as it is
+        tensors = tensors[1:]  # the condition is used without conversion
     dtypes = {t[2] for t in tensors}
     widest = _promoted(dtypes)
     if dtypes <= {widest} and not widest.startswith("complex"):
         return 0
-    item = _ITEM_BYTES.get(widest, 8)  # integers alone may become int64, or float32
+    item = _ITEM_BYTES.get(widest, 8)  # integers alone may become int64 or float32
     others = [t for t in tensors if t[2] != widest] or tensors
     again = [t for t in others[:1] if t is tensors[0] and name.split(".")[1].endswith("_")]
     return _ONCE + sum(int(math.prod(t[0])) * max(item, _ITEM_BYTES.get(t[2], 1)) for t in (*others, *again))
 
 
 def _takes_product(tensor: Sequence[Any]) -> bool:
-    """Whether rows or columns of the matrix lie side by side."""
+    """Return whether the rows or the columns of the matrix are contiguous."""
     shape, strides = tensor[:2]
     return len(shape) < 2 or 1 in strides[-2:] or 1 in shape[-2:]
 
 
 def _layout(tensor: Sequence[Any]) -> str:
-    """ "contiguous", "channels last" or "other"; "" for what is both."""
+    """Return "contiguous", "channels last" or "other"; "" if the tensor is both contiguous and channels
+    last.
+    """
     shape, strides = tensor[:2]
     channels_last = [0, *range(2, len(shape)), 1]
     found = [
@@ -252,7 +262,9 @@ def _lies_in(order: Sequence[int], shape: Sequence[int], strides: Sequence[int])
 
 
 def _promoted(dtypes: Collection[str]) -> str:
-    """The floating or complex dtype that tensors of all these are computed in; "" where all are integers."""
+    """Return the floating or complex dtype in which tensors of these dtypes are computed; "" if all are
+    integers.
+    """
     wide = sorted((d for d in dtypes if d.startswith(("float", "bfloat", "complex"))), key=_wideness)
     if len(wide) > 1 and set(wide) == set(_HALVES):
         return "float32"
@@ -265,8 +277,11 @@ def _wideness(dtype: str) -> tuple[bool, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Convolution:
-    """Shapes: x (N, C_in, *), weight (C_out, C_in / groups, *), or (C_in, C_out / groups, *) transposed,
-    out (N, C_out, *)."""
+    """A convolution's arguments.
+
+    Shapes: x (N, C_in, *), weight (C_out, C_in / groups, *), or (C_in, C_out / groups, *) if transposed, out
+    (N, C_out, *).
+    """
 
     x: Sequence[int]
     weight: Sequence[int]
@@ -279,11 +294,12 @@ class _Convolution:
 
 
 def input_bytes(signature: str) -> int:
+    """Return the bytes of all tensors in a signature."""
     return sum(map(_tensor_bytes, _tensors(json.loads(signature)[1:])))
 
 
 def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
-    """From the arguments of aten.convolution or aten.convolution_backward."""
+    """Parse the arguments of aten.convolution or aten.convolution_backward."""
     first = 4 if backward else 3
     stride, padding, dilation, transposed, more, groups = args[first : first + 6]
     x, weight = (a["t"][0] for a in args[int(backward) : int(backward) + 2])
@@ -305,13 +321,15 @@ def _convolution(args: list[Any], *, backward: bool) -> _Convolution:
 
 
 def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads: int) -> int:
-    """On the processor: oneDNN's reordered copies of input, weight and output with channels filled up to
-    blocks, each thread's sums of weight gradients, and unfolded inputs where a matrix product does the work.
-    It was fitted to 1,244 calls of random shapes (1 to 3 dimensions, groups, strides, dilations, transposed;
-    float32, float64, bfloat16; 1, 2 and 4 threads) and held for 234 others, of which the largest took 0.78 of
-    it: benchmarks/workspaces.py.
+    """Return an upper bound on the workspace of a convolution in bytes.
 
-    On an accelerator: one copy of input, weight and output in another layout. It was not checked on one.
+    On the processor it covers oneDNN's reordered copies of input, weight and output with channels padded to
+    blocks, each thread's partial sums of weight gradients, and unfolded inputs where a matrix product does
+    the work. It was fitted to 1,244 calls of random shapes (1 to 3 dimensions, groups, strides, dilations,
+    transposed; float32, float64, bfloat16; 1, 2 and 4 threads). It held for 234 other calls, of which the
+    largest used 0.78 of it: benchmarks/workspaces.py.
+
+    On an accelerator it is one copy of input, weight and output in another layout, and has not been checked.
     """
     one = _convolution(args, backward=backward)
     item = _ITEM_BYTES.get(one.dtype, 4)
@@ -321,7 +339,7 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
     halves = one.dtype in _HALVES
     item, groups = max(4, item), one.groups
     cin, cout = one.x[1] // groups, one.out[1] // groups
-    apart = halves and 1 < groups < one.x[1]  # each group's channels are filled up
+    apart = halves and 1 < groups < one.x[1]  # each group's channels are padded
     copies = sum(
         s[0] * (groups * _filled(s[1] // groups) if apart else _filled(s[1])) * math.prod(s[2:])
         for s in (one.x, one.out)
@@ -333,8 +351,11 @@ def _convolution_bytes(args: list[Any], *, backward: bool, device: str, threads:
 
 
 def _unfolded(one: _Convolution, threads: int) -> int:
-    """Elements of the input with each patch written out: of the whole batch in torch's own kernels, of a
-    sample for each thread in oneDNN's products, which it takes for dilated, grouped and narrow ones."""
+    """Return the number of elements of the unfolded input, with each patch written out.
+
+    torch's own kernels unfold the whole batch. oneDNN's matrix products, used for dilated, grouped and narrow
+    convolutions, unfold one sample per thread.
+    """
     kernel = math.prod(one.weight[2:])
     source, places = (one.out, one.x) if one.transposed else (one.x, one.out)
     sample = source[1] * kernel * math.prod(places[2:])
@@ -353,20 +374,26 @@ def _filled(channels: int, block: int = _BLOCK) -> int:
 
 
 def _sizes(signature: str) -> tuple[int, int, int]:
-    """(length x batch, input, hidden) of a recurrent layer's call."""
+    """Return (length x batch, input, hidden) of a recurrent layer's call."""
     args = json.loads(signature)[1]
     (length, batch, width), (gates, _) = args[0]["t"][0], args[1]["t"][0]
-    return length * batch, width, gates // 3  # of an LSTM there are four
+    # an LSTM has four gates, so this overestimates its hidden size
+    return length * batch, width, gates // 3
 
 
 def _recurrent_bytes(rows: int, width: int, hidden: int) -> int:
-    """What one layer and direction keeps for backward, gates and states of all places, and as much beside."""
+    """Return the bytes that one layer and direction keeps for backward (gates and states at all positions),
+    doubled for its workspace.
+    """
     return 2 * (rows * (24 * hidden + 10 * width) * 4 + 12 * hidden * (hidden + width) * 4) + _ONCE
 
 
 def _attention_bytes(tensors: Sequence[Sequence[Any]], threads: int) -> int:
-    """Scores and sums of one block of queries and keys for each thread; half precision packs keys and
-    values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp). Backward: three blocks."""
+    """Return the bytes of scores and sums of one block of queries and keys per thread.
+
+    Half precision also packs keys and values (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp). The bound
+    covers backward, which has three blocks.
+    """
     (queries, width), keys = tensors[0][0][-2:], tensors[1][0][-2]
     rows = min(int(queries), 256)
     block = 3 * rows * (min(keys, 512) + width + 2) * 4

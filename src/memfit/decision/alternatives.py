@@ -1,4 +1,4 @@
-"""Every way to do the work that the record and the catalog know, with the user's machines among them."""
+"""Every way to do the work that is known from the record and the catalog, including the user's machines."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ from memfit.types.machine import Machine as CatalogMachine
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.result import Offer
 
-_ANY_NUMBER: Final = ("workstation", "PCIe")  # hosts that are sold with any number of boards
+_ANY_NUMBER: Final = ("workstation", "PCIe")  # hosts sold with any number of devices
 PLAIN: Final = "plain training"
-_SURE: Final = 100.0  # percent: the upper end fits
+_SURE: Final = 100.0  # percent: the upper end of the memory fits
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """`offers`: the record's predictions. ``plan_hours``: what adopting the recommended plan took, in hours;
-    None where nobody counted. ``labour_known``: whether an hour has a price."""
+    """The inputs from which ways are built.
+
+    `offers`: the record's predictions. ``plan_hours``: hours spent on adopting the recommended plan; None if
+    not counted. ``labour_known``: whether the price of an hour is known.
+    """
 
     case: DecisionCase
     offers: Sequence[Offer]
     steps_per_run: int
     plan_hours: float | None
     labour_known: bool
-    trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose science the PoC judged
+    trained: Plan = dataclasses.field(default_factory=Plan)  # the plan whose results the PoC judged
 
     def ways(self) -> tuple[Way, ...]:
-        """Doing nothing first. Raises UserError for a machine of which nothing is known."""
+        """Return the ways, doing nothing first.
+
+        Raises UserError for a machine about which nothing is known.
+        """
         case = self.case
         mine: list[Way] = []
         for kind in ("existing", "purchase", "cloud"):
@@ -48,7 +54,10 @@ class Asking:
         return (Way(kind="nothing"), *mine, *every)
 
     def _needs_a_machine(self, kind: str, given: ExistingMachine) -> None:
-        """Hours and prices belong to a machine; labour at one and the storage of the data do not."""
+        """Raise UserError for hours and prices without a machine.
+
+        Setup and operating hours and data storage need none.
+        """
         aside = {"setup_hours", "operating_hours_per_year", "storage_per_month"}
         odd = sorted(given.model_fields_set - aside)
         if odd:
@@ -131,7 +140,7 @@ class Asking:
             )
 
     def _labelled(self, kind: str, name: str, plain: bool, offer: Offer | None) -> Way:
-        """With the hours of people, and the names of those that nobody told."""
+        """Return the way with the working hours of people, and the names of those that are unknown."""
         given: ExistingMachine = getattr(self.case, kind)
         hours = {
             f"{kind}.setup_hours": given.setup_hours,
@@ -160,7 +169,7 @@ class Asking:
     def _plain_j(self, machine: str) -> float | None:
         offer = next((o for o in self.offers if o.machine == machine and o.plain), None)
         if offer is None or not offer.fits or offer.step_s is None or offer.power_w is None:
-            return None  # what cannot run there saves nothing
+            return None  # if plain training cannot run there, nothing is saved
         return self.steps_per_run * offer.step_s.value * offer.power_w
 
     def _untried(self, label: str) -> tuple[str, ...]:
@@ -175,13 +184,16 @@ class Asking:
 
 
 def _counts(offer: Offer) -> bool:
-    """A plan of ours counts where the upper end of its memory fits; plain training, which it is held against,
-    where it is likely to: no doubt makes the comparison look better than it is."""
+    """Return whether an offer is considered.
+
+    A recommended plan counts if the upper end of its memory fits. Plain training, which it is compared with,
+    counts if it is likely to fit. Uncertainty thus never makes the comparison look better than it is.
+    """
     return offer.fits and (offer.plain or _fit_percent(offer) >= _SURE)
 
 
 def _roomy(way: Way, offer: Offer | None) -> Way:
-    """With what is predicted of its memory; a way with the user's own hours is taken as they told it."""
+    """Add the predicted memory to a way. A way with the user's own hours is accepted as given."""
     if offer is None:
         return way
     return dataclasses.replace(
@@ -191,13 +203,17 @@ def _roomy(way: Way, offer: Offer | None) -> Way:
 
 
 def usable_bytes(machine: str) -> float | None:
-    """What a program may take of one device; None where the catalog does not have it."""
+    """Return the memory of one device that a program may use; None if the catalog does not have the
+    device.
+    """
     known = _known(machine)
     return known.device.memory_bytes.value if known is not None else None
 
 
 def _fit_percent(offer: Offer) -> float:
-    """The share of a triangle over the predicted memory that the device holds."""
+    """Return the probability in percent that the device has enough memory, with a triangular distribution
+    over the prediction.
+    """
     span, most = offer.memory_bytes, usable_bytes(offer.machine)
     if most is None or most >= span.high:
         return 100.0
@@ -215,7 +231,7 @@ def _near(name: str) -> str:
 
 
 def _known(name: str) -> CatalogMachine | None:
-    """None where the catalog does not have it: then the user's figures must say all."""
+    """Return the catalog's machine, or None if it has none; then the user must give all figures."""
     try:
         return catalog.machine(name)
     except UserError:
@@ -223,8 +239,10 @@ def _known(name: str) -> CatalogMachine | None:
 
 
 def price_of(machine: CatalogMachine | None) -> Amount | None:
-    """The devices and the servers around them. None where a price is unknown, or where the devices are only
-    sold by the whole server and fewer are wanted."""
+    """Return the price of the devices and the servers around them.
+
+    None if a price is unknown, or if the devices are only sold in whole servers and fewer are wanted.
+    """
     if machine is None:
         return None
     device, room = machine.device, catalog.host_of(machine.device.name)
@@ -240,6 +258,7 @@ def price_of(machine: CatalogMachine | None) -> Amount | None:
 
 
 def rent_of(machine: CatalogMachine | None) -> Amount | None:
+    """Return the rental price per hour of the machine; None if unknown."""
     if machine is None:
         return None
     hourly = machine.device.usd_per_hour
@@ -247,7 +266,7 @@ def rent_of(machine: CatalogMachine | None) -> Amount | None:
 
 
 def _power_w(machine: CatalogMachine | None) -> float | None:
-    """Devices and hosts at full load: an upper bound, where no step was predicted."""
+    """Return the watts of devices and hosts at full load, an upper bound used if no step was predicted."""
     from memfit.cost.money import hosts_w
 
     if machine is None or machine.device.power_w is None:
@@ -261,7 +280,7 @@ def _embodied_kg(machine: CatalogMachine | None) -> float | None:
 
 
 def asked(ways: Iterable[Way], case: DecisionCase) -> tuple[str, ...]:
-    """Names of the case's keys that would make the answer whole, in the order in which they matter."""
+    """Return the names of the case's keys that are needed for a complete answer, most important first."""
     found = dict.fromkeys(name for way in ways for name in way.unknown)
     missing = [] if case.existing.machine else ["existing.machine"]
     value = [] if case.work.value_per_run is not None else ["work.value_per_run"]

@@ -1,4 +1,4 @@
-"""The numbers that all ways share: the user's where told, else the catalog's, each with where it is from."""
+"""The numbers common to all ways: the user's if given, else the catalog's, each with its source."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from memfit.types.errors import UserError
 from memfit.types.machine import Fact
 from memfit.types.result import Offer
 
-_ODD: Final = 10.0  # times the catalog's: an exchange rate beyond it is a typing error
+# an exchange rate that differs from the catalog's by more than this factor is a typing error
+_ODD: Final = 10.0
 _WHOLE: Final = ("steps_per_run", "years", "life_years")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """`terms` with every number behind them."""
+    """The terms of the decision with all numbers behind them."""
 
     currency: finance.Currency
     place: str
@@ -33,9 +34,12 @@ class Told:
 def told(
     case: DecisionCase, *, place: str, offers: Sequence[Offer], seen: Mapping[bool, float] | None = None
 ) -> Told:
-    """`seen`: measured by predicted step time of plain training (True) and of the recommended plan (False) in
+    """Collect the numbers of the decision.
+
+    `seen`: measured over predicted step time of plain training (True) and of the recommended plan (False) in
     the PoC's own runs. Raises UserError for a currency, place, tariff or supplier that the catalog does not
-    have."""
+    have.
+    """
     currency = finance.currency(case.currency)
     where = _where(case, place)
     rate = _rate(case, currency)
@@ -80,8 +84,10 @@ def told(
 
 
 def _where(case: DecisionCase, place: str) -> str:
-    """The place told, else that of the tariff or supplier told, else the PoC's. Raises UserError where they
-    contradict each other."""
+    """Return the given place, else that of the given tariff or supplier, else the PoC's.
+
+    Raises UserError if they contradict each other.
+    """
     told = {
         "place": catalog.place(case.place).name if case.place else None,
         "tariff": finance.tariff(case.tariff).place if case.tariff else None,
@@ -95,7 +101,7 @@ def _where(case: DecisionCase, place: str) -> str:
 
 
 def _rate(case: DecisionCase, currency: finance.Currency) -> Term:
-    """Raises UserError for an exchange rate that is another currency's, or upside down."""
+    """Return the exchange rate. Raises UserError for one that belongs to another currency or is inverted."""
     told, usual = case.money.per_usd, currency.per_usd.value
     if told is not None:
         low, high = told.bounds
@@ -137,7 +143,7 @@ def _money(case: DecisionCase, where: str) -> Iterable[Term]:
 
 @dataclasses.dataclass
 class _Here:
-    """Electricity: the user's price, a tariff's, or the place's average."""
+    """The price of electricity: the user's, a tariff's, or the place's average."""
 
     case: DecisionCase
     currency: finance.Currency
@@ -167,7 +173,7 @@ class _Here:
         return number
 
     def _priced(self, name: str, row: Fact, currency: str) -> Term:
-        """A catalog's row as the currency of the case has it; a row in that currency needs no exchange."""
+        """Convert a catalog row to the currency of the case. A row in that currency needs no conversion."""
         if currency == self.currency.code:
             return self._own(name, _number(name, None, row, "money"))
         usd = row.value / finance.currency(currency).per_usd.value
@@ -179,8 +185,9 @@ class _Here:
 
 
 def _factors(case: DecisionCase, offers: Sequence[Offer], seen: Mapping[bool, float]) -> Iterable[Term]:
-    """What moves all of the catalog's purchases, its rentals, and all predicted step times alike; and the
-    prices that the user told, each with its own range."""
+    """Yield the common factors on the catalog's purchase prices, on its rental prices and on all predicted
+    step times, and the prices given by the user, each with its own range.
+    """
     for name, default in (("hardware_factor", "hardware_spread"), ("rental_factor", "rental_spread")):
         yield _number(name, None, finance.default(default), "factor")
     for name, given in (("purchase_price", case.purchase.price), ("rental_price", case.cloud.per_hour)):
@@ -198,15 +205,17 @@ def _factors(case: DecisionCase, offers: Sequence[Offer], seen: Mapping[bool, fl
 
 
 def widened(low: float, high: float, ratio: float) -> tuple[float, float]:
-    """A range around 1 with an error of `ratio` (measured / predicted) beside it: both are factors, so their
-    logarithms add up as independent errors do, by squares, on both sides."""
+    """Widen a range around 1 by an error of `ratio` (measured / predicted).
+
+    Both are factors, so their logarithms add up in squares like independent errors, on both sides.
+    """
     error = math.log(ratio)
     least = math.exp(-math.hypot(math.log(low), error)) if low > 0 else low
     return least, math.exp(math.hypot(math.log(high), error))
 
 
 def _spread(row: Fact, spread: Fact) -> Fact:
-    """A row without a range of its own takes the catalog's usual one."""
+    """Return the row, with the catalog's usual range if it has none."""
     if row.low is not None or spread.low is None or spread.high is None:
         return row
     return dataclasses.replace(row, low=row.value * spread.low, high=row.value * spread.high)
@@ -223,7 +232,7 @@ def _number(name: str, given: CaseFigure | int | None, row: Fact | None, unit: s
         )
     if row is None:
         return Term(name=name, value=None, unit=unit)
-    whole = name in _WHOLE  # years are counted whole: no range
+    whole = name in _WHOLE  # years are whole numbers, without a range
     low = row.value if row.low is None or whole else row.low
     high = row.value if row.high is None or whole else row.high
     return Term(

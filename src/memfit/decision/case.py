@@ -1,4 +1,4 @@
-"""The user's own figures: one TOML file, strict, in which every number may stand alone or with its range."""
+"""The user's own figures: one TOML file, read strictly. Every number may stand alone or with a range."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from memfit.types.decision import Term
 from memfit.types.errors import UserError
 
 _LONGEST = 20
-_MOST = 1e15  # of any figure: sums of such stay finite
-_LEAST = 1e-9  # of one that must be above 0
-# All of a site's electricity by its computers': below 1 none is, above 10 is a typing error.
+_MOST = 1e15  # largest value of any figure, so that sums stay finite
+_LEAST = 1e-9  # smallest value of a figure that must be above 0
+# PUE: electricity of the whole site over that of its computers. Below 1 is impossible, above 10 is a typing
+# error.
 _PUE = (1.0, 10.0)
 
 
@@ -26,7 +27,10 @@ class _Strict(pydantic.BaseModel):
 
 
 class CaseFigure(_Strict):
-    """``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer", date = "2026-03-03"}``."""
+    """A figure, such as ``12.5`` or ``{value = 12.5, low = 10, high = 15, source = "an offer"}``.
+
+    It may also have a date: ``date = "2026-03-03"``.
+    """
 
     value: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
     low: Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)] | None = None
@@ -57,7 +61,7 @@ def _figure(given: Any) -> Any:
 
 Given = Annotated[CaseFigure, pydantic.BeforeValidator(_figure)]
 Name = Annotated[str, pydantic.Field(min_length=1, max_length=200)]
-Positive = Annotated[float, pydantic.Field(ge=_LEAST, le=_MOST, allow_inf_nan=False)]  # these take no range
+Positive = Annotated[float, pydantic.Field(ge=_LEAST, le=_MOST, allow_inf_nan=False)]  # these have no range
 Bare = Annotated[float, pydantic.Field(ge=0, le=_MOST, allow_inf_nan=False)]
 Whole = Annotated[int, pydantic.Field(ge=1, le=10**12)]
 
@@ -87,24 +91,25 @@ Share = Annotated[Given, pydantic.AfterValidator(_above), pydantic.AfterValidato
 
 
 class TrainingWork(_Strict):
-    """How much is to be trained."""
+    """The amount of training."""
 
     steps_per_run: Whole | None = None
     runs_per_year: Above | None = None
     years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
     utilisation_ratio: Share | None = None
-    longest_run_hours: Positive | None = None  # ways that take longer for a run do not do the work
-    value_per_run: Given | None = None  # what a finished run is worth to you
+    # ways that need longer for a run do not count as doing the work
+    longest_run_hours: Positive | None = None
+    value_per_run: Given | None = None  # value of a finished run to you
 
 
 class Money(_Strict):
-    """Prices that all ways share, in the case's currency."""
+    """Prices common to all ways, in the currency of the case."""
 
     labour_per_hour: Given | None = None
     energy_per_kwh: Given | None = None
     levy_per_kwh: Given | None = None
     basic_per_kw_month: Given | None = None
-    per_usd: Above | None = None  # units of the currency for a US dollar
+    per_usd: Above | None = None  # units of the currency per US dollar
     tax_ratio: Ratio | None = None
     discount_ratio: Ratio | None = None
     life_years: Annotated[int, pydantic.Field(ge=1, le=_LONGEST)] | None = None
@@ -114,43 +119,46 @@ class Money(_Strict):
 
 
 class AdoptionEffort(_Strict):
-    """Hours of people. ``setup_hours``: to adopt the recommended plan; unset, what the PoC counted."""
+    """Working hours of people.
+
+    ``setup_hours``: to adopt the recommended plan; if unset, the PoC's count is used.
+    """
 
     setup_hours: Given | None = None
 
 
 class ExistingMachine(_Strict):
-    """What stands for a way, as of --on, with what memfit cannot predict for it or you know better."""
+    """The machine of a way, as in --on, with figures that memfit cannot predict or that you know better."""
 
     machine: Name | None = None
     hours_plain: Positive | None = None  # of one run
     hours_recommended: Positive | None = None
-    power_w: Positive | None = None  # of its devices and host under load
+    power_w: Positive | None = None  # of its devices and host, under load
     setup_hours: Bare | None = None
     operating_hours_per_year: Bare | None = None
 
 
 class Existing(ExistingMachine):
-    """The machine that you have. ``price``: 0, it is paid for."""
+    """A machine that you already have. It has no price, because it is paid for."""
 
     machines: Whole = 1
 
 
 class Purchase(ExistingMachine):
-    """``price``: of one machine with all its devices, without tax."""
+    """A machine to buy. ``price``: of one machine with all its devices, without tax."""
 
     price: Given | None = None
 
 
 class Cloud(ExistingMachine):
-    """``per_hour``: of one machine with all its devices, without tax."""
+    """A machine to rent. ``per_hour``: price of one machine with all its devices, without tax."""
 
     per_hour: Given | None = None
     storage_per_month: Bare | None = None
 
 
 class DecisionCase(_Strict):
-    """Everything may be left out: the catalog's then, or asked for."""
+    """The user's figures. All are optional; missing ones come from the catalog or are asked for."""
 
     currency: Name = "USD"
     place: Name | None = None
@@ -165,11 +173,12 @@ class DecisionCase(_Strict):
 
 
 def read(path: Path) -> DecisionCase:
-    """Raises UserError with the place of the first fault and what is allowed there."""
+    """Read a case file. Raises UserError with the location of the first fault and what is allowed there."""
     return parsed(serialization.toml_text(path), str(path))
 
 
 def parsed(text: str, what: str) -> DecisionCase:
+    """Parse the text of a case file; `what` names it in errors. Raises UserError as `read` does."""
     try:
         return DecisionCase.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -195,7 +204,10 @@ def _keys(place: list[str]) -> list[str]:
 
 
 def term(name: str, given: CaseFigure, unit: str) -> Term:
-    """The user's number with its range; a source that nobody told is the case's file."""
+    """Return the user's number with its range as a Term.
+
+    Without a given source, the source is the case file.
+    """
     low, high = given.bounds
     return Term(
         name=name, value=given.value, unit=unit, low=low, high=high,

@@ -1,4 +1,4 @@
-"""``decide``: a PoC and the user's figures as one decision."""
+"""``decide``: turn a PoC and the user's figures into one decision."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def decide(
     named: Mapping[str, str] | None = None,
     limits: rollout_gates.Gates | None = None,
 ) -> Decision:
-    """`more`: predictions made after the PoC, which count before its own; `named`: machines of the stages;
-    `limits`: of the gate. Raises UserError."""
+    """Make the decision.
+
+    `more`: predictions made after the PoC, which take precedence over its own. `named`: machines of the
+    stages. `limits`: of the gate. Raises UserError.
+    """
     size = more[-1].size if more else poc.offers[0].size if poc.offers else ""
-    last = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}  # ways to the same work
+    # ways to do the same work
+    last = {(o.machine, o.plain): o for o in (*poc.offers, *more) if o.size == size}
     offers = list(last.values())
     known = told(case, place=_place(poc.place), offers=offers, seen=_step_errors(poc))
     counted = poc.effort.attended_minutes
@@ -60,7 +64,9 @@ def decide(
 
 
 def _step_errors(poc: Poc) -> Mapping[bool, float]:
-    """Measured by predicted step time of plain training and of the recommended plan, where both are known."""
+    """Return measured over predicted step time of plain training and of the recommended plan, if both are
+    known.
+    """
     found = {}
     for role, plain in (("baseline", True), ("recommended", False)):
         runs = ok_runs(r for r in poc.runs if r.spec.role == role)
@@ -71,7 +77,7 @@ def _step_errors(poc: Poc) -> Mapping[bool, float]:
 
 
 def _place(name: str) -> str:
-    """The PoC's, unless that was a machine file's own."""
+    """Return the PoC's place, or the world if it was defined by a machine file."""
     try:
         return catalog.place(name or "world").name
     except UserError:
@@ -79,7 +85,9 @@ def _place(name: str) -> str:
 
 
 def _own(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
-    """The user's own offer stands there also where its cost is not known."""
+    """Return the user's cheapest offer, or one of unknown cost, so that the user's own offer is always
+    shown.
+    """
     unknown = [i for i in among if sheets[i].present_cost is None]
     best = money.cheapest(ways, sheets, among)
     return best if best is not None or not unknown else unknown[0]
@@ -95,7 +103,7 @@ def _weighed(
     known: Told, ways: Sequence[Way], sheets: Sequence[Sheet], numbers: Sequence[Term], *,
     case: DecisionCase, name: str, size: str,
 ) -> Decision:  # fmt: skip
-    """Which way is best, what it is held against, and how sure that is."""
+    """Determine the best way, the reference it is compared with, and how certain the comparison is."""
     had = [i for i, w in enumerate(ways) if w.kind == "existing"]
     paid = {kind: [i for i, w in enumerate(ways) if w.kind == kind] for kind in ("purchase", "cloud")}
     offered = {kind: [i for i in found if not ways[i].of_catalog] for kind, found in paid.items()}

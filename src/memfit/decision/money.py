@@ -1,5 +1,7 @@
-"""What a way costs: the formulas of docs/decisions/014-money.md and nothing else. The page's sliders play
-the same formulas (report/decision.js)."""
+"""What a way costs: exactly the formulas of docs/decisions/014-money.md.
+
+The page's sliders use the same formulas (report/decision.js).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ HOURS_PER_YEAR: Final = 8760
 
 
 def sheet(way: Way, terms: Terms) -> Sheet:
-    """Everything in the currency of the case. Doing nothing costs nothing and brings nothing."""
+    """Compute the costs of a way in the currency of the case.
+
+    Doing nothing costs nothing and yields nothing.
+    """
     works = way.kind != "nothing"
     hours = run_hours(way, terms)
     yearly = hours * terms.runs_per_year
@@ -24,9 +29,9 @@ def sheet(way: Way, terms: Terms) -> Sheet:
     purchase = price * machines * taxed
     rent = way.per_hour.at(terms.per_usd) * terms.rental_factor if way.per_hour else 0.0
     setup = way.setup_hours * terms.labour_per_hour
-    own = way.kind != "cloud"  # a rental's electricity is in its price
+    own = way.kind != "cloud"  # a rental price includes electricity
     electricity = _electricity(meter_kw or 0.0, yearly, machines, terms) * taxed if own else 0.0
-    known = meter_kw is not None or not own or not works  # what nobody can say is not nothing
+    known = meter_kw is not None or not own or not works  # an unknown cost is not zero
     rental = (yearly * rent + 12 * way.storage_per_month) * taxed
     people = way.operating_hours * terms.labour_per_hour
     support = terms.support_ratio * purchase
@@ -65,18 +70,19 @@ def sheet(way: Way, terms: Terms) -> Sheet:
 
 
 def run_hours(way: Way, terms: Terms) -> float:
+    """Return the hours of one run, with the time factor applied if they are predicted."""
     if not way.predicted:
         return way.hours
     return way.hours * (terms.plain_time_factor if way.plain else terms.recommended_time_factor)
 
 
 def needed(hours_per_year: float, terms: Terms) -> int:
-    """How many machines do so many hours of work a year; at least one."""
+    """Return how many machines can do that many hours of work per year; at least one."""
     return max(1, math.ceil(hours_per_year / (HOURS_PER_YEAR * terms.utilisation_ratio) - 1e-9))
 
 
 def annuity(discount_ratio: float, years: int) -> float:
-    """What 1 at the end of every year is worth today."""
+    """Return the present value of 1 at the end of every year."""
     return sum((1 + discount_ratio) ** -t for t in range(1, years + 1))
 
 
@@ -86,7 +92,10 @@ def _electricity(meter_kw: float, hours: float, machines: int, terms: Terms) -> 
 
 
 def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
-    """Today's worth of all purchases, and what is left of the last at the end (straight line)."""
+    """Return (present value of all purchases, residual value of the last one at the end).
+
+    Depreciation is straight-line.
+    """
     life, years = terms.life_years, terms.years
     times = math.ceil(years / life)
     bought = sum(purchase * (1 + terms.discount_ratio) ** -(life * j) for j in range(times))
@@ -94,7 +103,9 @@ def _purchases(purchase: float, terms: Terms) -> tuple[float, float]:
 
 
 def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
-    """Grams: the devices' own, for the hours of a run among those they work in their life."""
+    """Return the embodied grams per run: the devices' own, times the run's share of their lifetime working
+    hours.
+    """
     if way.embodied_kg is None:
         return None
     return 1000 * way.embodied_kg * hours / (HOURS_PER_YEAR * terms.utilisation_ratio * terms.life_years)
@@ -104,21 +115,28 @@ def _embodied(way: Way, hours: float, terms: Terms) -> float | None:
 
 
 def cheapest(ways: Sequence[Way], sheets: Sequence[Sheet], among: Sequence[int]) -> int | None:
-    """The index of the lowest present cost among those that do all the work; the first of equals. One whose
-    cost is unknown is none of them."""
+    """Return the index of the lowest present cost among the ways that do all the work; the first if equal.
+
+    Ways of unknown cost are not considered.
+    """
     costs = {i: sheets[i].present_cost for i in among if sheets[i].enough and ways[i].kind != "nothing"}
     known = {i: cost for i, cost in costs.items() if cost is not None}
     return min(known, key=lambda i: known[i], default=None)
 
 
 def saved_percent(one: Sheet, reference: Sheet) -> float | None:
+    """Return the saving in percent of the reference's present cost; None if unknown."""
     return one.saved_percent(reference)
 
 
 def payback(one: Sheet, reference: Sheet, life_years: float = math.inf) -> tuple[str, float | None]:
-    """("at once", 0), ("years", until the first cost is earned back), ("never", None), or ("until", years
-    for which the way is cheaper). What lies beyond the life of the first machines, when others are bought,
-    is not told: ("not in life", that life) or ("all life", that life)."""
+    """Return the kind of payback and its years.
+
+    The result is ("at once", 0), ("years", years until the additional first cost is recovered), ("never",
+    None), or ("until", years for which the way is cheaper). Times beyond the life of the first machines,
+    after which new ones are bought, are not stated: the result is then ("not in life", that life) or ("all
+    life", that life). ("", None) if a running cost is unknown.
+    """
     more = one.initial - reference.initial
     if reference.running_per_year is None or one.running_per_year is None:
         return "", None

@@ -1,4 +1,4 @@
-"""How sure the saving is: draws over the ranges of what it rests on, and what each does alone."""
+"""How certain the saving is: random draws over the ranges of its inputs, and each input's own effect."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from memfit.decision.money import saved_percent, sheet
 from memfit.types.decision import DRAWS, OFFERS, OWN, Amount, Swing, Term, Terms, Way
 from memfit.types.result import Interval
 
-_DUST: Final = 1e-9  # of the saving: a swing below this is rounding
+_DUST: Final = 1e-9  # relative to the saving: a smaller swing is rounding
 
 
 def interval(
     best: Way, reference: Way, terms: Terms, told: Sequence[Term], *, draws: int = DRAWS
 ) -> tuple[Interval, float] | None:
-    """The 5th to the 95th percentile of the percent that is saved, widened to contain the point, and the
-    share of draws (percent) in which anything is saved. None where nothing can be saved."""
+    """Return the interval of the saving in percent, and the percentage of draws in which anything is saved.
+
+    The interval goes from the 5th to the 95th percentile, widened to contain the point value. None if the
+    saving is unknown.
+    """
     import numpy
 
     saved_at, spans = _saver(best, reference, terms, told), ranged(told)
@@ -39,8 +42,11 @@ def interval(
 
 
 def _drawn(name: str, span: Interval, draws: int) -> Any:
-    """From a triangle over the range, by a stream of the number's own name: the same whatever else is drawn,
-    and the same share of its range in every currency."""
+    """Draw from a triangular distribution over the range, with a random stream seeded by the number's name.
+
+    The draws thus do not depend on which other numbers are drawn, and are at the same position of the range
+    in every currency.
+    """
     import numpy
 
     at = numpy.random.default_rng(zlib.crc32(name.encode())).random(draws)
@@ -51,8 +57,10 @@ def _drawn(name: str, span: Interval, draws: int) -> Any:
 
 
 def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tuple[Swing, ...]:
-    """The terms with a range, the widest swing first; those that change nothing but the last bits of a sum
-    are left out."""
+    """Return the effect of each term with a range, largest first.
+
+    Terms whose effect is only rounding are left out.
+    """
     found, saved_at = [], _saver(best, reference, terms, told)
     for name, span in ranged(told).items():
         low, high = (saved_at({name: end}) for end in (span.low, span.high))
@@ -64,7 +72,7 @@ def tornado(best: Way, reference: Way, terms: Terms, told: Sequence[Term]) -> tu
 
 
 def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
-    """`terms` with some of them at other values; an Amount keeps its currency."""
+    """Return `terms` with some of them at other values; an Amount keeps its currency."""
     changes: dict[str, Any] = {}
     for name, value in values.items():
         now = getattr(terms, name)
@@ -78,7 +86,7 @@ def moved(terms: Terms, values: Mapping[str, Any]) -> Terms:
 
 
 def ranged(told: Sequence[Term]) -> dict[str, Interval]:
-    """Those of the terms that have a range and move the money of a way."""
+    """Return the terms that have a range and affect the money of a way."""
     fields = {*OWN, *(f.name for f in dataclasses.fields(Terms))}
     return {
         t.name: Interval(value=t.value, low=t.low, high=t.high)
@@ -91,7 +99,7 @@ def ranged(told: Sequence[Term]) -> dict[str, Interval]:
 def _saver(
     best: Way, reference: Way, terms: Terms, told: Sequence[Term]
 ) -> Callable[[Mapping[str, float]], float | None]:
-    """The percent that is saved, with some of the terms at other values."""
+    """Return a function that computes the saving in percent with some terms at other values."""
     own = {t.name: t.value for t in told if t.name in OWN and t.value is not None}
 
     def saved_at(values: Mapping[str, float]) -> float | None:
@@ -103,8 +111,10 @@ def _saver(
 
 
 def placed(way: Way, values: Mapping[str, float], own: Mapping[str, float], terms: Terms) -> Way:
-    """A way with the user's own figures at other values. A price that the user told has its own range: what
-    moves the catalog's prices does not move it."""
+    """Return a way with the user's own figures at other values.
+
+    A price given by the user has its own range, so factors on the catalog's prices do not apply to it.
+    """
     changes: dict[str, Any] = {}
     if "setup_hours" in values and not way.plain:
         changes["setup_hours"] = way.setup_hours + values["setup_hours"] - own["setup_hours"]

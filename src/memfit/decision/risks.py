@@ -1,6 +1,6 @@
-"""The risk register: each risk with the evidence of this very PoC. Words are the report's; see its catalogs.
+"""The risk register: each risk with its evidence from this PoC. The texts are in the report's word catalogs.
 
-A level follows from the evidence by the rules below; where there is none the level is "unknown".
+A level follows from the evidence by the rules below. Without evidence the level is "unknown".
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from memfit.techniques.registry import TECHNIQUES
 from memfit.types.decision import Decision, Risk
 from memfit.types.result import OutcomeKind, Poc, Run
 
-_TIGHT_PERCENT = 2.0  # of the cap left free at the tightest step: below this, "some"
+_TIGHT_PERCENT = 2.0  # % of the cap left free at the tightest step: below this, the level is "some"
 _FEW_MACHINES = 5
 
 
 def risks(poc: Poc, made: Decision) -> tuple[Risk, ...]:
-    """`loss`: the pilot at most, all of it; unknown for security, where money is not the measure."""
+    """Return the risks.
+
+    `loss` is the highest cost of the pilot; None for security, which is not a matter of money.
+    """
     loss = next((s.most for s in made.stages if s.name == "pilot"), None)
     found = (
         _accuracy(poc, made), _stability(poc), _reproducibility(poc), _load(poc), _maturity(poc, made),
@@ -93,7 +96,7 @@ def _load(poc: Poc) -> _Found:
 
 
 def _maturity(poc: Poc, made: Decision) -> _Found:
-    """Of the engine and of the libraries behind the techniques of the plans, the worst."""
+    """Judge the engine and the libraries behind the plans' techniques by the worst of them."""
     engine = next((r.spec.engine for r in _runs(poc)), "native")
     facts = catalog.engine_facts(engine)
     if "status" not in facts:
@@ -120,7 +123,7 @@ def _told(name: str, facts: Mapping[str, tuple[str, str, str]]) -> str:
 
 
 def _libraries(poc: Poc, made: Decision) -> tuple[str, ...]:
-    """What the techniques of the trained plan and of the one that the money rests on need to be installed."""
+    """Return the packages that the techniques of the trained plan and of the best way's plan need."""
     chosen = poc.search.recommended
     labels = [chosen.estimate.plan.label] if chosen else []
     labels += [made.ways[made.best].plan] if made.best is not None and not made.ways[made.best].plain else []

@@ -1,7 +1,7 @@
-"""The gate between two stages of a roll-out: what a proof of concept must have shown before the next.
+"""The gate between two stages of a roll-out: what a proof of concept must show before the next stage.
 
-A gate compares a figure of the record with a limit that the user may set in a TOML file. What was not
-measured does not pass a gate that asks for it. Loosening a limit never fails a gate that held.
+A gate compares a figure of the record with a limit that the user may set in a TOML file. A figure that was
+not measured fails a gate that requires it. Relaxing a limit never makes a passed gate fail.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["equivalent", "undecided", "different"]
 
 
 def _asked(given: Any) -> Any:
-    """TOML knows no null."""
+    """Convert false to None, because TOML has no null."""
     return None if given is False else given
 
 
@@ -35,40 +35,51 @@ class _Strict(pydantic.BaseModel):
 
 
 class MemoryLimits(_Strict):
-    """``prediction_error``: the largest of |predicted / measured - 1|, of the recommended plan, and of plain
-    training where that could be run; ``under_cap``: the recommended plan was trained under the cap."""
+    """Limits on memory.
+
+    ``prediction_error``: largest |predicted / measured - 1| of the recommended plan, and of plain training if
+    it could run. ``under_cap``: the recommended plan was trained under the cap.
+    """
 
     prediction_error: Limit = 0.02
     under_cap: bool = True
 
 
 class TimeLimits(_Strict):
-    """Of the recommended plan's step by plain training's, pair by pair."""
+    """Limit on the recommended plan's step time over plain training's, compared pair by pair."""
 
     step_ratio: Limit = 2.0
 
 
 class AccuracyLimits(_Strict):
+    """Verdicts on the recommended plan that are accepted."""
+
     verdicts: Annotated[Kinds | None, pydantic.BeforeValidator(_asked)] = ("equivalent",)
 
 
 class ReproducibilityLimits(_Strict):
+    """Whether a repeated run must give the same result."""
+
     same_again: bool = True
 
 
 class EnergyLimits(_Strict):
-    """Of a run of the recommended plan by plain training's, both inside one boundary."""
+    """Limit on the energy of a run of the recommended plan over plain training's, both within the same
+    boundary.
+    """
 
     ratio: Limit = None
 
 
 class EffortLimits(_Strict):
+    """Limits on failed attempts and on attended minutes."""
+
     failed_attempts: Limit = 3
     attended_minutes: Limit = None
 
 
 class Gates(_Strict):
-    """Limits; false asks for nothing."""
+    """All limits; false disables a limit."""
 
     memory: MemoryLimits = MemoryLimits()
     time: TimeLimits = TimeLimits()
@@ -79,7 +90,7 @@ class Gates(_Strict):
 
 
 class Gate(_Strict):
-    """One figure held against its limit."""
+    """One figure compared with its limit."""
 
     name: str
     found: float | bool | str | None
@@ -88,7 +99,7 @@ class Gate(_Strict):
 
     @property
     def words(self) -> tuple[str, str, str, bool]:
-        """Name, what was found ("" if it was not measured), limit, whether it holds: as reports take it."""
+        """(Name, what was found ("" if it was not measured), limit, whether it holds), as used in reports."""
         found = self.found
         if isinstance(found, bool):
             told = "yes" if found else "no"
@@ -98,12 +109,15 @@ class Gate(_Strict):
 
 
 def read(path: Path) -> Gates:
-    """Raises UserError with the place of the first fault."""
+    """Read a gates file. Raises UserError with the location of the first fault."""
     return parsed(serialization.toml_text(path), str(path))
 
 
 def parsed(text: str, path: str) -> Gates:
-    """Raises UserError with the place of the first fault; `path` names the text."""
+    """Parse the text of a gates file; `path` names it.
+
+    Raises UserError with the location of the first fault.
+    """
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -119,7 +133,7 @@ def parsed(text: str, path: str) -> Gates:
 
 
 def evaluate(record: Shared, gates: Gates) -> tuple[Gate, ...]:
-    """Every gate that asks for something, in the order in which they should be looked at."""
+    """Return every enabled gate, in the order in which they should be read."""
     plain, chosen = record.baseline, record.recommended
     effort = record.effort
     found = [
@@ -159,7 +173,9 @@ def _capped(side: Side) -> bool | None:
 
 
 def _error(plain: Side, chosen: Side) -> float | None:
-    """None where the recommended plan's is not known, or plain training's though it was run."""
+    """Return the largest prediction error; None if the recommended plan's is unknown, or plain training's
+    although it ran.
+    """
     sides = [chosen, *([plain] if plain.measured_peak_bytes else [])]
     errors = [
         abs(side.predicted_peak_bytes / side.measured_peak_bytes - 1)
@@ -170,7 +186,7 @@ def _error(plain: Side, chosen: Side) -> float | None:
 
 
 def _step_ratio(record: Shared) -> float | None:
-    """The one that the report tells; the ratio of both medians where a record does not have it."""
+    """Return the ratio shown in the report, or the ratio of both medians if the record has none."""
     told = record.step_time_ratio
     return told if told is not None else _ratio(record.recommended.step_s, record.baseline.step_s)
 

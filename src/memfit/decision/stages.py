@@ -1,4 +1,4 @@
-"""PoC, pilot, full: what each has cost or will cost, and the gate between them."""
+"""PoC, pilot, full: what each stage has cost or will cost, and the gate between them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from memfit.types.result import Offer, Poc
 def stages(
     poc: Poc, made: Decision, offers: Sequence[Offer], named: Mapping[str, str], limits: rollout_gates.Gates
 ) -> tuple[Stage, ...]:
-    """`named`: the machine that the user gave a stage, by the stage's name. Empty for a PoC that did not
-    finish: half a record passes no gate."""
+    """Return the stages.
+
+    `named`: stage name -> machine given by the user. Returns no stages for a PoC that did not finish, because
+    an incomplete record passes no gate.
+    """
     try:
         record = exchange.of_poc(poc)
     except UserError:
@@ -65,7 +68,9 @@ def _unpriced(made: Decision) -> tuple[str, ...]:
 
 
 def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
-    """What the full stage costs after the pilot, which has paid set-up of the same machine and plan."""
+    """Return the cost of the full stage after the pilot, which has already paid the setup of the same machine
+    and plan.
+    """
     cost = None if whole is None else made.sheets[made.ways.index(whole)].present_cost
     if cost is None or whole is None or trial is None or pilot_cost(made, trial) is None:
         return cost
@@ -76,8 +81,10 @@ def rest(made: Decision, whole: Way | None, trial: Way | None) -> float | None:
 
 
 def _named(made: Decision, machine: str | None) -> Way | None:
-    """The cheapest plan on it, where it is already there before it is rented, and rented before it is
-    bought; None where it has no price."""
+    """Return the cheapest way on this machine; existing is preferred to rented, and rented to bought.
+
+    None if it has no price.
+    """
     order = ("existing", "cloud", "purchase")
     found = [(w, s) for w, s in zip(made.ways, made.sheets, strict=True) if w.machine == machine]
     priced = [
@@ -91,7 +98,7 @@ def _named(made: Decision, machine: str | None) -> Way | None:
 def _stage(
     name: str, state: str, machine: str, way: Way | None, offers: Sequence[Offer], made: Decision
 ) -> Stage:
-    """What is predicted stands even where nobody has a price for the machine."""
+    """Return a stage. Predictions are shown even if the machine has no price."""
     machine = way.machine if way is not None else machine
     fit = [o for o in offers if o.machine == machine and o.fits]
     same = [o for o in fit if way is None or o.plain is way.plain]
@@ -115,8 +122,11 @@ def _stage(
 
 
 def _back(made: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
-    """Where to turn if it fails: to plain training on the same machine, if it surely fits there, else to the
-    cheapest machine on which it fits; none of both: to what is done today."""
+    """Return (what to go back to if the stage fails, index of that way).
+
+    It is plain training on the same machine if it surely fits there, else the cheapest machine on which it
+    fits, else what is done today.
+    """
     own = [i for i, w in enumerate(made.ways) if w.machine == machine and w.plain and made.sheets[i].enough]
     sure = [i for i in own if made.ways[i].fit_percent == 100]
     if sure and not plain:
@@ -126,8 +136,11 @@ def _back(made: Decision, machine: str, plain: bool) -> tuple[str, int | None]:
 
 
 def pilot(made: Decision) -> Way | None:
-    """One run before anything is bought: on the machine that there is, or rented; the best way's machine and
-    plan if that is to be had so, else the cheapest rental with its plan."""
+    """Return the way of the pilot: one run before anything is bought, on an existing or rented machine.
+
+    It is the best way's machine and plan if they can be had without a purchase, else the cheapest rental with
+    its plan.
+    """
     if made.best is None:
         return None
     best = made.ways[made.best]
@@ -140,14 +153,17 @@ def pilot(made: Decision) -> Way | None:
 
 
 def pilot_cost(made: Decision, way: Way | None) -> float | None:
-    """Set-up and one run, with the monthly charges of the months that it begins; None where a pilot would
-    need the purchase first."""
+    """Return the cost of setup and one run, with monthly charges for each month begun.
+
+    None if the pilot would require a purchase.
+    """
     return None if way is None or way.kind == "purchase" else _one_run(way, made.terms)[0]
 
 
 def pilot_most(made: Decision, way: Way | None) -> float | None:
-    """The same with every number at the end of its range that costs most, and with the hours of operating the
-    machine in the months that the run begins."""
+    """Return the same with every number at its most expensive end, plus the hours of operating the machine in
+    those months.
+    """
     if way is None or way.kind == "purchase":
         return None
     ends = _dear(made)
@@ -158,13 +174,13 @@ def pilot_most(made: Decision, way: Way | None) -> float | None:
 
 
 def _dear(made: Decision) -> dict[str, float]:
-    """The end of each range that costs most."""
+    """Return the most expensive end of each range."""
     spans = monte_carlo.ranged(made.told).items()
     return {name: span.low if name == "utilisation_ratio" else span.high for name, span in spans}
 
 
 def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
-    """Set-up, electricity and rental; and people."""
+    """Return (cost of setup, electricity and rental; cost of people) for one run."""
     part = max(1, math.ceil(12 * run_hours(way, there) / HOURS_PER_YEAR)) / 12
     basic = there.basic_per_kw_month
     terms = dataclasses.replace(
@@ -178,14 +194,18 @@ def _one_run(way: Way, there: Terms) -> tuple[float | None, float]:
 
 
 def spent(energy_j: float, hours: float, terms: Terms) -> float:
-    """Electricity of the PoC's runs, and its hours of labour where they were counted and have a price."""
+    """Return the cost of the PoC's electricity, and of its working hours if they were counted and have a
+    price.
+    """
     per_kwh = terms.energy_per_kwh.at(terms.per_usd) + terms.levy_per_kwh.at(terms.per_usd)
     return energy_j / J_PER_KWH * per_kwh * (1 + terms.tax_ratio) + hours * terms.labour_per_hour
 
 
 def _energy_j(poc: Poc, terms: Terms) -> float | None:
-    """What the PoC's runs took from the grid. What no meter read is modelled: the power of plain training's
-    step for as long as the run took."""
+    """Return the energy that the PoC's runs drew from the grid.
+
+    Runs without a meter are modelled: the power of plain training's step times the duration of the run.
+    """
     basis = poc.search.baseline.estimate
     power_w = basis.energy_j / basis.step_s.value if basis.energy_j and basis.step_s else None
     joules = 0.0

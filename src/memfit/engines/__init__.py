@@ -1,1 +1,1 @@
-"""Stage 4a: a plan as the text an engine is started with. No engine is imported here."""
+"""Stage 4a: render a plan as the text with which an engine is started. No engine is imported here."""

@@ -1,4 +1,5 @@
-"""What every engine says about itself as data: what it carries, what it lacks here, and its configuration."""
+"""The description of an engine: the techniques it supports, what it lacks on this machine, and its
+configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from memfit.types.plan import Plan
 Files = Mapping[str, str]
 
 
-# What memfit applies to a model, a loss or an optimizer before an engine takes them.
+# Techniques that memfit applies to a model, a loss or an optimizer before it passes them to an engine.
 BESIDE = frozenset(
     {
         "activation-checkpointing", "selective-checkpointing", "activation-offload", "chunked-cross-entropy",
@@ -25,26 +26,31 @@ BESIDE = frozenset(
 
 
 def no_files(spec: RunSpec) -> Files:
-    """The engine is configured in Python alone."""
+    """Return no files, for an engine that is configured in Python only."""
     return {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A way to train. ``carries``: techniques that the engine applies itself, ``beside``: those that memfit
-    applies to the model or the step and that the engine leaves alone; anything else it cannot do.
-    ``reasons(plan)``: why it cannot carry a plan of such techniques after all; ``asks_cuda(plan)``: which
-    parts of it run on NVIDIA GPUs alone; ``no_scalars(plan)``: whether it takes no parameters without
-    dimensions. ``files(spec)``: its own configuration, name -> text, beside run.json; the worker reads these
-    very files. ``tested``: versions from (included) to (excluded) with which
-    it was tried. ``own_trace``: its step runs on fake tensors, so predictions for it are traces of that step;
-    else ``predicted(plan)`` is the plan whose native step has its memory. ``requirements``: what pip installs
-    in an environment of its own, where it clashes with memfit's.
+    """A library, or memfit itself, that trains a plan.
+
+    - ``carries``: techniques that the engine applies itself.
+    - ``beside``: techniques that memfit applies to the model or the step and that the engine does not affect.
+      Plans with any other technique are not supported.
+    - ``reasons(plan)``: why the engine does not support a plan of these techniques; empty if it does.
+    - ``asks_cuda(plan)``: the parts of the plan that the engine runs only on NVIDIA GPUs.
+    - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
+    - ``files(spec)``: its own configuration, name -> text, beside run.json. The worker reads these files.
+    - ``tested``: the tested versions, from (inclusive) and to (exclusive).
+    - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
+      Otherwise they are traces of the native step for ``predicted(plan)``, which needs the same memory.
+    - ``requirements``: what pip installs in a separate environment, for an engine whose dependencies
+      conflict with memfit's.
     """
 
     name: str
     summary: str
-    distribution: str = ""  # on the package index; "": it comes with torch
+    distribution: str = ""  # its name on the package index; "" if it is part of torch
     tested: tuple[str, str] = ("", "")
     install: str = ""
     carries: frozenset[str] = frozenset()
@@ -63,13 +69,13 @@ class Engine:
         return self.carries | self.beside
 
     def supports(self, plan: Plan) -> tuple[str, ...]:
-        """Why it cannot carry the plan; empty: it can."""
+        """Return the reasons why the engine does not support the plan; empty if it does."""
         gaps = (u.technique for u in plan.uses if u.technique not in self.known)
         unknown = tuple(f"{technique} is not in {self.name}" for technique in gaps)
         return unknown or self.reasons(plan)
 
     def probe(self) -> Probe:
-        """What is installed here, without importing it."""
+        """Return what is installed on this machine, without importing it."""
         if not self.distribution:
             return Probe(version=_version("torch") or "", problem="" if _version("torch") else "no torch")
         home = recorded(self.name) if self.requirements else None
@@ -90,7 +96,8 @@ class Engine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """``problem`` "": ready to run. ``fix``: the one command that would help."""
+    """What is installed of an engine. ``problem`` is "" if the engine is ready to run; ``fix``: the command
+    that would help."""
 
     version: str = ""
     problem: str = ""
@@ -104,6 +111,6 @@ def _version(distribution: str, folder: str | None = None) -> str | None:
 
 
 def _at(version: str) -> tuple[int, ...]:
-    """The release of a version, comparable: "0.19.8+x" -> (0, 19, 8)."""
+    """Return the release of a version in comparable form: "0.19.8+x" -> (0, 19, 8)."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(n) for n in found.group().split(".")) if found else ()

@@ -1,4 +1,4 @@
-"""Environments of their own, for engines whose dependencies clash with memfit's, each with a record."""
+"""Separate environments for engines whose dependencies conflict with memfit's, and the record of each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """A virtual environment. ``packages``: its site-packages; ``installed_bytes`` and ``took_s``: what making
-    it cost."""
+    """A virtual environment. ``folder``: its folder; ``python``: its interpreter; ``packages``: its
+    site-packages; ``installed_bytes`` and ``took_s``: the disk space and the seconds that its creation
+    took."""
 
     folder: str
     python: str
@@ -22,15 +23,15 @@ class Environment:
 
 
 def home() -> Path:
-    """Where environments and their records are, unless the user says otherwise."""
+    """Return the default folder of environments and the folder of their records."""
     import platformdirs
 
     return platformdirs.user_data_path("memfit") / "engines"
 
 
 def recorded(name: str) -> Environment | None:
-    """The engine's environment, whether it is still there or not; None: none was made, or nobody can read
-    of it."""
+    """Return the engine's recorded environment, whether or not it still exists. Return None if there is no
+    record or it cannot be read."""
     try:
         return serialization.loads(
             Environment, _record(name).read_text(encoding="utf-8"), what=f"record of {name}"
@@ -40,6 +41,7 @@ def recorded(name: str) -> Environment | None:
 
 
 def record(name: str, made: Environment) -> None:
+    """Write the record of the engine's environment."""
     path = _record(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(serialization.dumps(made, indent=2) + "\n", encoding="utf-8")

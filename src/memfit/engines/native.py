@@ -1,4 +1,4 @@
-"""Native PyTorch: memfit's own worker, which is also the process in which the other engines train."""
+"""Native PyTorch: memfit's own worker. The other engines train in this worker's process too."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ENGINE = Engine(
 
 
 def render(spec: RunSpec, engine: Engine = ENGINE) -> LaunchConfig:
-    """The very process that is run, with the engine's configuration beside it; `export` writes the same.
-    An environment of the engine's own runs memfit from here."""
+    """Return the process that `run` starts, with the engine's configuration files; `export` writes the same.
+    The interpreter of an engine's own environment imports memfit from this source folder."""
     home = recorded(engine.name) if engine.requirements else None
     return LaunchConfig(
         engine=engine.name,
@@ -43,8 +43,10 @@ def render_calibration(
     rates: bool = True,
     memory_only: bool = False,
 ) -> LaunchConfig:
-    """Probes operators in the same environment as the runs, with ``rates`` the machine's own rates too.
-    ``spec`` gives threads and time limit. ``memory_only``: no times, no rates, one call each."""
+    """Return a process that times the operators ``signatures`` in the same environment as the runs. ``spec``
+    gives the number of threads and the time limit; ``budget_s``: seconds for the measurements; ``rates``:
+    measure the rates of the machine too; ``memory_only``: call each operator once and measure neither times
+    nor rates."""
     request = {
         "signatures": list(signatures),
         "budget_s": budget_s,
@@ -63,6 +65,6 @@ def render_calibration(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Without the current folder on the path: a file of the user's named like a module of the standard
-    library or of an installed package is not imported in its place."""
+    """Return the worker's environment variables. PYTHONSAFEPATH removes the current folder from the import
+    path, so that a user's file cannot shadow a module of the standard library or of an installed package."""
     return {"PYTHONSAFEPATH": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

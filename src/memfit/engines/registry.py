@@ -1,4 +1,4 @@
-"""Every engine, by name."""
+"""All engines, by name."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def engine(name: str) -> Engine:
-    """Raises UserError with the closest names when there is no such engine."""
+    """Return the engine called ``name``. Raises UserError with the closest names if there is none."""
     return named("engine", name, ENGINES)
 
 
 def carrying(name: str, plan: Plan) -> Engine:
-    """The engine, where it can carry the plan. Raises UserError with every reason why not, and with those
-    that can."""
+    """Return the engine if it supports the plan. Raises UserError with every reason why it does not, and with
+    the engines that do."""
     found = engine(name)
-    layout(plan)  # which ranks there are is nobody's gap
+    layout(plan)  # raises first for an invalid number of ranks, which no engine would support
     if why := found.supports(plan):
         able = (e for e in ENGINES.values() if e is not replay.ENGINE)
         others = ", ".join(e.name for e in able if not e.supports(plan)) or "none"
@@ -45,8 +45,8 @@ def carrying(name: str, plan: Plan) -> Engine:
 
 
 def ready(name: str, plan: Plan) -> Engine:
-    """The same, installed, and able to train it here, on CPU ranks. Raises UserError with the command that
-    installs it, or with what asks for CUDA."""
+    """Return the engine if it supports the plan, is installed, and can train the plan here, on CPU ranks.
+    Raises UserError with the command that installs it, or with the parts that require CUDA."""
     found = carrying(name, plan)
     if parts := found.asks_cuda(plan):
         raise UserError(
@@ -59,5 +59,5 @@ def ready(name: str, plan: Plan) -> Engine:
 
 
 def render(spec: RunSpec) -> LaunchConfig:
-    """The launch of ``spec`` on its engine: the worker, and the engine's own configuration beside it."""
+    """Return the launch of ``spec`` on its engine: the worker, and the engine's own configuration files."""
     return native.render(spec, engine(spec.engine))

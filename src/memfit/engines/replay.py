@@ -1,4 +1,4 @@
-"""Answers from stored records: trains nothing."""
+"""An engine that answers from stored records and does not train."""
 
 from __future__ import annotations
 

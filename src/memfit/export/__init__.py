@@ -1,4 +1,6 @@
-"""Stage 9: a launch as files to hand over: what `run` would execute, for other machines and other programs.
+"""Stage 9: write a launch as files. They start what `run` would execute on other machines or by other
+programs.
 
-A target is a function of a Handover: ``torchrun.py`` is what every node executes, a cluster's files start it.
+A target is a function from a Handover to files. All targets for clusters start ``torchrun.sh`` (torchrun.py)
+on every node.
 """

@@ -1,4 +1,4 @@
-"""What is handed over, and what all targets say alike."""
+"""The data that every export target receives, and helpers that they share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from memfit.types.launch import LaunchConfig
 from memfit.types.plan import Plan
 
 Files = Mapping[str, str]
-RUN = "run.json"  # of memfit's worker, the rest of a launch's files is the engine's
+RUN = "run.json"  # read by memfit's worker; all other files of a launch are the engine's
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UserFiles:
-    """The user's own configuration. ``carried``: as a plan, with what no plan says; ``clipping``: of
-    gradients, by the files; ``job_clip``: by the job. ``for_worker``: memfit's worker reads what is exported,
-    for which no value may be open and the plan's own settings must all be written."""
+    """The user's own configuration. ``setup``: the files as read; ``carried``: the plan that they describe,
+    with the settings that no plan can express; ``clipping``: the gradient clipping in the files;
+    ``job_clip``: the gradient clipping of the job. ``for_worker``: True if memfit's worker reads the exported
+    files; then every value must be known and all settings of the plan must be written."""
 
     setup: Setup
     carried: Carried
@@ -33,17 +34,17 @@ class UserFiles:
 
     @property
     def clip(self) -> float | None:
-        """The largest gradient norm: what the files say, else the job, else the default of the files'
-        library. None: gradients are not clipped."""
+        """The largest gradient norm, from the files, else from the job, else the default of the files'
+        library. None if gradients are not clipped."""
         said = self.clipping.explicit or self.job_clip is None
         return (self.clipping.limit if said else self.job_clip) or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
-    """The user's settings in an export. ``files``: what is written; ``sources``: of each file, whose settings
-    it keeps; ``changed``: settings of the user's that the plan replaced; ``not_carried``: those that are not
-    in the export, and why."""
+    """What became of the user's settings in an export. ``files``: name -> text of the exported files;
+    ``sources``: exported file -> the user's file whose settings it keeps; ``changed``: the user's settings
+    that the plan replaced; ``not_carried``: the settings that are not in the export, and why."""
 
     files: Files
     sources: Mapping[str, str]
@@ -53,10 +54,12 @@ class UserSettings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """A rendered launch on ``nodes`` machines. ``script``: the user's program and its arguments, in the
-    place of memfit's worker; ``own_files``: of the user, name -> text, put beside it; ``user_files``: the
-    user's own configuration, whose settings the export keeps; ``kept``: how it kept them; ``dependence``: of
-    the job's samples, where the plan splits the batch."""
+    """A rendered launch on ``nodes`` machines. ``script``: the user's program and its arguments, or empty for
+    memfit's worker; ``own_files``: name -> text of the user's files that are put beside it; ``user_files``:
+    the user's own configuration, whose settings the export keeps; ``kept``: how they were kept;
+    ``dependence``: whether the job's samples depend on each other, if the plan splits the batch. Raises
+    UserError if a file of the user has the name of one of memfit's, or if the ranks cannot be split evenly
+    over the nodes."""
 
     config: LaunchConfig
     nodes: int = 1
@@ -66,10 +69,10 @@ class Handover:
     kept: UserSettings | None = None
     dependence: SampleDependence | None = None
     max_restarts: int = 3
-    gpu: str = ""  # what skypilot calls the accelerator
-    image: str = ""  # of the container
-    setup: str = ""  # shell command that makes the environment of a fresh machine
-    claim: str = ""  # the volume claim that pods keep checkpoints on
+    gpu: str = ""  # SkyPilot's name of the accelerator
+    image: str = ""  # the container image
+    setup: str = ""  # shell command that prepares the environment of a new machine
+    claim: str = ""  # the volume claim on which pods store checkpoints
 
     def __post_init__(self) -> None:
         if clash := sorted(self.own_files.keys() & self.config.files.keys()):
@@ -92,24 +95,25 @@ class Handover:
 
     @property
     def name(self) -> str:
-        """Of letters, digits and dashes, as every scheduler takes it."""
+        """A name of lowercase letters, digits and dashes, which every scheduler accepts."""
         job = self.script[0] if self.script else self.config.spec.job.spec.partition(":")[0]
         return f"memfit-{re.sub(r'[^a-z0-9]+', '-', job.lower()).strip('-')[:40].strip('-') or 'job'}"
 
     @property
     def engine_files(self) -> Files:
-        """The engine's own configuration, as the worker would read it."""
+        """The engine's own configuration files, as the worker would read them."""
         return {name: text for name, text in self.config.files.items() if name != RUN}
 
     @property
     def carried(self) -> Files:
-        """What every node needs beside the program that starts it."""
+        """The files that every node needs besides the program that starts the launch."""
         engine = self.engine_files if self.script else self.config.files
         return {**engine, **self.own_files}
 
     @property
     def on_gpus(self) -> bool:
-        """memfit's worker trains several ranks over gloo, on processors."""
+        """Whether the launch trains on GPUs. memfit's worker does not: it trains several ranks on CPUs over
+        gloo."""
         return bool(self.script)
 
     @property
@@ -118,8 +122,10 @@ class Handover:
 
 
 def divisors(number: int) -> list[int]:
+    """Return all divisors of ``number``, in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def quoted(words: Iterable[str]) -> str:
+    """Join ``words`` into a shell command, each word quoted."""
     return " ".join(map(shlex.quote, words))

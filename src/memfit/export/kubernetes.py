@@ -1,7 +1,7 @@
-"""Kubernetes without an operator: an Indexed Job, a headless Service by which its pods find the first, and a
-ConfigMap with the files.
+"""Export for Kubernetes without an operator: an Indexed Job, a ConfigMap with the files, and a headless
+Service through which the pods find the first pod.
 
-Fields are those of batch/v1 and core/v1 (Kubernetes 1.34); pods of an Indexed Job are called NAME-INDEX.
+Fields are those of batch/v1 and core/v1 (Kubernetes 1.34). Pods of an Indexed Job are named NAME-INDEX.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from memfit.export.base import Files, Handover
 from memfit.types.errors import UserError
 
 JOB = "job.yaml"
-_MOST_BYTES = 1_000_000  # a ConfigMap holds 1 MiB
+_MOST_BYTES = 1_000_000  # a ConfigMap holds at most 1 MiB
 _FILES, _WORK = "/memfit/files", "/memfit/work"
 _PORT = 29400
 _GPU = "nvidia.com/gpu"
@@ -22,6 +22,8 @@ Object = dict[str, Any]
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export. Raises UserError without an image, if checkpoints are kept but not on a
+    volume, or if the files do not fit a ConfigMap."""
     if not handover.image:
         raise UserError(
             "no --image", allowed="a container image with Python, torch and what is started",
@@ -39,7 +41,7 @@ def files(handover: Handover) -> Files:
 
 
 def text(documents: list[Object]) -> str:
-    """YAML in which files stay readable, line by line."""
+    """Render ``documents`` as YAML in which embedded files stay readable, line by line."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -55,6 +57,7 @@ def text(documents: list[Object]) -> str:
 
 
 def objects(handover: Handover, carried: Files) -> list[Object]:
+    """Return the Kubernetes objects: ConfigMap, Service and Job."""
     name = handover.name
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/created-by": "memfit"}
     meta = {"name": name, "labels": labels}
@@ -63,8 +66,8 @@ def objects(handover: Handover, carried: Files) -> list[Object]:
         {
             "apiVersion": "v1", "kind": "Service", "metadata": meta,
             "spec": {
-                "clusterIP": "None",  # names of pods, no address of its own
-                "publishNotReadyAddresses": True,  # the first pod is found before it is ready
+                "clusterIP": "None",  # the service only gives names to pods and has no address
+                "publishNotReadyAddresses": True,  # the first pod must be found before it is ready
                 "selector": labels,
                 "ports": [{"name": "rendezvous", "port": _PORT}],
             },
@@ -79,7 +82,7 @@ def _job(handover: Handover, labels: dict[str, str]) -> Object:
         "completionMode": "Indexed",
         "completions": handover.nodes,
         "parallelism": handover.nodes,
-        # a pod that fails is made again under its name and joins the others, which torchrun starts again
+        # A failed pod is created again under its name and joins the others, which torchrun restarts.
         "backoffLimit": handover.max_restarts * handover.nodes,
         "template": {"metadata": {"labels": labels}, "spec": _pod(handover)},
     }
@@ -99,7 +102,7 @@ def _pod(handover: Handover) -> Object:
             {
                 "name": "shm",
                 "emptyDir": {"medium": "Memory"},
-            },  # NCCL and data loaders; a container has 64 MiB
+            },  # NCCL and data loaders need more shared memory than a container's 64 MiB
         ],
     }
 
@@ -112,7 +115,7 @@ def _container(handover: Handover) -> Object:
         "name": "node",
         "image": handover.image,
         "workingDir": _WORK,
-        # a ConfigMap cannot be written to, and its files are links
+        # A ConfigMap is read-only and its files are links, so they are copied.
         "command": ["bash", "-c", f"cp -L {_FILES}/* . && exec bash {torchrun.SCRIPT}"],
         "env": [
             {"name": "NODE_RANK", "valueFrom": index},

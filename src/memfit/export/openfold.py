@@ -1,7 +1,8 @@
-"""OpenFold's settings: arguments of train_openfold.py, the JSON of what they change, DeepSpeed's file.
+"""Export for OpenFold: the arguments of train_openfold.py, the JSON of changed settings, and DeepSpeed's
+file.
 
-Keys are those of openfold/config.py and train_openfold.py at ce0029e (read 2026-11). What a plan has and
-OpenFold cannot do is refused; what OpenFold does beside a plan stands in the folder's README.
+Keys are those of openfold/config.py and train_openfold.py at ce0029e (read 2026-11). A plan that OpenFold
+cannot train is refused. What OpenFold does in addition to the plan is listed in the folder's README.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from memfit.types.plan import Plan
 ARGUMENTS: Final = "openfold.args"
 CHANGES: Final = "openfold.json"
 DEEPSPEED: Final = "deepspeed_config.json"
-_SEED: Final = 42  # OpenFold wants one where several processes train
+_SEED: Final = 42  # OpenFold requires one if several processes train
 _CLIPPED: Final = 0.1  # gradient norm in OpenFold's own deepspeed_config.json
-_BUCKET_ELEMENTS: Final = 25 * 2**20 // 2  # of bf16 gradients in torch's bucket of 25 MiB
+_BUCKET_ELEMENTS: Final = 25 * 2**20 // 2  # bf16 gradients in torch's bucket of 25 MiB
 
 _SAID = {"ddp", "zero", "bf16-autocast", "bf16-parameters", "activation-checkpointing"}
 _WHY = {
@@ -31,7 +32,7 @@ _WHY = {
     "gradient-accumulation": "--accumulate_grad_batches does not reach its Trainer",
     "activation-offload": "its cpu_checkpointing moves inputs of blocks alone",
 }
-# By technique: (setting, allowed values, why).
+# Technique -> the settings that OpenFold restricts: (setting, allowed values, reason).
 _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
     "ddp": (
         ("bucket_mib", (25,), "it is Lightning's DDPStrategy with torch's buckets"),
@@ -47,6 +48,7 @@ _ONLY: Mapping[str, tuple[tuple[str, tuple[object, ...], str], ...]] = {
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export. Raises UserError if OpenFold cannot train the plan."""
     if why := tuple(_why_not(handover)):
         raise UserError(f"OpenFold cannot train this plan: {'; '.join(why)}")
     found = {
@@ -76,14 +78,15 @@ def _why_not(handover: Handover) -> Iterator[str]:
 
 
 def _size(handover: Handover) -> tuple[str, int | None]:
-    """The job's size and the crop that it was asked at."""
+    """Return the job's size and the requested crop in residues, or None for the size's own crop."""
     ref = handover.config.spec.job
     name, _, residues = (ref.size or "tiny").partition("@")
     return name, int(residues) if residues else ref.length
 
 
 def changes(handover: Handover) -> dict[str, Any]:
-    """Flat keys of --experiment_config_json; what is as in training presets is written too, to be seen."""
+    """Return the flat keys of --experiment_config_json. Settings that equal those of the training presets are
+    included, to make them visible."""
     size, residues = _size(handover)
     preset = PRESETS[SIZES[size]]
     spec, plan = handover.config.spec, handover.plan
@@ -101,6 +104,7 @@ def changes(handover: Handover) -> dict[str, Any]:
 
 
 def arguments(handover: Handover) -> dict[str, Any]:
+    """Return the arguments of train_openfold.py by name, without their leading dashes."""
     plan = handover.plan
     half = any(plan.get(name) is not None for name in ("bf16-autocast", "bf16-parameters"))
     found: dict[str, Any] = {
@@ -115,13 +119,14 @@ def arguments(handover: Handover) -> dict[str, Any]:
 
 
 def _by_deepspeed(plan: Plan) -> bool:
-    """Without it Lightning has bf16 parameters too, but no fp32 masters of them."""
+    """Return whether the plan needs DeepSpeed. Lightning alone also trains bf16 parameters, but without fp32
+    masters."""
     return plan.get("zero") is not None or plan.get("bf16-parameters") is not None
 
 
 def deepspeed(handover: Handover) -> dict[str, Any]:
-    """As memfit's engine writes it, without what Lightning sets itself and refuses to find. bf16 parameters
-    are those of ZeRO stage 2, as in OpenFold's own file."""
+    """Return DeepSpeed's configuration as memfit's engine writes it, without the settings that Lightning sets
+    itself and refuses in the file. bf16 parameters become ZeRO stage 2, as in OpenFold's own file."""
     spec, half = handover.config.spec, handover.plan.get("bf16-parameters") is not None
     if half:
         used = make_use("zero", {"precision": "bf16", "reduce_bucket_elements": _BUCKET_ELEMENTS})
@@ -133,7 +138,7 @@ def deepspeed(handover: Handover) -> dict[str, Any]:
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """What OpenFold does and the plan does not say."""
+    """Yield what OpenFold does that the plan does not describe."""
     yield "OpenFold hands no number of devices to its Trainer: it takes all that CUDA_VISIBLE_DEVICES shows."
     yield "It keeps a moving average of the parameters beside them, 4 bytes each, which the plan has not."
     yield "Torsion angles of four templates are rows of its MSA too: 132 where the plan has 128, 516 for 512."

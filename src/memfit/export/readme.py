@@ -1,4 +1,4 @@
-"""README.md of an export: how it is started, what it holds, what it does not do."""
+"""Write the README.md of an export: how to start it, what it contains, and what it does not do."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ _START = {
 
 
 def readme(target: str, handover: Handover, files: Files) -> str:
+    """Return the text of README.md. ``files``: all other files of the export."""
     return "\n".join(_lines(target, handover, files)) + "\n"
 
 
@@ -69,7 +70,8 @@ def _lines(target: str, handover: Handover, files: Files) -> Iterator[str]:
 
 
 def dependence_line(handover: Handover) -> str | None:
-    """That the plan splits a batch whose samples depend on each other, or may; None where they do not."""
+    """Return a sentence saying that the plan splits a batch whose samples depend, or may depend, on each
+    other; None if they do not."""
     dependence = handover.dependence
     if dependence is None or not dependence.sentence:
         return None
@@ -113,7 +115,7 @@ _DEFAULT_CLIPPING = {
 
 
 def _clipping(target: str, handover: Handover) -> str:
-    """Where gradients are clipped, and to what."""
+    """Return a sentence on where gradients are clipped, and to which norm."""
     spec, given = handover.config.spec, handover.user_files
     if target == "openfold":
         return "Gradients are clipped as openfold's files say; DeepSpeed's file says its norm."

@@ -1,4 +1,5 @@
-"""What the user's own script must do itself: techniques of the plan that no exported file applies."""
+"""Find the techniques of a plan that no exported file applies, so that the user's own script must apply
+them."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from memfit.types.errors import UserError
 from memfit.types.launch import LaunchConfig, RunSpec
 from memfit.types.plan import Plan, Use
 
-CLIP = "clipping"  # what acknowledges it
+CLIP = "clipping"  # the name under which a script acknowledges that it clips gradients
 _SPLIT = "gradient-accumulation"
 _BUCKETS = (
     "Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb={bucket_mib}, "
     "gradient_as_bucket_view={bucket_view})])"
 )
 
-# By engine: techniques that its library applies where a script hands it the exported configuration.
+# Engine -> techniques that its library applies if a script passes it the exported configuration.
 _APPLIED: Mapping[str, frozenset[str]] = {
     "native": frozenset(),
     "accelerate": frozenset({"ddp", "fsdp2", "zero", "bf16-autocast", "fp16-autocast"}),
@@ -73,14 +74,16 @@ _CALLS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptStep:
-    """``name``: of the technique, or "clipping"; ``text``: what the script must call."""
+    """A step that the script must implement. ``name``: the technique, or "clipping"; ``text``: what to
+    call."""
 
     name: str
     text: str
 
 
 def script_steps(spec: RunSpec) -> tuple[ScriptStep, ...]:
-    """What of the plan, and of the gradient clipping that was predicted, no file of the engine applies."""
+    """Return the techniques of the plan, and the predicted gradient clipping, that no file of the engine
+    applies."""
     return tuple(_steps(spec))
 
 
@@ -108,13 +111,13 @@ def _text(used: Use, plan: Plan) -> str:
 
 
 def _default_buckets(used: Use) -> bool:
-    """Of torch's DDP, which Accelerate makes unless its program says otherwise."""
+    """Return whether the settings are those of torch's DDP, which Accelerate creates by default."""
     return (used.settings["bucket_mib"], used.settings["bucket_view"]) == (25, False)
 
 
 def _by_accelerate(spec: RunSpec, used: Use) -> bool:
-    """Its FSDP recomputes blocks where the YAML says so, which it does for a script; DeepSpeed below it
-    accumulates as its own file says."""
+    """Return whether Accelerate applies the technique for a script. Its FSDP recomputes every block if the
+    YAML says so. With DeepSpeed below it, gradients are accumulated as DeepSpeed's file says."""
     if used.technique == _SPLIT:
         return spec.engine == "accelerate" and spec.plan.get("zero") is not None
     whole = used.technique == "activation-checkpointing" and used.settings["every"] == 1
@@ -122,8 +125,8 @@ def _by_accelerate(spec: RunSpec, used: Use) -> bool:
 
 
 def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str], *, script: str) -> None:
-    """Raises UserError, listing what the script must do, unless each of ``steps`` is acknowledged, by its
-    name or by "all"."""
+    """Check that each of ``steps`` is acknowledged, by its name or by "all". Raises UserError with a list of
+    what the script must do if one is not, and for a name in ``acknowledged`` that is no step."""
     names = [step.name for step in steps]
     for name in acknowledged:
         if name not in (*names, "all"):
@@ -143,8 +146,8 @@ def check_acknowledged(steps: Sequence[ScriptStep], acknowledged: Sequence[str],
 
 
 def script_files(config: LaunchConfig) -> Mapping[str, str]:
-    """The engine's files for a script: memfit's worker recomputes blocks itself, for a script Accelerate's
-    FSDP does."""
+    """Return the engine's files for a script. They differ in one setting: memfit's worker recomputes blocks
+    itself, while for a script Accelerate's FSDP does it."""
     import yaml
 
     recomputed = config.spec.plan.get("activation-checkpointing")

@@ -1,6 +1,7 @@
-"""A SkyPilot task: its folder goes to every node, and each starts torchrun.sh.
+"""Export for SkyPilot: a task that copies its folder to every node and runs torchrun.sh there.
 
-Fields are those of SkyPilot's task YAML (0.14); nodes are told by SKYPILOT_NODE_RANK and SKYPILOT_NODE_IPS.
+Fields are those of SkyPilot's task YAML (0.14). Nodes learn their place from SKYPILOT_NODE_RANK and
+SKYPILOT_NODE_IPS.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ exec bash {script}
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export. Raises UserError if the launch needs GPUs and none is named."""
     return {**torchrun.files(handover), TASK: text([task(handover)])}
 
 
 def task(handover: Handover) -> dict[str, Any]:
+    """Return the content of task.yaml."""
     return {
         "name": handover.name,
         "num_nodes": handover.nodes,
-        "workdir": ".",  # the folder that `sky launch` is called in
+        "workdir": ".",  # the folder in which `sky launch` is called
         "resources": _resources(handover),
         "setup": (handover.setup or _check(handover)).rstrip("\n") + "\n",
         "run": _RUN.format(script=torchrun.SCRIPT),
@@ -40,7 +43,7 @@ def task(handover: Handover) -> dict[str, Any]:
 
 
 def _resources(handover: Handover) -> dict[str, Any]:
-    recovery = {"job_recovery": {"max_restarts_on_errors": handover.max_restarts}}  # of managed jobs
+    recovery = {"job_recovery": {"max_restarts_on_errors": handover.max_restarts}}  # for managed jobs
     if not handover.on_gpus:
         return {"cpus": f"{handover.cpus_per_node}+", **recovery}
     if not handover.gpu:
@@ -49,7 +52,8 @@ def _resources(handover: Handover) -> dict[str, Any]:
 
 
 def _check(handover: Handover) -> str:
-    """Without a command that installs, a node that lacks something says so before anything starts."""
+    """Return a command that imports the needed packages. It is used if no set-up command is given, so that a
+    node that lacks a package reports it before anything starts."""
     needed = ["torch"] if handover.script else ["torch", "memfit"]
     distribution = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron.core"}
     needed += [distribution[handover.config.engine]] if handover.config.engine in distribution else []

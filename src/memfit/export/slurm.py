@@ -1,4 +1,4 @@
-"""An sbatch file: one task a node, each starting torchrun.sh with its place in the allocation.
+"""Export for Slurm: an sbatch file with one task per node. Each starts torchrun.sh with its node rank.
 
 Options are those of sbatch(1) and srun(1), Slurm 25.05.
 """
@@ -30,10 +30,12 @@ srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash {script}'
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export."""
     return {**torchrun.files(handover), JOB: sbatch(handover)}
 
 
 def sbatch(handover: Handover) -> str:
+    """Return the text of job.sbatch."""
     options = "".join(f"#SBATCH --{option}\n" for option in _options(handover))
     return f"#!/usr/bin/env bash\n{options}{_BODY.format(script=torchrun.SCRIPT)}"
 

@@ -1,4 +1,4 @@
-"""Every target, by name, and the folder that it makes."""
+"""All export targets by name, and the folder of files that each makes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ TARGETS: Mapping[str, Callable[[Handover], Files]] = {
 
 LIBRARIES = frozenset(
     {"trainer", "torchtitan", "openfold"}
-)  # whose own program trains, no worker of memfit's
+)  # the library's own program trains, not memfit's worker
 
 
 def bundle(target: str, handover: Handover) -> Files:
-    """All files of the folder, name -> text."""
+    """Return all files of the export folder, name -> text. Raises UserError if the target cannot express the
+    plan, or if a file of the user has the name of one that memfit writes."""
     handover = with_engine_settings(handover)
     files = {**TARGETS[target](handover)}
     if handover.user_files is not None and target in LIBRARIES:
@@ -44,8 +45,9 @@ def bundle(target: str, handover: Handover) -> Files:
 
 
 def _by_the_users_names(handover: Handover, files: Files) -> Files:
-    """Configurations that the script's own command line names as the user's file is named. Raises UserError
-    for one that is not among the files."""
+    """Return copies of exported configurations under the names by which the script's command line refers to
+    the user's files. Raises UserError if the command line names a user's file that the export does not
+    replace."""
     sources = handover.kept.sources if handover.kept is not None else {}
     words = [part for word in handover.script[1:] for part in word.split("=")]
     given = handover.user_files.setup.files if handover.user_files is not None else ()

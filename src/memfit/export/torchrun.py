@@ -1,4 +1,4 @@
-"""The script that every node executes: torch's elastic launcher, or the engine's own around it.
+"""Export of the script that every node executes: torch's elastic launcher, or accelerate launch around it.
 
 Flags are those of torch/distributed/run.py (2.13) and accelerate/commands/launch.py (1.15).
 """
@@ -33,10 +33,12 @@ if [ "$NODE_RANK" = 0 ]; then is_host=1; else is_host=0; fi
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export."""
     return {**handover.carried, SCRIPT: script(handover)}
 
 
 def script(handover: Handover) -> str:
+    """Return the text of torchrun.sh."""
     head = _HEAD.format(
         label=handover.plan.label, engine=handover.config.engine, ranks=handover.plan.ranks,
         per_node=handover.per_node, nodes=handover.nodes,
@@ -49,8 +51,9 @@ def script(handover: Handover) -> str:
 
 
 def environment(handover: Handover) -> dict[str, str]:
-    """What the launch sets, without paths of this machine, and for a script without what is for memfit's
-    worker alone: training on processors, and no current folder on the path."""
+    """Return the environment variables of the launch, without paths of this machine. For a script the
+    variables of memfit's worker are left out too: those for training on CPUs, and PYTHONSAFEPATH, which
+    removes the current folder from the import path."""
     of_worker = ("DS_ACCELERATOR", "PYTHONSAFEPATH") if handover.script else ()
     without = {"PYTHONPATH", "LOCAL_RANK", *of_worker}
     return {k: v for k, v in handover.config.env.items() if k not in without}
@@ -70,7 +73,8 @@ def _torchrun(handover: Handover) -> Iterator[str]:
 
 
 def _accelerate(handover: Handover) -> Iterator[str]:
-    """Its YAML says one machine: what only the cluster knows stands on the command line, which wins."""
+    """Yield the command of accelerate launch. Its YAML describes one machine. What only the cluster knows is
+    on the command line, which takes precedence."""
     yield '"$PYTHON" -m accelerate.commands.launch --config_file accelerate.yaml'
     yield f"--num_machines {handover.nodes} --num_processes {handover.plan.ranks}"
     if handover.nodes > 1:
@@ -81,15 +85,16 @@ def _accelerate(handover: Handover) -> Iterator[str]:
 
 
 def program(handover: Handover) -> str:
-    """What is started on every rank, as shell words. Raises UserError where the engine has nothing that a
-    script could read."""
+    """Return what is started on every rank, as shell words. Raises UserError if the engine has no
+    configuration that a script could read."""
     if not handover.script:
         return quoted(part.replace("{dir}/", "") for part in handover.config.argv[1:])
     return " ".join(filter(None, (quoted(handover.script), _handed(handover))))
 
 
 def _handed(handover: Handover) -> str:
-    """Arguments that give the user's script the engine's configuration, where it does not name it itself."""
+    """Return arguments that pass the engine's configuration to the user's script, unless the script names it
+    itself."""
     engine, has = handover.config.engine, handover.engine_files
     if engine in ("native", "accelerate") or any(n in word for n in has for word in handover.script):
         return ""

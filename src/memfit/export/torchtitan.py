@@ -1,7 +1,8 @@
-"""torchtitan's job: a TOML for v0.2.2, the last release that reads one, and command-line arguments for v0.3.
+"""Export for torchtitan: a TOML for v0.2.2, the last release that reads one, and command-line arguments for
+v0.3.
 
-Keys are those of torchtitan/config/job_config.py (v0.2.2) and torchtitan/config/configs.py (v0.3.0). Model,
-data, learning rate and length are the user's.
+Keys are those of torchtitan/config/job_config.py (v0.2.2) and torchtitan/config/configs.py (v0.3.0). The user
+sets the model, data, learning rate and length.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ TOML, ARGUMENTS = "torchtitan.toml", "torchtitan.args"
 
 Sections = Mapping[str, Mapping[str, Any]]
 
-_DDP_BUCKET_MIB = 100  # fixed in its models' parallelize.py
+_DDP_BUCKET_MIB = 100  # fixed in the parallelize.py of torchtitan's models
 _SCHEDULES = {
     "gpipe": ("GPipe", 1), "1f1b": ("1F1B", 1), "interleaved": ("Interleaved1F1B", 2),
     "zero-bubble": ("InterleavedZeroBubble", 2), "zero-bubble-v": ("ZBVZeroBubble", 2),
 }  # fmt: skip
 _KERNELS = {"adamw-fused": "fused", "adamw-single": "for-loop"}
-# By technique: (setting, the only value, why).
+# Technique -> settings for which torchtitan supports one value: (setting, value, reason).
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "ddp": (
         ("bucket_mib", _DDP_BUCKET_MIB, "its buckets have a fixed size"),
@@ -48,6 +49,7 @@ _SAID = {
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export. Raises UserError if torchtitan cannot train the plan."""
     plan = handover.plan
     if why := tuple(_why_not(plan)):
         raise UserError(f"torchtitan cannot train this plan: {'; '.join(why)}")
@@ -89,7 +91,7 @@ def _fsdp_not(knobs: Mapping[str, Any], *, staged: bool) -> Iterator[str]:
 
 
 def newer_cannot(plan: Plan) -> tuple[str, ...]:
-    """What v0.3 no longer has."""
+    """Return the parts of the plan that v0.3 does not support."""
     recomputed, tensor = plan.get("activation-checkpointing"), plan.get("tensor-parallel")
     return tuple(
         text
@@ -109,6 +111,7 @@ def newer_cannot(plan: Plan) -> tuple[str, ...]:
 
 
 def sections(handover: Handover) -> Sections:
+    """Return the settings of torchtitan v0.2.2 for the plan, by table."""
     plan = handover.plan
     place, fsdp = layout(plan), plan.get("fsdp2")
     half = plan.get("bf16-autocast") is not None or (
@@ -149,7 +152,7 @@ def sections(handover: Handover) -> Sections:
 
 
 def _converted(plan: Plan) -> Sections:
-    """The head stays as it is, as in memfit."""
+    """Return the settings of the float8 converter. The head is not converted, as in memfit."""
     low = plan.get("float8-linear")
     if low is None:
         return {}
@@ -158,7 +161,8 @@ def _converted(plan: Plan) -> Sections:
 
 
 def _batches(handover: Handover) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of training and of the pipeline. Raises UserError where the batch cannot be cut so."""
+    """Return the batch settings of (training, the pipeline). Raises UserError if the batch cannot be split as
+    the plan says."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation, stages = plan.get("gradient-accumulation"), plan.get("pipeline")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
@@ -188,7 +192,8 @@ def _recomputation(plan: Plan) -> dict[str, Any]:
 
 
 def toml(given: Sections) -> str:
-    """Strings, numbers, truths and lists of strings are written alike in TOML and JSON."""
+    """Render ``given`` as TOML. Strings, numbers, booleans and lists of strings have the same form in TOML
+    and JSON."""
     tables = (
         f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items())
         for name, table in given.items()
@@ -197,13 +202,14 @@ def toml(given: Sections) -> str:
 
 
 def arguments(given: Sections) -> Iterator[str]:
-    """One option a line: ``--module llama3 --config llama3_8b $(cat torchtitan.args)``."""
-    yield "--training.disable-cuda-graphs"  # their pools are not predicted, and pipelines refuse them
+    """Yield one command-line option per line, for ``--module llama3 --config llama3_8b $(cat
+    torchtitan.args)``."""
+    yield "--training.disable-cuda-graphs"  # memfit does not predict their pools; pipelines refuse them
     for table, options in given.items():
         for name, value in options.items():
             if table != "activation_checkpoint" and name != "disable_loss_parallel":
                 yield _option(f"{table}.{name}", value)
-    yield f"activation-checkpoint:{given['activation_checkpoint']['mode']}"  # a choice, comes last
+    yield f"activation-checkpoint:{given['activation_checkpoint']['mode']}"  # selects a variant; comes last
 
 
 def _option(path: str, value: Any) -> str:

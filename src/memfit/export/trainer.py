@@ -1,7 +1,7 @@
-"""Hugging Face's TrainingArguments as JSON, which `HfArgumentParser.parse_json_file` and a person read.
+"""Export for Hugging Face's Trainer: TrainingArguments as JSON, for `HfArgumentParser.parse_json_file`.
 
-Only what decides about memory is in it: learning rate, epochs and the rest stay the user's. Names are
-those of transformers/training_args.py (5.24).
+The file contains only the settings that determine memory. Learning rate, epochs and the rest are the user's.
+Names are those of transformers/training_args.py (5.24).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _SAID = {
 
 
 def files(handover: Handover) -> Files:
+    """Return the files of the export. Raises UserError if TrainingArguments cannot express the plan."""
     why = tuple(_why_not(handover.plan))
     if handover.plan.get("zero") is not None and "deepspeed.json" not in handover.engine_files:
         why += ("zero is DeepSpeed's: --engine deepspeed",)
@@ -60,6 +61,8 @@ def _why_not(plan: Plan) -> Iterator[str]:
 
 
 def arguments(handover: Handover) -> dict[str, Any]:
+    """Return the TrainingArguments for the plan. Raises UserError if the batch cannot be split as the plan
+    says."""
     plan, batch_size = handover.plan, handover.config.spec.batch_size
     accumulation = plan.get("gradient-accumulation")
     steps = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
@@ -107,7 +110,7 @@ def _data_parallel(handover: Handover, *, accumulated: bool) -> dict[str, Any]:
     plan = handover.plan
     found: dict[str, Any] = {}
     if "deepspeed.json" in handover.engine_files:
-        # the Trainer refuses a clipping that is not that of the file
+        # The Trainer refuses a clipping norm that differs from DeepSpeed's file.
         return {"deepspeed": "deepspeed.json", "max_grad_norm": handover.config.spec.clip or 0.0}
     if (ddp := plan.get("ddp")) is not None:
         found["ddp_bucket_cap_mb"] = int(ddp.settings["bucket_mib"])

@@ -1,8 +1,8 @@
-"""The user's own configuration files in an export: every setting that the plan does not decide stays.
+"""Keep the settings of the user's own configuration files in an export, except those that the plan decides.
 
-What an export writes is rendered twice: for the plan that the user's files say, and for the plan that is
-exported. Where the two differ the plan decides; all else is taken from the user's file, by value. Where they
-nowhere differ, it is the user's file byte for byte.
+The exported files are rendered twice: for the plan that the user's files describe, and for the exported plan.
+Settings that differ between the two are taken from the exported plan, all others from the user's file. If
+none differ, the user's file is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
-    """How a file is read and written. ``kind``: of the set-up; ``suffixes``: of user's files that may be
-    copied; ``free``: paths that memfit's worker leaves to the user."""
+    """How a file is read and written. ``kind``: its kind in a Setup; ``suffixes``: suffixes of user's files
+    that may be copied; ``free``: dotted paths of settings that memfit's worker leaves to the user."""
 
     kind: str
     load: Callable[[str], dict[str, Any]]
@@ -71,7 +71,8 @@ def _options_text(data: Mapping[str, Any]) -> str:
 
 
 def toml_text(data: Mapping[str, Any], above: str = "") -> str:
-    """Tables with their plain values first. JSON writes strings, numbers, truths and lists as TOML does."""
+    """Render ``data`` as TOML, with plain values before nested tables. Strings, numbers, booleans and lists
+    have the same form as in JSON. ``above``: the dotted name of the enclosing table."""
     tables = {name: value for name, value in data.items() if isinstance(value, Mapping)}
     lines = [f"{_toml_key(name)} = {_toml_value(v)}\n" for name, v in data.items() if name not in tables]
     head = f"[{above}]\n" if above and (lines or not tables) else ""
@@ -137,7 +138,8 @@ _FORMATS: Mapping[str, _Format] = {
 def read_user_files(
     paths: Sequence[Path], *, ranks: int | None = None, for_worker: bool = False
 ) -> UserFiles:
-    """Raises UserError for files of no known kind, and where nothing says how many processes train."""
+    """Read the user's configuration files and convert them to a plan. Raises UserError if a file is of no
+    known kind, if nothing says how many processes train, or if ``ranks`` contradicts the files."""
     setup = read(paths)
     if ranks is not None and setup.ranks not in (None, ranks):
         raise UserError(
@@ -157,7 +159,8 @@ Target = Callable[[Handover], Files]
 
 
 def with_engine_settings(handover: Handover) -> Handover:
-    """The engine's files with the user's settings, and for a script what it expects of them."""
+    """Return ``handover`` with the user's settings in the engine's files. For a script the files are adapted
+    to what it expects."""
     config = handover.config
     if handover.script:
         config = dataclasses.replace(config, files=script_files(config))
@@ -173,7 +176,7 @@ def with_engine_settings(handover: Handover) -> Handover:
 
 
 def with_target_settings(handover: Handover, target: Target) -> Handover:
-    """The same for a target's own files, such as training_args.json."""
+    """Return ``handover`` with the user's settings in the target's own files, such as training_args.json."""
     assert handover.user_files is not None
 
     def rendered(spec: RunSpec) -> Files:
@@ -196,15 +199,16 @@ def with_target_settings(handover: Handover, target: Target) -> Handover:
 def _kept(
     given: UserFiles, spec: RunSpec, rendered: Callable[[RunSpec], Files], names: Collection[str]
 ) -> UserSettings:  # fmt: skip
-    """Clipping is written where the job says it and no file does; what the files say, or leave to their
-    library, stays as it is."""
+    """Merge the user's settings into the rendered files called ``names``. Gradient clipping is written only
+    if the job sets it and no file does. What the files say, or leave to their library's default, is not
+    changed."""
     own = None if given.clipping.explicit else given.job_clip
     new = rendered(dataclasses.replace(spec, clip=spec.clip if given.for_worker else own))
     batch = given.carried.batch or spec.batch_size
     said = dataclasses.replace(spec, plan=given.carried.plan, batch_size=batch, clip=None)
     try:
         before = rendered(said)
-    except UserError:  # the target cannot say the files' own plan: all that it says is the exported one's
+    except UserError:  # the target cannot express the files' own plan: the exported plan decides everything
         before = {}
     ranks = layout(spec.plan).data
     own_files = {name: text for name, text in new.items() if name in names}
@@ -218,9 +222,10 @@ _OF_ENGINES = frozenset({deepspeed.CONFIG, accelerate.CONFIG, megatron.CONFIG})
 def keep_settings(
     files: Files, before: Files, setup: Setup, *, data_ranks: int, for_worker: bool = False
 ) -> UserSettings:
-    """``files``: rendered for the exported plan; ``before``: the same files for the plan that the user's
-    files say. ``for_worker``: memfit's worker reads them, for which no value may be open and the plan's own
-    settings must all be written."""
+    """Merge the user's settings into ``files``. ``files``: rendered for the exported plan; ``before``: the
+    same files for the plan that the user's files describe; ``data_ranks``: ranks that see different samples.
+    ``for_worker``: True if memfit's worker reads the files; then every value must be known and all settings
+    of the plan must be written."""
     found, sources = dict(files), {}
     changed: list[str] = []
     not_carried: list[str] = []
@@ -243,11 +248,11 @@ def keep_settings(
 
 
 def unused_files(setup: Setup, kept: Mapping[str, str]) -> tuple[str, ...]:
-    """Files of the user that no file of the export keeps the settings of."""
+    """Return the user's files of which no exported file keeps the settings."""
     return tuple(name for name in setup.files if name not in kept.values())
 
 
-# Of torchrun, deepspeed and accelerate launch: what the exported script says itself.
+# Options of torchrun, deepspeed and accelerate launch, which the exported script sets itself.
 _OF_LAUNCHERS = frozenset(
     {
         "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_backend",
@@ -261,10 +266,12 @@ _OF_LAUNCHERS = frozenset(
 def _user_data(
     form: _Format, options: Options, setup: Setup, name: str
 ) -> tuple[dict[str, Any], str | None, list[str]]:
-    """(settings as written, the text where it may be copied, what is left out)."""
+    """Return (settings as written, the text if the file may be copied or None, settings that are left
+    out)."""
     path = Path(options.file)
     others = (getattr(setup, kind) for kind in ("accelerate", "trainer", "openfold") if kind != form.kind)
-    if any(o is not None and o.file == options.file for o in others):  # DeepSpeed's settings within another's
+    # These settings stand within another library's file.
+    if any(o is not None and o.file == options.file for o in others):
         return copy.deepcopy(dict(options.data)), None, []
     text, data = parsed(path)
     if data is not None and form.suffixes:
@@ -281,7 +288,7 @@ def _user_data(
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Of a YAML file of Megatron-LM's arguments."""
+    """Return the options in a YAML file of Megatron-LM's arguments, as words."""
     given = data.get("MODEL_ARGS") if isinstance(data.get("MODEL_ARGS"), Mapping) else data
     assert isinstance(given, Mapping)
     named = {str(n).lstrip("-").replace("-", "_"): v for n, v in given.items()}
@@ -289,7 +296,7 @@ def _flat(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _typed(words: tuple[str, ...]) -> Any:
-    """As the Trainer's own parser makes them of words."""
+    """Convert words to the values that the Trainer's own parser makes of them."""
 
     def one(word: str) -> Any:
         for kind in (int, float):
@@ -315,8 +322,9 @@ def _leaves(data: Mapping[str, Any], above: tuple[str, ...] = ()) -> Leaves:
 def _merged(
     user: dict[str, Any], new: Leaves, old: Leaves, *, free: frozenset[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The user's settings with what the plan decides, and what that changed. ``free`` is None where only
-    differences between the two plans count."""
+    """Return the user's settings with those that the plan decides replaced, and a list of the changes. If
+    ``free`` is None, the plan decides only the settings that differ between ``old`` and ``new``. Otherwise it
+    decides all of ``new``, except paths in ``free`` that the user sets."""
     told: list[str] = []
     for path, value in new.items():
         now = _get(user, path)
@@ -360,7 +368,7 @@ def _remove(data: dict[str, Any], path: tuple[str, ...]) -> None:
     inside.pop(path[-1], None)
 
 
-# Beside a DeepSpeed file Accelerate refuses these of its YAML; the file has them.
+# Settings that Accelerate refuses in its YAML beside a DeepSpeed file, which holds them instead.
 _SAID_BY_FILE = (
     "gradient_accumulation_steps", "gradient_clipping", "zero_stage", "offload_optimizer_device",
     "offload_param_device", "offload_param_nvme_path", "offload_optimizer_nvme_path",
@@ -371,8 +379,8 @@ _SAID_BY_FILE = (
 def _made_consistent(
     name: str, merged: dict[str, Any], files: Files, data_ranks: int, differs: bool
 ) -> Iterator[str]:
-    """Settings that follow from others: the name of DeepSpeed's exported file, half precision of two kinds,
-    and the whole batch."""
+    """Adjust settings that follow from others, and yield the changes: the name of DeepSpeed's exported file,
+    two kinds of half precision, and the total batch."""
     if name in (deepspeed.CONFIG, openfold.DEEPSPEED):
         yield from _deepspeed_consistent(merged, files[name], data_ranks)
     elif name == trainer.ARGUMENTS and "deepspeed" in json.loads(files[name]):
@@ -398,7 +406,8 @@ _FSDP1_ONLY = (
 
 
 def _as_fsdp2(section: dict[str, Any]) -> Iterator[str]:
-    """What was predicted for a file of FSDP1; its settings and those of FSDP2 exclude each other."""
+    """Convert a section of FSDP1 to FSDP2, for which the prediction holds. The settings of the two versions
+    exclude each other."""
     section["fsdp_version"] = 2
     yield "fsdp_config.fsdp_version: 1 -> 2"
     for name in _FSDP1_ONLY:

@@ -1,4 +1,4 @@
-"""Files into a folder: all or nothing, and nobody's work overwritten."""
+"""Write an export's files into a folder, completely or not at all, without overwriting other files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ MANIFEST: Final = "export.json"  # what was written, with digests; written last
 
 
 def write(folder: Path, files: Files, *, force: bool = False) -> None:
-    """Raises UserError where the folder holds something, unless ``force``: then files of these names, and
-    those that an earlier export wrote and this one does not, are replaced; everything else stays."""
+    """Write ``files`` and a manifest into ``folder``. Raises UserError if the folder contains anything,
+    unless ``force`` is set. With ``force``, files of the same names and files that only an earlier export
+    wrote are replaced or removed; everything else stays."""
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and (not force or not folder.is_dir()):
         hint = "--force replaces the files of an export" if folder.is_dir() else "give a folder"
@@ -39,7 +40,7 @@ def _write(folder: Path, files: Files, *, replacing: bool) -> None:
             if name.endswith(".sh"):
                 (new / name).chmod(0o755)
         if not replacing:
-            new.replace(folder)  # an empty folder gives way
+            new.replace(folder)  # this also replaces an empty folder
             return
         stale = _written_before(folder) - files.keys()
         for name in files:
@@ -50,6 +51,7 @@ def _write(folder: Path, files: Files, *, replacing: bool) -> None:
 
 
 def digest(text: str) -> str:
+    """Return the SHA-256 of ``text`` in UTF-8, as hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

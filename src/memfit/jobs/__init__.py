@@ -1,1 +1,1 @@
-"""What is trained: the built-in science jobs, the user's own, and the one training step."""
+"""What is trained: the built-in science jobs, user-defined jobs, and the one training step."""

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie: one folder a save, complete or not there at all.
+"""Where a run's checkpoints are stored: one folder per save, which is complete or does not exist.
 
 ::
 
@@ -6,7 +6,7 @@
     DIR/step-00000020.partial/         a save that was interrupted
     DIR/latest                         the name of the newest
 
-A save is written into ``.partial``, made durable, then renamed; ``latest`` moves last.
+A save is written into ``.partial``, made durable, then renamed; ``latest`` is updated last.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _NAME = re.compile(r"step-\d{8,}")
 
 
 def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
-    """(the newest complete checkpoint in ``folder``, what it says of itself, why others were passed over).
+    """Return (the newest complete checkpoint in ``folder``, its description, why others were not used).
 
-    ``folder`` may be one checkpoint. Raises UserError where there is none.
+    ``folder`` may itself be a checkpoint. Raises UserError if there is none.
     """
     if (folder / ABOUT).is_file() or _NAME.fullmatch(folder.name.removesuffix(PARTIAL)):
         if why := incomplete(folder):
@@ -47,8 +47,11 @@ def find(folder: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
 
 
 def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
-    """``keep`` with the very checkpoint to go on from, the newest complete one; the seed, the checkpoint's
-    where none is given. Raises UserError where that cannot be, or saves would mix with another run's."""
+    """Return ``keep`` with the newest complete checkpoint to resume from, and the seed.
+
+    Without a given seed it is the checkpoint's. Raises UserError if that is not possible, or if saves would
+    mix with those of another run.
+    """
     done, chosen = 0, seed or 0
     if keep.resume:
         path, there, passed = find(Path(keep.resume))
@@ -67,8 +70,11 @@ def settled(keep: Keep, seed: int | None, steps: int) -> tuple[Keep, int]:
 
 
 def restarted(keep: Keep) -> Keep:
-    """``keep`` where a launcher may have started the ranks again: if ``resume`` is the folder that is saved
-    to, its newest complete checkpoint, or the very beginning while there is none."""
+    """Return ``keep`` for ranks that a launcher may have restarted.
+
+    If ``resume`` is the folder that is saved to, the newest complete checkpoint is used, or the beginning if
+    there is none.
+    """
     if not keep.resume or keep.resume != keep.save:
         return keep
     try:
@@ -79,7 +85,9 @@ def restarted(keep: Keep) -> Keep:
 
 
 def must_be_free(folder: Path, after: int) -> None:
-    """Raises UserError where ``folder`` has checkpoints of later steps than ``after``, of another run."""
+    """Raise UserError if ``folder`` contains checkpoints of steps later than ``after``, which belong to
+    another run.
+    """
     later = [p for p in _newest_first(folder) if p.suffix != PARTIAL and _step(p) > after]
     if later:
         raise UserError(
@@ -89,11 +97,12 @@ def must_be_free(folder: Path, after: int) -> None:
 
 
 def about(path: Path) -> Checkpoint:
+    """Return the description stored in a checkpoint. Raises UserError if it is broken."""
     return serialization.loads(Checkpoint, (path / ABOUT).read_text(encoding="utf-8"), what=f"{path / ABOUT}")
 
 
 def incomplete(path: Path) -> str:
-    """Why a folder is not a whole checkpoint; "": it is one."""
+    """Return why a folder is not a complete checkpoint; "" if it is one."""
     if path.suffix == PARTIAL:
         return "its save was interrupted"
     if not (path / ABOUT).is_file():
@@ -112,7 +121,7 @@ def incomplete(path: Path) -> str:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of ``step`` into; what an interrupted save left is cleared."""
+    """Return a new empty folder for the checkpoint of ``step``. Remains of interrupted saves are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(left)
@@ -122,7 +131,9 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def publish(partial: Path, said: Checkpoint) -> Path:
-    """The checkpoint in ``partial``, whose files are durable, becomes one of the run's; the newest."""
+    """Make the checkpoint in ``partial``, whose files are durable, the newest one of the run, and return its
+    path.
+    """
     _write(partial / ABOUT, serialization.dumps(said, indent=2) + "\n")
     _sync(partial)
     path = partial.with_suffix("")
@@ -152,7 +163,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """A folder's own entries reach the disk."""
+    """Write a folder's own entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept beside the model as training loops keep it."""
+"""An exponential moving average of the weights, kept beside the model as training loops do."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from memfit.types.trace import Category
 
 
 class WeightAverage:
-    """A copy of this rank's parameters and buffers, as ``copy.deepcopy(model)`` makes one, and its update.
+    """A copy of this rank's parameters and buffers, as from ``copy.deepcopy(model)``, and its update.
 
     After each optimizer step ``average = decay * average + (1 - decay) * weights``; buffers are copied.
-    Averages of half-precision parameters are float32, in which small updates are not lost. ``frozen``:
-    whether parameters that are not trained are copied too. Under FSDP2 and ZeRO 3 a rank averages its
-    shards, where those lie.
+    Averages of half-precision parameters are float32, so that small updates are not lost. ``frozen``: whether
+    parameters that are not trained are copied too. Under FSDP2 and ZeRO 3, a rank averages its shards, where
+    they are stored.
     """
 
     def __init__(self, bench: Workbench, model: torch.nn.Module, decay: float, *, frozen: bool) -> None:
@@ -49,6 +49,6 @@ def _copy(weight: torch.Tensor) -> torch.Tensor:
 def _on_this_rank(weight: torch.Tensor, shard: torch.Tensor | None) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
-    if shard is not None:  # ZeRO 3 lets the parameter itself go
+    if shard is not None:  # ZeRO 3 releases the parameter itself
         return shard
     return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -1,6 +1,6 @@
 """``hf:PATH_OR_NAME``: any Hugging Face configuration, from a local folder or bundled with transformers.
 
-Nothing is fetched: a name is a model type that transformers knows (its default configuration), a path is a
+Nothing is downloaded. A name is a model type known to transformers (its default configuration); a path is a
 folder with ``config.json``. ``hf:llama?num_hidden_layers=2&hidden_size=64`` changes settings of either.
 Weights are random unless ``--weights`` names a folder. Tokens are random: such a job is for memory and speed,
 so it has no metric.
@@ -29,7 +29,7 @@ SIZES: Final = ("tiny", "paper")
 _TINY_LENGTH, _PAPER_LENGTH = 128, 2048
 _BATCH_SIZE: Final = 4
 MOST_TOKENS: Final = 1 << 24
-_RESERVED_POSITIONS: Final = 4  # that tables of positions have beside those of tokens, as RoBERTa and OPT
+_RESERVED_POSITIONS: Final = 4  # additional rows in tables of positions, as in RoBERTa and OPT
 _LENGTH_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _ENDINGS: Final = {
     "ForCausalLM": "causal-lm",
@@ -48,11 +48,12 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job of ``hf:name``. Without a ``length``, ``tiny`` takes 128 tokens and ``paper`` the model's own
-    length up to 2,048; without a ``batch``, a step takes four sequences. Both are marked as assumed.
+    """Return the job of ``hf:name``.
 
-    Raises UserError for an unknown name, a broken ``config.json``, an architecture without a causal, masked
-    or classification head, or a length for which the model has no positions.
+    Without a ``length``, ``tiny`` uses 128 tokens and ``paper`` the model's own length up to 2,048. Without a
+    ``batch``, a step has four sequences. Both are marked as assumed. Raises UserError for an unknown name, a
+    broken ``config.json``, an architecture without a causal, masked or classification head, or a length for
+    which the model has no positions.
     """
     if data is not None:
         raise UserError(f"{PREFIX}{name} trains on random tokens and takes no --data")
@@ -76,20 +77,23 @@ def make(
 
 
 def _shown_name(name: str, config: Any) -> str:
-    """``hf:llama``; where settings were changed, with the two that say most of the size."""
+    """Return ``hf:llama``; if settings were changed, with the two that say most about the size."""
     base, changed, _ = name.partition("?")
     layers, width = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
     return f"{PREFIX}{base}" + (f" ({layers} layers of width {width})" if changed else "")
 
 
 def _longest(config: Any) -> int | None:
-    """Tokens that the configuration says the model is for."""
+    """Return the number of tokens for which the configuration is made, or None."""
     return next((int(n) for name in _LENGTH_NAMES if (n := getattr(config, name, None))), None)
 
 
 def _length(config: Any, task: str, asked: int | None, size: str, name: str) -> int:
-    """Tokens of a sequence: those asked for, else the size's, as far as the model has position embeddings.
-    Rotary and relative positions have no end. Raises UserError for more than there are."""
+    """Return the tokens of a sequence: the requested number, else the size's, limited by the position
+    embeddings.
+
+    Rotary and relative positions have no limit. Raises UserError if more are requested than there are.
+    """
     longest = _longest(config)
     length = asked or min(longest or _PAPER_LENGTH, _TINY_LENGTH if size == "tiny" else _PAPER_LENGTH)
     if length > MOST_TOKENS:
@@ -103,7 +107,9 @@ def _length(config: Any, task: str, asked: int | None, size: str, name: str) -> 
 
 
 def _positions(config: Any, task: str, longest: int) -> int | None:
-    """Rows of the model's table of positions, without those that no token gets; None where it has none."""
+    """Return the rows of the model's table of positions, without those that no token uses; None if it has no
+    table.
+    """
     import torch
 
     with torch.device("meta"):
@@ -120,7 +126,7 @@ def _positions(config: Any, task: str, longest: int) -> int | None:
 
 
 def read_config(name: str) -> Any:
-    """The configuration of a folder or of a model type, with the settings behind a ``?`` changed."""
+    """Return the configuration of a folder or of a model type, with the settings after a ``?`` changed."""
     from transformers import CONFIG_MAPPING
 
     name, _, changes = name.partition("?")
@@ -138,12 +144,12 @@ def read_config(name: str) -> Any:
         )
     _change(config, changes, name)
     if hasattr(config, "use_cache"):
-        config.use_cache = False  # keys and values are kept for generation, not for training
+        config.use_cache = False  # keys and values are cached for generation, not for training
     return config
 
 
 def _change(config: Any, changes: str, name: str) -> None:
-    """Sets ``a=1&b=2`` in the configuration. Raises UserError for a setting that it does not have."""
+    """Set ``a=1&b=2`` in the configuration. Raises UserError for a setting that it does not have."""
     for key, text in urllib.parse.parse_qsl(changes, keep_blank_values=True):
         if not hasattr(config, key):
             close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
@@ -166,7 +172,9 @@ def _from_folder(folder: Path) -> Any:
 
 
 def task_of(config: Any, name: str) -> str:
-    """By the configuration's own architecture, else the first head that transformers has for its type."""
+    """Return the task of the configuration's own architecture, else of the first head that transformers has
+    for its type.
+    """
     for architecture in getattr(config, "architectures", None) or ():
         for ending, task in _ENDINGS.items():
             if architecture.endswith(ending):
@@ -182,7 +190,10 @@ def task_of(config: Any, name: str) -> str:
 
 
 def _auto_models() -> Mapping[str, Any]:
-    """Masked first: bidirectional models have a causal head too, the other way round they do not."""
+    """Return the heads by task.
+
+    Masked comes first: bidirectional models have a causal head too, but not the reverse.
+    """
     import transformers
 
     return {
@@ -202,11 +213,12 @@ def _build(config: Any, task: str, weights: str | None) -> torch.nn.Module:
 
 
 def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """``input_ids`` (batch, length) and ``labels`` as the head wants them."""
+    """Return ``input_ids`` (batch, length) and ``labels`` as the head requires them."""
     rng = step_rng(*at)
     pad = getattr(config, "pad_token_id", None)
     tokens = rng.integers(0, config.vocab_size, size=shape)
-    tokens[tokens == pad] = 0 if pad != 0 else 1  # padding would make lengths, and classifiers' rows, uneven
+    # padding would make sequence lengths, and rows used by classifiers, unequal
+    tokens[tokens == pad] = 0 if pad != 0 else 1
     if task == "classification":
         return as_tensors({"input_ids": tokens, "labels": rng.integers(0, config.num_labels, size=shape[0])})
     labels = tokens if task == "causal-lm" else _some(tokens, rng)
@@ -214,6 +226,8 @@ def _batch(config: Any, task: str, shape: tuple[int, int], at: tuple[int, int]) 
 
 
 def _some(tokens: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """15 % of each row, the same number in every row, so that micro-batches weigh alike."""
+    """Return labels for 15 % of each row, the same number in every row, so that micro-batches have equal
+    weights.
+    """
     order = rng.random(tokens.shape).argsort(axis=1)
     return np.where(order < max(1, round(0.15 * tokens.shape[1])), tokens, -100)

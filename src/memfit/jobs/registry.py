@@ -1,4 +1,6 @@
-"""From a JobRef to a Job, and what there is to choose from. Loads no torch before a job's model is built."""
+"""From a JobRef to a Job, and the list of built-in jobs. torch is not loaded before a job's model is
+built.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ MOST_TOKENS: Final = 262_144
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """``make(size=, data=, weights=, batch=, length=)`` returns the Job."""
+    """A built-in job. ``make(size=, data=, weights=, batch=, length=)`` returns the Job."""
 
     name: str
     title: str
@@ -30,7 +32,7 @@ class BuiltIn:
     make: Callable[..., Job]
 
 
-# Each is the module of that name with underscores, loaded when it is asked for.
+# Each is a module of that name with underscores, loaded on demand.
 _BUILT_IN: Final = (
     "alphafold2", "protein-ss", "protein-lm", "char-lm", "molecules", "genome", "weather", "potential",
     "segmentation3d",
@@ -38,10 +40,12 @@ _BUILT_IN: Final = (
 
 
 def names() -> tuple[str, ...]:
+    """Return the names of the built-in jobs."""
     return _BUILT_IN
 
 
 def describe() -> tuple[BuiltIn, ...]:
+    """Return all built-in jobs."""
     return tuple(map(_built_in, _BUILT_IN))
 
 
@@ -53,9 +57,9 @@ def _built_in(name: str) -> BuiltIn:
 
 
 def load(ref: JobRef) -> Job:
-    """The job that ``ref`` names, with its size, data, weights, batch, length and steps.
+    """Return the job that ``ref`` names, with its size, data, weights, batch, length, steps and clip.
 
-    Raises UserError for an unknown job or size, numbers below one, and whatever is wrong with the files.
+    Raises UserError for an unknown job or size, numbers below one, and faults in the files.
     """
     for name, value in (("steps", ref.steps), ("batch", ref.batch), ("length", ref.length)):
         if value is not None and value < 1:
@@ -92,7 +96,7 @@ def _make(ref: JobRef) -> Job:
 
 
 def _split_length(ref: JobRef) -> JobRef:
-    """``--size 650M@4096`` is the same as ``--size 650M --length 4096``. Raises UserError for two lengths."""
+    """Convert ``--size 650M@4096`` to ``--size 650M --length 4096``. Raises UserError for two lengths."""
     size, at, length = (ref.size or "").partition("@")
     if not at:
         return ref

@@ -33,14 +33,14 @@ OnPhase = Callable[[Phase], None]
 
 
 def _ignore(phase: Phase) -> None:
-    """Nobody is watching."""
+    """Ignore the phase."""
 
 
 class TrainingStep:
-    """A model with a plan applied, its optimizer, and the step they make together.
+    """A model with a plan applied, its optimizer, and the training step.
 
-    Raises UserError when the plan's techniques clash, miss a package, or do not suit the job. An engine's
-    step (worker/apply_*.py) applies the techniques of ``carried`` by itself, in `_prepare`.
+    Raises UserError if the plan's techniques conflict, lack a package, or do not suit the job. The step of an
+    engine (worker/apply_*.py) applies the techniques in ``carried`` itself, in `_prepare`.
     """
 
     carried: frozenset[str] = frozenset()
@@ -54,7 +54,10 @@ class TrainingStep:
         world: World | None = None,
         on_built: Callable[[Workbench], None] = lambda bench: None,
     ) -> None:
-        """``on_built`` sees the workbench with the plain model, before any technique changes it."""
+        """Build the model and apply the plan.
+
+        ``on_built`` is called with the workbench and the plain model, before any technique changes it.
+        """
         check(plan)
         model = job.build_model()
         model.train()
@@ -94,12 +97,12 @@ class TrainingStep:
         update: bool = True,
         terms_per_rank: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step on this rank's batch; (its share of the mean loss, gradient norm) as detached
-        scalar tensors.
+        """Run one optimizer step on this rank's batch.
 
-        ``micro_batches_played`` plays that many micro-batches, the last among them, for a trace that
-        knows the rest to be alike; ``update=False`` leaves the optimizer's own step out.
-        ``terms_per_rank`` is the mean of loss terms over data-parallel ranks, as `local` returns it.
+        Returns (this rank's share of the mean loss, gradient norm) as detached scalar tensors.
+        ``micro_batches_played`` runs that many micro-batches, including the last, for a trace that knows that
+        the others are alike. ``update=False`` omits the optimizer's step. ``terms_per_rank`` is the mean
+        number of loss terms over data-parallel ranks, as returned by `local`.
         """
         parts = split(batch, self.bench.micro_batches)
         terms = [self._terms(part) for part in parts]
@@ -119,17 +122,19 @@ class TrainingStep:
         return loss_sum, norm
 
     def prime(self, on_phase: OnPhase = _ignore) -> None:
-        """Make the optimizer's state, as a first step does, from gradients of zero. For a trace."""
+        """Create the optimizer's state as a first step does, from gradients of zero. Used for traces."""
         on_phase(Phase.OPTIMIZER)
         for param in self.bench.trainable():
             param.grad = torch.zeros_like(param)
         self._update()
 
     def local(self, batch: Any) -> tuple[Any, float]:
-        """(this data-parallel rank's part of the whole batch as tensors of its own, mean terms per rank)."""
+        """Return (this data-parallel rank's part of the whole batch as new tensors, mean loss terms per
+        rank).
+        """
         world, cut = self.bench.world, self.bench.slices
         if cut is not None:
-            with _disable_current_modes():  # labels are counted, in a trace too
+            with _disable_current_modes():  # labels are counted on real values, in a trace too
                 parts = [s for part in split(batch, world.layout.data) for s in cut(part)]
                 index = world.layout.data_index(world.rank) * world.layout.context + world.index("context")
                 return parts[index], sum(self._terms(p) for p in parts) / len(parts)
@@ -140,7 +145,7 @@ class TrainingStep:
         return own, self._terms(batch) / world.layout.data
 
     def close(self) -> None:
-        """Let go of everything that hooks hold in a circle; the step is not used again."""
+        """Release everything that hooks hold in reference cycles. The step must not be used afterwards."""
         for close in self.bench.closers:
             close()
 
@@ -154,7 +159,9 @@ class TrainingStep:
         return optimizer
 
     def _update(self) -> torch.Tensor:
-        """The optimizer's step; the gradient norm before it, 0 where a loss scale left the step out."""
+        """Run the optimizer's step and return the gradient norm before it; 0 if the loss scale skipped the
+        step.
+        """
         norm, scale = self._grad_norm(), self.bench.loss_scale
         if scale is None or scale.unscaled(norm, self.bench.trainable()):
             self._clip(norm)
@@ -165,8 +172,10 @@ class TrainingStep:
         return norm
 
     def _clip(self, norm: torch.Tensor) -> None:
-        """Scale all gradients so that their norm is at most the job's ``clip``, with the arithmetic of
-        `torch.nn.utils.clip_grad_norm_`. ``norm``: of all ranks' gradients."""
+        """Scale all gradients so that their norm is at most the job's ``clip``.
+
+        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`. ``norm``: of the gradients of all ranks.
+        """
         if self.job.clip is None:
             return
         with torch.no_grad():
@@ -217,7 +226,7 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def contexts(self) -> Iterator[None]:
-        """What the plan puts around a forward pass, in evaluation as in training."""
+        """Enter the contexts that the plan puts around a forward pass, in evaluation as in training."""
         with contextlib.ExitStack() as stack:
             for context in self.bench.forward_contexts:
                 stack.enter_context(context())
@@ -258,8 +267,10 @@ def _must_be_loss(loss: object) -> None:
 
 
 def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
-    """(process groups over which it is sharded, this rank's shard). Partial sums, as norms have that work
-    on a slice of the sequence, are added up first."""
+    """Return (process groups over which the gradient is sharded, this rank's shard).
+
+    Partial sums, as in norms that work on a slice of the sequence, are reduced first.
+    """
     from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(grad, DTensor):
@@ -272,9 +283,12 @@ def _own_part(grad: torch.Tensor) -> tuple[tuple[Any, ...], torch.Tensor]:
 def global_norm(
     grads: Sequence[torch.Tensor], world: World, *, own: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """The norm over all ranks: squares of local shards, summed along the mesh dimensions over which each
-    gradient is sharded, and along the pipeline, whose stages hold different parameters. ``own`` are of
-    parameters that every data-parallel rank has others of."""
+    """Return the norm over all ranks.
+
+    Squares of local shards are summed along the mesh dimensions over which each gradient is sharded, and
+    along the pipeline, whose stages hold different parameters. ``own``: gradients of parameters that differ
+    between data-parallel ranks.
+    """
     squares: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for grad in grads:
         groups, part = _own_part(grad)
@@ -295,14 +309,18 @@ def global_norm(
 
 
 def played(count: int, most: int | None) -> list[int]:
-    """Which of ``count`` micro-batches to run when ``most`` are enough: the first, and the last."""
+    """Return which of ``count`` micro-batches to run if ``most`` are enough: the first ones and the last."""
     if most is None or most >= count:
         return list(range(count))
     return [*range(most - 1), count - 1]
 
 
 def batch_length(batch: Any) -> int:
-    """How many samples the batch's object says it holds, else the first dimension of the first tensor."""
+    """Return the number of samples that the batch's object reports, else the first dimension of the first
+    tensor.
+
+    Raises UserError if the batch contains no tensor.
+    """
     tensors = [t for t in batch_tensors(batch) if t.dim() > 0]
     if not tensors:
         raise UserError(
@@ -314,7 +332,10 @@ def batch_length(batch: Any) -> int:
 
 
 def split(batch: Any, parts: int) -> Sequence[Any]:
-    """Micro-batches as views along the first dimension; tensors of other lengths are shared whole."""
+    """Return micro-batches as views along the first dimension. Tensors of other lengths are shared whole.
+
+    Raises UserError if there are more parts than samples.
+    """
     if parts == 1:
         return [batch]
     length = batch_length(batch)

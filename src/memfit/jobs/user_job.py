@@ -20,10 +20,11 @@ from memfit.types.job import Job
 
 
 def load_user_job(spec: str, options: dict[str, Any]) -> Job:
-    """``options`` (size, data, weights, batch, length; only those asked for) go to a function taking them.
+    """Load a user's job.
 
-    Raises UserError for a missing file or attribute, for what is no Job, for an option that nothing takes,
-    and for any error in the user's own code, with its place.
+    ``options`` (size, data, weights, batch, length; only those given) are passed to a function that accepts
+    them. Raises UserError for a missing file or attribute, for an object that is not a Job, for an option
+    that is not accepted, and for any error in the user's own code, with its location.
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(Path(path), spec)
@@ -43,7 +44,10 @@ def load_user_job(spec: str, options: dict[str, Any]) -> Job:
 
 
 def source_digest(spec: str) -> str:
-    """Of the file that a user's job is in; "" for other jobs. What it imports does not count."""
+    """Return the digest of the file that contains a user's job; "" for other jobs.
+
+    Files it imports are not included.
+    """
     path = Path(spec.rpartition(":")[0])
     return (
         hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.suffix == ".py" and path.is_file() else ""
@@ -68,7 +72,7 @@ def _call(function: Any, options: dict[str, Any], spec: str) -> Job:
 
 
 def told(job: Job, spec: str) -> Job:
-    """The job with its own functions guarded: their errors are the user's to read, in one line."""
+    """Return the job with its own functions guarded: their errors become one-line UserErrors."""
 
     def spoken(function: Any) -> Any:
         if function is None:
@@ -86,9 +90,12 @@ def told(job: Job, spec: str) -> Job:
 
 
 def _run_file(path: Path, spec: str) -> ModuleType:
-    """Import under a name of its own. The file's folder goes to the end of the path and stays there: the job
-    imports the modules beside it, at its top or inside a function, and none of them replaces a module of the
-    standard library or of an installed package."""
+    """Import the file under a unique module name.
+
+    The file's folder is appended to the import path and stays there, because the job may import modules
+    beside it, at its top or inside a function. At the end of the path, they cannot replace modules of the
+    standard library or of installed packages.
+    """
     if not path.is_file():
         raise UserError(f"no such file: {path}", hint="a job of your own is given as path.py:attribute")
     resolved = path.resolve()
@@ -97,7 +104,7 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     if place is None or place.loader is None:
         raise UserError(f"{path} is no Python file", allowed="a file ending in .py")
     module, loader = importlib.util.module_from_spec(place), place.loader
-    sys.modules[name] = module  # dataclasses and pickle look their module up
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
     if str(resolved.parent) not in sys.path:
         sys.path.append(str(resolved.parent))
     guarded(lambda: loader.exec_module(module), spec)
@@ -105,8 +112,11 @@ def _run_file(path: Path, spec: str) -> ModuleType:
 
 
 def shadowed_modules(spec: str) -> Iterator[str]:
-    """One line for each module that the job imports and has beside it, where Python imports another of that
-    name. Nothing is imported. Nothing is said for jobs that are not the user's, and for unreadable files."""
+    """Yield one line for each module beside the job that it imports but for which Python finds another module
+    of that name.
+
+    Nothing is imported. Jobs that are not the user's, and unreadable files, are skipped.
+    """
     path = Path(spec.rpartition(":")[0])
     waiting, known = [path] if path.suffix == ".py" else [], set[str]()
     while waiting:
@@ -130,7 +140,7 @@ def _own_module(folder: Path, name: str) -> Path | None:
 
 
 def _imported_names(file: Path) -> set[str]:
-    """Top-level names of what a file imports anywhere in it."""
+    """Return the top-level names of all imports in a file."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -142,7 +152,9 @@ def _imported_names(file: Path) -> set[str]:
 
 
 def _origin(name: str) -> str | None:
-    """The file from which Python would import a top-level module, or "built-in"; None: there is none."""
+    """Return the file from which Python would import a top-level module, or "built-in"; None if there is
+    none.
+    """
     try:
         place = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -154,12 +166,14 @@ _NO_GRADIENT = "Expected to have finished reduction in the prior iteration"  # D
 
 
 def guarded(action: Any, spec: str) -> Any:
-    """Any error of the user's code becomes one line with the last place in it."""
+    """Run ``action`` and convert any error of the user's code to a one-line UserError with the last location
+    in that code.
+    """
     try:
         return action()
     except (UserError, MemoryError):
         raise
-    except (Exception, SystemExit) as error:  # the user's code: anything may come out of it
+    except (Exception, SystemExit) as error:  # user code may raise anything
         if any(text in str(error) for text in _OUT_OF_MEMORY):
             raise  # an outcome of the run, not a mistake
         if _NO_GRADIENT in str(error):

@@ -1,4 +1,4 @@
-"""Trained weights from a folder of safetensors into a model, strictly."""
+"""Load trained weights from a folder of safetensors into a model, strictly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ _INDEX: Final = "model.safetensors.index.json"
 
 
 def load_weights(model: torch.nn.Module, folder: str, *, may_miss: tuple[str, ...] = ()) -> None:
-    """Copy ``model.safetensors`` (or the shards its index names) into the model's parameters, one tensor at
-    a time. Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing.
+    """Copy ``model.safetensors`` (or the shards named by its index) into the model's parameters, one tensor
+    at a time.
 
-    Every parameter must be there, except those whose names start with one of ``may_miss`` (a new task's
-    head); what the model has no use for is ignored. Does nothing under fake tensors, which hold no values:
-    weights change no size. Raises UserError for a missing folder, a missing parameter or another shape.
+    Tied parameters may be stored under any of their names, and a leading ``esm.`` may be missing. Every
+    parameter must be present, except those whose names start with one of ``may_miss`` (the head of a new
+    task). Tensors that the model does not use are ignored. Under fake tensors, which hold no values, nothing
+    is loaded: weights do not change sizes. Raises UserError for a missing folder, a missing parameter or
+    another shape.
     """
     from torch._guards import detect_fake_mode
 
@@ -45,15 +47,18 @@ def _names(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def _aliases(name: str) -> Iterator[str]:
-    """The names files use for it: an encoder saved alone has no prefix, and Hugging Face still writes
-    TensorFlow's gamma and beta for some layer norms."""
+    """Yield the names that files use for a parameter.
+
+    An encoder saved alone has no prefix, and Hugging Face still writes TensorFlow's gamma and beta for some
+    layer norms.
+    """
     old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     for spelling in {name, old}:
         yield from {spelling, spelling.removeprefix("esm.")}
 
 
 def _stored(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
+    """Return tensor name -> the file that contains it."""
     if not folder.is_dir():
         raise UserError(f"no such folder of weights: {folder}", allowed="a folder with model.safetensors")
     if (folder / _INDEX).is_file():

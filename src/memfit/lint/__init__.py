@@ -1,1 +1,2 @@
-"""Configurations of other libraries: parsed, checked against rules, carried over to a plan."""
+"""Read configurations of other libraries: parse them, check them against rules, and convert them to a
+plan."""

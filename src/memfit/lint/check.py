@@ -1,4 +1,5 @@
-"""Known misconfigurations, found in a set-up. What each is, what to do, where it was reported: rules.toml."""
+"""Find known misconfigurations in a set-up. rules.toml holds the text, the advice and the links of each
+rule."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from memfit.lint import (
 )
 from memfit.lint.parse import Found, Setup
 
-# Rule -> the kinds of files it compares, and what finds it: called with their options and the whole set-up.
+# Rule name -> (the kinds of files that it compares, the check). The check is called with the options of each
+# of these kinds and the whole set-up, and yields the values that fill the rule's text.
 CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
     check.__name__.replace("_", "-"): (kinds, check)
     for module in (
@@ -39,14 +41,17 @@ CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
 
 
 class Severity(enum.StrEnum):
-    ERROR = "error"  # the library refuses, or trains something else than the files say
-    WARNING = "warning"  # an option without effect, or one that takes memory or time for nothing
-    NOTE = "note"  # it works; there is something better
+    """How bad a finding is. The order of the members is the order of the report."""
+
+    ERROR = "error"  # the library refuses to start, or trains something other than the files say
+    WARNING = "warning"  # an option has no effect, or costs memory or time without a benefit
+    NOTE = "note"  # the configuration works, but a better one exists
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One misconfiguration and its values. ``links``: where it was reported or is documented."""
+    """One misconfiguration, found in ``file``. ``says``: the text, with the values of the file filled in;
+    ``do``: the advice; ``links``: where the problem was reported or is documented."""
 
     rule: str
     severity: Severity
@@ -58,13 +63,14 @@ class Finding:
 
 @functools.cache
 def texts() -> Mapping[str, Mapping[str, Any]]:
-    """Rule -> severity, links, and the finding and the advice in each language."""
+    """Return rules.toml: rule name -> severity, links, and a (finding, advice) pair for each language."""
     path = resources.files("memfit.lint").joinpath("rules.toml")
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def check(setup: Setup, *, lang: str = "en") -> tuple[Finding, ...]:
-    """What was found, worst first. Raises KeyError for a language without texts."""
+    """Return all findings in ``setup``, the most severe first. Raises KeyError for a language that rules.toml
+    has no texts in."""
     found: list[Finding] = []
     for name, (kinds, finds) in CHECKS.items():
         options = [getattr(setup, kind) for kind in kinds]

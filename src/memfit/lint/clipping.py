@@ -1,4 +1,4 @@
-"""The largest gradient norm that a set-up's own files clip to."""
+"""Find the gradient norm to which a set-up's own files clip."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import dataclasses
 
 from memfit.lint.parse import Options, Setup
 
-# Of transformers 5.24 (max_grad_norm), Megatron-LM at d98e8a6 (--clip-grad) and torchtitan v0.2.2
+# The default of transformers 5.24 (max_grad_norm), Megatron-LM at d98e8a6 (--clip-grad) and torchtitan v0.2.2
 # (training.max_norm); read 2026-11.
 _DEFAULT_NORM = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ClippingSetting:
-    """``limit``: the largest gradient norm; 0: gradients are not clipped; None: the files do not decide.
-    ``explicit`` is False where no file says so and the library's own default holds."""
+    """How gradients are clipped. ``limit``: the largest gradient norm; 0 if gradients are not clipped; None
+    if the files do not determine it. ``explicit``: True if a file sets it, False if the library's default
+    applies."""
 
     limit: float | None
     explicit: bool
 
 
 def clipping_setting(setup: Setup) -> ClippingSetting:
-    """Of the outermost library that clips: DeepSpeed's file decides below the Trainer and Accelerate."""
+    """Return the clipping of the outermost library that clips. DeepSpeed's file takes precedence over the
+    Trainer's and Accelerate's."""
     if setup.deepspeed is not None:
         return _deepspeed(setup, setup.deepspeed)
     for options, path in (
@@ -41,7 +43,8 @@ def _of(options: Options, path: str) -> ClippingSetting:
 
 
 def _deepspeed(setup: Setup, config: Options) -> ClippingSetting:
-    """ "auto" is the Trainer's setting; Accelerate alone makes 1.0 of it (accelerator.py, 1.15)."""
+    """Return the clipping of DeepSpeed's file. "auto" stands for the Trainer's setting; without a Trainer,
+    Accelerate replaces it by 1.0 (accelerator.py, 1.15)."""
     if config.raw("gradient_clipping") == "auto":
         limit = _of(setup.trainer, "max_grad_norm").limit if setup.trainer is not None else _DEFAULT_NORM
         return ClippingSetting(limit=limit, explicit=True)

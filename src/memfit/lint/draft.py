@@ -1,4 +1,4 @@
-"""A plan under construction, made of a configuration's settings, and what of them no plan can say."""
+"""Build a plan from a configuration's settings, and record the settings that no plan can express."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from memfit.types.plan import KnobValue, Plan
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """``option`` as the file writes it, with its value, and why the plan is without it."""
+    """A setting that the plan leaves out. ``option``: the setting as the file writes it, with its value;
+    ``reason``: why it is left out."""
 
     option: str
     reason: str
@@ -21,9 +22,11 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Carried:
-    """``engine``: who would run it. ``micro_batch``: samples in a forward pass of one rank; ``batch``: in an
-    optimizer step of all ranks; ``length``: tokens of a sample; None where the files leave them open.
-    ``size``: of the built-in job that the files are about, "" where they are about no such."""
+    """A configuration converted to a plan. ``engine``: the name of the engine that would run it.
+    ``micro_batch``: samples per forward pass of one rank; ``batch``: samples per optimizer step of all ranks;
+    ``length``: tokens per sample. Each of the three is None if the files do not determine it. ``size``: the
+    size of the built-in job that the files describe, "" if they describe none; ``model``: the model that the
+    files describe, if any."""
 
     plan: Plan
     engine: str
@@ -37,7 +40,8 @@ class Carried:
 
 @dataclasses.dataclass(kw_only=True)
 class Draft:
-    """A plan under construction: what clashes with what is there already is left out with the reason."""
+    """A plan under construction. A technique that conflicts with those already in the plan is left out, and
+    the reason is recorded in ``left_out``."""
 
     ranks: int
     plan: Plan = dataclasses.field(default_factory=Plan)
@@ -49,6 +53,8 @@ class Draft:
     model: DescribedModel | None = None
 
     def take(self, technique: str, option: str, **knobs: KnobValue) -> None:
+        """Add a technique with ``knobs`` to the plan. If it is invalid or conflicts with the plan, leave it
+        out and record ``option`` with the reason."""
         try:
             tried = self.plan.with_use(make_use(technique, knobs))
         except UserError as error:
@@ -61,19 +67,24 @@ class Draft:
             self.plan = tried
 
     def leave(self, option: str, reason: str) -> None:
+        """Record ``option`` as left out for ``reason``."""
         self.left_out.append(LeftOut(option=option, reason=reason))
 
     def accumulate(self, steps: int | None) -> None:
+        """Add gradient accumulation over ``steps`` micro-batches, if there is more than one."""
         if steps is not None and steps > 1:
             self.take("gradient-accumulation", f"{steps} accumulation steps", micro_batches=steps)
 
     def sized(self, data: int, steps: int | None) -> None:
-        """The step's batch from the micro-batch, ``data`` ranks with other samples and ``steps`` of them."""
+        """Set the batch of a step, unless it is known: micro-batch x ``data`` x ``steps``, where ``data`` is
+        the number of ranks that see different samples and ``steps`` the number of accumulation steps (None:
+        1)."""
         if self.micro_batch is not None and self.batch is None:
             self.batch = self.micro_batch * data * (steps or 1)
 
 
 def product(values: Iterable[int | None]) -> int:
+    """Return the product of ``values``; None and 0 count as 1."""
     found = 1
     for value in values:
         found *= value or 1

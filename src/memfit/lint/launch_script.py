@@ -1,4 +1,5 @@
-"""The flags a shell script gives to the program it starts, as far as they can be known without running it."""
+"""Read the flags that a shell script passes to the program it starts, as far as they are known without
+running it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ _FLAG = re.compile(r"--[A-Za-z][\w-]*")
 _OPENS, _CLOSES = re.compile(r"\b(?:if|case|for|while|until)\b"), re.compile(r"\b(?:fi|esac|done)\b")
 _OPERATORS = frozenset({"\\", "|", "||", "&", "&&", ">"})
 _NUMBER = re.compile(r"-[\d.][\d.e-]*")
-_MOST_ROUNDS = 6  # variables that name variables
+_MOST_ROUNDS = 6  # of substitution, for variables whose values refer to other variables
 _WORK: Mapping[str, Callable[[int, int], int]] = {
     "*": operator.mul, "/": operator.floordiv, "+": operator.add, "-": operator.sub,
 }  # fmt: skip
@@ -26,8 +27,10 @@ _WORK: Mapping[str, Callable[[int, int], int]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """``flags``: by Python name; True for a switch, else the first value. ``unsure``: given in a branch, or
-    given twice with different values. ``env``: what the script exports. ``underscored``: written with _."""
+    """What a shell script passes to its program. ``flags``: Python name -> True for a switch, otherwise
+    the first value. ``env``: variables that the script exports. ``unsure``: flags that are given within a
+    branch or a loop, or given twice with different values. ``underscored``: flags that are written with
+    underscores."""
 
     flags: Mapping[str, Any]
     env: Mapping[str, str]
@@ -36,6 +39,8 @@ class Script:
 
 
 def read_script(text: str) -> Script:
+    """Return the flags and exported variables of a shell script, with variables replaced where they have one
+    value."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     known = _variables(lines)
     flags: dict[str, Any] = {}
@@ -51,7 +56,8 @@ def read_script(text: str) -> Script:
 
 
 def option_values(text: str) -> dict[str, tuple[str, ...]]:
-    """Every value of each flag, by Python name; no values of a switch. Later ones replace earlier ones."""
+    """Return all values of each flag, by Python name; the tuple of a switch is empty. If a flag is given
+    twice, the later values replace the earlier ones."""
     lines = re.sub(r"\\\s*\n", " ", re.sub(r"(?m)(?:^|(?<=\s))#.*$", "", text)).splitlines()
     known = _variables(lines)
     found: dict[str, tuple[str, ...]] = {}
@@ -70,7 +76,7 @@ def option_values(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
-    """Each line, and whether it lies in a branch or a loop."""
+    """Yield each line, and whether it lies within a branch or a loop."""
     depth = 0
     for line in lines:
         bare = re.sub(r"\"[^\"]*\"|'[^']*'|--[\w-]+", "", line)
@@ -80,7 +86,7 @@ def _branches(lines: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _variables(lines: list[str]) -> dict[str, str]:
-    """Those that have one value in the whole script."""
+    """Return the variables that have exactly one value in the whole script."""
     values: dict[str, set[str]] = {}
     for line in lines:
         for name, value in _ASSIGNED.findall(line):
@@ -104,7 +110,8 @@ def _filled(text: str, known: Mapping[str, str]) -> str:
 
 
 def _worked_out(text: str, known: Mapping[str, str]) -> str | None:
-    """Whole numbers and variables, from left to right, products first."""
+    """Evaluate an expression of whole numbers and variables: * and / first, then + and -, from left to right.
+    Return None if a variable is unknown, the result is negative, or a divisor is 0."""
     parts = [known.get(p, p) for p in re.findall(r"\w+|[*/+-]", text)]
     for signs in ("*/", "+-"):
         done: list[str] = []

@@ -1,6 +1,6 @@
-"""The model that a configuration describes, and the job that builds one of the same sizes.
+"""Find the model that a configuration describes, and the job that builds a model of the same sizes.
 
-Megatron-LM's sizes and their defaults are those of its training/arguments.py at d98e8a6; torchtitan's flavors
+Sizes and defaults of Megatron-LM are those of its training/arguments.py at d98e8a6. Flavors of torchtitan are
 those of its models at v0.2.2 (models/llama3 and models/qwen3, read 2026-11).
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 from memfit.lint.parse import Options
 
 _GPT2_TOKENS = 50_257
-_DROPOUTS = {  # of attention, of what is added to the residual
+_DROPOUTS = {  # names of the dropout of attention, and of the dropout before each residual addition
     "llama": ("attention_dropout",),
     "gpt_neox": ("attention_dropout", "hidden_dropout"),
     "biogpt": ("attention_probs_dropout_prob", "hidden_dropout_prob"),
 }
-# Of Megatron-LM: what none of the models here has.
+# Options of Megatron-LM that none of the models here supports -> what they ask for.
 _MEGATRON_OTHERS = {
     "num_experts": "experts",
     "multi_latent_attention": "multi-latent attention",
@@ -33,8 +33,8 @@ _MEGATRON_OTHERS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DescribedModel:
-    """``job``: the JOB that builds such a model; "" where none does, for the reason in ``missing``.
-    ``differences``: (setting, what is built instead)."""
+    """The model that a configuration describes. ``job``: the JOB that builds such a model, or "" if none
+    does; then ``missing`` says why. ``differences``: pairs of (setting, what is built instead)."""
 
     layers: int | None
     width: int | None
@@ -51,7 +51,8 @@ def _job(kind: str, sizes: Mapping[str, Any]) -> str:
 
 
 def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
-    """None where the script says nothing of its model."""
+    """Return the model that Megatron-LM's arguments describe, or None if they say nothing about it.
+    ``tensor``: the tensor-parallel size, which determines the padding of the vocabulary."""
     layers, width, heads = (given.size(n) for n in ("num_layers", "hidden_size", "num_attention_heads"))
     if not (layers or width or heads):
         return None
@@ -80,13 +81,13 @@ def of_megatron(given: Options, tensor: int) -> DescribedModel | None:
 
 
 def _share(given: Options, name: str) -> float:
-    """A dropout; Megatron-LM's default is 0.1."""
+    """Return a dropout probability; Megatron-LM's default is 0.1."""
     value = given.number(name)
     return 0.1 if value is None else value
 
 
 def _family(given: Options, width: int, heads: int) -> tuple[str, dict[str, Any]]:
-    """The architecture of transformers and its own sizes; "" where none is alike."""
+    """Return an architecture of transformers and the sizes that are specific to it; "" if none matches."""
     rotary = given.on("use_rotary_position_embeddings")
     position = given.get("position_embedding_type") or ("rope" if rotary else "learned_absolute")
     gated = given.on("swiglu")
@@ -114,7 +115,7 @@ def _family(given: Options, width: int, heads: int) -> tuple[str, dict[str, Any]
 
 
 def _vocabulary(given: Options, tensor: int) -> tuple[int, tuple[tuple[str, str], ...]]:
-    """Tokens, padded as Megatron-LM pads them, and what had to be assumed."""
+    """Return the size of the vocabulary, padded as Megatron-LM pads it, and the assumptions made."""
     said = given.size("padded_vocab_size")
     if said is not None:
         return said, ()
@@ -138,13 +139,13 @@ _QWEN3 = {
     "4B": (2560, 9728, 36, 32, 8), "8B": (4096, 12_288, 36, 32, 8), "14B": (5120, 17_408, 40, 40, 8),
     "32B": (5120, 25_600, 64, 64, 8),
 }  # fmt: skip
-_TIED = ("debugmodel", "0.6B", "1.7B", "4B")  # of Qwen3
-_ATTENTIONS = re.compile(r"_(flex|varlen)(_attn)?$")  # flavors of the same sizes
+_TIED = ("debugmodel", "0.6B", "1.7B", "4B")  # flavors of Qwen3 with tied embeddings
+_ATTENTIONS = re.compile(r"_(flex|varlen)(_attn)?$")  # suffixes of flavors that have the same sizes
 _DEBUG_TOKENS = 2048
 
 
 def of_torchtitan(given: Options) -> DescribedModel | None:
-    """None where the file says nothing of its model."""
+    """Return the model that torchtitan's file names, or None if it names none."""
     if not (given.raw("model.name") or given.raw("model.flavor")):
         return None
     name, flavor = str(given.get("model.name") or "llama3"), str(given.get("model.flavor") or "debugmodel")

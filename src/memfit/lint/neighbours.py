@@ -1,4 +1,5 @@
-"""Plans one change away from a given one: what might take less, for the pricer to decide."""
+"""Generate plans that differ from a given one in one change. They may need less memory; the pricer
+decides."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from memfit.types.plan import KnobValue, Plan
 
 
 def neighbours(plan: Plan, *, parameters: int | None = None) -> tuple[Plan, ...]:
-    """Without those that clash, and without those that ask for more ranks or another engine."""
+    """Return the valid plans that differ from ``plan`` in one change. Plans that need more ranks or another
+    engine are not generated. ``parameters``: the number of the model's parameters, the upper limit of a ZeRO
+    bucket."""
     tried = (_with(plan, name, knobs) for name, knobs in _changes(plan, parameters))
     return tuple(dict.fromkeys(p for p in tried if p != plan and conflict(p) is None))
 

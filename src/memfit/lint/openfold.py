@@ -1,8 +1,8 @@
-"""What OpenFold's own settings mean: presets, changed keys, defaults of training.
+"""Interpret OpenFold's own settings: presets, changed keys, and the defaults of training.
 
-Of openfold/config.py and train_openfold.py at ce0029e (2025-09; read 2026-11). `model_config(name, True)`
-takes a preset and sets blocks_per_ckpt to 1 and chunk_size to None; after that the flat JSON of
---experiment_config_json changes what it names.
+Source: openfold/config.py and train_openfold.py at ce0029e (2025-09; read 2026-11). `model_config(name,
+True)` takes a preset and sets blocks_per_ckpt to 1 and chunk_size to None. The flat JSON of
+--experiment_config_json then changes the keys that it names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from memfit.types.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """What is cropped of a training sample: residues, clustered rows of the MSA, extra ones."""
+    """The crop of a training sample: residues, rows of clustered MSA sequences, and rows of extra MSA
+    sequences. ``templates``: whether the network uses templates."""
 
     residues: int = 256
     rows: int = 128
@@ -39,21 +40,21 @@ PRESETS: Final[Mapping[str, Preset]] = {
     **{f"{name}_ptm": preset for name, preset in _MODELS.items()},
 }  # fmt: skip
 DEFAULT_PRESET: Final = "initial_training"
-# Sizes of the job alphafold2 that are OpenFold's network.
+# Sizes of the job alphafold2 at which it is OpenFold's network -> OpenFold's preset.
 JOB, SIZES = (
     "alphafold2",
     {"initial": "initial_training", "paper": "initial_training", "finetune": "finetuning"},
 )
 EVOFORMER_BLOCKS, TEMPLATE_BLOCKS = 48, 2
 KERNELS: Final = ("use_deepspeed_evo_attention", "use_lma", "use_flash")
-# All of globals; a key that is none of them is taken without a word.
+# All keys of "globals". OpenFold accepts other keys without a warning.
 GLOBALS: Final = frozenset(
     {
         "blocks_per_ckpt", "chunk_size", *KERNELS, "offload_inference", "c_z", "c_m", "c_t", "c_e", "c_s",
         "eps", "is_multimer", "seqemb_mode_enabled",
     }
 )  # fmt: skip
-# One reference in the configuration: whichever is set, all are.
+# These keys share one reference in OpenFold's configuration: setting any of them sets all.
 CKPT: Final = (
     "globals.blocks_per_ckpt", "model.evoformer_stack.blocks_per_ckpt",
     "model.template.template_pair_stack.blocks_per_ckpt",
@@ -66,7 +67,8 @@ TUNED: Final = (
 
 
 def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
-    """What the JSON says of the last of ``paths`` that it names, null included; else ``default``."""
+    """Return the value that the JSON gives to the last of ``paths`` that it names, which may be None (null).
+    Return ``default`` if it names none of them."""
     found, settings = default, s.openfold_config
     for path in paths:
         node: Any = settings.data if settings is not None else {}
@@ -80,12 +82,12 @@ def changed(s: Setup, paths: Iterable[str], default: Any = None) -> Any:
 
 
 def arguments(s: Setup) -> Options:
-    """Those of train_openfold.py; none where only the JSON was given."""
+    """Return the arguments of train_openfold.py; they are empty if only the JSON was given."""
     return s.openfold or Options(file="", data={})
 
 
 def preset(s: Setup) -> str | None:
-    """Its name; None where only a run would tell."""
+    """Return the name of the preset, or None if it is known only when the script runs."""
     given = arguments(s)
     if given.raw("config_preset") is None and "config_preset" not in given.unsure:
         return DEFAULT_PRESET
@@ -94,8 +96,8 @@ def preset(s: Setup) -> str | None:
 
 
 def crop(s: Setup) -> Preset | None:
-    """With what the JSON changes of it; None for a preset that is not the monomer's. Raises UserError for
-    sizes that OpenFold's configuration does not take."""
+    """Return the preset with the JSON's changes, or None if the preset is not one of the monomer's. Raises
+    UserError for sizes that OpenFold's configuration does not accept."""
     found = PRESETS.get(preset(s) or "")
     if found is None:
         return None
@@ -109,13 +111,14 @@ def crop(s: Setup) -> Preset | None:
 
 
 def blocks_per_ckpt(s: Setup) -> int | None:
-    """Blocks that are recomputed together; None: none is. Raises UserError as `crop` does."""
+    """Return how many blocks are recomputed together, or None if no block is recomputed. Raises UserError for
+    a value that is not a whole number above 0."""
     value = changed(s, CKPT, 1)
     return None if value is None else _count(CKPT[0], value)
 
 
 def batch_size(s: Setup) -> int:
-    """Of one process. Raises UserError as `crop` does."""
+    """Return the batch of one process. Raises UserError for a value that is not a whole number above 0."""
     name = "data.data_module.data_loaders.batch_size"
     return _count(name, changed(s, [name], 1))
 
@@ -127,6 +130,6 @@ def _count(name: str, value: object) -> int:
 
 
 def precision(s: Setup) -> str:
-    """As Lightning spells it in full, such as bf16-mixed."""
+    """Return the precision under Lightning's full name, such as bf16-mixed."""
     value = str(arguments(s).get("precision") or "bf16")
     return {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}.get(value, value)

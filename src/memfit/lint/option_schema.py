@@ -1,5 +1,8 @@
-"""What each library takes in its files: options/*.toml, which scripts/library_options.py writes from the
-libraries' own classes and parsers. Says which settings of a file are none of them, and which values."""
+"""Check settings against what each library accepts, and report unknown settings and invalid values.
+
+The accepted settings are in options/*.toml, which scripts/library_options.py writes from the libraries' own
+classes and parsers.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,28 @@ from typing import Any
 
 from memfit.lint.parse import Options
 
-_LIKE = 0.85  # of difflib: one letter left out, doubled or swapped
-_MOST_SHOWN = 9
-_MOST_FOREIGN = 0.5  # of the keys at the top of a library's own file
+_LIKE = 0.85  # difflib's similarity cutoff: one letter is left out, doubled or swapped
+_MOST_SHOWN = 9  # allowed values that are shown in full
+_MOST_FOREIGN = 0.5  # at most this share of the top-level keys of a library's own file is unknown to it
 _SWITCHES = {True: ("true", "yes", "on", "1", "y", "t"), False: ("false", "no", "off", "0", "n", "f")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What a setting may be. ``kind``: integer, number, switch, text, list, table or any; ``values``: the
-    only ones, where they are counted out."""
+    """The values that a setting accepts. ``kind``: integer, number, switch, text, list, table or any;
+    ``least`` and ``most``: bounds of a number; ``values``: the only accepted values, if they are enumerated;
+    ``any_case``: whether their case is ignored."""
 
     kind: str = "any"
-    least: float | None = None  # itself allowed, unless ``open``
+    least: float | None = None  # inclusive, unless ``open``
     most: float | None = None
     open: bool = False
     values: tuple[Any, ...] = ()
     any_case: bool = False
 
     def takes(self, value: Any, *, spelled: bool) -> bool:
-        """``spelled``: whether a number or a switch may be written as text."""
+        """Return whether the setting accepts ``value``. ``spelled``: whether a number or a switch may be
+        written as text."""
         if value is None or (self.kind == "any" and not self.values):
             return True
         if self.values:
@@ -45,10 +50,12 @@ class Spec:
         if isinstance(value, Mapping | list):
             return False
         fold = str.lower if self.any_case or isinstance(value, bool) else str
-        said = _SWITCHES[value] if isinstance(value, bool) else (fold(str(value)),)  # YAML reads no as false
+        # YAML reads the word no as False, so a boolean matches every spelling of itself.
+        said = _SWITCHES[value] if isinstance(value, bool) else (fold(str(value)),)
         return any(fold(str(v)) in said for v in self.values)
 
     def counts(self, value: Any, spelled: bool) -> bool:
+        """Return whether ``value`` is a number of this kind within the bounds."""
         number = _number(value, spelled)
         whole = number is not None and (self.kind == "number" or _is_integer(value, number))
         return whole and self._bounded(number)  # type: ignore[arg-type]
@@ -58,11 +65,12 @@ class Spec:
         return low and (self.most is None or number <= self.most)
 
     def switches(self, value: Any, spelled: bool) -> bool:
+        """Return whether ``value`` is true or false."""
         words = (*_SWITCHES[True], *_SWITCHES[False])
         return isinstance(value, bool) or value in (0, 1) or (spelled and str(value).lower() in words)
 
     def __str__(self) -> str:
-        """What is allowed, in words that need no translation."""
+        """Describe the accepted values in words that need no translation."""
         if self.values:
             return ", ".join(map(str, self.values))
         sign = ">" if self.open else ">="
@@ -74,7 +82,7 @@ class Spec:
 _ASKED = {
     "integer": Spec.counts, "number": Spec.counts, "switch": Spec.switches,
     "text": lambda *_: True,
-    "list": lambda *_: True,  # text is split by most
+    "list": lambda *_: True,  # most libraries split text into a list
     "table": lambda *_: False,
 }  # fmt: skip
 
@@ -89,15 +97,20 @@ def _number(value: Any, spelled: bool) -> float | None:
 
 
 def _is_integer(value: Any, number: float) -> bool:
-    """5e8 is one; as a text it is none, for int() does not read it."""
+    """Return whether ``value``, of numeric value ``number``, is an integer. The number 5e8 is one; the text
+    "5e8" is not, because int() does not parse it."""
     text = isinstance(value, str) and not value.strip().lstrip("+-").replace("_", "").isdigit()
     return number == number and abs(number) != float("inf") and number == int(number) and not text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """Settings of one library. Sections are dotted paths, "" the top. ``older``: names that the release does
-    not have, and others do; ``refuses``: sections where an unknown key stops the library."""
+    """The settings of one library. ``now`` and ``older`` map sections to settings; a section is a dotted
+    path, "" is the top level. ``release``: the release that ``now`` describes; ``older``: names that this
+    release does not have but other releases, forks or front ends do; ``refuses``: sections in which an
+    unknown key stops the library; ``spelled``: sections in which numbers and switches may be written as text;
+    ``needs``: a key that a file must have to be this library's ("": none); ``shares``: whether a file may
+    hold settings of other programs as well."""
 
     release: str
     now: Mapping[str, Mapping[str, Spec]]
@@ -112,10 +125,12 @@ class Known:
         return frozenset(self.now.keys() | self.older.keys())
 
     def names(self, section: str) -> frozenset[str]:
+        """Return all names that ``section`` has in any release."""
         return frozenset(self.now.get(section, {})) | self.older.get(section, frozenset())
 
     def near(self, section: str, key: str) -> str | None:
-        """The path that a key was meant for: one like it in its section, or itself in the one other."""
+        """Return the path that ``key`` was probably meant for, or None: a similar name in the same section,
+        or the same name in another section, if exactly one other section has it."""
         found = like(key, self.now.get(section, {}) if self.shares else self.names(section))
         if found is not None:
             return f"{section}.{found}".lstrip(".")
@@ -126,13 +141,14 @@ class Known:
 
 
 def like(name: str, names: Iterable[str]) -> str | None:
-    """The name that was probably meant."""
+    """Return the most similar of ``names``, or None if none is similar enough to be a misspelling."""
     near = difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=_LIKE)
     return near[0] if near else None
 
 
 @functools.cache
 def known(library: str) -> Known:
+    """Return the settings of ``library``, the name of a file in options/ without its suffix."""
     text = resources.files("memfit.lint").joinpath(f"options/{library}.toml").read_text(encoding="utf-8")
     data = tomllib.loads(text)
     now = {
@@ -168,8 +184,8 @@ def _spec(said: Any, also: Any, any_case: bool) -> Spec:
 
 
 def _of(options: Options, library: str) -> bool:
-    """Whether it is the library's own file. Front ends write its settings among many of their own, and a
-    vocabulary of words has some by chance."""
+    """Return whether the file is the library's own. Front ends mix the library's settings with many of their
+    own, and a file that maps words to numbers can contain some of the names by chance."""
     table = known(library)
     foreign = [key for key in options.data if str(key) not in table.names("")]
     if table.needs and table.needs not in options.data:
@@ -178,8 +194,9 @@ def _of(options: Options, library: str) -> bool:
 
 
 def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | None]]:
-    """Section and key of each setting that is none of the library's, and the path that was meant. What a file
-    has twice, the right name and one like it, is somebody's own."""
+    """Yield (section, key, intended path) for each setting that the library does not have. The intended path
+    is None if no name is similar, or if the file already sets the similar name: then the key is assumed to be
+    the user's own."""
     table = known(library)
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
         if key not in table.names(section):
@@ -188,20 +205,21 @@ def unknown(options: Options, library: str) -> Iterator[tuple[str, str, str | No
 
 
 def wrong(options: Options, library: str) -> Iterator[tuple[str, Any, Spec]]:
-    """Path of each value that the library does not take, the value, and what it takes."""
+    """Yield (path, value, spec) for each value that the library does not accept."""
     table = known(library)
     script = not options.file.endswith((".json", ".yaml", ".yml", ".toml"))
     for section, key, _ in _settings(options.data, table, "") if _of(options, library) else ():
         path = f"{section}.{key}".lstrip(".")
         spec, value = table.now.get(section, {}).get(key), options.get(path)
-        if spec is None or (value is True and script):  # of a script: the value was not read
+        if spec is None or (value is True and script):  # True in a script: its value was not read
             continue
         if not spec.takes(value, spelled=section in table.spelled):
             yield path, value, spec
 
 
 def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[tuple[str, str, Any]]:
-    """Section, key and value of all; a mapping in a section that nobody knows is somebody's own."""
+    """Yield section, key and value of all settings. The contents of a mapping that is no section of the
+    library are not yielded: they are the user's own."""
     for key, value in data.items():
         yield section, str(key), value
         path = f"{section}.{key}".lstrip(".")
@@ -210,7 +228,7 @@ def _settings(data: Mapping[str, Any], table: Known, section: str) -> Iterator[t
 
 
 def shown(spec: Spec, value: Any) -> str:
-    """What is allowed; of many values those that are most like the given one."""
+    """Describe the accepted values. If there are many, name the three that are most similar to ``value``."""
     names = [str(v) for v in spec.values]
     if len(names) <= _MOST_SHOWN:
         return str(spec)

@@ -1,4 +1,5 @@
-"""Files of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan and OpenFold, told apart by keys."""
+"""Read files of DeepSpeed, Accelerate, the Trainer, Megatron-LM, torchtitan and OpenFold. The keys in a file
+identify its library."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 from memfit.lint.launch_script import Script, read_script
 from memfit.types.errors import UserError
 
-Found = Iterator[dict[str, Any]]  # the values of each finding of a rule
+Found = Iterator[dict[str, Any]]  # one dict per finding: the values that fill the text of the rule
 
 KINDS = {
     "deepspeed": "DeepSpeed JSON",
@@ -25,9 +26,9 @@ KINDS = {
     "openfold": "OpenFold arguments of train_openfold.py as a script",
     "openfold_config": "OpenFold's JSON of changed settings",
 }
-_MOST_BYTES = 1 << 20  # a configuration is not larger; data given by mistake is not parsed
+_MOST_BYTES = 1 << 20  # larger files are refused: they are data given by mistake, not configurations
 
-# Keys that only one library has; the kind whose keys a file has most of is the file's.
+# Keys that identify a library. A file's kind is the one of whose keys it has the most.
 _MARKS = {
     "deepspeed": {
         "train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization", "steps_per_print",
@@ -58,17 +59,18 @@ _MARKS = {
     },
 }  # fmt: skip
 _SCRIPTS = ("megatron", "trainer", "openfold")
-# What OpenFold's configuration has at its top; changes of it are named by flat keys, globals.chunk_size.
+# Top-level names of OpenFold's configuration. A change of it is a flat key such as "globals.chunk_size".
 OPENFOLD_PARTS = frozenset({"data", "globals", "model", "relax", "loss", "ema"})
-# Keys of any other network start with "model.layers.".
+# Recognizes OpenFold's keys. "model." alone is not enough: keys of other networks start with "model.layers.".
 _FOLD = re.compile(r"(data|globals|relax|loss|ema|model\.(template|heads|\w+_(embedder|msa|stack|module)))\.")
 _TITAN = {"job", "model", "training", "parallelism", "activation_checkpoint", "optimizer", "lr_scheduler"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Nested settings of one file, asked for by dotted path. ``unsure``: set in a branch of a script.
-    ``defaults`` is False where another front end's defaults hold instead of the library's."""
+    """The nested settings of one file, accessed by dotted path. ``env``: exported variables; ``unsure``:
+    settings that a script sets within a branch or with different values. ``defaults`` is False if the
+    defaults of another front end apply instead of the library's."""
 
     file: str
     data: Mapping[str, Any]
@@ -77,7 +79,7 @@ class Options:
     defaults: bool = True
 
     def raw(self, path: str) -> Any:
-        """As written; None where it is not."""
+        """Return the value as written, or None if it is not given."""
         node: Any = self.data
         for part in path.split("."):
             if not isinstance(node, Mapping):
@@ -86,12 +88,14 @@ class Options:
         return node
 
     def get(self, path: str) -> Any:
-        """The value; None where it is not said, left to the library ("auto"), or only known when run."""
+        """Return the value, or None if it is not given, left to the library ("auto"), or known only when the
+        script runs."""
         value = self.raw(path)
         unknown = isinstance(value, str) and (value in ("auto", "") or "$" in value)
         return None if unknown or path in self.unsure else value
 
     def number(self, path: str) -> float | None:
+        """Return the value as a finite number, or None."""
         value = self.get(path)
         try:
             found = None if isinstance(value, bool) or value is None else float(value)
@@ -100,6 +104,7 @@ class Options:
         return found if found is not None and math.isfinite(found) else None
 
     def count(self, path: str) -> int | None:
+        """Return the value as an integer, or None."""
         found = self.number(path)
         return int(found) if found is not None and found == int(found) else None
 
@@ -110,25 +115,27 @@ class Options:
         return str(self.get(path)).lower() in ("false", "0", "no")
 
     def size(self, path: str) -> int | None:
-        """A number of things, of which there is at least one."""
+        """Return the value as an integer of at least 1, or None."""
         found = self.count(path)
         return found if found is not None and found >= 1 else None
 
     def texts(self, path: str) -> tuple[str, ...]:
-        """A list, or the words of a text."""
+        """Return the items of a list, or the words of a text, as strings."""
         value = self.get(path)
         words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
         return tuple(str(w) for w in words)
 
     def section(self, path: str) -> Mapping[str, Any]:
+        """Return the mapping at ``path``; it is empty if there is none."""
         value = self.raw(path)
         return value if isinstance(value, Mapping) else {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What was read. ``ranks``: processes, where it is known; ``parameters``: of the job, where there is one;
-    ``missing``: files that a file names and that are not there."""
+    """The files of one set-up, by kind. ``ranks``: the number of processes, if known; ``parameters``: the
+    number of parameters of the job, if there is one; ``missing``: files that another file names but that do
+    not exist."""
 
     deepspeed: Options | None = None
     accelerate: Options | None = None
@@ -143,7 +150,7 @@ class Setup:
 
     @property
     def fsdp(self) -> Options | None:
-        """The file that configures FSDP, if one does: Accelerate's before the Trainer's."""
+        """The file that configures FSDP, or None. Accelerate's file takes precedence over the Trainer's."""
         if self.accelerate is not None and str(self.accelerate.raw("distributed_type")).upper() == "FSDP":
             return self.accelerate
         on = self.trainer is not None and bool(self.trainer.raw("fsdp")) and not self.trainer.off("fsdp")
@@ -156,7 +163,8 @@ class Setup:
 
 
 def read(paths: Sequence[Path], *, ranks: int | None = None, parameters: int | None = None) -> Setup:
-    """Raises UserError for files that cannot be read, are of no kind we know, or are two of one kind."""
+    """Read ``paths``, and the files that they name, as one set-up. Raises UserError if a file cannot be read,
+    is of no known kind, or is a second one of the same kind."""
     found: dict[str, Options] = {}
     missing: list[str] = []
     for path in paths:
@@ -184,7 +192,7 @@ def _read_one(path: Path) -> tuple[str, Options]:
             raise _unknown(path, "no option of a training library in it")
         own = not _MARKS["megatron"] & data.underscored
         return kind, Options(file=str(path), data=data.flags, env=data.env, unsure=data.unsure, defaults=own)
-    if isinstance(data.get("MODEL_ARGS"), Mapping):  # as Megatron-LM writes its own test cases
+    if isinstance(data.get("MODEL_ARGS"), Mapping):  # the form of Megatron-LM's own test cases
         env = {k: str(v) for k, v in (data.get("ENV_VARS") or {}).items()}
         return "megatron", Options(file=str(path), data=_snake(data["MODEL_ARGS"]), env=env)
     if path.suffix == ".toml":
@@ -198,13 +206,13 @@ def _read_one(path: Path) -> tuple[str, Options]:
     kind = max(scores, key=lambda k: scores[k])
     if not scores[kind]:
         raise _unknown(path, _keys_of(data))
-    underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser takes hyphens alone
+    underscored = {str(k) for k in data if "_" in str(k)}  # Megatron-LM's own parser accepts only hyphens
     own = not _MARKS["megatron"] & underscored
     return kind, Options(file=str(path), data=_sections(kind, plain), defaults=own)
 
 
 def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
-    """OpenFold's flat keys as mappings in mappings; None for a file of another library."""
+    """Convert OpenFold's flat keys to nested mappings. Return None for a file of another library."""
     keys = [str(key) for key in data]
     if "globals" in keys and set(keys) <= OPENFOLD_PARTS:
         raise UserError(
@@ -225,14 +233,16 @@ def _changes(path: Path, data: Mapping[Any, Any]) -> dict[str, Any] | None:
 
 
 def parsed(path: Path) -> tuple[str, dict[str, Any] | None]:
-    """(the text of a file, its data as written); None in the place of a shell script's. Raises UserError."""
+    """Return the text of a file and its data as written; the data is None for a shell script. Raises
+    UserError."""
     text = _text(path)
     data = _data(path, text)
     return text, None if isinstance(data, Script) else data
 
 
 def _score(kind: str, marks: set[str], data: Mapping[str, Any]) -> int:
-    """DeepSpeed's sections are mappings where the Trainer's switches of the same name are not."""
+    """Return how many of ``marks`` the file has. "fp16", "bf16" and "activation_checkpointing" count for
+    DeepSpeed only as mappings, and for the Trainer only as switches."""
     sections = {k for k in ("fp16", "bf16", "activation_checkpointing") if isinstance(data.get(k), Mapping)}
     switches = {"fp16", "bf16", "activation_checkpointing"} - sections
     other = switches if kind == "deepspeed" else sections if kind == "trainer" else set()
@@ -250,7 +260,7 @@ def _text(path: Path) -> str:
         raise _unknown(path, "no text") from error
 
 
-# DeepSpeed reads its file as HJSON: comments are allowed there.
+# DeepSpeed parses its file as HJSON, which allows comments.
 _COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
 
 
@@ -291,12 +301,14 @@ def _keys_of(data: Mapping[str, Any]) -> str:
 
 
 def _snake(data: Mapping[Any, Any]) -> dict[str, Any]:
-    """Keys as Python names: ``--micro-batch-size`` and ``micro-batch-size`` too."""
+    """Convert keys to Python names; ``--micro-batch-size`` and ``micro-batch-size`` become
+    ``micro_batch_size``."""
     return {str(k).lstrip("-").replace("-", "_"): v for k, v in data.items()}
 
 
 def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
-    """Accelerate and the Trainer write some options of a section with its name in front, some without."""
+    """Remove the section's name from the start of its options' names. Accelerate and the Trainer write some
+    of them with it and some without."""
     prefixes = {
         "fsdp_config": "fsdp_",
         "megatron_lm_config": "megatron_lm_",
@@ -309,7 +321,7 @@ def _sections(kind: str, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _follow(kind: str, options: Options, found: dict[str, Options], missing: list[str]) -> None:
-    """The DeepSpeed settings that another file names or holds."""
+    """Add the DeepSpeed or Megatron-LM settings that another file contains or names."""
     inside: Any = None
     if kind == "trainer":
         inside = options.raw("deepspeed")
@@ -332,7 +344,7 @@ def _follow(kind: str, options: Options, found: dict[str, Options], missing: lis
 
 
 def _follow_changes(found: dict[str, Options], missing: list[str]) -> None:
-    """The JSON that OpenFold's arguments name."""
+    """Add the JSON file that OpenFold's arguments name."""
     options = found.get("openfold")
     name = options.get("experiment_config_json") if options is not None else None
     if options is None or not name or "openfold_config" in found:
@@ -347,12 +359,13 @@ def _follow_changes(found: dict[str, Options], missing: list[str]) -> None:
 
 
 def _named(options: Options, name: Any) -> Path | None:
-    places = (*Path(options.file).absolute().parents, Path.cwd())  # as projects name files from their root
+    # Projects often name files relative to their root, so every folder above the file is tried.
+    places = (*Path(options.file).absolute().parents, Path.cwd())
     return next((p / str(name) for p in places if (p / str(name)).is_file()), None)
 
 
 def _as_deepspeed(options: Options) -> dict[str, Any]:
-    """What Accelerate's own DeepSpeed plugin hands on, in DeepSpeed's terms (utils/dataclasses.py,
+    """Return the DeepSpeed configuration that Accelerate's own DeepSpeed plugin builds (utils/dataclasses.py,
     DeepSpeedPlugin.__post_init__, Accelerate 1.15, 2026-11)."""
     given = options.section("deepspeed_config")
     precision = str(options.raw("mixed_precision"))

@@ -1,5 +1,5 @@
-"""What goes wrong in DeepSpeed's own file. Checked against DeepSpeed 0.19.8 (runtime/config.py,
-runtime/engine.py, runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
+"""Rules for DeepSpeed's own file. Checked against DeepSpeed 0.19.8 (runtime/config.py, runtime/engine.py,
+runtime/zero/config.py, runtime/precision_config.py; read 2026-11)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memfit.lint.parse import Found, Options, Setup
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _LOSS_SCALE = ("loss_scale", "loss_scale_window", "initial_scale_power", "hysteresis", "min_loss_scale")
 _ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
-# Optimizers that ZeRO knows (runtime/zero/utils.py), and those that bring their own refusal.
+# Optimizers that ZeRO supports (runtime/zero/utils.py), and the 1-bit ones, which deepspeed_one_bit reports.
 _TESTED = ("adam", "adamw", "fusedadam", "cpuadam", "adagrad", "lion", "fusedlion", "muon", *_ONE_BIT)
 
 
@@ -26,7 +26,8 @@ def _device(d: Options, name: str) -> str:
 
 
 def _shares_samples(d: Options, s: Setup) -> bool:
-    """Whether several processes may work on the same samples: tensor and sequence parallelism."""
+    """Return whether several processes may work on the same samples, as in tensor and sequence
+    parallelism."""
     mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
     split = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
     split = split or "autosp" in d.texts("compile.passes")
@@ -34,6 +35,7 @@ def _shares_samples(d: Options, s: Setup) -> bool:
 
 
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:
+    """Report a train_batch_size that is not micro-batch x accumulation steps x processes."""
     whole, micro, steps = (d.count(k) for k in _BATCH)
     if not whole or not micro or micro < 1:
         return
@@ -44,33 +46,39 @@ def deepspeed_batch_product(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_two_precisions(d: Options, s: Setup) -> Found:
+    """Report fp16 and bf16 that are both enabled."""
     if d.on("fp16.enabled") and (d.on("bf16.enabled") or d.on("bfloat16.enabled")):
         yield {}
 
 
 def deepspeed_fp16_off(d: Options, s: Setup) -> Found:
+    """Report an fp16 section with settings but without "enabled", which leaves fp16 off."""
     knobs = [k for k in d.section("fp16") if k in _LOSS_SCALE]
     if knobs and d.raw("fp16.enabled") is None:
         yield {"knobs": ", ".join(knobs)}
 
 
 def deepspeed_bf16_loss_scale(d: Options, s: Setup) -> Found:
+    """Report loss-scale settings in the bf16 section; only fp16 has them."""
     if knobs := [k for k in _LOSS_SCALE if k in d.section("bf16")]:
         yield {"knobs": ", ".join(knobs)}
 
 
 def deepspeed_offload_parameters(d: Options, s: Setup) -> Found:
+    """Report offload_param below ZeRO stage 3, where it has no effect."""
     if _device(d, "offload_param") != "none" and (stage := _stage(d)) in (0, 1, 2):
         yield {"device": _device(d, "offload_param"), "stage": stage}
 
 
 def deepspeed_offload_optimizer(d: Options, s: Setup) -> Found:
+    """Report offload_optimizer at ZeRO stage 0, where it has no effect."""
     if _device(d, "offload_optimizer") != "none" and _stage(d) == 0:
         yield {"device": _device(d, "offload_optimizer")}
 
 
 def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
-    """What a stage below 3 reads none of; how a model is saved does no harm there."""
+    """Report stage3_* settings below stage 3, where they are not read. Settings of how a model is saved are
+    not reported: they do no harm there."""
     if (stage := _stage(d)) not in {0, 1, 2}:
         return
     named = [
@@ -82,19 +90,22 @@ def deepspeed_stage3_keys(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_nvme_path(d: Options, s: Setup) -> Found:
+    """Report offloading to nvme without an nvme_path."""
     for name in ("offload_param", "offload_optimizer"):
         if _device(d, name) == "nvme" and d.raw(f"zero_optimization.{name}.nvme_path") in (None, "", "none"):
             yield {"name": name}
 
 
 def deepspeed_nvme_stage(d: Options, s: Setup) -> Found:
-    """Stages 1 and 2 take any device for the host, and never look at the path."""
+    """Report offload_optimizer to nvme at stage 1 or 2. These stages treat every device as the host and never
+    read the path."""
     if _device(d, "offload_optimizer") == "nvme" and (stage := _stage(d)) in {1, 2}:
         yield {"stage": stage}
 
 
 def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
-    """DeepSpeed refuses another Adam that is handed over, and makes the one that its own file asks for."""
+    """Report torch_adam beside offload_optimizer. Only the optimizer that DeepSpeed's own file names is
+    checked: an Adam that the program passes in is refused by DeepSpeed."""
     adam = str(d.get("optimizer.type")).lower() in ("adam", "adamw")
     device = _device(d, "offload_optimizer")
     if adam and d.on("optimizer.params.torch_adam") and device != "none" and _stage(d):
@@ -102,14 +113,16 @@ def deepspeed_torch_adam(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_hpz_ranks(d: Options, s: Setup) -> Found:
-    """A group is not larger than all ranks: a size beyond them is taken for theirs."""
+    """Report a zero_hpz_partition_size that does not divide the number of ranks. A size above the number of
+    ranks is valid: the group is then all ranks."""
     size = d.size("zero_optimization.zero_hpz_partition_size") or 1
     if _stage(d) == 3 and s.ranks is not None and size < s.ranks and s.ranks % size:
         yield {"size": size, "ranks": s.ranks}
 
 
 def deepspeed_least_scale(d: Options, s: Setup) -> Found:
-    """Of a dynamic loss scale; DeepSpeed's defaults are 2**16 and 1."""
+    """Report a dynamic loss scale whose minimum is above its initial value. DeepSpeed's defaults are 2**16
+    for the initial value and 1 for the minimum."""
     least, power = d.number("fp16.min_loss_scale"), d.count("fp16.initial_scale_power")
     power = 16 if d.raw("fp16.initial_scale_power") is None else power
     if not d.on("fp16.enabled") or d.number("fp16.loss_scale") or least is None or power is None:
@@ -119,13 +132,15 @@ def deepspeed_least_scale(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_contiguous_checkpoints(d: Options, s: Setup) -> Found:
+    """Report contiguous_memory_optimization without partition_activations, which it needs."""
     section = "activation_checkpointing"
     if d.on(f"{section}.contiguous_memory_optimization") and not d.on(f"{section}.partition_activations"):
         yield {}
 
 
 def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
-    """Hugging Face's models recompute with torch's checkpoint, which reads none of this."""
+    """Report activation_checkpointing settings under Hugging Face's libraries. Their models recompute with
+    torch's checkpoint, which reads none of these settings."""
     if s.trainer is None and s.accelerate is None:
         return
     wanted = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
@@ -134,7 +149,8 @@ def deepspeed_checkpointing_unused(d: Options, s: Setup) -> Found:
         yield {"keys": ", ".join(keys)}
 
 
-# What Accelerate fills in itself (accelerator.py, _prepare_deepspeed, 1.15); the Trainer fills in more.
+# Settings whose "auto" Accelerate fills in without a Trainer (accelerator.py, _prepare_deepspeed, 1.15). The
+# Trainer fills in more.
 _ACCELERATE_FILLS = {
     *_BATCH, "gradient_clipping", "fp16.enabled", "bf16.enabled", "optimizer.params.lr",
     "optimizer.params.weight_decay", "scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr",
@@ -148,6 +164,7 @@ _ACCELERATE_FILLS = {
 
 
 def deepspeed_auto_unfilled(d: Options, s: Setup) -> Found:
+    """Report "auto" values that Accelerate does not fill in without a Trainer."""
     if s.accelerate is None or s.trainer is not None:
         return
     keys = [path for path, value in _leaves(d.data) if value == "auto" and path not in _ACCELERATE_FILLS]
@@ -164,17 +181,20 @@ def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_untested_optimizer(d: Options, s: Setup) -> Found:
+    """Report an optimizer that ZeRO does not know, without zero_allow_untested_optimizer."""
     kind = str(d.get("optimizer.type") or "adam")
     if kind.lower() not in _TESTED and _stage(d) and not d.on("zero_allow_untested_optimizer"):
         yield {"type": kind, "stage": _stage(d)}
 
 
 def deepspeed_one_bit(d: Options, s: Setup) -> Found:
+    """Report a 1-bit optimizer together with ZeRO."""
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and _stage(d):
         yield {"type": d.get("optimizer.type"), "stage": _stage(d)}
 
 
 def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
+    """Report LAMB with offload_optimizer: LAMB has no implementation for the host."""
     device = _device(d, "offload_optimizer")
     allowed = _stage(d) and d.on("zero_allow_untested_optimizer")
     if str(d.get("optimizer.type")).lower() == "lamb" and allowed and device != "none":
@@ -182,13 +202,15 @@ def deepspeed_offload_lamb(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_scheduler_steps(d: Options, s: Setup) -> Found:
+    """Report a scheduler that needs total_num_steps and does not get it."""
     kind = str(d.get("scheduler.type"))
     if kind in {"WarmupDecayLR", "WarmupCosineLR"} and d.raw("scheduler.params.total_num_steps") is None:
         yield {"type": kind}
 
 
 def deepspeed_pipeline(d: Options, s: Setup) -> Found:
-    """DeepSpeed's own section, or beside Megatron-DeepSpeed's arguments."""
+    """Report pipeline stages together with ZeRO stage 2 or 3. The stages come from DeepSpeed's own section or
+    from Megatron-DeepSpeed's arguments."""
     m = s.megatron
     stages = d.count("pipeline.stages") or 1
     if m is not None and not m.on("no_pipeline_parallel"):
@@ -198,7 +220,8 @@ def deepspeed_pipeline(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_bucket(d: Options, s: Setup) -> Found:
-    """Stages 1 and 2 allocate the whole bucket, twice where communication overlaps."""
+    """Report a reduce_bucket_size above the model's number of parameters. Stages 1 and 2 allocate the whole
+    bucket, and a second one if communication overlaps."""
     whole = _stage(d) in {1, 2} and not d.off("zero_optimization.contiguous_gradients")
     auto = d.raw("zero_optimization.reduce_bucket_size") == "auto"
     bucket = d.count("zero_optimization.reduce_bucket_size") or 500_000_000
@@ -210,15 +233,16 @@ def deepspeed_bucket(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_no_zero(d: Options, s: Setup) -> Found:
-    """Accelerate's plugin, which the Trainer uses too, asks for the section. Scripts that only generate text
-    have a Trainer's flags too."""
+    """Report a missing zero_optimization section, which Accelerate's plugin, and so the Trainer, asks for.
+    Trainer flags without a training batch are ignored: scripts that only generate text have some of them
+    too."""
     trains = s.trainer is not None and s.trainer.raw("per_device_train_batch_size") is not None
     tuned = d.on("autotuning.enabled")
     if (trains or s.accelerate is not None) and d.raw("zero_optimization") is None and not tuned:
         yield {}
 
 
-# _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS of runtime/config.py, 0.19.8.
+# From _REMOVED_TOP_LEVEL_CONFIG_KEYS and _REMOVED_ZERO_CONFIG_KEYS of runtime/config.py, 0.19.8.
 _REMOVED = (
     "nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue",
     "sparse_attention", "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
@@ -228,7 +252,7 @@ _REMOVED = (
 
 
 def deepspeed_removed(d: Options, s: Setup) -> Found:
-    """Whatever the value is, it is refused."""
+    """Report settings that DeepSpeed has removed and now refuses, whatever their value."""
     keys = [k for k in _REMOVED if d.raw(k) is not None]
     if str(d.get("optimizer.type")).lower() in _ONE_BIT and not _stage(d):
         keys.append(f"optimizer {d.get('optimizer.type')}")
@@ -237,6 +261,7 @@ def deepspeed_removed(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_zeropp(d: Options, s: Setup) -> Found:
+    """Report settings of ZeRO++ below stage 3, the only stage that supports them."""
     if _stage(d) not in {0, 1, 2}:
         return
     switches = ("weights", "gradients", "nontrainable_weights")
@@ -248,6 +273,8 @@ def deepspeed_zeropp(d: Options, s: Setup) -> Found:
 
 
 def deepspeed_gather_on_save(d: Options, t: Options, s: Setup) -> Found:
+    """Report ZeRO stage 3 under the Trainer without stage3_gather_16bit_weights_on_model_save: only shards
+    are saved."""
     if _stage(d) != 3 or str(t.get("save_strategy")).lower() == "no":
         return
     names = ("stage3_gather_16bit", "gather_16bit", "stage3_gather_fp16")

@@ -1,4 +1,4 @@
-"""What goes wrong between Accelerate, the Trainer and what they drive. Checked against Accelerate 1.15
+"""Rules for Accelerate, the Trainer and the libraries they drive. Checked against Accelerate 1.15
 (commands/launch.py, utils/dataclasses.py, utils/launch.py) and transformers 5.24 (trainer.py,
 training_args.py, integrations/deepspeed.py); read 2026-11."""
 
@@ -21,6 +21,8 @@ _DOUBLED = (
 
 
 def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
+    """Report settings beside deepspeed_config_file that the DeepSpeed file must hold instead. Precisions that
+    contradict each other are left to accelerate_deepspeed_precision."""
     path = a.raw("deepspeed_config.deepspeed_config_file")
     if not path or _kind(a) != "DEEPSPEED":
         return
@@ -32,18 +34,21 @@ def accelerate_deepspeed_twice(a: Options, s: Setup) -> Found:
 
 
 def accelerate_other_launcher(a: Options, d: Options, s: Setup) -> Found:
+    """Report a DeepSpeed file that nothing reads because distributed_type is not DEEPSPEED."""
     told = a.raw("distributed_type") is not None and _kind(a) not in ("DEEPSPEED", "NONE")
-    if told and s.trainer is None:  # whose own argument may name the file
+    if told and s.trainer is None:  # an argument of the Trainer may name the file
         yield {"kind": _kind(a)}
 
 
 def accelerate_zero3_init(a: Options, d: Options, s: Setup) -> Found:
+    """Report zero3_init_flag below ZeRO stage 3, where it has no effect."""
     stage = d.count("zero_optimization.stage")
     if a.on("deepspeed_config.zero3_init_flag") and stage is not None and stage < 3:
         yield {"stage": stage}
 
 
 def accelerate_deepspeed_precision(a: Options, d: Options, s: Setup) -> Found:
+    """Report a mixed_precision that contradicts the precision that the DeepSpeed file enables."""
     mixed = str(a.raw("mixed_precision")).lower()
     other = {"bf16": "fp16", "fp8": "fp16", "fp16": "bf16"}.get(mixed)
     if other is not None and d.on(f"{other}.enabled"):
@@ -54,26 +59,30 @@ _SECTIONS = {"fsdp_config": "FSDP", "deepspeed_config": "DEEPSPEED", "megatron_l
 
 
 def accelerate_section_ignored(a: Options, s: Setup) -> Found:
+    """Report a section that is ignored because distributed_type names another library."""
     for section, kind in _SECTIONS.items():
         if a.section(section) and a.raw("distributed_type") is not None and _kind(a) != kind:
             yield {"section": section, "kind": a.raw("distributed_type"), "needed": kind}
 
 
 def accelerate_processes(a: Options, s: Setup) -> Found:
+    """Report a num_processes that cannot be split over num_machines."""
     processes, machines = a.count("num_processes"), a.count("num_machines") or 1
     if processes and machines > 1 and processes % machines:
         yield {"processes": processes, "machines": machines}
 
 
 def _machines(a: Options) -> int | None:
-    """None where another launcher counts them: SageMaker's, or DeepSpeed's, which reads a hostfile."""
+    """Return num_machines, or None if another launcher determines it: SageMaker's, or DeepSpeed's, which
+    reads a hostfile."""
     local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
     own = _kind(a) != "DEEPSPEED" or a.raw("deepspeed_config.deepspeed_multinode_launcher") == "standard"
     return a.size("num_machines") if local and own and _kind(a) not in ("XLA", "TPU") else None
 
 
 def accelerate_rendezvous(a: Options, s: Setup) -> Found:
-    """Without a port torchrun's launchers take 29500; the plain one, for CPUs, takes none."""
+    """Report several machines without the address of the first, or without a port that is needed. Launchers
+    based on torchrun default to port 29500; the plain launcher, for CPUs, has no default."""
     plain = a.on("use_cpu") or _kind(a) in ("NO", "MULTI_CPU")
     needed = ("main_process_ip", "main_process_port") if plain else ("main_process_ip",)
     missing = [n for n in needed if a.raw(n) in (None, "")]
@@ -82,7 +91,8 @@ def accelerate_rendezvous(a: Options, s: Setup) -> Found:
 
 
 def accelerate_local_address(a: Options, s: Setup) -> Found:
-    """With mpirun its hostfile may name this machine alone."""
+    """Report several machines with a main_process_ip that names the local machine. With mpirun no address is
+    reported: its hostfile may name this machine only."""
     address, machines = str(a.raw("main_process_ip")), _machines(a)
     if a.section("mpirun_config"):
         return
@@ -91,11 +101,12 @@ def accelerate_local_address(a: Options, s: Setup) -> Found:
 
 
 def accelerate_one_process(a: Options, s: Setup) -> Found:
-    """Of a file that says NO, its launcher starts one process a machine, whatever num_processes is;
-    --multi_gpu and others on the command line would say otherwise."""
+    """Report several processes with distributed_type NO. Accelerate's launcher then starts one process per
+    machine, whatever num_processes is, unless the command line overrides it with --multi_gpu or a similar
+    option."""
     processes = a.count("num_processes")
     local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
-    plain = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")  # YAML's no
+    plain = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")  # YAML reads no as False
     if (
         plain
         and local
@@ -107,13 +118,15 @@ def accelerate_one_process(a: Options, s: Setup) -> Found:
 
 
 def accelerate_machine_rank(a: Options, s: Setup) -> Found:
+    """Report a machine_rank outside 0 to num_machines - 1."""
     rank, machines = a.count("machine_rank"), _machines(a)
     if rank is not None and machines is not None and not 0 <= rank < machines:
         yield {"rank": rank, "machines": machines, "last": machines - 1}
 
 
 def _devices(a: Options) -> tuple[int, int] | None:
-    """Devices that gpu_ids names, and processes of one machine; None where one is not known."""
+    """Return (the number of devices that gpu_ids names, the number of processes per machine), or None if
+    either is unknown."""
     ids = a.get("gpu_ids")
     named = str(ids).replace(" ", "").strip(",").split(",") if ids is not None else []
     processes, machines = a.size("num_processes"), a.size("num_machines") or 1
@@ -123,18 +136,21 @@ def _devices(a: Options) -> tuple[int, int] | None:
 
 
 def accelerate_few_devices(a: Options, s: Setup) -> Found:
+    """Report a gpu_ids that names fewer devices than a machine has processes."""
     found = _devices(a)
     if found is not None and found[0] < found[1]:
         yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
 
 
 def accelerate_idle_devices(a: Options, s: Setup) -> Found:
+    """Report a gpu_ids that names more devices than a machine has processes."""
     found = _devices(a)
     if found is not None and found[0] > found[1]:
         yield {"ids": a.raw("gpu_ids"), "devices": found[0], "processes": found[1]}
 
 
 def accelerate_cpu_fp16(a: Options, s: Setup) -> Found:
+    """Report fp16 on the CPU, where Accelerate trains in float32 instead."""
     if a.on("use_cpu") and str(a.get("mixed_precision")).lower() == "fp16":
         yield {}
 
@@ -147,7 +163,8 @@ def _of(name: str, options: Options) -> str:
 
 
 def _version(options: Options, s: Setup) -> int | None:
-    """Accelerate's default is 1; the Trainer's became 2."""
+    """Return the version of FSDP, or None for a Trainer's file that does not say it. Accelerate's default is
+    1. The Trainer's default depends on its release: newer ones use 2."""
     given = options.count("fsdp_config.version")
     return given if given is not None else 1 if options is s.accelerate else None
 
@@ -155,27 +172,32 @@ def _version(options: Options, s: Setup) -> int | None:
 _ONLY_FSDP1 = (
     "use_orig_params", "sync_module_states", "forward_prefetch", "backward_prefetch", "sharding_strategy",
 )  # fmt: skip
-_HARMLESS = ("none", "false", "no_prefetch")  # asks for nothing
+_HARMLESS = ("none", "false", "no_prefetch")  # values that ask for nothing
 
 
 def fsdp2_old_options(o: Options, s: Setup) -> Found:
+    """Report options of FSDP1 that have no effect with FSDP2."""
     keys = [k for k in _ONLY_FSDP1 if _of(k, o) not in _HARMLESS]
     if _version(o, s) == 2 and keys:
         yield {"keys": ", ".join(f"fsdp_{k}" for k in keys)}
 
 
 def fsdp2_reshard(o: Options, s: Setup) -> Found:
+    """Report an fsdp_reshard_after_forward that is not true or false, as FSDP2 requires."""
     value = _of("reshard_after_forward", o)
     if _version(o, s) == 2 and value not in ("none", "true", "false", "1", "0", "yes", "no"):
         yield {"value": o.raw("fsdp_config.reshard_after_forward")}
 
 
 def fsdp_efficient_loading(o: Options, s: Setup) -> Found:
+    """Report fsdp_cpu_ram_efficient_loading without fsdp_sync_module_states: all ranks but 0 would train
+    random weights."""
     if o.on("fsdp_config.cpu_ram_efficient_loading") and _of("sync_module_states", o) == "false":
         yield {}
 
 
 def fsdp_wrapping(o: Options, s: Setup) -> Found:
+    """Report wrapping options that the chosen auto_wrap_policy does not read."""
     policy = _of("auto_wrap_policy", o)
     by_class, by_size = policy == "transformer_based_wrap", policy == "size_based_wrap"
     if not (by_class or by_size or policy == "no_wrap"):
@@ -190,33 +212,38 @@ _PREFETCH = ("backward_pre", "backward_post", "no_prefetch", "1", "2", "none")
 
 
 def fsdp_prefetch(o: Options, s: Setup) -> Found:
+    """Report an unknown fsdp_backward_prefetch."""
     if _of("backward_prefetch", o) not in _PREFETCH:
         yield {"value": o.raw("fsdp_config.backward_prefetch")}
 
 
-# -- the Trainer against what it drives --------------------------------------------------------------------
+# -- the Trainer and the libraries it drives ---------------------------------------------------------------
 
 
 def _differs(d: Options, t: Options, ours: str, theirs: str) -> Found:
-    """A setting that both files state, with numbers that differ."""
+    """Yield a finding if both files state the setting, with different numbers."""
     mine, other = t.number(ours), d.number(theirs)
     if mine is not None and other is not None and mine != other:
         yield {"ours": ours, "mine": t.raw(ours), "theirs": theirs, "other": d.raw(theirs)}
 
 
 def trainer_deepspeed_batch(d: Options, t: Options, s: Setup) -> Found:
+    """Report a micro-batch that differs between the DeepSpeed file and the TrainingArguments."""
     yield from _differs(d, t, "per_device_train_batch_size", "train_micro_batch_size_per_gpu")
 
 
 def trainer_deepspeed_accumulation(d: Options, t: Options, s: Setup) -> Found:
+    """Report accumulation steps that differ between the DeepSpeed file and the TrainingArguments."""
     yield from _differs(d, t, "gradient_accumulation_steps", "gradient_accumulation_steps")
 
 
 def trainer_deepspeed_clipping(d: Options, t: Options, s: Setup) -> Found:
+    """Report a clipping norm that differs between the DeepSpeed file and the TrainingArguments."""
     yield from _differs(d, t, "max_grad_norm", "gradient_clipping")
 
 
 def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found:
+    """Report hyperparameters that differ between the DeepSpeed file and the TrainingArguments."""
     for ours, theirs in (
         ("learning_rate", "optimizer.params.lr"), ("weight_decay", "optimizer.params.weight_decay"),
         ("adam_epsilon", "optimizer.params.eps"), ("learning_rate", "scheduler.params.warmup_max_lr"),
@@ -226,6 +253,7 @@ def trainer_deepspeed_hyperparameters(d: Options, t: Options, s: Setup) -> Found
 
 
 def trainer_deepspeed_precision(d: Options, t: Options, s: Setup) -> Found:
+    """Report a precision that differs between the DeepSpeed file and the TrainingArguments."""
     for name in ("fp16", "bf16"):
         mine, other = t.get(name), d.get(f"{name}.enabled")
         if mine is not None and other is not None and t.on(name) != d.on(f"{name}.enabled"):
@@ -239,27 +267,32 @@ _SAME_AS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fu
 
 
 def trainer_optimizer_twice(d: Options, t: Options, s: Setup) -> Found:
+    """Report an optim that is ignored because the DeepSpeed file has an optimizer of its own."""
     optim, kind = t.get("optim"), d.get("optimizer.type")
     if kind is not None and optim is not None and optim not in _SAME_AS_ADAMW:
         yield {"optim": optim, "type": kind}
 
 
 def trainer_find_batch(d: Options, t: Options, s: Setup) -> Found:
+    """Report auto_find_batch_size with ZeRO stage 3, which does not support it."""
     if t.on("auto_find_batch_size") and d.count("zero_optimization.stage") == 3:
         yield {}
 
 
 def trainer_fsdp_deepspeed(t: Options, s: Setup) -> Found:
+    """Report FSDP and DeepSpeed that are configured together."""
     if t.get("fsdp") and not t.off("fsdp") and (t.raw("deepspeed") or s.deepspeed is not None):
         yield {"fsdp": t.raw("fsdp")}
 
 
 def trainer_two_precisions(t: Options, s: Setup) -> Found:
+    """Report fp16 and bf16 that are both on."""
     if t.on("fp16") and t.on("bf16"):
         yield {}
 
 
 def trainer_accelerate_precision(t: Options, a: Options, s: Setup) -> Found:
+    """Report an Accelerate mixed_precision that differs from the TrainingArguments, which take precedence."""
     mixed = str(a.get("mixed_precision")).lower().replace("false", "no")
     mine = [n for n in ("bf16", "fp16") if t.on(n)]
     if len(mine) == 1 and mixed in {"no", "bf16", "fp16"} and mixed != mine[0]:
@@ -271,12 +304,14 @@ def _recomputes(t: Options) -> bool:
 
 
 def trainer_fsdp_checkpointing(t: Options, s: Setup) -> Found:
+    """Report FSDP's activation_checkpointing together with the TrainingArguments' gradient_checkpointing."""
     o = s.fsdp
     if o is not None and _recomputes(t) and o.on("fsdp_config.activation_checkpointing"):
         yield {}
 
 
 def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
+    """Report save_only_model with sharded state dicts of FSDP, which do not support it."""
     o = s.fsdp
     alone = t.on("save_only_model") and not t.on("load_best_model_at_end")
     if o is not None and alone and _of("state_dict_type", o) == "sharded_state_dict":
@@ -284,12 +319,15 @@ def trainer_fsdp_save_only_model(t: Options, s: Setup) -> Found:
 
 
 def trainer_best_model(t: Options, s: Setup) -> Found:
+    """Report load_best_model_at_end with save_only_model under DeepSpeed or FSDP, which need the full
+    checkpoint."""
     wrapper = "DeepSpeed" if s.deepspeed is not None else "FSDP" if s.fsdp is not None else None
     if wrapper is not None and t.on("save_only_model") and t.on("load_best_model_at_end"):
         yield {"wrapper": wrapper}
 
 
 def trainer_unused_parameters(t: Options, s: Setup) -> Found:
+    """Report ddp_find_unused_parameters with reentrant checkpointing, which fails in DDP."""
     plain = s.deepspeed is None and s.fsdp is None
     reentrant = any(t.on(f"{n}_checkpointing_kwargs.use_reentrant") for n in ("gradient", "activation"))
     if plain and _recomputes(t) and t.on("ddp_find_unused_parameters") and reentrant:
@@ -297,12 +335,13 @@ def trainer_unused_parameters(t: Options, s: Setup) -> Found:
 
 
 def trainer_cache(t: Options, s: Setup) -> Found:
+    """Report use_cache together with activation recomputation."""
     if _recomputes(t) and t.on("use_cache"):
         yield {}
 
 
 def fsdp2_offload_clipping(t: Options, s: Setup) -> Found:
-    """The Trainer clips to 1.0 unless told not to."""
+    """Report gradient clipping with FSDP2's offload. The Trainer clips to 1.0 unless told otherwise."""
     o = s.fsdp
     if o is None or _version(o, s) != 2:
         return

@@ -1,4 +1,4 @@
-"""Settings and values that a library does not have. What it has: option_schema.py."""
+"""Rules for settings and values that a library does not accept; option_schema.py knows which it accepts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _read_as_written(o: Options, s: Setup) -> bool:
-    """Not what Accelerate makes of its own settings, which are compared where they stand."""
+    """Return whether ``o`` is a file as the user wrote it. DeepSpeed or Megatron-LM settings that were
+    derived from Accelerate's file are not: Accelerate's own settings are checked instead."""
     return o is s.accelerate or s.accelerate is None or o.file != s.accelerate.file
 
 
 def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
-    """Misspelt settings, where the library stops for them or where it does not."""
+    """Find misspelled settings. ``refused``: whether to report the sections in which the library stops at an
+    unknown key, or the others."""
     table = known(library)
     for section, key, near in unknown(o, library) if _read_as_written(o, s) else ():
         if near is not None and (section in table.refuses) == refused:
@@ -20,7 +22,8 @@ def _unknown(o: Options, s: Setup, library: str, *, refused: bool) -> Found:
 
 
 def _newer(o: Options, s: Setup, library: str) -> Found:
-    """Where the library stops for them, those that look like no other."""
+    """Find unknown settings that are similar to no known one, in sections where the library stops at an
+    unknown key."""
     table = known(library)
     for section, key, near in unknown(o, library) if _read_as_written(o, s) else ():
         if near is None and section in table.refuses:
@@ -28,7 +31,8 @@ def _newer(o: Options, s: Setup, library: str) -> Found:
 
 
 def _value(o: Options, s: Setup, library: str) -> Found:
-    """DeepSpeed's autotuner takes lists of what it is to try."""
+    """Find values that the library does not accept. DeepSpeed's autotuner takes lists of values to try, so a
+    list of valid values is valid for DeepSpeed."""
     for path, value, spec in wrong(o, library) if _read_as_written(o, s) else ():
         if (
             library == "deepspeed"
@@ -47,10 +51,11 @@ def _is_number(text: str) -> bool:
 
 
 def deepspeed_unknown_key(d: Options, s: Setup) -> Found:
+    """Report misspelled settings that DeepSpeed silently ignores."""
     yield from _unknown(d, s, "deepspeed", refused=False)
 
 
-# From the fp16 section, of which deepspeed_bf16_loss_scale tells.
+# Keys of the fp16 section within bf16: the rule deepspeed_bf16_loss_scale reports them.
 _COPIED = (
     "bf16.loss_scale", "bf16.loss_scale_window", "bf16.initial_scale_power", "bf16.hysteresis",
     "bf16.min_loss_scale",
@@ -58,54 +63,66 @@ _COPIED = (
 
 
 def deepspeed_section_key(d: Options, s: Setup) -> Found:
+    """Report misspelled settings that DeepSpeed refuses."""
     yield from (f for f in _unknown(d, s, "deepspeed", refused=True) if f["key"] not in _COPIED)
 
 
 def deepspeed_newer_key(d: Options, s: Setup) -> Found:
+    """Report settings that the checked release of DeepSpeed refuses and that another release may have."""
     yield from (f for f in _newer(d, s, "deepspeed") if f["key"] not in _COPIED)
 
 
 def deepspeed_text_for_number(d: Options, s: Setup) -> Found:
+    """Report numbers that are written as text."""
     yield from (
         f for f in _value(d, s, "deepspeed") if isinstance(f["value"], str) and _is_number(f["value"])
     )
 
 
 def deepspeed_value(d: Options, s: Setup) -> Found:
+    """Report values that DeepSpeed does not accept, except numbers written as text."""
     text = [f["key"] for f in deepspeed_text_for_number(d, s)]
     yield from (f for f in _value(d, s, "deepspeed") if f["key"] not in text)
 
 
 def accelerate_unknown_key(a: Options, s: Setup) -> Found:
+    """Report misspelled settings for which Accelerate refuses the file."""
     yield from _unknown(a, s, "accelerate", refused=True)
 
 
 def accelerate_newer_key(a: Options, s: Setup) -> Found:
+    """Report settings that the checked release of Accelerate refuses and that another release may have."""
     yield from _newer(a, s, "accelerate")
 
 
 def accelerate_section_key(a: Options, s: Setup) -> Found:
+    """Report misspelled settings that Accelerate silently ignores."""
     yield from _unknown(a, s, "accelerate", refused=False)
 
 
 def accelerate_value(a: Options, s: Setup) -> Found:
+    """Report values that Accelerate does not accept."""
     yield from _value(a, s, "accelerate")
 
 
 def trainer_unknown_key(t: Options, s: Setup) -> Found:
+    """Report misspelled arguments that the Trainer refuses."""
     yield from _unknown(t, s, "trainer", refused=True)
 
 
 def trainer_section_key(t: Options, s: Setup) -> Found:
+    """Report misspelled settings that the Trainer silently ignores."""
     yield from _unknown(t, s, "trainer", refused=False)
 
 
 def trainer_value(t: Options, s: Setup) -> Found:
+    """Report values that the Trainer does not accept."""
     yield from _value(t, s, "trainer")
 
 
 def trainer_gone(t: Options, s: Setup) -> Found:
-    """In a file of nothing but the Trainer's own arguments: other front ends have some of them still."""
+    """Report arguments that the checked release of transformers does not have. Only a file with nothing but
+    the Trainer's arguments is checked: other front ends still have some of them."""
     table = known("trainer")
     gone = [key for key in t.data if key in table.older[""]]
     if gone and all(key in table.names("") for key in t.data):
@@ -117,7 +134,7 @@ def _option(found: dict[str, str]) -> dict[str, str]:
 
 
 def megatron_unknown_option(m: Options, s: Setup) -> Found:
-    """An option may be cut short, as long as it means one alone."""
+    """Report misspelled options of Megatron-LM. An unambiguous abbreviation of an option is valid."""
     names = known("megatron").names("")
     for found in _unknown(m, s, "megatron", refused=True) if m.defaults else ():
         if not any(name.startswith(found["key"]) for name in names):
@@ -125,15 +142,18 @@ def megatron_unknown_option(m: Options, s: Setup) -> Found:
 
 
 def megatron_value(m: Options, s: Setup) -> Found:
+    """Report values that Megatron-LM does not accept."""
     yield from map(_option, _value(m, s, "megatron") if m.defaults else ())
 
 
 def torchtitan_unknown_key(t: Options, s: Setup) -> Found:
-    """Misspelt, or of another table. A module of one's own may add others, which look like neither."""
+    """Report settings that are misspelled or in the wrong table. A custom module may add settings of its own,
+    which resemble neither."""
     yield from _unknown(t, s, "torchtitan", refused=False)
 
 
 def torchtitan_value(t: Options, s: Setup) -> Found:
+    """Report values that torchtitan does not accept."""
     yield from _value(t, s, "torchtitan")
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in Megatron-LM's arguments. Checked against Megatron-LM at d98e8a6 (training/arguments.py,
+"""Rules for Megatron-LM's arguments. Checked against Megatron-LM at d98e8a6 (training/arguments.py,
 core/transformer/transformer_config.py, core/parallel_state.py; read 2026-11)."""
 
 from __future__ import annotations
@@ -7,19 +7,19 @@ from memfit.lint.parse import Found, Options, Setup
 
 
 def _size(m: Options, name: str) -> int | None:
-    """1 where it is not given, None where it is not known."""
+    """Return a parallel size: 1 if it is not given, None if it is unknown."""
     path = f"{name}_parallel_size"
     return 1 if m.raw(path) is None and path not in m.unsure else m.size(path)
 
 
 def _mesh(m: Options) -> tuple[int, int, int] | None:
-    """Tensor, pipeline, context; None where one of them is not known."""
+    """Return the (tensor, pipeline, context) sizes, or None if one of them is unknown."""
     sizes = tuple(_size(m, n) for n in ("tensor_model", "pipeline_model", "context"))
     return None if None in sizes else sizes  # type: ignore[return-value]
 
 
 def _data(s: Setup) -> int | None:
-    """Data-parallel ranks."""
+    """Return the number of data-parallel ranks, or None if it is unknown."""
     mesh = _mesh(s.megatron) if s.megatron is not None else None
     if mesh is None or s.ranks is None or s.ranks % (mesh[0] * mesh[1] * mesh[2]):
         return None
@@ -27,7 +27,7 @@ def _data(s: Setup) -> int | None:
 
 
 def _without(m: Options, name: str) -> bool:
-    """Certainly not given where the default is off, or switched off."""
+    """Return whether the option is certainly off: switched off, or not given and off by default."""
     return name not in m.unsure and (m.off(name) or (m.raw(name) is None and m.defaults))
 
 
@@ -44,14 +44,16 @@ def _even(m: Options) -> bool:
 
 
 def megatron_sequence_parallel(m: Options, s: Setup) -> Found:
-    """Where the file says that tensors are whole: a part of the arguments says nothing."""
+    """Report --sequence-parallel without tensor parallelism. Files that give neither the tensor-parallel size
+    nor the micro-batch size are skipped: they are only part of the arguments."""
     said = m.raw("tensor_model_parallel_size") is not None or m.raw("micro_batch_size") is not None
     if m.on("sequence_parallel") and _size(m, "tensor_model") == 1 and said:
         yield {}
 
 
 def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
-    """One process is for debugging, and says nothing about the run that is meant."""
+    """Report --use-distributed-optimizer with a single data-parallel rank and overlap options. Runs of one
+    process are skipped: they are for debugging and say nothing about the intended run."""
     if not m.on("use_distributed_optimizer") or _data(s) != 1 or _size(m, "context") != 1 or s.ranks == 1:
         return
     if m.on("overlap_param_gather") or m.on("overlap_grad_reduce"):
@@ -59,13 +61,16 @@ def megatron_optimizer_alone(m: Options, s: Setup) -> Found:
 
 
 def megatron_layers(m: Options, s: Setup) -> Found:
+    """Report layers that cannot be split evenly into pipeline stages."""
     stages = _size(m, "pipeline_model")
     layers = m.count("num_layers")
-    if layers and stages and layers % stages and _even(m) and _without(m, "deepspeed"):  # cuts as it likes
+    # Megatron-DeepSpeed splits the layers by rules of its own.
+    if layers and stages and layers % stages and _even(m) and _without(m, "deepspeed"):
         yield {"layers": layers, "stages": stages}
 
 
 def megatron_virtual_layers(m: Options, s: Setup) -> Found:
+    """Report layers of a pipeline stage that cannot be split evenly into virtual stages."""
     if not _even(m):
         return
     layers, stages = m.count("num_layers"), _size(m, "pipeline_model")
@@ -77,6 +82,7 @@ def megatron_virtual_layers(m: Options, s: Setup) -> Found:
 
 
 def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
+    """Report options of the interleaved schedule with a single pipeline stage."""
     if _size(m, "pipeline_model") != 1:
         return
     for name in _VIRTUAL:
@@ -85,6 +91,7 @@ def megatron_virtual_pipeline(m: Options, s: Setup) -> Found:
 
 
 def megatron_batch(m: Options, s: Setup) -> Found:
+    """Report a global batch that is no multiple of micro-batch x data-parallel ranks."""
     if m.raw("rampup_batch_size") is not None:
         return
     whole, micro, data = m.count("global_batch_size"), m.count("micro_batch_size"), _data(s)
@@ -93,6 +100,7 @@ def megatron_batch(m: Options, s: Setup) -> Found:
 
 
 def megatron_ranks(m: Options, s: Setup) -> Found:
+    """Report a number of processes that is no multiple of tensor x pipeline x context sizes."""
     mesh = _mesh(m)
     if mesh is None or s.ranks is None:
         return
@@ -105,6 +113,7 @@ def megatron_ranks(m: Options, s: Setup) -> Found:
 
 
 def megatron_interleaved_batch(m: Options, s: Setup) -> Found:
+    """Report an interleaved schedule whose micro-batches are no multiple of the pipeline stages."""
     data = _data(s)
     if data is None or m.raw("microbatch_group_size_per_virtual_pipeline_stage") is not None:
         return
@@ -120,7 +129,8 @@ _RECOMPUTE = ("recompute_method", "recompute_num_layers")
 
 
 def _recompute(m: Options) -> tuple[str | None, list[str], str]:
-    """Granularity, which of method and number are given, and how the file says it."""
+    """Return the granularity, which of method and number of layers are given, and how the file writes
+    them."""
     granularity = m.get("recompute_granularity") or ("selective" if m.on("recompute_activations") else None)
     given = [n for n in _RECOMPUTE if m.raw(n) is not None]
     shown = ", ".join(f"--{n.replace('_', '-')} {m.raw(n)}" for n in given)
@@ -128,6 +138,8 @@ def _recompute(m: Options) -> tuple[str | None, list[str], str]:
 
 
 def megatron_recompute(m: Options, s: Setup) -> Found:
+    """Report a --recompute-granularity with the wrong options: "full" needs a method and a number of layers,
+    "selective" takes neither."""
     granularity, given, shown = _recompute(m)
     wrong = (granularity == "selective" and given) or (granularity == "full" and len(given) < 2)
     if wrong and not m.unsure.intersection(("recompute_granularity", *_RECOMPUTE)):
@@ -135,12 +147,14 @@ def megatron_recompute(m: Options, s: Setup) -> Found:
 
 
 def megatron_recompute_off(m: Options, s: Setup) -> Found:
+    """Report recomputation options without --recompute-granularity, which have no effect."""
     granularity, given, shown = _recompute(m)
     if granularity is None and given and _without(m, "recompute_granularity"):
         yield {"shown": shown}
 
 
 def megatron_overlap_gather(m: Options, s: Setup) -> Found:
+    """Report --overlap-param-gather without the options it needs."""
     if not m.on("overlap_param_gather"):
         return
     instead = ("use_megatron_fsdp", "use_custom_fsdp", "use_layer_wise_distributed_optimizer")
@@ -153,28 +167,32 @@ def megatron_overlap_gather(m: Options, s: Setup) -> Found:
 
 
 def megatron_connections(m: Options, s: Setup) -> Found:
-    """Only where the file sets it: elsewhere the container may."""
+    """Report a CUDA_DEVICE_MAX_CONNECTIONS that prevents overlap. Only values that the file sets are checked:
+    the container may set it otherwise."""
     value = m.env.get("CUDA_DEVICE_MAX_CONNECTIONS")
     if value is None or not value.isdigit():
         return
     sharded = m.on("use_torch_fsdp2") or m.on("use_megatron_fsdp")
     mesh = _mesh(m)
-    overlaps = not _without(m, "overlap_moe_expert_parallel_comm")  # wants more, and may have them
+    # This overlap needs more connections, so a value above 1 is right for it.
+    overlaps = not _without(m, "overlap_moe_expert_parallel_comm")
     if sharded and value == "1":
         why = "FSDP's gathers wait behind the computation"
         yield {"value": value, "why": why, "wanted": "8 or more"}
-    # 32 is what set-ups for Blackwell choose, where it does no harm
+    # Set-ups for Blackwell choose 32, which does no harm there.
     if not sharded and not overlaps and mesh and value not in ("1", "32") and (mesh[0] > 1 or mesh[2] > 1):
         why = "tensor and context parallelism need collectives to start before the computation"
         yield {"value": value, "why": why, "wanted": "1"}
 
 
 def megatron_two_precisions(m: Options, s: Setup) -> Found:
+    """Report --fp16 together with --bf16."""
     if m.on("fp16") and m.on("bf16"):
         yield {}
 
 
 def megatron_heads(m: Options, s: Setup) -> Found:
+    """Report attention heads that the tensor-parallel size does not divide."""
     tensor = _size(m, "tensor_model")
     heads = m.count("num_attention_heads")
     if heads and tensor and heads % tensor:
@@ -182,25 +200,29 @@ def megatron_heads(m: Options, s: Setup) -> Found:
 
 
 def _groups(m: Options) -> int | None:
-    """Query groups that are used: without the switch every head has keys and values of its own."""
+    """Return the number of query groups in use, or None. Without --group-query-attention every head has keys
+    and values of its own."""
     used = m.on("group_query_attention") or not m.defaults
     return m.size("num_query_groups") if used else None
 
 
 def megatron_query_groups(m: Options, s: Setup) -> Found:
-    """Since core 0.16 the ranks of a group may also hold it together."""
+    """Report query groups and a tensor-parallel size of which neither divides the other. Since core 0.16
+    several ranks may share one group."""
     tensor, groups = _size(m, "tensor_model"), _groups(m)
     if groups and tensor and groups % tensor and tensor % groups:
         yield {"groups": groups, "tensor": tensor}
 
 
 def megatron_few_query_groups(m: Options, s: Setup) -> Found:
+    """Report fewer query groups than tensor-parallel ranks, which core before 0.16 refuses."""
     tensor, groups = _size(m, "tensor_model"), _groups(m)
     if groups and tensor and groups < tensor and tensor % groups == 0:
         yield {"groups": groups, "tensor": tensor, "each": tensor // groups}
 
 
 def megatron_query_groups_off(m: Options, s: Setup) -> Found:
+    """Report --num-query-groups without --group-query-attention, which ignores it."""
     groups, heads = m.size("num_query_groups"), m.size("num_attention_heads")
     plain = _without(m, "group_query_attention") and _without(m, "multi_latent_attention")
     if groups and heads and groups != heads and plain and _without(m, "use_checkpoint_args"):
@@ -208,12 +230,14 @@ def megatron_query_groups_off(m: Options, s: Setup) -> Found:
 
 
 def megatron_two_lengths(m: Options, s: Setup) -> Found:
+    """Report --train-samples together with --train-iters."""
     samples, iterations = m.size("train_samples"), m.size("train_iters")
     if samples and iterations and _without(m, "skip_train"):
         yield {"samples": samples, "iterations": iterations}
 
 
 def megatron_distributed_activations(m: Options, s: Setup) -> Found:
+    """Report --distribute-saved-activations with options that exclude it."""
     if not m.on("distribute_saved_activations"):
         return
     clash = ["--sequence-parallel"] if m.on("sequence_parallel") else []
@@ -225,13 +249,15 @@ def megatron_distributed_activations(m: Options, s: Setup) -> Found:
 
 
 def _dense(m: Options) -> bool:
-    """Certainly without experts: the network is described, and no number of them is given."""
+    """Return whether the network certainly has no experts: it is described, and no number of experts is
+    given."""
     described = any(m.raw(n) is not None for n in ("num_layers", "hidden_size", "num_attention_heads"))
     experts = m.get("num_experts")
     return described and "num_experts" not in m.unsure and (m.raw("num_experts") is None or experts == 0)
 
 
 def megatron_experts(m: Options, s: Setup) -> Found:
+    """Report an expert-parallel size that does not divide the number of experts."""
     size = _size(m, "expert_model")
     if size is None or size == 1:
         return
@@ -241,22 +267,27 @@ def megatron_experts(m: Options, s: Setup) -> Found:
 
 
 def megatron_grouped_gemm(m: Options, s: Setup) -> Found:
+    """Report --moe-grouped-gemm for a network without experts."""
     if m.on("moe_grouped_gemm") and _dense(m) and _size(m, "expert_model") == 1 and m.defaults:
         yield {}
 
 
 def megatron_moe_sequence(m: Options, s: Setup) -> Found:
+    """Report experts with tensor parallelism but without --sequence-parallel, which Megatron refuses to
+    train."""
     tensor = _size(m, "tensor_model")
     trains = any(m.raw(n) is not None for n in ("train_iters", "train_samples"))
-    # A part of the arguments says nothing; one that is started with so many processes is no part.
+    # Files with only part of the arguments are skipped. A known number of processes together with a global
+    # batch shows that the script is complete.
     trains = trains or (s.ranks is not None and m.raw("global_batch_size") is not None)
-    trains = trains and _without(m, "deepspeed")  # whose mixture of experts is its own
+    trains = trains and _without(m, "deepspeed")  # DeepSpeed has its own mixture of experts
     mixture = (m.count("num_experts") or 1) > 1
     if mixture and (tensor or 1) > 1 and _without(m, "sequence_parallel") and trains:
         yield {"experts": m.count("num_experts"), "tensor": tensor}
 
 
 def megatron_context_length(m: Options, s: Setup) -> Found:
+    """Report a sequence length that is no multiple of 2 x context-parallel size."""
     context = _size(m, "context")
     length = m.count("seq_length")
     if context and context > 1 and length and length % (2 * context):
@@ -264,12 +295,14 @@ def megatron_context_length(m: Options, s: Setup) -> Found:
 
 
 def megatron_positions(m: Options, s: Setup) -> Found:
+    """Report a sequence length above --max-position-embeddings."""
     length, most = m.count("seq_length"), m.count("max_position_embeddings")
     if length and most and length > most:
         yield {"length": length, "most": most}
 
 
 def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
+    """Report --use-torch-fsdp2 with options that exclude it, or without those it needs."""
     if not m.on("use_torch_fsdp2"):
         return
     clash = [f"--{n.replace('_', '-')}" for n in ("use_distributed_optimizer", "fp16") if m.on(n)]
@@ -282,11 +315,13 @@ def megatron_torch_fsdp2(m: Options, s: Setup) -> Found:
 
 
 def megatron_batch_schedule(m: Options, s: Setup) -> Found:
+    """Report --step-batch-size-schedule together with --global-batch-size."""
     if m.raw("step_batch_size_schedule") is not None and m.raw("global_batch_size") is not None:
         yield {"whole": m.raw("global_batch_size")}
 
 
 def megatron_tensor_overlap(m: Options, s: Setup) -> Found:
+    """Report --tp-comm-overlap without --sequence-parallel."""
     if m.on("tp_comm_overlap") and _without(m, "sequence_parallel"):
         yield {}
 

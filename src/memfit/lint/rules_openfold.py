@@ -1,4 +1,4 @@
-"""What goes wrong in OpenFold's settings. Checked against OpenFold at ce0029e (train_openfold.py,
+"""Rules for OpenFold's settings. Checked against OpenFold at ce0029e (train_openfold.py,
 openfold/config.py, openfold/model/, openfold/utils/checkpointing.py) and Lightning 2.6
 (strategies/deepspeed.py); read 2026-11."""
 
@@ -9,21 +9,26 @@ from memfit.lint.parse import OPENFOLD_PARTS, Found, Options, Setup
 
 
 def openfold_seed(o: Options, s: Setup) -> Found:
+    """Report several processes without --seed, which train_openfold.py refuses."""
     if s.ranks is not None and s.ranks > 1 and o.raw("seed") is None and "seed" not in o.unsure:
         yield {"ranks": s.ranks}
 
 
 def openfold_fp16_deepspeed(o: Options, s: Setup) -> Found:
+    """Report --precision 16 with DeepSpeed, which train_openfold.py refuses."""
     if str(o.get("precision")) == "16" and o.raw("deepspeed_config_path") is not None:
         yield {}
 
 
 def openfold_accumulation(o: Options, s: Setup) -> Found:
+    """Report --accumulate_grad_batches, which train_openfold.py does not pass to its Trainer."""
     if (steps := o.size("accumulate_grad_batches")) and steps > 1:
         yield {"steps": steps}
 
 
 def openfold_preset(o: Options, s: Setup) -> Found:
+    """Report a config_preset that OpenFold does not have. Presets of other networks ("seq", "multimer") are
+    skipped."""
     name = openfold.preset(s)
     known = name in openfold.PRESETS or name is None
     if not known and not str(name).startswith("seq") and "multimer" not in str(name):
@@ -31,7 +36,7 @@ def openfold_preset(o: Options, s: Setup) -> Found:
 
 
 def openfold_unknown_key(c: Options, s: Setup) -> Found:
-    """It is added to the configuration, where nobody reads it."""
+    """Report keys that OpenFold does not have. It adds them to its configuration, and nothing reads them."""
     keys = [f"globals.{k}" for k in c.section("globals") if k not in openfold.GLOBALS]
     keys += [k for k in c.data if k not in OPENFOLD_PARTS]
     if keys:
@@ -39,19 +44,22 @@ def openfold_unknown_key(c: Options, s: Setup) -> Found:
 
 
 def openfold_two_kernels(c: Options, s: Setup) -> Found:
+    """Report several attention kernels that are switched on together."""
     used = [k for k in openfold.KERNELS if c.raw(f"globals.{k}") is True]
     if len(used) > 1:
         yield {"used": " and ".join(used)}
 
 
 def openfold_chunk_training(c: Options, s: Setup) -> Found:
+    """Report chunk_size with tune_chunk_size, with which OpenFold stops in training."""
     chunk = openfold.changed(s, ["globals.chunk_size"])
     if chunk is not None and openfold.changed(s, openfold.TUNED, True) is True:
         yield {"chunk": chunk}
 
 
 def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
-    """Template blocks are recomputed in groups of the same size, which must not be more than there are."""
+    """Report a blocks_per_ckpt above the number of blocks. Template blocks are recomputed in groups of the
+    same size, so the smaller template stack sets the limit if there are templates."""
     together, asked = openfold.blocks_per_ckpt(s), openfold.crop(s)
     if together is None:
         return
@@ -62,16 +70,19 @@ def openfold_blocks_per_ckpt(c: Options, s: Setup) -> Found:
 
 
 def openfold_extra_ckpt(c: Options, s: Setup) -> Found:
+    """Report that the extra-MSA stack is recomputed although blocks_per_ckpt is null."""
     if openfold.blocks_per_ckpt(s) is None and openfold.changed(s, [openfold.EXTRA_CKPT], True) is True:
         yield {}
 
 
 def openfold_deepspeed_accumulation(o: Options, d: Options, s: Setup) -> Found:
+    """Report gradient_accumulation_steps in DeepSpeed's file, which Lightning refuses."""
     if (steps := d.raw("gradient_accumulation_steps")) is not None:
         yield {"steps": steps}
 
 
 def openfold_deepspeed_stage3(o: Options, d: Options, s: Setup) -> Found:
+    """Report ZeRO stage 3: OpenFold's moving average needs whole parameters."""
     if d.count("zero_optimization.stage") == 3:
         yield {}
 

@@ -1,6 +1,6 @@
-"""What goes wrong in torchtitan's TOML. Checked against v0.2.2, its last release with TOML files
-(parallel_dims.py, pipeline_parallel.py, components/optimizer.py, train.py, config/manager.py,
-activation_checkpoint.py; read 2026-11)."""
+"""Rules for torchtitan's TOML. Checked against v0.2.2, its last release with TOML files (parallel_dims.py,
+pipeline_parallel.py, components/optimizer.py, train.py, config/manager.py, activation_checkpoint.py; read
+2026-11)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _DEGREES = (
 
 
 def _degrees(t: Options) -> tuple[int, int, int, int, int]:
-    """Replicate, shard (-1: the rest), tensor, pipeline, context; older releases had some in other tables."""
+    """Return the degrees (replicate, shard, tensor, pipeline, context); shard is -1 for "all remaining
+    ranks". Older releases have some of them in other tables."""
     found = []
     for name in _DEGREES:
         places = [f"{table}.{name}_degree" for table in ("parallelism", "training", "experimental")]
@@ -30,6 +31,7 @@ def _compiles(t: Options) -> bool:
 
 
 def torchtitan_degrees(t: Options, s: Setup) -> Found:
+    """Report degrees whose product is not the number of processes."""
     replicate, shard, tensor, pipeline, context = degrees = _degrees(t)
     shown = " x ".join(f"{n} {d}" for n, d in zip(_DEGREES, degrees, strict=True))
     model = replicate * tensor * pipeline * context
@@ -41,6 +43,7 @@ def torchtitan_degrees(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
+    """Report enable_async_tensor_parallel without compilation, which implements it."""
     if _compiles(t) or _degrees(t)[2] == 1:
         return
     if t.on("parallelism.enable_async_tensor_parallel") or t.on("experimental.enable_async_tensor_parallel"):
@@ -48,12 +51,14 @@ def torchtitan_async_tensor(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_float8_eager(t: Options, s: Setup) -> Found:
+    """Report low-precision converters without compilation: they cost more memory and time than bf16."""
     converters = [n for n in t.texts("model.converters") if "float8" in n or "mx" in n]
     if converters and not _compiles(t):
         yield {"converters": ", ".join(converters)}
 
 
 def torchtitan_replicate(t: Options, s: Setup) -> Found:
+    """Report DDP (replicate above 1, shard 1) together with other parallelism."""
     replicate, shard, tensor, pipeline, context = _degrees(t)
     others = {"tensor_parallel": tensor, "pipeline_parallel": pipeline, "context_parallel": context}
     if replicate > 1 and shard == 1 and max(others.values()) > 1:
@@ -62,6 +67,7 @@ def torchtitan_replicate(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_step_in_backward(t: Options, s: Setup) -> Found:
+    """Report early_step_in_backward with pipeline or expert parallelism, which do not support it."""
     if not t.on("optimizer.early_step_in_backward"):
         return
     pipeline, experts = _degrees(t)[3], t.count("parallelism.expert_parallel_degree") or 1
@@ -70,11 +76,13 @@ def torchtitan_step_in_backward(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_unclipped(t: Options, s: Setup) -> Found:
+    """Report early_step_in_backward with max_norm: gradients are freed before they could be clipped."""
     if t.on("optimizer.early_step_in_backward") and (norm := t.number("training.max_norm")):
         yield {"norm": norm}
 
 
 def torchtitan_microbatches(t: Options, s: Setup) -> Found:
+    """Report a local batch that gives the pipeline fewer micro-batches than stages, or uneven ones."""
     pipeline = _degrees(t)[3]
     if pipeline == 1 or t.count("experimental.pipeline_parallel_microbatches"):
         return
@@ -85,6 +93,7 @@ def torchtitan_microbatches(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_batch(t: Options, s: Setup) -> Found:
+    """Report a global batch that is no multiple of local batch x data-parallel ranks."""
     whole = t.count("training.global_batch_size")
     local = t.count("training.local_batch_size")
     if not whole or not local or whole < 1:
@@ -98,12 +107,14 @@ def torchtitan_batch(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_budget_eager(t: Options, s: Setup) -> Found:
+    """Report activation_checkpoint mode memory_budget without compilation, which implements it."""
     if t.get("activation_checkpoint.mode") == "memory_budget" and not _compiles(t):
         yield {}
 
 
 def torchtitan_sequence(t: Options, s: Setup) -> Found:
-    """Every network of language asks for it; images have no length."""
+    """Report a sequence length that is no multiple of tensor x 2 x context degrees. All language models
+    require it; image models (flux) have no sequence length."""
     _, _, tensor, _, context = _degrees(t)
     length, images = t.size("training.seq_len"), "flux" in str(t.get("model.name"))
     split = min(tensor, context) > 0 and tensor * context > 1 and not images
@@ -112,6 +123,7 @@ def torchtitan_sequence(t: Options, s: Setup) -> Found:
 
 
 def torchtitan_selective_option(t: Options, s: Setup) -> Found:
+    """Report a selective_ac_option that is neither "op" nor a number."""
     value, mode = t.get("activation_checkpoint.selective_ac_option"), t.get("activation_checkpoint.mode")
     if isinstance(value, str) and value != "op" and not value.isdigit() and mode in (None, "selective"):
         yield {"value": value}

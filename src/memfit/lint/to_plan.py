@@ -1,7 +1,7 @@
-"""A set-up as a memfit Plan, and what of it no plan can say.
+"""Convert a set-up to a memfit Plan, and list the settings that no plan can express.
 
-Where a file is silent the library's own default holds (DeepSpeed 0.19 runtime/zero/config.py and config.py;
-Accelerate 1.15 utils/dataclasses.py; transformers 5.24 training_args.py; Megatron-LM at d98e8a6
+A setting that the files do not give has the library's own default (DeepSpeed 0.19 runtime/zero/config.py and
+config.py; Accelerate 1.15 utils/dataclasses.py; transformers 5.24 training_args.py; Megatron-LM at d98e8a6
 training/arguments.py; torchtitan v0.2.2 config/job_config.py; OpenFold in openfold.py; read 2026-11).
 """
 
@@ -18,7 +18,8 @@ from memfit.lint.to_plan_scripts import from_megatron, from_torchtitan
 
 
 def over(setup: Setup) -> Carried:
-    """The plan of the outermost layer that decides how the model is spread."""
+    """Convert ``setup`` to a plan. If several libraries are configured, the outermost one that decides how
+    the model is distributed is converted."""
     engine, apply = _whose(setup)
     draft = Draft(ranks=setup.ranks or 1)
     apply(setup, draft)

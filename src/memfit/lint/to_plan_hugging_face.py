@@ -1,4 +1,4 @@
-"""DeepSpeed's file, Accelerate's and the Trainer's as a Plan: alone, and one below the other."""
+"""Convert files of DeepSpeed, Accelerate and the Trainer, alone or one driven by another, to a Plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ZERO_READ = {
     "param_persistence_threshold", "stage3_max_live_parameters", "max_live_parameters",
     "memory_efficient_linear",
 }  # fmt: skip
-# Of checkpoints, of how often something is said, or without a byte on the device.
+# Settings of checkpoints and of logging, and settings that do not change the memory of the device.
 _ZERO_WITHOUT_BYTES = {
     "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
     "elastic_checkpoint", "load_from_fp32_weights", "ignore_unused_parameters", "round_robin_gradients",
@@ -36,6 +36,7 @@ _SECTIONS = {
 
 
 def from_deepspeed(setup: Setup, draft: Draft) -> None:
+    """Add DeepSpeed's settings to ``draft``, including the values that the Trainer or Accelerate fills in."""
     config = setup.deepspeed
     assert config is not None
     _batches(setup, config, draft)
@@ -108,7 +109,8 @@ def _offload(config: Options, stage: int, draft: Draft) -> str:
 
 
 def _precision(setup: Setup, config: Options, draft: Draft) -> str:
-    """What DeepSpeed computes in; "auto" is the Trainer's or Accelerate's word."""
+    """Return the precision in which DeepSpeed computes. "auto" stands for the Trainer's or Accelerate's
+    setting."""
     above = _mixed_precision(setup)
     for name in ("bf16", "bfloat16", "fp16"):
         auto = config.raw(f"{name}.enabled") == "auto"
@@ -122,7 +124,7 @@ def _precision(setup: Setup, config: Options, draft: Draft) -> str:
 
 
 def _mixed_precision(setup: Setup) -> str | None:
-    """bf16, fp16, fp8 or no; None where nothing says."""
+    """Return bf16, fp16, fp8 or no; None if no file gives it."""
     if (args := setup.trainer) is not None:
         return next((n for n in ("bf16", "fp16") if args.on(n)), "no")
     value = setup.accelerate.get("mixed_precision") if setup.accelerate is not None else None
@@ -181,6 +183,7 @@ def _trainer_optimizer(setup: Setup, draft: Draft) -> None:
 
 
 def from_hugging_face(setup: Setup, draft: Draft) -> None:
+    """Add the settings of Accelerate and the Trainer without DeepSpeed to ``draft``."""
     accelerate, args = setup.accelerate, setup.trainer
     kind = str(accelerate.raw("distributed_type") if accelerate is not None else "").upper()
     fsdp = _fsdp_options(setup)
@@ -215,13 +218,14 @@ def from_hugging_face(setup: Setup, draft: Draft) -> None:
 
 
 def _ddp(setup: Setup) -> dict[str, KnobValue]:
-    """torch's own defaults, which both keep: gradients lie beside the buckets."""
+    """Return the settings of DDP. Both libraries keep torch's defaults: gradients are separate from the
+    buckets."""
     mib = setup.trainer.size("ddp_bucket_cap_mb") if setup.trainer is not None else None
     return {"bucket_view": False, "bucket_mib": mib or 25, "sync": _sync(setup)}
 
 
 def _sync(setup: Setup) -> str:
-    """Both reduce gradients after the last micro-batch alone, unless told otherwise."""
+    """Return when gradients are reduced. By default both libraries reduce only after the last micro-batch."""
     args = setup.trainer
     steps = args.size("gradient_accumulation_steps") if args is not None else None
     each = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
@@ -229,7 +233,7 @@ def _sync(setup: Setup) -> str:
 
 
 def _fsdp_options(setup: Setup) -> Options | None:
-    """FSDP's settings, with the names Accelerate gives them, without their prefix."""
+    """Return FSDP's settings under Accelerate's names, without their prefix; None if FSDP is not used."""
     accelerate, args = setup.accelerate, setup.trainer
     if accelerate is not None and str(accelerate.raw("distributed_type")).upper() == "FSDP":
         return Options(file=accelerate.file, data={"version": 1, **accelerate.section("fsdp_config")})
@@ -245,7 +249,7 @@ def _fsdp_options(setup: Setup) -> Options | None:
 
 
 def _fsdp(setup: Setup, fsdp: Options, precision: str, draft: Draft) -> int:
-    """The ranks that see other samples."""
+    """Add FSDP to the draft and return the number of ranks that see different samples."""
     strategy = str(fsdp.raw("sharding_strategy") or "FULL_SHARD").upper()
     strategy = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD"}.get(
         strategy, strategy

@@ -1,4 +1,4 @@
-"""OpenFold's settings as a Plan for the job alphafold2, and what no plan says."""
+"""Convert OpenFold's settings to a Plan for the job alphafold2, and list what no plan can express."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ _CHANGES = {
 
 
 def from_openfold(setup: Setup, draft: Draft) -> None:
+    """Add OpenFold's settings to ``draft``. Raises UserError for values that OpenFold's configuration does
+    not accept."""
     half = openfold.precision(setup)
     if setup.deepspeed is not None:
         _with_deepspeed(setup, setup.deepspeed, half, draft)
@@ -52,8 +54,9 @@ def _precision(name: str, draft: Draft) -> None:
 
 
 def _with_deepspeed(setup: Setup, given: Options, half: str, draft: Draft) -> None:
-    """Lightning switches on the half precision that --precision names where the file has no section of it.
-    Structure module and heads stay float32 in memfit, which its ZeRO in bf16 cannot keep."""
+    """Add DeepSpeed's settings. Lightning enables the half precision that --precision names if DeepSpeed's
+    file has no section for it. In memfit the structure module and the heads stay in float32, which its ZeRO
+    in bf16 does not support."""
     section = _SECTIONS.get(half)
     on = [s for s in ("bf16", "bfloat16", "fp16") if given.on(f"{s}.enabled")]
     if on or (section is not None and section not in given.data):
@@ -71,7 +74,7 @@ def _with_deepspeed(setup: Setup, given: Options, half: str, draft: Draft) -> No
     else:
         from_deepspeed(setup, draft)
         draft.left_out = [left for left in draft.left_out if left.option != "activation_checkpointing"]
-    # OpenFold, unlike most, does ask deepspeed.checkpointing.
+    # Unlike most programs, OpenFold calls deepspeed.checkpointing, so the section has an effect.
     if given.on("activation_checkpointing.cpu_checkpointing"):
         draft.leave("cpu_checkpointing", "inputs of recomputed blocks go to the host; memfit keeps them")
 
@@ -90,7 +93,8 @@ def _recomputation(setup: Setup, draft: Draft) -> None:
 
 
 def _size(setup: Setup, draft: Draft) -> str:
-    """Of the job: a published one, or one of its lengths."""
+    """Return the size of the job: a published one, optionally with another crop ("SIZE@RESIDUES"). Return ""
+    if the network is not the monomer's."""
     asked, name = openfold.crop(setup), openfold.preset(setup)
     if asked is None:
         draft.leave(f"config_preset {name or 'of a variable'}", "memfit has the monomer's network only")

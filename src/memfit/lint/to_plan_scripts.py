@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments and torchtitan's job as a Plan: meshes of several dimensions."""
+"""Convert Megatron-LM's arguments and torchtitan's TOML to a Plan. Both use meshes of several dimensions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from memfit.types.plan import KnobValue
 
 
 def from_megatron(setup: Setup, draft: Draft) -> None:
+    """Add Megatron-LM's arguments to ``draft``. If the number of processes is unknown, assume the smallest
+    possible."""
     given = setup.megatron
     assert given is not None
     tensor, pipeline, context = (
@@ -55,7 +57,7 @@ _MEGATRON_REASONS = {
 
 
 def _micro_batches(given: Options, data: int, draft: Draft) -> int | None:
-    """Micro-batches of one rank in a step."""
+    """Return the number of micro-batches of one rank in a step."""
     micro, whole = given.size("micro_batch_size"), given.size("global_batch_size")
     steps = given.size("num_micro_batches")
     if micro and whole:
@@ -105,7 +107,8 @@ def _megatron_data(given: Options, data: int, tensor: int, draft: Draft) -> None
             "--use-distributed-optimizer",
             "beside other parallelism memfit shards no optimizer state alone: predicted whole on every rank",
         )
-    if data > 1 and tensor > 1:  # memfit has no DDP beside it, and torch's FSDP2 needs something to shard
+    # memfit has no DDP beside tensor parallelism, and torch's FSDP2 needs something to shard.
+    if data > 1 and tensor > 1:
         draft.ranks //= data
         draft.batch = draft.batch // data if draft.batch else None
         draft.leave(
@@ -145,6 +148,8 @@ _SCHEDULES = {
 
 
 def from_torchtitan(setup: Setup, draft: Draft) -> None:
+    """Add torchtitan's settings to ``draft``. If the number of processes is unknown, assume the smallest
+    possible."""
     given = setup.torchtitan
     assert given is not None
     draft.length, draft.model = given.size("training.seq_len") or _TITAN_LENGTH, models.of_torchtitan(given)
@@ -192,7 +197,7 @@ def from_torchtitan(setup: Setup, draft: Draft) -> None:
 
 
 def _titan_converter(given: Options, name: str, draft: Draft) -> None:
-    if name not in ("float8", "quantize.linear.float8"):  # v0.1's name, v0.2's
+    if name not in ("float8", "quantize.linear.float8"):  # the names in v0.1 and in v0.2
         draft.leave(f"converter {name}", "of quantized training float8's linear layers only are in memfit")
         return
     recipe = str(given.get(f"{name}.recipe_name") or "tensorwise")

@@ -1,1 +1,1 @@
-"""What is in a module: repeated blocks, the data flow between them, the roles of linear layers."""
+"""Analysis of a model's modules: repeated blocks, data flow between them, roles of linear layers."""

@@ -1,5 +1,5 @@
-"""The tensors of a batch: in mappings, tuples and lists, and in objects with ``.to()`` such as graphs or
-padded images, whose attributes hold them."""
+"""Find the tensors of a batch: in mappings, tuples and lists, and in the attributes of objects with
+``.to()``, such as graphs or padded images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from memfit.types.errors import UserError
 
 
 def batch_tensors(batch: Any) -> list[torch.Tensor]:
-    """Every tensor, in the order in which a batch of the same structure lists them too."""
+    """Return every tensor of the batch. Batches of the same structure give their tensors in the same
+    order."""
     return [tensor for leaf in _pytree.tree_leaves(batch) for tensor in _tensors_inside(leaf)]
 
 
 def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
-    """The batch with ``function`` of each tensor in its place; objects are copied."""
+    """Return the batch with ``function(tensor)`` in place of each tensor. Objects that hold tensors are
+    copied."""
 
     def mapped(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -31,7 +33,8 @@ def map_batch(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
 
 
 def sample_count(batch: Any) -> int | None:
-    """How many samples an object says that it holds; None for mappings, tuples and tensors."""
+    """Return the number of samples that an object in the batch reports, or None for mappings, tuples and
+    tensors."""
     for leaf in _pytree.tree_leaves(batch):
         if _is_object(leaf):
             for name in ("num_graphs", "batch_size"):
@@ -41,9 +44,12 @@ def sample_count(batch: Any) -> int | None:
 
 
 def split_object(batch: Any, sizes: Sequence[int]) -> list[Any] | None:
-    """Objects with so many samples each, for a batch that is one object; None for any other batch. Raises
-    UserError where the object cannot be taken apart (``to_data_list()``) and put together again
-    (``from_data_list()`` of its class)."""
+    """Split a batch that is one object into objects with ``sizes`` samples each. Return None for any other
+    batch.
+
+    Raises UserError if the object cannot be split (``to_data_list()``) and joined again (``from_data_list()``
+    of its class).
+    """
     if not any(_is_object(leaf) for leaf in _pytree.tree_leaves(batch)):
         return None
     join, apart = getattr(type(batch), "from_data_list", None), getattr(batch, "to_data_list", None)
@@ -75,7 +81,7 @@ def _tensors_inside(leaf: Any) -> Iterator[torch.Tensor]:
 
 
 def _walk(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Depth first through containers and attributes; each object once."""
+    """Yield tensors depth first through containers and attributes, visiting each object once."""
     if id(value) in seen or isinstance(value, torch.nn.Module | type):
         return
     seen.add(id(value))

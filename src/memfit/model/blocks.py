@@ -1,4 +1,4 @@
-"""Where a model repeats itself, and where its head is."""
+"""Find a model's repeated blocks and its head."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ _HEAD_NAMES = ("lm_head", "head", "decoder", "classifier", "output")
 
 
 def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, list[torch.nn.Module]]:
-    """(module path, its blocks). By default the ModuleList or Sequential whose members are of one class
-    and hold most parameters together. Raises UserError where ``path`` is no such container."""
+    """Return (module path, its blocks).
+
+    If ``path`` is None, choose the ModuleList or Sequential whose members have one class and together hold
+    the most parameters. Raises UserError if ``path`` is not a container of blocks, or if no repeated blocks
+    are found.
+    """
     if path is not None:
         return path, _children_at(model, path)
     found = [(name, list(m.children())) for name, m in model.named_modules() if _repeats(m)]
@@ -42,8 +46,9 @@ def find_blocks(model: torch.nn.Module, path: str | None = None) -> tuple[str, l
 def find_stacks(
     model: torch.nn.Module, path: str | None = None, more: Sequence[str] = ()
 ) -> list[list[torch.nn.Module]]:
-    """The blocks of `find_blocks`, then those at the paths ``more``, and of other stacks whose members are
-    of the same class, or are recomputed by Hugging Face as well: an encoder's beside a decoder's."""
+    """Return the stacks of blocks of a model: the blocks of `find_blocks`, those at the paths ``more``, and
+    other stacks whose members have the same class or are also recomputed by Hugging Face. An example is an
+    encoder's stack beside a decoder's."""
     first, blocks = find_blocks(model, path)
     stacks = {first: blocks} | {name: _children_at(model, name) for name in more}
     kinds = {kind for kind in type(blocks[0]).__mro__ if kind.__name__ == "GradientCheckpointingLayer"}
@@ -65,7 +70,8 @@ def _repeats(module: torch.nn.Module) -> bool:
 
 
 def _kind(module: torch.nn.Module) -> type:
-    """Its class, beneath what wraps it (checkpoint_wrapper, torch.compile) or is mixed in (fully_shard)."""
+    """Return the module's class without wrappers (checkpoint_wrapper, torch.compile) and mixins
+    (fully_shard)."""
     for name in ("_checkpoint_wrapped_module", "_orig_mod"):
         module = module._modules.get(name) or module
     kind = type(module)
@@ -75,8 +81,12 @@ def _kind(module: torch.nn.Module) -> type:
 
 
 def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
-    """For each block the number of an earlier one that does the same: the second of its looks, as the first
-    may be given what no other is. Its own where there is none."""
+    """Return for each block the index of an earlier block that does the same, or its own index if there is
+    none.
+
+    Of a group of equal blocks this is the second one, because the first may receive inputs that no other
+    gets.
+    """
     found: list[int] = []
     seen: dict[object, list[int]] = {}
     params = [p for b in blocks for p in b.parameters()]
@@ -89,8 +99,8 @@ def twins(blocks: Sequence[torch.nn.Module]) -> list[int]:
 
 
 def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
-    """Equal for blocks whose modules have the same classes, numbers (but for the block's own), hooks and
-    shapes, and otherwise the very same attributes."""
+    """Return a key that is equal for blocks whose modules have the same classes, hooks and shapes, and the
+    same attributes. Attributes that hold the block's own index may differ."""
     told = _Told(index, {id(m): name for name, m in block.named_modules()})
     modules = (
         (name, type(m), len(m._forward_hooks), len(m._forward_pre_hooks),
@@ -102,7 +112,7 @@ def _looks(block: torch.nn.Module, index: int) -> tuple[object, ...]:
 
 
 class _Told:
-    """What a module has as attributes, told so that two blocks' can be compared."""
+    """Converts the attributes of a module to values that can be compared between two blocks."""
 
     def __init__(self, index: int, modules: Mapping[int, str]) -> None:
         self._index, self._modules = index, modules
@@ -119,7 +129,8 @@ class _Told:
 
 
 def _parts(value: Any) -> Iterable[Any] | None:
-    """What decides about containers and functions, such as a forward that a technique has wrapped."""
+    """Return the parts that define a container or a function, such as a forward that a technique has wrapped.
+    Return None for other values."""
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, dict):
@@ -129,7 +140,7 @@ def _parts(value: Any) -> Iterable[Any] | None:
     if isinstance(value, types.MethodType):
         return value.__func__, value.__self__
     if isinstance(value, types.FunctionType):
-        cells = (c for c in value.__closure__ or () if c != types.CellType())  # those that hold something
+        cells = (c for c in value.__closure__ or () if c != types.CellType())  # skip empty cells
         return value.__code__, value.__defaults__, value.__kwdefaults__, *(c.cell_contents for c in cells)
     return None
 
@@ -151,8 +162,11 @@ def _containers(model: torch.nn.Module) -> list[str]:
 
 
 def find_head(model: torch.nn.Module, path: str | None = None) -> tuple[str, torch.nn.Linear]:
-    """(module path, Linear) of the projection to the vocabulary or classes: ``path``, else what Hugging
-    Face calls output embeddings, else a Linear with a customary name at the top of the model."""
+    """Return (module path, Linear) of the projection to the vocabulary or classes.
+
+    This is the module at ``path``, else what Hugging Face calls output embeddings, else a Linear with a
+    common name at the top of the model. Raises UserError if there is none.
+    """
     import torch
 
     named = dict(model.named_modules())

@@ -1,4 +1,5 @@
-"""Which modules work on independent slices of their inputs, and what they make inside: for chunking."""
+"""Find modules that work on independent slices of their inputs, and the memory they use inside, for
+chunking."""
 
 from __future__ import annotations
 
@@ -15,20 +16,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 from memfit.model.chunking_probe import Live, ModuleCall, columns_bytes, tried
 from memfit.model.linear_roles import AnyWay, valueless
 
-_MOST_PARAMETERS = 2**25  # of a module that is tried on random numbers
+_MOST_PARAMETERS = 2**25  # of a module that is run on random numbers
 _MOST_TENSORS = 6
-_HELD_BELOW = 0.75  # share of a module's insides that its own modules must hold to be cut in its place
+# If a module's submodules hold more than this share of its inner bytes, they are cut instead of it.
+_HELD_BELOW = 0.75
 _SEEN: dict[
     object, tuple[object, dict[str, ModuleCall]]
-] = {}  # by what decides it: a search asks for many plans
+] = {}  # keyed by everything that decides the result, because a search asks for many plans
 _MOST_SEEN = 4
-_WORTH = 4  # times its output that a module makes inside, for a search to look at cutting it
+_WORTH = 4  # the search considers cutting a module if it makes this many times its output inside
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkCut:
-    """``axes``: by place among the leaves, the axis along which that tensor is cut; ``first``: the leaf that
-    lengths are read from."""
+    """How to cut a module's inputs. ``axes`` maps the index of a leaf to the axis along which that tensor is
+    cut. ``first`` is the leaf from which lengths are read. ``out_axis`` is the axis of the output.
+    ``inside_bytes`` is what the module allocates inside for ``first_count`` elements of the first leaf."""
 
     axes: Mapping[int, int]
     first: int
@@ -87,7 +90,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _reach(func: Any, args: Any) -> int:
-    """A dilation, or how many places something is moved by: nothing of it shows in a shorter input."""
+    """Return the dilation of a convolution, or how far padding moves values. A short input does not show its
+    effect."""
     if func is torch.ops.aten.convolution.default:
         return int(max(args[5]))
     return int(max(map(abs, args[1]))) if "_pad" in func.__name__ and isinstance(args[1], list) else 0
@@ -95,14 +99,14 @@ def _reach(func: Any, args: Any) -> int:
 
 @dataclasses.dataclass(slots=True)
 class Trials:
-    """What was found of modules, by all that decides it, and the most that one trial took."""
+    """Results of trials, keyed by everything that decides them, and the peak memory of a trial."""
 
     known: dict[object, Any] = dataclasses.field(default_factory=dict)
     peak_bytes: int = 0
 
 
 def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
-    """Every module's first call in a forward pass of a copy without values."""
+    """Return the first call of every module, by name, in a forward pass of a copy that holds no values."""
     parts = (job.build_model, job.make_batch, job.loss)
     tensors = tuple((n, t.dtype, tuple(t.shape)) for n, t in model.state_dict(keep_vars=True).items())
     wrapped = tuple(n for n, m in model.named_modules() if "forward" in vars(m) or m._forward_pre_hooks)
@@ -115,14 +119,15 @@ def insides(job: Any, model: nn.Module) -> dict[str, ModuleCall]:
                 job.loss(copied, batch)
         while len(_SEEN) >= _MOST_SEEN:
             del _SEEN[next(iter(_SEEN))]
-        _SEEN[key] = (parts, watch.calls)  # held, so that their numbers stay theirs
+        _SEEN[key] = (parts, watch.calls)  # kept alive, so that the ids stay unique
     return _SEEN[key][1]
 
 
 def to_cut(
     model: nn.Module, calls: Mapping[str, ModuleCall], budget: int, trials: Trials | None = None
 ) -> dict[str, ChunkCut]:
-    """The modules to cut, innermost first among those that hold the same tensors."""
+    """Return the modules to cut so that, where possible, none makes more than ``budget`` bytes inside. Of
+    modules that hold the same tensors, the innermost one is cut."""
     trials = trials or Trials()
 
     def choose(name: str, module: nn.Module) -> dict[str, ChunkCut]:
@@ -142,15 +147,18 @@ def to_cut(
 
 
 def budget_bytes(model: nn.Module, calls: Mapping[str, ModuleCall], parts: int, trials: Trials) -> int:
-    """Of the module that makes most inside among those that can be cut: this part of it, or, with no number
-    of parts, half of what it gives out, which exists anyhow; half of its insides at most."""
+    """Return the budget derived from the module that makes the most inside, among those that can be cut.
+
+    With ``parts``, this is that part of its inner bytes. With ``parts=0`` it is half of its output, which
+    exists anyway, but at most half of its inner bytes.
+    """
     most = [(calls[n].inside_bytes, calls[n].out_bytes) for n in to_cut(model, calls, 0, trials)]
     inside, out = max(most, default=(0, 0))
     return inside // parts if parts else min(inside, out) // 2
 
 
 def worth_cutting(job: Any, model: nn.Module) -> bool:
-    """Whether some module makes much inside that can be cut along something else than the batch."""
+    """Return whether some module allocates much inside and can be cut along an axis other than the batch."""
     calls, trials = insides(job, model), Trials()
     found = to_cut(model, calls, budget_bytes(model, calls, 0, trials), trials)
     return any(c.axes[c.first] > 0 and c.inside_bytes > _WORTH * calls[n].out_bytes for n, c in found.items())
@@ -168,7 +176,7 @@ def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None
     if sum(p.numel() for p in module.parameters()) > _MOST_PARAMETERS:
         return None
     if not all(buffer.is_floating_point() for buffer in module.buffers()):
-        return None  # random indices would point anywhere
+        return None  # indices drawn at random would be out of range
     shapes = {i: tuple(t.shape) for i, t in tensors.items()}
     others = tuple(repr(v) for i, v in enumerate(call.leaves) if i not in tensors)
     parameters = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
@@ -188,11 +196,13 @@ def _cut(module: nn.Module, call: ModuleCall, trials: Trials) -> ChunkCut | None
     )  # fmt: skip
 
 
-_NOT_CONSTANT = {*vars(nn.Module()), "forward"}  # torch's own, and what techniques put around a module
+# torch's own attributes, and what techniques wrap around a module.
+_NOT_CONSTANT = {*vars(nn.Module()), "forward"}
 
 
 def _constants(module: nn.Module) -> tuple[str, ...]:
-    """What tells modules of one class apart beside their shapes, such as which way they sum or permute."""
+    """Return what distinguishes modules of one class apart from their shapes, such as the axis they sum
+    over."""
     return tuple(
         f"{name}.{k}={_told(v)}"
         for name, m in module.named_modules()
@@ -202,7 +212,7 @@ def _constants(module: nn.Module) -> tuple[str, ...]:
 
 
 def _told(value: Any, depth: int = 3) -> str:
-    """Equal for values that are alike; what cannot be told is like itself alone."""
+    """Return a text that is equal for equal values. A value of an unknown kind is equal only to itself."""
     if value is None or isinstance(value, int | float | str | bool | torch.dtype | torch.device):
         return repr(value)
     if depth and isinstance(value, tuple | list):

@@ -1,4 +1,5 @@
-"""One trial of a module for chunking: a small copy with random parameters, whole and on a slice."""
+"""Test whether a module can be chunked: run a small copy with random parameters on a whole input and on
+slices."""
 
 from __future__ import annotations
 
@@ -17,32 +18,34 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _MOST_TRIALS = 96
-_MOST_ELEMENTS = 2**18  # of the inputs of a trial: a patch embedding, say, does not run on short ones
-_MOST_INSIDE = 2**22  # bytes that a trial may make, where the real call does not make more
+_MOST_ELEMENTS = 2**18  # of a trial's inputs; a patch embedding, for example, does not run on short ones
+_MOST_INSIDE = 2**22  # bytes that a trial may allocate if the real call allocates less
 _SHORT = (5, 7, 3, 11, 13, 9)  # lengths of the small copy's inputs
-_FAR = (1024, 512, 256, 128, 64, 32)  # and lengths of what is cut, to see how far it reaches
+_FAR = (1024, 512, 256, 128, 64, 32)  # lengths of the cut axis with which its reach is tested
 
 
 @dataclasses.dataclass(slots=True)
 class ModuleCall:
-    """A module's first call: leaves of its arguments (tensors without values) and what came of it."""
+    """A module's first call: the flattened arguments (with tensors that hold no values), and facts about the
+    call."""
 
     leaves: list[Any]
     spec: Any
-    inside_bytes: int = 0  # new tensors, the output aside
+    inside_bytes: int = 0  # bytes of new tensors without the output
     out_shape: tuple[int, ...] | None = None
     out_bytes: int = 0
-    columns_bytes: int = 0  # that convolutions unfold their inputs to, as those in float64 do
-    reach: int = 0  # how far its widest convolution or padding looks from one place to the next
-    random: bool = False  # draws random numbers: slices would draw others
+    columns_bytes: int = 0  # to which convolutions unfold their inputs, as float64 convolutions do
+    reach: int = 0  # largest dilation or padding inside
+    random: bool = False  # draws random numbers, which would differ between slices
 
 
 def columns_bytes(out: torch.Tensor, weight: torch.Tensor) -> int:
+    """Return the bytes to which a convolution with output ``out`` and ``weight`` unfolds its input."""
     return out.nbytes // out.shape[1] * weight[0].numel() if weight[0, 0].numel() > 1 else 0
 
 
 class Live(TorchDispatchMode):
-    """How many bytes of tensors there are at once."""
+    """Mode that tracks the bytes of live tensors and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,10 +65,13 @@ class Live(TorchDispatchMode):
 
 
 def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]]) -> Any:
-    """({leaf: axis}, output's axis) of the longest axis that can be cut, or None."""
+    """Return ({leaf: axis}, the output's axis) for the longest axis that can be cut, or None.
+
+    ``shapes`` are the real shapes of the tensor leaves of ``call``.
+    """
     try:
         copied = _random_copy(module)
-    except (RuntimeError, TypeError):  # what holds a file or a graph's tensor cannot be copied, so not tried
+    except (RuntimeError, TypeError):  # a module that holds a file or a tensor of a graph cannot be copied
         return None
     numbers, run = torch.Generator().manual_seed(0), functools.partial(_ran, copied, call)
 
@@ -73,7 +79,8 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
         return {i: torch.randn(s, generator=numbers, dtype=torch.float64) for i, s in sizes.items()}
 
     def small(sizes: Mapping[int, tuple[int, ...]]) -> bool:
-        """No dimension is longer here than in the real call, so nothing inside is."""
+        """Return whether the inputs fit the limits of a trial. No dimension is longer than in the real call,
+        so nothing inside is."""
         elements, real = (sum(map(math.prod, s.values())) for s in (sizes, shapes))
         made = (call.inside_bytes + call.columns_bytes) * elements / max(1, real)
         return elements <= _MOST_ELEMENTS and made <= max(_MOST_INSIDE, call.inside_bytes)
@@ -82,7 +89,8 @@ def tried(module: nn.Module, call: ModuleCall, shapes: dict[int, tuple[int, ...]
         return small(sizes) and run(drawn(sizes)) is not None
 
     def reaches(axes: Mapping[int, int], out_axis: int) -> bool:
-        """Beyond its slice, where it is long; what cannot be tried so may."""
+        """Return whether the output may depend on inputs outside its slice. What cannot be tested counts as
+        True."""
         far = _lengthened(shapes, sizes, axes, runs)
         seen = min((far or sizes)[i][axis] for i, axis in axes.items())
         if seen <= call.reach or (far is None and any(shapes[i][a] != sizes[i][a] for i, a in axes.items())):
@@ -107,7 +115,7 @@ def _ran(module: nn.Module, call: ModuleCall, tensors: Mapping[int, torch.Tensor
     args, kwargs = _pytree.tree_unflatten(leaves, call.spec)
     try:
         out = module(*args, **kwargs)
-    except Exception:  # noqa: BLE001  any error says that the module does not take such shapes
+    except Exception:  # noqa: BLE001  any error means that the module does not accept such shapes
         return None
     return out if isinstance(out, torch.Tensor) else None
 
@@ -118,8 +126,8 @@ def _lengthened(
     axes: Mapping[int, int],
     runs: Callable[[dict[int, tuple[int, ...]]], bool],
 ) -> dict[int, tuple[int, ...]] | None:
-    """The same with what is cut as long as it is, or as long as can be tried: what reaches far, as dilated
-    convolutions do, sees nothing beside itself in a short one."""
+    """Return the sizes with the cut axis at its real length, or as long as can be tried. A module with a long
+    reach, such as a dilated convolution, does not reach other positions in a short input."""
     first, axis = next(iter(axes.items()))
     length = shapes[first][axis], sizes[first][axis]
     for wanted in (length[0], *(n for n in _FAR if length[1] < n < length[0])):
@@ -133,7 +141,8 @@ def _lengthened(
 
 
 def _random_copy(module: nn.Module) -> nn.Module:
-    """With random float64 parameters: at zero, as some layers begin, everything would be independent."""
+    """Return a float64 copy with random parameters. With zeros, as some layers are initialised, everything
+    would look independent."""
     numbers = torch.Generator().manual_seed(1)
     held: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -144,7 +153,7 @@ def _random_copy(module: nn.Module) -> nn.Module:
         held[id(buffer)] = torch.randn(buffer.shape, generator=numbers, dtype=torch.float64)
     plain = copy.deepcopy(module, held)
     for inner in plain.modules():
-        vars(inner).pop("forward", None)  # what other techniques put around it
+        vars(inner).pop("forward", None)  # remove wrappers of other techniques
         for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
             hooks.clear()
     return plain
@@ -153,8 +162,9 @@ def _random_copy(module: nn.Module) -> nn.Module:
 def _shortened(
     shapes: dict[int, tuple[int, ...]], runs: Callable[[dict[int, tuple[int, ...]]], bool]
 ) -> dict[int, tuple[int, ...]]:
-    """Long dimensions made short where the module still runs: equal ones together, all of them or all but
-    last ones (of every tensor or of one), which may be channels of the same number."""
+    """Return small sizes with which the module still runs. Equal long dimensions are shortened together: all
+    of them, or all except last dimensions (of every tensor or of one), which may be channels of the same
+    size."""
     lengths = sorted({n for s in shapes.values() for n in s if n > max(_SHORT)}, reverse=True)
     shorts = dict(zip(lengths, itertools.cycle(_SHORT), strict=False))
     everywhere, none = frozenset[int](), frozenset(shapes)
@@ -178,7 +188,8 @@ def _shortened(
 
 
 def _ways(shapes: dict[int, tuple[int, ...]], sizes: dict[int, tuple[int, ...]]) -> Iterator[dict[int, int]]:
-    """Ways to cut: an axis of the largest tensor, longest first, and of the others one as long or none."""
+    """Yield ways to cut: an axis of the largest tensor, longest first, and for each other tensor an axis of
+    the same length, or none."""
     first = max(shapes, key=lambda i: math.prod(shapes[i]))
     others = [i for i in shapes if i != first]
     long = [a for a, n in enumerate(sizes[first]) if n >= 3 and shapes[first][a] > 3]
@@ -198,7 +209,7 @@ def _same(
     expected: torch.Tensor,
     axes: Mapping[int, int],
 ) -> Iterator[int]:
-    """Axes of the output whose slices are those of the inputs."""
+    """Yield the axes of the output along which the output of a slice equals the slice of the whole output."""
     length = next(whole[i].shape[a] for i, a in axes.items())
     slices = [(0, 2), (length // 2 - 1, 2), (length - 2, 2)]
     found = [

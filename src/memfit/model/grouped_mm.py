@@ -1,5 +1,5 @@
-"""Grouped products on fake tensors: kernels multiply any dtype, torch's rule for the shape of the result
-bfloat16 only (torch/_meta_registrations.py)."""
+"""Support grouped matrix products on fake tensors of any dtype. The kernels accept any dtype, but torch's
+shape rule accepts bfloat16 only (torch/_meta_registrations.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _known: Any = getattr(_meta_registrations, _NAME)
 
 
 def grouped_products() -> AbstractContextManager[Any]:
-    """For as long as this lasts, results of every dtype have a shape."""
+    """Patch the shape rule of grouped matrix products to accept every dtype, inside the returned context."""
     return mock.patch.object(_meta_registrations, _NAME, _of_any_dtype)
 
 

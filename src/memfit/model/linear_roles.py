@@ -1,7 +1,8 @@
-"""Which Linear layers of a block feed which, seen on fake tensors: what tensor parallelism must know.
+"""Find which Linear layers of a block feed which, on fake tensors, for tensor parallelism.
 
-A Linear fed by the block's own input can be cut by columns (outputs), one fed by such a Linear by rows
-(inputs), so that a pair needs one collective (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+A Linear fed by the block's own input can be split by columns (outputs). A Linear fed by such a Linear can be
+split by rows (inputs), so that the pair needs one collective (Shoeybi et al. 2019, arXiv 1909.08053, section
+3).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ COLWISE, ROWWISE = "colwise", "rowwise"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Call:
-    """A module at work and the very tensors it was given, by position or keyword."""
+    """A running module and the tensors it received, by position or keyword."""
 
     name: str
     given: tuple[tuple[int | str, torch.Tensor], ...]
@@ -36,18 +37,19 @@ class _Call:
 
 @dataclasses.dataclass(slots=True)
 class Fed:
-    """A Linear with its role, and what was seen of it."""
+    """A Linear with its role, and what was observed of it."""
 
     role: str
     input: torch.Tensor
-    within: tuple[_Call, ...]  # modules of the block that were at work, outermost first; itself last
+    # Modules of the block that are running, outermost first; the Linear itself last.
+    within: tuple[_Call, ...]
     output_dims: int
-    parts: int = 1  # equal parts its output is cut into at once: a fused query, key and value has 3
+    parts: int = 1  # number of equal parts its output is split into; 3 for a fused query, key and value
     reaches_rows: bool = False
 
 
 class AnyWay(TorchDispatchMode):
-    """Valueless tensors that are asked for values take any way through the model."""
+    """Mode in which reading a value of a tensor without values gives True or 1, so that the model runs on."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,9 +63,12 @@ class AnyWay(TorchDispatchMode):
 
 
 class Flow(AnyWay):
-    """``linears`` by name, in the order they ran; ``views`` are the shapes that outputs of columns were
-    given, such as (heads, head dim); ``inside`` are other modules with parameters that saw such outputs,
-    by the number of dimensions of what they saw."""
+    """Observes how Linear layers of a block feed each other.
+
+    ``linears`` holds them by name, in the order in which they ran. ``views`` are the shapes into which
+    outputs of column-split layers are viewed, such as (heads, head dim). ``inside`` maps other modules with
+    parameters that received such outputs to the number of dimensions of what they received.
+    """
 
     def __init__(self, roles: Mapping[str, str]) -> None:
         super().__init__()
@@ -72,12 +77,13 @@ class Flow(AnyWay):
         self.views: list[tuple[str, tuple[int, ...]]] = []
         self.inside: dict[str, int] = {}
         self._stack: list[_Call] = []
-        # By number, with the tensor, so that the number stays its own: the modules that used it.
+        # By id of a tensor: the tensor, kept alive so that the id stays unique, and the modules that used it.
         self._used: dict[int, tuple[torch.Tensor, list[str]]] = {}
 
     def gather_at(self, name: str) -> tuple[str, int | str]:
-        """(module, argument) where the input of this Linear can be gathered for all that need it: the
-        outermost one given that very tensor and using it for nothing but Linears cut by columns."""
+        """Return (module, argument) at which the input of this Linear can be gathered for all its readers.
+        This is the outermost module that receives that tensor and uses it only for Linears split by
+        columns."""
         fed = self.linears[name]
         _, users = self._used.get(id(fed.input), (None, ()))
         for call in fed.within:
@@ -88,7 +94,7 @@ class Flow(AnyWay):
         return name, 0
 
     def watch(self, model: nn.Module, blocks: Iterable[str]) -> None:
-        """The last of these blocks ends the run."""
+        """Observe the modules of these blocks. The run ends after the last block."""
         paths = tuple(blocks)
         for name, module in model.named_modules():
             if not any(_in(name, path) for path in paths):
@@ -97,7 +103,7 @@ class Flow(AnyWay):
             module.register_forward_hook(self._leaving(name, name == paths[-1]))
 
     def copy(self, block: str, twin: str) -> None:
-        """What was seen of ``block`` is said of its ``twin`` too, which was not run."""
+        """Assign what was observed of ``block`` to its ``twin`` as well, which was not run."""
 
         def there(name: str) -> str:
             return twin + name[len(block) :] if _in(name, block) else name
@@ -165,7 +171,8 @@ class Flow(AnyWay):
         return out
 
     def _cut(self, func: Any, given: torch.Tensor, out: Any) -> tuple[str, int] | None:
-        """What is left of a Linear's output when it is cut along its features or given another shape."""
+        """Return the Linear and width that a split or view of a Linear's output belongs to, or None. Record
+        how the output is split and viewed."""
         origin: tuple[str, int] | None = getattr(given, "_memfit_origin", None)
         if origin is None or func.overloadpacket.__name__ not in (
             "split",
@@ -191,16 +198,16 @@ class Flow(AnyWay):
 
 
 class _Done(BaseException):
-    """The last block has run; nothing after it is of interest. No error of the job's own code, which is
-    guarded against every Exception."""
+    """Ends the run after the last block. It is no Exception, because the job's own code is guarded against
+    every Exception."""
 
 
 def observe(
     job: Any, model: nn.Module, blocks: list[str], roles: Mapping[str, str], shrink: Any = None
 ) -> Flow:
-    """The flow through the blocks of a copy of ``model`` whose tensors hold no values; ``shrink(copy)``
-    may change that copy first. Nothing of it reaches modes that are active outside. Of blocks that are alike
-    two are run."""
+    """Return the flow through the blocks of a copy of ``model`` whose tensors hold no values.
+    ``shrink(copy)`` may change that copy first. Modes that are active outside see nothing of the run. Of
+    equal blocks, only two are run."""
     flow = Flow(roles)
     alike = _twins(model, blocks, roles)
     with valueless(job, model) as (copied, batch):
@@ -218,7 +225,7 @@ def observe(
 
 
 def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> list[int]:
-    """`twins` whose Linears have the same roles."""
+    """Return `twins` of the blocks, where twins also have the same roles for their Linears."""
     told = [{(n[len(b) :], role) for n, role in roles.items() if _in(n, b)} for b in blocks]
     found = twins([model.get_submodule(name) for name in blocks])
     return [twin if told[twin] == told[i] else i for i, twin in enumerate(found)]
@@ -226,8 +233,8 @@ def _twins(model: nn.Module, blocks: list[str], roles: Mapping[str, str]) -> lis
 
 @contextlib.contextmanager
 def valueless(job: Any, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """A copy of the model and the job's first batch without values, for a forward pass without gradients that
-    no mode outside sees."""
+    """Yield a copy of the model and the job's first batch, both without values, for a forward pass without
+    gradients that no mode outside sees."""
     with (
         grouped_products(),
         _disable_current_modes(),
@@ -258,7 +265,7 @@ def _in(name: str, path: str) -> bool:
 
 
 def _tail(shape: torch.Size, width: int) -> tuple[int, ...]:
-    """The last dimensions that together hold ``width`` features."""
+    """Return the last dimensions of ``shape`` that together hold ``width`` features."""
     for start in range(len(shape) - 1, -1, -1):
         if math.prod(shape[start:]) == width:
             return tuple(shape[start:])

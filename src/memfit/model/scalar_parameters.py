@@ -1,4 +1,5 @@
-"""Parameters without dimensions, `nn.Parameter(torch.tensor(1.0))`: torch's FSDP2 and DeepSpeed take none."""
+"""Parameters without dimensions, such as `nn.Parameter(torch.tensor(1.0))`. Torch's FSDP2 and DeepSpeed do
+not support them."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ if TYPE_CHECKING:
 
 
 def scalars(model: torch.nn.Module) -> list[str]:
-    """Names of parameters without dimensions."""
+    """Return the names of parameters without dimensions."""
     return [name for name, param in model.named_parameters() if param.dim() == 0]
 
 
 def refuse_scalars(model: torch.nn.Module, who: str, *, left_alone: Collection[str] = ()) -> None:
-    """Raises UserError that names the first of them, but for those of ``left_alone``."""
+    """Raise UserError naming the first parameter without dimensions, except those in ``left_alone``. ``who``
+    is what does not support them."""
     found = [name for name in scalars(model) if name not in left_alone]
     if found:
         more = f" ({len(found)} such parameters)" if len(found) > 1 else ""

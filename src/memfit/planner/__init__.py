@@ -1,1 +1,1 @@
-"""Which plan: generate plans, price them, select one and explain it, for one device and for many."""
+"""Plan search: generate plans, price them, select one and explain the choice, for one device or several."""

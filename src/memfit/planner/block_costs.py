@@ -1,4 +1,4 @@
-"""From small traces to the parts that a search adds up: three blocks stand for any number of them."""
+"""Split small traces into the parts that a search adds up: three traced blocks represent any number."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ Seconds = Callable[[Sequence[OpCall]], float]
 
 
 def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
-    """Of a trace of `BLOCKS` blocks at ``path``, without data parallelism, played for one micro-batch. A
-    model may pass through them several times before the pass that it learns from, as recycling does.
-    Raises UserError where the blocks do not run one after the other."""
+    """Return the costs of what runs before the blocks, of one block, and of what runs after them.
+
+    ``trace`` is a trace of `BLOCKS` blocks at the module path ``path``, without data parallelism, of one
+    micro-batch. The model may run the blocks several times before the pass that gradients flow through, as
+    with recycling. Raises UserError if the blocks do not run one after the other.
+    """
     look = _Look(trace, path, seconds)
     forward, backward = look.firsts(Phase.FORWARD), look.firsts(Phase.BACKWARD)
     ordered = forward == sorted(forward) and backward == sorted(backward, reverse=True)
@@ -41,6 +44,8 @@ def parts_of(trace: Trace, path: str, seconds: Seconds) -> Parts:
 
 @dataclasses.dataclass
 class _Look:
+    """Access to the last step of a trace by block and phase."""
+
     trace: Trace
     path: str
     seconds: Seconds
@@ -55,18 +60,18 @@ class _Look:
         return [s for s in self.trace.spans if s.phase is phase and s.step == self.last][-1]
 
     def _runs(self, phase: Phase) -> list[tuple[str, list[OpCall]]]:
-        """What blocks do, (number, operators) of each time that one runs."""
+        """Return (block number, operators) for each time that a block runs in ``phase``, in order."""
         span, prefix = self.span(phase), f"{self.path}."
         within = (o for o in self.ops if span.start <= o.clock < span.end and o.module.startswith(prefix))
         grouped = itertools.groupby(within, lambda o: o.module.removeprefix(prefix).partition(".")[0])
         return [(number, list(ops)) for number, ops in grouped]
 
     def _of_block(self, phase: Phase, index: int) -> list[OpCall]:
-        """The last time it runs."""
+        """Return the operators of the last run of block ``index`` in ``phase``."""
         return next((ops for number, ops in reversed(self._runs(phase)) if number == str(index)), [])
 
     def passes(self) -> int:
-        """Times that the model goes forward through a block."""
+        """Return how many times the model runs forward through a block."""
         return sum(number == "1" for number, _ in self._runs(Phase.FORWARD))
 
     def firsts(self, phase: Phase) -> list[int]:
@@ -74,16 +79,17 @@ class _Look:
         return [ops[0].clock for ops in found if ops]
 
     def end(self, phase: Phase, index: int) -> int:
-        """Just before the first operator after the block's last."""
+        """Return the clock of the first operator after the block's last one, or the end of the phase."""
         last, span = self._of_block(phase, index)[-1].clock, self.span(phase)
         return next((o.clock for o in self.ops if last < o.clock < span.end), span.end)
 
     def level(self, clock: int) -> int:
+        """Return the live bytes just before ``clock``."""
         at = int(numpy.searchsorted(self.clock, clock)) - 1
         return int(self.live[at]) if at >= 0 else 0
 
     def top(self, window: tuple[int, int]) -> int:
-        """Above the level at the window's start."""
+        """Return the highest live bytes in the window, above the level at its start."""
         first, end = numpy.searchsorted(self.clock, window)
         before = self.level(window[0])
         return max(0, int(self.live[first:end].max(initial=before)) - before)
@@ -93,8 +99,11 @@ class _Look:
         return self.ops[first:end]
 
     def piece(self, forward: tuple[int, int], backward: tuple[int, int], module: str | None) -> Piece:
-        """``module`` None: what is in no block and works in these windows. Passes that nothing is learned
-        from take time in the blocks and memory before them."""
+        """Return the costs of one piece within these windows.
+
+        With ``module`` None, only work outside the blocks counts. Forward passes without gradients
+        (recycling) count towards the time of the blocks, and towards the memory of what runs before them.
+        """
         kept = self.level(forward[1]) - self.level(forward[0])
         made = (a for a in self.trace.allocations if a.category is Category.GRADIENT and a.step == self.last)
         gradients = sum(a.size_bytes for a in made if backward[0] <= a.start < backward[1])
@@ -121,7 +130,10 @@ def _travel(ops: Sequence[OpCall]) -> Travel:
 
 
 def updating_of(trace: Trace, seconds: Seconds) -> Updating:
-    """Of a trace of two steps on one rank: the second optimizer phase, shared out over the parameters."""
+    """Return the costs of the optimizer step per trainable parameter.
+
+    ``trace`` covers two steps on one rank. The second optimizer phase is divided by the number of parameters.
+    """
     look = _Look(trace, "", seconds)
     span = look.span(Phase.OPTIMIZER)
     window = (span.start, span.end)

@@ -1,4 +1,4 @@
-"""The small traces that parts come from: three blocks, one or two samples, tensor and context ranks only."""
+"""The small traces that parts are taken from: three blocks, one or two samples, tensor and context ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PRECISION: dict[str, Uses] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """One small trace. ``samples``: of one micro-batch."""
+    """Identifies one small trace. ``samples`` is the number of samples in its micro-batch."""
 
     tensor: int
     sequence: bool
@@ -47,7 +47,7 @@ class Key:
 
 
 class Traced:
-    """Parts of one job on one kind of device. Traces are kept."""
+    """Parts of one job on one kind of device. Traces are cached."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.device = job, device
@@ -59,10 +59,13 @@ class Traced:
         self.kept: dict[Key, Trace | str] = {}
         self.updates: dict[Uses, Trace] = {}
         self.model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-        self._batch = job.make_batch(0, 0)  # once, and among real tensors
+        self._batch = job.make_batch(0, 0)  # made once, with real tensors
 
     def host_tensors(self, kept_bytes: float) -> HostTensors:
-        """Of a rank that keeps so much in host memory; its batch as large as the whole one."""
+        """Return the host tensors of a rank that keeps ``kept_bytes`` in host memory.
+
+        The whole batch is counted.
+        """
         tensors = (t for t in _pytree.tree_leaves(self._batch) if isinstance(t, torch.Tensor))
         batch = sum(t.numel() * t.element_size() for t in tensors)
         return HostTensors(
@@ -70,7 +73,10 @@ class Traced:
         )
 
     def parts(self, key: Key, seconds: Seconds) -> Parts:
-        """Raises UserError where the model cannot be cut or run so."""
+        """Return the parts of the trace ``key``.
+
+        Raises UserError if the model cannot be cut or run that way.
+        """
         self.trace([key])
         found = self.kept[key]
         if isinstance(found, str):
@@ -79,7 +85,9 @@ class Traced:
 
     @functools.cache  # noqa: B019  lives as long as one search
     def hidden_bytes(self, compute: str) -> float:
-        """Of what a block hands to the next, for one sample: what a recomputed block keeps."""
+        """Return the bytes of one sample's hidden state between two blocks, which a recomputed block
+        keeps.
+        """
         key = Key(
             tensor=1, sequence=False, vocabulary="whole", context=1, compute=compute,
             uses=(make_use("activation-checkpointing", {"every": 1}),), samples=1,
@@ -92,8 +100,11 @@ class Traced:
         return updating_of(self.updates[uses], seconds)
 
     def trace(self, keys: Iterable[Key], updates: Sequence[Uses] = ()) -> None:
-        """All at once, side by side: first what is compiled, last what is cut, each of which loads parts of
-        torch that the other does without."""
+        """Make all missing traces in parallel.
+
+        Traces with torch.compile come first and those with distributed tensors last, because each of these
+        loads parts of torch that the other traces do not need.
+        """
         todo: list[tuple[int, dict[Any, Any], Any, Callable[[Any], Any]]] = [
             (_loads(key), self.kept, key, self._traced) for key in dict.fromkeys(keys) if key not in self.kept
         ]
@@ -122,7 +133,7 @@ class Traced:
             return trace(
                 self._small(key.samples, BLOCKS), plan, device=self.device, steps=1, played=1, update=False
             )
-        except Exception as error:  # noqa: BLE001  what cannot be traced is left out, and the rest goes on
+        except Exception as error:  # noqa: BLE001  a trace that fails is left out, and the others go on
             return str(error).partition("\n")[0][:200] or type(error).__name__
 
     def _small(self, samples: int, blocks: int) -> Job:
@@ -133,7 +144,10 @@ class Traced:
 
 
 def _loads(key: Key) -> int:
-    """-1: torch's compiler, which optimizers of fewer bits load too; 1: its distributed tensors."""
+    """Return the order of a trace by the parts of torch that it loads.
+
+    -1: torch's compiler, which low-bit optimizers load too; 1: distributed tensors; 0: neither.
+    """
     if any(u.technique == "compile" for u in key.uses):
         return -1
     return int(key.tensor > 1 or key.context > 1)
@@ -141,7 +155,7 @@ def _loads(key: Key) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Few:
-    """The first samples of the job's batch."""
+    """A `make_batch` that returns the first ``samples`` samples of the job's batch."""
 
     whole: Any
     of: int

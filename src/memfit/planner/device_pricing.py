@@ -1,4 +1,4 @@
-"""Plans for many devices, priced: sketches from small traces, whole traces, and how far apart the two are."""
+"""Price plans for many devices: sketches from small traces, whole traces, and the error between both."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ Tell = Callable[[str, int, int, str], None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Aim:
-    """What is wanted. ``needs``: the memory that an estimate asks of a device; ``host``: whether a host has
-    what it needs there."""
+    """What the search is asked for.
+
+    ``needs`` returns the device memory in bytes that an estimate needs. ``host`` tells whether the host has
+    enough memory for it.
+    """
 
     goal: Objective
     accuracy: Accuracy
@@ -49,14 +52,17 @@ class Aim:
 
 
 class Scale:
-    """A search of one job on one machine. Traces are kept from one number of devices to the next."""
+    """A search for one job on one machine.
+
+    Traces are shared between the searches for different device counts.
+    """
 
     def __init__(self, pricer: Pricer, aim: Aim) -> None:
         self.pricer, self.aim, self.machine = pricer, aim, pricer.machine
         self.bounds, self.tell, self.needs = aim.bounds, aim.tell, aim.needs
         self.engine = engine(pricer.engine)
         self.refused: dict[Plan, str] = {}
-        self.pairs: list[tuple[Estimate, Estimate]] = []  # finalists, sketched and traced
+        self.pairs: list[tuple[Estimate, Estimate]] = []  # (sketch, whole trace) of each finalist
         if pricer.model is None:
             raise UserError(
                 f"speeds of {self.machine.device.name} are unknown",
@@ -69,7 +75,7 @@ class Scale:
         self.cap_bytes = self._allocated_cap()
 
     def _allocated_cap(self) -> float:
-        """The highest peak of a sketch that fits."""
+        """Return the highest allocated bytes of a sketch that still fits, found by bisection."""
         low, high = 0.0, 2.0**50
         for _ in range(60):
             middle = (low + high) / 2
@@ -84,7 +90,7 @@ class Scale:
         return low
 
     def _host_cap(self, ranks: int) -> float:
-        """What each of so many ranks may keep in host memory; none where nothing says how much there is."""
+        """Return the host memory that each rank may use; 0 if the host's memory is unknown."""
         there = memory_bytes(self.machine)
         return 0.0 if there is None else there / min(ranks, per_host(self.machine))
 
@@ -124,14 +130,17 @@ class Scale:
         return next((s for s in self.sketched[plan.ranks] if s.plan == plan), None) if found else None
 
     def beside(self, sketch: Sketch) -> list[Estimate]:
-        """Plans that differ from it along one axis of its grid."""
+        """Return the plans that differ from the sketch along one axis of its grid."""
         ranks = sketch.grid.layout.ranks
         near = self.found[ranks].beside(sketch)
         self.sketched[ranks] += near
         return [self.estimate(s) for s in near]
 
     def over(self, counts: Sequence[int]) -> list[Estimate]:
-        """Of all these numbers of devices; raises the first one's UserError where none of them has a plan."""
+        """Return the estimates for all these device counts.
+
+        If none of them has a plan, raises the first UserError.
+        """
         found, reasons = list[Estimate](), list[UserError]()
         for ranks in counts:
             try:
@@ -143,8 +152,11 @@ class Scale:
         return found
 
     def expected(self, e: Estimate) -> Estimate:
-        """As a trace would have it: a sketch is as far off as those traced of its kind, or as all that were
-        traced, in the middle."""
+        """Return the estimate that a whole trace is expected to give.
+
+        The sketch is scaled by the median ratio of trace to sketch, over the traced plans of the same kind,
+        or over all traced plans if there are none of its kind.
+        """
         if e.traced or not self.pairs:
             return e
         alike = [p for p in self.pairs if kind(p[0].plan) == kind(e.plan)] or self.pairs
@@ -160,13 +172,15 @@ class Scale:
         )  # fmt: skip
 
     def bottleneck(self, plan: Plan) -> list[tuple[str, float]]:
-        """(resource, seconds saved by a tenth less work for it) of the traced plan, largest first."""
+        """Return (resource, seconds saved if its work took a tenth less) of the traced plan, in falling
+        order.
+        """
         trace = self.pricer.trace(plan, layout(plan).distinct_ranks()[0])
         player = Player(model=self.model, machine=self.machine, members=trace.members)
         return list(player.bottleneck(trace).items())
 
     def estimate(self, sketch: Sketch) -> Estimate:
-        """The sketch in the words of an estimate."""
+        """Convert the sketch to an Estimate."""
         machine = self._machine(sketch.grid.layout.ranks)
         cost = bill(machine, step_s=sketch.step_s)
         allocated = around(sketch.allocated_bytes, _SKETCH_MEMORY_RATIO)
@@ -193,7 +207,7 @@ class Scale:
     def traced_or_refused(self, sketch: Estimate) -> Estimate | None:
         try:
             return self.whole(sketch)
-        except Exception as error:  # noqa: BLE001  the next best is still an answer, and the reason is told
+        except Exception as error:  # noqa: BLE001  the next best plan is still an answer
             reason = str(error).partition("\n")[0][:200] or type(error).__name__
             self.refused[sketch.plan] = f"{brief(sketch.plan)}: {reason}"
             return None
@@ -203,7 +217,10 @@ class Scale:
             self.pricer.ahead(plans)
 
     def whole(self, sketched_as: Estimate) -> Estimate:
-        """Traced. Seconds, where the trace gives none, are the sketch's."""
+        """Trace the plan whole.
+
+        If the trace gives no step time, time, energy and cost are taken from the sketch.
+        """
         with priming():
             traced = self.billed(self.pricer.whole(sketched_as.plan))
         if traced.step_s is not None:
@@ -215,6 +232,6 @@ class Scale:
         )  # fmt: skip
 
     def billed(self, e: Estimate) -> Estimate:
-        """For the devices that the plan uses, as sketches are."""
+        """Return the estimate with energy and cost for the devices that the plan uses, as in sketches."""
         cost = bill(self._machine(e.plan.ranks), step_s=e.step_s.value if e.step_s else None)
         return dataclasses.replace(e, energy_j=cost.energy_j, usd=cost.usd, co2_g=cost.co2_g)

@@ -1,10 +1,10 @@
-"""Pricing plans: exact by tracing them whole, or quick by composing traces of their parts.
+"""Price plans: exactly, by tracing them whole, or quickly, by composing traces of their parts.
 
-A search asks for hundreds of plans that share their parts. What forward and backward take above the
-resident bytes depends on precision, recomputation and micro-batch, not on the optimizer; the optimizer's
-phase depends on precision and adapters, not on recomputation; micro-batches lie on a line between the
-smallest and the largest; blocks repeat. ``sketch`` adds up such parts, ``whole`` traces the plan itself.
-The best sketches are always traced whole before anything is recommended.
+A search needs the prices of hundreds of plans that share their parts. The memory that forward and backward
+use above the resident bytes depends on precision, recomputation and micro-batch, not on the optimizer. The
+optimizer's phase depends on precision and adapters, not on recomputation. Values for a micro-batch size are
+interpolated linearly between the smallest and the largest one. Blocks repeat. ``sketch`` adds up such parts;
+``whole`` traces the plan itself. The best sketches are always traced whole before anything is recommended.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _SKETCH_MEMORY_RATIO, _SKETCH_TIME_RATIO = 0.10, 0.40
 
 # The numbers a sketch adds up, as one vector so that parts compose by plain arithmetic.
 _RESIDENT, _FORWARD, _BACKWARD, _OPTIMIZER, _SAVED = range(5)
-_FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # as in a later micro-batch, beside the gradients of the earlier ones
-_STEPPED, _FLOPS, _TENSORS, _HOST = range(7, 11)  # the first: backward with the optimizer inside
+_FORWARD_AGAIN, _BACKWARD_AGAIN = 5, 6  # in a later micro-batch, when the gradients of earlier ones exist
+_STEPPED, _FLOPS, _TENSORS, _HOST = range(7, 11)  # _STEPPED: backward with the optimizer stepping inside it
 _MICRO_S, _STEP_S = 11, 12
 _ENTRIES = 13
 _OFFLOADED_BYTES = 64 * 1024  # the offload technique's default minimum
@@ -67,7 +67,7 @@ _Part = tuple[list[float], Weighted, Weighted, int]
 
 @dataclasses.dataclass(kw_only=True)
 class Pricer:
-    """Prices plans of one job on one machine. Traces are kept; a new calibration re-prices them."""
+    """Prices plans of one job on one machine. Traces are cached; a new calibration changes their prices."""
 
     job: Job
     machine: Machine
@@ -75,13 +75,14 @@ class Pricer:
     engine: str = "native"
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     model: TimeModel | None = None
-    lines: bool = False  # whether traces know the user's line of each allocation
-    traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # of a plan's rank
+    lines: bool = False  # whether traces record the user's source line of each allocation
+    traces: dict[tuple[Plan, int], Trace] = dataclasses.field(default_factory=dict)  # by (plan, rank)
     parts: dict[_Key, Any] = dataclasses.field(default_factory=dict)
     vectors: dict[_Key, numpy.ndarray] = dataclasses.field(default_factory=dict)
     choices: Choices = dataclasses.field(default_factory=Choices)
-    gap_ratio: float = GAP_RATIO  # of what is recomputed under a budget
-    reserved_ratio: float = ASSUMED_RESERVED_RATIO  # reserved to allocated of the plain plan, once traced
+    gap_ratio: float = GAP_RATIO  # optimality gap of the recomputation chosen under a budget
+    # reserved over allocated bytes of the plain plan, once traced
+    reserved_ratio: float = ASSUMED_RESERVED_RATIO
 
     def __post_init__(self) -> None:
         self.recalibrate(self.calibration)
@@ -92,16 +93,16 @@ class Pricer:
 
     @functools.cached_property
     def repeats(self) -> bool:
-        """Whether the model's blocks are alike, so that a few tell of many."""
+        """Whether the model's blocks are alike, so that a few can represent all of them."""
         return repeated(fake_model(self.job), self.job) is not None
 
     @functools.cached_property
     def dependence(self) -> SampleDependence:
-        """Of the job's samples, tried when first asked for."""
+        """Whether the job's samples depend on each other; tested on first access."""
         return sample_dependence(self.job)
 
     def dependence_under(self, plan: Plan) -> SampleDependence | None:
-        """The same where the plan splits the batch."""
+        """Return the sample dependence if the plan splits the batch, else None."""
         return self.dependence if splits_batch(plan) else None
 
     def recalibrate(self, calibration: Calibration) -> None:
@@ -110,7 +111,7 @@ class Pricer:
         self.choices = Choices()
 
     def settled(self, plan: Plan) -> Plan:
-        """The plan with what it leaves open chosen: which tensors to recompute under its budget."""
+        """Return the plan with its open choice made: the tensors to recompute under its memory budget."""
         if open_budget(plan) is None:
             return plan
         seconds = self.model.op_s if self.model else nominal_s
@@ -120,7 +121,7 @@ class Pricer:
         )  # fmt: skip
 
     def seen(self) -> list[OpCall]:
-        """Distinct operators of every trace so far."""
+        """Return the distinct operators of all traces made so far."""
         ops = {op.signature: op for t in self.traces.values() for op in t.ops}
         return list(ops.values())
 
@@ -138,7 +139,9 @@ class Pricer:
         self.traces |= {(plan, rank): traced for rank, traced in zip(new, made, strict=True)}
 
     def _made(self, plan: Plan, ranks: list[int]) -> Sequence[Trace]:
-        """Of the engine's own step, where it has one that can be traced here."""
+        """Trace the plan on these ranks, with the engine's own training step if the engine has one that can
+        be traced here.
+        """
         carried = engine(self.engine)
         if carried.no_scalars(plan):
             refuse_scalars(fake_model(self.job), self.engine)
@@ -153,8 +156,11 @@ class Pricer:
             return [trace(self.job, plan, rank=r, device=self.device, lines=self.lines) for r in ranks]
 
     def ahead(self, plans: Sequence[Plan]) -> None:
-        """Traces every kind of rank of all these plans side by side, for who asks next. Where one cannot be
-        traced none is: who asks for that one is told."""
+        """Trace every distinct rank of all these plans in parallel, so that later calls find the traces
+        cached.
+
+        If one of them cannot be traced, none is kept. The later call for that plan raises the error.
+        """
         if self.engine != "native":
             return
         with contextlib.suppress(Exception), uncollected():
@@ -167,14 +173,16 @@ class Pricer:
     # -- exact ----------------------------------------------------------------------------------------
 
     def whole(self, plan: Plan) -> Estimate:
-        """Of the rank that takes most, with a host of those that take most there."""
+        """Return the estimate of the rank with the highest peak, with the host memory of the rank that needs
+        most of it.
+        """
         ranks = self.each_rank(plan)
         most = max(ranks, key=lambda e: e.allocated_bytes.value)
         host = max(ranks, key=lambda e: e.host_bytes.value if e.host_bytes else 0.0)
         return dataclasses.replace(most, host_bytes=host.host_bytes, host_parts_bytes=host.host_parts_bytes)
 
     def each_rank(self, plan: Plan) -> list[Estimate]:
-        """One estimate for every kind of rank that the plan has, such as the stages of a pipeline."""
+        """Return one estimate for every distinct rank of the plan, such as the stages of a pipeline."""
         plan = self.settled(plan)
         ranks = layout(plan).distinct_ranks()
         self._trace(plan, ranks)
@@ -195,8 +203,11 @@ class Pricer:
     def trace_all(
         self, plans: Sequence[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
-        """Traces of several plans, side by side. ``tell(done, count, plan)``: how many are finished, and one
-        under way. Those whose budget cannot be met say so when they are priced."""
+        """Trace several plans in parallel.
+
+        ``tell(done, count, plan)`` is called with the number of finished traces and the label of one in
+        progress. Plans whose memory budget cannot be met are skipped here; pricing them raises the error.
+        """
         new = [p for p in dict.fromkeys(possible(plans, self.settled)) if (p, 0) not in self.traces]
         made: dict[int, Sequence[Trace]] = {}
         try:
@@ -206,7 +217,7 @@ class Pricer:
                     lambda done, i: tell(done, len(new), new[i].label),
                     made,
                 )
-        finally:  # interrupted, some are there
+        finally:  # after an interrupt, the finished ones are kept
             self.traces |= {(new[i], 0): traces[0] for i, traces in made.items()}
 
     # -- quick ----------------------------------------------------------------------------------------
@@ -214,7 +225,7 @@ class Pricer:
     def prepare(
         self, plans: Iterable[Plan], tell: Callable[[int, int, str], None] = lambda *progress: None
     ) -> None:
-        """Makes the parts that sketches of ``plans`` are composed from, side by side."""
+        """Make the parts that the sketches of ``plans`` are composed from, in parallel."""
         parts = {
             (plan, blocks, steps, "")
             for whole in plans
@@ -230,7 +241,10 @@ class Pricer:
         self.parts |= dict(zip(new, made, strict=True))
 
     def _composed_of(self, plan: Plan) -> tuple[float, list[tuple[Plan, int]]]:
-        """(the share of the whole batch's part, the rest of the smallest parts; (plan, steps) of each)."""
+        """Return (the weight of the whole-batch part, the parts to compose as (plan, steps)).
+
+        The rest of the weight belongs to the part with the smallest micro-batches.
+        """
         most, used = self.space.parts[-1], plan.get(_ACCUMULATION)
         micros = int(used.settings["micro_batches"]) if used else 1
         share = (1 / micros - 1 / most) / (1 - 1 / most) if most > 1 else 1.0
@@ -240,8 +254,11 @@ class Pricer:
         return share, [*parts, (_accumulated(_optimizer_only(plan), most), 2)]
 
     def sketch(self, plan: Plan) -> Estimate:
-        """Composed from parts. Peaks are upper bounds in between, as a maximum of lines lies below its
-        chord."""
+        """Estimate a plan by composing parts.
+
+        Peaks between the traced micro-batch sizes are upper bounds: a maximum of linear functions is convex,
+        so it lies below its chord.
+        """
         most = self.space.parts[-1]
         used = plan.get(_ACCUMULATION)
         micros = int(used.settings["micro_batches"]) if used else 1
@@ -297,7 +314,9 @@ class Pricer:
         )  # fmt: skip
 
     def _cut(self, plan: Plan) -> tuple[int, int] | None:
-        """Two smaller block counts to extrapolate from; None for a model too small or uneven to cut."""
+        """Return two smaller block counts to extrapolate from; None if the model is too small or its blocks
+        differ.
+        """
         recompute = plan.get("activation-checkpointing")
         period = int(recompute.settings["every"]) if recompute else 1
         few, more = max(2, period), max(2, period) + period
@@ -328,10 +347,11 @@ class Pricer:
 
 
 def _digested(traced: Trace) -> _Part:
-    """(memory entries, operators of all micro-steps, operators of the optimizer, micro-steps).
+    """Return (memory entries, operators of all micro-steps, operators of the optimizer, number of
+    micro-steps).
 
-    Forward and backward are counted above what is alive when the last step begins, without its batch.
-    Equal operators are kept once with their count, so that many traces can be remembered.
+    The memory of forward and backward is counted above the live bytes at the start of the last step, without
+    its batch. Equal operators are stored once with their count, so that many traces can be kept.
     """
     clock, live = levels(traced)
     last = [s for s in traced.spans if s.step == traced.steps - 1 and s.phase is not Phase.SETUP]
@@ -366,7 +386,7 @@ def _digested(traced: Trace) -> _Part:
 
 
 def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
-    """Highest live bytes of each phase within the spans."""
+    """Return the highest live bytes of each phase within the spans."""
     clock, live = levels(traced)
     tops = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER), 0)
     for span in spans:
@@ -376,7 +396,7 @@ def _tops(traced: Trace, spans: Iterable[PhaseSpan]) -> dict[Phase, int]:
 
 
 def _added(gradient: Allocation) -> OpCall:
-    """What a later micro-batch does with it: a sum with the one that is there."""
+    """Return the operator by which a later micro-batch adds its gradient to the accumulated one."""
     return OpCall(
         clock=gradient.start, op="aten.add_.Tensor", signature=f"gradients of {gradient.size_bytes} bytes",
         phase=Phase.BACKWARD, step=gradient.step, module=gradient.module, dtype="float32", flops=0,
@@ -387,9 +407,12 @@ def _added(gradient: Allocation) -> OpCall:
 def _with_gradients_moved(
     traced: Trace, last: list[PhaseSpan], grads: list[Allocation]
 ) -> tuple[dict[Phase, int], dict[Phase, int]]:
-    """`_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward): what an
-    earlier micro-batch left is there from the start, and for a moment beside what is added to it; what is
-    stepped at once is freed at once, after AdamW's two temporaries of the parameter's size."""
+    """Return `_tops` as they would be (in a later micro-batch, with the optimizer stepping in backward).
+
+    In a later micro-batch, the accumulated gradients exist from the start, and for a moment beside the new
+    gradient that is added to them. With the optimizer in backward, each gradient is freed at once, after
+    AdamW's two temporaries of the parameter's size.
+    """
     earlier = [dataclasses.replace(g, start=last[0].start, end=g.start + 1) for g in grads]
     freed = [dataclasses.replace(g, start=g.start + 1, size_bytes=-g.size_bytes) for g in grads]
     temporary = [dataclasses.replace(g, end=g.start + 1, size_bytes=2 * g.size_bytes) for g in grads]
@@ -414,8 +437,10 @@ def _accumulated(plan: Plan, micros: int) -> Plan:
 
 
 def _core(plan: Plan) -> Plan:
-    """What decides forward and backward, with the job's own optimizer: how bf16 parameters are rounded,
-    offload and stepping in backward are priced on top."""
+    """Return the part of the plan that decides forward and backward, with the job's own optimizer.
+
+    The rounding of bf16 parameters, activation offload and the optimizer in backward are priced on top.
+    """
     aside = (_ACCUMULATION, "activation-offload", "optimizer-in-backward")
     kept = [u for u in plan.uses if technique(u.technique).slot != "optimizer" and u.technique not in aside]
     core = Plan(uses=tuple(kept), ranks=plan.ranks)
@@ -423,7 +448,7 @@ def _core(plan: Plan) -> Plan:
 
 
 def _optimizer_only(plan: Plan) -> Plan:
-    """What decides the optimizer's phase: its own technique, parameter precision, adapters."""
+    """Return what decides the optimizer's phase: optimizer technique, parameter precision and adapters."""
     names = {"bf16-parameters", "lora", "qlora"}
     slots = {"optimizer", "data-parallel"}
     kept = [u for u in plan.uses if u.technique in names or technique(u.technique).slot in slots]

@@ -1,4 +1,4 @@
-"""What an answer tells beside its plan: rivals, what cannot be, what more would buy, what would fit."""
+"""What an answer says beside its plan: rivals, impossible plans, gains from more hardware, plans that fit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from memfit.types.result import Estimate, Reason, Sensitivity
 if TYPE_CHECKING:
     from memfit.planner.device_pricing import Scale
 
-_SKETCH_ERROR = 0.2  # of a sketch's memory, corrected by those that were traced
-_GAIN = 0.03  # a change of the score that is worth telling
+_SKETCH_ERROR = 0.2  # relative memory error of a sketch after correction by traced plans
+_GAIN = 0.03  # relative change of the score that is worth reporting
 
 
 def rivals(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Reason]:
-    """For every technique the winner has: the best plan without it; for one it has not: the best with it;
-    where none of those fits, the smallest. ``known``: traced, or as a trace would have them."""
+    """Yield one reason per technique that compares the winner with the best plan without it, or with it.
+
+    For a technique of the winner, the rival is the best plan without it; for any other technique, the best
+    plan with it. If none of these plans fits, the smallest one is reported. ``known`` are estimates that were
+    traced, or corrected to what a trace is expected to give.
+    """
     goal = scale.aim.goal
 
     def relative(e: Estimate) -> float:
@@ -51,8 +55,10 @@ def rivals(
 def smallest_traced(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], fits: Callable[[Estimate], bool]
 ) -> Iterator[Estimate]:
-    """Of a technique of which no plan fits, the smallest plan traced, where its sketch lies no farther above
-    the cap than sketches err."""
+    """Yield the traced estimate of the smallest plan of each technique for which no plan fits.
+
+    Only plans whose sketch exceeds the cap by no more than the error of sketches are traced.
+    """
     tried = set[Plan]()
     for _, _, others in _with_or_without(winner, known):
         least = min(others, key=scale.needs, default=None)
@@ -69,7 +75,7 @@ def smallest_traced(
 def _with_or_without(
     winner: Estimate, known: Sequence[Estimate]
 ) -> Iterator[tuple[str, bool, list[Estimate]]]:
-    """(technique, whether the winner has it, the plans that differ from the winner in that)."""
+    """Yield (technique, whether the winner has it, the plans that differ from the winner in that)."""
     used = {u.technique for u in winner.plan.uses}
     for name in sorted({u.technique for e in known for u in e.plan.uses} | used):
         inside = name in used
@@ -77,12 +83,15 @@ def _with_or_without(
 
 
 def credible(e: Estimate, winner: Estimate, goal: Objective) -> bool:
-    """Not so of a sketch that says to be better than the best that was traced: nobody knows whether it is."""
+    """Return whether an estimate may be compared with the winner.
+
+    A sketch that claims to beat the best traced plan is not credible, because it has not been verified.
+    """
     return e.traced or score(e, goal) >= score(winner, goal)
 
 
 def cannot(scale: Scale) -> list[Reason]:
-    """What the model cannot be cut by, and finalists that could not be traced."""
+    """Return why the model cannot be cut in some ways and why some finalists could not be traced."""
     found = [r for f in scale.found.values() for r in f.refused] + list(scale.refused.values())
     return [Reason(kind="cannot", technique="", detail=text) for text in dict.fromkeys(found)]
 
@@ -90,7 +99,7 @@ def cannot(scale: Scale) -> list[Reason]:
 def sensitivity(
     scale: Scale, winner: Estimate, known: Sequence[Estimate], ranks: int
 ) -> Iterator[Sensitivity]:
-    """What more memory, more devices, or a quicker part of the machine would change."""
+    """Yield what more memory, more devices, or a faster part of the machine would change."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
 
     def better(e: Estimate) -> bool:
@@ -102,7 +111,8 @@ def sensitivity(
         more = scale.needs(least) - cap_bytes
         yield _told("memory", winner, scale.expected(least), more_bytes=more)
     if goal is not Objective.FEWEST:
-        by = Objective.FASTEST if goal is Objective.SMALLEST else goal  # smaller they are in any case
+        # more devices are smaller in any case, so compare by time
+        by = Objective.FASTEST if goal is Objective.SMALLEST else goal
         try:
             kept = [e for e in scale.estimates(2 * ranks) if scale.fits_memory(e) and keeps(scale.bounds, e)]
             twice = best(kept, by)
@@ -138,7 +148,7 @@ def _more_memory(scale: Scale, least: Estimate, ranks: int) -> Iterator[str]:
 
 
 def nothing(scale: Scale, known: Sequence[Estimate], ranks: int) -> NothingFits:
-    """With the least changes, each alone, that would make a plan fit."""
+    """Return the NothingFits error with the smallest changes each of which alone would make a plan fit."""
     goal, cap_bytes = scale.aim.goal, scale.aim.cap_bytes
     least = min(known, key=lambda e: (scale.needs(e), complexity(e.plan, e.dependence)))
     ways = []

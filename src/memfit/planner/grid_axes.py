@@ -1,4 +1,4 @@
-"""What a grid is priced from, and its axes as arrays: (micro-batch, inside, ends, away, states)."""
+"""Inputs of a grid's prices, and its axes as arrays of shape (micro-batch, inside, ends, away, states)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
 from memfit.types.parts import Parts
 
-Array = Any  # of float64; what broadcasting makes of arrays has no narrower type
+Array = Any  # of float64; broadcasting has no narrower static type
 Communicate = Callable[[str, Any, int, int], Any]
 """(kind, bytes, ranks, ranks of them in one host) -> seconds"""
 
-GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes of a parameter that forward reads
-_MICRO_SIZES: Final = (1, 2)  # that are traced; others lie on the line through them
+GATHERED: Final = {"bf16": 2, "autocast": 4, "fp32": 4}  # bytes per parameter that the forward pass reads
+_MICRO_SIZES: Final = (1, 2)  # traced micro-batch sizes; others lie on the line through them
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Priced:
-    """Arrays of the grid's shape."""
+    """Prices of a grid: arrays of the grid's shape."""
 
     step_s: Array
     allocated_bytes: Array
@@ -31,27 +31,36 @@ class Priced:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Of the machine: seconds of communication, and bytes a second between one device and its host's
-    memory, of one rank's optimizer in host memory, and of a point-to-point send."""
+    """Speeds of the machine.
+
+    ``communicate`` returns seconds of a collective or of a point-to-point send. ``host_bytes_s`` is the rate
+    between one device and its host's memory; ``host_update_bytes_s`` that of one rank's optimizer in host
+    memory.
+    """
 
     communicate: Communicate
     per_host: int
     host_bytes_s: float
     host_update_bytes_s: float
-    host_call_s: float  # to start a copy or an operator of a host's optimizer
-    copied_bytes_s: float  # read and written by a device's own plain copies
-    workspace_bytes: float  # of BLAS, inside the allocator
-    beside: float  # seconds of a kernel beside a collective, which takes multiprocessors from it, to alone
+    host_call_s: float  # overhead of starting a copy or an operator of the host's optimizer
+    copied_bytes_s: float  # bytes read plus bytes written by plain copies on the device
+    workspace_bytes: float  # of BLAS, taken from the allocator
+    # time of a kernel that runs beside a collective, over its time alone: the collective takes
+    # multiprocessors
+    beside: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What a grid of one compute precision is priced from. ``inside[i]`` has the parts of each traced
-    micro-batch size for the i-th value of the axis inside, ``ends[i]`` those for the loss."""
+    """Inputs of a grid of one compute precision.
+
+    ``inside[i]`` holds the parts of each traced micro-batch size for the i-th value of the axis ``inside``;
+    ``ends[i]`` the same for the axis ``ends`` (the loss).
+    """
 
     blocks: int
-    tensors: int  # that are trained, of the whole model
-    hidden_bytes: float  # of what one block hands to the next, for one sample
+    tensors: int  # number of trainable tensors in the whole model
+    hidden_bytes: float  # of the hidden state between two blocks, for one sample
     inside: Sequence[Sequence[Parts]]
     ends: Sequence[Sequence[Parts]]
     states: Sequence[State]
@@ -59,7 +68,7 @@ class Given:
 
 
 def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array:
-    """By micro-batch size, on the line through the traced ones; never below the smallest."""
+    """Return a value by micro-batch size, on the line through the traced sizes, never below 0."""
     one = float(getattr(getattr(parts[0], which), field))
     if len(parts) == 1:
         return one * sizes
@@ -70,7 +79,7 @@ def _line(parts: Sequence[Parts], which: str, field: str, sizes: Array) -> Array
 
 
 class Axes:
-    """Values along one axis of (micro, inside, ends, away, states)."""
+    """Values along one axis of (micro, inside, ends, away, states), shaped to broadcast."""
 
     def __init__(self, given: Given, grid: Grid) -> None:
         self.sizes = numpy.array([float(b) for b, _ in grid.micro])
@@ -94,7 +103,9 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Elements:
-    """Trainable numbers on one rank: of a block, of what lies before and after the blocks."""
+    """Number of trainable elements on one rank: of one block, and of what lies before and after all
+    blocks.
+    """
 
     block: float
     before: float
@@ -102,5 +113,5 @@ class Elements:
 
 
 def deepest(blocks: int, layout: GridLayout) -> int:
-    """Blocks of the rank that has most."""
+    """Return the number of blocks of the rank that has most."""
     return -(-blocks // (layout.stages * layout.virtual)) * layout.virtual

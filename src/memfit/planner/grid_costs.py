@@ -1,8 +1,8 @@
-"""The grid of a layout priced at once: seconds of a step and peak bytes of the rank that takes most.
+"""Price a whole grid of one layout at once: seconds of a step, and peak bytes of the rank that needs most.
 
-Everything is added up from traced parts (`Parts`, `Updating`). What is arithmetic here is how parts share:
-which bytes are divided over which ranks, how many micro-batches wait in a pipeline stage, which
-communication hides behind which computation. Finalists are traced whole, so this only has to rank well.
+Everything is added up from traced parts (`Parts`, `Updating`). The arithmetic here decides how parts share:
+which bytes are divided over which ranks, how many micro-batches wait in a pipeline stage, which communication
+hides behind which computation. Finalists are traced whole, so this model only has to rank plans well.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from memfit.planner.grid_axes import GATHERED, Array, Axes, Elements, Given, Pri
 from memfit.planner.parallelism_grid import Grid, GridLayout
 from memfit.planner.sharding_costs import State
 
-# For each tensor: its gradient there and its new value back; FSDP2 also updates tensor by tensor.
+# Copies per tensor: its gradient to the host and its new value back. FSDP2 also updates tensor by tensor.
 _CALLS_AWAY = {"zero": 2, "fsdp2": 4}
-_OFFLOADED_KEEPS = 0.02  # of what is kept: tensors too small to be worth moving
+_OFFLOADED_KEEPS = 0.02  # share of kept bytes that stays: tensors too small to be worth moving
 
 
 def price(grid: Grid, given: Given, rates: Rates) -> Priced:
+    """Return step time, peak device bytes and host bytes of every plan in the grid."""
     layout, axes = grid.layout, Axes(given, grid)
     size = GATHERED[given.states[0].compute]
     parts = given.inside[0][0]
@@ -55,14 +56,14 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, a
     opening = axes.states(lambda s: _opening_bytes(s) * elements.block / rates.copied_bytes_s)
     forward = axes.inside("forward_s") + moved / 2 + opening * opened.ahead
     backward = axes.inside("backward_s") + moved / 2 + opening * opened.back
-    # Per block: what is gathered and reduced hides behind the block's own work, as far as it goes. A stage's
+    # Per block: gathers and reductions hide behind the block's own work as far as it lasts. A stage's
     # backward begins with one more gather, of a block that ran forward before it.
     gathered = ahead * opened.back * (1 + staged * layout.virtual / depth)
     repeated = depth * (
         _beside(forward, ahead * opened.ahead, rates) + _beside(backward, gathered + back * every, rates)
     )
-    # Each time that the model or a stage begins, nothing is there yet to hide the first block's gather, and
-    # when it ends nothing any more to hide the last reduction.
+    # When the model or a stage begins, no work is running that could hide the first block's gather; when it
+    # ends, none that could hide the last reduction.
     times = layout.virtual
     bare = times * (ahead * (opened.ahead + opened.back * staged) + back * every)
     once = stays * (times * ahead + depth * (numpy.maximum(ahead - forward, 0.0) + opening)) + (1 - every) * (
@@ -94,31 +95,44 @@ def _seconds(layout: GridLayout, axes: Axes, elements: Elements, rates: Rates, a
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """Times that parameters are gathered for a micro-batch, by state: before its forward and its backward."""
+    """How often parameters are gathered for a micro-batch, by state: before its forward and before its
+    backward.
+    """
 
     ahead: Array
     back: Array
 
     @staticmethod
     def of(axes: Axes, *, staged: bool) -> _Opened:
-        """What stays after forward is freed after backward all the same, and gathered again for the next: in
-        a pipeline, whose forwards run ahead, mostly by the next backward."""
+        """Count the gathers.
+
+        Parameters that stay gathered after forward are freed after backward and gathered again for the next
+        micro-batch. In a pipeline, where forwards run ahead, it is mostly the next backward that gathers
+        them.
+        """
         reshard, stays = axes.states(lambda s: s.reshard), axes.states(lambda s: s.stays)
         kept = (1 - reshard) * (1 - stays)
         return _Opened(ahead=reshard + kept * (not staged), back=reshard + kept * staged)
 
 
 def _opening_bytes(state: State) -> float:
-    """Of an element that is gathered: its shard copied in, in the dtype of the gather, and everything copied
-    out to parameters (torch.distributed.fsdp, foreach_all_gather)."""
+    """Return the bytes copied per gathered element.
+
+    The shard is copied in, in the dtype of the gather, and everything is copied out to the parameters
+    (torch.distributed.fsdp, foreach_all_gather).
+    """
     if state.parameter_shards == 1:
         return 0.0
     return (state.stored + state.gathered) / state.parameter_shards + 2 * state.gathered
 
 
 def _handed_on(axes: Axes, own: float, every: Array, rates: Rates) -> Array:
-    """Seconds of a step to copy gradients into what is reduced, and to add those of several micro-batches:
-    to shards where each is reduced, to whole gradients where only the last is."""
+    """Return the seconds per step to copy gradients into the reduction's buffer and to accumulate
+    micro-batches.
+
+    Gradients are accumulated in shards if each micro-batch is reduced, and in whole gradients if only the
+    last is.
+    """
     counts, states = axes.counts, axes.states
     travels = states(lambda s: s.kind in ("fsdp2", "zero") and s.gradient_shards * s.state_shards > 1)
     copied = travels * states(lambda s: s.gathered + s.reduced)
@@ -131,21 +145,24 @@ def _handed_on(axes: Axes, own: float, every: Array, rates: Rates) -> Array:
 
 
 def _beside(work: Array, travel: Array, rates: Rates) -> Array:
-    """Seconds of both: work is slowed as long as something travels."""
+    """Return the seconds of work and communication together. Work is slowed while communication runs."""
     slowed = work + (rates.beside - 1) / rates.beside * numpy.minimum(travel, work * rates.beside)
     return numpy.maximum(slowed, travel)
 
 
 def _spread(layout: GridLayout, rates: Rates) -> int:
-    """Ranks of two neighbouring pipeline stages in one host: 2, or 1 each where hosts hold one stage."""
+    """Return how many ranks of two neighbouring pipeline stages share a host: 2, or 1 if a host holds one
+    stage.
+    """
     apart = layout.ranks // layout.stages
     return 2 if apart < rates.per_host else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Line:
-    """Seconds of one micro-batch: in the busiest stage, through all stages and back, forward through one
-    stage, from one stage to the next."""
+    """Seconds of one micro-batch: in the busiest stage (``busiest``), through all stages and back
+    (``through``), forward through one stage (``ahead``), and to send from one stage to the next (``send``).
+    """
 
     busiest: Array
     through: Array
@@ -154,8 +171,10 @@ class _Line:
 
 
 def _pipelined(layout: GridLayout, counts: Array, line: _Line) -> Array:
-    """Seconds of all micro-batches, as `cost.schedules.closed_s` has them for equal stages. Zero-bubble waits
-    for forwards only where half of backward is put off."""
+    """Return the seconds of all micro-batches, as `cost.schedules.closed_s` computes them for equal stages.
+
+    Zero-bubble schedules postpone half of the backward work, so they wait for forwards only.
+    """
     others = layout.stages - 1
     waiting = (line.through - line.busiest) / layout.virtual
     if layout.schedule.startswith("zero-bubble"):
@@ -167,7 +186,7 @@ def _pipelined(layout: GridLayout, counts: Array, line: _Line) -> Array:
 
 
 def _travel(layout: GridLayout, axes: Axes, elements: float, rates: Rates) -> tuple[Array, Array]:
-    """Seconds to gather so many parameters, and to reduce their gradients, by state."""
+    """Return the seconds to gather ``elements`` parameters and to reduce their gradients, by state."""
     close = max(1, rates.per_host // layout.tensor)
     ahead, back = [], []
     for state in axes.given.states:
@@ -195,7 +214,7 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
 
     def seconds(state: State) -> float:
         mine = own / state.state_shards
-        if state.offload:  # by the host's cores, and there and back over the bus
+        if state.offload:  # updated by the host's cores, copied there and back over the bus
             moved = mine * (state.gradient + state.stored) / rates.host_bytes_s
             calls = _CALLS_AWAY["zero" if state.kind == "zero" else "fsdp2"] * axes.given.tensors
             moved += calls / layout.stages * rates.host_call_s
@@ -214,7 +233,7 @@ def _update(axes: Axes, elements: Elements, depth: int, layout: GridLayout, rate
 
 
 def _bytes(layout: GridLayout, axes: Axes, elements: Elements, away: Array) -> tuple[Array, Array]:
-    """(peak of the first or the last stage, the higher; host bytes of a rank)."""
+    """Return (the higher peak of the first and the last stage, host bytes of a rank)."""
     depth = deepest(axes.given.blocks, layout)
     if layout.stages == 1:
         found = [_stage(layout, axes, elements, depth, away, first=True, last=True)]
@@ -236,8 +255,10 @@ def _highest(arrays: Sequence[Array]) -> Array:
 
 
 def _waiting(layout: GridLayout, counts: Array, *, first: bool) -> Array:
-    """Micro-batches whose activations a stage keeps at most, in whole stages (field: Narayanan et al. 2021;
-    torch.distributed.pipelining.schedules)."""
+    """Return the most micro-batches whose activations a stage keeps at once, in units of whole stages.
+
+    Sources: Narayanan et al. 2021; torch.distributed.pipelining.schedules.
+    """
     p, v = layout.stages, layout.virtual
     if layout.schedule == "gpipe":
         return counts
@@ -260,7 +281,8 @@ def _stage(
     kept = depth * kept_block + axes.hidden() * (not first)
     kept = kept + axes.ends("before", "kept_bytes") * first
     waiting = _waiting(layout, counts, first=first) if layout.stages > 1 else numpy.ones_like(counts)
-    losses = (waiting - 1) * (layout.schedule == "gpipe")  # other schedules go back at once from the loss
+    # other schedules start the backward right after the loss
+    losses = (waiting - 1) * (layout.schedule == "gpipe")
     held = ((waiting - 1) * kept + losses * axes.ends("after", "kept_bytes") * last) * stays
 
     on_device = states(lambda s: s.offload != "all")
@@ -270,7 +292,7 @@ def _stage(
     gradient = own * states(lambda s: s.gradient / s.gradient_shards) * on_device
     bucket = own * states(lambda s: s.gradient * s.bucket) + states(lambda s: s.bucket_bytes)
     again = counts > 1
-    # Of one round of interleaved micro-batches each chunk has all in a row, and reduces.
+    # In one round of interleaved micro-batches, each chunk runs them all in a row and then reduces.
     unreduced = own / numpy.where(counts <= layout.stages, layout.virtual, 1)
     whole = again * unreduced * states(lambda s: s.reduced * (not s.every and s.gradient_shards > 1))
     resident = (
@@ -302,14 +324,17 @@ def _stage(
 
 
 def _averaged_bytes(axes: Axes) -> float:
-    """Bytes of an averaged copy of one parameter; 0 where the loop keeps none."""
+    """Return the bytes per parameter of the averaged copy of the weights; 0 if the loop keeps none."""
     return 4.0 if axes.given.averaged else 0.0
 
 
 def _host_bytes(state: State) -> float:
-    """Of one parameter of a rank, in host memory: under FSDP2 the shard, its gradient and the optimizer's
-    state; under ZeRO the fp32 master with its gradient, the state, and a buffer through which parameters or
-    gradients pass, beside the parameters where those are away too. And the update's temporaries."""
+    """Return the host memory in bytes per parameter of a rank.
+
+    Under FSDP2: the shard, its gradient and the optimizer's state. Under ZeRO: the fp32 master copy with its
+    gradient, the state, and a buffer through which parameters or gradients pass, plus the parameters if those
+    are offloaded too. The update's temporaries are added in both cases.
+    """
     if not state.offload:
         return 0.0
     if state.kind != "zero":
@@ -321,9 +346,12 @@ def _host_bytes(state: State) -> float:
 
 
 def _opened(axes: Axes, block: float, root: float, depth: int) -> tuple[Array, Array]:
-    """Whole parameters and travelling gradients of a rank that holds shards, in forward and in backward:
-    the group at work, the one gathered ahead and its flat buffer; the gradient's copy in what is reduced
-    (torch.distributed.fsdp, overlapping copies)."""
+    """Return the bytes of gathered parameters and of gradients in reduction on a sharded rank (forward,
+    backward).
+
+    Counted are the group at work, the group gathered ahead and its flat buffer, and the copy of the gradient
+    in the reduction's buffer (torch.distributed.fsdp, overlapping copies).
+    """
     unit, ends = axes.states(lambda s: block * s.gathered), axes.states(lambda s: root * s.gathered)
     reshard = axes.states(lambda s: s.reshard)
     ahead = ends + reshard * 3 * unit + (1 - reshard) * (depth * unit + 2 * unit)

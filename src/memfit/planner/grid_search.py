@@ -1,4 +1,4 @@
-"""From a job and many devices to the best plans: grids, priced from parts, the best of each kept."""
+"""Find the best plans of a job for many devices: price grids from parts and keep the best of each grid."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from memfit.types.plan import Plan
 from memfit.types.trace import OpCall, Phase
 
 _KEPT_PER_GRID, _KEPT_PER_LAYOUT, _KEPT_TIED = 3, 3, 60
-_BLAS_THREADS = 2  # the caller's and autograd's, each with a handle of its own
-_LEVELS_PER_DOUBLING = 4  # of memory, the best of each being kept for the frontier
-_WORTH = 0.005  # a gain in time below this makes no point of the frontier
-_SHARES = 2  # that are priced side by side
+_BLAS_THREADS = 2  # the caller's thread and autograd's, each with its own BLAS handle
+_LEVELS_PER_DOUBLING = 4  # memory levels per doubling; the best plan of each level is kept for the frontier
+_WORTH = 0.005  # a relative gain in time below this adds no point to the frontier
+_SHARES = 2  # number of shares of the grids that are priced in parallel
 _COPIED_BYTES = 1 << 30
 _COPY = OpCall(
     clock=0, op="aten.copy_.default", signature="", phase=Phase.FORWARD, step=0, module="", dtype="float32",
@@ -42,7 +42,7 @@ _COPY = OpCall(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sketch:
-    """A plan with what it was priced at; its plan is made when asked for."""
+    """A priced plan of a grid. The plan itself is built on access to `plan`."""
 
     grid: Grid
     index: tuple[int, ...]
@@ -55,14 +55,18 @@ class Sketch:
         return self.grid.plan(self.index)
 
 
-_Todo = list[tuple[Grid, str, tuple[Uses, ...]]]  # with each precision of the forward, and states in it
+# grid, compute precision, and the grid's states in that precision
+_Todo = list[tuple[Grid, str, tuple[Uses, ...]]]
 _Picked = tuple[tuple[int, ...], float, float, float]  # a sketch without its grid
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridSketches:
-    """``sketches``: the best of every grid, by time under each memory level; ``considered``: distinct plans
-    that were priced; ``refused``: what the model cannot be cut by, with the reason."""
+    """Result of a grid search.
+
+    ``sketches``: the best of every grid, by time under each memory level. ``considered``: number of distinct
+    plans priced. ``refused``: ways in which the model cannot be cut, with the reason.
+    """
 
     sketches: tuple[Sketch, ...]
     considered: int
@@ -70,15 +74,19 @@ class GridSketches:
     beside: Callable[[Sketch], list[Sketch]]  # plans of its grid that differ from it along one axis
 
 
-Caps = tuple[float, float]  # of a rank: on the device, and in host memory
+Caps = tuple[float, float]  # highest bytes of a rank that fit: on the device, and in host memory
 
 
 def find(traced: Traced, machine: Machine, model: TimeModel, limits: Limits, caps: Caps) -> GridSketches:
-    """Prices every plan of the grids. ``caps``: below which a rank fits. Raises UserError where there is
-    no plan."""
+    """Price every plan of the grids and return the best.
+
+    ``caps`` are the highest bytes with which a rank fits, on the device and in host memory. Raises UserError
+    if there is no plan.
+    """
     hoped = dataclasses.replace(limits, sharing=traced.sharing, vocabulary=max(limits.tensor) > 1)
     todo = _todo(machine, hoped)
-    traced.trace(*_Pricing(traced, machine, model, hoped).needed(todo))  # at once: most models can be cut
+    # in one call, because most models can be cut
+    traced.trace(*_Pricing(traced, machine, model, hoped).needed(todo))
     limits, refused = _cuttable(traced, machine, limits)
     if limits != hoped:
         todo = _todo(machine, limits)
@@ -113,8 +121,11 @@ def _todo(machine: Machine, limits: Limits) -> _Todo:
 
 
 def _computes(machine: Machine, limits: Limits) -> tuple[str, ...]:
-    """float32 forward where the goal wants it exact, where the device has nothing narrower, and beside the
-    narrower ones where what makes them on any number of devices is left out."""
+    """Return the compute precisions to search.
+
+    float32 is searched if the accuracy requires it, if the device has nothing narrower, and beside the
+    narrower precisions if the techniques that provide them are excluded.
+    """
     narrow = "bfloat16" in machine.device.peak_flops or machine.device.kind == "cpu"
     if not narrow or limits.effect < 2:
         return ("fp32",)
@@ -130,7 +141,9 @@ def _by_compute(grid: Grid) -> Iterator[tuple[str, tuple[Uses, ...]]]:
 
 
 def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits, list[str]]:
-    """The degrees up to the largest by which the model can be cut, found by cutting it."""
+    """Return the limits reduced to degrees by which the model can be cut, found by cutting it, and the
+    refusals.
+    """
     compute, refused = _computes(machine, limits)[0], list[str]()
 
     def upto(degrees: Sequence[int], make: Callable[[int], Key]) -> tuple[int, ...]:
@@ -147,7 +160,7 @@ def _cuttable(traced: Traced, machine: Machine, limits: Limits) -> tuple[Limits,
     tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
     context = upto(limits.context, lambda d: dataclasses.replace(plain, context=d))
     shared = tensor != (1,)
-    if not shared and len(limits.tensor) > 1:  # a vocabulary of a size that cannot be cut?
+    if not shared and len(limits.tensor) > 1:  # the size of the vocabulary may not be divisible
         cut["vocabulary"] = "whole"
         tensor = upto(limits.tensor, lambda d: dataclasses.replace(plain, tensor=d, **cut))
     found = dataclasses.replace(
@@ -179,7 +192,7 @@ class _Pricing:
         )
 
     def needed(self, todo: _Todo) -> tuple[list[Key], list[Uses]]:
-        """What has to be traced to price them."""
+        """Return the traces and optimizer steps that pricing these grids needs."""
         inside, ends, updates, computes = (dict[Any, None]() for _ in range(4))
         for grid, compute, states in todo:
             inside |= dict.fromkeys(grid.inside)
@@ -189,7 +202,9 @@ class _Pricing:
         return list(self.composer.keys(tuple(inside), tuple(ends), tuple(computes))), list(updates)
 
     def traceable(self, grid: Grid, compute: str, refused: list[str]) -> Grid:
-        """Without recomputation, compilation and loss chunks that this model cannot be traced with."""
+        """Return the grid without the recomputation, compilation and loss chunks that this model cannot be
+        traced with.
+        """
 
         def kept(axis: tuple[Uses, ...]) -> tuple[Uses, ...]:
             fine = []
@@ -206,7 +221,7 @@ class _Pricing:
         return dataclasses.replace(grid, inside=kept(grid.inside), ends=kept(grid.ends))
 
     def best(self, parts: Sequence[tuple[Grid, str]], caps: Caps) -> list[tuple[int, list[_Picked]]]:
-        """Of each grid: how many plans it has, and the best of them."""
+        """Return (number of plans, the best of them) for each grid."""
         found = []
         for grid, compute in parts:
             priced = self.price(grid, compute)
@@ -214,6 +229,7 @@ class _Pricing:
         return found
 
     def beside(self, sketch: Sketch) -> list[Sketch]:
+        """Return the plans of the sketch's grid that differ from it along one axis."""
         grid, index = sketch.grid, sketch.index
         priced = self.price(grid, compute_of(grid.states[index[-1]]))
         assert priced is not None, "it was priced before"
@@ -225,7 +241,7 @@ class _Pricing:
         return [Sketch(grid, *_picked(grid, priced, at)) for at in flat]
 
     def price(self, grid: Grid, compute: str) -> Priced | None:
-        """None where the model cannot be run so."""
+        """Price the grid. Returns None if the model cannot run that way."""
         layout, composer = grid.layout, self.composer
         try:
             inside = [self._settled(layout, composer.block(layout, compute, u)) for u in grid.inside]
@@ -247,7 +263,7 @@ class _Pricing:
         return state_of(uses, ranks, self.composer.updating(_updating(uses)), staged=staged)
 
     def _settled(self, layout: GridLayout, cuts: Sequence[LayoutCut]) -> list[Parts]:
-        """With the seconds of their collectives."""
+        """Return the parts with the time of their collectives added."""
         each = self.rates.per_host
         near = min(layout.tensor, each), min(layout.context, max(1, each // layout.tensor))
 
@@ -272,7 +288,7 @@ class _Pricing:
 
 
 def _communicator(machine: Machine) -> Communicate:
-    """Seconds of collectives; grids ask for the same few again and again."""
+    """Return a function for seconds of collectives. Scalar sizes are cached, because grids repeat them."""
 
     @functools.cache
     def known(kind: str, size_bytes: float, ranks: int, near: int) -> Any:
@@ -287,19 +303,23 @@ def _communicator(machine: Machine) -> Communicate:
 
 
 def per_host(machine: Machine) -> int:
+    """Return the number of devices in one host."""
     return machine.devices_per_host or machine.device_count
 
 
 def _updating(uses: Uses) -> Uses:
-    """What of a state decides the optimizer's step on one rank."""
+    """Return the techniques that decide the optimizer's step on one rank."""
     names = ("bf16-parameters", "bf16-autocast")
     kept = [u for u in uses if u.technique in names or technique(u.technique).slot == "optimizer"]
     return tuple(u for u in kept if u.technique != "bf16-autocast")
 
 
 def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
-    """The quickest that fits, the simplest that is as quick, and the quickest of each memory level, of those
-    that the host has the memory for; and the smallest of all."""
+    """Pick plans of one grid.
+
+    Among the plans whose host memory fits: the fastest that fit, the simplest that is as fast, and the
+    fastest of each memory level. The smallest plan of all is added.
+    """
     step, memory = priced.step_s.ravel(), priced.allocated_bytes.ravel()
     picked: dict[int, None] = {}
     held = priced.host_bytes.ravel() <= caps[1]
@@ -319,7 +339,9 @@ def _best(grid: Grid, priced: Priced, caps: Caps) -> list[_Picked]:
 
 
 def _burden(grid: Grid) -> numpy.ndarray:
-    """How strong a plan's effect on the numbers is, then how many techniques it has."""
+    """Return the complexity of each plan: its strongest effect on the numbers first, then its number of
+    techniques.
+    """
     total = numpy.zeros(grid.shape)
     for axis, values in enumerate((grid.inside, grid.ends, grid.away, grid.states), start=1):
         weight = [_weight(u) for u in values]
@@ -335,8 +357,11 @@ def _weight(uses: Uses) -> float:
 
 
 def _few(sketches: Sequence[Sketch], caps: Caps) -> list[Sketch]:
-    """What a choice is made from: no worse in both time and memory than all others, or the quickest or the
-    smallest of its own layout that fits."""
+    """Reduce the sketches to those worth choosing from.
+
+    Kept are the frontier of time and memory, the fastest and the smallest fitting plans of each layout, and
+    fitting plans that are as fast as the fastest.
+    """
     ordered = sorted(sketches, key=lambda s: (s.allocated_bytes, s.step_s))
     kept: list[Sketch] = []
     quickest = math.inf

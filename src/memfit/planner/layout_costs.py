@@ -1,8 +1,8 @@
-"""Parts of any layout from a handful of traces.
+"""Compose the parts of any layout from a handful of traces.
 
-What one tensor- or context-parallel rank of n takes is a + d / n: a is what every rank does or keeps, d what
-is cut. So one trace of one rank alone and one of the largest degree give all degrees between; the degrees
-multiply. Collectives are priced for their own number of ranks.
+What one of n tensor- or context-parallel ranks takes is a + d / n: a is what every rank does or keeps, d is
+what is divided. One trace of a single rank and one of the largest degree therefore give all degrees between.
+Tensor and context degrees multiply. Collectives are priced for their own number of ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _FULL = make_use("activation-checkpointing", {"every": 1})
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutCut:
-    """Parts of a layout. ``tensor_travel``, ``context_travel``: (forward, backward) by piece."""
+    """Parts of a layout.
+
+    ``tensor_travel`` and ``context_travel`` hold (forward, backward) collectives by piece.
+    """
 
     parts: Parts
     tensor_travel: dict[str, tuple[Travel, Travel]]
@@ -31,8 +34,11 @@ class LayoutCut:
 
 
 class Composer:
-    """``compute``: the precision in which everything is traced; ``tensor``, ``context``: largest degrees;
-    ``vocabulary``: how traces of blocks have it."""
+    """Composes parts of layouts from traces.
+
+    ``compute``: the precision of the base traces. ``tensor``, ``context``: the largest degrees.
+    ``vocabulary``: how the traces of blocks treat the vocabulary.
+    """
 
     def __init__(
         self, traced: Traced, seconds: Seconds, compute: str, tensor: int, context: int, *, vocabulary: str
@@ -42,7 +48,7 @@ class Composer:
         self.tensor, self.context = tensor, context
 
     def keys(self, inside: Sequence[Uses], ends: Sequence[Uses], computes: Sequence[str]) -> Iterator[Key]:
-        """Everything that will be asked for."""
+        """Yield the keys of all traces that will be needed."""
         yield self._key(samples=2)
         for uses in {_traceable(u) for u in (*inside, *ends, (), (_FULL,))}:
             yield self._key(uses=uses)
@@ -59,7 +65,7 @@ class Composer:
                 yield self._key(uses=uses, context=self.context)
 
     def block(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
-        """For one and for two samples in a micro-batch."""
+        """Return the parts that decide a block's cost, for one and for two samples in a micro-batch."""
         one = self._composed(layout, compute, _traceable(uses), self.vocabulary)
         every = next((int(u.settings["every"]) for u in uses if u.technique == _FULL.technique), 1)
         if every > 1:
@@ -68,6 +74,7 @@ class Composer:
         return [one, self._twice(one)]
 
     def ends(self, layout: GridLayout, compute: str, uses: Uses) -> list[LayoutCut]:
+        """Return the parts that decide the cost before and after the blocks, for one and for two samples."""
         one = self._composed(layout, compute, uses, layout.vocabulary)
         return [one, self._twice(one)]
 
@@ -109,7 +116,11 @@ class Composer:
         return LayoutCut(parts=found, tensor_travel=tensor, context_travel=context)
 
     def _at_most(self, layout: GridLayout, uses: Uses, base: Parts, vocabulary: str) -> Parts:
-        """On the largest tensor degree. Ends: of the plain trace, which knows where the vocabulary is."""
+        """Return the parts at the largest tensor degree.
+
+        With a whole vocabulary, the ends are taken from the plain trace with the whole vocabulary on every
+        rank.
+        """
         plain = self._parts(self._key())
         cut = functools.partial(self._key, tensor=self.tensor, sequence=layout.sequence)
         traced = uses in ((), (_FULL,)) or layout.sequence
@@ -124,8 +135,10 @@ class Composer:
         return most
 
     def _twice(self, one: LayoutCut) -> LayoutCut:
-        """Two samples: what does not grow with them (gradients, weights in another type) is as in the plain
-        trace."""
+        """Return the parts for two samples.
+
+        What does not grow with them (gradients, cast weights) is as in the plain trace.
+        """
         plain, double = self._parts(self._key()), self._parts(self._key(samples=2))
 
         def grown(which: str) -> Piece:
@@ -137,7 +150,7 @@ class Composer:
                 fixed = (2 * getattr(a, name) - getattr(b, name)) * share
                 value = getattr(piece, name)
                 values[name] = max(value, 2 * value - fixed)
-            if a.forward_s and a.backward_s:  # seconds do not grow evenly
+            if a.forward_s and a.backward_s:  # seconds do not grow linearly
                 for name in ("forward_s", "backward_s"):
                     values[name] = getattr(piece, name) * getattr(b, name) / getattr(a, name)
             values["parameter_bytes"] = piece.parameter_bytes
@@ -160,12 +173,18 @@ def _times(travel: tuple[Travel, Travel], factor: float) -> tuple[Travel, Travel
 
 
 def _weight(degree: int, most: int) -> float:
-    """Of the trace at ``most`` ranks against that of one: the rest of a + d / n."""
+    """Return the weight of the trace at ``most`` ranks for ``degree`` ranks, by a + d / n.
+
+    The one-rank trace has the remaining weight.
+    """
     return (1 - 1 / degree) / (1 - 1 / most)
 
 
 def _scaled(found: Parts, one: Parts, other: Parts, weight: float) -> Parts:
-    """``found`` changed as ``one`` is changed into ``other``, so far as ``weight`` goes (1: all the way)."""
+    """Scale ``found`` by the ratios of ``other`` to ``one``.
+
+    ``weight`` 1 applies the full ratio, 0 none of it.
+    """
 
     def piece(which: str) -> Piece:
         now: Piece
@@ -194,7 +213,9 @@ def _named(uses: Uses, name: str) -> bool:
 
 
 def _traceable(uses: Uses) -> Uses:
-    """Recomputing every k-th block is traced as recomputing every one, and mixed with none."""
+    """Replace recomputation of every k-th block by recomputation of every block; `_mixed` averages it with
+    none.
+    """
 
     def one(used: Use) -> Use:
         return _FULL if used.technique == _FULL.technique else used
@@ -203,7 +224,7 @@ def _traceable(uses: Uses) -> Uses:
 
 
 def _mixed(recomputed: LayoutCut, plain: LayoutCut, every: int) -> LayoutCut:
-    """A block as it is on average where each k-th is recomputed; its highest level is that of the worse."""
+    """Return an average block when every k-th is recomputed. Its highest level is the higher of the two."""
     one, other, share = recomputed.parts.block, plain.parts.block, 1 / every
 
     def mean(name: str) -> float:

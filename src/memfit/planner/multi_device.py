@@ -1,6 +1,6 @@
-"""The search for many devices, whole: grids priced, finalists traced, the answer with what more would buy.
+"""The complete search for many devices: price grids, trace finalists, answer, and say what more would bring.
 
-Nothing depends on how long anything took, so the answer is the same every time.
+Nothing depends on how long a computation took, so the answer is the same every time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from memfit.types.result import Choice, Estimate, Reason, SearchResult
 
 
 def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
-    """Numbers of devices to try: all of them, or fewer too where that can be better."""
+    """Return the device counts to try: all devices, and also fewer where the goal can prefer fewer."""
     if goal in (Objective.FASTEST, Objective.SMALLEST):
         return (ranks,)
     fewer = [ranks]
@@ -26,10 +26,13 @@ def counts(ranks: int, goal: Objective) -> tuple[int, ...]:
 
 
 def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
-    """Raises NothingFits with what would have to change, UserError where the batch cannot be shared."""
+    """Search plans for up to ``ranks`` devices.
+
+    Raises NothingFits with the changes that would help, and UserError if the batch cannot be divided.
+    """
     scale, goal = Scale(pricer, aim), aim.goal
 
-    unshared = plain(min(ranks, pricer.job.batch_size))  # replicas need a sample each
+    unshared = plain(min(ranks, pricer.job.batch_size))  # each replica needs at least one sample
     shared = unshared.ranks == 1 or may_share(pricer.dependence, aim.accuracy)
     whole = aim.bounds.micro_batch in (0, pricer.job.batch_size // unshared.ranks)
 
@@ -49,17 +52,17 @@ def search_scale(pricer: Pricer, ranks: int, aim: Aim) -> SearchResult:
     winner = best([e for e in (*finalists, basis) if e.traced and fits(e)], goal)
     if winner is None:
         bounds = ((aim.bounds.deadline_s, Objective.FASTEST), (aim.bounds.budget_usd, Objective.CHEAPEST))
-        for asked, best_by in bounds:  # how near the best plans by these come
+        for asked, best_by in bounds:  # how close the best plans by these goals come
             if asked is not None:
                 finalists = [*finalists, *Race(scale, scale.fits_memory, best_by).run(estimates, unshared)]
         raise nothing(scale, [*finalists, basis], ranks)
-    expected = [scale.expected(e) for e in known]  # like with like
+    expected = [scale.expected(e) for e in known]  # compare like with like
     choices = [e for e in frontier([*(e for e in expected if credible(e, winner, goal)), basis]) if fits(e)]
     by_plan = {e.plan: e for e in (winner, basis, *choices)}
     smallest = min(by_plan.values(), key=lambda e: e.allocated_bytes.value)
 
     def choice(e: Estimate, reasons: tuple[Reason, ...] = ()) -> Choice:
-        held = not e.traced or fits(e)  # sketches that do not are in no choice
+        held = not e.traced or fits(e)  # sketches that do not fit are in no choice
         return Choice(estimate=e, fits=held, effect=effect_of(e.plan, e.dependence), reasons=reasons)
 
     sketch, told = scale.sketch_of(winner.plan), {e.plan for e in known}

@@ -1,4 +1,4 @@
-"""Which of the best sketches are traced whole: finalists, until none of the rest could be better."""
+"""Choose which sketches are traced whole: trace finalists until none of the rest could be better."""
 
 from __future__ import annotations
 
@@ -17,31 +17,41 @@ from memfit.types.result import Estimate
 if TYPE_CHECKING:
     from memfit.planner.device_pricing import Scale
 
-_FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48  # more of small models, whose traces are quick
-_TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to a quarter off, most of them less than this
-_TOO_LARGE = 0.5  # and of memory: short pipelines, where what is gathered at the ends is half of all
-_CLIMBED, _MAY_BE_BETTER = 16, 1.25  # traces beside the best of a small model; of its sketch
-_NEAR = 0.97  # by how much ratios of sketches differed where a degree was twice another
+# more finalists for small models, whose traces are quick
+_FINALISTS, _MOST_FINALISTS, _TRACED_BLOCKS = 3, 12, 48
+_TOO_SLOW = 0.85  # sketches of plans of up to 8 ranks were up to 25 % off, most of them less than this
+# the same for memory: in short pipelines, what is gathered at the ends is half of all memory
+_TOO_LARGE = 0.5
+# most traces near the best plan of a small model; highest score of a sketch over the best one's to be tried
+_CLIMBED, _MAY_BE_BETTER = 16, 1.25
+_NEAR = 0.97  # factor by which ratios of trace to sketch differed per doubling of a degree
 
 Fits = Callable[[Estimate], bool]
 
 
 class Race:
-    """The rest are taken to be as far from their sketch as what was last traced of their kind, about as far
-    as the nearest of other degrees, or as much quicker as a sketch may be too slow; and to need as much more
-    memory as the heaviest that did not fit. No large model is traced for what counts as equal."""
+    """Traces finalists one by one.
+
+    The remaining sketches are assumed to be as far from their trace as the last traced plan of their kind,
+    roughly as far as the nearest plan with other degrees, or faster by as much as a sketch may be too slow.
+    They are assumed to need more memory by the factor of the heaviest plan that did not fit. A large model is
+    not traced again for a gain that counts as equal.
+    """
 
     def __init__(self, scale: Scale, fits: Fits, goal: Objective | None = None) -> None:
         self.scale, self.fits, self.goal = scale, fits, goal or scale.aim.goal
         self.traced: list[Estimate] = []
-        self._ratios: dict[Plan, float] = {}  # what whole traces are of their sketches
+        self._ratios: dict[Plan, float] = {}  # score of the whole trace over that of the sketch
         self._unknown = _TOO_LARGE if self.goal is Objective.SMALLEST else _TOO_SLOW
         self._heaviest = 1.0
         self._most = max(_FINALISTS, min(_MOST_FINALISTS, _TRACED_BLOCKS // scale.traced.blocks))
         self._equal = 1 + TIE_RATIO * (self._most == _FINALISTS)
 
     def run(self, estimates: Sequence[Estimate], basis: Plan) -> list[Estimate]:
-        """All that were traced. ``basis``, which is traced in any case, is traced beside the first two."""
+        """Return all estimates that were traced.
+
+        ``basis`` is always traced, in parallel with the first two finalists.
+        """
         waiting = [e for e in estimates if self.fits(e)]
         sketch, rival = self._two(waiting)
         if sketch is not None and rival is not None:
@@ -66,8 +76,11 @@ class Race:
         return self.traced
 
     def _climb(self) -> None:
-        """Of a small model, whose traces are quick: from the best that was traced to what differs from it in
-        one thing, and on from what is better. Sketches may have left it out by less than they err."""
+        """Improve on the best traced plan of a small model, whose traces are quick.
+
+        Plans that differ from the best one in one thing are traced, and so on from any better plan. Sketches
+        may have excluded such a plan by less than their error.
+        """
         tried, near = {e.plan for e in self.traced}, dict[Plan, list[Estimate]]()
         for done in range(_CLIMBED):
             top = best([e for e in self.traced if self.fits(e)], self.goal)
@@ -85,7 +98,9 @@ class Race:
                 self.traced.append(whole)
 
     def _beside(self, plan: Plan) -> list[Estimate]:
-        """What differs from it in one thing, fits, and by its sketch may be better."""
+        """Return the fitting plans that differ from ``plan`` in one thing and by their sketch may be
+        better.
+        """
         sketch = self.scale.sketch_of(plan)
         if sketch is None:
             return []
@@ -93,14 +108,16 @@ class Race:
         return [e for e in self.scale.beside(sketch) if self.fits(e) and score(e, self.goal) <= limit]
 
     def hoped(self, e: Estimate) -> float:
-        """The best that its trace may say."""
+        """Return the best score that a trace of this plan may have."""
         alike, degrees = kind(e.plan)
         known = [(doublings(kind(p)[1], degrees), r) for p, r in self._ratios.items() if kind(p)[0] == alike]
         nearest = min(reversed(known), key=lambda one: one[0], default=(0.0, self._unknown))
         return float(score(e, self.goal) * nearest[1] * _NEAR ** nearest[0])
 
     def _two(self, waiting: Sequence[Estimate]) -> tuple[Estimate | None, Estimate | None]:
-        """The first, and of another kind the one that would be next where sketches are right."""
+        """Return the best plan, and the plan of another kind that would come next if sketches are right, or
+        None.
+        """
         first = best(waiting, self.goal)
         if first is None:
             return None, None
@@ -120,7 +137,7 @@ class Race:
         return None if beaten else sketch
 
     def _closest(self, waiting: Sequence[Estimate]) -> Estimate | None:
-        """Of those that may be as good as any, the mildest and simplest."""
+        """Return the mildest and simplest of the plans that may be as good as any."""
         hoped = [self.hoped(e) for e in waiting]
         near = [(e, h) for e, h in zip(waiting, hoped, strict=True) if h <= min(hoped) * self._equal]
 
@@ -152,7 +169,7 @@ class Race:
 
 
 def _unusual(plan: Plan) -> int:
-    """Settings that are not what a technique has where nothing is said, but for degrees."""
+    """Return how many settings differ from the technique's default, not counting degrees."""
     usual = {(u.technique, k.name): k.default for u in plan.uses for k in technique(u.technique).knobs}
     return sum(
         usual[u.technique, k] != v for u in plan.uses if u.technique not in CUTTING for k, v in u.knobs
@@ -160,6 +177,6 @@ def _unusual(plan: Plan) -> int:
 
 
 def _family(plan: Plan) -> tuple[object, ...]:
-    """What plans share that fail together: the techniques, and how data parallelism is set."""
+    """Return what plans that fail together have in common: the techniques and the data-parallel settings."""
     data = [u for u in plan.uses if technique(u.technique).slot == "data-parallel"]
     return tuple(u.technique for u in plan.uses), tuple(data)

@@ -1,8 +1,8 @@
-"""Every sensible plan for many devices, as a grid: layouts (tensor, context, pipeline degrees and what goes
-with them), and for each of them the settings that its data-parallel ranks may have.
+"""Every sensible plan for many devices, as grids: one grid per layout (tensor, context and pipeline degrees),
+with the settings that its data-parallel ranks may have.
 
-A grid is small lists along axes; a plan is one index along each. What techniques and the job's own sizes
-forbid is never in it, so that every index is a plan that can be run.
+A grid has short lists along its axes; a plan is one index along each axis. Combinations that techniques or
+the job's sizes forbid are never in a grid, so every index is a plan that can run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ CUTTING = ("tensor-parallel", "context-parallel", "axial-parallel", "pipeline")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the job, the machine and the goal allow. ``batch``: samples of a step, over all ranks;
-    ``tensor``, ``context``: degrees that the model can be cut by; ``sharing``: the technique by which ranks
-    of a context share a sample; ``per_host``: ranks in one host."""
+    """What the job, the machine and the goal allow.
+
+    ``batch``: samples per step over all ranks. ``per_host``: ranks in one host. ``tensor``, ``context``:
+    degrees that the model can be cut by. ``sharing``: the technique by which the ranks of a context share a
+    sample.
+    """
 
     ranks: int
     per_host: int
@@ -38,16 +41,21 @@ class Limits:
     chunks: bool = False
     vocabulary: bool = True  # whether tensor-parallel ranks can share it
     effect: EffectClass = EffectClass.E2
-    without: frozenset[str] = frozenset()  # techniques that nobody wants, or the engine does not carry
-    refuses: Callable[[Plan], object] | None = None  # why the engine cannot carry a plan; None: it can any
-    micro_batch: int = 0  # 0: any
+    without: frozenset[str] = frozenset()  # techniques that the user excluded or the engine does not support
+    # returns why the engine does not support a plan; None: it supports all
+    refuses: Callable[[Plan], object] | None = None
+    micro_batch: int = 0  # required samples per micro-batch; 0: any
     splits: bool = True  # whether a rank's samples may be trained in micro-batches
-    shares: bool = True  # whether ranks may train other samples
+    shares: bool = True  # whether ranks may train on different samples of the batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridLayout:
-    """Degrees of what is not data parallelism. ``cut`` holds the tensor-parallel technique's settings."""
+    """Degrees of parallelism other than data parallelism.
+
+    ``sequence`` and ``vocabulary`` are settings of tensor parallelism, ``schedule`` and ``virtual`` of the
+    pipeline.
+    """
 
     ranks: int
     tensor: int = 1
@@ -76,9 +84,12 @@ class GridLayout:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """``micro``: (micro-batch size, how many of them in a step); the other axes are techniques in use.
-    ``inside``: recomputation and compilation, what decides a block's forward and backward; ``ends``: the
-    loss; ``away``: activation offload; ``states``: data parallelism, precision and optimizer."""
+    """All plans of one layout.
+
+    ``micro`` holds (micro-batch size, number of micro-batches per step). The other axes hold techniques in
+    use. ``inside``: recomputation and compilation, which decide a block's forward and backward. ``ends``: the
+    loss. ``away``: activation offload. ``states``: data parallelism, precision and optimizer.
+    """
 
     layout: GridLayout
     micro: tuple[tuple[int, int], ...]
@@ -109,7 +120,7 @@ class Grid:
 
 
 def grids(limits: Limits) -> Iterator[Grid]:
-    """In a fixed order. Nothing where the batch cannot be shared."""
+    """Yield the grids in a fixed order. Yields nothing if the batch cannot be divided."""
     for layout in _layouts(limits):
         if limits.batch % layout.data or (layout.data > 1 and not limits.shares):
             continue
@@ -166,7 +177,7 @@ def _pipelines(limits: Limits, ranks: int) -> Iterator[tuple[int, str, int]]:
         for virtual in (2, 4, 8):
             if stages * virtual <= limits.blocks:
                 yield stages, "interleaved", virtual
-        if ranks == stages:  # torch's split backward passes data-parallel hooks by
+        if ranks == stages:  # torch's split backward bypasses data-parallel hooks
             yield stages, "zero-bubble", 1
             if 2 * stages <= limits.blocks:
                 yield stages, "zero-bubble-v", 2
@@ -179,11 +190,11 @@ def _micro(limits: Limits, layout: GridLayout) -> tuple[tuple[int, int], ...]:
         found = [f for f in found if f[1] == 1]
     if limits.micro_batch:
         found = [f for f in found if f[0] == limits.micro_batch]
-    if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many as there are stages
+    if layout.schedule in ("interleaved", "zero-bubble-v"):  # rounds of as many micro-batches as stages
         found = [f for f in found if f[1] % layout.stages == 0]
-    elif layout.schedule == "zero-bubble":  # and here rounds of equally many
+    elif layout.schedule == "zero-bubble":  # all rounds must have the same number of micro-batches
         found = [f for f in found if f[1] % max(1, f[1] // layout.stages) == 0]
-    elif layout.schedule == "1f1b":  # torch's has no fewer than there are stages
+    elif layout.schedule == "1f1b":  # torch's 1F1B needs at least as many micro-batches as stages
         found = [f for f in found if f[1] >= layout.stages]
     return tuple(found)
 
@@ -199,7 +210,7 @@ def _inside() -> list[Uses]:
         for r in recomputed
         if not r or r[0].settings.get("keep") == "matmul" or r[0].settings.get("every") == 1
     ]
-    eight = (_use("float8-linear"),)  # its casts cost more than they bring where nothing fuses them
+    eight = (_use("float8-linear"),)  # its casts cost more than they gain unless they are fused
     return recomputed + [(*r, *compiled, *low) for low in ((), eight) for r in cheap]
 
 
@@ -209,7 +220,11 @@ def _ends(limits: Limits, layout: GridLayout) -> list[Uses]:
 
 
 def _states(limits: Limits, layout: GridLayout, extra: Uses) -> list[Uses]:
-    """Rules are between two techniques each: few pairs are asked about, and many states are made of them."""
+    """Return all allowed combinations of data parallelism, precision and optimizer.
+
+    Conflict rules concern two techniques at a time, so few pairs are checked and many states are built from
+    them.
+    """
     optimizers: list[Uses] = [()]
     optimizers += [(_use(n),) for n in ("adamw-fused", "adamw-single", "adamw-8bit", "adamw-4bit")]
     optimizers += [(_use(n),) for n in ("adafactor", "sgd")]
@@ -235,15 +250,16 @@ def _data(limits: Limits, layout: GridLayout) -> list[Uses]:
     if data == 1:
         return [()]
     syncs = ("every", "last") if limits.batch > layout.data else ("every",)
-    hosts = max(1, limits.per_host // (layout.tensor * layout.context))  # of a shard inside one host
+    # number of shards when one copy of the shards stays inside a host
+    hosts = max(1, limits.per_host // (layout.tensor * layout.context))
     replicas = sorted({1, layout.data // hosts if layout.data % hosts == 0 else 1} - {0, layout.data})
     if layout.context > 1:
         replicas = [1]
     found: list[Uses] = []
     if layout.data > 1:
-        once = layout.stages > 1  # DDP in a pipeline reduces once in any case
+        once = layout.stages > 1  # in a pipeline, DDP reduces once per step in any case
         found += [(_use("ddp", bucket_view=v, sync=s),) for v in (True, False) for s in syncs[: 2 - once]]
-        if layout.virtual > 1:  # DDP waits for every parameter's gradient
+        if layout.virtual > 1:  # DDP waits for the gradient of every parameter
             found = []
     for reshard, precision, sync, offload, copies in itertools.product(
         (True, False), ("bf16", "as-is"), syncs, (False, True), replicas
@@ -270,7 +286,7 @@ def _carried(axis: Iterable[Uses], extra: Uses, limits: Limits) -> tuple[Uses, .
 
 
 def _fine(uses: Uses, limits: Limits) -> bool:
-    """Whether goal, device, packages and engine allow each of them."""
+    """Return whether accuracy, device, packages and engine allow each of the techniques."""
     return all(_fine_use(u, limits.effect, limits.device, limits.without) for u in uses)
 
 
@@ -287,9 +303,16 @@ def _parted(
     axes: tuple[tuple[Uses, ...], ...], states: tuple[Uses, ...],
     engine: tuple[Callable[[Plan], object], Uses, int] | None,
 ) -> list[tuple[list[tuple[Uses, ...]], tuple[Uses, ...]]]:  # fmt: skip
-    """Axes whose values go with each other, all of them: states are parted by what they forbid, and where
-    optimizers step inside of what is accumulated. ``engine``: its refusals, what the layout uses, ranks; most
-    engines refuse several ranks that nothing is said of, so nothing is asked about without a state."""
+    """Split the states into groups that allow the same values of the other axes.
+
+    Returns (the allowed values of each axis, the states) of each group for which no axis is empty. A state
+    allows a value if both may be proposed together and the engine supports them beside the layout's
+    techniques.
+
+    ``engine`` is (its refusals, techniques of the layout, ranks); the techniques include gradient
+    accumulation if a step may have several micro-batches. Most engines refuse a plan on several ranks without
+    a data-parallel technique, so the engine is only asked about plans that include a state.
+    """
 
     def fit(state: Uses, other: Uses) -> bool:
         if engine is None:
@@ -331,7 +354,7 @@ def _use(name: str, **settings: KnobValue) -> Use:
 
 
 def none_at_all(limits: Limits) -> UserError:
-    """Why there is no grid."""
+    """Return the error that says why there is no grid."""
     if not (limits.splits and limits.shares):
         return UserError(
             f"samples of a batch depend on each other, and every plan for {limits.ranks} devices splits it",

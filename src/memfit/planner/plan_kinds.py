@@ -1,4 +1,7 @@
-"""Kinds of plans: those whose sketches are off alike, and how far two of one kind are apart."""
+"""Kinds of plans: plans of one kind have similar sketch errors.
+
+Also the distance between plans of one kind.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ _DEGREES = ("stages", "virtual", "degree")
 
 
 def kind(plan: Plan) -> tuple[object, Degrees]:
-    """(how data parallelism is set and the model is cut; by what degrees): what decides how far a sketch is
-    off."""
+    """Return ((data-parallel settings and how the model is cut), degrees), which decide the error of a
+    sketch.
+    """
     cut = [(u.technique, k, v) for u in plan.uses if u.technique in CUTTING for k, v in u.knobs]
     degrees = {(name, k): int(v) for name, k, v in cut if k in _DEGREES}
     ways = tuple(one for one in cut if one[1] not in (*_DEGREES, "micro_batches"))
@@ -24,5 +28,5 @@ def kind(plan: Plan) -> tuple[object, Degrees]:
 
 
 def doublings(one: Degrees, other: Degrees) -> float:
-    """By how many doublings two sets of degrees are apart."""
+    """Return how many doublings two sets of degrees are apart."""
     return sum(abs(math.log2(one.get(k, 1) / other.get(k, 1))) for k in one.keys() | other.keys())

@@ -1,5 +1,7 @@
-"""Every sensible plan for one device, or for several that share the batch: techniques times settings, minus
-what clashes."""
+"""Every sensible plan for one device, or for several that divide the batch.
+
+These are all combinations of techniques and settings without conflicts.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,12 @@ def usable(
     small_states_bytes: int | None = None,
     dependence: SampleDependence | None = None,
 ) -> tuple[list[Technique], tuple[Reason, ...]]:
-    """Techniques the goal and this machine allow, and why the others are out. ``small_states_bytes``: what
-    parameters, gradients and optimizer state take, where that is too little to be worth saving;
-    ``dependence``: of the job's samples."""
+    """Return the techniques that the accuracy and this machine allow, and the reasons why the others are
+    excluded.
+
+    ``small_states_bytes``: size of parameters, gradients and optimizer state if that is too little to be
+    worth saving, else None. ``dependence``: whether the job's samples depend on each other.
+    """
     allowed, out = [], []
     for one in TECHNIQUES.values():
         offered = space.device in one.devices and any(True for _ in one.settings(space))
@@ -40,7 +45,8 @@ def usable(
             out.append(Reason(kind="left_out_changes", technique=one.name, detail=dependence.changes))
         elif not offered:
             continue
-        elif one.effect > accuracy.highest and one.slot != "data-parallel":  # which is then asked for
+        # data parallelism is requested explicitly
+        elif one.effect > accuracy.highest and one.slot != "data-parallel":
             out.append(Reason(kind="left_out_accuracy", technique=one.name, detail=accuracy.value))
         elif small_states_bytes is not None and one.slot == "optimizer":
             out.append(Reason(kind="left_out_small", technique=one.name, saved_bytes=small_states_bytes))
@@ -50,19 +56,19 @@ def usable(
 
 
 def may_split(dependence: SampleDependence, accuracy: Accuracy) -> bool:
-    """Whether micro-batches may be searched. What weighs the loss wrongly never is."""
+    """Return whether micro-batches may be searched. Plans that weight the loss wrongly never are."""
     if dependence.kind is not DependenceKind.DEPENDENT:
         return True
     return dependence.cause is not DependenceCause.WEIGHTS and accuracy.highest >= EffectClass.E3
 
 
 def may_share(dependence: SampleDependence, accuracy: Accuracy) -> bool:
-    """Whether data-parallel ranks may be searched."""
+    """Return whether plans with data-parallel ranks may be searched."""
     return not dependence.across_ranks or may_split(dependence, accuracy)
 
 
 def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason, ...]:
-    """What is to be said of a plan for a job whose samples depend on each other, or may."""
+    """Return what to report about a plan for a job whose samples depend on each other, or may."""
     if dependence.kind is DependenceKind.DEPENDENT:
         changes = changes_training(plan, dependence)
         kind = "changes" if changes else "left_out_changes"
@@ -75,7 +81,7 @@ def dependence_reasons(plan: Plan, dependence: SampleDependence) -> tuple[Reason
 
 
 def plans(space: Space, techniques: Iterable[Technique]) -> Iterator[Plan]:
-    """All combinations that may be proposed, plain first, in a fixed order."""
+    """Yield all combinations that may be proposed, in a fixed order, plain training first."""
     slots: dict[str, list[Use]] = {}
     for one in techniques:
         slots.setdefault(one.slot or one.name, []).extend(_uses(one, space))
@@ -100,6 +106,9 @@ _PLACE = {name: place for place, name in enumerate(TECHNIQUES)}
 
 
 def complexity(plan: Plan, dependence: SampleDependence | None = None) -> tuple[int, int, int]:
-    """Plans are preferred by this when they are otherwise as good: milder effect, fewer techniques, and
-    those that come first in the table, where the customary ones stand."""
+    """Return the order in which equally good plans are preferred.
+
+    Milder effects come first, then fewer techniques, then techniques that stand earlier in the table, where
+    the customary ones are.
+    """
     return int(effect_of(plan, dependence)), len(plan.uses), sum(_PLACE[u.technique] for u in plan.uses)

@@ -1,7 +1,7 @@
-"""A budget for the step's peak becomes the tensors to drop: record, solve, trace the answer, correct. A
-search proposes such a budget where it could be worth it.
+"""Turn a memory budget for the step's peak into the tensors to recompute: record, solve, trace the answer,
+correct. A search proposes such a budget where it may pay off.
 
-The prediction of a chosen plan is the trace of that very plan.
+The prediction for a chosen plan is the trace of that same plan.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ from memfit.types.units import format_bytes
 
 _MIB = 2**20
 _TRIES = 6
-_SPARE_RATIO = 0.001  # of the budget: how far a measured peak was seen above its prediction, doubled
-_LEAST_RATIO = 1 / 20_000  # of the budget: smaller tensors are always kept
+_SPARE_RATIO = 0.001  # of the budget: twice the largest excess of a measured peak over its prediction
+_LEAST_RATIO = 1 / 20_000  # of the budget: smaller tensors are never recomputed
 _SEGMENT = 20 * _MIB
-_ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99  # plans that a search tries; the gain it hopes for; of the cap
+# plans that a search tries; the least relative gain it hopes for; share of the cap to use
+_ATTEMPTS, _WORTH, _UNDER_CAP = 3, 0.03, 0.99
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cap:
-    """``needs``: the part of it that an estimate asks for; ``host``: whether the host holds what it needs
-    there; ``refuses``: why an engine has no such plan."""
+    """The memory cap of a search.
+
+    ``needs`` returns the bytes that an estimate needs. ``host`` tells whether the host has enough memory for
+    it. ``refuses`` returns why an engine does not support a plan.
+    """
 
     bytes: int
     needs: Callable[[Estimate], int]
@@ -47,15 +51,18 @@ class Cap:
     host: Callable[[Estimate], bool] = lambda estimate: True
 
     def has(self, estimate: Estimate) -> bool:
+        """Return whether the estimate fits the device and the host."""
         return self.needs(estimate) <= self.bytes and self.host(estimate)
 
     def may(self, plan: Plan) -> bool:
+        """Return whether a recomputation budget can be added to the plan."""
         budget = plan.with_use(make_use(NAME, {}))
         return conflict(budget) is None and not self.refuses(budget)
 
     def room_bytes(self, made: Sequence[Estimate]) -> int:
-        """Peak of all tensors that a plan may have, on the line through the plans with the lowest and the
-        highest peak."""
+        """Return the highest peak of tensors that fits, on the line through the plans with the lowest and
+        highest peak.
+        """
         low, high = (f(made, key=lambda e: e.allocated_bytes.value) for f in (min, max))
         tensors, needed = low.allocated_bytes.value, self.needs(low)
         rise = self.needs(high) - needed
@@ -71,15 +78,18 @@ def budgeted(
     cap: Cap,
     tell: Callable[[str, int, int, str], None],
 ) -> list[Estimate]:
-    """The best plan that does not fit, made to fit by choosing what to recompute: one that would be quicker
-    than the best of ``made`` that fits if recomputation were free. Nothing where there is none."""
+    """Make the best plan that does not fit fit, by choosing what to recompute.
+
+    Only a plan is tried that would beat the best fitting plan of ``made`` if recomputation were free. Returns
+    a list of one estimate, or an empty list.
+    """
     if goal is Objective.SMALLEST:
         return []
     limit = min((score(e, goal) for e in made if cap.has(e)), default=math.inf) * (1 - _WORTH)
     traced = {e.plan for e in made}
     known = [*made, *(e for e in sketches if e.plan not in traced)]
     waiting = [e for e in known if score(e, goal) < limit and not cap.has(e) and cap.may(e.plan)]
-    room_bytes, beside_bytes = cap.room_bytes(made), 0  # what a device has beside a step's own tensors
+    room_bytes, beside_bytes = cap.room_bytes(made), 0  # device memory beside the step's own tensors
     for _ in range(_ATTEMPTS):
         bare, budget_bytes = best(waiting, goal), room_bytes - beside_bytes
         if bare is None or budget_bytes < _MIB:
@@ -88,7 +98,7 @@ def budgeted(
         tell("finalists", 0, 1, brief(plan))
         try:
             found = whole(plan)
-        except UserError:  # not even with everything recomputed
+        except UserError:  # does not fit even with everything recomputed
             waiting.remove(bare)
             continue
         if cap.has(found):
@@ -96,18 +106,18 @@ def budgeted(
         more = int(found.allocated_bytes.value) - budget_bytes
         if more > beside_bytes + _MIB:
             beside_bytes = more
-        else:  # the caching allocator takes segments of 20 MiB and more
+        else:  # the caching allocator takes segments of 20 MiB or more
             room_bytes -= math.ceil((cap.needs(found) - cap.bytes) / _SEGMENT) * _SEGMENT
     return []
 
 
 def nominal_s(op: OpCall) -> float:
-    """At 100 GFLOP/s and 10 GB/s, where nothing is known of the device."""
+    """Return the seconds of a call at 100 GFLOP/s and 10 GB/s, for a device of unknown speed."""
     return max(op.flops / 1e11, op.moved_bytes / 1e10, 2e-6)
 
 
 def open_budget(plan: Plan) -> int | None:
-    """The budget in bytes of a plan whose tensors are not chosen yet."""
+    """Return the plan's budget in bytes if its tensors are not chosen yet, else None."""
     used = plan.get(NAME)
     return int(used.settings["budget_mib"]) * _MIB if used and not used.settings["dropped"] else None
 
@@ -121,9 +131,11 @@ def chosen(
     calibration: Calibration | None = None,
     gap_ratio: float = GAP_RATIO,
 ) -> Plan:
-    """The plan with its tensors chosen; itself where there is nothing to choose. ``seconds``: of one call.
-    ``gap_ratio``: within which what recomputation costs is least. Raises UserError with the least possible
-    peak where the budget is below it."""
+    """Return the plan with its tensors to recompute chosen, or the plan itself if there is nothing to choose.
+
+    ``seconds`` returns the time of one call. ``gap_ratio`` is the optimality gap of the recomputation's cost.
+    Raises UserError with the least possible peak if the budget is below it.
+    """
     budget_bytes = open_budget(check(plan))
     if budget_bytes is None:
         return plan
@@ -142,7 +154,8 @@ def chosen(
         return found
     lowest = smallest(played)
     plan_of_least, least = traced(lowest.dropped)
-    if least <= _aim(budget_bytes):  # the program ended without an answer: from the least up to the budget
+    # the solver ended without an answer: start from the smallest and refine up to the budget
+    if least <= _aim(budget_bytes):
         off_bytes = max(0, least - lowest.peak_bytes)
         more, peak_bytes = traced(refined(played, lowest, _aim(budget_bytes) - off_bytes).dropped)
         return more if peak_bytes <= _aim(budget_bytes) else plan_of_least
@@ -155,12 +168,12 @@ def chosen(
 
 @dataclasses.dataclass(kw_only=True)
 class Choices:
-    """What was chosen, kept: a plan, or why there is none."""
+    """Cache of choices: the chosen plan, or the error that says why there is none."""
 
     kept: dict[Plan, Plan | UserError] = dataclasses.field(default_factory=dict)
 
     def of(self, job: Job, plan: Plan, **how: Any) -> Plan:
-        """`chosen`, once."""
+        """Return `chosen` for this plan, computed once."""
         if plan not in self.kept:
             try:
                 self.kept[plan] = chosen(job, plan, **how)
@@ -173,7 +186,7 @@ class Choices:
 
 
 def possible(plans: Iterable[Plan], settled: Callable[[Plan], Plan]) -> Iterator[Plan]:
-    """Settled, those whose budget can be met."""
+    """Yield the settled plans. Plans whose budget cannot be met are skipped."""
     for plan in plans:
         with contextlib.suppress(UserError):
             yield settled(plan)
@@ -186,8 +199,11 @@ def _aim(budget_bytes: int) -> int:
 def _closed(
     played: Replay, traced: Callable[[frozenset[int]], tuple[Plan, int]], wanted_bytes: int, gap_ratio: float
 ) -> Plan | None:
-    """What a whole trace finds above the budget is taken off the next try's; what one finds below it is given
-    back once, as long as that still fits."""
+    """Solve and trace until the traced peak meets the budget.
+
+    If a trace exceeds the budget, the excess is subtracted from the next try's budget. If it stays below, the
+    difference is added back once, provided that the result still fits.
+    """
     best: tuple[float, Plan] | None = None
     budget_bytes, given_back = wanted_bytes, False
     for _ in range(_TRIES):

@@ -1,4 +1,4 @@
-"""From priced plans to an answer: the frontier, the recommendation, and the reasons for both."""
+"""Turn priced plans into an answer: the frontier, the recommendation, and the reasons for both."""
 
 from __future__ import annotations
 
@@ -16,39 +16,47 @@ from memfit.types.plan import Bounds, Plan
 from memfit.types.result import Choice, Estimate, Reason, SearchResult
 from memfit.types.units import format_seconds
 
-# Plans closer than this in the objective are equally good; the milder and simpler one is taken.
+# Plans whose objective differs by less than this ratio are equally good; the milder and simpler one is taken.
 TIE_RATIO = 0.03
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Band:
-    """How far a score may lie above the best and still count as equal: up to ``low`` always, beyond ``high``
-    never. In between the line is drawn where two successive plans are furthest apart, so that no small
-    change of a timing moves a plan across it."""
+    """How far a score may lie above the best and still count as equal.
+
+    Up to ``low`` it always does, above ``high`` never. In between, the line is drawn at the widest gap
+    between two successive plans, so that a small change of a timing does not move a plan across it. Both are
+    ratios.
+    """
 
     low: float
     high: float
 
 
 EXACT = Band(TIE_RATIO, TIE_RATIO)
-# The ratio of two predicted step times on one device was off by 6 % in the median and by 13 % in nine of ten
-# pairs of quick plans (benchmarks/records/regret.jsonl).
+# The ratio of two predicted step times on one device was off by 6 % in the median, and by at most 13 % in 90
+# % of the pairs of fast plans (benchmarks/records/regret.jsonl).
 TIMED = Band(0.07, 0.14)
-# For a device of the catalog nothing is timed: no noise moves a plan across the line, and two plans share
-# most of their error (97.7 % of published pairs are ordered right, benchmarks/published.md).
+# Nothing is timed for a device of the catalog, so no noise moves a plan across the line. Two plans share most
+# of their error (97.7 % of published pairs are ordered correctly, benchmarks/published.md).
 MODELLED = Band(0.05, 0.05)
-_USUAL_SPREAD_RATIO = 0.05  # of an operator's repeated calls, as it was there
-_WIDEST = 0.18  # more: then up to 25 %, the error of a predicted step, always counts as equal
+_USUAL_SPREAD_RATIO = 0.05  # usual spread of an operator's repeated calls in the measurements behind TIMED
+_WIDEST = 0.18  # largest addition: up to 25 %, the error of a predicted step, then always counts as equal
 
 
 def timed_band(spread_ratio: float) -> Band:
-    """`TIMED`, wider by what repeated calls of operators differ more than usual on this machine, within
-    reason: no noise makes a plan as good that is predicted to take far longer."""
+    """Return `TIMED`, widened by how much more than usual repeated operator calls differ on this machine.
+
+    The widening is limited, so that noise never makes a plan count as equal that is predicted to take far
+    longer.
+    """
     more = min(_WIDEST, max(0.0, spread_ratio - _USUAL_SPREAD_RATIO))
     return Band(TIMED.low + more, TIMED.high + 2 * more)
 
 
 class Objective(enum.StrEnum):
+    """What a search minimises: step time, peak memory, cost, carbon emissions or number of devices."""
+
     FASTEST = "fastest"
     SMALLEST = "smallest"
     CHEAPEST = "cheapest"
@@ -57,7 +65,7 @@ class Objective(enum.StrEnum):
 
 
 def keeps(bounds: Bounds, estimate: Estimate) -> bool:
-    """Whether the whole training is done by the deadline, within the budget."""
+    """Return whether the whole training meets the deadline and the budget."""
     step_s = estimate.step_s.value if estimate.step_s else math.inf
     usd = estimate.usd if estimate.usd is not None else math.inf
     late = bounds.deadline_s is not None and step_s * bounds.steps > bounds.deadline_s
@@ -65,8 +73,10 @@ def keeps(bounds: Bounds, estimate: Estimate) -> bool:
 
 
 def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
-    """Whether a rank's ``batch`` goes through in micro-batches of the size asked for. Raises UserError where
-    no number of them has that size."""
+    """Return whether a rank's ``batch`` is split into micro-batches of the requested size.
+
+    Raises UserError if the batch is not a multiple of that size.
+    """
     size = bounds.micro_batch
     if not size:
         return True
@@ -78,8 +88,11 @@ def as_asked(plan: Plan, bounds: Bounds, batch: int) -> bool:
 
 
 def missed(bounds: Bounds, fitting: Sequence[Estimate]) -> str:
-    """What deadline and budget say no to: the quickest and the cheapest plan that fit, with what they take.
-    Empty where none fits, or nothing is asked for."""
+    """Say how the deadline and the budget are missed: what the fastest and the cheapest plan that fits would
+    take.
+
+    Returns "" if no plan fits, or if neither limit is set.
+    """
     asked = (
         (bounds.deadline_s, Objective.FASTEST, "a deadline of {} (the quickest", format_seconds),
         (bounds.budget_usd, Objective.CHEAPEST, "a budget of {} (the cheapest", "{:g} USD".format),
@@ -99,12 +112,14 @@ def _usd(each: float | None, steps: int) -> str:
 
 
 def score(estimate: Estimate, goal: Objective) -> float:
-    """Smaller is better; what a plan costs in the goal's own unit. Unknown figures fall back to time,
-    to which money and carbon are proportional on one device."""
+    """Return the cost of a plan in the goal's own unit; smaller is better.
+
+    If money or carbon is unknown, the step time is used, to which both are proportional on one device.
+    """
     time_s = estimate.step_s.value if estimate.step_s else math.inf
     if goal is Objective.SMALLEST:
         return estimate.allocated_bytes.value
-    if goal is Objective.FEWEST:  # devices, then time
+    if goal is Objective.FEWEST:  # by number of devices, then by time
         return estimate.plan.ranks * (1 + 1e-3 * time_s / (1 + time_s))
     if goal is Objective.CHEAPEST:
         return estimate.usd if estimate.usd is not None else time_s
@@ -114,7 +129,7 @@ def score(estimate: Estimate, goal: Objective) -> float:
 
 
 def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> Estimate | None:
-    """The mildest and simplest estimate among those that are as good as the best by the goal."""
+    """Return the mildest and simplest estimate among those that are as good as the best by the goal."""
     pool = simplest_first(estimates, goal)
     if not pool or math.isinf(score(pool[-1], goal)):
         return pool[0] if pool else None
@@ -124,7 +139,10 @@ def best(estimates: Iterable[Estimate], goal: Objective, band: Band = EXACT) -> 
 
 
 def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estimate]:
-    """Each is more complex than the one before it, and better by the goal; what is neither is left out."""
+    """Return estimates ordered so that each is more complex and better by the goal than the one before it.
+
+    Estimates that are neither milder nor better are left out.
+    """
     kept: list[Estimate] = []
     for e in sorted(estimates, key=lambda e: (mildness(e.plan, e.dependence), score(e, goal))):
         if not kept or score(e, goal) < score(kept[-1], goal):
@@ -133,19 +151,20 @@ def simplest_first(estimates: Iterable[Estimate], goal: Objective) -> list[Estim
 
 
 def _equal_up_to(scores: Sequence[float], band: Band) -> float:
-    """The highest score that counts as equal to the least, which is the last of ``scores``."""
+    """Return the highest score that counts as equal to the lowest, which is the last of ``scores``."""
     least = scores[-1]
     inside = max(s for s in scores if s <= least * (1 + band.low))
     between = sorted(s for s in scores if inside < s <= least * (1 + band.high))
     steps = [inside, *between, min((s for s in scores if s > least * (1 + band.high)), default=math.inf)]
-    wide = least * (1 + 2 * band.high - band.low)  # beyond it a plan is far enough
+    wide = least * (1 + 2 * band.high - band.low)  # a plan above this is far enough away
     gaps = [min(above, wide) - below for below, above in itertools.pairwise(steps)]
     return steps[gaps.index(max(gaps))]
 
 
 def mildness(plan: Plan, dependence: SampleDependence | None = None) -> tuple[tuple[int, int, int], str]:
-    """Order in which plans are preferred when they are as good: by complexity, then by their settings, small
-    numbers first."""
+    """Return the order in which equally good plans are preferred: by complexity, then by settings, small
+    values first.
+    """
     settings = [(u.technique, name, value) for u in plan.uses for name, value in sorted(u.settings.items())]
     return complexity(plan, dependence), ";".join(
         f"{t}.{n}={_padded(v)}" for t, n, v in settings
@@ -157,7 +176,7 @@ def _padded(value: object) -> str:
 
 
 def frontier(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Estimates that none other beats in peak, time and effect class at once, by growing peak."""
+    """Return the estimates that no other beats in peak, time and effect class at once, by increasing peak."""
     kept = [e for e in estimates if not any(_dominates(o, e) for o in estimates if o is not e)]
     return sorted(
         kept, key=lambda e: (e.allocated_bytes.value, score(e, Objective.FASTEST), e.plan.fingerprint)
@@ -179,12 +198,15 @@ def _dominates(one: Estimate, other: Estimate) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prices:
-    """How neighbours of the recommended plan are priced: ``prepare`` is told of all of them before.
-    ``needs``: the memory that an estimate asks for; ``sketches``: of every plan."""
+    """How neighbours of the recommended plan are priced.
+
+    ``whole`` prices one plan. ``prepare`` is called with all plans beforehand. ``needs`` returns the memory
+    that an estimate needs. ``sketches`` are the sketches of every plan.
+    """
 
     whole: Callable[[Plan], Estimate]
     prepare: Callable[[Sequence[Plan]], None] = lambda plans: None
-    band: Band = TIMED  # within which step times count as equal
+    band: Band = TIMED  # step times within it count as equal
     needs: Callable[[Estimate], int] = lambda e: int(e.allocated_bytes.value)
     sketches: Sequence[Estimate] = ()
 
@@ -200,8 +222,11 @@ def decide(
     price: Prices | Callable[[Plan], Estimate],
     inside: Callable[[Estimate], bool] | None = None,
 ) -> SearchResult:
-    """``estimates`` were traced and hold the plain plan. ``price`` prices neighbours for the reasons.
-    ``inside``: whether it fits the memory alone, where ``fits`` asks for more."""
+    """Build the search result with the recommended plan and its reasons.
+
+    ``estimates`` were traced and include the plain plan. ``price`` prices neighbours for the reasons.
+    ``inside`` tells whether an estimate fits the memory alone; it is given if ``fits`` checks more than that.
+    """
     prices = price if isinstance(price, Prices) else Prices(price)
     basis = next(e for e in estimates if e.plan == plain(e.plan.ranks))
     winner = best([e for e in estimates if fits(e)], goal, prices.band)
@@ -238,14 +263,14 @@ def reasons_for(
     prices: Prices,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """What each technique of the winner saves, and why those of other plans are not in it."""
+    """Return what each technique of the winner saves, and why techniques of other plans are not in it."""
     splitting = dependence_reasons(winner.plan, winner.dependence) if winner.dependence else ()
     why_not = _why_not(winner, estimates, prices, fits, goal, cap_bytes)
     return (*splitting, *saved_by(winner, prices.whole), *why_not)
 
 
 def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Reason, ...]:
-    """For each technique of the plan: what its removal alone would cost in memory and gain in time."""
+    """Return what removing each technique of the plan alone would cost in memory and gain in time."""
     reasons = []
     for use in estimate.plan.uses:
         try:
@@ -254,7 +279,7 @@ def saved_by(estimate: Estimate, price: Callable[[Plan], Estimate]) -> tuple[Rea
             reasons.append(Reason(kind="needed", technique=use.technique))
             continue
         if less.plan == estimate.plan:
-            continue  # DDP, which several ranks fall back to
+            continue  # DDP is the fallback of several ranks
         reasons.append(
             Reason(
                 kind="saves",
@@ -280,8 +305,10 @@ def _why_not(
     goal: Objective,
     cap_bytes: int,
 ) -> tuple[Reason, ...]:
-    """Techniques that are not in the winner: the best traced plan that has them, compared. Nothing is said of
-    one that was only sketched and may fit."""
+    """Return why techniques are not in the winner, by comparison with the best traced plan that has them.
+
+    Nothing is reported for a technique whose plans were only sketched and may fit.
+    """
     reasons = []
     for name in techniques_beside(winner, [*estimates, *prices.sketches]):
         traced = [e for e in estimates if e.plan.get(name)]
@@ -297,20 +324,25 @@ def _why_not(
 
 
 def techniques_beside(winner: Estimate, estimates: Iterable[Estimate]) -> list[str]:
-    """Those of the plans that the winner does not have, by name."""
+    """Return the names of techniques that these plans have and the winner does not, sorted."""
     used = {u.technique for u in winner.plan.uses}
     return sorted({u.technique for e in estimates for u in e.plan.uses} - used)
 
 
 def by_goal(e: Estimate, goal: Objective) -> tuple[float, tuple[int, int, int]]:
+    """Return the sort key of an estimate: its score by the goal, then its complexity."""
     return score(e, goal), complexity(e.plan, e.dependence)
 
 
 def none_fits(
     name: str, priced: Sequence[Estimate], needs: Callable[[Estimate], int], cap_bytes: int, *, inside: bool
 ) -> Reason:
-    """None of the ``priced`` plans fits, all with the technique; or without it, where the winner has it
-    ``inside``: how many they are, and the least that one needs; or that the device would do, and else not."""
+    """Return the reason when none of the ``priced`` plans fits.
+
+    With ``inside``, the winner has the technique and the plans lack it; otherwise the plans have it. The
+    reason says how many plans there are and how much the smallest needs, or that the device would be large
+    enough but another limit is not met.
+    """
     least = min(priced, key=lambda e: (needs(e), complexity(e.plan)), default=None)
     if least is None:
         return Reason(kind="needed", technique=name)
@@ -323,7 +355,10 @@ def none_fits(
 
 
 def _compared(winner: Estimate, rival: Estimate, name: str, goal: Objective) -> Reason:
-    """A rival that is better by the goal was not taken as the difference is inside the error of the times."""
+    """Compare with a rival.
+
+    A rival that is better by the goal lost because the difference is within the time error.
+    """
     ratio = score(rival, goal) / score(winner, goal) if score(winner, goal) else 1.0
     if ratio > 1 + TIE_RATIO:
         kind = "left_out_slower"

@@ -1,4 +1,4 @@
-"""What data parallelism, precision and optimizer make of every parameter of a rank."""
+"""Bytes per parameter and their sharding, from data parallelism, precision and optimizer."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from memfit.types.plan import Use
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What data parallelism, precision and optimizer make of a parameter. Bytes are for each element;
-    ``*_shards``: over how many ranks it is divided."""
+    """What data parallelism, precision and optimizer make of a parameter.
+
+    Byte figures are per element. ``*_shards`` is the number of ranks it is divided over.
+    """
 
     compute: str  # "bf16", "autocast", "fp32"
     stored: float
     gathered: float
     gradient: float
-    reduced: float  # while it travels
+    reduced: float  # while it is communicated
     parameter_shards: int
     gradient_shards: int
     state_shards: int
     replicas: int
     reshard: bool
-    stays: bool  # gathered parameters do, until the last micro-batch's backward
+    stays: bool  # gathered parameters stay until the last micro-batch's backward
     every: bool  # gradients are reduced in every micro-step
-    bucket: float  # copies of gradients that stay beside them (0 or 1)
+    bucket: float  # copies of gradients kept beside them (0 or 1)
     bucket_bytes: float  # of a fixed size
     offload: str  # "", "optimizer", "all"
     kind: str  # "", "ddp", "fsdp2", "zero"
@@ -34,7 +36,7 @@ class State:
 
 
 def compute_of(uses: Sequence[Use]) -> str:
-    """Which dtype forward and backward run in."""
+    """Return the precision of forward and backward: "bf16", "autocast" or "fp32"."""
     for used in uses:
         if used.technique == "bf16-autocast":
             return "autocast"
@@ -44,7 +46,11 @@ def compute_of(uses: Sequence[Use]) -> str:
 
 
 def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: bool) -> State:
-    """``ranks``: that share a parameter, over data and context; ``staged``: of a pipeline."""
+    """Return the state of these techniques.
+
+    ``ranks`` is the number of ranks that share a parameter, over data and context. ``staged``: part of a
+    pipeline.
+    """
     named = {u.technique: u.settings for u in uses}
     compute = compute_of(uses)
     halved = "bf16-parameters" in named
@@ -80,7 +86,7 @@ def state_of(uses: Sequence[Use], ranks: int, updating: Updating, *, staged: boo
         return State(
             compute=compute, stored=stored, gathered=stored, gradient=stored, reduced=stored,
             parameter_shards=1, gradient_shards=1, state_shards=1, replicas=ranks, reshard=False, stays=False,
-            every=every and not staged,  # a pipeline tells DDP of its last micro-batch only
+            every=every and not staged,  # a pipeline syncs DDP at its last micro-batch only
             bucket=0.0 if knobs["bucket_view"] else 1.0, bucket_bytes=0.0,
             offload="", kind="ddp", updating=updating,
         )  # fmt: skip

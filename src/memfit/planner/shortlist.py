@@ -1,5 +1,6 @@
-"""Which sketches are traced whole on one device: the best, the smallest and the frontier; then the next best
-while too few of those traced fit."""
+"""Choose which sketches are traced whole on one device: the best, the smallest and the frontier, then the
+next best while too few of those traced fit.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +12,19 @@ from memfit.techniques.registry import plain
 from memfit.types.plan import Plan
 from memfit.types.result import Estimate
 
-_ROUNDS = 3  # of more finalists
-_SKETCHED_RATIO, _SIMPLEST = 0.30, 4  # how far sketched times may be off; of the simplest plans, as many
-_SPARE = 6  # of the finalists, for those that are not the best by the goal
+_ROUNDS = 3  # most rounds of more finalists
+_SKETCHED_RATIO, _SIMPLEST = 0.30, 4  # error of sketched times; number of simplest plans added
+_SPARE = 6  # finalists reserved for plans that are not the best by the goal
 
 
 def finalists(
     sketches: list[Estimate], fits: Callable[[Estimate], bool], goal: Objective, most: int
 ) -> list[Plan]:
-    """The plain plan, the simplest that may be as good as the best, the best by the goal that fit, the
-    smallest, and the frontier, without repeats."""
+    """Return the distinct plans to trace.
+
+    They are the plain plan, the simplest plans that may be as good as the best, the best fitting plans by the
+    goal, the smallest plan, and a sample of the frontier.
+    """
     fitting = _ordered([e for e in sketches if fits(e)], goal)
     smallest = sorted(sketches, key=lambda e: (e.allocated_bytes.value, e.plan.fingerprint))
     edge = frontier(sketches)
@@ -48,7 +52,10 @@ def until_some_fit(
     goal: Objective,
     most: int,
 ) -> list[Plan]:
-    """More finalists, each round of them looked at, while fewer of all fit than were hoped for."""
+    """Add finalists in rounds while fewer of them fit than intended.
+
+    ``look`` is called with each round's plans.
+    """
     added: list[Plan] = []
     for _ in range(_ROUNDS):
         more = more_finalists(sketches, [*map(whole, (*chosen, *added))], cap=cap, goal=goal, most=most)
@@ -62,9 +69,11 @@ def until_some_fit(
 def counterfactuals(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], winner: Estimate, *, cap: Cap, goal: Objective
 ) -> list[Plan]:
-    """For each technique that the winner does not have, plans with it to trace next, so that the reason for
-    leaving it out rests on a trace: the best by the goal that may fit; where none that was traced fits, the
-    smallest too."""
+    """Return plans to trace for each technique that the winner lacks, so that its reason rests on a trace.
+
+    For each technique this is the best plan by the goal that may fit, and also the smallest plan if none of
+    its traced plans fits.
+    """
     by_plan = {e.plan: e for e in sketches}
     ratios = [cap.needs(e) / cap.needs(by_plan[e.plan]) for e in traced if e.plan in by_plan]
     lightest, tried = min([1.0, *ratios]), {e.plan for e in traced}
@@ -83,8 +92,10 @@ def counterfactuals(
 def more_finalists(
     sketches: Sequence[Estimate], traced: Sequence[Estimate], *, cap: Cap, goal: Objective, most: int
 ) -> list[Plan]:
-    """The next best where fewer of those ``traced`` fit than were hoped for, by sketches that are as far off
-    as those with the same techniques were."""
+    """Return the next best plans if fewer of the ``traced`` plans fit than intended.
+
+    Sketches are corrected by the error of traced plans with the same techniques.
+    """
     missing = most - _SPARE - sum(map(cap.has, traced))
     by_plan, heavier = {e.plan: e for e in sketches}, dict[frozenset[str], float]()
     for found in traced:

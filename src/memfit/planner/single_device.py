@@ -1,4 +1,4 @@
-"""Trace, cost and search, in that order: from a job and a machine to a recommended plan."""
+"""From a job and a machine to a recommended plan: trace, cost and search, in that order."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ from memfit.types.plan import Accuracy, Bounds, Plan, Use, use
 from memfit.types.result import Choice, Estimate, Reason, SearchResult, Timings
 
 FINALISTS = 14
-_FEWER_FINALISTS = 8  # where a trace is long, as of models with thousands of small tensors
+_FEWER_FINALISTS = 8  # used if traces are long, as for models with thousands of small tensors
 _LONG_TRACE_CALLS = 10_000
-# Of the cap: techniques that can only change states smaller than this are not worth a search.
+# Of the cap: techniques that only affect states smaller than this are not worth a search.
 _SMALL_STATES_RATIO = 1 / 16
-_DEMONSTRATION = "demonstration:"  # how a cap's reason begins where none was asked for on a processor
+_DEMONSTRATION = "demonstration:"  # start of the cap's reason if no cap was given on a CPU
 _DEMONSTRATION_SPARE_RATIO = 1.1
 _REACHABLE = (
     _DEMONSTRATION + " what the smallest plan needs and a tenth more, as none fits {share:.0%} of the "
     "baseline's predicted peak"
 )
-_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # of probing operators, nominal
-# Rounds, and seconds of each, to measure what the best plan and its rivals need while that changes the best.
+_FIRST_BUDGET_S, _SECOND_BUDGET_S = 5.0, 4.0  # nominal seconds of probing operators
+# Most rounds, and seconds of each, to measure the best plan and its rivals while the best plan still changes.
 _SETTLING_ROUNDS, _SETTLING_BUDGET_S = 3, 3.0
 _COUNTERFACTUAL_ROUNDS = 2
-_GAP_RATIO = 0.05  # in a search, where a better answer takes longer than it saves
+_GAP_RATIO = 0.05  # optimality gap in a search, where a better answer takes longer than it saves
 
-# What the process takes above its tensors when a cap is hard: 1.02-1.04x was seen under RLIMIT_DATA.
+# Process memory above its tensors under a hard cap: 1.02x to 1.04x was observed under RLIMIT_DATA.
 CPU_HEADROOM_RATIO, CPU_HEADROOM_BYTES = 1.05, 2 * 2**20
-# Context and libraries on an accelerator of which the catalog does not know them: assumed.
+# Assumed for context and libraries on an accelerator for which the catalog has no figure.
 UNKNOWN_DEVICE_BYTES = 1 * 2**30
 
 Progress = Callable[[str, int, int, str], None]
@@ -73,8 +73,11 @@ Fits = Callable[[Estimate], bool]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for. ``cap_bytes`` None: on a CPU a demonstration, a quarter of the baseline's
-    peak or the least that a plan fits; the memory of the device elsewhere."""
+    """What the user asked for.
+
+    ``cap_bytes`` None means the memory of the device. On a CPU it means a demonstration: a quarter of the
+    baseline's peak, or the least that some plan needs if none fits that.
+    """
 
     job: JobRef
     machine: Machine
@@ -86,8 +89,8 @@ class Request:
     engine: str = "native"
     bounds: Bounds = dataclasses.field(default_factory=Bounds)
     ranks: int = 1
-    correction: Calibration = dataclasses.field(default_factory=Calibration)  # by runs on this machine
-    recalibrate: bool = False  # time this machine's operators again, whatever is stored
+    correction: Calibration = dataclasses.field(default_factory=Calibration)  # from runs on this machine
+    recalibrate: bool = False  # time this machine's operators again, ignoring stored times
 
     @property
     def is_here(self) -> bool:
@@ -96,7 +99,7 @@ class Request:
 
 @dataclasses.dataclass(kw_only=True)
 class Planning:
-    """A finished search with everything needed to price one more plan the same way."""
+    """A finished search, with everything needed to price another plan the same way."""
 
     request: Request
     job: Job
@@ -104,7 +107,7 @@ class Planning:
     cap_bytes: int
     cap_reason: str
     result: SearchResult
-    estimates: Sequence[Estimate] = ()  # of plans that were traced
+    estimates: Sequence[Estimate] = ()  # of the traced plans
     sketches: Sequence[Estimate] = ()  # of every plan
     fits: Fits = lambda estimate: True
     left_out: tuple[Reason, ...] = ()
@@ -114,7 +117,7 @@ class Planning:
 
 
 def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
-    """Each plan with the bytes that decide whether it fits."""
+    """Return the result with each plan's needed bytes, which decide whether it fits."""
 
     def with_need(choice: Choice) -> Choice:
         return dataclasses.replace(choice, needed_bytes=needed_bytes(choice.estimate, machine))
@@ -129,7 +132,10 @@ def with_needs(result: SearchResult, machine: Machine) -> SearchResult:
 
 
 def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> Space:
-    """Counts blocks and outputs on a model built without memory. ``half``: `half_of` the device."""
+    """Return the search space of the job, counted on a model built without memory.
+
+    ``half`` is `half_of` the machine.
+    """
     from memfit.model.chunk_analysis import worth_cutting
     from memfit.model.scalar_parameters import scalars
     from memfit.techniques.adapters import block_linears
@@ -165,18 +171,21 @@ def space_of(job: Job, device: str, ranks: int = 1, half: str = "bfloat16") -> S
 
 
 def half_of(machine: Machine) -> str:
-    """The half precision of its matrix units: what came before Ampere has float16 only."""
+    """Return the half precision of the machine's matrix units. Devices before Ampere have float16 only."""
     rates = machine.device.peak_flops
     return "float16" if "float16" in rates and "bfloat16" not in rates else "bfloat16"
 
 
 def autocast(space: Space) -> Use:
-    """Mixed precision as the device has it."""
+    """Return the mixed-precision technique for the device."""
     return use("fp16-autocast" if space.half == "float16" else "bf16-autocast")
 
 
 def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer]:
-    """Raises UserError where ranks that are all ``replicas`` of the model have less than a sample each."""
+    """Load the job and build its pricer.
+
+    Raises UserError if the ranks are all ``replicas`` of the model and have less than one sample each.
+    """
     job, ranks = load(request.job), request.ranks
     if replicas and job.batch_size < ranks:
         raise UserError(f"a batch of {job.batch_size} on {ranks} ranks", allowed=f"--batch {ranks} or more")
@@ -188,8 +197,10 @@ def make_pricer(request: Request, *, replicas: bool = True) -> tuple[Job, Pricer
 
 
 def model_sizes(name: str, job: Job) -> Mapping[str, str]:
-    """What the engine's own trainer must be told of the job's model. Raises UserError where it cannot build
-    that model."""
+    """Return the model sizes that the engine's own trainer needs, as option to value.
+
+    Raises UserError if the engine cannot build that model.
+    """
     if name != "megatron":
         return {}
     from memfit.engines.megatron.gpt import read, sizes
@@ -199,8 +210,11 @@ def model_sizes(name: str, job: Job) -> Mapping[str, str]:
 
 
 def search(request: Request, progress: Progress, *, must_run: bool = False) -> Planning:
-    """Raises NothingFits with the least memory that would do. ``must_run`` makes the batch as small as
-    plain training needs to run on this machine at all; the returned request has it."""
+    """Search the best plan for the request.
+
+    Raises NothingFits with the least memory that would be enough. ``must_run`` halves the batch until plain
+    training can run on this machine; the returned request has the new batch.
+    """
     if request.machine.device_count > 1 and not request.is_here:
         ranks = request.ranks if request.ranks > 1 else request.machine.device_count
         request = dataclasses.replace(request, ranks=ranks)
@@ -269,7 +283,10 @@ def _prices(pricer: Pricer, request: Request, sketches: list[Estimate]) -> Price
 def _nothing_fits(
     asked: Sequence[Estimate], request: Request, cap_bytes: int, bounds: Bounds, *, ways: tuple[str, ...]
 ) -> NothingFits:
-    """With the least memory that would do, of the plans with the micro-batch that was ``asked`` for."""
+    """Return the error with the least memory that would be enough.
+
+    ``asked`` are plans with the requested micro-batch.
+    """
     least = min(asked, key=lambda e: e.allocated_bytes.value)
     return NothingFits(
         cap_bytes=cap_bytes, least_bytes=needed_bytes(least, request.machine), plan_text=least.plan.label,
@@ -279,7 +296,7 @@ def _nothing_fits(
 
 
 class SearchInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a search. ``result``: what it had come to."""
+    """Raised on Ctrl-C during a search. ``result`` is the result so far."""
 
     def __init__(self, result: SearchResult) -> None:
         super().__init__()
@@ -287,6 +304,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def timings(known: Calibration) -> Timings:
+    """Return how reliable the calibration's timings are."""
     return Timings(
         spread_ratio=known.spread_ratio, load_count=known.load_count, waited_ratio=known.waited_ratio,
         processor_count=local_machine.threads(),
@@ -294,14 +312,14 @@ def timings(known: Calibration) -> Timings:
 
 
 def _band(pricer: Pricer, request: Request) -> Band:
-    """Within which plans count as equally quick."""
+    """Return the band within which plans count as equally fast."""
     return timed_band(pricer.calibration.spread_ratio) if request.is_here else MODELLED
 
 
 def _best_so_far(
     pricer: Pricer, request: Request, cap_bytes: int, fits: Fits, sketches: list[Estimate]
 ) -> SearchResult:
-    """The best of the plans traced until now; of the sketches where none of those fits."""
+    """Return the best of the plans traced so far, or of the sketches if no traced plan fits."""
     highest, refuses = request.accuracy.highest, engine(request.engine).supports
     traced = [
         pricer.whole(plan) for plan, rank in list(pricer.traces)
@@ -327,8 +345,11 @@ def _best_so_far(
 
 
 def limit_parts(pricer: Pricer, accuracy: Accuracy) -> None:
-    """Micro-batches of as few samples as the job allows: the whole batch where it must not be split, two
-    where samples depend on each other, as some layers want more than one."""
+    """Limit micro-batches to the smallest size that the job allows.
+
+    That is the whole batch if it must not be split, and two samples if samples depend on each other, because
+    some layers need more than one.
+    """
     space = pricer.space
     if space.batch_size == 1 or pricer.dependence.kind is not DependenceKind.DEPENDENT:
         return
@@ -346,7 +367,7 @@ def _ways(pricer: Pricer) -> tuple[str, ...]:
 
 
 def _refuse_ranks(request: Request, pricer: Pricer) -> None:
-    """Raises UserError where ranks that share the batch would train something else."""
+    """Raise UserError if dividing the batch over ranks would change the training."""
     if request.ranks == 1 or may_share(pricer.dependence, request.accuracy):
         return
     found = pricer.dependence
@@ -359,7 +380,10 @@ def _refuse_ranks(request: Request, pricer: Pricer) -> None:
 
 
 def _search_many(request: Request, progress: Progress) -> Planning | None:
-    """For the devices of a catalog's machine, by layouts; None for too few blocks that are alike."""
+    """Search layouts for a machine of the catalog.
+
+    Returns None if the model has too few blocks or they differ.
+    """
     from memfit.planner.block_costs import BLOCKS
     from memfit.planner.device_pricing import Aim
     from memfit.planner.multi_device import search_scale
@@ -386,7 +410,7 @@ def _search_many(request: Request, progress: Progress) -> Planning | None:
 def _runnable(
     request: Request, job: Job, pricer: Pricer, basis: Estimate
 ) -> tuple[Request, Job, Pricer, Estimate]:
-    """The same with the batch halved until plain training fits what is free now."""
+    """Return the same with the batch halved until plain training fits the memory that is free now."""
     free = local_machine.free_bytes() // request.ranks
     while needed_bytes(basis, request.machine) > free and job.batch_size > request.ranks:
         smaller = dataclasses.replace(request.job, batch=job.batch_size // 2)
@@ -410,17 +434,20 @@ def _cap(request: Request, basis: Estimate, share: float) -> tuple[int, str]:
 
 
 def _reachable_cap(estimates: Sequence[Estimate], request: Request, batch: int) -> int:
-    """For a demonstration: the least that a plan needs of those that were asked for, with some to spare."""
+    """Return the cap of a demonstration: the least that a requested plan needs, plus a margin."""
     asked = [e for e in estimates if as_asked(e.plan, request.bounds, batch)]
     return int(min(needed_bytes(e, request.machine) for e in asked) * _DEMONSTRATION_SPARE_RATIO)
 
 
 def needed_bytes(estimate: Estimate, machine: Machine) -> int:
-    """The cap this plan asks for: its tensors and what the process or device takes beside them. Of a traced
-    plan on a known accelerator the upper end of its range; a sketch already is an upper bound."""
+    """Return the cap that this plan needs: its tensors, and what the process or device uses beside them.
+
+    For a traced plan on a known accelerator this is the upper end of its range. A sketch already is an upper
+    bound.
+    """
     allocated_bytes = estimate.allocated_bytes.value
     if machine.device.kind == "cpu":
-        if estimate.traced:  # the upper end is the larger one where workspaces of kernels were not probed
+        if estimate.traced:  # the upper end is higher if the workspaces of kernels were not probed
             allocated_bytes = max(allocated_bytes, estimate.allocated_bytes.high / CPU_HEADROOM_RATIO)
         return int(allocated_bytes * CPU_HEADROOM_RATIO) + CPU_HEADROOM_BYTES
     if (whole := estimate.device_bytes) is not None:
@@ -431,21 +458,26 @@ def needed_bytes(estimate: Estimate, machine: Machine) -> int:
 
 
 def fits_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Whether the device's ``cap_bytes`` and the host's memory are enough."""
+    """Return a function that tells whether an estimate fits ``cap_bytes`` on the device and the host's
+    memory.
+    """
     holds = host_holds_under(cap_bytes, machine)
     return lambda estimate: needed_bytes(estimate, machine) <= cap_bytes and holds(estimate)
 
 
 def host_holds_under(cap_bytes: int, machine: Machine) -> Fits:
-    """Whether the host has what the plan needs of it. A cap above this machine's own memory asks about
-    another machine, whose host memory is then what the cap says."""
+    """Return a function that tells whether the host has the memory that a plan needs there.
+
+    A cap above this machine's own memory refers to another machine, whose host memory is then taken from the
+    cap.
+    """
     if machine.device.kind == "cpu" and cap_bytes > machine.device.memory_bytes.value:
         return lambda estimate: True
     return lambda estimate: host_holds(estimate, machine)
 
 
 def states_bytes(estimate: Estimate) -> int:
-    """Parameters, gradients and optimizer state at the peak."""
+    """Return the bytes of parameters, gradients and optimizer state at the peak."""
     return sum(estimate.at_peak_bytes.get(c, 0) for c in ("parameter", "gradient", "optimizer_state"))
 
 
@@ -459,15 +491,18 @@ def _price(
     small: int | None,
     sketches: list[Estimate],
 ) -> tuple[list[Estimate], int, tuple[Reason, ...]]:
-    """Sketch every plan, trace the best whole, and calibrate once more on what those need. ``small``: bytes
-    of states that are too few for another optimizer to matter. ``sketches`` receives the sketches."""
+    """Sketch every plan, trace the best ones whole, and calibrate the operators they need.
+
+    ``small``: bytes of the states if they are too small for another optimizer to matter, else None. The
+    sketches are appended to ``sketches``.
+    """
     dependence = pricer.dependence if pricer.job.batch_size > 1 else None
     offered, left_out = usable(
         pricer.space, request.accuracy, small_states_bytes=small, dependence=dependence
     )
     techniques = [t for t in offered if t.name not in request.bounds.without]
     carries = engine(request.engine).supports
-    basis = plain(request.ranks)  # whatever is asked for, the others are told beside it
+    basis = plain(request.ranks)  # always priced, because the other plans are compared with it
     every = [
         plan for plan in plans(pricer.space, techniques)
         if not carries(plan) and (plan == basis or as_asked(plan, request.bounds, pricer.space.batch_size))
@@ -501,8 +536,10 @@ def _price(
 def _with_rivals(
     pricer: Pricer, request: Request, fits: Fits, made: list[Estimate], progress: Progress
 ) -> list[Estimate]:
-    """And the plans that lack one of the winner's techniques, which sketches may have thought too large; here
-    the operators of all of them are measured, and again while that changes the winner."""
+    """Add the plans that lack one of the winner's techniques, which sketches may have overestimated.
+
+    Their operators are measured. This is repeated while it changes the winner.
+    """
     refuses = engine(request.engine).supports
     winner = best(filter(fits, made), request.goal, _band(pricer, request))
     for _ in range(_SETTLING_ROUNDS):
@@ -514,7 +551,7 @@ def _with_rivals(
             pricer.trace_all(rivals)
         if request.is_here:
             calibrate(pricer, request, progress, [winner.plan, *rivals], budget_s=_SETTLING_BUDGET_S)
-            made = [pricer.whole(e.plan) for e in made]  # by what is known now
+            made = [pricer.whole(e.plan) for e in made]  # priced with the new calibration
         made = [*made, *map(pricer.whole, rivals)]
         before, winner = winner, best(filter(fits, made), request.goal, _band(pricer, request))
         if winner is None or winner.plan == before.plan:
@@ -526,8 +563,10 @@ def _with_counterfactuals(
     pricer: Pricer, request: Request, fits: Fits, made: list[Estimate], sketches: list[Estimate], cap: Cap,
     progress: Progress,
 ) -> list[Estimate]:  # fmt: skip
-    """And plans with each technique that the winner lacks, so that it is left out for a reason that was
-    traced; where one of them is better than the winner, it and its own rivals."""
+    """Add plans with each technique that the winner lacks, so that its exclusion rests on a trace.
+
+    If one of them beats the winner, its own rivals are added too.
+    """
     for _ in range(_COUNTERFACTUAL_ROUNDS):
         band = _band(pricer, request)
         winner = best(filter(fits, made), request.goal, band)
@@ -548,6 +587,7 @@ def _with_counterfactuals(
 
 
 def is_long(pricer: Pricer) -> bool:
+    """Return whether the plain plan's trace has so many operators that traces take long."""
     return len(pricer.trace(plain(pricer.space.ranks)).ops) > _LONG_TRACE_CALLS
 
 
@@ -562,10 +602,13 @@ def calibrate(
     *,
     budget_s: float = _SECOND_BUDGET_S,
 ) -> None:
-    """Merge what is known with the times of the operators that matter: as stored for this machine, probed in
-    a child process where nothing is stored yet. The first time of all, without ``plans``, those that span the
-    search, and the machine's rates. Which operators depends on the plans alone, and not on how long the
-    probes take, so that the same question finds the same times stored. ``budget_s``: nominal seconds."""
+    """Add the times of the operators that matter to the pricer's calibration.
+
+    Times stored for this machine are reused; the others are measured in a child process. Without ``plans``
+    (the first call), the operators are those that span the search, and the machine's rates are measured too.
+    The choice of operators depends on the plans alone and not on how long the probes take, so the same
+    question finds the same stored times. ``budget_s`` is in nominal seconds.
+    """
     from memfit.cost.memory import step_ops
     from memfit.cost.op_time import signatures_to_time
     from memfit.cost.workspaces import unprobed_signatures
@@ -592,15 +635,20 @@ def calibrate(
 
 
 def _begin_calibration(pricer: Pricer, request: Request, progress: Progress) -> None:
-    """Of a search; with ``recalibrate``, without what is stored of this machine's timings."""
+    """Run the first calibration of a search.
+
+    With ``recalibrate``, stored timings of this machine are discarded first.
+    """
     if request.recalibrate:
         CalibrationCache(_threads(request)).forget()
     calibrate(pricer, request, progress)
 
 
 def _representatives(pricer: Pricer, excluded: Sequence[str]) -> list[Plan]:
-    """Plans whose operators span the search: whole batch and single samples, both precisions; without those
-    that have a technique of ``excluded``."""
+    """Return plans whose operators span the search: whole batch and single samples, in both precisions.
+
+    Plans with a technique in ``excluded`` are left out.
+    """
     parts = pricer.space.parts
     single = [use("gradient-accumulation", micro_batches=parts[-1])] if parts[-1] > 1 else []
     middle = [use("gradient-accumulation", micro_batches=4)] if 4 in parts[:-1] else []
@@ -614,8 +662,8 @@ def _representatives(pricer: Pricer, excluded: Sequence[str]) -> list[Plan]:
     return [plan for plan in spanning if plan == basis or not any(map(plan.get, excluded))]
 
 
-_MOST_DECISIVE = 32  # operators whose workspaces could move a peak, probed beside those that take time
-_CALIBRATION_LIMIT_S = 900.0  # of a machine that is busy with much else: measuring itself is kept short
+_MOST_DECISIVE = 32  # most operators whose workspaces could move a peak, probed beside those that take time
+_CALIBRATION_LIMIT_S = 900.0  # time limit for a busy machine; the measurement itself is short
 _LONGEST_RATIO = 20.0  # of the nominal budget: no machine should take longer
 
 
@@ -624,6 +672,10 @@ def _threads(request: Request) -> int:
 
 
 def probe_here(request: Request, signatures: list[str], budget_s: float, rates: bool = True) -> Calibration:
+    """Measure these operators, and the machine's rates if ``rates``, in a child process.
+
+    Raises RunError if the child process ends without a calibration.
+    """
     found: list[Calibration] = []
 
     def listen(event: Mapping[str, Any]) -> None:

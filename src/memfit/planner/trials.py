@@ -1,9 +1,9 @@
-"""Rivals run in turn: plans whose predicted times lie within the error of the best are trained for a few
-steps on this machine, under the cap, before one of them is recommended.
+"""Trials: plans whose predicted times lie within the error of the best are trained for a few steps on this
+machine, under the cap, before one of them is recommended.
 
-Rounds are interleaved, so that all see the same noise, and a plan counts by its quickest round, as other work
-on the machine only ever adds time. What was measured corrects the predicted times of the others
-(cost/step_time_calibration.py). The simplest of the plans that are as quick as the quickest is recommended.
+Rounds are interleaved, so that all plans see the same noise. A plan counts by its fastest round, because
+other work on the machine only ever adds time. The measurements correct the predicted times of the other plans
+(cost/step_time_calibration.py). The simplest of the plans that are as fast as the fastest is recommended.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan, Use
 from memfit.types.result import Choice, Estimate, Measurement, OutcomeKind, Trial
 
-BY_TIME = (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)  # proportional on one machine
-FIRST, NEIGHBOURS, LAST = 8, 6, 3  # plans of the first round, of the second, and of the rounds that decide
-_ROUNDS = 2  # more of the last
+# proportional to each other on one machine
+BY_TIME = (Objective.FASTEST, Objective.CHEAPEST, Objective.GREENEST)
+FIRST, NEIGHBOURS, LAST = 8, 6, 3  # most plans of the first round, of the second, and of the final rounds
+_ROUNDS = 2  # number of final rounds
 _STEPS, _WARM_UP = 5, 2
-_WITHIN = 1.6  # times the best predicted step: as far as two predictions of +-25 % may be apart
-_LAST_WITHIN = 1.12  # times the quickest round
-_MEASURED = Band(0.015, 0.035)  # what rounds of one plan differ by on a machine that does little else
+_WITHIN = 1.6  # times the best predicted step: two predictions with +-25 % error may differ that much
+_LAST_WITHIN = 1.12  # times the fastest round
+_MEASURED = Band(0.015, 0.035)  # spread between rounds of one plan on an otherwise idle machine
 _ACCUMULATION, _CHECKPOINTING = "gradient-accumulation", "activation-checkpointing"
 
 
 def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Planning:
-    """`planning` with the recommendation that measuring its rivals leads to. No run begins after ``budget_s``
-    seconds, but the first two. Raises UserError for a goal that is not about time."""
+    """Return `planning` with the recommendation revised by measuring its rivals.
+
+    No run starts after ``budget_s`` seconds, except the first two. Raises UserError for a goal that does not
+    depend on time.
+    """
     if planning.request.goal not in BY_TIME:
         raise UserError(
             f"measuring for the goal {planning.request.goal.value}", allowed=", ".join(BY_TIME),
@@ -57,7 +61,7 @@ def measured(planning: Planning, progress: Progress, *, budget_s: float) -> Plan
 
 
 class _Trials:
-    """What has run so far."""
+    """The runs so far."""
 
     def __init__(self, planning: Planning, progress: Progress, budget_s: float) -> None:
         self.planning, self.progress = planning, progress
@@ -68,7 +72,7 @@ class _Trials:
         self.failed: dict[Plan, str] = {}
 
     def turn(self, chosen: Sequence[Plan]) -> None:
-        """One more round of these, in turn."""
+        """Run one more round of these plans, in order."""
         for done, plan in enumerate(chosen):
             self.progress("trial", done, len(chosen), plan.label)
             if time.monotonic() < self.ends_s or len(self.times) < 2:
@@ -88,13 +92,13 @@ class _Trials:
         return min(self.times, key=lambda p: min(self.times[p]), default=None)
 
     def close(self, count: int) -> list[Plan]:
-        """The quickest, with those so near that another round could change the order."""
+        """Return the fastest plans, as far as another round could change their order."""
         ordered = sorted(self.times, key=lambda p: (min(self.times[p]), p.fingerprint))
         limit = min(self.times[ordered[0]]) * _LAST_WITHIN
         return [p for p in ordered if min(self.times[p]) <= limit][:count]
 
     def known(self) -> list[tuple[Plan, float]]:
-        """(plan, measured over what would be predicted if no run had corrected it)"""
+        """Return (plan, measured time over the time predicted without correction by runs)."""
         calibration = self.planning.pricer.calibration
         pairs = [(plan, min(times), self.predicted[plan]) for plan, times in self.times.items()]
         return [(plan, s * factor(calibration, plan) / guess) for plan, s, guess in pairs if guess]
@@ -150,8 +154,11 @@ class _Trials:
 
 
 def measured_band(rounds: Sequence[Sequence[float]]) -> Band:
-    """How near the quickest rounds of two plans must be to count as equal: what rounds of one plan differ by
-    on a quiet machine, and more by what the two quickest ``rounds`` of a plan differ by here."""
+    """Return how close the fastest rounds of two plans must be to count as equal.
+
+    It is the spread between rounds of one plan on a quiet machine, plus what the two fastest ``rounds`` of a
+    plan differ by here.
+    """
     quickest = [sorted(times)[:2] for times in rounds if len(times) > 1]
     here_ratio = statistics.median(more / least - 1 for least, more in quickest) if quickest else 0.0
     return Band(_MEASURED.low + here_ratio, _MEASURED.high + 2 * here_ratio)
@@ -164,7 +171,10 @@ def _with_time(estimate: Estimate, seconds: float) -> Estimate:
 def few_steps(
     planning: Planning, plan: Plan, steps: int, *, expected_s: float, capped: bool = True
 ) -> Measurement:
-    """A short run of ``plan`` in child processes, under the cap of the search."""
+    """Run a few steps of ``plan`` in child processes, under the cap of the search.
+
+    For several ranks, returns the measurement of a failed rank, or else of the rank with the highest peak.
+    """
     request, job = planning.request, planning.job
     name = "native" if engine(request.engine).supports(plan) else request.engine
     spec = RunSpec(
@@ -181,7 +191,7 @@ def few_steps(
 
 
 def _step_s(seen: Measurement) -> float:
-    """The median of the steps after those that warm caches."""
+    """Return the median step time after the warm-up steps."""
     steady = sorted(seen.step_s[_WARM_UP:] or seen.step_s)
     return steady[len(steady) // 2]
 
@@ -190,9 +200,12 @@ def _step_s(seen: Measurement) -> float:
 
 
 def _shortlist(planning: Planning) -> list[Plan]:
-    """The recommended plan; of each set of techniques the quickest predicted plan, as long as the error of
-    two predictions may hide that it is the quickest of all; the simplest plans that fit, however slow they
-    are said to be; of the best sets the plans with the largest and the smallest micro-batches."""
+    """Return the plans of the first round.
+
+    These are the recommended plan; the fastest predicted plan of each set of techniques, if prediction error
+    may hide that it is the fastest of all; the simplest plans that fit, however slow they are predicted to
+    be; and, of the best sets, the plans with the largest and the smallest micro-batches.
+    """
     goal, recommended = planning.request.goal, planning.result.recommended
     assert recommended is not None, "search raises NothingFits otherwise"
     chosen = recommended.estimate
@@ -222,8 +235,10 @@ def _ends(members: Sequence[Estimate]) -> Iterator[Estimate]:
 def _neighbours(
     planning: Planning, plan: Plan, tried: Iterable[Plan], known: Sequence[tuple[Plan, float]]
 ) -> list[Plan]:
-    """Plans one change away from the quickest: without a technique, with another setting of it, with one
-    more; by what the trials taught of their times."""
+    """Return untried plans one change away from the fastest, by their times as corrected by the trials.
+
+    A change removes a technique, changes its setting, or adds one.
+    """
     calibration = corrected(planning.pricer.calibration, known, source="")
     goal, seen = planning.request.goal, set(tried)
     wanted = [p for p in dict.fromkeys(one_change_away(planning, plan)) if p not in seen]
@@ -237,7 +252,7 @@ def _neighbours(
 
 
 def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
-    """Allowed plans that differ from ``plan`` in one technique or its settings."""
+    """Yield the allowed plans that differ from ``plan`` in one technique or its settings."""
     request, space = planning.request, planning.pricer.space
     allowed = [t for t in usable(space, request.accuracy)[0] if t.name not in request.bounds.without]
     every = {frozenset(p.uses): p for p in plans(space, allowed)}
@@ -251,7 +266,7 @@ def one_change_away(planning: Planning, plan: Plan) -> Iterator[Plan]:
 
 
 def _that_fit(planning: Planning, wanted: Sequence[Plan], count: int) -> Iterator[Plan]:
-    """The first ``count`` distinct plans that fit when they are traced whole."""
+    """Yield the first ``count`` distinct plans that fit when they are traced whole."""
     distinct = list(dict.fromkeys(wanted))
     if planning.request.ranks == 1:
         planning.pricer.trace_all(distinct[: count + 2])

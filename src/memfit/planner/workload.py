@@ -1,4 +1,4 @@
-"""What a job trains, said once for every answer: model, parameters, batch x length, machine."""
+"""Describe the workload once for every answer: model, parameters, batch x length, machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from memfit.types.workload import Workload
 
 
 def workload_of(job: Job, machine: str = "") -> Workload:
-    """Builds the model without memory to count its parameters, and a batch where the job names no length."""
+    """Return the job's workload.
+
+    The model is built without memory to count its parameters. A batch is made if the job gives no length.
+    """
     length = job.tokens_per_batch // job.batch_size if job.batch_size > 0 else 0
     found = Workload(
         model=_model(job),
@@ -28,13 +31,19 @@ def workload_of(job: Job, machine: str = "") -> Workload:
 
 
 def _model(job: Job) -> str:
-    """``protein-lm 650M``. The size of a Hugging Face job changes no model, "tiny" is everybody's default."""
+    """Return the model's name such as ``protein-lm 650M``.
+
+    The size is omitted for Hugging Face jobs, whose model it does not change, and for "tiny", the default.
+    """
     size = job.size.partition("@")[0]
     return job.name if size in ("tiny", "") or job.name.startswith("hf:") else f"{job.name} {size}"
 
 
 def _with_shape(workload: Workload, job: Job) -> Workload:
-    """With the shape of a sample: that of whole numbers in rows is a length."""
+    """Return the workload with the shape of a sample.
+
+    One-dimensional samples of integers give a length instead.
+    """
     leaves = _pytree.tree_leaves(job.make_batch(0, 0))
     samples = [t for t in leaves if isinstance(t, torch.Tensor) and t.dim() > 1]
     if not samples:

@@ -1,5 +1,7 @@
-"""Probing workspaces on this machine: operators that could move a plan's peak run alone, once, in a child
-process, on made-up tensors of their shapes. What they take is kept on disk, so that it is asked once.
+"""Probe kernel workspaces on this machine.
+
+Operators that could move a plan's peak run once, alone, in a child process, on made-up tensors of their
+shapes. The results are stored on disk, so that each operator is probed once.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from memfit.types.plan import Plan
 from memfit.types.trace import OpCall
 
 _BUDGET_S: Final = 2.0  # of running operators, beside the start of the process
-_LIMIT_S: Final = 60.0  # of a process on a machine that is busy with much else
+_LIMIT_S: Final = 60.0  # time limit of the process, for a busy machine
 _MOST_FLOPS: Final = 2 * 10**10  # of one operator: about a second on two slow cores
-_FREE_RATIO: Final = 0.25  # of free memory that one operator may take
-_ATTEMPTS: Final = 3  # an operator that ends the process is left out of the next
+_FREE_RATIO: Final = 0.25  # share of free memory that one operator may take
+_ATTEMPTS: Final = 3  # an operator that kills the process is left out of the next attempt
 _MOST_KEPT: Final = 50_000
 _KEPT_BY: Final = ("processor", "torch", "env ONEDNN_MAX_CPU_ISA", "env ATEN_CPU_CAPABILITY")
 
@@ -42,8 +44,10 @@ Taken = tuple[int, int] | None
 
 
 def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
-    """Give ``pricer`` the workspaces of this plan's operators that could move its peak. What cannot be probed
-    stays open, and `cost.estimate` widens the interval by its bound."""
+    """Add the workspaces of this plan's operators that could move its peak to the calibration of ``pricer``.
+
+    Workspaces that cannot be probed stay unknown; `cost.estimate` widens the interval by their bound.
+    """
     pricer.recalibrate(dataclasses.replace(pricer.calibration, threads=torch.get_num_threads()))
     known = _Kept.of(pricer.calibration.threads)
     for _ in range(_ATTEMPTS):
@@ -57,7 +61,9 @@ def probe_workspaces(pricer: Pricer, plan: Plan) -> None:
 
 
 def _wanted(pricer: Pricer, plan: Plan) -> list[str]:
-    """Signatures to probe, those that reach highest first, without what is too large for a trial."""
+    """Return the signatures to probe, largest effect on the peak first, without operators too large to
+    run.
+    """
     most_bytes = _FREE_RATIO * local_machine.free_bytes()
     wanted: dict[str, None] = {}
     for rank in layout(pricer.settled(plan)).distinct_ranks():
@@ -88,7 +94,10 @@ def _learn(pricer: Pricer, taken: Mapping[str, Taken]) -> None:
 
 
 def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
-    """What a child process found before its time was over. The operator that ended it cannot be run alone."""
+    """Return what a child process measured before its time limit.
+
+    The operator that killed the process is marked as one that cannot run alone.
+    """
     if not signatures:
         return {}
     found: dict[str, Taken] = {}
@@ -106,7 +115,7 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
     config = native.render_calibration(
         spec, signatures, budget_s=_BUDGET_S, packages=sorted(spaces & sys.modules.keys()), memory_only=True
     )
-    with contextlib.suppress(OSError):  # no process can be started: nothing is probed
+    with contextlib.suppress(OSError):  # if no process can be started, nothing is probed
         ended = run(config, on_event=listen)
         crashed = ended.outcome.value == "failed" and len(found) < len(signatures)
         if crashed and (found or "killed by" in ended.reason):
@@ -116,7 +125,9 @@ def _probed(signatures: Sequence[str], threads: int) -> dict[str, Taken]:
 
 @dataclasses.dataclass
 class _Kept:
-    """What was probed before, by key of the signature, in one file per processor, torch and thread count."""
+    """Stored probe results by key of the signature, in one file per processor, torch version and thread
+    count.
+    """
 
     path: Path
     taken: dict[str, Taken]
@@ -130,10 +141,15 @@ class _Kept:
         return cls(path, _read(path))
 
     def add(self, fresh: Mapping[str, Taken]) -> None:
-        """Written beside and renamed: two processes that add at once do no harm, one of them adds later."""
+        """Add results to the file.
+
+        The file is replaced by renaming. If two processes add at once the file stays valid, and the results
+        that are lost are probed again later.
+        """
         self.taken |= fresh
         merged = [*{**_read(self.path), **self.taken}.items()][-_MOST_KEPT:]
-        with contextlib.suppress(OSError):  # a folder that cannot be written: it is asked again next time
+        # if the folder cannot be written, the operator is probed again next time
+        with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
                 "w", dir=self.path.parent, suffix=".json", delete=False

@@ -1,1 +1,1 @@
-"""Which modules must compute in float32, found by running each in the precision asked for."""
+"""Find the modules that must compute in float32 by running each one in the requested precision."""

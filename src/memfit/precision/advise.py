@@ -1,4 +1,4 @@
-"""Which modules must stay in float32: each one's own code against float64, and what a fault does."""
+"""Find modules that must stay in float32: compare their own code with float64, and measure what faults do."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from memfit.types.plan import Plan
 from memfit.types.precision import Examined, PrecisionAdvice, Shown
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# What is left must carry six bits of a module's own signal: one rounding to bfloat16 leaves nine, a matrix
-# product in it more than eight. Gradients carry the noise of the batch anyway: four.
+# Limits of the error. An output must keep six bits of a module's own signal. One rounding to bfloat16 leaves
+# nine bits, a matrix product in it more than eight. Gradients carry the noise of the batch anyway, so four
+# bits are enough for them.
 OUTPUT: Final = 2.0**-6
 GRADIENT: Final = 2.0**-4
-# Or eight bits, where computing narrow and not rounding is what makes the error: it grows with the depth.
+# Or eight bits, if the error comes from computing in low precision and not from rounding: it then grows with
+# the depth.
 _SOME, _TWICE = 2.0**-8, 2.0
-_BETTER: Final = 4.0  # times smaller must the error in float32 be, or an island would not mend it
-_ELEMENTS: Final = 1 << 15  # of the largest tensor of a batch
+_BETTER: Final = 4.0  # the float32 error must be this many times smaller, otherwise an island would not help
+_ELEMENTS: Final = 1 << 15  # most elements of the largest tensor of a batch
 _PADDED: Final = 16
-_SAME: Final = 4  # modules of one place that are looked at before one of them shows a fault
-_RUN: Final = 12  # the worst places whose effect on the loss is measured
+_SAME: Final = 4  # modules of one place that are examined before one of them shows a fault
+_RUN: Final = 12  # number of worst places whose effect on the loss is measured
 _WAYS: Final = ("pure", "autocast")
 _NUMBER: Final = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -43,12 +45,12 @@ Say = Callable[[str, int, int], None]
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """Nobody is waiting."""
+    """Ignore progress."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """Modules of one class whose paths differ in numbers only; what was found, by path."""
+    """Modules of one class whose paths differ only in numbers, with the results by path."""
 
     pattern: str
     kind: str
@@ -65,9 +67,12 @@ class _Place:
 def advise(
     job: Job, dtypes: Sequence[str], *, batches: int, trained: int, device: str = "cuda", say: Say = _silent
 ) -> tuple[PrecisionAdvice, ...]:
-    """One advice a dtype, of ``batches`` of training data after ``trained`` steps of plain training on a few
-    samples each; ``device`` chooses the lists of torch.autocast. Raises UserError where the job's step is not
-    finite in float32."""
+    """Return one advice per dtype.
+
+    It is based on ``batches`` of training data after ``trained`` steps of plain training on a few samples
+    each. ``device`` selects the lists of torch.autocast. Raises UserError if the job's step is not finite in
+    float32.
+    """
     model = _trained(job, trained, say)
     kinds = {d: modes(model, DTYPES[d], cuda=device == "cuda") for d in dtypes}
     for other in list(kinds.values())[1:]:
@@ -104,7 +109,7 @@ def _trained(job: Job, steps: int, say: Say) -> nn.Module:
 
 
 def _few(job: Job, index: int) -> Any:
-    """As many samples of a batch as show enough; masks that are all ones end earlier, as padding would."""
+    """Return as few samples of a batch as are enough."""
     batch = job.make_batch(index, 0)
     length = batch_length(batch)
     elements = max(t.numel() for t in leaves(batch)) // length
@@ -112,7 +117,9 @@ def _few(job: Job, index: int) -> Any:
 
 
 def padded(batch: Any) -> Any:
-    """Masks that hide nothing here (all ones, of two dimensions and more) hide the last sixteenth."""
+    """Return the batch in which masks of all ones hide the last sixteenth. Masks have at least two
+    dimensions.
+    """
 
     def pad(mask: torch.Tensor) -> torch.Tensor:
         long = mask.dim() > 1 and mask.shape[-1] >= _PADDED and not mask.requires_grad
@@ -126,7 +133,7 @@ def padded(batch: Any) -> Any:
 
 
 def _learn(root: RecordedCall, kinds: dict[str, Mode], batch: Any, job: Job, dtype: str) -> None:
-    """In which dtype each tensor really arrives."""
+    """Record in which dtype each tensor actually arrives."""
 
     def narrowed(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return rebuild((args, kwargs), lambda t: t.to(DTYPES[dtype]) if is_float(t) else t)
@@ -182,7 +189,7 @@ def _look(
     for call in {id(c): c for c in (max(calls, key=_largest), calls[-1])}.values():
         both = next(iter(kinds.values()))
         exact, wide = (play(call, both[name], job.loss) for name in ("exact", "float32"))
-        if exact.failed:  # code that asks for float32 by name
+        if exact.failed:  # code that names float32 explicitly
             exact = wide
         if exact.failed or any(not bool(t.isfinite().any()) for t in exact.outputs if t.numel()):
             continue
@@ -191,7 +198,7 @@ def _look(
             for name in ("rounded", *_WAYS):
                 seen[name] = compare(exact, play(call, kinds[dtype][name], job.loss))
             if seen["pure"].born or seen["autocast"].born:
-                births = Births()  # that happen in float64 too
+                births = Births()  # non-finite values that occur in float64 too
                 play(call, both["exact"], job.loss, listening=births)
                 for one in seen.values():
                     one.born = ", ".join(sorted({*one.born.split(", ")} - births.names))
@@ -216,7 +223,7 @@ def _merged(found: Iterable[dict[str, ReplayErrors]]) -> dict[str, ReplayErrors]
 
 
 def _fault(found: dict[str, ReplayErrors], mode: str, effect: float | None = None) -> str:
-    """Why a module's own code must be float32 in that mode; "": it need not."""
+    """Return why a module's own code must be float32 in that mode; "" if it need not be."""
     seen, wide, rounded = found[mode], found["float32"], found["rounded"]
     if seen.failed and not wide.failed:
         return "fails"
@@ -258,7 +265,9 @@ class _Whole:
         self.loss, self.grads = casting.step(model, batch, job.loss, backward=True)
 
     def effect(self, paths: set[str], *, backward: bool = True) -> tuple[float, float]:
-        """How far the loss and everybody else's gradient move; infinite where the loss is not finite."""
+        """Return how far the loss and the gradients of all other modules move; infinite if the loss is not
+        finite.
+        """
         try:
             with casting.casting(self.model, self.narrow, paths, self.low):
                 loss, grads = casting.step(self.model, self.batch, self.job.loss, backward=backward)
@@ -293,7 +302,7 @@ def _told(
 
 
 def _sums(one: Examined) -> bool:
-    """Whether narrow sums would make it worse than narrow tensors do, and a fault."""
+    """Return whether narrow sums would be a fault, and a larger error than that of narrow tensors."""
     return (
         not one.reason
         and one.pattern not in ("", LOSS)
@@ -329,7 +338,7 @@ def _told_place(place: _Place) -> Examined:
 
 
 def _named(places: Iterable[_Place], mode: str, model: nn.Module) -> tuple[str, ...]:
-    """Patterns that match the modules at fault and no other."""
+    """Return patterns that match exactly the modules at fault."""
     names = [n for n, _ in model.named_modules()]
     wanted = [(p.pattern, _paths(p, mode)) for p in places if p.pattern not in ("", LOSS)]
     return tuple(p for pattern, paths in wanted for p in _patterns(pattern, paths, names))

@@ -1,4 +1,4 @@
-"""The whole model in float32 with the own code of some modules in another precision."""
+"""Run the whole model in float32, with the own code of some modules in another precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from memfit.precision.tensors import is_float, rebuild
 
 @contextlib.contextmanager
 def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: torch.dtype) -> Iterator[None]:
-    """``narrow`` is the model with its parameters in ``low``; children run as they do in ``model``."""
+    """Run the own code of the modules at ``paths`` in the dtype ``low`` within the context.
+
+    ``narrow`` is a copy of the model with its parameters in ``low``. Children run as they do in ``model``.
+    """
 
     def cast(dtype: torch.dtype) -> Callable[[Any], Any]:
         return lambda value: rebuild(value, lambda t: t.to(dtype) if is_float(t) else t)
@@ -50,7 +53,7 @@ def casting(model: nn.Module, narrow: nn.Module, paths: Collection[str], low: to
 def step(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """(loss, gradients by parameter)."""
+    """Run one forward and, if ``backward``, one backward pass. Returns (loss, gradients by parameter)."""
     with certain(), contextlib.nullcontext() if backward else torch.no_grad():
         made = loss(model, batch)
     if backward:
@@ -61,7 +64,9 @@ def step(
 
 
 def apart(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], without: Collection[str]) -> float:
-    """Norm of the difference of two gradients over that of the first, without some modules' own."""
+    """Return the norm of the difference of two gradients over that of the first, without parameters of some
+    modules.
+    """
     names = [n for n in first if n in second and n.rpartition(".")[0] not in without]
     if not names:
         return 0.0

@@ -1,5 +1,7 @@
-"""One training step in float32, written down call by call: what each module was given, what it gave, and the
-gradients at both ends."""
+"""Record one training step in float32 call by call.
+
+Recorded are what each module received and returned, and the gradients of both.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit.precision.tensors import is_float, leaves, rebuild
 from memfit.types.errors import UserError
 
-# A precision may bring about any of them; a job of a user's file tells its own as UserError.
+# Errors that a precision may cause. Errors of a user's job file are raised as UserError.
 FAILURES: Final = (RuntimeError, TypeError, ValueError, UserError)
-LOSS: Final = "<loss>"  # the job's own function, around the model
-# Operators that compute nothing: they move, copy or make.
+LOSS: Final = "<loss>"  # the job's own loss function, around the model
+# Operators that compute nothing: they move, copy or create tensors.
 _MOVING = """
 clone copy_ _to_copy cat stack index index_select gather arange detach zeros ones full empty eye
 zeros_like ones_like full_like empty_like fill_ new_zeros new_ones new_full new_empty scalar_tensor
@@ -31,8 +33,11 @@ _MOVES: Final = frozenset(_MOVING.split())
 
 @dataclasses.dataclass(slots=True, eq=False)
 class RecordedCall:
-    """Of one module, in the order of the run. ``given`` is (args, kwargs). Gradients are by the index of the
-    tensor among the leaves. ``dtypes``: by mode, of the leaves of given and made as they really arrive."""
+    """A call of one module. Calls are in the order of the run.
+
+    ``given`` is (args, kwargs). Gradients are keyed by the index of the tensor among the leaves. ``dtypes``:
+    by mode, the dtypes in which the leaves of given and made actually arrive.
+    """
 
     path: str
     given: Any = None
@@ -44,6 +49,7 @@ class RecordedCall:
     dtypes: dict[str, tuple[list[torch.dtype], list[torch.dtype]]] = dataclasses.field(default_factory=dict)
 
     def all(self) -> Iterator[RecordedCall]:
+        """Yield this call and all calls within it."""
         yield self
         for call in self.inner:
             yield from call.all()
@@ -52,7 +58,7 @@ class RecordedCall:
 def record(
     model: nn.Module, batch: Any, loss: Callable[[Any, Any], torch.Tensor], *, backward: bool = True
 ) -> RecordedCall:
-    """The tree of calls of one step, the loss function at its root."""
+    """Record one step and return the tree of calls, with the loss function at its root."""
     root = RecordedCall(LOSS, given=((batch,), {}))
     watch = _Watch(model, root)
     with watch, _Computing(watch.stack), certain():
@@ -98,7 +104,10 @@ class _Watch:
 
 
 def _kept(value: Any) -> Any:
-    """Copies, the same tensor one copy: code may ask whether query and key are one."""
+    """Copy the tensors.
+
+    The same tensor gets one copy, because code may test whether query and key are identical.
+    """
     memo: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,7 +119,7 @@ def _kept(value: Any) -> Any:
 
 
 def _listening(value: Any, grads: dict[int, torch.Tensor]) -> Any:
-    """The same tensors by another name each, whose gradient is that of this call alone."""
+    """Return aliases of the tensors whose gradients are those of this call alone."""
     memo: dict[int, torch.Tensor] = {}
     count = -1
 
@@ -135,7 +144,7 @@ def _keeping(grads: dict[int, torch.Tensor], index: int) -> Callable[[torch.Tens
 
 
 class _Computing(TorchDispatchMode):
-    """Notes whose own code computes anything on floating-point tensors."""
+    """Marks calls whose own code computes on floating-point tensors."""
 
     def __init__(self, stack: list[RecordedCall]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -151,7 +160,7 @@ class _Computing(TorchDispatchMode):
 
 @contextlib.contextmanager
 def certain() -> Iterator[None]:
-    """No dropout, and the same random numbers each time."""
+    """Disable dropout and use the same random numbers each time."""
     with torch.random.fork_rng(), _WithoutDropout():
         torch.manual_seed(0)
         yield
@@ -170,7 +179,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def learn_dtypes(root: RecordedCall, mode: str, run: Callable[[], RecordedCall]) -> None:
-    """The dtypes of a real run in another precision, where it runs and takes the same way."""
+    """Take the dtypes from a real run in another precision, if it runs and makes the same calls."""
     try:
         other = run()
     except FAILURES:

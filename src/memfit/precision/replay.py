@@ -1,7 +1,7 @@
-"""One module's own code again, in another precision, on what it was really given.
+"""Run one module's own code again in another precision, on its recorded inputs.
 
-What lies inside a module (its children) does not run: each child's recorded output is handed in, and what the
-module's own code gives a child is compared like an output. So an error is told where it is made.
+The children of a module do not run: each child's recorded output is used instead, and what the module's own
+code passes to a child is compared like an output. An error is thus attributed to the module that makes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _WIDE_ON_CUDA: Final = frozenset(_CUDA_LIST.split())
 
 
 class CudaLists(TorchFunctionMode):
-    """The float32 list of CUDA's autocast over the CPU's, whose norms and softmax stay narrow."""
+    """Applies the float32 list of CUDA's autocast on the CPU, whose autocast keeps norms and softmax
+    narrow.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,8 +47,11 @@ class CudaLists(TorchFunctionMode):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mode:
-    """``model``: whose parameters; ``arrives``: dtype of what comes in where no real run told; ``rounded``:
-    compute wide, but round what comes in and goes out to that dtype."""
+    """A precision in which modules are replayed.
+
+    ``model``: owner of the parameters. ``arrives``: dtype of inputs that no real run has recorded.
+    ``rounded``: compute in the wide dtype, but round inputs and outputs to this one.
+    """
 
     name: str
     model: nn.Module
@@ -57,6 +62,8 @@ class Mode:
 
 
 def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
+    """Return the modes by name: exact, float32, rounded, pure and autocast."""
+
     def twin(*dtypes: torch.dtype) -> nn.Module:
         made = copy.deepcopy(model)
         for dtype in dtypes:
@@ -82,11 +89,15 @@ def modes(model: nn.Module, low: torch.dtype, *, cuda: bool) -> dict[str, Mode]:
 
 @dataclasses.dataclass(slots=True)
 class ReplayedModule:
-    """``outputs``: what own code made, for the caller or for children; ``grads``: of what came in, then of
-    its parameters in one; ``born``: operators that made something not finite of finite values."""
+    """Result of a replay.
+
+    ``outputs``: what the module's own code made, for its caller or for children. ``grads``: of the inputs.
+    ``parameters``: the gradients of its parameters as one vector. ``born``: operators that made non-finite
+    values from finite ones.
+    """
 
     outputs: list[torch.Tensor]
-    passed: list[bool]  # handed on without being computed
+    passed: list[bool]  # returned without being computed
     inputs: list[torch.Tensor]
     grads: list[torch.Tensor | None]
     parameters: torch.Tensor | None
@@ -102,7 +113,7 @@ def play(
     listening: contextlib.AbstractContextManager[Any] | None = None,
     backward: bool = True,
 ) -> ReplayedModule:
-    """Raises nothing that a precision may bring about: what fails is told in ``failed``."""
+    """Replay a call. Errors that a precision may cause are not raised but described in ``failed``."""
     run = _Replay(call, mode)
     heard = listening or (Births() if mode.narrow else contextlib.nullcontext())
     born = heard.names if isinstance(heard, Births) else set()
@@ -121,7 +132,7 @@ def play(
 
 
 class OtherWay(RuntimeError):
-    """Own code called its children otherwise than in the recorded run."""
+    """The module called its children in another way than in the recorded run."""
 
 
 class _Replay:
@@ -135,7 +146,7 @@ class _Replay:
         self.handed = self.sources
 
     def enters(self, value: Any, dtypes: list[torch.dtype] | None) -> Any:
-        """Leaves of a new graph in the dtype in which they arrive."""
+        """Return the value with its tensors as leaves of a new graph, in the dtypes in which they arrive."""
         memo: dict[int, torch.Tensor] = {}
         order = iter(dtypes or ())
 
@@ -151,7 +162,7 @@ class _Replay:
                 memo[id(tensor)] = new
                 self.sources.append(new)
             new = memo[id(tensor)]
-            return new.view_as(new) if new.requires_grad else new  # own code may write into it
+            return new.view_as(new) if new.requires_grad else new  # the module's own code may write into it
 
         return rebuild(value, enter)
 
@@ -194,7 +205,9 @@ class _Replay:
             self.ends = [(t.to(self.mode.rounded).to(t.dtype), g) for t, g in self.ends]
 
     def back(self) -> None:
-        """Gradients brought to one largest value, as loss scaling does: float16 ends at 6e-8."""
+        """Run backward with all gradients scaled by their largest value, as loss scaling does: float16 ends
+        at 6e-8.
+        """
         known = [(t, g) for t, g in self.ends if g is not None and t.requires_grad]
         top = max((float(g.abs().max()) for _, g in known if g.numel()), default=0.0)
         if top > 0:
@@ -215,7 +228,9 @@ class _Replay:
 
 
 def _within(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What does not fit is told of the module that made it, not of those that read it."""
+    """Cast with clamping to the dtype's range, so that an overflow is attributed to the module that made the
+    value, not to its readers.
+    """
     top = torch.finfo(dtype).max
     if top >= torch.finfo(tensor.dtype).max:
         return tensor.to(dtype)
@@ -230,7 +245,7 @@ def _restore(module: nn.Module, kept: Any) -> None:
 
 
 class Births(TorchDispatchMode):
-    """Operators whose result is not finite although all they were given is."""
+    """Collects operators whose result is not finite although all their inputs are."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -251,7 +266,9 @@ def _broken(value: Any) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class ReplayErrors:
-    """How far a mode is from the exact one: what own code made, and the gradients it gives on."""
+    """Errors of a mode relative to the exact one: of what own code made, and of the gradients it passes
+    on.
+    """
 
     output: Gap
     gradient: float
@@ -267,6 +284,7 @@ class ReplayErrors:
 
 
 def compare(exact: ReplayedModule, found: ReplayedModule) -> ReplayErrors:
+    """Return the errors of a replay relative to the exact one."""
     output, gradient = Gap(), 0.0
     if found.failed:
         return ReplayErrors(Gap(lost=True), 0.0, failed=found.failed)

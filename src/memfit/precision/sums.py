@@ -1,5 +1,6 @@
-"""Reductions with a narrow accumulator: what a kernel would lose that does not keep its sums in float32, as
-torch's do (Micikevicius et al. 2018, section 3.3)."""
+"""Reductions with a narrow accumulator: the loss of accuracy in a kernel that does not keep its sums in
+float32 as torch's kernels do (Micikevicius et al. 2018, section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from typing import Any, Final
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_MOST: Final = 512  # additions one after another; of more elements each adds a group
+_MOST: Final = 512  # most consecutive additions; with more elements, each addition adds a group
 
 
 class NarrowSums(TorchDispatchMode):
-    """``used``: whether anything narrow was summed while it was open."""
+    """Replaces reductions of narrow tensors within the context.
+
+    ``used``: whether a narrow tensor was summed.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -32,7 +36,7 @@ _NARROW: Final = (torch.bfloat16, torch.float16)
 
 
 def added(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the last dimension, (..., n) to (...), rounded after every addition."""
+    """Return the sum over the last dimension, (..., n) to (...), rounded after every addition."""
     groups = -(-x.shape[-1] // _MOST)
     parts = [p.float().sum(-1).to(x.dtype) if groups > 1 else p.squeeze(-1) for p in x.split(groups, -1)]
     total = torch.zeros_like(parts[0])

@@ -1,4 +1,4 @@
-"""Values with tensors inside, whatever holds them, and how far two tensors are apart."""
+"""Find and replace tensors inside nested values, and measure the difference of two tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any, Final
 
 import torch
 
-_FAR: Final = 1e4  # times the median: an additive mask, not part of the signal
-_SAMPLE: Final = 1 << 14  # elements that are enough for a mean
+_FAR: Final = 1e4  # times the median: values beyond it belong to an additive mask, not to the signal
+_SAMPLE: Final = 1 << 14  # number of elements that is enough for a mean
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in a fixed order, also inside dataclasses and plain objects such as rigid frames."""
+    """Yield the tensors of a value in a fixed order, including those in dataclasses and plain objects such as
+    rigid frames.
+    """
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -30,7 +32,7 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 
 
 def rebuild(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """A copy with every tensor changed, in the order of `leaves`."""
+    """Return a copy with every tensor changed, in the order of `leaves`."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -64,19 +66,26 @@ def _fields(value: Any) -> list[str]:
 
 
 def is_float(tensor: torch.Tensor) -> bool:
+    """Return whether the tensor is an initialized floating-point tensor."""
     return tensor.is_floating_point() and not isinstance(tensor, torch.nn.parameter.UninitializedParameter)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """A sum is much quicker than a look at each, and may itself overflow."""
+    """Return whether all elements are finite.
+
+    The sum is tested first, because it is much faster than testing each element; it may itself overflow.
+    """
     total = tensor.detach().sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
     return math.isfinite(float(total)) or bool(tensor.isfinite().all())
 
 
 @dataclasses.dataclass(slots=True)
 class Gap:
-    """``error``: root mean square of the difference over that of the reference; ``spread``: over the
-    reference's standard deviation; ``lost``: not finite where the reference is."""
+    """Difference of two tensors.
+
+    ``error``: root mean square of the difference over that of the reference. ``spread``: the same over the
+    reference's standard deviation. ``lost``: not finite where the reference is.
+    """
 
     error: float = 0.0
     spread: float = 0.0
@@ -87,8 +96,11 @@ class Gap:
 
 
 def gap(reference: torch.Tensor, found: torch.Tensor, floor: float = 0.0, *, trim: bool = False) -> Gap:
-    """``floor``: a reference below it counts as that, since nothing is accurate relative to zero. ``trim``
-    leaves the worst hundredth out, as where a value near a kink (of a ReLU) falls to its other side."""
+    """Return the difference of ``found`` from ``reference``.
+
+    ``floor``: lower bound of the reference's size, because nothing is accurate relative to zero. ``trim``
+    leaves out the worst 1 %, such as values near a kink (of a ReLU) that fall on its other side.
+    """
     want, got = reference.detach().flatten(), found.detach().flatten()
     if want.shape != got.shape:
         return Gap(1.0, 1.0, lost=True)

@@ -1,1 +1,1 @@
-"""What was found, told to people: a terminal summary and one HTML file, in English and Japanese."""
+"""Present the findings to people: a terminal summary and one HTML file, in English and Japanese."""

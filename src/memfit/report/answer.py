@@ -1,6 +1,7 @@
-"""The answer in three sentences: does plain training fit, does the recommended plan, is it the same science.
+"""The answer in three sentences: does plain training fit, does the recommended plan fit, are the results
+equivalent.
 
-Each sentence says what was seen; where nothing was seen, what is predicted; where neither, that.
+Each sentence reports a measurement if there is one, else a prediction, else that neither is known.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from memfit.verify.aggregate import ok_runs, peak_bytes
 
 
 def answer(poc: Poc) -> tuple[Sentence, ...]:
+    """Return the three sentences: on plain training, the recommended plan, and scientific equivalence."""
     return (_plain(poc), _recommended(poc), _science(poc))
 
 

@@ -1,6 +1,8 @@
-"""A job's memory at published sizes by tensor class, plan by plan: predicted beforehand and kept as data.
+"""A job's memory at published sizes by tensor class, for several plans: predicted in advance and stored as
+data.
 
-``cases/JOB.json`` is written by a benchmark from its own records; a proof of concept of that job shows it.
+``cases/JOB.json`` is written by a benchmark from its own records. The report of a proof of concept of that
+job shows it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ CLASSES: Final = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseRung:
-    """``plan``: its key among the words. ``parts``: bytes at the peak by class, in the order of CLASSES."""
+    """One plan at one size.
+
+    ``plan``: its key in the word catalogs. ``parts``: bytes at the peak by class, ordered as CLASSES.
+    """
 
     plan: str
     peak: Figure
-    share: Figure  # % of the first one
+    share: Figure  # % of the first rung's peak
     step: Figure
     fits: bool
     parts: tuple[tuple[str, int], ...]
@@ -33,7 +38,7 @@ class CaseRung:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseSize:
-    """``name``: key among the words; ``residues`` and ``rows`` of the crop."""
+    """One published size. ``name``: key in the word catalogs; ``residues`` and ``rows`` of the crop."""
 
     name: str
     residues: int
@@ -43,6 +48,8 @@ class CaseSize:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CaseView:
+    """The stored predictions for one job on one device."""
+
     created: str
     device: str
     memory: Figure
@@ -50,7 +57,7 @@ class CaseView:
 
 
 def case_view(job: str) -> CaseView | None:
-    """What was recorded of the job; None for a job without such a record."""
+    """Return the stored predictions of the job, or None if it has none."""
     told = _kept(job)
     if told is None:
         return None
@@ -68,8 +75,11 @@ def case_view(job: str) -> CaseView | None:
 
 
 def case_offers(job: str) -> tuple[Offer, ...]:
-    """Single devices with a price, each with plain training and the plan that was kept for it; none for a job
-    without such a record."""
+    """Return the stored offers of the job: single devices with a price, each with plain training and the plan
+    stored for it.
+
+    Returns an empty tuple for a job without stored predictions.
+    """
     told = _kept(job) or {}
     return tuple(
         serialization.loads(Offer, json.dumps(one), what="a kept case") for one in told.get("offers", ())

@@ -1,8 +1,8 @@
-"""The report's charts as inline SVG, drawn by hand.
+"""The report's charts as hand-written inline SVG.
 
-A few kilobytes each where plotly's script is 4 MB, no script at all, print and dark mode come from the
-page's own style. An SVG is as wide as its box: x is in percent of the width and y in pixels, so that text
-keeps its size on a telephone; only the paths live in a nested picture that is stretched.
+Each chart has a few kilobytes and no script, where plotly's script alone has 4 MB. Print and dark mode come
+from the page's own style. An SVG is as wide as its box: x is in percent of the width and y in pixels, so that
+text keeps its size on a phone. Only the paths are inside a nested picture that is stretched.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Final
 
-HEIGHT: Final = 260  # px of a plot's area
-WIDE: Final = 1000  # the stretched picture's own width
+HEIGHT: Final = 260  # height of the plot area in px
+WIDE: Final = 1000  # width of the stretched picture's coordinate system
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """``scale`` is the unit in which ticks are round: 2**20 for MiB."""
+    """One axis of a plot. ``scale`` is the unit in which ticks are round numbers: 2**20 for MiB."""
 
     title: str
     low: float
@@ -28,7 +28,7 @@ class Axis:
     text: Callable[[float], str] = "{:g}".format
 
     def ticks(self, count: int = 7) -> list[float]:
-        """About `count` round values inside the axis."""
+        """Return about `count` round values inside the axis."""
         low, high = self.low / self.scale, self.high / self.scale
         step = _round_step((high - low) / count)
         first = math.ceil(low / step - 1e-9)
@@ -36,12 +36,16 @@ class Axis:
         return [i * step * self.scale for i in range(first, last + 1)]
 
     def share(self, value: float) -> float:
+        """Return the position of a value on the axis, 0 at its low end and 1 at its high end."""
         return (value - self.low) / (self.high - self.low)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """``css`` names the role that colours it. Stepped lines hold each value until the next."""
+    """One line of a plot.
+
+    ``css`` names the role that determines its colour. A stepped line holds each value until the next.
+    """
 
     css: str
     points: Sequence[tuple[float, float]]
@@ -51,6 +55,8 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Dot:
+    """One marker of a plot. ``css`` names the role that determines its colour."""
+
     css: str
     x: float
     y: float
@@ -75,7 +81,9 @@ def axis(
     scale: float = 1.0,
     text: Callable[[float], str] = "{:g}".format,
 ) -> Axis:
-    """An axis that holds all finite values with a little air above, from zero or with air below."""
+    """Return an axis that contains all finite values, from zero or with a margin below, and with a margin
+    above.
+    """
     finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
     top, bottom = max(finite), 0.0 if zero else min(finite)
     air = 0.08 * (top - bottom) or abs(top) or 1.0
@@ -93,7 +101,7 @@ def plot(
     dots: Sequence[Dot] = (),
     rules: Sequence[Rule] = (),
 ) -> str:
-    """One chart as SVG text. All words come escaped out of here, whoever wrote them."""
+    """Return one chart as SVG text. All texts are escaped here."""
     parts = [_grid(x, y), _stretched([_path(line, x, y) for line in lines])]
     parts += [_rule(rule, x, y) for rule in rules]
     parts += [_dot(dot, x, y) for dot in dots]
@@ -114,8 +122,11 @@ def bar(
     rule: float | None = None,
     whole: bool = True,
 ) -> str:
-    """A bar against `full`, with a tick for the predicted value and a line for a limit. Its numbers stand
-    beside it as text, so it is hidden from screen readers. Not `whole`: predicted only, drawn hollow."""
+    """Return a bar relative to `full`, with a tick for the predicted value and a line for a limit.
+
+    Its numbers stand beside it as text, so it is hidden from screen readers. With `whole` False the value is
+    only predicted and the bar is drawn hollow.
+    """
     style = css if whole else f"{css} hollow"
     box = f'<rect class="{style}" x="0" y="3" height="14" width="{_pct((value or 0) / full)}"/>'
     tick = _upright("tick", marker, full, 0, 20)
@@ -125,8 +136,11 @@ def bar(
 
 
 def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | None = None) -> str:
-    """A bar of parts side by side against `full`, each coloured by its CSS class, with a line for a limit.
-    Hidden from screen readers: its whole and its parts stand beside it as text."""
+    """Return a bar of adjacent parts relative to `full`, each coloured by its CSS class, with a line for a
+    limit.
+
+    It is hidden from screen readers, because its total and its parts stand beside it as text.
+    """
     boxes, start = "", 0.0
     for css, value in parts:
         place, width = _pct(start / full), _pct(value / full)
@@ -138,7 +152,9 @@ def stacked(parts: Sequence[tuple[str, float]], *, full: float, rule: float | No
 
 
 def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> str:
-    """(low, value, high) in units of the margin, on a strip from -reach to reach with the margin shaded."""
+    """Return (low, value, high), in units of the margin, on a strip from -reach to reach with the margin
+    shaded.
+    """
     low, value, high = (_pct((b + reach) / (2 * reach)) for b in bounds)
     left, right = _pct((reach - 1) / (2 * reach)), _pct((reach + 1) / (2 * reach))
     return (
@@ -155,7 +171,7 @@ def interval(bounds: tuple[float, float, float], *, reach: float, css: str) -> s
 
 
 def _round_step(rough: float) -> float:
-    """The next of 1, 2, 2.5, 5 times a power of ten."""
+    """Round up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
 
@@ -201,7 +217,7 @@ def _stretched(paths: Sequence[str]) -> str:
 
 
 def _path(line: Line, x: Axis, y: Axis) -> str:
-    """Values that are not finite break the line."""
+    """Draw a line. Values that are not finite interrupt it."""
     if not line.points:
         return ""
     step = "H" if line.stepped else ""

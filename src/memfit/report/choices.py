@@ -1,4 +1,4 @@
-"""A search's result as plain rows: the frontier, the recommended plan and its reasons, what changes bring."""
+"""Present a search result as plain rows: frontier, recommended plan with reasons, effects of changes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from memfit.types.result import Choice, Reason, SearchResult, Sensitivity
 
 
 def search_view(result: SearchResult) -> SearchView:
+    """Convert a search result to rows with figures and sentences."""
     best = result.recommended
 
     def row(choice: Choice) -> ChoiceRow:
@@ -71,7 +72,7 @@ def _choice(choice: Choice, *, recommended: bool) -> ChoiceRow:
 
 
 def _reason(reason: Reason) -> Sentence:
-    """What the technique does to the peak is a saving or its opposite, and is said as such."""
+    """Convert a reason to a sentence. A technique's effect on the peak is worded as a saving or as a cost."""
     saved = reason.saved_bytes
     costs = reason.kind == "saves" and saved is not None and saved < 0
     change = Figure(

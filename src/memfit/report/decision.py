@@ -1,4 +1,4 @@
-"""A Decision as the rows and sentences of the page: figures with their marks, no markup."""
+"""Present a Decision as the rows and sentences of the page: figures with their marks, no markup."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memfit.types.result import Interval, Poc
 from memfit.verify.aggregate import energy_saved
 
 Filled = Mapping[str, Figure | str | Sentence]
-MONEY: Final = (  # of a way, in the order of the table: the sheet's names
+MONEY: Final = (  # figures of a way, named as in the Sheet, in the order of the table
     "setup", "purchase", "initial", "electricity_per_year", "rental_per_year", "people_per_year",
     "support_per_year", "running_per_year", "residual", "present_cost", "cost_per_run",
     "net_present_value",
@@ -27,6 +27,7 @@ MONEY: Final = (  # of a way, in the order of the table: the sheet's names
 
 
 def decision_view(poc: Poc, made: Decision) -> DecisionView:
+    """Convert a decision to the rows and sentences of the page."""
     ways = tuple(_way(made, slot, index) for slot, index in made.slots)
     best = next((w for w in ways if w.best and not w.again), None)
     reference = next((w for w in ways if w.reference), None)
@@ -63,7 +64,10 @@ def decision_view(poc: Poc, made: Decision) -> DecisionView:
 
 
 def _energy_saved(percent: float, boundary: str) -> Figure:
-    """A boundary that says it is modelled is no meter."""
+    """Return the saving as a figure.
+
+    It counts as predicted if the energy boundary says that it is modelled.
+    """
     return predicted(percent, "saving") if "model" in boundary else measured(percent, "saving")
 
 
@@ -112,7 +116,7 @@ def _way(made: Decision, slot: str, index: int) -> WayRow:
 
 
 def _energy_percent(way: Way) -> float | None:
-    """Of plain training's on the same machine; both before PUE."""
+    """Return the energy saved relative to plain training on the same machine; both before PUE."""
     if not way.plain_j or way.power_w is None:
         return None
     return 100 * (1 - 3600 * way.hours * way.power_w / way.plain_j)
@@ -131,7 +135,10 @@ def _payback(made: Decision) -> Sentence | None:
 
 
 def _filled(values: Mapping[str, str | float | None], mark: Mark) -> Filled:
-    """A share of the cap is a percentage; what is not named is a count."""
+    """Convert values to figures or sentences.
+
+    The spare share of the cap is a percentage; values without a known unit are counts.
+    """
 
     def one(name: str, value: str | float | None) -> Figure | str | Sentence:
         if isinstance(value, str):
@@ -149,7 +156,7 @@ def _stage(made: Decision, stage: Stage) -> StageRow:
         name=None if not stage.machine else Sentence(key="way.at", values={"machine": stage.machine}),
         memory=_ends(stage.memory_bytes, "bytes"),
         step=_ends(stage.step_s, "s"),
-        # from energy that is a model's unless a meter was there
+        # based on modelled energy, unless a meter was available
         spent=dataclasses.replace(cash(made, stage.spent), live="spent"),
         to_spend=dataclasses.replace(cash(made, stage.to_spend), live=stage.name),
         most=dataclasses.replace(cash(made, stage.most), live="most"),
@@ -170,7 +177,8 @@ def _ends(span: Interval | None, unit: str) -> tuple[Figure, Figure]:
 
 def _term(made: Decision, term: Term) -> TermRow:
     def figure(value: float | None) -> Figure:
-        unit, more = term.unit, 2 if term.name.endswith("_per_kwh") else 0  # a kWh costs some coins
+        # a kWh costs fractions of the currency unit
+        unit, more = term.unit, 2 if term.name.endswith("_per_kwh") else 0
         if unit == "money":
             unit = f"money {made.symbol} {made.decimals + more}"
         return Figure(value=value, unit="rate" if term.name == "per_usd" else unit, mark=Mark(term.mark))

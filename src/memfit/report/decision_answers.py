@@ -28,12 +28,15 @@ Filled = Mapping[str, Figure | str | Sentence]
 ENGINES: Final = ("native", "accelerate", "deepspeed", "megatron", "colossalai", "fairscale")
 
 
-# Without it the short answer on money would say something else, so that a small screen does not fold it.
+# These sentences change the meaning of the short answer on money, so a small screen must not fold them.
 DECISIVE: Final = ("decide.money.with_saving", "decide.money.with_saving_more")
 
 
 def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]]:
-    """The four that a budget owner asks, in this order; the first sentence of each is the short answer."""
+    """Return the answers to a budget owner's four questions, in this order.
+
+    The first sentence of each is the short answer.
+    """
     return {
         "fits": _fits(poc, view),
         "money": _money(view),
@@ -43,10 +46,10 @@ def questions(poc: Poc, view: DecisionView) -> Mapping[str, tuple[Sentence, ...]
 
 
 def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
-    """The PoC's own answer, then the user's machine at full size where it was named."""
+    """Return the PoC's own answer, and before it the user's machine at full size if one was named."""
     seen = answer(poc)[:2]
     mine = [w for w in view.ways if w.slot.startswith("existing")]
-    if not mine:  # what the plan did answers the question, what plain training did not
+    if not mine:  # the recommended plan's result answers the question, plain training's does not
         return (*reversed(seen), Sentence(key="decide.fits.unnamed"))
     machine = view.made.ways[mine[0].index].machine
     able = [w for w in mine if w.enough]
@@ -55,7 +58,7 @@ def _fits(poc: Poc, view: DecisionView) -> tuple[Sentence, ...]:
     does = [w.plain for w in sure or able]
     key = "none" if not does else "both" if len(does) == 2 else "plain" if does[0] else "recommended"
     if key == "recommended" and len(mine) == 2:
-        key = "with"  # plain training may fit, or fits and is too slow
+        key = "with"  # plain training may fit, or it fits and is too slow
     values: Filled = {"machine": machine, "hours": one.hours, "plan": one.plan, "needed": one.machines}
     here = Sentence(key="decide.fits.here", values={"told": seen[0]})
     said = Sentence(key=f"decide.fits.{key}", values=values)
@@ -83,7 +86,8 @@ def _money(view: DecisionView) -> tuple[Sentence, ...]:
     if view.reference is not None:
         values["reference"] = view.reference.name
     told = [Sentence(key=f"decide.money.{key}", values=values)]
-    told.append(Sentence(key="decide.money.first", values=values))  # of the way that was named just before
+    # refers to the way named in the sentence before
+    told.append(Sentence(key="decide.money.first", values=values))
     told += _with_saving(view) if best.plain else []
     if best.untried:
         told.append(Sentence(key="decide.money.untried", values={"names": ", ".join(best.untried)}))
@@ -101,16 +105,19 @@ def _unpriced(row: WayRow) -> Sentence:
 
 
 def _doubtful(view: DecisionView) -> list[int]:
-    """Of the two ways compared, those that fit by their expected memory only; the first card tells of the
-    machine that there is."""
+    """Return those of the two compared ways that fit by their expected memory only.
+
+    The existing machine is left out, because the first card covers it.
+    """
     pair = dict.fromkeys(row.index for row in (view.best, view.reference) if row is not None)
     ways = view.made.ways
     return [i for i in pair if ways[i].fit_percent < 100 and ways[i].kind != "existing"]
 
 
 def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """What stands below the table: time of a run against the reference's, what a machine could not train
-    before, and how far the answer carries."""
+    """Yield the sentences below the table: the time of a run relative to the reference's, what a machine can
+    now train that it could not before, and the limits of the answer.
+    """
     if view.best is None:
         return
     if view.best.at_least:
@@ -137,7 +144,7 @@ def gains(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
 
 
 def _unknown(view: DecisionView, best: WayRow) -> Sentence:
-    """Up to which labour cost the saving holds, where there is one and labour is missing in it."""
+    """Say up to which labour cost the saving holds, if labour is missing in it and there is a saving."""
     made, reference = view.made, view.reference
     ends = (made.sheets[reference.index if reference else best.index], made.sheets[best.index])
     spare = (ends[0].present_cost or 0.0) - (ends[1].present_cost or 0.0)
@@ -147,7 +154,9 @@ def _unknown(view: DecisionView, best: WayRow) -> Sentence:
 
 
 def _with_saving(view: DecisionView) -> list[Sentence]:
-    """Where plain training is the answer: what the best way with the recommended plan would lose."""
+    """Return what the best way with the recommended plan would lose, for when plain training is the
+    answer.
+    """
     made, reference = view.made, view.reference
     index = made.tight
     if index is None or reference is None:
@@ -161,7 +170,7 @@ def _with_saving(view: DecisionView) -> list[Sentence]:
 
 
 def _rank(view: DecisionView, best: WayRow) -> list[Sentence]:
-    """A way whose hours are all told may be cheaper than one whose hours are missing."""
+    """Say that a way with complete hours may be cheaper than one whose hours are missing."""
     made = view.made
     cost = {w.index: made.sheets[w.index].present_cost for w in view.ways if w.enough and not w.at_least}
     known = {i: c for i, c in cost.items() if c is not None and made.ways[i].kind != "nothing"}
@@ -216,7 +225,7 @@ def _next(view: DecisionView) -> tuple[Sentence, ...]:
 
 
 def _stopped(view: DecisionView) -> Filled | None:
-    """The first gate that failed."""
+    """Return the first failed gate as words, or None."""
     failed = [g for g in view.stages[0].stage.gates if not g[3]] if view.stages else []
     if not failed:
         return None
@@ -225,13 +234,13 @@ def _stopped(view: DecisionView) -> Filled | None:
 
 
 def gate_words(gate: tuple[str, str, str, bool]) -> tuple[Sentence, Sentence | Figure, Sentence | Figure]:
-    """A gate's name, what was found and what is asked for, in the reader's language."""
+    """Return a gate's name, what was found and what is required, in the reader's language."""
     name, found, limit, holds = gate
     seen, asked = _gate_value(found, name), _gate_value(limit, name)
     if isinstance(seen, Figure) and isinstance(asked, Sentence) and not holds:
         most = asked.values.get("value")
         if isinstance(most, Figure) and _same_text(seen, most):
-            seen = dataclasses.replace(seen, unit="rate")  # with the digits in which they differ
+            seen = dataclasses.replace(seen, unit="rate")  # with enough digits to show the difference
     return Sentence(key=f"gate.{name}"), seen, asked
 
 
@@ -280,11 +289,12 @@ _FACTS: Final = (
 
 
 def engine_fact(text: str) -> Sentence | str:
-    """What the catalog says of an engine, in the reader's language where it is words."""
+    """Return the catalog's statement about an engine, in the reader's language if it is words."""
     return Sentence(key=f"engine_fact.{text}") if text in _FACTS else text
 
 
 def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
+    """Yield the phrases for a meeting: the claim, the stages, the main risks, and one about each engine."""
     stopped = _stopped(view)
     yield claim(poc, view, stopped)
     yield staged(view, stopped)

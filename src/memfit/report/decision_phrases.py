@@ -1,4 +1,4 @@
-"""What a meeting is told of the money: the headline's own answer, a loss as a loss, with what it hangs on."""
+"""What a meeting is told about money: the headline's own answer with its caveats; a loss is called a loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Filled = Mapping[str, Figure | str | Sentence]
 
 
 def headline(view: DecisionView) -> str:
-    """The answer on money, by the key of its sentence: the card and the phrases say the same."""
+    """Return the key of the answer on money. The card and the phrases both use it, so they agree."""
     if view.best is None:
         return view.made.why_none
     if view.reference is None or view.saved.value is None:
@@ -27,7 +27,7 @@ def headline(view: DecisionView) -> str:
 
 
 def costs_more(view: DecisionView, index: int) -> Sentence | None:
-    """By how much a way is dearer than the best one: in percent, or as a multiple."""
+    """Return by how much a way is more expensive than the best one: in percent, or as a multiple."""
     sheets, best = view.made.sheets, view.made.best
     here, least = sheets[index].present_cost, sheets[best].present_cost if best is not None else None
     if here is None or not least or least <= 0:
@@ -44,7 +44,7 @@ def _more(ratio: float, source: str) -> Sentence:
 
 
 def claim(poc: Poc, view: DecisionView, stopped: Filled | None) -> Sentence:
-    """The first phrase. `stopped`: the gate that failed, as words."""
+    """Return the first phrase. `stopped`: the failed gate as words, or None."""
     said = _claim(view)
     if view.best is None:
         return said
@@ -75,7 +75,10 @@ def _claim(view: DecisionView) -> Sentence:
 
 
 def _caveats(poc: Poc, view: DecisionView, stopped: Filled | None) -> Iterator[Sentence]:
-    """What the answer hangs on. Of plain training's cost nothing hangs on the science."""
+    """Yield the conditions of the answer.
+
+    Scientific equivalence does not matter for the cost of plain training.
+    """
     best = view.best
     assert best is not None, "told of an answer only"
     way = view.made.ways[best.index]
@@ -95,7 +98,7 @@ def _caveats(poc: Poc, view: DecisionView, stopped: Filled | None) -> Iterator[S
 
 
 def likely(view: DecisionView, index: int) -> Sentence:
-    """How probable it is that a way's plan fits, where the upper end of its memory does not."""
+    """Say how probable it is that a way's plan fits, for ways whose upper memory bound does not fit."""
     way, source = view.made.ways[index], way_anchor(index)
     high = None if way.memory_bytes is None else way.memory_bytes.high
     values: Filled = {
@@ -108,6 +111,9 @@ def likely(view: DecisionView, index: int) -> Sentence:
 
 
 def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
+    """Return the phrase about the stages: what the pilot and the full stage would cost, or why there are
+    none.
+    """
     if stopped is not None:
         return Sentence(key="phrase.staged_stopped", values=stopped)
     if len(view.stages) < 3 or not view.stages[1].stage.machine:
@@ -117,20 +123,20 @@ def staged(view: DecisionView, stopped: Filled | None) -> Sentence:
 
 
 def stake(pilot: StageRow) -> Sentence:
-    """The most that a pilot can cost, and what is not in it."""
+    """Return the most that a pilot can cost, and what that does not include."""
     key = "unknown" if pilot.most.value is None else "without_labour" if pilot.stage.unpaid else "known"
     return Sentence(key=f"stake.{key}", values={"loss": pilot.most})
 
 
 def way_back(view: DecisionView, row: StageRow) -> Sentence:
-    """To something that fits: its name."""
+    """Return what to go back to; names the way if it is one that fits."""
     to = row.stage.back_way
     values = {} if to is None else {"way": way_name(view.made.ways[to])}
     return Sentence(key=f"back.{row.stage.back}", values=values)
 
 
 def main_risks(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
-    """Operating load and reproducibility, each with whether it was evaluated at all."""
+    """Yield operating load and reproducibility, each with whether it was evaluated."""
     found = {r.kind: r.evidence for r in view.risks}
     if not {"load", "reproducibility"} <= found.keys():
         return

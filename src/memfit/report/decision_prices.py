@@ -1,4 +1,4 @@
-"""Prices and watts of the machines put side by side, each with the row of the catalog that it is from."""
+"""Prices and watts of the compared machines, each with the catalog row it comes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memfit.types.machine import Device, Fact
 
 
 def price_rows(made: Decision) -> Iterator[PriceRow]:
-    """Of every way that stands in the table, once for a machine that is had in one manner."""
+    """Yield the prices of every way in the table, once per machine and way of obtaining it."""
     seen = set()
     for index in dict.fromkeys(index for _, index in made.slots):
         way = made.ways[index]
@@ -41,7 +41,7 @@ def _of(made: Decision, index: int, way: Way) -> Iterator[PriceRow]:
         for what, fact in prices.items():
             if fact is not None:
                 yield _price(name, what, fact, way.machine)
-    if way.kind != "cloud":  # a rental's electricity is in its price
+    if way.kind != "cloud":  # a rental price includes electricity
         yield _watts(name, index, way, device)
 
 

@@ -11,25 +11,25 @@ from memfit.types.decision import Decision, Stage, Way
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WayRow:
-    """``slot``: which column of the page, where another machine may stand once a slider moves."""
+    """One column of the page. ``slot`` names the column; moving a slider may put another machine into it."""
 
     slot: str
     index: int
     name: Sentence
     plan: str
     plain: bool
-    again: bool  # the user's own machine is the cheapest of its kind, and stands in a row of its own
+    again: bool  # the user's own machine is the cheapest of its kind, and has its own row
     untried: tuple[str, ...]  # techniques in its plan that the PoC did not train
     best: bool
     reference: bool
     enough: bool
-    at_least: bool  # hours of people are missing in it
+    at_least: bool  # working hours of people are not included
     hours: Figure
     machines: Figure
     money: Mapping[str, Figure]
     saved: Figure
     kwh: Figure
-    energy_saved: Figure  # percent of plain training's on the same machine
+    energy_saved: Figure  # percent of plain training's energy on the same machine
     operation: Figure
     embodied: Figure
     sci: Figure
@@ -37,6 +37,8 @@ class WayRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RiskRow:
+    """One risk with its evidence and the possible loss."""
+
     kind: str
     level: str
     evidence: Sentence
@@ -46,6 +48,8 @@ class RiskRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StageRow:
+    """One stage of the roll-out, with its gates, intervals and money."""
+
     stage: Stage
     gates: tuple[tuple[Sentence, Sentence | Figure, Sentence | Figure, bool], ...]
     name: Sentence | None
@@ -53,14 +57,17 @@ class StageRow:
     step: tuple[Figure, Figure]
     spent: Figure
     to_spend: Figure
-    most: Figure  # of what is to be spent
+    most: Figure  # most that is to be spent
     stop: Figure
     back: Sentence | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PriceRow:
-    """``what``: rent, device, server or watts. ``kind``: of the price, as its source has it; "" for watts."""
+    """One price of a machine.
+
+    ``what``: rent, device, server or watts. ``kind``: kind of price as its source states it; "" for watts.
+    """
 
     name: Sentence
     what: str
@@ -72,6 +79,8 @@ class PriceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TermRow:
+    """One number that the decision rests on. ``ranged``: whether it has a range."""
+
     name: str
     value: Figure
     low: Figure
@@ -83,6 +92,8 @@ class TermRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionView:
+    """Everything that the decision's page shows."""
+
     made: Decision
     questions: Mapping[str, tuple[Sentence, ...]]
     ways: tuple[WayRow, ...]
@@ -105,11 +116,15 @@ class DecisionView:
 
 
 def cash(made: Decision, value: float | None, source: str = "") -> Figure:
-    """Money of the case, to its smallest coin; what nobody told is not known rather than not predicted."""
+    """Return money in the currency of the case, to its smallest coin.
+
+    A missing value is marked assumed, not predicted.
+    """
     if value is None:
         return assumed(None, f"money {made.symbol} {made.decimals}", source)
     return predicted(value, f"money {made.symbol} {made.decimals}", source)
 
 
 def way_name(way: Way) -> Sentence:
+    """Return the name of a way, with its machine."""
     return Sentence(key=f"way.{way.kind}", values={"machine": way.machine})

@@ -1,4 +1,4 @@
-"""The decision in a terminal: the four answers, the ways side by side, what is still asked for."""
+"""Print the decision in a terminal: the four answers, the ways side by side, and the missing inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = ("initial", "running_per_year", "present_cost", "cost_per_run")
 
 
 def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
-    """Raises UserError for an unknown `lang`."""
+    """Print the decision. Raises UserError for an unknown `lang`."""
     words, view = load_words(lang), decision_view(poc, made)
     for name, sentences in view.questions.items():
         console.print(Text(words.get(f"decide.{name}_q"), style="bold"))
@@ -39,14 +39,14 @@ def print_decision(poc: Poc, made: Decision, *, console: Console, lang: str) -> 
 
 
 def _work(made: Decision, words: Words) -> str:
-    """What all ways are priced for."""
+    """Return the text that says for how much work all ways are priced."""
     told = {"runs": made.terms.runs_per_year, "steps": made.steps_per_run, "years": made.terms.years}
     figures = {name: f"{value:,.10g}" for name, value in told.items()}
     return words.get("lead.money", size=made.size or "–", **figures)
 
 
 def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console, lang: str) -> None:
-    """What was found against what is asked for. Raises UserError for an unknown `lang`."""
+    """Print what was found against what is required. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     columns = ("gate", "found", "limit", "holds")
     table = new_table([words.get(f"gate_column.{name}") for name in columns], left=len(columns))
@@ -59,7 +59,7 @@ def print_gates(gates: Sequence[tuple[str, str, str, bool]], *, console: Console
 def print_gate_end(
     gates: Sequence[tuple[str, str, str, bool]], *, predicted: bool, console: Console, lang: str
 ) -> None:
-    """Why it stopped, or what would come next where nothing was predicted."""
+    """Print why the roll-out stopped, or what comes next if nothing was predicted."""
     words = load_words(lang)
     failed = [_gate(gate, words) for gate in gates if not gate[3]]
     if failed:
@@ -76,7 +76,7 @@ def _gate(gate: tuple[str, str, str, bool], words: Words) -> list[str]:
 
 
 def print_stages(poc: Poc, made: Decision, *, console: Console, lang: str) -> None:
-    """Each stage with its money, intervals, stop criterion, way back and what to watch."""
+    """Print each stage with its money, intervals, stop criterion, way back and what to monitor."""
     words = load_words(lang)
     for row in decision_view(poc, made).stages:
         stage = row.stage

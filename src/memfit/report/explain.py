@@ -1,4 +1,4 @@
-"""What a traced step keeps alive, instant by instant, and why two plans differ: plain data, no words."""
+"""What a traced step keeps alive at each instant, and why two plans differ: plain data, no words."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Explained:
-    """A plan's estimate beside the trace it was made from. The highest level of the trace is the
-    estimate's peak, at ``peak_clock``."""
+    """A plan's estimate with the trace it was made from.
+
+    The highest level of the trace is the estimate's peak, at ``peak_clock``.
+    """
 
     estimate: Estimate
     trace: Trace
@@ -26,8 +28,10 @@ class Explained:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Contributor:
-    """Allocations alive together that one operator of one module made, on one line of user code. Equal
-    blocks are one: ``layers.*.mlp``."""
+    """Allocations alive at the same time from one operator of one module on one line of user code.
+
+    Equal blocks are combined: ``layers.*.mlp``.
+    """
 
     category: str
     module: str
@@ -39,7 +43,9 @@ class Contributor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mover:
-    """What holds more or fewer bytes at the second plan's peak than at the first's."""
+    """An operator of a module that holds more or fewer bytes at the second plan's peak than at the
+    first's.
+    """
 
     category: str
     module: str
@@ -54,12 +60,15 @@ class Mover:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanDifference:
-    """Of two plans of one job. Categories and movers add up to the difference of the peaks exactly."""
+    """The difference of two plans of one job.
+
+    Categories and movers each add up exactly to the difference of the peaks.
+    """
 
     first: Estimate
     second: Estimate
     by_category_bytes: Mapping[str, int]  # second - first at their peaks, largest change first
-    by_phase_bytes: Mapping[str, int]  # second - first of each phase's own peak
+    by_phase_bytes: Mapping[str, int]  # second - first, each phase at its own peak
     movers: tuple[Mover, ...]
     sentences: tuple[Sentence, ...]
 
@@ -69,23 +78,24 @@ class PlanDifference:
 
 
 def events(trace: Trace) -> list[tuple[int, int, Allocation]]:
-    """(clock, bytes more or fewer, allocation) in order; at one instant, what is freed goes first."""
+    """Return (clock, change in bytes, allocation) in order. At the same clock, frees come first."""
     births = [(a.start, a.size_bytes, a) for a in trace.allocations]
     deaths = [(a.end, -a.size_bytes, a) for a in trace.allocations if a.end is not None]
     return sorted([*births, *deaths], key=lambda e: (e[0], e[1]))
 
 
 def alive(trace: Trace, clock: int) -> Iterator[Allocation]:
+    """Return the allocations that are alive at ``clock``."""
     return (a for a in trace.allocations if a.start <= clock and (a.end is None or a.end > clock))
 
 
 def op_name(op: str) -> str:
-    """``aten.mm.default`` as people say it: ``mm``."""
+    """Shorten ``aten.mm.default`` to ``mm``."""
     return op.removeprefix("aten.").removesuffix(".default")
 
 
 def contributors(explained: Explained) -> tuple[Contributor, ...]:
-    """What is alive at the peak, largest first; the sizes add up to the peak."""
+    """Return what is alive at the peak, largest first. The sizes add up to the peak."""
     size, count = Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
     for a in alive(explained.trace, explained.peak_clock):
         key = (str(a.category), _folded(a.module), op_name(a.op), a.line)
@@ -98,6 +108,7 @@ def contributors(explained: Explained) -> tuple[Contributor, ...]:
 
 
 def difference(first: Explained, second: Explained) -> PlanDifference:
+    """Compare two plans of one job at their peaks."""
     one, other = first.estimate, second.estimate
     sides = [Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()]
     for side, explained in zip(sides, (first, second), strict=True):
@@ -128,7 +139,7 @@ def _changes(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, i
 
 
 def _sentences(found: PlanDifference) -> Iterator[Sentence]:
-    """Each plan's peak, how far apart they are, and what moved most: by category, by phase, by operator."""
+    """Yield each plan's peak, their difference, and the largest changes by category, phase and operator."""
     for name, estimate in (("A", found.first), ("B", found.second)):
         peak = predicted(estimate.allocated_bytes.value, "bytes")
         phase = Sentence(key=f"phase.{estimate.peak_phase}")

@@ -1,4 +1,4 @@
-"""The traced step for other people's viewers: PyTorch's memory snapshot and Chrome's trace events."""
+"""Export the traced step for external viewers: PyTorch's memory snapshot and Chrome's trace events."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from memfit.types.trace import Allocation, Trace
 
 Event = dict[str, Any]
 
-_PROTOCOL: Final = 4  # the newest pickle that PyTorch's viewer reads
-_FIRST_ADDRESS: Final = 1 << 40  # each stream has an address space of this size
-_PHASES, _MODULES = 1, 2  # threads of the Chrome trace
+_PROTOCOL: Final = 4  # the newest pickle protocol that PyTorch's viewer reads
+_FIRST_ADDRESS: Final = 1 << 40  # size of each stream's address space
+_PHASES, _MODULES = 1, 2  # thread numbers of the Chrome trace
 
 
 def snapshot(explained: Explained) -> bytes:
-    """The pickle of ``torch.cuda.memory._snapshot()``, for ``python -m torch.cuda._memory_viz`` and
-    pytorch.org/memory_viz. One segment a stream; the addresses do not overlap but are not those of the
-    caching allocator. Times are clock ticks; a frame tells operator and line, module, phase and category."""
+    """Return the pickle of ``torch.cuda.memory._snapshot()``.
+
+    It is readable by ``python -m torch.cuda._memory_viz`` and pytorch.org/memory_viz. There is one segment
+    per stream. Addresses do not overlap, but they are not those of the caching allocator. Times are clock
+    ticks. A frame shows operator and line, module, phase and category.
+    """
     trace = explained.trace
     streams = dict.fromkeys(a.stream for a in trace.allocations)
     spaces = {s: _Space(address=(i + 1) * _FIRST_ADDRESS) for i, s in enumerate(streams)}
@@ -59,7 +62,10 @@ def snapshot(explained: Explained) -> bytes:
 
 @dataclasses.dataclass(slots=True)
 class _Space:
-    """Addresses of one stream: the smallest hole that holds the size, else the end grows."""
+    """Addresses of one stream.
+
+    An allocation takes the smallest hole that is large enough, or extends the end.
+    """
 
     address: int
     total_bytes: int = 0
@@ -107,7 +113,7 @@ def _frames(a: Allocation) -> list[Event]:
 
 
 def _segment(space: _Space, stream: int, left: list[tuple[int, Allocation, list[Event]]]) -> Event:
-    """The stream's segment as the trace leaves it: what is alive, and the gaps between."""
+    """Return the stream's segment at the end of the trace: live blocks and the gaps between them."""
     blocks: list[Event] = []
     end = space.address
 
@@ -133,9 +139,11 @@ def _segment(space: _Space, stream: int, left: list[tuple[int, Allocation, list[
 
 
 def chrome_trace(explained: Explained) -> bytes:
-    """Chrome's trace-event JSON, for ui.perfetto.dev: a counter of live bytes for each category and all
-    together, the phases, the modules and operators inside them, and the peak. A tick of the trace's clock
-    is shown as a microsecond."""
+    """Return Chrome's trace-event JSON, for ui.perfetto.dev.
+
+    It has a counter of live bytes for each category and for all together, the phases, the modules with the
+    operators inside them, and the peak. A tick of the trace's clock is shown as a microsecond.
+    """
     trace, estimate = explained.trace, explained.estimate
     name = f"memfit: {estimate.plan.label}"
     found: list[Event] = [_named("process_name", 0, name), _named("thread_name", _PHASES, "phases")]
@@ -187,9 +195,11 @@ def _counters(trace: Trace) -> Iterator[Event]:
 
 
 def _module_slices(trace: Trace) -> Iterator[Event]:
-    """Operators inside the modules whose forward, or its backward, they are part of; a module's slice
-    lasts as long as the operators one after another are inside it."""
-    opened: list[tuple[str, int]] = []  # (name, start) from the outermost
+    """Yield the operators inside the modules whose forward or backward they belong to.
+
+    A module's slice lasts as long as consecutive operators are inside the module.
+    """
+    opened: list[tuple[str, int]] = []  # (name, start), outermost first
     ends = {s.end for s in trace.spans}
     bounds = sorted(ends)
     for op, after in pairwise([*trace.ops, None]):

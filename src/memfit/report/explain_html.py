@@ -1,4 +1,4 @@
-"""A treemap and a timeline of a traced step: one HTML file, its own script, nothing from the network."""
+"""A treemap and a timeline of a traced step: one HTML file with its own script and no network access."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memfit.report.quantities import figure_text, predicted
 from memfit.report.words import Words, load_words
 from memfit.types.trace import Category, Phase
 
-MOST_BYTES: Final = 1_800_000  # of the data in the page
+MOST_BYTES: Final = 1_800_000  # most bytes of data in the page
 _POINTS: Final = (3000, 1500, 750, 375, 180, 90)
 _STACK: Final = (
     Category.PARAMETER, Category.OPTIMIZER_STATE, Category.EMA, Category.INPUT, Category.GRADIENT,
@@ -24,7 +24,7 @@ _STACK: Final = (
 
 
 def render_explained(explained: Explained, *, job: str, lang: str) -> str:
-    """The page's text. Raises UserError for a language without a catalog."""
+    """Return the page's text. Raises UserError for a language without a catalog."""
     words, estimate, peak = load_words(lang), explained.estimate, explained.peak_clock
     alive = [a for a in explained.trace.allocations if a.start <= peak and (a.end is None or a.end > peak)]
     apart_bytes = estimate.allocated_bytes.value - sum(a.size_bytes for a in alive)
@@ -39,7 +39,7 @@ def render_explained(explained: Explained, *, job: str, lang: str) -> str:
 
 
 def _data(explained: Explained, words: Words) -> str:
-    """JSON that is safe inside a script element, with as many instants as fit `MOST_BYTES`."""
+    """Return JSON that is safe inside a script element, with as many instants as fit into `MOST_BYTES`."""
     own = {k.removeprefix("explain."): v for k, v in words.texts.items() if k.startswith("explain.")}
     names = {str(x): words.name("category", x) for x in Category} | {
         str(x): words.name("phase", x) for x in Phase
@@ -54,12 +54,15 @@ def _data(explained: Explained, words: Words) -> str:
 
 
 def series(explained: Explained, points: int) -> dict[str, Any]:
-    """What is alive at chosen instants, exactly: the highest of each of ``points`` stretches, the peak and
-    the beginnings of phases. A row is alive from instant ``first`` (kept as the difference to the row
-    before) for ``length`` instants; equal rows are one with a ``count``; sizes are in ``unit`` bytes."""
+    """Return what is alive at selected instants, exactly.
+
+    The instants are the highest of each of ``points`` stretches, the peak, and the start of each phase. A row
+    is alive from instant ``first`` (stored as the difference to the row before) for ``length`` instants.
+    Equal rows are merged with a ``count``. Sizes are in bytes.
+    """
     trace = explained.trace
     clocks = _instants(explained, points)
-    rows: Counter[tuple[int, int, int, int]] = Counter()  # (first, length, group, size) -> how many
+    rows: Counter[tuple[int, int, int, int]] = Counter()  # (first, length, group, size) -> count
     groups, modules, ops, lines = _Table(), _Table(), _Table(), _Table()
     for a in trace.allocations:
         first = bisect.bisect_left(clocks, a.start)
@@ -92,7 +95,7 @@ def series(explained: Explained, points: int) -> dict[str, Any]:
 
 
 class _Table:
-    """Distinct values in the order they came."""
+    """Distinct values, numbered in order of first occurrence."""
 
     def __init__(self) -> None:
         self.places: dict[Hashable, int] = {}
@@ -102,7 +105,7 @@ class _Table:
 
 
 def _path(modules: _Table, module: str) -> int:
-    """The place of a dotted path in a tree of names, from 1; the root is 0."""
+    """Return the index of a dotted path in a tree of names, from 1; the root is 0."""
     place = 0
     for name in module.split(".") if module else ():
         place = modules.index((place, name)) + 1

@@ -1,4 +1,4 @@
-"""Explanations in a terminal: the instant of the peak, and why two plans differ."""
+"""Explanations in a terminal: what is alive at the peak, and why two plans differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = tuple[list[str], list[Figure]]
 
 
 def print_explained(explained: Explained, *, console: Console, lang: str) -> None:
-    """The estimate, then what is alive at its peak. Raises UserError for an unknown `lang`."""
+    """Print the estimate, then what is alive at its peak. Raises UserError for an unknown `lang`."""
     words, found = load_words(lang), contributors(explained)
     print_estimate(explained.estimate, console=console, lang=lang)
     rows = [([*_who(c, words), c.line], _sizes(c.size_bytes, c.count)) for c in found[:MOST]]
@@ -31,7 +31,7 @@ def print_explained(explained: Explained, *, console: Console, lang: str) -> Non
 
 
 def print_difference(found: PlanDifference, *, console: Console, lang: str) -> None:
-    """Sentences, then the bytes. Raises UserError for an unknown `lang`."""
+    """Print the sentences, then the bytes. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     console.print(Text(words.get("explain.difference"), style="bold"))
     for sentence in found.sentences:

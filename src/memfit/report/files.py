@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> Path:
-    """Raises OSError when the folder cannot be written; then nothing is left behind."""
+    """Write the file completely or not at all and return its path.
+
+    Raises OSError if the folder cannot be written; no partial file is left behind.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)

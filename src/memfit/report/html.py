@@ -1,5 +1,8 @@
-"""One self-contained HTML file from a Poc and its Decision: no network, one script of our own that the page's
-policy names by its hash, every number marked with its provenance."""
+"""One self-contained HTML file from a Poc and its Decision.
+
+It needs no network, has one script, which the page's content security policy names by its hash, and marks
+every number with its provenance.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,13 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-_LONG: Final = 24  # characters: a longer figure has a long unit in it, and may break
+_LONG: Final = 24  # characters; a longer figure contains a long unit and may wrap
 
 
 def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = None) -> Path:
-    """Write the report and return its path. The file appears whole or not at all.
+    """Write the report and return its path. The file is written completely or not at all.
 
-    Raises UserError for a language without a catalog; OSError when the folder cannot be written.
+    Raises UserError for a language without a catalog, and OSError if the folder cannot be written.
     """
     text = render_html(poc, lang=lang, decision=decision)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +57,7 @@ def write_html(poc: Poc, path: Path, *, lang: str, decision: Decision | None = N
 
 
 def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str:
+    """Return the report as HTML text. Raises UserError for a language without a catalog."""
     words = load_words(lang)
     view = poc_view(poc)
     shown = decision_view(poc, decision) if decision is not None else None
@@ -67,13 +71,15 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
 def _labels(
     records: Sequence[ProvenanceRecord], decision: Decision | None, words: Words
 ) -> Mapping[str, str]:
-    """How figures call what they link to, by anchor."""
+    """Return the label of each record by anchor, for links from figures."""
     terms = {term_anchor(t.name): words.name("term", t.name) for t in decision.told} if decision else {}
     return {r.anchor: r.label for r in records} | terms
 
 
 def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
-    """The sliders' data and the hash by which the page's policy lets our script, and no other, run."""
+    """Return the data of the sliders, and the hash by which the page's policy allows this script and no
+    other.
+    """
     from markupsafe import Markup
 
     if shown is None or shown.best is None:
@@ -92,7 +98,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
     more = {"labels": labels, "plans": plans, "many": words.texts["unit.many"], "least": MANY}
     text = json.dumps({**told, **more}, ensure_ascii=False)
     text = text.translate(TURNING)
-    for bad in "<>&\u2028\u2029":  # nothing in it can end the element or begin another
+    for bad in "<>&\u2028\u2029":  # nothing in the text can close the element or open another
         text = text.replace(bad, f"\\u{ord(bad):04x}")
     digest = hashlib.sha256(_asset("decision.js").encode()).digest()
     return {
@@ -106,7 +112,7 @@ def _script(shown: DecisionView | None, words: Words) -> Mapping[str, Any]:
 
 
 def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Figure], str]:
-    """Where a bar lies between the lowest and the highest end of all."""
+    """Return a function for a bar's position between the lowest and the highest end of all bars."""
     ends = [f.value for swing in swings for f in swing if f.value is not None]
     least, span = (min(ends), max(ends) - min(ends) or 1.0) if ends else (0.0, 1.0)
 
@@ -118,8 +124,11 @@ def _swing_css(swings: Sequence[tuple[Figure, Figure]]) -> Callable[[Figure, Fig
 
 
 def render(template: str, words: Words, *, labels: Mapping[str, str] | None = None, **values: Any) -> str:
-    """One of this room's templates with the helpers that all of them may call. `labels`: the page's records
-    by anchor; with them, a figure from none of these raises ValueError."""
+    """Render a template of this package with the common helpers.
+
+    `labels`: label by anchor of the page's records. If given, a figure whose source is not among them raises
+    ValueError.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -134,8 +143,10 @@ def render(template: str, words: Words, *, labels: Mapping[str, str] | None = No
 
 
 def _shown_whole(value: Any) -> Any:
-    """Characters that turn the reading direction of what follows are shown as unknown ones. A bare number is
-    refused: it would stand there without its mark."""
+    """Replace characters that change the reading direction.
+
+    A bare number raises TypeError, because it has no mark.
+    """
     _no_bare_number(value)
     return value.translate(TURNING) if isinstance(value, str) else value
 
@@ -150,7 +161,9 @@ def _asset(name: str) -> str:
 
 
 def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure], Markup]:
-    """A figure with its mark and, on a page with records, a link to the one that it is from."""
+    """Return a function that shows a figure with its mark and, on a page with records, a link to its
+    record.
+    """
     from markupsafe import Markup
 
     def num(figure: Figure) -> Markup:
@@ -176,7 +189,9 @@ def _marked(words: Words, labels: Mapping[str, str] | None) -> Callable[[Figure]
 
 
 def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]:
-    """What the template may call: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence."""
+    """Return the functions for templates: ``t`` fills a text, ``num`` shows a figure, ``say`` a sentence, and
+    others.
+    """
     from markupsafe import Markup, escape
 
     num = _marked(words, labels)
@@ -206,7 +221,7 @@ def helpers(words: Words, labels: Mapping[str, str] | None) -> Mapping[str, Any]
         return Markup(_asset(name))
 
     def moment(iso: str) -> str:
-        """``2026-03-01T09:30:00+00:00`` as people write it."""
+        """Format ``2026-03-01T09:30:00+00:00`` for readers."""
         return iso[:16].replace("T", " ") + " UTC" if iso.endswith("+00:00") else iso
 
     return {
@@ -252,11 +267,14 @@ def _drawings(view: PocView, words: Words) -> Mapping[str, Any]:
 
 
 def largest(*figures: Figure) -> float:
-    """The scale that bars share."""
+    """Return the common scale of several bars: the largest value, or 1."""
     return max((f.value for f in figures if f.value is not None), default=1.0) or 1.0
 
 
 def _forest_reach(view: PocView) -> float:
-    """Half the width of the interval strips, in margins: all of one scale, the margin always inside."""
+    """Return half the width of the interval strips in margins.
+
+    All strips share the scale and contain the margin.
+    """
     widest = max((max(map(abs, v.in_margins)) for v in view.verdicts if v.in_margins), default=1.0)
     return 1.1 * max(1.3, widest)

@@ -1,4 +1,4 @@
-"""An estimate as a few lines of HTML for a notebook: light or dark as the page around it is."""
+"""Show an estimate as a few lines of HTML in a notebook; light or dark follows the page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STYLE = """<style>
 
 
 def estimate_html(estimate: Estimate, *, title: str, machine: str, cap_bytes: int, fits: bool) -> str:
-    """Title, verdict, the kinds of memory with their intervals, and the instant of the peak as a bar."""
+    """Return the title, the verdict, the kinds of memory with intervals, and the peak's memory as a bar."""
     verdict = f'<b class="{"fits" if fits else "not"}">{"fits" if fits else "does not fit"}</b>'
     kinds = {
         "allocated": estimate.allocated_bytes, "reserved": estimate.reserved_bytes,

@@ -1,4 +1,4 @@
-"""Precision advice in a terminal."""
+"""Print precision advice in a terminal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from memfit.report.terminal import new_table
 from memfit.report.words import Words, load_words
 from memfit.types.precision import Examined, PrecisionAdvice
 
-MOST: Final = 12  # places that need no island but come next
+MOST: Final = 12  # most rows for modules that need no island
 _COLUMNS: Final = ("module", "why", "alone", "gradient", "autocast", "loss")
 
 
 def print_advice(advice: PrecisionAdvice, *, console: Console, lang: str) -> None:
-    """Raises UserError for an unknown `lang`."""
+    """Print the advice. Raises UserError for an unknown `lang`."""
     words = load_words(lang)
     title = words.get(
         "precision.title", job=advice.job, size=advice.size, dtype=advice.dtype,

@@ -1,5 +1,7 @@
-"""Where the report's figures are from: its runs, predictions, tests and machines, each with an anchor of its
-own to which every figure links."""
+"""Sources of the report's figures: its runs, predictions, tests and machines.
+
+Each has an anchor to which its figures link.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,11 @@ MARGIN = "record-margin"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProvenanceRecord:
-    """``label``: the short name by which figures call it; ``of``: anchors of the records it is made from;
-    ``facts``: (what is known, source, date); ``sources``: texts of others."""
+    """One source of figures.
+
+    ``label``: short name shown in figures' links. ``of``: anchors of the records it is derived from.
+    ``facts``: (statement, source, date). ``sources``: texts by others.
+    """
 
     anchor: str
     label: str
@@ -43,48 +48,57 @@ def _named(kind: str, *parts: str) -> str:
 
 
 def run_anchor(index: int) -> str:
+    """Return the anchor of a run."""
     return f"run-{index + 1}"
 
 
 def group_anchor(role: str, plan: Plan) -> str:
-    """Of all completed runs of one plan in one role."""
+    """Return the anchor of all completed runs of one plan in one role."""
     return _named("runs", role, plan.fingerprint)
 
 
 def prediction_anchor(plan: Plan) -> str:
-    """Of what was predicted for the PoC's own size."""
+    """Return the anchor of the predictions for a plan at the PoC's own size."""
     return _named("prediction", plan.fingerprint)
 
 
 def verdict_anchor(name: str) -> str:
+    """Return the anchor of a verdict."""
     return _named("verdict", name)
 
 
 def paper_anchor(index: int) -> str:
+    """Return the anchor of a row at paper size."""
     return f"paper-{index + 1}"
 
 
 def reach_anchor(index: int) -> str:
+    """Return the anchor of a row about the largest size that fits."""
     return f"reach-{index + 1}"
 
 
 def interaction_anchor(index: int) -> str:
+    """Return the anchor of an interaction table."""
     return f"interaction-{index + 1}"
 
 
 def way_anchor(index: int) -> str:
+    """Return the anchor of a way."""
     return f"way-{index}"
 
 
 def stage_anchor(name: str) -> str:
+    """Return the anchor of a stage."""
     return f"stage-{name}"
 
 
 def term_anchor(name: str) -> str:
+    """Return the anchor of a term."""
     return f"term-{name}"
 
 
 def machine_anchor(name: str) -> str:
+    """Return the anchor of a machine."""
     return _named("machine", name)
 
 
@@ -92,7 +106,10 @@ def machine_anchor(name: str) -> str:
 
 
 def poc_records(poc: Poc, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """`case_created`: when the job's published sizes were recorded; "" where it has none."""
+    """Return the records of the PoC.
+
+    `case_created`: when the job's published sizes were recorded; "" if there are none.
+    """
     found = [_poc(poc), *_runs(poc), *_groups(poc), *_predictions(poc), *_outlook(poc), *_tests(poc)]
     if case_created:
         found.append(
@@ -138,7 +155,7 @@ def _groups(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 
 def choices(poc: Poc) -> tuple[Choice, ...]:
-    """The plans of the search that the report shows, each once."""
+    """Return the distinct plans of the search that the report shows."""
     search = poc.search
     best = [search.recommended] if search.recommended else []
     every = (search.baseline, *best, *search.frontier, search.smallest)
@@ -186,6 +203,7 @@ def _tests(poc: Poc) -> Iterator[ProvenanceRecord]:
 
 
 def decision_records(made: Decision) -> tuple[ProvenanceRecord, ...]:
+    """Return the records of the decision: ways, saving, stages and gates."""
     return (*_ways(made), *_saving(made), *_stages(made))
 
 
@@ -219,7 +237,9 @@ def _way_of(made: Decision, machine: str) -> tuple[str, ...]:
 
 
 def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> tuple[ProvenanceRecord, ...]:
-    """All that figures of a page may be from, but the numbers of the decision's own table."""
+    """Return all records that figures of a page may link to, except the numbers in the decision's own
+    table.
+    """
     of_decision = decision_records(made) if made is not None else ()
     return (*poc_records(poc, case_created), *of_decision, *machine_records(poc, made))
 
@@ -228,7 +248,7 @@ def report_records(poc: Poc, made: Decision | None, case_created: str = "") -> t
 
 
 def machine_records(poc: Poc, made: Decision | None) -> tuple[ProvenanceRecord, ...]:
-    """Every machine that is named: what the catalog knows of it, row by row with source and date."""
+    """Return one record per named machine, with the catalog's facts, each with source and date."""
     names = [*(row.machine for row in poc.paper), *(row.machine for row in poc.reach)]
     names += [way.machine for way in made.ways if way.machine] if made is not None else []
     return tuple(_machine(name, f"M{i}") for i, name in enumerate(dict.fromkeys(names), 1))

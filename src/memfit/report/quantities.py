@@ -1,4 +1,4 @@
-"""A number with its unit and where it comes from, and the one place where it becomes text."""
+"""A number with its unit and source, and the functions that turn it into text."""
 
 from __future__ import annotations
 
@@ -15,50 +15,61 @@ T = TypeVar("T")
 
 
 class Mark(enum.StrEnum):
-    """How a number is known. A number made of several takes the weakest of their marks."""
+    """How a number is known. A number computed from several takes the weakest of their marks."""
 
     MEASURED = "measured"  # read or counted in this PoC
     PREDICTED = "predicted"  # computed before running
-    ASSUMED = "assumed"  # chosen beforehand, or published by somebody and not checked here
+    ASSUMED = "assumed"  # chosen in advance, or published by others and not checked here
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, saving (in percent), times, points,
-    ``money SYMBOL DECIMALS``, or the metric's own unit. ``value`` is None where nothing is known. ``source``:
-    the anchor of the record that it is from; a page that lists its records shows no figure without one.
-    ``live``: a name by which the page's script finds it."""
+    """A number with unit, mark and source.
+
+    ``unit``: bytes, s, j, usd, g, count, parameters, ratio, percent, saving (in percent), times, points,
+    ``money SYMBOL DECIMALS``, or the metric's own unit. ``value`` is None if it is unknown. ``source``:
+    anchor of the record it comes from; a page that lists its records shows no figure without one. ``live``:
+    name by which the page's script finds it.
+    """
 
     value: float | None
     unit: str
     mark: Mark
     signed: bool = False
     source: str = ""
-    live: str = ""  # what of the page's sliders it follows
+    live: str = ""  # set if the figure follows the sliders of the page
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sentence:
-    """A key of the word catalogs with what fills it: figures, text of others, or further sentences."""
+    """A key of the word catalogs with the values of its placeholders: figures, texts by others, or further
+    sentences.
+    """
 
     key: str
     values: Mapping[str, Figure | str | Sentence] = dataclasses.field(default_factory=dict)
 
 
 def measured(value: float | None, unit: str, source: str = "") -> Figure:
+    """Return a measured figure."""
     return Figure(value=value, unit=unit, mark=Mark.MEASURED, source=source)
 
 
 def predicted(value: float | None, unit: str, source: str = "") -> Figure:
+    """Return a predicted figure."""
     return Figure(value=value, unit=unit, mark=Mark.PREDICTED, source=source)
 
 
 def assumed(value: float | None, unit: str, source: str = "") -> Figure:
+    """Return an assumed figure."""
     return Figure(value=value, unit=unit, mark=Mark.ASSUMED, source=source)
 
 
 def sourced(value: T, source: str) -> T:
-    """A row, a sentence or several, every figure in it from that record unless it names one of its own."""
+    """Return the value with ``source`` set on every figure in it that has none.
+
+    The value is a figure, a tuple, a mapping or a row of this package.
+    """
     found: Any = value
     if isinstance(value, Figure):
         found = value if value.source else dataclasses.replace(value, source=source)
@@ -79,21 +90,21 @@ _SCALES: Final[Mapping[str, tuple[tuple[float, str], ...]]] = {
 }
 
 
-_WHOLE: Final = ("years", "hours", "steps", "runs")  # without decimals where there are none
-# these are words of a language: figure_text adds them
+_WHOLE: Final = ("years", "hours", "steps", "runs")  # shown without decimals if they are whole
+# these units are words of a language; figure_text adds them
 _WORDED: Final = ("ratio", "points", "years", "hours", "steps", "runs", "factor")
-MANY: Final = -200.0  # % saved: a loss beyond it is told as a multiple, too
+MANY: Final = -200.0  # % saved: a larger loss is also given as a multiple
 _PERCENT: Final = dict.fromkeys(("percent", "saving", "percentage points"), " %")
 _SUFFIXES: Final = {"": ""} | _PERCENT | dict.fromkeys(_WORDED, "")
 
 
 def apart(unit: str) -> str:
-    """The unit of a difference: two percentages are so many points apart."""
+    """Return the unit of a difference: points for percentages, otherwise the same unit."""
     return "points" if unit in ("%", "percentage points") else unit
 
 
 def number_text(value: float, unit: str) -> str:
-    """``(2048, "bytes")`` to ``2 KiB``. Three significant digits unless the unit asks for more."""
+    """Format ``(2048, "bytes")`` as ``2 KiB``. Three significant digits unless the unit needs more."""
     if unit == "bytes":
         return format_bytes(value)
     if unit == "s":
@@ -113,7 +124,9 @@ def number_text(value: float, unit: str) -> str:
 
 
 def _cash(value: float, unit: str) -> str:
-    """``(1234.5, "money $ 2")`` to ``$1,234.50``: to the smallest coin, and so is a loss."""
+    """Format ``(1234.5, "money $ 2")`` as ``$1,234.50``, to the smallest coin, with the sign before the
+    symbol.
+    """
     _, symbol, decimals = unit.split(" ")
     text = f"{abs(value):,.{int(decimals)}f}"
     sign = "-" if value < 0 and any(c in "123456789" for c in text) else ""
@@ -121,13 +134,13 @@ def _cash(value: float, unit: str) -> str:
 
 
 def figure_text(figure: Figure, words: Words) -> str:
-    """The figure as text; an unknown one says in words that it is not known."""
+    """Format the figure. An unknown value is stated in words."""
     if figure.value is None or not math.isfinite(figure.value):
         return words.get(f"missing.{figure.mark}")
     if figure.unit == "times":
         return _times(figure.value)
     sign = "+" if figure.signed and figure.value > 0 else ""
-    unit = words.told.get(figure.unit, figure.unit)  # of a job's own metric
+    unit = words.told.get(figure.unit, figure.unit)  # unit of a job's own metric
     text = (sign + number_text(figure.value, unit)).replace("-", "\u2212")
     if figure.unit == "saving" and figure.value < MANY:
         return words.get("unit.many", value=text, times=_times(1 - figure.value / 100))
@@ -135,15 +148,17 @@ def figure_text(figure: Figure, words: Words) -> str:
 
 
 def _times(ratio: float) -> str:
-    """How many times as much, in words' accuracy: ``3.4``, ``31``."""
+    """Format a multiple with the precision used in running text: ``3.4``, ``31``."""
     return _plain(ratio, 2) if ratio < 10 else f"{math.floor(ratio + 0.5):,}"
 
 
 def sentence_text(sentence: Sentence, words: Words) -> str:
+    """Return the sentence as text in the language of ``words``."""
     return words.get(sentence.key, **{k: value_text(v, words) for k, v in sentence.values.items()})
 
 
 def value_text(value: Figure | str | Sentence, words: Words) -> str:
+    """Return a figure, a text or a sentence as text in the language of ``words``."""
     if isinstance(value, Figure):
         return figure_text(value, words)
     return words.of(value) if isinstance(value, str) else sentence_text(value, words)
@@ -155,7 +170,7 @@ def _scaled(value: float, scales: tuple[tuple[float, str], ...]) -> str:
 
 
 def _plain(value: float, digits: int) -> str:
-    """`digits` significant digits, never in exponent form: ``0.00012``, ``1,230``."""
+    """Format with `digits` significant digits, never in exponent form: ``0.00012``, ``1,230``."""
     value = float(f"{value:.{digits - 1}e}")
     if value == 0:
         return "0"

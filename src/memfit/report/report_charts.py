@@ -1,4 +1,4 @@
-"""The report's three plots, from the view's series and the catalog's words."""
+"""The report's three plots, from the view's series and the word catalogs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from memfit.types.units import GIB, KIB, MIB
 
 
 def timeline_plot(timelines: Sequence[Timeline], *, cap: Figure, words: Words) -> str:
-    """Stepped: measured filled, predicted as a line on top. "" without a timeline."""
+    """Return the memory timelines as steps: measured ones filled, predicted ones as a line on top.
+
+    "" if there are none.
+    """
     if not timelines:
         return ""
     highest = [float(max(t.values)) for t in timelines]
@@ -40,7 +43,7 @@ def _timeline(timeline: Timeline) -> charts.Line:
 
 
 def _bytes_axis(title: str, values: Sequence[float]) -> charts.Axis:
-    """Ticks are round in the unit in which they are read."""
+    """Return an axis whose ticks are round in the unit shown."""
     scale = next((s for s in (GIB, MIB, KIB) if max(values) >= 2 * s), 1)
     name = {GIB: "GiB", MIB: "MiB", KIB: "KiB"}.get(scale, "B")
     return charts.axis(title, values=values, scale=scale, text=lambda v: f"{v / scale:,g} {name}")
@@ -52,7 +55,10 @@ def _cap_rule(cap: Figure, words: Words, *, vertical: bool = False) -> charts.Ru
 
 
 def pareto_plot(view: PocView, words: Words) -> str:
-    """Frontier as a staircase with rings, what was measured as filled dots. "" without a time to plot."""
+    """Return the frontier as a staircase with rings, and measured plans as filled dots.
+
+    "" if no step time is known.
+    """
     search = view.search
     dots = _rings(search, words) + _filled(view, words)
     if not dots:
@@ -70,7 +76,9 @@ def pareto_plot(view: PocView, words: Words) -> str:
 
 
 def _stairs(search: SearchView) -> list[tuple[float, float]]:
-    """The frontier in memory and time alone: what only a milder effect class keeps on it is left out."""
+    """Return the frontier in memory and time alone, without plans that are on it only for their milder effect
+    class.
+    """
     points = sorted((r.peak.value, r.step.value) for r in search.frontier if r.peak.value and r.step.value)
     kept: list[tuple[float, float]] = []
     for peak, step in points:
@@ -117,7 +125,7 @@ def _hint(plan: str, peak: Figure, step: Figure, words: Words) -> str:
 
 
 def loss_plot(curves: Sequence[LossCurve], words: Words) -> str:
-    """One line a role and seed. "" without a curve."""
+    """Return one loss curve per role and seed. "" if there are none."""
     if not curves:
         return ""
     longest = max(len(c.values) for c in curves)

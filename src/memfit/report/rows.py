@@ -1,4 +1,4 @@
-"""The tables and series of the report, as plain data: figures with their provenance, no words, no markup."""
+"""The tables and series of the report as plain data: figures with their provenance, no words, no markup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memfit.types.result import Poc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunRow:
-    """One run. ``peak_error`` and ``step_error``: predicted against measured, % of measured."""
+    """One run. ``peak_error`` and ``step_error``: prediction error in % of the measured value."""
 
     name: str
     role: str
@@ -33,6 +33,8 @@ class RunRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseRow:
+    """Predicted and measured peak of one phase of a plan. ``error`` is in % of the measured value."""
+
     role: str
     plan: str
     phase: str
@@ -43,7 +45,7 @@ class PhaseRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
-    """One plan of the ladder, over all its completed runs. ``share``: its peak, % of the baseline's."""
+    """One plan of the ladder, over all its completed runs. ``share``: its peak in % of the baseline's."""
 
     role: str
     plan: str
@@ -56,7 +58,7 @@ class Rung:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRow:
-    """What one run of ``steps`` steps takes: the figure of one step times the steps."""
+    """What one run of ``steps`` steps takes: the figure of one step times the number of steps."""
 
     role: str
     plan: str
@@ -70,7 +72,7 @@ class ResourceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Live bytes over one step, first value at its start and last at its end."""
+    """Live bytes over one step; the first value is at its start and the last at its end."""
 
     role: str
     mark: Mark
@@ -79,6 +81,8 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LossCurve:
+    """Loss per step of one run."""
+
     role: str
     seed: int
     values: tuple[float, ...]
@@ -86,9 +90,12 @@ class LossCurve:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceRow:
-    """A plan of the search. ``low`` and ``high``: where its peak should lie. ``needed``: what the memory is
-    compared with. ``device``: low, expected and high bytes on the device; None where it has no allocator.
-    ``traced``: whole, not sketched from traces of parts."""
+    """A plan of the search.
+
+    ``low`` and ``high``: range of its peak. ``needed``: bytes compared with the memory. ``device``: low,
+    expected and high bytes on the device; None on a device without a caching allocator. ``traced``: traced
+    whole, not sketched from traces of parts.
+    """
 
     plan: str
     effect: str
@@ -106,14 +113,17 @@ class ChoiceRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VerdictRow:
-    """Bounds are in the metric's unit; ``*_margins`` are the same in units of the margin, for drawing."""
+    """A verdict.
+
+    Bounds are in the metric's unit; ``in_margins`` has the same in units of the margin, for drawing.
+    """
 
     name: str
     plan: str
     kind: str
     effect: str
     test: Sentence | str
-    why: Sentence | str  # text where an older record says no more
+    why: Sentence | str  # a text if the record is of an older version
     metric: str
     difference: Figure
     low: Figure
@@ -126,6 +136,8 @@ class VerdictRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class InteractionTable:
+    """A 2 x 2 table of two techniques and their interaction."""
+
     first: str
     second: str
     quantity: str
@@ -138,7 +150,7 @@ class InteractionTable:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperSide:
-    """The plan on that machine. Energy, money and carbon are those of 1,000 steps."""
+    """One plan on that machine. Energy, money and carbon are those of 1,000 steps."""
 
     plan: str
     fits: bool
@@ -152,6 +164,8 @@ class PaperSide:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PaperView:
+    """The job at paper size on one machine, plain and recommended."""
+
     machine: str
     size: str
     memory: Figure
@@ -162,6 +176,8 @@ class PaperView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ReachRow:
+    """The largest size that fits one machine, plain and recommended. ``factor``: recommended over plain."""
+
     machine: str
     quantity: str
     plain: Figure
@@ -174,6 +190,8 @@ class ReachRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchView:
+    """A search result as rows."""
+
     goal: str
     considered: Figure
     cap: Figure
@@ -186,7 +204,7 @@ class SearchView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateView:
-    """Where every byte of the peak is: (name, bytes, % of the peak), largest first; phases in order."""
+    """What the peak consists of: (name, bytes, % of the peak), largest first; phases in order."""
 
     plan: str
     peak: Figure
@@ -206,6 +224,8 @@ class EstimateView:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PocView:
+    """Everything that the report of a PoC shows."""
+
     poc: Poc
     answer: tuple[Sentence, ...]
     cap: Figure

@@ -1,4 +1,4 @@
-"""What the page's sliders need: where they start and end, and the numbers that decision.js plays."""
+"""Data for the page's sliders: their ranges, and the numbers that decision.js recomputes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOVED: Final = ("energy", "hardware", "labour", "setup", "runs", "utilisation")
 
 
 def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
-    """Where each slider starts and how far it goes."""
+    """Return the start, range and step of each slider."""
     t = made.terms
     energy = t.energy_per_kwh.at(t.per_usd) + t.levy_per_kwh.at(t.per_usd)
     usual = energy or 0.2 * t.per_usd
@@ -31,14 +31,16 @@ def sliders(made: Decision) -> Mapping[str, Mapping[str, float]]:
 
 
 def _slider(start: float, low: float, high: float, step: float) -> Mapping[str, float]:
-    """A browser holds a slider within its range and on its steps, counted from the low end: the start is one
-    of them."""
+    """Return a slider's range with the start on one of its steps.
+
+    A browser keeps a slider within its range and on its steps, which count from the low end.
+    """
     low = start - math.floor((start - low) / step + 1e-9) * step if start > low else start
     return {"start": start, "low": max(0.0, low), "high": max(high, start), "step": step}
 
 
 def _stages(made: Decision) -> Mapping[str, Any]:
-    """What the money of the stages is made of: they keep their machines."""
+    """Return the inputs of the stages' money. Stages keep their machines when sliders move."""
     found = {stage.name: stage for stage in made.stages}
     done, pilot, full = (found.get(name) for name in ("poc", "pilot", "full"))
     return {
@@ -52,7 +54,9 @@ def _stages(made: Decision) -> Mapping[str, Any]:
 
 
 def played(made: Decision, slots: Sequence[tuple[str, int]]) -> Mapping[str, Any]:
-    """What decision.js needs to compute the same sheets: ways, terms, which way stands in which slot."""
+    """Return what decision.js needs to compute the same sheets: ways, terms, and which way is in which
+    slot.
+    """
     own = {w.kind for w in made.ways if not w.of_catalog}
     names = {swing.name for swing in made.swings}
     return {

@@ -1,4 +1,7 @@
-"""The findings in a terminal: short tables, words from the catalogs, nobody's text read as markup."""
+"""Print the findings in a terminal: short tables, words from the catalogs.
+
+No text is interpreted as markup.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ Parts = Sequence[tuple[str, Figure, Figure]]
 
 
 def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
-    """The answer, every run, the verdicts, the effort, the report's path. UserError for a bad `lang`."""
+    """Print the answer, every run, the verdicts, the effort and the report's path.
+
+    Raises UserError for an unknown `lang`.
+    """
     words, view = load_words(lang), poc_view(poc)
     if poc.workload is not None:
         console.print(Text(workload_text(poc.workload, words)))
@@ -61,14 +67,14 @@ def print_poc(poc: Poc, *, console: Console, lang: str) -> None:
     console.print(Text(f"{report}  ({took})" if report else took))
 
 
-_MOST_ROWS = 12  # of a frontier; more are no easier to choose from
+_MOST_ROWS = 12  # most rows of a frontier; more would not help to choose
 _COSTED_STEPS = 1000
 
 
 def print_search(
     result: SearchResult, *, console: Console, lang: str, correction: Calibration | None = None
 ) -> None:
-    """The frontier, the recommended line, and the reasons. Raises UserError for an unknown `lang`."""
+    """Print the frontier, the recommended plan and the reasons. Raises UserError for an unknown `lang`."""
     words, view = load_words(lang), search_view(result)
     cap = _text(view.cap, words)
     goal = words.name("goal", view.goal)
@@ -108,7 +114,7 @@ def print_search(
 def _print_cautions(
     result: SearchResult, correction: Calibration | None, words: Words, console: Console
 ) -> None:
-    """What the step times rest on, and whether the search came to its end."""
+    """Print what the step times are based on, and whether the search was interrupted."""
     if result.unfinished:
         console.print(Text(words.get("terminal.unfinished"), style="bold yellow"))
     if result.timings is not None and result.timings.noisy:
@@ -139,7 +145,7 @@ def _noise(timings: Timings, words: Words) -> str:
 
 
 def _cost(result: SearchResult, words: Words) -> str | None:
-    """Of a thousand steps of the recommended plan, where the catalog has a price."""
+    """Return the cost of 1,000 steps of the recommended plan, or None if the catalog has no price."""
     best = result.recommended.estimate if result.recommended else None
     if best is None or best.step_s is None or best.usd is None:
         return None
@@ -161,7 +167,7 @@ def _correction(found: Calibration, words: Words) -> str:
 
 
 def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
-    """Where every byte of the peak is. Raises UserError for an unknown `lang`."""
+    """Print what the peak consists of. Raises UserError for an unknown `lang`."""
     words, view = load_words(lang), estimate_view(estimate)
     peak, low, high, step = (_text(f, words) for f in (view.peak, view.low, view.high, view.step))
     console.print(Text(words.get("terminal.estimate", plan=view.plan), style="bold"))
@@ -194,7 +200,7 @@ def print_estimate(estimate: Estimate, *, console: Console, lang: str) -> None:
 
 
 def _host(estimate: Estimate, words: Words) -> str | None:
-    """Whether a device's host has the memory that the plan needs there; None on a CPU."""
+    """Say whether the device's host has the memory that the plan needs there; None on a CPU."""
     need, there = estimate.host_bytes, estimate.host_memory_bytes
     if need is None or "tensors" in estimate.host_parts_bytes:
         return None
@@ -209,7 +215,7 @@ def _host(estimate: Estimate, words: Words) -> str | None:
 
 
 def _split(dependence: SampleDependence | None, words: Words) -> Text | None:
-    """What is known against splitting the batch, where the plan does."""
+    """Return the warning about splitting the batch, if the plan splits it."""
     if dependence is None or dependence.kind is DependenceKind.INDEPENDENT:
         return None
     if dependence.kind is DependenceKind.NOT_TESTED:
@@ -224,7 +230,10 @@ def _text(figure: Figure, words: Words) -> str:
 
 
 def new_table(columns: Iterable[str], *, left: int = 1) -> Table:
-    """The first `left` columns are text and may fold, the rest are numbers and may not."""
+    """Return an empty table.
+
+    The first `left` columns are text and may wrap; the rest are numbers and may not.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         text = index < left
@@ -257,7 +266,7 @@ def _run_cells(row: RunRow, words: Words) -> list[Text]:
 
 
 def _folded(plan: str) -> str:
-    """One technique a line."""
+    """Put each technique on its own line."""
     return plan.replace(" + ", "\n+ ")
 
 
@@ -313,12 +322,12 @@ def _plain_line(view: SearchView, cap: str, words: Words) -> str:
 
 
 def _need(row: ChoiceRow) -> Figure:
-    """What is compared with the memory; the peak in records that say no more."""
+    """Return the bytes that are compared with the memory, or the peak for records without them."""
     return row.peak if row.needed.value is None else row.needed
 
 
 def _spread(rows: Sequence[ChoiceRow]) -> list[ChoiceRow]:
-    """Of a long frontier its ends, some evenly between them, and the recommended plan."""
+    """Shorten a long frontier to its ends, some rows evenly between them, and the recommended plan."""
     step = max(1.0, (len(rows) - 1) / (_MOST_ROWS - 1))
     kept = {round(i * step) for i in range(_MOST_ROWS)}
     return [row for i, row in enumerate(rows) if i in kept or row.recommended]
@@ -351,7 +360,10 @@ def _reason(reason: Sentence, words: Words) -> Padding:
 
 
 def _few_modules(parts: Parts, words: Words) -> Parts:
-    """The largest modules by name, the others as one line; the root module has no path of its own."""
+    """Return the largest modules, with the others combined in one line.
+
+    The root module is named, as its path is empty.
+    """
     named = [(name or words.get("text.root"), size, share) for name, size, share in parts]
     rest = named[MOST_MODULES:]
     if not rest:

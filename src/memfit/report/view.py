@@ -1,7 +1,7 @@
-"""Poc to plain tables and series: numbers with their provenance, no words and no markup.
+"""Convert a Poc to plain tables and series: numbers with their provenance, no words and no markup.
 
-A run that did not end well has no measured figures worth comparing, so only its outcome is told. Runs of
-one plan are pooled where a table has one line a plan.
+A run that did not complete has no measured figures to compare, so only its outcome is shown. Runs of one plan
+are pooled in tables with one line per plan.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from memfit.types.result import (
 )
 from memfit.verify.aggregate import by_plan, median_step_s, ok_runs, peak_bytes, step_s
 
-MAX_POINTS: Final = 600  # of one timeline: about one a pixel
+MAX_POINTS: Final = 600  # most points of one timeline, about one per pixel
 
 
 def poc_view(poc: Poc) -> PocView:
-    """Everything the report shows. Nothing in `poc` has to be there: missing parts are empty or None."""
+    """Return everything that the report shows. Parts that are missing in `poc` are empty or None."""
     groups = by_plan(poc.runs)
     return PocView(
         poc=poc,
@@ -92,6 +92,7 @@ def _group(runs: Sequence[Run]) -> str:
 
 
 def estimate_view(estimate: Estimate) -> EstimateView:
+    """Convert an estimate to rows."""
     peak, chance = estimate.allocated_bytes, estimate.oom_probability
     return EstimateView(
         plan=estimate.plan.label,
@@ -136,7 +137,10 @@ def _shares(parts: Iterable[tuple[str, int]], whole: float) -> tuple[tuple[str, 
 
 
 def _error(guess: float | None, truth: float | None) -> Figure:
-    """Predicted minus measured, % of measured. It stands on a measurement, so it is marked as one."""
+    """Return predicted minus measured, in % of measured.
+
+    It is marked as measured, because it rests on a measurement.
+    """
     known = guess is not None and truth
     value = 100 * (guess - truth) / truth if known and guess is not None and truth else None
     return Figure(value=value, unit="percent", mark=Mark.MEASURED, signed=True)
@@ -167,7 +171,7 @@ def _run_row(run: Run, metric_unit: str) -> RunRow:
 
 
 def _phase_rows(runs: Sequence[Run]) -> tuple[PhaseRow, ...]:
-    """One run stands for its plan: phases of equal plans have equal peaks."""
+    """Return the rows of one run, which represents its plan: phases of equal plans have equal peaks."""
     run = next((r for r in ok_runs(runs) if r.measurement.phase_peak_bytes), runs[0])
     seen, guessed = run.measurement.phase_peak_bytes, run.predicted_phase_peak_bytes
     return tuple(
@@ -202,7 +206,7 @@ def _rung(runs: Sequence[Run], base_bytes: int | None) -> Rung:
 
 
 def thin(values: Sequence[int], most: int = MAX_POINTS) -> tuple[int, ...]:
-    """At most `most` values; each bin keeps its largest, so that no peak is lost."""
+    """Reduce to at most `most` values. Each bin keeps its largest value, so that no peak is lost."""
     if len(values) <= most:
         return tuple(values)
     edges = [i * len(values) // most for i in range(most + 1)]
@@ -224,7 +228,7 @@ def _timelines(poc: Poc) -> tuple[Timeline, ...]:
 
 
 def _losses(runs: Sequence[Run]) -> tuple[LossCurve, ...]:
-    """One curve a role and seed: the same seed under another cap is the same training."""
+    """Return one curve per role and seed: the same seed under another cap is the same training."""
     curves: dict[tuple[str, int], LossCurve] = {}
     for run in ok_runs(runs):
         spec, losses = run.spec, run.measurement.losses
@@ -266,7 +270,7 @@ def _test(verdict: Verdict) -> Sentence:
 
 
 def _why(verdict: Verdict, cause: Cause) -> Sentence:
-    """Seeds and steps are names here, not quantities."""
+    """Return the reason of the verdict. Seeds and steps are names here, not quantities."""
     values: dict[str, Figure | str | Sentence] = {
         "pairs": measured(verdict.pairs, "count"),
         "seed": str(cause.seed),
@@ -330,7 +334,10 @@ def _resources(runs: Sequence[Run], estimates: Mapping[str, Estimate]) -> Resour
 
 
 def _energy(runs: Sequence[Run], estimate: Estimate | None) -> tuple[Figure, str]:
-    """What a meter read over the run, else the estimate. A boundary that says it is modelled is no meter."""
+    """Return the energy measured over the run, else the estimate.
+
+    Energy counts as predicted if its boundary says that it is modelled.
+    """
     read = [r.measurement for r in ok_runs(runs) if r.measurement.energy_j is not None]
     if read:
         joules = statistics.median(m.energy_j for m in read if m.energy_j is not None)

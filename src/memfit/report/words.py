@@ -1,4 +1,6 @@
-"""The words of the report, apart from its numbers: one catalog a language, same keys, same placeholders."""
+"""The report's words, separate from its numbers: one catalog per language, with the same keys and
+placeholders.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,29 @@ _JAPANESE: Final = re.compile("[\u3040-\u30ff\u4e00-\u9fff]")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``told`` maps texts
-    that other rooms write, in English, to this language; empty for English itself."""
+    """The texts of one language.
+
+    ``texts`` maps a dotted key (``outcome.oom``) to a text with ``{placeholders}``. ``told`` maps English
+    texts written by other packages to this language; it is empty for English.
+    """
 
     lang: str
     texts: Mapping[str, str]
     told: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def get(self, key: str, **placeholders: object) -> str:
-        """The text of `key`, filled. Raises KeyError for a key or placeholder that is not there."""
+        """Return the text of `key` with placeholders filled.
+
+        Raises KeyError for an unknown key or placeholder.
+        """
         return self.tight(key, placeholders).format(**placeholders)
 
     def tight(self, key: str, values: Mapping[str, object]) -> str:
-        """The text of `key`, unfilled, without the space behind a value that ends in a Japanese word where
-        another one follows."""
+        """Return the text of `key`, unfilled.
+
+        In Japanese, the space after a placeholder is removed if its value ends in a Japanese character and
+        another one follows.
+        """
         text = self.texts[key]
         for name, value in values.items() if self.lang == "ja" else ():
             if isinstance(value, str) and value and _JAPANESE.match(value[-1]):
@@ -39,11 +50,13 @@ class Words:
         return text
 
     def name(self, group: str, value: str) -> str:
-        """The word for a name that other rooms made (a phase, a category), or the name itself."""
+        """Return the word for a name that other packages define (a phase, a category), or the name itself."""
         return self.texts.get(f"{group}.{value}", value.replace("_", " "))
 
     def of(self, text: str) -> str:
-        """A text of another room in this language, or as it is: a name, a citation, somebody's own words."""
+        """Translate a text of another package, or return it unchanged (a name, a citation, a text by
+        others).
+        """
         if text in self.told:
             return self.told[text]
         for pattern, template in _patterns(self.lang):
@@ -52,12 +65,12 @@ class Words:
         return text
 
     def all(self, group: str) -> tuple[str, ...]:
-        """Every text under a group, in the catalog's order."""
+        """Return every text in a group, in the catalog's order."""
         return tuple(text for key, text in self.texts.items() if key.startswith(f"{group}."))
 
 
 def load_words(lang: str) -> Words:
-    """Raises UserError for a language without a catalog."""
+    """Load the catalogs of a language. Raises UserError for a language without a catalog."""
     if lang not in LANGUAGES:
         raise UserError(f"no such language: {lang!r}", allowed=", ".join(LANGUAGES))
     texts: dict[str, str] = {}
@@ -75,12 +88,13 @@ def _told(lang: str) -> Mapping[str, str]:
 
 @functools.cache
 def _patterns(lang: str) -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Those of the told texts in which something changes, the longest first."""
+    """Return patterns for the translated texts with placeholders, longest first."""
     changing = sorted((text for text in _told(lang) if "{" in text), key=len, reverse=True)
     return tuple((re.compile(_pattern(text)), _told(lang)[text]) for text in changing)
 
 
-_ONE_WORD: Final = dict.fromkeys(("technique", "engine", "knob"), r"\S+")  # names, not sentences of others
+# placeholders for single names, not for sentences by others
+_ONE_WORD: Final = dict.fromkeys(("technique", "engine", "knob"), r"\S+")
 
 
 def _pattern(text: str) -> str:

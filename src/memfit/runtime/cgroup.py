@@ -1,7 +1,7 @@
-"""A control group (version 2) for one process, where the user has been given the right to make one.
+"""A control group (version 2) for one process, if the user has permission to make one.
 
-Standard library only: the child enters its group, the parent reads what became of it and removes it.
-Why version 2 only, and never for root: docs/decisions/002-memory-cap.md.
+This module uses only the standard library. The child enters its group; the parent reads what happened in it
+and removes it. docs/decisions/002-memory-cap.md says why only version 2 is used, and never for root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OWN: Final = Path("/proc/self/cgroup")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The group made for process `pid`, and `home`, the group that the process came from."""
+    """The control group for process `pid`. `home` is the group that the process came from."""
 
     path: Path
     home: Path
@@ -26,12 +26,13 @@ class Group:
 
     @classmethod
     def of(cls, pid: int, *, root: Path = _ROOT, own: Path = _OWN) -> Group | None:
-        """Where the group of a child `pid` of this process's group would be; None where none can be made."""
+        """Return the group for a child `pid` of this process, or None if no group can be made. The group is
+        not created."""
         home = _delegated_home(root, own)
         return cls(path=home.parent / f"memfit-{pid}", home=home, pid=pid) if home else None
 
     def make(self, cap_bytes: int) -> None:
-        """Raises OSError when the system does not allow it after all."""
+        """Create the group with a memory limit. Raises OSError if the system does not allow it."""
         self.path.mkdir()
         try:
             (self.path / "memory.max").write_text(str(cap_bytes))
@@ -42,37 +43,41 @@ class Group:
             raise
 
     def enter(self) -> None:
-        """Pages touched before stay charged to the old group: the footprint is outside the cap."""
+        """Move the process into the group. Pages touched before stay charged to the old group, so the
+        footprint is outside the cap."""
         (self.path / "cgroup.procs").write_text(str(self.pid))
 
     def leave(self) -> None:
+        """Move the process back to its home group."""
         (self.home / "cgroup.procs").write_text(str(self.pid))
 
     def peak_bytes(self) -> int | None:
-        """None before Linux 5.19."""
+        """Return the peak memory of the group, or None before Linux 5.19."""
         with contextlib.suppress(OSError):
             return int((self.path / "memory.peak").read_text())
         return None
 
     def oom_kills(self) -> int:
-        """How many processes the kernel killed here because the cap was reached."""
+        """Return how many processes in the group the kernel killed because the cap was reached."""
         with contextlib.suppress(OSError):
             lines = (self.path / "memory.events").read_text().splitlines()
             return int(dict(line.split() for line in lines).get("oom_kill", 0))
         return 0
 
     def remove(self) -> None:
+        """Remove the group, if possible."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
 
 def _delegated_home(root: Path, own: Path) -> Path | None:
-    """This process's group, if its parent belongs to the user and hands the memory controller down.
+    """Return this process's group if its parent group belongs to the user and delegates the memory
+    controller, else None.
 
-    A group with processes cannot hand a controller down, so the new group must be a sibling.
+    A group that contains processes cannot delegate a controller, so the new group must be a sibling.
     """
     if os.geteuid() == 0:
-        return None  # may write anywhere, which says nothing about having been given it
+        return None  # root may write anywhere, which does not show a delegation
     with contextlib.suppress(OSError, StopIteration):
         lines = own.read_text().splitlines()
         home = root / next(line[4:] for line in lines if line.startswith("0::/"))

@@ -1,8 +1,8 @@
-"""Where a rank keeps parameters and optimizer state, by the model's own names, whatever the plan.
+"""Where a rank keeps parameters and optimizer state, by the model's own names, for any plan.
 
-A plan may keep a parameter whole, as a DTensor, or as a range of its elements in a flat fp32 master (ZeRO).
-A range of elements is a few boxes of the whole tensor, which is what torch.distributed.checkpoint stores: so
-nothing is gathered to save, and any plan reads what any other wrote.
+A plan may keep a parameter whole, as a DTensor, or as a range of its elements in a flat fp32 master (ZeRO). A
+range of elements consists of a few boxes of the whole tensor, which torch.distributed.checkpoint can store.
+Therefore nothing is gathered to save, and any plan can read what another one wrote.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Box = tuple[Shape, Shape]  # (offsets, sizes)
 
 
 def boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
-    """Elements ``start`` to ``end`` of a contiguous tensor as boxes, in their order: at most one of
-    whole rows, and two for each further dimension."""
+    """Yield elements ``start`` to ``end`` of a contiguous tensor as boxes, in order: at most one box of whole
+    rows, and two for each further dimension."""
     if start >= end:
         return
     if not shape:
@@ -60,13 +60,14 @@ def _in_row(row: int, inner: Shape, start: int, end: int) -> Iterator[Box]:
 
 
 class Pieces:
-    """Boxes of a tensor that this rank holds, as views of what it holds; to torch.distributed.checkpoint what
-    a DTensor is. ``views``: by where a box begins."""
+    """The boxes of a tensor that this rank holds, as views of its memory. torch.distributed.checkpoint
+    handles it like a DTensor. ``views`` maps the offset of a box to its view."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, views: dict[torch.Size, torch.Tensor]) -> None:
         self.shape, self.dtype, self.views = torch.Size(shape), dtype, views
 
     def size(self) -> torch.Size:
+        """Return the shape of the whole tensor."""
         return self.shape
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -85,6 +86,8 @@ class Pieces:
 
 
 class Saves(DefaultSavePlanner):
+    """Save planner that supports `Pieces`."""
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         found = self.state_dict[index.fqn]
         if isinstance(found, Pieces):
@@ -98,8 +101,8 @@ class Saves(DefaultSavePlanner):
 
 
 def _apart(part: torch.Tensor) -> torch.Tensor:
-    """The same elements in the same memory, with a storage that ends where they do: of a part of a larger one
-    the writer would make a copy, and keep all copies until its file is whole."""
+    """Return the same elements in the same memory with a storage that contains nothing else. The writer would
+    copy a part of a larger storage, and keep all copies until its file is complete."""
     plain = type(part) in {torch.Tensor, nn.Parameter}
     if not plain or part.device.type != "cpu" or not part.is_contiguous():
         return part
@@ -109,13 +112,15 @@ def _apart(part: torch.Tensor) -> torch.Tensor:
 
 
 class Loads(DefaultLoadPlanner):
+    """Load planner that supports `Pieces`."""
+
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Torch's own makes None of what it does not know."""
+        """Set up the planner without torch's flattening, which turns values of unknown types into None."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
@@ -128,7 +133,7 @@ class Loads(DefaultLoadPlanner):
 
 
 def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
-    """``flat`` holds a tensor's elements from ``start`` on."""
+    """Return the pieces of a tensor of ``shape`` whose elements from ``start`` on are in ``flat``."""
     views, at = {}, 0
     for offsets, sizes in boxes(shape, start, start + flat.numel()):
         count = math.prod(sizes)
@@ -138,8 +143,8 @@ def in_flat(shape: Shape, start: int, flat: torch.Tensor) -> Pieces:
 
 
 def in_rows(rows: DTensor, parts: int) -> Pieces:
-    """Rows in the order of tensor ranks, of each rank those of every part
-    (techniques/parallel/tensor_parallel.py), where they are in the order of parts."""
+    """Return the pieces of a parameter with ``parts`` fused parts. Its rows are ordered by tensor rank, and
+    within a rank by part (techniques/parallel/tensor_parallel.py); in the pieces they are ordered by part."""
     degree = rows.device_mesh["tensor"].size()
     local = rows.to_local()
     _, offsets = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
@@ -156,9 +161,11 @@ def in_rows(rows: DTensor, parts: int) -> Pieces:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """``owner``: the tensor that the optimizer has a state for. ``at`` None: it is the parameter, in whose
-    rows so many parts may be ``fused``. Otherwise it is flat, and holds the parameter's elements from
-    ``start`` to ``end`` at ``at``."""
+    """Where a parameter is kept. ``owner`` is the tensor for which the optimizer has state.
+
+    If ``at`` is None, the owner is the parameter itself, in whose rows ``fused`` parts may be fused.
+    Otherwise the owner is flat, and holds the parameter's elements from ``start`` to ``end`` at index ``at``.
+    """
 
     owner: torch.Tensor
     shape: Shape
@@ -168,7 +175,7 @@ class TensorPlace:
     fused: int = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | Pieces:
-        """The part of ``tensor``, which lies as the owner does, that belongs to the parameter."""
+        """Return the parameter's part of ``tensor``, which has the same layout as the owner."""
         held = tensor.detach()
         if self.fused:
             assert isinstance(held, DTensor)
@@ -179,7 +186,8 @@ class TensorPlace:
 
 
 def places(step: TrainingStep) -> dict[str, TensorPlace]:
-    """Of every parameter that this rank holds something of; fp32 masters where there are any."""
+    """Return the place of every parameter of which this rank holds a part. Owners are fp32 masters if there
+    are any."""
     named = {p: clean(n) for n, p in step.model.named_parameters()}
     optimizer: Any = step.optimizer
     fused = {clean(n): parts for n, parts in step.bench.fused_rows.items()}
@@ -219,7 +227,7 @@ def _stage3(optimizer: Any) -> Iterator[tuple[nn.Parameter, TensorPlace]]:
 
 
 def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
-    """As deepspeed/utils/tensor_fragment.py links a parameter to its fp32 fragment on this rank."""
+    """Yield a parameter's fp32 fragment on this rank, as deepspeed/utils/tensor_fragment.py links them."""
     if (fragment := getattr(param, "_hp_mapping", None)) is not None:
         own, flat = fragment.lp_fragment_address, fragment.hp_fragment_address
         yield TensorPlace(
@@ -229,7 +237,8 @@ def _deepspeed12(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
 
 
 def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
-    """A parameter is cut evenly over the ranks (deepspeed/runtime/zero/partition_parameters.py)."""
+    """Yield a rank's part of a parameter that is sharded evenly
+    (deepspeed/runtime/zero/partition_parameters.py)."""
     size, count, rank = param.ds_tensor.ds_numel, param.ds_numel, dist.get_rank()
     start, end = (min(r * size, count) for r in (rank, rank + 1))
     if start < end:
@@ -241,7 +250,7 @@ def _deepspeed3(optimizer: Any, param: Any) -> Iterator[TensorPlace]:
 
 
 def spread(step: TrainingStep) -> None:
-    """Low-precision and whole parameters follow from masters that were just read."""
+    """Update low-precision and whole parameters from the masters that were just read."""
     optimizer: Any = step.optimizer
     with torch.no_grad():
         if hasattr(optimizer, "shards"):
@@ -267,7 +276,7 @@ def spread(step: TrainingStep) -> None:
 
 
 def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Those of the model's state dict."""
+    """Return the buffers that are in the model's state dict."""
     return {
         clean(f"{prefix}.{name}" if prefix else name): buffer
         for prefix, module in model.named_modules()
@@ -277,13 +286,14 @@ def buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def clean(name: str) -> str:
+    """Return a parameter's name without the names of wrapper modules."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Torch's own inside whatever wraps them. Raises UserError where there are none."""
+    """Return the torch optimizers inside any wrappers. Raises UserError if there are none."""
     own = vars(optimizer)
     inner = next((own[n] for n in ("optimizers", "inner", "optimizer", "optim") if n in own), None)
     if inner is not None:
@@ -297,8 +307,9 @@ def optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def make_states(optimizer: torch.optim.Optimizer, flats: Iterable[torch.Tensor]) -> None:
-    """Whatever a first step makes, in steps of zero gradients, one parameter at a time; values are read over
-    afterwards. ``flats``: what it will be given, where it has nothing between steps (DeepSpeed's stage 3)."""
+    """Create the state that a first step makes, by steps with zero gradients, one parameter at a time. Its
+    values are then overwritten by those read. ``flats`` holds the tensors that the optimizer will get, if it
+    has none between steps (DeepSpeed's stage 3)."""
     held = {p: p.grad for g in optimizer.param_groups for p in g["params"] if p.requires_grad}
     for param in held:
         param.grad = None

@@ -1,11 +1,12 @@
-"""One child process: started with its files, read line by line, never outliving this process.
+"""Run one child process: start it with its files, read its output line by line, and never let it outlive this
+process.
 
-The child talks on its standard output, one JSON object a line::
+The child writes one JSON object per line to standard output::
 
-    {"event": "step", "step": 3, "loss": 1.02}        any event is passed on as it comes
+    {"event": "step", "step": 3, "loss": 1.02}        any event is passed on as it arrives
     {"event": "result", "measurement": {...}}          the last one is the run's Measurement
 
-Every other line is ignored; standard error is kept for the reason when the child dies without a result.
+All other lines are ignored. Standard error is kept, to give the reason if the child dies without a result.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from memfit.types.units import format_bytes
 Event = Mapping[str, object]
 
 CHILD_ENV: Final[Mapping[str, str]] = {
-    # glibc maps blocks from 64 KiB on and unmaps them when freed, and keeps one heap for all threads:
-    # then what the kernel counts is what tensors hold.
+    # glibc maps blocks of at least 64 KiB separately and unmaps them when they are freed, and uses one heap
+    # for all threads. The kernel's count then matches what tensors hold.
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_ARENA_MAX": "1",
-    # Threads that spin at a barrier make a step 5-10x slower as soon as another process wants the core.
+    # Threads that spin at a barrier make a step 5-10x slower when another process needs the core.
     "OMP_WAIT_POLICY": "passive",
-    "KINETO_LOG_LEVEL": "5",  # the profiler's own chatter would hide the reason on standard error
+    "KINETO_LOG_LEVEL": "5",  # hides the profiler's messages, which would bury the reason on standard error
 }
 STOPPED: Final = "stopped, as another rank had failed"
 _STDERR_KEPT_BYTES: Final = 4096
@@ -65,10 +66,11 @@ _VMSTAT: Final = Path("/proc/vmstat")
 def run(
     config: LaunchConfig, *, on_event: Callable[[Event], None], stop: threading.Event | None = None
 ) -> Measurement:
-    """Run `config` to its end, whatever that is. ``{dir}`` in argv is the folder of `config.files`.
+    """Run `config` to its end and return its measurement. ``{dir}`` in argv is the folder of `config.files`.
 
-    ``stop``, set from another thread, ends the child. Only an interruption of this process (Ctrl-C, an error
-    in `on_event`) is raised, after the child and its process group are gone.
+    Setting ``stop`` from another thread ends the child. Errors of the child are outcomes. Only an
+    interruption of this process (Ctrl-C, an error in `on_event`) is raised, after the child and its process
+    group have been killed.
     """
     with tempfile.TemporaryDirectory(prefix="memfit-") as folder, tempfile.TemporaryFile() as errors:
         for name, text in config.files.items():
@@ -82,7 +84,7 @@ def run(
 
 
 class _Watch:
-    """A running child and what it has told so far."""
+    """A running child and what it has reported so far."""
 
     def __init__(self, config: LaunchConfig, folder: str, errors: IO[bytes], stop: threading.Event) -> None:
         self._spec, self._errors, self._stop = config.spec, errors, stop
@@ -98,17 +100,17 @@ class _Watch:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,  # one process group, killed as one
+            start_new_session=True,  # a process group of its own, killed as a whole
         )
 
     def follow(self, on_event: Callable[[Event], None]) -> None:
-        """Read the child until it exits or its time is over."""
+        """Read the child's output until it exits or its time is over."""
         for line in self._lines():
             event = _event(line)
             if event is not None:
                 self._note(event)
                 on_event(event)
-        while not self._exited() and self._left_s() > 0:  # it closed its output and lives on
+        while not self._exited() and self._left_s() > 0:  # it closed its output but still runs
             time.sleep(min(_TICK_S, self._left_s()))
         self._timed_out = not self._exited()
 
@@ -121,7 +123,7 @@ class _Watch:
             self._losses += [float(loss)] if isinstance(loss, int | float) else []
 
     def _lines(self) -> Iterator[bytes]:
-        """Lines until the child closes its output, exits or runs out of time."""
+        """Yield lines until the child closes its output, exits or runs out of time."""
         rest = b""
         for chunk in self._chunks():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -134,7 +136,7 @@ class _Watch:
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, selectors.EVENT_READ)
             while self._left_s() > 0:
-                exited = self._exited()  # asked before reading: all that it wrote is then in the pipe
+                exited = self._exited()  # checked before reading, so that all its output is then in the pipe
                 if selector.select(0 if exited else min(_TICK_S, self._left_s())):
                     chunk = os.read(descriptor, 1 << 16)
                     if not chunk:
@@ -144,18 +146,20 @@ class _Watch:
                     return  # a grandchild holds the pipe open
 
     def _exited(self) -> bool:
-        """Without reaping it: until then its process group's number belongs to nobody else."""
+        """Return whether the child has exited, without reaping it. Until it is reaped, its process group's
+        number is not reused."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self._process.pid, flags) is not None
 
     def _left_s(self) -> float:
-        """Infinite for a run without a time limit."""
+        """Return the seconds left, infinite for a run without a time limit."""
         limit_s = math.inf if self._spec.timeout_s is None else self._spec.timeout_s
         return 0.0 if self._stop.is_set() else max(0.0, self._started_s + limit_s - time.monotonic())
 
     def end(self) -> None:
-        """Nothing of the child stays: its process group is killed, its control group removed."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids a group of zombies
+        """Kill the child's process group and remove its control group."""
+        # macOS forbids signals to a group of zombies.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._process.stdout is not None:
@@ -166,6 +170,7 @@ class _Watch:
             group.remove()
 
     def measurement(self) -> Measurement:
+        """Return the child's result, or a measurement that says how it ended."""
         if self._result is not None:
             try:
                 return serialization.loads(Measurement, json.dumps(self._result), what="the child's result")
@@ -183,7 +188,8 @@ class _Watch:
         )
 
     def _ending(self) -> tuple[OutcomeKind, str]:
-        """What an end without a result was. SIGKILL alone proves nothing: the kernel must have counted it."""
+        """Return the outcome and reason of an end without a result. SIGKILL alone does not prove an
+        out-of-memory kill: the kernel must have counted one."""
         code, lines = self._process.returncode, self._last_words()
         if self._timed_out and self._stop.is_set():
             return OutcomeKind.FAILED, STOPPED
@@ -215,7 +221,7 @@ def _event(line: bytes) -> Event | None:
     try:
         event = json.loads(line)
     except ValueError:
-        return None  # somebody else's output, or a line cut short by death
+        return None  # output of other code, or a line that was cut off
     return event if isinstance(event["event"], str) else None
 
 
@@ -229,7 +235,7 @@ def _code_text(code: int) -> str:
 
 
 def _machine_oom_kills() -> int:
-    """The kernel's count of processes killed for want of memory; 0 where it is not told."""
+    """Return the kernel's count of out-of-memory kills, or 0 if it is not available."""
     with contextlib.suppress(OSError):
         for line in _VMSTAT.read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -238,8 +244,9 @@ def _machine_oom_kills() -> int:
 
 
 def _dying_with_parent(argv: Sequence[str]) -> list[str]:
-    """`argv`, started so that Linux kills it when this process dies in any way.
+    """Return `argv` wrapped so that Linux kills the process when this process dies in any way.
 
-    A program that asks and then becomes argv, as Python between fork and exec is unsafe with threads.
+    A small program requests this and then replaces itself with argv, because running Python code between fork
+    and exec is unsafe with threads.
     """
     return [sys.executable, "-I", "-S", "-c", _ASK, str(os.getpid()), *argv]

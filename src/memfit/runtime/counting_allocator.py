@@ -1,8 +1,8 @@
-"""The counting CPU allocator: the truth about live tensor bytes, over all threads.
+"""The counting CPU allocator: exact live tensor bytes over all threads.
 
-A small shared library (counting_allocator.cpp) wraps torch's CPU allocator. It is compiled once per
-torch, source and compiler, in about a second, and kept in the user's cache folder. Bytes are rounded
-up to 64 per storage, torch's alignment on CPU. What existed before the install is never counted.
+A small shared library (counting_allocator.cpp) wraps torch's CPU allocator. It is compiled once per torch,
+source and compiler, in about a second, and cached in the user's cache folder. Bytes are rounded up to 64 per
+storage, torch's alignment on CPU. Storages that existed before the install are not counted.
 """
 
 from __future__ import annotations
@@ -31,47 +31,51 @@ _BUILD_LIMIT_S: Final = 120.0
 
 
 class AllocatorUnavailable(MemfitError):
-    """The counting allocator cannot be built or installed here; the text says why."""
+    """The counting allocator cannot be built or installed here. The message says why."""
 
 
 class Counts(NamedTuple):
+    """Numbers of allocations, frees and live blocks."""
+
     allocations: int
     frees: int
     alive: int
 
 
 class Event(NamedTuple):
-    """One allocation (positive) or free (negative)."""
+    """One allocation (positive ``delta_bytes``) or free (negative)."""
 
     delta_bytes: int
     time_ns: int  # monotonic clock
-    thread: int  # operating system's thread id
+    thread: int  # the operating system's thread id
 
 
 class Log(NamedTuple):
-    """Every allocation and free between start_log and stop_log, in the order in which they counted."""
+    """Every allocation and free between start_log and stop_log, in the order in which they were counted."""
 
-    start_bytes: int  # live when the log began
+    start_bytes: int  # live when the log started
     events: tuple[Event, ...]
 
     @property
     def deltas_bytes(self) -> tuple[int, ...]:
+        """Change in live bytes of each event."""
         return tuple(e.delta_bytes for e in self.events)
 
     def timeline_bytes(self, points: int) -> tuple[int, ...]:
-        """Live bytes after each event, thinned to at most `points`."""
+        """Return live bytes after each event, downsampled to at most `points` values."""
         return thin(accumulate(self.deltas_bytes, initial=self.start_bytes), points)
 
 
 def thin(live_bytes: Iterable[int], points: int) -> tuple[int, ...]:
-    """At most `points` values: the highest of each run of neighbours, so that the peak stays."""
+    """Return at most `points` values: the maximum of each run of adjacent values, so that the peak is
+    kept."""
     values = tuple(live_bytes)
     per_point = -(-len(values) // points) or 1
     return tuple(max(values[i : i + per_point]) for i in range(0, len(values), per_point))
 
 
 def available() -> str | None:
-    """None when the allocator can be used (it is then built), else the reason in one line."""
+    """Return None if the allocator can be used (it is then built), else the reason in one line."""
     try:
         _build()
     except AllocatorUnavailable as error:
@@ -80,9 +84,9 @@ def available() -> str | None:
 
 
 class CountingAllocator:
-    """Handle on the process's one counting allocator. Raises AllocatorUnavailable where it cannot be built.
+    """Handle of the process's single counting allocator. Raises AllocatorUnavailable if it cannot be built.
 
-    Everything is counted from `install()` until the process ends, so install it before the model is built.
+    It counts from `install()` until the process ends, so install it before the model is built.
     """
 
     source = "counting allocator"
@@ -91,31 +95,36 @@ class CountingAllocator:
         self._library = _load(_build())
 
     def install(self) -> None:
+        """Start counting. Raises AllocatorUnavailable if torch's allocator cannot be wrapped."""
         if not self._library.memfit_install():
             raise AllocatorUnavailable("torch's CPU allocator in place cannot be wrapped")
         _count_copied_storages()
 
     def live_bytes(self) -> int:
+        """Return the live bytes now."""
         return int(self._library.memfit_live())
 
     def peak_bytes(self) -> int:
-        """Highest live bytes since the install or the last reset_peak."""
+        """Return the peak of live bytes since the install or the last reset_peak."""
         return int(self._library.memfit_peak())
 
     def reset_peak(self) -> None:
-        """The peak becomes what is live now."""
+        """Set the peak to what is live now."""
         self._library.memfit_reset_peak()
 
     def counts(self) -> Counts:
+        """Return the numbers of allocations, frees and live blocks."""
         out = (ctypes.c_int64 * 3)()
         self._library.memfit_counts(out)
         return Counts(*out)
 
     def start_log(self) -> None:
+        """Start logging every allocation and free."""
         self._log_start_bytes = int(self._library.memfit_start_log())
 
     def stop_log(self) -> Log:
-        """The log since start_log. Raises MemoryError when the cap left no room to keep it."""
+        """Stop logging and return the log since start_log. Raises MemoryError if the cap left no memory for
+        the log."""
         length = int(self._library.memfit_stop_log())
         if length < 0:
             raise MemoryError("no memory was left for the log of allocations")
@@ -125,23 +134,25 @@ class CountingAllocator:
         return Log(self._log_start_bytes, events)
 
     def release(self, cap_bytes: int = 0) -> None:
-        """Give freed blocks that are kept for reuse back to the system; under a cap of `cap_bytes` above what
-        is live now, fewer are kept."""
+        """Return freed blocks that are kept for reuse to the system. Under a cap of `cap_bytes` above the
+        current live bytes, fewer blocks are kept from now on."""
         self._library.memfit_release(cap_bytes)
 
     def watch_data(self, on: bool) -> None:
-        """Keep (or stop keeping) the highest VmData seen after each allocation of 64 KiB or more."""
+        """Start or stop recording the highest VmData after each allocation of at least 64 KiB."""
         self._library.memfit_watch_data(int(on))
 
     def data_peak_bytes(self) -> int:
-        """Highest data segment, stack included, since watch_data(True); 0 when never watched."""
+        """Return the highest data segment, including the stack, since watch_data(True), or 0 if it was never
+        watched."""
         return int(self._library.memfit_data_peak())
 
 
 @functools.cache
 def _count_copied_storages() -> None:
-    """Storages that Python makes come from torch's default allocator, whichever is set; so do the buffers of
-    a model's deep copy, which are cloned as storages where parameters are cloned as tensors."""
+    """Patch the cloning of storages to use the counted allocator. Storages made by Python use torch's default
+    allocator, whichever is set. This includes the buffers of a model's deep copy, which are cloned as
+    storages, while parameters are cloned as tensors."""
     inner: Any = torch.UntypedStorage.clone
 
     def clone(storage: Any) -> Any:
@@ -165,7 +176,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _build() -> Path:
-    """Path of the library, compiled if the cache has none. Raises AllocatorUnavailable."""
+    """Return the path of the library, and compile it if it is not cached. Raises AllocatorUnavailable."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise AllocatorUnavailable(f"no C++ compiler found ({', '.join(_COMPILERS)})")
@@ -187,7 +198,7 @@ def _command(compiler: str) -> tuple[str, ...]:
 
 
 def _cache_path(command: tuple[str, ...]) -> Path:
-    """One file per torch, source, compiler and flags."""
+    """Return the cache path, which differs for each torch, source, compiler and flags."""
     compiler_stat = Path(command[0]).stat()
     parts = (torch.__version__, *command, str(compiler_stat.st_size), str(compiler_stat.st_mtime_ns))
     digest = hashlib.sha256("\0".join(parts).encode() + _SOURCE.read_bytes()).hexdigest()[:16]
@@ -195,7 +206,7 @@ def _cache_path(command: tuple[str, ...]) -> Path:
 
 
 def _compile(command: tuple[str, ...], target: Path) -> None:
-    """Compile beside `target` and rename, so that two processes building at once do no harm."""
+    """Compile to a file beside `target` and rename it, so that two processes may build at the same time."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(suffix=".so", dir=target.parent)
@@ -214,6 +225,6 @@ def _compile(command: tuple[str, ...], target: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    """The compiler's first error line, else the error itself."""
+    """Return the compiler's first error line, else the error itself."""
     lines = str(getattr(error, "stderr", None) or "").splitlines()
     return next((line for line in lines if "error" in line), str(error))

@@ -1,4 +1,4 @@
-"""Energy counters of the hardware: RAPL for the processor package, NVML for a GPU board."""
+"""Hardware energy counters: RAPL for the CPU package, NVML for a GPU board."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NO_METER: Final = (None, "")
 
 
 class EnergyMeter:
-    """Energy between start() and stop(), with the boundary it was measured at.
+    """Energy between start() and stop(), with the boundary at which it is measured.
 
-    The CPU's boundary is the package (cores and caches of every socket, without DRAM, disks and power
-    supply), a GPU's the board. The counters count everything that runs there, not only this process.
+    For a CPU the boundary is the package (cores and caches of every socket, without DRAM, disks and power
+    supply), for a GPU the board. The counters include everything that runs there, not only this process.
     """
 
     def __init__(self, device: str = "cpu", *, powercap: Path = _POWERCAP) -> None:
@@ -25,10 +25,11 @@ class EnergyMeter:
         self._started: tuple[int | None, ...] = ()
 
     def start(self) -> None:
+        """Start measuring."""
         self._started = self._read()
 
     def stop(self) -> tuple[float | None, str]:
-        """(joules, boundary) since start(), or (None, "") where there is no meter that can be read."""
+        """Return (joules, boundary) since start(), or (None, "") if there is no readable meter."""
         before, after = self._started, self._read()
         if not after or len(before) != len(after):
             return _NO_METER
@@ -47,7 +48,7 @@ class EnergyMeter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Zone:
-    """One package in /sys/class/powercap; its counter wraps at `range_uj`."""
+    """One package in /sys/class/powercap. Its counter wraps around at `range_uj`."""
 
     path: Path
     range_uj: int
@@ -56,14 +57,16 @@ class _Zone:
         return _int(self.path / "energy_uj")
 
     def spent_uj(self, before: int | None, after: int | None) -> int | None:
-        """Right as long as the counter wrapped at most once (262 kJ: 20 minutes at 200 W)."""
+        """Return the energy spent, correct if the counter wrapped at most once (262 kJ: 20 minutes at 200
+        W)."""
         if before is None or after is None:
             return None
         return after - before if after >= before else after - before + self.range_uj
 
 
 def _zones(powercap: Path) -> tuple[_Zone, ...]:
-    """The package zones: `intel-rapl:0`, also on AMD. Subzones such as core and dram lie within or beside."""
+    """Return the package zones: `intel-rapl:0` and so on, also on AMD. Subzones such as core and dram are
+    part of a package or separate."""
     found = []
     for path in sorted(powercap.glob("intel-rapl:*")):
         range_uj = _int(path / "max_energy_range_uj")
@@ -92,11 +95,11 @@ class _Board:
         try:
             return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))
         except self.nvml.NVMLError:
-            return None  # before Volta there is no such counter
+            return None  # GPUs before Volta have no such counter
 
 
 def _board(device: str) -> _Board | None:
-    """NVML's handle on torch's `device`, found by UUID: NVML does not know CUDA_VISIBLE_DEVICES."""
+    """Return NVML's handle of torch's `device`, found by UUID because NVML ignores CUDA_VISIBLE_DEVICES."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

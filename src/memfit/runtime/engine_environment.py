@@ -1,4 +1,4 @@
-"""Making an engine's own environment: a virtual environment, filled by pip, and the record of it."""
+"""Create an engine's own virtual environment with pip, and record it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _LIMIT_S = 3600.0
 
 
 def install(engine: Engine, into: Path | None, told: Told) -> Environment:
-    """Every line that pip says is ``told``. Raises UserError where the engine needs no environment or the
-    folder is in use, RunError with pip's last word."""
+    """Create the environment of ``engine`` and return its record. ``told`` is called with every line that pip
+    prints. Raises UserError if the engine needs no environment or the folder is in use, and RunError with
+    pip's last line if a command fails."""
     if not engine.requirements:
         raise UserError(
             f"engine {engine.name} needs no environment of its own",
@@ -58,6 +59,6 @@ def _run(command: list[str], told: Told) -> None:
 
 
 def _bytes(folder: Path) -> int:
-    """Of files that are really there: links point elsewhere."""
+    """Return the bytes of the files in ``folder``, without symbolic links."""
     files = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     return sum(p.stat().st_size for p in files)

@@ -1,8 +1,8 @@
-"""Threads of gloo, on the CPU: who they are, and asking the system to run them first.
+"""gloo's threads on the CPU: find them, and ask the system to run them first.
 
-A collective runs on a thread of gloo while the program goes on, and that thread may hold tensors, its own
-or those it was given, after the program has been told that it is done. How long is the operating system's
-choice, so peaks of the same training differ from run to run by what was still held. A GPU has no such thread.
+A collective runs on a thread of gloo while the program continues. That thread may hold tensors, its own or
+those it received, after it has reported that the collective is done. How long depends on the operating
+system, so peaks of the same training differ between runs by what was still held. A GPU has no such thread.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _PATIENCE_S = 5e-4
 
 
 def gloo_threads(*names: str) -> list[int]:
-    """Of this process, by name; none where the system does not tell."""
+    """Return the ids of this process's threads with these names, or none if the system does not list
+    threads."""
     tasks, found = Path("/proc/self/task"), list[int]()
     for task in tasks.iterdir() if tasks.exists() else ():
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has ended in the meantime
             if (task / "comm").read_text().strip() in names:
                 found.append(int(task.name))
     return found
@@ -31,11 +32,13 @@ def gloo_threads(*names: str) -> list[int]:
 
 @contextlib.contextmanager
 def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callable[[], bool]]:
-    """A function that asks the system to run gloo's threads, those there are by now, whenever they can, and
-    says whether it agreed: a user without the right to it is refused. As before at the end.
+    """Yield a function that asks the system to run gloo's current threads whenever they are ready, and
+    returns whether the system agreed (it refuses users without permission). Scheduling is restored at the
+    end.
 
-    ``patient``: waiting for a collective takes half a millisecond longer, which measures memory well and time
-    badly."""
+    With ``patient``, waiting for a collective takes half a millisecond longer, which makes memory
+    measurements accurate and time measurements inaccurate.
+    """
 
     def ask() -> bool:
         threads = gloo_threads(RUNS, _SENDS)
@@ -51,9 +54,10 @@ def gloo_first(settle: bool = True, *, patient: bool = False) -> Iterator[Callab
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """Waiting for a collective takes a moment longer, in which a thread of gloo that has told that it is done
-    lets go what it holds: threads on several cores race without it, whatever their priority. Gathers that are
-    begun together (ZeRO's) are over one after the other, as they are predicted, not two on two threads."""
+    """Make waiting for a collective take a moment longer, so that a gloo thread that has reported completion
+    can free what it holds. Without this, threads on several cores race, whatever their priority. Gathers that
+    start together (ZeRO's) finish one after the other, as they are predicted, and not two at a time on two
+    threads."""
     import torch.distributed as dist
     from torch.distributed import _functional_collectives as functional
 

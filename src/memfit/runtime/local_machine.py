@@ -1,4 +1,4 @@
-"""This machine as a catalog row would describe it, as far as it can be known without an accelerator."""
+"""This machine as an entry of the catalog, as far as it is known without an accelerator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memfit.types.machine import Device, Fact, Machine
 
 
 def this_machine(place: str) -> Machine:
-    """The processor of this machine as one device: memory measured, power assumed per thread."""
+    """Return this machine's CPU as one device, with measured memory and an assumed power per thread."""
     import psutil
 
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -24,13 +24,13 @@ def this_machine(place: str) -> Machine:
 
 
 def threads() -> int:
-    """Processors this process may use."""
+    """Return the number of logical CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def accelerator_kind() -> str:
-    """Of the accelerator that torch could use here, such as "cuda"; "" where there is none. Loads torch, and
-    begins nothing on the device."""
+    """Return the kind of the accelerator that torch can use here, such as "cuda", or "" if there is none.
+    This imports torch but does not initialise the device."""
     import torch
 
     if not torch.accelerator.is_available():
@@ -40,7 +40,7 @@ def accelerator_kind() -> str:
 
 
 def free_bytes() -> int:
-    """Memory that can be taken now without swapping."""
+    """Return the memory that can be allocated now without swapping."""
     import psutil
 
     return int(psutil.virtual_memory().available)

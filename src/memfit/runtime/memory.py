@@ -1,4 +1,4 @@
-"""Peak of live tensor bytes, by the best counter there is, and the process's own memory from /proc."""
+"""Peak of live tensor bytes, by the best available counter, and the process's own memory from /proc."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
 
 _STATUS: Final = Path("/proc/self/status")
 _CLEAR_REFS: Final = Path("/proc/self/clear_refs")
-_RESET_PEAK: Final = "5"  # man 5 proc: resets VmHWM to the current resident size
+_RESET_PEAK: Final = "5"  # man 5 proc: sets VmHWM to the current resident size
 _ALIGN_BYTES: Final = 64
 
 
 class PeakCounter(Protocol):
-    """Counts live tensor bytes from its construction on; `source` names the method."""
+    """Counts live tensor bytes from its construction on. `source` names the method."""
 
     source: str
 
     def live_bytes(self) -> int: ...
 
     def peak_bytes(self) -> int:
-        """Highest live bytes since the last reset_peak (or the start)."""
+        """Return the peak of live bytes since the last reset_peak (or the start)."""
         ...
 
     def reset_peak(self) -> None: ...
 
 
 def peak_counter(device: str = "cpu") -> PeakCounter:
-    """The counter for `device` ("cpu", "cuda:1"), already counting: call it before the model is built."""
+    """Return a counter for `device` ("cpu", "cuda:1") that is already counting. Call it before the model is
+    built."""
     if device.startswith("cuda"):
         return CudaCounter(device)
     try:
@@ -48,7 +49,7 @@ def peak_counter(device: str = "cpu") -> PeakCounter:
 
 
 class CudaCounter:
-    """torch's own CUDA statistics: exact, as its caching allocator hands out every block."""
+    """Torch's own CUDA statistics, which are exact because its caching allocator provides every block."""
 
     source = "torch CUDA allocator"
 
@@ -67,10 +68,10 @@ class CudaCounter:
 
 
 class TorchEvents:
-    """torch.profiler's allocation events: for where the counting allocator cannot be built.
+    """Counts torch.profiler's allocation events, for systems where the counting allocator cannot be built.
 
-    Slower, keeps every event since the last reading in memory, and loses frees made on threads that the
-    profiler does not follow. Reading it ends one profile and begins the next.
+    It is slower, keeps every event since the last reading in memory, and misses frees on threads that the
+    profiler does not follow. Reading it ends one profile and starts the next.
     """
 
     source = "torch allocator events"
@@ -79,7 +80,7 @@ class TorchEvents:
         self._sizes: dict[int, int] = {}  # pointer -> rounded bytes
         self._live = self._peak = 0
         self._begin()
-        atexit.register(self._end)  # a profile still open when Python ends crashes it
+        atexit.register(self._end)  # a profile that is open when Python exits crashes it
 
     def live_bytes(self) -> int:
         self._read()
@@ -113,12 +114,12 @@ class TorchEvents:
             self._sizes[pointer] = -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
             self._live += self._sizes[pointer]
         else:
-            self._live -= self._sizes.pop(pointer, 0)  # unknown: made before counting began
+            self._live -= self._sizes.pop(pointer, 0)  # 0 for pointers from before counting started
         self._peak = max(self._peak, self._live)
 
 
 def _allocations(profiled: profile) -> list[tuple[int, int]]:
-    """(pointer, +bytes or -bytes) of every CPU allocation and free, in order of time."""
+    """Return (pointer, +bytes or -bytes) of every CPU allocation and free, in order of time."""
     from torch._C._profiler import _EventType
 
     results = profiled.profiler.kineto_results if profiled.profiler else None
@@ -139,7 +140,7 @@ def _tree(events: list[Any]) -> Iterator[Any]:
 
 
 def rss_bytes() -> int:
-    """Resident bytes of this process now."""
+    """Return the resident bytes of this process now."""
     found = _status_bytes("VmRSS")
     if found is not None:
         return found
@@ -149,7 +150,7 @@ def rss_bytes() -> int:
 
 
 def rss_peak_bytes() -> int:
-    """Highest resident bytes since the last reset_rss_peak, or since the process began."""
+    """Return the highest resident bytes since the last reset_rss_peak, or since the process started."""
     found = _status_bytes("VmHWM")
     if found is not None:
         return found
@@ -160,7 +161,8 @@ def rss_peak_bytes() -> int:
 
 
 def reset_rss_peak() -> bool:
-    """The resident peak becomes what is resident now. False where the system cannot."""
+    """Set the resident peak to the current resident size. Return False if the system does not support
+    this."""
     with contextlib.suppress(OSError):
         _CLEAR_REFS.write_text(_RESET_PEAK)
         return True
@@ -168,7 +170,8 @@ def reset_rss_peak() -> bool:
 
 
 def data_bytes() -> int | None:
-    """VmData: private writable memory without the stack, what RLIMIT_DATA limits. None without /proc."""
+    """Return VmData: private writable memory without the stack, which RLIMIT_DATA limits. Return None without
+    /proc."""
     return _status_bytes("VmData")
 
 

@@ -1,9 +1,9 @@
-"""The hard memory cap, set by the process on itself after its warm-up step.
+"""The hard memory cap, which a process sets on itself after its warm-up step.
 
-What the process holds by then (interpreter, libraries, kernel caches) is its footprint and stays outside;
-`cap_bytes` is what it may take above it. For the cap to see what tensors hold, freed blocks must go
-back to the system: start the process with memfit.runtime.child_process.CHILD_ENV. Which limit, and why:
-docs/decisions/002-memory-cap.md.
+What the process holds by then (interpreter, libraries, kernel caches) is its footprint and is not capped.
+`cap_bytes` is what it may use in addition. For the cap to match what tensors hold, freed blocks must return
+to the system: start the process with memfit.runtime.child_process.CHILD_ENV. docs/decisions/002-memory-cap.md
+says which limit is used, and why.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _PROBE_BYTES: Final = 32 * 1024**2
 
 
 class MemoryLimit:
-    """A cap of `cap_bytes` above the footprint. `kind`: "RLIMIT_DATA", "cgroup" or "cuda fraction".
+    """A cap of `cap_bytes` above the footprint. `kind` is "RLIMIT_DATA", "cgroup" or "cuda fraction".
 
-    `counter`, when it is the counting allocator, lets RLIMIT_DATA know its own peak. Raises MemfitError
-    where the system has no such limit.
+    If `counter` is the counting allocator, the used bytes are also known under RLIMIT_DATA. Raises
+    MemfitError if the system supports no such limit.
     """
 
     def __init__(self, cap_bytes: int, *, device: str = "cpu", counter: PeakCounter | None = None) -> None:
@@ -47,14 +47,15 @@ class MemoryLimit:
         return self._cap.kind
 
     def apply(self) -> None:
-        """From now on an allocation beyond the cap fails (RLIMIT_DATA, CUDA) or kills (cgroup)."""
+        """Set the cap. From now on an allocation beyond it fails (RLIMIT_DATA, CUDA) or the process is killed
+        (cgroup)."""
         if self._allocator is not None:
             self._allocator.release(self.cap_bytes)
         _trim()
         self.footprint_bytes = self._cap.apply(self.cap_bytes)
 
     def lift(self) -> None:
-        """A second time changes nothing."""
+        """Remove the cap. Calling this again does nothing."""
         if not self._lifted:
             self._lifted = True
             self._used_bytes = self._cap.used_bytes()
@@ -63,7 +64,8 @@ class MemoryLimit:
                 self._allocator.release()
 
     def used_bytes(self) -> int | None:
-        """Peak above the footprint from apply() to now or to lift(), as the cap sees it; None: not known."""
+        """Return the peak above the footprint from apply() to now or to lift(), as the cap counts it, or None
+        if it is unknown."""
         return self._cap.used_bytes() if self._used_bytes is None else self._used_bytes
 
 
@@ -71,7 +73,7 @@ class _Cap(Protocol):
     kind: str
 
     def apply(self, cap_bytes: int) -> int:
-        """Returns the footprint in bytes."""
+        """Set the cap and return the footprint in bytes."""
         ...
 
     def lift(self) -> None: ...
@@ -84,14 +86,15 @@ def _cpu_cap(cap_bytes: int, allocator: CountingAllocator | None) -> _Cap:
         return _DataLimit(allocator)
     group = Group.of(os.getpid())
     if group is not None:
-        with contextlib.suppress(OSError):  # not allowed after all
+        with contextlib.suppress(OSError):  # the system does not allow it
             group.make(cap_bytes)
             return _Cgroup(group)
     raise MemfitError("no hard memory cap is possible here: neither RLIMIT_DATA nor a control group works")
 
 
 def _data_limit_holds() -> bool:
-    """Tried out: kernels before Linux 4.7 and some sandboxes let a mapping pass RLIMIT_DATA."""
+    """Return whether RLIMIT_DATA works. This is tested, because kernels before Linux 4.7 and some sandboxes
+    do not apply it to mappings."""
     held = data_bytes()
     if held is None:
         return False
@@ -107,7 +110,7 @@ def _data_limit_holds() -> bool:
 
 
 class _DataLimit:
-    """RLIMIT_DATA counts private writable memory, touched or not (VmData)."""
+    """A cap by RLIMIT_DATA, which counts private writable memory, touched or not (VmData)."""
 
     kind = "RLIMIT_DATA"
 
@@ -131,12 +134,12 @@ class _DataLimit:
             self._allocator.watch_data(False)
 
     def used_bytes(self) -> int | None:
-        """The kernel keeps no peak of VmData; the counting allocator does."""
+        """Return the peak of VmData from the counting allocator. The kernel keeps no such peak."""
         return None if self._allocator is None else self._allocator.data_peak_bytes() - self._start_bytes
 
 
 class _Cgroup:
-    """Counts the pages touched after the process entered its own control group."""
+    """A cap by a control group, which counts the pages touched after the process entered it."""
 
     kind = "cgroup"
 
@@ -157,7 +160,7 @@ class _Cgroup:
 
 
 class _CudaFraction:
-    """The caching allocator's own limit on what it reserves from the device."""
+    """A cap by the caching allocator's own limit on what it reserves from the device."""
 
     kind = "cuda fraction"
 
@@ -189,7 +192,7 @@ class _CudaFraction:
 
 
 def _trim() -> None:
-    """Give free blocks of the C library's heap back, so that the footprint holds none."""
+    """Return free blocks of the C library's heap to the system, so that the footprint contains none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)

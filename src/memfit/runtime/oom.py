@@ -1,4 +1,5 @@
-"""Does this error mean that memory ran out? Standard library only: the parent process asks as well."""
+"""Recognise out-of-memory errors. This module uses only the standard library, because the parent process
+needs it too."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import errno
 import resource
 from typing import Final
 
-# torch on CPU; C++; Python; the C library; CUDA, libgomp and others
+# Messages of torch on CPU; C++; Python; the C library; CUDA, libgomp and others.
 _TEXTS: Final = (
     "can't allocate memory",
     "std::bad_alloc",
@@ -18,9 +19,11 @@ _NO_KERNEL: Final = "could not create a primitive"
 
 
 def is_oom_error(error: BaseException) -> bool:
-    """True for MemoryError, torch.OutOfMemoryError, ENOMEM and torch's CPU allocator's RuntimeError.
+    """Return True for MemoryError, torch.OutOfMemoryError, ENOMEM and the RuntimeError of torch's CPU
+    allocator.
 
-    oneDNN tells no reason when it finds no memory for a kernel's code: believed while a cap is set.
+    oneDNN gives no reason if it finds no memory for a kernel's code. Its error counts as out of memory while
+    a cap is set.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -32,6 +35,6 @@ def is_oom_error(error: BaseException) -> bool:
 
 
 def is_oom_text(text: str) -> bool:
-    """The same for what a dead process wrote."""
+    """Return whether the output of a dead process says that memory ran out."""
     lowered = text.lower()
     return any(t in lowered for t in _TEXTS)

@@ -1,8 +1,8 @@
-"""Calibration: operators run alone on this machine, for their time and for the memory inside them.
+"""Calibration: run single operators on this machine to measure their time and the memory they use inside.
 
-An operator's own peak (outputs included) cannot be seen on fake tensors where a kernel takes scratch
-memory; running it once on real tensors of the same shapes shows it. Both figures are labelled
-calibration wherever they are used.
+If a kernel allocates scratch memory, an operator's own peak (including outputs) cannot be seen on fake
+tensors. Running it once on real tensors of the same shapes shows it. Both figures are labelled as calibration
+wherever they are used.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from memfit.types.machine import Calibration
 
 _RNN_BACKWARD = "aten.mkldnn_rnn_layer_backward.default"
 _REPEATS = 10
-_CALLS, _FEWEST_CALLS = 9, 2  # of an operator
-_OP_LIMIT_S = 0.1  # no single operator may eat the budget
+_CALLS, _FEWEST_CALLS = 9, 2  # per operator
+_OP_LIMIT_S = 0.1  # no single operator may use up the budget
 _MATMUL_SIZE = 1024
 _COPY_BYTES = 64 * 2**20
-_BETWEEN_BYTES = 8 * 2**20  # what other operators of a step put into the caches between two calls
+_BETWEEN_BYTES = 8 * 2**20  # written between two calls, as other operators of a step fill the caches
 _LARGE_BYTES = 4 * 2**20
 _FILE_BYTES, _FILES = 64 * 2**10, 64
 _SCHEDULED = Path("/proc/thread-self/schedstat")
@@ -37,8 +37,8 @@ _SCHEDULED = Path("/proc/thread-self/schedstat")
 def calibrate(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter, rates: bool = True
 ) -> Calibration:
-    """Probe the signatures in order until ``budget_s`` is spent; before them, with ``rates``, the machine's
-    own: matrix products, copies, the disk, the overhead of a call."""
+    """Probe the signatures in order until ``budget_s`` seconds are spent. With ``rates``, first measure the
+    machine itself: matrix products, copies, the disk and the overhead of a call."""
     begun, waited_s = time.perf_counter(), _waited_s()
     machine = _rates() if rates else Calibration()
     seen: dict[str, Probed] = {}
@@ -78,8 +78,8 @@ def _rates() -> Calibration:
 
 
 def _waited_s() -> float:
-    """How long this thread was ready and waited for a processor, by the kernel's count; 0 where it keeps
-    none."""
+    """Return the seconds that this thread was ready and waited for a CPU, as the kernel counts them, or 0 if
+    it does not."""
     try:
         return int(_SCHEDULED.read_text().split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -89,8 +89,8 @@ def _waited_s() -> float:
 def workspaces(
     signatures: Iterable[str], *, budget_s: float, counter: PeakCounter
 ) -> Iterator[tuple[str, Inside | None]]:
-    """Each signature with what its operator takes, run once, in order until ``budget_s`` is spent; None where
-    it cannot be run alone."""
+    """Run each signature's operator once, in order, until ``budget_s`` seconds are spent. Yield the signature
+    with the bytes it takes, or with None if the operator cannot run alone."""
     begun = time.perf_counter()
     for signature in signatures:
         if time.perf_counter() - begun > budget_s:
@@ -102,16 +102,19 @@ def workspaces(
 
 
 class Inside(NamedTuple):
-    """Bytes of one call: at its own peak, outputs included, and those of a workspace kept for backward."""
+    """Bytes of one call: its own peak, including outputs, and the workspace kept for backward."""
 
     peak_bytes: int
     kept_bytes: int
 
 
 class Probed(NamedTuple):
-    """One operator alone: the time of a call, the bytes at its own peak, those of them that are a kernel's
-    workspace for backward, whose size fake tensors do not know, and how far the median of its calls lies
-    above the shortest."""
+    """Measurements of one operator run alone.
+
+    ``seconds`` is the time of a call. ``peak_bytes`` is its own peak. ``kept_bytes`` is the part of it that
+    is a kernel's workspace for backward, whose size fake tensors do not know. ``spread_ratio`` says how far
+    the median of its calls lies above the shortest.
+    """
 
     seconds: float
     peak_bytes: int
@@ -120,7 +123,7 @@ class Probed(NamedTuple):
 
 
 def probe(signature: str, counter: PeakCounter) -> Probed | None:
-    """None where the operator cannot be run alone."""
+    """Measure one operator, or return None if it cannot run alone."""
     try:
         call, taken = inside(signature, counter)
         seconds, spread_ratio = _typical_s(call)
@@ -129,7 +132,7 @@ def probe(signature: str, counter: PeakCounter) -> Probed | None:
         return None
 
 
-# An argument that JSON cannot carry, or values the kernel refuses.
+# An argument that JSON cannot hold, or values that the kernel rejects.
 CANNOT_RUN = (
     RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError,
     MemoryError,
@@ -137,19 +140,19 @@ CANNOT_RUN = (
 
 
 def inside(signature: str, counter: PeakCounter) -> tuple[Callable[[], Any], Inside]:
-    """The operator with its made-up arguments, to be called again, and what its first call took. Raises one
+    """Return the operator as a function with made-up arguments, and the bytes of its first call. Raises one
     of `CANNOT_RUN`."""
     call, args, kwargs = ready(signature)
     before = counter.live_bytes()
     counter.reset_peak()
-    out = call(*args, **kwargs)  # no input asks for a gradient; kernels that look see training
+    out = call(*args, **kwargs)  # no input requires a gradient; kernels that check see training
     peak = counter.peak_bytes() - before
     kept = sum(t.nbytes for t in _tensors(out) if t.dtype == torch.uint8 and "mkldnn" in signature)
     return lambda: call(*args, **kwargs), Inside(peak, kept)
 
 
 def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
-    """(operator, real arguments, keyword arguments), to be called."""
+    """Return (operator, arguments with real tensors, keyword arguments) for a signature."""
     name, args, kwargs = json.loads(signature)
     inputs = [_real(a) for a in args]
     if name == _RNN_BACKWARD:
@@ -158,7 +161,8 @@ def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]
 
 
 def _after_forward(inputs: list[Any]) -> list[Any]:
-    """oneDNN's recurrent backward reads the workspace that its forward wrote; anything else crashes it."""
+    """Return the arguments for oneDNN's recurrent backward. It reads the workspace that its forward wrote,
+    and crashes on anything else."""
     *tensors, reverse, mode, hidden, layers, biases, train, both, sizes, first, _ = inputs
     out, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
         *tensors[:7], reverse, sizes, mode, hidden, layers, biases, both, first, train
@@ -172,7 +176,7 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 
 def _best_s(call: Callable[[], Any]) -> float:
-    """Shortest of a few calls: other work on the machine only ever adds time."""
+    """Return the shortest time of a few calls, because other work on the machine only adds time."""
     taken: list[float] = []
     while len(taken) < _REPEATS and sum(taken) < _OP_LIMIT_S:
         start = time.perf_counter()
@@ -182,9 +186,12 @@ def _best_s(call: Callable[[], Any]) -> float:
 
 
 def _typical_s(call: Callable[[], Any]) -> tuple[float, float]:
-    """(median of a few calls, how far it lies above the shortest). The calls do not find their operands in
-    the caches nearest to the processor, as in a step: the shortest of calls in a row was a quarter short of a
-    step's. Time in which a call waited for a processor that another process had does not count."""
+    """Return (median time of a few calls, how far it lies above the shortest).
+
+    As in a step, the calls do not find their operands in the innermost caches: the shortest of consecutive
+    calls was a quarter below the time in a step. Time in which a call waited for a CPU that another process
+    used does not count.
+    """
     between, taken = torch.ones(_BETWEEN_BYTES // 4), list[float]()
     while len(taken) < _CALLS and (sum(taken) < _OP_LIMIT_S or len(taken) < _FEWEST_CALLS):
         between.add_(1.0)
@@ -216,7 +223,8 @@ def _real(value: Any) -> Any:
 
 
 def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str = "") -> torch.Tensor:
-    """Small random numbers; zeros for integers, which are valid indices everywhere; true for masks."""
+    """Return a tensor of small random numbers. Integers are zeros, which are always valid indices, and masks
+    are True."""
     if seen_as == "conj":
         return _tensor(shape, stride, dtype_name).conj()
     dtype = getattr(torch, dtype_name)
@@ -245,9 +253,9 @@ def _copy_bytes_s() -> float:
 
 
 def _disk() -> tuple[float, float]:
-    """(bytes a second, seconds a tensor more) of writing tensors to a file and reading them back, as
-    activation offload does: through the page cache, large ones and many of the smallest, in places that
-    a step before has used."""
+    """Return (bytes per second, additional seconds per tensor) for writing tensors to a file and reading them
+    back as activation offload does: through the page cache, with large and with many of the smallest tensors,
+    in places that an earlier step has used."""
     spool = Spool()
 
     def seconds(tensor: torch.Tensor, count: int) -> float:
@@ -266,7 +274,8 @@ def _disk() -> tuple[float, float]:
 
 
 def _overhead_s() -> float:
-    """What autograd and Python add to one operator of no size, forward and backward averaged."""
+    """Return the time that autograd and Python add to an operator without work, averaged over forward and
+    backward."""
     x, calls = torch.ones(1, requires_grad=True), 200
     factor = torch.ones(1)
 

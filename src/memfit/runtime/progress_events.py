@@ -1,4 +1,4 @@
-"""What a child tells its parent: one JSON object a line on standard output."""
+"""What a child process reports to its parent: one JSON object per line on standard output."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ from memfit.types import serialization
 
 
 def tell(event: str, **fields: object) -> None:
+    """Write an event to standard output."""
     sys.stdout.write(serialization.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()

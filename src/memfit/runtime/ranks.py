@@ -1,4 +1,4 @@
-"""One child a rank: the same launch started as many times as its plan has ranks, joined over gloo."""
+"""Run one child process per rank of a plan. The ranks join over gloo."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from memfit.runtime.child_process import Event, run
 from memfit.types.launch import LaunchConfig
 from memfit.types.result import Measurement, OutcomeKind
 
-GRACE_S: Final = 60.0  # for the other ranks to say why they fail too
+GRACE_S: Final = 60.0  # time for the other ranks to report why they fail too
 
 
 def run_ranks(
     config: LaunchConfig, *, on_event: Callable[[int, Event], None] = lambda rank, event: None
 ) -> tuple[Measurement, ...]:
-    """Every rank's Measurement, by rank; ``on_event(rank, event)`` is called from one thread a rank.
+    """Run all ranks and return their measurements, by rank. ``on_event(rank, event)`` is called from one
+    thread per rank.
 
-    A rank that fails leaves the others waiting in a collective: they end when gloo notices the closed
-    connection, and are stopped where they have not after `GRACE_S`.
+    If a rank fails, the others wait in a collective. They end when gloo notices the closed connection, and
+    are stopped if they have not ended after `GRACE_S` seconds.
     """
     ranks, port, stop = config.spec.plan.ranks, free_port(), threading.Event()
     graces: list[threading.Timer] = []
@@ -40,7 +41,8 @@ def run_ranks(
     with ThreadPoolExecutor(ranks) as pool:
         try:
             return tuple(pool.map(one, range(ranks)))
-        except BaseException:  # an interruption among them: the pool waits for its threads, they for children
+        # Including interruptions: the pool waits for its threads, and these wait for their children.
+        except BaseException:
             stop.set()
             raise
         finally:
@@ -49,7 +51,8 @@ def run_ranks(
 
 
 def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank of one machine, and gloo's interface: the loopback."""
+    """Return the environment variables that torchrun sets for a rank on one machine, and the loopback as
+    gloo's interface."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -62,7 +65,7 @@ def rank_env(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
+    """Return a free TCP port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Ranks that die are started again, all together, from the newest complete checkpoint, as torchrun's do.
+"""Restart ranks that die, all together, from the newest complete checkpoint, as torchrun does.
 
-Not by torchrun's elastic agent: it starts processes of its own, whose messages, caps and reasons of death
-memfit would no longer see.
+torchrun's elastic agent is not used, because it starts its own processes, whose messages, caps and reasons of
+death memfit would not see.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ RESTARTS: Final = 3
 def run_through(
     spec: RunSpec, start: Callable[[RunSpec, OnEvent], Sequence[Measurement]], *, on_event: OnEvent
 ) -> Sequence[Measurement]:
-    """What ``start`` measures of every rank. A run that saves checkpoints is started up to `RESTARTS` times
-    more where a rank died in training: its losses are then those of all its steps, everything else is of the
-    last start. ``on_event`` is told ``{"event": "restarted", "why": ...}`` before each."""
+    """Run ``start`` and return its measurements of every rank.
+
+    A run that saves checkpoints is restarted up to `RESTARTS` times if a rank died in training. Its losses
+    are then those of all its steps, and everything else is from the last start. ``on_event`` gets ``{"event":
+    "restarted", "why": ...}`` before each restart.
+    """
     losses: dict[int, dict[int, float]] = {rank: {} for rank in range(spec.plan.ranks)}
 
     def listen(rank: int, event: Event) -> None:
@@ -48,13 +51,14 @@ def run_through(
 
 
 def _died(measured: Measurement) -> bool:
-    """Without a result, after training had begun: what fails before would fail again."""
+    """Return whether a rank ended without a result after training had started. An earlier failure would
+    happen again."""
     silent = measured.outcome is OutcomeKind.FAILED and measured.peak_bytes is None
     return silent and measured.steps_done > 0
 
 
 def _newest(keep: Keep) -> Keep:
-    """``keep`` to go on from what was saved; from where it began while nothing was."""
+    """Return ``keep`` set to resume from the newest checkpoint, or unchanged if none was saved."""
     try:
         path, _, passed = checkpoints.find(Path(keep.save))
     except UserError:

@@ -1,4 +1,4 @@
-"""7. What happened stays: an append-only SQLite file of Records, each with its environment."""
+"""Stage 7: store results in an append-only SQLite file of Records, each with its environment."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Timings of this machine on disk: what was measured once answers every later question alike.
+"""Store the timings of this machine on disk, so that later requests use the same measurements.
 
-One SQLite file in the user's cache folder. A row is never overwritten: an operator that was timed keeps its
-time, whatever else the machine does later, until `forget` (``--recalibrate``) removes the machine's rows.
-Where the file cannot be written, nothing is kept and every question measures for itself.
+The timings are in one SQLite file in the user's cache folder. A row is never overwritten: a timed operator
+keeps its time, whatever else the machine does later, until `forget` (``--recalibrate``) removes the machine's
+rows. If the file cannot be written, nothing is stored and every request measures for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memfit.store.environment import VARIABLES, digest, fingerprint
 from memfit.types import serialization
 from memfit.types.machine import Calibration
 
-_METHOD: Final = 1  # raised when operators are timed in another way: older rows are then not read
+_METHOD: Final = 1  # increased when the timing method changes, so that older rows are not read
 _WAIT_S: Final = 10.0
 _MACHINE: Final = ("processor", "cores", "torch", "libc")
 _TABLES: Final = (
@@ -30,27 +30,29 @@ _TABLES: Final = (
 
 
 def default_path() -> Path:
-    """``calibration.sqlite3`` in the user's cache folder (``XDG_CACHE_HOME`` or the system's own)."""
+    """Return ``calibration.sqlite3`` in the user's cache folder (``XDG_CACHE_HOME`` or the system's own)."""
     import platformdirs
 
     return platformdirs.user_cache_path("memfit", appauthor=False) / "calibration.sqlite3"
 
 
 def machine_key(threads: int) -> str:
-    """Digest of all that a timing depends on: processor, cores, torch, thread settings and count."""
+    """Return a digest of everything that a timing depends on: processor, cores, torch, libc, the
+    environment's thread settings, the number of threads, and the timing method."""
     seen = fingerprint()
     names = [*_MACHINE, *(f"env {name}" for name in VARIABLES if "CUDA" not in name)]
     return digest({**{n: seen[n] for n in names}, "threads": str(threads), "method": str(_METHOD)})
 
 
 class CalibrationCache:
-    """The stored calibration of one machine, torch and thread count."""
+    """The stored calibration of one machine, torch version and thread count."""
 
     def __init__(self, threads: int, path: Path | None = None) -> None:
         self.path, self.key = path or default_path(), machine_key(threads)
 
     def read(self) -> Calibration:
-        """All that is stored; an empty Calibration where nothing is or the file cannot be read."""
+        """Return everything that is stored, or an empty Calibration if there is nothing or the file cannot be
+        read."""
         with contextlib.suppress(OSError, sqlite3.Error, ValueError), self._connection() as connection:
             rates = connection.execute("SELECT body FROM machine WHERE key = ?", (self.key,)).fetchone()
             rows = connection.execute("SELECT signature, body FROM operator WHERE key = ?", (self.key,))
@@ -60,8 +62,8 @@ class CalibrationCache:
         return Calibration()
 
     def add(self, fresh: Calibration) -> Calibration:
-        """Store what is not there yet, and return all that is stored now; `fresh` itself where nothing can
-        be stored."""
+        """Store what is not stored yet, and return everything that is stored now. Return `fresh` itself if
+        nothing can be stored."""
         bare = dataclasses.replace(
             fresh, op_s={}, op_peak_bytes={}, op_kept_bytes={}, op_spread_ratio={}, not_timed=()
         )
@@ -79,7 +81,7 @@ class CalibrationCache:
         return stored if stored.flops_s else fresh
 
     def forget(self) -> None:
-        """Remove this machine's rows, so that all is measured again."""
+        """Remove this machine's rows, so that everything is measured again."""
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as connection:
             for table in ("machine", "operator"):
                 connection.execute(f"DELETE FROM {table} WHERE key = ?", (self.key,))
@@ -95,8 +97,8 @@ class CalibrationCache:
 
 
 def selected(calibration: Calibration, signatures: set[str]) -> Calibration:
-    """`calibration` with the timings of these operators only, so that an answer depends on its own question
-    and not on those asked before."""
+    """Return `calibration` with the timings of these operators only, so that a result depends only on its own
+    request and not on earlier ones."""
     return dataclasses.replace(
         calibration,
         op_s={s: v for s, v in calibration.op_s.items() if s in signatures},

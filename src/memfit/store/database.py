@@ -1,8 +1,9 @@
 """The store: one SQLite file to which rows are only ever added.
 
-Each append is one transaction that is on disk when the call returns, so a process killed at any moment
-leaves every finished append readable. The rollback journal is used and not WAL: WAL needs memory shared
-between all who open the file, which network home folders do not give. Connections live for one call.
+Each append is one transaction that is on disk when the call returns. A process that is killed at any moment
+therefore leaves every finished append readable. The journal mode is the rollback journal, not WAL: WAL needs
+memory shared by all processes that open the file, which network file systems do not provide. A connection
+lives for one call.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import Record
 
-APPLICATION_ID: Final = 0x6D666974  # "mfit", in the file's header: says whose file this is
+APPLICATION_ID: Final = 0x6D666974  # "mfit", in the file's header: identifies a memfit store
 SCHEMA_VERSION: Final = 1
-TAKEN: Final = "taken"  # kind of a row that holds another group's record and who says so
-_WAIT_S: Final = 30.0  # for another process's append
+TAKEN: Final = "taken"  # kind of a row that holds another group's record and the name of its source
+_WAIT_S: Final = 30.0  # maximum time to wait for another process's append
 _OTHER: Final = "choose another file with --store"
 
 _TABLES: Final = (
@@ -41,16 +42,16 @@ _KEYS: Final = {"record": "record_id", "environment": "digest"}
 
 
 def default_path() -> Path:
-    """``memfit.sqlite3`` in the user's data folder (``XDG_DATA_HOME`` or what the system has for it)."""
+    """Return ``memfit.sqlite3`` in the user's data folder (``XDG_DATA_HOME`` or the system's own)."""
     import platformdirs
 
     return platformdirs.user_data_path("memfit", appauthor=False) / "memfit.sqlite3"
 
 
 class Store:
-    """Append-only Records in the file `path`, made when missing.
+    """Append-only Records in the file `path`, which is created if it does not exist.
 
-    Raises UserError when the file cannot be made, opened or written, or belongs to something else.
+    Raises UserError if the file cannot be created, opened or written, or is not a memfit store.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -64,7 +65,7 @@ class Store:
                 self._lay_out(connection)
 
     def append(self, poc_id: str, kind: str, body: Any) -> Record:
-        """Add one row, `body` as JSON by ``wire.dumps``, and return it once it is on disk."""
+        """Add one row with `body` as JSON (``serialization.dumps``), and return it once it is on disk."""
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         name, environment = self._environment
         text = serialization.dumps(body)
@@ -83,7 +84,8 @@ class Store:
         )
 
     def records(self, poc_id: str | None = None, kind: str | None = None) -> tuple[Record, ...]:
-        """Rows in the order they were added, all or those of one PoC, one kind, or both."""
+        """Return rows in the order in which they were added: all rows, or those of one PoC, of one kind, or
+        both."""
         rows = self._rows(
             "SELECT record_id, poc_id, kind, created, environment, body FROM record "
             "WHERE (?1 IS NULL OR poc_id = ?1) AND (?2 IS NULL OR kind = ?2) ORDER BY record_id",
@@ -94,18 +96,20 @@ class Store:
         return tuple(Record(**dict(zip(names, row, strict=True))) for row in rows)
 
     def poc_ids(self) -> tuple[str, ...]:
-        """Every PoC begun here, oldest first; not runs alone, nor what was taken in from others."""
+        """Return the IDs of all PoCs begun here, oldest first. Single runs and records from others are not
+        included."""
         rows = self._rows(
             "SELECT poc_id FROM record WHERE kind IN ('begin', 'poc') GROUP BY poc_id ORDER BY min(record_id)"
         )
         return tuple(poc_id for (poc_id,) in rows)
 
     def latest_poc_id(self) -> str | None:
-        """The PoC begun last; None when the store is empty."""
+        """Return the ID of the latest PoC, or None if there is none."""
         return next(reversed(self.poc_ids()), None)
 
     def environment(self, name: str) -> Mapping[str, str]:
-        """The whole fingerprint behind a Record's ``environment`` digest."""
+        """Return the whole fingerprint for the ``environment`` digest of a Record. Raises UserError for an
+        unknown one."""
         rows = self._rows("SELECT body FROM environment WHERE digest = ?", name)
         if not rows:
             raise UserError(f"the store {self.path} has no environment {name!r}")
@@ -132,7 +136,7 @@ class Store:
             raise UserError(f"the store {self.path} cannot be used: {error}", hint=_OTHER) from error
 
     def _is_new(self, connection: sqlite3.Connection) -> bool:
-        """False for a memfit store, True for an empty file; anything else is refused."""
+        """Return False for a memfit store and True for an empty file. Raises UserError for any other file."""
         application, version = _pragma(connection, "application_id"), _pragma(connection, "user_version")
         if application == APPLICATION_ID and version == SCHEMA_VERSION:
             return False
@@ -149,7 +153,7 @@ class Store:
     def _lay_out(self, connection: sqlite3.Connection) -> None:
         with _transaction(connection):
             if not self._is_new(connection):
-                return  # another process was first
+                return  # another process has created the store first
             for statement in (*_TABLES, *_guards()):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -157,7 +161,7 @@ class Store:
 
 
 def taken_from(row: Record) -> str:
-    """Who says what a row of the kind TAKEN holds."""
+    """Return the source of a row of the kind TAKEN."""
     return str(json.loads(row.body).get("from", "others"))
 
 
@@ -173,7 +177,7 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _guards() -> Iterator[str]:
-    """Triggers against UPDATE, DELETE, and the INSERT OR REPLACE that deletes without saying so."""
+    """Yield triggers against UPDATE, DELETE, and INSERT OR REPLACE, which silently deletes."""
     for table, key in _KEYS.items():
         taken = f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})"
         for event, condition in (("UPDATE", ""), ("DELETE", ""), ("INSERT", taken)):

@@ -1,6 +1,6 @@
-"""What a result depended on besides memfit's input. Reads versions from metadata: torch is never loaded.
+"""Record the environment on which a result depends. Versions are read from metadata: torch is never loaded.
 
-The only file that reads environment variables; they are recorded, and change nothing here.
+This is the only file that reads environment variables. They are recorded and have no effect here.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ _UNKNOWN: Final = "unknown"
 
 
 def fingerprint() -> Mapping[str, str]:
-    """Interpreter, system, processor, memory, package versions, thread settings. Unknown stays unknown.
+    """Return interpreter, system, processor, memory, package versions and thread settings. Values that cannot
+    be determined are "unknown".
 
-    No host name, user name or path: a record can be given away.
+    The result contains no host name, user name or path, so that a record can be shared.
     """
     return _software() | _hardware() | {f"env {name}": os.environ.get(name, "unset") for name in VARIABLES}
 
 
 def digest(environment: Mapping[str, str]) -> str:
-    """Sixteen hexadecimal digits; equal for equal environments, whatever their order."""
+    """Return sixteen hexadecimal digits that are equal for equal environments, whatever their order."""
     text = json.dumps(dict(environment), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -66,13 +67,13 @@ def _hardware() -> dict[str, str]:
 
 
 def _processor(cpuinfo: Path) -> str:
-    """Linux says it in /proc/cpuinfo; elsewhere Python's own word, which is coarse."""
+    """Return the processor's name from Linux's /proc/cpuinfo, else the less precise name from Python."""
     found = re.search(r"^model name\s*:\s*(.+)$", _read(cpuinfo), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or _UNKNOWN
 
 
 def _nvidia_models(folder: Path) -> list[str]:
-    """The driver lists each GPU it drives in a folder of its own."""
+    """Return the models of the GPUs for which the NVIDIA driver has a folder."""
     texts = [_read(file) for file in sorted(folder.glob("*/information"))]
     return [
         found[1].strip() for text in texts if (found := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))

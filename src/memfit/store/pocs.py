@@ -1,4 +1,4 @@
-"""Proofs of concept as the store has them."""
+"""Read proofs of concept from the store."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from memfit.types import serialization
 from memfit.types.errors import UserError
 from memfit.types.result import Poc, Run
 
-ATTENDED = "attended"  # kind of a row with the minutes that people sat beside a PoC
+ATTENDED = "attended"  # kind of a row with the minutes for which people attended to a PoC
 
 
 def wanted_poc(store: Store, poc_id: str | None) -> str:
-    """The ID itself, or the latest PoC's. Raises UserError where there is none."""
+    """Return ``poc_id``, or the ID of the latest PoC if it is None. Raises UserError if there is none."""
     wanted = poc_id or store.latest_poc_id()
     if wanted is None:
         raise UserError(f"there is no proof of concept in {store.path}", hint="run `memfit poc` first")
@@ -22,8 +22,8 @@ def wanted_poc(store: Store, poc_id: str | None) -> str:
 
 
 def attended(store: Store, poc_id: str | None, minutes: float) -> None:
-    """Keep how long people sat beside a PoC, the latest by default; what was told last counts. Raises
-    UserError."""
+    """Store for how many minutes people attended to a PoC, the latest by default. The last value counts.
+    Raises UserError."""
     wanted = wanted_poc(store, poc_id)
     if not 0 <= minutes < math.inf:
         raise UserError(f"--attended-minutes {minutes:g}", allowed="a number of at least 0")
@@ -32,8 +32,8 @@ def attended(store: Store, poc_id: str | None, minutes: float) -> None:
 
 
 def stored_poc(store: Store, poc_id: str) -> Poc:
-    """The finished PoC, or the beginning of an unfinished one with the runs it got; with the minutes that
-    people told. Raises UserError, also for what others measured."""
+    """Return the finished PoC, or the beginning of an unfinished one with its runs so far. The minutes that
+    people entered are included. Raises UserError if the PoC was not measured here."""
     found, minutes = _stored_poc(store, poc_id), store.records(poc_id, ATTENDED)
     if not minutes:
         return found

@@ -1,1 +1,1 @@
-"""One file a technique, all the same shape; registry.py is the table of what goes with what."""
+"""One module per technique, all with the same structure. registry.py lists which can be combined."""

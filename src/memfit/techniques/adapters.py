@@ -1,4 +1,5 @@
-"""LoRA and QLoRA through peft: the base weights are frozen (and kept in 4 bits), small matrices learn."""
+"""LoRA and QLoRA through peft: base weights are frozen (and stored in 4 bits), and small matrices are
+trained."""
 
 from __future__ import annotations
 
@@ -30,12 +31,13 @@ def _apply_qlora(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _adapt(bench: Workbench, rank: int) -> None:
-    """Adapters on every Linear of the repeated blocks; what lies outside the blocks (input projection,
-    head) stays trainable, since a new task's head must learn."""
+    """Add adapters to every Linear of the repeated blocks. Modules outside the blocks (input projection,
+    head) stay trainable, because a new task's head must be trained."""
     from peft import LoraConfig, inject_adapter_in_model
 
     path, _ = find_blocks(bench.model, bench.job.blocks)
-    # Not the parameters: what imports below log keeps this frame, and with it what is replaced by shards.
+    # Keep ids, not parameters: the imports below log and keep this frame alive, and would keep parameters
+    # that shards replace.
     outside = {id(p) for name, p in bench.model.named_parameters() if not name.startswith(path + ".")}
     targets = sorted(name for name, _ in block_linears(bench.model, path))
     if not targets:
@@ -48,7 +50,7 @@ def _adapt(bench: Workbench, rank: int) -> None:
 
 
 def block_linears(model: torch.nn.Module, path: str) -> Iterable[tuple[str, torch.nn.Linear]]:
-    """Every linear layer inside the blocks at ``path``, by name."""
+    """Yield every linear layer inside the blocks at ``path``, with its name."""
     import torch
 
     for name, module in model.named_modules():

@@ -1,10 +1,11 @@
-"""What is cut along an axis and what is whole, for stacks that hold a row and a pair representation.
+"""Operations on tensors that are cut along one dimension across ranks, for stacks with a row and a pair
+representation.
 
-Between `Whole.own` and `Whole.whole` a rank holds its part of a tensor along one dimension: every part as
-long as the first, the last ones filled up with zeros where the length does not divide. On the way back
-gradients are multiplied by the number of ranks at `whole` and divided by it at `own`: so inside, where each
-rank sees its share of a parameter's gradient, and outside, where all see the same, the mean over ranks is the
-gradient. Nothing that was gathered is kept for backward, it is gathered again.
+Between `Whole.own` and `Whole.whole`, a rank holds its part of a tensor along one dimension. All parts are as
+long as the first; the last ones are padded with zeros if the length does not divide. In backward, gradients
+are multiplied by the number of ranks at `whole` and divided by it at `own`. The gradient of a parameter is
+therefore the mean over ranks both inside, where each rank sees its share, and outside, where all ranks see
+the same. Gathered tensors are not saved for backward but gathered again.
 """
 
 from __future__ import annotations
@@ -21,53 +22,54 @@ from memfit.techniques.parallel.sample_parallel_collectives import Together
 
 
 class Whole:
-    """What the modules of a stack ask of the ranks that share it: nothing, as there is one.
+    """Operations for a single rank, which holds everything: they return their input. `Cut` is the version for
+    several ranks.
 
-    ``dim`` is the dimension along which ``x`` is cut, ``length`` its length as a whole.
+    ``dim`` is the dimension along which ``x`` is cut, ``length`` its length when whole.
     """
 
     cuts = False
 
     def size(self, length: int) -> int:
-        """Of a rank's part of so many."""
+        """Return the length of a rank's part of ``length``."""
         return length
 
     def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's part of what every rank has alike."""
+        """Return this rank's part of a tensor that is equal on every rank."""
         return x
 
     def whole(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """All parts, for what every rank then computes alike."""
+        """Return all parts, for a computation that is then the same on every rank."""
         return x
 
     def gathered(self, x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-        """All parts, for what each rank computes of its own part."""
+        """Return all parts, for a computation that each rank does for its own part."""
         return x
 
     def turned(self, x: torch.Tensor, dim: int, to: int, length: int) -> torch.Tensor:
-        """Whole along ``dim`` and cut along ``to``."""
+        """Return a tensor cut along ``dim`` as whole along ``dim`` and cut along ``to``."""
         return x
 
     def summed(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """The sum over ranks of what is whole, cut along ``dim``."""
+        """Return the sum over ranks of a whole tensor, cut along ``dim``."""
         return x
 
     def product(
         self, sums: str, left: torch.Tensor, right: torch.Tensor, dim: int, length: int
     ) -> torch.Tensor:
-        """einsum of ``left`` with all parts of ``right``, whose ``dim`` is a dimension of the result and
-        not of ``left``."""
+        """Return the einsum ``sums`` of ``left`` with all parts of ``right``. The dimension ``dim`` of
+        ``right`` must be in the result and not in ``left``."""
         return torch.einsum(sums, left, right)
 
 
 class Axial(nn.Module):
-    """A module that knows that its inputs may be cut: the technique axial-parallel gives it its ranks."""
+    """A module whose inputs may be cut across ranks. The technique axial-parallel sets ``across``."""
 
     across: Whole = Whole()
 
 
 class Cut(Whole):
-    """The same over several ranks."""
+    """The operations of `Whole` across several ranks."""
 
     cuts = True
 
@@ -119,21 +121,21 @@ class Cut(Whole):
         return self.together.scatter_sum(self.apart(x, dim)).squeeze(0)
 
     def apart(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """(ranks, ...): the ranks' parts of x."""
+        """Return the ranks' parts of ``x``, with shape (ranks, ...)."""
         size, ranks = self.size(x.shape[dim]), self.together.ranks
         parts: torch.Tensor = _filled(x, dim, size * ranks).unflatten(dim, (ranks, size))
         return parts.movedim(dim, 0).contiguous()
 
 
 def _filled(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """With zeros at the end, as long as ``size``."""
+    """Pad ``x`` with zeros at the end to length ``size`` along ``dim``."""
     missing = size - x.shape[dim]
     return functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 def _joined(parts: torch.Tensor, dim: int, length: int) -> torch.Tensor:
-    """Parts (ranks, ...) along ``dim`` of one, without what filled up the last. No view, which a module that
-    FSDP2 wraps must not return."""
+    """Join parts of shape (ranks, ...) along ``dim`` and remove the padding of the last ones. The result is
+    not a view, because a module that FSDP2 wraps must not return a view."""
     ranks, shape = parts.shape[0], list(parts.shape[1:])
     size = shape[dim]
     if size * ranks == length and math.prod(shape[:dim]) == 1:
@@ -147,7 +149,7 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cut: Cut, dim: int) -> torch.Tensor:
         ctx.cut, ctx.dim, ctx.length = cut, dim, x.shape[dim]
-        return cut.part(x, dim).clone()  # a view would keep the whole
+        return cut.part(x, dim).clone()  # a view would keep the whole tensor
 
     @staticmethod
     @once_differentiable
@@ -205,7 +207,7 @@ class _Turned(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """By parts, so that what einsum makes on the way is no longer than one."""
+    """Computes the product part by part, so that einsum's temporaries are no longer than one part."""
 
     @staticmethod
     def forward(
@@ -239,7 +241,7 @@ class _Product(torch.autograd.Function):
 
 
 def _place(sums: str, dim: int) -> int:
-    """Of the right one's dimension in the result."""
+    """Return the position, in the result, of dimension ``dim`` of the right operand."""
     operands, result = sums.split("->")
     return result.index(operands.split(",")[1][dim])
 

@@ -1,4 +1,4 @@
-"""The shape every technique has, and the workbench it changes."""
+"""The structure that every technique has, and the workbench that techniques change."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from memfit.types.trace import Phase
 
 Piece = tuple[Any, float]  # a micro-batch and its share of the step's loss
-WeightedLoss = Callable[[Any, Any, float], "torch.Tensor"]  # of (model, micro-batch, share)
+WeightedLoss = Callable[[Any, Any, float], "torch.Tensor"]  # arguments: model, micro-batch, share
 
 
 class RunsPipeline(Protocol):
-    """What a training step asks of a pipeline's stages on one rank. ``ending``: what has its last backward of
-    the step next."""
+    """Runs the pipeline stages of one rank for a training step.
+
+    ``ending`` holds the modules whose next backward is their last of the step.
+    """
 
     micro_batches: int
     ending: Set[object]
@@ -38,13 +40,14 @@ class RunsPipeline(Protocol):
         *,
         last: bool,
     ) -> torch.Tensor:
-        """All pieces forward and backward; their weighted losses summed, the same on every stage."""
+        """Run forward and backward of all pieces. Return the sum of their weighted losses, which is the same
+        on every stage."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A technique's setting: a positive integer of any size, one of ``choices``, or text of a ``pattern``.
-    ``needs``: packages that single values take, by value."""
+    """A technique's setting: an integer of at least ``minimum``, one of ``choices``, or text that matches
+    ``pattern``. ``needs`` maps single values to the package that they require."""
 
     name: str
     default: KnobValue
@@ -56,6 +59,7 @@ class Knob:
 
     @property
     def allowed(self) -> str:
+        """Describe the allowed values."""
         if self.choices:
             return ", ".join(str(c) for c in self.choices)
         if self.pattern is not None:
@@ -63,6 +67,7 @@ class Knob:
         return f"an integer of at least {self.minimum}"
 
     def accepts(self, value: object) -> bool:
+        """Return whether ``value`` is allowed."""
         if self.choices:
             return any(value == c and type(value) is type(c) for c in self.choices)
         if self.pattern is not None:
@@ -72,40 +77,44 @@ class Knob:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """What the search may try with: the numbers a technique needs to propose settings."""
+    """Facts about the job and the machine from which a technique proposes settings to the search."""
 
     batch_size: int  # of one rank
     block_count: int
     has_head: bool
-    vocabulary: int  # outputs of the head; 0: no head
+    vocabulary: int  # output size of the head; 0 if there is no head
     device: str
     ranks: int = 1
-    half: str = "bfloat16"  # the half precision that the device multiplies in
-    linears: bool = True  # its blocks have linear layers, which adapters go beside
-    scalars: bool = False  # it has parameters without dimensions
-    slices: bool = False  # some module makes much inside that can be cut into independent slices
-    least_part: int = 1  # samples of the smallest micro-batch
-    clipped: bool = False  # gradients are clipped by the norm of all of them
+    half: str = "bfloat16"  # the half precision in which the device multiplies
+    linears: bool = True  # the blocks have linear layers, to which adapters can be added
+    scalars: bool = False  # the model has parameters without dimensions
+    slices: bool = False  # some module allocates much inside and can be cut into independent slices
+    least_part: int = 1  # number of samples in the smallest micro-batch
+    clipped: bool = False  # gradients are clipped by their total norm
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Numbers of micro-batches that a rank's samples may be cut into, 1 among them."""
+        """Numbers of micro-batches into which a rank's samples can be split, including 1."""
         most = max(1, self.batch_size // self.least_part)
         return tuple(n for n in range(1, most + 1) if self.batch_size % n == 0)
 
     @property
     def refused(self) -> frozenset[str]:
-        """Techniques that do not take the job at all."""
+        """Names of techniques that do not support the job."""
         reasons = {"fsdp2": self.scalars, "optimizer-in-backward": self.clipped}
         return frozenset(name for name, refused in reasons.items() if refused)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Technique:
-    """``slot``: at most one technique of a slot is in a plan. ``needs``: packages beyond memfit's own.
-    ``forbids``: names of techniques or slots it cannot be combined with, ``unsearched``: those that it is
-    combined with where a plan asks for both, and not by the search. ``order``: when it is applied.
-    ``settings(space)``: the knob settings worth searching, besides leaving the technique out.
+    """A memory-saving technique.
+
+    - ``apply`` changes the workbench; ``order`` says when, relative to other techniques.
+    - ``settings(space)`` gives the knob settings worth searching, in addition to leaving the technique out.
+    - ``slot``: a plan has at most one technique of each slot.
+    - ``needs``: packages required beyond memfit's own.
+    - ``forbids``: names of techniques or slots with which it cannot be combined.
+    - ``unsearched``: names of techniques with which only users combine it, not the search.
     """
 
     name: str
@@ -120,22 +129,22 @@ class Technique:
     forbids: tuple[str, ...] = ()
     unsearched: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
-    # What it must know of the plain model, before any technique changes it.
+    # Reads what the technique must know about the plain model, before any technique changes it.
     look: Callable[[Workbench], None] = lambda bench: None
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Packages this technique needs that are not installed."""
+        """Packages that this technique requires and that are not installed."""
         return tuple(p for p in self.needs if importlib.util.find_spec(p) is None)
 
     def lacks(self, settings: Mapping[str, KnobValue]) -> tuple[str, ...]:
-        """Packages that it needs with these settings and that are not installed."""
+        """Return the packages that these settings require and that are not installed."""
         asked = (k.needs[settings[k.name]] for k in self.knobs if settings.get(k.name) in k.needs)
         return (*self.missing, *(p for p in asked if importlib.util.find_spec(p) is None))
 
 
 class OptimizerLike(Protocol):
-    """What the step needs of an optimizer."""
+    """The interface of an optimizer that the training step uses."""
 
     def step(self) -> Any: ...
     def zero_grad(self, set_to_none: bool = True) -> None: ...
@@ -149,14 +158,20 @@ Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclasses.dataclass(kw_only=True)
 class Workbench:
-    """The one training step under construction; techniques change it in their order.
+    """The training step under construction. Techniques change it in their order.
 
-    ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors lie: a prediction for CUDA is
-    traced on fake CPU tensors. ``forward_contexts`` surround forward and loss of each micro-batch;
-    ``before_micro_batch`` is told whether the micro-batch is the step's last. ``call`` is what the job's
-    loss gets as its model, where that is not the model itself. ``first_part(n)``: the first of n equal parts
-    of a batch. ``pipeline`` runs forward and backward where the plan has stages; ``ddp`` is DDP's wrapper;
-    ``counted_elsewhere`` are names of tied parameters whose gradient another stage counts in the norm.
+    - ``device`` says whose kernels run ("cpu" or "cuda"), not where tensors are: a prediction for CUDA is
+      traced on fake CPU tensors.
+    - ``forward_contexts`` surround the forward and loss of each micro-batch.
+    - ``before_micro_batch`` is called with whether the micro-batch is the last of the step.
+    - ``call`` is what the job's loss gets as its model, if that is not the model itself.
+    - ``first_part(n)`` returns the first of n equal parts of a batch.
+    - ``pipeline`` runs forward and backward if the plan has stages.
+    - ``ddp`` is DDP's wrapper.
+    - ``counted_elsewhere`` holds the names of tied parameters whose gradient another stage counts in the
+      norm.
+    - ``on_gradient``, ``on_ddp``, ``on_offload``, ``on_kept`` and ``place`` are callbacks that the tracer
+      sets.
     """
 
     job: Job
@@ -174,26 +189,29 @@ class Workbench:
     pipeline: RunsPipeline | None = None
     ddp: Any = None
     counted_elsewhere: set[str] = dataclasses.field(default_factory=set)
-    # Names of parameters that every data-parallel rank has others of: nothing is averaged there.
+    # Names of parameters that differ between data-parallel ranks. Their gradients are not averaged.
     own_parameters: set[str] = dataclasses.field(default_factory=set)
-    # Names of parameters whose rows lie in the order of tensor ranks, and how many parts are fused in them.
+    # Names of parameters whose rows are in the order of tensor ranks, with the number of parts fused in each.
     fused_rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    # A batch cut along its sequence, one part a context rank, and the labels that count in such a part.
+    # Cuts a batch along its sequence, one part per context rank. `loss_terms` counts a part's labels.
     slices: Callable[[Any], list[Any]] | None = None
     islands: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)  # computed in float32
     fixed_counts: Mapping[Any, frozenset[int]] = dataclasses.field(default_factory=dict)
     loss_terms: Callable[[Any], int | None] = lambda part: None
-    on_gradient: Callable[[torch.nn.Parameter], None] | None = None  # the tracer listens here
+    # Set by the tracer: called with each parameter whose gradient is ready.
+    on_gradient: Callable[[torch.nn.Parameter], None] | None = None
     closers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
-    on_ddp: Callable[[Any], None] | None = None  # and here: DDP's wrapper, before its first step
-    on_offload: Callable[[int, int], None] | None = None  # and here: bytes that leave memory, and come back
-    # and here: a "parameter" or "gradient" that a technique keeps in the place of the model's own
+    # Set by the tracer: called with DDP's wrapper before its first step.
+    on_ddp: Callable[[Any], None] | None = None
+    # Set by the tracer: called with the bytes that leave memory and that come back.
+    on_offload: Callable[[int, int], None] | None = None
+    # Set by the tracer: called with a "parameter" or "gradient" that replaces the model's own.
     on_kept: Callable[[torch.Tensor, str], None] = lambda tensor, category: None
-    # and here: tensors made meanwhile lie in "host" memory, in a stream's pool, or ("") where the model is
+    # Set by the tracer: places new tensors in "host" memory, in a stream's pool, or ("") with the model.
     place: Callable[[str], contextlib.AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()
-    gradients_on: str = ""  # a place too
+    gradients_on: str = ""  # a place, as for `place`
     parameters_on: str = ""
-    grad_norm: Callable[[], torch.Tensor] | None = None  # where gradients are not in the parameters
+    grad_norm: Callable[[], torch.Tensor] | None = None  # set if gradients are not in the parameters
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -1,9 +1,9 @@
-"""Chunked linear cross-entropy: the logits of the whole batch never exist at once.
+"""Chunked linear cross-entropy, which never holds the logits of the whole batch.
 
-The head's output is replaced by a promise (`LazyLogits`); when the job's loss asks for the cross-entropy
-of it, hidden states go through the head in chunks, and each chunk's gradients are taken at once, so no
-recomputation is needed (the idea of fused linear cross-entropy; Wijmans et al. 2024, arXiv 2411.09009).
-Sums are reordered (E1). Anything else done with the promise makes the logits after all.
+The head returns deferred logits (`LazyLogits`) instead of logits. When the job's loss asks for their
+cross-entropy, the hidden states pass through the head in chunks, and each chunk's gradients are computed at
+once, so that no recomputation is needed (the idea of fused linear cross-entropy; Wijmans et al. 2024, arXiv
+2411.09009). Sums are reordered (E1). Any other use of the deferred logits computes the real ones.
 """
 
 from __future__ import annotations

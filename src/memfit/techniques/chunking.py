@@ -1,12 +1,12 @@
-"""Chunking: what a module does slice by slice is done slice by slice, and again in backward.
+"""Chunking: run a module slice by slice where slices are independent, and recompute each slice in backward.
 
-Attention over the rows of a pair representation makes tensors of residues^3; its rows do not need each other.
-Such modules are found by trial, not by name: a small copy with random parameters is run on random inputs,
-whole and on a slice of them; where the slice of the output is the same, that axis can be cut. Modules are
-cut until what one slice makes inside stays under a budget; each slice is checkpointed, so that only one
-slice's insides exist at a time. Where nothing is asked for, the budget is half of what the largest of them
-gives out, which exists anyhow: smaller slices would save little more. (The idea of FastFold's AutoChunk,
-Cheng et al. 2022, arXiv 2203.00854.)
+Attention over the rows of a pair representation makes tensors of residues^3 elements, though its rows are
+independent. Such modules are found by trial, not by name: a small copy with random parameters runs on random
+inputs, whole and on a slice of them. If the slice of the output is the same, that axis can be cut. Modules
+are cut until one slice allocates less than a budget inside. Each slice is checkpointed, so that only one
+slice's inner tensors exist at a time. By default, the budget is half of the output of the largest such
+module. That output exists anyway, so smaller slices would save little more. (The idea of FastFold's
+AutoChunk, Cheng et al. 2022, arXiv 2203.00854.)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     asked_bytes = int(settings["mib"]) * MIB
     budget = asked_bytes or budget_bytes(bench.model, calls, int(settings["parts"]), trials)
     found = to_cut(bench.model, calls, budget, trials)
-    torch.empty(trials.peak_bytes, dtype=torch.uint8)  # what the trials took, for a prediction to see it
+    torch.empty(trials.peak_bytes, dtype=torch.uint8)  # stands for the memory of the trials in a prediction
     if not found:
         raise UserError(
             f"chunking of {type(bench.model).__name__}",

@@ -1,10 +1,10 @@
-"""``torch.compile`` as memory sees it: which tensors it keeps for backward, and which it never makes.
+"""``torch.compile`` as it affects memory: which tensors it keeps for backward, and which it never makes.
 
-The joint graph of forward and backward is traced and cut by torch's own partitioner (a minimum cut over what
-must be kept, torch._functorch.partitioners); each side then runs as kernels: products, convolutions and
-attention one by one, and what lies between them fused, so that only values that leave a fused group take
-memory, as in Inductor (which also writes into an input of the same size that dies there). The arithmetic is
-the eager one; nothing is compiled for this device.
+The joint graph of forward and backward is traced and split by torch's own partitioner (a minimum cut over
+what must be kept, torch._functorch.partitioners). Each side then runs as kernels. Matrix products,
+convolutions and attention run one by one. The operators between them are fused, so that only values that
+leave a fused group take memory, as in Inductor (which also overwrites an input of the same size that is not
+used again). The arithmetic is that of eager execution; nothing is compiled for this device.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
     from memfit.techniques.compiled_regions import Region
 
-    graphs: dict[Any, Any] = {}  # equal blocks share one
+    graphs: dict[Any, Any] = {}  # equal blocks share a graph
     modules: list[torch.nn.Module] = [bench.model]
     if settings["scope"] != "model":
         path, modules = find_blocks(bench.model, bench.job.blocks)
         if settings["scope"] == "parts":
             modules += [m for n, m in bench.model.named_children() if n != path.partition(".")[0]]
-    if torch._guards.active_fake_mode() is None:  # trained for real: by the real compiler
-        for module in modules:  # `module.compile()` passes torch's own classes by, and pipelines pass it by
+    if torch._guards.active_fake_mode() is None:  # real training uses the real compiler
+        # `module.compile()` skips torch's own classes, and pipelines bypass it
+        for module in modules:
             module.forward = torch.compile(module.forward)
         return
     for module in modules:
@@ -51,7 +52,7 @@ def _calling(region: Callable[..., Any], inner: Callable[..., Any]) -> Callable[
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # for predictions of runs that use it
+    return []  # only for predictions of runs that use it
 
 
 TECHNIQUE = Technique(

@@ -1,4 +1,4 @@
-"""Regions of a model as pairs of graphs, forward and backward, run kernel by kernel."""
+"""Regions of a model as pairs of graphs, forward and backward, that run kernel by kernel."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ _REDUCTIONS = frozenset({
 
 
 class Region:
-    """A module's call through its two graphs. ``graphs`` is shared by the regions of one model.
-    ``recompute``, where the module is checkpointed inside of what is compiled: a function that makes a fresh
-    judge of which operators, in the order of forward, are kept."""
+    """Calls a module through its two graphs. ``graphs`` is shared by the regions of one model.
+
+    ``recompute`` is set if the compiled module is checkpointed inside. It returns a new predicate that says,
+    for operators in the order of forward, which results are kept.
+    """
 
     def __init__(self, module: torch.nn.Module, graphs: dict[Any, Any]) -> None:
         self.module, self.graphs, self.inner = module, graphs, module.forward
@@ -62,7 +64,7 @@ class Region:
             for place, tensor in zip(places, tensors[len(names) :], strict=True):
                 given[place] = tensor
             args, kwargs = _pytree.tree_unflatten(given, spec)
-            # Not by calling the module: its hooks (FSDP's) lie outside what is compiled.
+            # The module itself is not called: its hooks (FSDP's) are outside the compiled region.
             with _reparametrize_module(module, dict(zip(names, tensors, strict=False))):
                 return inner(*args, **kwargs)
 
@@ -74,8 +76,8 @@ def _shape(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class Pair:
-    """Forward and backward of one function of tensors, as schedules of kernels. ``static``: numbers of those
-    that live on in any case (parameters, buffers): keeping them for backward costs nothing."""
+    """Forward and backward of one function of tensors, as schedules of kernels. ``static`` holds the indices
+    of tensors that stay alive anyway (parameters, buffers), which cost nothing to keep for backward."""
 
     def __init__(
         self,
@@ -97,8 +99,8 @@ class Pair:
 
 
 def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
-    """Forward's operators say to the partitioner whether they run again in backward
-    (torch.utils.checkpoint's policies, as torch.compile hands them on)."""
+    """Tell the partitioner which operators of forward to run again in backward (the policies of
+    torch.utils.checkpoint, as torch.compile passes them on)."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     for node in joint.graph.nodes:
@@ -115,15 +117,16 @@ def _tag(joint: Any, names: set[str], keeps: Callable[[Any], bool]) -> None:
 def _joint(
     call: Callable[..., Any], tensors: list[torch.Tensor]
 ) -> tuple[Any, list[Any], bool, int, set[str]]:
-    """The joint graph over tensors of the same shapes, traced where no one is counting; the names of
-    forward's operators in it."""
+    """Trace the joint graph over tensors of the same shapes, without recording. Return the graph, the example
+    tensors, whether the output is a single tensor, the number of outputs and the names of forward's
+    operators."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     single, count = False, 0
-    names, apart = set[str](), False  # apart: outputs, which may be views, from what they are views of
+    names, apart = set[str](), False  # apart: copy outputs, which may be views of inputs
 
     def flat(*given: torch.Tensor) -> tuple[Any, ...]:
         nonlocal single, count
@@ -158,14 +161,15 @@ def _joint(
 
 
 def _drop_checks(graph: fx.Graph) -> None:
-    """Exporting adds checks of a cast's input, which a compiler does not see: they would make it kept."""
+    """Remove the checks of a cast's input that export adds. A compiler does not see them, and they would keep
+    the input alive."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
 
 
 def _without_last_copies(joint: Any, outputs: int) -> Any:
-    """torch.compile returns views as views; to export them they were copied."""
+    """Remove the copies of outputs that were made for export. torch.compile returns views as views."""
     last = next(n for n in joint.graph.nodes if n.op == "output")
     found = list(last.args[0])
     found[:outputs] = (n.args[0] if n.target is torch.ops.aten.clone.default else n for n in found[:outputs])
@@ -182,7 +186,7 @@ class _Run(torch.autograd.Function):
         outs, saved = results[: pair.outputs], results[pair.outputs :]
         ctx.pair, ctx.other = pair, [None if isinstance(s, torch.Tensor) else s for s in saved]
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        if hooks is None:  # let go of one by one in backward
+        if hooks is None:  # freed one by one in backward
             ctx.kept = saved
         else:
             ctx.kept = None
@@ -203,7 +207,8 @@ class _Run(torch.autograd.Function):
 
 @dataclasses.dataclass(slots=True)
 class _Kernel:
-    """``nodes``: one call that runs as it is, or none: a fused group, which makes its ``outputs`` only."""
+    """One kernel. ``node`` is a call that runs as it is, or None for a fused group, which makes only its
+    ``outputs``."""
 
     node: fx.Node | None
     inputs: list[fx.Node]
@@ -211,7 +216,7 @@ class _Kernel:
 
 
 class Schedule:
-    """A graph's kernels in the order in which their results are asked for."""
+    """A graph's kernels, in the order in which their results are needed."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -225,7 +230,8 @@ class Schedule:
         self.uses.update(n for n in self.result if isinstance(n, fx.Node))
 
     def run(self, given: list[Any]) -> list[Any]:
-        """Empties ``given``: what is not needed any more is let go of."""
+        """Run the kernels on the inputs ``given`` and return the results. Values, including those in
+        ``given``, are freed when they are not needed again."""
         values: dict[fx.Node, Any] = dict(zip(self.placeholders, given, strict=True))
         given.clear()
         values.update(self.attributes)
@@ -249,9 +255,9 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _fused(group: _Kernel, left: Counter[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """A dying input of an output's size is written over."""
+    """Run a fused group. An input that is not used again and has the size of an output is overwritten."""
     wanted = Counter(_meta_bytes(n) for n in group.outputs)
-    inputs = dict.fromkeys(group.inputs)  # in their order: equal graphs run alike
+    inputs = dict.fromkeys(group.inputs)  # in a fixed order, so that equal graphs run alike
     reads = read_bytes(values.get(n) for n in inputs)
     dying = [n for n in inputs if left[n] == group.inputs.count(n)]
     for node in dying:
@@ -287,12 +293,13 @@ def _packet(node: fx.Node) -> Any:
 
 
 def _extern(node: fx.Node) -> bool:
-    """Kernels that are not fused; collectives among them."""
+    """Return whether the node is a kernel that is not fused. This includes collectives."""
     return _packet(node) in _EXTERN or getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
 def _alone(node: fx.Node) -> bool:
-    """Runs as it is: an extern kernel, a view, or a pick from what either of them gives."""
+    """Return whether the node runs as it is: an unfused kernel, a view, or an item of the result of one of
+    these."""
     if node.target is operator.getitem:
         return _alone(node.all_input_nodes[0])
     if node.op != "call_function" or _extern(node):
@@ -301,8 +308,8 @@ def _alone(node: fx.Node) -> bool:
 
 
 def _levels(calls: list[fx.Node]) -> dict[fx.Node, int]:
-    """How many extern kernels lie before a node; what is fused lies on one level. A pointwise value that
-    only a later level reads is computed there."""
+    """Return the number of unfused kernels before each node. Nodes are fused within one level. A pointwise
+    value that is read only on a later level is computed on that level."""
     level: dict[fx.Node, int] = {}
     for node in calls:
         before = [level[i] + _extern(i) for i in node.all_input_nodes if i in level]
@@ -321,7 +328,7 @@ def _from_extern(node: fx.Node) -> bool:
 
 
 def _groups(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Fused node -> its group: connected nodes of one level, through the views between them."""
+    """Return the group of each fused node: nodes of one level that are connected, also through views."""
     calls = [n for n in graph.nodes if n.op == "call_function"]
     level = _levels(calls)
     parent: dict[fx.Node, fx.Node] = {n: n for n in calls if not _from_extern(n)}
@@ -375,7 +382,8 @@ def _ordered(graph: fx.Graph, groups: dict[fx.Node, int]) -> list[_Kernel]:
 
 
 def _sources(node: fx.Node, inside: set[fx.Node], groups: dict[fx.Node, int]) -> list[fx.Node]:
-    """What a fused node reads from outside its group, seen through views of values inside."""
+    """Return what a fused node reads from outside its group. Views of values inside the group count as
+    inside."""
     found = []
     for given in node.all_input_nodes:
         base = given
@@ -387,9 +395,9 @@ def _sources(node: fx.Node, inside: set[fx.Node], groups: dict[fx.Node, int]) ->
 
 
 def _leaves(node: fx.Node, group: int, groups: dict[fx.Node, int]) -> bool:
-    """Whether anything outside the group reads the node, directly or through views."""
+    """Return whether a node outside the group reads this node, directly or through views."""
     if node in groups and not isinstance(node.meta.get("val"), torch.Tensor):
-        return False  # its parts leave, one by one; those of a view (split) are all that it is
+        return False  # its items leave one by one; the items of a view (split) are all of it
     for user in node.users:
         if user in groups:
             outside = groups[user] != group

@@ -1,4 +1,5 @@
-"""The promise of logits, and the chunked cross-entropy that keeps it; loaded with torch, when applied."""
+"""Deferred logits and their chunked cross-entropy. This module imports torch, so it is loaded when the
+technique is applied."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ _RESHAPES = ("view", "reshape", "flatten", "contiguous", "float", "to", "type_as
 
 
 class LazyLogits:
-    """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, until somebody needs its numbers.
+    """Stands for ``linear(hidden, head)``, shape ``(..., vocabulary)``, until its values are needed.
 
-    No tensor subclass: the object answers for the shape, follows reshapes, and gives the real logits to
-    whatever else is asked of it. Once made they are kept, so that what is done to them in place stays.
+    It is not a tensor subclass. It knows its shape, follows reshapes, and computes the real logits for every
+    other use. Once computed they are kept, so that changes in place persist.
     """
 
     def __init__(
@@ -29,10 +30,11 @@ class LazyLogits:
         self.made: torch.Tensor | None = None
 
     def with_hidden(self, hidden: torch.Tensor) -> LazyLogits:
+        """Return deferred logits of other hidden states."""
         return LazyLogits(hidden, self.head, self.chunks, cast=self.cast)
 
     def make(self) -> torch.Tensor:
-        """The real logits."""
+        """Return the real logits."""
         if self.made is None:
             logits = functional.linear(self.hidden, self.weight, self.head.bias)
             self.made = logits if self.cast is None else logits.to(self.cast)
@@ -40,7 +42,7 @@ class LazyLogits:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The head's. Raises UserError where it went back to its shards before the loss."""
+        """The head's weight. Raises UserError if it was resharded before the loss."""
         if hasattr(self.head.weight, "device_mesh"):
             raise UserError(
                 "chunked-cross-entropy: fsdp2 has let the head go when the loss wants it",
@@ -92,7 +94,7 @@ def _on_real_logits(name: str) -> Any:
     return act
 
 
-# Python looks operators up on the class, past __getattr__.
+# Python looks up operators on the class and not through __getattr__.
 for _name in (
     "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul", "neg",
     "lt", "le", "gt", "ge", "setitem", "len",
@@ -104,8 +106,8 @@ _NO_EFFECT = {"weight": None, "size_average": None, "reduce": None, "label_smoot
 
 
 def _plain(lazy: LazyLogits, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Class indices against rows of logits, nothing else asked for. (With more dimensions the classes
-    would lie along the second.)"""
+    """Return whether a cross-entropy is plain: class indices against rows of logits, with no other option.
+    With more dimensions, the classes would be along the second dimension."""
     target = args[1] if len(args) > 1 else kwargs.get("target")
     rows = lazy.made is None and lazy.dim() == 2 and target is not None and not target.is_floating_point()
     known = {"input", "target", "ignore_index", "reduction"}
@@ -127,7 +129,8 @@ def _materialize(value: Any) -> Any:
 
 
 def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) -> LazyLogits | None:
-    """The same promise over reshaped hidden states, or None where the last dimension is touched."""
+    """Return deferred logits of reshaped hidden states, or None if the operation changes the last
+    dimension."""
     hidden, vocabulary = lazy.hidden, lazy.head.out_features
     if name in ("float", "to", "type_as", "contiguous"):
         return _cast(lazy, name, args, kwargs)
@@ -145,14 +148,15 @@ def _reshape(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Any) ->
 
 
 def _cast(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LazyLogits:
-    """Only the real logits change their dtype: the loss of chunks is taken in float32 anyway."""
+    """Return deferred logits whose real logits will have another dtype. The chunked loss is computed in
+    float32 in any case."""
     given = {"float": (torch.float32,), "type_as": (getattr(args[0], "dtype", None) if args else None,)}
     found = [d for d in given.get(name, (*args, *kwargs.values())) if isinstance(d, torch.dtype)]
     return LazyLogits(lazy.hidden, lazy.head, lazy.chunks, cast=found[0]) if found else lazy
 
 
 def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
-    """Does this index leave the vocabulary whole and last?"""
+    """Return whether this index leaves the vocabulary dimension whole and last."""
     if any(i is None for i in index):
         return False
     whole = isinstance(index[-1], slice) and index[-1] == slice(None)
@@ -164,7 +168,7 @@ def _keeps_last(index: tuple[Any, ...], dims: int) -> bool:
 
 
 def _leading(shape: Any, lazy: LazyLogits) -> int | None:
-    """Number of rows if ``shape[:-1]`` covers exactly the promise's rows, else None."""
+    """Return the number of rows if ``shape[:-1]`` covers exactly the rows of the logits, else None."""
     rows = 1
     for size in shape[:-1]:
         rows *= int(size)
@@ -186,7 +190,8 @@ def _cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Inputs: hidden (rows, width), weight (vocabulary, width), bias or None, target (rows,)."""
+    """Chunked cross-entropy of hidden (rows, width), weight (vocabulary, width), bias or None, and target
+    (rows,)."""
 
     @staticmethod
     def forward(
@@ -218,7 +223,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_bias, terms = ctx.saved_tensors
         scale = grads[0] / terms if terms is not None else grads[0]
         weight_dtype, bias_dtype = ctx.dtypes
-        # In place: nobody else holds these buffers, and copies would double them.
+        # In place: these buffers have no other user, and copies would double them.
         grad_hidden.mul_(scale)
         out_weight = grad_weight.mul_(scale).to(weight_dtype) if grad_weight is not None else None
         out_bias = grad_bias.mul_(scale).to(bias_dtype) if grad_bias is not None else None
@@ -228,7 +233,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_slope(
     logits: torch.Tensor, target: torch.Tensor, ignore: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy of a chunk and its derivative by the logits, float32 (rows, vocabulary)."""
+    """Return the summed cross-entropy of a chunk and its derivative with respect to the logits, float32
+    (rows, vocabulary)."""
     valid = target != ignore
     index = target.where(valid, 0).unsqueeze(1)
     log_probability = functional.log_softmax(logits.float(), dim=-1)

@@ -1,8 +1,9 @@
-"""Products of the blocks' linear layers in 8-bit floats, through torchao.
+"""Matrix products of the blocks' linear layers in 8-bit floats, through torchao.
 
-Both operands of the three products of a layer (output, gradients of input and weight) are scaled by their
-largest value and rounded to 8 bits: e4m3, in tensor-wise scaling gradients to e5m2 (Micikevicius et al.
-2022). Sums, weights and what is between the layers stay as they are. Beside it goes a precision of 16 bits.
+Both operands of a layer's three products (output, gradient of the input, gradient of the weight) are scaled
+by their largest value and rounded to 8 bits: to e4m3, and with tensor-wise scaling gradients to e5m2
+(Micikevicius et al. 2022). Sums, weights and the values between layers keep their dtype. The technique is
+meant to be combined with a 16-bit precision.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
 NAME = "float8-linear"
-_STEP = 16  # tensor cores load 8-bit rows of so many elements
+_STEP = 16  # tensor cores load 8-bit rows in multiples of this many elements
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -31,17 +32,17 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
             allowed=f"blocks with linear layers whose sizes are multiples of {_STEP}",
         )
     config = Float8LinearConfig.from_recipe_name(str(settings["scaling"]))
-    config = dataclasses.replace(config, emulate=bench.device == "cpu")  # whose own kernel takes minutes
+    config = dataclasses.replace(config, emulate=bench.device == "cpu")  # the CPU's own kernel takes minutes
     convert_to_float8_training(bench.model, config=config, module_filter_fn=lambda module, name: name in fit)
 
 
 def fits(shape: Iterable[int]) -> bool:
-    """Whether a layer of these sizes has 8-bit products."""
+    """Return whether a layer of these sizes supports 8-bit products."""
     return all(size % _STEP == 0 for size in shape)
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # only beside compile, which fuses the casts (planner/parallelism_grid.py)
+    return []  # only together with compile, which fuses the casts (planner/parallelism_grid.py)
 
 
 TECHNIQUE = Technique(
@@ -50,7 +51,7 @@ TECHNIQUE = Technique(
     effect=EffectClass.E3,
     apply=_apply,
     settings=_nothing,
-    order=12,  # before layers are sharded, cut or compiled
+    order=12,  # before layers are sharded, split or compiled
     knobs=(
         Knob(
             name="scaling",

@@ -1,4 +1,4 @@
-"""Precision islands: modules of a job that compute in float32, whatever a plan does around them."""
+"""Precision islands: modules of a job that compute in float32, whatever the plan does around them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def find(model: torch.nn.Module, patterns: tuple[str, ...]) -> dict[str, torch.nn.Module]:
-    """Modules by path that a pattern matches, without those inside another.
+    """Return, by path, the modules that match a pattern, without those inside another match.
 
-    Raises UserError where a pattern matches none, unless the model keeps only the first of its blocks.
+    Raises UserError if a pattern matches no module, unless the model keeps only the first of its blocks.
     """
     named = dict(model.named_modules()) if patterns else {}
     found: dict[str, torch.nn.Module] = {}
@@ -41,9 +41,9 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
-    """Make the job's islands compute in float32. ``carried``: techniques that an engine applies by itself.
+    """Make the job's islands compute in float32. ``carried`` holds techniques that an engine applies itself.
 
-    Raises UserError where the plan stores or gathers their parameters in bfloat16 with all others.
+    Raises UserError if the plan stores or gathers all parameters, including theirs, in bfloat16.
     """
     bench.islands = find(bench.model, bench.job.islands)
     outside = surroundings(plan)
@@ -54,11 +54,11 @@ def keep(bench: Workbench, plan: Plan, carried: frozenset[str]) -> None:
                 f"{lost} has one dtype for all parameters, and the job's island {name!r} must stay float32",
                 hint="bf16-autocast, bf16-parameters or memfit's own fsdp2 keep it",
             )
-        _wrap(module, outside if name else None)  # nothing surrounds the whole model
+        _wrap(module, outside if name else None)  # the whole model has no surroundings
 
 
 def surroundings(plan: Plan) -> torch.dtype | None:
-    """The dtype of tensors between modules, where the plan makes it other than the job's own."""
+    """Return the dtype of tensors between modules if the plan changes it, else None."""
     import torch
 
     halved = any(u.settings.get("precision") == "bf16" for u in plan.uses if u.technique != "fsdp2")
@@ -75,7 +75,8 @@ def _lost(plan: Plan, carried: frozenset[str]) -> str:
 
 
 def _wrap(module: torch.nn.Module, outside: torch.dtype | None) -> None:
-    """``outside``: the dtype of what surrounds it, for inputs that do not tell (None: they are float32)."""
+    """Run the module in float32. ``outside`` is the dtype of the surroundings, used if no input shows it
+    (None: float32)."""
     import torch
     from torch.utils import _pytree
 
@@ -94,7 +95,7 @@ def _wrap(module: torch.nn.Module, outside: torch.dtype | None) -> None:
         with torch.autocast(kind, enabled=False):
             made = inner(*args, **kwargs)
         if under_autocast:
-            return made  # as autocast's own float32 operators do
+            return made  # as the float32 operators of autocast do
         dtype = next((t.dtype for t in given if t.dtype in narrow), None if given else outside)
         return made if dtype is None else _pytree.tree_map(functools.partial(_narrowed, dtype=dtype), made)
 
@@ -110,14 +111,15 @@ def _narrowed(value: Any, *, dtype: torch.dtype) -> Any:
 
 
 def members(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """All modules of a model that are islands or inside one, once `keep` has been there."""
+    """Yield all modules that are islands or inside one. Call `keep` first."""
     for module in model.modules():
         if getattr(module.forward, "island", False):
             yield from module.modules()
 
 
 def narrow_others(model: torch.nn.Module, islands: Mapping[str, torch.nn.Module], dtype: torch.dtype) -> None:
-    """``model.to(dtype)`` that leaves the parameters and buffers of islands, shared ones too, as they are."""
+    """Do ``model.to(dtype)`` but leave the parameters and buffers of islands, including shared ones,
+    unchanged."""
     import torch
 
     kept = {t for m in islands.values() for t in (*m.parameters(), *m.buffers())}

@@ -1,7 +1,7 @@
-"""Micro-batches with gradient accumulation: the batch is trained in `micro_batches` parts.
+"""Gradient accumulation: the batch is trained in `micro_batches` parts.
 
-Activations shrink by that factor; gradients are summed in another order (E1). Each part's mean loss is
-weighted by its share of the loss terms, so padding does not bias the sum.
+Activations shrink by that factor. Gradients are summed in another order (E1). Each part's mean loss is
+weighted by its share of the loss terms, so that padding does not bias the sum.
 """
 
 from __future__ import annotations

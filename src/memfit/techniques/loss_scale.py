@@ -1,4 +1,4 @@
-"""The scale of the loss under fp16."""
+"""Scaling of the loss for float16."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ if TYPE_CHECKING:
 
 
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): small gradients would be zero in float16,
-    so the loss is multiplied before backward and gradients are divided after it. A step whose gradients
-    overflow is left out and the scale halved; it doubles after ``patience`` good ones. Both numbers lie in
-    the optimizer's groups, so that checkpoints keep them."""
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2).
 
-    first, patience = 65536.0, 2000  # those of torch.amp.GradScaler
+    Small gradients would underflow in float16, so the loss is multiplied by a scale before backward, and
+    gradients are divided by it afterwards. A step whose gradients overflow is skipped and the scale is
+    halved. The scale doubles after ``patience`` good steps. Both numbers are in the optimizer's groups, so
+    that checkpoints save them.
+    """
+
+    first, patience = 65536.0, 2000  # the values of torch.amp.GradScaler
 
     def keep_in(self, optimizer: Any) -> None:
         self.groups = optimizer.param_groups
@@ -28,8 +31,8 @@ class LossScale:
         return float(self.groups[0]["loss_scale"])
 
     def unscaled(self, norm: torch.Tensor, params: list[torch.nn.Parameter]) -> bool:
-        """Divides the gradients by the scale, and the norm, which all ranks share; False where they
-        overflowed and the step is to be left out."""
+        """Divide the gradients and ``norm``, which all ranks share, by the scale. Return False if gradients
+        overflowed and the step must be skipped."""
         import torch
 
         finite = math.isfinite(float(norm))
@@ -43,4 +46,4 @@ class LossScale:
             new, good = max(1.0, scale / 2), 0
         for group in self.groups:
             group["loss_scale"], group["good_steps"] = new, good
-        return finite or scale <= 1  # nothing is left to halve: the loss itself is not finite
+        return finite or scale <= 1  # the scale cannot be halved further: the loss itself is not finite

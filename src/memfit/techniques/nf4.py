@@ -1,4 +1,4 @@
-"""A 4-bit Linear; loaded with torch, when QLoRA is applied."""
+"""A 4-bit Linear. This module imports torch, so it is loaded when QLoRA is applied."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Nf4Linear(torch.nn.Module):
-    """A frozen Linear whose weight is stored in 4-bit NormalFloat with one float32 scale per 64 weights,
-    and widened for each product, in forward and again in backward. ``double``: the scales are kept in 8 bits,
-    with one float32 per 256 of them (Dettmers et al. 2023).
+    """A frozen Linear whose weight is stored in 4-bit NormalFloat with one float32 scale per 64 weights.
 
-    Not bitsandbytes' own layer: its parameter class cannot exist on fake tensors; its kernels can.
+    The weight is dequantised for each product, in forward and again in backward. With ``double``, the scales
+    are stored in 8 bits, with one float32 per 256 of them (Dettmers et al. 2023). This uses the kernels of
+    bitsandbytes but not its layer, because its parameter class does not work on fake tensors.
     """
 
     def __init__(self, linear: torch.nn.Linear, *, double: bool = False) -> None:
@@ -32,7 +32,7 @@ class Nf4Linear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shapes (..., in_features) -> (..., out_features)."""
+        """Map shape (..., in_features) to (..., out_features)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: torch.Tensor = _Nf4Product.apply(x, self.packed, self.state, self.scales)  # type: ignore[no-untyped-call]

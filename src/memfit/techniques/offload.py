@@ -1,4 +1,4 @@
-"""Saved-tensor offload: what backward needs is written to disk (or host memory) and read back (E0)."""
+"""Offload of saved tensors: what backward needs is moved to disk or host memory and read back (E0)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _Away:
-    """Keeps saved tensors of at least ``minimum_bytes`` elsewhere; parameters are in memory
-    anyway. What several operators save of one storage goes out once and comes back for each."""
+    """Keeps saved tensors of at least ``minimum_bytes`` elsewhere. Parameters stay, because they are in
+    memory anyway. A storage that several operators save is written once and read back for each of them."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         self.bench, self.minimum_bytes = bench, minimum_bytes
-        self.resident: dict[int, Any] = {}  # by the address of the storage: the parameter
-        # What is away, by what it is of; the storage's weak reference keeps its address from another.
+        self.resident: dict[int, Any] = {}  # storage address -> parameter
+        # What is offloaded, keyed by what it is a copy of. The storage's weak reference keeps its address
+        # from being reused.
         self.gone: dict[tuple[Any, ...], tuple[Any, weakref.ref[Any]]] = {}
 
     @contextlib.contextmanager
@@ -51,7 +52,7 @@ class _Away:
         if storage.nbytes() < self.minimum_bytes or self._is_resident(storage) or not self._can(tensor):
             return tensor
         size_bytes = tensor.numel() * tensor.element_size()
-        # Contiguous, the same elements have one order in memory whatever their shape.
+        # Contiguous tensors have the same order of elements in memory whatever their shape.
         shape = tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
         key = (storage._cdata, tensor._version, tensor.storage_offset(), shape, tensor.dtype)
         known = self.gone.get(key)
@@ -67,7 +68,8 @@ class _Away:
         return packed.away.back().view(packed.shape) if isinstance(packed, _Saved) else packed
 
     def _is_resident(self, storage: Any) -> bool:
-        """ZeRO 3 gives parameters other storages in forward; what had theirs may then have the address."""
+        """Return whether the storage belongs to a parameter. ZeRO 3 gives parameters new storages in forward,
+        so that another tensor may get the address of the old one."""
         param = self.resident.get(storage._cdata)
         return param is not None and param.untyped_storage()._cdata == storage._cdata
 
@@ -75,7 +77,7 @@ class _Away:
         return True
 
     def _put(self, tensor: Any) -> Any:
-        """What is away: its ``back()`` is the tensor's elements, new in memory."""
+        """Return the offloaded copy, whose ``back()`` returns the elements in a new tensor."""
         raise NotImplementedError
 
 
@@ -85,10 +87,10 @@ class _Saved(NamedTuple):
 
 
 class HostCopies(_Away):
-    """In host memory."""
+    """Keeps saved tensors in host memory."""
 
     def _put(self, tensor: Any) -> Any:
-        with self.bench.place("host"):  # a fake tensor of either place is on the CPU
+        with self.bench.place("host"):  # fake tensors of both places are on the CPU
             return _Copy(tensor.device, tensor.detach().to("cpu", copy=True))
 
 
@@ -101,8 +103,8 @@ class _Copy:
 
 
 class DiskSpool(_Away):
-    """In a file without a name, which is gone however the process ends. Under fake tensors nothing is
-    written, but storages come and go in the same order."""
+    """Keeps saved tensors in a file without a name, which disappears however the process ends. With fake
+    tensors nothing is written, but storages are allocated and freed in the same order."""
 
     def __init__(self, bench: Workbench, minimum_bytes: int) -> None:
         super().__init__(bench, minimum_bytes)
@@ -117,17 +119,17 @@ class DiskSpool(_Away):
 
 
 class Spool:
-    """A file of places; one that is free again is used before the file grows, as pages that the kernel
-    holds are written over several times quicker than new ones."""
+    """A file divided into places. A free place is reused before the file grows, because overwriting pages
+    that the kernel holds is several times faster than writing new ones."""
 
     def __init__(self) -> None:
         self._file: Any = None
-        self._lock = threading.Lock()  # backward may run on threads of its own
+        self._lock = threading.Lock()  # backward may run on its own threads
         self._end = 0
         self._free: dict[int, list[int]] = {}
 
     def write(self, data: memoryview) -> int:
-        """Its place. Raises OSError where the disk is full."""
+        """Write ``data`` and return its place in the file. Raises OSError if the disk is full."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="memfit-offload-", buffering=0)  # noqa: SIM115
         free = self._free.get(data.nbytes)
@@ -140,6 +142,7 @@ class Spool:
         return place
 
     def read(self, data: memoryview, place: int) -> None:
+        """Fill ``data`` from the file at ``place``. Raises OSError if the file is too short."""
         with self._lock:
             self._file.seek(place)
             while data.nbytes:
@@ -148,15 +151,17 @@ class Spool:
                 data = data[read:]
 
     def free(self, place: int, size_bytes: int) -> None:
+        """Release a place for reuse."""
         self._free.setdefault(size_bytes, []).append(place)
 
     def close(self) -> None:
+        """Close the file, which deletes it."""
         if self._file is not None:
             self._file.close()
 
 
 class Parked:
-    """A tensor's elements in a spool."""
+    """The elements of a tensor that is stored in a spool."""
 
     def __init__(self, tensor: Any, spool: Spool) -> None:
         from torch._subclasses.fake_tensor import FakeTensor
@@ -168,6 +173,7 @@ class Parked:
             self.place = spool.write(_raw(tensor.detach()))
 
     def back(self) -> Any:
+        """Return the elements as a new one-dimensional tensor."""
         import torch
 
         tensor = torch.empty(self.count, dtype=self.dtype)

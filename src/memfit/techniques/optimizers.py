@@ -1,4 +1,4 @@
-"""Optimizers: AdamW as torch would run it, 8-bit AdamW, Adafactor, SGD, and stepping inside backward."""
+"""Optimizers: AdamW as torch runs it, 8-bit AdamW, Adafactor, SGD, and optimizer steps inside backward."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
-    """Plain training's optimizer. ``foreach`` is what torch itself picks on the device: on for CUDA, off
-    for CPU; said explicitly because a CUDA prediction is traced on CPU tensors."""
+    """Return the optimizer of plain training. ``foreach`` is set explicitly to what torch chooses for the
+    device (on for CUDA, off for CPU), because a CUDA prediction is traced on CPU tensors. Raises UserError
+    for an unknown name."""
     makers = {"adamw": _adamw, "adam": _adamw, "sgd": _sgd, "adafactor": _adafactor}
     if choice.make is not None:
         return functools.partial(_own, choice.make, device)
@@ -27,7 +28,8 @@ def default_optimizer(choice: OptimizerChoice, device: str) -> MakeOptimizer:
 
 
 def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
-    """The user's optimizer; where it left ``foreach`` open, what torch would pick on the device."""
+    """Make the user's optimizer. If it leaves ``foreach`` open, set it to what torch chooses for the
+    device."""
     made = make(params)
     for group in getattr(made, "param_groups", []):
         if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
@@ -36,7 +38,8 @@ def _own(make: MakeOptimizer, device: str, params: list[torch.nn.Parameter]) -> 
 
 
 def _alike(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Groups that one ``foreach`` kernel can take together: tensors sharded over one mesh, or plain ones."""
+    """Return parameter groups that one ``foreach`` kernel can process: tensors sharded over one mesh, or
+    plain ones."""
     groups: dict[Any, list[torch.nn.Parameter]] = {}
     for param in params:
         groups.setdefault(getattr(param, "device_mesh", None), []).append(param)
@@ -59,7 +62,8 @@ def _adamw(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter
 
 
 def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
-    """``kernel``: "fused" (one kernel), "single" (a parameter after the other: torch before 2.0)."""
+    """Return a maker of AdamW. ``kernel``: "fused" (one kernel) or "single" (one parameter after the other,
+    as torch before 2.0)."""
 
     def make(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
         import torch
@@ -74,8 +78,8 @@ def _adamw_in(kernel: str) -> Callable[..., OptimizerLike]:
 def _sgd(choice: OptimizerChoice, device: str, params: list[torch.nn.Parameter]) -> OptimizerLike:
     import torch
 
-    # Adam's rate is per unit of gradient sign; plain SGD wants a larger one. The factor is a
-    # convention (as in E3 it is judged by the metric), not a claim.
+    # Adam's learning rate is per unit of gradient sign, and plain SGD needs a larger one. The factor is a
+    # convention; as an E3 technique, SGD is judged by the metric.
     rate = choice.learning_rate * (100.0 if choice.name != "sgd" else 1.0)
     made = torch.optim.SGD(
         _alike(params), lr=rate, momentum=0.9, weight_decay=choice.weight_decay, foreach=device == "cuda"
@@ -120,7 +124,7 @@ def _apply_paged(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLike:
-    """What its step makes lies in host memory."""
+    """Make the optimizer allocate what its step makes in host memory, and return it."""
     step = optimizer.step
 
     def on_host() -> None:
@@ -132,7 +136,7 @@ def stepping_on_host(bench: Workbench, optimizer: OptimizerLike) -> OptimizerLik
 
 
 def stochastic_adamw(choice: OptimizerChoice) -> MakeOptimizer:
-    """AdamW whose bf16 parameter updates are rounded up or down at random in proportion (torchao)."""
+    """Return a maker of AdamW that rounds bf16 parameter updates stochastically (torchao)."""
 
     def make(params: list[torch.nn.Parameter]) -> OptimizerLike:
         from torchao.optim import _AdamW
@@ -152,8 +156,8 @@ def _numbers(choice: OptimizerChoice) -> dict[str, Any]:
 
 
 class EagerStep:
-    """One of torchao's optimizers with its compiled update run eagerly: the compiler costs tens of seconds
-    and a C++ tool chain on the first step, and the result is the same arithmetic."""
+    """Runs the compiled update of a torchao optimizer eagerly. The compiler takes tens of seconds and a C++
+    tool chain on the first step, and the arithmetic is the same."""
 
     def __init__(self, inner: OptimizerLike) -> None:
         self.inner = inner
@@ -177,9 +181,10 @@ def _apply_in_backward(bench: Workbench, settings: Mapping[str, KnobValue]) -> N
 
 
 class StepInBackward:
-    """One optimizer per parameter, stepped as soon as its gradient is complete, which is then freed.
+    """One optimizer per parameter. It steps as soon as the parameter's gradient is complete, and the gradient
+    is then freed.
 
-    At most a few gradients exist at once. ``square_norms`` collects what the gradient norm needs.
+    Only a few gradients exist at once. ``square_norms`` collects the squared norms for the gradient norm.
     """
 
     def __init__(self, bench: Workbench) -> None:
@@ -193,7 +198,7 @@ class StepInBackward:
             self.handles.append(param.register_post_accumulate_grad_hook(self._step_one))
 
     def close(self) -> None:
-        """Take the hooks off: parameter, hook and optimizer hold each other otherwise."""
+        """Remove the hooks. Otherwise parameter, hook and optimizer keep each other alive."""
         for handle in self.handles:
             handle.remove()
 
@@ -208,7 +213,7 @@ class StepInBackward:
         param.grad = None
 
     def step(self) -> None:
-        """Everything is done already."""
+        """Do nothing: the parameters have been updated in backward."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.square_norms.clear()
@@ -233,7 +238,7 @@ def _once(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 
 
 def _not_searched(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # for predictions of runs that use it
+    return []  # only for predictions of runs that use it
 
 
 def _technique(name: str, summary: str, effect: EffectClass, maker: Any, **more: Any) -> Technique:

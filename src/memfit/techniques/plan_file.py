@@ -1,11 +1,11 @@
-"""A plan as a YAML file that a person reads and edits; unknown keys are errors.
+"""A plan as a YAML file that people read and edit. Unknown keys are errors.
 
 ::
 
     techniques:
       activation-checkpointing: {every: 1}
       bf16-autocast: {}
-    ranks: 8        # processes of one device each; 1 when left out
+    ranks: 8        # processes with one device each; 1 by default
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KEYS = ("techniques", "ranks", "note")
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises UserError naming every problem of the file at once."""
+    """Read a plan from a YAML file. Raises UserError that names every problem of the file at once."""
     import yaml
 
     try:
@@ -34,6 +34,8 @@ def read_plan(path: Path) -> Plan:
 
 
 def parse_plan(data: object, *, what: str) -> Plan:
+    """Return the plan that parsed YAML ``data`` describes. Raises UserError, in which ``what`` names the
+    source."""
     if not isinstance(data, dict):
         raise UserError(f"{what} holds no mapping", allowed=f"a mapping with the keys {', '.join(_KEYS)}")
     problems = [_unknown(key) for key in data if key not in _KEYS]
@@ -70,7 +72,7 @@ def _unknown(key: object) -> str:
 
 
 def plan_text(plan: Plan, *, note: str = "") -> str:
-    """The YAML text that `read_plan` reads back as the same plan."""
+    """Return YAML text that `read_plan` reads back as the same plan."""
     import yaml
 
     data: dict[str, object] = {"note": note} if note else {}

@@ -1,4 +1,4 @@
-"""Precision: autocast in bf16, or in fp16 with a loss scale; bf16 parameters with an fp32 master copy or
+"""Precision: autocast in bf16, or in fp16 with loss scaling; bf16 parameters with fp32 master copies or
 stochastic rounding."""
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _apply_fp16(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 def _autocast(bench: Workbench, dtype: str) -> None:
     import torch
 
-    # The tensors' own device: a CUDA prediction is traced on CPU tensors, whose cast list differs
-    # in a few reductions only.
+    # The device of the tensors: a CUDA prediction is traced on CPU tensors, whose cast list differs only in a
+    # few reductions.
     device = next(bench.model.parameters()).device.type
     bench.forward_contexts.append(lambda: torch.autocast(device, dtype=getattr(torch, dtype)))
 
@@ -48,7 +48,7 @@ def _apply_parameters(bench: Workbench, settings: Mapping[str, KnobValue]) -> No
 
 
 class Bf16Inputs:
-    """Casts floating-point tensors that enter the model while the context is open."""
+    """Casts floating-point tensors that enter the model, inside this context."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -72,10 +72,10 @@ def _cast_inputs(model: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, A
 
 
 class MasterWeights:
-    """fp32 master copies beside bf16 parameters (Micikevicius et al. 2018, section 3.1).
+    """fp32 master copies of bf16 parameters (Micikevicius et al. 2018, section 3.1).
 
-    Each parameter's gradient is widened, stepped and freed before the next, so the transient is one
-    parameter's, not the model's.
+    For one parameter after the other, the gradient is converted to fp32, applied and freed, so that the
+    temporary memory is one parameter's and not the model's.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], make: MakeOptimizer) -> None:
@@ -113,7 +113,7 @@ _Settings = Iterable[Mapping[str, KnobValue]]
 
 
 def _in(half: str, *settings: Mapping[str, KnobValue]) -> Callable[[Space], _Settings]:
-    """Proposed to devices that compute in ``half``."""
+    """Propose ``settings`` for devices that compute in ``half``."""
     return lambda space: settings if space.half == half else ()
 
 
@@ -135,7 +135,7 @@ FP16 = Technique(
     settings=_in("float16", {}),
     order=70,
     slot="precision",
-    # These keep gradients, or step, where a scale of the whole step does not reach.
+    # These keep gradients, or step the optimizer, at points where the step's loss scale is not applied.
     forbids=("optimizer-in-backward", "pipeline", "zero", "sharded-ddp", "expert-parallel", "axial-parallel"),
 )
 

@@ -1,4 +1,4 @@
-"""The ranks a plan runs on: how many along each dimension, and which one this process is."""
+"""The ranks of a plan: how many along each mesh dimension, and which one this process is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memfit.types.plan import Plan, Use
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Outermost first, as torchtitan and Megatron order them: tensor parallel neighbours are closest.
+# Outermost first, as torchtitan and Megatron order them: ranks of one tensor-parallel group are closest.
 DIMENSIONS = ("pipeline", "replicate", "shard", "context", "tensor")
 _DEGREE_OF = {
     "tensor-parallel": ("tensor", "degree"),
@@ -21,14 +21,17 @@ _DEGREE_OF = {
     "pipeline": ("pipeline", "stages"),
 }
 _REPLICATED, _SHARDED = ("ddp",), ("fsdp2", "zero", "sharded-ddp")
-SEVERAL = frozenset({*_DEGREE_OF, *_REPLICATED, *_SHARDED, "expert-parallel"})  # techniques of several ranks
+# Techniques that need several ranks.
+SEVERAL = frozenset({*_DEGREE_OF, *_REPLICATED, *_SHARDED, "expert-parallel"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Degrees along the mesh dimensions; their product is the plan's ranks. ``context``: ranks that share a
-    sample, cut along its sequence or its axes. ``owned``: whole parameters belong to one rank each, so that
-    no two ranks need be alike."""
+    """Degrees along the mesh dimensions. Their product is the number of ranks of the plan.
+
+    ``context`` is the number of ranks that share a sample, cut along its sequence or its axes. With
+    ``owned``, whole parameters belong to one rank each, so that all ranks may differ.
+    """
 
     pipeline: int = 1
     replicate: int = 1
@@ -39,32 +42,36 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Degrees in the order of `DIMENSIONS`."""
         return tuple(getattr(self, d) for d in DIMENSIONS)
 
     @property
     def ranks(self) -> int:
+        """Number of ranks."""
         return math.prod(self.shape)
 
     @property
     def data(self) -> int:
-        """Ranks that see different samples."""
+        """Number of ranks that see different samples."""
         return self.replicate * self.shard
 
     def coordinate(self, rank: int) -> dict[str, int]:
+        """Return the index of ``rank`` along each dimension."""
         place = {}
         for name, degree in zip(reversed(DIMENSIONS), reversed(self.shape), strict=True):
             rank, place[name] = divmod(rank, degree)
         return place
 
     def data_index(self, rank: int) -> int:
+        """Return the index of ``rank`` among the data-parallel ranks."""
         place = self.coordinate(rank)
         return place["replicate"] * self.shard + place["shard"]
 
     def distinct_ranks(self) -> tuple[int, ...]:
-        """One rank of each kind: the first of the first, the second and the last pipeline stage; those
-        between differ from the second only in keeping fewer micro-batches. Along the other dimensions rank
-        0 has the largest shard, and the rest do the same. Where parameters are owned, the first eight, who
-        get the first and so the most."""
+        """Return one rank of each kind: the first rank of the first, the second and the last pipeline stage.
+        Stages in between differ from the second only in keeping fewer micro-batches. Along the other
+        dimensions, rank 0 has the largest shard and the others do the same. If parameters are owned, return
+        the first eight ranks, which get the first parameters and therefore the most."""
         if self.owned:
             return tuple(range(min(self.ranks, 8)))
         per_stage = self.ranks // self.pipeline
@@ -72,7 +79,8 @@ class Layout:
 
 
 def layout(plan: Plan) -> Layout:
-    """Raises UserError where the degrees do not multiply to the plan's ranks."""
+    """Return the layout of a plan. Raises UserError if the degrees do not multiply to the plan's number of
+    ranks."""
     degrees = {}
     for u in plan.uses:
         if u.technique in _DEGREE_OF:
@@ -112,33 +120,34 @@ def _replicas(use: Use, data: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """A layout with this process's rank and the device mesh over it (None on one rank)."""
+    """A layout with this process's rank and the device mesh (None on one rank)."""
 
     layout: Layout
     rank: int = 0
     mesh: DeviceMesh | None = None
 
     def sub(self, *names: str) -> DeviceMesh | None:
-        """The mesh along these dimensions, those of degree 1 left out; None where nothing is left."""
+        """Return the submesh along these dimensions, without those of degree 1, or None if none is left."""
         kept = tuple(n for n in names if getattr(self.layout, n) > 1)
         if not kept or self.mesh is None:
             return None
         return self.mesh[kept] if len(kept) > 1 else self.mesh[kept[0]]
 
     def flat(self, *names: str) -> DeviceMesh | None:
-        """Those dimensions as one."""
+        """Return the submesh along these dimensions, flattened into one dimension."""
         sub = self.sub(*names)
         return sub._flatten("_".join(n for n in names)) if sub is not None and sub.ndim > 1 else sub
 
     def index(self, name: str) -> int:
+        """Return this rank's index along a dimension."""
         return self.layout.coordinate(self.rank)[name]
 
 
 def make_world(plan: Plan, *, rank: int, device: str) -> World:
-    """The world of ``plan`` on an initialised default process group of the plan's ranks.
+    """Return the world of ``plan``. The default process group must be initialised with the plan's ranks.
 
-    On torch's fake process group only the groups this rank is in are made, so that sixteen thousand
-    ranks cost no more than eight. Raises UserError where the plan's degrees do not fit its ranks.
+    On torch's fake process group only the groups of this rank are made, so that sixteen thousand ranks cost
+    no more than eight. Raises UserError if the plan's degrees do not fit its ranks.
     """
     found = layout(plan)
     if plan.ranks == 1:

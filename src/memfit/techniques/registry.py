@@ -1,4 +1,4 @@
-"""Every technique, what goes with what, and plans checked against both."""
+"""The table of all techniques, which of them can be combined, and the checks of plans."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ TECHNIQUES: Mapping[str, Technique] = {
 
 
 def technique(name: str) -> Technique:
-    """Raises UserError with the closest names when there is no such technique."""
+    """Return the technique. Raises UserError with the closest names if there is none of that name."""
     return named("technique", name, TECHNIQUES)
 
 
 def make_use(name: str, settings: Mapping[str, object]) -> Use:
-    """A Use with defaults filled in. Unknown knobs and values out of range are UserErrors."""
+    """Return a Use with defaults filled in. Raises UserError for unknown knobs and values out of range."""
     found = technique(name)
     knobs = {k.name: k for k in found.knobs}
     for key, value in settings.items():
@@ -94,13 +94,15 @@ def make_use(name: str, settings: Mapping[str, object]) -> Use:
 
 
 def plain(ranks: int = 1) -> Plan:
-    """Training with nothing to save memory: on several ranks the model is still on each (DDP)."""
+    """Return the plan of plain training, which saves no memory. On several ranks it is DDP, which keeps the
+    whole model on each."""
     return Plan(uses=(make_use("ddp", {}),), ranks=ranks) if ranks > 1 else Plan()
 
 
 def without(plan: Plan, name: str) -> Plan:
-    """The plan with one technique less; several ranks fall back to DDP, as they must share the work. What is
-    recomputed under a budget is to be chosen anew, as it was for other operators."""
+    """Return the plan without one technique. Plans of several ranks fall back to DDP, because the ranks must
+    share the work. If recomputation has a budget, its choice of tensors is cleared, because it was made for
+    other operators."""
     rest = plan.without(name)
     if (budget := rest.get(optimal.NAME)) is not None:
         rest = rest.with_use(make_use(optimal.NAME, {**budget.settings, "dropped": ""}))
@@ -110,7 +112,7 @@ def without(plan: Plan, name: str) -> Plan:
 
 
 def conflict(plan: Plan) -> str | None:
-    """Why these techniques cannot be used together, or None."""
+    """Return why the techniques of a plan cannot be combined, or None."""
     used = [technique(u.technique) for u in plan.uses]
     for i, one in enumerate(used):
         for other in used[i + 1 :]:
@@ -150,21 +152,22 @@ def _forbids(one: Technique, other: Technique) -> bool:
 
 
 def proposable(plan: Plan) -> bool:
-    """Whether the search may propose this combination: no conflict, nothing that only users ask for."""
+    """Return whether the search may propose this combination: it has no conflict, and none that only users
+    ask for."""
     names = {u.technique for u in plan.uses}
     return conflict(plan) is None and all(names.isdisjoint(technique(n).unsearched) for n in names)
 
 
 def unable(machine: Machine) -> frozenset[str]:
-    """Techniques that the machine's devices have no units for."""
+    """Return the techniques that the machine's devices do not support."""
     device = machine.device
-    low = device.kind == "cpu" or "float8" in device.peak_flops  # a processor emulates it
+    low = device.kind == "cpu" or "float8" in device.peak_flops  # a CPU emulates float8
     return frozenset() if low else frozenset({float8.NAME})
 
 
 def check(plan: Plan, machine: Machine | None = None) -> Plan:
-    """The plan itself. Raises UserError where techniques clash, a package is missing, or the machine's
-    devices cannot do it."""
+    """Return the plan unchanged. Raises UserError if techniques conflict, a package is missing, or the
+    machine's devices do not support a technique."""
     if machine is not None and not unable(machine).isdisjoint(u.technique for u in plan.uses):
         raise UserError(
             f"{float8.NAME} on {machine.device.name}, which has no matrix units for 8-bit floats",
@@ -182,32 +185,33 @@ def check(plan: Plan, machine: Machine | None = None) -> Plan:
 
 
 def effect_of(plan: Plan, dependence: SampleDependence | None = None) -> EffectClass:
-    """The strongest effect any technique of the plan has on the numbers; E0 for the plain plan.
-    ``dependence``: of the job's samples. A plan that splits a batch of samples that depend on each other is
-    E3."""
+    """Return the strongest effect that a technique of the plan has on the numbers; E0 for the plain plan.
+    ``dependence`` describes the job's samples: a plan that splits a batch of dependent samples is E3."""
     if dependence is not None and changes_training(plan, dependence):
         return EffectClass.E3
     return max(map(_effect, plan.uses), default=EffectClass.E0)
 
 
 def changes_training(plan: Plan, dependence: SampleDependence) -> bool:
-    """Whether the plan splits a batch that must not be split."""
+    """Return whether the plan splits a batch that must not be split."""
     if dependence.kind is not DependenceKind.DEPENDENT:
         return False
     return in_micro_batches(plan) or (dependence.across_ranks and plan.ranks > 1 and layout(plan).data > 1)
 
 
 def splits_batch(plan: Plan) -> bool:
-    """Whether samples of one batch are trained apart: in micro-batches, or on data-parallel ranks."""
+    """Return whether samples of one batch are trained separately, in micro-batches or on data-parallel
+    ranks."""
     return in_micro_batches(plan) or (plan.ranks > 1 and layout(plan).data > 1)
 
 
 def in_micro_batches(plan: Plan) -> bool:
+    """Return whether the plan trains a batch in micro-batches."""
     return any(int(u.settings.get("micro_batches", 1)) > 1 for u in plan.uses)
 
 
 def refuse_wrong_weights(plan: Plan, dependence: SampleDependence) -> None:
-    """Raises UserError where the step would weigh the loss terms of the plan's parts wrongly."""
+    """Raise UserError if the step would weight the loss terms of the batch's parts wrongly."""
     if dependence.cause is DependenceCause.WEIGHTS and changes_training(plan, dependence):
         raise UserError(
             f"{plan.label}: {dependence.reason}", allowed=dependence.way_out,
@@ -221,7 +225,7 @@ def _effect(used: Use) -> EffectClass:
 
 
 def brief(plan: Plan) -> str:
-    """The plan's label without what is as techniques have it by default."""
+    """Return the plan's label without settings that have their default value."""
 
     def short(used: Use) -> Use:
         usual = {k.name: k.default for k in technique(used.technique).knobs}
@@ -231,5 +235,5 @@ def brief(plan: Plan) -> str:
 
 
 def in_order(plan: Plan) -> list[tuple[Technique, Use]]:
-    """Techniques in the order they are applied."""
+    """Return the techniques of the plan in the order in which they are applied."""
     return sorted(((technique(u.technique), u) for u in plan.uses), key=lambda pair: pair[0].order)

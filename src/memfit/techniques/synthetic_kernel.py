@@ -1,6 +1,6 @@
-"""Kernels that a prediction stands in for: what a compiler fuses, what a library's own kernel does inside.
-Their tensors are made by hand; ``kernel`` tells whoever watches (trace/allocation_recorder.py) what the work
-was."""
+"""Stand-ins for kernels that a prediction does not run: those that a compiler fuses, or that run inside a
+library. Their tensors are allocated explicitly, and ``kernel`` reports the work to the trace
+(trace/allocation_recorder.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _TAKES = "Tensor(a!)[] writes, int read_bytes, int flops, str kind, int[] shape,
 
 @functools.cache
 def _library() -> Any:
-    """Kept, as torch forgets operators whose library is gone."""
+    """Return the operator library. It is cached, because torch unregisters the operators of a deleted
+    library."""
     import torch
 
     library = torch.library.Library("memfit", "DEF")
@@ -26,11 +27,12 @@ def _library() -> Any:
 
 
 def read_bytes(tensors: Iterable[Any]) -> int:
+    """Return the bytes of the tensors, counting only this rank's part of distributed ones."""
     return sum(t.numel() * t.element_size() for t in map(_here, tensors) if hasattr(t, "element_size"))
 
 
 def _here(tensor: Any) -> Any:
-    """This rank's part of a distributed tensor."""
+    """Return this rank's part of a distributed tensor."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -43,10 +45,11 @@ def kernel(
     shape: Sequence[int] = (),
     dtype: str = "",
 ) -> None:
-    """One kernel that reads so many bytes and writes these tensors.
+    """Report one kernel that reads ``reads`` bytes and writes the tensors ``writes``.
 
-    ``kind`` "mm" with ``shape`` (batch, rows, columns, inner); "attention" or "attention_backward" with
-    (batch x heads, queries, keys, head dim, causal). ``dtype``: of the arithmetic; else of the first write.
+    ``kind`` is "mm" with ``shape`` (batch, rows, columns, inner), or "attention" or "attention_backward" with
+    ``shape`` (batch x heads, queries, keys, head dim, causal). ``dtype`` is the dtype of the arithmetic, by
+    default that of the first written tensor.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""Stage 1: the one training step on fake tensors, seen by a ledger of storages."""
+"""Stage 1: run one training step on fake tensors and record the lifetime of every storage."""

@@ -1,7 +1,8 @@
-"""The ledger: every storage's birth and death, every operator call, in the order they happen.
+"""The ledger: records the allocation and release of every storage and every operator call, in order.
 
-Storages are what is counted, views once, rounded to the device's granularity (64 B on CPU, c10's
-alignment; 512 B on CUDA, the caching allocator's smallest block).
+Storages are counted, so a tensor and its views count once. Sizes are rounded up to the device's allocation
+granularity:
+64 B on CPU (c10's alignment) and 512 B on CUDA (the caching allocator's smallest block).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from memfit.trace.source_location import ModuleStack, newest_node, running_node,
 from memfit.trace.streams import Flow, Flows
 from memfit.types.trace import Allocation, Category, OpCall, Phase, PhaseSpan, rounded
 
-_PRODUCT = ("aten.bmm.default", "aten.mm.default")  # of attention's scores, of a linear layer
+_PRODUCT = ("aten.bmm.default", "aten.mm.default")  # makes attention scores; computes a linear layer
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,7 +43,7 @@ class _Life:
     module: str
     op: str
     line: str
-    node: int  # sequence number of the autograd node at work, in forward too where that takes gradients
+    node: int  # sequence number of the running autograd node, also in forward if gradients are computed there
     end: int | None = None
     category: Category | None = None
     place: str = ""
@@ -52,7 +53,8 @@ _ROWS = "_memfit_rows"
 
 
 class _Rows:
-    """Indices and values of a sparse tensor, which its views share; how many of its rows are distinct."""
+    """Size of a sparse tensor's indices and values, shared by all its views, and the fraction of distinct
+    rows."""
 
     def __init__(self, size_bytes: int, distinct_ratio: float) -> None:
         self.size_bytes, self.distinct_ratio, self.joined = size_bytes, distinct_ratio, False
@@ -65,14 +67,19 @@ def _rows_of(tensor: torch.Tensor) -> _Rows:
     return rows
 
 
-_SPARSE_COPIES = 5  # of a gradient's rows that SparseAdam has at once
-_SCALAR = 0.5  # an optimizer's own, a step count or a product of momenta: formulas divide by it and by 1 - it
+_SPARSE_COPIES = 5  # copies of a gradient's rows that SparseAdam holds at the same time
+# Stands for an optimizer's unknown scalar (step count, product of momenta): formulas divide by x and by 1 - x
+_SCALAR = 0.5
 _DEVICE: Any = torch.ops.prim.device.default
 _NOTHING = operators.OperatorWork("[]", "", 0, 0)
 
 
 class Ledger(TorchDispatchMode):
-    """Enter inside a FakeTensorMode. ``phase()`` marks the step's phases; ``label()`` names storages."""
+    """Dispatch mode that records storages and operator calls. Enter it inside a FakeTensorMode.
+
+    ``phase()`` starts a phase of the training step. ``label()`` assigns a category to storages. ``finish()``
+    returns the record.
+    """
 
     def __init__(self, device: str, *, lines: bool = False, guesses: Guesses | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -90,8 +97,10 @@ class Ledger(TorchDispatchMode):
         self.results = operators.Results(self.guesses)
         self.offloaded_bytes = self.restored_bytes = self.offloaded_tensors = 0
         self.paused = False
-        self.place = ""  # where tensors are made: "" with the model, "host", or another stream's pool
-        self.modes_above = 0  # dispatch modes entered after this one: each holds a reference while it calls
+        # Where new tensors are placed: "" (the model's device), "host", or the name of another stream's pool.
+        self.place = ""
+        # Dispatch modes entered after this one; each holds a reference to the arguments during a call.
+        self.modes_above = 0
         self._span_start = 0
         self._known: dict[int, tuple[weakref.ref[Any], _Life]] = {}
         self._calls: list[operators.OperatorCall] = []
@@ -100,10 +109,12 @@ class Ledger(TorchDispatchMode):
         self._sole = sole_counts()
         self._sparse_seen = False
         self._line_of_node: dict[int, str] = {}
-        self._flying: dict[int, Any] = {}  # by storage of what comes: what a collective sends until then
-        self._outer: Any = None  # the operator last called on a wrapper, such as a tensor not yet waited for
+        # Storage of a collective's result -> tensor it sends, kept until the result is waited for.
+        self._flying: dict[int, Any] = {}
+        # Operator last called on a wrapper subclass, such as a tensor that is not yet waited for.
+        self._outer: Any = None
 
-    # -- what the step tells ------------------------------------------------------------------------
+    # -- called by the training step ----------------------------------------------------------------
 
     def phase(self, phase: Phase) -> None:
         self._close_span()
@@ -114,8 +125,8 @@ class Ledger(TorchDispatchMode):
         self.step += 1
 
     def label(self, value: Any, category: Category, *, module: str | None = None) -> None:
-        """Name the storages of every tensor in ``value``, and whose they are; births that nobody saw are
-        noted now."""
+        """Assign ``category`` and, if given, ``module`` to the storages of every tensor in ``value``.
+        Storages that have not been recorded yet are recorded now."""
         for tensor in batch_tensors(value):
             for inner in plain_tensors(tensor):
                 life = self.note_real(inner, category.value)
@@ -123,7 +134,7 @@ class Ledger(TorchDispatchMode):
                 life.module = life.module if module is None else module
 
     def note_real(self, tensor: torch.Tensor, op: str) -> _Life:
-        """A tensor that never passes the dispatcher."""
+        """Record the storage of a tensor that is created below the dispatcher."""
         return self._note(tensor, op, self.modules.name(self.current))
 
     def note_offload(self, out_bytes: int, back_bytes: int) -> None:
@@ -132,26 +143,27 @@ class Ledger(TorchDispatchMode):
         self.offloaded_tensors += 1
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage has grown or shrunk in place: the old block's life ends, the new one's begins."""
+        """Record that a storage was resized in place: the old block ends and a block of the new size
+        begins."""
         known = self._known.get(storage._cdata)
         size_bytes = storage.nbytes()
         if known is None or known[0]() is None or known[1].size_bytes == size_bytes:
             return
         reference, old = known
-        # As torch does it: the new block is there before the contents move and the old one goes.
+        # Torch allocates the new block, copies the contents and then frees the old block.
         life = self._born(size_bytes, old.op, old.module, old.category)
         self._end(old)
         self._known[storage._cdata] = (reference, life)
 
-    # -- what torch does ----------------------------------------------------------------------------
+    # -- called by torch ----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:
-            return args[0].fake_device  # autograd asks at every turn, and all fake tensors know
+            return args[0].fake_device  # autograd asks very often, and every fake tensor knows its device
         kwargs = kwargs or {}
         if any(kind is not FakeTensor and is_traceable_wrapper_subclass_type(kind) for kind in types):
             self._outer = func
-            return NotImplemented  # its inner operators come here one by one
+            return NotImplemented  # its inner operators arrive here one by one
         if self.paused:
             return self._unrecorded(func, args, kwargs)
         if (
@@ -160,7 +172,8 @@ class Ledger(TorchDispatchMode):
             and any(isinstance(a, torch.Tensor) for a in args)
         ):
             with no_dispatch():
-                return func(*args, **kwargs)  # real tensors, such as a device mesh, have values to look at
+                # Real tensors, such as those of a device mesh, have values that can be read.
+                return func(*args, **kwargs)
         if func is operators.COMING:
             return AsyncCollectiveTensor(args[0])
         fact = operators.fact(func)
@@ -199,7 +212,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _watched(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any, values: Any) -> Any:
-        """An operator that works: its outputs' storages and its cost go on record."""
+        """Run an operator that does work, and record its outputs' storages and its cost."""
         if func in operators.SPARSE_MAKERS or (self._sparse_seen and any(map(operators.is_sparse, args))):
             return self._sparse(func, fact, args, kwargs)
         module = self.modules.name(self.current)
@@ -217,7 +230,8 @@ class Ledger(TorchDispatchMode):
             if func in operators.WIDE_LOSSES:
                 self._widen(args[0], args[1], out)
             elif func is operators.SOFTMAX_BACKWARD and self.device == "cuda":
-                self.guesses.scratch.append(torch.empty_like(args[1]))  # times the gradient: SoftMax.cu
+                # The product with the gradient: SoftMax.cu.
+                self.guesses.scratch.append(torch.empty_like(args[1]))
             elif func in operators.NORMS:
                 out = of_kernels_types(func, args, out, self.device)
         outputs = tensors_in(out)
@@ -231,18 +245,23 @@ class Ledger(TorchDispatchMode):
         work = self._works.get(key)
         if work is None:
             work = self._works[key] = operators.work(func, fact, args, kwargs, out)
-        if self.place != "host" or self.current is not Phase.SETUP:  # building there is not the device's work
+        # Building the model on the host is not device work.
+        if self.place != "host" or self.current is not Phase.SETUP:
             self._record(
                 before, fact.name, work, module, self.flows.of(func, fact.name, args, out, self.place)
             )
         return out
 
     def _sparse(self, func: Any, fact: operators.OperatorFact, args: Any, kwargs: Any) -> Any:
-        """Fake sparse tensors hold no rows: those given to the first count, and what is made of them has as
-        many. An optimizer that joins equal rows works on copies of them (torch/optim/_functional.py)."""
-        if func is operators.IS_COALESCED:  # rows may repeat, and joining them is work
+        """Run an operator on sparse tensors and record the size of its rows.
+
+        Fake sparse tensors hold no rows, so their size is recorded separately. A call that makes one from
+        dense tensors sets its size. The results of other calls have the size of their largest sparse
+        argument. An optimizer that coalesces rows works on copies of them (torch/optim/_functional.py).
+        """
+        if func is operators.IS_COALESCED:  # rows may repeat, and coalescing them is work
             return _rows_of(args[0]).joined
-        # A fake one without rows counts as joined, which torch refuses to do again.
+        # A fake sparse tensor without rows counts as coalesced, and torch would not coalesce it again.
         out = args[0].clone() if func is operators.COALESCE else func(*args, **kwargs)
         given = [_rows_of(t) for t in args if operators.is_sparse(t)]
         size_bytes = max((rows.size_bytes for rows in given), default=0)
@@ -277,27 +296,28 @@ class Ledger(TorchDispatchMode):
         return life
 
     def _owners(self, args: Any) -> list[str]:
-        """Whose the first argument is, or each of a list's: outside forward and backward what an operator
-        makes belongs to the module of the parameter it works on."""
+        """Return the modules that own the first argument or, if it is a list, each of its tensors. Outside
+        forward and backward, the result of an operator belongs to the module whose parameter it works on."""
         first = args[0] if args else None
         tensors = first if isinstance(first, list | tuple) else [first]
         return [self.owner(t) for t in tensors if isinstance(t, torch.Tensor)]
 
     def owner(self, tensor: torch.Tensor) -> str:
-        """The module a tensor belongs to, as far as is known."""
+        """Return the path of the module that a tensor belongs to, or "" if it is not known."""
         known = [self._known.get(t.untyped_storage()._cdata) for t in plain_tensors(tensor)]
         return known[0][1].module if known and known[0] is not None else ""
 
     def unseen(self, build: Callable[[], torch.nn.Module]) -> Callable[[], torch.nn.Module]:
-        """``build`` without a record of it: its tensors are noted when they are labelled."""
+        """Return ``build`` as a function whose operators are not recorded. Its tensors are recorded when they
+        are labelled."""
         return self.pause()(build)
 
     def pause(self) -> contextlib._GeneratorContextManager[None]:
-        """Nothing inside is recorded."""
+        """Record nothing inside this context."""
         return self._set("paused", True)
 
     def placed(self, place: str) -> contextlib._GeneratorContextManager[None]:
-        """What is made inside lies there."""
+        """Place storages that are made inside this context at ``place``."""
         return self._set("place", place)
 
     @contextlib.contextmanager
@@ -310,7 +330,7 @@ class Ledger(TorchDispatchMode):
             setattr(self, name, before)
 
     def wait(self, stream: str, awaited: str, calls: int) -> None:
-        """A stream waits for the first so many calls of another."""
+        """Record that ``stream`` waits for the first ``calls`` calls of the stream ``awaited``."""
         flow = self.flows.wait(stream, awaited, calls)
         if flow is not None and not self.paused:
             self._record(self.clock, "stream.wait", _NOTHING, self.modules.name(self.current), flow)
@@ -322,32 +342,34 @@ class Ledger(TorchDispatchMode):
         self._calls.append(operators.OperatorCall(clock, name, work, self.current, self.step, module, flow))
 
     def move(self, value: Any, place: str) -> None:
-        """The storages of every tensor in ``value`` have lain there from the start."""
+        """Record that the storages of every tensor in ``value`` have been at ``place`` since they were
+        made."""
         for tensor in tensors_in(value):
             for inner in plain_tensors(tensor):
                 self.note_real(inner, "").place = place
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard costs more than the bookkeeping
+        return False  # nothing is compiled here, and the check costs more than the bookkeeping
 
     def _widen(self, given: torch.Tensor, wanted: torch.Tensor, loss: torch.Tensor) -> None:
-        """A loss reduced to a number stays in the storage of its unreduced self, made from another as large
-        (aten/src/ATen/native/Loss.cpp)."""
+        """Enlarge the storage of a reduced loss. A loss reduced to a scalar stays in the storage of the
+        unreduced loss, which is computed from another tensor of that size (aten/src/ATen/native/Loss.cpp)."""
         elements = math.prod(torch.broadcast_shapes(given.shape, wanted.shape))
         if loss.dim() == 0 and elements > 1:
             loss.untyped_storage().resize_(elements * loss.element_size())
             self.guesses.scratch.append(loss.new_empty(elements))
 
     def _fly(self, func: Any, args: Any, out: Any) -> None:
-        """What a collective sends stays until what comes is waited for."""
+        """Keep the input of a collective alive until its result is waited for."""
         if func in operators.SENDING:
             self._flying[out.untyped_storage()._cdata] = args[0]
         elif func is operators.WAIT:
             self._flying.pop(out.untyped_storage()._cdata, None)
 
     def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether torch takes the in-place form of an operator. Never for wrappers, whatever is inside."""
+        """Return whether torch would run this operator in place. False for wrapper subclasses, whatever they
+        contain."""
         plain = self._outer is not func
         self._outer = self._outer if plain else None
         return (
@@ -358,23 +380,25 @@ class Ledger(TorchDispatchMode):
         )
 
     def _solely_held(self, tensor: Any, spare: int) -> bool:
-        """Whether one place in torch's own code holds this tensor and its storage, all of it; ``spare``
-        more may, for a formula that has just asked whether it is a subclass."""
+        """Return whether a single reference in torch's own code holds this tensor and its whole storage.
+        ``spare`` more references are allowed, for a formula that has just checked whether the tensor is a
+        subclass."""
         storage = tensor.untyped_storage()
         held = tensor._use_count() - self.modes_above - self._sole[0]
         alone = 0 <= held <= spare and torch._C._storage_Use_Count(storage._cdata) == self._sole[1]
         return alone and tensor.numel() * tensor.element_size() == storage.nbytes()
 
     def _in_place(self, func: Any, held: Any, more: Any, *args: Any, **kwargs: Any) -> bool:
-        """Whether torch writes in place here where tensors are plain, though never with fake ones:
+        """Return whether torch runs this operator in place on plain tensors, which it never does on fake
+        ones:
 
-        - the bias of a linear layer (aten/src/ATen/native/Linear.cpp), the mask onto attention's scores
+        - adding the bias of a linear layer (aten/src/ATen/native/Linear.cpp), or the mask to attention scores
           (transformers/attention.cpp there);
-        - a derivative's formula into zeros it has just made, or into the probabilities of logits
+        - in a derivative formula, writing into zeros it has just made, or into the probabilities of logits
           (areAnyTensorSubclassLike in torch/csrc/autograd/FunctionsManual.cpp);
-        - one gradient added to another that only the autograd engine holds (input_buffer.cpp there). Its
-          first term was made by an earlier node, or by this one for two edges to one place; a formula's
-          own sums start from what the formula made.
+        - accumulating a gradient that only the autograd engine holds (input_buffer.cpp there). The first term
+          was made by an earlier node, or by this node if it has two edges to the same input. Sums inside a
+          formula start from a tensor that the formula made.
         """
         known = self._known.get(held.untyped_storage()._cdata)
         if known is None or (func is operators.ADD and (kwargs or not isinstance(more, torch.Tensor))):
@@ -389,7 +413,8 @@ class Ledger(TorchDispatchMode):
             formula = this_node and not torch.is_grad_enabled() and "sigmoid" in known[1].op
             return formula and "CrossEntropyWithLogits" in node.name()
         if func is not operators.ADD:
-            means = func is operators.SCATTER_ADD and "zeros_like" in known[1].op  # of scatter_reduce
+            # The backward of scatter_reduce.
+            means = func is operators.SCATTER_ADD and "zeros_like" in known[1].op
             return this_node and "zeros" in known[1].op and not means
         if self.current is not Phase.BACKWARD or torch.is_grad_enabled():
             return False
@@ -408,7 +433,8 @@ class Ledger(TorchDispatchMode):
         return life
 
     def _line(self) -> str:
-        """In backward, the line whose forward made the autograd node that runs."""
+        """Return the user's line. In backward, this is the line whose forward made the running autograd
+        node."""
         line = user_line()
         if self.current is Phase.FORWARD:
             self._line_of_node.setdefault(newest_node(), line)
@@ -440,7 +466,7 @@ class Ledger(TorchDispatchMode):
 
         return died
 
-    # -- what comes out -----------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------
 
     def _close_span(self) -> None:
         if self.clock > self._span_start:

@@ -1,8 +1,9 @@
-"""Values for tensors whose values only a run knows: drawn within the range that the operator allows, the same
-in every trace.
+"""Assumed values for tensors whose values are known only at run time.
 
-A router's choices, a proposal that survives suppression, a random crop: the trace goes on with a plausible
-case. Where such a value decides a size, the step is traced with other cases too and the interval holds all.
+Values are drawn from the range that the operator allows and are the same in every trace. Examples are a
+router's choices, proposals that survive suppression and random crops: the trace continues with a plausible
+case. If such a value decides a size, the step is also traced with other cases, and the reported interval
+covers all of them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ _ATEN: Any = torch.ops.aten
 class AssumedCase(enum.StrEnum):
     """Which values are assumed.
 
-    ``USUAL``: random numbers spread evenly, so that a router's choices are balanced, and a single one in the
-    middle; every element of a mask.
-    ``LOW`` and ``HIGH``: all rows choose alike, random numbers are the lowest or highest there are; one
-    element of a mask, or half of them at random.
+    ``USUAL``: random numbers are spread evenly, so that a router's choices are balanced. A single random
+    number is the median. All elements of a mask are True.
+    ``LOW`` and ``HIGH``: all rows make the same choice, and random numbers are the lowest or the highest
+    possible. One element of a mask is True (LOW), or about half of them at random (HIGH).
     """
 
     USUAL = "usual"
@@ -38,12 +39,13 @@ _CASE: contextvars.ContextVar[AssumedCase] = contextvars.ContextVar("case", defa
 
 
 def current_case() -> AssumedCase:
+    """Return the case that is assumed in the current context."""
     return _CASE.get()
 
 
 @contextlib.contextmanager
 def assuming(case: AssumedCase) -> Iterator[None]:
-    """Traces made inside this assume the values of ``case``."""
+    """Assume the values of ``case`` in traces made inside this context."""
     token = _CASE.set(case)
     try:
         yield
@@ -51,7 +53,7 @@ def assuming(case: AssumedCase) -> Iterator[None]:
         _CASE.reset(token)
 
 
-# Indices and counts that a comparison of unknown numbers gives.
+# Operators that give indices or counts by comparing unknown numbers.
 CHOICES = frozenset(
     {
         _ATEN.topk.default, _ATEN.sort.default, _ATEN.sort.stable, _ATEN.argsort.default,
@@ -61,21 +63,21 @@ CHOICES = frozenset(
         _ATEN.cummax.default,
     }
 )  # fmt: skip
-# Of an unknown mask: where it holds, and how often.
+# Operators that give the positions or the number of the True elements of an unknown mask.
 COUNTS = frozenset(
     {
         _ATEN.nonzero.default, _ATEN.sum.default, _ATEN.sum.dim_IntList, _ATEN.count_nonzero.default,
         _ATEN.count_nonzero.dim_IntList, _ATEN.cumsum.default,
     }
 )  # fmt: skip
-# Of a tensor, its shape and dtype alone.
+# Operators whose result depends on the shape and dtype of a tensor only.
 CONSTANTS = frozenset(
     {
         _ATEN.zeros_like.default, _ATEN.ones_like.default, _ATEN.full_like.default, _ATEN.new_zeros.default,
         _ATEN.new_ones.default, _ATEN.new_full.default,
     }
 )  # fmt: skip
-# A small tensor's every element, at random.
+# Operators that fill a small tensor with random numbers.
 FILLS = frozenset(
     {
         _ATEN.uniform_.default, _ATEN.normal_.default, _ATEN.random_.default, _ATEN.random_.to,
@@ -85,11 +87,12 @@ FILLS = frozenset(
 
 
 def is_assumed(value: torch.Tensor | None) -> bool:
+    """Return whether ``value`` is marked as assumed."""
     return getattr(value, _ASSUMED, False)
 
 
 def marked(values: Any) -> Any:
-    """The same tensors, as assumed ones."""
+    """Mark the tensors in ``values`` as assumed, and return ``values``."""
     for value in values if isinstance(values, list | tuple) else [values]:
         if isinstance(value, torch.Tensor):
             setattr(value, _ASSUMED, True)
@@ -97,7 +100,8 @@ def marked(values: Any) -> Any:
 
 
 def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor | None:
-    """Values of the tensor's shape and dtype; None for integers, whose range is not known."""
+    """Return assumed values of the tensor's shape and dtype. Return None for integers, whose range is not
+    known."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -111,7 +115,7 @@ def assumed(tensor: torch.Tensor, case: AssumedCase, seed: int) -> torch.Tensor 
             return None
         if case is AssumedCase.USUAL or not shape:
             made = torch.rand(shape, generator=generator)
-        else:  # rows alike, rising or falling
+        else:  # all rows are equal, with rising or falling values
             row = torch.linspace(0.1, 0.9, shape[-1])
             made = (row if case is AssumedCase.HIGH else row.flip(0)).expand(shape).contiguous()
         return marked(made.to(dtype))  # type: ignore[no-any-return]
@@ -125,8 +129,9 @@ _OF_DRAWS: dict[AssumedCase, Any] = {
 
 
 def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> Any:
-    """What a random operator gives, from a generator of its own; its lowest or highest number instead. A
-    single number, which a threshold may decide on, is the usual one: the median of several."""
+    """Return what a random operator gives with a generator seeded by ``seed``. In the cases LOW and HIGH, all
+    its numbers are replaced by the lowest or the highest. A single number, which may be compared with a
+    threshold, is the median of several draws in the usual case."""
     with _own_random_numbers(seed):
         made = func(*args, **kwargs)
         plain = isinstance(made, torch.Tensor) and made.numel() and not made.is_complex()
@@ -141,7 +146,7 @@ def drawn(func: Any, args: Any, kwargs: Any, case: AssumedCase, seed: int) -> An
 def filled(
     func: Any, tensor: torch.Tensor, args: Any, kwargs: Any, case: AssumedCase, seed: int
 ) -> torch.Tensor:
-    """A real tensor that the random in-place operator has filled."""
+    """Return a real tensor of the shape of ``tensor`` that the random in-place operator has filled."""
     with unset_fake_temporarily(), torch.no_grad():
         made = torch.empty(tensor.shape, dtype=tensor.dtype)
         return drawn(lambda: func(made.clone(), *args, **kwargs), (), {}, case, seed)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""What torch works out in another way for fake tensors, as it does for plain ones.
+"""Make autograd take the same path for fake tensors as for plain ones.
 
-The formulas of ``prod`` and ``cumprod`` look for zeros, and have a short way where there are none; with a
-tensor whose values cannot be asked for they take the long one (torch/csrc/autograd/FunctionsManual.cpp).
+The derivative formulas of ``prod`` and ``cumprod`` check for zeros and have a short path if there are none.
+For tensors whose values cannot be read they take the long path (torch/csrc/autograd/FunctionsManual.cpp).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from memfit.model.grouped_mm import grouped_products
 
 @contextlib.contextmanager
 def plain_formulas() -> Iterator[None]:
-    """Products without zeros, for as long as this lasts."""
+    """Replace ``prod`` and ``cumprod`` by versions that assume no zeros, inside this context."""
     with contextlib.ExitStack() as stack:
         for home in (torch, torch.Tensor):
             for name, function in (("prod", _Product), ("cumprod", _Cumulated)):
                 patched = _given_to(function, getattr(home, name))
                 stack.enter_context(mock.patch.object(home, name, patched))
         stack.enter_context(grouped_products())
-        # ZeRO's own linear layer stays where a traced step fails inside a module.
+        # ZeRO replaces this function inside a module, and would leave its own in place if a traced step fails
+        # there.
         stack.enter_context(mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear))
         yield
 
@@ -86,5 +87,5 @@ class _Cumulated(torch.autograd.Function):
         turned = weighted.flip(dim)
         added = turned.cumsum(dim)
         back = added.flip(dim)
-        del turned, added  # together, as C++ ends an expression
+        del turned, added  # freed together, as at the end of a C++ expression
         return back.div(tensor.conj()), None, None

@@ -1,9 +1,9 @@
-"""Real values beside fake tensors, for the little that the batch alone decides: masks, positions, routes.
+"""Real values of those fake tensors that depend on the batch alone, such as masks, positions and routes.
 
-A model looks at its padding mask to choose a kernel, or finds edges within a radius. Such tensors are
-computed from the batch without any parameter, so they are computed for real as well, as long as they are
-small. Whatever a parameter touches stays fake, but for what it chooses: indices, counts and random numbers
-are assumed (`assumed_values`) and followed in the same way, with a mark.
+A model reads its padding mask to choose a kernel, or finds the edges within a radius. Such tensors are
+computed from the batch without any parameter, so they are also computed for real while they are small.
+Results that depend on a parameter stay fake. Only the indices, counts and random numbers among them get
+assumed values (`assumed_values`), which are followed in the same way but are marked as assumed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ from memfit.trace.assumed_values import (
 )
 
 _MOST_ELEMENTS = 2**20
-_MOST_FILLED = 64  # elements of a tensor whose random numbers code may ask for
+_MOST_FILLED = 64  # most elements of a tensor whose random numbers are kept
 _NAME = "_memfit_shadow"
 _LIFT: Any = torch.ops.aten.lift_fresh.default
 _CAST: Any = torch.ops.aten._to_copy.default
 
 
 class Shadows:
-    """The real tensor of a fake one is its attribute; ``stale`` are storages written with unknown values."""
+    """Attach real values to fake tensors and compute with them.
+
+    The real tensor is stored as an attribute of the fake one. ``_stale`` holds real storages into which
+    unknown values have been written.
+    """
 
     def __init__(self) -> None:
         self.on = self.seeded = False
@@ -47,22 +51,23 @@ class Shadows:
         self._stale: dict[int, torch.UntypedStorage] = {}
 
     def seed(self, fakes: Any, reals: Any) -> None:
-        """The batch's own values. From now on values are followed."""
+        """Attach the values of the batch ``reals`` to ``fakes``, and follow values from now on."""
         self.on = self.seeded = True
         for fake, real in zip(batch_tensors(fakes), batch_tensors(reals), strict=True):
             if isinstance(fake, FakeTensor) and real.numel() <= _MOST_ELEMENTS:
                 setattr(fake, _NAME, real.detach())
 
     def of(self, tensor: Any) -> torch.Tensor | None:
+        """Return the tensor's values, or None if they are not known."""
         if type(tensor) is torch.Tensor:
-            return tensor  # a real one beside fake ones
+            return tensor  # a real tensor among fake ones
         real: torch.Tensor | None = getattr(tensor, _NAME, None)
         if real is None or (self._stale and real.untyped_storage()._cdata in self._stale):
             return None
         return real
 
     def values(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """What the operator gives for the values that are known or assumed; None where nothing is."""
+        """Return the operator's result for the known or assumed values, or None if there are none."""
         if self.on and args and isinstance(args[0], FakeTensor) and not hasattr(args[0], _NAME):
             if func in FILLS:
                 return self._filled(func, args, kwargs)
@@ -73,7 +78,8 @@ class Shadows:
         return self.compute(func, args, kwargs) if self.may_follow(args) else None
 
     def _chosen(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Indices and counts for assumed numbers, which themselves stay unknown; a mask keeps its values."""
+        """Return indices and counts computed from assumed numbers, and then forget the numbers. A mask keeps
+        its assumed values."""
         known = self.assume(args[0]) is not None
         found = self.compute(func, args, kwargs) if known and self.may_follow(args) else None
         if known and args[0].dtype is not torch.bool:
@@ -81,7 +87,8 @@ class Shadows:
         return None if found is None else _pytree.tree_map(_whole_numbers, found)
 
     def _constant(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """One whole number or truth value everywhere, whatever the values of the tensor it is like."""
+        """Return a tensor filled with one integer or bool, whose value does not depend on the values of its
+        argument."""
         dtype = kwargs.get("dtype") or args[0].dtype
         if dtype.is_floating_point or dtype.is_complex or _large(args):
             return None
@@ -89,8 +96,8 @@ class Shadows:
             return func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
 
     def assume(self, tensor: Any) -> torch.Tensor | None:
-        """The tensor's values; assumed where they are not known, and from now on these. None for large ones
-        and for integers."""
+        """Return the tensor's values. If they are not known, assume values and keep them from now on. Return
+        None for large tensors and for integers."""
         real = self.of(tensor)
         if real is None and isinstance(tensor, FakeTensor) and 0 < tensor.numel() <= _MOST_ELEMENTS:
             real = assumed(tensor, self.case, self._seed())
@@ -99,7 +106,7 @@ class Shadows:
         return real
 
     def forget(self, tensor: Any) -> None:
-        """What was assumed of it."""
+        """Remove the tensor's values."""
         if hasattr(tensor, _NAME):
             delattr(tensor, _NAME)
 
@@ -114,8 +121,9 @@ class Shadows:
             setattr(tensor, _NAME, filled(func, tensor, args[1:], kwargs, self.case, self._seed()))
 
     def may_follow(self, args: Any) -> bool:
-        """Quick: whether the first argument, or the first in a list, has a value, is real or is no tensor.
-        Not inside torch.func's transforms, whose tensors wrap others."""
+        """Return quickly whether the operator can be followed: its first argument, or the first element of a
+        list, has values, is real or is not a tensor. False inside torch.func's transforms, whose tensors wrap
+        others."""
         first = args[0] if args else None
         while isinstance(first, list | tuple) and first:
             first = first[0]
@@ -124,8 +132,9 @@ class Shadows:
         return not isinstance(first, torch.Tensor) or type(first) is torch.Tensor or hasattr(first, _NAME)
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """The operator on real values; None where one is missing, large or random."""
-        if func is _LIFT:  # a tensor of Python numbers
+        """Return the operator's result on real values. Return None if a value is missing or large, or if the
+        operator writes random numbers."""
+        if func is _LIFT:  # a tensor made from Python numbers
             with unset_fake_temporarily():
                 return args[0].clone()
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -143,6 +152,7 @@ class Shadows:
         return marked(out) if any(map(is_assumed, values.values())) else out
 
     def attach(self, out: Any, real: Any) -> None:
+        """Attach the values ``real`` to the fake tensors ``out`` of the same shapes."""
         for fake, value in zip(_pytree.tree_leaves(out), _pytree.tree_leaves(real), strict=True):
             same = (
                 isinstance(fake, FakeTensor) and isinstance(value, torch.Tensor) and fake.shape == value.shape
@@ -157,8 +167,8 @@ class Shadows:
 
 
 def _large(args: Any) -> bool:
-    """Whether a list of sizes among the arguments, or a number alone, asks for many elements, as factories
-    have it."""
+    """Return whether a list of sizes among the arguments, or a single number, asks for many elements, as
+    arguments of factory functions do."""
     if len(args) == 1 and isinstance(args[0], int):
         return args[0] > _MOST_ELEMENTS
     lists = [a for a in args if isinstance(a, list | tuple) and all(isinstance(n, int) for n in a)]
@@ -166,11 +176,12 @@ def _large(args: Any) -> bool:
 
 
 def _counts(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operator makes whole numbers of a mask."""
+    """Return whether an operator turns a mask into integers."""
     kind = kwargs.get("dtype")
     return func in COUNTS or (func is _CAST and kind is not None and not kind.is_floating_point)
 
 
 def _whole_numbers(value: Any) -> Any:
-    """Indices and counts; what was chosen among stays unknown."""
+    """Return indices and counts unchanged, and None for the floating-point values among which they were
+    chosen."""
     return None if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else value

@@ -1,9 +1,9 @@
-"""What fake tensors cannot know: values read out of them, and shapes that depend on values.
+"""Values that are read from fake tensors, and shapes that depend on values.
 
-What the batch alone decides is taken from its values (`shadows`). For the rest a job gives bounds
-(``Job.bound``); without one, values within the range of the operator that made them are assumed
-(`assumed_values`), ``.item()`` gets a harmless answer where there is no range, and a size without a limit is
-the user's to bound. Everything assumed is told in ``assumptions``.
+Values that depend on the batch alone are taken from the batch (`concrete_values`). For others, a job gives
+bounds (``Job.bound``). Without a bound, values in the range of the operator that made them are assumed
+(`assumed_values`). ``.item()`` returns a neutral answer if there is no such range. A size that has no upper
+limit must be bounded by the user. Every assumption is listed in ``assumptions``.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ from memfit.trace.source_location import asking_line, library_line, user_line
 from memfit.types.errors import UserError
 from memfit.types.job import Bound
 
-# Sizes that have a limit: how many elements were asked about.
+# Operators whose output size has an upper limit, which the caller of `Guesses.size` gives.
 _LIMITED = frozenset({"nonzero", "masked_select", "unique", "_pack_padded_sequence", "ctc_loss"})
 _HERE = str(Path(__file__).parent)
-_REJECTIONS = 16  # answers of True to one line of one call before it hears False
-_LOOP_LIMIT = 1000  # answers to one line before it counts as a loop that never ends
+_REJECTIONS = 16  # times one line of one call gets True before it gets False
+_LOOP_LIMIT = 1000  # answers to one line before it counts as an endless loop
 
 
 class Guesses:
-    """Answers for one trace. ``scratch`` holds what an operator made inside itself until the ledger has
-    seen it. ``doubtful``: the code that last heard True without any knowledge; ``open``: the lines that
-    heard a number so; ``assumed``: those that heard one within its range."""
+    """Answers to value-dependent questions in one trace.
+
+    ``scratch`` holds temporary tensors of an operator until the ledger has recorded them. ``doubtful`` is the
+    place in the code that last got True without any knowledge. ``open`` lists the lines that got a number
+    without any knowledge, and ``assumed`` those that got one within its known range.
+    """
 
     def __init__(self, bound: Bound | None = None) -> None:
         self.bound = bound
@@ -54,12 +57,15 @@ class Guesses:
         self._loop: tuple[int, int, int] = (0, 0, 0)
 
     def item(self, tensor: torch.Tensor, *, told: bool, value: Any = None) -> bool | int | float:
-        """A value for ``.item()``: what the batch says (``value``), the bound of its line (or of "item"),
-        else True, 1 or 1.0, which keep ordinary code going. What the optimizer and the model's
-        construction ask is not ``told``.
+        """Return a value for ``.item()``.
 
-        A bool's bound says how often the line hears True before it hears False. Raises UserError where a
-        line without one goes on asking."""
+        This is the bound of the calling line (or of "item"), else the known ``value``, else True, 1 or 1.0,
+        with which ordinary code continues. A bound of a bool says how many times the line gets True before it
+        gets False. With ``told=False``, as for questions of the optimizer and of the model's construction,
+        bounds are not used, and the answer is not listed as an assumption.
+
+        Raises UserError if a line without a bound keeps asking.
+        """
         truth, floating = tensor.dtype == torch.bool, tensor.dtype.is_floating_point
         chance = value is not None and is_assumed(self.shadows.of(tensor))
         place = asking_line() if truth and (value is None or (chance and value)) else ""
@@ -74,7 +80,8 @@ class Guesses:
         where = library_line()
         found = 0 if denied else self._given("item", where)
         self._asked[where] += 1
-        limit = _LOOP_LIMIT if where else 1000 * _LOOP_LIMIT  # an optimizer's own, stepping in backward
+        # "" is an optimizer's own line, stepping in backward
+        limit = _LOOP_LIMIT if where else 1000 * _LOOP_LIMIT
         if found is None and self._asked[where] > limit:
             raise UserError(
                 f"a loop on .item() at {where or 'an unknown line'} does not end on fake tensors",
@@ -95,22 +102,23 @@ class Guesses:
         return answer
 
     def _rejects(self) -> bool:
-        """Whether one call asks the same line again and again: initialisers that draw until all is in
-        range, such as trunc_normal_, must come to an end."""
+        """Return whether one call keeps asking from the same line and must now get False. Initialisers that
+        redraw until all values are in range, such as trunc_normal_, must terminate."""
         frame: Any = sys._getframe(1)
-        while frame.f_code.co_filename.startswith(_HERE):  # past the dispatcher
+        while frame.f_code.co_filename.startswith(_HERE):  # skip the dispatcher's frames
             frame = frame.f_back
         place, count = (id(frame), frame.f_lineno), self._loop[2]
         self._loop = (*place, count + 1 if self._loop[:2] == place else 0)
         return self._loop[2] % _REJECTIONS == _REJECTIONS - 1
 
     def decides(self, func: Any) -> bool:
-        """Whether more than its arguments' shapes says what the operator gives."""
+        """Return whether the operator's result depends on more than the shapes of its arguments."""
         return func in _SHAPED or func in _INDEXED
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any], values: Any = None) -> Any:
-        """The operator on fake tensors, with bounds for what depends on data; ``values`` are what it gives
-        for the batch, where that alone decides them."""
+        """Run the operator on fake tensors, with bounds for sizes that depend on data. ``values`` is its
+        result for the batch, if the batch alone decides it. Raises UserError if the result depends on unknown
+        values."""
         if func in _SHAPED:
             return _SHAPED[func](self, *args, **kwargs)
         args = self.positions(func, args)
@@ -135,8 +143,8 @@ class Guesses:
             return _pytree.tree_map_only(torch.Tensor, _without_values, values)
 
     def size(self, op: str, most: int, decided: torch.Tensor, count: Callable[[torch.Tensor], Any]) -> int:
-        """Elements that ``op`` gives, of ``most`` possible ones: the bound, else ``count`` of the values
-        that decide. Raises UserError where there is neither."""
+        """Return how many of ``most`` possible elements ``op`` gives: the bound, or else ``count`` of the
+        values of ``decided``. Raises UserError if there is neither."""
         where = library_line()
         found = self._given(op, where)
         if found is None:
@@ -148,7 +156,7 @@ class Guesses:
                 with torch.no_grad(), unset_fake_temporarily():
                     found = int(count(real))
                 source = self._source(is_assumed(real), where or op)
-            elif op in _LIMITED:  # all of them, or one: large, or distinct numbers of which none is known
+            elif op in _LIMITED:  # all of them or one; the values are large, or distinct and unknown
                 found = min(1, most) if self.shadows.case is AssumedCase.LOW else most
                 source = self._source(True, where or op)
             else:
@@ -163,14 +171,15 @@ class Guesses:
         return self.bound.get(where, self.bound.get(user_line(), self.bound.get(op)))
 
     def _source(self, chance: bool, where: str) -> str:
-        """How an answer is told: as the batch's, or as an assumed one of the line."""
+        """Record ``where`` if its answer is assumed, and return the suffix that says where an answer comes
+        from."""
         if chance:
             self.assumed[where] = None
         return "" if chance else ", as in the batch"
 
     def read(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
-        """Values for code outside torch: the batch's, or assumed ones; whole numbers of no known range, and
-        large tensors, are full of the line's bound, or of ones."""
+        """Return values for code outside torch: the batch's or assumed ones. Integers without a known range
+        and large tensors are filled with the line's bound, or with ones."""
         real, where = self.shadows.assume(tensor), library_line()
         if real is None:
             bound = self._given("item", where)
@@ -184,8 +193,8 @@ class Guesses:
         return real
 
     def _of_assumed(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """What an operator gives for assumed numbers and masks; None where whole numbers are unknown, for
-        which some would be out of range, and where it fails."""
+        """Return the operator's result for assumed numbers and masks. Return None if an argument holds
+        unknown integers, some of which would be out of range, or if the operator fails."""
         leaves = [x for x in _pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         unknown = [x for x in leaves if self.shadows.of(x) is None]
         values = {id(x): self.shadows.assume(x) for x in leaves}
@@ -206,12 +215,12 @@ class Guesses:
         self.assumptions[what + (f" at {where}" if where else "")] = None
 
     def positions(self, func: Any, args: Any) -> Any:
-        """Boolean indices as the kernel turns them into positions: one ``nonzero`` each."""
+        """Replace boolean indices by positions, one ``nonzero`` each, as the kernel does."""
         if func not in _INDEXED or not any(_is_mask(i) for i in args[1]):
             return args
         reads = func is _ATEN.index.Tensor
         if not reads and args[2].numel() == 1:
-            return args  # one value for all is a masked fill
+            return args  # a single value for all elements is a masked fill
         indices: list[Any] = []
         for index in args[1]:
             if _is_mask(index):
@@ -240,7 +249,7 @@ def _unbounded(op: str, where: str) -> UserError:
 
 def _nonzero(self: Guesses, x: torch.Tensor) -> torch.Tensor:
     size = self.size("nonzero", x.numel(), x, torch.count_nonzero)
-    return torch.empty(x.dim(), size, dtype=torch.int64).t()  # column by column, as the kernel lays it out
+    return torch.empty(x.dim(), size, dtype=torch.int64).t()  # stored by column, as the kernel does
 
 
 def _masked_select(self: Guesses, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -298,8 +307,9 @@ def _repeat_interleave(self: Guesses, repeats: torch.Tensor, *, output_size: Any
 def _pack_padded_sequence(
     self: Guesses, padded: torch.Tensor, lengths: torch.Tensor, batch_first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lengths are sorted, longest first. The batch sizes are real, as recurrent layers and the derivative
-    read them where no mode sees it; pieces of equal batch size are copied and joined (PackedSequence.cpp)."""
+    """Pack a padded sequence whose lengths are sorted, longest first. The batch sizes are real, because
+    recurrent layers and the derivative read them where no mode sees it. Pieces of equal batch size are copied
+    and concatenated (PackedSequence.cpp)."""
     by_time = padded.transpose(0, 1) if batch_first else padded
     longest, rows = by_time.shape[:2]
     size = self.size("_pack_padded_sequence", longest * rows, lengths, torch.sum)
@@ -316,7 +326,8 @@ def _pack_padded_sequence(
 
 
 def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
-    """Lengths of ``rows`` sequences with ``size`` elements, one as long as can be, the others alike."""
+    """Return lengths of ``rows`` sequences with ``size`` elements in total: one as long as possible, the
+    others about equal."""
     size = min(max(size, rows), longest * rows)
     first = min(longest, size - rows + 1)
     others, more = divmod(size - first, max(1, rows - 1))
@@ -326,8 +337,8 @@ def _shared_out(size: int, longest: int, rows: int) -> torch.Tensor:
 def _ctc_loss(
     self: Guesses, log_probs: torch.Tensor, targets: torch.Tensor, inputs: Any, lengths: Any, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One state for every letter and every gap between them, at every instant (LossCTC.cpp). Lengths are a
-    tensor or numbers."""
+    """CTC keeps one state per time step for every label and every gap between labels (LossCTC.cpp). Lengths
+    are a tensor or numbers."""
     most = targets.shape[1] if targets.dim() == 2 else targets.numel()
     known = not isinstance(lengths, torch.Tensor)
     states = 2 * (max(lengths) if known else self.size("ctc_loss", most, lengths, torch.max)) + 1
@@ -347,13 +358,14 @@ def _ctc_loss_backward(
 def _log_softmax_backward(
     self: Guesses, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Contiguous (SoftMax.cpp), where the fake one is laid out as the gradient."""
+    """Return a contiguous gradient (SoftMax.cpp). The fake implementation would copy the layout of the
+    gradient."""
     return grad.new_empty(grad.shape, dtype=dtype)
 
 
 def _equal(self: Guesses, one: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-    """No, where torch asks a condition of its own whether it is true (is_scalar_tensor_true in TensorUtils,
-    of istft's windows): what is true there is an error."""
+    """Answer True, except when torch tests a condition of its own for truth (is_scalar_tensor_true in
+    TensorUtils, for istft's windows). There a true condition is an error, so the answer is False."""
     answer = one.dim() > 0 or one.dtype is not torch.bool
     self._tell(f"equal answered {answer}", library_line())
     return answer
@@ -370,7 +382,8 @@ _INDEXED = frozenset(
     }
 )
 _SHAPED: dict[Any, Callable[..., Any]] = {
-    torch.ops._c10d_functional.wait_tensor.default: lambda self, x: x,  # fakes give a new tensor
+    # The fake implementation gives a new tensor.
+    torch.ops._c10d_functional.wait_tensor.default: lambda self, x: x,
     _ATEN.nonzero.default: _nonzero,
     _ATEN.masked_select.default: _masked_select,
     _ATEN._unique2.default: _unique,

@@ -1,15 +1,16 @@
-"""The device lens: kernels the target device would choose, while tensors are fake CPU ones.
+"""The device lens: choose the kernels of the target device while all tensors are fake CPU tensors.
 
 For CUDA:
 
-- attention goes to the flash kernel (half precision, no mask) or the memory-efficient one, as torch's own
-  dispatcher does (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp);
-- dropout keeps one byte an element (``native_dropout``), where the CPU keeps a mask of the input's type;
-- under autocast, the functions of CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h); the
-  CPU's list is another, and leaves most of them in half precision;
-- ``softmax(dtype=float32)`` of a float16 tensor is one kernel, without a float32 copy of its input; of a
-  bfloat16 tensor it is not (``softmax`` in aten/src/ATen/native/SoftMax.cpp);
-- layer normalisation keeps its statistics in float32.
+- Attention uses the flash kernel (half precision, no mask) or the memory-efficient kernel, as torch's own
+  dispatcher chooses (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+- Dropout keeps a mask of one byte per element (``native_dropout``). The CPU keeps a mask of the input's
+  dtype.
+- Under autocast, the functions in CUDA's float32 list run in float32 (aten/src/ATen/autocast_mode.h). The CPU
+  has a different list, which leaves most of them in half precision.
+- ``softmax(dtype=float32)`` of a float16 tensor is one kernel and makes no float32 copy of its input. Of a
+  bfloat16 tensor it makes one (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
+- Layer normalisation keeps its statistics in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Lens(TorchFunctionMode):
-    """Sends calls to what CUDA would run, as far as the fake implementations of CUDA's kernels go."""
+    """Redirect calls to the kernels that CUDA would run, where CUDA's kernels have fake implementations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,8 +46,8 @@ class Lens(TorchFunctionMode):
 
 @contextlib.contextmanager
 def device_lens(device: str) -> Iterator[None]:
-    """The lens over forward and over what backward recomputes: torch takes function modes off before its
-    autograd engine runs. For "cpu" only what derivatives do otherwise with fake tensors."""
+    """Apply the lens to the forward pass and to what backward recomputes; torch disables function modes
+    before its autograd engine runs. For "cpu", patch only the derivatives that differ for fake tensors."""
     if device == "cpu":
         with plain_formulas():
             yield
@@ -72,7 +73,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Shapes (batch, heads, length, head dim), as in scaled_dot_product_attention."""
+    """Scaled dot-product attention. Tensors have the shape (batch, heads, length, head dim)."""
     aten: Any = torch.ops.aten
     if enable_gqa and key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
@@ -92,7 +93,8 @@ def _attention(
 
 
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """A boolean mask becomes an additive one of the query's dtype, as the kernel's front end does."""
+    """Turn a boolean mask into an additive mask of the query's dtype, as the kernel's caller in torch
+    does."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -114,7 +116,7 @@ def _dropout(
 def _softmax(
     kernel: Callable[..., torch.Tensor], whole: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """One kernel from float16 to float32 where that is what was asked for; autocast asks for it as well."""
+    """Use one kernel from float16 to float32 if float32 is requested, by the caller or by autocast."""
     tensor, dim, dtype = _softmax_arguments(*args, **kwargs)
     if torch.is_autocast_enabled("cpu"):
         dtype = dtype or torch.float32
@@ -128,15 +130,15 @@ def _softmax(
 def _softmax_arguments(
     input: torch.Tensor,  # noqa: A002 - torch's own name
     dim: int | None = None,
-    _stacklevel: int | torch.dtype | None = None,  # torch.softmax has the dtype in its place
+    _stacklevel: int | torch.dtype | None = None,  # torch.softmax takes the dtype in this position
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, int | None, torch.dtype | None]:
     return input, dim, _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
 
 
 class _HalfToFloat(torch.autograd.Function):
-    """log_softmax of half precision into float32: its output is kept, its gradient is half again. Without
-    values: the kernel's own fake implementation knows float16 only."""
+    """log_softmax from half precision to float32. It saves its output, and its gradient is in half precision.
+    It computes no values, because the kernel's fake implementation supports float16 only."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -155,7 +157,7 @@ class _HalfToFloat(torch.autograd.Function):
 
 
 def _widened(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """The call in float32: half-precision tensors are cast, autocast is off inside."""
+    """Run the call in float32: cast half-precision tensors and disable autocast."""
 
     def wide(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.dtype in _HALF:

@@ -1,4 +1,4 @@
-"""Copies of a model that is already in memory, without its bytes."""
+"""Copies of a model that is already in memory, without allocating its bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class FakeCopies(TorchFunctionMode):
-    """While open, ``copy.deepcopy`` makes fake CPU tensors of real ones (on whatever device they lie), and
-    clones fake ones, which torch's own deepcopy asks for a data pointer."""
+    """Mode in which ``copy.deepcopy`` turns real tensors (on any device) into fake CPU tensors, and clones
+    fake tensors. Torch's own deepcopy would ask fake tensors for a data pointer."""
 
     def __init__(self, fake: FakeTensorMode | None = None) -> None:
         self.fake = fake
@@ -27,7 +27,7 @@ class FakeCopies(TorchFunctionMode):
             if id(tensor) not in memo:
                 memo[id(tensor)] = self._copy(tensor)
             return memo[id(tensor)]
-        if func is torch._C.TensorBase.clone:  # what Parameter's own deepcopy calls
+        if func is torch._C.TensorBase.clone:  # called by Parameter's own deepcopy
             return self._copy(args[0])
         return func(*args, **(kwargs or {}))
 
@@ -43,8 +43,8 @@ class FakeCopies(TorchFunctionMode):
 
 @contextlib.contextmanager
 def script_modules_loaded(fake: FakeTensorMode) -> Iterator[None]:
-    """TorchScript reads and writes files in C++, on real tensors only: while this lasts, ``torch.jit.load``
-    and ``save`` run outside the fake mode, and what is loaded is copied into it."""
+    """Let TorchScript read and write files inside this context. It does so in C++ on real tensors only, so
+    ``torch.jit.load`` and ``save`` run outside the fake mode, and a loaded module is copied into it."""
     load, save = torch.jit.load, torch.jit.save
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
@@ -61,8 +61,8 @@ def script_modules_loaded(fake: FakeTensorMode) -> Iterator[None]:
 
 
 def copied(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy on fake tensors inside a fake mode, on real ones outside; the model itself is only read.
-    Gradients are not copied: a training step begins without."""
+    """Return a copy of ``model``, on fake tensors inside a fake mode and on real ones outside. The model
+    itself is only read. Gradients are not copied: a training step starts without them."""
     fake = torch._guards.active_fake_mode()
     if fake is None:
         return copy.deepcopy(model)
@@ -72,8 +72,8 @@ def copied(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _script_copied(module: Any, fake: FakeTensorMode) -> Any:
-    """C++ clones the tensors: outside of autograd, where they would be results, and where nothing but the
-    fake mode sees it."""
+    """Copy a TorchScript module into the fake mode. C++ clones its tensors, so this runs without autograd,
+    where clones would not be leaves, and with no mode active other than the fake mode."""
     with _disable_current_modes(), fake, torch.no_grad():
         made = copy.deepcopy(module)
     for old, new in zip(module.parameters(), made.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""A fake process group of the plan's real size, so that one process can trace any rank of any world."""
+"""A fake process group of the plan's size, so that one process can trace any rank."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from memfit.types.trace import Allocation, Phase, PhaseSpan
 
 @contextlib.contextmanager
 def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
-    """The world of ``plan`` as ``rank`` sees it; collectives return at once. Enter outside fake tensors:
-    a device mesh holds real numbers. Raises UserError where degrees and ranks disagree, MemfitError where
-    this process has a process group already."""
+    """Yield the world of ``plan`` as ``rank`` sees it. Collectives return at once. Enter this outside fake
+    tensors, because a device mesh holds real numbers.
+
+    Raises UserError if the degrees of parallelism do not match the number of ranks, and MemfitError if this
+    process already has a process group.
+    """
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
         return
@@ -38,7 +41,7 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
             "a plan of several ranks cannot be traced while a process group is initialised here"
         )
     _forget_other_worlds(layout(plan), rank)
-    hook = sys.excepthook  # torch puts one before it that names the rank in whatever the user sees later
+    hook = sys.excepthook  # torch installs one that adds the rank to every later traceback
     dist.init_process_group("fake", rank=rank, world_size=plan.ranks, store=FakeStore())
     try:
         with _without_values(), _cut_columns_told(plan):
@@ -50,8 +53,8 @@ def fake_ranks(plan: Plan, rank: int) -> Iterator[World]:
 
 @contextlib.contextmanager
 def _cut_columns_told(plan: Plan) -> Iterator[None]:
-    """The user's code may view what a Linear gives by its full width, of which a rank has a part: an error
-    there is the plan's, and the message says so."""
+    """Explain errors that tensor parallelism causes. The user's code may reshape the output of a Linear by
+    its full width, of which a rank holds a part. The error message then names the plan as the cause."""
     try:
         yield
     except UserError as error:
@@ -69,8 +72,8 @@ _last_world: list[Any] = [None]
 
 
 def _forget_other_worlds(*world: Any) -> None:
-    """DTensor remembers what operators give by meshes that count as equal though their groups are not: those
-    of an earlier world of other degrees are gone."""
+    """Clear DTensor's caches if the last world had other degrees. They are keyed by meshes that compare equal
+    although their process groups differ, and the groups of an earlier world are gone."""
     if _last_world[0] not in (None, world):
         from torch.distributed.tensor import _redistribute
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -83,10 +86,15 @@ def _forget_other_worlds(*world: Any) -> None:
 
 @contextlib.contextmanager
 def _without_values() -> Iterator[None]:
-    """DDP compares and broadcasts values of parameters when it starts; fake tensors have none. A device
-    mesh, which parts of meshes are too, looks for its rank in a real tensor. Among fake tensors functional
-    collectives would be waited for at once, not when their result is used. FSDP2 cuts a parameter for every
-    rank and takes one part: with thousands of ranks that is most of the work, so the others are not made."""
+    """Patch code that needs tensor values or does work that a trace does not need.
+
+    - DDP compares and broadcasts parameter values when it starts; fake tensors have none.
+    - A device mesh, or a part of one, looks up its rank in a real tensor.
+    - Among fake tensors, functional collectives would be waited for at once instead of when their result is
+      used.
+    - FSDP2 cuts a parameter for every rank and takes one part. With thousands of ranks this is most of the
+      work, so the other parts are not made.
+    """
     from torch.distributed import _functional_collectives as functional
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -108,7 +116,8 @@ def _without_values() -> Iterator[None]:
 
 
 class _Chunks:
-    """What `torch.chunk` gives, with empty ones up to ``count``, each made when it is asked for."""
+    """The chunks of `torch.chunk`, padded with empty ones up to ``count``. Each is made when it is
+    indexed."""
 
     def __init__(self, tensor: torch.Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim
@@ -127,9 +136,9 @@ _LATE: contextvars.ContextVar[bool] = contextvars.ContextVar("late", default=Fal
 
 @contextlib.contextmanager
 def late() -> Iterator[None]:
-    """Traces made inside this take gloo's collectives at their latest: what one of them holds stays until
-    the group's next. gloo runs them on threads of its own, so that memory on CPU ranks may be anything from
-    what a trace says to what it says here."""
+    """Assume in traces made inside this context that gloo's collectives finish as late as possible: the
+    memory of a collective is held until the next one of its group. gloo runs collectives on its own threads,
+    so the memory of CPU ranks lies between that of a normal trace and that of a trace made here."""
     token = _LATE.set(True)
     try:
         yield
@@ -142,9 +151,10 @@ _PRIMES: contextvars.ContextVar[bool] = contextvars.ContextVar("primes", default
 
 @contextlib.contextmanager
 def priming() -> Iterator[None]:
-    """Traces made inside this of pipelines with several stages on a rank, which cannot be cut short, take the
-    optimizer's step for a first one: half the time. Peaks and operators of the last step are the same; what a
-    caching allocator would keep from a whole first step is not seen."""
+    """Let traces made inside this context run only an optimizer step instead of the first training step,
+    which halves the time. This applies to pipelines with several stages per rank, which cannot be shortened.
+    The peaks and operators of the last step are the same. Memory that a caching allocator would keep from a
+    whole first step is not seen."""
     token = _PRIMES.set(True)
     try:
         yield
@@ -153,19 +163,22 @@ def priming() -> Iterator[None]:
 
 
 def primed(plan: Plan) -> bool:
+    """Return whether the first step of a trace of ``plan`` is replaced by an optimizer step
+    (`priming`)."""
     used = plan.get("pipeline")
     return _PRIMES.get() and used is not None and int(used.settings["virtual"]) > 1
 
 
 class GlooScratch(TorchDispatchMode):
-    """What gloo's collectives take inside on CPU tensors, one after the other, each freed at once: flat
-    outputs of a gather, a copy of what is reduced and scattered. Enter inside the ledger, which then sees
-    them. The rules are those of torch/csrc/distributed/c10d/ProcessGroupGloo.cpp."""
+    """Allocate the temporary memory of gloo's collectives on CPU tensors, one after the other, each freed at
+    once: flat outputs of a gather, and a copy of the input of a reduce-scatter or scatter. Enter it inside
+    the ledger, which records the allocations. The rules are those of
+    torch/csrc/distributed/c10d/ProcessGroupGloo.cpp."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._late = _LATE.get()
-        self._held: dict[str, Any] = {}  # by process group, where collectives are late
+        self._held: dict[str, Any] = {}  # by process group, if collectives finish late
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = _GLOO_SCRATCH.get(func)
@@ -185,7 +198,8 @@ class GlooScratch(TorchDispatchMode):
 
 
 def _gloo_rules() -> dict[Any, Callable[[Any, Any], tuple[Any, ...]]]:
-    """By operator: its arguments and output -> groups of tensors; each group's bytes are taken in turn."""
+    """Return, for each operator, a function from its arguments and output to groups of tensors. The bytes of
+    each group are allocated in turn."""
     c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
     return {
         c10d._allgather_base_.default: lambda args, out: (args[0], args[0]),
@@ -201,7 +215,8 @@ _GLOO_SCRATCH = _gloo_rules()
 
 
 class _RealIntegers(TorchDispatchMode):
-    """DDP lists its buckets in int32 tensors that it reads in C++: those are made for real, and noted."""
+    """DDP lists its buckets in int32 tensors that it reads in C++. This mode makes them real and reports them
+    to ``note``."""
 
     def __init__(self, note: Callable[[torch.Tensor, str], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -221,13 +236,14 @@ class _RealIntegers(TorchDispatchMode):
 
 
 def builds_on_host(plan: Plan, device: str) -> bool:
-    """Whether the whole model is made in host memory, and the accelerator gets this rank's part: shards, the
-    bf16 copy of ZeRO 1 and 2, or what pipeline and tensor parallelism leave."""
+    """Return whether the whole model is built in host memory and the accelerator then gets this rank's part:
+    its shards, the bf16 copy of ZeRO 1 and 2, or its part under pipeline or tensor parallelism."""
     return device != "cpu" and (_shards(plan) or _cuts(plan))
 
 
 def moves_parameters(plan: Plan, device: str) -> bool:
-    """Whether those very parameters go to the accelerator, where shards would be made there."""
+    """Return whether the parameters themselves move to the accelerator. Shards would instead be made
+    there."""
     return builds_on_host(plan, device) and not _shards(plan)
 
 
@@ -247,8 +263,8 @@ def _cuts(plan: Plan) -> bool:
 def without_host(
     allocations: Sequence[Allocation], spans: Sequence[PhaseSpan]
 ) -> tuple[tuple[Allocation, ...], int, int]:
-    """(the device's allocations, highest bytes of those in host memory, the same without what building the
-    model took for a time)."""
+    """Return the device's allocations, the peak bytes in host memory, and that peak without the temporary
+    memory of building the model."""
     host = [a for a in allocations if a.stream == "host"]
     built = next((s.start for s in spans if s.phase is Phase.FORWARD), 0)
     kept = [a for a in host if a.end is None or a.end > built]
@@ -262,9 +278,9 @@ def _highest(allocations: Sequence[Allocation]) -> int:
 
 
 def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> None:
-    """Two things that DDP asks of real tensors. Its reduction wants a value of the collective's future,
-    which on a fake process group is None: a hook does the same. Its buckets are listed in integers, of
-    which ``note`` is told."""
+    """Prepare a DDP module for fake tensors. Its reduction reads the value of the collective's future, which
+    is None on a fake process group; a communication hook replaces the reduction. Its buckets are listed in
+    integer tensors, which are made real and reported to ``note``."""
     enter = wrapped._pre_forward
 
     def pre_forward(*args: Any, **kwargs: Any) -> Any:
@@ -281,7 +297,7 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
         done.set_result(buffer)
         return done
 
-    # torch reads the annotations, which here are text.
+    # torch reads the annotations as types, and in this module they are strings.
     reduce.__annotations__ = {
         "bucket": torch._C._distributed_c10d.GradBucket,
         "return": torch.futures.Future[torch.Tensor],
@@ -290,7 +306,8 @@ def ready_for_fakes(wrapped: Any, note: Callable[[torch.Tensor, str], Any]) -> N
 
 
 def members() -> dict[str, tuple[int, ...]]:
-    """The ranks of every process group this rank is in, the default one first."""
+    """Return the ranks of every process group that this rank belongs to, by name. The default group comes
+    first."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

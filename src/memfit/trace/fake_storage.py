@@ -1,5 +1,5 @@
-"""What plain tensors have that fake ones lack: a storage that holds the bytes, their kernels' types, and
-counts of who holds them."""
+"""Properties of plain tensors that fake ones lack: the storage that holds the bytes, the dtypes that real
+kernels return, and reference counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from memfit.types.errors import UserError
 
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the bytes: a wrapper subclass's inner ones, else the tensor itself."""
+    """Return the tensors that hold the bytes: the inner ones of a wrapper subclass, else the tensor
+    itself."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -24,9 +25,13 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
-    """What a normalisation gives. In half precision means and deviations are float32 beside float32 weights
-    (is_mixed_type in aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA but for groups; the
-    input's gradient, where one is asked for, is of the input's type. Fake ones are all there, of one type."""
+    """Correct the outputs of a normalisation to what the real kernels return.
+
+    With half-precision inputs, means and deviations are float32 if the weights are float32 (is_mixed_type in
+    aten/src/ATen/native/cpu/mixed_data_type.h), and always on CUDA except for group norm. The input's
+    gradient exists only if it is requested, and has the input's dtype. The fake implementations return all
+    outputs, in one dtype.
+    """
     if func in operators.NORM_GRADIENTS:
         same = out[0] is not None and out[0].dtype == args[1].dtype
         wanted = args[-1][0]
@@ -39,7 +44,7 @@ def of_kernels_types(func: Any, args: Any, out: Any, device: str) -> Any:
 
 
 def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    """Raises UserError for layouts whose bytes are not one storage."""
+    """Return the tensor's storage. Raises UserError for layouts whose bytes are not in one storage."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
     where = user_line()
@@ -52,8 +57,9 @@ def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 @functools.cache
 def sole_counts() -> tuple[int, int]:
-    """References to a tensor and to its storage, as a dispatch mode sees them, when the autograd engine
-    alone holds the tensor: seen on ``x * x``, whose two gradients meet."""
+    """Return the reference counts of a tensor and of its storage, as a dispatch mode sees them, when only the
+    autograd engine holds the tensor. They are measured on ``x * x``, where two gradients of ``x`` are
+    added."""
     seen: list[tuple[int, int]] = []
 
     class Watch(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """Random operators that return the same numbers for every sample, and arithmetic in float64.
 
-Compares a batch with its parts: dropout, stochastic depth and noise must be the same in both, wherever a
-model has folded the batch dimension.
+They are used to compare a batch with its parts: dropout, stochastic depth and noise must be the same in both,
+whichever dimension holds the batch in the model.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-_GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1)
+_GOLDEN = 0.6180339887498949  # its multiples are evenly distributed modulo 1
+# Used where numbers must not depend on the position. The second is for dropout: it keeps every element.
 _SAME, _SAME_KEPT = (
     0.6,
     0.05,
-)  # where numbers may not depend on the place; the second keeps what dropout may drop
+)
 _WIDE = {
     torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
     torch.complex64: torch.complex128,
@@ -27,13 +28,16 @@ _WIDE = {
 
 
 class TimeIsUp(Exception):
-    """The trial took longer than it may."""
+    """The trial exceeded its time limit."""
 
 
 class FixedRandom(TorchDispatchMode):
-    """``counts``: numbers of samples of the trial; along a last dimension of such a length all numbers are
-    equal, as it may be the batch. Raises TimeIsUp at the first operator after
-    ``deadline_s`` of this thread's processor time."""
+    """Mode that makes random operators deterministic and computes in float64.
+
+    ``counts`` holds the numbers of samples in the trial's batches. If the last dimension has one of these
+    lengths it may be the batch, and all numbers along it are equal. Raises TimeIsUp at the first operator
+    after ``deadline_s`` of this thread's processor time.
+    """
 
     def __init__(self, counts: Collection[int], deadline_s: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -57,7 +61,7 @@ class FixedRandom(TorchDispatchMode):
     @staticmethod
     @contextlib.contextmanager
     def paused() -> Iterator[None]:
-        """Code inside sees neither fixed numbers nor float64."""
+        """Disable the mode inside this context."""
         with _disable_current_modes():
             yield
 
@@ -66,7 +70,8 @@ class FixedRandom(TorchDispatchMode):
         return x * kept / max(1 - p, 1e-9), kept
 
     def uniform(self, like: torch.Tensor, same: float = _SAME) -> torch.Tensor:
-        """Numbers in [0, 1) that depend on the last index at most, in the shape of ``like``."""
+        """Return numbers in [0, 1) in the shape of ``like`` that depend on the last index only, or not at
+        all."""
         last = like.shape[-1] if like.dim() else 1
         if last <= 1 or last in self.counts:
             return torch.full(like.shape, same, dtype=torch.float64, device=like.device)
@@ -75,7 +80,7 @@ class FixedRandom(TorchDispatchMode):
 
 
 def _widened(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Constants of lower precision beside float64 become float64."""
+    """Convert tensors of lower precision to float64 if another argument is float64."""
     tensors = [t for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     kinds = {t.dtype for t in tensors}
     if not kinds & {torch.float64, torch.complex128} or kinds.isdisjoint(_WIDE):

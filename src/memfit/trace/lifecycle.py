@@ -1,7 +1,9 @@
-"""Peaks around the steady step: loading, the first step, evaluation, saving, resuming; bytes on disk.
+"""Peak memory outside the steady training step: loading, first step, evaluation, saving and resuming, and
+checkpoint sizes.
 
 Everything runs on fake tensors as a training script would run it: the job's model, `TrainingStep`, torch's
-own state dicts and its own file writer. Only reading a file is played: each stored storage is made once.
+own state dicts and its own file writer. Only reading a file is simulated: each stored storage is allocated
+once.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from memfit.types.trace import Category, rounded
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LifecyclePeak:
-    """Highest live tensor bytes during one event. ``host_bytes``: what a device with memory of its own needs
-    beside it; 0 for a CPU, whose memory is one."""
+    """Peak of live tensor bytes during one event. ``host_bytes`` is the host memory used in addition to an
+    accelerator's memory. It is 0 for a CPU, which has no separate device memory."""
 
     event: str
     device_bytes: int
@@ -51,26 +53,35 @@ class LifecyclePeak:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Lifecycle:
-    """``peaks`` in the order of a training script; ``checkpoint_bytes``: files that torch.save writes, for
-    the ``model``, the ``optimizer`` and, where some parameters are frozen, the ``trainable`` ones alone."""
+    """Peaks and checkpoint sizes of a job.
+
+    ``peaks`` are in the order of a training script. ``checkpoint_bytes`` are the sizes of files that
+    torch.save writes for the ``model``, the ``optimizer`` and, if some parameters are frozen, the
+    ``trainable`` parameters alone.
+    """
 
     peaks: tuple[LifecyclePeak, ...]
     checkpoint_bytes: Mapping[str, int]
 
     def peak(self, event: str) -> LifecyclePeak:
+        """Return the peak of ``event``."""
         return next(p for p in self.peaks if p.event == event)
 
 
 @retried
 def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
-    """Peaks of one process (``plan.ranks`` is 1). Events, each ending with what it was for in place:
+    """Return the peaks of one process (``plan.ranks`` must be 1). Each event ends when what it makes is in
+    place:
 
-    ``load``: plain model, ``torch.load`` to its device, ``load_state_dict``; ``load-mmap``: the file mapped
-    and not read; ``load-assign``: model built on the meta device, ``assign=True``; ``load-via-host``:
-    ``map_location="cpu"``, only where host and device differ. ``build``: model, plan and optimizer.
-    ``first-step`` makes the optimizer's state, ``steady-step`` finds it. ``evaluate``: forward and loss of
-    one micro-batch without gradients. ``save``; ``save-async``: beside a copy that training may outrun.
-    ``resume``, ``resume-via-host``: a fresh step, then model and optimizer from one file.
+    - ``load``: build the plain model, ``torch.load`` to its device, ``load_state_dict``.
+    - ``load-mmap``: like ``load``, but the file is memory-mapped and not read.
+    - ``load-assign``: the model is built on the meta device and loaded with ``assign=True``.
+    - ``load-via-host``: ``map_location="cpu"``; only if host and device differ.
+    - ``build``: model, plan and optimizer.
+    - ``first-step`` creates the optimizer's state; ``steady-step`` finds it in place.
+    - ``evaluate``: forward and loss of one micro-batch without gradients.
+    - ``save``, and ``save-async``, which first makes a copy so that training can continue.
+    - ``resume``, ``resume-via-host``: build a fresh step, then load model and optimizer from one file.
     """
     batch = job.make_batch(0, 0)
     peaks, sizes = _training(job, plan, batch, device)
@@ -81,11 +92,12 @@ def lifecycle(job: Job, plan: Plan, *, device: str = "cpu") -> Lifecycle:
 
 @dataclasses.dataclass(kw_only=True)
 class _Watch:
-    """A ledger read one event at a time, device and host apart."""
+    """Reads peaks from a ledger event by event, separately for device and host."""
 
     ledger: Ledger
     mark: int = 0
-    aside: dict[int, str] = dataclasses.field(default_factory=dict)  # id of a life -> "host" or "nowhere"
+    # Id of a life -> "host" or "nowhere" (not counted).
+    aside: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def begin(self) -> None:
         self.mark = self.ledger.clock
@@ -99,7 +111,7 @@ class _Watch:
 
     @contextlib.contextmanager
     def made(self, place: str) -> Iterator[None]:
-        """Storages made meanwhile lie in `place`, not on the device."""
+        """Assign storages that are made inside this context to `place` instead of the device."""
         first = len(self.ledger.lives)
         yield
         self.aside.update((id(life), place) for life in self.ledger.lives[first:])
@@ -124,7 +136,7 @@ def _watched(job: Job, device: str) -> Iterator[tuple[_Watch, Any]]:
 
 
 def _loading(job: Job, device: str) -> list[LifecyclePeak]:
-    """Ways to begin from a checkpoint of the plain model."""
+    """Return the peaks of the ways to load a checkpoint of the plain model."""
     peaks = []
     places = {"load": "", "load-mmap": "nowhere", "load-via-host": "host", "load-assign": ""}
     if device == "cpu":
@@ -171,7 +183,8 @@ def _evaluated(step: TrainingStep, inputs: Any, watch: _Watch) -> LifecyclePeak:
 
 
 def _saved(step: TrainingStep, watch: _Watch) -> list[LifecyclePeak]:
-    """torch.save takes one storage after the other to the host; an asynchronous save copies all first."""
+    """Return the peaks of saving. torch.save copies one storage after the other to the host; an asynchronous
+    save copies all of them first."""
     state = _state(step)
     if watch.ledger.device != "cpu":
         for tensor in _pytree.tree_leaves(state):
@@ -199,7 +212,8 @@ def _resuming(job: Job, plan: Plan, batch: Any, device: str, way: str) -> Lifecy
         with watch.made("host" if way == "resume-via-host" else ""):
             stored = _loaded(state)
         fresh.model.load_state_dict(stored["model"])
-        # On a device the optimizer moves what it is given; on fake CPU tensors that move is this copy.
+        # On a device the optimizer moves the state it is given; on fake CPU tensors this copy stands for that
+        # move.
         states = _loaded(stored["optimizer"]) if way == "resume-via-host" else stored["optimizer"]
         with FakeCopies():
             for optimizer, saved in zip(_optimizers(fresh.optimizer), states, strict=True):
@@ -216,7 +230,7 @@ def _fake(batch: Any, fake: Any, ledger: Ledger) -> Any:
 
 
 def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Torch's optimizers inside the step's own: one per parameter, or behind master weights."""
+    """Return the torch optimizers inside the step's own: one per parameter, or one behind master weights."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return [optimizer]
     inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "inner", [])
@@ -225,7 +239,8 @@ def _optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def _state(step: TrainingStep) -> dict[str, Any]:
-    """What a script saves: the model's state, every optimizer's, and fp32 masters where there are any."""
+    """Return what a training script saves: the states of the model and of every optimizer, and fp32 masters
+    if there are any."""
     masters = getattr(step.optimizer, "masters", [])
     return {
         "model": step.model.state_dict(),
@@ -235,7 +250,8 @@ def _state(step: TrainingStep) -> dict[str, Any]:
 
 
 def _loaded(state: Any) -> Any:
-    """As torch.load would make it: every distinct storage once, tensors as views of theirs."""
+    """Return ``state`` as torch.load would create it: every distinct storage once, and tensors as views of
+    their storages."""
     made: dict[int, torch.Tensor] = {}
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
@@ -251,7 +267,7 @@ def _loaded(state: Any) -> Any:
 
 
 def _lives_of(ledger: Ledger, state: Any) -> dict[int, str]:
-    """The state's own storages, as lying nowhere."""
+    """Return the lives of the state's own storages, mapped to "nowhere" so that they are not counted."""
     tensors = [t for t in _pytree.tree_leaves(state) if isinstance(t, torch.Tensor)]
     keys = {plain.untyped_storage()._cdata for t in tensors for plain in plain_tensors(t)}
     return {id(ledger._known[k][1]): "nowhere" for k in keys if k in ledger._known}
@@ -270,7 +286,7 @@ def _sizes(step: TrainingStep) -> Mapping[str, int]:
 
 
 class _Counted:
-    """A file that keeps its length only."""
+    """A file object that keeps only its length."""
 
     def __init__(self) -> None:
         self.at, self.length_bytes = 0, 0
@@ -287,11 +303,12 @@ class _Counted:
         return self.at
 
     def flush(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no data is kept."""
 
 
 def file_bytes(state: Any) -> int:
-    """The file torch.save writes of fake tensors, by its own writer with the data skipped."""
+    """Return the size of the file that torch.save writes for fake tensors. Torch's own writer runs with the
+    data skipped."""
     file = _Counted()
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(state, cast(IO[bytes], file))

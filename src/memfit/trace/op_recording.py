@@ -1,4 +1,4 @@
-"""A trace whose last forward pass is recorded operator by operator, for who chooses what to recompute."""
+"""Record the last forward pass of a trace operator by operator, to choose what to recompute."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from memfit.types.trace import rounded
 
 
 def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
-    """Raises UserError where the plan does not suit the job."""
+    """Trace the job and return the trace with a record of its last forward pass. Raises UserError if the plan
+    does not suit the job."""
     last: list[_Recorder] = []
 
     @contextlib.contextmanager
@@ -59,7 +60,11 @@ def record(job: Job, plan: Plan, *, device: str = "cpu") -> Recording:
 
 
 class _Recorder(Numbered):
-    """Drops nothing. Clocks are the ledger's."""
+    """Records operators without dropping any result. All clocks are the ledger's.
+
+    Lists are indexed by the number of a recorded result (`Numbered`). ``needs`` holds the clocks at which
+    backward reads a result; ``pinned`` holds the results that cannot be recomputed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,14 +72,14 @@ class _Recorder(Numbered):
         self.ledger: Ledger = next(m for m in modes if isinstance(m, Ledger))
         self.start = self.ledger.clock
         self.calls: list[Called] = []
-        self.of: list[list[int]] = []  # calls of each number
+        self.of: list[list[int]] = []  # indices of the calls that make or write each result
         self.lives: list[Any] = []
         self.dtypes: list[torch.dtype] = []
         self.last_read: list[int] = []
         self.needs: defaultdict[int, list[int]] = defaultdict(list)
         self.pinned: set[int] = set()
-        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}  # by storage, while it lives
-        self._readers: defaultdict[int, set[int]] = defaultdict(set)  # storage: what was made from it
+        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}  # by storage, while the storage is alive
+        self._readers: defaultdict[int, set[int]] = defaultdict(set)  # storage -> results made from it
 
     def number(self, tensor: torch.Tensor) -> int | None:
         found = self._numbers.get(storage_key(tensor))
@@ -110,7 +115,8 @@ class _Recorder(Numbered):
             self._readers[storage_key(tensor)].update((*fresh, *targets))
 
     def _pin(self, goals: list[torch.Tensor], targets: list[int], fresh: range, kwargs: Any) -> None:
-        """What is read before it is written to would have to be made again at once."""
+        """Pin results that cannot be recomputed. A result made from a tensor that is then overwritten would
+        have to be recomputed before that write."""
         for tensor in goals:
             readers = self._readers[storage_key(tensor)]
             self.pinned |= readers - {self.number(tensor)}
@@ -127,10 +133,10 @@ class _Recorder(Numbered):
         self.lives.append(self.ledger.note_real(tensor, ""))
         self.dtypes.append(tensor.dtype)
         self.last_read.append(self.ledger.clock)
-        if shared or key in numbers:  # with an argument, or an output before
+        if shared or key in numbers:  # the storage is that of an argument or of an earlier output
             self.pinned.add(number)
             return
-        self._readers.pop(key, None)  # of another storage, at the same place before
+        self._readers.pop(key, None)  # they belong to a freed storage that had the same address
 
         def died(reference: Any) -> None:
             if key in numbers and numbers[key][0] is reference:

@@ -1,5 +1,5 @@
-"""What is known of operators beforehand: which do no work, which count how many operations, which torch
-runs in place where tensors are plain."""
+"""Facts about operators that do not depend on a trace: which do no work, how many operations they count, and
+which torch runs in place on plain tensors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from memfit.types.trace import OpCall, Phase
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorFact:
-    """What is always true of an operator; ``silent`` ones do no work and make no storage, ``composite`` ones
-    are made of others: below autograd, as in DTensor's own code, they come whole."""
+    """Constant facts about an operator.
+
+    ``silent`` operators do no work and make no storage. ``composite`` operators are made of others; below
+    autograd, as in DTensor's own code, they reach the dispatcher undecomposed. ``resizes``: the operator
+    changes the size of a storage.
+    """
 
     name: str
     silent: bool
     composite: bool
     resizes: bool
-    count: Callable[..., int] | None  # of floating-point operations
+    count: Callable[..., int] | None  # counts floating-point operations
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorWork:
-    """What equal calls of an operator share."""
+    """What all calls of an operator with equal arguments have in common."""
 
     signature: str
     dtype: str
@@ -42,6 +46,7 @@ class OperatorWork:
 
 @functools.cache
 def fact(func: Any) -> OperatorFact:
+    """Return the facts about an operator."""
     count = flop_registry.get(func.overloadpacket) or _EXTRA_FLOPS.get(func)
     silent = bool(func.is_view) or func in MAKERS or func in _NO_WORK or func.namespace == "profiler"
     resizes = "resize" in func._schema.name or func._schema.name.endswith("set_")
@@ -56,7 +61,8 @@ def _composite(func: Any) -> bool:
 
 
 def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
-    """A view of one fake tensor in half the time that the fake mode takes; None for anything else."""
+    """Return a view of one fake tensor in half the time that the fake mode takes. Return None for other
+    operators and arguments."""
     if func not in _VIEWS or kwargs or type(args[0]) is not FakeTensor or args[0].constant is not None:
         return None
     mode = args[0].fake_mode
@@ -65,12 +71,12 @@ def view(func: Any, args: Any, kwargs: Any) -> FakeTensor | None:
     return faked(mode, out, args[0].fake_device)
 
 
-_STATE: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor on a device, but for its mode
+_STATE: dict[torch.device, dict[str, Any]] = {}  # attributes of a fake tensor by device, except its mode
 
 
 def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> FakeTensor:
-    """`FakeTensor(mode, meta, device)`, but for the first on a device without its constructor's questions,
-    which take longer than the operator."""
+    """Return `FakeTensor(mode, meta, device)`. After the first one on a device, its constructor's checks are
+    skipped, because they take longer than the operator."""
     state = _STATE.get(device)
     if state is None:
         made = FakeTensor(mode, meta, device)
@@ -89,7 +95,10 @@ def faked(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> Fak
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fresh:
-    """What an operator makes whenever its arguments have these shapes: new tensors of known layout."""
+    """New tensors of known layout that an operator makes whenever its arguments have certain shapes.
+
+    ``layouts`` holds (size, stride, dtype, device) of each. ``several``: the operator returns a tuple.
+    """
 
     mode: FakeTensorMode
     layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...]
@@ -107,8 +116,8 @@ class Fresh:
 
 @functools.cache
 def only_writes(func: Any) -> bool:
-    """Whether an operator writes element by element into its first argument, which it returns, and does
-    nothing else: such as the steps of an optimizer."""
+    """Return whether an operator only writes element by element into its first argument and returns it, like
+    the operators of an optimizer step."""
     arguments, returns = func._schema.arguments, func._schema.returns
     writes = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     return (
@@ -122,7 +131,8 @@ def only_writes(func: Any) -> bool:
 
 
 def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
-    """None where the outputs are not wholly new, or where more than shapes decides them."""
+    """Return the layouts of the outputs ``out``. Return None if an output is not a new tensor, or if it
+    depends on more than shapes."""
     made = out if isinstance(out, tuple) else (out,)
     if func.namespace != "aten" or func._schema.is_mutable or func in MAKERS:
         return None
@@ -137,15 +147,15 @@ def fresh(func: Any, given: list[torch.Tensor], out: Any) -> Fresh | None:
 
 
 class Results:
-    """What operators give, after the first of equal calls without asking torch."""
+    """Cache of operator results: only the first of equal calls is computed by torch."""
 
     def __init__(self, guesses: Guesses) -> None:
         self._guesses = guesses
         self._made: dict[Any, Fresh | None] = {}
-        self._written = set[Any]()  # calls known to change nothing but values
+        self._written = set[Any]()  # calls known to change only values
 
     def of(self, key: Any, func: Any, args: Any, kwargs: Any, values: Any) -> Any:
-        """``values`` as in `Guesses.call`."""
+        """Return the operator's result. ``values`` is as in `Guesses.call`."""
         made = self._made.get(key)
         if made is not None:
             return made.make()
@@ -168,7 +178,8 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 
 def built(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator of a build that nobody watches: values of fake parameters need no initialising."""
+    """Run an operator of a model's construction that is not recorded. Fake parameters need no
+    initialisation."""
     if func in _INITIALISERS and type(args[0]) is FakeTensor and args[0].constant is None:
         return args[0]
     found = view(func, args, kwargs)
@@ -176,6 +187,8 @@ def built(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> OperatorWork:
+    """Return the signature, dtype, floating-point operations and bytes moved of a call with output
+    ``out``."""
     read, outputs = tensors_in(args, kwargs), tensors_in(out)
     dtype, flops, moved = _dtype(read + outputs), 0, 0
     if func.namespace == "memfit":  # techniques/synthetic_kernel.py
@@ -194,7 +207,7 @@ def work(func: Any, of: OperatorFact, args: Any, kwargs: Any, out: Any) -> Opera
 
 
 def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Arguments that an operator writes to and does not return, such as foreach lists."""
+    """Return the arguments that an operator writes to without returning them, such as foreach lists."""
     given = enumerate(func._schema.arguments)
     wanted = [(i, a.name) for i, a in given if a.alias_info and a.alias_info.is_write]
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in wanted]
@@ -202,7 +215,7 @@ def _mutated(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorCall:
-    """One call on record; ``flow`` is (stream, process group, what it waits for) where it has one."""
+    """One recorded call. ``flow`` is (stream, process group, what it waits for), or None."""
 
     clock: int
     name: str
@@ -222,7 +235,8 @@ class OperatorCall:
 
 
 def key(value: Any) -> Any:
-    """Equal for arguments of equal shapes, strides, dtypes and plain values. This runs for every operator."""
+    """Return a key that is equal for arguments of equal shapes, strides, dtypes and plain values. This runs
+    for every operator."""
     kind = type(value)
     if kind is FakeTensor or isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
@@ -235,11 +249,13 @@ def key(value: Any) -> Any:
 
 
 def is_sparse(value: Any) -> bool:
+    """Return whether ``value`` is a sparse COO tensor."""
     return isinstance(value, torch.Tensor) and value.layout is torch.sparse_coo
 
 
 def tensors_in(*values: Any) -> list[torch.Tensor]:
-    """Tensors among arguments, in order; a hand-made walk because this runs for every operator."""
+    """Return the tensors among the arguments, in order. The walk is hand-written because it runs for every
+    operator."""
     found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -252,7 +268,7 @@ def tensors_in(*values: Any) -> list[torch.Tensor]:
 
 
 def _dtype(tensors: list[torch.Tensor]) -> str:
-    """The dtype the arithmetic runs in: the first floating input's, else the first output's."""
+    """Return the dtype of the arithmetic: that of the first floating-point or complex tensor, else int64."""
     for tensor in tensors:
         if tensor.is_floating_point() or tensor.is_complex():
             return _name(tensor.dtype)
@@ -265,13 +281,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
-    """Two products of (queries x keys x head dim) per head; shapes (batch, heads, length, dim)."""
+    """Count two products of (queries x keys x head dim) per head. Shapes are (batch, heads, length, dim)."""
     batch, heads, queries, dim = query.shape
     return int(2 * batch * heads * queries * key.shape[2] * (dim + value.shape[3]))
 
 
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
-    """Five products in backward (the scores again, then dV, dP, dQ, dK)."""
+    """Count the five products of backward (the scores again, then dV, dP, dQ, dK)."""
     return _attention_flops(query, key, value) * 5 // 2
 
 
@@ -283,7 +299,8 @@ _EXTRA_FLOPS: dict[Any, Callable[..., int]] = {
 _TAKE_ROWS = frozenset(
     {"aten.embedding.default", "aten.index_select.default", "aten.gather.default", "aten.index.Tensor"}
 )
-_PICK_ELEMENTS = frozenset({"aten.nll_loss_forward.default", "aten.nll_loss_backward.default"})  # one a row
+# One element per row.
+_PICK_ELEMENTS = frozenset({"aten.nll_loss_forward.default", "aten.nll_loss_backward.default"})
 _WRITE_ONLY = frozenset(
     {
         "aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default",
@@ -304,7 +321,7 @@ IN_PLACE = {
     _ATEN.sub.Tensor: _ATEN.sub_.Tensor,
     _ATEN.mul.Tensor: _ATEN.mul_.Tensor,
 }
-OF_LOGITS = frozenset({_ATEN.sub.Tensor, _ATEN.mul.Tensor})  # these in one formula only
+OF_LOGITS = frozenset({_ATEN.sub.Tensor, _ATEN.mul.Tensor})  # run in place in a single formula only
 WIDE_LOSSES = frozenset(
     {_ATEN.mse_loss.default, _ATEN.smooth_l1_loss.default, _ATEN.binary_cross_entropy.default}
 )
@@ -343,4 +360,4 @@ _INITIALISERS = frozenset(
     {_ATEN.normal_.default, _ATEN.uniform_.default, _ATEN.fill_.Scalar, _ATEN.zero_.default}
 )
 _NO_WORK = frozenset({_ATEN.detach.default, _ATEN._unsafe_view.default, torch.ops.prim.device.default})
-MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # storage, but no work
+MAKERS = frozenset({_ATEN.empty.memory_format, _ATEN.empty_strided.default})  # make a storage but do no work

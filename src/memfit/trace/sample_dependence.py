@@ -1,6 +1,6 @@
-"""Whether the samples of a job's batch depend on each other: found by training a batch whole and in parts.
+"""Find out whether the samples of a job's batch depend on each other, by training a batch whole and in parts.
 
-``docs/decisions/017-sample-dependence.md`` has the protocol.
+``docs/decisions/017-sample-dependence.md`` describes the protocol.
 """
 
 from __future__ import annotations
@@ -34,28 +34,32 @@ from memfit.types.plan import Plan
 from memfit.types.trace import Trace
 from memfit.types.units import format_bytes
 
-_SAMPLES = (8, 4, 2)  # of the real batch, the most that may be tried
+_SAMPLES = (8, 4, 2)  # numbers of samples of the real batch to try, largest first
 _ROUNDING_RATIO, _DEPENDENCE_RATIO = 1e-9, 1e-7
-_SMALL_GRADIENT_RATIO = 1e-3  # of the whole gradient's norm: what one parameter's is at least taken for
-_MOST_BYTES, _MOST_COST_S, _MOST_S = 2**30, 10.0, 40.0  # the second: expected of one core; the third: seen
-_FREE_SHARE = 4  # of the free memory, one part may be taken
-# Of a trial: passes of the whole batch, calls of each operator; what both take on a slow core.
+# A parameter's gradient norm counts as at least this fraction of the whole gradient's norm.
+_SMALL_GRADIENT_RATIO = 1e-3
+# Limits: memory, expected time on one core, processor time used.
+_MOST_BYTES, _MOST_COST_S, _MOST_S = 2**30, 10.0, 40.0
+_FREE_SHARE = 4  # a trial may take 1/4 of the free memory
+# Cost of a trial: passes over the batch, calls of each operator, a slow core's FLOP/s and time per call.
 _PASSES, _CALLS, _FLOPS_PER_S, _CALL_S = 6, 11, 3e9, 4e-5
-_NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters beside random inputs
+_NOISE_RATIO = 0.3  # of 1 / sqrt(fan-in), added to parameters when inputs are random
 _FEW_VALUES = 3
 _FEW_BLOCKS = (2, 1)
-_ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)  # BatchNorm1d, say, of one value
+# Errors for a single sample, such as BatchNorm1d's.
+_ONE_IS_TOO_FEW = (RuntimeError, ValueError, IndexError, UserError)
 
-# By the function that builds the model; then by loss (kept, so that its id stays its own) and batch size.
+# Keyed by the function that builds the model, then by the id of the loss (kept alive, so that its id stays
+# unique) and the batch size.
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], tuple[Any, SampleDependence]]]
 _KNOWN = weakref.WeakKeyDictionary()
 
 
 def sample_dependence(job: Job) -> SampleDependence:
-    """Tries once for each job of this process. Never raises for what the job's own functions raise: what
-    cannot be tried is "not tested", with the reason."""
+    """Return whether the samples of the job's batch depend on each other. Each job is tried once per process.
+    An error of the job's own functions is not raised: the result is then "not tested", with the reason."""
     key = (id(job.loss), job.batch_size)
-    with contextlib.suppress(TypeError):  # a function that cannot be remembered
+    with contextlib.suppress(TypeError):  # the function cannot be a weak key
         known = _KNOWN.setdefault(job.build_model, {})
         if key not in known:
             known[key] = job.loss, _tried(job)
@@ -84,14 +88,15 @@ def _first_line(error: Exception) -> str:
     return f"{str(error).partition(chr(10))[0][:160] or type(error).__name__}"
 
 
-# -- BatchNorm by its layers, where nothing can be tried --------------------------------------------------
+# -- BatchNorm layers, if no trial is possible ------------------------------------------------------------
 
 
 def _by_batch_norms(job: Job, untested: SampleDependence) -> SampleDependence:
-    """Layers that take statistics of the batch in training are enough to know."""
+    """Return "dependent" if the model has layers that take batch statistics in training, else
+    ``untested``."""
     try:
         model = fake_model(job).train()
-    except Exception:  # noqa: BLE001  who traces the job says why it cannot be built
+    except Exception:  # noqa: BLE001  whoever traces the job reports why it cannot be built
         return untested
     norms = {name: m for name, m in model.named_modules() if _takes_statistics(m)}
     return _of_norms(norms, f"by its layers; {untested.reason}") if norms else untested
@@ -102,7 +107,8 @@ def _takes_statistics(module: nn.Module) -> bool:
 
 
 def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False) -> SampleDependence:
-    """``loss``: whether splitting changes the loss without these layers too."""
+    """Return the result for BatchNorm layers. ``loss``: splitting changes the loss even without these
+    layers."""
     synced = all(isinstance(m, nn.SyncBatchNorm) for m in norms.values())
     also = "; the loss compares samples too" if loss else ""
     return SampleDependence(
@@ -112,11 +118,12 @@ def _of_norms(norms: Mapping[str, nn.Module], reason: str, *, loss: bool = False
     )  # fmt: skip
 
 
-# -- a job that can be tried in the limits ----------------------------------------------------------------
+# -- a job that fits the limits of a trial ----------------------------------------------------------------
 
 
 def _affordable(job: Job) -> Job:
-    """The job with few samples, in small or with few blocks where it is large. Raises UserError."""
+    """Return the job with few samples and, if it is large, in its reduced form or with few blocks. Raises
+    UserError if none fits."""
     reasons: list[str] = []
     for smaller in _smaller(job):
         for count in _SAMPLES:
@@ -126,7 +133,7 @@ def _affordable(job: Job) -> Job:
                 return made
             reasons.append(cost.reason(made.batch_size))
             if cost.call_s > _MOST_COST_S:
-                break  # with fewer samples it makes as many calls
+                break  # fewer samples need as many calls
     raise UserError(reasons[-1] if reasons else "the model is too large for a trial")
 
 
@@ -140,14 +147,14 @@ def _smaller(job: Job) -> Iterator[Job]:
     kinds = {type(m) for m in model.modules()}
     for count in _FEW_BLOCKS:
         cut = with_blocks(job, count)
-        with contextlib.suppress(UserError, AssertionError):  # no blocks that could be left out
+        with contextlib.suppress(UserError, AssertionError):  # the model has no blocks that can be left out
             left = fake_model(cut)
             if {type(m) for m in left.modules()} == kinds and _parameter_bytes(left) <= most:
                 yield cut
 
 
 def _parameter_bytes(model: nn.Module) -> int:
-    """In float64, with the gradients of the whole and of its parts."""
+    """Return the bytes of parameters in float64, with the gradients of the whole batch and of its parts."""
     return 8 * 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -159,7 +166,7 @@ def _with_samples(job: Job, count: int) -> Job:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Cost:
-    """What a trial is expected to take: traced in float32, tried in float64."""
+    """The expected cost of a trial. It is traced in float32 and runs in float64."""
 
     needed_bytes: int
     flops_s: float
@@ -173,7 +180,7 @@ class _Cost:
         return cls(2 * _peak_bytes(traced), flops / _FLOPS_PER_S, calls * _CALL_S)
 
     def reason(self, samples: int) -> str:
-        """Why it is too much; "" where it is not."""
+        """Return why the cost is too high, or "" if it is not."""
         most, seconds = _most_bytes(), self.flops_s + self.call_s
         if self.needed_bytes > most:
             needed, allowed = format_bytes(self.needed_bytes), format_bytes(most)
@@ -198,7 +205,8 @@ def _most_bytes() -> int:
 
 @dataclasses.dataclass(slots=True)
 class _Gradients:
-    """A loss with the gradient of every parameter, added up over parts. ``size``: of the losses' terms."""
+    """A loss and the gradient of every parameter, summed over parts. ``size`` is the sum of the terms'
+    absolute values, the scale for comparing losses."""
 
     loss: float
     size: float
@@ -208,7 +216,8 @@ class _Gradients:
         return float(sum(g.double().square().sum() for g in self.by_name.values()) ** 0.5)
 
     def distance(self, other: _Gradients) -> float:
-        """Relative, of losses and of each parameter's gradients: the largest."""
+        """Return the largest relative difference between the losses and between each parameter's
+        gradients."""
         scale = max(self.norm(), other.norm())
         loss = abs(self.loss - other.loss) / max(self.size, other.size, 1e-300)
         each = [
@@ -235,7 +244,7 @@ def _sum(parts: Sequence[_Gradients], weights: Sequence[float]) -> _Gradients:
 
 
 class _Trial:
-    """One model and batch, trained whole and in parts without updates."""
+    """One model and batch, trained whole and in parts, without optimizer updates."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -243,7 +252,7 @@ class _Trial:
         self.length = batch_length(self.batch)
         halves = [batch_length(p) for p in split(self.batch, min(2, self.length))]
         self.mode = FixedRandom({1, self.length, *halves}, time.thread_time() + _MOST_S)
-        self.norms: dict[str, nn.Module] = {}  # whose forward took statistics of a batch
+        self.norms: dict[str, nn.Module] = {}  # layers whose forward took batch statistics
         self.state: dict[tuple[nn.Module, str], torch.Tensor] = {}
 
     def run(self) -> SampleDependence:
@@ -261,7 +270,7 @@ class _Trial:
                 redrawn = self._compared(_redrawn(batch), "on random samples", real=False)
             except TimeIsUp:
                 raise
-            except Exception as error:  # noqa: BLE001  random values may be none that the job takes
+            except Exception as error:  # noqa: BLE001  the job may not accept random values
                 redrawn = _not_tested(_first_line(error))
             if redrawn.kind is DependenceKind.NOT_TESTED:
                 reason = f"{answer.reason}; random samples could not be tried: {redrawn.reason}"
@@ -269,8 +278,9 @@ class _Trial:
             return redrawn if redrawn.kind is DependenceKind.DEPENDENT else answer
 
     def _compared(self, batch: Any, where: str, *, real: bool) -> SampleDependence:
-        """Whole against halves; of a ``real`` batch the first half against single samples too."""
-        if real:  # caches are made, and what the first batch initialises
+        """Compare the whole batch with its halves and, for a ``real`` batch, the first half with its single
+        samples."""
+        if real:  # fill caches and initialise what depends on the first batch
             self._gradients(batch)
             self.state = _state_of(self.model)
         whole = self._gradients(batch)
@@ -298,7 +308,8 @@ class _Trial:
         return SampleDependence(kind=DependenceKind.INDEPENDENT, reason=f"whole and split alike {where}")
 
     def _of_parts(self, parts: Sequence[Any]) -> tuple[list[_Gradients], list[dict[Any, torch.Tensor]]]:
-        """Of each part from the same state, with the state that it leaves."""
+        """Return the gradients of each part, all starting from the same state, and the state that each part
+        leaves."""
         found, states = [], []
         for part in parts:
             found.append(self._gradients(part))
@@ -325,7 +336,7 @@ class _Trial:
     def _difference(
         self, batch: Any, parts: Sequence[Any], whole: _Gradients, found: list[_Gradients], where: str
     ) -> SampleDependence | None:
-        """Why the sum of the parts is not the whole; None where it is."""
+        """Return why the sum of the parts differs from the whole, or None if it does not."""
         terms = [self._terms(p) for p in parts]
         shares = [n / sum(terms) for n in terms]
         distance = whole.distance(_sum(found, shares))
@@ -345,14 +356,14 @@ class _Trial:
         return SampleDependence(kind=DependenceKind.DEPENDENT, cause=DependenceCause.LOSS, reason=reason)
 
     def _is_random(self, batch: Any, whole: _Gradients) -> bool:
-        """Whether the same batch has another loss with another seed."""
+        """Return whether the same batch has another loss with another seed."""
         return whole.distance(self._gradients(batch, seed=1)) > _ROUNDING_RATIO
 
     def _differs_without(self, batch: Any, norms: Mapping[str, nn.Module]) -> bool:
-        """Whether splitting changes the loss with statistics kept fixed."""
+        """Return whether splitting changes the loss if batch statistics are held fixed."""
         keeping = [m for m in norms.values() if getattr(m, "running_mean", None) is not None]
         if len(keeping) < len(norms):
-            return False  # those that keep none cannot be fixed
+            return False  # layers without running statistics cannot be held fixed
         for m in keeping:
             m.eval()
         parts = split(batch, 2)
@@ -368,7 +379,8 @@ class _Trial:
         self, changed: list[tuple[nn.Module, str]], after: Mapping[Any, torch.Tensor],
         states: Sequence[Mapping[Any, torch.Tensor]],
     ) -> SampleDependence:  # fmt: skip
-        """The loss is the same, the state that a forward pass leaves is not: each micro-batch updates it."""
+        """Return the result for a model whose state changes in a forward pass. The loss is the same, but each
+        micro-batch updates the state."""
         if self.norms:
             return _of_norms(dict(self.norms), "their statistics are updated by every part")
         names = {m: name for name, m in self.model.named_modules()}
@@ -389,7 +401,7 @@ def _wrongly_weighed(weights: list[float], shares: list[float]) -> SampleDepende
 
 
 def _weights(whole: _Gradients, found: list[_Gradients]) -> list[float] | None:
-    """Weights of two parts with which they add up to the whole; None where it is no weighted sum."""
+    """Return the weights with which two parts add up to the whole, or None if the whole is not such a sum."""
     if len(found) != 2:
         return None
     one, other = (_flat(f) for f in found)
@@ -406,12 +418,12 @@ def _flat(one: _Gradients) -> torch.Tensor:
     return torch.cat([*(g.flatten() for g in one.by_name.values()), torch.tensor([one.loss])])
 
 
-# -- what is set for a trial, and what a model holds -----------------------------------------------------
+# -- settings for a trial, and the state of a model ------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _on_its_own() -> Iterator[None]:
-    """float64 by default, gradients on; random states are as before afterwards."""
+    """Use float64 by default with gradients enabled, and restore the random states afterwards."""
     dtype, states = torch.get_default_dtype(), (random.getstate(), numpy.random.get_state())  # noqa: NPY002
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -432,7 +444,7 @@ def _seed(seed: int) -> None:
 
 @contextlib.contextmanager
 def _batch_norm_anywhere() -> Iterator[None]:
-    """SyncBatchNorm wants an accelerator; in one process it is BatchNorm."""
+    """Run SyncBatchNorm, which requires an accelerator, as BatchNorm. In one process they are the same."""
 
     def forward(self: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
         return nn.BatchNorm1d.forward(self, x)
@@ -443,7 +455,7 @@ def _batch_norm_anywhere() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[None]:
-    """Adds to ``norms`` layers that take statistics of the batch when they are called."""
+    """Add to ``norms`` the layers that take batch statistics when they are called."""
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -486,13 +498,13 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _cloned(batch: Any) -> Any:
-    """The loss may change what it is given."""
+    """Clone the batch, because the loss may change it."""
     return _pytree.tree_map_only(torch.Tensor, torch.clone, batch)
 
 
 def _redrawn(batch: Any) -> Any:
-    """Random inputs of the same structure: other floats, the same integers and flags in another order within
-    each sample."""
+    """Return random inputs of the same structure: other floating-point numbers, and the same integers and
+    flags in another order within each sample."""
     numbers, length = torch.Generator().manual_seed(0), batch_length(batch)
 
     def drawn(t: torch.Tensor) -> torch.Tensor:
@@ -512,7 +524,7 @@ def _redrawn(batch: Any) -> Any:
 
 
 def _add_noise(model: nn.Module) -> None:
-    """Parameters that begin at zero would hide what stands behind them."""
+    """Add noise to parameters, because parameters that start at zero would hide the layers behind them."""
     numbers = torch.Generator().manual_seed(0)
     with FixedRandom.paused(), torch.no_grad():
         for p in model.parameters():
@@ -522,7 +534,8 @@ def _add_noise(model: nn.Module) -> None:
 
 
 def _state_of(model: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
-    """Copies of buffers and of other tensors that modules hold; one that several hold stays one."""
+    """Return copies of buffers and of other tensors that modules hold. A tensor that several modules hold
+    stays shared."""
     held = [(m, n, t) for m in model.modules() for n, t in (*m._buffers.items(), *vars(m).items())]
     return _copied({(m, n): t for m, n, t in held if isinstance(t, torch.Tensor)})
 
@@ -541,7 +554,7 @@ def _restore(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
 def _changed(
     before: Mapping[tuple[nn.Module, str], torch.Tensor], after: Mapping[tuple[nn.Module, str], torch.Tensor]
 ) -> list[tuple[nn.Module, str]]:
-    """State that a forward pass changed, without counters of passes."""
+    """Return the state that a forward pass changed, except counters of passes."""
     return [
         k for k, t in before.items()
         if (t.dim() or t.is_floating_point()) and not _alike(after.get(k), t)

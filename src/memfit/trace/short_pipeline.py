@@ -1,4 +1,5 @@
-"""A stage of a long pipeline traced in a short one, and the memory of the micro-batches that it lacks."""
+"""Trace a stage of a long pipeline in a shorter one, and add the memory of the micro-batches that the shorter
+one lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ from memfit.types.trace import Allocation, Category, Phase, PhaseSpan, Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLine:
-    """A stage of a pipeline, and the shorter pipeline that it is traced in. One stage: no pipeline."""
+    """One rank's stage of a pipeline, and the shorter pipeline in which it is traced.
+
+    Fields that begin with ``short_`` describe the shorter pipeline. ``virtual`` is the number of model chunks
+    per rank, ``micros`` the number of micro-batches. ``stages`` is 1 if the plan has no pipeline.
+    """
 
     job: Job
     plan: Plan
@@ -35,19 +40,19 @@ class MemoryLine:
     short_stage: int = 0
     micros: int = 1
     short_micros: int = 1
-    missing: tuple[int, ...] = (0,)  # micro-batches in flight beyond those traced, of each chunk
-    fewer: int = 0  # blocks that the last stages lack
+    missing: tuple[int, ...] = (0,)  # per chunk: micro-batches in flight that are not traced
+    fewer: int = 0  # blocks that the last stages of the short pipeline lack
 
     def own_blocks(self, count: int) -> list[int]:
-        """Numbers of the rank's blocks, of ``count``."""
+        """Return the indices of this rank's blocks, in a model of ``count`` blocks."""
         return _numbers(count, self.stages, self.stage, self.virtual)
 
     def short_blocks(self, depth: int) -> list[int]:
-        """And in the short pipeline."""
+        """Return the indices of this rank's blocks in the short pipeline, with ``depth`` blocks per stage."""
         return _numbers(self._short_count(depth), self.short_stages, self.short_stage, self.virtual)
 
     def depth(self, count: int) -> int:
-        """Of the short pipeline's stages where the rank has all of its blocks."""
+        """Return the blocks per stage of the short pipeline with which the rank holds all of its blocks."""
         sizes = _of_rank(count, self.stages, self.stage, self.virtual)
         return max(sizes) * self.virtual
 
@@ -55,12 +60,12 @@ class MemoryLine:
         return depth * self.short_stages - self.fewer
 
     def trace(self, depth: int, **options: Any) -> Trace:
-        """With ``depth`` blocks on every stage."""
+        """Trace the short pipeline with ``depth`` blocks on every stage."""
         job = with_blocks(self.short_job, self._short_count(depth))
         return tracer.trace(job, self.short_plan, rank=self.short_rank, **options)
 
     def filled(self, trace: Trace) -> Trace:
-        """With the memory of the micro-batches that were not traced."""
+        """Return ``trace`` with the memory of the micro-batches that were not traced added."""
         found, beyond = dataclasses.replace(trace, rank=self.rank, ranks=self.plan.ranks), 0
         if self.stages > 1:
             beyond = self.micros - self.short_micros
@@ -71,16 +76,18 @@ class MemoryLine:
         more, between = self._buffers(trace) * beyond, tuple[PhaseSpan, ...]()
         for step in range(trace.steps):
             forwards, backwards = (_spans(trace, step, p) for p in (Phase.FORWARD, Phase.BACKWARD))
-            if not backwards:  # primed
+            if not backwards:  # the step was replaced by an optimizer step (`priming`)
                 continue
-            receives = len(forwards) > len(backwards)  # before the first, and in the first step makes buffers
+            # An extra span before the first forward, which in the first step makes the receive buffers.
+            receives = len(forwards) > len(backwards)
             seconds = [
                 c * self.short_micros + min(1, self.short_micros - 1) for c in range(len(self.missing))
             ]
             ahead, back = [forwards[receives + at] for at in seconds], [backwards[at] for at in seconds[::-1]]
             for forward, backward, missing in zip(ahead, back, self.missing, strict=True):
                 kept, left = _kept(trace, forward, backwards[-1].start)
-                # The second backward has gradients to add to and nothing to reduce, as all but two have.
+                # The second backward adds to existing gradients and reduces nothing, like all but the first
+                # and the last.
                 more += [dataclasses.replace(a, end=backward.end - 1) for a in kept] * missing + left * beyond
             between = (*ahead, *back)
         return dataclasses.replace(
@@ -88,7 +95,8 @@ class MemoryLine:
         )
 
     def _buffers(self, trace: Trace) -> list[Allocation]:
-        """What each micro-batch is received into; it stays (torch's PipelineStage makes it at the start)."""
+        """Return the buffers that micro-batches are received into. They stay allocated (torch's PipelineStage
+        makes them at the start). Raises Mismatch if micro-batches receive different sizes."""
         forward = next(s for s in trace.spans if s.phase is Phase.FORWARD)
         made = [
             a for a in trace.allocations
@@ -105,8 +113,8 @@ def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
 
 
 def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation], list[Allocation]]:
-    """What a micro-batch's forward keeps for its backward, and what until the ``last`` one, such as its
-    loss."""
+    """Return the allocations that a micro-batch's forward keeps for its own backward, and those it keeps
+    until the ``last`` backward, such as its loss."""
     kept = [
         a for a in trace.allocations
         if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is not Category.INPUT
@@ -114,13 +122,13 @@ def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation]
     return [a for a in kept if (a.end or 0) < last], [a for a in kept if (a.end or 0) >= last]
 
 
-_IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches that a shortened pipeline keeps
-_ROUND = 3  # of an interleaved one: a first, a last and one between
+_IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches in flight in a shortened pipeline
+_ROUND = 3  # stages of a shortened interleaved pipeline: a first, a last and one in between
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Short:
-    """Of the shorter pipeline."""
+    """Shape of the shorter pipeline. Fields are as in `MemoryLine`."""
 
     stages: int
     stage: int
@@ -130,8 +138,8 @@ class _Short:
 
 
 def shortened(job: Job, plan: Plan, rank: int, blocks: int) -> MemoryLine | None:
-    """``blocks``: of the whole model. None where the schedule's micro-batches in flight are not those of a
-    shorter pipeline."""
+    """Return the shorter pipeline for ``rank`` of a model with ``blocks`` blocks. Return None if no shorter
+    pipeline has the same micro-batches in flight, or if the batch does not divide into the plan's parts."""
     used, place = plan.get("pipeline"), layout(plan)
     if used is None:
         return MemoryLine(job=job, plan=plan, rank=rank, short_job=job, short_plan=plan, short_rank=rank)
@@ -176,14 +184,18 @@ def _straight(schedule: str, stages: int, stage: int, micros: int) -> _Short | N
     kept = min(flying, _IN_FLIGHT[schedule])
     place = min(stage, 1)
     count = max(2, place + (kept if schedule == "1f1b" else 1 + (stage < stages - 1)))
-    traced = min(micros, max(count, 3))  # a first, a last and one between
+    traced = min(micros, max(count, 3))  # a first, a last and one in between
     return _Short(stages=count, stage=place, micros=traced, missing=(flying - kept,))
 
 
 def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int) -> _Short | None:
-    """One round of micro-batches, of which a rank does every chunk's in a row. All forwards come before the
-    first backward on the first rank and the second; the last goes back at once from its last chunk
-    (`cost.schedules`)."""
+    """Shorten an interleaved schedule with one round of micro-batches, in which a rank runs all micro-batches
+    of one chunk in a row.
+
+    On the first two ranks all forward passes come before the first backward pass. The last rank starts a
+    backward pass right after the forward pass of its last chunk (`cost.schedules`). Returns None for other
+    ranks, for other numbers of micro-batches, and where no such pipeline of three stages exists.
+    """
     last = stage == stages - 1
     if micros != stages or stages <= _ROUND or not (stage < 2 or last):
         return None
@@ -199,14 +211,14 @@ def _interleaved(stages: int, stage: int, micros: int, virtual: int, blocks: int
 
 
 def _numbers(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
-    """Of a rank's blocks, chunk by chunk."""
+    """Return the indices of a rank's blocks, chunk by chunk."""
     each, more = divmod(blocks, stages * virtual)
     sizes = zip(range(stage, stages * virtual, stages), _of_rank(blocks, stages, stage, virtual), strict=True)
     return [each * at + min(at, more) + i for at, size in sizes for i in range(size)]
 
 
 def _of_rank(blocks: int, stages: int, stage: int, virtual: int) -> list[int]:
-    """Blocks of each of a rank's chunks."""
+    """Return the number of blocks in each of a rank's chunks."""
     each, more = divmod(blocks, stages * virtual)
     return [each + (at < more) for at in range(stage, stages * virtual, stages)]
 

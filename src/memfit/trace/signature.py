@@ -1,4 +1,4 @@
-"""Operator calls as JSON text: enough to run the operator alone on real tensors of the same shapes."""
+"""Operator calls as JSON text, sufficient to run the operator alone on real tensors of the same shapes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 
 
 def describe(name: str, args: Any, kwargs: Mapping[str, Any]) -> str:
-    """Tensors become ``{"t": [shape, stride, dtype]}``, conjugates with a "conj" behind; lists stay lists;
-    dtypes, devices and memory formats are named; plain values stay."""
+    """Return an operator call as JSON text. Tensors become ``{"t": [shape, stride, dtype]}``, with "conj"
+    appended for conjugates. Lists stay lists, dtypes, devices and memory formats are given by name, and plain
+    values stay."""
     return json.dumps([name, _plain(args), _plain(kwargs)], separators=(",", ":"))
 
 
@@ -42,7 +43,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def moved_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the tensors read and written; broadcast ones by their storage."""
+    """Return the bytes of the tensors read and written. A broadcast tensor counts the bytes of its
+    storage."""
     total = 0
     for tensor in tensors:
         size_bytes = tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-"""Whose code is at work: the user's line, the module, the autograd node."""
+"""Which code is running: the user's line, the module and the autograd node."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from memfit.types.trace import Phase
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
-_STEP = f"{_PACKAGE}jobs/training_step.py"  # whoever calls the training step wrote none of its tensors
+_STEP = f"{_PACKAGE}jobs/training_step.py"  # code that calls the training step makes none of its tensors
 _NOT_THE_USERS = (_PACKAGE, "/torch/", "/lib/python3", "<")
 _ON_THE_WAY = (f"{_PACKAGE}trace/", "/torch/_ops.py", "/torch/overrides.py", "/torch/utils/_")
 
 
 def user_line() -> str:
-    """``file.py:12`` of the innermost frame outside torch, memfit and the standard library; of memfit, a
-    built-in job's own code counts. Empty where the training step itself or the optimizer allocates."""
+    """Return ``file.py:12`` for the innermost frame outside torch, memfit and the standard library. Within
+    memfit, the code of built-in jobs counts as the user's. Return "" if the training step itself or the
+    optimizer allocates."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
         own = any(part in path for part in _NOT_THE_USERS)
@@ -29,7 +30,8 @@ def user_line() -> str:
 
 
 def library_line() -> str:
-    """As `user_line`, but a library's own code counts as well: where exactly a value is asked for."""
+    """Return the line like `user_line`, but count a library's own code as well, to locate where a value is
+    read."""
     frame: Any = sys._getframe(1)
     while frame is not None and (path := frame.f_code.co_filename) != _STEP:
         installed = "/site-packages/" in path and "/site-packages/torch/" not in path
@@ -40,8 +42,8 @@ def library_line() -> str:
 
 
 def asking_line() -> str:
-    """The place in the code, torch's own or the user's, that asks a tensor for its value: several may be on
-    one line."""
+    """Return the place in the code, torch's own or the user's, that reads a tensor's value. It includes the
+    bytecode position, because several reads may be on one line."""
     frame: Any = sys._getframe(1)
     while frame is not None and any(p in frame.f_code.co_filename for p in _ON_THE_WAY):
         frame = frame.f_back
@@ -49,19 +51,19 @@ def asking_line() -> str:
 
 
 def newest_node() -> int:
-    """Sequence number of the autograd node made last: the one whose operator is at work, in forward."""
+    """Return the sequence number of the newest autograd node: in forward, that of the running operator."""
     return torch._C._autograd._get_sequence_nr() - 1
 
 
 def running_node() -> int:
-    """Sequence number of the autograd node whose backward runs; -1: none."""
+    """Return the sequence number of the autograd node whose backward runs, or -1 if there is none."""
     node: Any = torch._C._current_autograd_node()
     return -1 if node is None else int(node._sequence_nr())
 
 
 class ModuleStack:
-    """Which module is at work: the forward stack, and in backward the module whose forward made the
-    autograd node that runs (by its sequence number)."""
+    """Finds the running module: in forward from a stack of module calls, and in backward as the module whose
+    forward made the running autograd node (by its sequence number)."""
 
     def __init__(self) -> None:
         self._stack: list[str] = []

@@ -1,4 +1,4 @@
-"""Torch's CPU streams, patched while tracing: named streams on which work is recorded."""
+"""Patches of torch's CPU streams while tracing: named streams on which work is recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memfit.trace.allocation_recorder import Ledger
 
 
 class _Event(torch.cpu.Event):
-    """So many calls of a stream."""
+    """An event that stands for the first calls of a stream, up to a count."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.at = ledger, ("", 0)
@@ -48,9 +48,9 @@ class _Stream(torch.cpu.Stream):
 
 @contextlib.contextmanager
 def streams(ledger: Ledger) -> Iterator[None]:
-    """FSDP2 gathers and reduces on streams of its own, each with its own pool in the CUDA allocator; the CPU
-    streams that it gets in a trace are given names, what is made on them is placed there, and who waits for
-    whom goes on record."""
+    """Patch CPU streams so that the ledger records them. FSDP2 gathers and reduces on its own streams, each
+    of which has its own pool in the CUDA allocator. In a trace it gets CPU streams. They are given names,
+    storages made on them are placed there, and waits between them are recorded."""
     numbers = itertools.count(1)
 
     def made(priority: int = -1) -> _Stream:
@@ -71,7 +71,8 @@ def streams(ledger: Ledger) -> Iterator[None]:
     work = torch._C._distributed_c10d.Work
     with (
         mock.patch.multiple(torch.cpu, Stream=made, Event=event, stream=enter, current_stream=current),
-        mock.patch.object(torch.accelerator, "current_stream", current),  # where a gather was not used
+        # Called if a gathered parameter was not used.
+        mock.patch.object(torch.accelerator, "current_stream", current),
         mock.patch.object(work, "wait", waited),
     ):
         yield

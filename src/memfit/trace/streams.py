@@ -1,4 +1,4 @@
-"""Which stream every call runs on, over which process group, and which stream waits for which."""
+"""Which stream each call runs on, over which process group, and which stream waits for which."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WAITS = ("_c10d_functional.wait_tensor.default",)
 
 
 def group_of(func: Any, args: Any) -> str:
-    """Name of the process group over which it is a collective; "" where it is none."""
+    """Return the name of the process group of a collective, or "" if the operator is not a collective."""
     if func.namespace not in _COLLECTIVES or func.name() in _TWO_ALONE:
         return ""
     for arg in args:
@@ -25,15 +25,19 @@ def group_of(func: Any, args: Any) -> str:
 
 
 class Flows:
-    """Calls counted by stream. A functional collective, and one of c10d that is asked for without waiting,
-    runs on a stream of its group's; others on the stream that is current."""
+    """Counts calls by stream. A functional collective, and a c10d collective called asynchronously, runs on a
+    stream of its process group. Other operators run on the current stream."""
 
     def __init__(self) -> None:
         self.calls = Counter[str]()
-        self._coming: dict[int, tuple[str, int]] = {}  # by storage: what a functional collective makes
-        self._under_way: list[tuple[str, int, int]] = []  # of c10d: stream, calls of it, calls in all
+        # Storage of a functional collective's result -> (stream, calls).
+        self._coming: dict[int, tuple[str, int]] = {}
+        # c10d collectives: (stream, calls on it, calls in total).
+        self._under_way: list[tuple[str, int, int]] = []
 
     def of(self, func: Any, name: str, args: Any, out: Any, place: str) -> Flow | None:
+        """Record a call. Return (stream, process group, what it waits for), or None for a call on the
+        model's stream."""
         if name in _WAITS:
             awaited = self._coming.pop(_storage(args[0]), None)
             return self.wait(place, *awaited) if awaited else None
@@ -53,15 +57,15 @@ class Flows:
             self._coming[_storage(tensor)] = (stream, self.calls[stream])
 
     def next_under_way(self) -> tuple[str, int] | None:
-        """What a c10d collective's ``wait`` waits for: for the one just asked for, or in the order in which
-        they were."""
+        """Return what the ``wait`` of a c10d collective waits for: the collective just called, or else the
+        oldest one."""
         if not self._under_way:
             return None
         newest = self._under_way[-1][2] == self.calls.total()
         return self._under_way.pop(-1 if newest else 0)[:2]
 
     def wait(self, stream: str, awaited: str, calls: int) -> Flow | None:
-        """None where a stream would wait for itself."""
+        """Return the flow of a wait, or None if a stream would wait for itself."""
         return None if stream == awaited else (stream, "", (awaited, self.calls[awaited] - calls))
 
 

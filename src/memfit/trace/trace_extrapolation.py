@@ -1,4 +1,4 @@
-"""Whole traces of deep models and long pipelines, made of traces of shallow and short ones."""
+"""Build whole traces of deep models and long pipelines from traces of shallow and short ones."""
 
 from __future__ import annotations
 
@@ -22,28 +22,30 @@ from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Trace
 
-_TRIES = 3  # one block deeper each time
-_LARGE = 500_000_000  # parameters from which on two processes are quicker than one
+_TRIES = 3  # each is one period deeper
+_LARGE = 500_000_000  # number of parameters above which two processes are faster than one
 
 
 def deep_trace(job: Job, plan: Plan, *, rank: int = 0, **options: Any) -> Trace:
-    """`deep_traces` of one rank."""
+    """Return the trace of one rank (see `deep_traces`)."""
     return deep_traces(job, plan, [rank], **options)[0]
 
 
 def deep_traces(job: Job, plan: Plan, ranks: Sequence[int], **options: Any) -> list[Trace]:
-    """`traces_of` several ranks of one plan."""
+    """Return the traces of several ranks of one plan (see `traces_of`)."""
     return traces_of(job, [(plan, rank) for rank in ranks], **options)
 
 
 def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> list[Trace]:
-    """`trace` of (plan, rank) pairs; of models with many equal blocks at the cost of a few: two shallow
-    traces are unrolled, and their own agreement is the proof that this may be done. A model that is not so is
-    traced whole.
+    """Return a `trace` for each (plan, rank) pair, at the cost of a few blocks for models with many equal
+    blocks.
 
-    Of a pipeline (GPipe, 1F1B, one round of interleaved) a rank's stages are traced in a shorter pipeline
-    with few micro-batches, and what a micro-batch keeps is there as often as micro-batches are in flight.
-    Stages that are alike share their traces.
+    Two shallow traces are unrolled to the full depth. That the shallower one, unrolled, equals the deeper one
+    proves that this is valid. Models without equal blocks are traced whole.
+
+    For a pipeline (GPipe, 1F1B, one round of interleaved), a rank's stages are traced in a shorter pipeline
+    with few micro-batches, and the memory that a micro-batch keeps is repeated for each micro-batch in
+    flight. Equal stages share their traces.
     """
     model = tracer.fake_model(job)
     found = repeated(model, job)
@@ -69,20 +71,20 @@ def traces_of(job: Job, wanted: Sequence[tuple[Plan, int]], **options: Any) -> l
 
 
 def _repeats(plan: Plan, *, cpu: bool) -> bool:
-    """Blocks differ where a budget chose what to recompute. On a processor the whole model is built where a
-    rank of a pipeline trains, and the peak may be there."""
+    """Return whether unrolling is possible. Blocks differ if a budget chose what to recompute. On a CPU, each
+    rank of a pipeline builds the whole model, and the peak may be there."""
     return plan.get("optimal-checkpointing") is None and not (cpu and plan.get("pipeline"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Deep:
-    """A rank of a model whose repeated blocks need not all be traced."""
+    """One rank of a model whose repeated blocks need not all be traced."""
 
     line: MemoryLine
-    wanted: Blocks  # on the rank
+    wanted: Blocks  # the rank's blocks
     first_depth: int
-    # Where all of the rank's blocks are traced, being fewer than two shallow traces have: their numbers in
-    # the short pipeline, and in the whole one.
+    # Set if all of the rank's blocks are traced, because two shallow traces would have more of them: maps
+    # their indices in the short pipeline to those in the whole one.
     numbers: dict[int, int] | None = None
 
     @staticmethod
@@ -101,12 +103,13 @@ class _Deep:
             deep = dataclasses.replace(deep, numbers=numbers, first_depth=line.depth(count))
             worth = line.short_micros < line.micros and len(own) * line.short_stages <= count and alike
         else:
-            bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets are filled across blocks
+            bucketed = any(map(plan.get, ("ddp", "zero", "sharded-ddp")))  # buckets span blocks
             worth = not bucketed and deep._is_worth(few)
         return deep if worth else None
 
     def depths(self) -> range:
-        """Blocks of the traces that may be made; each is unrolled to the next."""
+        """Return the numbers of blocks of the traces that may be made. Each trace is unrolled to the next and
+        compared."""
         period = self.wanted.period
         if self.numbers:
             return range(self.first_depth, self.first_depth + 1)
@@ -137,13 +140,14 @@ class _Deep:
         return tracer.trace(line.job, line.plan, rank=line.rank, **options)
 
     def _is_worth(self, depth: int) -> bool:
-        """Whether two shallow traces are less work than a whole one."""
+        """Return whether two shallow traces are less work than a whole one."""
         shallow = (2 * depth + self.wanted.period) * self.line.short_micros
         return shallow < self.wanted.count * self.line.micros
 
 
 def repeated(model: torch.nn.Module, job: Job) -> tuple[str, int] | None:
-    """(path, number) of blocks that are all alike and in a container from which some can be left out."""
+    """Return (path, number) of the blocks if they are all equal and lie in a container from which blocks can
+    be removed, else None."""
     try:
         path, blocks = find_blocks(model, job.blocks)
     except UserError:
@@ -164,8 +168,8 @@ def _period(plan: Plan) -> int:
 
 
 def _first_depth(plan: Plan, period: int) -> int:
-    """The first and the last block may differ from those between; prefetching makes more of them differ,
-    and tensors cut along the sequence too."""
+    """Return the number of blocks of the first shallow trace. The first and the last block may differ from
+    those in between. Prefetching makes more blocks differ, and so do tensors sharded along the sequence."""
     sharded, split = plan.get("fsdp2"), plan.get("tensor-parallel")
     ahead = int(sharded.settings["prefetch"]) if sharded else 0
     return ((3, 4, 8, 10)[min(ahead, 3)] + bool(sharded and split)) * period

@@ -1,4 +1,4 @@
-"""Traces made quicker: independent ones side by side, each in a copy of this process."""
+"""Run independent traces in parallel, each in a forked copy of this process."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def side_by_side(
     tell: Tell = lambda done, index: None,
     results: dict[int, _T] | None = None,
 ) -> list[_T]:
-    """What the calls return, in order; the first exception among them is raised. ``tell(done, index)`` is
-    called whenever a call begins or ends: ``done`` of them are finished, and call ``index`` is under way (the
-    one that ended, when none is). ``results`` receives what each call returned as soon as it is known, for
-    whoever is interrupted.
+    """Return the results of the calls, in order, or raise the first exception among them.
 
-    A copy of a process (fork) needs neither imports nor a job that can be pickled, but it is safe only where
-    nothing else runs in it: elsewhere the calls are made one after the other. Each copy makes one call after
-    another, so that what torch loads and remembers for the first serves the others: every second copy takes
-    them from the end, so give first and last what has least in common.
+    ``tell(done, index)`` is called whenever a call begins or ends: ``done`` calls are finished, and call
+    ``index`` is running (or, if none is running, has just ended). ``results`` receives each result as soon as
+    it is known, for callers that may be interrupted.
+
+    A forked process needs no imports and no picklable job, but forking is safe only on Linux and if nothing
+    else runs in the process. Otherwise the calls run one after the other. Each forked process makes several
+    calls in a row, so that what torch loads and caches for the first serves the others. Every second process
+    takes calls from the end of the list, so put calls with the least in common first and last.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     results = {} if results is None else results
@@ -58,7 +59,7 @@ def side_by_side(
                     if _no_backward(*found[index]):
                         _REFUSED.append(str(found[index][1]))
                         return _one_by_one(calls, tell, results)
-                except EOFError:  # killed, perhaps for its memory: here the error can be seen
+                except EOFError:  # killed, perhaps for its memory: run it here, where the error is visible
                     found[index] = (True, calls[index]())
                     copies.append(_copy(calls))
                     free.append(copies[-1][0])
@@ -75,7 +76,7 @@ def side_by_side(
     return [found[i][1] for i in range(len(calls))]
 
 
-_REFUSED: list[str] = []  # what autograd said in a copy: later calls do not try again
+_REFUSED: list[str] = []  # autograd's message from a forked process; later calls then do not fork
 
 
 def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int, _T]) -> list[_T]:
@@ -87,13 +88,14 @@ def _one_by_one(calls: Sequence[Callable[[], _T]], tell: Tell, results: dict[int
 
 
 def _no_backward(worked: bool, value: Any) -> bool:
-    """Where autograd has threads for devices (CUDA builds), no backward runs in a copy once one has run in
-    the original."""
+    """Return whether a call failed because autograd has device threads (CUDA builds). No backward can then
+    run in a forked process after one has run in the original process."""
     return not worked and isinstance(value, RuntimeError) and "fork-based multiprocessing" in str(value)
 
 
 def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
-    """(where it is told which call to make and answers, the process)."""
+    """Fork a process. Return the connection that takes the index of a call and returns its answer, and the
+    process."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
     process = context.Process(target=_answer, args=(calls, there), daemon=True)
@@ -103,15 +105,16 @@ def _copy(calls: Sequence[Callable[[], Any]]) -> tuple[Connection, Any]:
 
 
 def _answer(calls: Sequence[Callable[[], Any]], channel: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the original's, which ends its copies
-    torch.set_num_threads(1)  # threads of the original are not there in a copy
-    gc.freeze()  # what the original has made stays: collecting looks at what the calls leave
+    # Ctrl-C is handled by the original process, which ends its copies
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)  # the original's threads do not exist in a copy
+    gc.freeze()  # objects of the original stay: collect only what the calls leave
     while True:
         try:
             answer = (True, calls[channel.recv()]())
         except EOFError:
             return
-        except Exception as error:  # noqa: BLE001  any: it is raised again where it can be seen
+        except Exception as error:  # noqa: BLE001  any error: it is raised again in the original process
             answer = (False, error)
         channel.send(answer)
         del answer

@@ -45,7 +45,7 @@ from memfit.types.job import Job
 from memfit.types.plan import Plan
 from memfit.types.trace import Category, Phase, Trace
 
-_PLAYED_MICRO_BATCHES = 3  # the second already finds gradients in place; the third repeats it
+_PLAYED_MICRO_BATCHES = 3  # the second accumulates into existing gradients; the third repeats it
 _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.ContextVar(
     "step", default=TrainingStep
 )
@@ -53,7 +53,7 @@ _STEP: contextvars.ContextVar[Callable[..., TrainingStep]] = contextvars.Context
 
 @contextlib.contextmanager
 def stepping(make_step: Callable[..., TrainingStep]) -> Iterator[None]:
-    """Traces made inside this are of an engine's own training step (worker/apply_*.py)."""
+    """Let traces made inside this context run an engine's own training step (worker/apply_*.py)."""
     token = _STEP.set(make_step)
     try:
         yield
@@ -75,12 +75,14 @@ def trace(
     lines: bool = False,
     rank: int = 0,
 ) -> Trace:
-    """Two steps by default, so that optimizer state made in the first is there in the second.
+    """Trace ``steps`` training steps on fake tensors. Two is the default, so that the last step has the
+    optimizer state that the first one made.
 
-    Of many micro-batches only the first ``played`` are run; ``update=False`` leaves out the optimizer's
-    step, for who wants forward and backward only. ``device`` chooses kernels and rounding ("cpu" or
-    "cuda"). ``rank`` is the one to watch of the plan's ranks, on a fake process group of that size.
-    Raises UserError where the plan does not suit the job.
+    Of the micro-batches only the first ``played`` are run. ``update=False`` leaves out the optimizer step.
+    ``device`` chooses kernels and rounding ("cpu" or "cuda"). ``lines`` records the user's line of each
+    allocation. ``rank`` is the traced rank, on a fake process group of ``plan.ranks`` ranks.
+
+    Raises UserError if the plan does not suit the job.
     """
     ledger = Ledger(device, lines=lines, guesses=Guesses(job.bound))
     scratch = plan.ranks > 1 and device == "cpu"
@@ -141,13 +143,13 @@ def _compiled(module: torch.nn.Module) -> bool:
 
 
 def fake_model(job: Job) -> torch.nn.Module:
-    """The job's model without memory for its parameters, to look at its structure: it is not to be changed,
-    as who asks next gets the same."""
-    with contextlib.suppress(TypeError, KeyError):  # a function that cannot be remembered, or is not yet
+    """Return the job's model on fake tensors, to inspect its structure. Do not change it: later calls return
+    the same model."""
+    with contextlib.suppress(TypeError, KeyError):  # build_model cannot be a weak key, or is not yet known
         model = _FAKES[job.build_model]
         fp32_modules.find(model, job.islands)
         return model
-    ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that ask for values
+    ledger = Ledger("cpu", guesses=Guesses(job.bound))  # answers initialisers that read values
     with _fake_world(), ledger:
         model = ledger.unseen(job.build_model)()
     remember(job, model)
@@ -161,8 +163,8 @@ _FAKES: weakref.WeakKeyDictionary[Any, torch.nn.Module] = weakref.WeakKeyDiction
 
 
 def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int) -> tuple[Any, float]:
-    """(fake inputs, terms per rank) of a step: its own batch, as lengths and graphs differ from one to the
-    next."""
+    """Return (fake inputs, terms per rank) of a step. Each step has its own batch, because lengths and graphs
+    differ between batches."""
     with _disable_current_modes():
         batch = step.job.make_batch(index, 0)
     part, terms = step.local(batch)
@@ -175,9 +177,9 @@ def _given(ledger: Ledger, fake: FakeTensorMode, step: TrainingStep, index: int)
 def _play(
     ledger: Ledger, step: TrainingStep, given: Callable[[int], Any], *, steps: int, most: int, update: bool
 ) -> int:
-    """Run the steps; the number of micro-batches played in each."""
+    """Run the steps and return the number of micro-batches run in each."""
     played = min(step.bench.micro_batches, most)
-    with _not_tracing():  # building the model may have imported what had not been
+    with _not_tracing():  # building the model may have imported modules to patch
         return _played(ledger, step, given, steps=steps, played=played, update=update)
 
 
@@ -187,7 +189,7 @@ def _played(
     step.bench.on_gradient = lambda param: ledger.label(param.grad, Category.GRADIENT)
     step.bench.on_offload = ledger.note_offload
     ledger.modules.watch(step.model)
-    ledger.phase(Phase.SETUP)  # what is built is built; batches are made between steps
+    ledger.phase(Phase.SETUP)  # the model is built; batches are made between steps
     try:
         for index in range(steps):
             mark, inputs, outputs = _marker(ledger, step), None, None
@@ -196,7 +198,7 @@ def _played(
                 step.prime(mark)
             else:
                 inputs, terms = given(index)
-                # One process needs an earlier step for the state that its optimizer makes, no more.
+                # One process needs an earlier step only for the state that its optimizer makes.
                 first = index < steps - 1 and step.bench.world.layout.ranks == 1
                 outputs = step.run(
                     inputs, mark, micro_batches_played=1 if first else played, update=update,
@@ -231,7 +233,7 @@ def _begin(ledger: Ledger, built: list[int], bench: Workbench) -> None:
 
 
 def _first_part(ledger: Ledger, inner: Callable[[int], Any], parts: int) -> Any:
-    """A batch that is made to look at how the model runs lies beside its parameters."""
+    """Label a batch that is made to observe how the model runs. It is placed with the parameters."""
     part = inner(parts)
     ledger.label(part, Category.INPUT)
     return part
@@ -250,7 +252,8 @@ def _marker(ledger: Ledger, step: TrainingStep) -> Any:
 
 
 def _label_state(ledger: Ledger, step: TrainingStep) -> None:
-    """Optimizer state first: fp32 masters are parameters to torch, but state to everyone else."""
+    """Label optimizer state and then the model. State comes first because fp32 masters are parameters to
+    torch but count as state here."""
     owner = {id(p): name.rpartition(".")[0] for name, p in step.model.named_parameters()}
     for param, state in step.optimizer.state.items():
         ledger.label(state, Category.OPTIMIZER_STATE, module=owner.get(id(param)) or ledger.owner(param))
@@ -264,8 +267,8 @@ def _label_model(ledger: Ledger, model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fake_world() -> Iterator[FakeTensorMode]:
-    """Fake tensors, with code that asks whether it is being traced taking its ordinary branch, and without
-    torch's log of an operator that fails: the error says it in one line."""
+    """Yield a fake tensor mode in which code that asks whether it is being traced takes its ordinary branch,
+    and in which torch does not log failing operators: the error itself says it in one line."""
     failures = logging.getLogger("torch._subclasses.fake_tensor")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(failures, "disabled", True))
@@ -273,11 +276,12 @@ def _fake_world() -> Iterator[FakeTensorMode]:
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply_without_swap()))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy, create=True))
-        stack.enter_context(warnings.catch_warnings())  # of the model where it runs, which tells them itself
+        # Hide warnings that the model also gives where it really runs.
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         silent: dict[str, Any] = {"__enter__": lambda self: self, "__exit__": lambda *raised: None}
         stack.enter_context(mock.patch.multiple(torch.autograd.profiler.record_function, **silent))
-        # Host memory is host memory: fake tensors cannot be pinned.
+        # pin_memory does nothing: fake tensors cannot be pinned, and pinned memory counts as host memory.
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *a, **k: self))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(script_modules_loaded(fake))
@@ -286,7 +290,8 @@ def _fake_world() -> Iterator[FakeTensorMode]:
 
 @contextlib.contextmanager
 def _not_tracing() -> Iterator[None]:
-    """transformers, if loaded, takes its ordinary branch: importing it takes as long as a prediction."""
+    """Make transformers, if it is loaded, take its ordinary branch. It is not imported for this, because that
+    takes as long as a prediction."""
     with contextlib.ExitStack() as stack:
         for name in ("transformers.utils.import_utils", "transformers.masking_utils"):
             if hasattr(module := sys.modules.get(name), "is_tracing"):
@@ -295,7 +300,8 @@ def _not_tracing() -> Iterator[None]:
 
 
 def _random_states(ledger: Ledger) -> Any:
-    """The generator's state is a real tensor made below the dispatcher; each checkpointed block keeps one."""
+    """Record the generator's state, a real tensor made below the dispatcher. Each checkpointed block keeps
+    one."""
     inner = torch.get_rng_state
 
     def noted() -> torch.Tensor:
@@ -307,7 +313,8 @@ def _random_states(ledger: Ledger) -> Any:
 
 
 def _resizes(ledger: Ledger) -> Any:
-    """Storages resized below the dispatcher, as FSDP2 frees and refills its parameters."""
+    """Record storages that are resized below the dispatcher, as FSDP2 does to free and refill its
+    parameters."""
     inner = torch.UntypedStorage.resize_
 
     def noted(storage: torch.UntypedStorage, size: int) -> Any:
@@ -320,7 +327,7 @@ def _resizes(ledger: Ledger) -> Any:
 
 @contextlib.contextmanager
 def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
-    """DTensor learns the shapes of results from fake tensors of the whole, unsharded shape."""
+    """Do not record DTensor's shape propagation, which runs on fake tensors of the unsharded shape."""
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     name = "_propagate_tensor_meta_non_cached"
@@ -336,8 +343,8 @@ def _propagation_unseen(ledger: Ledger) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _guesses_blamed(ledger: Ledger) -> Iterator[None]:
-    """Where a step fails after a value was guessed, the guess is the likely reason; another may do, or the
-    user can mend it. Raises Doubted where a condition was taken as true."""
+    """Attribute an error of a step to a guessed value, if there was one: another value may work, or the user
+    can give it. Raises Doubted if a condition was assumed to be true."""
     guesses = ledger.guesses
     try:
         yield
@@ -364,7 +371,8 @@ def _blamed(error: Exception, guessed: list[str]) -> UserError | None:
 
 
 def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
-    """Torch's own copies a fake tensor's attributes too, its fake mode among them, and memory breaks."""
+    """Replace torch's own deepcopy of a fake tensor, which also copies its attributes, including its fake
+    mode, and so breaks the record of memory."""
     if id(tensor) not in memo:
         with torch.no_grad():
             fresh = tensor.detach().clone()
@@ -376,14 +384,14 @@ def _deep_copy(tensor: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
 
 
 def _apply_without_swap() -> Any:
-    """``Module._apply`` for fake tensors, which torch wants to swap in place and cannot. Parameters are
-    replaced instead; tied ones stay tied."""
+    """Return a ``Module._apply`` for fake tensors. Torch would swap parameters in place, which fails for fake
+    ones, so they are replaced. Tied parameters stay tied."""
     seen: dict[int, tuple[weakref.ref[torch.nn.Parameter], torch.nn.Parameter]] = {}
     depth = 0
 
     def replaced(param: torch.nn.Parameter, fn: Any) -> torch.nn.Parameter:
         known = seen.get(id(param))
-        if known is None or known[0]() is not param:  # the old one goes, and its number to another
+        if known is None or known[0]() is not param:  # a freed parameter's id may be reused
             with torch.no_grad():
                 applied = fn(param)
             same = applied is param or applied.untyped_storage()._cdata == param.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Models cut to their first blocks, from which many are added up."""
+"""Models cut to their first blocks, from whose traces those of deeper models are built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirstBlocks:
-    """Builds the job's model with its first ``count`` blocks. A trace does not watch it built."""
+    """Builds the job's model with its first ``count`` blocks only. A trace does not record the
+    construction."""
 
     job: Job
     count: int
@@ -34,13 +35,15 @@ class FirstBlocks:
         return keep_blocks(self.job.build_model(), self.job.blocks, self.count)
 
 
-# By build_model: (class of the blocks, their path), of models whose blocks alone are of that class.
+# build_model -> (class of the blocks, their path), for models in which only the blocks have that class.
 _KNOWN: weakref.WeakKeyDictionary[Any, tuple[type, str]] = weakref.WeakKeyDictionary()
 
 
 def remember(job: Job, model: object) -> None:
+    """Remember the class and path of the model's blocks, so that `FirstBlocks` can skip building the
+    others."""
     if not isinstance(model, torch.nn.Module):
-        return  # who asked for it says so
+        return  # the caller reports the error
     with contextlib.suppress(UserError, TypeError):  # no blocks, or a function that cannot be remembered
         path, blocks = find_blocks(model, job.blocks)
         kind = type(blocks[0])
@@ -50,8 +53,8 @@ def remember(job: Job, model: object) -> None:
 
 @contextlib.contextmanager
 def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
-    """Only the first ``count`` modules of that class get their parts: building the others, which go at once,
-    takes longer than tracing those that stay."""
+    """Let only the first ``count`` modules of class ``kind`` build their parts. The others are removed at
+    once, and building them takes longer than tracing those that stay."""
     inner, made = kind.__init__, 0
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -68,12 +71,12 @@ def _hollow_beyond(kind: Any, count: int) -> Iterator[None]:
 
 
 def with_blocks(job: Job, count: int) -> Job:
-    """The same job whose model keeps its first ``count`` blocks only."""
+    """Return the same job with a model that keeps only its first ``count`` blocks."""
     return dataclasses.replace(job, build_model=FirstBlocks(job, count))
 
 
 def keep_blocks(model: torch.nn.Module, path: str | None, count: int) -> torch.nn.Module:
-    """The model with its first ``count`` blocks."""
+    """Remove all but the first ``count`` blocks from the model, and return it."""
     container = model.get_submodule(find_blocks(model, path)[0])
     assert isinstance(container, CONTAINERS)
     del container[count:]

@@ -1,12 +1,12 @@
-"""A deep model's trace from two shallow ones: the events of one middle block repeated as often as needed.
+"""Build the trace of a deep model from two shallow traces by repeating the events of one middle block.
 
-Every allocation, free and operator of a trace happens while some block is at work, or none. A trace with
-``k`` blocks becomes one with ``n`` by repeating what happens in its middle block wherever that block occurs
-(built, forward, backward, each optimizer operator), with the storages it refers to renumbered. That this is
-right for the model, plan and rank at hand is not assumed but checked: the trace with ``k`` blocks unrolled
-by one period must equal the trace with that many, event for event. Sizes that depend on the depth (a stack
-of all gradient norms, a flat buffer), the work of operators on all parameters, and how far back a stream is
-waited for are put on the line through the two.
+Every allocation, free and operator of a trace belongs to the running block, or to none. A trace with ``k``
+blocks becomes one with ``n`` blocks by repeating the events of its middle block wherever that block occurs
+(construction, forward, backward, each optimizer operator), with the storages it refers to renumbered. That
+this is valid for the model, plan and rank is checked: the trace with ``k`` blocks, unrolled by one period,
+must equal the trace with that many blocks, event for event. Quantities that depend on the depth are
+extrapolated linearly from the two traces: some sizes (a stack of all gradient norms, a flat buffer), the work
+of operators on all parameters, and how far back a stream is waited for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALLOCATE, _FREE, _OPERATE = range(3)
 @dataclasses.dataclass(slots=True)
 class _Event:
     kind: int
-    block: int | None  # at work; None: outside the blocks
+    block: int | None  # the running block; None outside the blocks
     index: int  # into the trace's allocations or ops
     clock: int
 
@@ -35,23 +35,23 @@ _Made = TypeVar("_Made", Allocation, OpCall)
 
 @dataclasses.dataclass(slots=True)
 class _Chapter:
-    """The events of one span, as runs of one block each."""
+    """The events of one span, grouped into runs of one block each."""
 
     span: PhaseSpan
     runs: _Runs
 
 
 class _Place(NamedTuple):
-    """Where an allocation was born: enough to find its like in another block."""
+    """Where an allocation was made, which identifies its counterpart in another block."""
 
     chapter: int
     block: int | None
-    occurrence: int  # of that block's runs in the chapter
-    offset: int  # in the run
+    occurrence: int  # which of that block's runs in the chapter
+    offset: int  # within the run
 
 
 class _Work(NamedTuple):
-    """By how much an operator's grows with each period."""
+    """How much an operator's work grows per period."""
 
     flops: int
     moved_bytes: int
@@ -69,13 +69,13 @@ class _Work(NamedTuple):
 
 
 class Mismatch(Exception):
-    """The shallow traces do not differ by one repeated block. The message says where."""
+    """The shallow traces do not differ by exactly one repeated block. The message says where."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """``count`` blocks of the model at module ``path``, from number ``first`` on; ``period`` of them repeat
-    together."""
+    """``count`` blocks of the model at the module path ``path``, starting at index ``first``. A ``period`` of
+    them repeats as a unit."""
 
     path: str
     first: int
@@ -83,14 +83,14 @@ class Blocks:
     period: int = 1
 
     def period_of(self, module: str) -> int | None:
-        """Which of the periods a module path lies in."""
+        """Return the index of the period that a module path lies in, or None if it is outside the blocks."""
         if not module.startswith(f"{self.path}."):
             return None
         number = module[len(self.path) + 1 :].partition(".")[0]
         return (int(number) - self.first) // self.period if number.isdecimal() else None
 
     def moved(self, module: str, first: int, periods: int) -> str:
-        """The module path in a model where these blocks begin at ``first``, some periods later."""
+        """Return the module path in a model whose blocks start at ``first``, ``periods`` periods later."""
         number, dot, rest = module[len(self.path) + 1 :].partition(".")
         return f"{self.path}.{int(number) - self.first + first + periods * self.period}{dot}{rest}"
 
@@ -102,9 +102,10 @@ _ON_A_LINE = (
 
 
 def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trace:
-    """The trace with the ``wanted`` blocks from one with the ``given`` and one with a period more.
+    """Return the trace with the ``wanted`` blocks, from ``shallow`` with the ``given`` blocks and ``deeper``
+    with one period more.
 
-    Raises Mismatch where unrolling does not give the deeper trace.
+    Raises Mismatch if unrolling ``shallow`` does not give ``deeper``.
     """
     assert (wanted.count - given.count) % given.period == 0, (given, wanted)
     middle, growth, more = _middle(shallow, deeper, given)
@@ -123,7 +124,7 @@ def unroll(shallow: Trace, deeper: Trace, given: Blocks, wanted: Blocks) -> Trac
 
 
 def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
-    """The trace of as many blocks at ``path`` that have other numbers."""
+    """Return the trace with the blocks at ``path`` renumbered from the keys of ``numbers`` to its values."""
 
     def moved(made: _Made) -> _Made:
         if not made.module.startswith(f"{path}."):
@@ -131,7 +132,7 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
         number, dot, rest = made.module[len(path) + 1 :].partition(".")
         if not number.isdecimal():
             return made
-        other = numbers.get(int(number), number)  # of another rank's that is built first and then left
+        other = numbers.get(int(number), number)  # a block of another rank, which is built and then dropped
         return dataclasses.replace(made, module=f"{path}.{other}{dot}{rest}")
 
     return dataclasses.replace(
@@ -142,8 +143,8 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
 def _middle(
     shallow: Trace, deeper: Trace, given: Blocks
 ) -> tuple[int, dict[int, int], dict[int, tuple[_Work, _Work]]]:
-    """A block whose repetition gives the deeper trace, with what grows besides: the first and the last, and
-    those that look ahead to them, may be different."""
+    """Return a block whose repetition gives the deeper trace, and what grows in addition. The first and last
+    blocks, and those that prefetch them, may differ. Raises Mismatch if there is none."""
     reason = "fewer than three periods"
     true, periods = canonical(deeper), -(-given.count // given.period)
     more = dataclasses.replace(given, count=given.count + given.period)
@@ -162,8 +163,8 @@ def _grown(a: Allocation, more_bytes: int, device: str) -> Allocation:
 
 
 def _growth(made: _Unrolled, true: Trace) -> dict[int, int]:
-    """Bytes by which allocations outside the blocks grow with each period, by shallow index. Raises
-    Mismatch where anything else differs."""
+    """Return the bytes by which allocations outside the blocks grow per period, by shallow index. Raises
+    Mismatch if anything else differs."""
     mine = made.trace
     if len(mine.allocations) != len(true.allocations):
         raise Mismatch(f"{len(true.allocations)} allocations where {len(mine.allocations)} were expected")
@@ -181,7 +182,7 @@ def _growth(made: _Unrolled, true: Trace) -> dict[int, int]:
 
 
 def _more_work(made: _Unrolled, true: Trace) -> dict[int, tuple[_Work, _Work]]:
-    """By shallow index: what the first and the last of an operator's copies have more."""
+    """Return, by shallow index, the additional work of the first and of the last copy of an operator."""
     found: dict[int, list[_Work]] = defaultdict(list)
     for origin, one, other in zip(made.op_origin, made.trace.ops, true.ops, strict=True):
         found[origin].append(_Work.between(one, other))
@@ -221,7 +222,8 @@ def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tup
 
 
 def canonical(trace: Trace) -> Trace:
-    """The same trace with clocks counted anew and frees in a row, within a phase, in the order of births."""
+    """Return the same trace with new clocks and with consecutive frees of a phase in the order of their
+    allocations."""
     starts, ends, clocks = dict[int, int](), dict[int, int](), dict[int, int]()
     tables = {_ALLOCATE: starts, _FREE: ends, _OPERATE: clocks}
     spans, clock = [], 0
@@ -242,8 +244,8 @@ def canonical(trace: Trace) -> Trace:
 
 
 class _Unrolled:
-    """One shallow trace made deeper; ``origin[i]`` is the shallow allocation that new allocation i copies,
-    ``op_origin[i]`` the operator."""
+    """A shallow trace made deeper. ``origin[i]`` is the shallow allocation that new allocation ``i`` copies,
+    and ``op_origin[i]`` is the shallow operator that new operator ``i`` copies."""
 
     def __init__(self, shallow: Trace, given: Blocks, wanted: Blocks, middle: int) -> None:
         self.shallow, self.given, self.first, self.middle = shallow, given, wanted.first, middle
@@ -259,8 +261,8 @@ class _Unrolled:
     # -- reading ------------------------------------------------------------------------------------
 
     def _runs(self, events: list[_Event], phase: Phase) -> _Runs:
-        """Frees happen in the block at work, or outside the blocks. Where a list is freed at once, each
-        belongs to the block of what is freed."""
+        """Group events into runs. A free belongs to the running block, or to none. If a list is freed at
+        once, each free belongs to the block of what is freed."""
         positional = phase in (Phase.FORWARD, Phase.BACKWARD)
         runs: _Runs = []
         for group in _groups(events):
@@ -287,7 +289,7 @@ class _Unrolled:
     # -- writing ------------------------------------------------------------------------------------
 
     def _write(self) -> Trace:
-        born: list[dict[str, Any]] = []  # what is new of each allocation
+        born: list[dict[str, Any]] = []  # what differs from the shallow allocation
         ops: list[OpCall] = []
         spans: list[PhaseSpan] = []
         made: dict[_Place, int] = {}  # new place -> new index
@@ -322,8 +324,8 @@ class _Unrolled:
         return dataclasses.replace(self.shallow, allocations=allocations, ops=tuple(ops), spans=tuple(spans))
 
     def _expanded(self, chapter: _Chapter) -> Iterator[tuple[int | None, int | None, list[_Event]]]:
-        """(block in the shallow trace, block in the deep one, events), copies of the middle in the direction
-        in which blocks follow each other there."""
+        """Yield (block in the shallow trace, block in the deep one, events). Copies of the middle block
+        follow the direction in which the chapter visits blocks."""
         order = [b for b, _ in chapter.runs if b is not None]
         place = 0
         for block, events in chapter.runs:
@@ -343,11 +345,12 @@ class _Unrolled:
                 yield block, copy, events
 
     def _like(self, place: _Place, template: int | None, block: int | None) -> _Place:
-        """The allocation that stands to ``block`` as the one born at ``place`` stands to ``template``."""
+        """Return the allocation that relates to ``block`` as the one made at ``place`` relates to
+        ``template``."""
         if place.block is None:
             return place
         far = template is not None and 2 * abs(place.block - template) > self.periods - 1
-        if template is None or block is None or far:  # far: from the one end to the other
+        if template is None or block is None or far:  # far: from one end to the other
             moved = place.block + (self.extra if place.block > self.middle else 0)
         else:
             moved = place.block + block - template
@@ -365,7 +368,8 @@ class _Unrolled:
 
 
 def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
-    """Frees in a row together, in the order of their births: a cache may empty itself in any order."""
+    """Group consecutive frees, in the order of their allocations, because a cache may be emptied in any
+    order."""
     frees: list[_Event] = []
     for event in events:
         if event.kind == _FREE:
@@ -380,7 +384,8 @@ def _groups(events: list[_Event]) -> Iterator[list[_Event]]:
 
 
 def _joined(runs: _Runs) -> _Runs:
-    """What has no name inside a block, or between neighbouring ones, follows what came before."""
+    """Join runs. Events without a block that lie inside a block, or between neighbouring blocks, join the run
+    before."""
     joined: _Runs = []
     for i, (own, events) in enumerate(runs):
         between = own is None and 0 < i < len(runs) - 1

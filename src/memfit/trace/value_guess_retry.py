@@ -1,9 +1,8 @@
-"""Second thoughts: a trace that failed because of a guess runs again with another, and one whose guess
-decides how much memory is taken is refused.
+"""Retry or reject traces that depend on a guessed value.
 
-Code that checks its input raises where a condition on values holds. A step that trains does not raise, so
-the answer that leads there is wrong. Nothing else can be said of a number that was made up, except whether
-it matters.
+Code that checks its input raises if a condition on values holds. A step that trains does not raise, so an
+answer that leads to an error is wrong, and the trace runs again with the other answer. A guessed number
+cannot be checked like this, except for whether it matters: a trace whose memory depends on it is rejected.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from memfit.types.trace import Phase, Trace
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_TRIES = 4  # conditions that are answered otherwise before the error is believed
+_TRIES = 4  # conditions that are answered differently before the error is raised
 _FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
-_ANOTHER = 2  # where 1 was the answer
+_ANOTHER = 2  # answer to try where the answer was 1
 
 
 class Doubted(Exception):
-    """A run failed with ``reason`` after the code at ``place`` had heard True without knowledge."""
+    """A run failed with ``reason`` after the code at ``place`` had got an unfounded True."""
 
     def __init__(self, place: str, reason: Exception) -> None:
         super().__init__(place)
@@ -36,7 +35,8 @@ class Doubted(Exception):
 
 
 def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
-    """``run(job, ...)`` again, with False for the condition that was last taken as true, where it fails."""
+    """Wrap ``run``: if it fails, run it again with False for the condition that was last assumed to be
+    true."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -58,15 +58,15 @@ def retried(run: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, 
 
 
 def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
-    """``run(job, ...)``. Raises UserError where a number that was guessed decides sizes: another answer
-    leads to other allocations."""
+    """Wrap ``run``: raise UserError if a guessed number decides sizes, that is, if another answer leads to
+    other allocations."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
         found = run(job, *args, **kwargs)
 
         def matters(lines: Iterable[str]) -> bool:
-            with contextlib.suppress(UserError, *_FAILURES):  # an answer that cannot be tells nothing
+            with contextlib.suppress(UserError, *_FAILURES):  # an answer that fails says nothing
                 once: Any = {**kwargs, "steps": 1}
                 other = run(_told(job, dict.fromkeys(lines, _ANOTHER)), *args, **once)
                 return _sizes(found) != _sizes(other)
@@ -85,8 +85,8 @@ def weighed(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
 
 
 def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[Job, P], Trace]:
-    """``run(job, ...)``. Where assumed values were asked for, the step is traced with the lowest and highest
-    ones too: the trace says between which ratios to its own peak theirs lie."""
+    """Wrap ``run``: if values were assumed, also trace the step with the lowest and the highest ones. The
+    trace then gives the ratios of their lowest and highest peak to its own peak."""
 
     @functools.wraps(run)
     def settled(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> Trace:
@@ -95,7 +95,7 @@ def widened(run: Callable[Concatenate[Job, P], Trace]) -> Callable[Concatenate[J
             return found
         peaks = [_peak_bytes(found)]
         for case in (AssumedCase.LOW, AssumedCase.HIGH):
-            with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # values that cannot be
+            with contextlib.suppress(UserError, *_FAILURES), assuming(case):  # some values are impossible
                 peaks.append(_peak_bytes(run(job, *args, **kwargs)))
         where, tried = " and ".join(found.assumed), len(peaks) - 1
         told = f"values at {where} were assumed; the interval holds the peaks under {tried} other cases"

@@ -1,5 +1,5 @@
-"""Functions of torch that read or write values in code where no mode sees it: as they are, for values that
-are known."""
+"""Torch functions that bypass dispatch modes and read or write tensor values directly. They are patched while
+tracing, and use the values that are known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memfit.trace.data_dependent import Guesses
 
 @contextlib.contextmanager
 def values_read(guesses: Guesses) -> Iterator[None]:
-    """For as long as this lasts."""
+    """Patch these functions inside this context."""
     shadows = guesses.shadows
     with contextlib.ExitStack() as stack:
         for home, name, put in (
@@ -34,7 +34,8 @@ def values_read(guesses: Guesses) -> Iterator[None]:
 
 
 def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``numpy`` and ``tolist`` of a fake tensor, for other libraries: of its known or assumed values."""
+    """Return ``numpy`` or ``tolist`` for fake tensors, which other libraries call: they return known or
+    assumed values."""
 
     def called(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
         if type(tensor) is not FakeTensor:
@@ -46,7 +47,8 @@ def _of_values(guesses: Guesses, inner: Callable[..., Any]) -> Callable[..., Any
 
 
 def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``ctc_loss``, whose form for lists of lengths makes tensors of them where they cannot be fake."""
+    """Return a ``ctc_loss`` that takes lists of lengths. Torch's own version turns them into tensors at a
+    point where they cannot be fake."""
 
     def called(scores: Any, targets: Any, *lengths: Any, **options: Any) -> Any:
         lengths = tuple(torch.tensor(n) if isinstance(n, list | tuple) else n for n in lengths)
@@ -56,7 +58,7 @@ def _given_tensors(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """``tensor_split`` at indices that are a tensor."""
+    """Return a ``tensor_split`` that takes indices given as a tensor."""
 
     def called(tensor: Any, where: Any, *rest: Any, **options: Any) -> Any:
         return inner(tensor, where.tolist() if isinstance(where, torch.Tensor) else where, *rest, **options)
@@ -65,8 +67,8 @@ def _given_numbers(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padding(shadows: Shadows) -> Callable[..., Any]:
-    """``pad_packed_sequence`` with batch sizes that are real, and lengths whose values are followed
-    (aten/src/ATen/native/PackedSequence.cpp)."""
+    """Return a ``pad_packed_sequence`` for real batch sizes. The values of the lengths that it returns are
+    followed (aten/src/ATen/native/PackedSequence.cpp)."""
 
     def pad(
         data: torch.Tensor, batch_sizes: torch.Tensor, batch_first: bool, value: float, total_length: int

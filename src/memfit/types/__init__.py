@@ -1,1 +1,1 @@
-"""The nouns: what travels between the stages. Frozen dataclasses, standard library only."""
+"""The data types that travel between the stages: frozen dataclasses, standard library only."""

@@ -1,4 +1,4 @@
-"""What a prepared model does, beside what its plan says."""
+"""How a prepared model compares with its plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memfit.types.errors import MemfitError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """``feature``: the technique, and what of it."""
+    """One deviation from the plan. ``feature``: the technique and the aspect of it that differs."""
 
     feature: str
     planned: str
@@ -21,7 +21,10 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Conformance:
-    """``checked``: what was looked at; ``unseen``: what the plan says and nobody could look at, with why."""
+    """The result of a check of a prepared model against its plan.
+
+    ``checked``: what was checked; ``unseen``: what the plan states but could not be checked, with the reason.
+    """
 
     differences: tuple[Difference, ...]
     checked: tuple[str, ...]
@@ -33,7 +36,7 @@ class Conformance:
 
 
 class NotConforming(MemfitError):
-    """What was prepared is not what the plan says."""
+    """Raised if the prepared model differs from the plan."""
 
     def __init__(self, found: Conformance) -> None:
         self.found = found

@@ -1,4 +1,4 @@
-"""The decision: ways to get the work done, what each costs, and what it rests on."""
+"""The decision: ways to get the work done, what each costs, and the numbers it is based on."""
 
 from __future__ import annotations
 
@@ -8,30 +8,37 @@ from typing import Final
 
 from memfit.types.result import Interval
 
-# A way's price, the name of the user's own offer for it, and the factor that moves the catalog's.
+# (a way's price, the name of the user's own offer for it, the factor on the catalog's price).
 OFFERS: Final = (
     ("price", "purchase_price", "hardware_factor"),
     ("per_hour", "rental_price", "rental_factor"),
 )
-OWN: Final = ("setup_hours", *(own for _, own, _ in OFFERS))  # told numbers that are of ways, not of terms
-DRAWS: Final = 4000  # of the uncertain numbers, behind the interval of what is saved
+# user-given numbers that belong to a way, not to the common terms
+OWN: Final = ("setup_hours", *(own for _, own, _ in OFFERS))
+DRAWS: Final = 4000  # draws of the uncertain numbers for the interval of the saving
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Amount:
-    """Money: what the catalog prices in US dollars, and what the user told in the currency of the case."""
+    """Money in two parts: catalog prices in US dollars, and amounts given by the user in the currency of the
+    case.
+    """
 
     usd: float = 0.0
     own: float = 0.0
 
     def at(self, per_usd: float) -> float:
+        """Return the amount in the currency of the case; ``per_usd`` is its price of one US dollar."""
         return self.usd * per_usd + self.own
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One number that the decision rests on. ``mark``: measured, predicted or assumed; an unknown value is
-    None and is asked for. ``low`` and ``high`` are equal to it where no range is known."""
+    """One number that the decision is based on.
+
+    ``mark``: measured, predicted or assumed. An unknown value is None, and the user is asked for it. ``low``
+    and ``high`` equal the value if no range is known.
+    """
 
     name: str
     value: float | None
@@ -45,7 +52,10 @@ class Term:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What all ways share; see docs/decisions/014-money.md. ``labour`` 0 where nobody told it."""
+    """Numbers common to all ways; see docs/decisions/014-money.md.
+
+    ``labour_per_hour`` is 0 if it was not given.
+    """
 
     runs_per_year: float
     years: int
@@ -71,44 +81,52 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to do the work. ``kind``: existing, purchase, cloud or nothing. Prices are of one machine with
-    all its devices; ``power_w`` is of its devices and host, before PUE. ``hours``: of one run."""
+    """One way to do the work.
+
+    ``kind``: existing, purchase, cloud or nothing. Prices are for one machine with all its devices.
+    ``power_w`` is for its devices and host, before PUE. ``hours``: duration of one run.
+    """
 
     kind: str
     machine: str = ""
     plan: str = ""
     plain: bool = True
     hours: float = 0.0
-    predicted: bool = True  # whether hours are memfit's, not the user's: they move with a time factor
+    # whether the hours are predicted by memfit and scale with a time factor; False: given by the user
+    predicted: bool = True
     power_w: float | None = None
     price: Amount | None = None
     per_hour: Amount | None = None
     storage_per_month: float = 0.0
-    setup_hours: float = 0.0  # the machine's and the plan's, as far as they are known
-    operating_hours: float = 0.0  # a year
+    setup_hours: float = 0.0  # of the machine and the plan, as far as they are known
+    operating_hours: float = 0.0  # per year
     most_machines: int | None = None
     embodied_kg: float | None = None  # of all devices of one machine
-    plain_j: float | None = None  # of a run of plain training on it, where that is predicted, fits or not
+    # energy of one plain training run on it, if predicted, whether it fits or not
+    plain_j: float | None = None
     of_catalog: bool = True
-    untried: tuple[str, ...] = ()  # techniques that can change results and that the PoC did not train
-    unknown: tuple[str, ...] = ()  # names of terms that nobody told and that count as nothing
-    own_power: bool = False  # the watts are the user's
-    plan_hours: float = 0.0  # the part of setup_hours that is the plan's
-    memory_bytes: Interval | None = None  # on a device, as predicted
-    usable_bytes: float | None = None  # what the device has
-    fit_percent: float = 100.0  # how probable it is that the plan fits: below 100 the upper end does not
+    untried: tuple[str, ...] = ()  # techniques that can change results and were not trained in the PoC
+    unknown: tuple[str, ...] = ()  # names of terms that are missing and count as zero
+    own_power: bool = False  # whether the watts were given by the user
+    plan_hours: float = 0.0  # the plan's part of setup_hours
+    memory_bytes: Interval | None = None  # predicted, on one device
+    usable_bytes: float | None = None  # memory of the device
+    # probability that the plan fits; below 100 the upper end of its memory does not fit
+    fit_percent: float = 100.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
-    """What a way costs, in the currency of the case; a year where it says so, else over all years. None where
-    it rests on watts that nobody knows."""
+    """What a way costs, in the currency of the case, per year if the name says so, otherwise over all years.
+
+    None if it depends on an unknown power draw.
+    """
 
     machines: int
     hours_per_year: float
     kwh_per_run: float | None
     setup: float
-    purchase: float  # the first
+    purchase: float  # first purchase
     initial: float
     electricity_per_year: float | None
     rental_per_year: float
@@ -122,17 +140,20 @@ class Sheet:
     operation_g: float | None
     embodied_g: float | None
     sci_g: float | None  # per run
-    enough: bool  # the machines that there are do all runs of a year
+    enough: bool  # whether the available machines can do all runs of a year
 
     def saved_percent(self, reference: Sheet) -> float | None:
-        """Of the reference's present cost; negative is a loss."""
+        """Return the saving in percent of the reference's present cost; negative is a loss.
+
+        None if unknown.
+        """
         mine, other = self.present_cost, reference.present_cost
         return None if mine is None or other is None or other <= 0 else 100 * (1 - mine / other)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Swing:
-    """What one term alone does to the share that is saved, at both ends of its range."""
+    """Effect of one term alone on the saving in percent, at both ends of its range."""
 
     name: str
     low_percent: float
@@ -141,8 +162,12 @@ class Swing:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Risk:
-    """``evidence`` and ``mitigation``: keys of the word catalogs with what fills them. ``level``: low, some,
-    high or unknown. ``loss``: at most, if we go on to the next stage; None: not known."""
+    """One risk of the decision.
+
+    ``evidence`` and ``mitigation`` are keys of the word catalogs; ``values`` fills their placeholders.
+    ``level``: low, some, high or unknown. ``loss``: the most that can be lost by going on to the next stage;
+    None: unknown.
+    """
 
     kind: str
     level: str
@@ -165,46 +190,51 @@ class Stage:
     step_s: Interval | None = None
     spent: float | None = None
     to_spend: float | None = None
-    gates: tuple[tuple[str, str, str, bool], ...] = ()  # name, found, limit, holds
-    most: float | None = None  # to spend, every number at the end of its range that costs most
-    unpaid: tuple[str, ...] = ()  # hours of people that nobody told and that are not in the money
-    stop_bytes: float | None = None  # above this it ends: the prediction's upper end, or all that there is
-    back: str = ""  # to what: "plain" (on the same machine), "reference" or "stay"
+    gates: tuple[tuple[str, str, str, bool], ...] = ()  # (name, found, limit, holds)
+    most: float | None = None  # to spend, with every number at its most expensive end
+    unpaid: tuple[str, ...] = ()  # working hours that are unknown and not included in the money
+    # stop above this memory: the prediction's upper end, or all memory there is
+    stop_bytes: float | None = None
+    back: str = ""  # what to go back to: "plain" (on the same machine), "reference" or "stay"
     back_way: int | None = None
-    way: int | None = None  # whose money it is, of those to come
-    ends: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of ranges, where `most` is dearest
-    energy_j: float | None = None  # paid for, of the one that is done
-    hours: float = 0.0  # of people, in the same
+    way: int | None = None  # index of the way whose money it is, for stages to come
+    # the ends of the ranges at which `most` is highest
+    ends: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    energy_j: float | None = None  # energy paid for in a stage that is done
+    hours: float = 0.0  # working hours of people in a stage that is done
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """``ways`` and ``sheets`` go together. Indices are into them; None where there is no such way."""
+    """The decision as a whole.
+
+    ``ways`` and ``sheets`` correspond; indices refer to them, None means there is no such way.
+    """
 
     currency: str
     symbol: str
     decimals: int
     place: str
-    case: str  # the user's file; "" where every number is a default
+    case: str  # the user's file; "" if every number is a default
     steps_per_run: int
-    size: str  # of the job that all ways train; "" where nothing was predicted
+    size: str  # size of the job that all ways train; "" if nothing was predicted
     terms: Terms
     told: tuple[Term, ...]
     ways: tuple[Way, ...]
     sheets: tuple[Sheet, ...]
-    shown: tuple[int, ...]  # the ways put side by side
-    slots: tuple[tuple[str, int], ...]  # where each stands on the page; a way may stand in several
+    shown: tuple[int, ...]  # the ways compared side by side
+    slots: tuple[tuple[str, int], ...]  # (slot on the page, index of the way); a way may be in several slots
     best: int | None
     reference: int | None
-    tight: int | None  # the cheapest with the recommended plan
+    tight: int | None  # the cheapest way with the recommended plan
     saved_percent: float | None
     saved_interval_percent: Interval | None
-    chance_percent: float | None  # of saving anything
+    chance_percent: float | None  # probability of a saving
     payback_years: float | None
-    payback: str  # as money.payback names it; "" where it is not known
+    payback: str  # named as in money.payback; "" if unknown
     swings: tuple[Swing, ...] = ()
     asked: tuple[str, ...] = ()
     risks: tuple[Risk, ...] = ()
     stages: tuple[Stage, ...] = ()
-    why_none: str = ""  # why nothing could be put side by side
-    own_limits: bool = False  # the gate is held against limits that the user gave
+    why_none: str = ""  # why nothing could be compared
+    own_limits: bool = False  # whether the gate uses limits given by the user

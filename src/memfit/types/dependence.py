@@ -1,4 +1,4 @@
-"""Whether the samples of a batch can be trained apart: what a plan that splits the batch would change."""
+"""Whether the samples of a batch can be trained separately, and what splitting the batch would change."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import enum
 
 
 class DependenceKind(enum.StrEnum):
+    """Result of the test for dependence between samples."""
+
     INDEPENDENT = "independent"
     DEPENDENT = "dependent"
     NOT_TESTED = "not tested"
 
 
 class DependenceCause(enum.StrEnum):
-    """What depends on the other samples."""
+    """What depends on the other samples of the batch."""
 
     NONE = ""
     BATCH_NORM = "batch-norm"
     SYNC_BATCH_NORM = "sync-batch-norm"
-    STATE = "state"  # that a forward pass changes
-    LOSS = "loss"  # or anything before it
-    WEIGHTS = "weights"  # a mean over other terms than the job counts, or a sum
+    STATE = "state"  # changed by a forward pass
+    LOSS = "loss"  # the loss or anything before it
+    WEIGHTS = "weights"  # the loss averages over other terms than the job counts, or sums
 
 
 _CHANGES = {
@@ -34,9 +36,12 @@ _CHANGES = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SampleDependence:
-    """The answer of a trial for one job. ``reason``: in one line how it is known, or why it was not tested.
-    ``modules``: paths of those that depend on the batch. ``across_ranks``: whether data-parallel ranks change
-    the training as micro-batches do."""
+    """Result of the test for one job.
+
+    ``reason``: in one line, how it is known or why it was not tested. ``modules``: paths of modules that
+    depend on the batch. ``across_ranks``: whether data-parallel ranks change the training as micro-batches
+    do.
+    """
 
     kind: DependenceKind
     cause: DependenceCause = DependenceCause.NONE
@@ -46,12 +51,12 @@ class SampleDependence:
 
     @property
     def changes(self) -> str:
-        """What splitting the batch does to the training: "" where nothing is known of it."""
+        """What splitting the batch does to the training; "" if nothing is known."""
         return _CHANGES.get(self.cause, "")
 
     @property
     def sentence(self) -> str:
-        """For a plan that splits the batch: what is known against it, or ""."""
+        """The known objection to a plan that splits the batch, or ""."""
         if self.kind is DependenceKind.NOT_TESTED:
             return f"not tested whether samples of a batch depend on each other ({self.reason})"
         if self.kind is DependenceKind.DEPENDENT:

@@ -1,4 +1,4 @@
-"""Long series made short the same way wherever they come from, so that one can lie over another."""
+"""Shorten long series in one common way, so that two of them can be overlaid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 
 def thin_phases(stretches: Sequence[Sequence[int]], points: int) -> tuple[int, ...]:
-    """Each stretch as ``points // len(stretches)`` values (at least two), keeping maxima."""
+    """Reduce each stretch to ``points // len(stretches)`` values (at least two), keeping maxima."""
     each = max(2, points // max(1, len(stretches)))
     out: list[int] = []
     for values in (s for s in stretches if s):

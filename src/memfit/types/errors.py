@@ -1,11 +1,11 @@
-"""Every error memfit raises on purpose.
+"""Every error that memfit raises on purpose.
 
 ::
 
     MemfitError
     ├── UserError      the input was wrong: what was given, what is allowed, what to do (exit 2)
-    ├── NothingFits    no allowed plan fits; carries the least memory that would do (exit 3)
-    ├── RunError       a child process broke in a way that is no Outcome (exit 1)
+    ├── NothingFits    no allowed plan fits; carries the least memory that would be enough (exit 3)
+    ├── RunError       a child process failed in a way that is not an Outcome (exit 1)
     └── Interrupted    Ctrl-C, after the best plan so far was shown (exit 130)
 """
 
@@ -21,13 +21,13 @@ _Entry = TypeVar("_Entry")
 
 
 class MemfitError(Exception):
-    """Base class; ``exit_code`` is what the command line returns."""
+    """Base class. ``exit_code`` is what the command line returns."""
 
     exit_code = 1
 
 
 class UserError(MemfitError):
-    """Wrong input, told in one line: given, allowed, what to do."""
+    """Wrong input, explained in one line: what was given, what is allowed, what to do."""
 
     exit_code = 2
 
@@ -42,7 +42,7 @@ class UserError(MemfitError):
 
 
 def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
-    """The entry of that name. Raises UserError with the allowed names and the closest."""
+    """Return the entry with that name. Raises UserError with the allowed names and the closest one."""
     if name in table:
         return table[name]
     close = difflib.get_close_matches(name, table, n=1)
@@ -51,9 +51,12 @@ def named(what: str, name: str, table: Mapping[str, _Entry]) -> _Entry:
 
 
 class NothingFits(MemfitError):
-    """No plan of the allowed effect classes fits under the cap, or keeps to deadline and budget (``missed``
-    says so). ``ways``: changes each of which alone would do; ``host``: what a plan that fits the device needs
-    of host memory."""
+    """No plan of the allowed effect classes fits under the cap, or none meets the deadline and budget (see
+    ``missed``).
+
+    ``ways``: changes, each of which alone would be enough. ``host``: the host memory that a plan needs which
+    fits the device.
+    """
 
     exit_code = 3
 
@@ -77,18 +80,18 @@ class NothingFits(MemfitError):
         )
 
     def explained(self) -> NothingFits:
-        """The same, with the ways out in its text."""
+        """Return the same error with the possible changes in its text."""
         if self.ways:
             self.args = (f"{self}; any of these would do: {'; '.join(self.ways)}",)
         return self
 
 
 class RunError(MemfitError):
-    """A worker ended without telling its outcome."""
+    """A worker ended without reporting its outcome."""
 
 
 class Interrupted(MemfitError):
-    """The user ended a search and has been shown the best plan so far."""
+    """The user interrupted a search and was shown the best plan so far."""
 
     exit_code = 130  # 128 + SIGINT, as shells count
 

@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, put off."""
+"""Postpone Python's cyclic garbage collector."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the collector, whose walks over what imports and fake tensors leave are a fifth of a cold
-    prediction's time. When it runs is chance: cycles of a model's own stay here, as they may there."""
+    """Disable the garbage collector within the context.
+
+    Its walks over the objects left by imports and fake tensors take a fifth of a cold prediction's time. When
+    the collector runs is chance anyway: a model's own reference cycles stay alive here, as they may without
+    this context.
+    """
     before = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Job: what is trained. A user writes one of these; the built-in jobs are the same thing."""
+"""Job: what is trained. Users write one; the built-in jobs are of the same type."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """The science's own measure, with the equivalence margin fixed before anything runs."""
+    """The scientific metric of a job, with the equivalence margin fixed before anything runs."""
 
     name: str
     unit: str
     higher_is_better: bool
-    margin: float  # two results closer than this are the same science, in `unit`
+    margin: float  # results that differ by less than this count as scientifically equivalent, in `unit`
     margin_source: str
-    naive: float  # what the honest naive baseline reaches, in `unit`
+    naive: float  # result of a simple baseline method, in `unit`
     naive_name: str
 
     def __post_init__(self) -> None:
@@ -36,9 +36,9 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerChoice:
-    """The optimizer plain training uses. Techniques may replace the algorithm, not the numbers.
+    """The optimizer of plain training. Techniques may replace the algorithm, but not the hyperparameters.
 
-    ``make(params)`` builds an optimizer of the user's own instead; ``name`` is then only what it is called.
+    ``make(params)`` builds a user-defined optimizer instead; ``name`` is then only its name.
     """
 
     name: str = "adamw"
@@ -53,29 +53,34 @@ class OptimizerChoice:
 class Job:
     """A training job.
 
-    ``build_model()`` returns the module; called inside a fake mode for prediction, so it must not look
-    at parameter values. ``make_batch(step, seed)`` returns the batch of that step: a mapping, tuple or
-    tensor whose tensors have the batch as first dimension; same arguments, same batch.
-    ``loss(model, batch)`` returns the mean loss over the batch's terms; ``loss_terms(batch)`` says how
-    many terms were averaged (default: the batch size), so that accumulated micro-batches weigh right.
-    ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
+    ``build_model()`` returns the module. It is called inside a fake mode for prediction, so it must not read
+    parameter values. ``make_batch(step, seed)`` returns the batch of that step: a mapping, tuple or tensor
+    whose tensors have the batch as first dimension. The same arguments must give the same batch.
+    ``loss(model, batch)`` returns the mean loss over the batch's terms. ``loss_terms(batch)`` returns how
+    many terms were averaged (default: the batch size), so that accumulated micro-batches are weighted
+    correctly. ``evaluate(model)`` returns the metric on held-out data, in the metric's unit.
+
     ``blocks`` and ``head`` are module paths: the repeated blocks (found by default as the longest
     ``nn.ModuleList``/``nn.Sequential``) and the output projection whose logits the loss reads. Checkpointing
-    recomputes other stacks of the same class too, and those at the paths ``more_blocks``.
-    For plans of several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut where
-    watching them is not enough; ``experts`` names modules called with (tokens, chosen experts, weights);
-    context parallelism cuts ``sequence_dim`` and wants inputs and targets aligned in the batch.
-    ``bound`` is for shapes that depend on data, which no prediction can know: how many elements (an
-    integer) or what share of the possible ones (a float) ``nonzero``, ``masked_select``, a boolean index,
-    ``unique`` and the like give; one number, or by operator name or line (``{"model.py:12": 4096}``).
-    At a line, or under "item", it answers ``.item()`` too; for a condition, how often it is true.
-    ``islands``: patterns (as of ``fnmatch``) of module paths that compute in float32 under any plan, found by
-    ``memfit precision``.
-    ``clip`` is the largest gradient norm, over all parameters and ranks, as in
+    also recomputes other stacks of the same class, and those at the paths ``more_blocks``.
+
+    For plans with several ranks: ``tensor_parallel`` names the Linear layers of the blocks to cut if they
+    cannot be found by observing the model. ``experts`` names modules called with (tokens, chosen experts,
+    weights). Context parallelism cuts ``sequence_dim`` and requires inputs and targets to be aligned in the
+    batch.
+
+    ``bound`` is for shapes that depend on data and cannot be predicted. It is the number of elements (an
+    integer) or the share of the possible ones (a float) that ``nonzero``, ``masked_select``, a boolean index,
+    ``unique`` and similar operators return: one number, or a mapping by operator name or line
+    (``{"model.py:12": 4096}``). For a line, or under "item", it also answers ``.item()``; for a condition, it
+    is how often the condition is true.
+
+    ``islands``: patterns (as in ``fnmatch``) of module paths that compute in float32 under any plan, found by
+    ``memfit precision``. ``clip`` is the largest gradient norm, over all parameters and ranks, as in
     ``torch.nn.utils.clip_grad_norm_``; None: gradients are not clipped. ``ema`` is the decay of an
-    exponential moving average of the weights, kept beside the model (True: 0.999); None: no copy.
-    ``workers`` counts the DataLoader's worker processes of each rank, which take host memory.
-    ``reduced`` makes the same job with a small model, for trials on real numbers where this one is too large.
+    exponential moving average of the weights, kept beside the model (True: 0.999); None: no copy. ``workers``
+    is the number of DataLoader worker processes per rank, which take host memory. ``reduced`` makes the same
+    job with a small model, for trials on real numbers if this one is too large.
     """
 
     name: str
@@ -84,7 +89,7 @@ class Job:
     loss: Callable[[torch.nn.Module, Any], torch.Tensor]
     batch_size: int
     steps: int = 40
-    demonstration_ratio: float = 0.25  # of plain training's peak: a CPU's cap where none is asked for
+    demonstration_ratio: float = 0.25  # of plain training's peak: the cap on a CPU if none is given
     size: str = "tiny"
     title: str = ""
     loss_terms: Callable[[Any], int] | None = None
@@ -95,12 +100,13 @@ class Job:
     more_blocks: tuple[str, ...] = ()
     head: str | None = None
     tokens_per_batch: int = 0  # for throughput; 0: unknown
-    length_unit: str = "tokens"  # of a sample's length: "residues", "bases"
-    assumed: tuple[str, ...] = ()  # "batch", "length": what the user left open and a default decides
+    length_unit: str = "tokens"  # unit of a sample's length, such as "residues", "bases"
+    assumed: tuple[str, ...] = ()  # "batch", "length": left open by the user and set by a default
     bound: Bound | None = None
     data_source: str = ""  # provenance and licence, shown in the report
-    tensor_parallel: Mapping[str, str] | None = None  # module pattern -> "colwise" | "rowwise"; None: found
-    sequence_dim: int = 1  # of the batch's tensors, for what cuts the sequence
+    # module pattern -> "colwise" | "rowwise"; None: found automatically
+    tensor_parallel: Mapping[str, str] | None = None
+    sequence_dim: int = 1  # of the batch's tensors, for techniques that cut the sequence
     experts: str | None = None  # pattern of modules called with (tokens, chosen experts, weights)
     islands: tuple[str, ...] = ()  # module path patterns
     reduced: Callable[[], Job] | None = None
@@ -125,11 +131,11 @@ def _is_number(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobRef:
-    """How a child process makes the same Job again: plain data, crosses as JSON.
+    """How a child process builds the same Job again: plain data that can be sent as JSON.
 
     ``spec`` is a built-in name, ``path.py:attribute`` or ``hf:PATH_OR_NAME``. ``length``: tokens (residues,
-    bases) of a sample. ``None`` keeps the job's own.
-    ``clip``: the largest gradient norm; 0: gradients are not clipped.
+    bases) of a sample. ``clip``: the largest gradient norm; 0: gradients are not clipped. None keeps the
+    job's own setting.
     """
 
     spec: str

@@ -1,4 +1,7 @@
-"""LaunchConfig: exactly what a child process is given. Rendered once; run executes it, export writes it."""
+"""LaunchConfig: exactly what a child process receives.
+
+It is rendered once; run executes it, export writes it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """``save``: a folder that gets checkpoints, every ``every_steps`` (0: at the end only). ``resume``: the
-    folder of one to go on from; "": none. ``passed_over``: newer ones, and why they were not taken."""
+    """Checkpoint settings of a run.
+
+    ``save``: folder for checkpoints, every ``every_steps`` (0: at the end only). ``resume``: folder of the
+    checkpoint to resume from; "": none. ``passed_over``: newer checkpoints that were not used, with the
+    reasons.
+    """
 
     save: str = ""
     every_steps: int = 0
@@ -24,10 +31,11 @@ class Keep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One training run of one plan. ``cap_bytes``: what the process may take above its footprint;
-    ``timeout_s``: after which it is stopped, None: never.
+    """One training run of one plan.
 
-    ``steps`` counts from the very first, also where a checkpoint that is gone on from has done some of them.
+    ``cap_bytes``: memory that the process may use above its footprint. ``timeout_s``: time after which it is
+    stopped; None: never. ``steps`` counts from the very first step, including steps done before a checkpoint
+    that is resumed.
     """
 
     name: str  # "baseline", "recommended", "ablation: ..."
@@ -37,8 +45,8 @@ class RunSpec:
     engine: str = "native"
     seed: int
     steps: int
-    batch_size: int = 0  # samples of a step on all ranks; 0: not told
-    # Of the model, where an engine's own trainer builds it: option to value, as on its command line.
+    batch_size: int = 0  # samples per step over all ranks; 0: unknown
+    # Model sizes for an engine whose own trainer builds the model: option -> value, as on its command line.
     sizes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clip: float | None = None  # largest gradient norm, as in the job
     cap_bytes: int | None = None
@@ -47,13 +55,16 @@ class RunSpec:
     timeline: bool = False  # keep the measured memory timeline
     timeout_s: float | None = None
     keep: Keep = dataclasses.field(default_factory=Keep)
-    source_digest: str = ""  # of the file that a user's job is in
+    source_digest: str = ""  # digest of the file that contains a user's job
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint says of itself. ``step``: how many are done; ``shapes``: of whole tensors, by name;
-    ``optimizer``: its class, ``state``: what it keeps of a parameter; ``files_bytes``: name -> size."""
+    """The description stored in a checkpoint.
+
+    ``step``: number of steps done. ``shapes``: shapes of whole tensors by name. ``optimizer``: its class.
+    ``state``: what it keeps per parameter. ``files_bytes``: name -> size.
+    """
 
     step: int
     seed: int
@@ -69,7 +80,10 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
-    """``argv`` starts with a placeholder-free program; ``files`` are written beside it, name -> text."""
+    """What is launched.
+
+    ``argv`` starts with the program, without placeholders. ``files`` are written beside it, name -> text.
+    """
 
     engine: str
     argv: tuple[str, ...]

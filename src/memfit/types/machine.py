@@ -8,8 +8,10 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
-    """A number somebody published or this machine measured. ``kind``: measured, published or assumed.
-    ``low`` and ``high``, where given, are the range it is said or assumed to lie in."""
+    """A number that was published by somebody or measured on this machine.
+
+    ``kind``: measured, published or assumed. ``low`` and ``high``, if given, are its stated or assumed range.
+    """
 
     value: float
     source: str
@@ -24,7 +26,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """What joins devices, or hosts. ``bytes_s``: in one direction, for each device."""
+    """A connection between devices or hosts. ``bytes_s``: in one direction, per device."""
 
     name: str
     bytes_s: Fact
@@ -33,8 +35,11 @@ class Link:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """The server around the devices. ``device_bytes_s``: between its memory and one device, in one
-    direction; ``shared_bytes_s``: of all its devices together; ``storage_bytes_s``: of its local NVMe."""
+    """The server around the devices.
+
+    ``device_bytes_s``: between its memory and one device, in one direction. ``shared_bytes_s``: for all its
+    devices together. ``storage_bytes_s``: of its local NVMe.
+    """
 
     name: str
     memory_bytes: Fact | None = None
@@ -49,7 +54,7 @@ class Device:
     """One accelerator, or this machine's processor as one device."""
 
     name: str
-    kind: str  # "cpu" or "cuda": whose kernels the trace chooses
+    kind: str  # "cpu" or "cuda": determines the kernels in a trace
     memory_bytes: Fact
     bandwidth_bytes_s: Fact | None = None
     peak_flops: Mapping[str, Fact] = dataclasses.field(default_factory=dict)  # dense, by dtype name
@@ -57,15 +62,16 @@ class Device:
     usd_per_hour: Fact | None = None
     usd_to_buy: Fact | None = None
     context_bytes: Fact | None = None  # of one process's CUDA context, before any kernel is loaded
-    kernels_bytes: Fact | None = None  # code a training step loads; None: in context_bytes
+    kernels_bytes: Fact | None = None  # code loaded by a training step; None: included in context_bytes
     blas_workspace_bytes: Fact | None = None  # of one BLAS handle, through PyTorch's allocator
     nccl_channels: Fact | None = None  # of one communicator, for collectives
     nccl_multicast_channels: Fact | None = None  # NVLink SHARP; None: the device has none
     multiprocessor_count: Fact | None = None  # streaming multiprocessors or compute units
     link: Link | None = None  # to its neighbours in one host
-    # Of the peak rate that large operators reach, by class: matmul, attention, attention_backward, memory.
+    # Share of the peak rate that large operators reach, by class: matmul, attention, attention_backward,
+    # memory.
     efficiency_ratio: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
-    embodied_kg: Fact | None = None  # CO2 equivalent of making it
+    embodied_kg: Fact | None = None  # CO2 equivalent of its manufacture
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +86,10 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """``device_count`` in all, ``devices_per_host`` of them in each host (0: all in one)."""
+    """Devices, hosts and network.
+
+    ``device_count`` is the total; ``devices_per_host`` is per host (0: all in one host).
+    """
 
     name: str
     device: Device
@@ -93,19 +102,20 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was measured on this very machine, passed to cost as a value. Empty means: catalog curves.
+    """What was measured on this machine, passed to cost as a value. Empty means that catalog curves are used.
 
-    ``op_s`` and ``op_peak_bytes`` map an operator signature to its time alone (seconds) and to the
-    bytes it takes at its own peak, outputs included. ``overhead_s`` is the cost of one operator call
-    of negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the
-    rate of a large copy, ``disk_bytes_s`` that of writing a file and reading it back, ``disk_file_s``
-    what each file takes beside. ``op_spread_ratio``: how far the median of an operator's calls lies above the
-    shortest, which is what counts; ``not_timed``: signatures that cannot be run alone; ``load_count``: the
-    system's load average while they were timed; ``waited_ratio``: the part of that time during which the
-    probes waited for a processor that others used.
-    ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are what short runs taught about whole
-    steps (cost/step_time_calibration.py); ``corrected_by`` and ``corrected_count`` say which, and
-    of how many plans.
+    ``op_s`` and ``op_peak_bytes`` map an operator signature to the operator's time when run alone (seconds)
+    and to the bytes at its own peak, including outputs. ``overhead_s`` is the cost of one operator call of
+    negligible size. ``flops_s`` is the best dense matmul rate by dtype; ``bandwidth_bytes_s`` the rate of a
+    large copy; ``disk_bytes_s`` that of writing a file and reading it back; ``disk_file_s`` the additional
+    time per file. ``op_spread_ratio``: how far the median of an operator's calls lies above the shortest,
+    which is the one used. ``not_timed``: signatures that cannot run alone. ``load_count``: the system's load
+    average during the timings. ``waited_ratio``: share of that time during which the probes waited for a
+    processor used by others.
+
+    ``step_ratio``, ``technique_ratio`` and ``step_spread_ratio`` are corrections of whole steps from short
+    runs (cost/step_time_calibration.py); ``corrected_by`` names the runs and ``corrected_count`` is their
+    number of plans.
     """
 
     machine: str = ""
@@ -117,7 +127,7 @@ class Calibration:
     disk_file_s: float = 0.0
     op_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     op_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace handed to backward
+    op_kept_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # workspace passed to backward
     op_spread_ratio: Mapping[str, float] = dataclasses.field(default_factory=dict)
     not_timed: tuple[str, ...] = ()
     load_count: float = 0.0

@@ -1,4 +1,4 @@
-"""Sizes and times that people write, parsed. Units are converted here and in `types.units` only."""
+"""Parse sizes and times given by users. Units are converted only here and in `types.units`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes to a number of bytes.
+    """Parse ``"24GiB"``, ``"80 GB"``, ``"512m"`` or plain bytes into a number of bytes.
 
-    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as Docker and Slurm do.
-    Raises UserError when the text is no positive size, or so small a number without a unit that it cannot be
+    ``GB`` is 1e9 and ``GiB`` is 2**30; a bare ``g`` is read as ``GiB``, as in Docker and Slurm. Raises
+    UserError if the text is not a positive size, or if it is a number without a unit that is too small to be
     meant in bytes.
     """
     match = _SIZE.fullmatch(text)
@@ -42,7 +42,7 @@ _DURATION_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w":
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of ``90m``, ``72h``, ``1.5d``, ``2w``. Raises UserError."""
+    """Return the seconds of ``90m``, ``72h``, ``1.5d``, ``2w``. Raises UserError for other text."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if found is None or found[2] not in _DURATION_S or not float(found[1]):
         raise UserError(f"not a time: {text!r}", allowed="a number with s, m, h, d or w, such as 72h")

@@ -1,4 +1,4 @@
-"""Parts: what the pieces of a model take, so that plans of any size are added up from a few small traces."""
+"""Parts: costs of the pieces of a model. Plans of any size are added up from a few small traces."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ Travel = tuple[tuple[str, float], ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One micro-batch through a part of the model (a block, or what lies before or after all blocks) on one
-    rank, with nothing sharded over data-parallel ranks. ``*_travel``: collectives that its work waits for."""
+    """Costs of one micro-batch in a part of the model (a block, or what lies before or after all blocks).
+
+    They are for one rank, with nothing sharded over data-parallel ranks. ``*_travel``: collectives that its
+    work waits for.
+    """
 
     forward_s: float
     backward_s: float
     kept_bytes: float  # from its forward until its backward
-    forward_top_bytes: float  # highest level above that at its start
+    forward_top_bytes: float  # highest level above the level at its start
     backward_top_bytes: float
-    parameter_bytes: float  # that are trained, on this rank
+    parameter_bytes: float  # trainable, on this rank
     flops: float
     forward_travel: Travel = ()
     backward_travel: Travel = ()
@@ -32,7 +35,7 @@ NUMBERS = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """The pieces of a chain: before the blocks, any of the equal blocks, after them."""
+    """The pieces of a chain: before the blocks, one of the equal blocks, after the blocks."""
 
     before: Piece
     block: Piece
@@ -44,9 +47,9 @@ PIECES = ("before", "block", "after")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Updating:
-    """The optimizer's own step, for each parameter that it updates."""
+    """Costs of the optimizer's step, per parameter that it updates."""
 
     update_s: float
     state_bytes: float
-    top_bytes: float  # at its highest, above parameters, gradients and state
-    moved_bytes: float  # read and written
+    top_bytes: float  # highest level above parameters, gradients and state
+    moved_bytes: float  # bytes read plus bytes written

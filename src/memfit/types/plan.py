@@ -1,4 +1,4 @@
-"""Plan: which techniques, with which knobs. ``Plan()`` is plain training, and may win."""
+"""Plan: which techniques with which settings. ``Plan()`` is plain training, which may be the best plan."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ KnobValue = str | int | float | bool
 
 
 class EffectClass(enum.IntEnum):
-    """What a technique may do to the numbers; decides how equality is proved."""
+    """What a technique may do to the numbers. It decides how equality is tested."""
 
     E0 = 0  # bitwise equal
-    E1 = 1  # sums reordered: float32 tolerance
+    E1 = 1  # sums reordered: equal within float32 tolerance
     E2 = 2  # precision changed: equivalence over paired seeds
-    E3 = 3  # algorithm changed: judged by the task metric
+    E3 = 3  # algorithm changed: judged by the task's metric
 
     @property
     def label(self) -> str:
@@ -51,14 +51,16 @@ class Use:
 
 
 def use(technique: str, **knobs: KnobValue) -> Use:
-    """``use("gradient-accumulation", micro_batches=4)``."""
+    """Return a Use, as in ``use("gradient-accumulation", micro_batches=4)``."""
     return Use(technique=technique, knobs=tuple(sorted(knobs.items())))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Techniques applied to one job, in the registry's order, on ``ranks`` processes of one device each.
-    Equal plans compare and hash equal."""
+    """Techniques applied to one job, in sorted order, on ``ranks`` processes with one device each.
+
+    Equal plans compare and hash equal.
+    """
 
     uses: tuple[Use, ...] = ()
     ranks: int = 1
@@ -83,12 +85,13 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """Short and stable: ``activation-checkpointing(every=1) + bf16-autocast``."""
+        """Short, stable text: ``activation-checkpointing(every=1) + bf16-autocast``."""
         techniques = " + ".join(_label(u) for u in self.uses) or "plain"
         return f"{techniques} on {self.ranks} ranks" if self.ranks > 1 else techniques
 
     @property
     def fingerprint(self) -> str:
+        """Canonical text that is equal for equal plans."""
         return json.dumps(self.to_dict(), sort_keys=True) + (f" x{self.ranks}" if self.ranks > 1 else "")
 
 
@@ -98,15 +101,18 @@ def _label(u: Use) -> str:
 
 
 def _short(value: KnobValue) -> str:
-    """Long text by its beginning and a checksum of it all."""
+    """Shorten long text to its beginning and a checksum of the whole."""
     text = str(value)
     return text if len(text) <= 24 else f"{text[:12]}...{zlib.crc32(text.encode()):08x}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What a plan must keep to, beside memory. None: no matter. ``steps``: of the whole training;
-    ``micro_batch``: samples that go through at once (0: any number); ``without``: techniques not to use."""
+    """Limits of a plan beside memory; None means no limit.
+
+    ``steps``: of the whole training. ``micro_batch``: samples per micro-batch (0: any number). ``without``:
+    techniques not to use.
+    """
 
     steps: int = 0
     deadline_s: float | None = None

@@ -1,4 +1,4 @@
-"""What running each module of a job in half precision showed."""
+"""Results of running each module of a job in half precision."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """Own code of some modules in one precision, beside the same in float64. Root mean square errors over the
-    root mean square of the reference (``error_ratio``, ``gradient_ratio``) or over its standard deviation
-    (``spread_ratio``). ``lost``: the operators that made something not finite, or what could not run.
+    """A run of some modules' own code in one precision, compared with the same in float64.
+
+    Errors are root mean squares relative to the root mean square of the reference (``error_ratio``,
+    ``gradient_ratio``) or to its standard deviation (``spread_ratio``). ``lost``: the operators that produced
+    non-finite values, or what could not run.
     """
 
     error_ratio: float
@@ -20,14 +22,15 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """Modules of one class at one place of the repeated blocks, the worst of them and of their calls.
+    """Modules of one class at one position in the repeated blocks; figures are the worst over these modules
+    and their calls.
 
-    ``pure``: parameters and all that comes in are narrow; ``autocast``: as torch.autocast runs it;
-    ``rounded``: what comes in, parameters and what goes out are rounded, and float64 computes; ``float32``:
-    all of it. ``sums_ratio``: the error if sums inside were narrow too, which torch keeps in float32; 0 where
-    nothing is summed. ``loss_ratio``: how far the loss moves when these alone are pure, ``effect_ratio`` the
-    gradient of everything else; None where that was not run. ``reason`` "": no island is needed, else a key
-    of the words.
+    ``pure``: parameters and all inputs are narrow. ``autocast``: as run by torch.autocast. ``rounded``:
+    inputs, parameters and outputs are rounded and float64 computes. ``float32``: everything in float32.
+    ``sums_ratio``: the error if the sums inside, which torch keeps in float32, were narrow too; 0 if nothing
+    is summed. ``loss_ratio``: how far the loss moves if only these modules are pure; ``effect_ratio``: how
+    far the gradient of everything else moves; None if that was not run. ``reason``: "" if no float32 island
+    is needed, else a key of the word catalogs.
     """
 
     pattern: str
@@ -46,10 +49,13 @@ class Examined:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionAdvice:
-    """``islands``: patterns for ``Job(islands=...)`` where parameters are narrow, ``islands_autocast`` under
-    autocast. ``loss_ratio``: how far the loss moves with everything pure, ``kept_ratio`` with all but the
-    islands. ``outside``: the job's own loss function and the code of the model's root: no pattern names it.
-    ``sums``: places that need no island because torch's kernels sum in float32; one's own must too.
+    """Advice on which modules to compute in float32.
+
+    ``islands``: patterns for ``Job(islands=...)`` if parameters are narrow; ``islands_autocast``: the same
+    under autocast. ``loss_ratio``: how far the loss moves with everything pure; ``kept_ratio``: with
+    everything but the islands. ``outside``: the job's own loss function and the code of the model's root,
+    which no pattern can name. ``sums``: places that need no island because torch's kernels sum in float32;
+    custom kernels must do so too.
     """
 
     job: str

@@ -1,4 +1,4 @@
-"""Recording: what forward's operators made and read, and when backward asked for it, in a trace's clock."""
+"""Recording: what forward's operators made and read, and when backward needed it, in a trace's clock."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from memfit.types.trace import Trace
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """A storage that an operator of forward made; storages are numbered in that order."""
+    """A storage made by an operator of forward. Storages are numbered in that order."""
 
     size_bytes: int
-    start: int  # clock of its birth
-    end: int | None  # of its death
-    last_read: int  # of the last operator of forward that read it
-    calls: tuple[int, ...]  # the call that made it, then those that wrote to it
-    needs: tuple[int, ...]  # clocks at which backward asked for it
-    pinned: bool  # it cannot be made again
+    start: int  # clock of its allocation
+    end: int | None  # clock of its release
+    last_read: int  # clock of the last forward operator that read it
+    calls: tuple[int, ...]  # the call that made it, then the calls that wrote to it
+    needs: tuple[int, ...]  # clocks at which backward needed it
+    pinned: bool  # it cannot be recomputed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Called:
-    clock: int  # of its operator in the trace
-    reads: tuple[int, ...]  # numbers of storages
+    """A recorded operator call of forward."""
+
+    clock: int  # clock of its operator in the trace
+    reads: tuple[int, ...]  # numbers of the storages it reads
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

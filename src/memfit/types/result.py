@@ -1,4 +1,4 @@
-"""What came out: estimates before running, measurements after, verdicts, records."""
+"""Results: estimates before running, measurements after running, verdicts, records."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import EffectClass, Plan
 from memfit.types.workload import Workload
 
-# What a training loop may hold beside what is predicted.
+# Memory that a training loop may use beside what is predicted.
 NOT_INCLUDED = ("learning-rate schedulers", "metrics", "logging", "retain_graph", "the dataset in memory")
 
 
 class OutcomeKind(enum.StrEnum):
+    """How a run ended."""
+
     OK = "ok"
     OOM = "oom"
     TIMEOUT = "timeout"
@@ -23,6 +25,8 @@ class OutcomeKind(enum.StrEnum):
 
 
 class VerdictKind(enum.StrEnum):
+    """Result of an equivalence test."""
+
     EQUIVALENT = "equivalent"
     DIFFERENT = "different"
     UNDECIDED = "undecided"
@@ -42,10 +46,10 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """One plan on one machine, before running. None: cannot be known from what the catalog has.
+    """The prediction for one plan on one machine. None: cannot be derived from the catalog's facts.
 
-    ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes`` has one peak per phase;
-    ``at_peak_bytes`` splits the instant of the peak by category.
+    ``allocated_bytes`` is the peak of live tensor bytes. ``phase_peak_bytes`` has one peak per phase.
+    ``at_peak_bytes`` splits the bytes at the peak by category.
     """
 
     plan: Plan
@@ -61,37 +65,38 @@ class Estimate:
     co2_g: float | None = None  # per step
     peak_phase: str = ""
     peak_op: str = ""
-    traced: bool = True  # False: composed from other traces
+    traced: bool = True  # False: composed from traces of parts
     workspace_probed: bool = False
-    reserved_bytes: Interval | None = None  # by the caching allocator; None: this device has none
-    device_bytes: Interval | None = None  # reserved and all that lies outside the allocator
+    reserved_bytes: Interval | None = None  # by the caching allocator; None: the device has none
+    device_bytes: Interval | None = None  # reserved, plus everything outside the allocator
     device_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # context, libraries
-    host_bytes: Interval | None = None  # of one host, all its ranks: the most before and in training
+    # of one host with all its ranks: the maximum of before and during training
+    host_bytes: Interval | None = None
     host_parts_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)  # offload, workers, ...
-    host_memory_bytes: int | None = None  # that the host has; None: unknown
+    host_memory_bytes: int | None = None  # memory of the host; None: unknown
     host_memory_assumed: bool = False
-    oom_probability: float | None = None  # against the memory the estimate was made for
-    rank: int = 0  # the rank with the highest peak, of those that differ
-    assumptions: tuple[str, ...] = ()  # of the trace: values that were asked for and could not be known
-    dependence: SampleDependence | None = None  # of the job's samples, where the plan splits the batch
+    oom_probability: float | None = None  # for the memory that the estimate was made for
+    rank: int = 0  # the rank with the highest peak, among distinct ranks
+    assumptions: tuple[str, ...] = ()  # of the trace: values that were needed and could not be known
+    dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
 
     @property
     def split_warning(self) -> str:
-        """What is known against splitting the batch as the plan does, or ""."""
+        """The known objection to splitting the batch as the plan does, or ""."""
         return self.dependence.sentence if self.dependence is not None else ""
 
     @property
     def guesses(self) -> list[str]:
-        """What was assumed and does not follow from the batch."""
+        """Assumptions that do not follow from the batch."""
         return [a for a in self.assumptions if "as in the batch" not in a]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One run, as its child process measured it. Times in seconds per optimizer step, in order."""
+    """One run as measured by its child process. Times are in seconds per optimizer step, in order."""
 
     outcome: OutcomeKind
-    reason: str = ""  # for anything but ok: what happened, in one line
+    reason: str = ""  # what happened, in one line, unless the outcome is ok
     steps_done: int = 0
     peak_bytes: int | None = None  # live tensor bytes, counting allocator over all threads
     peak_source: str = ""  # "counting allocator" or "torch allocator events"
@@ -100,7 +105,7 @@ class Measurement:
     rss_peak_bytes: int | None = None
     footprint_bytes: int | None = None  # of the process before the limit was set
     limit_kind: str = ""  # "", "RLIMIT_DATA", "cgroup", "cuda fraction"
-    process_peak_bytes: int | None = None  # what the cap saw above the footprint
+    process_peak_bytes: int | None = None  # as counted by the cap, above the footprint
     overhead_ratio: float | None = None  # process_peak_bytes / peak_bytes
     step_s: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
@@ -116,33 +121,38 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A RunSpec with what was predicted for it and what was measured."""
+    """A RunSpec with its prediction and its measurement."""
 
     spec: RunSpec
     predicted_peak_bytes: int | None
     predicted_phase_peak_bytes: Mapping[str, int]
     predicted_step_s: float | None
     measurement: Measurement
-    dependence: SampleDependence | None = None  # of the job's samples, where the plan splits the batch
+    dependence: SampleDependence | None = None  # of the job's samples, if the plan splits the batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """Why a verdict is what it is, for any language: ``kind`` is a key of the word catalogs
-    (``why.KIND``), the rest fills its placeholders."""
+    """The reason for a verdict, independent of language.
+
+    ``kind`` is a key of the word catalogs (``why.KIND``); the other fields fill its placeholders.
+    """
 
     kind: str
     seed: int | None = None
     step: int | None = None  # from 0
     difference: float | None = None  # of two losses, relative
-    limit_ratio: float | None = None  # that a difference may have
-    needed_count: int | None = None  # pairs of seeds
-    detail: str = ""  # text of others
+    limit_ratio: float | None = None  # largest allowed difference
+    needed_count: int | None = None  # number of seed pairs
+    detail: str = ""  # text by others
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Is the candidate the same science as the baseline? ``test`` names the statistical test."""
+    """Whether the candidate is scientifically equivalent to the baseline.
+
+    ``test`` names the statistical test.
+    """
 
     kind: VerdictKind
     effect: EffectClass
@@ -154,13 +164,13 @@ class Verdict:
     low: float | None = None  # 90 % interval of the difference (two one-sided 5 % tests)
     high: float | None = None
     pairs: int = 0
-    power: float | None = None  # chance to show equivalence if there is truly no difference
-    cause: Cause | None = None  # the reason once more; None in records of older versions
+    power: float | None = None  # probability of showing equivalence if there is no difference
+    cause: Cause | None = None  # the reason in structured form; None in records of older versions
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reproducibility:
-    """``reproducible`` is None when it was not tried."""
+    """Whether a run with the same seed gave the same result. ``reproducible`` is None if it was not tried."""
 
     reproducible: bool | None
     first_differing_step: int | None = None
@@ -169,7 +179,10 @@ class Reproducibility:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """What adopting the plan took here. ``attended_minutes`` None: nobody counted, and nobody guesses."""
+    """The work of adopting the plan here.
+
+    ``attended_minutes`` is None if nobody counted it; it is never estimated.
+    """
 
     commands: int
     changed_lines: int
@@ -193,13 +206,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a technique is in a plan or was left out. ``kind`` is a key of the word catalogs
-    (``saves``, ``left_out_slower``, ``left_out_not_needed``, ``left_out_uncertain``,
-    ``left_out_forbidden``, ``left_out_accuracy``, ``left_out_unavailable``, ``left_out_small``,
-    ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
+    """Why a technique is in a plan or was left out.
+
+    ``kind`` is a key of the word catalogs (``saves``, ``left_out_slower``, ``left_out_not_needed``,
+    ``left_out_uncertain``, ``left_out_forbidden``, ``left_out_accuracy``, ``left_out_unavailable``,
+    ``left_out_small``, ``left_out_changes``, ``changes``, ``not_tested``); the numbers fill its placeholders.
     ``left_out_too_large``, ``needed_priced``: none of ``plan_count`` priced plans with it, or without it,
-    fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the device
-    would do, and host memory, deadline or budget would not.
+    fits; the smallest needs ``least_bytes``. ``left_out_late``, ``needed_late``: the device would be large
+    enough, but host memory, deadline or budget would not.
     """
 
     kind: str
@@ -213,8 +227,10 @@ class Reason:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A plan the search kept, with its estimate, whether it fits, and why it looks as it does.
-    ``needed_bytes``: what the memory is compared with; None in records of older versions."""
+    """A plan kept by the search, with its estimate, whether it fits, and the reasons.
+
+    ``needed_bytes``: what is compared with the memory; None in records of older versions.
+    """
 
     estimate: Estimate
     fits: bool
@@ -225,9 +241,11 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sensitivity:
-    """What a change would bring, as ratios to the recommended plan. ``kind``: "memory" (``more_bytes`` on
-    each device), "devices" (``more_devices``), or a part of the machine that takes a tenth less time for
-    its work. ``plan``: the best one then; "" is the same."""
+    """What a change would bring, as ratios to the recommended plan.
+
+    ``kind``: "memory" (``more_bytes`` on each device), "devices" (``more_devices``), or a part of the machine
+    that takes a tenth less time for its work. ``plan``: the best plan in that case; "": the same plan.
+    """
 
     kind: str
     more_bytes: float = 0.0
@@ -240,8 +258,11 @@ class Sensitivity:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """How well this machine's timings are known: the spread of an operator's repeated calls, and while they
-    were made the load average and the part of the time that went by waiting for a processor."""
+    """How reliable this machine's timings are.
+
+    Fields: the spread of an operator's repeated calls, and during the timings the load average and the share
+    of time spent waiting for a processor.
+    """
 
     spread_ratio: float
     load_count: float
@@ -250,6 +271,7 @@ class Timings:
 
     @property
     def noisy(self) -> bool:
+        """Whether the timings are too noisy to be trusted."""
         return (
             self.spread_ratio > 0.15
             or self.waited_ratio > 0.15
@@ -259,8 +281,10 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A few steps of one plan on this machine, run in turn with its rivals. ``step_s``: the median of each
-    round; empty where it did not run, for ``reason``."""
+    """A few steps of one plan on this machine, run in turn with its rivals.
+
+    ``step_s``: the median of each round; empty if it did not run, with the ``reason``.
+    """
 
     plan: Plan
     predicted_s: float | None
@@ -276,10 +300,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """``frontier``: no plan in it is beaten in peak, time and effect class at once; by growing peak.
-    ``recommended`` is None when nothing fits. ``considered`` counts distinct plans priced. ``trials``: plans
-    run for a few steps before one of them was recommended. ``unfinished``: the search was interrupted.
-    ``cap_reason``: "asked for", "the device's memory" or that of a demonstration."""
+    """The result of a search.
+
+    ``frontier``: plans that no other plan beats in peak, time and effect class at once, by increasing peak.
+    ``recommended`` is None if nothing fits. ``considered``: number of distinct plans priced. ``trials``:
+    plans run for a few steps before one of them was recommended. ``unfinished``: the search was interrupted.
+    ``cap_reason``: "asked for", "the device's memory" or the reason of a demonstration.
+    """
 
     goal: str
     cap_bytes: int
@@ -289,7 +316,7 @@ class SearchResult:
     recommended: Choice | None
     smallest: Choice
     sensitivity: tuple[Sensitivity, ...] = ()
-    timings: Timings | None = None  # None: of the catalog
+    timings: Timings | None = None  # None: the machine is from the catalog
     trials: tuple[Trial, ...] = ()
     unfinished: bool = False
     cap_reason: str = ""
@@ -297,10 +324,12 @@ class SearchResult:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Interaction:
-    """Precision x checkpointing, a 2 x 2 at equal steps. The interaction is
-    both - first - second + neither; zero means the effects simply add up."""
+    """Interaction of two techniques (such as precision and checkpointing), a 2 x 2 table at equal steps.
 
-    first: str  # technique names
+    The interaction is both - first - second + neither; zero means that the effects add up.
+    """
+
+    first: str  # technique name
     second: str
     quantity: str  # "peak_bytes", "step_s" or "metric"
     neither: float
@@ -328,15 +357,17 @@ class PaperRow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What one machine would do with one plan, as predicted; small, so that a record can hold many.
-    ``power_w``: of its devices and hosts during a step. ``size``: of the job."""
+    """What one machine would do with one plan, as predicted. It is small, so that a record can hold many.
+
+    ``power_w``: of its devices and hosts during a step. ``size``: of the job.
+    """
 
     machine: str
     size: str
-    plan: str  # its label
+    plan: str  # label of the plan
     plain: bool
     fits: bool
-    memory_bytes: Interval  # on a device, where its parts are known; else allocated
+    memory_bytes: Interval  # on a device if its parts are known, else allocated
     step_s: Interval | None
     power_w: float | None
     engine: str = "native"
@@ -344,8 +375,11 @@ class Offer:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """The largest that fits one machine. ``quantity``: "parameters" or "length" (tokens or residues).
-    None: not even the smallest tried fits; ``at_limit``: the largest tried still fits."""
+    """The largest size that fits one machine.
+
+    ``quantity``: "parameters" or "length" (tokens or residues). None: not even the smallest size tried fits.
+    ``at_limit``: the largest size tried still fits.
+    """
 
     machine: str
     quantity: str
@@ -358,6 +392,8 @@ class Reach:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NamedVerdict:
+    """The verdict on one plan."""
+
     name: str  # "recommended" or the ablation's name
     plan: Plan
     verdict: Verdict
@@ -365,7 +401,7 @@ class NamedVerdict:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Poc:
-    """Everything one proof of concept found. The report and ``--json`` are made from this alone."""
+    """Everything that one proof of concept found. The report and ``--json`` are made from this alone."""
 
     poc_id: str
     created: str  # ISO, UTC
@@ -398,7 +434,7 @@ class Poc:
     offers: tuple[Offer, ...] = ()  # of every machine in the catalog that has a price
     place: str = ""
     steps_per_run: int = 0
-    notes: tuple[str, ...] = ()  # honest limits of this very PoC
+    notes: tuple[str, ...] = ()  # limitations of this PoC
     took_s: float = 0.0
     report: str = ""  # path of the HTML file
-    finished: bool = True  # False: a PoC that was interrupted; what is there is still true
+    finished: bool = True  # False: the PoC was interrupted; its content is still valid

@@ -1,11 +1,11 @@
-"""Text that somebody else wrote, made safe to show."""
+"""Make text written by others safe to display."""
 
 from __future__ import annotations
 
 from typing import Final
 
-# Controls of a terminal (C0, DEL, C1), line ends that editors disagree on, marks that turn the reading
-# direction of what follows, and halves of characters.
+# Terminal control characters (C0, DEL, C1), line ends that editors interpret differently, marks that change
+# the reading direction, and surrogate halves.
 _CONTROLS: Final = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
 _TURNING: Final = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 TURNING: Final = dict.fromkeys(_TURNING, "\ufffd")  # for str.translate
@@ -15,15 +15,15 @@ _ESCAPED: Final = {c: f"\\u{c:04x}" for c in _UNSEEN if c >= 0x20}
 
 
 def shown(text: str) -> str:
-    """`text` with every character that a terminal would obey in the place of showing it as U+FFFD."""
+    """Return `text` with U+FFFD in place of every character that a terminal would interpret."""
     return text.translate(_SHOWN)
 
 
 def one_line(text: str) -> str:
-    """As `shown`, and nothing in it can look like a line of ours."""
+    """Return `text` as in `shown`, on a single line, so that it cannot imitate a line of memfit's output."""
     return " ".join(shown(text).split())
 
 
 def escaped(json: str) -> str:
-    """JSON text that is the same value, and that a terminal shows in the place of obeying."""
+    """Return JSON text with the same value in which control characters are escaped for terminals."""
     return json.translate(_ESCAPED)

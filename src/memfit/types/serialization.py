@@ -1,7 +1,7 @@
-"""The nouns as JSON and back: between processes, into the store, out to ``--json``.
+"""Convert the data types to JSON and back: between processes, into the store, and for ``--json``.
 
-Encoding is plain; decoding goes through pydantic, so that a broken or foreign record is refused with
-the place where it is wrong instead of half-read.
+Encoding is plain. Decoding goes through pydantic, so that a broken or foreign record is rejected with the
+location of the fault instead of being partly read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, enums, tuples and mappings to what ``json`` takes. An IntEnum stays its number."""
+    """Convert dataclasses, enums, tuples and mappings to what ``json`` accepts. An IntEnum stays a number."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
@@ -36,7 +36,10 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """JSON text. Not-a-number and infinity become the strings "nan" and "inf", which `loads` reads back."""
+    """Return JSON text.
+
+    Not-a-number and infinity become the strings "nan" and "inf", which `loads` reads back.
+    """
     return json.dumps(_finite(to_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -51,7 +54,7 @@ def _finite(value: Any) -> Any:
 
 
 def loads(kind: type[T], text: str, *, what: str = "record") -> T:
-    """Parse JSON text into the dataclass `kind`. Raises UserError naming the place of the fault."""
+    """Parse JSON text into the dataclass `kind`. Raises UserError with the location of the fault."""
     import pydantic
 
     try:
@@ -61,12 +64,12 @@ def loads(kind: type[T], text: str, *, what: str = "record") -> T:
 
 
 _SHOULD = re.compile(r"(?:Input|String|Value|List|Tuple) should (?:be )?(.+)", re.DOTALL)
-_OBJECT = re.compile(r"a valid dictionary( or (?:an )?instance of \w+)?")  # as JSON calls it
+_OBJECT = re.compile(r"a valid dictionary( or (?:an )?instance of \w+)?")  # as it is called in JSON
 _LONGEST = 80
 
 
 def toml_text(path: Path) -> str:
-    """What a TOML file of the user's says. Raises UserError where it cannot be read as text."""
+    """Return the text of a user's TOML file. Raises UserError if it cannot be read as text."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -76,10 +79,10 @@ def toml_text(path: Path) -> str:
 
 
 def fault(error: pydantic.ValidationError, what: str) -> UserError:
-    """The first fault in one line: its place, what was given, what is allowed."""
+    """Return the first fault in one line: its location, what was given, what is allowed."""
     first, *rest = error.errors(include_url=False, include_context=False)
     branches = [e for e in rest if first["loc"] and e["loc"][:-1] == first["loc"][:-1]]
-    branches = [e for e in branches if e["input"] is first["input"]]  # of a value that may be one of several
+    branches = [e for e in branches if e["input"] is first["input"]]  # for a value with several allowed types
     path = first["loc"][:-1] if branches else first["loc"]
     place = ".".join(map(str, path)) or ("the whole text" if first["type"] == "json_invalid" else "")
     broken = f"{what} is broken at {_short(place)}" if place else f"{what} is broken"

@@ -1,6 +1,6 @@
-"""Units, and how sizes and times are shown.
+"""Units, and how sizes and times are displayed.
 
-Inside memfit everything is SI or bytes and says so in its name: ``_bytes _s _j _w _usd _flops``.
+Inside memfit everything is in SI units or bytes, and names say so: ``_bytes _s _j _w _usd _flops``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GIB: Final = 1024**3
 
 
 def format_bytes(size_bytes: float) -> str:
-    """Binary units with four significant digits: ``1.234 GiB``."""
+    """Format in binary units with four significant digits: ``1.234 GiB``."""
     value, sign = abs(size_bytes), "-" if size_bytes < 0 else ""
     for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if value >= scale:
@@ -22,7 +22,7 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration as people say it: ``12.3 ms``, ``4.56 s``, ``3.2 h``, ``5.1 d``."""
+    """Format a duration: ``12.3 ms``, ``4.56 s``, ``3.2 h``, ``5.1 d``."""
     for unit, scale in (("d", 86_400.0), ("h", 3_600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= scale * (2 if unit in ("d", "h", "min") else 1):
             return f"{seconds / scale:.3g} {unit}"

@@ -7,11 +7,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """The model, how much of it a step trains on, and where; every answer begins with it.
+    """The model, the data of a step, and the machine; every answer begins with it.
 
-    ``length``: of a sample, in ``length_unit``; None where samples have none. ``sample_shape`` is then that
-    of the batch's largest tensor without its first dimension. ``assumed``: "batch" and "length", where nobody
-    chose them. ``machine``: "" where none is meant.
+    ``length``: of a sample, in ``length_unit``; None if samples have none. ``sample_shape`` is then the shape
+    of the batch's largest tensor without its first dimension. ``assumed``: "batch" and "length" if they were
+    set by default. ``machine``: "" if no machine is meant.
     """
 
     model: str

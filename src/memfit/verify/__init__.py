@@ -1,4 +1,6 @@
-"""6. Is the candidate the same science as the baseline? The effect class chooses the test."""
+"""Stage 6: is the candidate scientifically equivalent to the baseline? The effect class determines the
+test.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of one plan taken together: the largest peak, the median of the runs' median steps."""
+"""Combine the runs of one plan: the largest peak, and the median of the runs' median steps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ WARM_UP_STEPS: Final = 2
 
 
 def median_step_s(measurement: Measurement) -> float | None:
-    """Without the first steps, which warm caches; of all steps where there are no others."""
+    """Return the median step time without the first (warm-up) steps, or of all steps if there are no
+    others.
+    """
     steady = measurement.step_s[WARM_UP_STEPS:] or measurement.step_s
     return statistics.median(steady) if steady else None
 
 
 def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs of one role and plan together: baseline, ablations by falling peak, recommended. An ablation
-    that is one of the other two again is left out."""
+    """Group runs by role and plan: baseline, ablations by decreasing peak, recommended.
+
+    An ablation with the same plan as one of the other two is left out.
+    """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.spec.role, run.spec.plan.fingerprint), []).append(run)
@@ -30,22 +34,28 @@ def by_plan(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def ok_runs(runs: Iterable[Run]) -> list[Run]:
+    """Return the runs that completed."""
     return [run for run in runs if run.measurement.outcome is OutcomeKind.OK]
 
 
 def peak_bytes(runs: Iterable[Run]) -> int | None:
+    """Return the largest peak of the completed runs, or None."""
     return max((r.measurement.peak_bytes for r in ok_runs(runs) if r.measurement.peak_bytes), default=None)
 
 
 def step_s(runs: Iterable[Run]) -> float | None:
+    """Return the median of the completed runs' median step times, or None."""
     medians = [step for run in ok_runs(runs) if (step := median_step_s(run.measurement)) is not None]
     return statistics.median(medians) if medians else None
 
 
 def energy_saved(runs: Iterable[Run]) -> tuple[float, str] | None:
-    """Percent of plain training's energy that the recommended plan saved in a run of equal steps, with the
-    boundary of both; negative where saving memory cost energy. None where both were not told inside one
-    boundary."""
+    """Return the percentage of plain training's energy that the recommended plan saved, and the energy
+    boundary of both.
+
+    The runs have equal steps. A negative value means that saving memory cost energy. None if both were not
+    measured within the same boundary.
+    """
     told: dict[str, list[tuple[float, str]]] = {"baseline": [], "recommended": []}
     for run in ok_runs(runs):
         m = run.measurement

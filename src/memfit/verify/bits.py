@@ -9,15 +9,16 @@ from memfit.types.result import Measurement, OutcomeKind, Reproducibility, Run
 
 
 def first_difference(a: Sequence[float], b: Sequence[float]) -> int | None:
-    """Index of the first entry whose bits differ, or that only one of the two has."""
+    """Return the index of the first entry whose bits differ, or that only one of the two has."""
     pairs = zip_longest(map(float.hex, map(float, a)), map(float.hex, map(float, b)))
     return next((i for i, (x, y) in enumerate(pairs) if x != y), None)
 
 
 def reproducibility(run_a: Run, run_b: Run) -> Reproducibility:
-    """The same plan and seed twice: losses, gradient norms and trained weights equal to the last bit.
+    """Compare two runs with the same plan and seed: losses, gradient norms and trained weights must be
+    bitwise equal.
 
-    When only the weights differ, the step named is the last: its update is what differs.
+    If only the weights differ, the last step is named, because its update is what differs.
     """
     assert run_a.spec.seed == run_b.spec.seed, "reproducibility is asked of one seed"
     assert run_a.spec.plan == run_b.spec.plan, "reproducibility is asked of one plan"

@@ -1,4 +1,4 @@
-"""Paired two one-sided tests (TOST): evidence *for* equality, not the lack of any against it."""
+"""Paired two one-sided tests (TOST): evidence for equality, not just a lack of evidence against it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from memfit.types.result import VerdictKind
 from memfit.verify.student import critical_t, tost_power
 
 ALPHA = 0.05  # of each one-sided test; the matching interval is 1 - 2 alpha = 90 %
-MIN_PAIRS = 3  # with two, one number would carry the whole spread
-GOOD_POWER = 0.8  # what `pairs_needed` aims at
+MIN_PAIRS = 3  # with two, a single number would determine the whole spread
+GOOD_POWER = 0.8  # target power of `pairs_needed`
 _MOST_PAIRS = 200
 
 
@@ -31,7 +31,9 @@ class Tost:
 
     @property
     def kind(self) -> VerdictKind:
-        """The interval lies wholly inside the margin, wholly outside, or neither."""
+        """Equivalent if the interval lies inside the margin, different if entirely outside, else
+        undecided.
+        """
         if -self.margin < self.low and self.high < self.margin:
             return VerdictKind.EQUIVALENT
         if self.low >= self.margin or self.high <= -self.margin:
@@ -40,13 +42,13 @@ class Tost:
 
 
 def tost(differences: Sequence[float], *, margin: float) -> Tost:
-    """Schuirmann's test (1987) on paired differences; at least `MIN_PAIRS` of them, all finite.
+    """Run Schuirmann's test (1987) on paired differences. There must be at least `MIN_PAIRS`, all finite.
 
     Equivalence at level `ALPHA` is the same as the 90 % interval lying inside (-margin, margin).
     """
     n = len(differences)
     assert n >= MIN_PAIRS, f"{n} pairs"
-    ordered = sorted(differences)  # so that the order of the seeds cannot move the last bit
+    ordered = sorted(differences)  # sorted, so that the order of the seeds cannot change the last bit
     mean, sd = statistics.fmean(ordered), statistics.stdev(ordered)
     half = critical_t(n - 1, alpha=ALPHA) * sd / math.sqrt(n)
     power = tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)
@@ -56,7 +58,7 @@ def tost(differences: Sequence[float], *, margin: float) -> Tost:
 
 
 def pairs_needed(*, margin: float, sd: float) -> int | None:
-    """Least number of pairs with a power of `GOOD_POWER` at this spread; None beyond 200."""
+    """Return the smallest number of pairs with a power of `GOOD_POWER` at this spread; None if above 200."""
     choices = range(MIN_PAIRS, _MOST_PAIRS + 1)
     at = bisect.bisect_left(
         choices, GOOD_POWER, key=lambda n: tost_power(margin=margin, sd=sd, pairs=n, alpha=ALPHA)

@@ -1,20 +1,20 @@
-"""How far reordered float32 sums may drift: the tolerance of effect class E1.
+"""How far reordered float32 sums may differ: the tolerance of effect class E1.
 
-Derivation. Each float32 rounding changes a number by at most u = 2^-24, relatively. Over a chain of n
-roundings that behave like independent errors of mean zero, the relative error exceeds lambda sqrt(n) u
-with probability at most 2 exp(-lambda^2 / 2) (Higham & Mary 2019, SIAM J. Sci. Comput. 41, A2815,
-theorem 2.4; the worst case, n u, is never met in practice). Two orders of the same sum differ by two such
-errors, so by lambda sqrt(2 n) u. At step 0 both runs hold the same weights and see the same data, so the
-losses can differ by no more than this.
+Derivation. Each float32 rounding changes a number by a relative error of at most u = 2^-24. Over a chain of n
+roundings that behave like independent errors of mean zero, the relative error exceeds lambda sqrt(n) u with
+probability at most 2 exp(-lambda^2 / 2) (Higham & Mary 2019, SIAM J. Sci. Comput. 41, A2815, theorem 2.4; the
+worst case, n u, never occurs in practice). Two orders of the same sum differ by two such errors, so by lambda
+sqrt(2 n) u. At step 0 both runs have the same weights and the same data, so the losses can differ by no more
+than this.
 
-- n = 2^14: the additions one after another in a forward pass of the sizes that a proof of concept runs
+- n = 2^14: the number of consecutive additions in a forward pass of the sizes that a proof of concept runs
   (about ten blocks of about 1,500 terms). Kernels sum in blocks, which only makes the true n smaller.
-- lambda = 4: at most 7 chances in 10,000 that rounding alone goes beyond.
+- lambda = 4: rounding alone exceeds the tolerance with a probability of at most 7 in 10,000.
 
-From step 1 on the optimizer amplifies what rounding left in the gradients: Adam divides by their size, so
-a gradient that is zero but for rounding moves its weight by a full learning rate. No theory bounds that
-growth for a network. `GROWTH` = 2 a step is an assumption; docs/log.md has the runs it was held against.
-After `STEPS` steps the losses say nothing of arithmetic any more, and the metric decides.
+From step 1 on, the optimizer amplifies what rounding left in the gradients: Adam divides by their size, so a
+gradient that is zero except for rounding moves its weight by a full learning rate. No theory bounds that
+growth for a network. `GROWTH` = 2 per step is an assumption; docs/log.md lists the runs it was compared with.
+After `STEPS` steps the losses say nothing about arithmetic any more, and the metric decides.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ STEPS = 5
 
 
 def tolerance(step: int) -> float:
-    """Largest relative difference of two losses at `step` (from 0) that reordering explains."""
+    """Return the largest relative difference of two losses at `step` (from 0) that reordering explains."""
     return LAMBDA * math.sqrt(2 * TERMS) * UNIT_ROUNDOFF * GROWTH**step
 
 
 def first_beyond(a: Sequence[float], b: Sequence[float]) -> tuple[int, float] | None:
-    """The first of the checked steps whose relative difference is beyond `tolerance`, and that difference."""
+    """Return the first checked step whose relative difference exceeds `tolerance`, and that difference; None
+    if there is none.
+    """
     for step, (x, y) in enumerate(zip(a[:STEPS], b[:STEPS], strict=True)):
         difference = abs(x - y) / max(abs(x), abs(y), UNIT_ROUNDOFF)
         if difference > tolerance(step):

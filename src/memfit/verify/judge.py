@@ -1,7 +1,7 @@
 """(baseline runs, candidate runs, effect class, metric) -> Verdict.
 
-Doubt is `undecided`: a run that did not finish, seeds that do not pair, too few pairs, too wide a spread.
-`equivalent` and `different` both need evidence.
+Doubt gives `undecided`: a run that did not finish, seeds that do not pair, too few pairs, too large a spread.
+`equivalent` and `different` both require evidence.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _E3_NOTE = "a changed algorithm is judged by its metric alone and is not ranked 
 def verdict(
     baseline: Sequence[Run], candidate: Sequence[Run], *, effect: EffectClass, metric: Metric | None
 ) -> Verdict:
-    """Judge `candidate` against `baseline`, run on equal seeds; the order of the runs does not matter.
+    """Judge `candidate` against `baseline`, run on the same seeds. The order of the runs does not matter.
 
-    E0: losses and trained weights bitwise equal on every seed. E1: the first losses within float32
-    tolerance (see `float32`), then as E2. E2 and E3: equivalence of the metric within its fixed margin.
+    E0: losses and trained weights bitwise equal on every seed. E1: the first losses within float32 tolerance
+    (see `float32`), then as E2. E2 and E3: equivalence of the metric within its fixed margin.
     """
     pairs = _paired(baseline, candidate)
     if trouble := _unpaired(baseline, candidate):

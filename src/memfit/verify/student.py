@@ -1,4 +1,4 @@
-"""Student's t for whole degrees of freedom, and the power of two one-sided tests. Standard library only."""
+"""Student's t for integer degrees of freedom, and the power of two one-sided tests. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 import statistics
 
 _NORMAL = statistics.NormalDist()
-_PANELS = 64  # of Simpson's rule; the integrand is smooth, so this gives about seven digits
+_PANELS = 64  # panels of Simpson's rule; the integrand is smooth, so this gives about seven digits
 
 
 def central_probability(t: float, freedom: int) -> float:
-    """P(\\|T\\| <= t) by the finite sums of Abramowitz & Stegun (1964), 26.7.3 and 26.7.4."""
+    """Return P(abs(T) <= t) by the finite sums of Abramowitz & Stegun (1964), 26.7.3 and 26.7.4."""
     theta = math.atan2(t, math.sqrt(freedom))
     cos2 = math.cos(theta) ** 2
     odd = freedom % 2
@@ -23,7 +23,7 @@ def central_probability(t: float, freedom: int) -> float:
 
 
 def critical_t(freedom: int, *, alpha: float) -> float:
-    """The t that a Student variable exceeds with probability `alpha` (one-sided), by bisection."""
+    """Return the t that a Student variable exceeds with probability `alpha` (one-sided), by bisection."""
     low, high = 0.0, 1.0
     while central_probability(high, freedom) < 1 - 2 * alpha:
         high *= 2
@@ -34,17 +34,17 @@ def critical_t(freedom: int, *, alpha: float) -> float:
 
 
 def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
-    """Chance that a paired TOST shows equivalence when the true difference is zero.
+    """Return the probability that a paired TOST shows equivalence if the true difference is zero.
 
-    `sd` is the true standard deviation of a pair's difference. The mean is normal and the observed sd is
-    `c * sd` with c chi-distributed, independent of it (Schuirmann 1987), hence, with z = sqrt(n) margin/sd,
+    `sd` is the true standard deviation of a pair's difference. The mean is normal and the observed sd is `c *
+    sd` with c chi-distributed and independent of it (Schuirmann 1987). Hence, with z = sqrt(n) margin/sd,
     power = integral of f(c) (2 Phi(z - t c) - 1) over 0 <= c <= z / t.
     """
     if sd == 0:
         return 1.0
     freedom = pairs - 1
     z, t = math.sqrt(pairs) * margin / sd, critical_t(freedom, alpha=alpha)
-    reach = 10 / math.sqrt(2 * freedom)  # ten standard deviations of c: nothing beyond
+    reach = 10 / math.sqrt(2 * freedom)  # ten standard deviations of c; the density beyond is negligible
     low, high = max(0.0, 1 - reach), min(z / t, 1 + reach)
     if high <= low:
         return 0.0
@@ -56,7 +56,9 @@ def tost_power(*, margin: float, sd: float, pairs: int, alpha: float) -> float:
 
 
 def _chi_density(c: float, freedom: int) -> float:
-    """Density of observed sd over true sd: a chi variable over the root of its degrees of freedom."""
+    """Return the density of observed sd over true sd: a chi variable over the root of its degrees of
+    freedom.
+    """
     if c == 0:
         return math.sqrt(2 / math.pi) if freedom == 1 else 0.0
     half = freedom / 2

@@ -1,1 +1,1 @@
-"""The child process: reads a RunSpec, trains for real, tells what it measured as JSON lines."""
+"""The child process: it reads a RunSpec, trains the job, and reports measurements as JSON lines."""

@@ -1,4 +1,5 @@
-"""``python -m memfit.worker run SPEC.json`` trains; ``... calibrate REQUEST.json`` probes operators."""
+"""Entry point: ``python -m memfit.worker run SPEC.json`` trains, ``... calibrate REQUEST.json`` probes
+operators."""
 
 from __future__ import annotations
 

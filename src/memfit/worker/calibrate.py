@@ -1,4 +1,4 @@
-"""Probe operators in a process of their own, where the counting allocator sees nothing else."""
+"""Probe operators in a separate process, where the counting allocator counts nothing else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from memfit.types.result import Measurement, OutcomeKind
 
 
 def main(path: Path) -> None:
+    """Run the calibration request in the file ``path`` and report the result on standard output."""
     import torch
 
     from memfit.runtime.memory import peak_counter
@@ -19,11 +20,12 @@ def main(path: Path) -> None:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     for package in request["packages"]:
-        __import__(package)  # registers its operators
+        __import__(package)  # registers the package's operators
     counter = peak_counter()
     if request["memory_only"]:
         probes = workspaces(request["signatures"], budget_s=request["budget_s"], counter=counter)
-        for index, (_, taken) in enumerate(probes):  # told one by one: the next may crash this process
+        # Reported one by one, because the next one may crash this process.
+        for index, (_, taken) in enumerate(probes):
             tell("workspace", index=index, taken=taken)
         tell("result", measurement=Measurement(outcome=OutcomeKind.OK))
         return

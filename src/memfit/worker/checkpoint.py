@@ -1,7 +1,7 @@
-"""Saving a run and going on from it: parameters, optimizer state, step, seed and random state, by name.
+"""Save a run and resume it: parameters, optimizer state, step, seed and random state, by name.
 
 Keys are those that torch.distributed.checkpoint makes of ``{"model": get_model_state_dict(...), "optimizer":
-get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)}``, so other programs read them too.
+get_optimizer_state_dict(..., flatten_optimizer_state_dict=True)}``, so that other programs can read them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
 
 ENGINES = ("native", "accelerate", "deepspeed", "fairscale")
-_NAMED = 3  # of many that differ
+_NAMED = 3  # number of differing tensors that an error names
 Shapes = Mapping[str, Shape]
 
 
 class Keeper:
-    """The checkpoints of one run, on every one of its ranks."""
+    """Saves and restores the checkpoints of one run. Every rank has one."""
 
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
-        """Raises UserError where the run's state cannot be told by name."""
+        """Raises UserError if the run's state cannot be saved by name."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
         if spec.engine not in ENGINES:
             raise UserError(f"checkpoints of engine {spec.engine}", allowed=", ".join(ENGINES))
@@ -62,7 +62,8 @@ class Keeper:
         self.begun = [_numbers(group) for group in self._groups()]
 
     def restore(self) -> int:
-        """How many steps are done. Raises UserError where the checkpoint is of another model or optimizer."""
+        """Load the checkpoint and return the number of steps done. Raises UserError if it belongs to another
+        model or optimizer."""
         path = Path(self.spec.keep.resume)
         there = checkpoints.about(path)
         _must_be_alike(path, there.shapes, self._shapes())
@@ -79,17 +80,18 @@ class Keeper:
         return there.step
 
     def check(self) -> None:
-        """After a first step: raises UserError where the optimizer's state cannot be told by name."""
+        """Call after the first step. Raises UserError if the optimizer's state cannot be saved by name."""
         for entry in self._entries():
             _ = entry.stored
 
     def due(self, done: int) -> bool:
+        """Return whether to save after ``done`` steps."""
         keep = self.spec.keep
         now = done == self.spec.steps or (keep.every_steps > 0 and done % keep.every_steps == 0)
         return bool(keep.save) and now
 
     def save(self, done: int) -> None:
-        """Raises MemfitError where it cannot be written."""
+        """Save a checkpoint after ``done`` steps. Raises MemfitError if it cannot be written."""
         folder = Path(self.spec.keep.save)
         entries = [e for e in self._entries() if e.kind == "state" or self._moved(e)]
         said = self._about(done, entries)
@@ -122,7 +124,8 @@ class Keeper:
         return dict(sorted(_everyone(set(own.items()))))
 
     def _tensors(self, *, writing: bool = False) -> dict[str, Any]:
-        """Parameters, and buffers: each rank has its own, of which the first one's is kept."""
+        """Return parameters and buffers by key. Every rank has its own buffers, and only those of the first
+        rank are saved."""
         found: dict[str, Any] = {f"model.{n}": p.of(p.owner) for n, p in places(self.step).items()}
         place = self.step.bench.world.layout.coordinate(self.rank)
         if not (writing and any(index for name, index in place.items() if name != "pipeline")):
@@ -130,7 +133,7 @@ class Keeper:
         return found
 
     def _entries(self) -> Iterator[Entry]:
-        """What the optimizer keeps of each parameter."""
+        """Yield the values that the optimizer keeps for each parameter."""
         held: dict[str, dict[int, Any]] = {
             "state": {id(owner): s for o in self.optimizers for owner, s in o.state.items()},
             "param_groups": {id(p): group for group in self._groups() for p in group["params"]},
@@ -144,7 +147,8 @@ class Keeper:
         return [group for o in self.optimizers for group in o.param_groups]
 
     def _moved(self, entry: Entry) -> bool:
-        """Of a group's numbers only those are the run's, not the plan's, that training has changed."""
+        """Return whether training has changed a number of a group. Only such numbers are saved; the plan sets
+        the others."""
         begun = next(b for g, b in zip(self._groups(), self.begun, strict=True) if g is entry.state)
         return bool(begun.get(entry.key) != entry.state[entry.key])
 
@@ -165,7 +169,7 @@ class Keeper:
         _must_step_together(path, [e for e in entries if e.shared], target)
 
     def _forget(self, entry: Entry) -> None:
-        """The checkpoint's optimizer never met this parameter."""
+        """Reset the state of a parameter that the checkpoint's optimizer has no state for."""
         if isinstance(entry.stored, Pieces):
             for view in entry.stored.views.values():
                 view.zero_()
@@ -176,8 +180,8 @@ class Keeper:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One value that the optimizer keeps of a parameter, in ``state`` under ``key``; ``kind``: "state", or
-    "param_groups" for a number of its group."""
+    """One value that the optimizer keeps for a parameter, in ``state`` under ``key``. ``kind`` is "state", or
+    "param_groups" for a number of the parameter's group."""
 
     kind: str
     name: str
@@ -187,17 +191,19 @@ class Entry:
 
     @property
     def text(self) -> str:
+        """Key of the entry in the checkpoint."""
         return f"optimizer.{self.kind}.{self.name}.{self.key}"
 
     @property
     def shared(self) -> bool:
-        """One number of a flat buffer, for all its parameters."""
+        """Whether this is one number of a flat buffer, for all parameters in it."""
         value = self.state[self.key]
         return self.place.at is not None and (not isinstance(value, torch.Tensor) or value.numel() == 1)
 
     @property
     def stored(self) -> Any:
-        """What is written of it. Raises UserError where it does not lie as its parameter does."""
+        """What is written to the checkpoint. Raises UserError if the value has another layout than its
+        parameter."""
         value, owner = self.state[self.key], self.place.owner
         if isinstance(value, torch.Tensor) and value.shape == owner.shape:
             return self.place.of(value)
@@ -210,11 +216,13 @@ class Entry:
 
     @property
     def into(self) -> Any:
+        """Where the value is read to from a checkpoint."""
         value = self.stored
         return value.clone() if self.shared and isinstance(value, torch.Tensor) else value
 
     def enter(self, read: Any) -> None:
-        """Tensors were read in place, but for what one flat buffer's parameters share."""
+        """Set the value after reading. Tensors have been read in place, except values that parameters of a
+        flat buffer share."""
         value = self.state[self.key]
         if not isinstance(value, torch.Tensor):
             self.state[self.key] = read
@@ -223,7 +231,7 @@ class Entry:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are now."""
+    """Return copies of the numbers in a parameter group."""
     found = {k: v for k, v in group.items() if isinstance(v, int | float) or _is_scalar(v)}
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
 
@@ -279,14 +287,14 @@ def _alone() -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """One process is told that it is one."""
+    """Suppress the warning that a single process is not distributed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def _everyone(own: set[Any]) -> set[Any]:
-    """The ranks' sets together."""
+    """Return the union of the ranks' sets. This is a collective."""
     if _alone():
         return own
     found: list[Any] = [None] * dist.get_world_size()
@@ -295,7 +303,7 @@ def _everyone(own: set[Any]) -> set[Any]:
 
 
 def _from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank; nobody goes on before it."""
+    """Return rank 0's value on every rank. No rank continues before rank 0 has sent it."""
     if dist.is_initialized():
         held = [value]
         dist.broadcast_object_list(held, src=0)

@@ -1,4 +1,4 @@
-"""One training run, measured: warm up, set the cap, train, evaluate, tell."""
+"""One measured training run: warm up, set the cap, train, evaluate, report."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ if TYPE_CHECKING:
     MakeStep = Callable[..., TrainingStep]
 
 TIMELINE_POINTS = 400
-_COLLECTIVE_LIMIT = datetime.timedelta(days=7)  # on processors a step may take longer than torch's half hour
+# On CPUs a step may take longer than torch's default of half an hour.
+_COLLECTIVE_LIMIT = datetime.timedelta(days=7)
 
 
 class NonFinite(Exception):
-    """The loss or the gradient norm stopped being a number."""
+    """The loss or the gradient norm is not finite."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Gauge:
-    """What one run has measured so far."""
+    """The measurements of a run so far."""
 
     counter: PeakCounter
     base_bytes: int
@@ -52,7 +53,7 @@ class _Gauge:
     make_step: MakeStep
     elements: int  # of the whole model
     phase: str = "setup"
-    first: int = 0  # steps that a checkpoint has done
+    first: int = 0  # number of steps that a checkpoint has done
     peak_bytes: int = 0
     step_peak_bytes: int = 0
     phase_peaks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -62,10 +63,10 @@ class _Gauge:
     grad_norms: list[float] = dataclasses.field(default_factory=list)
     headroom: list[int] = dataclasses.field(default_factory=list)
     timeline: tuple[int, ...] = ()
-    used_bytes: int | None = None  # of the cap, by training alone
+    used_bytes: int | None = None  # of the cap, used by training alone
 
     def turn(self, phase: str) -> None:
-        """The phase that ends now gets the peaks since it began."""
+        """Start a phase. The phase that ends gets the peaks since it started."""
         from memfit.runtime.memory import reset_rss_peak, rss_peak_bytes
 
         peak = self.counter.peak_bytes() - self.base_bytes
@@ -79,6 +80,7 @@ class _Gauge:
 
 
 def main(path: Path) -> None:
+    """Run the specification in the file ``path`` and report the result on standard output."""
     spec = serialization.loads(RunSpec, path.read_text(), what="run specification")
     try:
         measurement = _run(spec, path)
@@ -116,7 +118,8 @@ def _run(spec: RunSpec, path: Path) -> Measurement:
 
 @contextlib.contextmanager
 def joined(plan: Plan) -> Iterator[World]:
-    """The plan's world, joined over gloo by the variables that torchrun sets; at once on one rank."""
+    """Yield the plan's world. Several ranks join over gloo with the environment variables that torchrun
+    sets."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -125,7 +128,7 @@ def joined(plan: Plan) -> Iterator[World]:
     if plan.ranks == 1:
         yield make_world(plan, rank=0, device="cpu")
         return
-    distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also of groups that are made later
+    distributed_c10d.default_pg_timeout = _COLLECTIVE_LIMIT  # also for groups that are made later
     dist.init_process_group("gloo")
     try:
         yield make_world(plan, rank=dist.get_rank(), device="cpu")
@@ -134,8 +137,8 @@ def joined(plan: Plan) -> Iterator[World]:
 
 
 def step_maker(engine: str, folder: Path | None) -> MakeStep:
-    """The training step of an engine, configured by its files in ``folder``; None: by the plan alone, for a
-    trace."""
+    """Return the class of an engine's training step. It is configured by the engine's files in ``folder``, or
+    by the plan alone if ``folder`` is None, for a trace."""
     if engine == "native":
         from memfit.jobs.training_step import TrainingStep
 
@@ -146,9 +149,10 @@ def step_maker(engine: str, folder: Path | None) -> MakeStep:
 
 
 def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
-    """Steps of one micro-batch of the run's own shape, so that kernels, their caches and thread stacks
-    exist before the footprint is read (docs/decisions/002-memory-cap.md has the difference). Raises
-    NotConforming where the step is not what the plan says. Returns elements of the whole model."""
+    """Run warm-up steps of one micro-batch in the run's own shape, so that kernels, their caches and thread
+    stacks exist before the footprint is read (docs/decisions/002-memory-cap.md gives the difference). Return
+    the number of elements of the whole model. Raises NotConforming if the step does not do what the plan
+    says."""
     import torch
 
     batch = job.make_batch(0, spec.seed)
@@ -167,7 +171,8 @@ def _warm_up(job: Job, spec: RunSpec, world: World, make_step: MakeStep) -> int:
 def _conform(
     step: TrainingStep, given: tuple[Any, float], job: Job, spec: RunSpec, built: tuple[int, frozenset[Any]]
 ) -> None:
-    """``built``: elements and dtypes of the model's parameters before the plan."""
+    """Watch one step and compare it with the plan. ``built`` holds the elements and dtypes of the model's
+    parameters before the plan. Raises NotConforming."""
     from memfit.conformance.module_hooks import Own
     from memfit.conformance.monitor import Monitor
 
@@ -191,8 +196,8 @@ def _conform(
 
 
 def _still(step: TrainingStep, job: Job, elements: int) -> None:
-    """What was trained is what was watched: the warm-up's is another instance, made by the same code. Raises
-    NotConforming."""
+    """Check the trained step again, because the watched one of the warm-up was another instance, made by the
+    same code. Raises NotConforming."""
     from memfit.conformance.monitor import Monitor
 
     Monitor(
@@ -200,11 +205,12 @@ def _still(step: TrainingStep, job: Job, elements: int) -> None:
     ).conclude()
 
 
-_WATCHED = 2  # micro-batches, where the plan has several
+_WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
 def _own_step(job: Job, part: Any, narrow: Any) -> Any:
-    """A step of the plain model on two samples of its batch, heard; None where it does not run so."""
+    """Run a step of the plain model on two samples of its batch, and return what was observed, or None if it
+    fails."""
     import torch
 
     from memfit.conformance.module_hooks import Heard
@@ -217,7 +223,7 @@ def _own_step(job: Job, part: Any, narrow: Any) -> Any:
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
             loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
         loss.backward()
-    except Exception:  # noqa: BLE001  the user's own code, on fewer samples than it may want
+    except Exception:  # noqa: BLE001  the user's own code, which may need more samples
         return None
     return heard
 
@@ -243,7 +249,7 @@ def _cap(spec: RunSpec, counter: PeakCounter) -> Any:
 
 
 def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) -> Measurement:
-    """Train and evaluate; running out of memory and non-finite numbers are outcomes."""
+    """Train and evaluate. Running out of memory and non-finite numbers are outcomes, not errors."""
     from memfit.runtime.energy import EnergyMeter
     from memfit.runtime.memory_cap import is_oom_error
 
@@ -257,7 +263,7 @@ def _guarded(job: Job, spec: RunSpec, gauge: _Gauge, limit: MemoryLimit | None) 
         gauge.used_bytes = limit.used_bytes() if limit is not None else None
         if spec.evaluate and job.evaluate is not None:
             if limit is not None:
-                limit.lift()  # it is training's; a batch of held-out data may be larger
+                limit.lift()  # the cap applies to training; a batch of held-out data may be larger
             tell("stage", stage="evaluate")
             with step.contexts():
                 metric = job.evaluate(step.model)
@@ -280,7 +286,7 @@ def _train(job: Job, spec: RunSpec, gauge: _Gauge) -> TrainingStep:
 
     torch.manual_seed(spec.seed)
     step = gauge.make_step(job, spec.plan, world=gauge.world)
-    gauge.settle()  # building made groups with threads of their own
+    gauge.settle()  # building the step made groups with their own threads
     keeper = _keeper(spec, step)
     if keeper is not None and step.average is not None:
         raise UserError(
@@ -351,7 +357,7 @@ def _event_count(counter: Any) -> int:
 
 
 def _timeline(recorded: Any, turns: list[int], base_bytes: int) -> tuple[int, ...]:
-    """Live bytes by phase, thinned as the prediction's timeline is."""
+    """Return live bytes by phase, downsampled like the prediction's timeline."""
     from itertools import accumulate, pairwise
 
     from memfit.types.downsample import thin_phases
@@ -361,15 +367,15 @@ def _timeline(recorded: Any, turns: list[int], base_bytes: int) -> tuple[int, ..
 
 
 def _digest(model: Any) -> str:
-    """SHA-256 over the trained parameters' bytes, in the order of their names."""
+    """Return the SHA-256 of the trained parameters' bytes, in the order of their names."""
     import torch
 
     total = hashlib.sha256()
     for name, param in sorted(model.named_parameters()):
         total.update(name.encode())
-        local = getattr(param, "to_local", lambda p=param: p)()  # of a sharded parameter, this rank's shard
+        local = getattr(param, "to_local", lambda p=param: p)()  # this rank's shard of a sharded parameter
         if not local.untyped_storage().nbytes():
-            continue  # let go by ZeRO 3
+            continue  # freed by ZeRO 3
         total.update(local.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 

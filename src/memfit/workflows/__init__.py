@@ -1,1 +1,1 @@
-"""The stories: each module calls the stages in order for one command."""
+"""Workflows: each module calls the stages in order for one command."""

@@ -1,7 +1,7 @@
-"""A plan that somebody trains already, priced beside what would be better.
+"""Price an existing plan beside plans that would be better.
 
-On one rank that is the search's recommendation. Plans of several ranks are not searched for yet; there it is
-the plan with one thing changed, those that take less.
+On one rank, the better plan is the search's recommendation. Plans with several ranks are not searched here;
+instead, the plan is varied in one setting at a time, and the variants with less memory are reported.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from memfit.types.result import Choice, Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
-    """``fits`` compares ``needed_bytes`` with ``cap_bytes``; both are None where nothing says how much memory
-    there is. ``better``: least memory first.
-    ``recommended`` is None on several ranks, and where nothing fits: ``nothing`` says what would."""
+    """A given plan compared with better ones.
+
+    ``fits`` compares ``needed_bytes`` with ``cap_bytes``; both ``fits`` and ``cap_bytes`` are None if the
+    memory is unknown. ``better``: least memory first. ``recommended`` is None on several ranks, and if
+    nothing fits; then ``nothing`` says what would fit.
+    """
 
     given: Estimate
     fits: bool | None
@@ -38,8 +41,11 @@ class Beside:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class JobSize:
-    """``batch_size``: of a step on all ranks; ``layers``: repeated blocks, ``width``: of their norms, None
-    where the model has none."""
+    """Size of a job.
+
+    ``batch_size``: of a step on all ranks. ``layers``: number of repeated blocks. ``width``: size of their
+    norms. Both are None if the model has none.
+    """
 
     batch_size: int
     parameter_count: int
@@ -48,7 +54,7 @@ class JobSize:
 
 
 def job_size(request: Request) -> JobSize:
-    """Of the request's job. Raises UserError where the job cannot be made."""
+    """Return the size of the request's job. Raises UserError if the job cannot be built."""
     job, _ = make_pricer(request)
     model = fake_model(job)
     count = sum(p.numel() for p in model.parameters())
@@ -63,7 +69,7 @@ def job_size(request: Request) -> JobSize:
 
 
 def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int) -> Beside:
-    """Raises UserError where the job cannot take the plan."""
+    """Price ``plan`` and find better ones. Raises UserError if the job does not support the plan."""
     _, pricer = make_pricer(request)
     progress("trace", 0, 0, plan.label)
     given = pricer.whole(check(plan, request.machine))
@@ -76,7 +82,7 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
         fits=None if cap_bytes is None else fits_under(cap_bytes, request.machine)(given),
     )  # fmt: skip
     if plan.ranks == 1:
-        if cap_bytes is None:  # a CPU: as much as the given plan asks for
+        if cap_bytes is None:  # on a CPU, the cap is what the given plan needs
             request = dataclasses.replace(request, cap_bytes=need)
         try:
             recommended = search(request, progress).result.recommended
@@ -86,7 +92,7 @@ def beside(request: Request, plan: Plan, progress: Progress, *, parameters: int)
     better = []
     for other in neighbours(plan, parameters=parameters):
         progress("trace", 0, 0, other.label)
-        with contextlib.suppress(UserError):  # the job cannot take it, such as half a sample
+        with contextlib.suppress(UserError):  # the job does not support it, for example half a sample
             priced = pricer.whole(check(other))
             if effect_of(other, priced.dependence) <= max(effect_of(plan, given.dependence), EffectClass.E2):
                 better.append(priced)

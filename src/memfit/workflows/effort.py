@@ -1,4 +1,4 @@
-"""What adopting a plan took here: counted, not guessed."""
+"""The work of adopting a plan here: counted, not estimated."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from memfit.types.plan import Plan
 from memfit.types.result import Effort, OutcomeKind, Run
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_THEIRS = frozenset({"torch", "numpy"})  # whoever trains has these already
+_THEIRS = frozenset({"torch", "numpy"})  # already installed by anyone who trains
 
 
 def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort:
-    """One command; the lines of the user's own job file; packages beside torch with their size on disk;
-    runs that failed and PoCs that were interrupted. Attended minutes are the user's to say."""
+    """Count the effort.
+
+    Counted are one command, the lines of the user's own job file, the packages beside torch with their size
+    on disk, runs that failed and PoCs that were interrupted. Attended minutes can only be given by the user.
+    """
     packages = _closure(["memfit", *(p for u in plan.uses for p in technique(u.technique).needs)])
     broken = sum(r.measurement.outcome in (OutcomeKind.FAILED, OutcomeKind.TIMEOUT) for r in runs)
     unfinished = {r.poc_id for r in store.records(kind="begin")} - {
@@ -37,7 +40,7 @@ def effort(ref: JobRef, plan: Plan, runs: Sequence[Run], store: Store) -> Effort
 
 
 def _job_lines(ref: JobRef) -> int:
-    """Non-blank lines of the user's job file; a built-in job changes nobody's code."""
+    """Return the number of non-blank lines of the user's job file; 0 for a built-in job."""
     path = Path(ref.spec.rpartition(":")[0])
     if path.suffix != ".py" or not path.is_file():
         return 0
@@ -45,7 +48,9 @@ def _job_lines(ref: JobRef) -> int:
 
 
 def _closure(roots: Sequence[str]) -> set[str]:
-    """Installed distributions the roots need, directly or not, without torch's own family."""
+    """Return the installed distributions that the roots need, directly or not, without torch, numpy and what
+    only they need.
+    """
     found: set[str] = set()
     queue = list(roots)
     while queue:

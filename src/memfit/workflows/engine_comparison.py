@@ -1,4 +1,4 @@
-"""Which engine when: for one job, machine and plan, what each engine can do, needs and asks for."""
+"""Compare engines for one job, machine and plan: what each supports, needs and requires."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from memfit.types.result import Estimate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineChoice:
-    """``gaps``: why it cannot carry the plan, empty where it can; ``cuda``: parts that run on NVIDIA GPUs
-    alone; ``problem``: what is missing here, with ``fix``. ``config_lines``: of its own configuration, beside
-    memfit's. ``facts``: the catalog's rows, name to (value, source, date)."""
+    """One engine for a plan.
+
+    ``gaps``: why it does not support the plan; empty if it does. ``cuda``: parts that only run on NVIDIA
+    GPUs. ``problem``: what is missing here, with ``fix``. ``config_lines``: length of its own configuration,
+    beside memfit's. ``facts``: the catalog's rows, name -> (value, source, date).
+    """
 
     engine: str
     summary: str
@@ -39,9 +42,13 @@ class EngineChoice:
 
 
 def choices(request: Request, plan: Plan, progress: Progress) -> list[EngineChoice]:
-    """Engines that can carry the plan first, by predicted memory; each predicted as it would run there."""
-    known = [Calibration()]  # of this machine, shared: engines differ by what they run, not by its mood
-    load(request.job)  # a job that cannot be loaded is no engine's gap
+    """Return the engines, those that support the plan first, by predicted memory.
+
+    Each is predicted as it would run.
+    """
+    # shared calibration of this machine, so that engines differ by what they run and not by timing noise
+    known = [Calibration()]
+    load(request.job)  # a job that cannot be loaded is not the fault of an engine
     layout(plan)
     training = (e for e in ENGINES.values() if e.name != "replay")
     found = [_choice(request, plan, engine, known, progress) for engine in training]
@@ -85,7 +92,7 @@ def _priced(
 
 
 def _lines(request: Request, job: Job, plan: Plan) -> Iterator[int]:
-    """Of the engine's own files."""
+    """Yield the number of lines of each of the engine's own files."""
     spec = RunSpec(
         name="", role="", job=request.job, plan=plan, engine=request.engine, seed=0, steps=job.steps,
         batch_size=job.batch_size, clip=job.clip, sizes=model_sizes(request.engine, job),

@@ -1,4 +1,4 @@
-"""The story in order: trace, cost, search, run, measure, verify, record, report. Stages meet only here."""
+"""The complete workflow: trace, cost, search, run, measure, verify, record, report. Stages meet only here."""
 
 from __future__ import annotations
 
@@ -69,13 +69,14 @@ __all__ = [
     "run_plan", "search", "stored_poc",
 ]  # fmt: skip
 
-# Records beside a PoC's own: the user's figures, predictions made later, machines of stages, limits.
+# Records beside a PoC's own: the user's figures, later predictions, machines of stages, limits.
 CASE, OFFER, STAGE, GATES = "case", "offer", "stage", "gates"
 _KEPT_GATES = "what the last memfit scale --gates kept (memfit scale without it forgets it)"
 BASELINE, RECOMMENDED, ABLATION = "baseline", "recommended", "ablation"
 _TIMELINE_POINTS = 400
-_TRIALS_S = 60.0  # of a proof of concept, for rivals of its recommendation
-_SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")  # of machines whose times correct each other
+_TRIALS_S = 60.0  # seconds of a proof of concept for rivals of its recommendation
+# facts that must agree for machines whose times correct each other
+_SAME = ("processor", "cores", "torch", "env OMP_NUM_THREADS")
 _CHECKPOINTING = use("activation-checkpointing", every=1)
 
 
@@ -90,9 +91,9 @@ def poc(
     command: str,
     progress: Progress,
 ) -> Poc:
-    """The proof of concept: predict, search, train baseline, recommendation and ablations, judge, report.
+    """Run the proof of concept: predict, search, train baseline, recommendation and ablations, judge, report.
 
-    Every run is in the store as soon as it ends. Raises NothingFits, UserError.
+    Every run is stored as soon as it ends. Raises NothingFits, UserError.
     """
     begun = time.perf_counter()
     planning = search(request, progress, must_run=True, measure_s=_TRIALS_S)
@@ -114,8 +115,11 @@ def poc(
 def search(
     request: Request, progress: Progress, *, must_run: bool = False, measure_s: float | None = None
 ) -> Planning:
-    """`planning.search`; with ``measure_s`` the rivals of the recommended plan are run for about as long
-    before one is recommended. Raises NothingFits, UserError."""
+    """Run `planning.search`. With ``measure_s``, rivals are run for about that many seconds before a plan is
+    recommended.
+
+    Raises NothingFits, UserError.
+    """
     if measure_s is not None and not must_run and request.goal not in trials.BY_TIME:
         raise UserError(f"--measure with --goal {request.goal.value}", allowed=", ".join(trials.BY_TIME))
     planning = planner.search(request, progress, must_run=must_run)
@@ -131,15 +135,17 @@ def search(
 def report(
     store: Store, *, poc_id: str | None, path: Path | None, lang: str, case: Path | None = None
 ) -> Path:
-    """Write the HTML of a stored PoC, the latest by default; an interrupted one shows what there is."""
+    """Write the HTML of a stored PoC, by default the latest. An interrupted PoC shows what it has."""
     found, decision = decide(store, poc_id=poc_id, case=case)
     path = path or Path(f"memfit-{found.poc_id}.{lang}.html")
     return write_html(found, path, lang=lang, decision=decision)
 
 
 def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc, Decision]:
-    """A stored PoC, the latest by default, and the decision from it: with the user's figures in the file
-    `case`, which is kept; without one, with those that were kept last."""
+    """Return a stored PoC, by default the latest, and the decision from it.
+
+    The user's figures come from the file `case`, which is then stored; without it, from the last stored case.
+    """
     wanted = wanted_poc(store, poc_id)
     found = stored_poc(store, wanted)
     kept = store.records(wanted, CASE)
@@ -152,7 +158,7 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
         own, name = cases.DecisionCase(), ""
     more = offers_of(store, wanted)
     named = {s["name"]: s["machine"] for s in map(json.loads, (r.body for r in store.records(wanted, STAGE)))}
-    held = store.records(wanted, GATES)[-1:]  # those before may be of an older version
+    held = store.records(wanted, GATES)[-1:]  # earlier ones may be of an older version
     limits = [rollout_gates.parsed(json.loads(r.body)["text"], _KEPT_GATES) for r in held]
     decision = decide_on(
         found, own, more=more, name=name, named=named, limits=limits[-1] if limits else rollout_gates.Gates()
@@ -163,15 +169,18 @@ def decide(store: Store, *, poc_id: str | None, case: Path | None) -> tuple[Poc,
 
 
 def offers_of(store: Store, poc_id: str) -> list[Offer]:
-    """What was predicted for machines after the PoC, in the order in which it was."""
+    """Return the predictions for machines made after the PoC, in order."""
     return [
         serialization.loads(Offer, r.body, what=f"record {r.record_id}") for r in store.records(poc_id, OFFER)
     ]
 
 
 def corrected_by(request: Request, store: Store, poc_id: str | None) -> Request:
-    """`request` with step times corrected by the runs of a PoC of the same job on this machine, the last one
-    by default. Raises UserError for another job, machine or torch, and where no run ended well."""
+    """Return `request` with step times corrected by the runs of a PoC of the same job on this machine, by
+    default the last.
+
+    Raises UserError for another job, machine or torch version, and if no run completed.
+    """
     wanted = wanted_poc(store, poc_id)
     found, now = stored_poc(store, wanted), fingerprint()
     job = found.runs[0].spec.job.spec if found.runs else found.job_name
@@ -219,7 +228,7 @@ class _Story:
 
     def begin(self, asked: Request) -> Poc:
         job, result, request = self.planning.job, self.planning.result, self.planning.request
-        # Other machines and sizes are told of one device, and of models that are traced in a second.
+        # Other machines and sizes are only reported for one device, and for models that are traced quickly.
         metric, beyond = job.metric, request.ranks == 1 and not is_long(self.planning.pricer)
         paper, offers = (
             reference_machines.paper(self.planning, self.progress) if beyond else ((), case_offers(job.name))
@@ -265,8 +274,10 @@ class _Story:
         return found
 
     def specs(self) -> Iterator[RunSpec]:
-        """Baseline under the cap; baseline and recommendation in turn over the seeds, so that both see
-        the same noise; the recommendation again for reproducibility; ablations; the 2 x 2."""
+        """Yield the runs: the baseline under the cap; baseline and recommendation in turn over the seeds, so
+        that both see the same noise; the recommendation again for reproducibility; ablations; the 2 x 2
+        table.
+        """
         yield self._spec(BASELINE, BASELINE, self.baseline, seed=0, capped=True)
         for seed in range(self.seeds):
             yield self._spec(BASELINE, BASELINE, self.baseline, seed=seed)
@@ -301,8 +312,11 @@ class _Story:
         )  # fmt: skip
 
     def shortened(self, spec: RunSpec) -> RunSpec:
-        """An ablation that is many times slower than plain training, as bfloat16 is on a processor without
-        it, is run for its memory and step time only."""
+        """Shorten an ablation that is many times slower than plain training to a measurement of memory and
+        step time.
+
+        An example is bfloat16 on a processor without support for it.
+        """
         own, plain_s = (self.planning.pricer.whole(p).step_s for p in (spec.plan, self.baseline))
         if spec.role != ABLATION or own is None or plain_s is None or own.value < _SLOW * plain_s.value:
             return spec
@@ -352,7 +366,7 @@ class _Story:
             yield named(other.spec.name, plain[:1], [other])
 
     def _interactions(self, runs: Sequence[Run]) -> Iterator[Interaction]:
-        """Precision x checkpointing on seed 0, wherever all four corners ran."""
+        """Yield the interaction of precision and checkpointing on seed 0, if all four combinations ran."""
         uses = ((), (self.mixed,), (_CHECKPOINTING,), (self.mixed, _CHECKPOINTING))
         corners = [functools.reduce(Plan.with_use, corner, self.baseline) for corner in uses]
         cells = [_corner(runs, plan) for plan in corners]
@@ -367,7 +381,7 @@ class _Story:
 
 
 def _notes(used: JobRef, asked: JobRef, *, beyond: bool) -> tuple[str, ...]:
-    """What the reader must know about this very PoC."""
+    """Return what the reader must know about this PoC."""
     notes = []
     if used != asked:
         notes.append(
@@ -387,7 +401,8 @@ def _corner(runs: Sequence[Run], plan: Plan) -> Run | None:
     return next((r for r in fine if r.spec.plan == plan), None)
 
 
-_SLOW, _SLOW_RUN_S, _FEWEST_STEPS = 5.0, 30.0, 5  # times plain training's step; of such an ablation
+# how many times slower than plain training; seconds and fewest steps of such an ablation
+_SLOW, _SLOW_RUN_S, _FEWEST_STEPS = 5.0, 30.0, 5
 _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
     "peak_bytes": lambda m: m.peak_bytes,
     "step_s": median_step_s,
@@ -396,7 +411,7 @@ _QUANTITIES: Mapping[str, Callable[[Measurement], float | int | None]] = {
 
 
 def _paired_ratio(plain: Sequence[Run], chosen: Sequence[Run]) -> float | None:
-    """Median over seeds of recommended / baseline step time, each pair run one after the other."""
+    """Return the median over seeds of recommended / baseline step time, for pairs run one after the other."""
     ratios = []
     for one, other in zip(plain, chosen, strict=False):
         base, new = median_step_s(one.measurement), median_step_s(other.measurement)

@@ -1,6 +1,6 @@
-"""Beyond this machine: the same job at paper size on machines of the catalog, and how far each reaches.
+"""Other machines: the same job at paper size on machines of the catalog, and the largest size that fits each.
 
-Nothing here is run; every figure is composed from traces of the real model with few of its blocks.
+Nothing is run here. Every figure is composed from traces of the real model with few of its blocks.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from memfit.types.result import Estimate, Offer, PaperRow, Reach
 MACHINES = ("RTX-4090", "A100-80GB-SXM", "H100-SXM")
 LENGTHS = tuple(1024 * 2**k for k in range(8))  # 1,024 to 131,072
 _FULL_LENGTH = ("650M", "3B", "15B", "124M", "1.3B")
-# What is searched at paper size: the techniques that move memory most, at one setting each.
+# Techniques searched at paper size: those with the largest effect on memory, at one setting each.
 _AT_PAPER = ("gradient-accumulation", "bf16-autocast", "activation-checkpointing", "adamw-8bit")
 
 
 def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...], tuple[Offer, ...]]:
-    """Plain and recommended at paper size, or as the job is where it has no such size: in full on three
-    machines (paper sizes only), in short on every machine of the catalog that has a price."""
+    """Return plain and recommended training at paper size, or at the job's size if it has no paper size.
+
+    Full rows are for three machines (paper sizes only), offers for every machine of the catalog with a price.
+    """
     ref = _at(planning, "paper")
     pricers = _pricers(planning, ref or planning.request.job, priced())
     rows = [
@@ -45,14 +47,16 @@ def paper(planning: Planning, progress: Progress) -> tuple[tuple[PaperRow, ...],
 
 
 def offers(planning: Planning, trained: Plan, progress: Progress) -> tuple[Offer, ...]:
-    """The job as it was planned on every machine of the catalog that has a price; ``trained``: the plan that
-    a proof of concept trained."""
+    """Return offers for the job as planned, on every machine of the catalog with a price.
+
+    ``trained``: the plan that a proof of concept trained.
+    """
     pricers = _pricers(planning, planning.request.job, priced())
     return tuple(_offers(planning, pricers, progress, trained))
 
 
 def priced() -> tuple[str, ...]:
-    """Single accelerators that somebody sells or rents at a price that is known."""
+    """Return the single accelerators with a known price for purchase or rental."""
     devices = map(catalog.device, catalog.device_names())
     return tuple(d.name for d in devices if d.usd_per_hour is not None or d.usd_to_buy is not None)
 
@@ -60,8 +64,10 @@ def priced() -> tuple[str, ...]:
 def _offers(
     planning: Planning, pricers: Sequence[Pricer], progress: Progress, trained: Plan | None = None
 ) -> Iterator[Offer]:
-    """Plain, and the best of the plans whose science the proof of concept has seen; of the others only where
-    none of those fits."""
+    """Yield plain training, and the best of the plans whose results the proof of concept has tested.
+
+    Other plans are considered only if none of those fits.
+    """
     if trained is None:
         best_here = planning.result.recommended
         trained = best_here.estimate.plan if best_here is not None else Plan()
@@ -82,7 +88,10 @@ def _offers(
 def _fitting(
     pricer: Pricer, plans_: Sequence[Plan], fits: Callable[[Estimate], bool], machine: Machine
 ) -> list[Estimate]:
-    """Those whose upper end fits, else those that are likely to: plain training is held to the value."""
+    """Return the plans whose upper end fits, else those whose value fits.
+
+    Plain training is judged by the value.
+    """
 
     def surely(sketch: Estimate) -> bool:
         whole = sketch.device_bytes
@@ -93,14 +102,15 @@ def _fitting(
 
 
 def _usable(planning: Planning, pricer: Pricer) -> list[Technique]:
-    """Without those that were excluded by the user."""
+    """Return the usable techniques, without those excluded by the user."""
     techniques, _ = usable(pricer.space, planning.request.accuracy, dependence=planning.pricer.dependence)
     return [t for t in techniques if t.name not in planning.request.bounds.without]
 
 
 def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]:
-    """What was trained, with its settings where they decide the numbers, and what changes no result but in
-    the last bits."""
+    """Return plans from what was trained, with the same settings where they affect the numbers, and from
+    techniques that change results at most by rounding.
+    """
     techniques = _usable(planning, pricer)
     own, dependence = {u.technique for u in trained.uses}, planning.pricer.dependence
 
@@ -118,7 +128,7 @@ def _seen_plans(planning: Planning, pricer: Pricer, trained: Plan) -> list[Plan]
 
 
 def stage_offers(planned: Planning) -> Iterator[Offer]:
-    """Plain training and the recommendation of a finished search."""
+    """Yield plain training and the recommendation of a finished search."""
     result, machine, size = planned.result, planned.request.machine.name, planned.job.size
     basis, chosen = result.baseline, result.recommended
     yield offer(basis.estimate, machine=machine, size=size, plain=True, fits=basis.fits)
@@ -127,6 +137,7 @@ def stage_offers(planned: Planning) -> Iterator[Offer]:
 
 
 def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: bool) -> Offer:
+    """Convert an estimate to an Offer."""
     step, joules = estimate.step_s, estimate.energy_j
     return Offer(
         machine=machine,
@@ -141,7 +152,7 @@ def offer(estimate: Estimate, *, machine: str, size: str, plain: bool, fits: boo
 
 
 def sizes(spec: str) -> tuple[str, ...]:
-    """Published sizes of a built-in job; none for the user's own."""
+    """Return the published sizes of a built-in job; none for a user's job."""
     return next((b.sizes for b in describe() if b.name == spec), ())
 
 
@@ -153,7 +164,7 @@ def _at(planning: Planning, size: str) -> JobRef | None:
 
 
 def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES) -> list[Pricer]:
-    """One a machine; machines with the same kernels share their traces."""
+    """Return one pricer per machine. Machines with the same kernels share their traces."""
     job = load(ref)
     place = planning.request.machine.place
     shared: dict[Any, Any] = {}
@@ -165,7 +176,7 @@ def _pricers(planning: Planning, ref: JobRef, machines: Sequence[str] = MACHINES
         if kind not in spaces:
             spaces[kind] = space_of(job, kind)
         pricer = Pricer(job=job, machine=machine, space=spaces[kind])
-        pricer.dependence = planning.pricer.dependence  # of the same model, smaller
+        pricer.dependence = planning.pricer.dependence  # of the same model at a smaller size
         limit_parts(pricer, planning.request.accuracy)
         pricer.parts = shared
         made.append(pricer)
@@ -200,8 +211,11 @@ def _one_setting(plan: Plan) -> bool:
 
 
 def reach(planning: Planning, progress: Progress) -> tuple[Reach, ...]:
-    """The largest model and the longest input that fit each machine, plain and with the tightest allowed
-    plan. Sizes below the paper's are cut to the data at hand; only those at full length compare."""
+    """Return the largest model and the longest input that fit each machine, plain and with the smallest
+    allowed plan.
+
+    Sizes below the paper's are cut to the available data, so only those at full length are compared.
+    """
     job = planning.request.job
     models = {s: _sized(job, s) for s in sizes(job.spec) if s in _FULL_LENGTH}
     inputs = {}
@@ -225,15 +239,15 @@ def _sized(ref: JobRef, size: str) -> JobRef:
 
 @dataclasses.dataclass(kw_only=False)
 class _Ladder:
-    """Ever larger versions of a job, smallest first; each is loaded once for all machines."""
+    """Increasingly large versions of a job, smallest first. Each is loaded once for all machines."""
 
     planning: Planning
     rungs: Mapping[str, JobRef]
     loaded: dict[str, list[Pricer]] = dataclasses.field(default_factory=dict)
-    shortened: bool = False  # a rung was found that cannot be loaded: it and those above are gone
+    shortened: bool = False  # a rung could not be loaded: it and those above it were removed
 
     def stands(self) -> bool:
-        """Whether there is a first rung: grids, or molecules in space, have no length."""
+        """Return whether there is a first rung. Grids and molecules in space have no length."""
         try:
             return bool([self.pricer(name, 0) for name in list(self.rungs)[:1]])
         except UserError:
@@ -243,7 +257,7 @@ class _Ladder:
         if name not in self.loaded:
             try:
                 self.loaded[name] = _pricers(self.planning, self.rungs[name])
-            except UserError:  # the data at hand are shorter than that
+            except UserError:  # the available data are shorter
                 names = list(self.rungs)
                 self.rungs = {n: self.rungs[n] for n in names[: names.index(name)]}
                 self.shortened = True
@@ -251,8 +265,10 @@ class _Ladder:
         return self.loaded[name][index]
 
     def highest(self, index: int, *, tight: bool) -> str | None:
-        """The last rung that fits machine ``index``, by halving: what does not fit is below nothing that
-        does. None where not even the first fits."""
+        """Return the last rung that fits machine ``index``, by bisection; None if not even the first fits.
+
+        This assumes that no rung above one that does not fit fits.
+        """
         while True:
             names = list(self.rungs)
             try:
@@ -300,8 +316,9 @@ def _count(pricer: Pricer) -> int:
 
 
 def _tightest(planning: Planning, pricer: Pricer) -> Plan:
-    """Single-sample micro-batches, bf16 activations, recomputation, small optimizer state: as far as
-    the accuracy class allows."""
+    """Return the smallest plan: single-sample micro-batches, bf16 activations, recomputation, small optimizer
+    state, as far as the accuracy class allows.
+    """
     names = {t.name for t in _usable(planning, pricer)}
     wanted: list[Use] = [use("bf16-autocast"), use("activation-checkpointing", every=1), use("adamw-8bit")]
     if pricer.space.parts[-1] > 1:

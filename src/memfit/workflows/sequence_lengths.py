@@ -1,4 +1,4 @@
-"""The memory of real data: a file of lengths against a job, from a handful of traces."""
+"""The memory of real data: a file of sequence lengths for a job, from a handful of traces."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """A shape that the polynomial was not fitted to, traced whole."""
+    """A shape that was traced whole and not used to fit the polynomial."""
 
     rows: int
     length: int
@@ -46,9 +46,12 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LengthReport:
-    """``fits_up_to``: the longest padded length at which a whole batch fits; 0 when none does.
-    ``quantile_bytes``: peaks of random batches padded to their longest. ``first``: indices, from 0, of the
-    longest sequences: the batch to try first. ``best`` has the lowest peak, then the least padding."""
+    """What a set of lengths means for memory.
+
+    ``fits_up_to``: the longest padded length at which a whole batch fits; 0 if none does. ``quantile_bytes``:
+    peaks of random batches padded to their longest. ``first``: indices, from 0, of the longest sequences, the
+    batch to try first. ``best``: name of the batching with the lowest peak, then the least padding.
+    """
 
     sequences: int
     batch: int
@@ -67,8 +70,11 @@ class LengthReport:
 
 
 def read_lengths(path: str, *, column: str | None = None) -> Ints:
-    """Lengths of a FASTA file's sequences, of a column of an .npz or .csv file (the first that holds whole
-    numbers, when none is named), or one whole number a line. Raises UserError naming file and line."""
+    """Read sequence lengths.
+
+    They are those of a FASTA file's sequences, of a column of an .npz or .csv file (the first one with whole
+    numbers, if none is named), or one whole number per line. Raises UserError with the file and line.
+    """
     if path.endswith(_FASTA):
         values = [len(p.sequence) for p in read_fasta(path)]
     elif path.endswith(".npz"):
@@ -111,8 +117,10 @@ def _from_csv(path: str, column: str | None) -> list[int]:
 
 
 def at_shape(job: Job, rows: int, length: int) -> Job:
-    """The job with batches of ``rows`` x ``length``: its own batch with those dimensions stretched or cut.
-    The length dimension is the commonest size after the first dimension. Raises UserError without one."""
+    """Return the job with batches of ``rows`` x ``length``, by stretching or cutting its own batch.
+
+    The length dimension is the most common size after the first dimension. Raises UserError if there is none.
+    """
     batch = job.make_batch(0, 0)
     tensors = [t for t in _pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
     sizes = Counter(size for t in tensors for size in t.shape[1:])
@@ -136,7 +144,9 @@ def at_shape(job: Job, rows: int, length: int) -> Job:
 
 
 def peak_model(job: Job, plan: Plan, longest: int, device: str) -> PeakModel:
-    """From six traces: three lengths up to ``longest`` at one and two rows a micro-batch."""
+    """Fit the peak model from six traces: three lengths up to ``longest``, with one and two rows per
+    micro-batch.
+    """
     micro = plan.get("gradient-accumulation")
     rows = int(micro.settings["micro_batches"]) if micro else 1
     lengths = sorted({max(_SHORTEST, -(-longest * q // 64) * 16) for q in (1, 2, 4)})
@@ -157,7 +167,10 @@ def report(
     cap_bytes: int,
     progress: Progress = lambda stage, done, total, detail: None,
 ) -> LengthReport:
-    """What the lengths mean for memory when ``batch`` sequences are trained a step. Raises UserError."""
+    """Report what the lengths mean for memory if ``batch`` sequences are trained per step.
+
+    Raises UserError.
+    """
     batch, longest = min(batch, len(lengths)), int(lengths.max())
     progress("trace", 0, 0, "six shapes")
     model = peak_model(job, plan, longest, machine.device.kind)
@@ -196,8 +209,10 @@ def report(
 def _checked(
     job: Job, plan: Plan, machine: Machine, model: PeakModel, whole: tuple[int, int]
 ) -> tuple[tuple[HeldOut, ...], int]:
-    """The model at shapes it has not seen, the longest whole batch among them; and what that batch needs
-    beside its tensors."""
+    """Check the model at shapes it was not fitted to, including the longest whole batch.
+
+    Also returns the memory that this batch needs beside its tensors.
+    """
     rows, longest = whole
     found, margin = [], 0
     for length in dict.fromkeys((max(_SHORTEST, longest * 2 // 3), longest)):

@@ -1,4 +1,4 @@
-"""One plan: where its memory goes, and one run of it beside its prediction."""
+"""One plan: where its memory goes, and a run of it compared with its prediction."""
 
 from __future__ import annotations
 
@@ -44,19 +44,22 @@ _NOT_KEPT = Keep()
 
 
 def explain(request: Request, plan: Plan, progress: Progress) -> Estimate:
-    """Where every MiB of ``plan`` goes, before running it."""
+    """Predict ``plan`` without running it and return the estimate."""
     return anatomy(request, [plan], progress)[0].estimate
 
 
 def settled(request: Request, plan: Plan, progress: Progress) -> Plan:
-    """The plan with what it leaves open chosen for the request's machine."""
+    """Return the plan with its open choices made for the request's machine."""
     return plan if open_budget(plan) is None else explain(request, plan, progress).plan
 
 
 def anatomy(
     request: Request, plans: Sequence[Plan], progress: Progress, *, lines: bool = False
 ) -> tuple[Explained, ...]:
-    """Each plan's estimate beside its whole trace; ``lines`` finds the user's line of each allocation."""
+    """Return each plan's estimate with its whole trace.
+
+    ``lines`` records the user's source line of each allocation.
+    """
     _, pricer = make_pricer(request)
     pricer.lines = lines
     for plan in plans:
@@ -89,9 +92,11 @@ def run_plan(
     keep: Keep = _NOT_KEPT,
     store: Store | None = None,
 ) -> Run:
-    """Train one plan for real on the request's engine, with its prediction beside the measurement. ``seed``
-    None: that of the checkpoint it goes on from, else 0. The run is kept in ``store``, where the engine
-    "replay" finds it."""
+    """Train one plan on the request's engine and return its prediction and its measurement.
+
+    ``seed`` None: that of the checkpoint it resumes from, else 0. The run is stored in ``store``, from which
+    the engine "replay" reads it. Raises UserError if the plan has too many ranks for this machine.
+    """
     ready(request.engine, plan)
     most = max(8, 2 * local_machine.threads())
     if plan.ranks > most:
@@ -122,7 +127,7 @@ def run_plan(
 
 
 def _stored(store: Store, request: Request, seed: int) -> list[Run]:
-    """Runs of this job with this seed. Raises UserError where there are none."""
+    """Return the stored runs of this job with this seed. Raises UserError if there are none."""
     stored = [
         serialization.loads(Run, r.body, what=f"record {r.record_id}") for r in store.records(kind="run")
     ]
@@ -133,7 +138,10 @@ def _stored(store: Store, request: Request, seed: int) -> list[Run]:
 
 
 def _replayed(known: Sequence[Run], request: Request, estimate: Estimate) -> Run:
-    """The last of those with this plan, beside today's prediction. Raises UserError."""
+    """Return the last of the runs with this plan, with today's prediction.
+
+    Raises UserError if there is none.
+    """
     found = [r for r in known if r.spec.plan == estimate.plan]
     if not found:
         raise UserError(f"no run of this job and seed has the plan {estimate.plan.label}", hint=_TRAIN)
@@ -149,7 +157,10 @@ def _replayed(known: Sequence[Run], request: Request, estimate: Estimate) -> Run
 def run_spec(
     spec: RunSpec, estimate: Estimate, progress: Progress, label: str, *, strict: bool = False
 ) -> Run:
-    """``strict``: what the worker refuses is raised as its UserError, and is not an outcome."""
+    """Run a spec and return its prediction and measurement.
+
+    With ``strict``, a refusal by the worker is raised as its UserError instead of being an outcome.
+    """
 
     def listen(event: Mapping[str, object]) -> None:
         if event["event"] == "refused" and strict:
@@ -173,12 +184,15 @@ def run_spec(
 
 
 def _measured(spec: RunSpec, listen: Callable[[Mapping[str, object]], None]) -> Measurement:
-    """Of several ranks the one that ran out of memory or failed, else the one with the highest peak, as
-    predictions are, with the mean of all ranks' losses."""
+    """Measure all ranks and return one measurement.
+
+    For several ranks it is the one that ran out of memory or failed, else the one with the highest peak (as
+    in predictions) with the mean of all ranks' losses.
+    """
     seen = run_through(spec, _started, on_event=lambda rank, event: None if rank else listen(event))
     if spec.plan.ranks == 1:
         return seen[0]
-    # ranks whose neighbour ran out of memory fail for want of it
+    # ranks fail when their neighbour has run out of memory
     failed = [m for m in seen if m.outcome is not OutcomeKind.OK]
     if failed:
         return min(failed, key=lambda m: (m.outcome is not OutcomeKind.OOM, m.reason == STOPPED))
@@ -193,5 +207,5 @@ def _started(spec: RunSpec, on_event: OnEvent) -> Sequence[Measurement]:
 
 
 def _unlimited(job: JobRef) -> JobRef:
-    """However many steps it was to run."""
+    """Return the job reference without its number of steps."""
     return dataclasses.replace(job, steps=None)

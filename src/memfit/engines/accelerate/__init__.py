@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: DDP, FSDP2 and DeepSpeed's ZeRO through its Accelerator, with its YAML.
+"""Hugging Face Accelerate: DDP, FSDP2 and DeepSpeed's ZeRO through its Accelerator, configured by its YAML.
 
 Field names are those of accelerate/commands/config/config_args.py and accelerate/utils/dataclasses.py (1.15).
 """
@@ -42,8 +42,8 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """What `accelerate launch --config_file` reads. Under FSDP2 `mixed_precision` is the dtype of gathered
-    parameters, elsewhere autocast."""
+    """Return the content of the file that `accelerate launch --config_file` reads. `mixed_precision` is the
+    dtype of gathered parameters under FSDP2, and autocast otherwise."""
     mixed = "bf16" if plan.get("bf16-autocast") else "fp16" if plan.get("fp16-autocast") else "no"
     found: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -72,7 +72,7 @@ def config(plan: Plan) -> dict[str, Any]:
             "fsdp_cpu_ram_efficient_loading": False,
             "fsdp_activation_checkpointing": False,
         }
-    if plan.get("zero") is not None:  # what DeepSpeed's own file says must not be said here again
+    if plan.get("zero") is not None:  # settings in DeepSpeed's own file must not be repeated here
         found["distributed_type"] = "DEEPSPEED"
         found["deepspeed_config"] = {"deepspeed_config_file": deepspeed.CONFIG, "zero3_init_flag": False}
         del found["mixed_precision"]
@@ -80,7 +80,8 @@ def config(plan: Plan) -> dict[str, Any]:
 
 
 def _asks_cuda(plan: Plan) -> tuple[str, ...]:
-    """On a CPU an Accelerator that was told fp16 trains in float32, without a word."""
+    """Return "fp16-autocast" if the plan uses it: on a CPU an Accelerator set to fp16 silently trains in
+    float32."""
     return ("fp16-autocast",) if plan.get("fp16-autocast") is not None else ()
 
 

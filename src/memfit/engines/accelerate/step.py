@@ -1,8 +1,8 @@
-"""The training step as Hugging Face Accelerate makes it: model and optimizer prepared by its Accelerator.
+"""The training step of Hugging Face Accelerate: model and optimizer are prepared by its Accelerator.
 
-On CPU, Accelerate 1.15 has no branch for FSDP: `prepare` wraps in DDP or nothing, without a word. Setting the
-distributed type and the plugin on its state after it was made shards in truth; this worker does so on CPU,
-and the same for DeepSpeed, which `cpu=True` leaves out as silently.
+On CPU, Accelerate 1.15 does not support FSDP: `prepare` silently wraps the model in DDP or not at all.
+Setting the distributed type and the plugin on the Accelerator's state after its creation does shard, so this
+worker does that on CPU. It does the same for DeepSpeed, which `cpu=True` silently leaves out.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ _DEFAULT_MESH = "torch.distributed.fsdp._fully_shard._fully_shard._init_default_
 
 
 class Step(TrainingStep):
+    """The training step of the engine. ``folder``: the run's configuration files, or None in a trace."""
+
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
 
     def __new__(cls, job: Job, plan: Plan, **options: Any) -> Step:
-        """Of a run with ZeRO: DeepSpeed's step, which Accelerate makes. Its trace is memfit's own ZeRO."""
+        """Return DeepSpeed's step, created by Accelerate, for a run with ZeRO. A trace uses memfit's own
+        ZeRO."""
         through = plan.get("zero") is not None and cls.folder is not None
         return super().__new__(_ThroughDeepspeed if through else cls)
 
@@ -67,17 +70,20 @@ class Step(TrainingStep):
         return cast(OptimizerLike, optimizer)
 
     def _as_native(self) -> OptimizerLike:
-        """In a trace: what Accelerate does with DDP, autocast and accumulation is what memfit does."""
+        """Prepare a trace without FSDP. For DDP, autocast and accumulation, Accelerate does the same as
+        memfit's own step."""
         for technique, used in in_order(self.plan):
             if technique.name in self.carried:
                 technique.apply(self.bench, used.settings)
         return super()._prepare()
 
     def _prepared_fake(self) -> OptimizerLike:
-        """Accelerate finds an optimizer's parameters again by their addresses, which a trace has none of."""
+        """Prepare a trace with FSDP. Accelerate finds an optimizer's parameters by their addresses, which
+        fake tensors do not have, so the optimizer is created after the model is prepared."""
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        mesh = self.bench.world.sub("shard")  # the one torch would make; fake tensors can make none
+        # Torch would create the same mesh, but it cannot do so with fake tensors.
+        mesh = self.bench.world.sub("shard")
         with mock.patch(_DEFAULT_MESH, return_value=mesh):
             self.wrapped = fsdp2_prepare_model(self.accelerator, self.model)
         return self.bench.make_optimizer(self.bench.trainable())
@@ -98,7 +104,8 @@ class Step(TrainingStep):
 
 
 class _ThroughDeepspeed(step.Step, Step):
-    """Accelerate's own `backward` steps as well; here DeepSpeed's two calls are apart, to tell the phases."""
+    """DeepSpeed's step, with an engine that Accelerate creates. Accelerate's own `backward` also updates
+    parameters; here DeepSpeed's two calls stay separate, so that the phases can be measured separately."""
 
     carried = Step.carried
 
@@ -109,7 +116,7 @@ class _ThroughDeepspeed(step.Step, Step):
         from accelerate.utils import patch_environment
 
         self.folder = Step.folder
-        # DeepSpeed looks for a device when it is imported, and for a place among its host's on one rank too.
+        # DeepSpeed looks for a device when it is imported, and needs LOCAL_RANK even with one rank.
         with patch_environment(DS_ACCELERATOR="cpu", LOCAL_RANK=str(self.bench.world.rank)):
             return super()._prepare()
 
@@ -122,7 +129,7 @@ class _ThroughDeepspeed(step.Step, Step):
 
 
 class _Forwarding:
-    """Calls go through what Accelerate made, attributes to the model inside."""
+    """Forward calls to the model that Accelerate prepared, and attribute access to the model inside."""
 
     def __init__(self, wrapped: torch.nn.Module, inner: torch.nn.Module) -> None:
         self._wrapped, self.inner = wrapped, inner
@@ -143,8 +150,8 @@ def _block_classes(bench: Any) -> Iterator[str]:
 
 
 def _accelerator(given: Mapping[str, Any], plan: Plan, folder: Path | None = None) -> Any:
-    """An Accelerator configured by the file, through the variables that `accelerate launch` would set from
-    it. Buckets of DDP are not in the file: a program hands them over."""
+    """Return an Accelerator that is configured by the file, through the variables that `accelerate launch`
+    would set from it. DDP's buckets are not in the file: a program passes them as arguments."""
     from accelerate import Accelerator
     from accelerate.utils import patch_environment
 
@@ -169,19 +176,19 @@ def _handlers(plan: Plan) -> Iterator[Any]:
 
 
 def _variables(given: Mapping[str, Any]) -> dict[str, str]:
-    """As accelerate/utils/launch.py sets them."""
+    """Return the environment variables that accelerate/utils/launch.py sets for the configuration."""
     found = {"ACCELERATE_MIXED_PRECISION": str(given.get("mixed_precision", "no"))}
     if sharding := given.get("fsdp_config"):
         found["ACCELERATE_USE_FSDP"] = "true"
         named = {k.upper(): v for k, v in sharding.items()}
         found |= {k: str(v).lower() if isinstance(v, bool) else str(v) for k, v in named.items()}
-    if given.get("deepspeed_config"):  # read when an Accelerator is made, on a CPU too
+    if given.get("deepspeed_config"):  # an Accelerator reads it when it is created, also on a CPU
         found["ACCELERATE_USE_DEEPSPEED"] = "true"
     return found
 
 
 def _reset() -> None:
-    """Its state is one for the process, and the warm-up has its own."""
+    """Reset Accelerate's state. There is one per process, and the warm-up has set it."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
@@ -203,7 +210,7 @@ def _deepspeed_on_cpu(accelerator: Any, config: Path) -> None:
     from accelerate.utils import DeepSpeedPlugin, DistributedType
 
     state = accelerator.state
-    for one in (PartialState(), state):  # the first is copied over the second each time that it is asked for
+    for one in (PartialState(), state):  # PartialState overwrites AcceleratorState whenever that is accessed
         one.distributed_type = DistributedType.DEEPSPEED
     state.deepspeed_plugins = {"default": DeepSpeedPlugin(hf_ds_config=str(config))}
     state.select_deepspeed_plugin("default")

@@ -1,7 +1,7 @@
-"""Colossal-AI: its Booster with one of four plugins, in an environment of its own.
+"""Colossal-AI: its Booster with one of four plugins, in a separate environment.
 
-Constructor arguments are those of colossalai/booster/plugin/*_plugin.py (0.5). Its pin of torch (at most 2.5)
-clashes with everybody else's.
+Constructor arguments are those of colossalai/booster/plugin/*_plugin.py (0.5). Colossal-AI requires torch 2.5
+or older, which conflicts with the requirements of memfit and the other engines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STYLES = {"1f1b": "1f1b", "interleaved": "interleaved"}
 
 
 def plugin_of(plan: Plan) -> str:
-    """Name of the plugin that trains such a plan; "": one process needs none."""
+    """Return the name of the plugin that trains the plan; "" if a single process needs none."""
     if plan.get("tensor-parallel") or plan.get("pipeline"):
         return HYBRID
     if (zero := plan.get("zero")) is not None:
@@ -31,8 +31,8 @@ def plugin_of(plan: Plan) -> str:
 
 
 def config(plan: Plan, clip: float | None = None) -> dict[str, Any]:
-    """``plugin`` by name, with its ``arguments``. ``clip``: the largest gradient norm; the worker clips for
-    DDP, whose plugin does not."""
+    """Return the name of the ``plugin`` and its ``arguments``. ``clip``: the largest gradient norm. With DDP
+    the worker clips, because the plugin does not."""
     name = plugin_of(plan)
     arguments = _ARGUMENTS[name](plan) if name else {}
     if clip and name not in {"", DDP}:

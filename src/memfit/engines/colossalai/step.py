@@ -1,4 +1,4 @@
-"""The training step as Colossal-AI's Booster makes it. Runs in the engine's own environment, on its older
+"""The training step of Colossal-AI's Booster. It runs in the engine's own environment, with its older
 torch."""
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
+    """The training step of the engine. ``folder``: the run's configuration files."""
+
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path
 
@@ -31,7 +33,7 @@ class Step(TrainingStep):
             return plain
         _check(model, bench.device)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that kernels for GPUs are not there
+            warnings.simplefilter("ignore")  # it warns that kernels for GPUs are missing
             from colossalai.booster import Booster, plugin
 
             self.booster = Booster(plugin=getattr(plugin, given["plugin"])(**given["arguments"]))
@@ -56,7 +58,8 @@ class Step(TrainingStep):
 
 
 class _Stepping:
-    """Its wrapper hides the state, and hands arguments on by position."""
+    """Adapter of Colossal-AI's optimizer wrapper, which hides the optimizer's state and passes arguments on
+    by position."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

@@ -1,9 +1,9 @@
-"""DeepSpeed: ZeRO stages 0 to 3 through `deepspeed.initialize`, with its JSON.
+"""DeepSpeed: ZeRO stages 0 to 3 through `deepspeed.initialize`, configured by its JSON.
 
-Keys are those of deepspeed/runtime/config.py and deepspeed/runtime/zero/config.py (0.19). Every one that
-decides about memory is written, whether it is DeepSpeed's default or not. `activation_checkpointing` is not:
-DeepSpeed's engine parses it and hands it to nobody. It speaks to models that call `deepspeed.checkpointing`
-themselves; what recomputes here is torch's checkpoint around blocks, with any engine.
+Keys are those of deepspeed/runtime/config.py and deepspeed/runtime/zero/config.py (0.19). All keys that
+affect memory are written, even where they equal DeepSpeed's default. `activation_checkpointing` is not
+written: DeepSpeed's engine parses the section but does not use it. It affects only models that call
+`deepspeed.checkpointing` themselves. memfit recomputes blocks with torch's checkpoint, with any engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ CONFIG = "deepspeed.json"
 
 
 def as_zero(plan: Plan) -> Plan:
-    """DDP is its stage 0, which averages gradients after backward, in pieces of its own size."""
+    """Return the plan with DDP replaced by ZeRO stage 0, which is DeepSpeed's DDP: it averages gradients
+    after backward, in pieces of its own size."""
     if plan.get("ddp") is None:
         return plan
     return plan.without("ddp").with_use(make_use("zero", {"stage": 0}))
@@ -47,7 +48,8 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(spec: RunSpec) -> dict[str, Any]:
-    """What `deepspeed --deepspeed_config` reads. The optimizer is the program's own."""
+    """Return the content of the file that `deepspeed --deepspeed_config` reads. The program creates the
+    optimizer."""
     used = as_zero(spec.plan).get("zero")
     accumulation = spec.plan.get("gradient-accumulation")
     micro_batches = int(accumulation.settings["micro_batches"]) if accumulation is not None else 1
@@ -55,7 +57,7 @@ def config(spec: RunSpec) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": max(1, spec.batch_size // (spec.plan.ranks * micro_batches)),
         "gradient_accumulation_steps": micro_batches,
-        "gradient_clipping": spec.clip or 0.0,  # its default is 1.0, which was not predicted
+        "gradient_clipping": spec.clip or 0.0,  # DeepSpeed's default of 1.0 would differ from the prediction
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "bf16" if bf16 else "fp32"},
         "zero_allow_untested_optimizer": True,
@@ -105,8 +107,8 @@ ENGINE = Engine(
     carries=frozenset({"ddp", "zero", "gradient-accumulation"}),
     beside=BESIDE,
     reasons=_reasons,
-    no_scalars=lambda plan: True,  # parameters are sent as bytes, to which torch cannot view such a one
+    no_scalars=lambda plan: True,  # parameters are sent as bytes; torch cannot view a scalar as bytes
     predicted=as_zero,
     files=_files,
-    env={"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},  # the second is asked for on one rank too
+    env={"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"},  # LOCAL_RANK is needed even with one rank
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The training step as DeepSpeed makes it: model and optimizer handed to `deepspeed.initialize`."""
+"""The training step of DeepSpeed: model and optimizer are passed to `deepspeed.initialize`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
+    """The training step of the engine. ``folder``: the run's configuration files."""
+
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
 
@@ -34,7 +36,7 @@ class Step(TrainingStep):
         config = json.loads((self.folder / CONFIG).read_text())
         if config["bf16"]["enabled"]:
             bench.forward_contexts.append(lambda: Bf16Inputs(model))
-        linear = torch.nn.functional.linear  # stage 3 replaces it in the whole process
+        linear = torch.nn.functional.linear  # ZeRO stage 3 replaces it for the whole process
         _join_alone()
         engine = self._initialized(model, bench.make_optimizer(bench.trainable()), config)
         self.wrapped, self.model, bench.call = engine, engine.module, engine
@@ -48,7 +50,7 @@ class Step(TrainingStep):
         return deepspeed.initialize(model=model, optimizer=cast(Any, optimizer), config=config)[0]
 
     def _backward(self, loss: torch.Tensor) -> None:
-        self.wrapped.backward(loss, scale_wrt_gas=False)  # losses carry their share already
+        self.wrapped.backward(loss, scale_wrt_gas=False)  # losses are already scaled by their share
 
     def _update(self) -> torch.Tensor:
         if not self.wrapped.zero_optimization():
@@ -60,10 +62,11 @@ class Step(TrainingStep):
 
 
 def imported() -> Any:
-    """DeepSpeed, without the kernel it would compile for all-reduces between processes of one host.
+    """Import DeepSpeed, without the kernel that it would compile for all-reduces between processes of one
+    host.
 
-    Only inference uses that kernel. Who is killed while it is built or loaded leaves a lock file behind, at
-    which every later start on the machine would wait for ever.
+    Only inference uses that kernel. A process that is killed while it builds or loads the kernel leaves a
+    lock file behind, and every later start on the machine would wait for that lock forever.
     """
     import deepspeed
 
@@ -72,7 +75,8 @@ def imported() -> Any:
 
 
 def _join_alone() -> None:
-    """DeepSpeed wants a process group on one rank too, and remembers it: it stays until the process ends."""
+    """Create a process group, which DeepSpeed needs even with one rank. DeepSpeed keeps a reference to it, so
+    it stays until the process ends."""
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -1,8 +1,8 @@
-"""FairScale: OSS, ShardedDataParallel and checkpoint_wrapper, configured in Python alone.
+"""FairScale: OSS, ShardedDataParallel and checkpoint_wrapper, configured in Python only.
 
-FairScale 0.4.13 is of December 2022 and no longer maintained. With torch 2 its optimizer's own `zero_grad`
-takes bucketed gradients out of their buckets (the default became `set_to_none=True`), after which their sums
-are lost without a word: gradients are set to zero through the wrapper.
+FairScale 0.4.13 dates from December 2022 and is unmaintained. With torch 2, `zero_grad` of its optimizer
+removes bucketed gradients from their buckets (torch's default became `set_to_none=True`), and their sums are
+then silently lost. Gradients are therefore set to zero through the wrapper.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _files(spec: RunSpec) -> dict[str, str]:
 
 
 def config(plan: Plan) -> dict[str, object]:
-    """Arguments of ShardedDataParallel beside the model and the optimizer."""
+    """Return the arguments of ShardedDataParallel besides the model and the optimizer."""
     used = plan.get("sharded-ddp")
     most = int(used.settings["reduce_buffer_elements"]) if used is not None else 0
     return {

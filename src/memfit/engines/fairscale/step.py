@@ -1,9 +1,9 @@
-"""The training step as FairScale makes it: the optimizer in OSS, the model in ShardedDataParallel, recomputed
+"""The training step of FairScale: the optimizer in OSS, the model in ShardedDataParallel, and recomputed
 blocks in `checkpoint_wrapper`.
 
-The wrapper restores the autocast of CUDA alone, and there float16's: a block that ran in bfloat16 would be
-recomputed in another dtype, without a word. Nor does it see a `forward` put on the block itself. Such
-blocks are recomputed by torch's checkpoint.
+The wrapper restores only CUDA's autocast, and there only float16: a block that ran in bfloat16 would silently
+be recomputed in another dtype. It also ignores a `forward` that is set on the block itself. Such blocks are
+recomputed with torch's checkpoint instead.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from memfit.types.errors import UserError
 
 
 class Step(TrainingStep):
+    """The training step of the engine. ``folder``: the run's configuration files."""
+
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path
 
@@ -81,7 +83,8 @@ class Step(TrainingStep):
             ) from error
 
     def _sync_last(self, last: bool) -> None:
-        """Reducing twice would average what was averaged already."""
+        """Reduce gradients only after the last micro-batch. A second reduction would average averaged
+        gradients again."""
         self._syncing.close()
         if not last:
             self._syncing.enter_context(self.wrapped.no_sync())
@@ -94,7 +97,8 @@ class Step(TrainingStep):
         return norm
 
     def _grad_norm(self) -> torch.Tensor:
-        """Of the gradients that this rank owns: the others are gone or half summed."""
+        """Return the norm of all gradients. Each rank sums the gradients that it owns; the others are freed
+        or only partially summed."""
         sharded: Any = self.optimizer
         own = [p for p, rank in sharded._param_to_rank.items() if rank == sharded.rank]
         norms = [torch.linalg.vector_norm(p.grad).float() for p in own if p.grad is not None]
@@ -109,7 +113,8 @@ class Step(TrainingStep):
 
 
 def _must_be_flat(block: torch.nn.Module, args: Any, output: Any) -> None:
-    """What lies deeper than a tuple the wrapper hands out without gradients, and of a mapping the keys."""
+    """Raise UserError if the wrapper would lose gradients of the block's output: it returns tensors nested
+    deeper than a tuple without gradients, and only the keys of a mapping."""
     parts = output if isinstance(output, tuple | list) else (output,)
     deeper = [p for p in parts if not isinstance(p, torch.Tensor)]
     hidden = any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(deeper))

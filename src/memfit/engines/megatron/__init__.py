@@ -1,7 +1,7 @@
-"""Megatron-core for GPT-shaped jobs, with the arguments that Megatron-LM's trainer takes for the same.
+"""Megatron-core for GPT-shaped jobs, configured by the arguments of Megatron-LM's trainer.
 
-Names are those of megatron/training/arguments.py (core 0.16). The trainer must be told the model's sizes:
-`RunSpec.sizes` has them by the trainer's own names.
+Names are those of megatron/training/arguments.py (core 0.16). The trainer needs the sizes of the model, which
+`RunSpec.sizes` holds under the trainer's own names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from memfit.types.launch import RunSpec
 from memfit.types.plan import Plan
 
 CONFIG = "megatron.args"
-_GRADIENT_BYTES = 4  # its buffers are fp32
+_GRADIENT_BYTES = 4  # Megatron's gradient buffers are fp32
 
 
 def _reasons(plan: Plan) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def _why_not(plan: Plan) -> Iterator[str]:
             yield "fsdp2: it shards optimizer state alone (zero, stage 1); replicas must be all data ranks"
 
 
-# By technique: (setting, the only value, why).
+# Technique -> settings for which Megatron supports one value: (setting, value, reason).
 _ONLY: Mapping[str, tuple[tuple[str, object, str], ...]] = {
     "tensor-parallel": (("vocabulary", "gathered", "embedding and head are always cut"),),
     "activation-checkpointing": (("every", 1, "all layers are recomputed or none"),),
@@ -56,7 +56,7 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 
 
 def arguments(spec: RunSpec) -> dict[str, str]:
-    """Option to value, "" for a switch."""
+    """Return the trainer's options, name -> value; the value of a switch is ""."""
     place = layout(spec.plan)
     return {
         **spec.sizes, **_degrees(spec.plan, place, spec.sizes), **_data_parallel(spec.plan, place),
@@ -65,11 +65,11 @@ def arguments(spec: RunSpec) -> dict[str, str]:
     }  # fmt: skip
 
 
-# What the job's own step does, where the trainer would do something else by default.
+# Options that make the trainer match the job's own step where its defaults differ.
 _ALWAYS: Mapping[str, str] = {
     "hidden-dropout": "0.0",
     "attention-dropout": "0.0",
-    "no-bias-gelu-fusion": "",  # it is the tanh approximation
+    "no-bias-gelu-fusion": "",  # the fused GELU is the tanh approximation
     "make-vocab-size-divisible-by": "1",
 }
 
@@ -131,12 +131,12 @@ def _step(spec: RunSpec) -> dict[str, str]:
 
 
 def _files(spec: RunSpec) -> dict[str, str]:
-    """One option a line: ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
+    """Return a file with one option per line, for ``pretrain_gpt.py $(cat megatron.args) --data-path ...``"""
     return {CONFIG: "".join(f"--{k} {v}".rstrip() + "\n" for k, v in arguments(spec).items())}
 
 
 def parse(text: str) -> dict[str, str]:
-    """The arguments of such a file."""
+    """Parse the text of a file that `_files` has written: option -> value."""
     pairs = (line.removeprefix("--").partition(" ") for line in text.splitlines())
     return {name: value for name, _, value in pairs}
 

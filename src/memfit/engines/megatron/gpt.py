@@ -1,8 +1,8 @@
-"""memfit's own Gpt as megatron-core's GPTModel: same sizes, same initial weights, other slices and names.
+"""Convert memfit's own Gpt to megatron-core's GPTModel with the same sizes and initial weights.
 
-Megatron keeps (length, batch, width), interleaves query, key and value by head, adds the biases of `mix` and
-`narrow` apart from their products, and always cuts embedding and head by vocabulary. Its own attention asks
-for CUDA; the layer spec takes a core attention of ours.
+Megatron's tensors are (length, batch, width). It interleaves query, key and value by head, adds the biases of
+`mix` and `narrow` separately from their products, and always splits embedding and head by vocabulary. Its own
+attention requires CUDA, so the layer spec gets memfit's core attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _NORMS = ("norm_attention", "norm_feed")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptShape:
-    """What a Gpt must be told to be built again. ``length`` in tokens; ``feed`` is the inner width."""
+    """The sizes and settings from which a Gpt can be rebuilt. ``length``: tokens; ``feed``: the inner width
+    of the feed-forward part."""
 
     layers: int
     width: int
@@ -38,7 +39,7 @@ class GptShape:
 
 
 def read(model: nn.Module) -> GptShape:
-    """Raises UserError with all that GPTModel cannot express."""
+    """Return the shape of ``model``. Raises UserError with everything that GPTModel cannot express."""
     if type(model) is not Gpt:
         raise UserError(
             f"engine megatron: the job's model is {type(model).__name__}",
@@ -59,7 +60,7 @@ def read(model: nn.Module) -> GptShape:
 
 
 def sizes(shape: GptShape) -> dict[str, str]:
-    """The same as options of Megatron-LM's trainer."""
+    """Return the shape as options of Megatron-LM's trainer."""
     found = {
         "num-layers": str(shape.layers),
         "hidden-size": str(shape.width),
@@ -100,7 +101,8 @@ def _differences(model: Gpt) -> Iterator[str]:
 
 
 def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
-    """Settings that GPTModel has once and the model several times, and those that it has not at all."""
+    """Yield settings that vary within the model while GPTModel has one value, and settings that GPTModel
+    lacks."""
     alike = {
         "norms with different eps": {n.eps for n in norms},
         "blocks with different heads": {b.heads for b in model.blocks},
@@ -119,12 +121,13 @@ def _unlike(model: Any, linears: list[Any], norms: list[Any]) -> Iterator[str]:
 
 
 def check_cut(shape: GptShape, degree: int) -> None:
-    """Raises UserError where tensor-parallel ranks would not get equal parts."""
+    """Raise UserError if the tensor-parallel ranks would not get equal parts."""
     must_divide("number of heads", shape.heads, degree)
     must_divide("feed-forward width", shape.feed, degree)
 
 
 def must_divide(what: str, count: int, degree: int) -> None:
+    """Raise UserError if ``degree`` does not divide ``count``. ``what`` names the count in the message."""
     if count % degree:
         raise UserError(
             f"engine megatron: a {what} of {count} on {degree} tensor-parallel ranks",
@@ -133,8 +136,8 @@ def must_divide(what: str, count: int, degree: int) -> None:
 
 
 class CoreAttention(nn.Module):
-    """Causal attention by torch's fused kernel. Query, key, value ``(length, batch, heads, head width)``;
-    out ``(length, batch, heads x head width)``, as Megatron's DotProductAttention."""
+    """Causal attention with torch's fused kernel. Query, key and value are ``(length, batch, heads, head
+    width)``, the output is ``(length, batch, heads x head width)``, as in Megatron's DotProductAttention."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -153,7 +156,8 @@ class CoreAttention(nn.Module):
 
 
 class Norm(nn.LayerNorm):
-    """torch's, which Megatron refuses beside sequence parallelism: it sums gradients of what is marked."""
+    """torch's LayerNorm with marked parameters. Megatron refuses torch's LayerNorm with sequence parallelism,
+    because it sums only the gradients of marked parameters."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float, **ignored: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -162,9 +166,8 @@ class Norm(nn.LayerNorm):
 
 
 class MegatronGpt(nn.Module):
-    """GPTModel, called as the job calls its Gpt, with blocks and head where that has them. As Megatron's
-    trainer does, the vocabulary is filled up to a multiple of the ranks; logits of what is added are left
-    out."""
+    """A GPTModel with the interface of the job's Gpt: its call, blocks and head. As in Megatron's trainer,
+    the vocabulary is padded to a multiple of the ranks. Logits of the padding are left out."""
 
     def __init__(self, shape: GptShape, config: Any) -> None:
         super().__init__()
@@ -176,7 +179,7 @@ class MegatronGpt(nn.Module):
         layer.submodules.self_attention.submodules.core_attention = CoreAttention
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
         block = TransformerBlockSubmodules(layer_specs=[layer] * shape.layers, layer_norm=Norm)
-        self.config = config  # where Megatron's own functions look for it
+        self.config = config  # Megatron's own functions look for it here
         self.vocabulary, degree = shape.vocabulary, config.tensor_model_parallel_size
         filled = -(-shape.vocabulary // degree) * degree
         self.core = GPTModel(
@@ -193,7 +196,7 @@ class MegatronGpt(nn.Module):
         return self.core.output_layer
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, length, vocabulary)``."""
+        """Return logits ``(batch, length, vocabulary)`` for tokens ``(batch, length)``."""
         if self.config.sequence_parallel:
             must_divide("sequence", tokens.shape[1], self.config.tensor_model_parallel_size)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -203,7 +206,7 @@ class MegatronGpt(nn.Module):
 
 
 def transformer_config(shape: GptShape, **parallel: Any) -> Any:
-    """Megatron's TransformerConfig for the shape, with nothing that asks for CUDA."""
+    """Return Megatron's TransformerConfig for the shape, without anything that requires CUDA."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -227,7 +230,8 @@ def transformer_config(shape: GptShape, **parallel: Any) -> Any:
 
 
 def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
-    """This rank's slices; every tensor of ``source`` is let go of as soon as it is copied."""
+    """Copy the slices of ``rank``, the rank within its tensor-parallel group, from ``source`` to ``target``.
+    Then free the parameters of ``source``."""
     shape = read(source)
     own = dict(target.core.named_parameters())
     for name, whole in _whole(source, shape):
@@ -238,8 +242,8 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
                 param.copy_(whole)
                 continue
             start, size = rank * param.shape[dim], param.shape[dim]
-            cast(Any, param).tensor_model_parallel = True  # not said where initialisation is left to others
-            real = max(0, min(size, whole.shape[dim] - start))  # the rest fills the vocabulary up
+            cast(Any, param).tensor_model_parallel = True  # Megatron sets it only when it initializes weights
+            real = max(0, min(size, whole.shape[dim] - start))  # the other rows pad the vocabulary
             param.narrow(dim, real, size - real).zero_()
             param.narrow(dim, 0, real).copy_(whole.narrow(dim, min(start, whole.shape[dim]), real))
     assert not own, f"without initial weights: {', '.join(own)}"
@@ -248,7 +252,7 @@ def copy_weights(source: Gpt, target: MegatronGpt, *, rank: int) -> None:
 
 
 def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """GPTModel's names with the whole tensors, rows in Megatron's order."""
+    """Yield GPTModel's parameter names with the whole tensors, rows in Megatron's order."""
     yield "embedding.word_embeddings.weight", source.embed.weight
     yield "embedding.position_embeddings.weight", source.position.weight
     pairs: Mapping[str, str] = {
@@ -270,6 +274,7 @@ def _whole(source: Gpt, shape: GptShape) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _by_head(param: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (q, k, v) of all heads become (q, k, v) of the first head, then of the second."""
+    """Reorder rows from (q, k, v), each of all heads, to (q, k, v) of the first head, then of the second, and
+    so on."""
     rows: torch.Tensor = param.unflatten(0, (3, heads, -1)).transpose(0, 1).reshape(param.shape)
     return rows

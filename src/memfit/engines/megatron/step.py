@@ -1,8 +1,8 @@
-"""The training step on megatron-core: its GPTModel, its tensor parallelism, its gradient buffers.
+"""The training step of megatron-core: its GPTModel, tensor parallelism and gradient buffers.
 
 As in Megatron-LM's trainer, the model is always inside its DistributedDataParallel: gradients are summed into
-one buffer that lives as long as the model. On CPU two things are told another truth: where new buffers lie,
-which Megatron asks `torch.cuda.current_device`, and the state of the CUDA generator, which is not used.
+one buffer that lives as long as the model. On CPU two functions are patched: `torch.cuda.current_device`,
+which tells Megatron where to allocate new buffers, and the state of the CUDA generator, which is not used.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from memfit.types.launch import RunSpec
 
 
 class Step(TrainingStep):
+    """The training step of the engine. ``folder``: the run's configuration files, or None in a trace."""
+
     carried = ENGINE.carries - {"gradient-accumulation"}
     folder: Path | None = None
 
@@ -43,7 +45,7 @@ class Step(TrainingStep):
             )
         with contextlib.ExitStack() as around:
             around.enter_context(warnings.catch_warnings())
-            # That kernels for GPUs are not there, and that Megatron calls torch by old names.
+            # Warnings that kernels for GPUs are missing, and that Megatron uses deprecated names of torch.
             warnings.filterwarnings("ignore", module=r"megatron\.")
             warnings.filterwarnings("ignore", message="`torch.distributed")
             self._build(around)
@@ -60,25 +62,26 @@ class Step(TrainingStep):
         check_cut(shape, degree)
         traced = isinstance(next(source.parameters()), FakeTensor)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what its imports say of others
+            warnings.simplefilter("ignore")  # Megatron's imports warn about other packages
             around.enter_context(_on_cpu())
             around.enter_context(_parallel_state(degree, traced=traced))
             config = transformer_config(shape, **_transformer(given))
             self._check_sequence(bool(config.sequence_parallel))
-            with bench.place(""):  # its buffers too are made where it trains
+            with bench.place(""):  # its buffers must also be allocated on the training device
                 self.model = bench.model = inner = MegatronGpt(shape, config)
                 copy_weights(source, inner, rank=bench.world.rank % degree)
                 self.wrapped = bench.call = _wrapped(inner, config, given)
 
     def _given(self) -> Mapping[str, str]:
-        """The run's own file; without one, what would be written there."""
+        """Return the options in the run's file, or in a trace those that the file would contain."""
         if self.folder is not None:
             return parse((self.folder / CONFIG).read_text())
         job = JobRef(spec=self.job.name)
         return arguments(RunSpec(name="", role="", job=job, plan=self.plan, seed=0, steps=0))
 
     def _check_sequence(self, found: bool) -> None:
-        """Raises NotConforming: no parameter's size tells whether activations are cut along the sequence."""
+        """Check that activations are split along the sequence as planned. Raises NotConforming. The check is
+        here because no parameter's size shows it."""
         used = self.plan.get("tensor-parallel")
         planned = used is not None and bool(used.settings["sequence"])
         if planned != found:
@@ -108,7 +111,8 @@ class Step(TrainingStep):
         return norm
 
     def _reduced(self) -> None:
-        """Gradients reduced by Megatron, and given to the parameters, where torch's optimizers look."""
+        """Let Megatron reduce the gradients, and set them on the parameters, where torch's optimizers expect
+        them."""
         from megatron.core.distributed import finalize_model_grads
 
         finalize_model_grads([self.wrapped])
@@ -116,7 +120,8 @@ class Step(TrainingStep):
             param.grad = cast(Any, param).main_grad
 
     def _grad_norm(self) -> torch.Tensor:
-        """Slices of tensor-parallel ranks are summed, what all of them hold counts once."""
+        """Return the norm of all gradients. Slices of tensor-parallel ranks are summed; gradients that all
+        ranks hold count once."""
         cut, whole = torch.zeros(()), torch.zeros(())
         for param in self.bench.trainable():
             square = torch.linalg.vector_norm(cast(torch.Tensor, param.grad)).float().square()
@@ -131,7 +136,7 @@ class Step(TrainingStep):
 
 
 def _transformer(given: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig, as its trainer takes them from the arguments."""
+    """Return the fields of Megatron's TransformerConfig that its trainer derives from the arguments."""
     found: dict[str, Any] = {
         "tensor_model_parallel_size": int(given["tensor-model-parallel-size"]),
         "sequence_parallel": "sequence-parallel" in given,
@@ -156,7 +161,7 @@ def _wrapped(model: MegatronGpt, config: Any, given: Mapping[str, str]) -> Any:
 
 @contextlib.contextmanager
 def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
-    """Megatron's process groups, beside torch's own; on one rank a process group is made for them."""
+    """Initialize Megatron's process groups beside torch's. If torch has none yet, create one first."""
     dist: Any = torch.distributed
     from megatron.core import parallel_state
 
@@ -182,7 +187,8 @@ def _parallel_state(tensor: int, *, traced: bool) -> Iterator[None]:
 
 
 def _uncoalesced() -> Any:
-    """Fake tensors know no coalesced collective. Of one bucket, and there is no more, it is the plain one."""
+    """Replace Megatron's coalesced collectives by plain ones, as fake tensors do not support them. For a
+    single bucket both are the same, and there is only one."""
     from megatron.core.distributed import param_and_grad_buffer
 
     @contextlib.contextmanager

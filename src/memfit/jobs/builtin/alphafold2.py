@@ -1,9 +1,9 @@
 """``alphafold2``: protein structure from alignments, AlphaFold 2 written from its paper's algorithms.
 
-What there is no data for is left out and said so: side chains (their torsions are not judged), templates at
-``tiny``, co-evolution (rows of an alignment are drawn column by column from a real family's profile).
-Precision islands: the structure module (distances of coordinates tens of Angstrom large, frames multiplied in
-a row), recycled distances, and the heads' logits; in float16 the masks of -1e9 are infinite as well.
+Parts without data are left out: side chains (their torsions are not judged), templates at ``tiny``,
+co-evolution (rows of an alignment are drawn column by column from a real family's profile). Float32 islands:
+the structure module (distances between coordinates of tens of Angstrom, chains of frame products), recycled
+distances, and the heads' logits. In float16, the masks of -1e9 are also infinite.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ DATA_SOURCE: Final = (
 )
 HIDDEN_SHARE: Final = 0.15  # of the alignment's residues (supplement 1.2.7)
 _MASK_CLASS: Final = 22
-CONTACT_ANGSTROM: Final = 8.0  # between CB
-APART: Final = 12  # residues between two that count as a contact at medium and long range
-_TESTED: Final = 120  # chains of the test set
+CONTACT_ANGSTROM: Final = 8.0  # between CB atoms
+APART: Final = 12  # least separation in residues of a medium- or long-range contact
+_TESTED: Final = 120  # number of chains in the test set
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Folds:
-    """Chains in a row: ``residue`` (n,), ``profile`` (n, 20) of 0..1, ``atoms`` (n, 3, 3) Angstrom."""
+    """Chains, concatenated: ``residue`` (n,), ``profile`` (n, 20) from 0 to 1, ``atoms`` (n, 3, 3) in
+    Angstrom.
+    """
 
     offset: Array
     residue: Array
@@ -68,8 +70,11 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES: ``initial`` training (``paper`` is the same) at 256 residues and 128 rows,
-    ``finetune`` at 384 residues and 512 rows. Raises UserError for data and weights of one's own."""
+    """Return the job at one of SIZES.
+
+    ``initial`` training (the same as ``paper``) has 256 residues and 128 rows, ``finetune`` 384 residues and
+    512 rows. Raises UserError for user-defined data and weights.
+    """
     refuse(
         NAME, {"--data": data, "--weights": weights},
         allowed="neither: it trains from scratch on the chains that come with memfit",
@@ -114,7 +119,7 @@ def _build(shape: FoldSize) -> torch.nn.Module:
 
 
 def built_in_folds() -> Folds:
-    """The chains of ``protein-ss`` and their backbones."""
+    """Return the chains of ``protein-ss`` with their backbones."""
     folder = resources.files("memfit.jobs.builtin") / "data"
     with resources.as_file(folder / "pdb_ss.npz") as path, np.load(path) as kept:
         profile = kept["profile"].astype(np.float32)
@@ -132,7 +137,10 @@ def built_in_folds() -> Folds:
 
 
 def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[str, torch.Tensor]:
-    """Chains longer than the crop are cropped at a random place. Keys: see `pack`."""
+    """Return a training batch (keys: see `pack`).
+
+    Chains longer than the crop are cropped at a random position.
+    """
     rng = step_rng(step, seed)
     picked = epoch_indices(folds.train_count, shape.batch_size, step=step, seed=seed)
     spare = np.maximum(folds.offset[picked + 1] - folds.offset[picked] - shape.residues, 0)
@@ -142,9 +150,12 @@ def train_batch(folds: Folds, shape: FoldSize, *, step: int, seed: int) -> dict[
 def pack(
     folds: Folds, picked: Array, skipped: Array, shape: FoldSize, rng: np.random.Generator
 ) -> dict[str, torch.Tensor]:
-    """``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25),
-    ``index`` (batch, n) int64, ``mask`` (batch, n), ``atoms`` (batch, n, 3 of N CA C, 3) Angstrom;
-    ``residue`` (batch, rows, n) int64, to be found out where ``hidden`` is. Templates are empty."""
+    """Return a batch of the ``picked`` chains, each starting after ``skipped`` residues.
+
+    ``target`` (batch, n, 22), ``msa`` (batch, rows, n, 49), ``extra`` (batch, extra rows, n, 25), ``index``
+    (batch, n) int64, ``mask`` (batch, n), ``atoms`` (batch, n, 3 of N CA C, 3) in Angstrom; ``residue``
+    (batch, rows, n) int64, to be predicted where ``hidden`` is 1. Templates are empty.
+    """
     count, length = len(picked), shape.residues
     residue, mask = np.full((count, length), 20), np.zeros((count, length), np.float32)
     profile = np.zeros((count, length, 20), np.float32)
@@ -160,7 +171,7 @@ def pack(
     hidden = (rng.random(msa.shape) < HIDDEN_SHARE) * mask[:, None]
     eye = np.eye(23, dtype=np.float32)
     shown = eye[np.where(hidden > 0, _MASK_CLASS, msa)]
-    gone = np.zeros((*msa.shape, 26), np.float32)  # deletions, of which profiles know nothing
+    gone = np.zeros((*msa.shape, 26), np.float32)  # deletions, which profiles do not contain
     gone[..., 2:22] = profile[:, None]
     extra = eye[drawn[:, shape.rows - 1 :]]
     arrays = {
@@ -176,7 +187,7 @@ def pack(
 
 
 def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
-    """(batch, rows, n) residues drawn from the profile (batch, n, 20) of each column by itself."""
+    """Return (batch, rows, n) residues drawn independently from each column's profile (batch, n, 20)."""
     steps = np.cumsum(profile, axis=-1)
     thrown = rng.random((profile.shape[0], rows, profile.shape[1]), np.float32)
     drawn = np.zeros(thrown.shape, np.int64)
@@ -186,13 +197,13 @@ def _homologs(profile: Array, rows: int, rng: np.random.Generator) -> Array:
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Equation 7 of the supplement, initial training, mean over the samples."""
+    """Return equation 7 of the supplement for initial training, averaged over the samples."""
     out = model(batch)
     return terms(out, batch)["loss"]
 
 
 def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
-    """The parts of the loss, each a mean over samples, with fp32 sums."""
+    """Return the parts of the loss, each averaged over samples, with float32 sums."""
     import torch
     from torch.nn import functional
 
@@ -219,7 +230,7 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
         fape(Frames(r, t), true, t, true.translation, (mask, mask))
         for r, t in zip(rotations.unbind(0), translations.unbind(0), strict=True)
     ]
-    local = true.invert(atoms)  # bond lengths and angles are taken as they are in nature
+    local = true.invert(atoms)  # bond lengths and angles are taken from the true structure
     placed = Frames(rotations[-1], translations[-1]).apply(local).flatten(1, 2)
     final = fape(
         Frames(rotations[-1], translations[-1]), true, placed, atoms.flatten(1, 2),
@@ -244,11 +255,11 @@ def terms(out: Any, batch: Any) -> dict[str, torch.Tensor]:
     return {**parts, "loss": torch.as_tensor(total), "lddt": (right * mask).sum() / mask.sum()}
 
 
-# -- what is measured of it ---------------------------------------------------------------------------------
+# -- evaluation -------------------------------------------------------------------------------------------
 
 
 def test_parts(folds: Folds, shape: FoldSize) -> Any:
-    """The test set's chains in batches, cropped at their start; always the same alignments."""
+    """Yield batches of the test set's chains, cropped at their start, always with the same alignments."""
     few = min(shape.batch_size, EVALUATED_AT_ONCE)
     test = np.arange(folds.train_count, folds.count)[:_TESTED]
     for index, picked in enumerate(np.array_split(test, -(-len(test) // few))):
@@ -256,10 +267,13 @@ def test_parts(folds: Folds, shape: FoldSize) -> Any:
 
 
 def contact_precision(model: torch.nn.Module, folds: Folds, shape: FoldSize) -> float:
-    """Percentage of true contacts among the L/2 likeliest pairs of each test chain, by the distogram."""
+    """Return the percentage of true contacts among the L/2 most likely pairs of each test chain, by the
+    distogram.
+    """
     from memfit.jobs.builtin.alphafold.model import distance_edges
 
-    near = int((distance_edges() <= CONTACT_ANGSTROM).sum())  # bins that end before it
+    # bins that end at or before the contact distance
+    near = int((distance_edges() <= CONTACT_ANGSTROM).sum())
     found: list[float] = []
     with evaluating(model) as device:
         for packed in test_parts(folds, shape):
@@ -291,7 +305,10 @@ def _contacts(atoms: Array) -> Array:
 
 
 def metric(folds: Folds, shape: FoldSize) -> Metric:
-    """Contact precision with the best ranking by separation along the chain alone as the naive result."""
+    """Return the metric.
+
+    Its naive result is the best ranking of contacts by separation along the chain alone.
+    """
     length = shape.residues
     near, seen = np.zeros(length), np.zeros(length)
     for chain in range(0, folds.train_count, 4):

@@ -1,4 +1,4 @@
-"""What the built-in jobs share in making batches and in evaluating."""
+"""Functions shared by the built-in jobs for making batches and evaluating."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 
 
 def refuse(job: str, given: Mapping[str, object], *, allowed: str) -> None:
-    """Raises UserError for the first of the options that ``job`` has no use for and that was given."""
+    """Raise UserError for the first given option that ``job`` does not support."""
     for option, value in given.items():
         if value is not None:
             raise UserError(f"{option} {value} for {job}", allowed=allowed)
 
 
 def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array:
-    """Which of ``count`` examples step ``step`` uses, shape ``(batch_size,)``. Every epoch is a new
-    permutation drawn from (seed, epoch); a batch may reach over the end of an epoch."""
+    """Return which of ``count`` examples a step uses, shape ``(batch_size,)``.
+
+    Every epoch is a new permutation drawn from (seed, epoch). A batch may extend over the end of an epoch.
+    """
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs: list[int] = (places // count).tolist()
     orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in set(epochs)}
@@ -35,12 +37,14 @@ def epoch_indices(count: int, batch_size: int, *, step: int, seed: int) -> Array
 
 
 def step_rng(step: int, seed: int) -> np.random.Generator:
-    """Random numbers of one step, independent of the order of examples."""
+    """Return the random generator of one step, independent of the order of examples."""
     return np.random.default_rng((seed, step, 1))
 
 
 def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    """Copies in torch's own memory: what lies in numpy's would escape every count of tensor bytes."""
+    """Copy arrays into torch's own memory; numpy's memory would be missing from every count of tensor
+    bytes.
+    """
     import torch
 
     return {name: torch.tensor(array) for name, array in arrays.items()}
@@ -48,7 +52,10 @@ def as_tensors(arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients, restored afterwards; yields where batches must lie."""
+    """Set evaluation mode without gradients and restore the mode afterwards.
+
+    Yields the device for batches.
+    """
     import torch
 
     was_training = model.training

@@ -33,7 +33,7 @@ _TEST_WINDOWS: Final = 64
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Bytes, uint8 (bytes,)."""
+    """Training and test text as bytes, uint8 (bytes,)."""
 
     train: Array
     test: Array
@@ -48,8 +48,11 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES. ``data``: a text file. The larger sizes keep GPT-2's vocabulary, whose
-    memory is what they are for; their tokens are bytes all the same."""
+    """Return the job at one of SIZES.
+
+    ``data``: a text file. The larger sizes keep GPT-2's vocabulary, because its memory is of interest,
+    although their tokens are bytes.
+    """
     shape = _shape(size)
     if length is not None:
         shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
@@ -75,7 +78,7 @@ def make(
 
 
 def _shape(size: str) -> GptSize:
-    """GPT-2 small (Radford et al. 2019) and the 1.3B model of GPT-3's table 2.1 with 64-wide heads."""
+    """Return GPT-2 small (Radford et al. 2019), or the 1.3B model of GPT-3's table 2.1 with 64-wide heads."""
     from memfit.jobs.builtin.gpt import GptSize
 
     if size == "tiny":
@@ -96,8 +99,10 @@ def _build(shape: GptSize, weights: str | None) -> torch.nn.Module:
 
 
 def read(path: str | None, length: int) -> Text:
-    """The user's text or the built-in one; the last tenth is held out. Raises UserError if a part would be
-    shorter than one window of ``length`` + 1 bytes."""
+    """Return the user's text or the built-in one; the last tenth is held out.
+
+    Raises UserError if a part would be shorter than one window of ``length`` + 1 bytes.
+    """
     whole = np.frombuffer((read_text(path) if path else _documentation()).encode(), np.uint8)
     cut = len(whole) - len(whole) // 10
     if len(whole) - cut < length + 1:
@@ -115,7 +120,9 @@ def _documentation() -> str:
 def train_batch(
     text: Array, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``tokens`` and ``next`` (batch, length) int64: windows at random places and the bytes that follow."""
+    """Return ``tokens`` and ``next`` (batch, length) int64: windows at random positions and the bytes that
+    follow.
+    """
     starts = step_rng(step, seed).integers(0, len(text) - length, size=batch_size)
     return as_tensors(_windows(text, starts, length))
 
@@ -127,7 +134,7 @@ def _windows(text: Array, starts: Array, length: int) -> dict[str, Array]:
 
 
 def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Cross-entropy of the next byte, nats."""
+    """Return the cross-entropy of the next byte in nats."""
     from torch.nn import functional
 
     logits = model(batch["tokens"])
@@ -137,12 +144,12 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_starts(text: Array, length: int) -> Array:
-    """Windows one after another, so that each scored byte counts once."""
+    """Return the starts of consecutive windows, so that each scored byte counts once."""
     return np.arange(0, len(text) - length, length)[:_TEST_WINDOWS]
 
 
 def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: int) -> float:
-    """Mean cross-entropy in bits over the first windows of the held-out text."""
+    """Return the mean cross-entropy in bits over the first windows of the held-out text."""
     starts, total = _test_starts(text, length), 0.0
     with evaluating(model) as device:
         few = min(batch_size, EVALUATED_AT_ONCE)
@@ -154,7 +161,7 @@ def bits_per_byte(model: torch.nn.Module, text: Array, length: int, batch_size: 
 
 
 def metric(text: Text, length: int) -> Metric:
-    """Bits per byte, with byte frequencies of the training text (plus one each) as the naive model."""
+    """Return bits per byte. The naive model is the byte frequencies of the training text (plus one each)."""
     counts = np.bincount(text.train, minlength=256) + 1
     bits = -np.log2(counts / counts.sum())
     scored = _windows(text.test, _test_starts(text.test, length), length)["next"]

@@ -1,11 +1,11 @@
 """ESM-2 (Lin et al. 2023, Science 379:1123), for both protein jobs.
 
-Parameters carry the names, and operators the order, of Hugging Face's ``EsmForMaskedLM`` (transformers,
-models/esm/modeling_esm.py): its checkpoints load, its bits come out and its bytes are needed, to all of which
-tests/unit/test_jobs_esm.py holds it. It is written here because importing that library takes longer than
-predicting the model, in every process of a proof of concept, and because its forward looks at the values of
-the padding mask, which fake tensors do not have. Left out: the contact head, which neither job trains, and
-dropout, which ESM-2 does without.
+Parameters have the names, and operators the order, of Hugging Face's ``EsmForMaskedLM`` (transformers,
+models/esm/modeling_esm.py). Its checkpoints load, results are bitwise equal and memory is equal, as
+tests/unit/test_jobs_esm.py checks. The model is written here because importing that library takes longer than
+predicting the model, in every process of a proof of concept, and because its forward reads the values of the
+padding mask, which fake tensors do not have. Left out are the contact head, which neither job trains, and
+dropout, which ESM-2 does not use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each (1, length
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EsmSize:
-    """``length`` in residues (tokens), ``batch_size`` in chains."""
+    """Size of an ESM-2 model. ``length`` is in residues (tokens), ``batch_size`` in chains."""
 
     layers: int
     width: int
@@ -43,7 +43,7 @@ class EsmSize:
         return dataclasses.replace(self, length=length, batch_size=batch_size)
 
 
-# Published ESM-2 shapes (Lin et al. 2023, table S1); the feed-forward part is four times as wide.
+# Published ESM-2 shapes (Lin et al. 2023, table S1). The feed-forward part is four times as wide.
 PUBLISHED: Final = {
     "8M": EsmSize(layers=6, width=320, heads=20, length=1024, batch_size=8),
     "35M": EsmSize(layers=12, width=480, heads=20, length=1024, batch_size=8),
@@ -55,13 +55,15 @@ PUBLISHED: Final = {
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention with rotary positions."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.head_width = width // heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        """``hidden`` (batch, length, width); ``mask`` (batch, 1, 1, length), False at padding."""
+        """Attend. ``hidden`` (batch, length, width); ``mask`` (batch, 1, 1, length) is False at padding."""
         query, key, value = (self._heads(p(hidden)) for p in (self.query, self.key, self.value))
         query = query * self.head_width**-0.5  # before the rotation, as ESM-2 was trained
         mixed: torch.Tensor = functional.scaled_dot_product_attention(
@@ -70,12 +72,12 @@ class SelfAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        """(batch, length, width) as (batch, heads, length, width of a head)"""
+        """Reshape (batch, length, width) to (batch, heads, length, width of a head)."""
         return projected.view(*projected.shape[:-1], -1, self.head_width).transpose(1, 2)
 
 
 def _rotated(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), each half of a head with the other."""
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34), pairing the two halves of a head."""
     cosines, sines = (part.unsqueeze(1) for part in rotary)
     return ((x.float() * cosines) + (_turned(x.float()) * sines)).to(x.dtype)
 
@@ -86,11 +88,15 @@ def _turned(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
-    """By its operators, as ESM-2 and Hugging Face compute it: other bits and more memory than torch's."""
+    """Compute GELU by separate operators, as ESM-2 and Hugging Face do: other bits and more memory than
+    torch's.
+    """
     return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
 class Residual(nn.Module):
+    """A linear layer whose output is added to ``before``."""
+
     def __init__(self, inner: int, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(inner, width)
@@ -100,6 +106,8 @@ class Residual(nn.Module):
 
 
 class EsmAttention(nn.Module):
+    """Pre-norm attention with its output projection and residual."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.self = SelfAttention(width, heads)
@@ -111,6 +119,8 @@ class EsmAttention(nn.Module):
 
 
 class Intermediate(nn.Module):
+    """The widening half of the feed-forward part, with GELU."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, 4 * width)
@@ -120,6 +130,8 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
+    """One encoder layer: attention and a feed-forward part."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attention = EsmAttention(width, heads)
@@ -133,6 +145,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """All encoder layers and the final norm."""
+
     def __init__(self, size: EsmSize) -> None:
         super().__init__()
         self.layer = nn.ModuleList(Layer(size.width, size.heads) for _ in range(size.layers))
@@ -145,6 +159,8 @@ class Encoder(nn.Module):
 
 
 class RotaryPositions(nn.Module):
+    """Cosines and sines of rotary positions."""
+
     def __init__(self, head_width: int) -> None:
         super().__init__()
         powers = torch.arange(0, head_width, 2, dtype=torch.float) / head_width
@@ -158,6 +174,8 @@ class RotaryPositions(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """Token embeddings, zero at padding."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(VOCABULARY, width, padding_idx=PAD)
@@ -167,7 +185,7 @@ class Embeddings(nn.Module):
 
 
 class Esm(nn.Module):
-    """``tokens``: whether token numbers go in, or embedded inputs (batch, length, width)."""
+    """The encoder. ``tokens``: whether inputs are token numbers or embedded inputs (batch, length, width)."""
 
     def __init__(self, size: EsmSize, *, tokens: bool) -> None:
         super().__init__()
@@ -177,12 +195,14 @@ class Esm(nn.Module):
         self.encoder = Encoder(size)
 
     def forward(self, inputs: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """(batch, length, width); ``valid`` (batch, length) is False at padding."""
+        """Return hidden states (batch, length, width). ``valid`` (batch, length) is False at padding."""
         embedded = self.embeddings(inputs, valid) if hasattr(self, "embeddings") else inputs
         return self.encoder(embedded, valid[:, None, None, :], self.rotary_embeddings(embedded))  # type: ignore[no-any-return]
 
 
 class LanguageHead(nn.Module):
+    """The head that predicts masked tokens."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
@@ -195,7 +215,7 @@ class LanguageHead(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """As ESM-2 starts: normal weights, zero biases, nothing for padding."""
+    """Initialize as ESM-2: normal weights, zero biases, zero embedding of padding."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=_INITIAL_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -206,7 +226,7 @@ def _initialize(module: nn.Module) -> None:
 
 
 class SecondaryStructure(nn.Module):
-    """Three-state secondary structure per residue; parameters ``esm.*`` carry ESM-2's own names."""
+    """Three-state secondary structure per residue. Parameters ``esm.*`` have ESM-2's own names."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()
@@ -217,7 +237,7 @@ class SecondaryStructure(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, length, 3)`` of features ``(batch, length, 41)``."""
+        """Return logits ``(batch, length, 3)`` for features ``(batch, length, 41)``."""
         features = features.to(self.esm.encoder.emb_layer_norm_after.weight.dtype)
         reach = WINDOW // 2
         windows = functional.pad(features, (0, 0, reach, reach)).unfold(1, WINDOW, 1).flatten(2)
@@ -225,7 +245,7 @@ class SecondaryStructure(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """ESM-2's masked language model; all parameters carry Hugging Face's names."""
+    """ESM-2's masked language model. All parameters have Hugging Face's names."""
 
     def __init__(self, size: EsmSize) -> None:
         super().__init__()
@@ -234,5 +254,5 @@ class MaskedLanguageModel(nn.Module):
         self.lm_head.decoder.weight = self.esm.embeddings.word_embeddings.weight
 
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, length, 33)`` of token numbers ``(batch, length)``."""
+        """Return logits ``(batch, length, 33)`` for token numbers ``(batch, length)``."""
         return self.lm_head(self.esm(tokens, valid))  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Protein sequences from FASTA files, read strictly: the first thing that is wrong is told with its place."""
+"""Read protein sequences from FASTA files strictly: the first fault is reported with its location."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATES: Final = "HEC"  # helix, strand, coil
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Protein:
-    """``states`` is "" or one of H, E, C per residue."""
+    """A protein. ``states`` is "" or one of H, E, C per residue."""
 
     name: str
     sequence: str
@@ -26,7 +26,10 @@ class Protein:
 
 
 def read_text(path: str) -> str:
-    """The file's text, unpacked where it ends in ``.gz``. Raises UserError if unreadable or empty."""
+    """Return the text of a file, unpacked if it ends in ``.gz``.
+
+    Raises UserError if it is unreadable or empty.
+    """
     try:
         raw = Path(path).read_bytes()
         text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
@@ -44,8 +47,11 @@ def _reason(error: Exception) -> str:
 
 
 def read_fasta(path: str) -> list[Protein]:
-    """Sequences of a FASTA file, upper case, one final ``*`` dropped. Raises UserError naming file, line
-    and character for anything that is not an amino-acid letter, and for records without a sequence."""
+    """Return the sequences of a FASTA file in upper case, without a final ``*``.
+
+    Raises UserError with file, line and character for anything that is not an amino-acid letter, and for
+    records without a sequence.
+    """
     proteins = []
     for line_number, name, lines in _records(path):
         if not lines:
@@ -55,13 +61,13 @@ def read_fasta(path: str) -> list[Protein]:
 
 
 def read_labelled(path: str) -> list[Protein]:
-    """Proteins with their secondary structure, three lines each::
+    """Return proteins with their secondary structure, three lines each::
 
         >name
         MKTAYIAKQR
         CCHHHHHHCC
 
-    Raises UserError naming file and line, also where the two lines differ in length.
+    Raises UserError with file and line, also if the two lines differ in length.
     """
     proteins = []
     for line_number, name, lines in _records(path):
@@ -80,7 +86,7 @@ def read_labelled(path: str) -> list[Protein]:
 
 
 def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
-    """(line of the header, name, numbered lines that follow), blank lines left out."""
+    """Yield (line of the header, name, numbered lines that follow), without blank lines."""
     header: tuple[int, str] | None = None
     body: list[tuple[int, str]] = []
     for number, raw in enumerate(read_text(path).splitlines(), start=1):
@@ -99,7 +105,7 @@ def _records(path: str) -> Iterator[tuple[int, str, list[tuple[int, str]]]]:
 
 def _sequence(path: str, lines: list[tuple[int, str]]) -> str:
     whole = "".join(text for _, text in lines).removesuffix("*").upper()
-    if not whole.strip(RESIDUES + _AMBIGUOUS):  # nothing else in it: the usual case, at once
+    if not whole.strip(RESIDUES + _AMBIGUOUS):  # only valid letters: the usual case, tested first
         return whole
     *first, (number, last) = lines
     parts = [*first, (number, last.removesuffix("*"))]

@@ -1,8 +1,10 @@
-"""``genome``: the next base of a bacterial chromosome, a HyenaDNA; memory grows with the window's length.
+"""``genome``: predict the next base of a bacterial chromosome with HyenaDNA. Memory grows with the window's
+length.
 
-Stays in float32: the long convolution, as bfloat16 has no FFT and float16's overflows, and the network of its
-taps, whose input is time from 0 to 1: bfloat16 tells some 256 places of a million apart. At the thousand
-places of `tiny` that is an error of 1 %, which `memfit precision` finds and calls harmless.
+Two parts stay in float32. The long convolution: bfloat16 has no FFT, and float16's overflows. The network of
+its filter taps, whose input is time from 0 to 1: bfloat16 distinguishes only about 256 of a million
+positions. With the thousand positions of `tiny` the error is 1 %, which `memfit precision` finds and reports
+as harmless.
 """
 
 from __future__ import annotations
@@ -55,14 +57,14 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES. ``data``: a FASTA file of DNA. ``length``: bases in a window."""
+    """Return the job at one of SIZES. ``data``: a FASTA file of DNA. ``length``: bases in a window."""
     shape = _shape(size)
     if length is not None:
         shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
     batch_size = batch or shape.batch_size
     genome = read(data, shape.length + shape.kmer)
     room = len(genome.test) - shape.kmer - 1
-    tested = dataclasses.replace(shape, length=min(shape.length, room))  # what is held out may be shorter
+    tested = dataclasses.replace(shape, length=min(shape.length, room))  # the held-out part may be shorter
     return Job(
         name=NAME,
         title=TITLE,
@@ -104,8 +106,10 @@ def _build(shape: HyenaSize, weights: str | None) -> torch.nn.Module:
 
 
 def read(path: str | None, needed: int) -> Genome:
-    """The user's DNA or the built-in chromosome. Raises UserError if a window of ``needed`` bases does not
-    fit in the part for training."""
+    """Return the user's DNA or the built-in chromosome.
+
+    Raises UserError if a window of ``needed`` bases does not fit into the training part.
+    """
     bases, source = (_fasta(path), path) if path else (_chromosome(), DATA_SOURCE)
     cut = len(bases) - len(bases) // 10
     if cut < max(2 * needed, 400):
@@ -125,7 +129,7 @@ def _chromosome() -> Array:
 
 
 def _fasta(path: str) -> Array:
-    """Bases of all records one after another; letters that are no base (N, gaps) are left out."""
+    """Return the bases of all records, concatenated. Letters that are not bases (N, gaps) are left out."""
     lines = [line.strip() for line in read_text(path).splitlines() if not line.startswith(">")]
     letters = np.frombuffer("".join(lines).upper().encode(), np.uint8)
     number = np.full(256, 255, np.uint8)
@@ -135,7 +139,7 @@ def _fasta(path: str) -> Array:
 
 
 def words(bases: Array, length: int) -> Array:
-    """The number of each word of ``length`` bases, int64 (bases - length + 1,)."""
+    """Return the number of each word of ``length`` bases, int64 (bases - length + 1,)."""
     number = np.zeros(len(bases) - length + 1, np.int64)
     for i in range(length):
         number = 4 * number + bases[i : i + len(number)]
@@ -145,7 +149,9 @@ def words(bases: Array, length: int) -> Array:
 def train_batch(
     bases: Array, shape: HyenaSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``tokens`` and ``next`` (batch, length) int64: windows at random places, the base after each token."""
+    """Return ``tokens`` and ``next`` (batch, length) int64: windows at random positions, and the base after
+    each token.
+    """
     last = len(bases) - shape.length - shape.kmer
     return as_tensors(_windows(bases, step_rng(step, seed).integers(0, last, size=batch_size), shape))
 
@@ -157,7 +163,7 @@ def _windows(bases: Array, starts: Array, shape: HyenaSize) -> dict[str, Array]:
 
 
 def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Cross-entropy of the next base, nats."""
+    """Return the cross-entropy of the next base in nats."""
     from torch.nn import functional
 
     logits = model(batch["tokens"])
@@ -167,13 +173,13 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_starts(bases: Array, shape: HyenaSize) -> Array:
-    """Windows spread evenly over the held-out part."""
+    """Return the starts of windows spread evenly over the held-out part."""
     last = len(bases) - shape.length - shape.kmer
     return np.linspace(0, last, max(1, min(_TEST_BASES, len(bases)) // shape.length)).astype(np.int64)
 
 
 def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_size: int) -> float:
-    """Mean cross-entropy of the next base over the test windows, in bits."""
+    """Return the mean cross-entropy of the next base over the test windows, in bits."""
     starts, total = _test_starts(bases, shape), 0.0
     with evaluating(model) as device:
         few = min(batch_size, EVALUATED_AT_ONCE)
@@ -185,21 +191,27 @@ def bits_per_base(model: torch.nn.Module, bases: Array, shape: HyenaSize, batch_
 
 
 def markov_bits(genome: Genome, places: Array, order: int) -> float:
-    """Bits per base at ``places`` of the held-out part, of the frequencies of what follows each word of
-    ``order`` bases in the training part, plus one each."""
+    """Return the bits per base of a Markov chain at ``places`` of the held-out part.
+
+    Its probabilities are the frequencies of what follows each word of ``order`` bases in the training part,
+    plus one each.
+    """
     counts = np.bincount(words(genome.train, order + 1), minlength=4 ** (order + 1)).reshape(-1, 4) + 1
     bits = -np.log2(counts / counts.sum(1, keepdims=True))
     return float(bits.ravel()[words(genome.test, order + 1)[places - order]].mean())
 
 
 def scored(genome: Genome, shape: HyenaSize) -> Array:
-    """Places of the held-out part whose base the metric asks for."""
+    """Return the positions in the held-out part whose base the metric scores."""
     starts = _test_starts(genome.test, shape) + shape.kmer
     return (starts[:, None] + np.arange(shape.length)).ravel()
 
 
 def metric(genome: Genome, shape: HyenaSize) -> Metric:
-    """Bits per base, with a Markov chain of order two, codon-wide words, as the naive model."""
+    """Return bits per base.
+
+    The naive model is a Markov chain of order two, that is, words of codon length.
+    """
     places = scored(genome, shape)
     places = places[places >= 4]
     bits = {order: markov_bits(genome, places, order) for order in (_NAIVE_ORDER, 3, 4)}

@@ -1,4 +1,4 @@
-"""A small GPT: pre-norm blocks, learned positions, causal attention, no dropout, head not tied."""
+"""A small GPT: pre-norm blocks, learned positions, causal attention, no dropout, untied head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GptSize:
-    """``length`` in tokens, ``batch_size`` in sequences."""
+    """Size of a GPT. ``length`` is in tokens, ``batch_size`` in sequences."""
 
     layers: int
     width: int
@@ -22,7 +22,7 @@ class GptSize:
 
 
 class GptBlock(nn.Module):
-    """Attention and a feed-forward part four times as wide, each added to its input."""
+    """Attention and a feed-forward part four times as wide, each with a residual."""
 
     def __init__(self, size: GptSize) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class GptBlock(nn.Module):
         self.narrow = nn.Linear(4 * size.width, size.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape ``(batch, length, width)`` in and out."""
+        """Input and output have the shape ``(batch, length, width)``."""
         x = x + self.mix(self._attend(self.norm_attention(x)))
         return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))  # type: ignore[no-any-return]
 
@@ -49,7 +49,7 @@ class GptBlock(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Initialised as GPT-2 (Radford et al. 2019): normal(0.02), narrower where residuals add up."""
+    """A GPT, initialized as GPT-2 (Radford et al. 2019): normal(0.02), smaller where residuals are added."""
 
     def __init__(self, size: GptSize) -> None:
         super().__init__()
@@ -66,7 +66,9 @@ class Gpt(nn.Module):
                 nn.init.zeros_(param)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, length, vocabulary)`` of the next token after each of ``(batch, length)``."""
+        """Return logits ``(batch, length, vocabulary)`` of the token after each of ``tokens`` (batch,
+        length).
+        """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embed(tokens) + self.position(positions)
         for block in self.blocks:

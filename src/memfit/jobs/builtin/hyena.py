@@ -1,6 +1,7 @@
-"""HyenaDNA (Nguyen et al. 2023, arXiv 2306.15794): a causal language model of DNA whose mixing is a
-convolution as long as the sequence, made by a small network and applied by FFT (Poli et al. 2023,
-arXiv 2302.10866)."""
+"""HyenaDNA (Nguyen et al. 2023, arXiv 2306.15794): a causal language model of DNA. It mixes positions with a
+convolution as long as the sequence, whose filter a small network generates and which is applied by FFT (Poli
+et al. 2023, arXiv 2302.10866).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +19,12 @@ _TIME_FEATURES: Final = 5  # time itself, two cosines and two sines of it
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HyenaSize:
-    """``length`` in bases, ``batch_size`` in windows. ``kmer``: each token is the last so many bases, as in
-    DNABERT (Ji et al. 2021); ``vocabulary`` tokens have an embedding. ``filter_width`` of the network that
-    makes the long filter."""
+    """Size of a HyenaDNA.
+
+    ``length`` is in bases, ``batch_size`` in windows. ``kmer``: each token is the last ``kmer`` bases, as in
+    DNABERT (Ji et al. 2021). ``vocabulary``: number of token embeddings. ``filter_width``: width of the
+    network that generates the long filter.
+    """
 
     layers: int
     width: int
@@ -38,7 +42,7 @@ LARGE_1M: Final = HyenaSize(
 
 
 def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """``x`` (batch, width, length) convolved with ``taps`` (width, length), by FFT in float32."""
+    """Convolve ``x`` (batch, width, length) causally with ``taps`` (width, length), by FFT in float32."""
     length = x.shape[-1]
     spectrum = torch.fft.rfft(x.float(), n=2 * length) * torch.fft.rfft(taps.float(), n=2 * length)
     whole: torch.Tensor = torch.fft.irfft(spectrum, n=2 * length)
@@ -46,7 +50,7 @@ def causal_convolution(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
 
 
 class Sine(nn.Module):
-    """A sine of learned frequency."""
+    """A sine with a learned frequency."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,11 +61,11 @@ class Sine(nn.Module):
 
 
 class LongFilter(nn.Module):
-    """Taps of every channel as a function of time, fading at a rate that differs from channel to channel."""
+    """Filter taps of every channel as a function of time, decaying at a different rate in each channel."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        sine = Sine(hidden)  # one frequency a unit for all three layers, as published
+        sine = Sine(hidden)  # one frequency per unit for all three layers, as published
         self.network = nn.Sequential(
             nn.Linear(_TIME_FEATURES, hidden), sine, nn.Linear(hidden, hidden), sine,
             nn.Linear(hidden, hidden), sine, nn.Linear(hidden, width, bias=False),
@@ -71,7 +75,7 @@ class LongFilter(nn.Module):
         self.register_buffer("rates", torch.linspace(slowest, fastest, width).abs())
 
     def forward(self, length: int) -> torch.Tensor:
-        """Taps ``(width, length)``, float32 where the parameters are."""
+        """Return taps ``(width, length)``, float32 if the parameters are."""
         time = torch.linspace(0, 1, length, device=self.rates.device)[:, None]
         bands = torch.tensor([1e-4, 1.0], device=time.device) * (2 * math.pi * (length - 1) / length)
         angles = time * bands
@@ -81,7 +85,7 @@ class LongFilter(nn.Module):
 
 
 class LongConvolution(nn.Module):
-    """Every channel convolved with its own taps, and what stands in each place added in a learned share."""
+    """Convolves every channel with its own taps and adds a learned share of the input."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -89,12 +93,14 @@ class LongConvolution(nn.Module):
         self.direct = nn.Parameter(torch.randn(size.width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(batch, width, length)`` in and out."""
+        """Input and output have the shape ``(batch, width, length)``."""
         return causal_convolution(x, self.filter(x.shape[-1])) + x * self.direct[:, None]
 
 
 class Hyena(nn.Module):
-    """The operator of order two: a short convolution, two gates, and the long convolution between them."""
+    """The Hyena operator of order two: a short convolution, two gates, and the long convolution between
+    them.
+    """
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -104,7 +110,9 @@ class Hyena(nn.Module):
         self.mix = nn.Linear(size.width, size.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(batch, length, width)`` in and out; a place sees itself and what is before it."""
+        """Input and output have the shape ``(batch, length, width)``; a position sees itself and earlier
+        ones.
+        """
         length = x.shape[1]
         three = self.short(self.three(x).transpose(1, 2))[..., :length]
         outer, inner, value = three.chunk(3, dim=1)
@@ -112,7 +120,7 @@ class Hyena(nn.Module):
 
 
 class HyenaBlock(nn.Module):
-    """Hyena and a feed-forward part four times as wide, each added to its input."""
+    """Hyena and a feed-forward part four times as wide, each with a residual."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -123,13 +131,13 @@ class HyenaBlock(nn.Module):
         self.narrow = nn.Linear(4 * size.width, size.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape ``(batch, length, width)`` in and out."""
+        """Input and output have the shape ``(batch, length, width)``."""
         x = x + self.mixer(self.norm_mixer(x))
         return x + self.narrow(functional.gelu(self.widen(self.norm_feed(x))))  # type: ignore[no-any-return]
 
 
 class HyenaDna(nn.Module):
-    """Tokens to logits of the base that follows each."""
+    """Maps tokens to logits of the base that follows each."""
 
     def __init__(self, size: HyenaSize) -> None:
         super().__init__()
@@ -137,14 +145,14 @@ class HyenaDna(nn.Module):
         self.blocks = nn.ModuleList([HyenaBlock(size) for _ in range(size.layers)])
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, BASES, bias=False)
-        # Starts as a table of what follows each token: the signal is too weak to be found behind noise.
+        # Initialized as a table of what follows each token: the signal is too weak to be found in noise.
         nn.init.normal_(self.embed.weight, std=0.2)
         for name, parameter in self.named_parameters():
             if any(part in name for part in ("head.", "narrow.", "mix.")):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits ``(batch, length, 4)`` of the base after each of ``(batch, length)`` tokens."""
+        """Return logits ``(batch, length, 4)`` of the base after each of ``tokens`` (batch, length)."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)

@@ -1,7 +1,8 @@
-"""``molecules``: a property of a molecule from its SMILES string, a MoLFormer.
+"""``molecules``: predict a property of a molecule from its SMILES string with MoLFormer.
 
-Nothing must stay in float32: `memfit precision` finds errors of 0.4 % in bfloat16, most in the attention, and
-a loss that moves by 0.25 %, as sums over tokens are short and torch's kernels make them in float32.
+Nothing must stay in float32. `memfit precision` finds errors of 0.4 % in bfloat16, mostly in the attention,
+and a loss that moves by 0.25 %, because sums over tokens are short and torch's kernels accumulate them in
+float32.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ _TRAIN_SHARE: Final = 0.8
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Molecules:
-    """``smiles`` and ``values`` (molecules,), the first ``train_count`` for training, and each molecule's
-    token numbers ``tokens`` (molecules, longest) uint8, 0 at padding; batches are ``length`` wide."""
+    """Molecules with a measured value each.
+
+    ``smiles`` and ``values`` have shape (molecules,); the first ``train_count`` are for training. ``tokens``
+    (molecules, longest) uint8: token numbers, 0 at padding. Batches are ``length`` tokens wide.
+    """
 
     smiles: tuple[str, ...]
     values: Array
@@ -56,7 +60,7 @@ class Molecules:
     source: str
 
     def padded(self, picked: Array) -> Array:
-        """Token numbers (picked, length) int64."""
+        """Return token numbers (picked, length) int64."""
         return np.pad(self.tokens[picked].astype(np.int64), ((0, 0), (0, self.length - self.tokens.shape[1])))
 
     @property
@@ -74,8 +78,10 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES. ``data``: a file of ``SMILES,value`` lines. ``length``: longer molecules are
-    left out."""
+    """Return the job at one of SIZES.
+
+    ``data``: a file of ``SMILES,value`` lines. ``length``: molecules with more tokens are left out.
+    """
     shape = _shape(size)
     if length is not None:
         shape, size = dataclasses.replace(shape, length=length), f"{size}@{length}"
@@ -126,7 +132,10 @@ Pairs = Sequence[tuple[str, float]]
 
 
 def _installed() -> Pairs:
-    """Measured logP beside PubChem's SMILES, joined by CAS number; the package itself is not imported."""
+    """Return measured logP with PubChem's SMILES, joined by CAS number.
+
+    The package itself is not imported.
+    """
     spec = importlib.util.find_spec("chemicals")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -148,7 +157,7 @@ def _installed() -> Pairs:
 
 
 def _user(path: str) -> Pairs:
-    """The user's molecules; a first line without a number is a heading."""
+    """Return the user's molecules. A first line without a number is a heading."""
     found = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         smiles, _, value = line.strip().partition("," if "," in line else "\t" if "\t" in line else " ")
@@ -162,9 +171,12 @@ def _user(path: str) -> Pairs:
 
 
 def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
-    """Molecules of at most ``length`` tokens, ordered so that a ring skeleton is on one side of the split
-    only: common skeletons first, as MoleculeNet does (Wu et al. 2018, Chem. Sci. 9:513), the rarest fifth for
-    testing; molecules without rings are one group. Raises UserError if there are less than ten."""
+    """Return the molecules of at most ``length`` tokens, split into training and test.
+
+    They are ordered so that a ring skeleton is only on one side of the split: common skeletons first, as in
+    MoleculeNet (Wu et al. 2018, Chem. Sci. 9:513), the rarest fifth for testing. Molecules without rings are
+    one group. Raises UserError if there are fewer than ten.
+    """
     kept = [(smiles, value) for smiles, value in pairs if len(tokens(smiles)) <= length]
     if len(kept) < 10:
         raise UserError(f"{len(kept)} molecules of at most {length} tokens", allowed="at least 10")
@@ -186,7 +198,7 @@ def arranged(pairs: Pairs, length: int, source: str) -> Molecules:
 
 
 def _numbers(smiles: Iterable[str], known: Iterable[str]) -> Array:
-    """Token numbers; a token that no ``known`` molecule has is unknown."""
+    """Return token numbers. A token that occurs in no ``known`` molecule is unknown."""
     alphabet = sorted({token for text in known for token in tokens(text)})
     number = {token: _FIRST + i for i, token in enumerate(alphabet[: 96 - _FIRST])}
     rows = [[number.get(token, _UNKNOWN) for token in tokens(text)] for text in smiles]
@@ -197,8 +209,12 @@ def _numbers(smiles: Iterable[str], known: Iterable[str]) -> Array:
 def train_batch(
     molecules: Molecules, batch_size: int, *, masked: bool, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``tokens`` (batch, length) int64, ``valid`` (batch, length) bool, ``value`` (batch,) float32 of mean
-    0 and deviation 1; where ``masked``, ``labels`` (batch, length) int64, -100 where nothing is asked."""
+    """Return a training batch.
+
+    ``tokens`` (batch, length) int64, ``valid`` (batch, length) bool, ``value`` (batch,) float32 with mean 0
+    and deviation 1. If ``masked``, also ``labels`` (batch, length) int64, -100 where nothing is to be
+    predicted.
+    """
     picked = epoch_indices(molecules.train_count, batch_size, step=step, seed=seed)
     mean, deviation = molecules.scale
     number = molecules.padded(picked)
@@ -214,8 +230,11 @@ def train_batch(
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Mean squared error of the value, in squared deviations; with labels, the cross-entropy of masked tokens
-    (nats per place) on top. Both are means over molecules."""
+    """Return the mean squared error of the value, in squared deviations.
+
+    With labels, the cross-entropy of masked tokens (nats per position) is added. Both are means over
+    molecules.
+    """
     from torch.nn import functional
 
     value, logits = model(batch["tokens"], batch["valid"])
@@ -229,7 +248,7 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int) -> float:
-    """Root mean square error over the held-out molecules, in the unit of the values."""
+    """Return the root mean square error over the held-out molecules, in the unit of the values."""
     mean, deviation = molecules.scale
     squares, test = 0.0, np.arange(molecules.train_count, len(molecules.smiles))
     with evaluating(model) as device:
@@ -242,7 +261,7 @@ def held_out_rmse(model: torch.nn.Module, molecules: Molecules, batch_size: int)
 
 
 def metric(molecules: Molecules) -> Metric:
-    """RMSE, with a linear fit to the number of atoms of each element as the naive result."""
+    """Return the RMSE. The naive result is a linear fit to the number of atoms of each element."""
     elements = Counter(e for text in molecules.smiles[: molecules.train_count] for e in graph(text)[0])
     common = [element for element, _ in elements.most_common(9)]
     counts = np.array([[graph(s)[0].count(e) for e in common] + [1] for s in molecules.smiles], np.float64)

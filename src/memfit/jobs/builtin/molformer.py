@@ -1,5 +1,6 @@
 """MoLFormer (Ross et al. 2022, Nature Machine Intelligence 4:1256): an encoder of SMILES with rotary
-positions and linear attention, read out as one property of the molecule."""
+positions and linear attention that predicts one property of the molecule.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-TYPICAL_TOKENS: Final = 16  # scale of the sum at the start; nothing else depends on it
+TYPICAL_TOKENS: Final = 16  # scale of the sum at initialization; nothing else depends on it
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MolformerSize:
-    """``length`` in tokens, ``batch_size`` in molecules. ``features`` of the attention's kernel per head.
-    ``masked``: a head that restores masked tokens, as in pre-training, beside the property."""
+    """Size of a MoLFormer.
+
+    ``length`` is in tokens, ``batch_size`` in molecules. ``features``: number of random features of the
+    attention's kernel per head. ``masked``: whether it has a head that predicts masked tokens, as in
+    pre-training, beside the property.
+    """
 
     layers: int
     width: int
@@ -37,21 +42,26 @@ XL: Final = MolformerSize(
 
 
 def rotary(length: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine ``(length, width)`` of rotary positions (Su et al. 2021, arXiv 2104.09864), float32."""
+    """Return cosine and sine ``(length, width)`` of rotary positions (Su et al. 2021, arXiv 2104.09864),
+    float32.
+    """
     rates = 10_000 ** (-torch.arange(0, width, 2, device=device) / width)
     angles = torch.arange(length, device=device)[:, None] * rates
     return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
 
 def turned(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """``x`` (..., length, width) turned by its position."""
+    """Rotate ``x`` (..., length, width) by its positions."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine.to(x.dtype) + torch.cat([-second, first], dim=-1) * sine.to(x.dtype)
 
 
 class LinearAttention(nn.Module):
-    """Attention whose kernel is a product of positive random features (Katharopoulos et al. 2020,
-    Choromanski et al. 2021), so that nothing of length x length is made. The features are drawn once."""
+    """Attention whose kernel is a product of positive random features.
+
+    No tensor of length x length is made (Katharopoulos et al. 2020, Choromanski et al. 2021). The features
+    are drawn once.
+    """
 
     def __init__(self, width: int, features: int) -> None:
         super().__init__()
@@ -61,7 +71,9 @@ class LinearAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        """``(batch, heads, length, width)`` each; ``valid`` (batch, length) is False at padding."""
+        """Inputs have the shape ``(batch, heads, length, width)``; ``valid`` (batch, length) is False at
+        padding.
+        """
         asked = functional.relu(query @ self.directions) + 1e-3
         held = (functional.relu(key @ self.directions) + 1e-3) * valid[:, None, :, None]
         weight = asked @ held.sum(2)[..., None]
@@ -69,8 +81,11 @@ class LinearAttention(nn.Module):
 
 
 class MolformerBlock(nn.Module):
-    """Attention and feed-forward of the normalised input, each added to it: published with the norms behind
-    the sums, which has the same parameters and does not train without warm-up."""
+    """Pre-norm attention and feed-forward part with residuals.
+
+    The published model has the norms after the sums, which gives the same parameters but does not train
+    without warm-up.
+    """
 
     def __init__(self, size: MolformerSize) -> None:
         super().__init__()
@@ -86,7 +101,7 @@ class MolformerBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, valid: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
     ) -> torch.Tensor:
-        """``x`` (batch, length, width) in and out."""
+        """Input ``x`` and output have the shape (batch, length, width)."""
         query, key, value = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.query_key_value(self.norm_attention(x)).chunk(3, dim=-1)
@@ -97,8 +112,9 @@ class MolformerBlock(nn.Module):
 
 
 class Readout(nn.Module):
-    """The property as a sum of what tokens add to it, as partition is nearly one over atoms; the paper takes
-    the mean."""
+    """The property as a sum of the tokens' contributions, because partition is nearly a sum over atoms; the
+    paper uses the mean.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,13 +122,13 @@ class Readout(nn.Module):
         self.value = nn.Linear(width, 1)
 
     def forward(self, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Values ``(batch,)`` of ``(batch, length, width)``."""
+        """Return values ``(batch,)`` for ``x`` (batch, length, width)."""
         shares: torch.Tensor = self.value(self.norm(x))[..., 0] * valid
         return shares.sum(1) / TYPICAL_TOKENS
 
 
 class Molformer(nn.Module):
-    """Tokens to one number a molecule, and to logits of every token where the size says ``masked``."""
+    """Maps tokens to one number per molecule, and to logits of every token if the size is ``masked``."""
 
     def __init__(self, size: MolformerSize) -> None:
         super().__init__()
@@ -125,7 +141,10 @@ class Molformer(nn.Module):
             self.head = nn.Linear(size.width, size.vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(value (batch,), logits (batch, length, vocabulary) or None); ``valid`` is False at padding."""
+        """Return (value (batch,), logits (batch, length, vocabulary) or None).
+
+        ``valid`` is False at padding.
+        """
         cosine, sine = rotary(tokens.shape[1], self.head_width, tokens.device)
         x = self.embed(tokens)
         for block in self.blocks:

@@ -1,10 +1,10 @@
-"""The barotropic vorticity equation, of which the first numerical weather forecasts were made (Charney,
-Fjortoft and von Neumann 1950): two-dimensional Navier-Stokes on a doubly periodic beta plane.
+"""The barotropic vorticity equation of the first numerical weather forecasts (Charney, Fjortoft and von
+Neumann 1950): two-dimensional Navier-Stokes on a doubly periodic beta plane.
 
 ``dw/dt + u . grad w + beta v = nu laplacian w`` with ``u = (d psi/dy, -d psi/dx)``, ``laplacian psi = -w``,
-on [0, 2 pi)^2. The axes are (y, x). Solved pseudo-spectrally: products are formed on the grid and freed of
-aliases by the two-thirds rule (Orszag 1971), time steps are fourth-order Runge-Kutta on ``exp(-L t) w``, so
-that the linear part L, viscosity and Rossby waves, is exact. In double precision.
+on [0, 2 pi)^2. The axes are (y, x). The solver is pseudo-spectral: products are formed on the grid and
+dealiased by the two-thirds rule (Orszag 1971). Time steps are fourth-order Runge-Kutta on ``exp(-L t) w``, so
+that the linear part L, viscosity and Rossby waves, is exact. It runs in double precision.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Square:
-    """The grid of ``points`` x ``points``, and what belongs to its real Fourier transform."""
+    """A grid of ``points`` x ``points`` and its real Fourier transform."""
 
     points: int
     viscosity: float
     beta: float = 0.0  # gradient of planetary vorticity along y
 
     def wavenumbers(self) -> tuple[Array, Array]:
-        """Along y and x, broadcastable to (points, points // 2 + 1)."""
+        """Return the wavenumbers along y and x, broadcastable to (points, points // 2 + 1)."""
         along = np.fft.fftfreq(self.points, 1 / self.points)
         return along[:, None], np.arange(self.points // 2 + 1)[None, :]
 
     def linear(self) -> Array:
-        """Rate of each wavenumber, 1/s: decay, and the westward turning of Rossby waves."""
+        """Return the rate of each wavenumber in 1/s: decay, and the westward propagation of Rossby waves."""
         y, x = self.wavenumbers()
         square = y**2 + x**2
         return np.asarray(-self.viscosity * square + 1j * self.beta * x / np.maximum(square, 1))
 
     def velocity(self, spectrum: Array) -> tuple[Array, Array]:
-        """(u, v) on the grid, along x and y, of the vorticity's transform."""
+        """Return (u, v) on the grid, along x and y, from the transform of the vorticity."""
         y, x = self.wavenumbers()
         psi = spectrum / np.maximum(y**2 + x**2, 1)
         return self.grid(1j * y * psi), self.grid(-1j * x * psi)
 
     def advection(self, spectrum: Array) -> Array:
-        """Transform of ``-u . grad w`` without aliases."""
+        """Return the dealiased transform of ``-u . grad w``."""
         y, x = self.wavenumbers()
         u, v = self.velocity(spectrum)
         product = u * self.grid(1j * x * spectrum) + v * self.grid(1j * y * spectrum)
@@ -55,7 +55,7 @@ class Square:
 
 
 def advance(square: Square, vorticity: Array, *, step_s: float, steps: int) -> Array:
-    """``vorticity`` (..., points, points) after ``steps`` Runge-Kutta steps of ``step_s``."""
+    """Return ``vorticity`` (..., points, points) after ``steps`` Runge-Kutta steps of ``step_s`` seconds."""
     half = np.exp(square.linear() * step_s / 2)
     w = np.fft.rfft2(vorticity)
     for _ in range(steps):
@@ -68,8 +68,10 @@ def advance(square: Square, vorticity: Array, *, step_s: float, steps: int) -> A
 
 
 def random_vorticity(rng: np.random.Generator, count: int, points: int, *, peak: float) -> Array:
-    """(count, points, points): Gaussian fields of zero mean and unit variance whose spectrum is highest at
-    wavenumber ``peak``."""
+    """Return (count, points, points) Gaussian fields with zero mean and unit variance.
+
+    Their spectrum is highest at wavenumber ``peak``.
+    """
     wave = np.hypot(*Square(points=points, viscosity=0).wavenumbers())
     amplitude = wave**2 * np.exp(-((wave / peak) ** 2))
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((count, points, points))) * amplitude)
@@ -77,17 +79,20 @@ def random_vorticity(rng: np.random.Generator, count: int, points: int, *, peak:
 
 
 def energy(square: Square, vorticity: Array) -> Array:
-    """Mean kinetic energy per unit area and mass, of each field."""
+    """Return the mean kinetic energy of each field per unit area and mass."""
     u, v = square.velocity(np.fft.rfft2(vorticity))
     return np.asarray((u**2 + v**2).mean(axis=(-2, -1)) / 2)
 
 
 def enstrophy(vorticity: Array) -> Array:
+    """Return half the mean squared vorticity of each field."""
     return np.asarray((vorticity**2).mean(axis=(-2, -1)) / 2)
 
 
 def coarser(vorticity: Array, points: int) -> Array:
-    """The same fields without wavenumbers that a grid of ``points`` cannot carry, on that grid."""
+    """Return the same fields on a grid of ``points``, without the wavenumbers that this grid cannot
+    represent.
+    """
     fine, half = vorticity.shape[-1], points // 2
     spectrum = np.fft.rfft2(vorticity)[..., : half + 1]
     spectrum = np.concatenate([spectrum[..., :half, :], spectrum[..., -half:, :]], axis=-2)

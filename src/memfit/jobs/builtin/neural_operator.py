@@ -1,8 +1,8 @@
-"""Forecasters on gridded fields that mix places in Fourier space: FNO (Li et al. 2021, arXiv 2010.08895)
+"""Forecasters on gridded fields that mix positions in Fourier space: FNO (Li et al. 2021, arXiv 2010.08895)
 and AFNO (Guibas et al. 2022, arXiv 2111.13587; FourCastNet, Pathak et al. 2022, arXiv 2202.11214).
 
-`SpectralMixing` wants float32 whatever is around it: there is no FFT in bfloat16, and sums over a whole
-grid do not fit into a mantissa of 8 bits.
+`SpectralMixing` needs float32 under any plan: there is no FFT in bfloat16, and sums over a whole grid exceed
+the precision of an 8-bit mantissa.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ForecasterSize:
-    """``modes``: wavenumbers of each axis that an FNO keeps, each with weights of its own; 0 is AFNO, whose
-    weights are shared by all wavenumbers and cut into ``groups`` of channels. ``grid`` is (rows, columns),
-    ``rollout`` how many steps ahead the loss looks."""
+    """Size of a forecaster.
+
+    ``modes``: wavenumbers per axis that an FNO keeps, each with its own weights; 0 selects AFNO, whose
+    weights are shared by all wavenumbers and divided into ``groups`` of channels. ``grid`` is (rows,
+    columns). ``rollout``: number of steps ahead in the loss.
+    """
 
     layers: int
     width: int
@@ -33,7 +36,7 @@ class ForecasterSize:
 
 
 class ModeFilter(nn.Module):
-    """Every kept wavenumber has a complex matrix between channels; the others are cut off."""
+    """Applies a complex matrix between channels to every kept wavenumber; the others are removed."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class ModeFilter(nn.Module):
         self.weight = nn.Parameter(scale * torch.randn(2 * size.modes, size.modes, size.width, size.width, 2))
 
     def forward(self, spectrum: torch.Tensor) -> torch.Tensor:
-        """Complex (batch, rows, columns // 2 + 1, channels) to the same."""
+        """Input and output are complex (batch, rows, columns // 2 + 1, channels)."""
         modes, rows = self.modes, spectrum.shape[1]
         low = torch.cat([spectrum[:, :modes, :modes], spectrum[:, rows - modes :, :modes]], dim=1)
         low = torch.einsum("bxyi,xyio->bxyo", low, torch.view_as_complex(self.weight))
@@ -51,7 +54,9 @@ class ModeFilter(nn.Module):
 
 
 class SharedFilter(nn.Module):
-    """Two layers of complex block-diagonal matrices for all wavenumbers alike, then soft shrinkage."""
+    """Two layers of complex block-diagonal matrices, the same for all wavenumbers, followed by soft
+    shrinkage.
+    """
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -76,7 +81,9 @@ class SharedFilter(nn.Module):
 
 
 class SpectralMixing(nn.Module):
-    """Fourier transform, filter, and back: (batch, rows, columns, channels) to the same, in float32."""
+    """Fourier transform, filter, and inverse transform: (batch, rows, columns, channels) to the same shape,
+    in float32.
+    """
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -90,7 +97,7 @@ class SpectralMixing(nn.Module):
 
 
 class OperatorBlock(nn.Module):
-    """Mixing of places, then a perceptron at each place, both residual."""
+    """Mixing of positions, then a perceptron at each position, both with a residual."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -107,7 +114,7 @@ class OperatorBlock(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """The fields after each of ``steps`` steps, every forecast made from the one before."""
+    """Predicts the fields after each of ``steps`` steps, each forecast from the one before."""
 
     def __init__(self, size: ForecasterSize) -> None:
         super().__init__()
@@ -120,10 +127,14 @@ class Forecaster(nn.Module):
         self.to_fields = nn.Linear(size.width, size.channels * patch**2, bias=False)
 
     def forward(self, fields: torch.Tensor, steps: int) -> list[torch.Tensor]:
-        """``fields`` (batch, channels, rows, columns), in units of their own spread; float32 to float32."""
+        """Return the forecasts.
+
+        ``fields`` (batch, channels, rows, columns) are in units of their spread; all are float32.
+        """
         forecasts = []
         for _ in range(steps):
-            fields = fields + self.change(fields).float()  # differences of steps are small: summed exactly
+            # a step changes little, so the change is added in float32
+            fields = fields + self.change(fields).float()
             forecasts.append(fields)
         return forecasts
 

@@ -1,10 +1,12 @@
-"""``potential``: energies and forces of molecules in motion, a SchNet that is differentiated twice.
+"""``potential``: energies and forces of moving molecules, by a SchNet that is differentiated twice.
 
-Test molecules are others than those trained on, so it is no interpolation between frames of one motion.
+Test molecules are not among the training molecules, so the task is not interpolation between frames of one
+motion.
 
-Stays in float32: distances and what is made of them (in bfloat16 the Gaussians are wrong by a third and the
-loss moves by 6 %), and the sum of energies over atoms, whose error grows with their number (0.6 % at ten).
-The layers between add up 2 % of error; forces then are wrong by 12 meV/angstrom more, inside the margin.
+Two parts stay in float32: distances and what is computed from them (in bfloat16 the Gaussians are wrong by a
+third and the loss moves by 6 %), and the sum of energies over atoms, whose error grows with their number (0.6
+% with ten atoms). The layers between contribute an error of 2 %; forces are then wrong by another 12
+meV/angstrom, which is inside the margin.
 """
 
 from __future__ import annotations
@@ -35,15 +37,18 @@ DATA_SOURCE: Final = (
     "the test molecules are not among those for training"
 )
 _KEYS: Final = ("numbers", "molecule", "energy", "positions", "forces", "train_molecules")
-_ENERGY_WEIGHT: Final = 0.05  # of squared eV per atom, beside squared eV/angstrom
-_APART: Final = 5.0  # angstrom between molecules that share a sample
-_FITTED: Final = 400  # frames that the naive pair potential is fitted to
+_ENERGY_WEIGHT: Final = 0.05  # weight of squared eV per atom, relative to squared eV/angstrom
+_APART: Final = 5.0  # distance in angstrom between molecules that share a sample
+_FITTED: Final = 400  # number of frames to which the naive pair potential is fitted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MoleculeFrames:
-    """``species`` (frames, atoms) uint8, 0 at padding; ``positions`` (angstrom) and ``forces`` (eV/angstrom)
-    (frames, atoms, 3) float32; ``energy`` (frames,) in eV above what the elements account for."""
+    """Frames of moving molecules.
+
+    ``species`` (frames, atoms) uint8, 0 at padding. ``positions`` (angstrom) and ``forces`` (eV/angstrom)
+    (frames, atoms, 3) float32. ``energy`` (frames,) in eV, minus the contributions of the elements.
+    """
 
     species: Array
     positions: Array
@@ -61,7 +66,7 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES. ``data``: an ``.npz`` with the arrays of the built-in one."""
+    """Return the job at one of SIZES. ``data``: an ``.npz`` file with the same arrays as the built-in one."""
     if length is not None:
         raise UserError(f"{NAME} at length {length}", allowed="no length: molecules are as large as they are")
     frames = read(data)
@@ -108,8 +113,11 @@ def _build(shape: SchnetSize, weights: str | None) -> torch.nn.Module:
 
 
 def read(path: str | None) -> MoleculeFrames:
-    """The user's frames or the built-in ones; energies without what a least-squares fit over the training
-    frames gives each element. Raises UserError for a file without the arrays."""
+    """Return the user's frames or the built-in ones.
+
+    A least-squares fit over the training frames gives each element's energy, which is subtracted. Raises
+    UserError for a file without the arrays.
+    """
     file = Path(path) if path else resources.files("memfit.jobs.builtin") / "data" / "conformers.npz"
     try:
         with resources.as_file(file) as here, np.load(here) as kept:
@@ -133,16 +141,22 @@ def read(path: str | None) -> MoleculeFrames:
 def train_batch(
     frames: MoleculeFrames, shape: SchnetSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """As `packed`. A sample of more atoms than a molecule has holds several molecules side by side."""
+    """Return a batch as in `packed`.
+
+    A sample with room for more atoms than a molecule has contains several molecules.
+    """
     several = shape.atoms // frames.species.shape[1]
     picked = epoch_indices(frames.train_count, batch_size * several, step=step, seed=seed)
     return packed(frames, picked.reshape(batch_size, several), shape)
 
 
 def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str, torch.Tensor]:
-    """``species`` (batch, atoms) int64, ``positions`` and ``forces`` (batch, atoms, 3), ``energy`` (batch,)
-    float32, and the nearest neighbours: ``near`` (batch, atoms, neighbours) int64 where ``within`` the
-    cutoff, for ``picked`` (batch, molecules of a sample)."""
+    """Return a batch for ``picked`` (batch, molecules per sample).
+
+    ``species`` (batch, atoms) int64; ``positions`` and ``forces`` (batch, atoms, 3) and ``energy`` (batch,)
+    float32; the nearest neighbours ``near`` (batch, atoms, neighbours) int64, and ``within``, which is True
+    inside the cutoff.
+    """
     batch, several = picked.shape
     grid = np.array(np.unravel_index(np.arange(several), (several, 3, 3)))[::-1].T * np.float32(_APART)
     room = ((0, 0), (0, shape.atoms - several * frames.species.shape[1]))
@@ -162,7 +176,9 @@ def packed(frames: MoleculeFrames, picked: Array, shape: SchnetSize) -> dict[str
 
 
 def neighbours(species: Array, positions: Array, shape: SchnetSize) -> tuple[Array, Array]:
-    """(numbers of the nearest atoms (batch, atoms, neighbours) int64, whether each is one at all)."""
+    """Return (numbers of the nearest atoms (batch, atoms, neighbours) int64, whether each lies within the
+    cutoff).
+    """
     near = np.empty((*species.shape, shape.neighbours), np.int64)
     within = np.empty(near.shape, bool)
     for sample, (kinds, places) in enumerate(zip(species, positions, strict=True)):
@@ -180,8 +196,10 @@ def _answer(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Mean over samples of the squared force error (eV/angstrom, per component) and a share of the squared
-    energy error (eV per atom)."""
+    """Return the mean over samples of the squared force error and a share of the squared energy error.
+
+    The force error is in eV/angstrom per component, the energy error in eV per atom.
+    """
     energy, forces = _answer(model, batch)
     atoms = (batch["species"] > 0).sum(1)
     pull = (forces - batch["forces"]).square().sum((1, 2)) / (3 * atoms)
@@ -195,7 +213,9 @@ def _test(frames: MoleculeFrames) -> Array:
 
 
 def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSize, batch_size: int) -> float:
-    """Mean absolute error of force components over the atoms of the test frames, in meV/angstrom."""
+    """Return the mean absolute error of force components over the atoms of the test frames, in
+    meV/angstrom.
+    """
     total = count = 0.0
     several = shape.atoms // frames.species.shape[1]
     test = _test(frames)
@@ -212,8 +232,11 @@ def force_error(model: torch.nn.Module, frames: MoleculeFrames, shape: SchnetSiz
 
 
 def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cutoff: float = 5.0) -> Array:
-    """What a pair potential can be made of: force components (frames x atoms x 3, terms) that each pair of
-    elements exerts along the line between, in bins of distance smoothed into triangles."""
+    """Return the basis of a pair potential: force components (frames x atoms x 3, terms).
+
+    Each pair of elements exerts a force along the line between its atoms, in bins of distance smoothed into
+    triangles.
+    """
     species, places = frames.species[picked].astype(np.int64), frames.positions[picked]
     apart = places[:, None] - places[:, :, None]
     distance = np.linalg.norm(apart, axis=-1) + 1e-9
@@ -234,7 +257,7 @@ def pair_forces(frames: MoleculeFrames, picked: Array, width: float = 0.25, cuto
 
 
 def metric(frames: MoleculeFrames) -> Metric:
-    """Force error, with a pair potential fitted by least squares as the naive result."""
+    """Return the force error. The naive result is a pair potential fitted by least squares."""
     train = np.linspace(0, frames.train_count - 1, min(_FITTED, frames.train_count)).astype(np.int64)
     terms, asked = pair_forces(frames, train), frames.forces[train].ravel()
     ridge = 1e-3 * np.eye(terms.shape[1], dtype=np.float32)

@@ -26,10 +26,10 @@ NAME: Final = "protein-lm"
 TITLE: Final = "Masked language model of proteins (ESM-2)"
 SIZES: Final = ("tiny", "8M", "35M", "150M", "650M", "3B", "15B", "paper")
 DATA_SOURCE: Final = "5,000 sequences drawn at random from UniProt (The UniProt Consortium, CC BY 4.0)"
-# ESM-2's alphabet: four special tokens, then letters by number. J is not in it and is read as X.
+# ESM-2's alphabet: four special tokens, then letters by number. It has no J, which is read as X.
 _LETTERS: Final = "LAGVSERTIDPKQNFYMHWCXBUZO"
 _START, _PAD, _END, _FIRST, _MASK = 0, 1, 2, 4, 32
-_STANDARD: Final = 20  # letters that a random replacement is drawn from
+_STANDARD: Final = 20  # number of letters that random replacements are drawn from
 _MASKED_SHARE: Final = 0.15
 _TEST_COUNT: Final = 128
 _TEST_SEED: Final = 20_230_317
@@ -37,7 +37,7 @@ _TEST_SEED: Final = 20_230_317
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
-    """Token numbers of each sequence without its start and end."""
+    """Token numbers of each sequence, without its start and end tokens."""
 
     train: tuple[Array, ...]
     test: tuple[Array, ...]
@@ -52,7 +52,7 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES. ``data``: a FASTA file."""
+    """Return the job at one of SIZES. ``data``: a FASTA file."""
     shape = _shape(size)
     if length is not None:
         shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
@@ -97,7 +97,9 @@ def _build(shape: EsmSize, weights: str | None) -> torch.nn.Module:
 
 
 def read_sequences(path: str | None) -> Sequences:
-    """The user's FASTA file or the built-in one; the last tenth, at most 128, is held out."""
+    """Return the sequences of the user's FASTA file or of the built-in one; the last tenth, at most 128, is
+    held out.
+    """
     if path is None:
         kept = resources.files("memfit.jobs.builtin") / "data" / "uniprot_5000.fasta.gz"
         with resources.as_file(kept) as file:
@@ -115,13 +117,13 @@ def read_sequences(path: str | None) -> Sequences:
 
 
 def encode(sequence: str) -> Array:
-    """ESM-2's token numbers of an upper-case sequence, int64 (residues,)."""
+    """Return ESM-2's token numbers of an upper-case sequence, int64 (residues,)."""
     return _token_numbers()[np.frombuffer(sequence.encode("ascii"), np.uint8)]
 
 
 @functools.cache
 def _token_numbers() -> Array:
-    """By a letter's ASCII number."""
+    """Return the token number of each letter, indexed by ASCII code."""
     table = np.full(128, _FIRST + _LETTERS.index("X"), np.int64)
     table[[ord(letter) for letter in _LETTERS]] = _FIRST + np.arange(len(_LETTERS))
     return table
@@ -130,14 +132,18 @@ def _token_numbers() -> Array:
 def train_batch(
     sequences: Sequences, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``tokens`` and ``labels`` (batch, length) int64, labels -100 where nothing is asked; ``valid`` bool."""
+    """Return ``tokens``, ``labels`` (-100 where nothing is to be predicted), both (batch, length) int64, and
+    ``valid`` bool.
+    """
     picked = epoch_indices(len(sequences.train), batch_size, step=step, seed=seed)
     return as_tensors(_masked([sequences.train[i] for i in picked], length, step_rng(step, seed)))
 
 
 def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Crop at random to ``length`` with start and end, pad, and mask as BERT does: of 15 % of the residues
-    80 % become the mask, 10 % a random residue, 10 % stay (Devlin et al. 2019)."""
+    """Crop at random to ``length`` with start and end tokens, pad, and mask as BERT does.
+
+    Of 15 % of the residues, 80 % become the mask, 10 % a random residue, and 10 % stay (Devlin et al. 2019).
+    """
     tokens = np.full((len(rows), length), _PAD, np.int64)
     labels = np.full_like(tokens, -100)
     for row, whole in enumerate(rows):
@@ -153,7 +159,7 @@ def _masked(rows: list[Array], length: int, rng: np.random.Generator) -> dict[st
 
 
 def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> torch.Tensor:
-    """Cross-entropy (nats) over the residues asked for."""
+    """Return the cross-entropy in nats over the masked residues."""
     from torch.nn import functional
 
     logits = model(batch["tokens"], batch["valid"])
@@ -163,7 +169,7 @@ def _cross_entropy(model: torch.nn.Module, batch: Any, *, reduction: str) -> tor
 
 
 def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[dict[str, Array]]:
-    """The same masks every time, whatever the batch size."""
+    """Return the test batches, with the same masks every time, whatever the batch size."""
     rng = np.random.default_rng(_TEST_SEED)
     whole = _masked(list(sequences.test), length, rng)
     few = min(batch_size, EVALUATED_AT_ONCE)
@@ -172,7 +178,7 @@ def _test_batches(sequences: Sequences, length: int, batch_size: int) -> list[di
 
 
 def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, batch_size: int) -> float:
-    """Mean cross-entropy in nats over the masked residues of the test sequences."""
+    """Return the mean cross-entropy in nats over the masked residues of the test sequences."""
     total, terms = 0.0, 0
     with evaluating(model) as device:
         for arrays in _test_batches(sequences, length, batch_size):
@@ -183,7 +189,10 @@ def held_out_nats(model: torch.nn.Module, sequences: Sequences, length: int, bat
 
 
 def metric(sequences: Sequences, length: int) -> Metric:
-    """Cross-entropy, with the training residues' frequencies (plus one each) as the naive model."""
+    """Return the cross-entropy.
+
+    The naive model is the residue frequencies of the training sequences (plus one each).
+    """
     counts = np.bincount(np.concatenate(sequences.train), minlength=33)[_FIRST : _FIRST + len(_LETTERS)] + 1
     log_share = np.log(counts / counts.sum())
     parts = _test_batches(sequences, length, len(sequences.test))

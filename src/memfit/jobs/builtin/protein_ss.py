@@ -32,7 +32,7 @@ _NO_LABEL: Final = -100
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chains:
-    """Chains one after another. ``features`` (residues, 41) uint8 of 0..255, ``state`` (residues,)."""
+    """Chains, concatenated. ``features`` (residues, 41) uint8 from 0 to 255, ``state`` (residues,)."""
 
     offset: Array  # (chains + 1,)
     features: Array
@@ -53,7 +53,7 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES. ``data``: a file of ``>name / sequence / HEC states`` records."""
+    """Return the job at one of SIZES. ``data``: a file of ``>name / sequence / HEC states`` records."""
     shape = _shape(size)
     if length is not None:
         shape, size = shape.with_length(length, shape.batch_size), f"{size}@{length}"
@@ -85,7 +85,8 @@ def _shape(size: str) -> EsmSize:
     if size == "tiny":
         return EsmSize(layers=4, width=128, heads=4, length=128, batch_size=24)
     shape = PUBLISHED["650M" if size == "paper" else size]
-    # The chains at hand have at most 128 residues; 1,024 is what ESM-2 was trained at, to plan with.
+    # The available chains have at most 128 residues. For planning, the large sizes keep 1,024, ESM-2's
+    # training length.
     return shape.with_length(128, 32) if size in ("8M", "35M", "150M") else shape
 
 
@@ -100,6 +101,7 @@ def _build(shape: EsmSize, weights: str | None) -> torch.nn.Module:
 
 
 def built_in_chains() -> Chains:
+    """Return the built-in chains."""
     with (
         resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "pdb_ss.npz") as path,
         np.load(path) as kept,
@@ -115,8 +117,10 @@ def built_in_chains() -> Chains:
 
 
 def user_chains(path: str) -> Chains:
-    """The user's chains; the last fifth of the file is for testing. A profile nobody computed is the
-    residue itself."""
+    """Return the user's chains; the last fifth of the file is for testing.
+
+    The residue itself replaces the missing profile.
+    """
     proteins = read_labelled(path)
     if len(proteins) < 2:
         raise UserError(f"{path} holds {len(proteins)} chain", allowed="at least 2: some train, some test")
@@ -132,15 +136,20 @@ def user_chains(path: str) -> Chains:
 
 
 def _one_hot(residue: Array) -> Array:
-    """(residues, 21), 255 at the residue, so that it weighs like a profile that knows nothing else."""
+    """Return (residues, 21) with 255 at the residue, so that it has the weight of a profile with only that
+    residue.
+    """
     return np.where(residue[:, None] == np.arange(21), np.uint8(255), np.uint8(0))
 
 
 def train_batch(
     chains: Chains, length: int, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``features`` (batch, length, 41) float32, ``state`` (batch, length) int64, -100 at padding, ``valid``
-    (batch, length) bool. Chains longer than ``length`` are cropped at a random place."""
+    """Return a training batch. Chains longer than ``length`` are cropped at a random position.
+
+    ``features`` (batch, length, 41) float32, ``state`` (batch, length) int64, -100 at padding, ``valid``
+    (batch, length) bool.
+    """
     rng = step_rng(step, seed)
     picked = epoch_indices(chains.train_count, batch_size, step=step, seed=seed)
     spare = np.maximum(chains.offset[picked + 1] - chains.offset[picked] - length, 0)
@@ -159,7 +168,7 @@ def _pack(chains: Chains, picked: Array, skipped: Array, length: int) -> dict[st
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Mean cross-entropy (nats) over residues."""
+    """Return the mean cross-entropy in nats over residues."""
     from torch.nn import functional
 
     logits = model(batch["features"], batch["valid"])
@@ -167,7 +176,7 @@ def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
 
 
 def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> float:
-    """Percentage of test residues whose state is right."""
+    """Return the percentage of test residues whose state is predicted correctly."""
     right = seen = 0
     test = np.arange(chains.train_count, chains.count)
     with evaluating(model) as device:
@@ -182,7 +191,7 @@ def q3(model: torch.nn.Module, chains: Chains, length: int, batch_size: int) -> 
 
 
 def metric(chains: Chains, length: int) -> Metric:
-    """Q3 with the share of the commonest training state among the test residues as the naive result."""
+    """Return Q3. The naive result always predicts the most common training state."""
     boundary = chains.offset[chains.train_count]
     commonest = np.bincount(chains.state[:boundary], minlength=3).argmax()
     starts, stops = chains.offset[chains.train_count : -1], chains.offset[chains.train_count + 1 :]

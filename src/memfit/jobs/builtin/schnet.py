@@ -1,7 +1,8 @@
-"""SchNet (Schütt et al. 2018, J. Chem. Phys. 148:241722): a message-passing potential whose forces are the
-gradient of its energy, so that training differentiates twice.
+"""SchNet (Schütt et al. 2018, J. Chem. Phys. 148:241722): a message-passing potential. Its forces are the
+gradient of its energy, so training differentiates twice.
 
-Neighbours are a tensor ``(batch, atoms, neighbours)`` with a mask: no shape depends on where atoms are.
+Neighbours are a tensor ``(batch, atoms, neighbours)`` with a mask, so no shape depends on the positions of
+atoms.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SchnetSize:
-    """``filters``: channels of a message, ``radial``: Gaussians a distance is seen through, ``cutoff`` in
-    angstrom, ``atoms`` and ``neighbours`` (per atom) that tensors have room for, ``batch_size`` in
-    molecules."""
+    """Size of a SchNet.
+
+    ``filters``: channels of a message. ``radial``: number of Gaussians that represent a distance. ``cutoff``
+    in angstrom. ``atoms`` and ``neighbours`` (per atom): capacity of the tensors. ``batch_size`` in
+    molecules.
+    """
 
     layers: int
     width: int
@@ -32,8 +36,8 @@ class SchnetSize:
     batch_size: int
 
 
-# Open Catalyst 2020's SchNet (Chanussot et al. 2021, ACS Catal. 11:6059): 9.1 M parameters; structures have
-# up to 225 atoms, 50 neighbours of each within 6 angstrom.
+# SchNet of Open Catalyst 2020 (Chanussot et al. 2021, ACS Catal. 11:6059): 9.1 M parameters; structures have
+# up to 225 atoms, each with 50 neighbours within 6 angstrom.
 OPEN_CATALYST: Final = SchnetSize(
     layers=5, width=1024, filters=256, radial=200, cutoff=6.0, species=100, atoms=225, neighbours=50,
     batch_size=20,
@@ -41,19 +45,21 @@ OPEN_CATALYST: Final = SchnetSize(
 
 
 def shifted_softplus(x: torch.Tensor) -> torch.Tensor:
-    """Softplus that is zero at zero: as smooth as forces need."""
+    """Return softplus shifted to zero at zero; it is as smooth as forces require."""
     return functional.softplus(x) - math.log(2)
 
 
 def gathered(x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
-    """Rows ``(batch, atoms, neighbours, width)`` of ``x`` (batch, atoms, width) at ``near``."""
+    """Return rows ``(batch, atoms, neighbours, width)`` of ``x`` (batch, atoms, width) at the indices
+    ``near``.
+    """
     batch, atoms, _ = near.shape
     start = torch.arange(batch, device=near.device)[:, None, None] * atoms
     return functional.embedding(near + start, x.flatten(0, 1))
 
 
 class Geometry(nn.Module):
-    """From positions to what messages see of distances."""
+    """Converts positions to the representation of distances in messages."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -65,10 +71,14 @@ class Geometry(nn.Module):
     def forward(
         self, positions: torch.Tensor, near: torch.Tensor, within: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Gaussians (batch, atoms, neighbours, radial), weight (batch, atoms, neighbours, 1) that falls to
-        zero at the cutoff and is zero where ``within`` is False)."""
+        """Return (Gaussians, weight).
+
+        The Gaussians have shape (batch, atoms, neighbours, radial). The weight (batch, atoms, neighbours, 1)
+        falls to zero at the cutoff and is zero where ``within`` is False.
+        """
         apart = gathered(positions, near) - positions[:, :, None]
-        none = (~within).to(apart.dtype)  # a distance of one, as a root has no slope at zero
+        # sets these distances to one, because the square root has no derivative at zero
+        none = (~within).to(apart.dtype)
         distance = (apart.square().sum(-1) + none).sqrt()[..., None]
         inside = (distance < self.cutoff) & within[..., None]
         weight = 0.5 * (torch.cos(distance * (math.pi / self.cutoff)) + 1) * inside
@@ -76,7 +86,7 @@ class Geometry(nn.Module):
 
 
 class SchnetInteraction(nn.Module):
-    """Every atom hears its neighbours through filters made of their distances."""
+    """Passes messages from neighbours to atoms through filters computed from their distances."""
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -89,14 +99,14 @@ class SchnetInteraction(nn.Module):
     def forward(
         self, x: torch.Tensor, radial: torch.Tensor, weight: torch.Tensor, near: torch.Tensor
     ) -> torch.Tensor:
-        """``x`` (batch, atoms, width) in and out."""
+        """Input ``x`` and output have the shape (batch, atoms, width)."""
         filters = self.filter_two(shifted_softplus(self.filter_one(radial))) * weight
         message = (gathered(self.heard(x), near) * filters).sum(2)
         return x + self.two(shifted_softplus(self.one(message)))  # type: ignore[no-any-return]
 
 
 class EnergySum(nn.Module):
-    """Energy of a molecule as the sum over its atoms: large numbers whose small differences count."""
+    """Energy of a molecule as the sum over its atoms; small differences between large numbers matter."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -104,13 +114,15 @@ class EnergySum(nn.Module):
         self.two = nn.Linear(width // 2, 1)
 
     def forward(self, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-        """Energies ``(batch,)`` of ``x`` (batch, atoms, width); ``there`` is False at padding."""
+        """Return energies ``(batch,)`` for ``x`` (batch, atoms, width). ``there`` is False at padding."""
         shares: torch.Tensor = self.two(shifted_softplus(self.one(x)))[..., 0] * there
         return shares.sum(1)
 
 
 class Schnet(nn.Module):
-    """Elements and positions to energy, in eV above what the elements alone account for, and forces."""
+    """Maps elements and positions to the energy, in eV minus the contributions of the elements, and to
+    forces.
+    """
 
     def __init__(self, size: SchnetSize) -> None:
         super().__init__()
@@ -122,10 +134,12 @@ class Schnet(nn.Module):
     def forward(
         self, species: torch.Tensor, positions: torch.Tensor, near: torch.Tensor, within: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(energy (batch,) in eV, forces (batch, atoms, 3) in eV/angstrom) of ``species`` (batch, atoms), 0
-        at padding, ``positions`` (batch, atoms, 3) in angstrom, and neighbours ``near`` (batch, atoms,
-        neighbours) where ``within``. Forces are differentiable again in training, and are there without
-        gradients around, too."""
+        """Return (energy (batch,) in eV, forces (batch, atoms, 3) in eV/angstrom).
+
+        ``species`` (batch, atoms) is 0 at padding. ``positions`` (batch, atoms, 3) are in angstrom. ``near``
+        (batch, atoms, neighbours) holds the indices of neighbours, valid where ``within``. In training the
+        forces are differentiable again. They are also computed when gradients are disabled outside.
+        """
         with torch.enable_grad():
             places = positions.detach().requires_grad_()
             radial, weight = self.geometry(places, near, within)

@@ -1,13 +1,13 @@
-"""``segmentation3d``: grey and white matter in volumes of the head, by nnU-Net's 3-D U-Net.
+"""``segmentation3d``: segment grey and white matter in volumes of the head with nnU-Net's 3-D U-Net.
 
-Patches of 24 or 128 voxels an edge at full resolution are what fills memory; parameters are few. The volume
-is the average of 152 brains, so clean that thresholds would do. It is therefore degraded as a scan is, anew
-for each patch: Rician noise of 9 % of white matter and a smooth bias field of 40 %, the hardest setting of
-the BrainWeb phantom (Cocosco et al. 1997).
+Memory is dominated by patches with edges of 24 or 128 voxels at full resolution; there are few parameters.
+The volume is the average of 152 brains and so clean that thresholds would suffice. It is therefore degraded
+like a scan, anew for each patch: Rician noise of 9 % of white matter and a smooth bias field of 40 %, the
+hardest setting of the BrainWeb phantom (Cocosco et al. 1997).
 
-In float32 under any plan: the loss. Its sums over the 2 million voxels of a patch exceed float16's 65,504,
-and in bfloat16 a sum stops growing at 256 times the addend. The statistics of instance norm need no island:
-kernels add them up in float32 whatever the input.
+The loss is float32 under any plan. Its sums over the 2 million voxels of a patch exceed float16's maximum of
+65,504, and a bfloat16 sum stops growing at 256 times the addend. The statistics of instance norm need no
+island, because kernels accumulate them in float32 for any input dtype.
 """
 
 from __future__ import annotations
@@ -38,19 +38,22 @@ DATA_SOURCE: Final = (
     "MNI152 2009a T1 template with tissue probabilities, read from the installed package nilearn (which "
     "does not state the template's licence), with simulated noise and bias field; a slab of 24 mm held out"
 )
-NOISE, BIAS = 0.09, 0.4  # of white matter, and peak to peak of 1
+NOISE, BIAS = 0.09, 0.4  # relative to white matter, and peak to peak relative to 1
 _HELD_OUT: Final = (104, 128)  # planes along y
-_GAP: Final = 8  # planes on either side that are in no set
+_GAP: Final = 8  # planes on either side that belong to no set
 _TEST_CORNER: Final = (34, _HELD_OUT[0], 24)
 _TEST_TILES: Final = (5, 1, 5)
 _TEST_PATCH: Final = 24
 _TEST_SEED: Final = 20_090_101
-_LEVELS: Final = 128  # of intensity, for the naive result
+_LEVELS: Final = 128  # levels of intensity, for the naive result
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """``intensity`` (x, y, z) float32 with white matter at 1, ``tissue`` uint8: 0 other, 1 grey, 2 white."""
+    """The volume.
+
+    ``intensity`` (x, y, z) float32, white matter at 1. ``tissue`` uint8: 0 other, 1 grey, 2 white.
+    """
 
     intensity: Array
     tissue: Array
@@ -64,7 +67,7 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES."""
+    """Return the job at one of SIZES."""
     refuse(NAME, {"--data": data, "--length": length}, allowed="the volume of the package nilearn")
     shape, head = _shape(size), read()
     batch_size = batch or shape.batch_size
@@ -81,14 +84,18 @@ def make(
         optimizer=OptimizerChoice(learning_rate=5e-3),
         batch_size=batch_size,
         steps=100,
-        demonstration_ratio=0.5,  # a quarter takes four techniques, and a PoC also runs without each
+        # a quarter would need four techniques, and a PoC also runs the plan without each of them
+        demonstration_ratio=0.5,
         blocks="stages",
         data_source=DATA_SOURCE,
     )
 
 
 def _shape(size: str) -> UNetSize:
-    """``paper``: nnU-Net's 3d_fullres configuration for brain tumours (four kinds of image, four classes)."""
+    """Return the size.
+
+    ``paper``: nnU-Net's 3d_fullres configuration for brain tumours (four image types, four classes).
+    """
     from memfit.jobs.builtin.unet3d import UNetSize
 
     if size == "tiny":
@@ -108,7 +115,7 @@ def _build(shape: UNetSize, weights: str | None) -> torch.nn.Module:
 
 @functools.cache
 def read() -> Head:
-    """Raises UserError where the package with the volume is not installed."""
+    """Return the volume. Raises UserError if the package that contains it is not installed."""
     found = importlib.util.find_spec("nilearn")
     if found is None or found.origin is None:
         raise UserError(
@@ -129,8 +136,11 @@ def _volume(folder: Path, name: str) -> Array:
 
 
 def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
-    """(channels, x, y, z) of a cube ``clean`` as a scanner would see it: a bias field that is a random
-    polynomial of second degree, then Rician noise, of each channel its own."""
+    """Return the cube ``clean`` as a scanner would see it, (channels, x, y, z).
+
+    A random polynomial of second degree is applied as bias field, then Rician noise, different in each
+    channel.
+    """
     along = np.linspace(-1, 1, len(clean), dtype=np.float32)
     x, y, z = along[:, None, None], along[None, :, None], along[None, None, :]
     terms = (x, y, z, x * y, y * z, z * x, x * x, y * y, z * z)
@@ -146,21 +156,22 @@ def scanned(clean: Array, rng: np.random.Generator, channels: int = 1) -> Array:
 def train_batch(
     head: Head, shape: UNetSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``volume`` (batch, channels, x, y, z) float32 and ``tissue`` (batch, x, y, z) int64: cubes away from
-    the held-out slab."""
+    """Return ``volume`` (batch, channels, x, y, z) float32 and ``tissue`` (batch, x, y, z) int64, outside the
+    held-out slab.
+    """
     rng = step_rng(step, seed)
     corners = _training_corners(head, shape.patch, batch_size, rng)
     return as_tensors(_cubes(head, corners, shape.patch, shape.channels, rng))
 
 
 def _training_corners(head: Head, patch: int, count: int, rng: np.random.Generator) -> Array:
-    """(count, 3): each cube is around a voxel of grey or white matter."""
+    """Return the corners (count, 3) of cubes, each centred on a voxel of grey or white matter."""
     low, high = np.zeros((2, count, 3), np.int64)
     high[:] = np.array(head.tissue.shape) - patch
     inside = np.argwhere(head.tissue[::4, ::4, ::4] > 0) * 4
     centres = inside[rng.integers(0, len(inside), count)]
     before, after = _HELD_OUT[0] - _GAP - patch, _HELD_OUT[1] + _GAP
-    if before >= 0:  # cubes of the paper's size fit on neither side: they are for planning, not for training
+    if before >= 0:  # cubes of the paper's size fit on neither side; they are for planning, not for training
         behind = centres[:, 1] < sum(_HELD_OUT) / 2
         high[:, 1] = np.where(behind, before, high[:, 1])
         low[:, 1] = np.where(behind, 0, after)
@@ -178,8 +189,11 @@ def _cubes(
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Mean over outputs (weights halved with each resolution) of cross-entropy minus soft Dice of the tissues
-    (a mean over volumes, so that the loss of a batch is the mean of its parts')."""
+    """Return the mean over outputs of cross-entropy minus the tissues' soft Dice.
+
+    Weights are halved with each resolution. Dice is a mean over volumes, so that the loss of a batch is the
+    mean of its parts' losses.
+    """
     logits = model(batch["volume"])
     scales = range(len(logits) - 1, -1, -1)
     total = sum(2.0**-s for s in scales)
@@ -201,7 +215,7 @@ def _of_output(logits: torch.Tensor, tissue: torch.Tensor, step: int) -> torch.T
 
 
 def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
-    """Mean Dice of grey and white matter in the held-out region, percent."""
+    """Return the mean Dice of grey and white matter in the held-out region, in percent."""
     import torch
 
     seen = _test_cubes(head, shape.channels)
@@ -214,6 +228,7 @@ def mean_dice(model: torch.nn.Module, head: Head, shape: UNetSize) -> float:
 
 
 def dice(found: Array, truth: Array) -> float:
+    """Return the mean Dice of grey and white matter between two label arrays, in percent."""
     of_each = [
         2
         * ((found == tissue) & (truth == tissue)).sum()
@@ -224,13 +239,13 @@ def dice(found: Array, truth: Array) -> float:
 
 
 def _test_cubes(head: Head, channels: int) -> dict[str, Array]:
-    """The held-out region tile by tile, with noise that is always the same."""
+    """Return the held-out region tile by tile, always with the same noise."""
     corners = np.array(list(np.ndindex(*_TEST_TILES))) * _TEST_PATCH + np.array(_TEST_CORNER)
     return _cubes(head, corners, _TEST_PATCH, channels, np.random.default_rng(_TEST_SEED))
 
 
 def metric(head: Head) -> Metric:
-    """Dice, with the commonest training tissue of each level of intensity as the naive result."""
+    """Return Dice. The naive result is the most common training tissue of each level of intensity."""
     rng = np.random.default_rng(_TEST_SEED + 1)
     corners = _training_corners(head, _TEST_PATCH, 24, rng)
     train, test = _cubes(head, corners, _TEST_PATCH, 1, rng), _test_cubes(head, 1)

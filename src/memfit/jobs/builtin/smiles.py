@@ -1,4 +1,4 @@
-"""SMILES strings: their tokens, and the ring skeleton of the molecule, without a chemistry package."""
+"""SMILES strings: their tokens and the ring skeleton of the molecule, without a chemistry package."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ Graph = tuple[list[str], list[tuple[int, int]]]
 
 
 def tokens(smiles: str) -> list[str]:
-    """Atoms in brackets and two-letter elements are one token each (Schwaller et al. 2019)."""
+    """Split a SMILES string.
+
+    Atoms in brackets and two-letter elements are one token each (Schwaller et al. 2019).
+    """
     return _TOKEN.findall(smiles)
 
 
 def graph(smiles: str) -> Graph:
-    """(element of each heavy atom in capitals, bonded pairs). Raises ValueError where rings or branches
-    are not closed."""
+    """Return (element of each heavy atom in capitals, bonded pairs).
+
+    Raises ValueError if a ring or branch is not closed.
+    """
     atoms: list[str] = []
     bonds: list[tuple[int, int]] = []
     branches: list[int] = []
@@ -58,11 +63,12 @@ def _element(token: str) -> str:
 
 
 def ring_skeleton(smiles: str) -> str:
-    """A name of the rings and the chains between them (Bemis & Murcko 1996, J. Med. Chem. 39:2887), without
-    bond orders; "" for a molecule without rings.
+    """Return a name for the rings and the chains between them, without bond orders; "" for a molecule without
+    rings.
 
-    Side chains are cut off atom by atom; what is left is named by colour refinement over elements and bonds.
-    Equal skeletons get equal names; different ones may share a name, which keeps them on one side of a split.
+    The skeleton is that of Bemis & Murcko 1996 (J. Med. Chem. 39:2887). Side chains are removed atom by atom;
+    the rest is named by colour refinement over elements and bonds. Equal skeletons get equal names. Different
+    ones may share a name, which keeps them on one side of a split.
     """
     atoms, bonds = graph(smiles)
     near: dict[int, set[int]] = {atom: set() for atom in range(len(atoms))}

@@ -1,6 +1,7 @@
-"""A U-Net for volumes as nnU-Net builds it (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z): two
-convolutions a stage with instance norm and leaky ReLU, strided convolutions down, transposed ones up, and
-an output at every resolution but the lowest ("deep supervision").
+"""A U-Net for volumes as in nnU-Net (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z).
+
+Each stage has two convolutions with instance norm and leaky ReLU. Strided convolutions go down, transposed
+ones up, and every resolution except the lowest has an output ("deep supervision").
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class UNetSize:
-    """``features`` of each stage, from full resolution down; each stage halves the edge of the volume.
-    ``patch`` is that edge in voxels."""
+    """Size of a U-Net.
+
+    ``features`` of each stage, from full resolution down; each stage halves the edge of the volume.
+    ``patch``: that edge in voxels.
+    """
 
     features: tuple[int, ...]
     channels: int
@@ -24,6 +28,8 @@ class UNetSize:
 
 
 class Convolution(nn.Module):
+    """A convolution with instance norm and leaky ReLU."""
+
     def __init__(self, given: int, made: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv3d(given, made, 3, stride=stride, padding=1)
@@ -36,7 +42,9 @@ class Convolution(nn.Module):
 
 
 class UnetStage(nn.Module):
-    """Two convolutions at one resolution: down from the one above, or up from below beside ``skip``."""
+    """Two convolutions at one resolution: down from the one above, or up from the one below, concatenated
+    with ``skip``.
+    """
 
     def __init__(self, given: int, made: int, *, stride: int = 1, up: bool = False) -> None:
         super().__init__()
@@ -53,7 +61,7 @@ class UnetStage(nn.Module):
 
 
 class UNet(nn.Module):
-    """``stages``: down to the lowest resolution, then up again, in order of use."""
+    """The U-Net. ``stages``: down to the lowest resolution, then up again, in order of use."""
 
     def __init__(self, size: UNetSize) -> None:
         super().__init__()
@@ -70,8 +78,9 @@ class UNet(nn.Module):
         self.heads = nn.ModuleList([nn.Conv3d(f, size.classes, 1) for f in features[-2::-1]])
 
     def forward(self, volumes: torch.Tensor) -> list[torch.Tensor]:
-        """``volumes`` (batch, channels, z, y, x) to logits (batch, classes, ...) at each resolution, lowest
-        first."""
+        """Map ``volumes`` (batch, channels, z, y, x) to logits (batch, classes, ...) at each resolution,
+        lowest first.
+        """
         x = volumes.to(next(self.parameters()).dtype)
         skips = []
         for stage in self.stages[: self.depth]:

@@ -1,13 +1,13 @@
-"""``weather``: fields of a rotating flow forecast step by step, by a neural operator.
+"""``weather``: forecast fields of a rotating flow step by step with a neural operator.
 
-A forecast is made from the forecast before it, and the loss looks at all of them: memory grows with the
-rollout. ``tiny`` is an FNO on turbulence of the barotropic vorticity equation; ``paper`` is FourCastNet in
-the second stage of its training, two steps of six hours on 20 fields of ERA5's grid (Pathak et al. 2022,
-arXiv 2202.11214), with the network's output added to the fields.
+Each forecast is made from the one before, and the loss covers all of them, so memory grows with the rollout.
+``tiny`` is an FNO on turbulence of the barotropic vorticity equation. ``paper`` is FourCastNet in the second
+stage of its training: two steps of six hours on 20 fields of ERA5's grid (Pathak et al. 2022, arXiv
+2202.11214), with the network's output added to the fields.
 
-In float32 under any plan: the mixing in Fourier space. There is no FFT in bfloat16, and in float16 its sums
-over the grid overflow. Forecasts are summed and compared in float32 too: a step changes little, and 8 bits
-of mantissa would lose a change below 1/256 of the field.
+The mixing in Fourier space is float32 under any plan. There is no FFT in bfloat16, and in float16 its sums
+over the grid overflow. Forecasts are summed and compared in float32 too: a step changes little, and an 8-bit
+mantissa would lose a change below 1/256 of the field.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ _TEST_STRIDE: Final = 3  # frames between the starts of scored forecasts
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """``train`` and ``test`` (trajectories, frames, rows, columns) float32, in units of training's spread."""
+    """Trajectories: ``train`` and ``test`` (trajectories, frames, rows, columns) float32, in units of
+    training's spread.
+    """
 
     train: Array
     test: Array
 
     @staticmethod
     def windows(frames: Array, rollout: int) -> int:
+        """Return how many windows of ``rollout`` + 1 frames there are."""
         return int(frames.shape[0] * (frames.shape[1] - rollout))
 
 
@@ -58,7 +61,7 @@ def make(
     batch: int | None = None,
     length: int | None = None,
 ) -> Job:
-    """The job at one of SIZES."""
+    """Return the job at one of SIZES."""
     refuse(NAME, {"--data": data, "--length": length}, allowed="the fields that come with memfit")
     shape, fields = _shape(size), read()
     batch_size = batch or shape.batch_size
@@ -105,6 +108,7 @@ def _build(shape: ForecasterSize, weights: str | None) -> torch.nn.Module:
 
 
 def read() -> Fields:
+    """Return the built-in fields."""
     with (
         resources.as_file(resources.files("memfit.jobs.builtin") / "data" / "vorticity.npz") as path,
         np.load(path) as kept,
@@ -117,7 +121,9 @@ def read() -> Fields:
 def train_batch(
     frames: Array, shape: ForecasterSize, batch_size: int, *, step: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """``fields`` (batch, rollout + 1, channels, rows, columns) float32: a window of one trajectory."""
+    """Return ``fields`` (batch, rollout + 1, channels, rows, columns) float32: a window of one trajectory
+    each.
+    """
     picked = epoch_indices(Fields.windows(frames, shape.rollout), batch_size, step=step, seed=seed)
     starts = frames.shape[1] - shape.rollout
     cut = [frames[i // starts, i % starts : i % starts + shape.rollout + 1] for i in picked]
@@ -125,8 +131,11 @@ def train_batch(
 
 
 def _on_grid(cut: Array, shape: ForecasterSize) -> torch.Tensor:
-    """(batch, time, rows, columns) as channels on the model's grid; where there are more of either than the
-    data has, the periodic fields repeat, each channel shifted by a row."""
+    """Return (batch, time, rows, columns) as channels on the model's grid.
+
+    If the grid is larger than the data, or there are more channels, the periodic fields repeat, each channel
+    shifted by a row.
+    """
     import torch
 
     rows, columns = shape.grid
@@ -136,7 +145,7 @@ def _on_grid(cut: Array, shape: ForecasterSize) -> torch.Tensor:
 
 
 def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
-    """Relative L2 error of each forecast, (batch, rollout), of ``fields`` as in `train_batch`."""
+    """Return the relative L2 error of each forecast, (batch, rollout), for ``fields`` as in `train_batch`."""
     import torch
 
     truth = fields[:, 1:]
@@ -147,12 +156,12 @@ def _errors(model: torch.nn.Module, fields: torch.Tensor) -> torch.Tensor:
 
 
 def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """Mean relative L2 error of all forecasts of the rollout."""
+    """Return the mean relative L2 error of all forecasts of the rollout."""
     return _errors(model, batch["fields"]).mean()
 
 
 def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize) -> float:
-    """Mean relative L2 error of the last forecast of each rollout over held-out trajectories."""
+    """Return the mean relative L2 error of the last forecast of each rollout over held-out trajectories."""
     windows, errors = _test_windows(frames, shape.rollout), []
     with evaluating(model) as device:
         for first in range(0, len(windows), EVALUATED_AT_ONCE):
@@ -162,14 +171,17 @@ def relative_error(model: torch.nn.Module, frames: Array, shape: ForecasterSize)
 
 
 def _test_windows(frames: Array, rollout: int) -> Array:
-    """(windows, rollout + 1, rows, columns)."""
+    """Return the test windows, (windows, rollout + 1, rows, columns)."""
     starts = range(0, frames.shape[1] - rollout, _TEST_STRIDE)
     return np.concatenate([frames[:, a : a + rollout + 1] for a in starts])
 
 
 def metric(fields: Fields, rollout: int) -> Metric:
-    """Relative L2 error at the end of the rollout, and that of the first field times the factor that suits
-    training best: no worse there than persistence (factor 1) or the climatological mean (factor 0)."""
+    """Return the relative L2 error at the end of the rollout.
+
+    The naive result is the first field times the factor that fits training best. On the training data it is
+    no worse than persistence (factor 1) or the climatological mean (factor 0).
+    """
     first, last = fields.train[:, :-rollout], fields.train[:, rollout:]
     factor = float((first * last).sum() / (first * first).sum())
     windows = _test_windows(fields.test, rollout)

@@ -1,4 +1,4 @@
-"""A PoC in the format that is shared with others, and what two such records may be compared in."""
+"""The format in which PoCs are shared with others, and the comparison of two such records."""
 
 from memfit.store.exchange.compare import Compared, compare
 from memfit.store.exchange.from_poc import of_poc

@@ -1,4 +1,4 @@
-"""What two records may be compared in, and in what not and why."""
+"""Compare two records: find which quantities are comparable, and why the others are not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from memfit.store.exchange.record import Energy, Part, Shared, Side
 
 
 class Compared(Part):
-    """One quantity of both records. ``ratio`` is b / a where nothing stands ``against`` it."""
+    """One quantity of both records. ``against``: the reasons why its values are not comparable; ``ratio``: b
+    / a if there are none."""
 
     quantity: str
     a: float | str | None
@@ -22,7 +23,7 @@ class Compared(Part):
 
 
 def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
-    """What is comparable between two PoCs, and what is not and why."""
+    """Return all quantities of two PoCs, each with the reasons why its values are not comparable."""
     same_model = [*_unlike("model", a.model, b.model)]
     same_work = [*same_model, *_unlike("data", a.data, b.data)]
     where = [*_unlike("hardware", a.hardware, b.hardware)]
@@ -37,7 +38,8 @@ def compare(a: Shared, b: Shared) -> tuple[Compared, ...]:
         source = list(_unlike("how peaks were measured", one.peak_source, other.peak_source))
         run = [
             *same_work,
-            *_unlike("effect class", one.effect, other.effect),  # another claim about the science
+            # Plans of different effect classes make different claims about the results.
+            *_unlike("effect class", one.effect, other.effect),
             *_unlike("ranks", one.ranks, other.ranks),
             *_unlike("engine", one.engine, other.engine),
         ]
@@ -79,7 +81,7 @@ def _row(quantity: str, a: Any, b: Any, against: Sequence[str]) -> Compared:
 
 
 def _unlike(what: str, a: Any, b: Any) -> Iterator[str]:
-    """Nothing where both are equal."""
+    """Yield how ``a`` and ``b`` differ; nothing if they are equal."""
     if isinstance(a, pydantic.BaseModel):
         a, b = a.model_dump(), b.model_dump()
     if isinstance(a, Mapping) and isinstance(b, Mapping):

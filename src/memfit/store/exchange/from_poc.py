@@ -1,4 +1,4 @@
-"""The record of a PoC that was measured here."""
+"""Convert a PoC that was measured here to a shared record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _OF_HARDWARE = ("processor", "cores", "ram_bytes", "accelerators")
 
 
 def of_poc(poc: Poc) -> Shared:
-    """Raises UserError where the PoC has not been finished: half a record compares with nothing."""
+    """Return the record of ``poc``. Raises UserError if the PoC is not finished: nothing can be compared with
+    half a record."""
     recommended = poc.search.recommended
     if not poc.finished or recommended is None:
         raise UserError(f"PoC {poc.poc_id} was interrupted", hint="only a finished one has a record")
@@ -58,8 +59,9 @@ def of_poc(poc: Poc) -> Shared:
 def _step_time_ratio(
     poc: Poc, plain: Mapping[str, Any], chosen: Mapping[str, Any]
 ) -> tuple[float | None, tuple[str, ...]]:
-    """The PoC's ratio, and a note where it is left out. It is None where a run did not finish, and where both
-    plans are plain training: what two timings of one plan differ by is noise."""
+    """Return the PoC's ratio of step times, and a note if the ratio is left out for noise. The ratio is None
+    if a run did not finish, or if both plans are plain training: the timings of one plan differ only by
+    noise."""
     ratio, plain_s, chosen_s = poc.step_time_ratio, plain["step_s"], chosen["step_s"]
     if ratio is None or plain_s is None or chosen_s is None or plain["plan"] == chosen["plan"]:
         return None, ()
@@ -79,7 +81,8 @@ def _judgement(found: Verdict) -> Mapping[str, Any]:
 
 
 def _worst(capped: Sequence[Run]) -> str:
-    """ "ok" only where every run under the cap ended well; "" where there was none."""
+    """Return "ok" only if every run under the cap succeeded, otherwise the first other outcome; "" if there
+    was none."""
     outcomes = [r.measurement.outcome for r in capped]
     bad = (outcome for outcome in outcomes if outcome is not OutcomeKind.OK)
     return next(bad, OutcomeKind.OK).value if outcomes else ""
@@ -92,7 +95,8 @@ def _side(runs: Sequence[Run], choice: Choice) -> Mapping[str, Any]:
     first = (done or own)[0]
     joules = [r.measurement.energy_j for r in done if r.measurement.energy_j]
     boundary = first.measurement.energy_boundary or "not told"
-    judged = [r for r in done if r.spec.cap_bytes is None or r.spec.name == "recommended"]  # by the verdict
+    # The runs on which the verdict is based.
+    judged = [r for r in done if r.spec.cap_bytes is None or r.spec.name == "recommended"]
     told = ((r.spec.seed, r.measurement.metric) for r in judged)
     scores = {str(seed): score for seed, score in told if score is not None and math.isfinite(score)}
     return {

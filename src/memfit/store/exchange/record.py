@@ -1,9 +1,10 @@
-"""A PoC's record in the format that is shared, its schema, and what two such records may be compared in.
+"""The shared format of a PoC's record: its schema, reader and writer.
 
-The schema is JSON Schema (2020-12), made from the classes below; `docs/record.schema.json` is its text. They
-are the reader too, and strict: nothing is turned into another type. What a schema cannot say is in `claims`.
-Units are in the names: bytes, seconds, joules. Memory is the peak of live tensors; a run's energy has the
-boundary that it was measured in, without which no two figures are the same quantity.
+The schema is JSON Schema (2020-12), generated from the classes below; `docs/record.schema.json` is its text.
+The classes also read records, strictly: no value is converted to another type. Rules that a schema cannot
+express are in `faults`. Names contain units: bytes, seconds, joules. Memory is the peak of live tensors. The
+energy of a run comes with the boundary in which it was measured, as energies of different boundaries are not
+comparable.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ Outcome = Literal["", "ok", "oom", "timeout", "failed"]
 Told = Annotated[str, pydantic.Field(pattern=r"\S")]  # not blank
 
 
-# A score is computed under the plan, so that bitwise equal weights may differ by a sample near a threshold.
+# A score is computed under the plan. Even with bitwise equal weights, a sample near a threshold may therefore
+# be scored differently.
 _SAME_SCORE: Final = 1e-3
 _ROUNDING: Final = 1e-6
-_PAIRED: Final = 1.6  # pairs on a machine whose speed changes between them
+_PAIRED: Final = 1.6  # largest factor between two ratios of step times: a machine's speed may change
 _SAME_PEAK: Final = 0.05
-_SPARE, _SPARE_BYTES = 2, 2**30  # what a process may need beside its tensors
+_SPARE, _SPARE_BYTES = 2, 2**30  # factor and bytes that a process may need in addition to its tensors
 
 
 def _dated(given: str) -> str:
@@ -52,7 +54,7 @@ def _dated(given: str) -> str:
         moment = datetime.datetime.fromisoformat(given)
     except ValueError as error:
         raise ValueError(f"{given} is no date: {error}") from error
-    if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks differ
+    if moment > datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1):  # clocks may differ
         raise ValueError(f"{given} is in the future")
     return given
 
@@ -61,7 +63,10 @@ _MOMENT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})
 Moment = Annotated[str, pydantic.Field(pattern=_MOMENT), pydantic.AfterValidator(_dated)]
 
 
+# The docstrings of the classes below are the descriptions in docs/record.schema.json.
 class Part(pydantic.BaseModel):
+    """Base of all parts of a record: immutable, without unknown fields, and without conversion of types."""
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -159,27 +164,29 @@ class Shared(Part):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Shared:
-        """A claim that the record's own numbers do not carry is none."""
+        """Reject a record whose claims do not follow from its own numbers."""
         for fault in faults(self):
             raise ValueError(fault)
         return self
 
 
 def schema() -> Mapping[str, Any]:
+    """Return the JSON Schema of a record."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{FORMAT} {VERSION}"}
     return {**Shared.model_json_schema(), **head}
 
 
 def text(record: Shared) -> str:
-    """The one way to write it: equal records are equal bytes."""
+    """Return the canonical text of a record: equal records have equal bytes."""
     told = record.model_dump(mode="json")
     if told["step_time_ratio"] is None:
-        del told["step_time_ratio"]  # a record from before it was written stays as it was
+        del told["step_time_ratio"]  # the text of a record that is older than this field stays the same
     return escaped(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a field that is there twice: which one counts is up to the reader."""
+    """Build a mapping. Raises ValueError for a repeated field, as readers differ in which of its values they
+    use."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -188,7 +195,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parsed(raw: str, *, what: str) -> Shared:
-    """Raises UserError with the first fault: its place, what was given, what is allowed."""
+    """Parse the text of a record. Raises UserError with the first fault: its place, what was given, and what
+    is allowed. ``what`` names the text in messages."""
     try:
         found = json.loads(raw, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
@@ -206,7 +214,7 @@ def parsed(raw: str, *, what: str) -> Shared:
 
 
 def checked(found: object, *, what: str) -> Shared:
-    """Raises UserError as `parsed` does."""
+    """Return the record in plain data. Raises UserError as `parsed` does."""
     try:
         record = Shared.model_validate(found)
     except pydantic.ValidationError as error:
@@ -218,7 +226,7 @@ def checked(found: object, *, what: str) -> Shared:
 
 
 def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in it, keys too, with its place."""
+    """Yield every text, including keys, with its place."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
@@ -231,7 +239,8 @@ def _texts(value: object, place: str = "") -> Iterator[tuple[str, str]]:
 
 
 def read(path: Path) -> Shared:
-    """Raises UserError."""
+    """Read a record from a file. Raises UserError if the file is too large, unreadable or not a valid
+    record."""
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path} is larger than a record", allowed=f"{_MOST_BYTES} bytes")
@@ -244,7 +253,7 @@ def read(path: Path) -> Shared:
 
 
 def faults(record: Shared) -> Iterator[str]:
-    """What does not hold together, with its place; nothing for a record that does."""
+    """Yield every inconsistency in the record with its place; nothing for a consistent record."""
     plans = []
     for name, side in (("baseline", record.baseline), ("recommended", record.recommended)):
         try:
@@ -271,7 +280,7 @@ def _of_side(name: str, side: Side, plan: Plan, cap_bytes: int) -> Iterator[str]
     effect, peak = effect_of(plan).label, side.measured_peak_bytes
     dependent = (
         splits_batch(plan) and side.effect == EffectClass.E3.label
-    )  # where samples depend on each other
+    )  # splitting a batch whose samples depend on each other has the effect E3
     if side.effect != effect and not dependent:
         yield f"{name}.effect is {side.effect}, that of its plan {plan.label} is {effect}"
     if side.under_cap == "ok" and peak is not None and peak > cap_bytes:
@@ -290,7 +299,7 @@ def _of_ratio(told: float, plain_s: float | None, chosen_s: float | None) -> Ite
 
 
 def agrees_with_medians(step_time_ratio: float, plain_s: float, chosen_s: float) -> bool:
-    """Whether the median ratio of the pairs lies near the ratio of the plans' median step times."""
+    """Return whether the median ratio of the pairs is near the ratio of the plans' median step times."""
     return 1 / _PAIRED <= step_time_ratio * plain_s / chosen_s <= _PAIRED
 
 
@@ -302,7 +311,8 @@ def _plan(side: Side) -> Plan:
 
 
 def _of_verdict(record: Shared, judged: Judgement, *, same: bool) -> Iterator[str]:
-    """`same`: both plans are one, which needs no proof."""
+    """Yield inconsistencies of the verdict. `same`: both plans are equal, so their equivalence needs no
+    proof."""
     base, chosen = record.baseline.metric_by_seed, record.recommended.metric_by_seed
     equivalent = judged.kind == "equivalent"
     if judged.effect != record.recommended.effect:
@@ -323,7 +333,8 @@ def _of_verdict(record: Shared, judged: Judgement, *, same: bool) -> Iterator[st
 def _of_equivalence(
     judged: Judgement, base: Mapping[str, float], chosen: Mapping[str, float]
 ) -> Iterator[str]:
-    """Of two plans: it needs pairs of runs, and their scores where it is not by their bits."""
+    """Yield inconsistencies of the equivalence of two plans. It needs pairs of runs, and a margin unless the
+    plan is bitwise equal."""
     if judged.pairs == 0:
         yield "the verdict is equivalent on 0 pairs"
     if judged.margin is None and judged.effect != "E0":
@@ -337,7 +348,8 @@ def _of_equivalence(
 def _of_metric(
     judged: Judgement, margin: float, base: Mapping[str, float], chosen: Mapping[str, float]
 ) -> Iterator[str]:
-    """A verdict with a margin is the paired test of the scores."""
+    """Yield inconsistencies of a verdict with a margin, which must be the result of the paired test of the
+    scores."""
     told = {"difference": judged.difference, "low": judged.low, "high": judged.high}
     for name, value in told.items():
         if value is None:

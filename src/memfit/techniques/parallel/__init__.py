@@ -1,1 +1,1 @@
-"""Techniques that spread one model over several ranks."""
+"""Techniques that distribute one model over several ranks."""

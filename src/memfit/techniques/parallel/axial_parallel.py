@@ -1,9 +1,10 @@
-"""Axial parallelism: every rank holds a part of the rows or residues of an Evoformer's representations.
+"""Axial parallelism: each rank holds a part of the rows or residues of an Evoformer's representations.
 
-FastFold's dynamic axial parallelism (Cheng et al. 2022, arXiv 2203.00854, section 4.2): attention along one
-axis needs no other rank where the tensor is cut along another, so an all-to-all turns the cut between them;
-pair biases and one operand of products over residues are gathered, and gathered again in backward. All ranks
-see the same samples and draw the same dropout. What is outside of the stacks runs whole on every rank.
+This is FastFold's dynamic axial parallelism (Cheng et al. 2022, arXiv 2203.00854, section 4.2). Attention
+along one axis needs no other rank if the tensor is cut along another axis, so an all-to-all changes the cut
+between them. Pair biases and one operand of products over residues are gathered, and gathered again in
+backward. All ranks see the same samples and draw the same dropout. Modules outside the stacks run whole on
+every rank.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def knowing(model: torch.nn.Module) -> list[Axial]:
-    """Its modules that know that their inputs may be cut."""
+    """Return the modules that support inputs cut across ranks."""
     from memfit.techniques.axial import Axial
 
     return [module for module in model.modules() if isinstance(module, Axial)]
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(
@@ -60,10 +61,10 @@ TECHNIQUE = Technique(
     effect=EffectClass.E1,
     apply=_apply,
     settings=_nothing,
-    order=49,  # chunking tries modules whole
+    order=49,  # chunking runs modules whole
     knobs=(Knob(name="degree", default=2, doc="ranks that share a sample"),),
-    # The first two are two ways to share what a sample takes; zero and sharded-ddp average over data-parallel
-    # ranks only; the rest have not been tried beside it.
+    # context-parallel and tensor-parallel also share the memory of a sample; zero and sharded-ddp average
+    # over data-parallel ranks only; the others have not been tried together with it.
     forbids=(
         "context-parallel", "tensor-parallel", "zero", "sharded-ddp", "expert-parallel", "pipeline",
         "compile", "optimal-checkpointing",

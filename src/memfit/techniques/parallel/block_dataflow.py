@@ -1,8 +1,9 @@
-"""A model seen as a chain of blocks: which parameters work where, and what goes from block to block.
+"""A model seen as a chain of blocks: which parameters are used where, and which tensors pass from block to
+block.
 
-Found by one forward and loss on fake tensors. Positions: -1 is everything before the first block, ``i`` is
-block i, ``len(blocks)`` everything after the last. A model is a chain when each position reads parameters
-and what the position just before it made, nothing older; else cutting it would change its numbers.
+This is found from one forward and loss on fake tensors. Positions: -1 is everything before the first block,
+``i`` is block i, and ``len(blocks)`` is everything after the last. A model is a chain if each position reads
+only parameters and what the position just before it made. Otherwise cutting it would change its numbers.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from memfit.techniques.base import Workbench
 from memfit.types.errors import UserError
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
-# They read a tensor's shape and dtype, not its values.
+# Operators that read a tensor's shape and dtype but not its values.
 _SHAPE_ONLY = ("new_empty", "new_zeros", "new_ones", "new_full", "empty_like", "zeros_like", "ones_like",
                "full_like", "new_empty_strided")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hole:
-    """Where a tensor was."""
+    """The shape and dtype of a tensor that was removed from a structure."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,9 +46,15 @@ class Hole:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """``uses``: parameter name to the positions it works at. ``carried``: for each block, the tensors among
-    its flattened (args, kwargs) that the block before it made. ``returns``: what blocks return, and
-    ``before`` what modules called once before the first block return, tensors as `Hole`."""
+    """A model as a chain of blocks.
+
+    - ``uses`` maps a parameter name to the positions at which it is used.
+    - ``carried`` holds, for each block, the tensors among its flattened (args, kwargs) that the block before
+      made.
+    - ``returns`` holds what blocks return, with tensors as `Hole`.
+    - ``before`` holds what modules return that are called once before the first block, with tensors as
+      `Hole`.
+    """
 
     path: str
     blocks: tuple[torch.nn.Module, ...]
@@ -58,8 +65,8 @@ class Chain:
 
 
 def record_chain(bench: Workbench, parts: int) -> Chain:
-    """The workbench's model on one of ``parts`` equal parts of its batch. Raises UserError where it is not
-    a chain of blocks."""
+    """Record the chain of the workbench's model on one of ``parts`` equal parts of its batch. Raises
+    UserError if the model is not a chain of blocks."""
     path, blocks = find_blocks(bench.model, bench.job.blocks)
     with _disable_current_modes():
         batch = bench.first_part(parts)
@@ -69,7 +76,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
             recorder = _Recorder(names, path, blocks)
             part = map_batch(fake.from_tensor, batch)
             with torch.no_grad(), contextlib.ExitStack() as stack, recorder, recorder.watching(bench.model):
-                # What a mode saw once the compiler leaves alone for good.
+                # The compiler does not compile code that it has seen run under a mode.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 for context in bench.forward_contexts:
                     stack.enter_context(context())
@@ -91,7 +98,7 @@ def record_chain(bench: Workbench, parts: int) -> Chain:
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows storages from parameters onwards: each remembers the position that made it."""
+    """Follows storages that depend on parameters, and notes at which position each was made."""
 
     def __init__(self, names: Mapping[int, str], path: str, blocks: list[torch.nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -101,10 +108,11 @@ class _Recorder(TorchDispatchMode):
         self.carried: list[dict[int, Hole]] = []
         self.returns: list[Any] = []
         self._origin: dict[int, float] = {}
-        self._kept: list[torch.Tensor] = []  # so that no storage's address is used again
+        self._kept: list[torch.Tensor] = []  # kept alive, so that no storage's address is reused
         self._called: dict[str, list[Any]] = defaultdict(list)
         self._twins = twins(blocks)
-        self._ran: dict[int, Any] = {}  # by number, of blocks that only gave: (what they were given, gave)
+        # Index of a block -> (inputs, outputs), for blocks whose only effect is their output.
+        self._ran: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], _FAKE):
@@ -196,7 +204,8 @@ class _Recorder(TorchDispatchMode):
         return call
 
     def _output(self, index: int, block: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """What a block gives; where one that is alike was given the same, tensors like that one's."""
+        """Return the output of a block. If an equal block had the same inputs, the block is not run and the
+        output is like that block's."""
         given = (holes((args, kwargs)), self.carried[-1])
         if self._twins[index] in self._ran and _same(self._ran[self._twins[index]][0], given):
             out = _pytree.tree_map_only(torch.Tensor, torch.empty_like, self._ran[self._twins[index]][1])
@@ -214,7 +223,8 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def called_once(self) -> dict[str, Any]:
-        """Outermost modules that hold parameters and were called once, wholly before the blocks."""
+        """Return what outermost modules returned that hold parameters and were called once, entirely before
+        the blocks."""
         early = {n for n, at in self.uses.items() if at == {-1.0}}
         found: dict[str, Any] = {}
         for name, outs in sorted(self._called.items(), key=lambda pair: pair[0].count(".")):
@@ -225,19 +235,19 @@ class _Recorder(TorchDispatchMode):
 
 
 def holes(value: Any) -> Any:
-    """The same structure with tensors as holes."""
+    """Return the same structure with tensors replaced by holes."""
     return _pytree.tree_map_only(torch.Tensor, lambda t: Hole(tuple(t.shape), t.dtype), value)
 
 
 class Zeros:
-    """Fills holes with zeros that take no memory: views of one element for each dtype."""
+    """Replaces holes by zeros that take no memory: views of one element per dtype."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._elements: dict[torch.dtype, torch.Tensor] = {}
 
     def fill(self, value: Any) -> Any:
-        """The same structure with holes as zeros."""
+        """Return the same structure with holes replaced by zeros."""
         return _pytree.tree_map_only(Hole, self._like, value)
 
     def _like(self, hole: Hole) -> torch.Tensor:
@@ -248,8 +258,8 @@ class Zeros:
 
 @contextlib.contextmanager
 def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, torch.Tensor]]:
-    """The model with fake copies of its parameters and buffers; afterwards every module's attributes are
-    what they were, tables that a forward caches among them."""
+    """Give the model fake copies of its parameters and buffers. Afterwards every module's attributes are
+    restored, including tables that a forward caches."""
     saved = [(module, dict(vars(module))) for module in model.modules()]
     lent: dict[int, torch.Tensor] = {}
 
@@ -272,7 +282,7 @@ def _lent(model: torch.nn.Module, fake: FakeTensorMode) -> Iterator[dict[int, to
 
 
 def _held(block: torch.nn.Module) -> list[int]:
-    """What its modules have as attributes: a block that stores something is not like another."""
+    """Return the ids of the attributes of a block's modules, which change if the block stores something."""
     return [id(value) for m in block.modules() for value in vars(m).values()]
 
 

@@ -1,10 +1,10 @@
-"""Context parallelism: every rank works on its slice of the sequence; attention gathers keys and values.
+"""Context parallelism: each rank works on its slice of the sequence, and attention gathers keys and values.
 
-Each rank holds two chunks, one from the head of the sequence and one from its tail, so that causal work is
-even (Llama 3, Grattafiori et al. 2024, section 3.3.2). Attention over gathered blocks is merged by the
-log-sum-exp of each (Liu et al. 2023, arXiv 2310.01889); backward gathers again and scatters gradients.
-The loss must be a mean over positions, with inputs and targets aligned: what shifts by one must shift in the
-batch. Only attention through ``scaled_dot_product_attention`` may look across positions.
+Each rank holds two chunks, one from the start of the sequence and one from its end, so that causal work is
+balanced (Llama 3, Grattafiori et al. 2024, section 3.3.2). Attention over gathered blocks is merged by the
+log-sum-exp of each (Liu et al. 2023, arXiv 2310.01889). Backward gathers again and scatters gradients. The
+loss must be a mean over positions with inputs and targets aligned: a shift by one must be done in the batch.
+Only attention through ``scaled_dot_product_attention`` may read other positions.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
-_SHIFTS = ("ForCausalLM", "LMHeadModel")  # Hugging Face models whose loss moves labels by one
-_IGNORED = -100  # label that counts for nothing, as in torch's cross-entropy
+_SHIFTS = ("ForCausalLM", "LMHeadModel")  # Hugging Face models whose loss shifts labels by one
+_IGNORED = -100  # label that is ignored, as in torch's cross-entropy
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -71,7 +71,8 @@ def _look(bench: Workbench) -> None:
 
 
 def _blocks(bench: Workbench) -> list[torch.nn.Module]:
-    """Recomputation in backward starts at blocks, where the model's own forward is over."""
+    """Return the model's blocks. Recomputation in backward starts at blocks, where the model's own forward
+    has ended."""
     try:
         return find_blocks(bench.model, bench.job.blocks)[1]
     except UserError:
@@ -93,7 +94,8 @@ def _under(module: torch.nn.Module, mode: Any) -> None:
 
 @contextlib.contextmanager
 def _packing_unseen() -> Iterator[None]:
-    """Hugging Face takes positions that jump for several sequences packed into one."""
+    """Disable Hugging Face's detection of packed sequences, which takes jumps in positions for several
+    sequences."""
     if "transformers.masking_utils" not in sys.modules:
         yield
         return
@@ -133,7 +135,7 @@ def _shifted(batch: Any) -> Any:
 
 
 def _terms(part: Any) -> int | None:
-    """Labels that count, of which slices of a sequence may have more or fewer."""
+    """Return the number of labels that count, which differs between slices of a sequence."""
     labels = part.get("shift_labels", part.get("labels")) if isinstance(part, Mapping) else None
     if labels is None or labels.dim() < 2 or labels.is_floating_point():
         return None
@@ -141,7 +143,7 @@ def _terms(part: Any) -> int | None:
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(

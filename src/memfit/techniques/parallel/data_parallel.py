@@ -1,7 +1,7 @@
-"""Data parallelism: the same model on every rank (DDP), or each rank keeping a shard of it (FSDP2, HSDP).
+"""Data parallelism: the whole model on every rank (DDP), or a shard of it on each rank (FSDP2, HSDP).
 
-DDP averages gradients in buckets while backward runs (Li et al. 2020); FSDP2 gathers each block's
-parameters just before they are used and scatters its gradients (Rajbhandari et al. 2020, ZeRO-3;
+DDP averages gradients in buckets while backward runs (Li et al. 2020). FSDP2 gathers each block's parameters
+just before they are used and scatters its gradients (Rajbhandari et al. 2020, ZeRO-3;
 torch.distributed.fsdp.fully_shard).
 """
 
@@ -36,7 +36,7 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(bench.model, bench.own_parameters)
-    with bench.place(""):  # its buckets lie on the device
+    with bench.place(""):  # DDP's buckets are on the device
         wrapped = DistributedDataParallel(
             bench.model,
             process_group=mesh.get_group(),
@@ -55,7 +55,7 @@ def _apply_ddp(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class _Forwarding:
-    """Calls go through DDP, attributes to the model inside, so that a job's loss need not know."""
+    """Passes calls through DDP and attributes to the model inside, so that a job's loss works unchanged."""
 
     def __init__(self, wrapped: torch.nn.Module) -> None:
         self._wrapped = wrapped
@@ -81,7 +81,8 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
     if mesh is None:
         return
     refuse_scalars(bench.model, "fsdp2", left_alone=bench.own_parameters)
-    pinned = bench.device == "cuda" and torch._guards.active_fake_mode() is None  # fakes cannot be pinned
+    # Fake tensors cannot be pinned.
+    pinned = bench.device == "cuda" and torch._guards.active_fake_mode() is None
     offload = CPUOffloadPolicy(pin_memory=pinned) if settings["offload"] else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -89,7 +90,8 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         "offload_policy": offload,
         "ignored_params": {p for n, p in bench.model.named_parameters() if n in bench.own_parameters},
     }
-    with bench.place("host" if settings["offload"] else ""):  # the model is built on the host, shards move
+    # The model is built on the host, and shards move.
+    with bench.place("host" if settings["offload"] else ""):
         groups = _sharded(bench, settings, options)
         root: Any = groups.pop()
     if settings["offload"]:
@@ -106,8 +108,9 @@ def _apply_fsdp2(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool], None]:
-    """In a pipeline every stage reduces in its own last backward, and with ``stay`` parameters are gathered
-    until then, as where torch's schedules are given FSDP2's modules (torch.distributed.pipelining.stage)."""
+    """Return a function that makes every pipeline stage reduce gradients in its own last backward. With
+    ``stay``, parameters stay gathered until then, as when torch's schedules are given FSDP2's modules
+    (torch.distributed.pipelining.stage)."""
     from torch.distributed.fsdp import FSDPModule
 
     every = [m for m in root.modules() if isinstance(m, FSDPModule)]
@@ -123,7 +126,8 @@ def _once_a_step(bench: Workbench, root: Any, *, stay: bool) -> Callable[[bool],
 
 
 def _sharded(bench: Workbench, settings: Mapping[str, KnobValue], options: dict[str, Any]) -> list[Any]:
-    """What is gathered together, the root last. Islands inside are groups of their own, not cast."""
+    """Shard the model and return the groups that are gathered together, the root last. Islands are groups of
+    their own that are not cast."""
     from torch.distributed.fsdp import fully_shard
 
     wanted = _groups(bench, str(settings.get("units")), settings["reshard"])
@@ -160,7 +164,8 @@ def _optimize_on_host(bench: Workbench) -> None:
 
 
 def _with_context(bench: Workbench) -> Any:
-    """Parameters are sharded over data and context ranks together; replicas stay a dimension apart."""
+    """Return a mesh that shards parameters over data and context ranks together. Raises UserError if there
+    are also replicas."""
     flat = bench.world.flat("shard", "context")
     if bench.world.layout.replicate > 1:
         raise UserError(
@@ -180,7 +185,8 @@ def _blocks(bench: Workbench) -> list[Any]:
 
 
 def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any, bool]]:
-    """What is gathered together, and whether it is freed after forward; the root, with what is left, last."""
+    """Return the groups that are gathered together, each with whether it is freed after forward. The root,
+    with everything else, comes last."""
     blocks = _blocks(bench)
     before, after = _beside(bench, blocks)
     apart: list[Any] = list(blocks)
@@ -195,8 +201,8 @@ def _groups(bench: Workbench, units: str, reshard: KnobValue) -> list[tuple[Any,
 
 
 def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The root's own modules that have parameters and hold no blocks: those before the blocks (embedding)
-    and those after them (last norm, head)."""
+    """Return the root's own modules that have parameters and contain no blocks: those before the blocks
+    (embedding) and those after them (last norm, head)."""
     inside = {m for block in blocks for m in block.modules()}
     before: list[Any] = []
     after: list[Any] = []
@@ -210,7 +216,7 @@ def _beside(bench: Workbench, blocks: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _callable(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Its members, and those of members that only hold others."""
+    """Yield a module's children, and the children of ModuleLists and ModuleDicts in place of these."""
     import torch
 
     for child in module.children():
@@ -230,7 +236,7 @@ def _precision(name: str) -> Any:
 
 
 def _prefetch(groups: list[Any], depth: int) -> None:
-    """Beyond the one group that torch prefetches on its own in backward."""
+    """Prefetch ``depth`` groups. Torch by itself prefetches one group, in backward."""
     if depth <= 1:
         return
     for i, group in enumerate(groups):
@@ -239,7 +245,7 @@ def _prefetch(groups: list[Any], depth: int) -> None:
 
 
 def _on_ranks(*settings: Mapping[str, KnobValue]) -> Callable[[Space], Iterable[Mapping[str, KnobValue]]]:
-    """A plan of one rank has no use for it."""
+    """Propose ``settings`` for plans of several ranks. The technique is useless on one rank."""
     return lambda space: settings if space.ranks > 1 else ()
 
 
@@ -291,7 +297,7 @@ FSDP2 = Technique(
         Knob(name="offload", default=False, doc="shards live in host memory", choices=(True, False)),
         _SYNC,
     ),
-    # Neither bitsandbytes nor torch's Adafactor has rules for DTensor.
+    # Neither bitsandbytes nor torch's Adafactor supports DTensor.
     forbids=("optimizer-in-backward", "adamw-8bit", "adamw-paged", "adafactor"),
-    unsearched=("bf16-autocast",),  # it has a precision of its own
+    unsearched=("bf16-autocast",),  # it has its own precision setting
 )

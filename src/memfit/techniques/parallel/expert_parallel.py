@@ -1,11 +1,12 @@
-"""Expert parallelism: experts of each mixture are dealt to the data-parallel ranks, tokens travel to them.
+"""Expert parallelism: the experts of each mixture are distributed over the data-parallel ranks, and tokens
+are sent to them.
 
-A mixture's experts are one module called with ``(tokens (N, width), chosen (N, k), weights (N, k))`` that
-returns ``(N, width)``: ``Job.experts`` names such modules. It holds its experts in an ``nn.ModuleList``, each
-called with tokens, or as Hugging Face does in ``gate_up_proj`` and ``down_proj``, one slice an expert.
-Every expert takes the same number of tokens from every rank, its capacity: ``capacity_percent`` of an even
-share. Tokens beyond it are dropped (Lepikhin et al. 2020, arXiv 2006.16668), so memory does not depend on
-the router.
+The experts of a mixture are one module called with ``(tokens (N, width), chosen (N, k), weights (N, k))``
+that returns ``(N, width)``. ``Job.experts`` names such modules. A module holds its experts in an
+``nn.ModuleList``, each called with tokens, or as Hugging Face does in ``gate_up_proj`` and ``down_proj``,
+with one slice per expert. Every expert takes the same number of tokens from every rank, its capacity, which
+is ``capacity_percent`` of an even share. Tokens beyond it are dropped (Lepikhin et al. 2020, arXiv
+2006.16668), so that memory does not depend on the router.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from memfit.types.plan import EffectClass, KnobValue
 if TYPE_CHECKING:
     import torch
 
-_GROUPED = ("gate_up_proj", "down_proj")  # (experts, 2 x inner, width) and (experts, width, inner)
+_GROUPED = ("gate_up_proj", "down_proj")  # shapes (experts, 2 x inner, width) and (experts, width, inner)
 
 
 def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
@@ -44,12 +45,12 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
         module.forward = travel.forward
         for own, param in module.named_parameters():
             bench.own_parameters.add(f"{name}.{own}")
-            # Their gradients hold the terms of every rank, where the others' are averaged over ranks.
+            # These gradients sum the terms of every rank, while other gradients are averaged over ranks.
             param.register_hook(lambda grad: grad / ranks)
 
 
 def _mixtures(bench: Workbench) -> list[str]:
-    """Names of the modules that hold experts. Raises UserError where there are none."""
+    """Return the names of the modules that hold experts. Raises UserError if there are none."""
     names = [name for name, _ in bench.model.named_modules()]
     if (pattern := bench.job.experts) is not None:
         found = [n for n in names if fnmatch.fnmatchcase(n, pattern)]
@@ -70,14 +71,16 @@ def _is_grouped(module: torch.nn.Module) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Dealt:
-    """``run(tokens (own experts, n, width))`` -> the same shape; of ``total`` experts in the mixture."""
+    """This rank's experts. ``run`` maps tokens (own experts, n, width) to the same shape. ``total`` is the
+    number of experts in the mixture."""
 
     total: int
     run: Callable[[torch.Tensor], torch.Tensor]
 
 
 def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
-    """Leave only this rank's experts in the module. Raises UserError where they are not as described."""
+    """Keep only this rank's experts in the module. Raises UserError if the module is not as described
+    above."""
     import torch
 
     lists = [(n, m) for n, m in module.named_children() if isinstance(m, torch.nn.ModuleList)]
@@ -105,7 +108,7 @@ def _deal(module: Any, name: str, rank: int, ranks: int) -> _Dealt:
 
 
 def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """(experts, n, width): down(act(gate) * up) of each."""
+    """Return down(act(gate) * up) of each expert, shape (experts, n, width)."""
     import torch
 
     gate, up = torch.bmm(tokens, module.gate_up_proj.to(tokens.dtype).mT).chunk(2, dim=-1)
@@ -114,7 +117,7 @@ def _gated(module: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Travel:
-    """Tokens to their experts' ranks and back."""
+    """Sends tokens to the ranks of their experts and back."""
 
     group: Any
     ranks: int
@@ -123,14 +126,14 @@ class _Travel:
     run: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """In place of the mixture's own; every rank brings as many tokens."""
+        """Replace the mixture's own forward. Every rank must have the same number of tokens."""
         import torch
 
         choices, width = chosen.shape[-1], tokens.shape[-1]
         capacity = math.ceil(chosen.numel() * self.capacity_percent / (100 * self.experts))
         by_expert, order = chosen.reshape(-1).sort(stable=True)
         slots = self._slots(by_expert, capacity)
-        sent = tokens.new_zeros(self.experts * capacity + 1, width)  # the last row takes what is dropped
+        sent = tokens.new_zeros(self.experts * capacity + 1, width)  # the last row receives dropped tokens
         sent = sent.index_copy(0, slots, tokens[order // choices])[:-1]
         here = self._swap(sent).view(self.ranks, -1, capacity, width).transpose(0, 1)
         done = self.run(here.flatten(1, 2)).view(-1, self.ranks, capacity, width).transpose(0, 1)
@@ -140,7 +143,8 @@ class _Travel:
         return torch.zeros_like(tokens).index_add(0, order // choices, weighted)
 
     def _slots(self, by_expert: torch.Tensor, capacity: int) -> torch.Tensor:
-        """Rows of the sent tokens, for choices sorted by expert: first come, first served."""
+        """Return the row of each token in what is sent, for choices sorted by expert. The first tokens get
+        the capacity."""
         import torch
 
         numbers = torch.arange(by_expert.numel(), device=by_expert.device)
@@ -150,7 +154,7 @@ class _Travel:
         return torch.where(place < capacity, by_expert * capacity + place, self.experts * capacity)
 
     def _swap(self, rows: torch.Tensor) -> torch.Tensor:
-        """Equal parts to every rank, in the order of ranks; its own inverse."""
+        """Send equal parts to all ranks, in the order of ranks. This operation is its own inverse."""
         import torch
         from torch.distributed._functional_collectives import all_to_all_single
 
@@ -160,7 +164,7 @@ class _Travel:
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(

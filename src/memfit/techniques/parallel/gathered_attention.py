@@ -1,4 +1,4 @@
-"""Attention of this rank's queries over the keys and values of every rank's slice of the sequence."""
+"""Attention of this rank's queries to the keys and values of every rank's slice of the sequence."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ _HALF = (torch.float16, torch.bfloat16)
 _ATEN: Any = torch.ops.aten
 Site = tuple[tuple[Any, int], ...]  # (code, instruction)
 _DEEP, _UNDER = 2, (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-Slices = tuple[slice, slice, bool]  # of queries and keys, and whether causal among themselves
+Slices = tuple[slice, slice, bool]  # of queries and of keys, and whether attention between them is causal
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Across(Together):
-    """The ranks that share a sequence; ``length`` is one rank's part, set when a batch is cut.
+    """The ranks that share a sequence. ``length`` is the length of one rank's part, set when a batch is cut.
 
-    Of 2 x ranks chunks a rank has its own from the front and its own from the back.
+    The sequence has 2 x ranks chunks. A rank holds one chunk from the front and one from the back.
     """
 
     device: str
     length: int = 0
-    fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # by `Counts`
+    fixed: Mapping[Site, frozenset[int]] = dataclasses.field(default_factory=dict)  # from `GatheredCounts`
 
     def positions(self, rank: int) -> torch.Tensor:
+        """Return the positions of a rank's part in the whole sequence."""
         chunk = self.length // 2
         front, back = rank * chunk, (2 * self.ranks - 1 - rank) * chunk
         return torch.cat([torch.arange(front, front + chunk), torch.arange(back, back + chunk)])
 
     def blocks(self, causal: bool) -> Iterator[tuple[int, Slices]]:
-        """(whose keys, what of queries and keys meets), this rank's own first: only there is anything
-        causal; earlier ranks' back chunks are never seen, later ranks only by the back chunk."""
+        """Yield (rank of the keys, which queries meet which keys), this rank first. Attention is causal only
+        within the own rank. The back chunks of earlier ranks are never seen, and later ranks are seen only by
+        the back chunk."""
         everything, front, back = slice(None), slice(0, self.length // 2), slice(self.length // 2, None)
         yield self.rank, (everything, everything, causal)
         for other in range(self.ranks):
@@ -56,7 +58,8 @@ class Across(Together):
 
 
 class AttentionAcross(TorchFunctionMode):
-    """Attention over all slices, and positions of this rank's slice wherever ``torch.arange`` counts one."""
+    """Mode that runs attention over all slices, and makes ``torch.arange`` return this rank's positions where
+    it counts positions."""
 
     def __init__(self, across: Across) -> None:
         super().__init__()
@@ -74,8 +77,8 @@ class AttentionAcross(TorchFunctionMode):
 
 
 class GatheredCounts(TorchFunctionMode):
-    """How far ``torch.arange`` counts at each place of the code while the sequence is whole. A place that
-    counts as far on a slice counts something else: channels, heads."""
+    """Records the counts of ``torch.arange`` at each place in the code while the sequence is whole. A place
+    that gives the same count on a slice counts something else, such as channels or heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,14 +91,15 @@ class GatheredCounts(TorchFunctionMode):
 
 
 def _counted(func: Any, args: Any) -> int | None:
-    """n of arange(n) and arange(0, n)."""
+    """Return n for arange(n) and arange(0, n), else None."""
     if func is not torch.arange or len(args) not in {1, 2} or not all(isinstance(a, int) for a in args):
         return None
     return args[-1] if args[0] in {0, args[-1]} else None
 
 
 def _site() -> Site:
-    """The innermost calls in code outside torch and this folder, two deep; a line may hold several."""
+    """Return the two innermost calls in code outside torch and this folder, with their instruction, because
+    one line may hold several calls."""
     found = list[tuple[Any, int]]()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and len(found) < _DEEP:
@@ -116,8 +120,8 @@ def _attention(
     scale: float | None = None,
     **grouped: bool,
 ) -> torch.Tensor:
-    """Shapes (batch, heads, length, head dim), as in scaled_dot_product_attention. Raises UserError for
-    what has no meaning on a slice."""
+    """Scaled dot-product attention of shapes (batch, heads, length, head dim). Raises UserError for options
+    that have no meaning on a slice."""
     if query.shape[2] != across.length or key.shape[2] != across.length:
         raise UserError(
             f"context-parallel: attention of {query.shape[2]} queries to {key.shape[2]} keys",
@@ -139,7 +143,8 @@ def _attention(
 
 
 def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Never minus infinity: a block may have no key at all for a query, and its weight must be 0, not nan."""
+    """Return an additive mask without minus infinity. A query may have no visible key in a block, and its
+    weight must then be 0 and not nan."""
     lowest = torch.finfo(query.dtype).min
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), lowest)
@@ -147,7 +152,8 @@ def _additive(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """Saves this rank's own tensors only; keys and values of the others are gathered again in backward."""
+    """Saves only this rank's own tensors. The keys and values of other ranks are gathered again in
+    backward."""
 
     @staticmethod
     def forward(
@@ -211,21 +217,22 @@ def _columns(
 
 
 def _merge(out: torch.Tensor, total: torch.Tensor, part: torch.Tensor, weight: torch.Tensor) -> None:
-    """Two softmax averages into one, in place; weights are logarithms of sums."""
+    """Merge two softmax averages into the first, in place. ``total`` and ``weight`` are logarithms of
+    sums."""
     both = torch.logaddexp(total, weight)
     out.mul_((total - both).exp_().unsqueeze(-1)).add_(part.mul((weight - both).exp_().unsqueeze(-1)))
     total.copy_(both)
 
 
 def _repeated(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Keys or values for every query head (grouped-query attention)."""
+    """Repeat keys or values for every query head (grouped-query attention)."""
     repeats = query.shape[1] // tensor.shape[1]
     return tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Kernel:
-    """The kernel torch would choose on the device."""
+    """The attention kernel that torch would choose on the device."""
 
     device: str
     causal: bool
@@ -235,7 +242,7 @@ class _Kernel:
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, log-sum-exp (batch, heads, queries))."""
+        """Return (output, log-sum-exp of shape (batch, heads, queries))."""
         inputs = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
         if self.device == "cpu":
@@ -257,11 +264,11 @@ class _Kernel:
         out: torch.Tensor,
         total: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Gradients of query, key and value; ``out`` and ``total`` are those of the whole row."""
+        """Return the gradients of query, key and value. ``out`` and ``total`` are those of the whole rows."""
         query, key, value = inputs
         repeated = query, _repeated(key, query), _repeated(value, query)
         causal, scale, bias = self.causal, self.scale, self.bias
-        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # of dropout, of which there is none
+        seed = torch.zeros((), dtype=torch.int64, device=query.device)  # dropout's seed, which is not used
         if self.device == "cpu":
             grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, *repeated, out, total, 0.0, causal, attn_mask=bias, scale=scale
@@ -272,7 +279,8 @@ class _Kernel:
                 grad, *repeated, out, total.contiguous(), *lengths, 0.0, causal, seed, seed, scale=scale
             )
         else:
-            padded = functional.pad(total, (0, -total.shape[2] % 32))  # the kernel's rows come in 32s
+            # The kernel pads rows to multiples of 32.
+            padded = functional.pad(total, (0, -total.shape[2] % 32))
             wanted = True, True, True, False
             grads = _ATEN._scaled_dot_product_efficient_attention_backward(
                 grad, *repeated, bias, out, padded, seed, seed, 0.0, wanted, causal, scale=scale

@@ -1,10 +1,10 @@
-"""Pipeline parallelism: each rank holds some of the blocks, and micro-batches stream through them.
+"""Pipeline parallelism: each rank holds some of the blocks, and micro-batches pass through them.
 
-GPipe runs all forwards, then all backwards (Huang et al. 2019); 1F1B alternates, so that stage r of p
-keeps min(m, p - r) of m micro-batches (Narayanan et al. 2019); interleaved gives each rank several stages
-(Narayanan et al. 2021); zero-bubble does the weights' half of backward later (Qi et al. 2023, ZB1P and
-ZBV). torch.distributed.pipelining runs them. With gradient accumulation each accumulated micro-batch is
-streamed through as ``micro_batches`` smaller ones.
+GPipe runs all forwards, then all backwards (Huang et al. 2019). 1F1B alternates, so that stage r of p keeps
+min(m, p - r) of m micro-batches (Narayanan et al. 2019). Interleaved gives each rank several stages
+(Narayanan et al. 2021). Zero-bubble delays the weights' part of backward (Qi et al. 2023, ZB1P and ZBV).
+torch.distributed.pipelining runs them. With gradient accumulation, each accumulated micro-batch passes
+through as ``micro_batches`` smaller ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memfit.techniques.rank_mesh import Layout
 from memfit.types.errors import UserError
 from memfit.types.plan import EffectClass, KnobValue
 
-_VIRTUAL = {  # least and most stages on a rank
+_VIRTUAL = {  # minimum and maximum number of stages per rank
     "gpipe": (1, 1),
     "1f1b": (1, 1),
     "interleaved": (2, sys.maxsize),
@@ -58,7 +58,7 @@ def _check(schedule: str, virtual: int, layout: Layout) -> None:
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(

@@ -1,8 +1,8 @@
-"""A pipeline's stages on one rank: the model cut down to them, run by torch's own schedules.
+"""The pipeline stages of one rank: the model reduced to them, run by torch's own schedules.
 
-Every stage runs the job's own loss. Blocks of other stages hand on zeros that take no memory; the first
-block of a stage gets what was received in their place; the stage ends where the next one's first block
-would begin.
+Every stage runs the job's own loss. Blocks of other stages return zeros that take no memory. The first block
+of a stage gets the received tensors instead. The stage ends where the first block of the next stage would
+begin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCHEDULES: dict[str, Any] = {
 
 
 class StageEnd(Exception):
-    """What the stage hands to the next one."""
+    """Ends a stage's forward. ``carried`` holds the tensors that the stage passes to the next one."""
 
     def __init__(self, carried: tuple[torch.Tensor, ...]) -> None:
         super().__init__()
@@ -42,9 +42,10 @@ class StageEnd(Exception):
 
 
 class Pipeline:
-    """The stages of one rank. Cutting the model drops the parameters that work elsewhere.
+    """The stages of one rank. The constructor drops parameters that are used only by other ranks.
 
-    Raises UserError where the model is not a chain of blocks or the schedule cannot run the numbers.
+    Raises UserError if the model is not a chain of blocks, or if the schedule does not support the numbers of
+    stages and micro-batches.
     """
 
     def __init__(self, bench: Workbench, *, schedule: str, virtual: int, micro_batches: int) -> None:
@@ -63,22 +64,22 @@ class Pipeline:
         self.stages = [s for s in range(count) if self.rank_of[s] == rank]
         self.device = next(bench.model.parameters()).device
         self.zeros = Zeros(self.device)
-        self.now = -1  # the stage at work
+        self.now = -1  # the running stage
         self.received: tuple[torch.Tensor, ...] = ()
         self.ended = False
         self._mark: Callable[[Phase], None] = lambda phase: None
         self._pieces: Sequence[Piece] = ()
         self._weighted: WeightedLoss | None = None
-        self._last, self._backwards_left = True, dict[int, int]()  # of each stage
-        self.ending: Set[object] = frozenset()  # what has its last backward of the step next
-        learns = [self._learns(s) for s in range(count)]  # before parameters are dropped
+        self._last, self._backwards_left = True, dict[int, int]()  # backwards left of each stage
+        self.ending: Set[object] = frozenset()  # modules whose next backward is their last of the step
+        learns = [self._learns(s) for s in range(count)]  # determined before parameters are dropped
         self._shared = self._find_shared()
         self._cut()
         blocks = {s: self.chain.blocks[slice(*self.bounds[s])] for s in self.stages}
         self._inside = {s: frozenset(m for b in found for m in b.modules()) for s, found in blocks.items()}
         self._schedule = self._make_schedule(schedule, learns)
 
-    # -- cutting --------------------------------------------------------------------------------------
+    # -- reducing the model ---------------------------------------------------------------------------
 
     def _positions(self, stage: int) -> set[int]:
         first, end = self.bounds[stage]
@@ -86,7 +87,8 @@ class Pipeline:
         return {*range(first, end), *ends, *({end} if stage == len(self.bounds) - 1 else ())}
 
     def _learns(self, stage: int) -> bool:
-        """Whether a parameter before the stage is trained, so that its input needs a gradient."""
+        """Return whether a parameter before the stage is trained, so that the stage's input needs a
+        gradient."""
         first = self.bounds[stage][0]
         return any(
             p.requires_grad and min(self.chain.uses[n]) < first
@@ -94,8 +96,8 @@ class Pipeline:
         )
 
     def _find_shared(self) -> dict[str, Any]:
-        """Parameter name -> group of the ranks that hold it, of tied parameters on several ranks. Ranks but
-        the first leave them out of the gradient norm."""
+        """Return, for tied parameters on several ranks, the parameter name and the group of ranks that hold
+        it. All ranks but the first leave them out of the gradient norm."""
         found, groups = dict[str, Any](), dict[tuple[int, ...], Any]()
         everyone = dist.get_process_group_ranks(self.group)
         for name, param in self.bench.model.named_parameters():
@@ -160,7 +162,8 @@ class Pipeline:
         return call
 
     def _until_end(self, inner: Callable[..., Any]) -> Any:
-        """The model's forward returns what the stage hands on, so that wrappers around it see an output."""
+        """Make the model's forward return what the stage passes on, so that wrappers around it get an
+        output."""
 
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -186,7 +189,8 @@ class Pipeline:
 
     def _make_stage(self, stage: int, learns: list[bool]) -> _Stage:
         def like(at: int) -> tuple[torch.Tensor, ...]:
-            """What enters stage ``at``: nothing from outside, hidden states, at the end the loss."""
+            """Return tensors like those that enter stage ``at``: none for the first stage, hidden states, or
+            after the last stage the loss."""
             if at == 0:
                 return ()
             loss = at == len(self.bounds)
@@ -212,12 +216,12 @@ class Pipeline:
         *,
         last: bool,
     ) -> torch.Tensor:
-        """All pieces forward and backward; their weighted losses summed, the same on every stage. ``last``:
-        nothing follows before the optimizer's step."""
+        """Run forward and backward of all pieces. Return the sum of their weighted losses, the same on every
+        stage. ``last``: the optimizer's step comes next."""
         self._pieces, self._weighted, self._mark, self._last = pieces, weighted, mark, last
         self._backwards_left = dict.fromkeys(self.stages, len(pieces))
         losses: list[torch.Tensor] = []
-        mark(Phase.FORWARD)  # the first time, buffers to receive into are made
+        mark(Phase.FORWARD)  # the first time, receive buffers are made
         for stage in getattr(self._schedule, "_stages", None) or [self._schedule._stage]:
             stage.has_backward = True
             stage.clear_runtime_states()
@@ -239,7 +243,7 @@ class Pipeline:
             grad: Any = self.bench.model.get_parameter(name).grad
             dist.all_reduce(grad.to_local() if hasattr(grad, "to_local") else grad, group=group)
         total = torch.stack(losses).detach().float().sum() if losses else torch.zeros((), device=self.device)
-        if hasattr(total, "full_tensor"):  # of a loss over a cut vocabulary
+        if hasattr(total, "full_tensor"):  # the loss is over a sharded vocabulary
             total = total.full_tensor()
         dist.all_reduce(total, group=self.group)
         return total
@@ -249,12 +253,12 @@ class Pipeline:
         part, share = self._pieces[index]
         self.now, self.received, self.ended = stage, received, False
         if self.bench.ddp is not None:
-            self.bench.ddp.require_backward_grad_sync = False  # `before_backward` says when
+            self.bench.ddp.require_backward_grad_sync = False  # `before_backward` turns it on
         try:
             return self._weighted(_Whole(self), part, share)
         except StageEnd as end:
             return end.carried
-        except UserError as error:  # a guarded loss makes any error the user's
+        except UserError as error:  # a guarded loss turns every exception into a UserError
             if not isinstance(error.__cause__, StageEnd):
                 raise
             return error.__cause__.carried
@@ -280,7 +284,7 @@ class Pipeline:
 
 
 class _Whole:
-    """The model as the job's loss sees it: where its forward ended early, so does the loss."""
+    """The model as the job's loss sees it. If its forward ends early, so does the loss."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
@@ -298,7 +302,8 @@ class _Whole:
 
 
 class _Part(torch.nn.Module):
-    """What torch's stage calls. Holds the rank's model, so that its parameters are the stage's."""
+    """The module that torch's stage calls. It holds the rank's model, so that the model's parameters are the
+    stage's."""
 
     def __init__(self, pipeline: Pipeline, stage: int) -> None:
         super().__init__()
@@ -310,7 +315,7 @@ class _Part(torch.nn.Module):
 
 
 class _Stage(PipelineStage):
-    """torch's stage, telling when forward and backward begin."""
+    """Torch's stage, which also reports when forward and backward begin."""
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         self._pipeline.before_forward()
@@ -325,7 +330,7 @@ class _Stage(PipelineStage):
         return super().backward_weight_one_chunk(*args, **kwargs)
 
     def _warmup_forward_vote(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.ones(1)  # shapes are known everywhere: no need to ask the other stages
+        return torch.ones(1)  # shapes are known on every rank, so other stages are not asked
 
     def _warmup_backward_result(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.ones(1)
@@ -336,8 +341,8 @@ class _Stage(PipelineStage):
 
 
 def _works_as_on(device: str) -> contextlib.AbstractContextManager[Any]:
-    """On the fake process group, for CPU: gloo's work objects keep the tensors they send, NCCL's do not once
-    they are waited for."""
+    """Make work objects of the fake process group keep the tensors they send if the device is the CPU. gloo's
+    work objects do so; NCCL's release them when they have been waited for."""
     if dist.get_backend() != "fake" or device != "cpu":
         return contextlib.nullcontext()
     plain = schedules._batch_p2p
@@ -361,7 +366,8 @@ def _as_it_is(loss: torch.Tensor, target: None) -> torch.Tensor:
 
 
 def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
-    """(first block, end) of each stage, sizes differing by one at most, larger ones first."""
+    """Return (first block, end) of each stage. Sizes differ by at most one, larger ones first. Raises
+    UserError if there are more stages than blocks."""
     if stages > blocks:
         raise UserError(
             f"{stages} pipeline stages of a model with {blocks} blocks", allowed=f"at most {blocks}"
@@ -371,7 +377,7 @@ def _even(blocks: int, stages: int) -> list[tuple[int, int]]:
 
 
 def _drop(module: torch.nn.Module, key: str, held: dict[str, Any]) -> None:
-    """The attribute stays, as zeros that take no memory."""
+    """Replace a parameter or buffer by zeros that take no memory."""
     tensor = held.pop(key)
     if tensor is not None:
         zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""Ranks that work on one sample together: their collectives, and the mean of their gradients."""
+"""Collectives of ranks that work on one sample together, and the mean of their gradients."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ _COMM: Any = torch.ops._c10d_functional
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Together:
-    """``group``: the process group's name; ``rank``: this one's place in it."""
+    """Collectives of one process group. ``group`` is its name, ``rank`` this rank's index in it, ``ranks``
+    its size."""
 
     group: str
     rank: int
     ranks: int
 
     def stack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(ranks, ...): every rank's tensor."""
+        """Return every rank's tensor, stacked to shape (ranks, ...)."""
         whole = _COMM.all_gather_into_tensor(tensor.contiguous(), self.ranks, self.group)
         stacked: torch.Tensor = _COMM.wait_tensor(whole).unflatten(0, (self.ranks, -1))
         return stacked
 
     def gather(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Every rank's tensor, in the order of ranks."""
+        """Return every rank's tensor, in the order of ranks."""
         return self.stack(tensor).unbind()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A new tensor, alike on every rank."""
+        """Return the sum over ranks as a new tensor, the same on every rank."""
         summed: torch.Tensor = _COMM.wait_tensor(_COMM.all_reduce(tensor, "sum", self.group))
         return summed
 
     def scatter_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the sum, of tensors stacked in the order of ranks along dimension 0."""
+        """Return this rank's part of the sum of tensors that are stacked in the order of ranks along
+        dimension 0."""
         part = _COMM.reduce_scatter_tensor(tensor, "sum", self.ranks, self.group)
         summed: torch.Tensor = _COMM.wait_tensor(part)
         return summed
 
     def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The i-th of as many equal parts along dimension 0 goes to the i-th rank; what came, in the order of
-        ranks."""
+        """Split a tensor into equal parts along dimension 0 and send the i-th part to the i-th rank. Return
+        the received parts in the order of ranks."""
         part = [tensor.shape[0] // self.ranks] * self.ranks
         came = _COMM.all_to_all_single(tensor.contiguous(), part, part, self.group)
         swapped: torch.Tensor = _COMM.wait_tensor(came)
@@ -52,7 +54,8 @@ class Together:
 
 
 def averaging(bench: Workbench, together: Together) -> Callable[[bool], None]:
-    """Where no data-parallel technique takes care of it, each gradient is averaged as soon as it is there."""
+    """Return a hook that averages each gradient over the ranks as soon as it is ready, if no data-parallel
+    technique does so."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 

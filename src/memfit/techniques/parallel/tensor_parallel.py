@@ -1,9 +1,9 @@
-"""Tensor parallelism: every rank holds a slice of the Linear layers of the blocks (Shoeybi et al. 2019).
+"""Tensor parallelism: each rank holds a slice of the blocks' Linear layers (Shoeybi et al. 2019).
 
-``sequence`` keeps what lies between those layers, norms and residuals, cut along the sequence
-(Korthikanti et al. 2022, arXiv 2205.05198). Which layer is cut how comes from ``Job.tensor_parallel``, from
-Hugging Face's own plan, or from watching which layer feeds which. All ranks must build the same model.
-A fused query, key and value keeps its rows in the order of ranks.
+``sequence`` also shards what lies between those layers, norms and residuals, along the sequence (Korthikanti
+et al. 2022, arXiv 2205.05198). Which layer is split how comes from ``Job.tensor_parallel``, from Hugging
+Face's own plan, or from observing which layer feeds which. All ranks must build the same model. The rows of a
+fused query, key and value are reordered by rank.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
-    """What was seen of the blocks, and the Linears to cut. Raises UserError where nothing can be."""
+    """Return what was observed of the blocks, and the roles of the Linears to split. Raises UserError if none
+    can be split."""
     given = _given(bench.model, bench.job.tensor_parallel or getattr(bench.model, "_tp_plan", None) or {})
     flow = _observed(bench, blocks, given, 1)
     found = {}
@@ -78,7 +79,7 @@ def _roles(bench: Workbench, blocks: list[str]) -> tuple[Flow, dict[str, str]]:
 
 
 def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str]:
-    """Names of modules with the role that the first pattern that fits gives them."""
+    """Return module names with the role given by the first pattern that matches."""
     found = {}
     for name, _ in model.named_modules():
         role = next((r for p, r in patterns.items() if fnmatch.fnmatchcase(name, p)), "")
@@ -87,7 +88,7 @@ def _given(model: torch.nn.Module, patterns: Mapping[str, str]) -> dict[str, str
     return found
 
 
-# By the job's loss, as a job with fewer blocks or samples has the same: flows of models of one structure.
+# Flows of models of one structure, by the job's loss, which is the same in jobs with fewer blocks or samples.
 _SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Flow]] = weakref.WeakKeyDictionary()
 
 
@@ -99,7 +100,7 @@ def _observed(
     key = (tuple(blocks), tuple(roles.items()), degree, _structure(bench.model))
     try:
         known = _SEEN.setdefault(bench.job.loss, {})
-    except TypeError:  # what cannot be held weakly is not remembered
+    except TypeError:  # an object without weak references is not cached
         known = {}
     try:
         if key not in known:
@@ -114,7 +115,8 @@ def _observed(
 
 
 def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Modules with the numbers they hold, such as those of heads, and parameters with their shapes."""
+    """Return the modules with the numbers they hold, such as numbers of heads, and the parameters with their
+    shapes."""
     modules = (
         (name, type(m), *((k, v) for k, v in vars(m).items() if type(v) in (int, float, bool, str)))
         for name, m in model.named_modules()
@@ -126,8 +128,8 @@ def _structure(model: torch.nn.Module) -> tuple[Any, ...]:
 def _check_split(
     bench: Workbench, blocks: list[str], roles: Mapping[str, str], flow: Flow, degree: int
 ) -> None:
-    """The blocks run with every Linear cut, and heads stay heads: code that takes a number of heads from
-    elsewhere would otherwise cut heads in two without a word."""
+    """Check that the blocks run with every Linear split and that heads stay whole. Code that takes the number
+    of heads from elsewhere would otherwise split heads silently. Raises UserError."""
     for name, role in roles.items():
         linear: Any = bench.model.get_submodule(name)
         size = linear.out_features // flow.linears[name].parts if role == _COLWISE else linear.in_features
@@ -168,7 +170,7 @@ def _must_divide(what: str, count: int, degree: int) -> None:
 
 
 def _split_heads(model: torch.nn.Module, roles: Mapping[str, str], degree: int) -> None:
-    """Modules that hold Linears cut by columns count the heads of one rank."""
+    """Make modules that contain column-split Linears count the heads of one rank."""
     holders = {name.rpartition(".")[0] for name, role in roles.items() if role == _COLWISE}
     for name, module in model.named_modules():
         if name and any(_within(holder, name) for holder in holders):
@@ -183,7 +185,8 @@ def _within(name: str, path: str) -> bool:
 
 
 def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
-    """(q, k, v) of all heads become (q, k, v) of the first rank's heads, then of the second's."""
+    """Reorder rows from (q, k, v) of all heads to (q, k, v) of the first rank's heads, then of the second's,
+    and so on."""
     import torch
 
     with torch.no_grad():
@@ -194,8 +197,8 @@ def _rows_by_rank(linear: torch.nn.Module, parts: int, degree: int) -> None:
 def _styles(
     model: torch.nn.Module, blocks: list[str], flow: Flow, roles: Mapping[str, str], sequence: bool
 ) -> tuple[list[tuple[str, Any]], dict[str, int | str]]:
-    """(module, style) as torch.distributed.tensor.parallel wants them; by module, which of its arguments
-    comes with the sequence cut."""
+    """Return (module, style) pairs as torch.distributed.tensor.parallel expects them, and for each module the
+    argument that arrives sharded along the sequence."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
@@ -226,7 +229,7 @@ def _styles(
 
 
 def _gather(module: torch.nn.Module, mesh: DeviceMesh, place: int | str) -> None:
-    """The whole sequence as a DTensor, made once for all Linears inside; other arguments stay."""
+    """Gather the whole sequence as a DTensor, once for all Linears inside. Other arguments are unchanged."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -245,7 +248,7 @@ def _parallelize(model: torch.nn.Module, name: str, mesh: DeviceMesh, style: Any
 
 
 def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
-    """Cut the sequence before the first block, gather it after the last."""
+    """Shard the sequence before the first block and gather it after the last."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def to(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
@@ -270,7 +273,7 @@ def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
 
 
 def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool) -> None:
-    """The head by columns and the input embedding by rows, tied or not."""
+    """Split the head by columns and the input embedding by rows, whether they are tied or not."""
     import torch
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -296,14 +299,14 @@ def _split_vocabulary(bench: Workbench, mesh: DeviceMesh, *, parallel_loss: bool
         _parallelize(model, table, mesh, RowwiseParallel(input_layouts=Replicate()))
         if table in tied:
             model.get_submodule(table).weight = head.weight
-    if parallel_loss:  # for backward as well, which forward's contexts do not reach
+    if parallel_loss:  # also for backward, which forward's contexts do not cover
         stack = contextlib.ExitStack()
         stack.enter_context(losses())
         bench.closers.append(stack.close)
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(
@@ -323,6 +326,6 @@ TECHNIQUE = Technique(
             choices=("whole", "gathered", "parallel-loss"),
         ),
     ),
-    # Beside it fsdp2, whose replicas are what DDP is; these optimizers have no rules for DTensor.
+    # fsdp2 can be used instead of DDP, with replicas. These optimizers do not support DTensor.
     forbids=("lora", "qlora", "ddp", "zero", "compile", "adamw-8bit", "adamw-paged", "adafactor"),
 )

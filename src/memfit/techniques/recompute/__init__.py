@@ -1,1 +1,1 @@
-"""Techniques that compute activations again in the backward pass."""
+"""Techniques that recompute activations in the backward pass."""

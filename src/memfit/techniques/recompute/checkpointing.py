@@ -1,8 +1,8 @@
-"""Activation checkpointing: blocks keep their inputs only and run again in backward (Chen et al. 2016).
+"""Activation checkpointing: blocks keep only their inputs and run again in backward (Chen et al. 2016).
 
-``activation-checkpointing(every=k)`` recomputes every k-th block; ``selective-checkpointing`` recomputes
-inside every block all operators but the expensive ones its policy keeps. Bitwise equal (E0): the random
-state is restored before the second forward.
+``activation-checkpointing(every=k)`` recomputes every k-th block. ``selective-checkpointing`` recomputes all
+operators inside every block except the expensive ones that its policy keeps. Results are bitwise equal (E0):
+the random state is restored before the second forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def recompute(block: torch.nn.Module, **options: Any) -> None:
-    """Its forward keeps inputs alone in training; ``options`` are those of torch's checkpoint."""
+    """Make the block keep only its inputs in training. ``options`` are those of torch's checkpoint."""
     from torch.utils.checkpoint import checkpoint
 
     inner: Callable[..., Any] = block.forward
@@ -52,13 +52,14 @@ def _apply_selective(bench: Workbench, settings: Mapping[str, KnobValue]) -> Non
         if region is None:
             block.forward = _without_cast_cache(block.forward)
             recompute(block, context_fn=functools.partial(_contexts, judge))
-        else:  # a compiled block's graph is cut with the policy in mind
+        else:  # a compiled block's graph is split according to the policy
             region.recompute = judge
 
 
 def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """A block called several times finds autocast's copies of its weights from the second call on, but not in
-    the recomputation: its operators would not be those of the first time."""
+    """Disable autocast's cache of cast weights in a block. In a block called several times, the forward would
+    find cached copies from the second call on but the recomputation would not, so that their operators would
+    differ."""
     import torch
 
     @functools.wraps(inner)
@@ -76,7 +77,7 @@ def _without_cast_cache(inner: Callable[..., Any]) -> Callable[..., Any]:
 def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    keeps = {True: judge(), False: judge()}  # by whether it is the recomputation
+    keeps = {True: judge(), False: judge()}  # keyed by whether it is the recomputation
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         saved = keeps[context.is_recompute](op)
@@ -87,8 +88,8 @@ def _contexts(judge: Callable[[], Callable[[Any], bool]]) -> Any:
 
 
 class _Lasting:
-    """The second of torch's contexts, which hands out what was kept once only: here the next backward pass
-    through a graph that stays, as gradients of gradients make, finds it again."""
+    """Wraps torch's recomputation context, which returns kept values only once. Here another backward pass
+    through a retained graph, as for higher-order gradients, finds them again."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -112,10 +113,12 @@ def _all_of(kept: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
-    """torchtitan's policy: of the products of one call only every second is kept, the first, the third..."""
+    """Return torchtitan's policy: of the matrix products of one call, only every second one is kept (the
+    first, the third, ...)."""
     import torch
 
-    # To policies a product of torchao's 8-bit tensors is one of plain ones; a compiler's graph has their own.
+    # In eager mode, policies see a product of torchao's 8-bit tensors as a plain one; a compiler's graph has
+    # the 8-bit operator.
     products, seen = (torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default), 0
 
     def keeps(op: Any) -> bool:
@@ -128,8 +131,8 @@ def _every_second(kept: frozenset[Any]) -> Callable[[Any], bool]:
 
 
 def _kept_operators(policy: str) -> Iterable[Any]:
-    """Operators whose outputs are kept. ``attention``: the fused kernels, whose recomputation costs most
-    per byte; ``matmul``: every dense product as well."""
+    """Yield the operators whose outputs are kept. "attention" keeps the fused attention kernels, whose
+    recomputation costs most per byte; the other policies also keep dense products."""
     import torch
 
     aten: Any = torch.ops.aten

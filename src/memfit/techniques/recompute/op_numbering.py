@@ -1,4 +1,4 @@
-"""Operators seen below autograd, and the storages that they make, numbered in their order."""
+"""Observe operators below autograd, and number the storages that they make in order."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _ATEN: Any = torch.ops.aten
 _UNSEEN = frozenset({_ATEN.lift_fresh.default, torch.ops.prim.device.default})
-# They update running statistics that their schemas do not call written: position of the first of two.
+# These update running statistics, which their schemas do not declare as written. The value is the position
+# of the first of the two arguments.
 _STATISTICS = {_ATEN.native_batch_norm.default: 3, _ATEN.cudnn_batch_norm.default: 3}
 Fresh = list[tuple[int, torch.Tensor]]
-"""New storages: (place among the outputs, tensor)."""
+"""New storages: (index among the outputs, tensor)."""
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _CONSTANTS = re.compile(r"::(new_)?(full|empty|zeros|ones|arange|scalar_tensor)")
@@ -25,11 +26,12 @@ _CONSTANTS = re.compile(r"::(new_)?(full|empty|zeros|ones|arange|scalar_tensor)"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OperatorNumber:
-    """``written``: names or positions of arguments it writes to. ``checked``: its part of the checksum;
-    makers of constants have none, as code that runs on fake tensors may use another."""
+    """Facts about an operator. ``written`` holds the names or positions of arguments that it writes to.
+    ``checked`` is its contribution to the checksum; makers of constants contribute nothing, because code may
+    use other ones on fake tensors. ``statistics`` is the position of running statistics."""
 
     checked: bytes
-    views: bool | None  # all outputs are views of arguments, and nothing is written; None: it has to be seen
+    views: bool | None  # all outputs are views of arguments and nothing is written; None: depends on the call
     random: bool
     written: tuple[int | str, ...]
     statistics: int | None
@@ -37,6 +39,7 @@ class OperatorNumber:
 
 @functools.cache
 def fact(func: Any) -> OperatorNumber:
+    """Return the facts about an operator."""
     written: list[int | str] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -51,7 +54,7 @@ def fact(func: Any) -> OperatorNumber:
 
 
 def flat(values: Any) -> Iterator[torch.Tensor]:
-    """Tensors whose bytes are one storage."""
+    """Yield the strided tensors among ``values``, whose bytes are one storage, also from lists and tuples."""
     for value in values:
         if isinstance(value, torch.Tensor):
             if value.layout is torch.strided:
@@ -61,12 +64,14 @@ def flat(values: Any) -> Iterator[torch.Tensor]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
+    """Return a key of the tensor's storage."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def called(func: Any, args: Any, kwargs: Any) -> Any:
-    """What torch adds in place where nobody looks (aten/src/ATen/native/Linear.cpp), it adds out of place
-    where a dispatch mode is at work; the alias keeps a trace from writing to the sum's argument."""
+    """Call an operator. Without dispatch modes, torch does some additions in place
+    (aten/src/ATen/native/Linear.cpp); here they are out of place, as under a dispatch mode. The alias keeps a
+    trace from treating the sum's argument as overwritten."""
     if func is not _ATEN.add.Tensor or type(args[0]) in _PLAIN:
         return func(*args, **kwargs)
     spare = args[0].detach()
@@ -76,7 +81,7 @@ def called(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Numbered(TorchDispatchMode):
-    """Numbers the storages that operators make; ``key`` is a checksum of who made them."""
+    """Numbers the storages that operators make. ``key`` is a checksum of the operators that made them."""
 
     sees_views = False
 
@@ -85,10 +90,11 @@ class Numbered(TorchDispatchMode):
         self.count, self.key, self.busy = 0, 0, False
 
     def before(self, known: OperatorNumber, func: Any, args: Any, kwargs: Any) -> Any:
-        """What `after` is given as ``state``."""
+        """Called before an operator. The return value is passed to `after` as ``state``."""
 
     def after(self, func: Any, args: Any, kwargs: Any, made: Fresh, state: Any) -> None:
-        """``made`` is numbered from ``count``. Of views only those are told that ``sees_views``."""
+        """Called after an operator. ``made`` holds new storages, numbered from ``count``. View operators are
+        reported only if ``sees_views``."""
         raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,15 +123,16 @@ class Numbered(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard costs more than the bookkeeping
+        return False  # nothing is compiled here, and the check costs more than the bookkeeping
 
 
 def plain_view(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether sizes and strides say all about how the tensor looks at its storage."""
+    """Return whether size, stride and offset fully describe how the tensor reads its storage."""
     return tensor.dtype == dtype and not tensor.is_conj() and not tensor.is_neg()
 
 
 def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Return the tensors that a call writes to."""
     places = fact(func).written
     if not places:
         return []
@@ -133,6 +140,6 @@ def written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def repeatable(kwargs: Any, written_elsewhere: int) -> bool:
-    """Whether a call may run twice: it draws from no generator of its own, and writes to nothing that
-    stays."""
+    """Return whether a call can be repeated: it uses no random generator of its own and writes to no other
+    storage. ``written_elsewhere`` counts such storages."""
     return kwargs.get("generator") is None and not written_elsewhere

@@ -1,8 +1,8 @@
-"""Optimal recomputation: which tensors of forward to drop, so that the step fits a budget at least cost.
+"""Optimal recomputation: drop tensors of forward so that the step fits a memory budget at the least cost.
 
-A plan names the budget. Which tensors are dropped is solved from a trace of the job (cost/recompute_ilp.py)
-and stands in the plan from then on, beside a checksum of the operators it was chosen for: the same plan means
-the same tomorrow and elsewhere. Bitwise equal (E0).
+A plan gives the budget. Which tensors are dropped is solved from a trace of the job (cost/recompute_ilp.py).
+The choice is then stored in the plan, with a checksum of the operators it was made for, so that the plan
+means the same at any time and on any machine. Results are bitwise equal (E0).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _SHAPE = r"(|none|[0-9a-f]{8}:\d+(-\d+)?(,\d+(-\d+)?)*)"
 
 
 def dropped_text(key: int, dropped: Iterable[int]) -> str:
-    """``0badcafe:3-9,12``: the operators' checksum and the numbers of dropped storages; "none": none is."""
+    """Return the choice as text: ``0badcafe:3-9,12`` is the operators' checksum and the numbers of dropped
+    storages; "none" means that none is dropped."""
     runs: list[list[int]] = []
     for number in sorted(dropped):
         if runs and runs[-1][1] == number - 1:
@@ -32,6 +33,7 @@ def dropped_text(key: int, dropped: Iterable[int]) -> str:
 
 
 def read_dropped(text: str) -> tuple[int, frozenset[int]]:
+    """Return the checksum and the numbers of dropped storages from the text of `dropped_text`."""
     key, _, told = text.partition(":")
     numbers = set[int]()
     for run in told.split(","):
@@ -71,7 +73,7 @@ def _without(key: int, numbers: frozenset[int]) -> Iterator[None]:
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a budget is the user's, or the search's own business
+    return []  # the budget comes from the user or from the search
 
 
 TECHNIQUE = Technique(
@@ -80,7 +82,7 @@ TECHNIQUE = Technique(
     effect=EffectClass.E0,
     apply=_apply,
     settings=_nothing,
-    order=95,  # sees the operators that all others leave
+    order=95,  # sees the operators that all other techniques leave
     slot="recomputation",
     knobs=(
         Knob(name="budget_mib", default=1024, doc="peak of all tensors of the step, in MiB"),

@@ -1,11 +1,11 @@
-"""Tensors that forward makes and lets go of, and that backward makes again from what was kept.
+"""Drop tensors that forward makes, and recompute them in backward from tensors that are kept.
 
-The storages that forward's operators make are numbered in their order. Of those that a choice drops, autograd
-gets a handle in the place of the tensor; the call that made it is remembered with its arguments: tensors
-that are kept themselves, dropped ones by their place. What backward asks for is made again once, and stays
-until nobody needs it any more. Writes in place are part of how a storage was made; random operators start
-from the generator's state of the first time. Every call is the same kernel on the same numbers, so no bit
-changes. (Chen et al. 2016; which to drop: Jain et al. 2020.)
+The storages that forward's operators make are numbered in order. For storages that are to be dropped,
+autograd gets a handle instead of the tensor. The call that made such a storage is remembered with its
+arguments: kept tensors themselves, and dropped tensors by reference. A storage that backward needs is
+recomputed once and stays until it is not needed any more. Writes in place are part of how a storage is made.
+Random operators start from the random state of the first time. Every call runs the same kernel on the same
+numbers, so results are bitwise equal. (Chen et al. 2016; which tensors to drop: Jain et al. 2020.)
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from memfit.types.errors import MemfitError
 
 
 class StorageGeometry(NamedTuple):
+    """Size, stride and offset of a tensor in its storage."""
+
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -41,47 +43,48 @@ class StorageGeometry(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """A dropped value as it was given to an operator."""
+    """A dropped tensor as an argument of an operator."""
 
     value: Value
     geometry: StorageGeometry
 
 
 class OwnTensors(NamedTuple):
-    """The value that the call writes to, as it was given; no reference, which would be a circle."""
+    """The storage that the call writes to, as an argument. It holds no reference, which would be circular."""
 
     geometry: StorageGeometry
 
 
 class Held(NamedTuple):
-    """A kept tensor as it was given to an operator. ``version``: of a parameter, which an optimizer may step
-    during backward; other writes happen in forward and are seen."""
+    """A kept tensor as an argument of an operator. ``version`` is set for parameters, which an optimizer may
+    update during backward. Other writes happen in forward and are seen there."""
 
     tensor: torch.Tensor
     version: int | None
 
 
 class Value:
-    """A storage that is let go of. ``pending``: the calls that make it and write to it, not yet run again."""
+    """A dropped storage. ``pending`` holds the calls that make it or write to it and have not been repeated
+    yet."""
 
     __slots__ = ("__weakref__", "dtype", "pending", "tensor")
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.pending: list[RecomputedCall] = []
-        self.tensor: torch.Tensor | None = None  # once it is made again
+        self.tensor: torch.Tensor | None = None  # set once it is recomputed
 
 
 class Handle(NamedTuple):
-    """What autograd keeps in the place of a dropped tensor."""
+    """What autograd keeps instead of a dropped tensor."""
 
     value: Value
     geometry: StorageGeometry
 
 
 class RecomputedCall:
-    """An operator's call that can be repeated. ``outputs``: (place among its outputs, value that it makes),
-    or (-1, value that it writes to)."""
+    """A call of an operator that can be repeated. ``outputs`` holds (index among its outputs, storage that it
+    makes), or (-1, storage that it writes to)."""
 
     __slots__ = ("__weakref__", "args", "func", "kwargs", "outputs", "sources", "state")
 
@@ -95,6 +98,7 @@ class RecomputedCall:
         return _references((*self.args, *self.kwargs.values()))
 
     def reads(self, tensor: torch.Tensor, value: Value | None) -> bool:
+        """Return whether the call has ``tensor``, or the dropped ``value`` behind it, as an argument."""
         key = storage_key(tensor)
         return any(
             r.value is value if isinstance(r, Ref) else storage_key(r.tensor) == key
@@ -102,11 +106,11 @@ class RecomputedCall:
         )
 
     def run(self, own: Value) -> None:
-        """Fill the values that it makes, or write to ``own``. Raises MemfitError where a kept tensor has been
-        written to since."""
+        """Repeat the call: make its dropped outputs, or write to ``own``. Raises MemfitError if a kept
+        parameter has been changed since."""
         args = [_given(own, a) for a in self.args]
         kwargs = {k: _given(own, a) for k, a in self.kwargs.items()}
-        # What was kept for this call alone goes with the arguments.
+        # Tensors that are kept for this call alone are freed with the arguments.
         self.args, self.kwargs, self.sources = (), {}, []
         outs = list(flat((_repeated(self.func, args, kwargs, self.state),)))
         own.pending.remove(self)
@@ -139,6 +143,7 @@ def _given(own: Value, leaf: Any) -> Any:
 
 
 def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
+    """Return the tensor of a recomputed storage with the given geometry."""
     tensor = value.tensor
     assert tensor is not None
     return tensor if StorageGeometry.of(tensor) == geometry else tensor.as_strided(*geometry)
@@ -146,7 +151,7 @@ def seen(value: Value, geometry: StorageGeometry) -> torch.Tensor:
 
 def _repeated(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
     first = fact(func).statistics
-    if first is not None and args[first] is not None:  # they were updated the first time
+    if first is not None and args[first] is not None:  # the first run has updated them
         args = [*args[:first], args[first].clone(), args[first + 1].clone(), *args[first + 2 :]]
     if state is None:
         return called(func, args, kwargs)
@@ -160,12 +165,14 @@ def _repeated(func: Any, args: Any, kwargs: Any, state: Any) -> Any:
 
 
 def rng_state(device: torch.device) -> torch.Tensor:
+    """Return the state of the device's default random generator."""
     if device.type == "cpu":
         return torch.get_rng_state()
     return torch.get_device_module(device).get_rng_state(device)  # type: ignore[no-any-return]
 
 
 def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
+    """Set the state of the device's default random generator."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     else:
@@ -173,20 +180,21 @@ def set_rng_state(device: torch.device, state: torch.Tensor) -> None:
 
 
 def device_of(args: Any, kwargs: Any) -> torch.device:
+    """Return the device on which a call runs."""
     given = next(flat((args, tuple(kwargs.values()))), None)
     return given.device if given is not None else torch.device(kwargs.get("device") or "cpu")
 
 
 class Tape(Numbered):
-    """One forward pass without the storages of ``dropped``; use it as context together with its `pack` and
-    `unpack`."""
+    """One forward pass without the storages numbered in ``dropped``. Enter it together with saved-tensor
+    hooks of its `pack` and `unpack`."""
 
     def __init__(self, dropped: frozenset[int]) -> None:
         super().__init__()
         self.dropped, self.packed = dropped, 0
-        self.values: dict[int, tuple[weakref.ref[Any], Value]] = {}  # by storage, while it lives
+        self.values: dict[int, tuple[weakref.ref[Any], Value]] = {}  # by storage, while the storage is alive
         self.calls: weakref.WeakSet[RecomputedCall] = weakref.WeakSet()
-        self.read: set[int] = set()  # storages, some long gone, that such calls read
+        self.read: set[int] = set()  # storages, some already freed, that recorded calls read
 
     def value(self, tensor: torch.Tensor) -> Value | None:
         found = self.values.get(storage_key(tensor))
@@ -231,13 +239,13 @@ class Tape(Numbered):
             self._remember(tensor, value)
 
     def _is_odd(self, tensor: torch.Tensor, targets: list[torch.Tensor], kwargs: Any) -> bool:
-        """Whether a write to a dropped storage cannot be repeated on another."""
+        """Return whether a write to a dropped storage cannot be repeated on a recomputed one."""
         value = self.value(tensor)
         strange = len(targets) > 1 or not repeatable(kwargs, 0)
         return value is not None and (strange or not plain_view(tensor, value.dtype))
 
     def _keep(self, tensor: torch.Tensor) -> None:
-        """From now on; who has seen it before gets what it was then."""
+        """Keep the storage from now on. Earlier users get the contents that it had before."""
         found = self.values.pop(storage_key(tensor), None)
         if found is not None:
             before = weakref.ref(found[1])
@@ -255,7 +263,7 @@ class Tape(Numbered):
         values[key] = (weakref.ref(tensor.untyped_storage(), died), value)
 
     def _sources(self, args: Any, kwargs: Any, targets: list[Value]) -> Any:
-        """The arguments with dropped tensors by their place, and kept ones without their graph."""
+        """Return the arguments with dropped tensors by reference and kept ones without their graph."""
         given = [self._source(leaf, targets) for leaf in args]
         return given, {name: self._source(leaf, targets) for name, leaf in kwargs.items()}
 
@@ -279,7 +287,8 @@ class Tape(Numbered):
         return Held(leaf.detach(), None)
 
     def _run_readers(self, tensor: torch.Tensor) -> None:
-        """Before it is written to. Writes to it itself are repeated in their order."""
+        """Run the calls that read ``tensor`` before it is overwritten. Calls that write to it are repeated in
+        order anyway."""
         target = self.value(tensor)
         for reader in [c for c in self.calls if c.reads(tensor, target)]:
             for _, reference in reader.outputs:
@@ -303,13 +312,13 @@ class Tape(Numbered):
         return seen(packed.value, packed.geometry)
 
     def _make(self, value: Value) -> None:
-        """Run what is pending, sources first."""
+        """Run the pending calls of a storage, after those of the storages they read."""
         if not value.pending:
             return
         before, self.busy = self.busy, True
         stack = [value]
         try:
-            # As in forward, where autograd and autocast had done their part; some kernels ask for the mode.
+            # The state is as in forward below autograd and autocast; some kernels check the gradient mode.
             with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
                 while stack:
                     top = stack[-1]

@@ -1,8 +1,8 @@
-"""Sharded data parallelism as FairScale lays it out: whole parameters on every rank, each owned by one.
+"""Sharded data parallelism with FairScale's layout: whole parameters on every rank, each owned by one rank.
 
-The owner alone keeps a parameter's optimizer state and its gradient, which all ranks reduce to it while
-backward runs; after the step it broadcasts what is new (fairscale/optim/oss.py,
-fairscale/nn/data_parallel/sharded_ddp.py). Gradients of small parameters lie in buckets, one an owner, which
+Only the owner keeps a parameter's optimizer state and its gradient, which all ranks reduce to it while
+backward runs. After the step it broadcasts the new values (fairscale/optim/oss.py,
+fairscale/nn/data_parallel/sharded_ddp.py). Gradients of small parameters are in buckets, one per owner, which
 every rank keeps.
 """
 
@@ -28,6 +28,9 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 class ShardedDdp:
+    """The optimizer of a rank, which reduces gradients to their owners and updates the parameters that it
+    owns."""
+
     def __init__(
         self, bench: Workbench, params: list[torch.nn.Parameter], most: int, make: MakeOptimizer, group: Any
     ) -> None:
@@ -44,7 +47,7 @@ class ShardedDdp:
         self._flatten()
         self.buckets: list[Bucket] = []
         self.bucket: dict[torch.nn.Parameter, Bucket] = {}
-        self.sent: list[tuple[Any, torch.nn.Parameter | None]] = []  # oldest first
+        self.sent: list[tuple[Any, torch.nn.Parameter | None]] = []  # reductions under way, oldest first
         self.ready, self.last, self.queued = False, True, False
         bench.closers += [p.register_post_accumulate_grad_hook(self._on_gradient).remove for p in params]
         bench.closers.append(bench.model.register_forward_pre_hook(self._on_forward).remove)
@@ -71,7 +74,8 @@ class ShardedDdp:
         self.last, self.queued = last, False
 
     def _on_forward(self, *_: Any) -> None:
-        """The first one makes the parameters' flat buffers again, and the buckets."""
+        """Before the first forward, make the parameters' flat buffers again, and the buckets. Before the last
+        micro-batch of a step, broadcast the model's buffers. Before each forward, reset the buckets."""
         import torch
 
         if not torch.is_grad_enabled():
@@ -126,7 +130,8 @@ class ShardedDdp:
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         with torch.no_grad():
             self._hand_over(param)
-            # The one just sent is under way. An accelerator is behind the program: none may have arrived.
+            # The newest reduction is still running. An accelerator runs behind the program, so that there
+            # none may have finished.
             while len(self.sent) > 1 and self.bench.device == "cpu":
                 self._arrive()
 
@@ -169,7 +174,8 @@ class ShardedDdp:
         return total.sqrt()
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """(parameter, its first element, gradient) of those that this rank updates: others' are stale."""
+        """Return (parameter, its first element, gradient) of the parameters that this rank updates. Gradients
+        of other parameters are stale."""
         own = (p for p in self.params if self.owner[p] == self.rank)
         return ((p, 0, p.grad) for p in own if p.grad is not None)
 
@@ -192,7 +198,7 @@ class ShardedDdp:
 
 
 class Bucket:
-    """Gradients of small parameters of one owner, as views."""
+    """The gradients of one owner's small parameters, as views of one buffer."""
 
     def __init__(self, owner: int, buffer: torch.Tensor) -> None:
         self.owner, self.buffer, self.elements = owner, buffer, 0
@@ -200,6 +206,7 @@ class Bucket:
         self.missing, self.sent = 0, False
 
     def add(self, param: torch.nn.Parameter) -> None:
+        """Make the gradient of ``param`` a view of the buffer."""
         import torch
 
         param.grad = torch.zeros_like(param)
@@ -208,6 +215,7 @@ class Bucket:
         self.elements += param.numel()
 
     def shrink(self) -> None:
+        """Reduce the buffer to the elements in use."""
         self.buffer, at = self.buffer[: self.elements].clone(), 0
         for param in self.params:
             self._place(param, at)
@@ -221,7 +229,8 @@ class Bucket:
 
 
 def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parameter, int]:
-    """Each parameter goes to the rank that has least so far, in the model's order."""
+    """Return the owner of each parameter. In the model's order, each goes to the rank with the fewest
+    elements so far."""
     sizes, found = [0] * ranks, {}
     for param in params:
         found[param] = rank = sizes.index(min(sizes))
@@ -230,7 +239,7 @@ def owners(params: list[torch.nn.Parameter], ranks: int) -> dict[torch.nn.Parame
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(

@@ -1,9 +1,9 @@
-"""ZeRO as DeepSpeed lays it out (Rajbhandari et al. 2020): what of the model state each rank keeps.
+"""ZeRO with DeepSpeed's layout (Rajbhandari et al. 2020): which part of the model state each rank keeps.
 
-Stage 0 only averages gradients, stage 1 shards the optimizer's state, stage 2 the gradients too, stage 3 the
-parameters too. The layouts are those of DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py: one flat
-buffer of parameters, an fp32 master of this rank's part, gradients reduced in a contiguous bucket of fixed
-size. One rank has them too.
+Stage 0 only averages gradients. Stage 1 shards the optimizer state, stage 2 also the gradients, and stage 3
+also the parameters. The layouts are those of DeepSpeed's runtime/zero/stage_1_and_2.py and stage3.py: one
+flat buffer of parameters, an fp32 master of this rank's part, and gradients reduced in a contiguous bucket of
+fixed size. A single rank has the same buffers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _apply(bench: Workbench, settings: Mapping[str, KnobValue]) -> None:
 
 
 def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
-    return []  # a plan of one rank has no use for it
+    return []  # useless in a plan of one rank
 
 
 TECHNIQUE = Technique(

@@ -1,4 +1,4 @@
-"""ZeRO stages 0, 1 and 2: whole parameters on every rank, and what all stages share."""
+"""ZeRO stages 0, 1 and 2, which keep whole parameters on every rank, and the base class of all stages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """The group of one rank: there is nobody to send to."""
+    """A process group of one rank, which communicates with no other."""
 
     def size(self) -> int:
+        """Return the number of ranks."""
         return 1
 
     def rank(self) -> int:
+        """Return this rank's index."""
         return 0
 
 
@@ -27,12 +29,14 @@ Group = Any  # a torch ProcessGroup, or Alone
 
 
 def all_reduce(tensor: torch.Tensor, group: Group) -> None:
+    """Sum ``tensor`` over the ranks in place."""
     if group.size() > 1:
         torch.distributed.all_reduce(tensor, group=group)
 
 
 def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
-    """A handle to wait for; None where it is done."""
+    """Gather ``own`` of all ranks into ``whole``. Return a handle to wait for, or None if the gather is
+    done."""
     if group.size() > 1:
         return group._allgather_base(whole, own)
     whole.copy_(own)
@@ -40,7 +44,7 @@ def all_gather(whole: torch.Tensor, own: torch.Tensor, group: Group) -> Any:
 
 
 class Reducing:
-    """What all stages share: gradients go from their parameters into a bucket as backward makes them."""
+    """Base class of all stages: gradients move from their parameters into a bucket as backward makes them."""
 
     inner: OptimizerLike
     master: torch.nn.Parameter
@@ -59,7 +63,7 @@ class Reducing:
         self.pending: list[torch.nn.Parameter] = []
         self.elements = 0
         self.last, self.queued, self.micro_batch = True, False, -1
-        self.scale: torch.Tensor | None = None  # of the gradients in the next step
+        self.scale: torch.Tensor | None = None  # applied to the gradients in the next step
         handles = [p.register_post_accumulate_grad_hook(self._ready) for p in params]
         bench.closers += [h.remove for h in handles]
         bench.before_micro_batch.append(self._begin)
@@ -76,14 +80,14 @@ class Reducing:
             self._on_gradient(param)
 
     def _into(self, buffer: torch.Tensor, at: int, param: torch.nn.Parameter) -> None:
-        """Move a gradient to a place in ``buffer``; its own storage is let go."""
+        """Move a gradient to a place in ``buffer`` and free its own storage."""
         assert param.grad is not None
         place = buffer.narrow(0, at, param.numel()).view_as(param)
         place.copy_(param.grad)
         param.grad = place
 
     def _norm(self, norms: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Over all ranks, of norms of this rank's gradients."""
+        """Return the norm over all ranks, from the norms of this rank's gradients."""
         total = torch.stack(list(norms)).square().sum().float()
         all_reduce(total, self.group)
         return total.sqrt()
@@ -103,7 +107,8 @@ class Reducing:
         self.scale = None
 
     def own_gradients(self) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
-        """(parameter, from which element on, what of its reduced gradient this rank updates with)."""
+        """Return (parameter, first element, the part of its reduced gradient with which this rank updates
+        it)."""
         return ((p, 0, p.grad) for p in self.params if p.grad is not None)
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
@@ -124,14 +129,14 @@ class Reducing:
 
 
 def norm64(grad: torch.Tensor) -> torch.Tensor:
-    """DeepSpeed takes norms in float64, one gradient at a time."""
+    """Return the norm of one gradient in float64, as DeepSpeed computes it."""
     norm: torch.Tensor = torch.linalg.vector_norm(grad.double())
     return norm
 
 
 class ZeroNone(Reducing):
-    """Stage 0: everything is whole; after backward gradients are averaged in copies of at most so many
-    elements (deepspeed/runtime/engine.py)."""
+    """Stage 0: everything is whole. After backward, gradients are averaged in copies of about
+    ``most_elements`` elements (deepspeed/runtime/engine.py)."""
 
     most_elements = 500_000_000
 
@@ -148,7 +153,7 @@ class ZeroNone(Reducing):
         self.inner = make(params)
 
     def _on_gradient(self, param: torch.nn.Parameter) -> None:
-        """It waits for the others."""
+        """Do nothing: gradients are averaged after backward."""
 
     def _after_backward(self) -> None:
         with torch.no_grad():
@@ -193,8 +198,8 @@ class ZeroTwo(Reducing):
         self.in_backward = self.shards_gradients or bool(settings["overlap"])
         self.buffers: list[torch.Tensor] = []
         self.buffer_count = 2 if settings["overlap"] else 1
-        self.own: torch.Tensor | None = None  # gradients of the parameters of this rank's part
-        self.held: list[torch.Tensor] = []  # the same, from micro-batch to micro-batch
+        self.own: torch.Tensor | None = None  # gradients of the parameters in this rank's part
+        self.held: list[torch.Tensor] = []  # the same, summed over micro-batches
         with torch.no_grad(), bench.place(""):
             self.flat = self._flatten(2 * self.ranks)  # parts start at multiples of 4 bytes
         self.size = self.flat.numel() // self.ranks
@@ -218,7 +223,7 @@ class ZeroTwo(Reducing):
         self.inner = make([self.master])
 
     def _keep_on_host(self, largest: int) -> None:
-        """Buffers that lie there for good, and one on the device through which gradients come back."""
+        """Make permanent buffers on the host, and one on the device through which gradients come back."""
         self.low = torch.zeros(self.size, dtype=self.flat.dtype)
         self.spare_host = torch.zeros(largest, dtype=self.flat.dtype)
         with self.bench.place(""):
@@ -246,7 +251,7 @@ class ZeroTwo(Reducing):
     def _add(self, param: torch.nn.Parameter) -> None:
         if self.elements + param.numel() > self.limit:
             self._reduce()
-            self.buffers.reverse()  # with overlap the other one fills while this one is reduced
+            self.buffers.reverse()  # with overlap, the other buffer fills while this one is reduced
         if param.numel() <= self.limit:
             self._into(self.buffers[0], self.elements, param)
         elif self.state_on and param.grad is not None:
@@ -265,7 +270,7 @@ class ZeroTwo(Reducing):
         self.pending, self.elements = [], 0
 
     def _average(self, whole: torch.Tensor) -> None:
-        """All ranks' gradients are averaged in a copy, of which each rank keeps its own part."""
+        """Average the gradients of all ranks in a copy, and copy this rank's part back."""
         whole.div_(self.ranks)
         slices = [(owner, whole.narrow(0, at, count)) for owner, at, count in self._slices()]
         copy = torch._utils._flatten_dense_tensors([s for _, s in slices])
@@ -275,7 +280,8 @@ class ZeroTwo(Reducing):
                 kept.copy_(averaged)
 
     def _slices(self) -> Iterator[tuple[int, int, int]]:
-        """(owner, start, elements) of the pending gradients, neighbours of one owner together."""
+        """Yield (owner, start, elements) of the pending gradients. Adjacent gradients of one owner are
+        merged."""
         at, held = 0, (-1, 0, 0)
         for param in self.pending:
             start, end = self.span[param]
@@ -292,7 +298,7 @@ class ZeroTwo(Reducing):
         yield held
 
     def _keep(self, param: torch.nn.Parameter) -> None:
-        """The bucket is written again: what this rank needs of it moves on."""
+        """Move what this rank needs of a gradient out of the bucket, which is reused."""
         if param not in self.mine:
             param.grad = None if self.shards_gradients else param.grad
         elif self.state_on:
@@ -307,7 +313,8 @@ class ZeroTwo(Reducing):
             self.own_at += param.numel()
 
     def _to_host(self, param: torch.nn.Parameter) -> None:
-        """Sums of micro-batches wait on the host and are added to on the device."""
+        """Move this rank's part of a gradient to the host. Sums over micro-batches stay on the host and are
+        added to on the device."""
         (a, b), grad = self.mine[param], param.grad
         assert self.master.grad is not None and grad is not None
         earlier = self.shards_gradients and self.micro_batch > 0
@@ -326,7 +333,7 @@ class ZeroTwo(Reducing):
 
     def _after_backward(self) -> None:
         if not self.shards_gradients and not self.last:
-            return  # stage 1 reduces once a step
+            return  # stage 1 reduces once per step
         with torch.no_grad():
             if not self.in_backward:
                 for param in self.params:

@@ -1,9 +1,10 @@
-"""ZeRO stage 3: parameters are gathered just before a module needs them and let go when none soon will.
+"""ZeRO stage 3: parameters are gathered just before a module needs them, and freed when none will need them
+soon.
 
-The first forward and backward records which modules run in which order and lets parameters go at once; from
-then on parameters are gathered ahead and kept for reuse within the limits (DeepSpeed's
-partitioned_param_coordinator.py and partition_parameters.py). A parameter that is let go is empty; a view of
-it that autograd saved keeps the whole.
+The first forward and backward record in which order modules run, and free parameters at once. From then on,
+parameters are gathered ahead and kept for reuse within the limits (DeepSpeed's
+partitioned_param_coordinator.py and partition_parameters.py). A freed parameter is empty. A view of it that
+autograd saved keeps the whole storage.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class ZeroThree(Reducing):
-    """Every parameter is cut evenly over the ranks; shards of those to train lie in one flat buffer."""
+    """Stage 3: every parameter is sharded evenly over the ranks. The shards of trained parameters are in one
+    flat buffer."""
 
     def __init__(
         self,
@@ -49,21 +51,22 @@ class ZeroThree(Reducing):
                 self.buffer = torch.empty(self.limit, dtype=own.dtype)
             with bench.place(self.state_on):
                 self.grads = torch.zeros_like(own)
-            for param in params:  # its gradient's shape is learnt
+            for param in params:  # so that its gradient's shape is known
                 shards.gather([param])
                 shards.let_go([param])
         bench.on_kept(own, "parameter")
         bench.on_kept(self.grads, "gradient")
         bench.closers.append(bench.model.register_forward_pre_hook(lambda *_: shards.begin()).remove)
         linear = LinearPatch() if settings["memory_efficient_linear"] else None
-        for module in bench.model.modules():  # those without parameters too: there is time to gather ahead
+        # Also those without parameters, which leave time to gather ahead.
+        for module in bench.model.modules():
             self._watch(module)
             bench.closers.append(watch_reads(module, shards.read))
             bench.closers += linear.during(module) if linear is not None else []
         self.inner = make([self.master])
 
     def _watch(self, module: torch.nn.Module) -> None:
-        """Fetch before and let go after the module's forward, and its backward."""
+        """Gather parameters before a module's forward and backward, and free them after."""
         fetch, release, running = self.shards.fetch, self.shards.release, self.shards.running
 
         def before(mod: torch.nn.Module, args: Any) -> Any:
@@ -88,7 +91,7 @@ class ZeroThree(Reducing):
         self.elements += param.numel()
 
     def _reduce(self) -> None:
-        """Reduce and scatter a copy in which each rank's pieces lie together."""
+        """Reduce and scatter a copy of the gradients in which each rank's pieces are adjacent."""
         pending = sorted(self.pending, key=self.shards.number.__getitem__)
         sizes = [self.shards.size[p] for p in pending]
         own = self._scattered([p.grad.view(-1) for p in pending if p.grad is not None], sizes)
@@ -100,7 +103,7 @@ class ZeroThree(Reducing):
         even = all(g.numel() == n * self.ranks for g, n in zip(grads, sizes, strict=True))
         if even and len(grads) == 1:
             whole = grads[0]
-        elif even:  # one piece for all ranks: thousands of them take longer than what they are for
+        elif even:  # one operation for all ranks, because thousands of pieces would take too long
             whole = torch.cat([g.view(self.ranks, -1) for g in grads], dim=1).view(-1)
         else:
             pieces = [
@@ -121,7 +124,7 @@ class ZeroThree(Reducing):
         if self.micro_batch == 0:
             kept.copy_(part)
         elif apart:
-            kept.copy_(part.clone().add_(part))  # what is there comes to the device and goes back
+            kept.copy_(part.clone().add_(part))  # the sum comes to the device and goes back
         else:
             kept.add_(part)
         if self.state_on and self.last:
@@ -186,16 +189,18 @@ class Shards:
         self.persistent = dict.fromkeys(p for p in every if p.numel() <= threshold)
         self.most_live, self.ahead = int(settings["live_elements"]), int(settings["prefetch_elements"])
         self.whole: set[torch.nn.Parameter] = set()
-        self.flying: dict[torch.nn.Parameter, Flight] = {}  # or landed and not used yet
+        self.flying: dict[torch.nn.Parameter, Flight] = {}  # being gathered, or gathered and not used yet
         self.active: dict[torch.nn.Parameter, set[torch.nn.Module]] = defaultdict(set)
         self.running: list[torch.nn.Module] = []
-        self.others: dict[torch.nn.Module, list[torch.nn.Parameter]] = defaultdict(list)  # that it reads
-        self.visits: list[torch.nn.Module] | None = None  # of this micro-batch, until they are known
-        self.order: list[torch.nn.Module] = []  # as known
+        # Parameters of other modules that it reads.
+        self.others: dict[torch.nn.Module, list[torch.nn.Parameter]] = defaultdict(list)
+        # Modules of this micro-batch in order, while the order is recorded.
+        self.visits: list[torch.nn.Module] | None = None
+        self.order: list[torch.nn.Module] = []  # the known order
         self.shard = {p: self._cut(p) for p in every}
         self.place: dict[torch.nn.Parameter, int] = {}
         self.flat = self._flattened(trained)
-        for param in every:  # for who looks at what a rank holds
+        for param in every:  # for code that inspects what a rank holds
             param.whole_shape, param.shard = self.shape[param], self.shard[param]  # type: ignore[attr-defined]
         self.begin()
 
@@ -211,7 +216,7 @@ class Shards:
         return own
 
     def _flattened(self, trained: list[torch.nn.Parameter]) -> torch.Tensor:
-        """Pieces go one by one into a buffer on the host, which then moves to the device."""
+        """Copy pieces one by one into a buffer on the host, which then moves to the device."""
         with self.bench.place("host"):
             flat = torch.empty(sum(self.size[p] for p in trained), dtype=trained[0].dtype)
         at = 0
@@ -227,10 +232,11 @@ class Shards:
         return flat
 
     def of(self, param: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
+        """Return the place of a parameter's piece in ``flat``."""
         return flat.narrow(0, self.place[param], self.size[param])
 
     def begin(self) -> None:
-        """A forward pass of the whole model starts."""
+        """Start a forward pass of the whole model."""
         for param in list(self.flying):
             if param in self.flying:
                 self._land(param)
@@ -244,7 +250,7 @@ class Shards:
         self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self._of(m))
 
     def end(self) -> None:
-        """Backward is over: modules whose inputs need no gradient were not told."""
+        """End backward: release modules whose inputs need no gradient, because their hooks do not run."""
         for param in [p for p, modules in self.active.items() if modules]:
             self.active[param].clear()
             if param not in self.persistent:
@@ -255,15 +261,18 @@ class Shards:
         return sorted(own, key=self.number.__getitem__)
 
     def read(self, param: torch.nn.Parameter) -> None:
-        """A module that runs reads a parameter, perhaps of another: from now on it is fetched for it too."""
+        """Gather a parameter that the running module reads, possibly of another module. From now on it is
+        fetched for that module too."""
         if self.running and param in self.number and param not in self.whole and param not in self.flying:
             self.others[self.running[-1]].append(param)
             with torch.no_grad():
                 self.gather([param])
 
     def fetch(self, module: torch.nn.Module) -> None:
+        """Gather the parameters of a module that is about to run, and prefetch those of later modules."""
         if self.order and (self.at >= len(self.order) or self.order[self.at] is not module):
-            self.order, self.queue, self.visits = [], deque(), None  # it goes another way than before
+            # The modules run in another order than before.
+            self.order, self.queue, self.visits = [], deque(), None
         if self.visits is not None:
             self.visits.append(module)
         needed = self._of(module)
@@ -278,7 +287,7 @@ class Shards:
         self.at += 1
 
     def _prefetch(self, needed: list[torch.nn.Parameter]) -> None:
-        """Send for what comes next, in the order in which it will be used."""
+        """Start gathering what comes next, in the order in which it will be used."""
         new = {p for p in needed if self.latest[p] < self.at}
         seen: set[torch.nn.Parameter] = set()
         while self.queue and len(seen) < len(new):
@@ -294,6 +303,7 @@ class Shards:
         self._send(sorted(wanted, key=self.number.__getitem__))
 
     def release(self, module: torch.nn.Module) -> None:
+        """Free the parameters of a module that has run, unless they are kept for reuse."""
         own = self._of(module)
         kept = self._kept(own) if self.order else set()
         for param in own:
@@ -302,7 +312,8 @@ class Shards:
                 self._free(param)
 
     def _kept(self, own: list[torch.nn.Parameter]) -> set[torch.nn.Parameter]:
-        """Those that stay whole, or are used again within the limit of what may be kept for reuse."""
+        """Return the parameters to keep: persistent ones, and those that are used again within the limit for
+        reuse."""
         soon = set(self.persistent) | {p for p in own if self.latest[p] > self.at}
         elements = 0
         for module in self.order[self.at :]:
@@ -319,13 +330,14 @@ class Shards:
             self.live -= math.prod(self.shape[param])
 
     def let_go(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """Free whole parameters."""
         for param in list(params):
             param.data = torch.empty(0, dtype=param.dtype)
             self.whole.discard(param)
             self.active[param].clear()
 
     def gather(self, params: list[torch.nn.Parameter]) -> None:
-        """Each into a tensor of its own, at once."""
+        """Gather each parameter into its own tensor, and wait for it."""
         if self.ranks == 1 and len(params) > 1:
             self._be_whole(params)
             return
@@ -338,7 +350,7 @@ class Shards:
             self._arrived(param, whole)
 
     def _send(self, params: list[torch.nn.Parameter]) -> None:
-        """Start to gather parameters, several of them in one flat tensor."""
+        """Start gathering parameters. Several are gathered in one flat tensor."""
         if not params:
             return
         self.live += sum(math.prod(self.shape[p]) for p in params)
@@ -353,13 +365,14 @@ class Shards:
         self.flying.update(dict.fromkeys(params, flight))
 
     def _be_whole(self, params: list[torch.nn.Parameter]) -> None:
-        """One rank's pieces are the parameters themselves."""
+        """On one rank, use the pieces as the whole parameters."""
         for param in params:
             apart = self.offload and self.bench.device != "cpu"
             self._arrived(param, self.shard[param].clone() if apart else self.shard[param])
 
     def _land(self, param: torch.nn.Parameter) -> None:
-        """The first that is needed lands all; what came is kept until the last of them is."""
+        """Wait for the gather of a parameter. The first one that is needed completes all of its gather; the
+        gathered tensor is kept until the last one is used."""
         flight = self.flying.pop(param)
         if flight.landed:
             return
@@ -388,14 +401,14 @@ class Shards:
 
 
 class Flight:
-    """A gather under way."""
+    """A gather in progress."""
 
     def __init__(self, params: list[torch.nn.Parameter], flat: torch.Tensor, work: Any) -> None:
         self.params, self.flat, self.work, self.landed = params, flat, work, False
 
 
 def piece(flat: torch.Tensor, size: int, rank: int) -> list[torch.Tensor]:
-    """A rank's piece of a flat tensor, and what fills it up to ``size``."""
+    """Return a rank's piece of a flat tensor, and the padding up to ``size`` if it is shorter."""
     start = min(rank * size, flat.numel())
     own = flat[start : start + size]
     return [own] if own.numel() == size else [own, flat.new_zeros(size - own.numel())]

@@ -1,5 +1,5 @@
-"""What ZeRO stage 3 does to autograd: it is told when backward comes by, and linear layers save no view of a
-weight, which would keep the whole of it (deepspeed/runtime/zero/linear.py)."""
+"""Autograd hooks of ZeRO stage 3: they report when backward passes a module, and linear layers save no view
+of a weight, which would keep the whole of it (deepspeed/runtime/zero/linear.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.utils import _pytree
 
 
 def watch_reads(module: torch.nn.Module, read: Callable[[Any], None]) -> Callable[[], None]:
-    """``read`` is told which of the module's parameters is asked for by name; the function ends it."""
+    """Call ``read`` with each of the module's parameters that is read by name. Return a function that ends
+    this."""
     plain = module._parameters
     module._parameters = _Parameters(plain, read)
 
@@ -38,19 +39,19 @@ _PLAIN = functional.linear
 
 
 class LinearPatch:
-    """While a module runs, in a recomputation too, every linear layer is the one below."""
+    """Replaces the linear function by `_linear` while a module runs, also in a recomputation."""
 
     def __init__(self) -> None:
         self.depth = 0
 
     def during(self, module: torch.nn.Module) -> list[Callable[[], None]]:
-        """Functions that end it."""
+        """Patch while ``module`` runs. Return functions that end this."""
         enter = module.register_forward_pre_hook(lambda *_: self._turn(1))
         leave = module.register_forward_hook(lambda *_: self._turn(-1), always_call=True)
         return [enter.remove, leave.remove, self._end]
 
     def _end(self) -> None:
-        """A step that failed inside a module has not left it."""
+        """Restore the linear function. A step that failed inside a module has not left it."""
         self.depth = 0
         functional.linear = _PLAIN
 
@@ -87,7 +88,8 @@ class _Linear(torch.autograd.Function):
 
 
 def tapped(values: Any, call: Callable[[], None], *, once: bool = False) -> Any:
-    """The same values; ``call`` runs for each that has its gradient in backward, or ``once`` all have."""
+    """Return the same values. ``call`` runs in backward for each value whose gradient is ready, or with
+    ``once`` when all are."""
     leaves, shape = _pytree.tree_flatten(values)
     places = [i for i, v in enumerate(leaves) if isinstance(v, torch.Tensor) and v.requires_grad]
     if not places or not torch.is_grad_enabled():
