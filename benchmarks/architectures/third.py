@@ -61,9 +61,12 @@ class Coupling(nn.Module):
         self.shift, self.scale = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
         self.mix = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
         self.net = nn.Sequential(
-            nn.Conv2d(channels // 2, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+            nn.Conv2d(channels // 2, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
             nn.Conv2d(width, channels, 3, padding=1),
-        )  # fmt: skip
+        )
 
     def forward(self, x: torch.Tensor, volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = x.shape[-1] * x.shape[-2]

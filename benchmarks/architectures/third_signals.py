@@ -18,10 +18,16 @@ class Crops(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, 1), nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
+            nn.Conv2d(3, width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+            nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         self.project = nn.Sequential(
             nn.Linear(2 * width, 256), nn.BatchNorm1d(256), nn.ReLU(inplace=True), nn.Linear(256, 64)
         )
@@ -148,16 +154,27 @@ class Adversaries(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.generator = nn.Sequential(
-            nn.Linear(64, 4 * width * 16), nn.Unflatten(1, (4 * width, 4, 4)), nn.ReLU(),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh(),
-        )  # fmt: skip
+            nn.Linear(64, 4 * width * 16),
+            nn.Unflatten(1, (4 * width, 4, 4)),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 4, 2, 1),
+            nn.Tanh(),
+        )
         self.critic = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 4, 2, 1),
-            nn.InstanceNorm2d(2 * width, affine=True), nn.LeakyReLU(0.2), nn.Flatten(),
+            nn.Conv2d(3, width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.InstanceNorm2d(2 * width, affine=True),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
             nn.Linear(2 * width * 64, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, real: torch.Tensor, noise: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         made = self.generator(noise)
@@ -332,9 +349,10 @@ class Rollout(nn.Module):
     def __init__(self, width: int = 24) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, width, 5, padding=2, padding_mode="circular"), nn.Tanh(),
+            nn.Conv2d(1, width, 5, padding=2, padding_mode="circular"),
+            nn.Tanh(),
             nn.Conv2d(width, 1, 3, padding=1, padding_mode="circular"),
-        )  # fmt: skip
+        )
         self.register_buffer("stencil", torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]]))
 
     def forward(self, field: torch.Tensor, steps: int) -> torch.Tensor:
