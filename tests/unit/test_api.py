@@ -276,7 +276,7 @@ def test_assert_fits_passes_or_tells_what_would() -> None:
     with pytest.raises(AssertionError) as error:
         memfit.assert_fits(wide, limit)
     text = str(error.value)
-    assert all(part in text for part in ("peak of", "alive then:", "by module:"))
+    assert all(part in text for part in ("peak of", "live at the peak:", "by module:"))
     suggested = text.rpartition("would fit: ")[2].partition(" (")[0]
     assert suggested.startswith(("activation-checkpointing", "bf16-autocast"))
     with pytest.raises(AssertionError, match="more than 1 B"):

@@ -373,7 +373,7 @@ def test_limits_of_an_older_version_end_with_the_next_gate(tmp_path: Path) -> No
     for kind in ("begin", "poc"):
         store.append(record.poc_id, kind, record)
     store.append(record.poc_id, proof_of_concept.GATES, {"text": "[accuracy]\nverdicts = []\n"})
-    with pytest.raises(UserError, match="memfit scale without it forgets it"):
+    with pytest.raises(UserError, match="memfit scale without --gates resets them"):
         proof_of_concept.decide(store, poc_id=None, case=None)
     store.append(record.poc_id, proof_of_concept.GATES, {"text": ""})
     assert not proof_of_concept.decide(store, poc_id=None, case=None)[1].own_limits
