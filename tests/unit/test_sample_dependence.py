@@ -285,7 +285,7 @@ def test_ranks_that_share_dependent_samples_are_refused_with_the_ways_out(own: P
 
 
 def test_accumulation_that_weighs_the_loss_wrongly_is_refused(own: Path) -> None:
-    with pytest.raises(UserError, match=r"a sum in which two parts weigh 1, 1.*loss_terms"):
+    with pytest.raises(UserError, match=r"a sum that weighs two parts by 1, 1.*loss_terms"):
         explain(_request(f"{own}:summed"), SPLIT, _quiet)
 
 
