@@ -213,7 +213,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no optimizer": ({"optimizer": 3}, "the optimizer is a int"),
     "another's optimizer": ({"optimizer": torch.optim.SGD(net().parameters())}, "of this model"),
     "unknown technique": ({"plan": {"bf16-autocas": {}}}, "did you mean 'bf16-autocast'"),
-    "broken text": ({"plan": "a: ["}, "no YAML"),
+    "broken text": ({"plan": "a: ["}, "not valid YAML"),
     "unknown machine": ({"machine": "H10"}, "unknown device"),
     "no machine": ({"machine": 8}, "the machine is a int"),
     "wrong shape": ({"batch": (torch.ones(3, 5), Y[:3])}, "your training step failed: RuntimeError"),
