@@ -260,8 +260,8 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -
     with pytest.raises(UserError) as refused:
         training.keeper.restore()
     told = str(refused.value)
-    assert "step-00000003 is of another model: 34 of 34 tensors differ: " in told
-    assert "blocks.0.attention.out.bias 62 there and missing here" in told
+    assert "step-00000003 belongs to a different model: 34 of 34 tensors differ: " in told
+    assert "blocks.0.attention.out.bias 62 in the checkpoint and missing in this run" in told
     assert "\n" not in told
 
 
@@ -433,7 +433,7 @@ def test_a_run_that_was_killed_while_saving_goes_on(
     assert f"holds {good} of another run already" in capsys.readouterr().err
     assert main([*given, "--resume", str(to)]) == 0
     told = capsys.readouterr().out
-    assert f"resumed {to / good}; passed over step-00000002.partial: its save was interrupted" in told
+    assert f"resumed {to / good}; skipped step-00000002.partial: its save was interrupted" in told
     assert (to / "latest").read_text() == "step-00000004\n"
 
 
@@ -448,7 +448,7 @@ def test_what_a_worker_refuses_is_the_users_mistake(saved: Path, capsys: pytest.
 
 def test_saving_now_and_then_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--save-every", "2"]) == 2
-    assert "--save-every without --save" in capsys.readouterr().err
+    assert "--save-every needs --save" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)

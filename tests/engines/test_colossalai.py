@@ -209,7 +209,7 @@ def test_an_environment_is_made_measured_and_recorded(home: Path) -> None:
     assert Path(found.packages, "pip").is_dir()
     assert found.installed_bytes > 1_000_000
     assert told
-    with pytest.raises(UserError, match="is there and not empty"):
+    with pytest.raises(UserError, match="exists and is not empty"):
         install(_tiny("--help"), home / "own", told.append)
 
 

@@ -82,8 +82,8 @@ def _delegated_home(root: Path, own: Path) -> Path | None:
         lines = own.read_text().splitlines()
         home = root / next(line[4:] for line in lines if line.startswith("0::/"))
         parent = home.parent
-        handed_down = (parent / "cgroup.subtree_control").read_text().split()
-        writable = os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
-        if home != root and "memory" in handed_down and writable:
+        controllers = (parent / "cgroup.subtree_control").read_text().split()
+        is_writable = os.access(parent, os.W_OK) and os.access(parent / "cgroup.procs", os.W_OK)
+        if home != root and "memory" in controllers and is_writable:
             return home
     return None
