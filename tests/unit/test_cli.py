@@ -172,7 +172,7 @@ def test_the_help_names_the_goals_and_accuracies_that_exist() -> None:
         ("explain --plan missing.yaml", "missing.yaml: No such file"),
         ("explain a.yaml b.yaml c.yaml", "3 plan files"),
         ("explain a.yaml b.yaml --html x.html", "show one plan"),
-        ("explain a.yaml --recommended", "plan files are given twice"),
+        ("explain a.yaml --recommended", "the plan is given both as a file and by"),
         ("explain --snapshot no/such/folder.pickle", "there is no folder no/such"),
         ("run --plan missing.yaml --recommended", "--plan and --recommended"),
         ("plan --save no/such/folder.yaml", "there is no folder no/such"),

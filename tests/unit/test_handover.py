@@ -319,7 +319,10 @@ def test_an_export_with_a_script_is_refused_until_its_part_is_acknowledged(
     assert export(*words, "--script-applies", "adamw-fused") == 2
     assert "(1) activation-checkpointing" in capsys.readouterr().err
     assert export(*words, "--script-applies", "adamw-fused,activation-checkpointing") == 0
-    assert "train.py must apply these parts of the plan itself:\n  activation-checkpointing" in capsys.readouterr().out
+    assert (
+        "train.py must apply these parts of the plan itself:\n  activation-checkpointing"
+        in capsys.readouterr().out
+    )
     text = (folder / "out" / "README.md").read_text()
     assert "## What train.py must do itself" in text
     assert "`adamw-fused`: torch.optim.AdamW(..., fused=True)" in text

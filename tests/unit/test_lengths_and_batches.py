@@ -313,7 +313,10 @@ def test_a_job_that_differs_from_the_script_is_named(
 ) -> None:
     told = _planned(tmp_path, MEGATRON, f"{own}:job", capsys)
     left = {one["option"]: one["reason"] for one in told["left_out"]}
-    assert left["2 layers of width 64"] == f"{own}:job has no blocks of width unknown: predicted for that"
+    assert (
+        left["2 layers of width 64"]
+        == f"{own}:job has no blocks of width unknown; the job's own sizes are predicted"
+    )
     assert told["workload"]["sample_shape"] == [32, 4]  # its length is the script's
 
 
@@ -334,7 +337,7 @@ def test_the_batch_that_is_asked_for_is_the_one_that_is_told(
     zero = '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}'
     told = _planned(tmp_path, zero, f"{own}:job --batch 128", capsys, "zero.json")
     assert (told["workload"]["batch_size"], told["batch"], told["micro_batch"]) == (128, 128, 4)
-    assert {"option": "batch 256", "reason": "--batch 128 was asked for"} in told["left_out"]
+    assert {"option": "batch 256", "reason": "--batch 128 was given"} in told["left_out"]
 
 
 @pytest.mark.parametrize(
