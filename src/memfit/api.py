@@ -3,8 +3,8 @@
 ::
 
     import memfit
-    found = memfit.estimate(model, batch, optimizer="adamw", machine="H100-SXM")
-    found.allocated_bytes.value, found.fits
+    prediction = memfit.estimate(model, batch, optimizer="adamw", machine="H100-SXM")
+    prediction.allocated_bytes.value, prediction.fits
 """
 
 from __future__ import annotations
