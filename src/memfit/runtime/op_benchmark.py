@@ -169,12 +169,23 @@ def ready(signature: str) -> tuple[Callable[..., Any], list[Any], dict[str, Any]
 def _after_forward(inputs: list[Any]) -> list[Any]:
     """Return the arguments for oneDNN's recurrent backward. It reads the workspace that its forward wrote,
     and crashes on anything else."""
-    *tensors, reverse, mode, hidden, layers, biases, train, both, sizes, first, _ = inputs
+    *tensors, reverse, mode, hidden, layers, biases, train, bidirectional, sizes, batch_first, _ = inputs
     out, hy, cy, workspace = torch.ops.aten.mkldnn_rnn_layer(
-        *tensors[:7], reverse, sizes, mode, hidden, layers, biases, both, first, train
+        *tensors[:7], reverse, sizes, mode, hidden, layers, biases, bidirectional, batch_first, train
     )
-    ends = (reverse, mode, hidden, layers, biases, train, both, sizes, first, workspace)
-    return [*tensors[:7], out, hy, cy, *tensors[10:], *ends]
+    trailing_arguments = (
+        reverse,
+        mode,
+        hidden,
+        layers,
+        biases,
+        train,
+        bidirectional,
+        sizes,
+        batch_first,
+        workspace,
+    )
+    return [*tensors[:7], out, hy, cy, *tensors[10:], *trailing_arguments]
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
@@ -228,10 +239,10 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str = "") -> torch.Tensor:
+def _tensor(shape: list[int], stride: list[int], dtype_name: str, variant: str = "") -> torch.Tensor:
     """Return a tensor of small random numbers. Integers are zeros, which are always valid indices, and masks
     are True."""
-    if seen_as == "conj":
+    if variant == "conj":
         return _tensor(shape, stride, dtype_name).conj()
     dtype = getattr(torch, dtype_name)
     tensor = torch.empty_strided(shape, stride, dtype=dtype)
@@ -240,8 +251,8 @@ def _tensor(shape: list[int], stride: list[int], dtype_name: str, seen_as: str =
     if not dtype.is_floating_point and not dtype.is_complex:
         return tensor.zero_()
     if any(s == 0 for s in stride) and tensor.numel():
-        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor.as_strided([stored], [1]).fill_(0.5).as_strided(shape, stride)
+        stored_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor.as_strided([stored_elements], [1]).fill_(0.5).as_strided(shape, stride)
     return tensor.uniform_(0.1, 1.0) if dtype.is_floating_point else tensor.fill_(0.5)
 
 

@@ -370,11 +370,11 @@ class Ledger(TorchDispatchMode):
     def _writes(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Return whether torch would run this operator in place. False for wrapper subclasses, whatever they
         contain."""
-        plain = self._outer is not func
-        self._outer = self._outer if plain else None
+        is_plain = self._outer is not func
+        self._outer = self._outer if is_plain else None
         return (
             func in operators.IN_PLACE
-            and plain
+            and is_plain
             and self._solely_held(args[0], spare=int(func is not operators.ADD))
             and self._in_place(func, *args, **kwargs)
         )

@@ -124,12 +124,16 @@ class Shadows:
         """Return quickly whether the operator can be followed: its first argument, or the first element of a
         list, has values, is real or is not a tensor. False inside torch.func's transforms, whose tensors wrap
         others."""
-        first = args[0] if args else None
-        while isinstance(first, list | tuple) and first:
-            first = first[0]
+        argument = args[0] if args else None
+        while isinstance(argument, list | tuple) and argument:
+            argument = argument[0]
         if not self.on or torch._C._functorch.peek_interpreter_stack() is not None:
             return False
-        return not isinstance(first, torch.Tensor) or type(first) is torch.Tensor or hasattr(first, _NAME)
+        return (
+            not isinstance(argument, torch.Tensor)
+            or type(argument) is torch.Tensor
+            or hasattr(argument, _NAME)
+        )
 
     def compute(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Return the operator's result on real values. Return None if a value is missing or large, or if the

@@ -51,9 +51,9 @@ def strided_storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     """Return the tensor's storage. Raises UserError for layouts whose bytes are not in one storage."""
     if tensor.layout is torch.strided:
         return tensor.untyped_storage()
-    where = user_line()
+    line = user_line()
     raise UserError(
-        f"a {str(tensor.layout)[6:]} tensor" + (f" at {where}" if where else ""),
+        f"a {str(tensor.layout)[6:]} tensor" + (f" at {line}" if line else ""),
         allowed="dense tensors",
         hint="sparse gradients come from nn.Embedding(sparse=True); use sparse=False",
     )

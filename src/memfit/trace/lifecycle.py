@@ -112,9 +112,9 @@ class _Watch:
     @contextlib.contextmanager
     def made(self, place: str) -> Iterator[None]:
         """Assign storages that are made inside this context to `place` instead of the device."""
-        first = len(self.ledger.lives)
+        start = len(self.ledger.lives)
         yield
-        self.aside.update((id(life), place) for life in self.ledger.lives[first:])
+        self.aside.update((id(life), place) for life in self.ledger.lives[start:])
 
     def _highest(self, *places: str) -> int:
         lives = [x for x in self.ledger.lives if self.aside.get(id(x), "") in places]

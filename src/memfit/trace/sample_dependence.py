@@ -585,11 +585,14 @@ def _restore(state: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
 
 
 def _changed(
-    before: Mapping[tuple[nn.Module, str], torch.Tensor], after: Mapping[tuple[nn.Module, str], torch.Tensor]
+    old_state: Mapping[tuple[nn.Module, str], torch.Tensor],
+    new_state: Mapping[tuple[nn.Module, str], torch.Tensor],
 ) -> list[tuple[nn.Module, str]]:
     """Return the state that a forward pass changed, except counters of passes."""
     return [
-        k for k, t in before.items() if (t.dim() or t.is_floating_point()) and not _alike(after.get(k), t)
+        k
+        for k, t in old_state.items()
+        if (t.dim() or t.is_floating_point()) and not _alike(new_state.get(k), t)
     ]
 
 

@@ -127,15 +127,17 @@ def _spans(trace: Trace, step: int, phase: Phase) -> list[PhaseSpan]:
     return [s for s in trace.spans if s.step == step and s.phase is phase]
 
 
-def _kept(trace: Trace, forward: PhaseSpan, last: int) -> tuple[list[Allocation], list[Allocation]]:
+def _kept(trace: Trace, forward: PhaseSpan, last_backward: int) -> tuple[list[Allocation], list[Allocation]]:
     """Return the allocations that a micro-batch's forward keeps for its own backward, and those it keeps
-    until the ``last`` backward, such as its loss."""
+    until ``last_backward``, such as its loss."""
     allocations = [
         a
         for a in trace.allocations
         if forward.start <= a.start < forward.end <= (a.end or 0) and a.category is not Category.INPUT
     ]
-    return [a for a in allocations if (a.end or 0) < last], [a for a in allocations if (a.end or 0) >= last]
+    return [a for a in allocations if (a.end or 0) < last_backward], [
+        a for a in allocations if (a.end or 0) >= last_backward
+    ]
 
 
 _IN_FLIGHT = {"gpipe": 3, "1f1b": 2}  # micro-batches in flight in a shortened pipeline

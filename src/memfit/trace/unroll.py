@@ -138,9 +138,8 @@ def renumbered(trace: Trace, path: str, numbers: Mapping[int, int]) -> Trace:
         number, dot, rest = made.module[len(path) + 1 :].partition(".")
         if not number.isdecimal():
             return made
-        new_number = numbers.get(
-            int(number), number
-        )  # a block of another rank, which is built and then dropped
+        # A missing number is that of another rank's block, which is built and then dropped.
+        new_number = numbers.get(int(number), number)
         return dataclasses.replace(made, module=f"{path}.{new_number}{dot}{rest}")
 
     return dataclasses.replace(
@@ -228,13 +227,13 @@ def _events(trace: Trace, tag: Callable[[str], int | None]) -> list[_Event]:
 
 
 def _spanned(events: list[_Event], spans: tuple[PhaseSpan, ...]) -> Iterator[tuple[PhaseSpan, list[_Event]]]:
-    first = 0
+    start = 0
     for span in spans:
-        last = first
-        while last < len(events) and events[last].clock < span.end:
-            last += 1
-        yield span, events[first:last]
-        first = last
+        end = start
+        while end < len(events) and events[end].clock < span.end:
+            end += 1
+        yield span, events[start:end]
+        start = end
 
 
 def canonical(trace: Trace) -> Trace:

@@ -221,7 +221,7 @@ def _still(step: TrainingStep, job: Job, elements: int) -> None:
 _WATCHED = 2  # micro-batches that are watched if the plan has several
 
 
-def _own_step(job: Job, part: Any, narrow: Any) -> Any:
+def _own_step(job: Job, part: Any, autocast_dtype: Any) -> Any:
     """Run a step of the plain model on two samples of its batch, and return what was observed, or None if it
     fails."""
     import torch
@@ -233,7 +233,7 @@ def _own_step(job: Job, part: Any, narrow: Any) -> Any:
     observations, model = Heard(), job.build_model().train()
     try:
         observations.listen(find_blocks(model, job.blocks)[1])
-        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+        with torch.autocast("cpu", autocast_dtype, enabled=autocast_dtype is not None):
             loss = job.loss(model, split(part, max(1, batch_length(part) // 2))[0])
         loss.backward()
     except Exception:  # noqa: BLE001  the user's own code, which may need more samples
@@ -334,8 +334,8 @@ def _keeper(spec: RunSpec, step: TrainingStep) -> Keeper | None:
 def _one_step(
     step: TrainingStep, inputs: tuple[Any, float], index: int, spec: RunSpec, gauge: _Gauge
 ) -> None:
-    last = index == spec.steps - 1
-    log = getattr(gauge.counter, "start_log", None) if spec.timeline and last else None
+    is_last = index == spec.steps - 1
+    log = getattr(gauge.counter, "start_log", None) if spec.timeline and is_last else None
     if log is not None:
         log()
         start_count = _event_count(gauge.counter)
@@ -377,8 +377,10 @@ def _timeline(event_log: Any, phase_starts: list[int], base_bytes: int) -> tuple
 
     from memfit.types.downsample import thin_phases
 
-    live = [v - base_bytes for v in accumulate(event_log.deltas_bytes, initial=event_log.start_bytes)]
-    return thin_phases([live[a : b + 1] for a, b in pairwise([*phase_starts, len(live)])], TIMELINE_POINTS)
+    live_bytes = [v - base_bytes for v in accumulate(event_log.deltas_bytes, initial=event_log.start_bytes)]
+    return thin_phases(
+        [live_bytes[a : b + 1] for a, b in pairwise([*phase_starts, len(live_bytes)])], TIMELINE_POINTS
+    )
 
 
 def _digest(model: Any) -> str:
