@@ -66,7 +66,7 @@ def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: py
 
 
 def test_replicas_of_nothing_sharded_are_refused() -> None:
-    with pytest.raises(UserError, match="leave nothing to shard; that is ddp"):
+    with pytest.raises(UserError, match="leave nothing to shard; use ddp"):
         trace(load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"replicas": 2}),), ranks=2))
 
 

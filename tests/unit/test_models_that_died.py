@@ -350,7 +350,7 @@ class Blocks(nn.Module):
 
 def test_adapters_recomputed_under_zero_3_are_refused_in_one_line() -> None:
     plan: dict[str, Any] = {"zero": {"stage": 3}, "lora": {}, "activation-checkpointing": {}}
-    with pytest.raises(UserError, match="zero of stage 3 has freed the frozen ones of lora") as told:
+    with pytest.raises(UserError, match="zero of stage 3 has freed the frozen weights of lora") as told:
         memfit.estimate(Blocks, torch.rand(8, 64), loss=squares, plan={"ranks": 2, "techniques": plan})
     assert "\n" not in str(told.value)
 
