@@ -291,7 +291,9 @@ FSDP2 = Technique(
             "not-last: those of all blocks but the last",
             choices=(True, False, "blocks", "not-last"),
         ),
-        Knob(name="precision", default="as-is", doc="of gathered parameters", choices=("as-is", "bf16")),
+        Knob(
+            name="precision", default="as-is", doc="dtype of gathered parameters", choices=("as-is", "bf16")
+        ),
         Knob(name="prefetch", default=1, doc="groups gathered ahead"),
         Knob(name="replicas", default=1, doc="copies of the sharded model (HSDP)"),
         Knob(

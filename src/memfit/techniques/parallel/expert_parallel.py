@@ -177,7 +177,7 @@ def _nothing(space: Space) -> Iterable[Mapping[str, KnobValue]]:
 
 TECHNIQUE = Technique(
     name="expert-parallel",
-    summary="the experts of each mixture are dealt to the data-parallel ranks",
+    summary="the experts of each mixture are distributed over the data-parallel ranks",
     effect=EffectClass.E3,  # tokens beyond an expert's capacity are dropped
     apply=_apply,
     settings=_nothing,

@@ -269,7 +269,7 @@ def _enter_and_leave(blocks: list[torch.nn.Module], mesh: DeviceMesh) -> None:
     def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         key = next(iter(kwargs)) if not args else None
         whole = args[0] if args else kwargs[key]
-        _must_divide("the sequence", whole.shape[1], mesh.size())
+        _must_divide("the sequence length", whole.shape[1], mesh.size())
         part = to(whole, Replicate(), Shard(1))
         return ((part, *args[1:]), kwargs) if args else (args, {**kwargs, key: part})
 

@@ -167,7 +167,7 @@ FULL = Technique(
     settings=_every_with_blocks,
     order=50,
     slot="recomputation",
-    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1 is all"),),
+    knobs=(Knob(name="every", default=1, doc="recompute every k-th block; 1: every block"),),
 )
 
 SELECTIVE = Technique(

@@ -67,16 +67,19 @@ TECHNIQUE = Technique(
         Knob(
             name="stage",
             default=2,
-            doc="0: gradients are averaged; 1: optimizer state sharded; 2: and gradients; 3: and parameters",
+            doc="what is sharded; 0: nothing, gradients are averaged; 1: optimizer state; 2: also gradients; "
+            "3: also parameters",
             choices=(0, 1, 2, 3),
         ),
         Knob(
             name="precision",
             default="fp32",
-            doc="parameters and gradients; the master is fp32",
+            doc="dtype of parameters and gradients; the master copy is fp32",
             choices=("fp32", "bf16"),
         ),
-        Knob(name="reduce_bucket_elements", default=500_000_000, doc="gradients reduced together"),
+        Knob(
+            name="reduce_bucket_elements", default=500_000_000, doc="elements of gradients reduced together"
+        ),
         Knob(
             name="overlap",
             default=False,
