@@ -147,4 +147,4 @@ def test_where_nothing_fits_the_least_that_would_is_told(ask: Ask, monkeypatch: 
     monkeypatch.setattr(memfit.workflows.config_review, "search", search)
     code, out, _ = ask("plan", "own.py:job", "--from", "clean.json", "--memory", "1B")
     assert code == 0
-    assert "the least that would do is 2 B" in out
+    assert "the smallest plan needs 2 B" in out

@@ -237,9 +237,8 @@ def _large_share(multiprocessors: int, start: float) -> float:
 def _attention_share(shape: Scores, multiprocessors: int) -> float:
     start = _KEYS_START_BACKWARD if shape.backward else _KEYS_START
     waves = shape.tiles / multiprocessors
-    wave_share = (
-        waves / math.ceil(waves) if waves < 4 else 1.0
-    )  # unequal causal tiles even out over many waves
+    # unequal causal tiles even out over many waves
+    wave_share = waves / math.ceil(waves) if waves < 4 else 1.0
     head_share = shape.head_dim / (shape.head_dim + _HEAD_START) * (128 + _HEAD_START) / 128
     return wave_share * shape.keys / (shape.keys + start) * min(1.0, head_share)
 

@@ -84,9 +84,8 @@ class Player:
         device = self.machine.device
         channels = device.nccl_channels.value if device.nccl_channels else ASSUMED_CHANNELS
         multiprocessors = self.model.kernels.multiprocessors if self.model.kernels else math.inf
-        self.beside = 1 / (
-            1 - min(0.5, channels / multiprocessors)
-        )  # slowdown of a kernel beside a collective
+        # slowdown of a kernel beside a collective
+        self.beside = 1 / (1 - min(0.5, channels / multiprocessors))
         self._items: dict[tuple[str, Phase, str, str], tuple[float, float, str]] = {}
 
     def item(self, op: OpCall) -> Item:
