@@ -299,9 +299,9 @@ def test_where_there_is_none(tmp_path: Path) -> None:
 def test_what_a_run_goes_on_from_is_settled_before_it_starts(saved: Path) -> None:
     keep, seed = checkpoints.settled(Keep(resume=str(saved), save=str(saved)), None, 5)
     assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
-    with pytest.raises(UserError, match="seed 4 for a run of seed 0"):
+    with pytest.raises(UserError, match="seed 4 differs from that of the run to resume, 0"):
         checkpoints.settled(Keep(resume=str(saved)), 4, 5)
-    with pytest.raises(UserError, match="has done 3 of 3 steps; allowed: --steps above 3"):
+    with pytest.raises(UserError, match="has already done 3 of 3 steps; allowed: --steps above 3"):
         checkpoints.settled(Keep(resume=str(saved)), 0, 3)
     with pytest.raises(UserError, match="already contains step-00000003 of another run"):
         checkpoints.settled(Keep(save=str(saved)), 0, 3)

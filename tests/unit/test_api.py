@@ -206,7 +206,7 @@ def _replaced() -> nn.Module:
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": "gpt2"}, "the model is a str"),
-    "no batch": ({"batch": None}, "holds no tensor"),
+    "no batch": ({"batch": None}, "contains no tensor"),
     "a loader": ({"batch": torch.utils.data.DataLoader([1])}, "next(iter(loader))"),
     "no loss": ({"loss": 3}, "the loss is a int"),
     "unknown optimizer": ({"optimizer": "adamx"}, "unknown optimizer 'adamx'"),

@@ -68,7 +68,9 @@ def test_every_kind_of_job_takes_a_length_and_a_batch(own: str) -> None:
 
 
 def test_a_finished_job_takes_no_length(own: str) -> None:
-    with pytest.raises(UserError, match="is a finished Job and takes no --length; make finished a function"):
+    with pytest.raises(
+        UserError, match="is a Job, not a function, and does not accept --length; make finished a function"
+    ):
         load(JobRef(spec=f"{own}:finished", length=64))
 
 
@@ -326,8 +328,8 @@ def test_a_length_that_the_job_cannot_take_is_left_out_by_name(
     script = MEGATRON.replace("--micro-batch-size 2 --global-batch-size 8", "--micro-batch-size 1")
     told = _planned(tmp_path, script, f"{own}:finished", capsys)
     left = {one["option"]: one["reason"] for one in told["left_out"]}
-    assert "takes no --length" in left["length 32"]
-    assert "takes no --batch" in left["batch 2"]
+    assert "does not accept --length" in left["length 32"]
+    assert "does not accept --batch" in left["batch 2"]
     assert told["batch"] is None
 
 
@@ -403,7 +405,7 @@ def test_plain_training_is_told_with_the_bytes_that_decide_and_their_range() -> 
         "needs up to 81.5 GiB on the device (78 GiB expected, 77 GiB to 81.5 GiB; 74.85 GiB of tensors)"
         in _printed(planned, "en")
     )
-    assert "The least that would do: 81.5 GiB" in _printed(planned, "en")
+    assert "The smallest needs 81.5 GiB" in _printed(planned, "en")
     assert "最大 81.5 GiB（見込み 78 GiB、範囲 77 GiB ～ 81.5 GiB、うちテンソル 74.85 GiB）" in _printed(
         planned, "ja"
     )

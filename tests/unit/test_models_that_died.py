@@ -202,7 +202,7 @@ def test_a_batch_of_graphs_is_split_into_graphs_and_other_objects_are_refused() 
     assert halves.allocated_bytes.value < whole.allocated_bytes.value
     with pytest.raises(UserError, match="Padded cannot be split into 2; allowed: tensors with the batch"):
         split(Padded(), 2)
-    with pytest.raises(UserError, match="holds no tensor"):
+    with pytest.raises(UserError, match="contains no tensor"):
         batch_length(object())
 
 

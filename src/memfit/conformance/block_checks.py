@@ -64,7 +64,7 @@ def recomputation(step: Observation) -> None:
     recomputed_blocks = step.heard.recomputed()
     if step.plan.get("chunking") is not None:
         recomputed_blocks &= planned_blocks  # slices of the other blocks run again
-    planned, text = (_listed(sorted(s)) for s in (planned_blocks, recomputed_blocks))
+    planned_text, text = (_listed(sorted(s)) for s in (planned_blocks, recomputed_blocks))
     own_step = _own_step(step, None) if recomputed_blocks - planned_blocks else None
     own_blocks = None if own_step is None else own_step.recomputed()
     extra_blocks = _beside(
@@ -74,7 +74,7 @@ def recomputation(step: Observation) -> None:
     if use is not None and not due_blocks:
         step.unseen(f"{feature}: no gradient passes through the blocks that would run again")
     wrong = bool(due_blocks - recomputed_blocks or extra_blocks)
-    step.differs(feature, f"blocks {planned} run again in backward", text, wrong=wrong)
+    step.differs(feature, f"blocks {planned_text} run again in backward", text, wrong=wrong)
 
 
 def autocast(step: Observation) -> None:

@@ -37,8 +37,8 @@ def _limited(step: Observation, norm: float, *, whole: bool) -> None:
     clipping_called = any(from_all(any(math.isclose(n, limit) for n in step.clipping.limits)))
     too_large = norm > limit * (1 + _TOLERANCE_RATIO)
     if too_large or clipping_called or (whole and norm > limit * (1 - _TOLERANCE_RATIO)):
-        planned = f"gradients of norm at most {limit:g} at the update"
-        step.differs(FEATURE, planned, f"{prefix}{norm:.4g}", wrong=too_large)
+        limit_text = f"gradients of norm at most {limit:g} at the update"
+        step.differs(FEATURE, limit_text, f"{prefix}{norm:.4g}", wrong=too_large)
     else:
         step.unseen(f"{FEATURE}: the norm, {prefix}{norm:.4g}, did not reach {limit:g}")
 

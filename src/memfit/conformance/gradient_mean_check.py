@@ -79,8 +79,8 @@ def _this_rank(step: Observation) -> _Rank:
     averages = step.averages
     group = step.beside("replicate", "shard", "context")
     dimensions = ("shard", "context") if step.plan.get("fsdp2") is not None else ("shard",)
-    sharded = any(step.sharded(kind)[0] > 1 for kind in ("optimizer state", "gradients"))
-    copy = step.beside(*dimensions) if sharded else step.beside()
+    is_sharded = any(step.sharded(kind)[0] > 1 for kind in ("optimizer state", "gradients"))
+    copy = step.beside(*dimensions) if is_sharded else step.beside()
     cut_params = cut_names(step) if step.layout.tensor > 1 else None
     own_figures = {n: t.tolist() for n, t in averages.own.items() if cut_params is None or n in cut_params}
     return _Rank(

@@ -66,10 +66,10 @@ class Averages:
             self._stack.callback(handle.remove)
         self._patch(torch.autograd, "backward", self._backward)
         for layer in layers(prepared.optimizer):
-            hooked = hasattr(layer, "_optimizer_step_pre_hooks")
-            if hooked:  # hooks of others run first
+            has_hooks = hasattr(layer, "_optimizer_step_pre_hooks")
+            if has_hooks:  # hooks of others run first
                 self._stack.callback(layer.register_step_pre_hook(lambda *_: self._stepping()).remove)
-            self._patch(layer, "step", functools.partial(self._step, hooked))
+            self._patch(layer, "step", functools.partial(self._step, has_hooks))
         if (module := _fsdp_module()) is not None:
             self._patch(module, "foreach_reduce", self._reduce)
         return self
