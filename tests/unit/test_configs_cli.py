@@ -70,7 +70,7 @@ def test_an_error_is_exit_code_1_and_other_findings_are_none(ask: Ask) -> None:
     code, out, _ = ask("lint", "useless.json")
     assert code == 0
     assert "warning useless.json" in out
-    assert ask("lint", "clean.json") == (0, "Nothing known is wrong.\n", "")
+    assert ask("lint", "clean.json") == (0, "No known problem was found.\n", "")
 
 
 def test_findings_as_one_json_object_and_in_japanese(ask: Ask) -> None:

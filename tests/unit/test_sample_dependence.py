@@ -317,7 +317,7 @@ def test_it_is_told_in_the_languages_of_the_report(own: Path, capsys: pytest.Cap
         print_estimate(found, console=Console(width=300), lang=lang)
         assert told in capsys.readouterr().out
     untested = dataclasses.replace(found, dependence=UNTESTED)
-    for lang, told in (("en", "Not tested whether"), ("ja", "未検証")):
+    for lang, told in (("en", "was not tested"), ("ja", "未検証")):
         print_estimate(untested, console=Console(width=300), lang=lang)
         assert told in capsys.readouterr().out
 

@@ -75,7 +75,7 @@ def test_who_says_so_is_told(ours: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["record", "--store", ours, "--add", other]) == 2
     capsys.readouterr()
     assert main(["scale", "theirs", "--store", ours]) == 0
-    assert "Not measured here: group B says so." in capsys.readouterr().out
+    assert "Not measured here: the record is from group B." in capsys.readouterr().out
     assert main(["scale", "theirs", "--store", ours, "--lang", "ja"]) == 0
     assert "提供元：group B" in capsys.readouterr().out
     assert main(["scale", "theirs", "--store", ours, "--json"]) == 0
