@@ -222,7 +222,7 @@ def engines() -> Iterator[Check]:
 
     for engine in ENGINES.values():
         probe = engine.probe()
-        detail = f"{probe.version} {probe.problem}".strip() if probe.problem else probe.version
+        detail = probe.problem or probe.version
         yield Check(
             name=engine.name, ok=not probe.problem, detail=f"{detail}: {engine.summary}", fix=probe.fix
         )

@@ -79,5 +79,5 @@ def view(engine: memfit.engines.base.Engine) -> dict[str, Any]:
 
 def _row(engine: memfit.engines.base.Engine) -> tuple[str, ...]:
     probe = engine.probe()
-    installed = f"{probe.version} {probe.problem}".strip()
+    installed = probe.problem or probe.version
     return engine.name, f"{installed}\n{probe.fix}" if probe.problem else installed, engine.summary

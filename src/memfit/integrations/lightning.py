@@ -25,7 +25,7 @@ from memfit.types.plan import Plan, use
 _OF_THE_MODULE = {
     "activation-checkpointing",
     "selective-checkpointing",
-    "chunked-loss",
+    "chunked-cross-entropy",
     "compile",
     "lora",
     "qlora",
