@@ -288,7 +288,7 @@ def test_a_script_of_megatron_is_built_from_its_own_sizes(
 def test_a_model_that_memfit_does_not_build_says_so(more: str, tmp_path: Path) -> None:
     model = _carried(tmp_path, "train.sh", MEGATRON + more).model
     assert (model.layers, model.width, model.job) == (2, 64, "")
-    assert model.missing.startswith("memfit builds no model with ")
+    assert model.missing.startswith("memfit cannot build a model with ")
 
 
 def _planned(

@@ -271,7 +271,7 @@ def test_another_network_and_a_missing_file_are_told(tmp_path: Path) -> None:
     [
         ('{"globals": {"chunk_size": 4}}', "nested"),
         ('{"globals.chunk_size": 4, "globals.chunk_size.x": 1}', "each key once"),
-        ('{"crop_size": 4}', "no configuration that memfit knows"),
+        ('{"crop_size": 4}', "not a configuration that memfit can read"),
         ('{"globals.blocks_per_ckpt": "two"}', 'blocks_per_ckpt is "two"'),
         ('{"data.train.crop_size": null}', "crop_size is null"),
     ],
