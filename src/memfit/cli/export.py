@@ -187,7 +187,7 @@ def _print_written(
     if handover.user_files is not None:
         print(
             f"Your settings are kept; {out}/README.md lists what the plan changed and what it does not "
-            f"contain."
+            "contain."
         )
 
 

@@ -124,14 +124,14 @@ def _print(report: memfit.workflows.sequence_lengths.LengthReport) -> None:
     fits = f"up to length {report.fits_up_to}" if report.fits_up_to else "at no length of the data"
     print(
         f"fits {format_bytes(report.cap_bytes)} {fits}, with {format_bytes(report.margin_bytes)} kept free "
-        f"for memory beside the tensors"
+        "for memory beside the tensors"
     )
     print(
         f"probability of running out of memory: {report.oom_per_step:.3g} per step, "
         f"{report.oom_per_epoch:.3g} per epoch"
     )
     print(
-        f"batch to try first: sequences "
+        "batch to try first: sequences "
         f"{', '.join(map(str, report.first[:8]))}{' ...' if report.batch > 8 else ''}"
     )
     print_table(

@@ -156,10 +156,10 @@ def _as_predicted(
     carried: memfit.lint.draft.Carried, job: JobOptions, size: memfit.workflows.config_review.JobSize
 ) -> memfit.lint.draft.Carried:
     """Set the predicted batch and length, and record how the files' model differs from the job's."""
-    micro = carried.micro_batch
-    if micro is not None and carried.batch is not None:
-        steps = carried.batch // micro
-        micro = size.batch_size // steps if size.batch_size % steps == 0 else None
+    micro_batch = carried.micro_batch
+    if micro_batch is not None and carried.batch is not None:
+        steps = carried.batch // micro_batch
+        micro_batch = size.batch_size // steps if size.batch_size % steps == 0 else None
     model = carried.model
     if model is not None and job.job not in (None, model.job):
         pairs = ((model.layers, size.layers), (model.width, size.width))
@@ -170,7 +170,7 @@ def _as_predicted(
             )
         elif model.layers is None:
             carried = _left_out(carried, "the model", f"{model.missing}: predicted for {job.spec}")
-    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro)
+    return dataclasses.replace(carried, batch=job.batch, length=job.length, micro_batch=micro_batch)
 
 
 def _clipped(
@@ -244,12 +244,12 @@ def _print(result: memfit.workflows.config_review.Beside, lang: str) -> None:
 
 
 def _compared(
-    given: memfit.types.result.Estimate, alternative: memfit.types.result.Estimate
+    current: memfit.types.result.Estimate, alternative: memfit.types.result.Estimate
 ) -> dict[str, str]:
     from memfit.types.units import format_bytes
 
     peak = alternative.allocated_bytes.value
-    change = peak - given.allocated_bytes.value
+    change = peak - current.allocated_bytes.value
     return {
         "plan": alternative.plan.label,
         "peak": format_bytes(int(peak)),

@@ -162,9 +162,9 @@ class _Bar:
             return
         finished = well and stage.complete
         run = _short(stage.detail.partition(": ")[0]) if stage.name == "run" else ""
-        words = " ".join(filter(None, (stage.title, run, "" if finished else stage.count)))
+        text = " ".join(filter(None, (stage.title, run, "" if finished else stage.count)))
         sign = ("✓ ", "green") if finished else ("• ", "yellow")
-        self._live.console.print(Text.assemble(sign, words, (f"  {format_seconds(stage.age_s)}", "dim")))
+        self._live.console.print(Text.assemble(sign, text, (f"  {format_seconds(stage.age_s)}", "dim")))
 
     def close(self) -> None:
         self._ticker.close()
@@ -198,8 +198,8 @@ class _Lines:
         if stage is not None and now_s >= self._next_s:
             self._next_s = now_s + _LINE_EVERY_S
             elapsed = f"({format_seconds(stage.age_s)})"
-            words = (stage.title, stage.count, _short(stage.detail), elapsed)
-            print(*filter(None, words), file=sys.stderr, flush=True)
+            parts = (stage.title, stage.count, _short(stage.detail), elapsed)
+            print(*filter(None, parts), file=sys.stderr, flush=True)
 
 
 def _short(text: str) -> str:

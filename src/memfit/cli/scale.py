@@ -94,21 +94,21 @@ def scale(
     from memfit.decision import rollout_gates
 
     limits = rollout_gates.read(own.gates) if own.gates is not None else rollout_gates.Gates()
-    found = found_record(own.record, store.store)
+    record_found = found_record(own.record, store.store)
     if effort.attended_minutes is not None:
-        found = _attended(found, effort.attended_minutes, store)
-    record = found.record
+        record_found = _attended(record_found, effort.attended_minutes, store)
+    record = record_found.record
     gate_results = rollout_gates.evaluate(record, limits)
     failed = [gate for gate in gate_results if not gate.holds]
     stages: dict[str, Any] = {}
     if not failed and machines:
-        job, plans = _job(own.job or _spec(found, store), own.size), []
+        job, plans = _job(own.job or _spec(record_found, store), own.size), []
         for name, on in machines.items():
-            stages[name], planned = _stage(job, on, goal, here)
-            plans.append(planned)
-        if not found.taken_from:
+            stages[name], planning = _stage(job, on, goal, here)
+            plans.append(planning)
+        if not record_found.taken_from:
             _keep(record.poc_id, plans, store)
-    decision = None if found.taken_from else _decision(record.poc_id, stages, own.gates, store)
+    decision = None if record_found.taken_from else _decision(record.poc_id, stages, own.gates, store)
     if output.json:
         stages = stages if decision is None or failed else _with_money(stages, decision[1])
         details = {
@@ -116,29 +116,29 @@ def scale(
             "limits": limits.model_dump(),
             "stages": stages,
         }
-        emit({"poc_id": record.poc_id, "taken_from": found.taken_from, "holds": not failed, **details})
+        emit({"poc_id": record.poc_id, "taken_from": record_found.taken_from, "holds": not failed, **details})
     else:
-        _print(found, gate_results, stages, decision, lang)
+        _print(record_found, gate_results, stages, decision, lang)
     if failed:
         raise typer.Exit(1)
 
 
-def _attended(found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
+def _attended(record_found: RecordFound, minutes: float, store: StoreOptions) -> RecordFound:
     """Store the minutes and return the updated record. Raises UserError for a record from others."""
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    poc_id = found.record.poc_id
-    if found.taken_from:
+    poc_id = record_found.record.poc_id
+    if record_found.taken_from:
         raise UserError(
             f"--attended-minutes cannot be set for {poc_id}, which was not measured here but taken from "
-            f"{found.taken_from}"
+            f"{record_found.taken_from}"
         )
     proof_of_concept.attended(Store(store.store), poc_id, minutes)
     return found_record(poc_id, store.store)
 
 
-def _spec(found: RecordFound, store: StoreOptions) -> str:
+def _spec(record_found: RecordFound, store: StoreOptions) -> str:
     """Return the spec of the record's job. For our own records it includes the file of a user's job, which a
     name does not identify. Raises UserError if a record from others is not of a built-in job: predicting the
     job would run its file."""
@@ -146,14 +146,14 @@ def _spec(found: RecordFound, store: StoreOptions) -> str:
     from memfit.store import Store
     from memfit.workflows import proof_of_concept
 
-    record = found.record
-    if not found.taken_from:
+    record = record_found.record
+    if not record_found.taken_from:
         return proof_of_concept.stored_poc(Store(store.store), record.poc_id).runs[0].spec.job.spec
     if record.model.job in names():
         return record.model.job
     raise UserError(
-        f"the record of {found.taken_from} is of the job {record.model.job!r}, which is not built in; "
-        f"memfit does not run files that others name",
+        f"the record of {record_found.taken_from} is of the job {record.model.job!r}, which is not built in; "
+        "memfit does not run files that others name",
         allowed=", ".join(names()),
         hint="name your own job with --job FILE.py:NAME",
     )
@@ -263,7 +263,7 @@ def _with_money(stages: dict[str, Any], decision: memfit.types.decision.Decision
 
 
 def _print(
-    found: RecordFound,
+    record_found: RecordFound,
     gate_results: tuple[memfit.decision.rollout_gates.Gate, ...],
     stages: dict[str, Any],
     decision: tuple[memfit.types.result.Poc, memfit.types.decision.Decision] | None,
@@ -272,10 +272,10 @@ def _print(
     from memfit.report.decision_terminal import print_gate_end, print_gates, print_stages
     from memfit.report.words import load_words
 
-    output, words, model = console(), load_words(lang), found.record.model
-    output.print(one_line(f"PoC {found.record.poc_id}: {model.job} {model.size}"), markup=False)
-    if found.taken_from:
-        notice = words.get("scale.taken", source=found.taken_from)
+    output, words, model = console(), load_words(lang), record_found.record.model
+    output.print(one_line(f"PoC {record_found.record.poc_id}: {model.job} {model.size}"), markup=False)
+    if record_found.taken_from:
+        notice = words.get("scale.taken", source=record_found.taken_from)
         output.print(one_line(notice), markup=False, style="yellow")
     print_gates([g.words for g in gate_results], console=output, lang=lang)
     if decision is not None and all(g.holds for g in gate_results):
@@ -284,7 +284,7 @@ def _print(
         _print_plain(stages, output, words)
     print_gate_end([g.words for g in gate_results], predicted=bool(stages), console=output, lang=lang)
     unmeasured = [g.name for g in gate_results if g.name == "effort: attended minutes" and g.found is None]
-    if unmeasured and not found.taken_from:
+    if unmeasured and not record_found.taken_from:
         output.print(words.get("scale.ask_attended"), markup=False)
 
 

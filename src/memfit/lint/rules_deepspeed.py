@@ -28,10 +28,10 @@ def _device(d: Options, name: str) -> str:
 def _shares_samples(d: Options, s: Setup) -> bool:
     """Return whether several processes may work on the same samples, as in tensor and sequence
     parallelism."""
-    mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
-    split = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
-    split = split or "autosp" in d.texts("compile.passes")
-    return bool(split) or mesh or s.megatron is not None
+    has_mesh = s.accelerate is not None and bool(s.accelerate.section("parallelism_config"))
+    splits_model = d.section("tensor_parallel") or d.raw("sequence_parallel_size")
+    splits_model = splits_model or "autosp" in d.texts("compile.passes")
+    return bool(splits_model) or has_mesh or s.megatron is not None
 
 
 def deepspeed_batch_product(d: Options, s: Setup) -> Found:

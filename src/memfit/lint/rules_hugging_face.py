@@ -117,10 +117,8 @@ def accelerate_one_process(a: Options, s: Setup) -> Found:
     option."""
     processes = a.count("num_processes")
     is_local = str(a.raw("compute_environment") or "LOCAL_MACHINE").upper() == "LOCAL_MACHINE"
-    is_undistributed = a.raw("distributed_type") is not None and _kind(a) in (
-        "NO",
-        "FALSE",
-    )  # YAML reads no as False
+    # YAML reads no as False.
+    is_undistributed = a.raw("distributed_type") is not None and _kind(a) in ("NO", "FALSE")
     if (
         is_undistributed
         and is_local

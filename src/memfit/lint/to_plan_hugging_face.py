@@ -268,11 +268,11 @@ def _fsdp_options(setup: Setup) -> Options | None:
     if args is None or setup.fsdp is None:
         return None
     data = {"version": 2, **args.section("fsdp_config")}
-    words = args.texts("fsdp")
-    data.setdefault("reshard_after_forward", "shard_grad_op" not in words)
-    if "no_shard" in words:
+    fsdp_flags = args.texts("fsdp")
+    data.setdefault("reshard_after_forward", "shard_grad_op" not in fsdp_flags)
+    if "no_shard" in fsdp_flags:
         data["sharding_strategy"] = "NO_SHARD"
-    data.setdefault("offload_params", data.get("cpu_offload", "offload" in words))
+    data.setdefault("offload_params", data.get("cpu_offload", "offload" in fsdp_flags))
     return Options(file=args.file, data=data)
 
 
