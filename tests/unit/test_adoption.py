@@ -1,4 +1,4 @@
-"""What adopting a plan took: counted on a made-up set of packages and a store of known rows."""
+"""The effort of adopting a plan, counted on a fictitious set of packages and a store with known rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = {
     "memfit": (["numpy>=1.26", "typer>=0.15", "pytest; extra == 'dev'"], 1),
     "typer": (["click (>=8)", "Rich"], 2),
     "click": ([], 3),
-    "rich": (["typer"], 4),  # a circle
+    "rich": (["typer"], 4),  # a dependency cycle
     "bitsandbytes": (["torch", "not-installed"], 100),
     "torch": (["sympy"], 1000),
 }
@@ -56,30 +56,30 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store.sqlite3")
 
 
-def test_packages_are_what_memfit_and_the_plan_need_beside_torch(store: Store) -> None:
+def test_packages_and_size_cover_dependencies_of_memfit_and_the_plan_except_torch(store: Store) -> None:
     plain = effort(JobRef(spec="protein-ss"), Plan(), (), store)
     assert (plain.packages, plain.installed_mib) == (4, 1 + 2 + 3)
     small = effort(JobRef(spec="protein-ss"), Plan(uses=(use("adamw-8bit"),)), (), store)
     assert (small.packages, small.installed_mib) == (5, 106)
 
 
-def test_a_built_in_job_changes_nobodys_code_and_nobody_guesses_minutes(store: Store) -> None:
+def test_a_built_in_job_counts_no_changed_lines_and_leaves_attended_minutes_unknown(store: Store) -> None:
     found = effort(JobRef(spec="protein-ss"), Plan(), (), store)
     assert (found.commands, found.changed_lines, found.attended_minutes) == (1, 0, None)
 
 
-def test_the_users_own_lines_are_counted_without_blank_ones(store: Store, tmp_path: Path) -> None:
+def test_changed_lines_are_the_non_blank_lines_of_the_users_job_file(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text("import torch\n\n   \njob = 1\n")
     assert effort(JobRef(spec=f"{path}:job"), Plan(), (), store).changed_lines == 2
     assert effort(JobRef(spec=f"{tmp_path}/none.py:job"), Plan(), (), store).changed_lines == 0
 
 
-def test_failures_are_runs_that_broke_and_pocs_that_were_interrupted(store: Store) -> None:
+def test_failed_attempts_are_broken_runs_plus_interrupted_proofs_of_concept(store: Store) -> None:
     for poc_id, kinds in (("a", ("begin", "poc")), ("b", ("begin",)), ("c", ("begin",))):
         for kind in kinds:
             store.append(poc_id, kind, {})
     runs = [ran(kind) for kind in (OutcomeKind.OK, OutcomeKind.OOM, OutcomeKind.FAILED, OutcomeKind.TIMEOUT)]
-    # two runs broke (running out of memory is an answer) and b was interrupted; c is the one under way
+    # two runs broke (running out of memory counts as an answer) and b was interrupted; c is still under way
     assert effort(JobRef(spec="x"), Plan(), runs, store).failed_attempts == 3
     assert effort(JobRef(spec="x"), Plan(), (), store).failed_attempts == 2

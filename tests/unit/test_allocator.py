@@ -1,4 +1,4 @@
-"""The caching allocator's documented rules, in closed cases and in laws."""
+"""The caching allocator's documented rules, in worked examples and in properties that hold for any input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def steps(*events: tuple[object, ...]) -> list[Event]:
         (100 * MIB, 8, 104 * MIB),  # parts of 8 MiB above 64 MiB
     ],
 )
-def test_sizes_are_rounded(asked: int, divisions: int, given_: int) -> None:
+def test_requested_sizes_are_rounded_as_documented(asked: int, divisions: int, given_: int) -> None:
     assert rounded_bytes(asked, divisions) == given_
 
 
@@ -56,12 +56,12 @@ def test_sizes_are_rounded(asked: int, divisions: int, given_: int) -> None:
         (21 * MIB, 22 * MIB),
     ],
 )
-def test_segments_by_size(asked: int, segment: int) -> None:
+def test_segment_size_follows_from_the_requested_size(asked: int, segment: int) -> None:
     assert segment_bytes(asked) == segment
     assert run(steps(("a", asked))).reserved_peak_bytes == segment
 
 
-# -- closed cases -----------------------------------------------------------------------------------
+# -- worked examples --------------------------------------------------------------------------------
 
 
 def test_small_requests_share_a_segment_until_it_is_full() -> None:
@@ -70,25 +70,25 @@ def test_small_requests_share_a_segment_until_it_is_full() -> None:
     assert run(steps(*four, (4, 512))).reserved_peak_bytes == 4 * MIB
 
 
-def test_small_and_large_requests_never_share() -> None:
+def test_small_and_large_requests_never_share_a_segment() -> None:
     assert run(steps(("large", 2 * MIB), ("small", 512))).reserved_peak_bytes == 22 * MIB
 
 
-def test_the_rest_of_a_large_segment_is_used_only_above_one_mib() -> None:
+def test_remainder_of_a_large_block_is_split_off_only_if_larger_than_one_mib() -> None:
     """A 20 MiB segment holds 9 + 9 MiB; 2 MiB are left, which a third request of 2 MiB fills."""
     assert run(steps(("a", 9 * MIB), ("b", 9 * MIB), ("c", 2 * MIB))).reserved_peak_bytes == 20 * MIB
-    # 19 + 1 MiB: the last MiB is not split off a block, so it counts as allocated.
+    # 19 + 1 MiB: the last MiB is not split off the block, so it counts as allocated.
     found = run(steps(("x", 20 * MIB), ("x",), ("a", 19 * MIB)))
     assert (found.allocated_bytes, found.reserved_bytes) == (20 * MIB, 20 * MIB)
 
 
 def test_best_fit_takes_the_smallest_block_that_holds_it() -> None:
-    """Free blocks of 60 and 40 MiB: 30 MiB goes into the 40, so that 60 is still there."""
+    """With free blocks of 60 and 40 MiB, a request of 30 MiB takes the 40, so the 60 stays free."""
     found = run(steps(("a", 60 * MIB), ("b", 40 * MIB), ("a",), ("b",), ("c", 30 * MIB), ("d", 60 * MIB)))
     assert found.reserved_peak_bytes == 100 * MIB
 
 
-def test_neighbours_merge_when_both_are_free() -> None:
+def test_adjacent_blocks_merge_when_both_are_free() -> None:
     """Three thirds of one segment, freed out of order, are one block again."""
     thirds = [(i, 20 * MIB) for i in range(3)]
     first = [("whole", 60 * MIB), ("whole",), *thirds]
@@ -104,15 +104,15 @@ def test_segments_never_merge_but_expandable_ones_grow() -> None:
 
 
 def test_expandable_segments_map_whole_pages() -> None:
-    """Pages of 20 MiB for large requests, of 2 MiB for small ones; the end is used first."""
+    """Pages are 20 MiB for large requests and 2 MiB for small ones; free space at the end is used first."""
     found = run(steps(("a", 21 * MIB), ("b", 512), ("c", 18 * MIB)), EXPANDABLE)
     assert found.reserved_peak_bytes == (40 + 2) * MIB
-    # c did not fit in what a left of its second page: one more page, not two.
+    # c does not fit in the rest of a's second page: one more page is mapped, not two.
     found = run(steps(("a", 21 * MIB), ("c", 30 * MIB)), EXPANDABLE)
     assert found.reserved_peak_bytes == 60 * MIB
 
 
-def test_streams_do_not_share_what_is_free() -> None:
+def test_free_blocks_are_not_shared_between_streams() -> None:
     events = steps(("a", 40 * MIB, "compute"), ("a",), ("b", 40 * MIB, "all-gather"))
     assert run(events).reserved_peak_bytes == 80 * MIB
     assert run(events, EXPANDABLE).reserved_peak_bytes == 80 * MIB
@@ -130,16 +130,16 @@ def test_a_block_another_stream_still_uses_is_not_reused() -> None:
     assert heap.reserved_bytes == 80 * MIB
 
 
-def test_under_a_cap_cached_segments_are_given_back_first() -> None:
-    """40 MiB are free but too small for 60: given back, 60 fits under 100 MiB beside the live 40."""
+def test_cached_segments_are_released_before_a_request_fails_at_the_cap() -> None:
+    """40 MiB are cached but too small for 60; once released, 60 fits under 100 MiB beside the live 40."""
     events = steps(("a", 40 * MIB), ("b", 40 * MIB), ("a",), ("c", 60 * MIB))
     found = run(events, Settings(cap_bytes=100 * MIB))
     assert (found.fits, found.retries, found.reserved_peak_bytes) == (True, 1, 100 * MIB)
     assert not run(events, Settings(cap_bytes=98 * MIB)).fits
 
 
-def test_a_split_segment_cannot_be_given_back_but_free_pages_can() -> None:
-    """60 MiB cut to a live 20 and a free 40: only pages of an expandable segment can be given back."""
+def test_a_split_segment_cannot_be_released_but_free_expandable_pages_can() -> None:
+    """60 MiB are split into a live 20 and a free 40: only pages of expandable segments can be released."""
     events = steps(("w", 60 * MIB), ("w",), ("live", 20 * MIB), ("other", 50 * MIB, "side"))
     cap = Settings(cap_bytes=100 * MIB)
     assert not run(events, cap).fits
@@ -147,8 +147,8 @@ def test_a_split_segment_cannot_be_given_back_but_free_pages_can() -> None:
     assert (grown.fits, grown.reserved_bytes, grown.retries) == (True, 80 * MIB, 1)
 
 
-def test_unmapped_pages_are_filled_from_the_lowest_address() -> None:
-    """Live blocks keep the ends; the hole between them is unmapped, and mapped again for what fits it."""
+def test_unmapped_pages_are_mapped_again_for_a_later_request() -> None:
+    """Live blocks keep both ends; the hole between them is unmapped, then mapped again for a request."""
     events = steps(
         ("a", 20 * MIB),
         ("hole", 60 * MIB),
@@ -163,7 +163,7 @@ def test_unmapped_pages_are_filled_from_the_lowest_address() -> None:
 
 
 def test_oversize_blocks_are_not_split() -> None:
-    """With max_split_size 100 MiB a free block of 200 serves neither 50, 150 nor 180, but 190."""
+    """With max_split_size 100 MiB a free block of 200 serves a request of 190, but none of 50, 150 or 180."""
     setting = Settings(max_split_size_bytes=100 * MIB)
     for asked, reserved in ((50, 250), (150, 350), (180, 380), (190, 200)):
         found = run(steps(("a", 200 * MIB), ("a",), ("b", asked * MIB)), setting)
@@ -172,15 +172,15 @@ def test_oversize_blocks_are_not_split() -> None:
     assert run(steps(("a", 200 * MIB), ("a",), ("b", 50 * MIB))).reserved_peak_bytes == 200 * MIB
 
 
-def test_one_oversize_block_is_given_back_before_all_are() -> None:
-    """Free 200 MiB (oversize) and 40: room for 150 is made from the first alone, without a retry."""
+def test_one_oversize_block_is_released_before_the_whole_cache() -> None:
+    """With 200 MiB (oversize) and 40 cached, releasing the first makes room for 150 without a retry."""
     events = steps(("a", 200 * MIB), ("b", 40 * MIB), ("a",), ("b",), ("c", 150 * MIB))
     found = run(events, Settings(max_split_size_bytes=100 * MIB, cap_bytes=250 * MIB))
     assert (found.fits, found.retries, found.reserved_bytes) == (True, 0, 190 * MIB)
 
 
 def test_garbage_is_collected_above_the_threshold() -> None:
-    """Above 80 % of the cap, a segment unused for longer than the average is given back before growing."""
+    """Above 50 % of the cap, a segment unused for longer than the average is released before growing."""
     events = steps(("old", 50 * MIB), ("old",), ("a", 60 * MIB), ("b", 70 * MIB))
     lazy = run(events, Settings(cap_bytes=200 * MIB))
     eager = run(events, Settings(cap_bytes=200 * MIB, garbage_collection_threshold=0.5))
@@ -188,9 +188,9 @@ def test_garbage_is_collected_above_the_threshold() -> None:
     assert eager.retries == 0
 
 
-def test_garbage_of_all_streams_ages_by_one_count() -> None:
-    """PyTorch counts requests of its one pool of large blocks, whatever their streams: when the last is made,
-    the side stream's 60 MiB have aged by two, the main stream's 40 by one; the older of them goes."""
+def test_ages_of_cached_blocks_are_counted_across_streams() -> None:
+    """PyTorch counts requests to its one pool of large blocks across streams: at the last request the
+    side stream's 60 MiB have aged by two and the main stream's 40 by one, so the older block is released."""
     events = [
         ("s", 60 * MIB, "side"),
         ("o", 40 * MIB, ""),
@@ -220,7 +220,7 @@ def life(start: int, end: int | None, size: int, stream: str = "") -> Allocation
     )
 
 
-def test_a_trace_is_played_by_its_clock() -> None:
+def test_a_trace_is_replayed_in_clock_order() -> None:
     lives = [life(5, None, 40 * MIB), life(0, 3, 40 * MIB), life(1, 2, 0)]
     assert [(size, key) for key, size, _ in events_of(lives)] == [(40 * MIB, 1), (-1, 1), (40 * MIB, 0)]
     found = replay(lives)
@@ -228,7 +228,7 @@ def test_a_trace_is_played_by_its_clock() -> None:
     assert replay([life(0, 3, MIB * 40), life(5, None, MIB * 40, "side")]).reserved_bytes == 80 * MIB
 
 
-# -- laws -------------------------------------------------------------------------------------------
+# -- properties -------------------------------------------------------------------------------------
 
 sizes = st.one_of(st.integers(1, 2 * MIB), st.integers(MIB, 64 * MIB))
 
@@ -256,13 +256,13 @@ any_settings = st.builds(
 
 
 def rest(events: list[Event]) -> list[Event]:
-    """Frees of all that is still alive."""
+    """Frees of everything that is still allocated."""
     freed = {key for key, size, _ in events if size < 0}
     return [(key, -1, "") for key, size, _ in events if size >= 0 and key not in freed]
 
 
 @given(histories(), any_settings)
-def test_reserved_holds_allocated_and_never_falls_without_a_cap(events: list[Event], how: Settings) -> None:
+def test_reserved_covers_allocated_and_never_falls_without_a_cap(events: list[Event], how: Settings) -> None:
     heap = CachingAllocator(how)
     live: dict[object, int] = {}
     for key, size, stream in events:
@@ -279,8 +279,10 @@ def test_reserved_holds_allocated_and_never_falls_without_a_cap(events: list[Eve
 
 
 @given(histories(), any_settings)
-def test_when_all_is_freed_the_segments_are_whole_again(events: list[Event], how: Settings) -> None:
-    """Nothing is allocated, and everything reserved can be given back to make room for one request."""
+def test_when_everything_is_freed_all_reserved_memory_can_be_released(
+    events: list[Event], how: Settings
+) -> None:
+    """Nothing is allocated, and everything reserved can be released to make room for one request."""
     played = run(events + rest(events), how)
     assert played.allocated_bytes == 0
     cap = played.reserved_peak_bytes
@@ -294,7 +296,7 @@ def test_when_all_is_freed_the_segments_are_whole_again(events: list[Event], how
 
 
 @given(histories(), any_settings, st.integers(1, 40))
-def test_a_cap_is_never_exceeded(events: list[Event], how: Settings, share: int) -> None:
+def test_reserved_memory_never_exceeds_the_cap(events: list[Event], how: Settings, share: int) -> None:
     free = run(events, how)
     cap = max(2 * MIB, free.reserved_peak_bytes * share // 40)
     capped = run(
@@ -311,24 +313,26 @@ def test_a_cap_is_never_exceeded(events: list[Event], how: Settings, share: int)
 
 
 @given(histories(), st.booleans())
-def test_the_same_loop_again_reserves_no_more(events: list[Event], expandable: bool) -> None:
-    """A loop that frees all it allocates finds in its segments what its last round left."""
+def test_repeating_a_loop_that_frees_everything_reserves_no_more(
+    events: list[Event], expandable: bool
+) -> None:
+    """A loop that frees all it allocates reuses the segments that its last round left."""
     how, loop = Settings(expandable_segments=expandable), events + rest(events)
     rounds = [run([((n, k), s, t) for n in range(many) for k, s, t in loop], how) for many in (3, 6)]
     assert rounds[0].reserved_peak_bytes == rounds[1].reserved_peak_bytes
 
 
-def test_a_request_just_below_max_split_size_grows_by_a_segment_a_round() -> None:
+def test_requests_just_below_max_split_size_reserve_a_new_segment_each_round() -> None:
     """Its segment of 32 MiB is oversize for the request of 31 and is never found again (PyTorch's rule),
-    until a cap makes the allocator give it back."""
+    until a cap makes the allocator release it."""
     loop = steps(*[event for n in range(5) for event in ((n, 31 * MIB - 512), (n,))])
     assert run(loop, Settings(max_split_size_bytes=32 * MIB)).reserved_peak_bytes == 160 * MIB
     capped = run(loop, Settings(max_split_size_bytes=32 * MIB, cap_bytes=64 * MIB))
     assert (capped.fits, capped.retries) == (True, 0)
 
 
-def test_expandable_segments_are_not_given_back_as_oversize_blocks() -> None:
-    """With a `max_split_size` too: their pages are unmapped when everything cached is given back."""
+def test_expandable_segments_are_not_released_as_oversize_blocks() -> None:
+    """Also with `max_split_size`, their pages are unmapped only when everything cached is released."""
     loop = steps(("a", 100 * MIB), ("b", 10 * MIB), ("a",), ("c", 150 * MIB))
     how = Settings(expandable_segments=True, max_split_size_bytes=50 * MIB, cap_bytes=200 * MIB)
     found = run(loop, how)
@@ -336,6 +340,6 @@ def test_expandable_segments_are_not_given_back_as_oversize_blocks() -> None:
 
 
 @given(st.lists(sizes, min_size=1, max_size=40))
-def test_expandable_segments_waste_less_than_a_page_while_nothing_is_freed(asked: list[int]) -> None:
+def test_expandable_segments_waste_less_than_a_page_per_pool_while_nothing_is_freed(asked: list[int]) -> None:
     found = run([(i, s, "") for i, s in enumerate(asked)], EXPANDABLE)
     assert found.reserved_bytes - found.allocated_bytes < (2 + 20) * MIB

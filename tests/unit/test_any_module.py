@@ -1,5 +1,5 @@
-"""Any module: a trace's whole sequence of allocations against the counting allocator's, for what torch does
-otherwise with plain tensors than with fake ones, and what depends on the data."""
+"""Arbitrary modules: the full allocation sequence of a trace is compared with the counting allocator's, where
+torch treats real tensors differently from fake ones and where sizes depend on the data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from memfit.types.plan import Plan, Use, use
 from memfit.types.trace import Phase, Trace
 
 counted = pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
-SMALL_BYTES = 64  # a Python number as a tensor, a step count
+SMALL_BYTES = 64  # such as a Python number as a tensor, or a step count
 
 
 def job(forward: Callable[..., torch.Tensor], *shape: int, **more: Any) -> Job:
@@ -83,7 +83,7 @@ def measured(case: Job, plan: Plan = Plan()) -> list[int]:  # noqa: B008 - froze
     return [d for d in log[marks[0] - begun :] if abs(d) > SMALL_BYTES]
 
 
-# --- sequences, whole
+# --- full allocation sequences
 
 
 def residual(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def squared(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def strided_linear(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer on a transposed input takes another way than on a contiguous one."""
+    """A linear layer on a transposed input takes another path than on a contiguous one."""
     return m.first(m.second(x).transpose(0, 1))
 
 
@@ -161,7 +161,7 @@ def slope(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def curved(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """A derivative's formula with a graph of its own writes in place as well."""
+    """A derivative formula that builds its own graph writes in place as well."""
     place = x.detach().clone().requires_grad_()
     chosen = torch.sin(m.first(place))[torch.arange(8)]
     (gradient,) = torch.autograd.grad(chosen.square().sum(), place, create_graph=True)
@@ -173,7 +173,7 @@ def logits(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def means(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """The derivative of a mean over scattered rows counts them in a tensor beside its zeros."""
+    """The derivative of a mean over scattered rows counts them in a tensor separate from its zeros."""
     places = torch.arange(40)[:, None].expand(40, 32) % 7
     return torch.zeros(7, 32).scatter_reduce(0, places, m.first(x), "mean", include_self=False)
 
@@ -184,7 +184,7 @@ def conjugates(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def transposed(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """The derivative of log_softmax is contiguous, whatever comes back to it."""
+    """The derivative of log_softmax is contiguous, whatever the layout of the incoming gradient."""
     return m.second(m.first(x.view(8, 5, 32)).log_softmax(-1).transpose(0, 1))
 
 
@@ -194,7 +194,7 @@ def products(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def resized(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """As FSDP2 frees what it has gathered and takes room for it again."""
+    """As FSDP2 frees gathered parameters and allocates their storage again."""
     room = torch.zeros(64, 32)
     room.untyped_storage().resize_(0)
     h = m.first(x)
@@ -222,55 +222,57 @@ CASES: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...]], ...] = (
 
 @counted
 @pytest.mark.parametrize(("forward", "shape"), CASES, ids=lambda v: getattr(v, "__name__", ""))
-def test_the_whole_sequence_is_the_allocators(forward: Callable[..., Any], shape: tuple[int, ...]) -> None:
+def test_predicted_allocation_sequence_equals_the_measured_one(
+    forward: Callable[..., Any], shape: tuple[int, ...]
+) -> None:
     case = job(forward, *shape)
     assert predicted(trace(case, Plan())) == measured(case)
 
 
 @counted
 @pytest.mark.parametrize("used", [use("sgd"), use("gradient-accumulation", micro_batches=2)])
-def test_and_under_a_plan(used: Use) -> None:
+def test_predicted_allocation_sequence_under_a_plan_equals_the_measured_one(used: Use) -> None:
     case, plan = job(residual), Plan(uses=(used,))
     assert predicted(trace(case, plan)) == measured(case, plan)
 
 
 @counted
-def test_a_formula_writes_over_the_probabilities_of_logits() -> None:
+def test_predicted_backward_sequence_of_bce_with_logits_equals_the_measured_one() -> None:
     """The loss itself takes scratch memory in forward, which a trace does not see."""
     case = job(logits)
     expected = predicted(trace(case, Plan()), Phase.BACKWARD)
     assert expected == measured(case)[-len(expected) :]
 
 
-def test_counts_of_scattered_rows_stand_beside_their_zeros() -> None:
+def test_backward_of_a_scatter_mean_allocates_one_tensor_of_row_counts() -> None:
     found = trace(job(means), Plan(), steps=1)
     assert [a.op for a in found.allocations if a.phase is Phase.BACKWARD].count(
         "aten.scatter_add.default"
     ) == 1
 
 
-def test_conjugates_are_run_as_conjugates() -> None:
-    """A kernel copies them inside itself, which a probe sees only if it gets them."""
+def test_probes_receive_conjugate_inputs_where_the_trace_had_them() -> None:
+    """The kernel copies conjugates internally, which a probe sees only if it receives them."""
     signatures = {o.signature for o in trace(job(conjugates), Plan(), steps=1).ops if "bmm" in o.op}
     seen = [t.is_conj() for s in signatures for t in ready(s)[1] if isinstance(t, torch.Tensor)]
     assert any(seen)
     assert not all(seen)
 
 
-def test_a_gradient_of_log_probabilities_is_contiguous() -> None:
+def test_gradient_of_log_softmax_is_contiguous_so_backward_makes_no_clone() -> None:
     found = trace(job(transposed), Plan(), steps=1)
     assert not [a.op for a in found.allocations if a.phase is Phase.BACKWARD and a.op == "aten.clone.default"]
 
 
-def test_a_product_along_rows_takes_the_short_way_as_well() -> None:
-    """Its derivative looks for zeros in a table of counts, and divides; the long way cumulates twice."""
+def test_backward_of_a_product_along_rows_divides_instead_of_cumulating() -> None:
+    """The derivative counts the zeros and divides; the slower path takes two cumulative products."""
     found = trace(job(lambda m, x: m.first(x).prod(keepdim=True, dim=1)), Plan(), steps=1)
     made = [a.op.split(".")[1] for a in found.allocations if a.phase is Phase.BACKWARD]
     assert "div" in made
     assert "cumprod" not in made
 
 
-def test_norms_of_half_precision_keep_float32_statistics_and_give_half_gradients() -> None:
+def test_layer_norm_in_half_precision_keeps_float32_statistics_and_gives_half_gradients() -> None:
     case = job(lambda m, x: functional.layer_norm(m.first(x), (32,), m.first.bias))
     found = trace(case, Plan(uses=(use("bf16-autocast"),)), steps=1)
     made = [(a.op.split(".")[1], a.requested_bytes) for a in found.allocations if "layer_norm" in a.op]
@@ -278,7 +280,7 @@ def test_norms_of_half_precision_keep_float32_statistics_and_give_half_gradients
     assert made[3] == ("native_layer_norm_backward", 40 * 32 * 2)
 
 
-# --- the batch decides
+# --- sizes that depend on the batch
 
 
 def by_mask(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -291,7 +293,7 @@ def by_values(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("forward", [by_mask, by_values])
-def test_what_the_batch_decides_is_taken_from_it(forward: Any) -> None:
+def test_sizes_that_depend_on_the_batch_are_taken_from_its_values(forward: Any) -> None:
     case = job(forward)
     chosen = int((case.make_batch(0, 0)[:, 0] > 0.5).sum())
     found = trace(case, Plan())
@@ -300,8 +302,8 @@ def test_what_the_batch_decides_is_taken_from_it(forward: Any) -> None:
     assert any(a.size_bytes == chosen * 32 * 4 for a in found.allocations)
 
 
-def test_lengths_of_labels_decide_what_an_alignment_keeps() -> None:
-    """CTC keeps a state for every letter of the longest label, every gap and instant, and has as many in
+def test_ctc_loss_states_are_sized_by_the_longest_label() -> None:
+    """CTC keeps a state for every letter and gap of the longest label at every time step, and as many in
     backward."""
 
     def loss(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -317,7 +319,7 @@ def test_lengths_of_labels_decide_what_an_alignment_keeps() -> None:
 
 
 class Packed(nn.Module):
-    """Sequences without their padding; ``by_weights``: a parameter decides how long they are."""
+    """Sequences without padding; with ``by_weights``, a parameter decides their lengths."""
 
     def __init__(self, by_weights: bool = False) -> None:
         super().__init__()
@@ -333,15 +335,15 @@ class Packed(nn.Module):
 
 
 @counted
-def test_packed_sequences_take_the_lengths_of_the_batch() -> None:
+def test_packed_sequences_are_sized_by_the_lengths_in_the_batch() -> None:
     case = dataclasses.replace(job(residual, 6, 24, 16), build_model=Packed)
     found = trace(case, Plan())
     pieces = [a for a in found.allocations if "_pack_padded_sequence" in a.op and a.step]
-    assert len(pieces) > 3  # each batch size is copied apart
+    assert len(pieces) > 3  # each batch size is copied separately
     assert sorted(predicted(found)) == sorted(measured(case))
 
 
-def test_lengths_that_weights_decide_take_a_bound() -> None:
+def test_sequence_lengths_that_depend_on_weights_follow_the_given_bound() -> None:
     case = dataclasses.replace(job(residual, 6, 24, 16), build_model=lambda: Packed(by_weights=True))
     unbound = trace(case, Plan())
     assert any("_pack_padded_sequence gave 144 of 144 elements at" in a for a in unbound.assumptions)
@@ -353,7 +355,7 @@ def test_lengths_that_weights_decide_take_a_bound() -> None:
     assert any("gave 144 of 144" in a for a in memfit.estimate(case, bound=1.0).estimate.assumptions)
 
 
-# --- a parameter decides: a bound, or one line
+# --- sizes that depend on parameters: a bound is used, or the error is one line
 
 
 def by_weights(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -362,7 +364,7 @@ def by_weights(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("bound", "rows"), [(17, 17), (0.25, 10), ({"nonzero": 3}, 3)])
-def test_a_bound_is_the_size_of_what_depends_on_weights(bound: Any, rows: int) -> None:
+def test_sizes_that_depend_on_weights_equal_the_given_bound(bound: Any, rows: int) -> None:
     found = trace(job(by_weights, bound=bound), Plan())
     assert any(f"nonzero gave {rows} of 40" in a for a in found.assumptions)
     assert any(a.op == "aten.index.Tensor" and a.size_bytes == rows * 32 * 4 for a in found.allocations)
@@ -377,14 +379,16 @@ def test_a_bound_is_the_size_of_what_depends_on_weights(bound: Any, rows: int) -
         (lambda m, x: m.first(x).repeat_interleave((m.second(x)[:, 0] > 0).long(), 0), "repeat_interleave"),
     ],
 )
-def test_without_one_all_are_assumed_and_the_interval_holds_one_too(forward: Any, op: str) -> None:
+def test_without_a_bound_all_elements_are_assumed_and_the_interval_includes_one_element(
+    forward: Any, op: str
+) -> None:
     found = memfit.estimate(job(forward))
     assert any(a.startswith(f"{op} gave") for a in found.estimate.guesses)
     few = memfit.estimate(job(forward, bound={op: 1})).allocated_bytes
     assert found.allocated_bytes.low <= few.value <= found.allocated_bytes.high
 
 
-def test_a_size_without_limit_is_asked_for() -> None:
+def test_a_size_without_an_upper_limit_is_refused_with_a_request_for_a_bound() -> None:
     def repeated(m: Any, x: torch.Tensor) -> torch.Tensor:
         return m.first(x).repeat_interleave(m.second(x)[:, 0].exp().long(), 0)
 
@@ -400,7 +404,7 @@ def until_small(m: Any, x: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def test_a_loop_on_values_ends_in_one_line_or_after_as_many_rounds_as_are_given() -> None:
+def test_a_loop_on_tensor_values_is_refused_unless_a_bound_gives_its_rounds() -> None:
     with pytest.raises(
         UserError, match=r"a loop on .item\(\) at test_any_module.py:\d+ does not end"
     ) as caught:
@@ -410,7 +414,7 @@ def test_a_loop_on_values_ends_in_one_line_or_after_as_many_rounds_as_are_given(
     assert sum(o.op == "aten.tanh.default" for o in found.ops) == 5
 
 
-def test_where_a_guess_breaks_the_step_the_guess_is_named() -> None:
+def test_an_error_caused_by_a_guessed_value_names_the_guess() -> None:
     def split(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.first(x)
         return torch.cat(h.split((h > 0).sum(0)[:2].tolist()))
@@ -419,11 +423,11 @@ def test_where_a_guess_breaks_the_step_the_guess_is_named() -> None:
         trace(job(split), Plan())
 
 
-# --- checks of values, and numbers that matter
+# --- checks of values, and values that decide sizes
 
 
 class Odd(Exception):
-    """Of the user's own."""
+    """An exception of the user's own code."""
 
 
 def checked(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -441,13 +445,13 @@ def variance(m: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("forward", [checked, variance])
-def test_code_that_refuses_values_is_taken_not_to(forward: Any) -> None:
+def test_value_checks_that_raise_are_assumed_to_pass(forward: Any) -> None:
     found = trace(job(forward), Plan())
     assert any("answered False" in a for a in found.assumptions)
     assert lifecycle(job(forward), Plan()).peak("steady-step").device_bytes > 0
 
 
-def test_an_error_that_no_answer_avoids_is_the_first_one() -> None:
+def test_when_every_answer_raises_the_first_error_is_raised() -> None:
     def refused(m: Any, x: torch.Tensor) -> torch.Tensor:
         if (m.first(x) > 0).any():
             raise Odd("one way")
@@ -469,14 +473,14 @@ def counted_rounds(m: Any, x: torch.Tensor) -> torch.Tensor:
     return h
 
 
-def test_a_count_that_decides_sizes_lies_between_one_and_all() -> None:
+def test_a_count_that_decides_sizes_is_assumed_maximal_and_lowers_the_interval() -> None:
     found = trace(job(cut), Plan())
     assert any(".item() on torch.int64 answered 40 at" in a for a in found.assumptions)
     assert found.assumed_low_ratio < 1 == found.assumed_high_ratio
 
 
 @pytest.mark.parametrize("forward", [counted_rounds])
-def test_a_number_that_decides_sizes_is_asked_for(forward: Any) -> None:
+def test_a_value_that_decides_sizes_is_refused_unless_a_bound_gives_it(forward: Any) -> None:
     with pytest.raises(
         UserError, match=r".item\(\) at test_any_module.py:\d+ decides how much.*bound"
     ) as told:
@@ -486,7 +490,7 @@ def test_a_number_that_decides_sizes_is_asked_for(forward: Any) -> None:
     assert any("answered 7" in a for a in found.assumptions)
 
 
-def test_a_number_that_decides_none_is_only_told() -> None:
+def test_a_value_that_decides_no_sizes_is_reported_as_an_assumption() -> None:
     def logged(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.first(x)
         m.right, m.mean = (h.argmax(1) == 3).sum().item(), h.mean().item()
@@ -498,7 +502,7 @@ def test_a_number_that_decides_none_is_only_told() -> None:
     assert "assumed" in found._repr_html_()
 
 
-def test_values_that_torch_reads_beside_all_modes() -> None:
+def test_values_that_torch_reads_without_dispatching_still_decide_sizes() -> None:
     def parted(m: Any, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([h.exp() for h in torch.tensor_split(m.first(x), torch.tensor([3, 10]))])
 
@@ -510,7 +514,7 @@ def test_values_that_torch_reads_beside_all_modes() -> None:
     assert any(a.requested_bytes == 4 * 10 * 7 * 4 for a in trace(job(aligned), Plan()).allocations)
 
 
-def test_initialisers_that_draw_until_all_is_in_range_end() -> None:
+def test_a_model_initialised_with_trunc_normal_is_traced_without_an_endless_redraw() -> None:
     def build() -> nn.Module:
         net = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
         nn.init.trunc_normal_(net[0].weight)
@@ -519,11 +523,11 @@ def test_initialisers_that_draw_until_all_is_in_range_end() -> None:
     assert trace(regression(build), Plan()).parameter_count == 8 * 16 + 16 + 16 * 4 + 4
 
 
-# --- what kernels keep to themselves
+# --- memory that kernels hold internally
 
 
 @counted
-def test_a_recurrent_layers_workspace_is_probed_forward_and_backward() -> None:
+def test_workspace_of_a_recurrent_layer_is_probed_in_forward_and_backward() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -557,7 +561,7 @@ def test_a_recurrent_layers_workspace_is_probed_forward_and_backward() -> None:
     )
 
 
-def test_derivatives_by_torch_func_inside_a_loss() -> None:
+def test_a_loss_with_torch_func_derivatives_is_predicted() -> None:
     """Values of a batch are not followed through the wrapped tensors of vmap and grad."""
     model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 1))
 
@@ -571,7 +575,7 @@ def test_derivatives_by_torch_func_inside_a_loss() -> None:
     assert memfit.estimate(model, torch.randn(32, 2), loss=loss).allocated_bytes.value > 32 * 64 * 4
 
 
-def test_an_optimizer_that_divides_by_what_its_scalars_lack_of_one() -> None:
+def test_an_optimizer_that_divides_by_one_minus_its_scalars_is_predicted() -> None:
     model = nn.Linear(4, 4)
     found = memfit.estimate(
         model, torch.randn(2, 4), loss=lambda output, batch: output.sum(), optimizer=torch.optim.NAdam
@@ -588,8 +592,8 @@ def test_an_optimizer_with_a_closure_is_refused() -> None:
 
 
 @counted
-def test_an_inverse_transform_asks_whether_its_windows_overlap() -> None:
-    """torch.istft raises where they do not, by a condition on values that no mode sees otherwise."""
+def test_istft_overlap_check_is_assumed_to_pass_and_its_memory_is_predicted() -> None:
+    """torch.istft raises where windows do not overlap, a condition on values that no dispatch mode sees."""
 
     def forward(case: Any, x: torch.Tensor) -> Any:
         window = torch.hann_window(32)
@@ -599,6 +603,6 @@ def test_an_inverse_transform_asks_whether_its_windows_overlap() -> None:
     case = job(forward, 40, 32)
     found = trace(case, Plan())
     assert any("equal answered False" in told for told in found.assumptions)
-    # Its transforms' kernels have scratch memory of their own, which a trace alone does not see.
+    # The kernels of the transforms use scratch memory, which a trace alone does not see.
     most, least = (max(itertools.accumulate(sizes)) for sizes in (measured(case), predicted(found)))
     assert least == pytest.approx(most, rel=0.01)

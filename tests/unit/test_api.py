@@ -1,4 +1,4 @@
-"""Predictions in the user's own code: what may be given, what stays untouched, what a mistake says."""
+"""Predictions from the user's own code: accepted inputs, objects that stay unchanged, error messages."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ LOSSES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_every_form_of_loss_is_the_jobs_loss(loss: Any) -> None:
+def test_every_form_of_loss_gives_the_same_estimate_as_the_job(loss: Any) -> None:
     assert memfit.estimate(net(), (X, Y), loss).estimate == memfit.estimate(job()).estimate
 
 
 @pytest.mark.parametrize("model", [net, net()], ids=["function", "module"])
 @pytest.mark.parametrize("batch", [(X, Y), [X, Y], lambda: (X, Y)], ids=["tuple", "list", "function"])
-def test_functions_are_as_good_as_what_they_return(model: Any, batch: Any) -> None:
+def test_model_and_batch_may_be_given_as_objects_or_functions(model: Any, batch: Any) -> None:
     found = memfit.estimate(model, batch, nn.CrossEntropyLoss())
     assert found.allocated_bytes == memfit.estimate(job()).allocated_bytes
 
@@ -88,7 +88,7 @@ class _Output:
     ],
     ids=["attribute", "mapping", "first", "second"],
 )
-def test_a_models_own_loss_is_found(wrap: Callable[..., Any]) -> None:
+def test_a_loss_returned_by_the_model_is_found(wrap: Callable[..., Any]) -> None:
     found = memfit.estimate(_Names(wrap), {"x": X, "labels": Y, "length": torch.ones(32)})
     plain = memfit.estimate(job()).by_phase
     assert found.by_phase["backward"] == pytest.approx(plain["backward"], abs=256)  # `length` is an input too
@@ -105,13 +105,13 @@ def test_a_models_own_loss_is_found(wrap: Callable[..., Any]) -> None:
     ],
     ids=["adamw", "sgd", "class", "function", "choice"],
 )
-def test_state_is_that_of_the_optimizer_given(optimizer: Any, moments: int) -> None:
+def test_optimizer_state_size_follows_the_given_optimizer(optimizer: Any, moments: int) -> None:
     found = memfit.estimate(net(), (X, Y), nn.CrossEntropyLoss(), optimizer)
     state = found.lifecycle.peak("save").device_bytes - 896 - 1280  # parameters and batch, by hand
     assert state // 896 == moments
 
 
-def test_an_optimizer_of_this_model_keeps_its_numbers_and_groups() -> None:
+def test_an_optimizer_built_for_the_model_keeps_its_settings_and_parameter_groups() -> None:
     model = net()
     moment = 512 + 64  # of the one layer it holds
     kept = 256 + 64  # the other's gradients: no optimizer sets them to None
@@ -120,7 +120,7 @@ def test_an_optimizer_of_this_model_keeps_its_numbers_and_groups() -> None:
     assert found.lifecycle.peak("save").device_bytes == 896 + 1280 + moment + kept
 
 
-def test_nothing_given_is_changed() -> None:
+def test_estimate_leaves_the_given_model_optimizer_and_random_state_unchanged() -> None:
     model = net().double().eval()
     seen: list[Any] = []
     model.register_forward_hook(lambda module, args, out: seen.append(module is model))
@@ -143,7 +143,7 @@ def test_nothing_given_is_changed() -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_tied_weights_buffers_and_plain_tensors_are_copied_once() -> None:
+def test_a_model_with_tied_weights_is_predicted_alike_as_a_module_or_a_function() -> None:
     model = tiny.Words(tied=True)
     model.table = torch.ones(1000)
     assert memfit.estimate(model, tiny.words_batch(0, 0), tiny.words_loss).allocated_bytes == (
@@ -160,7 +160,7 @@ def test_a_model_on_the_meta_device_is_predicted_as_if_it_had_memory() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on loading its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch when it loads its compiler
 def test_a_compiled_module_is_predicted_as_the_module_inside() -> None:
     model = net()
     found = memfit.estimate(torch.compile(model), (X, Y), nn.CrossEntropyLoss())
@@ -175,13 +175,13 @@ PLANS: dict[str, Any] = {
 }
 
 
-def test_a_plan_made_by_hand_gets_the_defaults_it_leaves_out() -> None:
+def test_a_hand_made_plan_gets_defaults_for_missing_settings() -> None:
     found = memfit.estimate(job(), plan=memfit.Plan(uses=(use("ddp"),), ranks=2))
     assert found.plan.get("ddp") == make_use("ddp", {})
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_every_form_of_plan_is_the_same_plan(plan: Any, tmp_path: Path) -> None:
+def test_every_form_of_plan_is_read_as_the_same_plan(plan: Any, tmp_path: Path) -> None:
     found = memfit.estimate(job(), plan=plan)
     assert found.plan == PLANS["plan"]
     (tmp_path / "plan.yaml").write_text(PLANS["text"].join(("techniques: {", "}")))
@@ -189,7 +189,7 @@ def test_every_form_of_plan_is_the_same_plan(plan: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["8xH100-SXM", "A100-80", "H100-SXM"])
-def test_a_machine_of_the_catalog_has_its_own_memory(name: str) -> None:
+def test_a_prediction_on_a_catalog_machine_uses_that_machines_memory(name: str) -> None:
     found = memfit.estimate(job(), machine=name)
     assert found.fits
     assert found.cap_bytes > 70 * 2**30
@@ -226,14 +226,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("given", "told"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_told_in_one_line(given: dict[str, Any], told: str) -> None:
+def test_mistakes_are_reported_in_one_line(given: dict[str, Any], told: str) -> None:
     with pytest.raises(memfit.UserError) as error:
         memfit.estimate(**{"model": net(), "batch": (X, Y), "loss": nn.CrossEntropyLoss()} | given)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_result_tells_itself() -> None:
+def test_parts_of_a_prediction_add_up_and_it_describes_itself_as_text_and_html() -> None:
     found = memfit.estimate(job(), machine="H100-SXM")
     assert found.allocated_bytes.low <= found.allocated_bytes.value <= found.allocated_bytes.high
     assert sum(found.by_category.values()) == found.allocated_bytes.value
@@ -250,7 +250,7 @@ def test_the_result_tells_itself() -> None:
     assert found.checkpoint_bytes["optimizer"] > found.checkpoint_bytes["model"]
 
 
-def test_what_was_assumed_is_told() -> None:
+def test_assumed_values_are_reported_in_the_explanation() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -265,11 +265,11 @@ def test_what_was_assumed_is_told() -> None:
     assert f"Assumed: {found.estimate.assumptions[0]}" in found.explain()
 
 
-def test_html_escapes_what_the_user_named() -> None:
+def test_html_escapes_the_name_of_the_job() -> None:
     assert "<script>" not in memfit.estimate(job(name="<script>"))._repr_html_()
 
 
-def test_assert_fits_passes_or_tells_what_would() -> None:
+def test_assert_fits_passes_or_suggests_a_technique_that_would_fit() -> None:
     wide = tiny.words(blocks=6)
     need = memfit.assert_fits(wide, "24GiB").allocated_bytes.value
     limit = int(1.05 * 0.6 * need) + 2 * 2**20
@@ -294,7 +294,9 @@ def test_assert_fits_passes_or_tells_what_would() -> None:
     ids=["plain", "bf16 x 2", "adafactor", "checkpointing"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-def test_a_trainers_step_is_as_measured(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_predicted_peak_of_a_trainer_is_within_one_percent_of_the_measured_peak(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")
     pytest.importorskip("accelerate")
@@ -329,7 +331,7 @@ def test_a_job_from_a_module_trains_on_real_tensors_too() -> None:
 @pytest.mark.parametrize(
     "plan", [{"fsdp2": {}}, "fsdp2", "fsdp2: {}", {"techniques": {"fsdp2": {}}}], ids=str
 )
-def test_a_plan_for_several_ranks_takes_the_machines_devices(plan: Any) -> None:
+def test_a_distributed_plan_without_a_rank_count_uses_all_devices_of_the_machine(plan: Any) -> None:
     whole = memfit.estimate(job(), plan=plan, machine="8xH100-SXM")
     assert whole.plan.ranks == 8
     two = {"ranks": 2, "techniques": {"fsdp2": {}}}

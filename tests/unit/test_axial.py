@@ -1,4 +1,4 @@
-"""Axial parallelism without other processes: what travels, what is cut, and searches that find it."""
+"""Axial parallelism in one process: communicated bytes, sharded sizes, and searches that propose it."""
 
 from __future__ import annotations
 
@@ -66,10 +66,11 @@ def _plan(ranks: int = RANKS, **uses: Any) -> Plan:
     return Plan(ranks=ranks, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
 
 
-def test_what_travels_for_one_block_is_counted_by_hand() -> None:
-    """Gathered: three biases, the right sides of the outer product and of the outgoing triangles, the latter
-    two in backward again; the incoming triangles are summed and scattered, in backward gathered. The MSA is
-    turned and turned back, the pairs around attention of the ending node. At the ends both are gathered."""
+def test_collectives_of_one_block_match_a_count_by_hand() -> None:
+    """All-gathered: three biases and the right sides of the outer product and of the outgoing triangles, the
+    latter two again in backward. The incoming triangles are reduce-scattered, and all-gathered in backward.
+    The MSA goes through an all-to-all and back, as do the pairs around attention of the ending node. At the
+    end of the model both are all-gathered."""
     traced = trace(_job(), _plan(axial_parallel={}, ddp={}), steps=1)
     found = collections.Counter(sent(o) for o in traced.ops if o.op.startswith("_c10d_functional"))
     bias, outer, pairs, rows = 2 * N * N * 4, ROWS * N * 4 * 4, N * N * C * 4, ROWS * N * C * 4
@@ -89,7 +90,7 @@ def test_what_travels_for_one_block_is_counted_by_hand() -> None:
     assert found - collections.Counter({("", 0): found["", 0]}) == wanted
 
 
-def test_one_process_asks_nobody() -> None:
+def test_a_single_process_issues_no_collectives() -> None:
     x, whole = torch.randn(2, 3, 4), Whole()
     for same in (whole.own(x, 1), whole.whole(x, 1, 3), whole.turned(x, 1, 2, 3), whole.summed(x, 1)):
         assert same is x
@@ -97,8 +98,8 @@ def test_one_process_asks_nobody() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 5, 8])
-def test_a_rank_holds_its_part_of_the_pairs(ranks: int) -> None:
-    """Of twelve residues on five or eight ranks the last parts are filled up."""
+def test_a_rank_holds_its_share_of_the_pair_activations(ranks: int) -> None:
+    """Five and eight ranks do not divide twelve residues, so the last parts are padded."""
     traced = trace(_job(), _plan(ranks, axial_parallel={"degree": ranks}, ddp={}), steps=1, rank=ranks - 1)
     largest = max(a.requested_bytes for a in traced.allocations if a.module.endswith("pairs.transition.up"))
     assert largest == math.ceil(N / ranks) * N * 4 * C * 4
@@ -107,13 +108,13 @@ def test_a_rank_holds_its_part_of_the_pairs(ranks: int) -> None:
 @pytest.mark.parametrize(
     "other", ["context-parallel", "tensor-parallel", "zero", "pipeline", "compile", "optimal-checkpointing"]
 )
-def test_what_does_not_go_with_it_is_refused(other: str) -> None:
+def test_axial_parallelism_refuses_incompatible_techniques(other: str) -> None:
     assert other in TECHNIQUES
     with pytest.raises(UserError, match="cannot be combined"):
         trace(_job(), _plan(4, axial_parallel={}, ddp={}, **{other: {}}))
 
 
-def test_a_model_of_other_modules_is_told_what_is_needed() -> None:
+def test_a_model_without_axial_modules_is_refused_with_the_required_base_class() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(C, C))
 
@@ -126,7 +127,7 @@ LEFT_OUT = set(TECHNIQUES) - {"axial-parallel", "fsdp2", "activation-checkpointi
 
 
 class _Recycled(Axial):
-    """Blocks that are passed through twice, and learned from the second time."""
+    """Blocks that run twice, the second time with gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ class _Recycled(Axial):
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_search_shares_one_sample_and_sketches_the_pass_that_is_learned_from(cut: bool) -> None:
+def test_search_cuts_one_sample_across_devices_and_its_sketches_match_full_estimates(cut: bool) -> None:
     job = dataclasses.replace(_job(), build_model=_Recycled, blocks="blocks")
     on = machine("4xA100-80GB" if cut else "A100-80GB")
     model = time_model(on.device, Calibration())

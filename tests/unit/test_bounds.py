@@ -1,4 +1,4 @@
-"""Deadline, budget and micro-batch: what a search keeps to, and what it says where it cannot."""
+"""Deadline, budget and micro-batch: limits that a search keeps, and its messages where it cannot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def searched(job: str, on: str = "L4", *, goal: Objective = Objective.FASTEST, *
     return search(Request(job=given, machine=machine(on), goal=goal, bounds=bounds), lambda *stage: None)
 
 
-def test_a_deadline_that_can_be_met_is_and_one_that_cannot_names_the_quickest(small: str) -> None:
+def test_a_feasible_deadline_is_kept_and_an_infeasible_deadline_or_budget_names_the_best_plan(
+    small: str,
+) -> None:
     free = searched(small).result.recommended
     assert free is not None
     assert free.estimate.step_s is not None
@@ -51,7 +53,7 @@ def test_a_deadline_that_can_be_met_is_and_one_that_cannot_names_the_quickest(sm
         searched(small, budget_usd=1e-6)
 
 
-def test_the_micro_batch_asked_for_goes_through(small: str) -> None:
+def test_a_requested_micro_batch_is_kept_and_one_that_does_not_divide_is_refused(small: str) -> None:
     for size in (2, 8):
         found = searched(small, micro_batch=size).result
         assert found.recommended is not None
@@ -61,8 +63,8 @@ def test_the_micro_batch_asked_for_goes_through(small: str) -> None:
         searched(small, micro_batch=3)
 
 
-def test_two_devices_are_quicker_than_one_for_a_model_of_few_blocks(small: str) -> None:
-    """Their sketches have seconds: finalists are the quickest, not any."""
+def test_the_fastest_plan_on_two_devices_is_no_slower_than_plain_ddp(small: str) -> None:
+    """The sketched plans have step times, so the finalists are the quickest ones and not arbitrary ones."""
     found = searched(small, "2xH100-SXM")
     step = found.result.recommended and found.result.recommended.estimate.step_s
     assert step
@@ -73,7 +75,7 @@ def test_two_devices_are_quicker_than_one_for_a_model_of_few_blocks(small: str) 
     assert step.value <= ddp.value
 
 
-def test_exchanged_bytes_take_time_and_sharded_weights_are_gathered_again() -> None:
+def test_sketched_step_includes_communication_time_and_more_of_it_with_resharding() -> None:
     on = machine("8xL4")
     shards = [Plan(uses=(make_use("fsdp2", {"reshard": r}),), ranks=8) for r in (False, True)]
     once, again = (sketched_s(0.1, p, 10**9, on, micros=4) for p in shards)
@@ -84,7 +86,7 @@ def test_exchanged_bytes_take_time_and_sharded_weights_are_gathered_again() -> N
     assert sketched_s(0.1, plain(8), 10, on, micros=1) == pytest.approx(0.1, rel=0.01)
 
 
-def test_nothing_is_missed_where_nothing_is_asked_or_fits() -> None:
+def test_missed_limits_name_the_best_plan_and_are_empty_without_limits_or_fitting_plans() -> None:
     exactly = Interval(value=1.0, low=1.0, high=1.0)
     fitting = Estimate(
         plan=Plan(),

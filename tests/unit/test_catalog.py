@@ -1,4 +1,4 @@
-"""The catalog: every row sourced, dated and sane; names forgiving."""
+"""The catalog: every row has a source, a date and plausible values, and names are matched leniently."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_every_row_has_a_source_and_a_date(noun: Any) -> None:
 
 
 @pytest.mark.parametrize("file", ["gpus", "places", "hosts", "links", "efficiency", "libraries"])
-def test_every_source_is_used(file: str) -> None:
+def test_every_source_is_cited(file: str) -> None:
     text = (files("memfit.catalog") / f"{file}.toml").read_text(encoding="utf-8")
     for key in tomllib.loads(text)["sources"]:
         assert re.search(rf'"{re.escape(key)}"[],]', text), f"{file}: nothing cites {key}"
 
 
-def test_there_is_something_to_choose_from() -> None:
+def test_catalog_has_at_least_40_devices_40_places_and_20_networks() -> None:
     assert len(DEVICES) >= 40
     assert len(PLACES) >= 40
     assert len(NETWORKS) >= 20
@@ -75,7 +75,7 @@ def test_device_is_physically_plausible(device: Device) -> None:
     peaks = {dtype: fact.value for dtype, fact in device.peak_flops.items()}
     assert set(peaks) <= {"float32", "tf32", "float16", "bfloat16", "float8"}
     assert 5e12 < peaks["float32"] <= peaks["float16"]
-    # half the bytes, twice the rate: a sparse figure in one row but not in the other would break this
+    # half the bytes give twice the rate: a sparse figure in one row but not in the other would break this
     if "bfloat16" in peaks:
         assert peaks["bfloat16"] == peaks["float16"]
     if "tf32" in peaks:
@@ -85,7 +85,7 @@ def test_device_is_physically_plausible(device: Device) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
-def test_what_a_device_reaches_of_its_peak_is_plausible(device: Device) -> None:
+def test_device_efficiency_ratios_are_plausible(device: Device) -> None:
     ratios = {kind: fact.value for kind, fact in device.efficiency_ratio.items()}
     assert {"matmul", "matmul_float32", "attention", "attention_backward", "memory", "link"} <= set(ratios)
     assert 0.4 <= ratios["matmul"] <= 1.1
@@ -95,7 +95,7 @@ def test_what_a_device_reaches_of_its_peak_is_plausible(device: Device) -> None:
     assert device.link is not None
 
 
-def test_what_nobody_measured_is_its_architectures_and_says_so() -> None:
+def test_unmeasured_efficiency_is_taken_from_the_architecture_and_marked_as_assumed() -> None:
     a100, export = catalog.device("A100-80GB-SXM"), catalog.device("A800-80GB-SXM")
     assert a100.efficiency_ratio["matmul"].kind == "published"
     assert export.efficiency_ratio["attention"].kind == "assumed"
@@ -104,7 +104,7 @@ def test_what_nobody_measured_is_its_architectures_and_says_so() -> None:
         catalog.efficiency("hoper")
 
 
-def test_links_of_known_devices() -> None:
+def test_link_bandwidths_of_known_devices_are_per_direction() -> None:
     """Data sheets print the sum of both directions: 300, 600, 900 and 1,800 GB/s."""
     names = ("V100-32GB", "A100-80GB", "H100-SXM", "B200", "MI300X")
     links = {name: catalog.device(name).link for name in names}
@@ -132,12 +132,12 @@ def test_links_of_known_devices() -> None:
         ("MI300X", 192),
     ],
 )
-def test_usable_memory_is_a_little_less_than_the_number_on_the_box(name: str, box_gb: int) -> None:
+def test_usable_memory_is_slightly_below_the_nominal_capacity(name: str, box_gb: int) -> None:
     usable_gib = catalog.device(name).memory_bytes.value / GIB
     assert 0.9 * box_gb < usable_gib < box_gb
 
 
-def test_dense_peaks_of_known_devices() -> None:
+def test_bf16_peaks_of_known_devices_are_without_sparsity() -> None:
     """The data sheets print 1,979 (H100), 624 (A100) and 4,500 (B200) TFLOPS with sparsity."""
     bf16 = {
         name: catalog.device(name).peak_flops["bfloat16"].value
@@ -148,13 +148,13 @@ def test_dense_peaks_of_known_devices() -> None:
     assert bf16["B200"] == 2250e12
 
 
-def test_what_hardware_lacks_is_unknown_not_guessed() -> None:
+def test_values_that_a_device_lacks_are_missing_rather_than_guessed() -> None:
     assert "bfloat16" not in catalog.device("T4").peak_flops
     assert "float8" not in catalog.device("A100-80GB-SXM").peak_flops
     assert catalog.device("V100-32GB").usd_per_hour is None
 
 
-def test_places_are_plausible() -> None:
+def test_prices_emissions_and_pue_of_places_are_plausible() -> None:
     co2 = {p.name: p.co2_g_per_kwh.value for p in PLACES}
     assert co2["sweden"] < 60
     assert co2["france"] < 60 < co2["uk"] < co2["world"] < co2["india"]
@@ -198,12 +198,14 @@ def test_places_are_plausible() -> None:
         ("nvidia l4", "L4"),
     ],
 )
-def test_names_are_found_as_people_and_torch_write_them(given_name: str, found: str) -> None:
+def test_devices_are_found_by_the_names_that_people_and_torch_use(given_name: str, found: str) -> None:
     assert catalog.device(given_name).name == found
 
 
 @given(st.sampled_from(catalog.device_names()), st.sampled_from(["", " ", "-", "_", "."]), st.booleans())
-def test_case_and_punctuation_never_matter(name: str, separator: str, upper: bool) -> None:
+def test_device_names_match_whatever_their_case_and_separators(
+    name: str, separator: str, upper: bool
+) -> None:
     spelled = name.replace("-", separator)
     assert catalog.device(spelled.upper() if upper else spelled.lower()).name == name
 
@@ -217,7 +219,9 @@ def test_case_and_punctuation_never_matter(name: str, separator: str, upper: boo
         ("A100", ["A100-40GB-SXM", "A100-80GB-SXM"]),
     ],
 )
-def test_a_typo_or_an_ambiguous_name_is_told_what_is_near(given_name: str, suggested: list[str]) -> None:
+def test_a_misspelt_or_ambiguous_device_name_is_refused_with_similar_names(
+    given_name: str, suggested: list[str]
+) -> None:
     with pytest.raises(UserError) as caught:
         catalog.device(given_name)
     assert caught.value.given == f"unknown device: {given_name!r}"
@@ -226,14 +230,14 @@ def test_a_typo_or_an_ambiguous_name_is_told_what_is_near(given_name: str, sugge
     assert "(`memfit machines` lists all)" in caught.value.hint
 
 
-def test_nothing_near_gives_the_list_and_no_suggestion() -> None:
+def test_an_unrecognisable_name_is_refused_with_the_list_and_no_suggestion() -> None:
     with pytest.raises(UserError) as caught:
         catalog.place("zzzz")
     assert caught.value.hint == ""
     assert "japan" in caught.value.allowed
 
 
-def test_devices_of_one_host_get_their_share_of_it() -> None:
+def test_part_of_a_host_gets_its_share_of_memory_storage_and_power() -> None:
     whole, part = catalog.host("HGX-H100"), catalog.host("dgx h100", 2)
     assert part.name == "1/4 of HGX-H100"
     for key in ("memory_bytes", "storage_bytes_s", "power_w"):
@@ -246,7 +250,7 @@ def test_devices_of_one_host_get_their_share_of_it() -> None:
     assert catalog.host("HGX-H100", 8) == whole
 
 
-def test_devices_share_a_card_of_their_host() -> None:
+def test_devices_of_a_host_share_an_ethernet_card_but_not_infiniband() -> None:
     one, eight = catalog.network("Ethernet-100G"), catalog.network("Ethernet-100G", 8)
     assert (one.bytes_s.value, eight.bytes_s.value) == (12.5e9, 12.5e9 / 8)
     assert catalog.network("IB-NDR", 8) == catalog.network("IB-NDR")
@@ -261,14 +265,14 @@ def test_host_is_physically_plausible(host: Host) -> None:
     assert 50 <= power / catalog.devices_of(host.name) <= 700
 
 
-def test_every_host_of_a_device_is_known() -> None:
+def test_the_host_of_every_device_is_in_the_catalog() -> None:
     rooms = {name: catalog.host_of(name) for name in catalog.device_names()}
     assert {room for room in rooms.values() if room} <= set(catalog.host_names())
     assert rooms["H100-SXM"] == "HGX-H100"
     assert catalog.machine("MI300A").host is None
 
 
-def test_cpu_power_is_an_assumption_that_says_so() -> None:
+def test_cpu_power_is_marked_as_assumed_and_names_the_thread_count() -> None:
     fact = catalog.cpu_power(2)
     assert fact.value == pytest.approx(7.6)
     assert fact.kind == "assumed"

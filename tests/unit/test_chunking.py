@@ -61,7 +61,7 @@ class _Of(nn.Module):
     def __init__(self, call: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.call, self.layer = call, nn.Linear(6, 6)
-        nn.init.zeros_(self.layer.weight)  # as last layers of residual branches begin
+        nn.init.zeros_(self.layer.weight)  # as the last layers of residual branches are initialised
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(self.call(x))  # type: ignore[no-any-return]
@@ -70,15 +70,15 @@ class _Of(nn.Module):
 @pytest.mark.parametrize(
     ("call", "shape", "wanted"),
     [
-        (lambda x: x.relu().exp(), (2, 40, 30, 6), ((1,), 1)),  # by element: the longest axis
-        (lambda x: x.softmax(1).exp(), (2, 40, 30, 6), ((2,), 2)),  # along 1: only the other one
-        (lambda x: x.transpose(1, 2).exp().relu(), (2, 40, 30, 6), ((1,), 2)),  # it moves
-        (lambda x: x.softmax(1).softmax(2), (4, 40, 30, 6), ((0,), 0)),  # samples are left
+        (lambda x: x.relu().exp(), (2, 40, 30, 6), ((1,), 1)),  # elementwise: the longest axis
+        (lambda x: x.softmax(1).exp(), (2, 40, 30, 6), ((2,), 2)),  # softmax along 1: only axis 2
+        (lambda x: x.transpose(1, 2).exp().relu(), (2, 40, 30, 6), ((1,), 2)),  # the axis moves
+        (lambda x: x.softmax(1).softmax(2), (4, 40, 30, 6), ((0,), 0)),  # only samples are left
         (lambda x: x.cumsum(1).softmax(0).exp() @ x.transpose(1, 2)[..., :6] @ x[:, :6], (4, 30, 6), None),
-        (lambda x: nn.functional.dropout(x.relu()).exp(), (2, 40, 6), None),  # slices would draw others
+        (lambda x: nn.functional.dropout(x.relu()).exp(), (2, 40, 6), None),  # slices draw other numbers
     ],
 )
-def test_axes_are_found_by_trial(call: Any, shape: Any, wanted: Any) -> None:
+def test_axes_that_can_be_cut_are_found_by_trial(call: Any, shape: Any, wanted: Any) -> None:
     assert _axes(lambda: _Of(call), *shape) == wanted
 
 
@@ -115,7 +115,7 @@ def _evoformer(residues: int, rows: int, widths: Widths = WIDTHS) -> Job:
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["evoformer", "extra MSA"])
-def test_an_evoformer_block_cut_into_slices_is_the_same(columns: bool) -> None:
+def test_gradients_of_a_chunked_evoformer_block_equal_those_of_the_whole_block(columns: bool) -> None:
     job = _evoformer(20, 9, dataclasses.replace(WIDTHS, global_columns=columns))
     found = to_cut(job.build_model(), insides(job, job.build_model()), 20_000)
     names = {n.removeprefix("block.") for n in found}
@@ -130,7 +130,7 @@ def test_an_evoformer_block_cut_into_slices_is_the_same(columns: bool) -> None:
 def _gradients(job: Job, plan: Plan) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     step = TrainingStep(job, plan)
-    for parameter in step.model.parameters():  # zeros hide what they multiply
+    for parameter in step.model.parameters():  # zero weights would hide differences
         nn.init.normal_(parameter, std=0.3)
     step.job.loss(step.model, job.make_batch(0, 0)).backward()
     return {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
@@ -139,7 +139,7 @@ def _gradients(job: Job, plan: Plan) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("rows", "residues", "width"), [(128, 256, 256), (512, 384, 256), (1024, 256, 64), (5120, 384, 64)]
 )
-def test_row_attention_is_cut_by_rows_where_lengths_and_channels_are_the_same_number(
+def test_row_attention_is_cut_by_rows_even_if_a_length_equals_the_channel_count(
     rows: int, residues: int, width: int
 ) -> None:
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
@@ -163,7 +163,7 @@ def test_row_attention_is_cut_by_rows_where_lengths_and_channels_are_the_same_nu
     assert found["attention"].out_axis == 1
 
 
-def test_what_one_slice_makes_stays_under_the_budget() -> None:
+def test_peak_memory_falls_with_the_number_of_slices() -> None:
     job = _evoformer(64, 8)
 
     def peak(**settings: int) -> int:
@@ -174,7 +174,7 @@ def test_what_one_slice_makes_stays_under_the_budget() -> None:
     assert peaks[0] > 1.5 * peaks[1] > 1.5 * peaks[2]
 
 
-def test_only_models_with_such_modules_are_searched_with_it() -> None:
+def test_chunking_is_refused_for_a_model_without_modules_worth_cutting() -> None:
     assert worth_cutting(_evoformer(64, 8), _evoformer(64, 8).build_model())
     flat = _job(lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU()), 8, 40, 6)
     assert not worth_cutting(flat, flat.build_model())
@@ -195,7 +195,7 @@ class _Along(nn.Module):
 
 
 class _Reaching(nn.Module):
-    """Sees nothing beside a place but what is 32 away."""
+    """Each position depends on itself and on the positions ``far`` away."""
 
     def __init__(self, far: int) -> None:
         super().__init__()
@@ -220,12 +220,12 @@ def _cuts(layers: list[nn.Module], shape: tuple[int, ...]) -> dict[str, tuple[in
     return {name: (cut.axes[cut.first], cut.out_axis) for name, cut in found.items()}
 
 
-def test_modules_of_one_class_that_differ_in_a_tuple_are_tried_apart() -> None:
+def test_modules_of_one_class_that_differ_only_in_a_tuple_are_tried_separately() -> None:
     found = _cuts([_Along((0, 1, 2, 3)), _Along((0, 2, 1, 3))], (2, 40, 40, 16))
     assert (found["0"], found["1"]) == ((1, 1), (2, 2))
 
 
-def test_what_reaches_far_is_not_taken_for_independent() -> None:
+def test_axes_coupled_by_near_or_far_positions_are_not_cut() -> None:
     near, far = _Reaching(1), _Reaching(32)
     assert _cuts([nn.Sequential(nn.Conv1d(8, 80, 1), nn.Conv1d(80, 8, 1))], (2, 8, 300))["0"] == (2, 2)
     for layers in ([near], [far], [far, near]):
@@ -233,7 +233,7 @@ def test_what_reaches_far_is_not_taken_for_independent() -> None:
 
 
 class _Shifted(nn.Module):
-    """Each place sees what lies ``far`` before it, and nothing of itself."""
+    """Each position depends only on the one that lies ``far`` before it."""
 
     def __init__(self, width: int, far: int) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ class _Shifted(nn.Module):
         return self.down(functional.pad(wide, (0, 0, self.far, 0))[:, : x.shape[1]])
 
 
-def test_what_is_too_wide_to_be_tried_long_is_not_cut_along_it() -> None:
+def test_an_axis_whose_distant_dependence_no_trial_can_rule_out_is_not_cut() -> None:
     wide = nn.Sequential(
         nn.Conv1d(16, 256, 1), nn.Conv1d(256, 256, 3, padding=32, dilation=32), nn.Conv1d(256, 16, 1)
     )
@@ -254,7 +254,7 @@ def test_what_is_too_wide_to_be_tried_long_is_not_cut_along_it() -> None:
 
 
 class _Head(nn.Module):
-    """Gives out more than it makes inside."""
+    """Its output is larger than what it allocates inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class _Head(nn.Module):
         return self.down(self.up(x).relu())
 
 
-def test_the_largest_module_is_always_cut_and_what_a_trial_takes_is_predicted() -> None:
+def test_chunking_lowers_the_peak_of_a_wide_head_and_its_trials_count_as_setup_memory() -> None:
     job = _job(_Head, 4, 256, 32)
     plan = Plan(uses=(make_use("chunking", {}),))
     traced = trace(job, plan)
@@ -275,7 +275,7 @@ def test_the_largest_module_is_always_cut_and_what_a_trial_takes_is_predicted() 
 
 
 class _Triangle(nn.Module):
-    """Triangle attention on pairs that an earlier layer has made, as in a block: nobody holds a copy."""
+    """Triangle attention on pairs that an earlier layer computes, as in a block, so no copy is held."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ class _Triangle(nn.Module):
 
 
 @pytest.mark.parametrize("crop", [256, 384])
-def test_triangle_attention_at_published_crops_peaks_at_an_eighth(crop: int) -> None:
+def test_chunked_triangle_attention_peaks_below_an_eighth_at_published_crops(crop: int) -> None:
     job = Job(
         name="triangle",
         build_model=_Triangle,

@@ -1,4 +1,4 @@
-"""Set-ups of other libraries as memfit's plans, and what no plan of ours can say."""
+"""Configurations of other libraries as memfit plans, and options that no memfit plan can express."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def left(found: Carried) -> set[str]:
     return {o.option for o in found.left_out}
 
 
-def test_deepspeed_alone(tmp_path: Path) -> None:
+def test_a_deepspeed_file_becomes_a_zero_plan_with_unsupported_options_left_out(tmp_path: Path) -> None:
     section = zero(2, overlap_comm=True, offload_optimizer={"device": "cpu"}, zero_quantized_weights=True)
     file = ds(gradient_accumulation_steps=4, optimizer={"type": "AdamW"}, **BF16, **section)
     found = carried(tmp_path, file, ranks=2)
@@ -66,7 +66,7 @@ def test_deepspeed_alone(tmp_path: Path) -> None:
     assert left(found) == {"zero_optimization.zero_quantized_weights"}
 
 
-def test_deepspeed_stage_3_and_auto(tmp_path: Path) -> None:
+def test_deepspeed_stage_3_settings_are_kept_and_auto_values_are_left_out(tmp_path: Path) -> None:
     section = zero(
         3,
         offload_param={"device": "nvme"},
@@ -106,7 +106,7 @@ def test_deepspeed_stage_3_and_auto(tmp_path: Path) -> None:
         ({"train_micro_batch_size_per_gpu": "auto"}, None, None, None),
     ],
 )
-def test_deepspeed_works_one_batch_out_of_the_other_two(
+def test_missing_deepspeed_batch_settings_are_derived_from_those_given(
     keys: dict[str, Any], micro: int | None, batch: int | None, steps: int | None, tmp_path: Path
 ) -> None:
     found = carried(tmp_path, ds(**keys), ranks=2)
@@ -115,7 +115,7 @@ def test_deepspeed_works_one_batch_out_of_the_other_two(
     assert (used.settings["micro_batches"] if used is not None else None) == steps
 
 
-def test_the_trainer_fills_in_what_deepspeed_leaves_to_it(tmp_path: Path) -> None:
+def test_trainer_arguments_fill_in_auto_values_of_deepspeed(tmp_path: Path) -> None:
     auto = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     args = tr(bf16=True, gradient_accumulation_steps=2, gradient_checkpointing=True, optim="adamw_8bit")
     found = carried(tmp_path, ds(bf16={"enabled": "auto"}, **auto, **zero(1)), args, ranks=2)
@@ -124,7 +124,7 @@ def test_the_trainer_fills_in_what_deepspeed_leaves_to_it(tmp_path: Path) -> Non
     assert knobs(found, "zero")["precision"] == "bf16"
 
 
-def test_fsdp_of_both_versions(tmp_path: Path) -> None:
+def test_accelerate_fsdp_of_both_versions_becomes_fsdp2(tmp_path: Path) -> None:
     new = carried(tmp_path, fsdp(2, reshard_after_forward=False, offload_params=True))
     assert (new.engine, new.plan.ranks, new.left_out) == ("accelerate", 8, ())
     assert knobs(new, "fsdp2")["reshard"] is False
@@ -136,7 +136,7 @@ def test_fsdp_of_both_versions(tmp_path: Path) -> None:
     assert names(carried(tmp_path, fsdp(1, sharding_strategy="NO_SHARD"))) == {"ddp"}
 
 
-def test_a_mesh_of_accelerate(tmp_path: Path) -> None:
+def test_accelerate_parallelism_config_becomes_tensor_parallel_and_replicated_fsdp2(tmp_path: Path) -> None:
     mesh_of = {"parallelism_config_tp_size": 2, "parallelism_config_dp_replicate_size": 2}
     section = {"fsdp_version": 2}
     file = acc(
@@ -148,7 +148,7 @@ def test_a_mesh_of_accelerate(tmp_path: Path) -> None:
     assert found.batch == 4 * 4 * 2
 
 
-def test_the_trainer_alone(tmp_path: Path) -> None:
+def test_trainer_arguments_alone_become_a_plan(tmp_path: Path) -> None:
     args = tr(fsdp="shard_grad_op offload", fp16=True, optim="lomo", torch_compile=True)
     found = carried(tmp_path, args, ranks=2)
     assert (knobs(found, "fsdp2")["reshard"], knobs(found, "fsdp2")["offload"]) == (False, True)
@@ -158,7 +158,7 @@ def test_the_trainer_alone(tmp_path: Path) -> None:
     assert names(carried(tmp_path, tr(optim="sgd"), acc("MULTI_GPU", num_processes=2))) == {"ddp", "sgd"}
 
 
-def test_gradients_are_reduced_when_and_where_the_trainer_does(tmp_path: Path) -> None:
+def test_trainer_settings_of_gradient_buckets_and_synchronisation_are_kept(tmp_path: Path) -> None:
     once = tr(gradient_accumulation_steps=2, ddp_bucket_cap_mb=7)
     assert knobs(carried(tmp_path, once, ranks=2), "ddp") == {
         "bucket_mib": 7,
@@ -170,12 +170,12 @@ def test_gradients_are_reduced_when_and_where_the_trainer_does(tmp_path: Path) -
     assert knobs(carried(tmp_path, each, ranks=2), "fsdp2")["sync"] == "every"
 
 
-def test_megatron(tmp_path: Path) -> None:
+def test_megatron_arguments_become_a_plan_of_one_data_parallel_replica(tmp_path: Path) -> None:
     flags = "--bf16 --global-batch-size 32 --tensor-model-parallel-size 2 --sequence-parallel"
     pipe = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3"
     full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     found = carried(tmp_path, mg(f"{flags} {pipe} {full} --fp8-format hybrid"), ranks=8)
-    assert (found.engine, found.micro_batch, found.batch) == ("megatron", 1, 16)  # of one of two replicas
+    assert (found.engine, found.micro_batch, found.batch) == ("megatron", 1, 16)  # of one of the two replicas
     assert (found.plan.ranks, layout(found.plan).data, conflict(found.plan)) == (4, 1, None)
     assert knobs(found, "tensor-parallel")["sequence"] is True
     wanted = {"stages": 2, "virtual": 4, "schedule": "interleaved", "micro_batches": 16}
@@ -184,7 +184,7 @@ def test_megatron(tmp_path: Path) -> None:
     assert left(found) >= {"--fp8-format", "gradients in fp32", "2 data-parallel replicas"}
 
 
-def test_megatrons_distributed_optimizer_is_zero_of_stage_1(tmp_path: Path) -> None:
+def test_megatron_distributed_optimizer_becomes_zero_stage_1(tmp_path: Path) -> None:
     found = carried(tmp_path, mg("--bf16 --use-distributed-optimizer --recompute-activations"), ranks=8)
     assert (knobs(found, "zero")["stage"], knobs(found, "zero")["precision"]) == (1, "bf16")
     assert left(found) == {"gradients in fp32", "gradients reduced in place", "selective recomputation"}
@@ -193,7 +193,7 @@ def test_megatrons_distributed_optimizer_is_zero_of_stage_1(tmp_path: Path) -> N
     assert left(alone) == {"data-parallel ranks"}
 
 
-def test_torchtitan(tmp_path: Path) -> None:
+def test_torchtitan_settings_become_a_plan_with_unknown_converters_left_out(tmp_path: Path) -> None:
     tables = {
         "training": {"local_batch_size": 4, "global_batch_size": 32},
         "parallelism": {"data_parallel_shard_degree": -1} | mesh(tensor=2),
@@ -214,7 +214,7 @@ def test_torchtitan(tmp_path: Path) -> None:
     assert left(found) == {"converter float8"}
 
 
-def test_torchtitans_float8_is_float8(tmp_path: Path) -> None:
+def test_torchtitan_float8_converter_becomes_float8_linear(tmp_path: Path) -> None:
     own = {"recipe_name": "rowwise", "enable_fsdp_float8_all_gather": True}
     tables = {"model": {"converters": ["quantize.linear.float8", "quantize.grouped_mm.mx"]}}
     found = carried(tmp_path, tt(**tables, **{"quantize.linear.float8": own}), ranks=2)
@@ -222,7 +222,9 @@ def test_torchtitans_float8_is_float8(tmp_path: Path) -> None:
     assert left(found) == {"enable_fsdp_float8_all_gather", "converter quantize.grouped_mm.mx"}
 
 
-def test_torchtitans_pipeline_keeps_gathered_parameters(tmp_path: Path) -> None:
+def test_torchtitan_pipeline_plan_keeps_gathered_parameters_and_reduces_gradients_last(
+    tmp_path: Path,
+) -> None:
     tables = {
         "training": {"local_batch_size": 8},
         "activation_checkpoint": {"mode": "none"},
@@ -237,7 +239,7 @@ def test_torchtitans_pipeline_keeps_gathered_parameters(tmp_path: Path) -> None:
     assert "pipeline_parallel_schedule mine" in left(carried(tmp_path, tt(**odd)))
 
 
-def test_what_clashes_is_left_out_with_the_reason(tmp_path: Path) -> None:
+def test_conflicting_options_are_left_out_with_the_reason(tmp_path: Path) -> None:
     found = carried(tmp_path, tt(parallelism=mesh(tensor=2), compile={"enable": True}), ranks=2)
     assert [o.reason for o in found.left_out if o.option == "compile.enable"] == [
         "in memfit compile cannot be combined with tensor-parallel"
@@ -286,7 +288,7 @@ PIPELINE = {"stages": 2, "virtual": 2, "schedule": "interleaved", "micro_batches
         (megatron.ENGINE, (make_use("context-parallel", {"degree": 4}),)),
     ],
 )
-def test_what_memfit_writes_for_an_engine_comes_back(
+def test_files_written_for_an_engine_read_back_as_the_same_plan(
     engine: Engine, uses: tuple[Use, ...], tmp_path: Path
 ) -> None:
     plan = Plan(ranks=4, uses=uses)
@@ -297,7 +299,7 @@ def test_what_memfit_writes_for_an_engine_comes_back(
     assert check(read([tmp_path / file[0]], ranks=4)) == ()
 
 
-def test_neighbours_are_plans_of_as_many_ranks_one_change_away() -> None:
+def test_neighbouring_plans_keep_the_rank_count_and_have_no_conflict() -> None:
     plan = Plan(ranks=2, uses=(make_use("zero", {"stage": 2}),))
     found = neighbours(plan, parameters=1000)
     assert plan not in found
@@ -311,7 +313,7 @@ ODD = (None, True, False, "", "auto", "x", -1, 0, 1.5, 10**30, [], [1], {}, {"a"
 
 
 def variants(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """With one value replaced by something odd."""
+    """Copies of the data with one value replaced by something unexpected."""
     for key, value in data.items():
         yield from ({**data, key: odd} for odd in ODD)
         if isinstance(value, dict):
@@ -319,7 +321,7 @@ def variants(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_odd_values_never_break_the_reading(rule: str, tmp_path: Path) -> None:
+def test_unexpected_option_values_never_raise_an_error(rule: str, tmp_path: Path) -> None:
     for name, text in CASES[rule].bad:
         (tmp_path / name).write_text(text)
     setup = read([tmp_path / name for name, _ in CASES[rule].bad], ranks=CASES[rule].ranks)
