@@ -34,7 +34,7 @@ Ask = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def ask(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """A command line, in a folder with a job and files; exit code, standard output, standard error."""
+    """Run a command line in a folder with a job and files; exit code, standard output, standard error."""
     for name, text in (("bad", BAD), ("useless", USELESS), ("clean", CLEAN)):
         (tmp_path / f"{name}.json").write_text(text)
     (tmp_path / "own.py").write_text(JOB.format(folder=str(Path(__file__).parent)))
@@ -48,8 +48,8 @@ def ask(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return run
 
 
-def test_an_export_is_linted_whole(ask: Ask, tmp_path: Path) -> None:
-    """Every file of it may be named: what memfit wrote for itself is passed by."""
+def test_lint_skips_memfits_own_files_of_an_export(ask: Ask, tmp_path: Path) -> None:
+    """Every file of an export may be named; files that memfit wrote for itself are skipped."""
     folder = tmp_path / "job"
     folder.mkdir()
     for name in ("export.json", "run.json", "plan.yaml", "README.md"):
@@ -58,10 +58,10 @@ def test_an_export_is_linted_whole(ask: Ask, tmp_path: Path) -> None:
     code, out, _ = ask("lint", *map(str, sorted(folder.iterdir())), "--json")
     assert code == 0
     assert json.loads(out)["files"] == [str(folder / "deepspeed.json")]
-    assert ask("lint", str(folder / "export.json"))[0] == 2  # nothing of a library in it
+    assert ask("lint", str(folder / "export.json"))[0] == 2  # it configures no library
 
 
-def test_an_error_is_exit_code_1_and_other_findings_are_none(ask: Ask) -> None:
+def test_lint_exits_with_code_1_for_errors_and_0_for_other_findings(ask: Ask) -> None:
     code, out, err = ask("lint", "bad.json")
     assert (code, err) == (1, "")
     assert "error bad.json: fp16.enabled and bf16.enabled are both true" in out
@@ -73,7 +73,7 @@ def test_an_error_is_exit_code_1_and_other_findings_are_none(ask: Ask) -> None:
     assert ask("lint", "clean.json") == (0, "No known problem was found.\n", "")
 
 
-def test_findings_as_one_json_object_and_in_japanese(ask: Ask) -> None:
+def test_lint_findings_are_available_as_one_json_object_and_in_japanese(ask: Ask) -> None:
     code, out, _ = ask("lint", "bad.json", "--json")
     told = json.loads(out)
     assert (code, told["files"]) == (1, ["bad.json"])
@@ -83,7 +83,7 @@ def test_findings_as_one_json_object_and_in_japanese(ask: Ask) -> None:
     assert "両方が true" in ask("lint", "bad.json", "--lang", "ja")[1]
 
 
-def test_files_of_no_known_kind_are_one_line(ask: Ask, tmp_path: Path) -> None:
+def test_lint_refuses_unknown_missing_or_duplicate_files_in_one_line(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"name": 1}')
     for words in (("lint", "other.json"), ("lint", "gone.json"), ("lint", "bad.json", "clean.json")):
         code, out, err = ask(*words)
@@ -102,7 +102,7 @@ def test_lint_loads_no_torch(ask: Ask) -> None:
     )
 
 
-def test_a_set_up_of_two_ranks_is_predicted_beside_what_takes_less(ask: Ask) -> None:
+def test_plan_from_a_two_rank_configuration_lists_plans_that_need_less_memory(ask: Ask) -> None:
     code, out, _ = ask("plan", "own.py:job", "--from", "useless.json", *TWO, "--json", "--save", "plan.yaml")
     told = json.loads(out)
     assert code == 0
@@ -123,7 +123,9 @@ def test_a_set_up_of_two_ranks_is_predicted_beside_what_takes_less(ask: Ask) -> 
     assert ask("plan", "own.py:job", "--from", "useless.json", *TWO, "--save", "plan.yaml")[0] == 2
 
 
-def test_on_one_rank_the_recommendation_stands_beside_it(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_from_a_one_rank_configuration_also_shows_the_recommended_plan(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     def search(request: Any, progress: Any) -> Any:
@@ -140,7 +142,9 @@ def test_on_one_rank_the_recommendation_stands_beside_it(ask: Ask, monkeypatch: 
     assert asked[0].cap_bytes > 0  # on a CPU: as much as the given plan asks for
 
 
-def test_where_nothing_fits_the_least_that_would_is_told(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_from_a_configuration_reports_the_smallest_need_when_nothing_fits(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def search(request: Any, progress: Any) -> Any:
         raise NothingFits(cap_bytes=1, least_bytes=2, plan_text="sgd")
 

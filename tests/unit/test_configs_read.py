@@ -1,4 +1,4 @@
-"""What kind a file is, what a script says without being run, and files that name other files."""
+"""Reading configurations: the kind of a file, scripts that are not run, and files that name other files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ TORCHTITAN = '[job]\ndescription = "x"\n[training]\nlocal_batch_size = 4\n'
         ("torchtitan", "a.toml", TORCHTITAN),
     ],
 )
-def test_content_says_the_kind(kind: str, name: str, text: str, tmp_path: Path) -> None:
+def test_the_kind_of_a_file_is_recognised_from_its_content(
+    kind: str, name: str, text: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     setup = read([tmp_path / name])
     assert getattr(setup, kind) is not None
@@ -59,7 +61,9 @@ def test_content_says_the_kind(kind: str, name: str, text: str, tmp_path: Path) 
         ("a.bin", "\udcff\udcfe", "not a text file"),
     ],
 )
-def test_other_files_are_refused_in_one_sentence(name: str, text: str, says: str, tmp_path: Path) -> None:
+def test_unrecognised_or_invalid_files_are_refused_with_their_name_and_the_reason(
+    name: str, text: str, says: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as error:
         read([tmp_path / name])
@@ -67,7 +71,7 @@ def test_other_files_are_refused_in_one_sentence(name: str, text: str, says: str
     assert name in str(error.value)
 
 
-def test_a_file_that_is_not_there_and_two_of_one_kind(tmp_path: Path) -> None:
+def test_a_missing_file_or_two_files_of_one_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read([tmp_path / "none.json"])
     for name in ("a.json", "b.json"):
@@ -111,7 +115,7 @@ torchrun --nproc_per_node $GPUS pretrain.py "${ARGS[@]}" \\
     assert script.env == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
-def test_what_only_a_run_would_tell_is_not_known(tmp_path: Path) -> None:
+def test_script_values_known_only_at_run_time_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(
         "x --num-layers $LAYERS --micro-batch-size 1 --micro-batch-size 2 --seq-length $((8 / 0))\n"
     )
@@ -126,7 +130,7 @@ def test_what_only_a_run_would_tell_is_not_known(tmp_path: Path) -> None:
     assert options.unsure == {"micro_batch_size"}
 
 
-def test_ranks_are_those_of_the_launcher(tmp_path: Path) -> None:
+def test_the_rank_count_is_read_from_the_launcher_unless_it_is_given(tmp_path: Path) -> None:
     (tmp_path / "a.sh").write_text(MEGATRON)
     (tmp_path / "a.yaml").write_text(ACCELERATE)
     assert read([tmp_path / "a.sh"]).ranks == 16
@@ -134,7 +138,7 @@ def test_ranks_are_those_of_the_launcher(tmp_path: Path) -> None:
     assert read([tmp_path / "a.sh"], ranks=2).ranks == 2
 
 
-def test_the_deepspeed_file_that_another_file_names_is_read_too(tmp_path: Path) -> None:
+def test_a_deepspeed_file_named_by_another_file_is_read_or_listed_as_missing(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "ds.json").write_text(DEEPSPEED)
     accelerate = tmp_path / "configs" / "accelerate.yaml"
@@ -150,7 +154,7 @@ def test_the_deepspeed_file_that_another_file_names_is_read_too(tmp_path: Path) 
     assert setup.missing == (str(tmp_path / "configs" / "gone.json"),)
 
 
-def test_deepspeed_inside_the_trainer_and_accelerates_own_section(tmp_path: Path) -> None:
+def test_deepspeed_settings_inside_trainer_and_accelerate_files_are_read(tmp_path: Path) -> None:
     trainer, accelerate = tmp_path / "t.json", tmp_path / "a.yaml"
     trainer.write_text(json.dumps({"output_dir": "o", "deepspeed": json.loads(DEEPSPEED)}))
     accelerate.write_text(
@@ -167,7 +171,7 @@ def test_deepspeed_inside_the_trainer_and_accelerates_own_section(tmp_path: Path
     assert own.on("bf16.enabled")
 
 
-def test_accelerates_megatron_section_is_megatrons_arguments(tmp_path: Path) -> None:
+def test_accelerate_megatron_section_is_read_as_megatron_arguments(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "distributed_type: MEGATRON_LM\nmixed_precision: bf16\nnum_processes: 4\nmegatron_lm_config:\n"
         "  megatron_lm_tp_degree: 2\n  megatron_lm_pp_degree: 2\n  megatron_lm_sequence_parallelism: true\n"
@@ -182,7 +186,7 @@ def test_accelerates_megatron_section_is_megatrons_arguments(tmp_path: Path) -> 
     }
 
 
-def test_values_that_are_left_to_the_library_are_none(tmp_path: Path) -> None:
+def test_auto_and_invalid_values_are_read_as_none(tmp_path: Path) -> None:
     text = {
         "train_batch_size": "auto",
         "gradient_clipping": "nan",
@@ -201,7 +205,7 @@ def test_values_that_are_left_to_the_library_are_none(tmp_path: Path) -> None:
     assert options.section("train_batch_size") == {}
 
 
-def test_comments_in_json_are_read_over_as_deepspeed_does(tmp_path: Path) -> None:
+def test_comments_in_deepspeed_json_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(
         '{ // the batch\n "train_micro_batch_size_per_gpu": 4, # "no": 1\n /* a\n b */'

@@ -1,4 +1,4 @@
-"""Every rule of `memfit lint`: a set-up that triggers it and nothing else, and one that triggers nothing."""
+"""Every rule of `memfit lint`: a configuration that triggers only that rule, and one that triggers none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Case:
 
 
 def case(bad: Any, good: Any, **known: int) -> Case:
-    """Of one file each, or of several that are one set-up."""
+    """A case of one file each, or of several files that form one configuration."""
     several = [f if isinstance(f[0], tuple) else (f,) for f in (bad, good)]
     return Case(bad=several[0], good=several[1], **known)
 
@@ -59,7 +59,7 @@ def mg(flags: str, before: str = "") -> File:
 
 
 def tt(**tables: Mapping[str, Any]) -> File:
-    """JSON's numbers, texts and lists are TOML's too."""
+    """JSON's numbers, strings and lists are valid TOML too."""
     lines = []
     for name, keys in ({"job": {}, "model": {}} | tables).items():
         lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
@@ -71,7 +71,7 @@ def of(flags: str, preset: str = "initial_training") -> File:
 
 
 def changed(more: Mapping[str, Any] | None = None, **settings: Any) -> File:
-    """OpenFold's flat JSON."""
+    """Changes of OpenFold's settings as flat JSON."""
     return "changes.json", json.dumps({f"globals.{k}": v for k, v in settings.items()} | dict(more or {}))
 
 
@@ -407,7 +407,7 @@ MEGATRON = {
     ),
     "megatron-unknown-option": case(
         mg("--tensor-model-parallel-size 2 --sequence-paralel"),
-        mg("--tensor-model-parallel-size 2 --sequence-paral --my-own 1"),  # cut short, and of another program
+        mg("--tensor-model-parallel-size 2 --sequence-paral --my-own 1"),  # abbreviated; another program's
     ),
     "megatron-value": case(mg("--lr-decay-style cosin"), mg("--lr-decay-style cosine --lr 1e-4")),
     "megatron-two-lengths": case(
@@ -502,7 +502,7 @@ def findings(files: tuple[File, ...], c: Case, folder: Path) -> tuple[Finding, .
     return check(read(paths, ranks=c.ranks, parameters=c.parameters))
 
 
-def test_every_rule_has_its_texts_and_its_case() -> None:
+def test_every_rule_has_texts_and_a_case() -> None:
     assert set(CHECKS) == set(texts()) == set(CASES)
     assert len(CHECKS) >= 30
 
@@ -516,12 +516,12 @@ def test_a_bad_configuration_triggers_its_rule_and_no_other(rule: str, tmp_path:
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_the_good_configuration_beside_it_triggers_nothing(rule: str, tmp_path: Path) -> None:
+def test_the_good_configuration_of_each_rule_triggers_nothing(rule: str, tmp_path: Path) -> None:
     assert findings(CASES[rule].good, CASES[rule], tmp_path) == ()
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_texts_are_whole_in_both_languages_and_cite_threads(rule: str) -> None:
+def test_rule_texts_are_complete_in_both_languages_and_have_links(rule: str) -> None:
     text = texts()[rule]
     assert set(text) == {"severity", "links", "en", "ja"}
     Severity(text["severity"])
@@ -534,7 +534,7 @@ def test_texts_are_whole_in_both_languages_and_cite_threads(rule: str) -> None:
     assert all(t == t.strip() and t[-1] in ".。?" for t in (*text["en"], *text["ja"]))
 
 
-def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None:
+def test_findings_are_sorted_by_severity_and_in_the_requested_language(tmp_path: Path) -> None:
     bad = ds(fp16={"enabled": True}, bf16={"enabled": True}, **zero(2, offload_param=CPU))
     (tmp_path / "ds.json").write_text(bad[1])
     setup = read([tmp_path / "ds.json"], parameters=1000)
@@ -637,19 +637,19 @@ def test_worst_comes_first_and_in_the_language_asked_for(tmp_path: Path) -> None
         ("torchtitan-unknown-key", tt(**{"quantize.linear.float8": {"filter_fqn": []}}), "filter_fqn"),
     ],
 )
-def test_other_ways_to_the_same_finding(rule: str, file: File, says: str, tmp_path: Path) -> None:
+def test_other_configurations_trigger_the_same_rule(rule: str, file: File, says: str, tmp_path: Path) -> None:
     found = findings((file,), case(file, file), tmp_path)
     assert [f.rule for f in found] == [rule]
     assert says in found[0].says
 
 
-def test_a_key_of_another_table_is_told_where_it_belongs(tmp_path: Path) -> None:
+def test_a_key_in_the_wrong_table_gets_a_suggestion_of_the_right_one(tmp_path: Path) -> None:
     file = tt(optimizer={"max_norm": 1.0})
     assert findings((file,), case(file, file), tmp_path)[0].do == "Did you mean training.max_norm?"
 
 
-def test_one_precision_in_each_file_is_a_contradiction(tmp_path: Path) -> None:
-    """transformers raises ValueError for it."""
+def test_different_precisions_in_trainer_and_deepspeed_files_are_an_error(tmp_path: Path) -> None:
+    """transformers raises ValueError for such files."""
     for one, other in (("bf16", "fp16"), ("fp16", "bf16")):
         both = case((ds(**{one: {"enabled": True}}), tr(**{other: True})), ds())
         assert [f.rule for f in findings(both.bad, both, tmp_path)] == ["trainer-deepspeed-precision"]

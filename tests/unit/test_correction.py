@@ -1,4 +1,4 @@
-"""The closed loop: what runs teach about the step times of other plans."""
+"""The closed loop: measured runs correct the predicted step times of other plans."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OFFLOADED = Plan(uses=(use("activation-offload"),))
 ALL = (PLAIN, CHECKPOINTED, BF16, BOTH, RECOMMENDED)
 
 
-def test_no_runs_correct_nothing() -> None:
+def test_without_runs_the_calibration_is_unchanged() -> None:
     assert corrected(Calibration(), [], source="x") == Calibration()
     assert factor(Calibration(), BOTH) == 1.0
 
 
 @given(ratio=st.floats(0.2, 5))
-def test_runs_that_are_all_off_alike_teach_that(ratio: float) -> None:
+def test_runs_that_are_all_off_by_one_ratio_correct_every_plan_by_that_ratio(ratio: float) -> None:
     found = corrected(Calibration(), [(plan, ratio) for plan in ALL], source="x")
     assert [factor(found, plan) for plan in (*ALL, OFFLOADED)] == pytest.approx(6 * [ratio])
     assert found.step_spread_ratio == LEAST_SPREAD
@@ -44,8 +44,8 @@ def test_runs_that_are_all_off_alike_teach_that(ratio: float) -> None:
 
 
 @given(base=st.floats(0.5, 2), slow=st.floats(1.05, 2))
-def test_a_technique_that_is_always_slower_is_found(base: float, slow: float) -> None:
-    """Drawn to nothing by the ridge, but on the right side and more than half of it."""
+def test_a_technique_that_is_always_slower_gets_a_factor_above_one(base: float, slow: float) -> None:
+    """The ridge penalty shrinks the factor towards one, but it stays above one and lowers the error."""
     seen = [(plan, base * (slow if plan.get("activation-checkpointing") else 1.0)) for plan in ALL]
     found = corrected(Calibration(), seen, source="x")
     assert 1 < found.technique_ratio["activation-checkpointing"] < slow * 1.001
@@ -54,14 +54,14 @@ def test_a_technique_that_is_always_slower_is_found(base: float, slow: float) ->
     assert sum(errors) < sum(abs(factor(flat, plan) / ratio - 1) for plan, ratio in seen)
 
 
-def test_two_plans_say_nothing_of_the_interval() -> None:
+def test_runs_of_two_plans_give_no_spread_for_the_interval() -> None:
     assert corrected(Calibration(), [(PLAIN, 1.1), (BF16, 1.2)], source="x").step_spread_ratio is None
 
 
-def test_a_run_that_others_do_not_foresee_widens_it() -> None:
+def test_a_run_that_the_others_do_not_predict_widens_the_interval() -> None:
     seen = [(PLAIN, 1.0), (CHECKPOINTED, 1.0), (BF16, 1.0), (OFFLOADED, 2.0)]
     found = corrected(Calibration(), seen, source="x")
-    assert found.step_spread_ratio == pytest.approx(0.5)  # the others say half of what it took
+    assert found.step_spread_ratio == pytest.approx(0.5)  # the others predict half of its time
 
 
 def stored(folder: Path, **changes: str) -> Store:
@@ -76,7 +76,7 @@ def asked(spec: str) -> Request:
     return Request(job=JobRef(spec=spec), machine=local_machine.this_machine("world"))
 
 
-def test_a_proof_of_concept_corrects_plans_for_its_job_here(tmp_path: Path) -> None:
+def test_a_proof_of_concept_corrects_only_its_own_job_in_its_own_environment(tmp_path: Path) -> None:
     store, poc = stored(tmp_path), full_poc()
     spec = poc.runs[0].spec.job.spec
     found = proof_of_concept.corrected_by(asked(spec), store, None).correction
@@ -89,7 +89,9 @@ def test_a_proof_of_concept_corrects_plans_for_its_job_here(tmp_path: Path) -> N
         proof_of_concept.corrected_by(asked(spec), stored(tmp_path / "other", torch="1.0"), None)
 
 
-def test_a_corrected_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrected_plan_uses_the_measured_spread_and_is_refused_for_another_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text("from tiny import words\njob = words()\n")
     store, poc = Store(tmp_path / "s"), full_poc()
@@ -111,7 +113,7 @@ def test_a_corrected_plan_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "here" in capsys.readouterr().err
 
 
-def test_the_terminal_says_it() -> None:
+def test_the_terminal_reports_the_correction() -> None:
     out = io.StringIO()
     found = corrected(Calibration(), [(plan, 1.25) for plan in ALL], source="some-poc")
     console = Console(file=out, width=300)

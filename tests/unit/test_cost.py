@@ -1,4 +1,4 @@
-"""From hand-made traces to bytes and seconds."""
+"""Memory and time estimates from hand-made traces."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SMALL = made(
 # --- memory
 
 
-def test_levels_rise_and_fall_at_each_tick() -> None:
+def test_live_bytes_change_at_each_allocation_and_free() -> None:
     clock, live = levels(SMALL)
     assert clock.tolist() == [1, 11, 12, 14, 21, 24, 25, 31]
     assert live.tolist() == [100, 140, 170, 140, 190, 140, 100, 160]
@@ -83,7 +83,7 @@ def test_the_peak_is_split_by_category_and_module() -> None:
     assert not profile.workspace_probed
 
 
-def test_a_phase_in_which_nothing_is_made_has_what_was_there_before() -> None:
+def test_a_phase_without_allocations_peaks_at_the_bytes_already_live() -> None:
     quiet = made(held(1, None, 100), held(15, None, 7), spans=spans(10, 20, 30, 40))
     assert memory_profile(quiet, Calibration()).phase_peak_bytes == {
         "setup": 100,
@@ -93,7 +93,7 @@ def test_a_phase_in_which_nothing_is_made_has_what_was_there_before() -> None:
     }
 
 
-def test_kernels_that_make_the_next_batch_are_not_of_the_building() -> None:
+def test_workspace_of_kernels_that_make_the_next_batch_is_not_counted() -> None:
     between = PhaseSpan(phase=Phase.SETUP, step=1, start=40, end=50)
     twice = made(
         *SMALL.allocations, spans=(*spans(10, 20, 30, 40), between), ops=(op(42, phase=Phase.SETUP),), steps=2
@@ -113,17 +113,17 @@ def test_scratch_memory_inside_a_kernel_is_added_where_the_kernel_runs() -> None
     assert profile.phase_peak_bytes["forward"] == 200
 
 
-def test_a_probe_that_finds_only_the_outputs_changes_nothing() -> None:
+def test_a_probe_that_finds_only_the_outputs_leaves_the_peak_operator_unchanged() -> None:
     plain = memory_profile(SMALL, Calibration())
     assert memory_profile(SMALL, Calibration(op_peak_bytes={"known": 50})).peak_op == plain.peak_op
 
 
-def test_optimizer_state_at_the_end() -> None:
+def test_state_bytes_are_the_optimizer_state_alive_at_the_end() -> None:
     assert state_bytes(SMALL) == 60
 
 
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60), points=st.integers(1, 20))
-def test_law_thinning_keeps_the_peak(sizes: list[int], points: int) -> None:
+def test_thinning_a_timeline_keeps_its_peak(sizes: list[int], points: int) -> None:
     lives = [held(11 + 2 * i, 12 + 2 * i, size) for i, size in enumerate(sizes)]
     found = made(*lives, spans=spans(10, 200, 201, 202))
     thinned = timeline(found, points)
@@ -131,7 +131,7 @@ def test_law_thinning_keeps_the_peak(sizes: list[int], points: int) -> None:
     assert len(thinned) <= max(points, 3 * 2)  # at least two points a phase
 
 
-def test_the_timeline_is_the_last_step_without_what_follows() -> None:
+def test_the_timeline_covers_only_the_last_step() -> None:
     second = tuple(
         dataclasses.replace(s, step=1, start=s.start + 40, end=s.end + 40) for s in SMALL.spans[1:]
     )
@@ -141,10 +141,10 @@ def test_the_timeline_is_the_last_step_without_what_follows() -> None:
     )
     forward, rest = timeline(found, 100)[:33], timeline(found, 100)[33:]
     assert set(forward) == {160, 161}
-    assert rest == (160,) * 66  # 33 for each phase, whatever happened in it
+    assert rest == (160,) * 66  # 33 points for each phase, whatever happens in it
 
 
-def test_micro_steps_that_were_not_played_are_seen_again_in_the_timeline() -> None:
+def test_micro_steps_that_were_not_traced_are_repeated_in_the_timeline() -> None:
     phases = (Phase.FORWARD, Phase.BACKWARD, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER)
     found = made(
         held(5, None, 100),
@@ -166,7 +166,7 @@ def test_micro_steps_that_were_not_played_are_seen_again_in_the_timeline() -> No
 # --- operators of a step
 
 
-def test_micro_steps_that_were_not_played_count_on_the_last_that_was() -> None:
+def test_micro_steps_that_were_not_traced_repeat_the_operators_of_the_last_traced_one() -> None:
     first, last = Phase.FORWARD, Phase.BACKWARD
     twice = (
         PhaseSpan(phase=Phase.SETUP, step=0, start=0, end=1),
@@ -215,7 +215,7 @@ def model(calibration: Calibration = CALIBRATED, *seen: OpCall) -> TimeModel:
     return found
 
 
-def test_without_rates_there_is_no_time() -> None:
+def test_without_bandwidth_or_flops_there_is_no_time_model() -> None:
     assert time_model(device(bandwidth=None), Calibration()) is None
     assert time_model(device(flops=None), Calibration()) is None
 
@@ -233,27 +233,27 @@ def test_catalog_rates_are_taken_at_an_assumed_efficiency() -> None:
     assert found.op_s(op(1, flops=int(GIGA))) == pytest.approx(expected)
 
 
-def test_a_dtype_without_a_rate_runs_at_that_of_float32_and_one_without_both_by_its_bytes() -> None:
+def test_a_dtype_without_a_rate_uses_that_of_float32_or_else_only_its_bytes() -> None:
     assert model().roofline_s(op(1, flops=int(GIGA), dtype="bfloat16")) == pytest.approx(0.01)
     halves = dataclasses.replace(model(), flops_s={"bfloat16": GIGA})
     assert halves.roofline_s(op(1, flops=int(GIGA), moved_bytes=10)) == pytest.approx(1e-9)
 
 
-def test_what_was_measured_wins() -> None:
+def test_a_measured_operator_time_overrides_the_roofline() -> None:
     calibration = dataclasses.replace(CALIBRATED, op_s={"s1": 0.5})
     assert model(calibration).op_s(op(1, flops=int(GIGA))) == pytest.approx(0.5 + 1e-6)
 
 
-def test_between_two_measurements_efficiency_lies_on_the_line_over_the_logarithm_of_work() -> None:
+def test_efficiency_between_measurements_is_interpolated_over_the_logarithm_of_work() -> None:
     """1e-4 s ideal took 4e-4 (25 %), 1e-2 s ideal took 2e-2 (50 %): 1e-3 s runs at 37.5 %."""
     small, large = op(1, flops=10**7), op(2, flops=10**9)
     calibration = dataclasses.replace(CALIBRATED, op_s={"s1": 4e-4, "s2": 2e-2})
     found = model(calibration, small, large)
     assert found.op_s(op(3, flops=10**8)) == pytest.approx(1e-3 / 0.375 + 1e-6)
-    # beyond the ends: as at the end
+    # outside the measured range: as at its nearer end
     assert found.op_s(op(3, flops=10**6)) == pytest.approx(1e-5 / 0.25 + 1e-6)
     assert found.op_s(op(3, flops=10**10)) == pytest.approx(0.1 / 0.5 + 1e-6)
-    # another dtype borrows float32's curve, another operator has none, no work has no efficiency
+    # another dtype uses float32's curve, another operator has none, and no work takes only the overhead
     assert found.op_s(op(3, flops=10**8, dtype="bfloat16")) == pytest.approx(1e-3 / 0.375 + 1e-6)
     assert found.op_s(op(3, flops=10**8, op="aten.bmm.default")) == pytest.approx(1e-3 + 1e-6)
     assert found.op_s(op(3)) == 1e-6
@@ -263,7 +263,7 @@ WORK = st.lists(st.tuples(st.integers(0, 10**12), st.integers(0, 10**10)), min_s
 
 
 @given(work=WORK, faster=st.floats(1, 100), wider=st.floats(1, 100))
-def test_law_a_faster_device_is_never_slower(
+def test_higher_device_rates_never_increase_the_predicted_time(
     work: list[tuple[int, int]], faster: float, wider: float
 ) -> None:
     ops = [(op(i, flops=f, moved_bytes=b), 2) for i, (f, b) in enumerate(work)]
@@ -284,7 +284,7 @@ def machine(kind: str = "cuda", power_w: float | None = 100.0) -> Machine:
     )
 
 
-def test_an_estimate_adds_operators_and_prices_the_step() -> None:
+def test_step_time_is_the_sum_of_operator_times_and_energy_is_power_times_time() -> None:
     traced = dataclasses.replace(
         SMALL, ops=(op(12, flops=10**9), op(35, phase=Phase.OPTIMIZER, moved_bytes=10**9))
     )
@@ -297,12 +297,12 @@ def test_an_estimate_adds_operators_and_prices_the_step() -> None:
     assert found.usd is None
 
 
-def test_without_rates_time_and_energy_stay_unknown() -> None:
+def test_without_a_time_model_step_time_and_energy_are_unknown() -> None:
     found = estimate(SMALL, Plan(), machine=machine(), calibration=Calibration(), model=None)
     assert (found.step_s, found.energy_j) == (None, None)
 
 
-def test_a_calibrated_estimate_is_the_narrower() -> None:
+def test_a_calibrated_estimate_has_a_narrower_interval() -> None:
     def width(calibration: Calibration) -> float:
         traced = dataclasses.replace(SMALL, ops=(op(12, flops=10**9),))
         found = estimate(traced, Plan(), machine=machine(), calibration=calibration, model=model(calibration))
@@ -313,7 +313,7 @@ def test_a_calibrated_estimate_is_the_narrower() -> None:
 
 
 @given(value=st.floats(0, 1e15), ratio=st.floats(0, 1))
-def test_law_an_interval_holds_its_value(value: float, ratio: float) -> None:
+def test_an_interval_contains_its_value(value: float, ratio: float) -> None:
     from memfit.cost.estimate import around
 
     found = around(value, ratio)
@@ -321,7 +321,7 @@ def test_law_an_interval_holds_its_value(value: float, ratio: float) -> None:
     assert math.isfinite(found.high)
 
 
-def test_offload_is_written_and_read_once_a_micro_step() -> None:
+def test_offload_time_covers_the_writes_and_reads_of_every_micro_step() -> None:
     slow_disk = model(dataclasses.replace(CALIBRATED, disk_bytes_s=1e6))
 
     def seconds(traced: Trace) -> float:
@@ -331,19 +331,19 @@ def test_offload_is_written_and_read_once_a_micro_step() -> None:
 
     once = made(offloaded_bytes=10**6, restored_bytes=10**6)
     assert seconds(once) == pytest.approx(2.0)
-    assert seconds(dataclasses.replace(once, restored_bytes=3 * 10**6)) == pytest.approx(4.0)  # kept thrice
-    assert seconds(dataclasses.replace(once, repeated_micro_steps=3)) == pytest.approx(8.0)  # one of four
+    assert seconds(dataclasses.replace(once, restored_bytes=3 * 10**6)) == pytest.approx(4.0)  # read thrice
+    assert seconds(dataclasses.replace(once, repeated_micro_steps=3)) == pytest.approx(8.0)  # 1 of 4 traced
     assert seconds(made()) == 0
 
 
-def test_the_devices_of_a_host_share_its_memory() -> None:
+def test_the_devices_of_a_host_share_its_transfer_bandwidth() -> None:
     host = Host(name="h", device_bytes_s=fact(20e9), shared_bytes_s=fact(80e9))
     alone = dataclasses.replace(machine(), host=host)
     assert host_bytes_s(alone, model(Calibration())) == 20e9
     assert host_bytes_s(dataclasses.replace(alone, device_count=8), model(Calibration())) == 10e9
 
 
-def test_the_boundary_says_what_energy_covers() -> None:
+def test_the_energy_boundary_names_what_the_energy_covers() -> None:
     assert modelled_boundary(machine("cpu")).startswith("package")
     assert modelled_boundary(machine("cuda")) == "board (modelled: power x time)"
     hosted = dataclasses.replace(machine("cuda"), host=Host(name="box", power_w=fact(200.0)))

@@ -1,5 +1,6 @@
-"""What a sceptical room would catch: a phrase against the answer, a bound that is none, a way back to what
-does not fit, a stop that cannot happen, a machine of unknown watts that costs nothing."""
+"""Mistakes that sceptical readers of a decision would find: phrases that contradict the answer, upper bounds
+that can be exceeded, a way back to a plan that does not fit, a stop criterion that cannot trigger, or a
+machine of unknown power that costs nothing."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_where_plain_training_is_the_answer_no_phrase_claims_a_saving() -> None:
     assert ("more" in first) != ("times as much" in first)
 
 
-def test_a_phrase_carries_what_the_answer_hangs_on() -> None:
+def test_the_first_phrase_states_the_undecided_verdict_and_the_interval() -> None:
     kinds = {n.name: n for n in full_poc().verdicts}
     named = kinds["recommended"]
     kind = type(named.verdict.kind)("undecided")
@@ -97,7 +98,7 @@ def test_a_phrase_carries_what_the_answer_hangs_on() -> None:
     assert "90 % interval" in first
 
 
-def test_where_the_gate_stopped_no_phrase_goes_on() -> None:
+def test_phrases_say_that_the_roll_out_stops_where_a_gate_stopped_it() -> None:
     record = poc()
     made = decide(record, parsed(CARD, "it"), limits=Gates(time=TimeLimits(step_ratio=0.01)))
     first, second, *_ = phrases(decision_view(record, made)).splitlines()
@@ -111,13 +112,13 @@ def test_where_the_gate_stopped_no_phrase_goes_on() -> None:
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 @pytest.mark.parametrize("case", ["", PLAIN, CARD])
-def test_phrases_are_whole_in_every_language(case: str, lang: str) -> None:
+def test_phrases_and_answers_have_no_unfilled_placeholders_in_any_language(case: str, lang: str) -> None:
     _, view = seen(case)
     for text in (phrases(view, lang), *(card(view, n, lang) for n in view.questions)):
         assert "{" not in text
 
 
-# -- at most, back and stop ----------------------------------------------------------------------------
+# -- upper bounds, the way back and stop criteria -------------------------------------------------------
 
 
 def known(figure: float | None) -> float:
@@ -129,7 +130,7 @@ def pilot(made: Decision) -> Any:
     return next(s for s in made.stages if s.name == "pilot")
 
 
-def test_what_is_at_stake_is_the_upper_end() -> None:
+def test_upper_bound_of_the_pilot_uses_the_upper_ends_of_time_power_and_rates() -> None:
     """By hand: 10,000 steps of 1.25 s are 3.47 h; steps may take 1.3 times as long, and power and rates their
     own upper ends; 2 hours of set-up at 60 $."""
     made, view = seen(CARD)
@@ -149,7 +150,7 @@ def test_what_is_at_stake_is_the_upper_end() -> None:
 
 
 @pytest.mark.parametrize("missing", ["[effort]\nsetup_hours = 2\n", "[money]\nlabour_per_hour = 60\n"])
-def test_what_is_at_most_says_that_labour_is_missing_and_asks_for_it(missing: str) -> None:
+def test_upper_bound_without_labour_says_so_and_requests_the_missing_figures(missing: str) -> None:
     made, view = seen(
         CARD.replace(missing, ""), effort=dataclasses.replace(full_poc().effort, attended_minutes=None)
     )
@@ -157,7 +158,7 @@ def test_what_is_at_most_says_that_labour_is_missing_and_asks_for_it(missing: st
     assert {"effort.setup_hours", "money.labour_per_hour"} & {*made.asked}
 
 
-def test_the_way_back_is_one_that_fits() -> None:
+def test_the_way_back_is_plain_training_on_a_machine_where_it_fits() -> None:
     made, view = seen(CARD)
     back = pilot(made).back_way
     assert back is not None
@@ -186,7 +187,7 @@ def test_the_pilot_stops_before_the_device_is_full(high_gib: float) -> None:
         assert stage.stop_bytes <= way.usable_bytes
 
 
-def test_what_only_its_expected_memory_fits_is_likely_and_no_purchase() -> None:
+def test_a_machine_that_fits_only_the_expected_memory_is_likely_and_not_proposed_for_purchase() -> None:
     made, view = seen(CARD, **tight(24.7))
     here = next(w for w in made.ways if w.machine == "RTX-4090" and w.kind == "existing")
     assert here.usable_bytes is not None
@@ -207,7 +208,7 @@ OWN = '[existing]\nmachine = "our own"\nhours_plain = 3\nsetup_hours = 0\noperat
 
 
 @pytest.mark.parametrize("kind", ["existing", "purchase"])
-def test_a_machine_without_watts_is_asked_for_and_not_free(kind: str) -> None:
+def test_a_machine_of_unknown_power_has_no_cost_and_its_power_is_requested(kind: str) -> None:
     text = OWN.replace("existing", kind) + ("price = 5000\n" if kind == "purchase" else "")
     made, view = seen(text)
     index = next(i for i, w in enumerate(made.ways) if w.machine == "our own")
@@ -224,10 +225,10 @@ def test_a_machine_without_watts_is_asked_for_and_not_free(kind: str) -> None:
     assert made.sheets[index].present_cost is not None
 
 
-# -- once --------------------------------------------------------------------------------------------
+# -- set-up is paid once -------------------------------------------------------------------------------
 
 
-def test_set_up_is_paid_once() -> None:
+def test_set_up_is_paid_in_only_one_stage() -> None:
     made, _ = seen(CARD)
     first, full = made.stages[1], made.stages[2]
     assert made.best is not None
@@ -257,7 +258,7 @@ def test_every_machine_in_the_table_shows_its_prices_and_watts_with_source_and_d
     assert WORDS.get("price.heading") in page
 
 
-def test_every_price_of_the_catalog_says_what_sort_it_is() -> None:
+def test_every_catalog_price_has_a_known_kind() -> None:
     for name in catalog.device_names():
         device = catalog.device(name)
         for fact in (device.usd_per_hour, device.usd_to_buy):
@@ -266,10 +267,10 @@ def test_every_price_of_the_catalog_says_what_sort_it_is() -> None:
     assert {f"price_kind.{k}" for k in finance.PRICE_KINDS} <= WORDS.texts.keys()
 
 
-# -- what was evaluated, and what is behind the plan ----------------------------------------------------
+# -- what was evaluated, and the libraries of the plan --------------------------------------------------
 
 
-def test_what_was_not_counted_was_not_evaluated() -> None:
+def test_operating_load_counts_as_evaluated_only_with_known_attended_minutes() -> None:
     effort = full_poc().effort
     for minutes, whole in ((None, False), (12.0, True)):
         _, view = seen(CARD, effort=dataclasses.replace(effort, attended_minutes=minutes))
@@ -277,7 +278,7 @@ def test_what_was_not_counted_was_not_evaluated() -> None:
         assert ("operating load only in part" in phrases(view)) is not whole
 
 
-def test_maturity_looks_at_the_libraries_behind_the_plan() -> None:
+def test_maturity_risk_lists_the_libraries_that_the_plan_needs() -> None:
     made, _ = seen(CARD)
     found = next(r for r in made.risks if r.kind == "maturity")
     names = {n for u in RECOMMENDED.uses for n in technique(u.technique).needs}
@@ -291,14 +292,14 @@ def test_maturity_looks_at_the_libraries_behind_the_plan() -> None:
     assert "bitsandbytes 0.50.2, 2026-08-27, torch >=2.4,<3, MIT" in told
 
 
-def test_every_library_that_a_technique_needs_has_dated_rows() -> None:
+def test_every_library_that_a_technique_needs_has_facts_with_source_and_date() -> None:
     for needed in {n for t in TECHNIQUES.values() for n in t.needs} | {"torchao"}:
         facts = catalog.package_facts(needed)
         assert {"release", "licence", "status"} <= facts.keys(), needed
         assert all(source and date for _, source, date in facts.values())
 
 
-# -- figures that cannot be ------------------------------------------------------------------------------
+# -- figures and limits that are refused ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,18 +318,18 @@ def test_every_library_that_a_technique_needs_has_dated_rows() -> None:
         ("place = 'us'\nsupplier = 'tepco-ep'", "mixes countries"),
     ],
 )
-def test_a_figure_that_cannot_be_is_refused(text: str, said: str) -> None:
+def test_an_impossible_figure_is_refused_with_the_reason(text: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         seen(text)
     assert said in str(error.value)
 
 
-def test_a_tariff_alone_says_where_it_is() -> None:
+def test_a_tariff_alone_determines_the_place() -> None:
     made, _ = seen("currency = 'EUR'\ntariff = 'germany-business'")
     assert made.place == "germany"
 
 
-def test_the_largest_figures_stay_finite() -> None:
+def test_the_largest_allowed_figures_give_finite_results() -> None:
     made, _ = seen(
         "[work]\nruns_per_year = 1e15\nsteps_per_run = 1000000000000\nvalue_per_run = 1e15\n"
         "[money]\nlabour_per_hour = 1e15\n[effort]\nsetup_hours = 1e15\n"
@@ -336,7 +337,7 @@ def test_the_largest_figures_stay_finite() -> None:
     json.dumps(serialization.to_plain(made), allow_nan=False)
 
 
-def test_the_template_with_every_line_taken_in_is_a_case() -> None:
+def test_the_template_with_every_line_uncommented_is_a_valid_case() -> None:
     lines = [line.removeprefix("# ") for line in TEMPLATE.splitlines()[3:]]
     text = (
         "\n".join(lines)
@@ -349,7 +350,7 @@ def test_the_template_with_every_line_taken_in_is_a_case() -> None:
         assert {"existing", "purchase", "cloud"} <= kinds
 
 
-def test_limits_of_ones_own_are_told_and_money_never_told_is_not_known() -> None:
+def test_custom_gate_limits_are_reported_and_unknown_money_is_shown_as_not_known() -> None:
     record, told = poc(), WORDS.get("stages.own_limits")
     for limits, own in ((Gates(time=TimeLimits(step_ratio=0.01)), True), (Gates(), False)):
         made = decide(record, parsed(CARD, "it"), limits=limits)
@@ -361,12 +362,12 @@ def test_limits_of_ones_own_are_told_and_money_never_told_is_not_known() -> None
 
 
 @pytest.mark.parametrize("given", ["true", '"5"', "[5]"])
-def test_what_is_no_number_is_told_what_is_needed(given: str) -> None:
+def test_a_value_that_is_not_a_number_is_refused_with_what_is_needed(given: str) -> None:
     with pytest.raises(UserError, match="a number is needed, or"):
         seen(f"[money]\nlabour_per_hour = {given}")
 
 
-def test_limits_of_an_older_version_end_with_the_next_gate(tmp_path: Path) -> None:
+def test_gate_limits_of_an_older_version_are_refused_until_they_are_reset(tmp_path: Path) -> None:
     store, record = Store(tmp_path / "s.sqlite3"), poc()
     for kind in ("begin", "poc"):
         store.append(record.poc_id, kind, record)

@@ -1,4 +1,4 @@
-"""Device memory beside tensors, against published measurements and by hand."""
+"""Device memory outside tensors, compared with published measurements and calculations by hand."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def exactly(value: float) -> Interval:
 
 
 @pytest.mark.parametrize(("name", "size_mib"), [("A100-80GB-SXM", 8.125), ("H100-SXM", 32), ("MI300X", 128)])
-def test_one_blas_workspace_a_thread(name: str, size_mib: float) -> None:
+def test_each_thread_allocates_one_blas_workspace(name: str, size_mib: float) -> None:
     """Forward and optimizer share one; backward has its own; both stay. An H100's snapshot shows two of
     32 MiB (pytorch#144397)."""
     ops = [
@@ -92,7 +92,7 @@ def test_one_blas_workspace_a_thread(name: str, size_mib: float) -> None:
     ]
 
 
-def test_no_matrix_product_no_workspace_and_none_on_a_processor() -> None:
+def test_there_is_no_blas_workspace_without_matrix_products_or_on_a_cpu() -> None:
     assert (
         with_workspaces(traced([], [op(0, "aten.add.Tensor", Phase.FORWARD)]), A100.device).allocations == ()
     )
@@ -101,15 +101,15 @@ def test_no_matrix_product_no_workspace_and_none_on_a_processor() -> None:
     assert with_workspaces(products, processor) is products
 
 
-# -- NCCL and context, against what others measured ---------------------------------------------------
+# -- NCCL and context, compared with published measurements -------------------------------------------
 
 
-def test_a_connection_is_the_two_allocations_nccl_logs() -> None:
+def test_nccl_connection_bytes_are_the_two_allocations_that_nccl_logs() -> None:
     """10,485,760 and 2,097,152 bytes (nccl#1685)."""
     assert CONNECTION_BYTES == 10_485_760 + 2_097_152
 
 
-def test_communicators_lie_where_they_were_measured() -> None:
+def test_predicted_bytes_of_nccl_communicators_cover_published_measurements() -> None:
     """On 4 A100: 544 MB for two ranks, 688 for more (nccl#964). On 8 H100, context and first communicator
     before an all-to-all: 1.06 GB (nccl#1685)."""
     two = nccl_bytes(A100.device, 2)
@@ -123,7 +123,7 @@ def test_communicators_lie_where_they_were_measured() -> None:
 
 
 @given(st.lists(st.integers(1, 64), max_size=6))
-def test_every_communicator_adds_and_one_rank_needs_none(ranks: list[int]) -> None:
+def test_every_communicator_adds_its_bytes_and_a_single_rank_needs_none(ranks: list[int]) -> None:
     groups = [(str(i), n) for i, n in enumerate(ranks)]
     total, alone = (outside(A100.device, g).total_bytes for g in (groups, ()))
     assert total is not None
@@ -132,7 +132,7 @@ def test_every_communicator_adds_and_one_rank_needs_none(ranks: list[int]) -> No
     assert total.value == alone.value + each
 
 
-def test_every_nvidia_device_has_its_rows_and_what_is_unknown_stays_unknown() -> None:
+def test_every_nvidia_device_has_a_context_size_and_that_of_amd_devices_is_unknown() -> None:
     """The context grows with the multiprocessors: 40 on a T4 to 148 on a B200."""
     parts = {name: outside(catalog.device(name)).parts_bytes for name in catalog.device_names()}
     assert [name for name, found in parts.items() if "context" not in found] == [
@@ -150,19 +150,19 @@ def test_every_nvidia_device_has_its_rows_and_what_is_unknown_stays_unknown() ->
 # -- probability --------------------------------------------------------------------------------------
 
 
-def test_the_range_is_the_central_95_percent() -> None:
+def test_an_interval_is_the_central_95_percent_of_the_distribution() -> None:
     even = Interval(value=10, low=8, high=12)
     assert exceeds_probability(even, 10) == pytest.approx(0.5)
     assert exceeds_probability(even, 12) == pytest.approx(0.025, abs=1e-4)
     assert exceeds_probability(even, 8) == pytest.approx(0.975, abs=1e-4)
-    # A longer upper side holds its share of the weight: 3 to 1.
+    # The longer upper side has its share of the probability: 3 to 1.
     assert exceeds_probability(Interval(value=10, low=9, high=13), 10) == pytest.approx(0.75)
     assert exceeds_probability(exactly(10), 10) == 0.0
     assert exceeds_probability(exactly(10), 9.9) == 1.0
 
 
 @given(st.floats(1, 50), st.floats(0, 20), st.floats(0, 20), st.floats(1, 100), st.floats(0, 10))
-def test_more_memory_never_fails_more_often(
+def test_more_memory_never_raises_the_probability_of_exceeding_it(
     value: float, under: float, over: float, limit: float, more: float
 ) -> None:
     amount = Interval(value=value, low=value - under, high=value + over)
@@ -171,13 +171,13 @@ def test_more_memory_never_fails_more_often(
     assert not math.isnan(less)
 
 
-# -- the three numbers --------------------------------------------------------------------------------
+# -- allocated, reserved and device memory ------------------------------------------------------------
 
-# 30 GiB live, then 20 GiB freed, then 25 GiB asked for, which the free 20 do not hold: 75 GiB are reserved.
+# 30 GiB are live, 20 GiB are freed, and 25 GiB requested, which the free 20 do not hold: 75 are reserved.
 STRANDED = [life(0, None, 30 * GIB), life(1, 2, 20 * GIB), life(3, None, 25 * GIB)]
 
 
-def test_allocated_reserved_and_device_by_hand() -> None:
+def test_reserved_and_device_memory_match_a_calculation_by_hand() -> None:
     found = footprint(traced(STRANDED), exactly(55 * GIB), A100)
     assert found.reserved_bytes is not None
     assert found.device_bytes is not None
@@ -187,11 +187,11 @@ def test_allocated_reserved_and_device_by_hand() -> None:
     assert beside.total_bytes is not None
     assert found.device_bytes.value == 75 * GIB + beside.total_bytes.value
     assert found.device_parts_bytes == {"reserved": 75 * GIB, **beside.parts_bytes}
-    assert found.oom_probability == pytest.approx(0, abs=1e-6)  # 79 GiB are there
+    assert found.oom_probability == pytest.approx(0, abs=1e-6)  # 79 GiB are available
 
 
-def test_what_can_be_given_back_is_no_reason_to_fail() -> None:
-    """75 GiB reserved do not fit 60, but the cached 20 are given back first, and 55 do."""
+def test_cached_memory_that_can_be_released_does_not_raise_the_oom_probability() -> None:
+    """75 GiB reserved do not fit in 60, but the cached 20 are released first, and 55 do fit."""
 
     def on(memory: int) -> float | None:
         room = dataclasses.replace(A100.device.memory_bytes, value=float(memory))
@@ -207,7 +207,7 @@ def test_what_can_be_given_back_is_no_reason_to_fail() -> None:
     assert small > 0.999
 
 
-def test_a_processor_has_one_number() -> None:
+def test_a_cpu_has_no_reserved_or_device_memory_and_no_oom_probability() -> None:
     processor = Device(name="cpu", kind="cpu", memory_bytes=Fact(value=2**34, source="", date=""))
     machine = Machine(name="cpu", device=processor)
     for found in (
@@ -217,17 +217,17 @@ def test_a_processor_has_one_number() -> None:
         assert (found.reserved_bytes, found.device_bytes, found.oom_probability) == (None, None, None)
 
 
-def test_an_unknown_context_leaves_the_device_unknown_but_not_reserved() -> None:
+def test_an_unknown_context_size_leaves_device_memory_unknown_but_not_reserved() -> None:
     found = footprint(traced(STRANDED), exactly(55 * GIB), catalog.machine("MI300X"))
     assert found.reserved_bytes is not None
     assert (found.device_bytes, found.oom_probability) == (None, None)
 
 
 @given(st.lists(st.integers(-1, 5), max_size=40), st.integers(0, 16))
-def test_late_frees_keep_every_allocation_in_order(sizes: list[int], by: int) -> None:
+def test_delayed_frees_keep_every_allocation_in_order(sizes: list[int], by: int) -> None:
     events = [(i, size, "") for i, size in enumerate(sizes)]
     moved = late(events, by)
     assert sorted(moved) == sorted(events)
     assert [e for e in moved if e[1] >= 0] == [e for e in events if e[1] >= 0]
     for before, after in ((events.index(e), moved.index(e)) for e in events if e[1] < 0):
-        assert before - by <= after <= before + by  # others may pass it, itself it moves by at most `by`
+        assert before - by <= after <= before + by  # other events may pass it; it moves by at most `by`

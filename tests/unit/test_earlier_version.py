@@ -22,23 +22,23 @@ def store(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("lang", ["en", "ja"])
-def test_its_store_makes_a_report(store: Path, tmp_path: Path, lang: str) -> None:
+def test_a_store_of_an_earlier_version_makes_a_report(store: Path, tmp_path: Path, lang: str) -> None:
     page = tmp_path / "report.html"
     assert main(["report", "--store", str(store), "--lang", lang, "--out", str(page)]) == 0
     assert "optimizer-in-backward" in page.read_text(encoding="utf-8")
 
 
-def test_its_store_gives_the_record_that_it_gave(store: Path, tmp_path: Path) -> None:
+def test_a_store_of_an_earlier_version_gives_the_same_record(store: Path, tmp_path: Path) -> None:
     assert main(["record", "--store", str(store), "--out", str(tmp_path / "record.json")]) == 0
     assert (tmp_path / "record.json").read_text() == (DATA / "record.json").read_text()
 
 
-def test_its_record_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_an_earlier_version_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(DATA / "record.json"), str(DATA / "record.json")]) == 0
     assert "optimizer-in-backward" in capsys.readouterr().out
 
 
-def test_its_plan_file_is_read() -> None:
+def test_a_plan_file_of_an_earlier_version_is_read() -> None:
     assert read_plan(DATA / "plan.yaml").label == "optimizer-in-backward"
 
 
@@ -58,5 +58,5 @@ def test_its_plan_file_is_read() -> None:
         ("memfit.types.job", "Job"),
     ],
 )
-def test_its_public_names_are_where_they_were(module: str, name: str) -> None:
+def test_public_names_of_an_earlier_version_can_still_be_imported(module: str, name: str) -> None:
     assert hasattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""Engines as data: what they say of themselves holds together, and their page says the same."""
+"""Engine declarations: they are consistent, and the engines' documentation page agrees with them."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ TENSOR = Plan(uses=(make_use("tensor-parallel", {}),), ranks=2)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_it_names_only_techniques_there_are(name: str) -> None:
+def test_an_engine_names_only_existing_techniques(name: str) -> None:
     found = ENGINES[name]
     assert found.carries | found.beside <= set(TECHNIQUES)
     assert not found.carries & found.beside
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_its_page_has_the_versions_that_probe_accepts(name: str) -> None:
+def test_the_engines_page_has_the_versions_that_each_engine_accepts(name: str) -> None:
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
     low, high = ENGINES[name].tested
     assert not low or f"| {low} to below {high} |" in row
 
 
 @pytest.mark.parametrize("name", [n for n in ENGINES if n != "replay"])
-def test_its_facts_have_a_source_and_a_date(name: str) -> None:
+def test_facts_about_an_engine_have_a_source_and_a_date(name: str) -> None:
     facts = catalog.engine_facts(name)
     assert {"release", "torch", "licence", "status", "builds"} <= set(facts)
     assert all(source and re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, source, date in facts.values())
 
 
-def test_what_it_cannot_carry_is_told_with_those_that_can() -> None:
+def test_an_unsupported_technique_is_refused_with_the_engines_that_support_it() -> None:
     with pytest.raises(
         UserError, match=r"tensor-parallel is not supported by accelerate.*engines that support it: native"
     ):
@@ -53,7 +53,9 @@ def test_what_it_cannot_carry_is_told_with_those_that_can() -> None:
         engine("deepsped")
 
 
-def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_reports_an_untested_version_and_a_missing_package_with_its_install_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     probed = Engine(
         name="x", summary="", distribution="numpy", tested=("0.1", "0.2"), install="pip install x"
     )
@@ -67,12 +69,12 @@ def test_another_version_and_none_are_told_with_what_installs_it(monkeypatch: py
         ready("x", Plan())
 
 
-def test_replicas_of_nothing_sharded_are_refused() -> None:
+def test_fsdp2_replicas_that_leave_nothing_to_shard_are_refused() -> None:
     with pytest.raises(UserError, match="leave nothing to shard; use ddp"):
         trace(load(JobRef(spec="char-lm")), Plan(uses=(make_use("fsdp2", {"replicas": 2}),), ranks=2))
 
 
-def test_the_configuration_lies_beside_the_run() -> None:
+def test_the_engines_configuration_is_written_beside_the_run_file() -> None:
     plan = Plan(uses=(make_use("fsdp2", {}),), ranks=2)
     spec = RunSpec(
         name="t", role="t", job=JobRef(spec="char-lm"), plan=plan, engine="accelerate", seed=0, steps=1
@@ -82,7 +84,7 @@ def test_the_configuration_lies_beside_the_run() -> None:
     assert "distributed_type: FSDP" in launch.files["accelerate.yaml"]
 
 
-def test_accelerate_carries_fp16_on_gpus_alone() -> None:
+def test_accelerate_supports_autocast_without_fsdp2_and_fp16_only_on_gpus() -> None:
     half = Plan(uses=(make_use("fp16-autocast", {}), make_use("ddp", {})), ranks=2)
     spec = RunSpec(
         name="t", role="t", job=JobRef(spec="char-lm"), plan=half, engine="accelerate", seed=0, steps=1
@@ -100,10 +102,10 @@ def test_accelerate_carries_fp16_on_gpus_alone() -> None:
             carrying("accelerate", sharded)
 
 
-def test_accelerate_leaves_fp16_out_on_a_processor() -> None:
-    """Which is why such a run is refused here."""
+def test_accelerate_ignores_fp16_on_a_cpu() -> None:
+    """This is why memfit refuses such a run on a CPU."""
     accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # what tests before left
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # state left by earlier tests
     made = accelerate.Accelerator(cpu=True, mixed_precision="fp16")
     assert (made.mixed_precision, made.native_amp, made.scaler) == ("fp16", False, None)
     made.state._reset_state(reset_partial_state=True)

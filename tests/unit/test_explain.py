@@ -1,4 +1,4 @@
-"""Explanations: what is alive at the peak, why plans differ, and files that other people's viewers open."""
+"""Explanations: what is alive at the peak, why plans differ, and files for external viewers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ LIGHT = explained(
 # --- the peak
 
 
-def test_equal_blocks_are_one_contributor_and_the_sizes_add_up() -> None:
+def test_equal_blocks_are_merged_into_one_contributor_and_the_sizes_add_up() -> None:
     found = [(c.category, c.module, c.op, c.line, c.size_bytes, c.count) for c in contributors(PLAIN)]
     assert found == [
         ("activation", "layers.*.mlp", "mm", "my.py:7", 16 * KIB, 2),
@@ -112,7 +112,7 @@ def test_equal_blocks_are_one_contributor_and_the_sizes_add_up() -> None:
     assert sum(size for *_, size, _ in found) == PLAIN.estimate.allocated_bytes.value == 21 * KIB
 
 
-def test_what_a_kernel_takes_inside_is_alive_only_while_it_runs() -> None:
+def test_workspace_of_a_kernel_is_alive_only_while_the_kernel_runs() -> None:
     probed = Calibration(op_peak_bytes={"aten.conv.default 12": 50 * KIB})
     trace = traced(SAVED, [op(12, "conv", "aten.conv.default")])
     found = explained(trace, calibration=probed)
@@ -144,7 +144,7 @@ def test_a_difference_adds_up_by_category_and_by_operator() -> None:
     ]
 
 
-def test_a_difference_is_told_in_words_and_bytes() -> None:
+def test_a_difference_is_described_in_sentences_with_bytes() -> None:
     words = load_words("en")
     told = [sentence_text(s, words) for s in difference(PLAIN, LIGHT).sentences]
     assert told == [
@@ -162,7 +162,7 @@ def test_a_difference_is_told_in_words_and_bytes() -> None:
 
 
 @pytest.mark.parametrize("lang", ["en", "ja"])
-def test_the_terminal_names_line_module_and_count(lang: str) -> None:
+def test_the_terminal_shows_line_module_and_count_of_a_contributor(lang: str) -> None:
     out = io.StringIO()
     console = Console(file=out, width=140, highlight=False)
     print_explained(PLAIN, console=console, lang=lang)
@@ -189,7 +189,7 @@ def highest(levels: Iterator[int]) -> int:
 
 @st.composite
 def lives(draw: st.DrawFn) -> list[Allocation]:
-    """Births and deaths at clocks of their own, as in a trace."""
+    """Allocations whose starts and ends all have different clocks, as in a trace."""
     count = draw(st.integers(1, 25))
     order = draw(st.permutations([*range(count), *range(count)]))
     ends: dict[int, list[int]] = {}
@@ -208,7 +208,7 @@ def lives(draw: st.DrawFn) -> list[Allocation]:
 
 
 @given(lives())
-def test_law_a_snapshot_holds_what_is_alive_without_overlap(allocations: list[Allocation]) -> None:
+def test_a_snapshot_holds_the_live_allocations_without_overlap(allocations: list[Allocation]) -> None:
     found = explained(traced([*allocations, alloc(60, None, 64)], end=100))
     data = pickle.loads(snapshot(found))
     assert highest(active(data)) == found.estimate.allocated_bytes.value
@@ -251,7 +251,7 @@ def test_pytorchs_own_viewer_opens_the_snapshot() -> None:
     ]
 
 
-def test_the_snapshot_uses_only_what_the_web_viewer_reads() -> None:
+def test_the_snapshot_uses_only_pickle_opcodes_that_the_web_viewer_reads() -> None:
     import pickletools
 
     codes = {code.name for code, *_ in pickletools.genops(snapshot(PLAIN))}
@@ -283,7 +283,7 @@ def test_the_snapshot_uses_only_what_the_web_viewer_reads() -> None:
 # --- Perfetto
 
 
-def test_counters_end_where_the_trace_ends_and_reach_the_peak() -> None:
+def test_counters_reach_the_peak_and_end_at_the_bytes_still_live() -> None:
     data = json.loads(chrome_trace(PLAIN))
     counted = [e for e in data["traceEvents"] if e["ph"] == "C"]
     assert max(e["args"]["bytes"] for e in counted if e["name"] == "live bytes") == 21 * KIB
@@ -324,7 +324,7 @@ def alive_by(data: dict[str, Any], instant: int) -> Counter[int]:
 
 
 @given(lives(), st.integers(1, 60))
-def test_law_every_shown_instant_is_exact_and_the_peak_is_shown(
+def test_every_instant_in_the_page_is_exact_and_the_peak_is_included(
     allocations: list[Allocation], points: int
 ) -> None:
     found = explained(traced([*allocations, alloc(60, None, 64)], end=100))
@@ -352,7 +352,7 @@ def test_a_long_trace_makes_a_page_below_two_megabytes() -> None:
     assert "https://" not in page
 
 
-def test_names_cannot_end_the_script() -> None:
+def test_html_in_names_cannot_close_the_script_of_the_page() -> None:
     odd = [alloc(11, 25, 64, module="</script><b>", line="<x>.py:1")]
     page = render_explained(explained(traced(odd)), job="</title>", lang="ja")
     assert page.count("</script>") == 2

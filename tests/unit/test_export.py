@@ -1,4 +1,4 @@
-"""What is handed over: the files of every target, read back, and those that a shell can run, run."""
+"""Exported files of every target: they are read back, and those that a shell can run are run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def handover(plan: Plan = DDP, engine: str = "native", **more: object) -> Handov
 
 @pytest.mark.parametrize(("engine", "plan"), CASES)
 @pytest.mark.parametrize("target", CLUSTERS)
-def test_the_engines_files_are_those_that_are_run(
+def test_files_of_the_engine_are_exported_unchanged_and_the_plan_reads_back(
     tmp_path: Path, target: str, engine: str, plan: Plan
 ) -> None:
     given = handover(plan, engine, nodes=2)
@@ -63,7 +63,7 @@ def test_the_engines_files_are_those_that_are_run(
 
 
 @pytest.mark.parametrize("target", CLUSTERS)
-def test_shell_files_parse(tmp_path: Path, target: str) -> None:
+def test_exported_shell_files_have_valid_syntax(tmp_path: Path, target: str) -> None:
     for nodes, script in ((1, ()), (2, ("train.py", "--text", "it's $HOME"))):
         folder = tmp_path / str(nodes)
         write(folder, bundle(target, handover(nodes=nodes, script=script)))
@@ -74,7 +74,7 @@ def test_shell_files_parse(tmp_path: Path, target: str) -> None:
 # --- Slurm
 
 
-# A part of sbatch's options: `man sbatch`, Slurm 25.05, https://slurm.schedmd.com/sbatch.html, read 2026-11.
+# Some of sbatch's options: `man sbatch`, Slurm 25.05, https://slurm.schedmd.com/sbatch.html, read 2026-11.
 SBATCH = {
     "job-name",
     "nodes",
@@ -98,7 +98,7 @@ def test_slurm_directives_come_first_and_are_known() -> None:
 
 
 _STUBS = {
-    # what the script calls of Slurm: the names of the nodes, and one task on each, all on this machine
+    # Slurm commands that the script calls: the nodes' names, and one task on each, all on this machine
     "scontrol": '#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && echo localhost && echo second\n',
     "srun": "#!/usr/bin/env bash\n"
     'while [[ "$1" == --* ]]; do shift; done\n'
@@ -124,7 +124,7 @@ def test_the_sbatch_script_trains_on_two_nodes(tmp_path: Path) -> None:
     assert _run("job.sbatch", folder, {**slurm, "PATH": f"{stubs}:{os.environ['PATH']}"}) == ["ok", "ok"]
 
 
-def test_the_sbatch_script_says_where_it_must_be_submitted(tmp_path: Path) -> None:
+def test_the_sbatch_script_refuses_to_start_from_another_folder(tmp_path: Path) -> None:
     write(tmp_path / "out", bundle("slurm", handover(nodes=2)))
     ended = subprocess.run(
         ["bash", tmp_path / "out" / "job.sbatch"],
@@ -138,7 +138,7 @@ def test_the_sbatch_script_says_where_it_must_be_submitted(tmp_path: Path) -> No
 
 
 def _run(script: str, folder: Path, env: dict[str, str]) -> list[str]:
-    """How each rank ended, as it told itself."""
+    """The outcome of each rank, from its own log."""
     source = str(Path(__file__).parents[2] / "src")
     ended = subprocess.run(
         ["bash", script],
@@ -159,7 +159,7 @@ def _run(script: str, folder: Path, env: dict[str, str]) -> list[str]:
 # --- torchrun
 
 
-def test_one_node_needs_no_address(tmp_path: Path) -> None:
+def test_the_torchrun_script_trains_on_one_node_without_an_address(tmp_path: Path) -> None:
     write(tmp_path / "out", bundle("torchrun", handover(engine="accelerate")))
     assert _run("torchrun.sh", tmp_path / "out", {}) == ["ok", "ok"]
 
@@ -179,7 +179,7 @@ job = dataclasses.replace(words(), make_batch=make_batch)
 """
 
 
-def test_ranks_that_are_started_again_go_on_from_the_last_checkpoint(
+def test_restarted_ranks_continue_from_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "plan.yaml").write_text(plan_text(DDP))
@@ -191,20 +191,20 @@ def test_ranks_that_are_started_again_go_on_from_the_last_checkpoint(
     assert main(asked.split()) == 0
     (tmp_path / "out" / "tiny.py").write_bytes(TINY.read_bytes())
     assert _run("torchrun.sh", tmp_path / "out", {}) == ["ok", "ok"]
-    logs = sorted((tmp_path / "out" / "logs").rglob("0/stdout.log"))  # an attempt each
+    logs = sorted((tmp_path / "out" / "logs").rglob("0/stdout.log"))  # one per attempt
     assert len(logs) == 2
     steps = [re.findall(r'"step", "step": (\d+)', log.read_text()) for log in logs]
     assert [step for attempt in steps for step in attempt] == ["0", "1", "2", "3"]
 
 
-def test_a_users_script_gets_the_engines_configuration(tmp_path: Path) -> None:
+def test_a_users_script_receives_the_engines_configuration(tmp_path: Path) -> None:
     def line(engine: str, plan: Plan, *script: str) -> str:
         return bundle("torchrun", handover(plan, engine, script=script, nodes=2))["torchrun.sh"]
 
     assert line("deepspeed", ZERO, "train.py").endswith(
         "train.py --deepspeed --deepspeed_config deepspeed.json\n"
     )
-    assert "DS_ACCELERATOR" not in line("deepspeed", ZERO, "train.py")  # that is for processors
+    assert "DS_ACCELERATOR" not in line("deepspeed", ZERO, "train.py")  # that is for CPUs
     assert line("deepspeed", ZERO, "train.py", "--config=deepspeed.json").endswith(
         "--config=deepspeed.json\n"
     )
@@ -223,8 +223,10 @@ def test_a_users_script_runs_with_its_arguments(tmp_path: Path) -> None:
     assert "run.json" not in files  # memfit's worker is not started
 
 
-def test_accelerates_launcher_takes_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only the cluster knows wins over the YAML, all else comes from it."""
+def test_accelerate_launch_accepts_the_exported_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that only the cluster knows override the YAML; everything else comes from it."""
     pytest.importorskip("accelerate")
     import shlex
 
@@ -247,7 +249,7 @@ def test_accelerates_launcher_takes_the_command_line(tmp_path: Path, monkeypatch
     assert args.mixed_precision == "bf16"
 
 
-def test_ranks_are_dealt_evenly() -> None:
+def test_ranks_that_do_not_divide_evenly_among_nodes_are_refused() -> None:
     with pytest.raises(
         UserError,
         match="4 ranks cannot be divided evenly among 3 nodes; allowed: numbers of nodes that divide 4: 1",
@@ -258,7 +260,7 @@ def test_ranks_are_dealt_evenly() -> None:
 # --- the folder
 
 
-def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None:
+def test_writing_overwrites_only_with_force_and_leaves_no_partial_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, {"a": "1", "b": "2"})
     with pytest.raises(UserError, match="already exists"):
@@ -275,7 +277,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_file_of_the_user_is_not_replaced_by_one_of_ours() -> None:
+def test_a_users_file_with_the_name_of_a_generated_file_is_refused() -> None:
     given = handover()
     with pytest.raises(UserError, match=r"run\.json"):
         Handover(config=given.config, own_files={"run.json": ""})
@@ -286,7 +288,7 @@ def test_a_file_of_the_user_is_not_replaced_by_one_of_ours() -> None:
 # --- the command
 
 
-def test_the_command_carries_the_users_job(
+def test_the_export_command_copies_the_users_job_and_overwrites_only_with_force(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "plan.yaml").write_text(plan_text(DDP))
@@ -321,7 +323,7 @@ def test_the_command_carries_the_users_job(
 
 
 @pytest.mark.parametrize(("engine", "plan"), [("accelerate", DDP), ("deepspeed", ZERO)])
-def test_what_is_exported_is_what_is_run(
+def test_exported_engine_files_equal_those_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, plan: Plan
 ) -> None:
     from memfit.workflows import single_run
@@ -345,7 +347,7 @@ def test_what_is_exported_is_what_is_run(
         assert (tmp_path / "out" / name).read_bytes() == text.encode()
 
 
-def test_megatrons_trainer_is_told_the_models_sizes(tmp_path: Path) -> None:
+def test_a_megatron_export_passes_the_models_sizes_to_the_users_script(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(plan_text(DDP))
     (tmp_path / "pretrain_gpt.py").touch()
     asked = [
@@ -374,7 +376,7 @@ def test_megatrons_trainer_is_told_the_models_sizes(tmp_path: Path) -> None:
         (["--to", "slurm", "--script", "nowhere.py"], "cannot read nowhere.py"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_mistakes_are_reported_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -390,11 +392,13 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_engine_can_be_handed_over() -> None:
+def test_every_engine_but_replay_has_an_export_case() -> None:
     assert {engine for engine, _ in CASES} == ENGINES.keys() - {"replay"}
 
 
-def test_modules_beside_the_jobs_file_are_carried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_modules_that_the_job_file_imports_are_copied_and_packages_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, text in {
         "jobs.py": "import torch, parts\nfrom layers.norms import Norm\n",
         "parts.py": "from more import x\n",

@@ -1,4 +1,4 @@
-"""Kubernetes and SkyPilot files: valid by their schemas, with every file unchanged, run as they say."""
+"""Kubernetes and SkyPilot files: valid by their schemas, with every file unchanged, started as declared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memfit.types.errors import UserError
 from memfit.types.launch import Keep
 from memfit.types.plan import Plan
 
-# Writes its ranks, then ends: what the launcher told it.
+# Writes what the launcher told this rank, then ends.
 PROGRAM = """
 import os
 rank = os.environ["RANK"]
@@ -47,7 +47,7 @@ def documents(handed: Handover) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("given", [handover(nodes=2, image="a/b:1"), scripted(image="a/b:1")])
-def test_the_kubernetes_files_fit_its_own_schema(given: Handover) -> None:
+def test_kubernetes_files_are_valid_by_the_kubernetes_schema(given: Handover) -> None:
     kubernetes = pytest.importorskip("kubernetes_validate", reason="it is an extra of development")
     for document in documents(given).values():
         kubernetes.validate(document, "1.34", strict=True)
@@ -58,7 +58,7 @@ def test_the_kubernetes_files_fit_its_own_schema(given: Handover) -> None:
 
 
 @pytest.mark.parametrize(("engine", "plan"), CASES)
-def test_the_config_map_holds_the_very_texts(engine: str, plan: Plan) -> None:
+def test_the_config_map_holds_every_file_unchanged(engine: str, plan: Plan) -> None:
     given = handover(plan, engine, nodes=2, image="a/b:1")
     held = documents(given)["ConfigMap"]["data"]
     for name, text in {**given.config.files, **given.own_files}.items():
@@ -68,13 +68,13 @@ def test_the_config_map_holds_the_very_texts(engine: str, plan: Plan) -> None:
 @pytest.mark.parametrize(
     "text", ["", "a\n\n", "  indented\n", "tab\tend \n", "no end", "\r\n", "é ☃ \u2028\n", "# {{x}}\n---\n"]
 )
-def test_any_text_comes_back_out_of_a_config_map(text: str) -> None:
+def test_any_text_reads_back_unchanged_from_a_config_map(text: str) -> None:
     given = handover(nodes=2, image="a/b:1")
     carried = Handover(config=given.config, nodes=2, image="a/b:1", own_files={"x": text})
     assert documents(carried)["ConfigMap"]["data"]["x"] == text
 
 
-def test_pods_find_the_first_by_the_names_of_an_indexed_job() -> None:
+def test_pods_reach_the_first_pod_by_its_name_in_the_indexed_job() -> None:
     found = documents(handover(nodes=2, image="a/b:1"))
     job, service = found["Job"], found["Service"]
     pod = job["spec"]["template"]["spec"]
@@ -101,21 +101,21 @@ def test_a_container_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
     _start(["bash", "-c", command], [tmp_path / "0", tmp_path / "1"], tmp_path / "told", known)
 
 
-# Of a task and its resources: docs.skypilot.co, "Task YAML", SkyPilot 0.14.1, whose
-# own schema (sky.utils.schemas) took these files on 2026-11-25.
+# Keys of a task and its resources: docs.skypilot.co, "Task YAML", SkyPilot 0.14.1, whose
+# own schema (sky.utils.schemas) accepted these files on 2026-11-25.
 TASK = {"name", "num_nodes", "workdir", "resources", "setup", "run"}
 RESOURCES = {"accelerators", "cpus", "job_recovery"}
 
 
 @pytest.mark.parametrize("given", [handover(nodes=2), scripted(gpu="H100")])
-def test_skypilots_task_has_known_keys(given: Handover) -> None:
+def test_the_skypilot_task_has_only_known_keys(given: Handover) -> None:
     task = yaml.safe_load(bundle("skypilot", given)["task.yaml"])
     assert task.keys() == TASK
     assert task["resources"].keys() <= RESOURCES
     assert task["num_nodes"] == 2
 
 
-def test_skypilots_task_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
+def test_the_skypilot_task_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
     write(tmp_path / "out", bundle("skypilot", scripted(gpu="H100")))
     task = yaml.safe_load((tmp_path / "out" / "task.yaml").read_text())
     known = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1", "SKYPILOT_TASK_ID": "a-b"}
@@ -123,7 +123,7 @@ def test_skypilots_task_starts_its_share_of_the_ranks(tmp_path: Path) -> None:
 
 
 def _start(command: list[str], folders: list[Path], told: Path, known: dict[str, str]) -> None:
-    """One process a node, all on this machine."""
+    """Start one process per node, all on this machine."""
     told.mkdir()
     port = str(20000 + os.getpid() % 20000)
     here = {"PYTHON": sys.executable, "LOCAL_ADDR": "127.0.0.1", "TOLD": str(told)}
@@ -146,7 +146,7 @@ def _start(command: list[str], folders: list[Path], told: Path, known: dict[str,
     assert {f.name: f.read_text() for f in told.iterdir()} == dict.fromkeys("01", "2 1 127.0.0.1")
 
 
-def test_pods_keep_checkpoints_on_a_claim() -> None:
+def test_pods_keep_checkpoints_on_a_persistent_volume_claim() -> None:
     def kept(save: str, claim: str) -> Handover:
         given = handover()
         spec = dataclasses.replace(given.config.spec, keep=Keep(save=save, resume=save))
@@ -172,10 +172,10 @@ def test_pods_keep_checkpoints_on_a_claim() -> None:
         ),
     ],
 )
-def test_what_is_missing_is_asked_for(target: str, given: Handover, said: str) -> None:
+def test_missing_options_and_too_large_files_are_refused(target: str, given: Handover, said: str) -> None:
     with pytest.raises(UserError, match=said):
         bundle(target, given)
 
 
-def test_plain_training_on_one_node_is_handed_over_too() -> None:
+def test_plain_training_on_one_node_can_be_exported() -> None:
     assert documents(handover(Plan(), image="a/b:1"))["Job"]["spec"]["completions"] == 1

@@ -1,4 +1,4 @@
-"""torchtitan's TOML and arguments: its keys, its own config managers, back to a plan."""
+"""torchtitan's TOML and arguments: known keys, accepted by its config managers, readable back as a plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
-# Fields that are written, of torchtitan/config/job_config.py (v0.2.2).
+# Fields of torchtitan/config/job_config.py (v0.2.2) that are written.
 TRAINING = {
     "local_batch_size",
     "global_batch_size",
@@ -51,7 +51,7 @@ KEYS = {
     "optimizer": {"implementation", "early_step_in_backward"},
     "compile": {"enable", "components"},
 }
-# Of these v0.3.0 (torchtitan/config/configs.py, components/optimizer/optimizer.py, 2026-11-25) has no more:
+# What v0.3.0 adds and lacks (torchtitan/config/configs.py, components/optimizer/optimizer.py, 2026-11-25):
 NEW = "--training.disable-cuda-graphs"
 GONE = {("parallelism", "disable_loss_parallel"), ("optimizer", "early_step_in_backward")}
 
@@ -81,10 +81,10 @@ PLANS = {
     "early": plan(optimizer_in_backward={}),
     "float8": plan(8, fsdp2={**ENDS, "precision": "bf16"}, compile={}, float8_linear={"scaling": "rowwise"}),
 }
-LOW = {"model": {"converters"}, "quantize": {"linear"}}  # tables of float8's plan alone
+LOW = {"model": {"converters"}, "quantize": {"linear"}}  # tables of the float8 plan only
 NEWER = [
     name for name in PLANS if name not in {"every", "op", "gathered", "early", "float8"}
-]  # v0.3 can say these
+]  # v0.3 can express these
 PARSERS = Path(__file__).parents[2] / ".parsers"
 
 
@@ -93,7 +93,7 @@ def exported(given: Plan) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_keys_are_torchtitans(name: str) -> None:
+def test_exported_keys_are_known_to_torchtitan(name: str) -> None:
     files = exported(PLANS[name])
     tables = tomllib.loads(files["torchtitan.toml"])
     keys = KEYS | (LOW if name == "float8" else {})
@@ -112,7 +112,7 @@ def test_keys_are_torchtitans(name: str) -> None:
             assert option.removeprefix("no-").replace("-", "_") in KEYS[table]
 
 
-# Kernel of the optimizer: what torchtitan calls foreach is the job's own AdamW.
+# torchtitan's foreach implementation of the optimizer is the job's own AdamW.
 @pytest.mark.parametrize("name", sorted(PLANS.keys()))
 def test_the_toml_reads_back_as_the_same_plan(tmp_path: Path, name: str) -> None:
     write(tmp_path / "out", bundle("torchtitan", handover(PLANS[name])))
@@ -157,7 +157,9 @@ def by_arguments() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_config_manager_of_0_2_takes_the_toml(name: str, by_toml: dict[str, dict[str, Any]]) -> None:
+def test_the_config_manager_of_torchtitan_0_2_accepts_the_toml(
+    name: str, by_toml: dict[str, dict[str, Any]]
+) -> None:
     found = by_toml[name]
     assert "refused" not in found, found
     tables = tomllib.loads(exported(PLANS[name])["torchtitan.toml"])
@@ -168,7 +170,7 @@ def test_the_config_manager_of_0_2_takes_the_toml(name: str, by_toml: dict[str, 
 
 
 @pytest.mark.parametrize("name", NEWER)
-def test_the_config_manager_of_0_3_takes_the_arguments(
+def test_the_config_manager_of_torchtitan_0_3_accepts_the_arguments(
     name: str, by_arguments: dict[str, dict[str, Any]]
 ) -> None:
     found = by_arguments[name]
@@ -182,7 +184,7 @@ def test_the_config_manager_of_0_3_takes_the_arguments(
         assert kept.items() <= found["sections"][table].items()
 
 
-def test_the_config_manager_of_0_3_refuses_what_it_does_not_know(
+def test_the_config_manager_of_torchtitan_0_3_refuses_an_unknown_argument(
     by_arguments: dict[str, dict[str, Any]],
 ) -> None:
     assert "no-such-degree" in by_arguments["unknown"]["refused"]
@@ -201,12 +203,12 @@ def test_the_config_manager_of_0_3_refuses_what_it_does_not_know(
         (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 cannot be split into 3 equal parts"),
     ],
 )
-def test_what_torchtitan_cannot_do(given: Plan, said: str) -> None:
+def test_plans_that_torchtitan_cannot_run_are_refused(given: Plan, said: str) -> None:
     with pytest.raises(UserError, match=said):
         exported(given)
 
 
-def test_the_readme_says_what_the_newer_release_lacks() -> None:
+def test_the_readme_names_what_the_newer_torchtitan_release_lacks() -> None:
     files = exported(PLANS["every"])
     assert "torchtitan.args" not in files
     assert "v0.3 does not support recomputing every k-th block" in files["README.md"]

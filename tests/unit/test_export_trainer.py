@@ -1,4 +1,4 @@
-"""TrainingArguments of a plan, read by transformers itself."""
+"""TrainingArguments exported from a plan, read by transformers itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memfit.techniques.registry import make_use
 from memfit.types.errors import UserError
 from memfit.types.plan import Plan
 
-BESIDE = {"bucket_view": False}  # where the Trainer's gradients are
+BESIDE = {"bucket_view": False}  # the Trainer's gradients are not views of its buckets
 
 
 def plan(ranks: int = 1, **uses: dict[str, Any]) -> Plan:
@@ -29,7 +29,7 @@ def plan(ranks: int = 1, **uses: dict[str, Any]) -> Plan:
 
 
 def loaded(folder: Path, given: Plan, engine: str = "native") -> Any:
-    """By the parser that a script uses."""
+    """Arguments as read by the parser that a training script uses."""
     from transformers import HfArgumentParser, TrainingArguments
 
     write(folder, bundle("trainer", handover(given, engine)))
@@ -37,11 +37,11 @@ def loaded(folder: Path, given: Plan, engine: str = "native") -> Any:
     raw = {**json.loads(path.read_text()), "use_cpu": True}  # it refuses bf16 where no device has it
     path.write_text(json.dumps(raw))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of 5.2: gradient_checkpointing has a new name
+        warnings.simplefilter("ignore", FutureWarning)  # raised by 5.2, which renamed gradient_checkpointing
         return HfArgumentParser(TrainingArguments).parse_json_file(str(path))[0]  # type: ignore[arg-type]
 
 
-def test_techniques_of_one_process(tmp_path: Path) -> None:
+def test_single_process_techniques_become_training_arguments(tmp_path: Path) -> None:
     args = loaded(
         tmp_path / "out",
         plan(bf16_autocast={}, activation_checkpointing={}, gradient_accumulation={"micro_batches": 4}),
@@ -56,19 +56,19 @@ def test_techniques_of_one_process(tmp_path: Path) -> None:
     ("technique", "name"),
     [("adamw-fused", "adamw_torch_fused"), ("sgd", "sgd"), ("adafactor", "adafactor")],
 )
-def test_optimizers(tmp_path: Path, technique: str, name: str) -> None:
+def test_an_optimizer_technique_becomes_the_optim_argument(tmp_path: Path, technique: str, name: str) -> None:
     args = loaded(tmp_path / "out", plan(**{technique: {}}))
     assert args.optim == name
     assert args.optim_args == ("momentum=0.9" if name == "sgd" else None)
 
 
-def test_ddp(tmp_path: Path) -> None:
+def test_ddp_bucket_size_and_batch_per_rank_become_training_arguments(tmp_path: Path) -> None:
     args = loaded(tmp_path / "out", plan(2, ddp={"bucket_mib": 7, **BESIDE}))
     assert args.ddp_bucket_cap_mb == 7
     assert args.per_device_train_batch_size == 4
 
 
-def test_fsdp2(tmp_path: Path) -> None:
+def test_fsdp2_settings_become_fsdp_plugin_arguments(tmp_path: Path) -> None:
     given = plan(
         4,
         fsdp2={"precision": "bf16", "reshard": False, "offload": True},
@@ -86,7 +86,9 @@ def test_fsdp2(tmp_path: Path) -> None:
     assert args.per_device_train_batch_size == 1
 
 
-def test_deepspeeds_file_and_the_arguments_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deepspeed_file_and_the_training_arguments_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("deepspeed")
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
@@ -127,7 +129,7 @@ def loaded_as_is(folder: Path) -> Any:
         (plan(gradient_accumulation={"micro_batches": 3}), "a batch of 8 cannot be split into 3 equal parts"),
     ],
 )
-def test_what_the_arguments_cannot_say(given: Plan, said: str) -> None:
+def test_plans_that_training_arguments_cannot_express_are_refused(given: Plan, said: str) -> None:
     with pytest.raises(UserError, match=said):
         bundle("trainer", handover(given))
 
@@ -147,14 +149,18 @@ def test_what_the_arguments_cannot_say(given: Plan, said: str) -> None:
         ),
     ],
 )
-def test_what_is_handed_over_reads_back_as_the_same_plan(tmp_path: Path, given: Plan, engine: str) -> None:
+def test_exported_training_arguments_read_back_as_the_same_plan(
+    tmp_path: Path, given: Plan, engine: str
+) -> None:
     write(tmp_path / "out", bundle("trainer", handover(given, engine)))
     carried = to_plan.over(read([tmp_path / "out" / "training_args.json"], ranks=given.ranks))
     assert carried.plan == given
     assert carried.batch == 8
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_export_command_writes_training_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "plan.yaml").write_text(plan_text(plan(bf16_autocast={})))
     job = f"{Path(__file__).with_name('tiny.py')}:words"
     out = str(tmp_path / "out")
