@@ -1,4 +1,4 @@
-"""The catalog of money: every row sourced, dated and sane; one clear error for an unknown name."""
+"""The catalog of prices: every row has a source, a date and a plausible value; unknown names are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_source_is_used() -> None:
     assert used == set(SOURCES)
 
 
-def test_names_are_those_of_the_other_tables() -> None:
+def test_places_hosts_and_currencies_exist_in_the_other_catalog_tables() -> None:
     places = set(catalog.place_names())
     assert set(ROOMS["taxes"]) <= places
     assert set(ROOMS["write_off"]) <= places
@@ -76,7 +76,7 @@ def test_names_are_those_of_the_other_tables() -> None:
         assert one.currency in finance.currency_codes()
 
 
-def test_suppliers_are_told_apart() -> None:
+def test_supplier_names_and_aliases_are_unique() -> None:
     names = [[name, *row["aliases"]] for name, row in ROOMS["suppliers"].items()]
     flat = [name.lower() for group in names for name in group]
     assert len(flat) == len(set(flat))
@@ -84,8 +84,8 @@ def test_suppliers_are_told_apart() -> None:
     assert all(row["place"] == "japan" for row in ROOMS["suppliers"].values())
 
 
-def test_prices_printed_with_tax_are_divided() -> None:
-    """4.18 JPY/kWh of levy, 1155.84 JPY/kW and 28.59 JPY/kWh are printed with Japan's 10 %."""
+def test_tariffs_printed_with_tax_are_stored_without_it() -> None:
+    """The prices are printed with Japan's consumption tax of 10 %."""
     power, light = finance.tariff("japan-low-voltage-power"), finance.tariff("japan-kansai-low-voltage")
     for fact, printed in (
         (power.levy_per_kwh, 4.18),
@@ -96,7 +96,7 @@ def test_prices_printed_with_tax_are_divided() -> None:
         assert fact.value * 1.1 == pytest.approx(printed, abs=0.01)
 
 
-def test_there_is_something_to_choose_from() -> None:
+def test_catalog_covers_many_currencies_and_suppliers_and_higher_voltage_costs_less() -> None:
     assert len(finance.currency_codes()) >= 12
     assert len(finance.supplier_names()) >= 10
     classes = ("japan-low-voltage", "japan-high-voltage", "japan-special-high-voltage")
@@ -104,7 +104,7 @@ def test_there_is_something_to_choose_from() -> None:
     assert totals == sorted(totals, reverse=True)
 
 
-def test_currencies_are_told_apart() -> None:
+def test_currencies_have_unique_symbols_and_yen_and_won_have_no_decimals() -> None:
     money = [finance.currency(code) for code in finance.currency_codes()]
     assert len({one.symbol for one in money}) == len(money)
     assert {one.code for one in money if one.decimals == 0} == {"JPY", "KRW"} & set(finance.currency_codes())
@@ -112,7 +112,7 @@ def test_currencies_are_told_apart() -> None:
     assert finance.currency("jpy").symbol == "¥"
 
 
-def test_aliases_of_a_place_are_one_place() -> None:
+def test_place_aliases_give_the_same_tax_and_write_off_years() -> None:
     for name in ("japan", "Japan", "jp"):
         tax = finance.tax_ratio(name)
         assert tax is not None
@@ -123,7 +123,7 @@ def test_aliases_of_a_place_are_one_place() -> None:
     assert finance.write_off_years("our basement") == finance.write_off_years("world")
 
 
-def test_part_of_a_server_names_the_whole() -> None:
+def test_host_price_of_a_part_of_a_server_is_that_of_the_whole_server() -> None:
     whole = finance.host_usd("HGX-H100")
     assert whole is not None
     assert finance.host_usd("DGX H100") == finance.host_usd("1/8 of HGX-H100") == whole
@@ -132,7 +132,7 @@ def test_part_of_a_server_names_the_whole() -> None:
     assert finance.host_usd("a box under the desk") is None
 
 
-def test_the_levy_comes_on_top() -> None:
+def test_the_levy_is_listed_apart_from_the_energy_price_and_is_smaller() -> None:
     one = finance.tariff("Japan high voltage")
     assert one.currency == "JPY"
     assert one.levy_per_kwh is not None
@@ -140,7 +140,7 @@ def test_the_levy_comes_on_top() -> None:
 
 
 @pytest.mark.parametrize("name", finance.default_names())
-def test_defaults_are_assumptions_and_say_so(name: str) -> None:
+def test_defaults_are_marked_as_assumed(name: str) -> None:
     assert finance.default(name).kind == "assumed"
 
 
@@ -153,6 +153,8 @@ def test_defaults_are_assumptions_and_say_so(name: str) -> None:
         (finance.default, "discount", "default"),
     ],
 )
-def test_unknown_names_give_one_error(ask: Callable[[str], Fact], wrong: str, what: str) -> None:
+def test_unknown_names_raise_an_error_that_says_what_is_unknown(
+    ask: Callable[[str], Fact], wrong: str, what: str
+) -> None:
     with pytest.raises(UserError, match=f"unknown {what}: '{wrong}'"):
         ask(wrong)

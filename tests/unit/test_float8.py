@@ -1,4 +1,4 @@
-"""Products in 8-bit floats: what they are applied to, what they cost, who can do them."""
+"""Matrix products in 8-bit floats: the layers that use them, their cost, and the devices that have them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_linear_layers_of_the_blocks_are_converted_and_the_head_is_not() -> None
     assert {k for n, k in kinds.items() if not n.startswith("blocks.")} == {"Linear"}
 
 
-def test_layers_of_other_sizes_stay_as_they_are_and_none_left_is_refused() -> None:
+def test_float8_is_refused_where_no_layer_has_sizes_that_are_multiples_of_16() -> None:
     size = dataclasses.replace(SIZE, width=36)
     odd = dataclasses.replace(JOB, build_model=lambda: Gpt(size))
     with pytest.raises(UserError, match="multiples of 16"):
@@ -64,8 +64,8 @@ def test_on_an_accelerator_products_of_the_blocks_run_in_8_bits() -> None:
     assert {o.dtype for o in low if o.phase is Phase.BACKWARD} == {"float8_e5m2"}
 
 
-def test_compiled_blocks_keep_what_they_kept_in_16_bits_or_less() -> None:
-    """Weights are there in any case, and are rounded again in backward."""
+def test_float8_does_not_raise_the_peak_of_compiled_blocks() -> None:
+    """Backward rounds the weights to 8 bits again, so no second copy of them is kept."""
     peaks = [
         max(
             sum(a.size_bytes for a in t.allocations if a.start <= at and (a.end is None or a.end > at))
@@ -96,7 +96,7 @@ def product(fast: bool) -> OpCall:
     )
 
 
-def test_sums_in_full_precision_take_longer() -> None:
+def test_float8_products_with_full_precision_accumulation_take_longer() -> None:
     rates = kernels(machine("H100-SXM").device)
     assert rates is not None
     quick, full = rates.arithmetic_s(product(fast=True)), rates.arithmetic_s(product(fast=False))
@@ -107,7 +107,7 @@ CARDS = {"A100-80GB-SXM": False, "V100-16GB-SXM2": False, "H100-SXM": True, "L4"
 
 
 @pytest.mark.parametrize(("name", "able"), CARDS.items())
-def test_only_cards_with_such_units_take_it(name: str, able: bool) -> None:
+def test_float8_is_supported_only_on_devices_with_8_bit_matrix_units(name: str, able: bool) -> None:
     on = machine(name)
     assert (NAME not in unable(on)) == able
     if able:
@@ -117,7 +117,7 @@ def test_only_cards_with_such_units_take_it(name: str, able: bool) -> None:
             check(plan(NAME), on)
 
 
-def test_searches_try_it_only_where_a_compiler_fuses_its_casts() -> None:
+def test_searches_try_float8_only_together_with_compile() -> None:
     tried = [uses for uses in _inside() if any(u.technique == NAME for u in uses)]
     assert tried
     assert all(any(u.technique == "compile" for u in uses) for uses in tried)

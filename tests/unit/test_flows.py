@@ -1,4 +1,4 @@
-"""Streams, groups and waits of traced calls; kernels that predictions stand in for."""
+"""Streams, process groups and waits of traced calls, and the kernels that stand for fused operators."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_sharded_parameters_are_gathered_on_a_stream_that_compute_waits_for() ->
     assert {len(found.members[g.group]) for g in gathers} == {4}
 
 
-def test_a_gather_does_not_wait_for_the_work_it_is_hidden_behind() -> None:
+def test_a_gather_does_not_wait_for_the_compute_that_hides_it() -> None:
     found = traced(use("fsdp2", {}), ranks=4)
     side = calls(found, "c10d._allgather")[0].stream
     lags = [o.waits[1] for o in found.ops if o.stream == side and o.waits and o.waits[0] == ""]
     assert max(lags) > 3
 
 
-def test_ddp_reduces_beside_backward_on_its_groups_stream() -> None:
+def test_ddp_all_reduce_runs_in_backward_on_the_stream_of_its_group() -> None:
     (reduced,) = calls(traced(use("ddp", {}), ranks=2), "c10d.allreduce")
     assert reduced.phase is Phase.BACKWARD
     assert reduced.stream == f"group {reduced.group}"
@@ -61,13 +61,13 @@ def test_functional_collectives_are_waited_for_where_their_result_is_used() -> N
     assert {w.waits for w in waits} == {(reduced[0].stream, 0)}
 
 
-def test_one_rank_has_one_stream() -> None:
+def test_a_single_rank_has_one_stream_and_no_groups_or_waits() -> None:
     found = traced()
     assert {(o.stream, o.group, o.waits) for o in found.ops} == {("", "", None)}
     assert found.members == {}
 
 
-def test_fused_groups_are_kernels_of_their_own() -> None:
+def test_compiled_groups_are_single_kernels_that_move_fewer_bytes_than_eager() -> None:
     eager, compiled = traced(), traced(use("compile", {}))
     fused = calls(compiled, "memfit.kernel")
     assert fused
@@ -81,13 +81,13 @@ def test_fused_groups_are_kernels_of_their_own() -> None:
     assert moved(compiled) < moved(eager)
 
 
-def test_of_a_distributed_tensor_a_kernel_sees_this_ranks_part() -> None:
+def test_read_bytes_of_a_distributed_tensor_count_only_this_ranks_shard() -> None:
     part = torch.zeros(4)
     assert read_bytes([types.SimpleNamespace(_local_tensor=part), part, None]) == 32
 
 
-def test_what_an_optimizer_writes_in_place_is_counted() -> None:
-    """Parameters, gradients and two moments read, all but gradients written."""
+def test_moved_bytes_of_a_fused_optimizer_include_its_in_place_writes() -> None:
+    """It reads parameters, gradients and two moments, and writes all of them but the gradients."""
     found = traced(use("adamw-fused", {}))
     (step,) = calls(found, "aten._fused_adamw_")
     assert step.moved_bytes >= 7 * 4 * found.parameter_count

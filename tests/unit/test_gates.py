@@ -1,4 +1,4 @@
-"""Gates of a roll-out: what holds, what fails, and that loosening never fails what held."""
+"""Gates of a roll-out: which hold, which fail, and that a looser limit never fails a gate that held."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def failing(record: exchange.Shared, limits: rollout_gates.Gates | None = None) 
     return {g.name for g in rollout_gates.evaluate(record, limits or rollout_gates.Gates()) if not g.holds}
 
 
-def test_a_good_poc_passes() -> None:
+def test_a_good_poc_passes_every_gate() -> None:
     assert failing(RECORD) == set()
 
 
@@ -55,16 +55,16 @@ def test_a_good_poc_passes() -> None:
         (changed(effort={"failed_attempts": 4}), "effort: failed attempts"),
     ],
 )
-def test_each_gate_can_fail(record: exchange.Shared, name: str) -> None:
+def test_a_violated_limit_fails_exactly_its_own_gate(record: exchange.Shared, name: str) -> None:
     assert failing(record) == {name}
 
 
-def test_plain_training_that_cannot_be_run_does_not_close_the_gate() -> None:
+def test_missing_peaks_of_plain_training_fail_no_gate() -> None:
     assert failing(changed(baseline=NO_PEAKS)) == set()
 
 
-def test_the_gate_s_step_ratio_is_the_one_of_the_report() -> None:
-    """1.31, the median of the pairs; the ratio of both medians, 1.30, is for records without it."""
+def test_the_time_gate_uses_the_reports_step_ratio_and_falls_back_to_the_ratio_of_medians() -> None:
+    """1.31 is the median over the pairs; records without it use the ratio of both medians, 1.30."""
     found = {g.name: g.found for g in rollout_gates.evaluate(RECORD, rollout_gates.Gates())}
     assert found["time: step by plain's"] == full_poc().step_time_ratio == 1.31
     old = changed(step_time_ratio=None)
@@ -73,7 +73,7 @@ def test_the_gate_s_step_ratio_is_the_one_of_the_report() -> None:
     assert found["time: step by plain's"] == pytest.approx(1.30)
 
 
-def test_a_figure_just_past_its_limit_does_not_read_as_the_limit() -> None:
+def test_a_value_just_over_its_limit_is_printed_with_enough_digits_to_differ() -> None:
     near = next(
         g
         for g in rollout_gates.evaluate(changed(step_time_ratio=2.003), rollout_gates.Gates())
@@ -83,7 +83,7 @@ def test_a_figure_just_past_its_limit_does_not_read_as_the_limit() -> None:
     assert (name, found, limit) == ("time: step by plain's", "2.0030", "at most 2.00×")
 
 
-def test_energy_of_another_boundary_is_not_measured() -> None:
+def test_the_energy_gate_fails_when_the_runs_were_measured_at_different_boundaries() -> None:
     limits = rollout_gates.Gates(energy=rollout_gates.EnergyLimits(ratio=10))
     one, other = {"joules": 3.0, "boundary": "package"}, {"joules": 4.0, "boundary": "wall"}
     assert failing(changed(baseline={"energy": one}, recommended={"energy": one}), limits) == set()
@@ -95,7 +95,7 @@ limit = st.floats(0, 5)
 
 
 @given(tight=st.tuples(limit, limit, limit), more=st.tuples(limit, limit, limit), step=st.floats(0.01, 5))
-def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
+def test_a_looser_limit_never_fails_a_gate_that_the_tighter_one_passed(
     tight: tuple[float, ...], more: tuple[float, ...], step: float
 ) -> None:
     def limits(error: float, ratio: float, attempts: float) -> rollout_gates.Gates:
@@ -110,7 +110,7 @@ def test_law_a_loosened_gate_never_fails_where_the_tighter_held(
     assert failing(record, loose) <= failing(record, limits(*tight))
 
 
-def test_asking_for_nothing_passes_anything() -> None:
+def test_gates_without_limits_pass_any_record() -> None:
     nothing = rollout_gates.Gates(
         memory=rollout_gates.MemoryLimits(prediction_error=None, under_cap=False),
         time=rollout_gates.TimeLimits(step_ratio=None),
@@ -131,7 +131,9 @@ def stored(folder: Path) -> str:
     return str(folder / "s")
 
 
-def test_the_command_ends_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_exits_with_1_and_names_the_failed_gate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store, limits = stored(tmp_path), tmp_path / "gates.toml"
     assert main(["scale", "--store", store]) == 0
     text = capsys.readouterr().out
@@ -151,7 +153,9 @@ def test_the_command_ends_with_its_reason(tmp_path: Path, capsys: pytest.Capture
     assert "Stopped before the next stage: time: step by plain's is" in capsys.readouterr().out
 
 
-def test_minutes_that_people_told_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attended_minutes_given_on_the_command_line_are_stored_with_the_poc(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store, limits = stored(tmp_path), tmp_path / "gates.toml"
     limits.write_text("[effort]\nattended_minutes = 60\n")
     asked = ["scale", "--store", store, "--gates", str(limits)]
@@ -173,7 +177,7 @@ def test_minutes_that_people_told_are_kept(tmp_path: Path, capsys: pytest.Captur
     assert [n["value"] for n in numbers if n["name"] == "setup_hours"] == [0.5]
 
 
-def test_limits_are_read_strictly(tmp_path: Path) -> None:
+def test_a_gates_file_with_bad_limits_is_refused_and_false_means_no_limit(tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     for text, place in (("[time]\nratio = 1", "time.ratio"), ("[memory]\nprediction_error = -1", "memory")):
         path.write_text(text)
@@ -206,7 +210,7 @@ def test_limits_are_read_strictly(tmp_path: Path) -> None:
         "time = 3",
     ],
 )
-def test_a_limit_of_another_type_is_one_clear_error(text: str, tmp_path: Path) -> None:
+def test_a_limit_of_the_wrong_type_raises_an_error_that_names_its_place(text: str, tmp_path: Path) -> None:
     path = tmp_path / "gates.toml"
     path.write_text(text)
     place = ".".join(w for w in text.replace("[", "").replace("]", " ").split()[:2] if w != "=")
@@ -215,8 +219,6 @@ def test_a_limit_of_another_type_is_one_clear_error(text: str, tmp_path: Path) -
     assert told.value.allowed
 
 
-def test_an_unknown_machine_is_told_before_anything(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scale_reports_an_unknown_pilot_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "--store", stored(tmp_path), "--pilot", "H900"]) == 2
     assert "H900" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Grouped products of every dtype on fake tensors."""
+"""Grouped matrix products of every dtype on fake tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memfit.model.grouped_mm import grouped_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_product_has_the_shape_and_dtype_that_the_kernel_gives(dtype: torch.dtype) -> None:
+def test_a_fake_grouped_product_has_the_shape_dtype_and_strides_of_the_real_one(dtype: torch.dtype) -> None:
     def product() -> torch.Tensor:
         left, right = torch.ones(24, 16, dtype=dtype), torch.ones(3, 16, 32, dtype=dtype)
         ends = torch.tensor([8, 16, 24], dtype=torch.int32)
@@ -22,7 +22,7 @@ def test_a_product_has_the_shape_and_dtype_that_the_kernel_gives(dtype: torch.dt
     assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-def test_torch_itself_is_left_as_it_was() -> None:
+def test_outside_the_context_torch_refuses_float32_grouped_products_on_fake_tensors() -> None:
     with pytest.raises(RuntimeError, match="BF16"), FakeTensorMode():
         torch.nn.functional.grouped_mm(
             torch.ones(8, 16), torch.ones(1, 16, 32), offs=torch.tensor([8], dtype=torch.int32)

@@ -1,16 +1,17 @@
 """The guides of docs/guides do what they say: every command of every console block is run, in order.
 
 A guide is read like this: a block in Python, TOML or YAML that begins with ``# NAME`` is written to that
-file. In a console block, a line with ``$`` is run; its exit code is 0 unless it ends in ``# exit code N``;
-the lines below it stand in its output, ``...`` for anything. A whole command inside a sentence is run after
-its guide. Blocks marked ``text`` need a cluster or a card: those of the shell are run with stand-ins for
-Slurm and for torch's launcher.
+file. In a console block, a line with ``$`` is run; its exit code must be 0 unless it ends in
+``# exit code N``; the lines below it must appear in its output, where ``...`` matches anything. A whole
+command inside a sentence is run after its guide. Blocks marked ``text`` need a cluster or a GPU: their shell
+commands are run with stand-ins for Slurm and for torch's launcher.
 
-All share one folder and one store. Two things are not as the reader has them. A `memfit poc` that a guide
-before ran in the same words is not run again: its output is looked at again. And the managers' guides begin
-after a PoC that takes minutes, which another test runs (tests/cpu/test_managers_proof.py): what they look at
-here is a record made by hand (report_fixture), with offers made by hand, so that their lines stand. The file
-`theirs.json`, which another group would send, is that record too.
+All guides share one folder and one store. Two things differ from what a reader does. A `memfit poc` that an
+earlier guide ran with the same arguments is not run again: its first output is checked again. And the
+managers' guides begin after a PoC that takes minutes, which another test runs
+(tests/cpu/test_managers_proof.py): here it is replaced by a record and offers made by hand (report_fixture),
+so that the lines of the guides do not change. The file `theirs.json`, which another group would send, is
+that record too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def steps(block: str) -> Iterator[Step]:
 
 
 def missing(output: str, lines: list[str]) -> list[str]:
-    """Lines are broken by the terminal's width anywhere, so spaces do not count."""
+    """What of the lines the output lacks; spaces are ignored, as a terminal may break lines anywhere."""
     flat = "".join(output.split())
     wanted = [piece for line in lines for piece in line.split("...")]
     return [piece for piece in wanted if "".join(piece.split()) not in flat]
@@ -86,7 +87,7 @@ def made_by_hand() -> Poc:
 
 
 def is_whole(words: list[str]) -> bool:
-    """Not only the name of a command, or of an option of it; and no PoC, which takes minutes."""
+    """Whether a command has arguments, not only a name or an option, and is no PoC, which takes minutes."""
     named = len(words) > 1 and not words[1].startswith("-")
     return words in (["machines"], ["doctor"]) or (named and words[0] != "poc")
 
@@ -108,7 +109,7 @@ JOB = {
 
 
 def launch(command: str) -> subprocess.CompletedProcess[str]:
-    """The command of a shell, with what it would start on a cluster told in the place of started."""
+    """Runs a shell command with stand-ins that print what it would start on a cluster."""
     stubs = Path("stand-ins").absolute()
     stubs.mkdir(exist_ok=True)
     for name, body in STAND_INS.items():
@@ -121,7 +122,7 @@ def launch(command: str) -> subprocess.CompletedProcess[str]:
 
 
 class Reader:
-    """Does what a guide says, and remembers what a `memfit poc` said."""
+    """Follows a guide, and remembers the output of each `memfit poc`."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
@@ -145,7 +146,7 @@ class Reader:
                     assert re.match(r"-m [\w.]+ .* \w+\.py\b", launched.stdout)
 
     def run_those_in_sentences(self, guide: str) -> int:
-        """How many there are."""
+        """Runs the commands inside sentences; returns how many there are."""
         text = re.sub(r"^```.*?^```", "", (GUIDES / guide).read_text(encoding="utf-8"), flags=re.M | re.S)
         whole = [c for c in re.findall(r"`(memfit [^`]+)`", text) if is_whole(c.split()[1:])]
         for command in whole:
@@ -170,7 +171,7 @@ class Reader:
 
 @pytest.mark.timeout(600)  # a proof of concept, on a machine that runs other tests too
 @pytest.mark.skipif(sys.platform != "linux", reason="the user's data folder is moved as Linux has it")
-def test_every_command_of_the_guides(
+def test_every_command_of_the_guides_exits_and_prints_as_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {p.name for p in GUIDES.glob("*.md")} == {*MADE, *MANAGERS}
@@ -193,7 +194,7 @@ def test_every_command_of_the_guides(
     assert in_sentences >= len(MADE) + len(MANAGERS)
 
 
-def test_a_missing_word_or_a_broken_command_is_seen() -> None:
+def test_the_guide_reader_finds_missing_output_and_parses_exit_codes() -> None:
     asked = ("doctor", "plan a.py:job --from b.yaml", "scale", "run --save")
     assert [is_whole(c.split()) for c in asked] == [True, True, False, False]
     assert missing("Peak  3\nGiB, 5 ms", ["Peak 3 GiB ... ms"]) == []

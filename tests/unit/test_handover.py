@@ -1,4 +1,4 @@
-"""Issue 23, item 4: an export trains the plan, and keeps what the user's own configuration says."""
+"""An export trains the plan and keeps the other settings of the user's own configuration."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def wanted(**uses: dict[str, Any]) -> tuple[str, str]:
         ("trainer.json", "training_args.json", ("--ranks", "2")),
     ],
 )
-def test_a_file_that_says_the_plan_is_exported_byte_for_byte(
+def test_a_configuration_that_already_matches_the_plan_is_exported_byte_for_byte(
     folder: Path, given: str, written: str, words: tuple[str, ...]
 ) -> None:
     to = {"torchtitan.toml": "torchtitan", "training_args.json": "trainer"}.get(written, "torchrun")
@@ -142,7 +142,7 @@ def test_a_file_that_says_the_plan_is_exported_byte_for_byte(
     assert (folder / "out" / written).read_text() == FILES[given]
 
 
-def test_another_plan_changes_what_it_decides_and_nothing_else(folder: Path) -> None:
+def test_exporting_another_plan_changes_only_the_settings_that_the_plan_decides(folder: Path) -> None:
     plan = wanted(zero={"stage": 3, "persist_elements": 7}, gradient_accumulation={"micro_batches": 2})
     words = ("--from", "ds.json", "--ranks", "2", *plan, "--script", "train.py --deepspeed ds.json")
     assert export(*words) == 0
@@ -166,7 +166,7 @@ def test_another_plan_changes_what_it_decides_and_nothing_else(folder: Path) -> 
     assert (read_back.micro_batch, read_back.batch) == (2, 8)
 
 
-def test_memfits_worker_gets_no_open_value_and_keeps_the_users_settings(folder: Path) -> None:
+def test_memfits_worker_gets_auto_values_resolved_and_keeps_the_users_settings(folder: Path) -> None:
     assert (
         export("--from", "auto.json", "--from", "trainer.json", "--engine", "deepspeed", "--ranks", "2") == 0
     )
@@ -178,14 +178,14 @@ def test_memfits_worker_gets_no_open_value_and_keeps_the_users_settings(folder: 
     assert told["job"]["clip"] == told["clip"] == 0.3
 
 
-def test_the_trainer_and_deepspeed_keep_auto_and_one_clipping(folder: Path) -> None:
+def test_an_export_for_the_trainer_keeps_auto_values_and_the_trainers_clipping(folder: Path) -> None:
     assert export("--from", "auto.json", "--from", "trainer.json", "--ranks", "2", to="trainer") == 0
     args = json.loads((folder / "out" / "training_args.json").read_text())
     assert args == {**TRAINER, "deepspeed": "deepspeed.json"}
     assert json.loads((folder / "out" / "deepspeed.json").read_text()) == AUTO
 
 
-def test_a_plan_for_accelerate_keeps_its_other_settings(folder: Path) -> None:
+def test_an_export_for_accelerate_keeps_the_settings_that_the_plan_does_not_decide(folder: Path) -> None:
     plan = wanted(fsdp2={"reshard": False, "precision": "bf16"}, activation_checkpointing={})
     assert export("--from", "accelerate.yaml", *plan, "--script", "train.py") == 0
     found = yaml.safe_load((folder / "out" / "accelerate.yaml").read_text())
@@ -197,7 +197,7 @@ def test_a_plan_for_accelerate_keeps_its_other_settings(folder: Path) -> None:
     assert found == kept
 
 
-def test_a_script_of_megatrons_keeps_every_value_and_names_the_unknown_one(folder: Path) -> None:
+def test_an_export_of_a_megatron_script_keeps_its_options_and_names_the_unresolved_one(folder: Path) -> None:
     words = ("--from", "megatron.sh", "--script", "train.py", "--script-applies", "all")
     assert export(*words, job="char-lm") == 0
     lines = (folder / "out" / "megatron.args").read_text().splitlines()
@@ -206,7 +206,7 @@ def test_a_script_of_megatrons_keeps_every_value_and_names_the_unknown_one(folde
     assert "--save of megatron.sh" in (folder / "out" / "README.md").read_text()
 
 
-def test_torchtitan_keeps_its_sections_under_another_plan(folder: Path) -> None:
+def test_torchtitan_keeps_the_users_sections_under_another_plan(folder: Path) -> None:
     plan = wanted(fsdp2={"precision": "bf16", "units": "ends"})
     assert export("--from", "titan.toml", "--ranks", "2", *plan, to="torchtitan") == 0
     found = tomllib.loads((folder / "out" / "torchtitan.toml").read_text())
@@ -216,7 +216,7 @@ def test_torchtitan_keeps_its_sections_under_another_plan(folder: Path) -> None:
         assert name == "activation_checkpoint" or table.items() <= found[name].items()
 
 
-def test_toml_that_is_written_reads_back() -> None:
+def test_written_toml_reads_back_as_the_same_data() -> None:
     data = {
         "a": 1,
         "t": {"s": 'x"\\\n', "l": [1, 2.5, True, {"k": "v"}], "e": {}, "deep": {"with space": 1e-8}},
@@ -240,7 +240,7 @@ def test_all_values_of_a_flag_are_read() -> None:
         ),
     ],
 )
-def test_what_cannot_be_kept_is_refused_in_one_line(
+def test_a_contradictory_or_incomplete_export_is_refused_in_one_line_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
 ) -> None:
     assert export(*words) == 2
@@ -263,14 +263,14 @@ def test_what_cannot_be_kept_is_refused_in_one_line(
         ("accelerate.yaml", None, False),
     ],
 )
-def test_clipping_is_read_from_each_library(
+def test_the_clipping_limit_is_read_from_each_librarys_configuration(
     folder: Path, name: str, limit: float | None, explicit: bool
 ) -> None:
     found = clipping_setting(read([folder / name]))
     assert (found.limit, found.explicit) == (limit, explicit)
 
 
-def test_where_nobody_says_the_librarys_own_default_stays(folder: Path) -> None:
+def test_where_no_clipping_is_set_exports_write_no_limit_and_say_so(folder: Path) -> None:
     (folder / "trainer.json").write_text('{"output_dir": "x", "per_device_train_batch_size": 2}')
     assert clipping_setting(read([folder / "trainer.json"])).limit == 1.0
     for engine, plan in (("megatron", DDP), ("colossalai", ZERO)):
@@ -282,7 +282,7 @@ def test_where_nobody_says_the_librarys_own_default_stays(folder: Path) -> None:
         assert "Neither the job nor a configuration clips" in files["README.md"]
 
 
-def test_the_jobs_clipping_is_in_every_engines_file_and_target() -> None:
+def test_the_jobs_clipping_limit_is_written_for_every_engine_and_target() -> None:
     def clipped(plan: Plan, engine: str) -> Any:
         given = handover(plan, engine)
         return dataclasses.replace(given, config=render(dataclasses.replace(given.config.spec, clip=0.5)))
@@ -304,7 +304,7 @@ def test_the_jobs_clipping_is_in_every_engines_file_and_target() -> None:
 # --- what a script must do itself
 
 
-def test_an_export_with_a_script_is_refused_until_its_part_is_acknowledged(
+def test_an_export_with_a_script_is_refused_until_the_scripts_own_steps_are_acknowledged(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = wanted(zero={}, activation_checkpointing={}, adamw_fused={})
@@ -328,19 +328,19 @@ def test_an_export_with_a_script_is_refused_until_its_part_is_acknowledged(
     assert "`adamw-fused`: torch.optim.AdamW(..., fused=True)" in text
 
 
-def test_a_typing_mistake_in_the_acknowledgement_is_told() -> None:
+def test_a_misspelled_acknowledgement_gets_a_suggestion() -> None:
     spec = dataclasses.replace(handover(FSDP).config.spec)
     with pytest.raises(UserError, match="did you mean fsdp2"):
         check_acknowledged(script_steps(spec), ["fsdp"], script="train.py")
 
 
-def test_nothing_is_asked_where_the_file_says_all(folder: Path) -> None:
+def test_no_acknowledgement_is_needed_where_files_apply_the_whole_plan(folder: Path) -> None:
     assert export(*wanted(zero={"stage": 1}), "--engine", "deepspeed", "--script", "train.py") == 0
     assert "must do itself" not in (folder / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES.keys() - {"replay"}))
-def test_every_technique_is_applied_by_a_file_or_listed(engine: str) -> None:
+def test_every_technique_is_applied_by_a_file_or_listed_as_a_step_of_the_script(engine: str) -> None:
     spec = RunSpec(name="", role="", job=JobRef(spec="x"), plan=Plan(), engine=engine, seed=0, steps=1)
     for name in ENGINES[engine].known & TECHNIQUES.keys():
         plan = Plan(uses=(make_use(name, {}),), ranks=2)
@@ -352,7 +352,7 @@ def test_every_technique_is_applied_by_a_file_or_listed(engine: str) -> None:
             assert name in {s.name for s in steps} or (engine, name) == ("megatron", "sgd")
 
 
-# --- clipping is looked at
+# --- clipping is observed while training
 
 
 def _watched(
@@ -372,7 +372,7 @@ def _watched(
     return watch.conclude()
 
 
-def test_clipping_is_seen_by_the_norm_at_the_update() -> None:
+def test_the_monitor_checks_clipping_by_the_gradient_norm_at_the_update() -> None:
     assert "gradient clipping" in _watched(clip=0.01).checked
     with pytest.raises(NotConforming, match=r"planned gradients of norm at most 0\.01 at the update, found"):
         _watched(clip=0.01, calls=False)
@@ -380,19 +380,19 @@ def test_clipping_is_seen_by_the_norm_at_the_update() -> None:
         _watched(clip=0)
 
 
-def test_clipping_that_was_not_needed_is_not_seen_unless_torch_was_called() -> None:
+def test_clipping_that_never_took_effect_is_unseen_unless_torchs_function_was_called() -> None:
     assert "gradient clipping" in _watched(clip=0.01, scale=1e-4).checked
     assert "did not reach 0.01" in str(_watched(clip=0.01, scale=1e-4, calls=False).unseen)
 
 
-def test_unplanned_clipping_is_found_by_the_norm_before_it() -> None:
+def test_unplanned_clipping_is_found_by_comparison_with_the_norm_before_the_update() -> None:
     assert "gradient clipping" in _watched(clip=0, calls=False, before=1e-9).checked
     with pytest.raises(NotConforming, match="gradient clipping: planned none"):
         _watched(clip=0, calls=False, before=1e9)
     assert "whether code other than torch's clips gradients" in str(_watched(clip=0, calls=False).unseen)
 
 
-def test_conform_takes_the_limit() -> None:
+def test_conform_checks_the_clipping_limit_and_refuses_a_negative_one() -> None:
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 

@@ -1,4 +1,4 @@
-"""Host memory decides, too: what a plan needs of the host is predicted, compared, and part of `fits`."""
+"""Host memory: the need of a plan is predicted, compared with what the host has, and part of `fits`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL_AWAY = {"zero": {"stage": 3, "offload": "parameters", "precision": "bf16"}}
 
 
 def test_a_70b_model_on_one_4090_does_not_fit_as_its_host_would_need_a_terabyte() -> None:
-    """The reproduced case: it fitted, with the bytes of its host unknown."""
+    """A reported case that used to fit because the memory needed on its host was unknown."""
     width, depth = 8192, 130
     assert by_hand.parameters(width, depth) > 68e9
     found = memfit.estimate(by_hand.job(width, depth, 1), plan=ALL_AWAY, machine="RTX-4090")
@@ -47,7 +47,7 @@ def test_a_70b_model_on_one_4090_does_not_fit_as_its_host_would_need_a_terabyte(
     assert roomy.fits
 
 
-def test_ranks_that_share_a_host_add_up_and_hosts_do_not() -> None:
+def test_host_memory_adds_up_over_ranks_of_one_host_and_not_over_hosts() -> None:
     one = HostTensors(kept_bytes=10 * GIB, building_bytes=0, model_bytes=4 * GIB, batch_bytes=GIB)
     allocated = Interval(value=GIB, low=GIB, high=GIB)
 
@@ -61,8 +61,8 @@ def test_ranks_that_share_a_host_add_up_and_hosts_do_not() -> None:
     assert of("8xH100-SXM", Plan(ranks=8), workers=2)["workers"] > 8 * 2 * 2 * GIB
 
 
-def test_a_gradient_an_optimizer_and_parameters_away_are_counted() -> None:
-    """By hand: 16 bytes of each parameter and more are on the host, in all shards together."""
+def test_offloaded_parameters_gradients_and_optimizer_states_count_as_host_memory() -> None:
+    """Counted by hand: all shards together keep at least 16 bytes of each parameter on the host."""
     count = by_hand.parameters(1024, 4)
     for techniques, least in (
         ({"fsdp2": {"offload": True}}, 16),
@@ -75,7 +75,7 @@ def test_a_gradient_an_optimizer_and_parameters_away_are_counted() -> None:
         assert found.fits
 
 
-def test_an_unknown_host_is_never_a_silent_fits() -> None:
+def test_unknown_host_memory_is_reported_and_an_offloading_plan_does_not_fit() -> None:
     job = by_hand.job(512, 3, 2)
     plain = memfit.estimate(job, machine="MI300A")
     assert plain.machine.host is None
@@ -91,7 +91,7 @@ def test_an_unknown_host_is_never_a_silent_fits() -> None:
     assert known.fits
 
 
-def test_activations_on_disk_take_no_host_memory() -> None:
+def test_activations_offloaded_to_disk_take_no_host_memory() -> None:
     job = by_hand.job(512, 3, 8)
     parts = {
         to: memfit.estimate(job, plan={"activation-offload": {"to": to}}, machine="H100-SXM")
@@ -103,7 +103,7 @@ def test_activations_on_disk_take_no_host_memory() -> None:
     assert parts["host"].host_bytes.high > parts["host"].host_bytes.value  # pinned blocks are rounded up
 
 
-def test_loader_workers_count() -> None:
+def test_loader_workers_add_to_host_memory() -> None:
     job = by_hand.job(512, 2, 8)
     few, many = (memfit.estimate(job, machine="8xH100-SXM", workers=n, plan="ddp") for n in (0, 16))
     assert few.host_bytes is not None
@@ -114,8 +114,8 @@ def test_loader_workers_count() -> None:
     assert not small.fits
 
 
-def test_of_random_questions_none_fits_where_the_host_cannot_hold_it() -> None:
-    """A few of the 500 of benchmarks/host_memory.py, smaller; sums by hand refute a wrong answer."""
+def test_no_random_plan_fits_where_its_host_tensors_exceed_the_host_memory() -> None:
+    """A few smaller cases of the 500 of benchmarks/host_memory.py, checked against sums made by hand."""
     asked = list(itertools.islice(by_hand.questions(14, seed=5, widest=2048), 14))
     scaled = [
         dataclasses.replace(
@@ -133,7 +133,7 @@ def test_of_random_questions_none_fits_where_the_host_cannot_hold_it() -> None:
     assert not all(verdicts)
 
 
-def test_sketches_of_a_search_know_what_the_host_must_hold() -> None:
+def test_sketches_and_traces_agree_on_the_host_memory_that_a_plan_needs() -> None:
     from memfit.planner.single_device import Request, fits_under, make_pricer
     from memfit.types.job import JobRef
 
@@ -150,7 +150,7 @@ def test_sketches_of_a_search_know_what_the_host_must_hold() -> None:
     assert fits_under(80 * GIB, tight)(pricer.sketch(memfit.Plan()))
 
 
-def test_assert_fits_says_what_the_host_lacks() -> None:
+def test_assert_fits_raises_when_the_host_memory_is_too_small() -> None:
     with pytest.raises(AssertionError, match="host memory"):
         memfit.assert_fits(
             by_hand.job(512, 3, 8),
@@ -161,7 +161,7 @@ def test_assert_fits_says_what_the_host_lacks() -> None:
         )
 
 
-def test_a_processors_estimate_is_its_processes_with_their_tensors() -> None:
+def test_host_memory_on_a_cpu_is_the_tensors_and_the_process_itself() -> None:
     found = memfit.estimate(by_hand.job(256, 2, 4))
     assert found.host_bytes is not None
     more = found.host_bytes.value - found.allocated_bytes.value
@@ -169,7 +169,7 @@ def test_a_processors_estimate_is_its_processes_with_their_tensors() -> None:
     assert found.host == ""
 
 
-def test_a_machine_file_says_how_much_its_hosts_have(tmp_path: Path) -> None:
+def test_a_machine_file_sets_the_memory_of_its_host(tmp_path: Path) -> None:
     path = tmp_path / "desk.toml"
     path.write_text(
         'name = "desk"\ndevice = "RTX-4090"\n[host]\nname = "desk"\n'
@@ -181,12 +181,12 @@ def test_a_machine_file_says_how_much_its_hosts_have(tmp_path: Path) -> None:
     assert "assumed" not in host_line(found.estimate, found.machine)
 
 
-def test_host_memory_of_a_processor_is_refused() -> None:
+def test_host_memory_cannot_be_given_for_a_cpu() -> None:
     with pytest.raises(UserError, match="the memory itself"):
         memfit.estimate(by_hand.job(64, 2, 2), host_memory="64GiB")
 
 
-def test_the_command_takes_the_hosts_memory_and_says_what_is_not_included(
+def test_explain_takes_host_memory_and_lists_what_is_not_included(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     from memfit.cli import main

@@ -1,4 +1,4 @@
-"""Precision islands: what a job says must compute in float32 does, under every technique that narrows."""
+"""Precision islands: modules that a job declares compute in float32 under every lower-precision technique."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_under_autocast_an_island_runs_with_autocast_off_in_float32() -> None:
     assert outside["made"] == torch.bfloat16
 
 
-def test_among_bf16_parameters_an_island_keeps_its_own_and_gives_back_what_its_caller_gave() -> None:
+def test_among_bf16_parameters_an_island_keeps_float32_parameters_and_returns_bf16() -> None:
     step = TrainingStep(job("blocks.1.inner"), PARAMETERS)
     dtypes = {n: p.dtype for n, p in step.model.named_parameters()}
     assert {d for n, d in dtypes.items() if n.startswith("blocks.1.inner")} == {torch.float32}
@@ -60,14 +60,14 @@ def test_among_bf16_parameters_an_island_keeps_its_own_and_gives_back_what_its_c
     assert found["given"] == found["made"] == torch.bfloat16
 
 
-def test_an_island_of_indices_gives_what_surrounds_it() -> None:
+def test_an_embedding_island_returns_the_dtype_of_the_surrounding_modules() -> None:
     found = seen(TrainingStep(job("embed"), PARAMETERS), "embed")
     assert found["made"] == torch.bfloat16
     assert seen(TrainingStep(job("embed"), Plan()), "embed")["made"] == torch.float32
 
 
 @pytest.mark.parametrize("plan", [AUTOCAST, PARAMETERS, RECOMPUTED])
-def test_everything_an_island_is_plain_training(plan: Plan) -> None:
+def test_a_model_that_is_all_island_trains_bit_for_bit_like_plain_training(plan: Plan) -> None:
     plain, island = TrainingStep(job(), Plan()), TrainingStep(job("*"), plan)
     island.model.load_state_dict(plain.model.state_dict())
     for step in (plain, island):
@@ -77,7 +77,7 @@ def test_everything_an_island_is_plain_training(plan: Plan) -> None:
         assert torch.equal(a, b)
 
 
-def test_stochastic_rounding_steps_islands_too() -> None:
+def test_stochastic_rounding_updates_float32_islands_too() -> None:
     step = TrainingStep(job(*NORMS), Plan(uses=(make_use("bf16-parameters", {"rounding": "stochastic"}),)))
     before = step.model.blocks[0].inner[0].weight.clone()
     step.run(step.job.make_batch(0, 0))
@@ -86,7 +86,7 @@ def test_stochastic_rounding_steps_islands_too() -> None:
 
 
 @pytest.mark.parametrize("made", [Plan(), AUTOCAST, PARAMETERS])
-def test_a_pattern_that_matches_nothing_is_one_clear_line(made: Plan) -> None:
+def test_an_island_pattern_that_matches_no_module_is_refused_with_a_suggestion(made: Plan) -> None:
     for what in (lambda: TrainingStep(job("block.*"), made), lambda: deep_trace(job("block.*"), made)):
         with pytest.raises(UserError, match=r"'block\.\*' matches no module.*did you mean 'blocks"):
             what()
@@ -101,12 +101,12 @@ def test_zero_in_bf16_cannot_keep_an_island_with_parameters() -> None:
 
 
 @pytest.mark.parametrize("plan", [AUTOCAST, PARAMETERS])
-def test_a_prediction_sees_the_islands(plan: Plan) -> None:
+def test_traces_of_a_job_with_islands_allocate_more_bytes(plan: Plan) -> None:
     plain, kept = trace(job(), plan), trace(job("blocks.*.inner"), plan)
     assert sum(a.size_bytes for a in kept.allocations) > sum(a.size_bytes for a in plain.allocations)
 
 
-def test_a_deep_model_with_one_block_apart_is_traced_whole() -> None:
+def test_deep_trace_of_a_model_with_islands_allocates_as_much_as_the_whole_trace() -> None:
     one, all_of_them = job("blocks.9.inner", blocks=16), job("blocks.*.inner", blocks=16)
     for asked in (one, all_of_them):
         deep, whole = deep_trace(asked, AUTOCAST), trace(asked, AUTOCAST)
@@ -115,8 +115,8 @@ def test_a_deep_model_with_one_block_apart_is_traced_whole() -> None:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("units", ["blocks", "ends"])
-def test_fsdp2_gathers_islands_in_float32(units: str) -> None:
-    """An island inside a block, a block, one after the blocks, and one without parameters."""
+def test_fsdp2_traces_models_with_islands_and_all_island_allocates_as_in_float32(units: str) -> None:
+    """The islands are a module inside a block, a whole block, the head, and a module without parameters."""
     plan = Plan(uses=(make_use("fsdp2", {"precision": "bf16", "units": units}),), ranks=2)
     assert trace(job("blocks.0.inner.1", "blocks.1", "head", "blocks.2.inner.2"), plan).spans
     narrow = Plan(uses=(make_use("fsdp2", {"units": units}), make_use("bf16-parameters", {})), ranks=2)

@@ -1,4 +1,4 @@
-"""The built-in jobs, the user's own, and how their inputs are refused."""
+"""The built-in jobs, the user's own jobs, and how wrong inputs are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load(spec: str, **options: Any) -> Job:
 
 
 def refusal(spec: str, **options: Any) -> str:
-    """The one line a wrong request is answered with."""
+    """The one-line message that refuses a wrong request."""
     with pytest.raises(UserError) as caught:
         load(spec, **options)
     message = str(caught.value)
@@ -55,7 +55,7 @@ def refusal(spec: str, **options: Any) -> str:
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators that run, in order; asking a fake tensor for its device is none."""
+    """Names of the operators that run, in order, without queries of a fake tensor's device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,14 +98,14 @@ def test_a_batch_depends_on_step_and_seed_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_fake_and_real_steps_are_the_same_operators(name: str) -> None:
+def test_fake_and_real_steps_run_the_same_operators(name: str) -> None:
     job = load(name, batch=2)
     real = operators_of_a_step(job, fake=False)
     assert len(real) > 100
     assert operators_of_a_step(job, fake=True) == real
 
 
-def test_a_batch_without_padding_takes_the_same_path() -> None:
+def test_a_batch_without_padding_runs_the_same_operators() -> None:
     """Hugging Face drops a mask of ones; the jobs must not, or the memory would depend on the data."""
     job = load("protein-ss", batch=2)
     model, batch = job.build_model(), job.make_batch(0, 0)
@@ -147,7 +147,7 @@ def test_an_untrained_model_is_no_better_than_naive(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_loss_falls(name: str) -> None:
+def test_the_loss_of_each_built_in_job_falls(name: str) -> None:
     torch.manual_seed(0)
     job = load(name, batch=8)
     step = TrainingStep(job, Plan())
@@ -204,7 +204,7 @@ def test_describing_the_jobs_loads_no_torch() -> None:
 # -- the data -------------------------------------------------------------------------------------------
 
 
-def test_built_in_chains_are_split_without_a_chain_on_both_sides() -> None:
+def test_no_built_in_chain_is_in_both_training_and_test_data() -> None:
     with np.load(Path(protein_ss.__file__).parent / "data" / "pdb_ss.npz") as kept:
         names, count = kept["pdb_chain"], int(kept["n_train"])
         assert len(kept["residue"]) == len(kept["state"]) == kept["length"].sum() == 234_380
@@ -212,7 +212,7 @@ def test_built_in_chains_are_split_without_a_chain_on_both_sides() -> None:
     assert not set(names[:count]) & set(names[count:])
 
 
-def test_q3_counts_right_residues_and_naive_is_the_training_majority() -> None:
+def test_q3_is_the_share_of_right_residues_and_naive_predicts_the_training_majority() -> None:
     chains = protein_ss.Chains(
         offset=np.array([0, 3, 5, 9]),
         features=np.zeros((9, 41), np.uint8),
@@ -227,7 +227,7 @@ def test_q3_counts_right_residues_and_naive_is_the_training_majority() -> None:
 
 
 class AlwaysThird(torch.nn.Module):
-    """Says coil everywhere."""
+    """Predicts coil everywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class AlwaysThird(torch.nn.Module):
         return self.bias.expand(*valid.shape, 3)
 
 
-def test_features_are_residue_and_profile_and_padding_is_silent() -> None:
+def test_features_are_residue_and_profile_and_padding_is_zero() -> None:
     batch = load("protein-ss", batch=16).make_batch(0, 0)
     features, valid = batch["features"], batch["valid"]
     assert features.shape == (16, 128, 41)
@@ -312,7 +312,7 @@ def test_a_broken_fasta_is_refused_with_its_place(tmp_path: Path, text: str, pla
     assert str(file) in message
 
 
-def test_a_fasta_is_read_whole(tmp_path: Path) -> None:
+def test_a_compressed_fasta_is_read_and_an_unreadable_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.fasta.gz"
     file.write_bytes(gzip.compress(b">one two\nmkv\nLL*\n\n>b\r\nXU\r\n"))
     assert fasta.read_fasta(str(file)) == [
@@ -342,7 +342,7 @@ def test_broken_labels_are_refused_with_their_place(tmp_path: Path, text: str, p
     assert place in refusal("protein-ss", data=str(file))
 
 
-def test_labelled_chains_of_the_user_train_and_are_cropped(tmp_path: Path) -> None:
+def test_the_users_labelled_chains_make_batches_and_are_cropped(tmp_path: Path) -> None:
     file = tmp_path / "labelled.fasta"
     file.write_text("".join(f">c{i}\n{'MKVX' * 40}\n{'HECC' * 40}\n" for i in range(5)))
     job = load("protein-ss", data=str(file), batch=2)
@@ -354,7 +354,7 @@ def test_labelled_chains_of_the_user_train_and_are_cropped(tmp_path: Path) -> No
     assert str(file) in job.data_source
 
 
-def test_text_of_the_user(tmp_path: Path) -> None:
+def test_the_users_text_makes_batches_and_a_bad_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("abcd" * 1000)
     job = load("char-lm", data=str(file), batch=2)
@@ -370,7 +370,7 @@ def test_text_of_the_user(tmp_path: Path) -> None:
 # -- names, sizes, numbers ------------------------------------------------------------------------------
 
 
-def test_wrong_names_get_suggestions() -> None:
+def test_wrong_names_get_suggestions_and_numbers_below_1_are_refused() -> None:
     assert "did you mean protein-ss?" in refusal("protien-ss")
     assert "did you mean 650M?" in refusal("protein-ss", size="650m")
     assert "gpt2" in refusal("hf:gtp2")
@@ -378,7 +378,7 @@ def test_wrong_names_get_suggestions() -> None:
     assert "at least 1" in refusal("protein-ss", steps=-3)
 
 
-def test_steps_and_batch_are_the_users() -> None:
+def test_the_users_steps_and_batch_override_the_defaults() -> None:
     job = load("protein-ss", steps=7, batch=5)
     assert (job.steps, job.batch_size, job.tokens_per_batch) == (7, 5, 5 * 128)
 
@@ -386,7 +386,7 @@ def test_steps_and_batch_are_the_users() -> None:
 # -- weights --------------------------------------------------------------------------------------------
 
 
-def test_weights_come_back_as_they_were_saved(tmp_path: Path) -> None:
+def test_loaded_weights_equal_the_saved_ones(tmp_path: Path) -> None:
     for name in BUILT_IN:
         torch.manual_seed(1)
         saved = load(name).build_model()
@@ -418,7 +418,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
         load_weights(model, str(tmp_path))
 
 
-def test_weights_wait_for_the_real_run(tmp_path: Path) -> None:
+def test_weights_are_accepted_under_fake_tensors_and_loaded_into_a_real_model(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "model.safetensors")
     with FakeTensorMode():
         load_weights(torch.nn.Linear(2, 3), str(tmp_path))
@@ -443,7 +443,7 @@ SMALL = (
         ("bert", ', "architectures": ["BertForSequenceClassification"]', None),
     ],
 )
-def test_a_local_configuration_trains(
+def test_a_local_hugging_face_configuration_trains(
     tmp_path: Path, kind: str, extra: str, terms_per_row: int | None
 ) -> None:
     (tmp_path / "config.json").write_text(SMALL % (kind, extra))
@@ -458,7 +458,7 @@ def test_a_local_configuration_trains(
         assert (batch["labels"] >= 0).sum(1).tolist() == [terms_per_row] * 3
 
 
-def test_a_bundled_configuration_builds_without_network() -> None:
+def test_a_bundled_hugging_face_configuration_builds_without_network() -> None:
     job = load("hf:gpt2")
     with FakeTensorMode():
         model = job.build_model()
@@ -468,7 +468,7 @@ def test_a_bundled_configuration_builds_without_network() -> None:
     assert load("hf:gpt2", size="paper").tokens_per_batch == 4 * 1024
 
 
-def test_configurations_that_cannot_be_used(tmp_path: Path) -> None:
+def test_hugging_face_configurations_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{not json")
     assert "config.json" in refusal(f"hf:{tmp_path}")
     assert "has no head that memfit can train" in refusal("hf:clip")
@@ -510,7 +510,7 @@ def own(tmp_path: Path) -> str:
     return str(tmp_path / "mine.py")
 
 
-def test_a_job_of_ones_own(own: str) -> None:
+def test_a_users_file_may_hold_a_job_or_a_function_that_returns_one(own: str) -> None:
     job = load(f"{own}:job", steps=3)
     assert (job.name, job.steps) == ("small", 3)
     TrainingStep(job, Plan()).run(job.make_batch(0, 0))
@@ -530,11 +530,11 @@ def test_a_job_of_ones_own(own: str) -> None:
         ("needs", "cannot be called with no arguments"),
     ],
 )
-def test_what_is_no_job_is_refused(own: str, attribute: str, said: str) -> None:
+def test_an_attribute_that_is_no_job_is_refused(own: str, attribute: str, said: str) -> None:
     assert said in refusal(f"{own}:{attribute}")
 
 
-def test_errors_of_the_users_file_name_their_line(own: str, tmp_path: Path) -> None:
+def test_errors_in_the_users_file_name_their_line(own: str, tmp_path: Path) -> None:
     assert refusal(f"{own}:broken").endswith("mine.py:17")
     assert "no such file" in refusal(f"{tmp_path}/absent.py:job")
     file = tmp_path / "bad.py"
@@ -548,7 +548,7 @@ def test_errors_of_the_users_file_name_their_line(own: str, tmp_path: Path) -> N
     assert "cannot be called with data" in refusal(f"{own}:make", data="x")
 
 
-def test_parameters_that_ddp_waits_for_in_vain_are_told_with_a_way_out() -> None:
+def test_ddps_error_about_parameters_without_gradients_is_explained_with_a_remedy() -> None:
     def fail() -> None:
         raise RuntimeError(
             "Expected to have finished reduction in the prior iteration before starting a new one."
