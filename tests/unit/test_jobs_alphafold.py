@@ -1,4 +1,4 @@
-"""AlphaFold 2's operations against small cases by hand, its symmetries, and its data."""
+"""AlphaFold 2's operations against small cases computed by hand, its symmetries, and its data."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_column_attention_is_the_sum_over_rows() -> None:
         torch.testing.assert_close(found[:, i], _attend(layer.attention, m[0, :, i], masked))
 
 
-def test_one_query_a_column_is_the_mean_of_those_that_are() -> None:
+def test_global_column_attention_uses_the_mean_query_of_unmasked_rows() -> None:
     m, _, rows, _ = _inputs()
     rows[:, 1] = 0
     layer = _random(evoformer.ColumnAttention(dataclasses.replace(WIDTHS, global_columns=True)))
@@ -103,7 +103,7 @@ def test_one_query_a_column_is_the_mean_of_those_that_are() -> None:
         torch.testing.assert_close(found[:, i], a.out(torch.sigmoid(a.gate(x)) * mixed))
 
 
-def test_outer_product_mean_is_the_mean_over_rows() -> None:
+def test_outer_product_mean_is_the_mean_over_unmasked_rows() -> None:
     m, _, rows, _ = _inputs()
     rows[:, 3] = 0
     layer = _random(evoformer.OuterProductMean(WIDTHS))
@@ -147,7 +147,7 @@ def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean(-1, keepdim=True)) / (spread + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def test_transition_is_a_norm_two_products_and_a_ramp_between() -> None:
+def test_transition_is_a_norm_and_two_linear_layers_with_a_relu_between() -> None:
     m, *_ = _inputs()
     layer = _random(evoformer.Transition(WIDTHS.c_m, 2))
     assert layer.up.weight.shape == (12, 6)
@@ -155,8 +155,8 @@ def test_transition_is_a_norm_two_products_and_a_ramp_between() -> None:
     torch.testing.assert_close(layer(m), inner @ layer.down.weight.T + layer.down.bias)
 
 
-def test_a_block_is_its_parts_in_the_papers_order() -> None:
-    """Algorithm 6: rows, columns, transition; the outer product of what they left; the pairs' five parts."""
+def test_a_block_applies_its_parts_in_the_papers_order() -> None:
+    """Algorithm 6: row and column attention, transition, the outer product, then the pairs' five parts."""
     m, z, rows, pairs = _inputs()
     block: Any = _random(evoformer.EvoformerBlock(WIDTHS)).eval()
     along = m + block.row(m, z, rows)
@@ -170,13 +170,13 @@ def test_a_block_is_its_parts_in_the_papers_order() -> None:
         torch.testing.assert_close(told, wanted)
 
 
-def test_relative_positions_count_from_the_one_that_asks() -> None:
+def test_relative_positions_are_i_minus_j_clipped_to_the_limit() -> None:
     index = torch.tensor([[0, 1, 5]])
     found = evoformer.relative_positions(index, index, 2).argmax(-1)[0]
     assert found.tolist() == [[2, 1, 0], [3, 2, 0], [4, 4, 2]]  # i - j, clipped, from -2 on
 
 
-def test_templates_are_averaged_by_attention_and_absent_ones_are_not_seen() -> None:
+def test_templates_are_averaged_by_attention_and_absent_ones_are_ignored() -> None:
     _, z, _, pairs = _inputs()
     layer: Any = _random(evoformer.Templates(WIDTHS, 7, c_z=4, blocks=1, head_width=3)).eval()
     templates, real = torch.randn(1, 3, N, N, 7).double(), torch.tensor([[1.0, 0.0, 1.0]]).double()
@@ -196,7 +196,7 @@ def test_templates_are_averaged_by_attention_and_absent_ones_are_not_seen() -> N
     assert layer(z, pairs, templates, 0 * real).abs().max() == 0
 
 
-def test_point_attention_is_the_sum_of_algorithm_22() -> None:
+def test_invariant_point_attention_follows_algorithm_22() -> None:
     c, points, values, heads = 3, 2, 4, 2
     widths = structure.StructureWidths(
         c_s=8, c_z=4, heads=heads, head_width=c, query_points=points, value_points=values
@@ -268,7 +268,7 @@ def _frames(*shape: int) -> Frames:
     )
 
 
-def test_rotations_are_rotations() -> None:
+def test_rotations_are_orthogonal_with_determinant_one() -> None:
     found = structure.rotation_of(torch.randn(50, 3).double())
     torch.testing.assert_close(found @ found.transpose(1, 2), torch.eye(3).double().expand(50, 3, 3))
     torch.testing.assert_close(torch.linalg.det(found), torch.ones(50).double())
@@ -276,7 +276,7 @@ def test_rotations_are_rotations() -> None:
     torch.testing.assert_close(half @ torch.tensor([0.0, 1, 0]), torch.tensor([0.0, 0, 1]))
 
 
-def test_frames_of_three_atoms_put_the_carbon_on_the_axis() -> None:
+def test_frames_put_the_alpha_carbon_at_the_origin_and_the_carbon_on_the_x_axis() -> None:
     atoms = torch.randn(7, 3, 3).double() * 3
     frames = structure.frames_of(atoms)
     n, ca, c = frames.invert(atoms).unbind(1)
@@ -288,12 +288,12 @@ def test_frames_of_three_atoms_put_the_carbon_on_the_axis() -> None:
     torch.testing.assert_close(frames.apply(frames.invert(atoms)), atoms)
 
 
-def test_a_frame_then_another_is_both() -> None:
+def test_composed_frames_apply_one_after_the_other() -> None:
     a, b, points = _frames(4), _frames(4), torch.randn(4, 2, 3).double()
     torch.testing.assert_close(a.then(b).apply(points), a.apply(b.apply(points)))
 
 
-def test_point_attention_does_not_see_where_the_whole_lies() -> None:
+def test_point_attention_is_invariant_to_a_rigid_motion_of_all_frames() -> None:
     widths = structure.StructureWidths(c_s=8, c_z=4, heads=2, head_width=3, query_points=2, value_points=3)
     layer = _random(structure.InvariantPointAttention(widths))
     s, z, mask = torch.randn(1, N, 8).double(), torch.randn(1, N, N, 4).double(), torch.ones(1, N).double()
@@ -304,7 +304,7 @@ def test_point_attention_does_not_see_where_the_whole_lies() -> None:
         torch.testing.assert_close(layer(s, z, *_frames(1, N), mask), layer(s, z, *frames, mask))
 
 
-def test_aligned_error_by_hand_and_wherever_the_whole_lies() -> None:
+def test_aligned_error_matches_hand_computation_and_is_invariant_to_rigid_motion() -> None:
     true, guess = _frames(1, 3), _frames(1, 3)
     points, guessed = torch.randn(1, 4, 3).double() * 8, torch.randn(1, 4, 3).double() * 8
     ones = torch.ones(1, 3).double(), torch.ones(1, 4).double()
@@ -323,7 +323,7 @@ def test_aligned_error_by_hand_and_wherever_the_whole_lies() -> None:
     assert float(structure.fape(true, true, points, points, ones)) == pytest.approx(1e-3, rel=0.01)
 
 
-def test_lddt_counts_the_distances_that_are_kept() -> None:
+def test_lddt_counts_the_distances_that_are_preserved() -> None:
     true = torch.tensor([[[0.0, 0, 0], [3.8, 0, 0], [7.6, 0, 0], [40.0, 0, 0]]])
     held = torch.ones(1, 4)
     assert structure.lddt(true + 5, true, held)[0, :3].tolist() == [1, 1, 1]
@@ -332,7 +332,7 @@ def test_lddt_counts_the_distances_that_are_kept() -> None:
     assert structure.lddt(moved, true, held)[0, :3].tolist() == pytest.approx([0.75, 0.75, 0.5])
 
 
-def test_dihedrals_are_those_of_an_ideal_helix() -> None:
+def test_torsions_of_a_real_chain_have_trans_peptide_bonds_and_mostly_negative_phi() -> None:
     folds = alphafold2.built_in_folds()
     begin, end = folds.offset[0], folds.offset[1]
     atoms = torch.tensor(folds.atoms[begin:end])[None]
@@ -346,7 +346,7 @@ def test_dihedrals_are_those_of_an_ideal_helix() -> None:
 # -- data -------------------------------------------------------------------------------------------------
 
 
-def test_backbones_are_real() -> None:
+def test_built_in_backbones_have_real_bond_lengths_and_normalised_profiles() -> None:
     folds = alphafold2.built_in_folds()
     assert (folds.count, folds.train_count) == (2500, 2000)
     inside = np.ones(len(folds.atoms) - 1, bool)
@@ -357,7 +357,7 @@ def test_backbones_are_real() -> None:
     assert np.allclose(folds.profile.sum(-1), 1, atol=1e-5)
 
 
-def test_alignments_hide_some_residues_and_come_from_the_profile() -> None:
+def test_alignments_mask_some_residues_and_are_drawn_from_the_profile() -> None:
     job = alphafold2.make(batch=3)
     batch, again = job.make_batch(2, 1), job.make_batch(2, 1)
     assert all((batch[k] == again[k]).all() for k in batch)
@@ -371,13 +371,13 @@ def test_alignments_hide_some_residues_and_come_from_the_profile() -> None:
     assert float((frequency - profile).abs().mean()) < 0.03
 
 
-def test_what_is_no_part_of_the_job_is_refused() -> None:
+def test_data_and_weights_of_the_user_are_refused() -> None:
     for given in ({"data": "x.npz"}, {"weights": "y.pt"}):
         with pytest.raises(UserError, match="that come with memfit"):
             alphafold2.make(**given)  # type: ignore[arg-type]
 
 
-def test_every_term_of_the_loss_has_a_gradient_and_paper_sizes_have_batches() -> None:
+def test_every_loss_term_has_a_gradient_and_initial_size_batches_have_published_shapes() -> None:
     job = alphafold2.make(batch=1, length=20)
     built = job.build_model()
     for name, part in alphafold2.terms(built(job.make_batch(0, 0)), job.make_batch(0, 0)).items():
@@ -390,7 +390,7 @@ def test_every_term_of_the_loss_has_a_gradient_and_paper_sizes_have_batches() ->
 
 
 @pytest.mark.parametrize(("size", "stacks"), [("tiny", [2, 1]), ("paper", [48, 4, 2])])
-def test_every_stack_can_be_recomputed(size: str, stacks: list[int]) -> None:
+def test_every_stack_of_blocks_is_found(size: str, stacks: list[int]) -> None:
     job = load(JobRef(spec="alphafold2", size=size))
     found = find_stacks(fake_model(job), job.blocks, job.more_blocks)
     assert [len(blocks) for blocks in found] == stacks

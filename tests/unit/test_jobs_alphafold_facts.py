@@ -1,5 +1,5 @@
-"""Facts of AlphaFold 2 that no forward pass by hand shows: which terms teach which parts, published widths,
-what a batch says of its chains, and which pairs of which chains the metric counts."""
+"""Properties of AlphaFold 2 that no forward pass by hand shows: which parts each loss term has gradients for,
+published widths, the contents of a batch, and which pairs of which chains the metric counts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _seeded() -> None:
 
 
 def _folds(lengths: tuple[int, ...] = LENGTHS, train_count: int = 3) -> alphafold2.Folds:
-    """Chains of which every relative has class 7 more than they; all atoms lie at their residue's number."""
+    """Chains whose relatives all have the class 7 higher; an atom's coordinates are its residue's number."""
     offset = np.concatenate([[0], np.cumsum(lengths)])
     place = np.arange(offset[-1])
     atoms = np.broadcast_to(place[:, None, None], (len(place), 3, 3)).astype(np.float32)
@@ -47,7 +47,7 @@ def _packed(folds: alphafold2.Folds, **changes: Any) -> dict[str, torch.Tensor]:
 
 
 def _compact(lengths: tuple[int, ...], train_count: int) -> alphafold2.Folds:
-    """Residues anywhere in a box of 18 Angstrom, turned anyhow."""
+    """Residues at random places and in random orientations in a box of 18 Angstrom."""
     folds, rng = _folds(lengths, train_count), np.random.default_rng(5)
     bonds = rng.normal(size=(*folds.atoms.shape[:2], 3))
     bonds *= 1.5 / np.linalg.norm(bonds, axis=-1, keepdims=True)
@@ -57,12 +57,12 @@ def _compact(lengths: tuple[int, ...], train_count: int) -> alphafold2.Folds:
 
 
 def _batch() -> dict[str, torch.Tensor]:
-    """With templates, which the data does not have."""
+    """A batch with random templates, which the data does not have."""
     batch = _packed(_compact(LENGTHS, 3))
     return batch | {"template": torch.randn(3, 2, N, N, 88), "template_mask": torch.ones(3, 2)}
 
 
-# -- what is learned from what ----------------------------------------------------------------------------
+# -- which parts each loss term trains --------------------------------------------------------------------
 
 TRUNK = {
     "embed",
@@ -91,7 +91,7 @@ TAUGHT = {
 
 
 @pytest.mark.parametrize("term", TAUGHT)
-def test_a_term_teaches_every_part_that_led_to_it(term: str) -> None:
+def test_each_loss_term_has_gradients_for_exactly_its_expected_parts(term: str) -> None:
     network, batch = drawn(model.AlphaFold(SHAPE)).eval(), _batch()
     alphafold2.terms(network(batch), batch)[term].backward()
     learned = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
@@ -107,8 +107,8 @@ def _learned(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.clone().requires_grad_() for t in tensors)
 
 
-def test_point_attention_has_the_gradients_of_finite_differences() -> None:
-    """By the residues, the pairs, and the frames' rotations and translations."""
+def test_point_attention_gradients_match_finite_differences() -> None:
+    """With respect to the residues, the pairs, and the frames' rotations and translations."""
     widths = structure.StructureWidths(c_s=3, c_z=2, heads=2, head_width=2, query_points=1, value_points=2)
     layer = drawn(structure.InvariantPointAttention(widths)).double()
     s, z, shift = torch.randn(1, 3, 3).double(), torch.randn(1, 3, 3, 2).double(), torch.randn(1, 3, 3)
@@ -116,8 +116,8 @@ def test_point_attention_has_the_gradients_of_finite_differences() -> None:
     assert gradcheck(lambda *x: layer(*x, torch.ones(1, 3).double()), given)
 
 
-def test_aligned_errors_have_the_gradients_of_finite_differences() -> None:
-    """By the predicted frames' rotations and translations, and the predicted points."""
+def test_aligned_error_gradients_match_finite_differences() -> None:
+    """With respect to the predicted frames' rotations and translations, and the predicted points."""
     true, points = Frames(_turned(1, 3), torch.randn(1, 3, 3).double()), torch.randn(1, 4, 3).double()
     held = torch.ones(1, 3).double(), torch.ones(1, 4).double()
     given = _learned(_turned(1, 3), torch.randn(1, 3, 3).double(), torch.randn(1, 4, 3).double() * 8)
@@ -127,7 +127,7 @@ def test_aligned_errors_have_the_gradients_of_finite_differences() -> None:
 # -- masks and dropout ------------------------------------------------------------------------------------
 
 
-def test_an_outer_products_mean_is_over_the_rows_that_hold_both_residues() -> None:
+def test_outer_product_mean_is_over_the_rows_that_have_both_residues() -> None:
     layer, m = drawn(evoformer.OuterProductMean(SHAPE.widths)).double(), torch.randn(1, 6, 4, 48).double()
     rows = (torch.rand(1, 6, 4) < 0.6).double()
     rows[0, 0] = 1
@@ -140,7 +140,7 @@ def test_an_outer_products_mean_is_over_the_rows_that_hold_both_residues() -> No
 
 
 @pytest.mark.parametrize("starting", [True, False])
-def test_a_pair_that_is_not_held_is_not_seen_along_its_own_edge(starting: bool) -> None:
+def test_triangle_attention_ignores_a_masked_pair_but_not_its_transpose(starting: bool) -> None:
     layer = drawn(evoformer.TriangleAttention(SHAPE.widths, starting=starting))
     nn.init.zeros_(layer.bias.weight.weight)
     z, pairs, (i, k) = torch.randn(1, 5, 5, 32), torch.ones(1, 5, 5), (0, 3) if starting else (3, 0)
@@ -153,7 +153,7 @@ def test_a_pair_that_is_not_held_is_not_seen_along_its_own_edge(starting: bool) 
         assert bool(line[[1, 2, 4]].max() > 1e-5) == seen
 
 
-def test_what_is_masked_is_hidden_from_whatever_looks_for_it() -> None:
+def test_a_masked_residue_stays_hidden_even_under_a_large_attention_bias() -> None:
     layer = drawn(evoformer.RowAttention(SHAPE.widths))
     nn.init.constant_(layer.bias.weight.weight, 1e6)
     m, z, rows = torch.randn(1, 1, 5, 48), torch.randn(1, 5, 5, 32), torch.ones(1, 1, 5)
@@ -163,7 +163,7 @@ def test_what_is_masked_is_hidden_from_whatever_looks_for_it() -> None:
     assert (layer(m, z, rows) == layer(other, z, rows))[:, :, :-1].all()
 
 
-def test_dropout_takes_from_the_update_nothing_from_the_sum_and_from_each_sample_elsewhere() -> None:
+def test_dropout_drops_updates_but_not_the_residual_and_differs_between_samples() -> None:
     kept = evoformer.SharedDropout(0.5, 1).train()(torch.ones(3, 4, 20, 20))
     assert not (kept[0] == kept[1]).all()
     block: Any = evoformer.EvoformerBlock(SHAPE.widths).train()
@@ -181,7 +181,7 @@ def test_dropout_takes_from_the_update_nothing_from_the_sum_and_from_each_sample
 
 
 def _published() -> Any:
-    """With a block of each stack, all of which are alike, and nothing in memory."""
+    """The published network on the meta device, with one block of each stack, as its blocks are alike."""
     with torch.device("meta"):
         return model.AlphaFold(dataclasses.replace(PUBLISHED, blocks=1, extra_blocks=1, template_blocks=1))
 
@@ -191,7 +191,7 @@ def _shapes(module: nn.Module, *names: str) -> list[tuple[int, ...]]:
 
 
 def test_the_templates_stack_has_its_published_widths() -> None:
-    """Supplement 1.7.1 and algorithms 16 and 17: 64 channels, 4 heads of 16, a transition of twice."""
+    """Supplement 1.7.1, algorithms 16 and 17: 64 channels, 4 heads of 16, a transition of twice the width."""
     templates = _published().template
     pairs = templates.blocks[0]
     found = _shapes(pairs, "outgoing.left.value", "incoming.out", "transition.up")
@@ -203,7 +203,7 @@ def test_the_templates_stack_has_its_published_widths() -> None:
 
 
 def test_the_extra_stack_has_its_published_widths() -> None:
-    """Supplement 1.7.2, algorithms 18 and 19: 64 channels, 8 heads of 8, one query a column."""
+    """Supplement 1.7.2, algorithms 18 and 19: 64 channels, 8 heads of 8, one query per column."""
     network = _published()
     block = network.extra[0]
     assert network.embed_extra.weight.shape == (64, 25)
@@ -229,7 +229,7 @@ def test_the_structure_module_has_its_published_widths() -> None:
     assert linear == [(128, 384), (128, 128), (50, 128)]
 
 
-def test_norms_have_the_usual_epsilon_and_what_is_compared_no_bias() -> None:
+def test_norms_have_epsilon_1e_5_and_queries_keys_and_values_have_no_bias() -> None:
     network, kinds = _published(), (evoformer.Attention, evoformer.GlobalAttention, evoformer.Templates)
     assert {m.eps for m in network.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     attending = [m for m in network.modules() if isinstance(m, kinds)]
@@ -238,7 +238,7 @@ def test_norms_have_the_usual_epsilon_and_what_is_compared_no_bias() -> None:
 
 
 def test_the_published_jobs_recycle_once_and_fine_tuning_has_longer_crops_of_more_rows() -> None:
-    """Supplement 1.11.3 and table 4; one earlier pass needs the memory that up to three do."""
+    """Supplement 1.11.3 and table 4; recycling once needs as much memory as recycling three times."""
     assert PUBLISHED.recycles == 1
     for size, wanted in (("paper", (256, 128, 1024)), ("finetune", (384, 512, 5120))):
         shape = alphafold2._shape(size, None, None)
@@ -247,7 +247,7 @@ def test_the_published_jobs_recycle_once_and_fine_tuning_has_longer_crops_of_mor
     assert (optimizer.name, optimizer.learning_rate, optimizer.eps) == ("adam", 1e-3, 1e-6)
 
 
-def test_what_adds_to_a_sum_begins_at_nothing_and_inputs_at_their_width() -> None:
+def test_residual_outputs_are_initialised_to_zero_and_inputs_by_their_width() -> None:
     """Supplement 1.11.4."""
     network = model.AlphaFold(SHAPE)
     for name in ("template.out", "structure.attention.out", "structure.update", "heads.distance"):
@@ -256,7 +256,7 @@ def test_what_adds_to_a_sum_begins_at_nothing_and_inputs_at_their_width() -> Non
         assert float(layer.weight.detach().std()) == pytest.approx(layer.in_features**-0.5, rel=0.1)
 
 
-def test_a_local_distance_is_kept_within_half_one_two_or_four_angstrom() -> None:
+def test_lddt_has_thresholds_of_half_one_two_and_four_angstrom() -> None:
     true = torch.tensor([[[0.0, 0, 0], [10.0, 0, 0]]])
     off = torch.tensor([0.4, 0.6, 0.9, 1.1, 1.9, 2.1, 3.9, 4.1, 7.9])
     found = [float(structure.lddt(true * (1 + x / 10), true, torch.ones(1, 2))[0, 0]) for x in off]
@@ -266,7 +266,7 @@ def test_a_local_distance_is_kept_within_half_one_two_or_four_angstrom() -> None
 # -- data -------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_says_of_every_residue_what_the_chain_has_there() -> None:
+def test_a_batch_holds_the_atoms_and_classes_of_the_chain_at_every_residue() -> None:
     folds, batch = _folds(), _packed(_folds())
     assert batch["mask"].sum(1).tolist() == [9, 24, 24]
     assert (batch["index"] == torch.arange(N)).all()
@@ -286,7 +286,7 @@ def test_a_batch_says_of_every_residue_what_the_chain_has_there() -> None:
     assert not batch["extra"][..., 23:].any()
 
 
-def test_fifteen_percent_is_hidden_in_each_row_elsewhere_and_nothing_beyond_the_chain() -> None:
+def test_each_row_masks_a_different_fifteen_percent_and_nothing_beyond_the_chain() -> None:
     batch = _packed(_folds(), rows=600)
     hidden, mask = batch["hidden"], batch["mask"][:, None].expand(-1, 600, -1)
     assert float(hidden[mask == 0].abs().sum()) == 0
@@ -295,7 +295,7 @@ def test_fifteen_percent_is_hidden_in_each_row_elsewhere_and_nothing_beyond_the_
     assert float(hidden.sum(1)[batch["mask"] > 0].min()) > 0
 
 
-def test_extra_rows_are_other_rows() -> None:
+def test_extra_rows_differ_from_the_rows_of_the_alignment() -> None:
     batch = _packed(dataclasses.replace(_folds(), profile=np.full((sum(LENGTHS), 20), 0.05, np.float32)))
     extra, rows = batch["extra"][:, :, None, :, :23].argmax(-1), batch["residue"][:, None]
     assert float((extra == rows)[..., :9].double().mean(-1).max()) < 0.9
@@ -311,7 +311,7 @@ def test_crops_begin_anywhere_in_a_longer_chain() -> None:
     assert len(longest) > 10
 
 
-def test_classes_are_weighed_in_single_precision() -> None:
+def test_class_losses_are_computed_in_single_precision() -> None:
     batch = _batch()
     out = dict(drawn(model.AlphaFold(SHAPE)).eval()(batch))
     low = out | {name: out[name].bfloat16() for name in ("distance", "residue", "confidence")}
@@ -326,7 +326,7 @@ def test_classes_are_weighed_in_single_precision() -> None:
 
 
 class _Guesses(nn.Module):
-    """Distances at random; what was told of what is kept."""
+    """Predicts random distances, and records the logits with the atoms they were predicted for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,7 +343,7 @@ def _chain(folds: alphafold2.Folds, chain: int) -> Array:
 
 
 def _touching(atoms: Array) -> Array:
-    """CB within 8 Angstrom."""
+    """Whether the beta carbons of two residues are within 8 Angstrom."""
     n, ca, c = atoms.astype(np.float64).swapaxes(0, 1)
     across = np.cross(ca - n, c - ca)
     beta = ca - 0.58273431 * across + 0.56802827 * (ca - n) - 0.54067466 * (c - ca)
@@ -351,14 +351,14 @@ def _touching(atoms: Array) -> Array:
 
 
 def _precision(scores: Array, atoms: Array) -> float:
-    """Of the half as many pairs as residues that score best, 12 or more apart along the chain."""
+    """Precision of the best-scoring pairs 12 or more apart along the chain, half as many as residues."""
     count, touching = len(atoms), _touching(atoms)
     pairs = [(i, j) for i in range(count) for j in range(i + 12, count)]
     best = sorted(pairs, key=lambda pair: -scores[pair])[: count // 2]
     return float(np.mean([touching[pair] for pair in best]))
 
 
-def test_precision_is_of_the_likeliest_pairs_of_the_chains_held_out() -> None:
+def test_contact_precision_counts_the_likeliest_pairs_of_the_held_out_chains() -> None:
     folds, guesses = _compact((24, 20, 24, 22, 30, 21, 24), 2), _Guesses()
     found, wanted = alphafold2.contact_precision(guesses, folds, SHAPE), []
     near = np.arange(64) * 20 / 64 + 2.3125 <= 8  # where the bins end, Angstrom
@@ -370,7 +370,7 @@ def test_precision_is_of_the_likeliest_pairs_of_the_chains_held_out() -> None:
     assert found == pytest.approx(100 * np.mean(wanted))
 
 
-def test_the_naive_ranking_is_learned_from_the_chains_to_learn_from() -> None:
+def test_the_naive_ranking_is_fitted_to_the_training_chains() -> None:
     folds = _compact((24, 24, 24, 24, 24, 24, 22, 23, 24), 4)
     atoms = np.concatenate([np.tile(folds.atoms[:24], (4, 1, 1)), folds.atoms[4 * 24 :]])  # four of a kind
     folds = dataclasses.replace(folds, atoms=atoms)

@@ -1,5 +1,5 @@
-"""AlphaFold 2 around its blocks, against the supplement's lines by hand: how dropout is wired, embeddings,
-recycling, the structure module's frames and angles, heads and the torsion loss."""
+"""The parts of AlphaFold 2 around its blocks, against the supplement's algorithms computed by hand: dropout,
+embeddings, recycling, the structure module's frames and angles, heads and the torsion loss."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def _random(module: Any) -> Any:
     return module.double()
 
 
-# -- dropout, where it is ---------------------------------------------------------------------------------
+# -- dropout ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("part", "shared"), [("outgoing", 1), ("incoming", 1), ("starting", 1), ("ending", 2), ("transition", 0)]
 )
-def test_updates_of_pairs_lose_rows_or_columns_as_in_algorithm_6(part: str, shared: int) -> None:
-    """By rows after multiplications and attention from the starting node, by columns after the other."""
+def test_pair_updates_drop_whole_rows_or_columns_as_in_algorithm_6(part: str, shared: int) -> None:
+    """By rows after multiplications and starting-node attention, by columns after ending-node attention."""
     stack: Any = evoformer.PairStack(WIDTHS).train()
     for name in ("outgoing", "incoming", "starting", "ending", "transition"):
         setattr(stack, name, Gives(1.0 if name == part else 0.0))
@@ -65,7 +65,7 @@ def test_updates_of_pairs_lose_rows_or_columns_as_in_algorithm_6(part: str, shar
     assert not (found == found.narrow(3 - shared, 0, 1)).all()
 
 
-def test_row_attention_of_the_alignment_loses_the_same_in_every_row() -> None:
+def test_row_attention_dropout_is_the_same_in_every_row_of_the_alignment() -> None:
     block: Any = evoformer.EvoformerBlock(WIDTHS).train()
     block.row, block.column, block.transition = Gives(1.0), Gives(0.0), Gives(0.0)
     m, z = torch.zeros(1, 9, 40, 6), torch.zeros(1, 40, 40, 4)
@@ -95,7 +95,7 @@ def test_inputs_are_embedded_as_in_algorithm_3() -> None:
             torch.testing.assert_close(z[0, i, j], wanted)
 
 
-def test_what_is_recycled_is_normed_and_distances_lie_in_their_bins() -> None:
+def test_recycled_features_are_normalised_and_distances_fall_in_the_nearest_bin() -> None:
     layer = _random(model.RecyclingEmbedder(SMALL)).float()
     c_m, c_z = SMALL.widths.c_m, SMALL.widths.c_z
     first, z = torch.randn(1, N, c_m), torch.randn(1, N, N, c_z)
@@ -132,7 +132,7 @@ def test_a_templates_block_attends_before_it_multiplies() -> None:
 
 
 def _seen(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, list[Any]]:
-    """Positional arguments of every call."""
+    """The positional arguments of every call of each module."""
     calls: dict[str, list[Any]] = {name: [] for name in modules}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(args))
@@ -144,7 +144,7 @@ def _seen(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, li
     return calls
 
 
-def test_a_pass_adds_what_the_pass_before_left_and_the_last_one_has_gradients() -> None:
+def test_each_pass_adds_the_features_recycled_from_the_last_pass_without_gradient() -> None:
     network: Any = model.AlphaFold(SMALL).eval()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -187,7 +187,7 @@ def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
     return around / (around.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
-def test_frames_are_composed_round_after_round_and_rotations_pass_no_gradient_on() -> None:
+def test_frames_are_composed_in_each_round_and_earlier_rotations_carry_no_gradient() -> None:
     widths = structure.StructureWidths(
         c_s=8,
         c_z=4,
@@ -240,8 +240,8 @@ def test_frames_are_composed_round_after_round_and_rotations_pass_no_gradient_on
             torch.testing.assert_close(left, right)
 
 
-def test_torsions_are_compared_on_the_circle_and_drawn_to_it() -> None:
-    """Algorithm 27: a hundredth of each length's distance from one, twice."""
+def test_torsion_loss_compares_normalised_angles_and_penalises_their_length() -> None:
+    """Algorithm 27, with 0.02 times each length's distance from one."""
     found, held = torch.randn(2, 4, 3, 2).double(), torch.ones(2, 4, 3).double()
     held[0, 1, 2], held[1, 3] = 0, 0
     turned = torch.randn(2, 4, 3).double()
@@ -261,7 +261,7 @@ def test_torsions_are_compared_on_the_circle_and_drawn_to_it() -> None:
     assert float(structure.torsion_loss(found, true, held)) == pytest.approx(sum(each) / 2, rel=1e-6)
 
 
-def test_distances_are_told_of_both_directions() -> None:
+def test_distance_logits_sum_both_directions_and_the_other_heads_match_hand_computation() -> None:
     heads = _random(model.Heads(SMALL))
     widths, c_s = SMALL.widths, SMALL.structure.c_s
     m, z = torch.randn(1, 3, N, widths.c_m).double(), torch.randn(1, N, N, widths.c_z).double()

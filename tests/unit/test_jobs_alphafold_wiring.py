@@ -1,5 +1,5 @@
-"""AlphaFold 2 put together: what goes from stage to stage, what masks hide, the losses' terms, and the sizes,
-constants and initial values of the supplement (Jumper et al. 2021), each computed anew."""
+"""The assembled AlphaFold 2: the data between stages, masks, the terms of the loss, and the published sizes,
+constants and initial values (supplement of Jumper et al. 2021), each computed independently here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _seeded() -> None:
 
 
 def _batch() -> dict[str, torch.Tensor]:
-    """With templates, which the data does not have."""
+    """A batch with random templates, which the data does not have."""
     batch = alphafold2.train_batch(alphafold2.built_in_folds(), SMALL, step=0, seed=0)
     return batch | {"template": torch.randn(1, 2, N, N, 88), "template_mask": torch.ones(1, 2)}
 
@@ -50,8 +50,8 @@ def _unit(x: Array) -> Array:
 
 
 def _next(before: list[Array], length: float, angle: float, torsion: float) -> Array:
-    """The atom after the last three: from cis, its bond turned about theirs as a right-handed screw,
-    clockwise to who looks along it (positive by IUPAC)."""
+    """The atom after the last three; the torsion starts at cis and is positive clockwise when looking along
+    the middle bond, as IUPAC defines it."""
     one, two, three = before[-3:]
     axis, opened = _unit(three - two), math.radians(angle)
     cis = _unit((one - two) - ((one - two) @ axis) * axis)
@@ -60,7 +60,7 @@ def _next(before: list[Array], length: float, angle: float, torsion: float) -> A
 
 
 def _backbone(angles: Array) -> Array:
-    """(n, 3 of N CA C, 3) with the torsions (n, 3 of omega phi psi) in radians."""
+    """Atoms (n, 3 of N CA C, 3) of a chain with the torsions (n, 3 of omega phi psi) in radians."""
     opened = math.radians(_AT_CA)  # the first residue lies in its own frame
     atoms = [_N_CA * np.array([math.cos(opened), math.sin(opened), 0]), np.zeros(3), np.array([_CA_C, 0, 0])]
     for (_, _, psi), (omega, phi, _) in itertools.pairwise(angles):
@@ -77,8 +77,8 @@ def _axes(atoms: Array) -> Array:
 
 
 def _left_handed_beta(atoms: Array) -> Array:
-    """CB by its bond and angles; of the two mirror images the L one, by the CORN rule: CO, R, N run clockwise
-    to who looks from H."""
+    """CB by its bond length and angles; of the two mirror images the L one, by the CORN rule: seen from H,
+    CO, R and N run clockwise."""
     to_n, to_c = _unit(atoms[0] - atoms[1]), _unit(atoms[2] - atoms[1])
     cosines = np.cos(np.radians([_N_CA_CB, _C_CA_CB]))
     both = np.stack([to_n, to_c])
@@ -89,7 +89,7 @@ def _left_handed_beta(atoms: Array) -> Array:
     return np.asarray(atoms[1] + _CB * found)
 
 
-def test_torsions_are_those_the_chain_was_built_with_and_end_where_it_breaks() -> None:
+def test_torsions_recover_those_the_chain_was_built_with_and_are_masked_at_breaks() -> None:
     follows = torch.ones(1, 14)
     follows[0, [0, 4]] = 0
     found, held = structure.torsions(torch.tensor(_backbone(_TURNS))[None], follows)
@@ -100,7 +100,7 @@ def test_torsions_are_those_the_chain_was_built_with_and_end_where_it_breaks() -
             assert found[0, i, k].tolist() == pytest.approx([math.sin(angle), math.cos(angle)])
 
 
-def test_beta_carbons_are_those_of_left_handed_residues() -> None:
+def test_beta_carbons_are_those_of_l_amino_acids() -> None:
     for atoms in _backbone(_TURNS):
         assert model.beta_of(torch.tensor(atoms)).numpy() == pytest.approx(_left_handed_beta(atoms), abs=0.08)
 
@@ -109,7 +109,7 @@ def test_beta_carbons_are_those_of_left_handed_residues() -> None:
 
 
 def _flow(network: Any, *given: Any) -> tuple[dict[str, list[tuple[Any, Any]]], Any]:
-    """What every module was given and gave, call by call, and what came of it."""
+    """The inputs and outputs of every module, call by call, and the result of the whole."""
     calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name, _ in network.named_modules()}
     for name, module in network.named_modules():
         module.register_forward_hook(lambda _, args, out, name=name: calls[name].append((args, out)))
@@ -123,11 +123,11 @@ def _same(given: Any, wanted: Any) -> None:
 
 
 def _changed(before: Any, after: Any) -> None:
-    """Or the test would not see a stage that is left out."""
+    """Asserts a clear change, without which a test would not notice a stage that is left out."""
     assert all(float((b - a).abs().max()) > 0.1 for b, a in zip(before, after, strict=True))
 
 
-def test_every_stage_takes_up_what_the_one_before_left() -> None:
+def test_every_stage_receives_the_output_of_the_one_before() -> None:
     """Algorithm 2, lines 5 to 20, in both passes."""
     calls, out = _flow(drawn(model.AlphaFold(SMALL)).eval(), batch := _batch())
     beta = torch.tensor(_left_handed_beta(_backbone(np.zeros((1, 3)))[0])).float()
@@ -156,7 +156,7 @@ def test_every_stage_takes_up_what_the_one_before_left() -> None:
     _same([out[k] for k in ("rotations", "translations", "angles")], made[1:])
 
 
-def test_templates_go_through_their_whole_stack() -> None:
+def test_templates_pass_through_every_stage_of_their_stack() -> None:
     """Algorithm 2, line 10, and algorithm 16, template by template."""
     calls, _ = _flow(drawn(model.AlphaFold(SMALL)).eval(), batch := _batch())
     names = ("template.embed", "template.blocks.0", "template.blocks.1", "template.norm")
@@ -170,8 +170,8 @@ def test_templates_go_through_their_whole_stack() -> None:
 # -- masks ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_masked_is_seen_by_nothing() -> None:
-    """The network on more residues, of which those beyond the mask are noise, gives the same."""
+def test_masked_residues_do_not_change_any_output() -> None:
+    """The outputs equal those of a shorter input, although the masked residues hold noise."""
     network, batch = drawn(model.AlphaFold(SMALL), 0.15).eval(), _batch()
     kept, less = N - 3, dict(batch)
     batch["mask"][:, kept:] = 0
@@ -187,8 +187,8 @@ def test_what_is_masked_is_seen_by_nothing() -> None:
         torch.testing.assert_close(same, part, atol=1e-3, rtol=1e-3)
 
 
-def test_point_attention_hides_masked_keys_and_lowers_a_masked_query_alike_everywhere() -> None:
-    """By the mask of pairs, as published (folding.py); a shift of all of a query's logits is no change."""
+def test_point_attention_ignores_masked_keys_and_does_not_change_masked_queries() -> None:
+    """As in the published folding.py, the pair mask shifts all logits of a masked query by one amount."""
     widths = structure.StructureWidths(c_s=8, c_z=4, heads=2, head_width=3, query_points=2, value_points=2)
     layer = drawn(structure.InvariantPointAttention(widths), 0.5).double()
     s, z = torch.randn(1, N, 8).double(), torch.randn(1, N, N, 4).double()
@@ -203,7 +203,7 @@ def test_point_attention_hides_masked_keys_and_lowers_a_masked_query_alike_every
 
 
 def _aligned(guess: tuple[Array, Array], true: tuple[Array, Array], points: tuple[Array, Array]) -> Array:
-    """Algorithm 28 before its mean, of errors that need no clamp: (frames, points) in 10 Angstrom."""
+    """Algorithm 28 before its mean, for errors below the clamp: (frames, points) in units of 10 Angstrom."""
     errors = np.zeros((len(guess[0]), len(points[0])))
     for i, j in np.ndindex(errors.shape):
         seen = guess[0][i].T @ (points[0][j] - guess[1][i]) - true[0][i].T @ (points[1][j] - true[1][i])
@@ -212,7 +212,7 @@ def _aligned(guess: tuple[Array, Array], true: tuple[Array, Array], points: tupl
     return errors / 10
 
 
-def test_aligned_errors_are_the_mean_over_held_frames_and_held_points() -> None:
+def test_the_aligned_error_is_the_mean_over_unmasked_frames_and_points() -> None:
     rotations = structure.rotation_of(torch.randn(2, 2, 4, 3).double())
     shifts, points = torch.randn(2, 2, 4, 3).double(), torch.randn(2, 2, 5, 3).double()
     frames_held = torch.tensor([[1.0, 0, 1, 1], [1, 1, 1, 0]]).double()
@@ -239,7 +239,7 @@ def _lddt(points: Array, true: Array, held: Array) -> Array:
     return found
 
 
-def test_lddt_is_of_held_residues_within_15_angstrom() -> None:
+def test_lddt_counts_unmasked_residues_within_15_angstrom() -> None:
     rng = np.random.default_rng(0)
     true, off, held = rng.uniform(0, 16, (1, 30, 3)), rng.normal(0, 1, (1, 30, 3)), rng.random((1, 30)) < 0.7
     found = structure.lddt(*(torch.tensor(x) for x in (true + off, true, held * 1.0)))[0].numpy()
@@ -250,8 +250,8 @@ def test_lddt_is_of_held_residues_within_15_angstrom() -> None:
 
 
 @pytest.mark.parametrize("beside", [-0.6, 0.6])
-def test_recycled_distances_are_told_by_the_nearest_bin(beside: float) -> None:
-    """Algorithm 32, line 2; a little before and beyond each of 15 places from 3 3/8 to 21 3/8 Angstrom."""
+def test_recycled_distances_fall_in_the_nearest_bin(beside: float) -> None:
+    """Algorithm 32, line 2: a little below and above each of 15 bins from 3 3/8 to 21 3/8 Angstrom."""
     layer = drawn(model.RecyclingEmbedder(SMALL))
     beta, z = torch.zeros(15, 2, 3), torch.zeros(15, 2, 2, SMALL.widths.c_z)
     beta[:, 1, 2] = torch.arange(15) * 18 / 14 + 3.375 + beside
@@ -261,7 +261,7 @@ def test_recycled_distances_are_told_by_the_nearest_bin(beside: float) -> None:
 
 
 def _case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Array]:
-    """Two chains with gaps; a guess in three rounds, each nearer, wild in the gaps; the chains' torsions."""
+    """Two chains with gaps, a prediction in three rounds (each closer, far off in gaps), and the torsions."""
     count, rng = 14, np.random.default_rng(3)
     angles, mask = np.stack([_TURNS, _TURNS[::-1]]), np.ones((2, count))
     mask[0, 5], mask[1, 11:] = 0, 0
@@ -286,7 +286,7 @@ def _case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Array]:
     return batch, out, angles
 
 
-def test_the_structures_terms_are_of_its_last_round_and_of_the_mean_over_all() -> None:
+def test_fape_is_of_the_last_round_and_the_auxiliary_loss_is_the_mean_over_rounds() -> None:
     """Algorithm 20 from line 17 on: FAPE of all atoms at the end; FAPE of CA and torsions in every round."""
     batch, out, angles = _case()
     final, along = [], []
@@ -310,7 +310,7 @@ def test_the_structures_terms_are_of_its_last_round_and_of_the_mean_over_all() -
     assert float(found["auxiliary"]) == pytest.approx(np.mean(along), rel=2e-3)
 
 
-def test_classes_are_told_of_held_pairs_hidden_residues_and_held_residues() -> None:
+def test_class_losses_are_means_over_unmasked_pairs_masked_tokens_and_unmasked_residues() -> None:
     """Supplement 1.9.6, 1.9.8 and 1.9.9, and equation 7's weights."""
     batch, out, _ = _case()
     wanted: dict[str, list[float]] = {"distance": [], "residue": [], "confidence": []}
@@ -359,7 +359,7 @@ def test_the_published_rates_of_dropout_are_15_percent_of_rows_and_25_of_pairs(s
     assert found.unique().tolist() == pytest.approx([k / 0.75 for k in range(5)])
 
 
-def test_structure_dropout_is_a_tenth_of_the_sums_before_both_norms() -> None:
+def test_structure_dropout_drops_a_tenth_of_the_sums_before_both_norms() -> None:
     """Algorithm 20, lines 6 to 9."""
     module: Any = structure.StructureModule(dataclasses.replace(PUBLISHED.structure, iterations=1)).train()
     for name in ("norm_s", "norm_z", "first", "norm_attention", "norm_transition"):
@@ -374,8 +374,8 @@ def test_structure_dropout_is_a_tenth_of_the_sums_before_both_norms() -> None:
     assert (_flow(module.eval(), *given)[0]["norm_transition"][0][0][0] == 7).all()
 
 
-def test_gates_begin_open_blocks_as_nothing_and_points_with_a_weight_of_one() -> None:
-    """Supplement 1.11.4: a gate's sigmoid is given 1 whatever is seen; softplus of a point weight is 1."""
+def test_gates_start_open_blocks_as_identity_and_point_weights_at_one() -> None:
+    """Supplement 1.11.4: the sigmoid of a gate gets 1 for any input; softplus of a point weight is 1."""
     network = model.AlphaFold(SMALL).eval()
     with mock.patch.object(torch, "sigmoid", side_effect=torch.sigmoid) as gates:
         calls, _ = _flow(network, _batch())

@@ -1,4 +1,4 @@
-"""The jobs of chemistry and genetics: molecules, genome, potential."""
+"""The built-in jobs of chemistry and genetics: molecules, genome, potential."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ JOBS = ("molecules", "genome", "potential")
 
 @pytest.fixture(params=JOBS)
 def job(request: pytest.FixtureRequest, listed: str) -> Job:
-    """Four samples to the batch; molecules from a list, as their package may not be there."""
+    """Each job with a batch of four; molecules come from a list, as their package may not be installed."""
     return load(request.param, batch=4, **({"data": listed} if request.param == "molecules" else {}))
 
 
@@ -54,13 +54,13 @@ def test_a_batch_depends_on_step_and_seed_alone(job: Job) -> None:
         assert any(not torch.equal(first[k], job.make_batch(step, seed)[k]) for k in first)
 
 
-def test_fake_and_real_steps_are_the_same_operators(job: Job) -> None:
+def test_fake_and_real_steps_run_the_same_operators(job: Job) -> None:
     real = operators_of_a_step(job, fake=False)
     assert len(real) > 100
     assert operators_of_a_step(job, fake=True) == real
 
 
-def test_the_loss_is_the_mean_of_its_halves(job: Job) -> None:
+def test_the_loss_of_a_batch_is_the_mean_over_its_halves(job: Job) -> None:
     torch.manual_seed(0)
     model, whole = job.build_model(), job.make_batch(0, 0)
     halves = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2)]
@@ -104,7 +104,7 @@ def listed(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_a_molecule_is_its_atoms_and_bonds() -> None:
+def test_a_smiles_string_is_parsed_into_atoms_and_bonds() -> None:
     atoms, bonds = smiles.graph("C[C@@H](O)c1cc(Cl)ccn1.[Na+]")
     assert atoms == ["C", "C", "O", "C", "C", "C", "CL", "C", "C", "N", "NA"]
     assert (3, 9) in bonds, "the ring is closed"
@@ -114,7 +114,7 @@ def test_a_molecule_is_its_atoms_and_bonds() -> None:
             smiles.graph(broken)
 
 
-def test_a_ring_skeleton_is_without_side_chains_and_drawings() -> None:
+def test_a_ring_skeleton_ignores_side_chains_and_the_way_of_writing() -> None:
     toluene = smiles.ring_skeleton("CC1=CC=CC=C1")
     assert toluene == smiles.ring_skeleton("c1ccccc1C(=O)OCC") != ""
     assert smiles.ring_skeleton("CCCO") == ""
@@ -125,7 +125,7 @@ def test_a_ring_skeleton_is_without_side_chains_and_drawings() -> None:
     )
 
 
-def test_no_ring_skeleton_is_on_both_sides_of_the_split(listed: str) -> None:
+def test_no_ring_skeleton_is_in_both_training_and_test_molecules(listed: str) -> None:
     found = molecules.arranged(molecules._user(listed), 72, "")
     assert len(found.smiles) == 24
     skeletons = [smiles.ring_skeleton(text) for text in found.smiles]
@@ -144,7 +144,7 @@ def test_padding_changes_no_value() -> None:
 
 
 def test_linear_attention_is_a_weighted_mean() -> None:
-    """Against the same weights made one pair at a time."""
+    """Compared with the weights of every pair computed explicitly."""
     torch.manual_seed(0)
     attention = molformer.LinearAttention(4, 8)
     query, key, value = torch.randn(3, 1, 1, 5, 4)
@@ -155,7 +155,7 @@ def test_linear_attention_is_a_weighted_mean() -> None:
     assert torch.allclose(attention(query, key, value, valid)[0, 0], wanted, atol=1e-5)
 
 
-def test_molecules_of_the_user(listed: str, tmp_path: Path) -> None:
+def test_the_users_molecules_make_batches_and_bad_files_are_refused(listed: str, tmp_path: Path) -> None:
     job = load("molecules", data=listed, batch=4)
     batch = job.make_batch(0, 0)
     assert batch["tokens"].shape == (4, 72)
@@ -171,13 +171,13 @@ def test_molecules_of_the_user(listed: str, tmp_path: Path) -> None:
         load("molecules", data=str(broken))
 
 
-def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_molecules_without_their_package_name_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'memfit\[science\]'"):
         load("molecules")
 
 
-def test_measured_molecules_and_the_naive_fit() -> None:
+def test_measured_molecules_have_centred_values_and_a_plausible_naive_error() -> None:
     pytest.importorskip("chemicals", reason="not installed: chemicals")
     job = load("molecules")
     assert job.metric is not None
@@ -186,7 +186,7 @@ def test_measured_molecules_and_the_naive_fit() -> None:
     assert abs(float(values.mean())) < 0.1
 
 
-def test_masking_asks_for_what_it_hides(listed: str) -> None:
+def test_labels_are_set_exactly_at_masked_tokens(listed: str) -> None:
     job = load("molecules", data=listed, size="paper", batch=16)
     batch = job.make_batch(0, 0)
     asked = batch["labels"] >= 0
@@ -200,14 +200,14 @@ def test_masking_asks_for_what_it_hides(listed: str) -> None:
 SMALL = hyena.HyenaSize(layers=2, width=8, filter_width=4, kmer=3, vocabulary=64, length=32, batch_size=2)
 
 
-def test_the_long_convolution_is_the_sum_it_stands_for() -> None:
+def test_the_long_convolution_equals_the_explicit_causal_sum() -> None:
     torch.manual_seed(0)
     x, taps = torch.randn(2, 3, 9), torch.randn(3, 9)
     wanted = torch.stack([sum(taps[:, j] * x[:, :, i - j] for j in range(i + 1)) for i in range(9)], dim=-1)
     assert torch.allclose(hyena.causal_convolution(x, taps), wanted, atol=1e-5)
 
 
-def test_no_base_sees_what_follows() -> None:
+def test_no_base_depends_on_later_bases() -> None:
     torch.manual_seed(0)
     model = hyena.HyenaDna(SMALL)
     for parameter in model.parameters():
@@ -220,36 +220,36 @@ def test_no_base_sees_what_follows() -> None:
     assert not torch.allclose(one[0, 20:], two[0, 20:], atol=1e-2)
 
 
-def test_the_chromosome_is_whole_and_words_are_its_bases() -> None:
+def test_the_chromosome_is_complete_and_words_encode_its_bases() -> None:
     found = genome.read(None, 1024)
     assert (len(found.train), len(found.test)) == (4_445_028, 493_892)
     assert "".join("ACGT"[b] for b in found.train[:10]) == "AGCTTTTCAT"
     assert genome.words(np.array([0, 1, 2, 3], np.uint8), 2).tolist() == [0b0001, 0b0110, 0b1011]
 
 
-def test_the_next_base_follows_its_word() -> None:
+def test_the_target_of_each_word_is_the_base_that_follows() -> None:
     bases = np.arange(400, dtype=np.uint8) % 4
     batch = genome.train_batch(bases, SMALL, 2, step=0, seed=0)
     assert torch.equal(batch["tokens"] % 4, (batch["next"] + 3) % 4)
     assert batch["tokens"].shape == batch["next"].shape == (2, 32)
 
 
-def test_markov_chains_are_better_with_more_context_until_counts_run_out() -> None:
+def test_markov_chains_need_fewer_bits_with_more_context() -> None:
     found = genome.read(None, 1024)
     places = genome.scored(found, genome._shape("tiny"))
     bits = [genome.markov_bits(found, places[places >= 8], order) for order in (0, 2, 4)]
     assert bits == pytest.approx([2.000, 1.965, 1.945], abs=0.002)
 
 
-def test_a_markov_chain_on_a_hand_made_sequence() -> None:
-    """AC repeated: after A always C; eight pairs seen, one added to each of four counts."""
+def test_markov_bits_match_a_hand_computation() -> None:
+    """AC repeated: C always follows A; eight pairs are seen, and one is added to each of four counts."""
     repeated = genome.Genome(
         train=np.tile(np.array([0, 1], np.uint8), 8), test=np.array([0, 1], np.uint8), source=""
     )
     assert genome.markov_bits(repeated, np.array([1]), 1) == pytest.approx(-np.log2(9 / 12))
 
 
-def test_dna_of_the_user(tmp_path: Path) -> None:
+def test_the_users_dna_is_read_and_refused_if_too_short(tmp_path: Path) -> None:
     file = tmp_path / "dna.fasta"
     file.write_text(">a\nACGTNNacgt\n>b\n" + "ACGGT" * 80)
     assert len(genome._fasta(str(file))) == 408
@@ -274,7 +274,7 @@ def inputs(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(batch[name] for name in ("species", "positions", "near", "within"))
 
 
-def test_forces_are_the_slope_of_the_energy(
+def test_forces_are_the_negative_gradient_of_the_energy(
     frames: potential.MoleculeFrames, small: schnet.SchnetSize
 ) -> None:
     torch.manual_seed(0)
@@ -292,7 +292,7 @@ def test_forces_are_the_slope_of_the_energy(
             assert float(below - above) / 2e-4 == pytest.approx(float(forces[1, atom, axis]), abs=1e-6)
 
 
-def test_training_on_forces_reaches_every_parameter(
+def test_force_errors_have_right_gradients_and_the_loss_trains_every_parameter(
     frames: potential.MoleculeFrames, small: schnet.SchnetSize
 ) -> None:
     """The gradient of a force error, which is a second derivative, against a finite difference."""
@@ -318,7 +318,7 @@ def test_training_on_forces_reaches_every_parameter(
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_energy_is_the_same_however_a_molecule_lies(
+def test_energy_is_invariant_and_forces_rotate_with_the_molecule(
     frames: potential.MoleculeFrames, small: schnet.SchnetSize
 ) -> None:
     torch.manual_seed(0)
@@ -333,7 +333,7 @@ def test_energy_is_the_same_however_a_molecule_lies(
     assert forces.sum(1).abs().max() < 1e-5, "nothing pulls the whole molecule"
 
 
-def test_padding_and_far_atoms_have_no_part(
+def test_padding_and_atoms_beyond_the_cutoff_add_no_energy(
     frames: potential.MoleculeFrames, small: schnet.SchnetSize
 ) -> None:
     torch.manual_seed(0)
@@ -361,7 +361,9 @@ def test_neighbours_are_the_nearest_within_the_cutoff(small: schnet.SchnetSize) 
     assert within[0].tolist() == [[True, False], [True, True], [True, False], [False, False]]
 
 
-def test_molecules_for_testing_are_others(frames: potential.MoleculeFrames) -> None:
+def test_at_least_two_test_molecules_have_formulas_unseen_in_training(
+    frames: potential.MoleculeFrames,
+) -> None:
     formulas = [tuple(sorted(row[row > 0])) for row in frames.species]
     train, test = set(formulas[: frames.train_count]), set(formulas[frames.train_count :])
     assert (frames.train_count, len(formulas), len(test)) == (1980, 2340, 4)
@@ -369,7 +371,7 @@ def test_molecules_for_testing_are_others(frames: potential.MoleculeFrames) -> N
     assert frames.energy.std() < 1, "of hundreds of eV, elements account for the rest"
 
 
-def test_a_pair_potential_is_the_naive_result(frames: potential.MoleculeFrames) -> None:
+def test_the_naive_result_is_that_of_a_pair_potential(frames: potential.MoleculeFrames) -> None:
     naive = potential.metric(frames)
     assert naive.naive == pytest.approx(385, abs=2)
     assert "no force at all: 753" in naive.naive_name
@@ -385,7 +387,7 @@ def test_a_pair_potential_is_the_naive_result(frames: potential.MoleculeFrames) 
         use("selective-checkpointing", keep="every-second-matmul"),
     ],
 )
-def test_checkpointing_of_what_is_differentiated_twice_changes_nothing(technique: Use) -> None:
+def test_checkpointing_a_twice_differentiated_model_changes_no_bit(technique: Use) -> None:
     job = load("potential", batch=2)
     batch, found = job.make_batch(0, 0), []
     for plan in (Plan(), Plan(uses=(technique,))):
@@ -395,7 +397,7 @@ def test_checkpointing_of_what_is_differentiated_twice_changes_nothing(technique
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_what_a_potential_is_not_given(tmp_path: Path) -> None:
+def test_potential_refuses_a_length_and_wrong_data_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no length"):
         load("potential", size="tiny@64")
     np.savez(tmp_path / "frames.npz", numbers=np.zeros((1, 3)))

@@ -1,4 +1,4 @@
-"""Our ESM-2 against Hugging Face's, from the same weights: the same bits, the same bytes."""
+"""The built-in ESM-2 against Hugging Face's with the same weights: equal outputs, gradients and memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hugging_face(size: esm.EsmSize = SIZE) -> Any:
     )
     model = EsmForMaskedLM(config)
     with torch.no_grad():
-        for param in model.parameters():  # nothing zero or one that a fault could hide behind
+        for param in model.parameters():  # no zeros or ones, which could hide a fault
             param.add_(torch.randn(param.shape) * 0.1)
     del model.esm.contact_head
     return model
@@ -69,7 +69,7 @@ def trained(model: Any, logits: Any, *, autocast: bool) -> tuple[torch.Tensor, d
 
 
 @pytest.mark.parametrize("kind", ["float32", "autocast", "bfloat16"])
-def test_outputs_and_gradients_have_hugging_faces_bits(kind: str) -> None:
+def test_outputs_and_gradients_equal_hugging_faces_bit_for_bit(kind: str) -> None:
     theirs = hugging_face()
     mine = ours(theirs)
     if kind == "bfloat16":
@@ -83,7 +83,7 @@ def test_outputs_and_gradients_have_hugging_faces_bits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("plan", [{}, {"bf16-autocast": {}}, {"bf16-parameters": {}}])
-def test_it_needs_hugging_faces_memory(plan: dict[str, Any]) -> None:
+def test_peak_memory_is_that_of_hugging_faces_model(plan: dict[str, Any]) -> None:
     def peak(build: Any, call: Any) -> int:
         def loss(model: Any, parts: Any) -> torch.Tensor:
             return functional.cross_entropy(
@@ -97,7 +97,7 @@ def test_it_needs_hugging_faces_memory(plan: dict[str, Any]) -> None:
         return int(memfit.estimate(job, plan=plan, machine="1xA100-80").allocated_bytes.value)
 
     def with_mask(model: Any, tokens: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Their own forward drops a mask of ones, which fake tensors cannot say."""
+        """Hugging Face's own forward drops a mask of ones, which fake tensors cannot detect."""
         inner = model.esm
         embedded = inner.embeddings(tokens, attention_mask=valid)
         positions = torch.arange(tokens.shape[1]).unsqueeze(0)
@@ -125,7 +125,7 @@ def test_a_hugging_face_checkpoint_loads_into_both_protein_jobs(tmp_path: Path) 
         assert all(torch.equal(wanted[k], got[k]) for k in wanted)
 
 
-def test_it_starts_as_esm2_does() -> None:
+def test_initial_weights_are_distributed_as_in_esm2() -> None:
     model = esm.MaskedLanguageModel(esm.EsmSize(layers=2, width=128, heads=4, length=8, batch_size=1))
     assert model.lm_head.decoder.weight is model.esm.embeddings.word_embeddings.weight
     for name, param in model.named_parameters():

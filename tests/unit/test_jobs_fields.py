@@ -1,4 +1,4 @@
-"""The jobs on fields and volumes: their data is physics and anatomy, their networks are published ones."""
+"""The built-in jobs on fields and volumes: the solver, the data, and the published networks."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def load(spec: str, **options: Any) -> Job:
 
 
 def mesh(points: int) -> tuple[Any, Any]:
-    """(y, x)"""
+    """Coordinates (y, x)."""
     along = 2 * np.pi * np.arange(points) / points
     return along[:, None], along[None, :]
 
 
-def test_a_taylor_green_vortex_decays_as_it_must() -> None:
+def test_a_taylor_green_vortex_decays_at_the_exact_rate() -> None:
     y, x = mesh(24)
     square, start = Square(points=24, viscosity=0.03), np.cos(3 * x) * np.cos(2 * y) + np.cos(2 * x + 3 * y)
     exact = np.exp(-0.03 * 13 * 2.0) * start  # all of one wavenumber: nothing is carried anywhere
@@ -69,7 +69,7 @@ def test_a_rossby_wave_travels_west_at_its_own_speed() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 10.0])
-def test_without_viscosity_energy_and_enstrophy_stay_and_the_flow_does_not(beta: float) -> None:
+def test_without_viscosity_energy_and_enstrophy_are_conserved_while_the_flow_changes(beta: float) -> None:
     square = Square(points=32, viscosity=0.0, beta=beta)
     start = random_vorticity(np.random.default_rng(1), 2, 32, peak=3)
     after = advance(square, start, step_s=0.02, steps=50)
@@ -78,7 +78,7 @@ def test_without_viscosity_energy_and_enstrophy_stay_and_the_flow_does_not(beta:
     np.testing.assert_allclose(enstrophy(after), enstrophy(start), rtol=2e-5)
 
 
-def test_viscosity_takes_energy_at_the_rate_of_enstrophy() -> None:
+def test_viscosity_dissipates_energy_at_the_rate_given_by_enstrophy() -> None:
     """dE/dt = -2 nu Z, with Z the enstrophy at the middle of a short step."""
     square = Square(points=32, viscosity=0.02)
     start = random_vorticity(np.random.default_rng(2), 2, 32, peak=4)
@@ -95,15 +95,15 @@ def test_time_steps_are_of_fourth_order() -> None:
     assert 10 < errors[0] / errors[1] < 24
 
 
-def test_coarser_fields_are_the_same_waves() -> None:
+def test_coarser_fields_keep_the_waves_they_can_resolve() -> None:
     y, x = mesh(32)
     fine = np.sin(3 * x - 5 * y) + np.cos(12 * x)
     y, x = mesh(16)
     np.testing.assert_allclose(coarser(fine, 16), np.sin(3 * x - 5 * y), atol=1e-12)
 
 
-def test_the_kept_fields_are_what_the_solver_makes_of_their_first_frame() -> None:
-    """As far as 32 x 32 points can tell: they were made on 64 x 64, and standing still is wrong by 66 %."""
+def test_the_stored_fields_follow_from_their_first_frame_by_the_solver() -> None:
+    """Within the error of 32 x 32 points: the fields were made on 64 x 64. Persistence is wrong by 66 %."""
     with np.load(Path(weather.__file__).parent / "data" / "vorticity.npz") as kept:
         kept_fields = kept["vorticity"].astype(np.float64)
     square = Square(points=32, viscosity=1e-3, beta=10.0)
@@ -115,7 +115,7 @@ def test_the_kept_fields_are_what_the_solver_makes_of_their_first_frame() -> Non
 
 
 def test_shifted_fields_give_shifted_forecasts() -> None:
-    """An FNO without positions knows no place from another on the torus."""
+    """An FNO without positions is equivariant to shifts on the torus."""
     torch.manual_seed(0)
     job = load("weather", batch=2)
     model, fields = job.build_model(), job.make_batch(0, 0)["fields"][:, 0]
@@ -141,7 +141,7 @@ def test_a_mode_filter_is_a_matrix_for_each_wavenumber() -> None:
     torch.testing.assert_close(mixing(too_fine), too_fine, atol=1e-5, rtol=1e-4)
 
 
-def test_forecasts_are_made_of_forecasts() -> None:
+def test_the_second_forecast_is_made_from_the_first() -> None:
     torch.manual_seed(0)
     job = load("weather", batch=2)
     model, fields = job.build_model(), job.make_batch(0, 0)["fields"][:, 0]
@@ -151,13 +151,13 @@ def test_forecasts_are_made_of_forecasts() -> None:
 
 
 def test_fourcastnet_has_its_published_number_of_parameters() -> None:
-    """74,691,840 in the authors' code for 720 x 1440 x 20, patches of 8; 1,536 are a norm without use."""
+    """74,691,840 in the authors' code for 720 x 1440 x 20, patches of 8; 1,536 are of an unused norm."""
     with FakeTensorMode():
         model = load("weather", size="paper").build_model()
     assert sum(p.numel() for p in model.parameters()) == 74_691_840 - 1_536
 
 
-def test_the_paper_size_takes_a_step_on_a_smaller_globe() -> None:
+def test_the_paper_architecture_has_every_gradient_on_a_smaller_grid() -> None:
     size = neural_operator.ForecasterSize(
         layers=2,
         width=16,
@@ -176,7 +176,7 @@ def test_the_paper_size_takes_a_step_on_a_smaller_globe() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_persistence_is_damped_as_training_says_and_no_better_than_undamped() -> None:
+def test_the_naive_error_is_below_1_and_undamped_persistence_above_1() -> None:
     job, fields = load("weather"), weather.read()
     windows = np.concatenate([fields.test[:, a : a + 5] for a in range(0, 10, 3)])
     norm = np.linalg.norm(windows[:, 4], axis=(1, 2))
@@ -202,7 +202,7 @@ def test_logits_come_at_every_resolution_but_the_lowest() -> None:
     assert [tuple(out.shape) for out in logits] == [(1, 3, n, n, n) for n in (4, 8, 16)]
 
 
-def test_soft_dice_and_entropy_by_hand() -> None:
+def test_soft_dice_and_cross_entropy_match_hand_computation() -> None:
     tissue = torch.tensor([0, 1, 1, 2]).reshape(1, 4, 1, 1)
     logits = functional.one_hot(tissue, 3).movedim(-1, 1) * 50.0
     assert float(segmentation3d._of_output(logits, tissue, 1)) == pytest.approx(-1.0, abs=1e-4)
@@ -213,7 +213,7 @@ def test_soft_dice_and_entropy_by_hand() -> None:
     assert segmentation3d.dice(found, truth) == pytest.approx(50.0)
 
 
-def test_a_scan_has_the_noise_and_the_bias_it_should() -> None:
+def test_a_simulated_scan_has_rayleigh_noise_and_a_bias_field_of_20_percent() -> None:
     seen = segmentation3d.scanned(np.zeros((32, 32, 32), np.float32), np.random.default_rng(0))
     assert seen.mean() == pytest.approx(0.09 * np.sqrt(np.pi / 2), rel=0.01), (
         "Rayleigh where there is nothing"
@@ -237,7 +237,7 @@ def test_training_cubes_stay_away_from_the_held_out_slab() -> None:
     assert (corners + 24 <= head.tissue.shape).all()
 
 
-def test_the_missing_volume_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segmentation3d_without_nilearn_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     segmentation3d.read.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"nilearn.*memfit\[science\]"):
@@ -283,7 +283,7 @@ def test_an_untrained_model_is_no_better_than_naive_and_learns(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_what_makes_no_sense_is_refused(name: str) -> None:
+def test_data_of_the_user_and_lengths_are_refused(name: str) -> None:
     for options in ({"data": "x.npy"}, {"size": "tiny@64"}):
         with pytest.raises(UserError, match=name):
             load(name, **options)
@@ -303,7 +303,7 @@ def test_fourier_space_stays_in_float32(used: Use) -> None:
     step.close()
 
 
-def test_a_block_called_several_times_is_recomputed_selectively_under_autocast() -> None:
+def test_selective_checkpointing_of_a_repeatedly_called_block_keeps_the_loss_under_autocast() -> None:
     job = load("weather", batch=1)
     plan = Plan(uses=(use("bf16-autocast"), use("selective-checkpointing", keep="matmul")))
     losses = []
@@ -317,7 +317,7 @@ def test_a_block_called_several_times_is_recomputed_selectively_under_autocast()
 
 
 @needs_volume
-def test_a_model_of_unequal_blocks_is_never_cut() -> None:
+def test_a_model_of_unequal_blocks_has_no_repeated_block_and_still_gets_a_sketch() -> None:
     job = load("segmentation3d", batch=2)
     assert len(find_blocks(fake_model(job), job.blocks)[1]) == 5
     assert repeated(fake_model(job), job) is None

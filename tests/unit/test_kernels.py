@@ -1,4 +1,4 @@
-"""Seconds of single kernels and of collectives on machines that were not measured."""
+"""Predicted times of single kernels and of collectives on machines without measurements."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def test_shapes_are_read_from_signatures() -> None:
     assert (scores.backward, scores.share, scores.head_dim) == (True, (1 + 128 / 1024) / 2, 128)
 
 
-def test_large_products_run_at_the_ratio_of_the_catalog() -> None:
+def test_large_products_run_at_the_catalogs_efficiency_ratio() -> None:
     device = dataclasses.replace(card(), efficiency_ratio={"matmul": fact(0.5)})
     large = product(8192, 8192, 8192)
     assert found(device).seconds(large) == pytest.approx(large.flops / 150e12, rel=0.001)
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 8192), (8192, 8192, 32), (100, 8192, 8192), (256, 256, 256)])
-def test_small_and_skinny_products_reach_less(shape: tuple[int, int, int]) -> None:
+def test_small_and_skinny_products_reach_less_of_the_peak_rate(shape: tuple[int, int, int]) -> None:
     assert product_share(Product(1, *shape), 108) < 0.7 * product_share(Product(1, 8192, 8192, 8192), 108)
 
 
@@ -114,14 +114,14 @@ def test_float8_and_float32_have_rates_of_their_own() -> None:
     assert found().seconds(byte) < found().seconds(half) < found().seconds(wide)
 
 
-def test_causal_attention_does_half_and_backward_takes_longer() -> None:
+def test_causal_attention_takes_half_the_time_and_backward_longer() -> None:
     whole, causal = attention(16384, causal=False), attention(16384, causal=True)
     assert found().seconds(causal) == pytest.approx(found().seconds(whole) / 2, rel=0.03)
     ratio = found().seconds(attention(16384, causal=True, backward=True)) / found().seconds(causal)
     assert 2.5 < ratio < 4
 
 
-def test_tiny_kernels_take_their_start() -> None:
+def test_tiny_kernels_take_the_fixed_start_time() -> None:
     assert found().seconds(call("add", [tensor(1)], moved=6)) == pytest.approx(2e-6, rel=0.01)
 
 
@@ -132,7 +132,7 @@ def test_strided_broadcast_and_narrow_calls_reach_less_of_the_bandwidth() -> Non
 
     rows, turned = ([64, 128], [128, 1]), ([64, 128], [1, 64])
     assert share("add.Tensor", rows, rows) == 1
-    assert share("add.Tensor", ([1, 64, 128], [7, 128, 1]), rows) == 1  # a step over one element is none
+    assert share("add.Tensor", ([1, 64, 128], [7, 128, 1]), rows) == 1  # a stride over one element is ignored
     assert share("add.Tensor", rows, turned) == STRIDED
     assert share("mul.Tensor", rows, ([128], [1])) == BROADCAST
     assert share("mm.default", rows, turned) == NARROW
@@ -140,16 +140,16 @@ def test_strided_broadcast_and_narrow_calls_reach_less_of_the_bandwidth() -> Non
     assert layout_share('["memfit.kernel.default",[],{}]') == layout_share("nothing") == 1
 
 
-def test_rows_that_start_between_16_bytes_are_slow() -> None:
+def test_products_with_rows_not_aligned_to_16_bytes_are_slow() -> None:
     even, odd = product(4096, 4096, 4096), product(4096, 4097, 4096)
     assert found().seconds(odd) > 3 * found().seconds(even)
 
 
-def test_without_rates_nothing_is_known() -> None:
+def test_a_device_without_a_bandwidth_has_no_kernel_model() -> None:
     assert kernels(dataclasses.replace(card(), bandwidth_bytes_s=None)) is None
 
 
-def test_the_host_may_be_what_is_waited_for() -> None:
+def test_total_time_is_issue_time_for_tiny_kernels_and_kernel_time_for_large_ones() -> None:
     model = time_model(card(), Calibration())
     assert model is not None
     tiny = call("add", [tensor(1)], moved=6)
@@ -162,7 +162,7 @@ SIZES = st.integers(1, 20000)
 
 
 @given(m=SIZES, n=SIZES, k=SIZES, more=st.integers(1, 64), faster=st.floats(1, 50), wider=st.floats(1, 50))
-def test_law_a_faster_device_is_never_slower(
+def test_a_faster_device_never_takes_longer(
     m: int, n: int, k: int, more: int, faster: float, wider: float
 ) -> None:
     slow, fast = found(), found(card(flops=300e12 * faster, bandwidth=2e12 * wider))
@@ -189,7 +189,9 @@ GROUPS = st.sampled_from([(2, 2), (8, 8), (16, 8), (64, 8), (8, 1), (256, 4)])
 
 
 @given(kind=st.sampled_from(KINDS), group=GROUPS, size=st.integers(0, 10**11), more=st.integers(0, 10**11))
-def test_law_larger_collectives_take_longer(kind: str, group: tuple[int, int], size: int, more: int) -> None:
+def test_larger_collectives_never_take_less_time(
+    kind: str, group: tuple[int, int], size: int, more: int
+) -> None:
     assert collective_s(kind, size, *group, cluster()) <= collective_s(kind, size + more, *group, cluster())
 
 
@@ -200,7 +202,7 @@ def test_law_larger_collectives_take_longer(kind: str, group: tuple[int, int], s
     near=st.floats(1, 10),
     far=st.floats(1, 10),
 )
-def test_law_a_faster_link_is_never_slower(
+def test_a_faster_link_never_makes_a_collective_slower(
     kind: str, group: tuple[int, int], size: int, near: float, far: float
 ) -> None:
     fast = cluster(300e9 * near, 25e9 * far)
@@ -208,14 +210,14 @@ def test_law_a_faster_link_is_never_slower(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_arrays_of_sizes_are_priced_as_their_elements(kind: str) -> None:
+def test_collective_times_of_an_array_of_sizes_equal_those_of_each_size(kind: str) -> None:
     sizes = numpy.array([0.0, 1e3, 1e6, 1e9])
     each = [collective_s(kind, float(s), 16, 8, cluster()) for s in sizes]
     assert collective_s(kind, sizes, 16, 8, cluster()) == pytest.approx(each)
 
 
 def test_large_gathers_reach_the_links_bandwidth() -> None:
-    """Bus bandwidth: what one rank receives, over the time."""
+    """Bus bandwidth is what one rank receives, divided by the time."""
     inside = 8e9 * 7 / 8 / collective_s("all_gather", 8e9, 8, 8, cluster())
     assert inside == pytest.approx(240e9, rel=0.02)
     alone = 8e9 * 7 / 8 / collective_s("all_gather", 8e9, 8, 1, cluster())
@@ -224,10 +226,10 @@ def test_large_gathers_reach_the_links_bandwidth() -> None:
     assert all_ports == pytest.approx(8 * 23e9, rel=0.05)
 
 
-def test_the_switch_reduces_quicker_than_rings() -> None:
+def test_an_all_reduce_in_the_switch_is_faster_than_in_rings() -> None:
     plain = collective_s("all_reduce", 1e9, 8, 8, cluster(switched=False))
     assert collective_s("all_reduce", 1e9, 8, 8, cluster()) < 0.8 * plain
 
 
-def test_one_rank_waits_for_nobody() -> None:
+def test_a_collective_of_one_rank_takes_no_time() -> None:
     assert collective_s("all_reduce", 1e9, 1, 1, cluster()) == 0

@@ -1,4 +1,4 @@
-"""A promise of logits gives the numbers of the logits, whatever is done with it."""
+"""Lazy logits give the same results as real logits, whatever is done with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def labels() -> torch.Tensor:
 
 
 def both(loss: Loss, *, bias: bool = True, chunks: int = 4) -> list[list[torch.Tensor]]:
-    """[loss, gradients of hidden, weight, bias] with real logits and with the promise."""
+    """[loss, gradients of hidden, weight, bias] with real logits and with lazy ones."""
     results = []
     for lazy in (False, True):
         torch.manual_seed(0)
@@ -44,7 +44,7 @@ def cross_entropy(**options: Any) -> Loss:
 
 
 def shifted(logits: Any, target: torch.Tensor) -> torch.Tensor:
-    """As Hugging Face's causal models take their loss."""
+    """The loss as Hugging Face's causal models compute it."""
     moved = logits.float()[..., :-1, :].contiguous()
     return functional.cross_entropy(moved.view(-1, moved.size(-1)), target[..., 1:].reshape(-1))
 
@@ -68,19 +68,21 @@ KEPT: dict[str, Loss] = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_chunks_give_torchs_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_and_gradients_equal_torchs_without_making_the_logits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LazyLogits, "make", lambda self: pytest.fail("the logits were made whole"))
     for real, lazy in zip(*both(KEPT[name]), strict=True):
         assert_close(lazy, real)
 
 
 @pytest.mark.parametrize("chunks", [2, 5, 21, 100])
-def test_any_number_of_chunks_and_no_bias(chunks: int) -> None:
+def test_any_number_of_chunks_without_bias_gives_torchs_loss_and_gradients(chunks: int) -> None:
     for real, lazy in zip(*both(cross_entropy(), bias=False, chunks=chunks), strict=True):
         assert_close(lazy, real)
 
 
-def test_a_frozen_head_gets_no_gradient_and_hidden_states_theirs() -> None:
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_get_torchs() -> None:
     found = []
     for lazy in (False, True):
         torch.manual_seed(0)
@@ -92,7 +94,7 @@ def test_a_frozen_head_gets_no_gradient_and_hidden_states_theirs() -> None:
     assert_close(*found)
 
 
-def test_where_every_label_is_ignored_the_loss_is_zero_and_not_a_division_by_zero() -> None:
+def test_where_every_label_is_ignored_the_loss_and_gradients_are_zero() -> None:
     head = nn.Linear(WIDTH, VOCABULARY)
     lazy = LazyLogits(torch.ones(4, WIDTH, requires_grad=True), head, 2)
     value = functional.cross_entropy(lazy, torch.full((4,), -100))
@@ -140,12 +142,12 @@ MADE: dict[str, Loss] = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_anything_else_gets_the_real_logits(name: str) -> None:
+def test_uses_other_than_chunked_losses_get_the_results_of_real_logits(name: str) -> None:
     for real, lazy in zip(*both(MADE[name]), strict=True):
         assert_close(lazy, real)
 
 
-def test_the_promise_answers_for_the_shape_without_making_anything() -> None:
+def test_lazy_logits_know_their_shape_without_being_made() -> None:
     lazy = LazyLogits(torch.ones(ROWS, LENGTH, WIDTH), nn.Linear(WIDTH, VOCABULARY), 2)
     assert (lazy.shape, lazy.size(1), lazy.dim()) == ((ROWS, LENGTH, VOCABULARY), LENGTH, 3)
     assert lazy.made is None
@@ -163,7 +165,7 @@ def test_the_promise_answers_for_the_shape_without_making_anything() -> None:
         lambda lazy: lazy.type_as(torch.ones(1)),
     ],
 )
-def test_widened_logits_are_wide_when_they_are_made(cast: Callable[[Any], Any]) -> None:
+def test_logits_cast_to_float32_are_float32_when_made(cast: Callable[[Any], Any]) -> None:
     head = nn.Linear(WIDTH, VOCABULARY).bfloat16()
     hidden = torch.ones(4, WIDTH, dtype=torch.bfloat16)
     wide = cast(LazyLogits(hidden, head, 2))

@@ -1,4 +1,4 @@
-"""Lengths against hand-computed truths, whole traces at other shapes, and simulation."""
+"""Sequence lengths, checked against hand computation, whole traces at other shapes, and simulation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ PLANS = [(), (use("gradient-accumulation", micro_batches=2),), (use("bf16-autoca
 
 @pytest.mark.parametrize("uses", PLANS, ids=lambda uses: Plan(uses=uses).label)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_peaks_at_shapes_it_has_not_seen(uses: Any, device: str) -> None:
+def test_the_peak_model_is_within_1_percent_at_shapes_it_was_not_fitted_to(uses: Any, device: str) -> None:
     plan = Plan(uses=uses)
     model = house.peak_model(attention(), plan, 256, device)
     for rows, length in ((4, 24), (8, 100), (6, 200), (12, 384)):
@@ -94,7 +94,7 @@ def test_a_step_whose_operators_depend_on_length_is_refused() -> None:
         fit(shapes, [trace(job(s.length), Plan()) for s in shapes])
 
 
-def test_a_batch_is_stretched_where_rows_and_length_are() -> None:
+def test_at_shape_resizes_only_the_batch_and_length_dimensions() -> None:
     job = house.at_shape(tiny.words(), 3, 40)
     batch = job.make_batch(0, 0)
     assert {k: tuple(v.shape) for k, v in batch.items()} == {"tokens": (3, 40), "labels": (3, 40)}
@@ -109,7 +109,7 @@ def test_a_batch_is_stretched_where_rows_and_length_are() -> None:
     assert shapes == [(4, 9, 7), (4, 9, 9), (4,), (5,)]
 
 
-def test_a_batch_without_length_is_a_mistake() -> None:
+def test_a_batch_without_a_length_dimension_is_refused() -> None:
     job = Job(
         name="flat",
         build_model=_Attention,
@@ -121,30 +121,30 @@ def test_a_batch_without_length_is_a_mistake() -> None:
         house.at_shape(job, 2, 8)
 
 
-# --- chances
+# --- probabilities of running out of memory
 
 
-def test_chances_by_hand() -> None:
+def test_out_of_memory_probabilities_match_hand_computation() -> None:
     lengths = np.array([10] * 8 + [20] * 2)
     assert oom_per_step(lengths, 1, 10) == pytest.approx(0.2)
     assert oom_per_step(lengths, 2, 10) == pytest.approx(1 - 8 * 7 / (10 * 9))
     assert oom_per_epoch(lengths, 5, 10, 20) == 1.0  # two whole batches: each sequence is in one
     assert oom_per_epoch(lengths, 4, 10, 20) == pytest.approx(1 - 2 * 1 / (10 * 9))  # both in the last two
-    assert oom_per_epoch(lengths, 4, 10, 10) == 1.0  # not even the last batch bears them
+    assert oom_per_epoch(lengths, 4, 10, 10) == 1.0  # they do not fit the last batch either
     assert oom_per_epoch(lengths, 4, 20, 20) == 0.0
     assert quantile_length(lengths, 2, 0.5) == 10  # 28 of 45 pairs are short
     assert quantile_length(lengths, 2, 0.7) == 20
 
 
 @given(st.lists(st.integers(1, 9), min_size=3, max_size=12), st.integers(1, 3), st.integers(1, 9))
-def test_the_chance_of_an_epoch_is_at_least_that_of_its_first_step(
+def test_the_oom_probability_of_an_epoch_is_at_least_that_of_its_first_step(
     values: list[int], batch: int, limit: int
 ) -> None:
     lengths = np.array(values)
     assert oom_per_epoch(lengths, batch, limit, limit) >= oom_per_step(lengths, batch, limit) - 1e-12
 
 
-def test_chances_are_those_of_a_simulation() -> None:
+def test_out_of_memory_probabilities_match_a_simulation() -> None:
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(1, 90, 45), [95, 99]])
     epochs = [rng.permutation(lengths) for _ in range(4000)]
@@ -155,7 +155,7 @@ def test_chances_are_those_of_a_simulation() -> None:
 
 
 @given(st.integers(1, 6), st.integers(0, 12))
-def test_drawing_all_from_all_is_certain(chosen: int, good: int) -> None:
+def test_all_among_is_a_probability_and_1_where_every_item_is_good(chosen: int, good: int) -> None:
     assert all_among(chosen, 12, 12) == pytest.approx(1)
     assert 0 <= all_among(chosen, good, 12) <= 1
 
@@ -163,7 +163,7 @@ def test_drawing_all_from_all_is_certain(chosen: int, good: int) -> None:
 # --- ways to batch
 
 
-def test_ways_to_batch_by_hand() -> None:
+def test_steps_padding_and_peaks_of_each_batching_match_hand_computation() -> None:
     lengths = np.array([4, 1, 1, 2, 4, 4])  # 16 tokens, 8 a step of three
     found = {b.name: b for b in batchings(lengths, 3, SQUARE, fits=lambda peak: peak < 120)}
     ordered = found["sorted"]
@@ -189,9 +189,11 @@ def test_block_diagonal_attention_lowers_a_quadratic_peak() -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=60), st.integers(1, 8))
-def test_every_way_trains_every_token_and_none_pads_more_than_random(values: list[int], batch: int) -> None:
+def test_batchings_cover_every_token_and_sorting_pads_no_more_than_random_batches(
+    values: list[int], batch: int
+) -> None:
     batch = min(batch, len(values))
-    lengths = np.array(values[: len(values) // batch * batch])  # whole batches, else the last one may be luck
+    lengths = np.array(values[: len(values) // batch * batch])  # whole batches: a small last one may pad less
     found = {b.name: b for b in batchings(lengths, batch, LINEAR, fits=lambda peak: True)}
     assert all(b.padded_tokens >= lengths.sum() for b in found.values())
     assert found["sorted"].padded_tokens <= found["random"].padded_tokens
@@ -224,7 +226,7 @@ def test_lengths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
         ("none.txt", None, None, "cannot read"),
     ],
 )
-def test_files_that_hold_no_lengths(
+def test_files_without_valid_lengths_are_refused(
     name: str, text: str | None, column: str | None, told: str, tmp_path: Path
 ) -> None:
     if text is not None:
@@ -233,7 +235,7 @@ def test_files_that_hold_no_lengths(
         house.read_lengths(str(tmp_path / name), column=column)
 
 
-# --- the whole
+# --- report and command
 
 
 def test_a_report_agrees_with_whole_traces() -> None:
@@ -254,7 +256,7 @@ def test_a_report_agrees_with_whole_traces() -> None:
     assert list(found.quantile_bytes.values()) == sorted(found.quantile_bytes.values())
 
 
-def test_the_command_prints_and_emits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lengths_command_prints_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from memfit.cli import main
 
     (tmp_path / "n.txt").write_text("\n".join(map(str, range(20, 60))))
