@@ -1,4 +1,4 @@
-"""Lengths and batches: what every answer says it is about, and what of a configuration it uses."""
+"""Lengths and batches: every answer names its workload, and configurations set model, length and batch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_kind_of_job_takes_a_length_and_a_batch(own: str) -> None:
         assert workload.assumed == ()
 
 
-def test_a_finished_job_takes_no_length(own: str) -> None:
+def test_a_job_object_refuses_a_length_and_suggests_a_function(own: str) -> None:
     with pytest.raises(
         UserError, match="is a Job, not a function, and does not accept --length; make finished a function"
     ):
@@ -75,12 +75,12 @@ def test_a_finished_job_takes_no_length(own: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["weather", "segmentation3d", "potential"])
-def test_a_job_without_lengths_says_so_in_one_line(spec: str) -> None:
+def test_a_job_without_lengths_refuses_one(spec: str) -> None:
     with pytest.raises(UserError, match=rf"(--length 64 for {spec}|{spec} at length 64); allowed: "):
         load(JobRef(spec=spec, length=64))
 
 
-def test_a_hugging_face_job_says_which_batch_and_length_nobody_chose() -> None:
+def test_a_hugging_face_job_names_the_batch_and_length_it_assumed() -> None:
     assert load(JobRef(spec=LLAMA)).assumed == ("batch", "length")
     assert load(JobRef(spec=LLAMA, size="paper", batch=8)).assumed == ("length",)
     text = workload_text(workload_of(load(JobRef(spec=LLAMA)), "H100-SXM"))
@@ -89,7 +89,7 @@ def test_a_hugging_face_job_says_which_batch_and_length_nobody_chose() -> None:
     )
 
 
-def test_a_hugging_face_job_is_not_stopped_at_2048_tokens() -> None:
+def test_a_hugging_face_job_takes_more_than_2048_tokens() -> None:
     job = load(JobRef(spec=LLAMA, size="paper", length=8192, batch=1))
     assert job.make_batch(0, 0)["input_ids"].shape == (1, 8192)
 
@@ -107,11 +107,11 @@ def test_no_model_is_given_more_tokens_than_it_has_positions(model: str, most: i
     assert load(JobRef(spec=few, size="paper")).tokens_per_batch <= 4 * most
 
 
-def test_rotary_positions_have_no_end() -> None:
+def test_a_model_with_rotary_positions_takes_a_very_long_sequence() -> None:
     assert load(JobRef(spec=LLAMA, length=100_000, batch=1)).tokens_per_batch == 100_000
 
 
-def test_an_unknown_setting_of_a_model_names_the_nearest() -> None:
+def test_an_unknown_setting_of_a_model_gets_a_suggestion() -> None:
     with pytest.raises(UserError, match=r"no setting 'hiden_size'; did you mean hidden_size\?"):
         load(JobRef(spec="hf:llama?hiden_size=64"))
 
@@ -132,7 +132,9 @@ def test_an_unknown_setting_of_a_model_names_the_nearest() -> None:
         ("run protein-lm --length many", "--length"),
     ],
 )
-def test_a_wrong_length_is_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_length_is_refused_in_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert app.main(arguments.split()) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
@@ -148,7 +150,7 @@ def _answer(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("command", ["explain", "engines"])
-def test_every_command_begins_with_what_it_is_about(
+def test_explain_and_engines_begin_with_the_workload(
     command: str, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = f"{command} {own}:job --batch 6 --length 16 --on H100-SXM"
@@ -159,7 +161,7 @@ def test_every_command_begins_with_what_it_is_about(
     assert told["workload"]["batch_size"] == 6
 
 
-def test_a_run_begins_with_what_it_is_about(
+def test_run_begins_with_the_workload(
     own: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(*request: Any, **options: Any) -> Any:
@@ -170,7 +172,7 @@ def test_a_run_begins_with_what_it_is_about(
     assert capsys.readouterr().out == "own: 20 parameters, batch 6 × 16 × 4, on this machine\n"
 
 
-def test_a_plan_begins_with_what_it_is_about_even_where_nothing_fits(
+def test_plan_begins_with_the_workload_even_where_nothing_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(*request: Any, **options: Any) -> Any:
@@ -182,7 +184,7 @@ def test_a_plan_begins_with_what_it_is_about_even_where_nothing_fits(
     assert capsys.readouterr().out.startswith(first)
 
 
-def test_an_estimate_begins_with_what_it_is_about() -> None:
+def test_an_estimate_begins_with_the_workload() -> None:
     model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
     batch = (torch.zeros(8, 64), torch.zeros(8, dtype=torch.long))
     found: Any = memfit.estimate(model, batch, loss=nn.functional.cross_entropy, machine="H100-SXM")
@@ -192,7 +194,7 @@ def test_an_estimate_begins_with_what_it_is_about() -> None:
     assert about in found._repr_html_()
 
 
-def test_the_lengths_of_tokens_are_told_apart_from_other_shapes() -> None:
+def test_token_batches_have_a_length_and_other_batches_a_sample_shape() -> None:
     def workload(batch: torch.Tensor) -> Workload:
         return workload_of(
             memfit.Job(
@@ -209,13 +211,13 @@ def test_the_lengths_of_tokens_are_told_apart_from_other_shapes() -> None:
     assert workload(torch.zeros(2)).sample_shape == ()
 
 
-def test_the_line_is_said_in_japanese() -> None:
+def test_the_workload_line_is_translated_to_japanese() -> None:
     job = load(JobRef(spec=LLAMA, length=64))
     text = workload_text(workload_of(job, "H100-SXM"), load_words("ja"))
     assert text.endswith("、バッチ 4 × 64 トークン、H100-SXM 上（バッチは仮定、--batch で指定）")
 
 
-# --- what a configuration says of model, length, batch and micro-batch
+# --- model, length, batch and micro-batch of a configuration
 
 
 def _carried(tmp_path: Path, name: str, text: str) -> Any:
@@ -251,7 +253,7 @@ LLAMA_BLOCK = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     ("name", "flavor", "parameter_count"),
     [("llama3", "8B", 8_030_261_248), ("llama3", "70B", 70_553_706_496), ("qwen3", "0.6B", 596_049_920)],
 )
-def test_a_flavor_of_torchtitan_has_its_parameters(
+def test_a_torchtitan_flavor_has_its_published_number_of_parameters(
     name: str, flavor: str, parameter_count: int, tmp_path: Path
 ) -> None:
     carried = _carried(tmp_path, "titan.toml", TITAN.format(name=name, flavor=flavor))
@@ -260,7 +262,7 @@ def test_a_flavor_of_torchtitan_has_its_parameters(
     assert (workload_of(job).length, carried.micro_batch) == (8192, 2)
 
 
-def test_a_flavor_that_is_not_known_is_named(tmp_path: Path) -> None:
+def test_an_unknown_torchtitan_flavor_is_named(tmp_path: Path) -> None:
     model = _carried(tmp_path, "titan.toml", TITAN.format(name="deepseek_v3", flavor="16B")).model
     assert model.job == ""
     assert model.missing == "memfit does not know the sizes of torchtitan's deepseek_v3 16B"
@@ -274,7 +276,7 @@ def test_a_flavor_that_is_not_known_is_named(tmp_path: Path) -> None:
         (LLAMA_LIKE, "llama", 2 * TABLE + 2 * LLAMA_BLOCK + 64),
     ],
 )
-def test_a_script_of_megatron_is_built_from_its_own_sizes(
+def test_a_megatron_scripts_model_is_built_from_its_own_sizes(
     arguments: str, kind: str, parameter_count: int, tmp_path: Path
 ) -> None:
     carried = _carried(tmp_path, "train.sh", MEGATRON + arguments)
@@ -285,7 +287,7 @@ def test_a_script_of_megatron_is_built_from_its_own_sizes(
 
 
 @pytest.mark.parametrize("more", ["--num-experts 8", "--position-embedding-type none", "--swiglu"])
-def test_a_model_that_memfit_does_not_build_says_so(more: str, tmp_path: Path) -> None:
+def test_a_megatron_model_that_memfit_cannot_build_is_reported(more: str, tmp_path: Path) -> None:
     model = _carried(tmp_path, "train.sh", MEGATRON + more).model
     assert (model.layers, model.width, model.job) == (2, 64, "")
     assert model.missing.startswith("memfit cannot build a model with ")
@@ -310,7 +312,7 @@ def test_without_a_job_the_scripts_own_model_is_predicted(
     assert (told["batch"], told["length"], told["micro_batch"]) == (8, 32, 2)
 
 
-def test_a_job_that_differs_from_the_script_is_named(
+def test_a_job_that_differs_from_the_script_is_reported_as_left_out(
     tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = _planned(tmp_path, MEGATRON, f"{own}:job", capsys)
@@ -322,7 +324,7 @@ def test_a_job_that_differs_from_the_script_is_named(
     assert told["workload"]["sample_shape"] == [32, 4]  # its length is the script's
 
 
-def test_a_length_that_the_job_cannot_take_is_left_out_by_name(
+def test_a_length_and_batch_that_the_job_cannot_take_are_listed_as_left_out(
     tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = MEGATRON.replace("--micro-batch-size 2 --global-batch-size 8", "--micro-batch-size 1")
@@ -333,7 +335,7 @@ def test_a_length_that_the_job_cannot_take_is_left_out_by_name(
     assert told["batch"] is None
 
 
-def test_the_batch_that_is_asked_for_is_the_one_that_is_told(
+def test_a_batch_on_the_command_line_replaces_the_one_of_the_configuration(
     tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zero = '{"train_batch_size": 256, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}'
@@ -352,7 +354,7 @@ def test_gradients_are_clipped_in_the_prediction_as_the_files_clip_them(
     assert _planned(tmp_path, zero, f"{own}:job", capsys, "zero.json")["clip"] == clip
 
 
-def test_files_without_a_model_say_which_job_is_predicted(
+def test_without_a_model_in_the_files_the_predicted_job_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zero = '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}'
@@ -362,11 +364,11 @@ def test_files_without_a_model_say_which_job_is_predicted(
     ]
 
 
-# --- the number that decides is the one that is shown
+# --- the bytes that decide are the bytes that are shown
 
 
 def _search(needed_bytes: int, fits: bool, device: bool = True) -> SearchResult:
-    """Plain training of 74.85 GiB in tensors on 79.18 GiB, as the issue has it."""
+    """A search whose plain training has 74.85 GiB of tensors on a device of 79.18 GiB."""
     gib = 2**30
     peak = 74.85 * gib
     estimate = Estimate(
@@ -397,7 +399,7 @@ def _printed(result: SearchResult, lang: str) -> str:
     return text.getvalue()
 
 
-def test_plain_training_is_told_with_the_bytes_that_decide_and_their_range() -> None:
+def test_plain_training_is_shown_with_the_deciding_bytes_and_their_range() -> None:
     planned = with_needs(_search(0, fits=False), catalog.machine("H100-SXM"))
     assert planned.baseline.needed_bytes == planned.smallest.needed_bytes == int(81.5 * 2**30)
     assert planned.frontier[0].needed_bytes == int(81.5 * 2**30)
@@ -411,20 +413,20 @@ def test_plain_training_is_told_with_the_bytes_that_decide_and_their_range() -> 
     )
 
 
-def test_on_a_processor_what_the_process_takes_is_counted_too() -> None:
+def test_on_a_cpu_the_needed_bytes_are_shown_with_the_share_of_tensors() -> None:
     gib = 2**30
     text = _printed(_search(int(79.5 * gib), fits=False, device=False), "en")
     assert "Plain training: needs 79.5 GiB (74.85 GiB of tensors)" in text
 
 
-def test_json_and_records_have_the_bytes_that_decide() -> None:
+def test_json_and_records_contain_the_deciding_bytes() -> None:
     planned = with_needs(_search(0, fits=False), catalog.machine("H100-SXM"))
     assert search_view(planned)["baseline"]["needed_bytes"] == int(81.5 * 2**30)
     again = serialization.loads(SearchResult, serialization.dumps(planned), what="a search")
     assert again.baseline.needed_bytes == int(81.5 * 2**30)
 
 
-def test_a_plan_of_a_file_fits_by_the_bytes_that_are_told(
+def test_a_plan_from_a_file_fits_by_the_needed_bytes_it_reports(
     tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     zero = '{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}'
@@ -444,7 +446,7 @@ def test_a_plan_of_a_file_fits_by_the_bytes_that_are_told(
         ("8xA100", "A100-40GB-SXM, A100-80GB-SXM, A100-40GB-PCIe or A100-80GB-PCIe"),
     ],
 )
-def test_an_ambiguous_device_names_its_variants_and_nothing_before_them(name: str, variants: str) -> None:
+def test_an_ambiguous_device_is_refused_with_its_variants(name: str, variants: str) -> None:
     with pytest.raises(UserError) as error:
         catalog.machine(name)
     assert f"unknown device: '{name.removeprefix('8x')}'; did you mean {variants}?" in str(error.value)

@@ -1,4 +1,4 @@
-"""What CUDA's kernels keep for backward, by hand, against what the lens makes fake CPU tensors keep."""
+"""What CUDA kernels keep for backward, by hand, against what fake CPU tensors keep under the device lens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COUNT = 4 * 8 * 16
 def _kept_bytes(
     call: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype, *, autocast: bool = False
 ) -> int:
-    """Bytes of distinct storages that autograd holds, the input's own apart."""
+    """Bytes of the distinct storages that autograd holds, without the input's own."""
     kept: dict[int, int] = {}
     with FakeTensorMode(), device_lens("cuda"):
         x = torch.empty(_SHAPE, dtype=dtype, requires_grad=True)
@@ -42,7 +42,7 @@ def _kept_bytes(
     return sum(kept.values())
 
 
-def test_dropout_keeps_one_byte_an_element() -> None:
+def test_dropout_keeps_one_byte_per_element() -> None:
     assert _kept_bytes(lambda x: functional.dropout(x, 0.1), torch.bfloat16) == _COUNT
 
 
@@ -76,13 +76,13 @@ def test_softmax_into_float32_is_one_kernel_for_float16_only(dtype: torch.dtype,
     assert len(made) == copies
 
 
-def test_autocast_normalises_in_float32() -> None:
+def test_autocast_layer_norm_runs_in_float32() -> None:
     """A float32 copy of the input and two statistics a row; the CPU's autocast would stay in bfloat16."""
     kept = _kept_bytes(lambda x: functional.layer_norm(x, (16,)), torch.bfloat16, autocast=True)
     assert kept == 4 * _COUNT + 2 * 4 * (_COUNT // 16)
 
 
-def test_autocast_softmax_gives_float32() -> None:
+def test_autocast_softmax_sum_and_power_give_float32() -> None:
     with FakeTensorMode(), device_lens("cuda"), torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
         assert torch.softmax(x, dim=-1).dtype == torch.float32
@@ -100,14 +100,14 @@ def test_flash_attention_keeps_no_matrix_of_scores(dtype: torch.dtype) -> None:
     assert _kept_bytes(attend, dtype) == pytest.approx(out_and_statistics, abs=64)  # and a few random numbers
 
 
-def test_without_a_lens_nothing_changes() -> None:
+def test_the_cpu_lens_leaves_autocast_softmax_in_bfloat16() -> None:
     with FakeTensorMode(), device_lens("cpu"), torch.autocast("cpu", dtype=torch.bfloat16):
         x = torch.empty(_SHAPE, dtype=torch.bfloat16, requires_grad=True)
         assert torch.softmax(x, dim=-1).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("device", "tensors"), [("cpu", 1), ("cuda", 2)])
-def test_softmax_backward_on_cuda_multiplies_into_a_tensor_of_its_own(device: str, tensors: int) -> None:
+def test_softmax_backward_on_cuda_allocates_a_temporary_product(device: str, tensors: int) -> None:
     """`Tensor tmp = grad * output;` in softmax_backward_cuda_out, aten/src/ATen/native/cuda/SoftMax.cu."""
     job = Job(
         name="softmax",

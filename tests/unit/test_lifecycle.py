@@ -1,4 +1,4 @@
-"""Lifecycle peaks against the counting allocator around real torch.save and torch.load; sizes by hand."""
+"""Memory peaks of building, training, saving and loading, against the counting allocator and by hand."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _torch_optimizers(step: TrainingStep) -> list[torch.optim.Optimizer]:
 
 
 def _inside_convolution(counter: CountingAllocator) -> int:
-    """What this processor's bf16 kernel takes for itself, which only a probe knows: with AMX some."""
+    """Workspace of this CPU's bf16 convolution, which can only be measured; it is not zero with AMX."""
     x = torch.ones(4, 3, 24, 24, dtype=torch.bfloat16)
     weight = torch.ones(64, 3, 3, 3, dtype=torch.bfloat16)
     meter = _Meter(counter)
@@ -163,7 +163,7 @@ def _inside_convolution(counter: CountingAllocator) -> int:
 
 @pytest.mark.parametrize("uses", [(), (TWICE,), (BF16,)], ids=lambda uses: Plan(uses=uses).label)
 @pytest.mark.parametrize("name", JOBS)
-def test_every_peak_and_file_is_as_measured(
+def test_predicted_peaks_and_file_sizes_are_within_1_percent_of_measured(
     name: str, uses: tuple[Any, ...], counter: CountingAllocator, tmp_path: Path
 ) -> None:
     job, plan = JOBS[name], Plan(uses=uses)
@@ -183,7 +183,7 @@ def test_every_peak_and_file_is_as_measured(
         assert found.checkpoint_bytes[kind] == pytest.approx(size, rel=WORST_RATIO)
 
 
-def test_a_regression_by_hand() -> None:
+def test_peaks_of_a_small_regression_match_hand_computation() -> None:
     """8 -> 16 -> 4 in fp32: 212 parameters in four tensors of 512, 64, 256 and 64 rounded bytes."""
     model = 512 + 64 + 256 + 64
     found = lifecycle(tiny.regression(), Plan())
@@ -194,7 +194,7 @@ def test_a_regression_by_hand() -> None:
     assert found.peak("resume").device_bytes == 4 * model + steps
 
 
-def test_a_device_with_its_own_memory_keeps_the_file_on_the_host() -> None:
+def test_on_a_gpu_loading_via_the_host_keeps_the_file_in_host_memory() -> None:
     found = lifecycle(tiny.words(), Plan(), device="cuda")
     plain = found.peak("load-mmap")
     assert found.peak("load").device_bytes == 2 * plain.device_bytes
@@ -205,7 +205,7 @@ def test_a_device_with_its_own_memory_keeps_the_file_on_the_host() -> None:
     assert found.peak("resume-via-host").device_bytes < found.peak("resume").device_bytes
 
 
-def test_frozen_parameters_leave_a_small_checkpoint() -> None:
+def test_a_model_with_frozen_parameters_has_a_smaller_trainable_checkpoint() -> None:
     pytest.importorskip("peft")
     sizes = lifecycle(tiny.words(), Plan(uses=(use("lora", rank=4),))).checkpoint_bytes
     assert sizes["trainable"] < sizes["model"]

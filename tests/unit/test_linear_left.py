@@ -1,4 +1,4 @@
-"""Whatever ends a traced step, torch's linear layer is its own again."""
+"""However a traced step ends, torch's functional.linear is restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Interrupted(nn.Module):
         return self.last(x)  # type: ignore[no-any-return]
 
 
-def test_an_interrupted_step_with_zero_3_leaves_nothing() -> None:
+def test_an_interrupted_step_with_zero_3_restores_functional_linear() -> None:
     job = Job(
         name="stops",
         build_model=_Interrupted,
@@ -41,7 +41,7 @@ def test_an_interrupted_step_with_zero_3_leaves_nothing() -> None:
         raise AssertionError("the step was not interrupted")
 
 
-def test_a_step_that_is_closed_inside_a_module_leaves_nothing() -> None:
+def test_a_patch_closed_inside_a_module_restores_functional_linear() -> None:
     module, before = nn.Linear(2, 2), functional.linear
     patch = LinearPatch()
     ends = patch.during(module)

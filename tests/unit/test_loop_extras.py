@@ -1,4 +1,4 @@
-"""What a training loop holds beside the model: clipping and weight averages are part of the one step."""
+"""Extras of a training loop: gradient clipping and weight averages are part of the predicted step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ JOB = Job(
 PARAMETER_BYTES = sum(p.numel() * 4 for p in build_model().parameters())
 
 
-def test_a_clipped_step_is_bitwise_that_of_clip_grad_norm() -> None:
+def test_a_clipped_step_equals_clip_grad_norm_bit_for_bit() -> None:
     step = TrainingStep(dataclasses.replace(JOB, clip=0.05), Plan())
     model = build_model()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
@@ -69,7 +69,7 @@ def test_a_clipped_step_is_bitwise_that_of_clip_grad_norm() -> None:
             assert torch.equal(ours, theirs)
 
 
-def test_the_average_is_bitwise_that_of_torchs_averaged_model() -> None:
+def test_the_weight_average_equals_torchs_averaged_model_bit_for_bit() -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     step = TrainingStep(dataclasses.replace(JOB, ema=0.9), Plan())
@@ -94,7 +94,7 @@ def test_half_precision_weights_are_averaged_in_float32() -> None:
     assert {a.dtype for a in step.average.averages} == {torch.float32}
 
 
-def test_an_average_is_predicted_as_one_more_copy_of_the_weights_and_named() -> None:
+def test_a_weight_average_is_predicted_as_one_more_copy_of_the_weights_and_named() -> None:
     plain, averaged = memfit.estimate(JOB), memfit.estimate(JOB, ema=True)
     more = averaged.allocated_bytes.value - plain.allocated_bytes.value
     assert PARAMETER_BYTES <= more < 1.1 * PARAMETER_BYTES
@@ -103,13 +103,13 @@ def test_an_average_is_predicted_as_one_more_copy_of_the_weights_and_named() -> 
 
 
 @pytest.mark.parametrize("plan", [{}, {"gradient-accumulation": {"micro_batches": 2}}], ids=str)
-def test_the_peak_of_a_loop_with_both_is_predicted_to_the_byte(plan: dict[str, Any]) -> None:
-    """By the counting allocator, in this process."""
+def test_the_peak_with_clipping_and_averaging_is_predicted_to_the_byte(plan: dict[str, Any]) -> None:
+    """Measured by the counting allocator in this process."""
     from memfit.runtime.memory import peak_counter
 
     job = dataclasses.replace(JOB, build_model=_without_batch_norm, ema=True, clip=0.1)
     predicted = memfit.estimate(job, plan=plan)
-    TrainingStep(job, predicted.plan).run(make_batch(0, 0))  # what kernels keep for good
+    TrainingStep(job, predicted.plan).run(make_batch(0, 0))  # allocates what kernels keep permanently
     counter = peak_counter()
     base = counter.live_bytes()
     counter.reset_peak()
@@ -119,7 +119,7 @@ def test_the_peak_of_a_loop_with_both_is_predicted_to_the_byte(plan: dict[str, A
     assert counter.peak_bytes() - base == predicted.allocated_bytes.value
 
 
-def test_estimate_takes_a_loop_from_keywords_and_from_a_job() -> None:
+def test_estimate_takes_ema_clip_and_workers_from_keywords_and_from_a_job() -> None:
     model, batch = build_model(), make_batch(0, 0)
     asked = memfit.estimate(model, batch, loss, ema=0.99, clip=1.0, workers=2).job
     assert (asked.ema, asked.clip, asked.workers) == (0.99, 1.0, 2)
@@ -139,18 +139,18 @@ def test_estimate_takes_a_loop_from_keywords_and_from_a_job() -> None:
     ],
     ids=str,
 )
-def test_wrong_values_are_one_line(wrong: dict[str, Any]) -> None:
+def test_a_job_refuses_wrong_values_of_ema_clip_and_workers(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))) as error:
         dataclasses.replace(JOB, **wrong)
     assert error.value.allowed
 
 
-def test_clipping_is_refused_where_parameters_are_updated_one_by_one() -> None:
+def test_clipping_is_refused_with_the_optimizer_in_backward() -> None:
     with pytest.raises(UserError, match="whole norm"):
         memfit.estimate(JOB, plan="optimizer-in-backward", clip=1.0)
 
 
-def test_a_search_for_a_clipped_job_does_not_try_updates_one_by_one() -> None:
+def test_a_search_for_a_clipped_job_leaves_out_the_optimizer_in_backward() -> None:
     from memfit.planner.plan_space import usable
     from memfit.planner.single_device import space_of
     from memfit.types.plan import Accuracy
@@ -164,7 +164,7 @@ def test_a_search_for_a_clipped_job_does_not_try_updates_one_by_one() -> None:
     assert names[None] - names[1.0] == {"optimizer-in-backward"}
 
 
-def test_averaging_leaves_the_training_as_it_is() -> None:
+def test_weight_averaging_does_not_change_the_losses() -> None:
     steps = [TrainingStep(copy.copy(job), Plan()) for job in (JOB, dataclasses.replace(JOB, ema=True))]
     losses = [[float(step.run(make_batch(i, 0))[0]) for i in range(3)] for step in steps]
     assert losses[0] == losses[1]

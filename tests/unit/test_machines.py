@@ -1,4 +1,4 @@
-"""Machines in one word, and machines as a user's file: hosts, devices, network, place."""
+"""Machines by name and machines from a user's file: hosts, devices, network and place."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from memfit.types.machine import Fact
         ("8xB200@roce 400g", "8xB200@RoCE-400G", 8),
     ],
 )
-def test_machine_specs(spec: str, name: str, count: int) -> None:
+def test_machine_names_are_parsed_and_normalised(spec: str, name: str, count: int) -> None:
     made = catalog.machine(spec, "Japan")
     assert (made.name, made.device_count) == (name, count)
     assert made.place == catalog.place("jp")
 
 
-def test_machine_is_in_the_world_unless_told() -> None:
+def test_a_machine_without_a_place_is_in_the_world() -> None:
     assert catalog.machine("T4").place == catalog.place("world")
 
 
@@ -62,7 +62,7 @@ def test_machine_is_in_the_world_unless_told() -> None:
         "T4@IB-NRD",
     ],
 )
-def test_bad_machine_specs_are_the_users_mistake(spec: str) -> None:
+def test_a_malformed_machine_name_raises_a_user_error(spec: str) -> None:
     with pytest.raises(UserError):
         catalog.machine(spec)
 
@@ -73,7 +73,9 @@ def test_bad_machine_specs_are_the_users_mistake(spec: str) -> None:
     st.integers(1, 80),
     st.sampled_from(catalog.network_names()),
 )
-def test_a_spelled_machine_reads_as_itself(name: str, hosts: int, each: int, network: str) -> None:
+def test_a_machines_own_name_parses_to_the_same_machine(
+    name: str, hosts: int, each: int, network: str
+) -> None:
     made = catalog.machine(f"{hosts}x{each}x{name}@{network}")
     again = catalog.machine(made.name)
     assert again == made
@@ -83,7 +85,7 @@ def test_a_spelled_machine_reads_as_itself(name: str, hosts: int, each: int, net
         assert made.devices_per_host == each
 
 
-def test_several_hosts_need_a_network_and_the_line_names_them() -> None:
+def test_several_hosts_without_a_network_are_refused_with_the_known_networks() -> None:
     with pytest.raises(UserError) as caught:
         catalog.machine("4x8xH100-SXM")
     assert "has 4 hosts but names no network" in str(caught.value)
@@ -97,7 +99,7 @@ def test_devices_that_fill_no_whole_number_of_hosts_are_refused() -> None:
         catalog.machine("12xH100-SXM@IB-NDR")
 
 
-def test_more_devices_than_a_host_holds_are_named() -> None:
+def test_a_host_with_more_devices_than_it_holds_says_so_in_its_name() -> None:
     made = catalog.machine("16xH100-SXM")
     assert made.host is not None
     assert made.host.name == "HGX-H100 with 16 devices"
@@ -132,7 +134,7 @@ def _written(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_a_users_own_machine(tmp_path: Path) -> None:
+def test_a_machine_file_defines_a_device_of_its_own(tmp_path: Path) -> None:
     made = catalog.from_toml(_written(tmp_path, FULL))
     assert made.device_count == 2
     assert made.place == catalog.place("sweden")
@@ -143,7 +145,7 @@ def test_a_users_own_machine(tmp_path: Path) -> None:
     assert made.device.power_w is None
 
 
-def test_a_users_machine_may_name_a_device_and_write_a_place(tmp_path: Path) -> None:
+def test_a_machine_file_may_name_a_catalog_device_and_define_a_place(tmp_path: Path) -> None:
     row = '{value = 1.0, source = "own meter", date = "2025"}'
     made = catalog.from_toml(_written(tmp_path, OWN_PLACE.format(row=row)))
     assert made.device == catalog.device("RTX-4090")
@@ -161,7 +163,7 @@ peak_flops.bfloat16 = {value = 9e14, source = "our runs", date = "2026-11-01", k
 """
 
 
-def test_a_catalogs_device_at_ones_own_price(tmp_path: Path) -> None:
+def test_a_machine_file_may_change_the_price_and_rates_of_a_catalog_device(tmp_path: Path) -> None:
     made, plain = catalog.from_toml(_written(tmp_path, OWN_PRICE)), catalog.machine("8xH100-SXM")
     assert made.device.usd_per_hour == Fact(value=1.85, source="our contract", date="2026-11-01")
     assert made.device.peak_flops["bfloat16"].value == 9e14
@@ -171,7 +173,7 @@ def test_a_catalogs_device_at_ones_own_price(tmp_path: Path) -> None:
     assert dataclasses.replace(made.device, **same) == dataclasses.replace(plain.device, **same)
 
 
-def test_a_base_that_is_no_device_is_told_what_is_near(tmp_path: Path) -> None:
+def test_an_unknown_base_device_gets_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, OWN_PRICE.replace("H100-SXM", "H100-SMX")))
     assert "device: base: " in str(caught.value)
@@ -179,7 +181,7 @@ def test_a_base_that_is_no_device_is_told_what_is_near(tmp_path: Path) -> None:
     assert "input should" not in str(caught.value)
 
 
-def test_all_problems_of_a_file_are_told_in_one_line(tmp_path: Path) -> None:
+def test_all_problems_of_a_machine_file_are_listed_in_one_line(tmp_path: Path) -> None:
     text = FULL.replace("device_count", "device_cuont").replace('kind = "cuda"', "power_watts = 3")
     text = text.replace('date = "2024-03"', 'dat = "2024-03"')
     with pytest.raises(UserError) as caught:
@@ -213,19 +215,21 @@ def test_all_problems_of_a_file_are_told_in_one_line(tmp_path: Path) -> None:
         ('name = "lab box"', "name = lab box", "is not TOML"),
     ],
 )
-def test_what_cannot_be_true_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+def test_impossible_values_in_a_machine_file_are_refused(
+    tmp_path: Path, old: str, new: str, told: str
+) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, FULL.replace(old, new)))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_machine_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.toml: No such file"):
         catalog.from_toml(tmp_path / "none.toml")
 
 
-def test_a_site_draws_at_least_what_its_computers_draw(tmp_path: Path) -> None:
+def test_a_pue_ratio_below_1_is_refused(tmp_path: Path) -> None:
     row = '{value = 0.9, source = "own meter", date = "2025"}'
     with pytest.raises(UserError, match=r"place\.pue_ratio"):
         catalog.from_toml(_written(tmp_path, OWN_PLACE.format(row=row)))
@@ -241,7 +245,7 @@ place = "japan"
 """
 
 
-def test_a_users_cluster_is_the_spelled_one_under_its_own_name(tmp_path: Path) -> None:
+def test_a_cluster_file_gives_the_catalogs_machine_under_its_own_name(tmp_path: Path) -> None:
     made = catalog.from_toml(_written(tmp_path, CLUSTER))
     spelled = catalog.machine("4x8xA100-80GB-SXM@IB-HDR", "japan")
     assert made == dataclasses.replace(spelled, name="lab cluster")
@@ -259,7 +263,9 @@ def test_a_users_cluster_is_the_spelled_one_under_its_own_name(tmp_path: Path) -
         ("", 1, 0),
     ],
 )
-def test_two_counts_say_the_third(tmp_path: Path, counts: str, devices: int, each: int) -> None:
+def test_missing_device_and_host_counts_are_derived_from_the_given_ones(
+    tmp_path: Path, counts: str, devices: int, each: int
+) -> None:
     made = catalog.from_toml(_written(tmp_path, CLUSTER.replace("hosts = 4\ndevices_per_host = 8", counts)))
     assert (made.device_count, made.devices_per_host) == (devices, each)
     assert made.host == catalog.host("HGX-A100", each or devices)
@@ -283,14 +289,14 @@ def test_two_counts_say_the_third(tmp_path: Path, counts: str, devices: int, eac
         ('"A100-80GB"', '"A100"', "device: unknown device: 'A100'"),
     ],
 )
-def test_a_cluster_that_cannot_be_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+def test_an_inconsistent_cluster_file_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, CLUSTER.replace(old, new)))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_names_nothing_known_is_told_everything_at_once(tmp_path: Path) -> None:
+def test_all_unknown_names_of_a_cluster_file_are_listed_at_once(tmp_path: Path) -> None:
     text = CLUSTER.replace("hdr", "x").replace("japan", "y").replace("A100-80GB", "z")
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, text))
@@ -319,7 +325,7 @@ bytes_s = {value = 1e9, source = "iperf", date = "2025", kind = "measured"}
 """
 
 
-def test_a_users_device_host_and_network_as_tables(tmp_path: Path) -> None:
+def test_a_machine_file_may_define_device_host_and_network_as_tables(tmp_path: Path) -> None:
     made = catalog.from_toml(_written(tmp_path, OWN))
     assert made.device.link == catalog.link("PCIe4")
     ratios = made.device.efficiency_ratio
@@ -345,7 +351,9 @@ def test_a_users_device_host_and_network_as_tables(tmp_path: Path) -> None:
         ("= 0.5", "= 0", "device.efficiency_ratio.matmul: 0"),
     ],
 )
-def test_what_cannot_be_true_of_tables_is_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+def test_impossible_values_in_the_tables_of_a_machine_file_are_refused(
+    tmp_path: Path, old: str, new: str, told: str
+) -> None:
     with pytest.raises(UserError) as caught:
         catalog.from_toml(_written(tmp_path, OWN.replace(old, new)))
     assert told in str(caught.value)
@@ -356,7 +364,9 @@ def _told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, st
     return main(("machines", *words)), *capsys.readouterr()
 
 
-def test_the_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_machines_command_lists_every_device_network_host_and_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, _ = _told(capsys)
     assert code == 0
     for names in (catalog.device_names, catalog.network_names, catalog.host_names, catalog.place_names):
@@ -365,7 +375,9 @@ def test_the_list_names_everything_there_is(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("name", ["H100-SXM", "2x8xB200@IB-XDR", "IB-NDR", "HGX-A100", "japan", "PCIe4"])
-def test_one_is_told_with_every_source(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_machines_command_shows_an_entry_with_the_source_of_every_fact(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = _told(capsys, name)
     _, as_json, _ = _told(capsys, name, "--json")
     [(kind, noun)] = json.loads(as_json).items()
@@ -384,7 +396,9 @@ def _facts(value: Any) -> Iterator[dict[str, Any]]:
             yield from _facts(inner)
 
 
-def test_a_machine_file_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_machines_command_shows_a_machine_file_with_its_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = _told(capsys, str(_written(tmp_path, OWN)))
     assert code == 0
     assert out.startswith("machine own\n")
@@ -402,7 +416,7 @@ def test_a_machine_file_is_told_too(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("8xT4@IB-NRD", "did you mean IB-NDR"),
     ],
 )
-def test_a_name_of_nothing_is_told_what_is_near(
+def test_the_machines_command_answers_an_unknown_name_with_a_hint(
     name: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = _told(capsys, name)

@@ -1,4 +1,4 @@
-"""Counters against sizes added up by hand. What is global to a process is tried in a process of its own."""
+"""Memory and energy counters against sums made by hand; tests that change a whole process run in a child."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ out.append(c.live_bytes())
 
 
 @needs_compiler
-def test_every_thread_is_counted_and_nothing_is_lost() -> None:
+def test_allocations_of_every_thread_are_counted_and_logged() -> None:
     out = child(
         COUNTED
         + """
@@ -178,7 +178,7 @@ out.append(c.live_bytes())
 
 
 @needs_compiler
-def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+def test_two_processes_may_build_the_allocator_at_once(tmp_path: Path) -> None:
     code = "from memfit.runtime.counting_allocator import available\nprint(available())"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     both = [
@@ -189,7 +189,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "memfit").iterdir())) == 1  # no draft is left
 
 
-def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_available_returns_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting_allocator, "_COMPILERS", ("no-such-compiler",))
     assert available() == "no C++ compiler found (no-such-compiler)"
 
@@ -203,13 +203,13 @@ def test_a_failing_compiler_leaves_no_file(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_cache_folder_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AllocatorUnavailable, match="cache folder cannot be written"):
         counting_allocator._compile(("cc",), tmp_path / "file" / "x.so")
 
 
-def test_a_broken_library_is_told(tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.so").write_text("no library")
     with pytest.raises(AllocatorUnavailable, match="does not load"):
         counting_allocator._load(tmp_path / "x.so")
@@ -224,7 +224,7 @@ def test_thinning_keeps_the_peak_and_the_number_of_points(values: list[int], poi
         assert thinned == tuple(values)
 
 
-# --- counters that stand in
+# --- the counter used where nothing can be built
 
 EVENTS = """
 import torch
@@ -232,7 +232,7 @@ from memfit.runtime import memory
 """
 
 
-def test_torch_events_count_the_same_where_nothing_can_be_built() -> None:
+def test_without_a_compiler_torch_events_count_the_same_bytes() -> None:
     out = child(
         EVENTS
         + """
@@ -275,7 +275,7 @@ out = [counted.source, counted.peak_bytes(), events.peak_bytes(), counted.live_b
 
 
 @pytest.mark.skipif(memory.data_bytes() is None, reason="no /proc")
-def test_resident_peak_is_seen_and_reset() -> None:
+def test_the_resident_peak_is_measured_and_reset() -> None:
     size = 64 * MIB
     start = memory.rss_bytes()
     block = bytearray(size)
@@ -287,7 +287,9 @@ def test_resident_peak_is_seen_and_reset() -> None:
     assert memory.data_bytes() > 0  # type: ignore[operator]
 
 
-def test_without_proc_psutil_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_proc_resident_memory_is_read_with_psutil(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     real = memory.rss_bytes()
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "none" / "x")
@@ -340,7 +342,7 @@ if out == "oom":
 
 @needs_compiler
 @LINUX
-def test_the_cap_sees_little_more_than_the_tensors() -> None:
+def test_the_cap_counts_at_most_4_percent_more_than_the_tensors() -> None:
     """The overhead above tensor bytes is at most 4 %: training passes at 1.04 x its peak, not at 0.99 x."""
     out = child(
         TRAIN
@@ -371,8 +373,8 @@ out += [attempt(int(1.04 * out[1])), attempt(int(0.99 * out[1]))]
 
 @needs_compiler
 @LINUX
-def test_freed_blocks_are_used_again_and_never_make_the_process_larger() -> None:
-    """As in the allocator that a user trains with; otherwise mapping pages takes half of a step."""
+def test_freed_blocks_are_reused_and_do_not_enlarge_the_process() -> None:
+    """The allocator of ordinary training does so too; otherwise mapping pages takes half of a step."""
     out = child(
         COUNTED
         + f"""
@@ -398,7 +400,7 @@ out.append(room())
 
 @needs_compiler
 @LINUX
-def test_kept_blocks_go_before_a_capped_allocation_fails() -> None:
+def test_kept_blocks_are_released_before_an_allocation_under_the_cap_fails() -> None:
     out = child(
         TRAIN
         + f"""
@@ -418,9 +420,9 @@ limit.lift()
     assert out == [True, True, False, True, True]
 
 
-def test_errors_that_mean_no_memory() -> None:
+def test_out_of_memory_errors_are_recognised_and_others_are_not() -> None:
     class OutOfMemoryError(RuntimeError):
-        """As torch names its own."""
+        """Has the name of torch's own error."""
 
     text = (
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -443,7 +445,9 @@ def test_errors_that_mean_no_memory() -> None:
     assert is_oom_text("libgomp: Out of memory allocating 8 bytes")
 
 
-def test_onednn_without_a_kernel_is_believed_only_under_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednns_primitive_error_counts_as_out_of_memory_only_under_a_cap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     error = RuntimeError("could not create a primitive")
     monkeypatch.setattr("memfit.runtime.oom.resource.getrlimit", lambda _: (-1, -1))
     assert not is_oom_error(error)
@@ -455,7 +459,7 @@ def test_onednn_without_a_kernel_is_believed_only_under_a_cap(monkeypatch: pytes
 
 
 def tree(root: Path, *, controllers: str = "cpu memory pids") -> Path:
-    """The user's session as systemd lays it out; returns what stands for /proc/self/cgroup."""
+    """A user's session as systemd lays it out; returns the file used in place of /proc/self/cgroup."""
     home = root / "user.slice" / "app.slice" / "shell.scope"
     home.mkdir(parents=True)
     for path in (home, home.parent):
@@ -466,7 +470,9 @@ def tree(root: Path, *, controllers: str = "cpu memory pids") -> Path:
     return own
 
 
-def test_a_group_is_made_beside_the_own_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_group_is_made_beside_the_group_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tree(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     group = Group.of(77, root=tmp_path, own=own)
@@ -486,7 +492,9 @@ def test_a_group_is_made_beside_the_own_one(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("why", ["root", "controller", "version 1", "top"])
-def test_no_group_without_delegation(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_control_group_is_made_without_delegation(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tree(tmp_path, controllers="cpu" if why == "controller" else "memory")
     monkeypatch.setattr(os, "geteuid", lambda: 0 if why == "root" else 1000)
     if why in ("version 1", "top"):
@@ -519,17 +527,19 @@ def test_the_cap_by_control_group_enters_reads_its_peak_and_leaves(
 
 
 @LINUX
-def test_rlimit_data_comes_first_and_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rlimit_data_is_preferred_and_checked_before_use(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     assert MemoryLimit(MIB).kind == "RLIMIT_DATA"
     assert resource.getrlimit(resource.RLIMIT_DATA) == before  # trying leaves nothing behind
     monkeypatch.setattr(Group, "of", lambda _: None)
-    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)  # a kernel that takes it and does nothing
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)  # as a kernel that ignores it
     with pytest.raises(MemfitError, match="no hard memory cap is possible here"):
         MemoryLimit(MIB)
 
 
-def test_where_no_limit_works_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_memory_limit_works_an_error_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group = Group(path=tmp_path / "memfit-1", home=tmp_path, pid=1)
     monkeypatch.setattr("memfit.runtime.memory_cap.data_bytes", lambda: None)  # no /proc
     monkeypatch.setattr(Group, "of", lambda _: group)
@@ -544,7 +554,7 @@ def test_where_no_limit_works_the_user_is_told(tmp_path: Path, monkeypatch: pyte
 
 
 class FakeCuda:
-    """What torch.cuda is asked, on a board of 100 GB that holds 4 GB for this process."""
+    """The functions of torch.cuda that are called, on a GPU of 100 GB with 4 GB reserved by this process."""
 
     reserved, allocated, fraction = 4 * 10**9, 3 * 10**9, 1.0
 
@@ -569,7 +579,9 @@ class FakeCuda:
         self.fraction = fraction
 
 
-def test_the_cap_on_a_gpu_is_a_fraction_above_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cap_on_a_gpu_is_a_memory_fraction_above_the_reserved_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda = FakeCuda()
     monkeypatch.setattr("torch.cuda", cuda)
     counter = memory.peak_counter("cuda:0")
@@ -596,7 +608,7 @@ def zone(root: Path, name: str, kind: str, energy_uj: object, range_uj: int = 10
     return path / "energy_uj"
 
 
-def test_rapl_adds_packages_and_unwraps(tmp_path: Path) -> None:
+def test_rapl_energy_sums_packages_and_handles_counter_overflow(tmp_path: Path) -> None:
     first = zone(tmp_path, "intel-rapl:0", "package-0", 100, 262_143_000_000)
     second = zone(tmp_path, "intel-rapl:1", "package-1", 990_000_000, 1_000_000_000)
     zone(tmp_path, "intel-rapl:0:0", "dram", 5)  # inside or beside a package: not added
@@ -611,7 +623,7 @@ def test_rapl_adds_packages_and_unwraps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", ["never there", "unreadable", "gone", "not started"])
-def test_no_meter_is_none_and_never_zero(breaks: str, tmp_path: Path) -> None:
+def test_energy_is_none_without_a_working_meter(breaks: str, tmp_path: Path) -> None:
     energy = tmp_path / "x"
     if breaks != "never there":
         energy = zone(tmp_path, "intel-rapl:0", "package-0", "" if breaks == "unreadable" else 7)
@@ -646,7 +658,7 @@ class FakeNvml:
 @pytest.mark.parametrize(
     ("readings", "expected"), [([1000, 3500], (2.5, "board (NVML)")), ([7], (None, "")), ([], (None, ""))]
 )
-def test_a_board_is_found_by_uuid(
+def test_nvml_energy_is_read_from_the_board_with_the_uuid_of_the_device(
     readings: list[int], expected: tuple[float | None, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvml = FakeNvml(list(readings))
@@ -658,7 +670,7 @@ def test_a_board_is_found_by_uuid(
     assert nvml.asked == "GPU-ab-12"
 
 
-def test_without_nvml_a_gpu_has_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_a_gpu_has_no_energy_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # type: ignore[arg-type]
     meter = EnergyMeter("cuda")
     meter.start()

@@ -1,5 +1,5 @@
-"""Models that once ended the estimate: compiled submodules, batches that are objects, values that only a run
-knows. Each is held to the counting allocator's peak of a plain loop."""
+"""Models whose estimate once failed: compiled submodules, batches that are objects, values that only a run
+has. Each estimate is compared with the counting allocator's peak of a plain training loop."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Forces(nn.Module):
 
 
 @counted
-def test_forces_by_autograd_inside_the_step() -> None:
+def test_the_interval_holds_a_step_with_forces_by_autograd_inside() -> None:
     holds(Forces, torch.rand(256, 3))
     assert memfit.estimate(Forces, torch.rand(256, 3), loss=squares).allocated_bytes.value > 0
 
@@ -139,7 +139,7 @@ def test_forces_by_autograd_inside_the_step() -> None:
 
 
 class Graphs:
-    """As graph libraries have a batch: tensors as attributes of an inner store, counted by graphs."""
+    """A batch as in graph libraries: the tensors are in an inner store, and the batch counts graphs."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.store = {"x": torch.rand(sum(sizes), 32), "batch": torch.repeat_interleave(torch.tensor(sizes))}
@@ -164,7 +164,7 @@ class Graphs:
 
 
 class Padded:
-    """Images and their mask, nothing that takes them apart."""
+    """Images and their mask, without a method that splits them."""
 
     def __init__(self) -> None:
         self.tensors, self.mask = torch.rand(8, 32), torch.ones(8, dtype=torch.bool)
@@ -228,7 +228,7 @@ class Experts(nn.Module):
 
 
 @counted
-def test_tokens_of_a_mixture_are_shared_out_evenly_and_the_interval_holds_other_routes() -> None:
+def test_experts_are_assumed_to_share_tokens_evenly_and_the_interval_allows_other_routes() -> None:
     found = holds(Experts, torch.rand(512, 64))
     shares = [a for a in found.estimate.guesses if a.startswith("nonzero gave")]
     assert len(shares) >= 4
@@ -283,7 +283,7 @@ class Augmented(nn.Module):
 
 
 @counted
-def test_random_numbers_stay_in_their_range_and_the_interval_holds_each_draw() -> None:
+def test_the_interval_holds_every_random_draw_and_the_random_state_is_restored() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     found = memfit.estimate(Augmented, torch.rand(500, 64, generator=torch.Generator()), loss=squares)
@@ -312,7 +312,7 @@ class Dropping(nn.Module):
 
 
 @counted
-def test_what_is_seldom_dropped_is_kept_in_the_usual_case() -> None:
+def test_layers_that_are_rarely_dropped_are_kept_in_the_expected_peak() -> None:
     batch = torch.rand(500, 64)
     found = holds(Dropping, batch)
 
@@ -324,12 +324,14 @@ def test_what_is_seldom_dropped_is_kept_in_the_usual_case() -> None:
     assert found.allocated_bytes.value == pytest.approx(peak_bytes(Dropping, batch, kept), rel=0.01)
 
 
-# -- sparse gradients, plans that cannot be -------------------------------------------------------
+# -- sparse gradients, impossible plans -----------------------------------------------------------
 
 
 @counted
 @pytest.mark.parametrize(("words", "width", "batch"), [(4000, 32, (32, 8)), (9000, 96, (64, 16))])
-def test_sparse_gradients_count_their_rows(words: int, width: int, batch: tuple[int, int]) -> None:
+def test_the_interval_holds_training_with_sparse_gradients(
+    words: int, width: int, batch: tuple[int, int]
+) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Embedding(words, width, sparse=True), nn.Flatten(1))
 
@@ -377,7 +379,7 @@ def test_float32_adapters_under_fsdp2_multiply_in_bfloat16_with_autocast(model: 
     assert products(bf16_autocast={}) == products(fsdp2={"precision": "bf16"}) == {"bfloat16"}
 
 
-def test_autocast_beside_fsdp2_is_for_plans_that_ask_for_it() -> None:
+def test_autocast_with_fsdp2_is_allowed_in_a_plan_but_never_searched() -> None:
     both = Plan(uses=(make_use("fsdp2", {}), make_use("bf16-autocast", {})), ranks=8)
     assert conflict(both) is None
     assert not proposable(both)
@@ -401,7 +403,7 @@ class OnlyHere(torch.autograd.Function):
         raise LookupError("no rule for this\nand more")
 
 
-def test_what_fails_outside_the_users_functions_is_told_in_one_line() -> None:
+def test_a_failure_on_fake_tensors_is_reported_with_its_first_line() -> None:
     with pytest.raises(UserError, match="does not run on fake tensors: LookupError: no rule for this;"):
         memfit.estimate(
             Blocks, torch.rand(8, 64), loss=lambda m, x: squares(lambda y: OnlyHere.apply(m(y)), x)

@@ -1,4 +1,4 @@
-"""The bill of a step: figures done by hand, laws of arithmetic, unknown in gives unknown out."""
+"""The bill of a step: figures computed by hand, proportionality, and unknown inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _machine(
     return Machine(name="m", device=device, device_count=count, place=place or _place())
 
 
-def test_bill_by_hand() -> None:
+def test_the_bill_of_a_step_matches_hand_computation() -> None:
     """4 x 500 W x 1800 s = 3.6 MJ = 1 kWh; x 1.5 = 1.5 kWh at the site: 0.30 USD, 600 g.
     Rent: 4 x 3.6 USD/h x half an hour = 7.20 USD."""
     bill = money.bill(_machine(), step_s=1800.0)
@@ -48,8 +48,8 @@ def test_bill_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("each", "hosts"), [(0, 1), (4, 1), (2, 2), (1, 4)])
-def test_hosts_draw_too_where_their_power_is_known(each: int, hosts: int) -> None:
-    """Each host 300 W: over half an hour 0.54 MJ more for each."""
+def test_hosts_with_known_power_add_to_the_energy(each: int, hosts: int) -> None:
+    """Each host draws 300 W, which adds 0.54 MJ in half an hour."""
     inside = Host(name="h", power_w=_fact(300.0))
     machine = dataclasses.replace(_machine(), host=inside, devices_per_host=each)
     assert money.bill(machine, step_s=1800.0).energy_j == pytest.approx(3.6e6 + hosts * 0.54e6)
@@ -58,7 +58,7 @@ def test_hosts_draw_too_where_their_power_is_known(each: int, hosts: int) -> Non
     assert money.bill(silent, step_s=1800.0) == money.bill(_machine(), step_s=1800.0)
 
 
-def test_an_owned_machine_pays_for_electricity_alone() -> None:
+def test_an_owned_machine_costs_only_its_electricity() -> None:
     bill = money.bill(_machine(rent=None), step_s=1800.0)
     assert bill.rental_usd is None
     assert bill.usd == pytest.approx(0.30)
@@ -95,7 +95,7 @@ def _usd(*, price: float, rent: float, pue: float) -> float:
 
 
 @given(price=AMOUNT, rent=AMOUNT, pue=AMOUNT, factor=FACTOR)
-def test_money_never_falls_when_a_price_rises(price: float, rent: float, pue: float, factor: float) -> None:
+def test_cost_never_falls_when_a_price_rises(price: float, rent: float, pue: float, factor: float) -> None:
     base = _usd(price=price, rent=rent, pue=pue)
     assert base > 0
     assert _usd(price=price * factor, rent=rent, pue=pue) >= base
@@ -104,7 +104,9 @@ def test_money_never_falls_when_a_price_rises(price: float, rent: float, pue: fl
 
 
 @given(power=AMOUNT, step=AMOUNT, factor=FACTOR, count=st.integers(min_value=1, max_value=1024))
-def test_energy_is_proportional(power: float, step: float, factor: float, count: int) -> None:
+def test_energy_is_proportional_to_power_and_number_of_devices(
+    power: float, step: float, factor: float, count: int
+) -> None:
     one = money.energy_j(power, step)
     assert one is not None
     assert money.energy_j(power, step, devices=count) == pytest.approx(one * count)
@@ -112,7 +114,9 @@ def test_energy_is_proportional(power: float, step: float, factor: float, count:
 
 
 @given(joules=AMOUNT, co2=AMOUNT, factor=FACTOR)
-def test_carbon_grows_with_the_grid_and_with_energy(joules: float, co2: float, factor: float) -> None:
+def test_carbon_is_proportional_to_grid_intensity_and_energy(
+    joules: float, co2: float, factor: float
+) -> None:
     base = money.co2_g(_place(co2=co2), joules)
     assert base is not None
     assert base > 0

@@ -1,7 +1,7 @@
-"""OpenFold's settings: presets, plan -> files -> plan, what is refused, what its own configuration takes.
+"""OpenFold's settings: presets, plans to files and back, refusals, and OpenFold's own configuration.
 
-Truth here is openfold/config.py and train_openfold.py at ce0029e (2025-09), run with ml_collections 1.1 on
-2026-11-25; where OpenFold can be imported, its own code is asked.
+The expected values are those of openfold/config.py and train_openfold.py at ce0029e (2025-09), run with
+ml_collections 1.1 on 2026-11-25; where OpenFold can be imported, its own code checks the files too.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def asked(folder: Path, *files: tuple[str, str]) -> Carried:
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("size", ["initial", "finetune", "finetune@320"])
 @pytest.mark.parametrize("name", PLANS)
-def test_files_read_back_as_the_same_plan_and_size(tmp_path: Path, name: str, size: str, nodes: int) -> None:
+def test_exported_files_read_back_as_the_same_plan_and_size(
+    tmp_path: Path, name: str, size: str, nodes: int
+) -> None:
     given = PLANS[name]
     if given.ranks % nodes:
         return
@@ -113,7 +115,7 @@ def test_files_read_back_as_the_same_plan_and_size(tmp_path: Path, name: str, si
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_its_own_configuration_takes_them(tmp_path: Path, name: str) -> None:
+def test_openfolds_own_configuration_accepts_the_exported_changes(tmp_path: Path, name: str) -> None:
     of_openfold = pytest.importorskip("openfold.config", reason="it is not on the machine")
     write(tmp_path / "out", exported(PLANS[name], "finetune"))
     flat = json.loads((tmp_path / "out" / "openfold.json").read_text())
@@ -144,18 +146,20 @@ def test_its_own_configuration_takes_them(tmp_path: Path, name: str) -> None:
         ("model_5", (256, 128, 1024, False)),
     ],
 )
-def test_presets_are_openfolds(name: str, numbers: tuple[int, int, int, bool]) -> None:
+def test_presets_have_openfolds_crops_rows_and_templates(
+    name: str, numbers: tuple[int, int, int, bool]
+) -> None:
     assert dataclasses.astuple(PRESETS[name]) == numbers
 
 
 @pytest.mark.parametrize(("size", "name"), [("initial", "initial_training"), ("finetune", "finetuning")])
-def test_sizes_of_the_job_are_presets(size: str, name: str) -> None:
+def test_sizes_of_the_alphafold2_job_match_openfolds_presets(size: str, name: str) -> None:
     shape, preset = _shape(size, None, None), PRESETS[name]
     assert (shape.residues, shape.rows, shape.extra_rows) == (preset.residues, preset.rows, preset.extra_rows)
     assert (shape.templates > 0) is preset.templates
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_an_export_writes_openfolds_arguments_changes_and_deepspeed_file(tmp_path: Path) -> None:
     files = exported(PLANS["half-4"], "finetune", nodes=2)
     flat, half = json.loads(files["openfold.json"]), json.loads(files["deepspeed_config.json"])
     assert flat["data.train.crop_size"] == 384
@@ -197,13 +201,13 @@ def test_what_is_written(tmp_path: Path) -> None:
         (plan(), {"job": "weather"}, "network is that of alphafold2"),
     ],
 )
-def test_what_openfold_cannot_do(given: Plan, more: dict[str, Any], said: str) -> None:
+def test_plans_that_openfold_cannot_run_are_refused(given: Plan, more: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         exported(given, **more)
 
 
-def test_a_published_command_with_openfolds_own_deepspeed_file(tmp_path: Path) -> None:
-    """As docs/source/Training_OpenFold.md writes it."""
+def test_openfolds_published_command_and_deepspeed_file_are_read_as_a_plan(tmp_path: Path) -> None:
+    """The command is that of docs/source/Training_OpenFold.md."""
     words = "--gpus 4 --num_nodes 1 --precision bf16-mixed --deepspeed_config_path deepspeed_config.json"
     found = asked(
         tmp_path, ("train.sh", TRAIN.format("finetuning", words)), ("deepspeed_config.json", json.dumps(OWN))
@@ -217,7 +221,7 @@ def test_a_published_command_with_openfolds_own_deepspeed_file(tmp_path: Path) -
     }
 
 
-def test_defaults_are_those_of_training(tmp_path: Path) -> None:
+def test_missing_options_have_the_defaults_of_openfolds_training_script(tmp_path: Path) -> None:
     found = asked(
         tmp_path,
         (
@@ -241,12 +245,14 @@ def test_defaults_are_those_of_training(tmp_path: Path) -> None:
         ({"model.template.enabled": False}, "model.template.enabled false"),
     ],
 )
-def test_what_no_plan_says_is_told(tmp_path: Path, flat: dict[str, Any], option: str) -> None:
+def test_settings_that_no_plan_expresses_are_listed_as_left_out(
+    tmp_path: Path, flat: dict[str, Any], option: str
+) -> None:
     found = asked(tmp_path, ("changes.json", json.dumps(flat)))
     assert option in {left.option for left in found.left_out}
 
 
-def test_precisions_without_deepspeed(tmp_path: Path) -> None:
+def test_precisions_without_deepspeed_are_read_as_techniques(tmp_path: Path) -> None:
     for given, name, left in (
         ("32", None, 0),
         ("16-mixed", "bf16-autocast", 1),
@@ -259,7 +265,7 @@ def test_precisions_without_deepspeed(tmp_path: Path) -> None:
         assert len([o for o in found.left_out if o.option.startswith("precision")]) == left
 
 
-def test_another_network_and_a_missing_file_are_told(tmp_path: Path) -> None:
+def test_an_unsupported_network_and_a_missing_file_are_listed_as_left_out(tmp_path: Path) -> None:
     words = TRAIN.format("model_1_multimer_v3", "--experiment_config_json gone.json")
     found = asked(tmp_path, ("train.sh", words))
     assert found.size == ""
@@ -276,7 +282,7 @@ def test_another_network_and_a_missing_file_are_told(tmp_path: Path) -> None:
         ('{"data.train.crop_size": null}', "crop_size is null"),
     ],
 )
-def test_bad_changes_are_one_line(
+def test_bad_configuration_changes_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -286,7 +292,7 @@ def test_bad_changes_are_one_line(
     assert len(told.strip().splitlines()) == 1
 
 
-def test_settings_for_another_job_and_export_by_command_line(
+def test_export_and_plan_accept_openfold_settings_for_alphafold2_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
