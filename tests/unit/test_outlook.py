@@ -1,4 +1,4 @@
-"""Beyond this machine, with jobs of known size in place of the published ones."""
+"""Recommendations for reference machines, with jobs of known size in place of the published ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTH_OUTPUTS = {"paper@1024": 10**5, "paper@2048": 2 * 10**6}  # what grows wi
 
 
 def sized(ref: JobRef) -> Job:
-    """Wide enough to fill accelerators; on fake tensors nothing is."""
+    """Models wide enough to fill accelerators; on fake tensors they take no memory."""
     outputs = OUTPUTS.get(ref.size or "", LENGTH_OUTPUTS.get(ref.size or ""))
     if outputs is None:
         return words(2)
@@ -65,7 +65,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[JobRef]:
 
 
 def quiet(stage: str, done: int, total: int, detail: str) -> None:
-    """Nobody watches."""
+    """Ignores the progress."""
 
 
 def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, Reach]:
@@ -74,7 +74,7 @@ def reached(quantity: str, accuracy: Accuracy = Accuracy.EXACT) -> dict[str, Rea
     }
 
 
-def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> None:
+def test_there_is_one_row_per_machine_at_the_papers_size(jobs: list[JobRef]) -> None:
     rows, offers = reference_machines.paper(planning(Accuracy.ROUNDING), quiet)
     assert {r.machine for r in rows} == set(reference_machines.MACHINES)
     assert {o.machine for o in offers} > set(reference_machines.MACHINES)
@@ -90,7 +90,7 @@ def test_paper_rows_are_one_a_machine_at_the_papers_size(jobs: list[JobRef]) -> 
         assert not row.recommended.traced
 
 
-def test_what_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_fits_no_machine_has_no_recommendation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_machines, "MACHINES", ("RTX-4090",))
     monkeypatch.setattr(reference_machines, "priced", lambda: ("RTX-4090",))
     monkeypatch.setattr(reference_machines, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
@@ -129,7 +129,7 @@ def test_reach_in_length_is_of_one_sample_at_the_papers_size(jobs: list[JobRef])
     assert len(lengths) == 2  # loaded once, whatever the number of machines
 
 
-def test_samples_without_a_length_reach_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_lengths_has_no_reach_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(ref: JobRef) -> Job:
         raise UserError("potential at length 1024", allowed="no length")
 
@@ -137,7 +137,7 @@ def test_samples_without_a_length_reach_none(monkeypatch: pytest.MonkeyPatch) ->
     assert reached("length") == {}
 
 
-def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reach_is_unknown_where_not_even_the_smallest_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_machines, "MACHINES", ("RTX-4090",))
     monkeypatch.setattr(reference_machines, "priced", lambda: ("RTX-4090",))
     monkeypatch.setattr(reference_machines, "load", lambda ref: sized(dataclasses.replace(ref, size="15B")))
@@ -145,7 +145,7 @@ def test_where_not_even_the_smallest_fits_reach_is_unknown(monkeypatch: pytest.M
     assert (row.plain, row.recommended, row.plain_label, row.at_limit) == (None, None, "", False)
 
 
-def test_where_the_largest_fits_it_is_said_to_be_the_limit_of_what_was_tried(
+def test_reach_is_marked_as_at_the_limit_where_the_largest_size_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reference_machines, "MACHINES", ("H100-SXM",))
@@ -155,13 +155,15 @@ def test_where_the_largest_fits_it_is_said_to_be_the_limit_of_what_was_tried(
     assert row.plain_label == row.recommended_label == "15B"
 
 
-def test_published_sizes_are_those_of_the_built_in_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_built_in_jobs_have_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert "paper" in reference_machines.sizes("protein-ss")
     assert reference_machines.sizes("own.py:job") == ()
 
 
-def test_lengths_that_the_data_do_not_have_end_the_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reach_in_length_ends_at_the_longest_length_that_the_data_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def load(ref: JobRef) -> Job:
         if ref.size == "paper@2048":
             raise UserError("the text has 9 bytes", allowed="at least 20490")

@@ -1,4 +1,4 @@
-"""Calls made side by side, in copies of the process."""
+"""Calls made in parallel, in forked copies of the process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def told(number: int, seen: list[int]) -> tuple[int, int, int]:
     return number, os.getpid(), len(seen)
 
 
-def test_answers_come_in_order_from_copies_that_make_several_calls() -> None:
+def test_results_come_in_order_from_copies_that_make_several_calls() -> None:
     seen: list[int] = []
     found = side_by_side([partial(told, n, seen) for n in range(7)])
     assert [number for number, _, _ in found] == list(range(7))
@@ -48,7 +48,7 @@ def test_the_first_failure_is_raised() -> None:
         side_by_side([partial(failing, n) for n in range(5)])
 
 
-def test_what_dies_in_a_copy_is_called_here() -> None:
+def test_a_call_whose_copy_dies_is_made_in_the_original_process() -> None:
     here = os.getpid()
 
     def dies(number: int) -> int:
@@ -61,7 +61,7 @@ def test_what_dies_in_a_copy_is_called_here() -> None:
 
 
 def refused(n: int, here: int) -> int:
-    """As autograd answers in a copy of a process where its threads for devices have started."""
+    """Fails as autograd does in a forked copy after its device threads have started."""
     if os.getpid() != here:
         raise RuntimeError(
             "Unable to handle autograd's threading in combination with fork-based multiprocessing."
@@ -77,4 +77,4 @@ def test_where_copies_cannot_run_backward_the_original_makes_every_call(
     calls = [partial(refused, n, os.getpid()) for n in range(4)]
     assert side_by_side(calls) == list(range(4))
     assert side_by_side(calls) == list(range(4))
-    assert len(seen) == 1  # nor is it tried again
+    assert len(seen) == 1  # it is not tried again

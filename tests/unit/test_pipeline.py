@@ -1,4 +1,4 @@
-"""The whole story on a job of the user's own, and what is left of an interrupted one."""
+"""A whole proof of concept on a user's own job, and what remains of an interrupted one."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Whole = tuple[Poc, Store, list[str]]
 
 
 def quiet(stage: str, done: int, total: int, detail: str) -> None:
-    """Nobody watches."""
+    """Ignores the progress."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_techniques() -> Iterator[None]:
-    """All of them are tried elsewhere; each costs traces."""
+    """Only a few techniques, as each costs traces; all are tested elsewhere."""
     names = ("activation-checkpointing", "optimizer-in-backward", "bf16-autocast")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_space, "TECHNIQUES", {name: TECHNIQUES[name] for name in names})
@@ -104,7 +104,7 @@ def few_techniques() -> Iterator[None]:
 def whole(
     request_: Request, few_techniques: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Poc, Store, list[str]]:
-    """One PoC for all tests of this file: its children are real."""
+    """One PoC for all tests of this file, with real child processes."""
     stages: list[str] = []
     store = Store(tmp_path_factory.mktemp("store") / "store.sqlite3")
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,7 @@ def test_the_recommendation_trains_where_plain_training_cannot(whole: Whole) -> 
     assert {"trace", "search", "calibrate", "finalists", "run"} <= set(stages)
 
 
-def test_what_was_predicted_was_measured(whole: Whole) -> None:
+def test_measured_peaks_and_timelines_match_the_predictions(whole: Whole) -> None:
     done = [r for r in whole[0].runs if r.measurement.outcome is OutcomeKind.OK]
     assert len(done) >= 4
     for run in done:
@@ -146,7 +146,7 @@ def test_what_was_predicted_was_measured(whole: Whole) -> None:
         assert max(measured) == pytest.approx(max(predicted), rel=0.02), name
 
 
-def test_an_exact_plan_is_proved_bit_for_bit_and_reproducible(whole: Whole) -> None:
+def test_an_exact_plan_gets_an_equivalent_verdict_and_is_reproducible(whole: Whole) -> None:
     found = whole[0]
     verdicts = {v.name: v.verdict.kind for v in found.verdicts}
     assert verdicts["recommended"] is VerdictKind.EQUIVALENT
@@ -155,7 +155,7 @@ def test_an_exact_plan_is_proved_bit_for_bit_and_reproducible(whole: Whole) -> N
     assert {i.quantity for i in found.interactions} == {"peak_bytes", "step_s", "metric"}
 
 
-def test_rivals_run_before_one_is_recommended(whole: Whole) -> None:
+def test_the_recommendation_is_among_the_plans_that_were_tried(whole: Whole) -> None:
     result = whole[0].search
     assert result.recommended is not None
     assert len([t for t in result.trials if t.step_s]) == 2
@@ -170,13 +170,13 @@ def test_everything_is_in_the_store_and_the_report_is_written(whole: Whole) -> N
     assert "<html" in Path(found.report).read_text(encoding="utf-8")
 
 
-def test_a_report_is_made_again_in_the_other_language(whole: Whole, tmp_path: Path) -> None:
+def test_a_report_can_be_rewritten_in_another_language(whole: Whole, tmp_path: Path) -> None:
     _, store, _ = whole
     path = report(store, poc_id=None, path=tmp_path / "again.html", lang="ja")
     assert 'lang="ja"' in path.read_text(encoding="utf-8")
 
 
-def test_an_interrupted_poc_shows_the_runs_it_got(whole: Whole, tmp_path: Path) -> None:
+def test_an_interrupted_poc_keeps_its_finished_runs_and_gets_a_report(whole: Whole, tmp_path: Path) -> None:
     found, store, _ = whole
     begin = serialization.loads(Poc, store.records(found.poc_id, "begin")[0].body)
     cut = Store(tmp_path / "cut.sqlite3")
@@ -189,7 +189,7 @@ def test_an_interrupted_poc_shows_the_runs_it_got(whole: Whole, tmp_path: Path) 
     assert report(cut, poc_id="cut", path=tmp_path / "cut.html", lang="en").stat().st_size > 10_000
 
 
-def test_there_must_be_something_to_report(tmp_path: Path) -> None:
+def test_a_report_without_a_poc_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "empty.sqlite3")
     with pytest.raises(UserError, match=r"no proof of concept in .*; run `memfit poc` first"):
         report(store, poc_id=None, path=None, lang="en")
@@ -197,7 +197,7 @@ def test_there_must_be_something_to_report(tmp_path: Path) -> None:
         stored_poc(store, "x")
 
 
-def test_the_frontier_of_the_poc_is_in_order_and_its_recommendation_the_best_that_fits(whole: Whole) -> None:
+def test_the_frontier_is_sorted_by_peak_and_the_recommendation_is_the_best_that_fits(whole: Whole) -> None:
     found = whole[0].search
     peaks = [c.estimate.allocated_bytes.value for c in found.frontier]
     assert peaks == sorted(peaks)
@@ -209,7 +209,7 @@ def test_the_frontier_of_the_poc_is_in_order_and_its_recommendation_the_best_tha
 # --- one plan
 
 
-def test_explain_is_the_whole_trace_of_one_plan(request_: Request) -> None:
+def test_explain_gives_the_peak_of_a_whole_trace_and_refuses_impossible_plans(request_: Request) -> None:
     plan = Plan(uses=(use("activation-checkpointing", every=1),))
     found = explain(request_, plan, quiet)
     _, pricer = single_device.make_pricer(request_)
@@ -219,7 +219,7 @@ def test_explain_is_the_whole_trace_of_one_plan(request_: Request) -> None:
 
 
 @pytest.mark.parametrize("capped", [False, True])
-def test_one_run_has_its_prediction_beside_it(
+def test_a_single_run_has_its_prediction_and_if_capped_a_cap_slightly_above_it(
     capped: bool, request_: Request, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[RunSpec] = []
@@ -252,7 +252,7 @@ def test_one_run_has_its_prediction_beside_it(
     assert [t[1] for t in seen if t[0] == "run"] == [0, 0, 1]
 
 
-def test_a_plan_of_two_ranks_is_measured_on_both(request_: Request) -> None:
+def test_a_plan_of_two_ranks_runs_here_and_its_peak_matches_the_prediction(request_: Request) -> None:
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")
     told: list[tuple[object, ...]] = []
@@ -269,7 +269,7 @@ def test_more_ranks_than_this_machine_can_start_are_refused(request_: Request) -
         run_plan(request_, plan, seed=0, steps=1, capped=False, progress=lambda *told: None)
 
 
-def test_a_cap_nobody_can_keep_is_told_before_anything_runs(
+def test_an_impossible_cap_is_refused_before_anything_runs(
     request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
@@ -329,10 +329,10 @@ def test_plain_training_may_be_the_recommendation(whole: Whole, request_: Reques
     assert list(story._interactions([])) == []
 
 
-def test_only_ablations_that_are_many_times_slower_are_run_in_a_few_steps(
+def test_only_ablations_that_are_many_times_slower_run_fewer_steps(
     whole: Whole, request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are there for memory and step time; what is judged is run whole."""
+    """Ablations only show memory and step time; runs that are judged keep all their steps."""
     _, pricer = single_device.make_pricer(request_)
     finished = single_device.Planning(
         request=request_, job=pricer.job, pricer=pricer, cap_bytes=1, cap_reason="", result=whole[0].search

@@ -1,4 +1,4 @@
-"""Hand-made streams played: what overlaps, what waits, what would have to be faster."""
+"""Simulation of hand-made streams: overlap, waits and the bottleneck."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def player(on: Machine | None = None) -> Player:
     return Player(model=model, machine=on, members={"0": tuple(range(8))})
 
 
-def test_kinds_and_sizes_are_read_from_signatures() -> None:
+def test_collective_kinds_and_sizes_are_read_from_signatures() -> None:
     assert sent(gather(1000)) == ("all_gather", 10**9)
     whole, part = tensor(800, dtype="float32"), tensor(100, dtype="float32")
     assert sent(call("c10d._reduce_scatter_base_.default", [part, whole])) == ("reduce_scatter", 3200)
@@ -88,7 +88,7 @@ def test_kinds_and_sizes_are_read_from_signatures() -> None:
     assert sent(call("c10d.barrier", [part])) == ("", 0)
 
 
-def test_what_is_gathered_ahead_hides_behind_the_work_before_it() -> None:
+def test_a_gather_started_early_is_hidden_behind_compute() -> None:
     alone = player().play([gather()]).step_s
     ahead = player().play([gather(stream="s"), *[work()] * 3, wait("", "s"), work()])
     assert alone < 0.02
@@ -101,17 +101,17 @@ def test_what_is_gathered_ahead_hides_behind_the_work_before_it() -> None:
     assert blocked.step_s > ahead.step_s
 
 
-def test_a_wait_may_leave_out_the_newest_calls() -> None:
+def test_a_wait_with_a_lag_ignores_the_newest_calls() -> None:
     steps = [gather(stream="s"), gather(stream="s"), wait("", "s", 1), work()]
     assert player().play(steps).exposed_s == pytest.approx(player().play(steps[:1]).step_s, rel=0.01)
 
 
-def test_collectives_share_their_wires() -> None:
+def test_concurrent_collectives_share_the_bandwidth_of_the_link() -> None:
     one, two = player().play([gather(stream="s")]), player().play([gather(stream="s"), gather(stream="t")])
     assert two.step_s == pytest.approx(2 * one.step_s, rel=0.01)
 
 
-def test_gradients_are_awaited_where_backward_ends() -> None:
+def test_gradient_collectives_are_awaited_at_the_end_of_backward() -> None:
     reduced = gather(stream="group 0", phase=Phase.BACKWARD)
     found = player().play([work(phase=Phase.BACKWARD), reduced, work(phase=Phase.OPTIMIZER)])
     assert found.exposed_s == pytest.approx(player().play([gather()]).step_s, rel=0.01)
@@ -124,7 +124,7 @@ def test_many_tiny_kernels_wait_for_the_host() -> None:
     assert next(iter(player().bottleneck(trace([tiny] * 100)))) == "host"
 
 
-def test_a_host_that_waits_for_each_kernel_adds_its_issue_to_all_of_them() -> None:
+def test_a_blocking_host_adds_its_issue_time_to_every_kernel() -> None:
     steps = [work(), gather(stream="s"), work(), wait("", "s"), work()]
     waiting = dataclasses.replace(player(), blocking=True)
     items = [waiting.item(op) for op in steps]
@@ -150,14 +150,14 @@ def trace(ops: list[OpCall], again: int = 0) -> Trace:
     )
 
 
-def test_micro_steps_that_were_not_played_are_on_the_line() -> None:
+def test_step_time_grows_linearly_with_repeated_micro_steps() -> None:
     found = [player().step(trace([work(), work()], again)).step_s for again in (0, 1, 7)]
     assert found[2] == pytest.approx(found[0] + 7 * (found[1] - found[0]))
     before, micro, after = split(trace([work(), work()]))
     assert (len(before), len(micro), len(after)) == (0, 2, 0)
 
 
-def test_the_bottleneck_is_what_would_have_to_be_faster() -> None:
+def test_the_bottleneck_is_memory_or_link_depending_on_the_size_of_the_gather() -> None:
     assert next(iter(player().bottleneck(trace([work(), work(), gather(10)])))) == "memory"
     assert next(iter(player().bottleneck(trace([work(), gather(10_000), work()])))) == "link"
 
@@ -172,7 +172,9 @@ STEPS = st.lists(
 
 
 @given(ops=STEPS, faster=st.floats(1, 10), wider=st.floats(1, 10), link=st.floats(1, 10))
-def test_law_no_faster_machine_is_slower(ops: list[OpCall], faster: float, wider: float, link: float) -> None:
+def test_a_faster_machine_never_takes_longer(
+    ops: list[OpCall], faster: float, wider: float, link: float
+) -> None:
     fast = machine(flops=100e12 * faster, bandwidth=1e12 * wider, link=100e9 * link)
     slow = player().play(ops).step_s
     assert player(fast).play(ops).step_s <= slow * (1 + 1e-9)

@@ -1,4 +1,4 @@
-"""What `memfit poc` and `memfit plan` do on this machine where nothing is said: the cap, the processor."""
+"""Defaults of `memfit poc` and `memfit plan` on this machine: the cap, and training on the CPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def quiet(*begun: Any) -> None:
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """A search for a job of a few kilobytes on a processor."""
+    """A search for a job of a few kilobytes on a CPU."""
 
     def asked(job: Job | None = None, **more: Any) -> Planning:
         monkeypatch.setattr(single_device, "load", lambda ref: job or words(2))
@@ -72,7 +72,7 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
 # --- the cap of a demonstration
 
 
-def test_a_demonstration_whose_quarter_no_plan_fits_gets_a_cap_that_one_does(ask: Ask) -> None:
+def test_a_demonstration_cap_that_no_plan_fits_is_raised_to_fit_the_smallest_plan(ask: Ask) -> None:
     found = ask()
     recommended = found.result.recommended
     assert recommended is not None
@@ -89,7 +89,7 @@ def test_a_demonstration_whose_quarter_no_plan_fits_gets_a_cap_that_one_does(ask
     assert "25% に収まるプランがないため" in load_words("ja").of(found.cap_reason)
 
 
-def test_a_demonstration_that_a_plan_fits_keeps_the_jobs_own_share(
+def test_a_demonstration_cap_that_a_plan_fits_keeps_the_jobs_own_ratio(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(single_device, "CPU_HEADROOM_BYTES", 0)
@@ -98,7 +98,7 @@ def test_a_demonstration_that_a_plan_fits_keeps_the_jobs_own_share(
     assert found.cap_bytes == int(0.95 * found.result.baseline.estimate.allocated_bytes.value)
 
 
-def test_a_cap_that_was_asked_for_is_not_changed(ask: Ask) -> None:
+def test_a_cap_given_by_the_user_is_not_changed(ask: Ask) -> None:
     with pytest.raises(NothingFits) as told:
         ask(cap_bytes=1000)
     assert told.value.cap_bytes == 1000
@@ -107,7 +107,7 @@ def test_a_cap_that_was_asked_for_is_not_changed(ask: Ask) -> None:
 # --- techniques that are excluded
 
 
-def test_an_excluded_technique_is_in_no_plan_on_this_machine_and_in_no_run_of_a_proof_of_concept(
+def test_an_excluded_technique_is_in_no_plan_and_in_no_run_of_a_proof_of_concept(
     ask: Ask, tmp_path: Path
 ) -> None:
     excluded = ("bf16-autocast", "activation-checkpointing")
@@ -120,7 +120,7 @@ def test_an_excluded_technique_is_in_no_plan_on_this_machine_and_in_no_run_of_a_
     assert not [p for p in ran if any(map(p.get, excluded))]
 
 
-def test_plan_takes_excluded_techniques_for_this_machine_too() -> None:
+def test_plan_on_this_machine_accepts_excluded_techniques_and_corrects_misspellings() -> None:
     bounds = bounds_of(JobOptions(), BoundsOptions(without=["adamw-8bit"]), "this")
     assert bounds.without == ("adamw-8bit",)
     with pytest.raises(UserError, match="did you mean 'adamw-8bit'"):
@@ -137,7 +137,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_machine_with_a_gpu_is_told_in_one_line_that_the_processor_trains(
+def test_on_a_machine_with_a_gpu_one_line_says_that_the_cpu_trains(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     request_of(JobOptions(), GoalOptions(), HereOptions())
@@ -149,12 +149,12 @@ def test_a_machine_with_a_gpu_is_told_in_one_line_that_the_processor_trains(
     assert capsys.readouterr().err == ""
 
 
-def test_a_machine_without_a_gpu_is_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_machine_without_a_gpu_no_warning_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     request_of(JobOptions(), GoalOptions(), HereOptions())
     assert capsys.readouterr().err == ""
 
 
-def test_help_looks_for_no_gpu_and_loads_no_torch() -> None:
+def test_help_of_poc_loads_no_torch() -> None:
     code = (
         "import sys\nfrom memfit.cli import main\nmain(['poc', '--help'])\nsys.exit('torch' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""Precision advice on modules whose islands are known, and on others that need none."""
+"""Precision advice for modules that are known to need float32, and for others that do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memfit.types.precision import Examined, PrecisionAdvice
 
 
 class MaskedSoftmax(nn.Module):
-    """A large additive mask, made here."""
+    """A softmax with a large additive mask made inside."""
 
     def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         return (x + (1 - seen) * -1e9).softmax(-1)
@@ -51,7 +51,7 @@ class LogSum(nn.Module):
 
 
 class Squares(nn.Module):
-    """A sum of many."""
+    """A sum of many squares."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.square().sum(1)
@@ -74,7 +74,7 @@ class Ordinary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its own code has the softmax."""
+    """Attention with the softmax in its own code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_in_bf16_the_known_islands_are_named_and_no_other_module(bf16: Precision
     assert reasons["spectrum"] == "fails"  # no kernel in half precision
 
 
-def test_in_fp16_what_overflows_is_named_too(fp16: PrecisionAdvice) -> None:
+def test_in_fp16_modules_that_overflow_are_named_too(fp16: PrecisionAdvice) -> None:
     expected = {"masked", "far_norm", "distances", "log_sum", "squares"}
     assert expected <= set(fp16.islands) <= expected | {"rotations", "spectrum"}
     seen = found(fp16)
@@ -175,7 +175,7 @@ def test_in_fp16_what_overflows_is_named_too(fp16: PrecisionAdvice) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_ordinary_modules_have_the_error_of_rounding(dtype: str, request: pytest.FixtureRequest) -> None:
+def test_ordinary_modules_have_only_the_error_of_rounding(dtype: str, request: pytest.FixtureRequest) -> None:
     unit = {"bf16": 2.0**-9, "fp16": 2.0**-12}[dtype]
     seen = found(request.getfixturevalue(dtype))
     inside = ("blocks.*.up", "blocks.*.act", "blocks.*.norm")
@@ -186,7 +186,7 @@ def test_ordinary_modules_have_the_error_of_rounding(dtype: str, request: pytest
     assert seen["blocks.*.up"].modules_count == 3
 
 
-def test_autocast_keeps_norms_and_sums_in_float32_on_cuda_and_the_advice_tells_them_apart(
+def test_advice_for_autocast_leaves_out_modules_that_autocast_keeps_in_float32(
     bf16: PrecisionAdvice, fp16: PrecisionAdvice
 ) -> None:
     for advice in (bf16, fp16):
@@ -194,14 +194,16 @@ def test_autocast_keeps_norms_and_sums_in_float32_on_cuda_and_the_advice_tells_t
     assert "rotations" in bf16.islands_autocast  # of its own products
 
 
-def test_with_the_islands_kept_the_loss_moves_less(bf16: PrecisionAdvice, fp16: PrecisionAdvice) -> None:
+def test_keeping_the_islands_in_float32_changes_the_loss_less(
+    bf16: PrecisionAdvice, fp16: PrecisionAdvice
+) -> None:
     assert bf16.kept_ratio <= bf16.loss_ratio
     assert fp16.loss_ratio == float("inf")
     assert fp16.kept_ratio < 1e-2
 
 
 class Frames(nn.Module):
-    """What is given is no tensor, but an object that holds some."""
+    """The inner module gets an object that holds tensors."""
 
     class Frame:
         def __init__(self, origin: torch.Tensor) -> None:
@@ -219,7 +221,7 @@ class Frames(nn.Module):
         return self.weight(self.into(Frames.Frame(batch["origin"]), batch["points"]))
 
 
-def test_tensors_inside_objects_are_narrowed_too() -> None:
+def test_tensors_inside_objects_are_cast_to_lower_precision_too() -> None:
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         origin = torch.full((4, 1, 3), 300.0) + torch.randn(4, 1, 3)
         return {"origin": origin, "points": origin + torch.randn(4, 8, 3)}
@@ -234,7 +236,7 @@ class FarNorm(nn.LayerNorm):
 
 
 class Deep(nn.Module):
-    """In some blocks the statistics are of a large mean; where they are told by `far`."""
+    """The norms of the blocks in `far` get values with a large mean."""
 
     def __init__(self, far: tuple[int, ...], blocks: int = 6) -> None:
         super().__init__()
@@ -257,7 +259,7 @@ class Deep(nn.Module):
         (tuple(range(6)), ("blocks.*.norm",)),
     ],
 )
-def test_patterns_name_those_at_fault_alone(far: tuple[int, ...], islands: tuple[str, ...]) -> None:
+def test_patterns_name_only_the_modules_at_fault(far: tuple[int, ...], islands: tuple[str, ...]) -> None:
     given = job(lambda: Deep(far), loss=lambda m, b: m(b).square().mean())
     (advice,) = advise(given, ("bf16",), batches=1, trained=0)
     assert advice.islands == islands
@@ -265,7 +267,7 @@ def test_patterns_name_those_at_fault_alone(far: tuple[int, ...], islands: tuple
 
 
 class Calls(nn.Module):
-    """One function after another on what comes in; each is a module of its own."""
+    """Applies every function to the same input; each is a module of its own."""
 
     class One(nn.Module):
         def __init__(self, function: Any) -> None:
@@ -300,7 +302,7 @@ def scanned(x: torch.Tensor) -> torch.Tensor:
     return torch.stack(kept, 1)
 
 
-def test_code_of_many_operators_is_innocent_and_a_long_recurrence_is_not() -> None:
+def test_a_long_recurrence_is_an_island_and_other_code_of_many_operators_is_not() -> None:
     innocent = {
         "norm": by_hand,
         "gelu": lambda x: 0.5 * x * (1 + (0.8 * (x + 0.045 * x**3)).tanh()),
@@ -330,7 +332,7 @@ def fold() -> tuple[PrecisionAdvice, ...]:
     return advise(job, ("bf16", "fp16"), batches=1, trained=40)
 
 
-def test_alphafold_s_known_islands_are_found_without_being_told(fold: tuple[PrecisionAdvice, ...]) -> None:
+def test_alphafolds_known_islands_are_found(fold: tuple[PrecisionAdvice, ...]) -> None:
     """Softmax behind large masks (float16 ends at 65,504), statistics of norms, distances and frames."""
     bf16, fp16 = fold
     masked = {
@@ -354,7 +356,7 @@ def test_alphafold_s_known_islands_are_found_without_being_told(fold: tuple[Prec
     assert not {kinds[pattern] for pattern in (*bf16.islands, *fp16.sums)} & {"Linear", "Transition"}
 
 
-def test_what_torch_sums_in_float32_is_told_apart() -> None:
+def test_modules_that_torch_sums_in_float32_are_listed_separately() -> None:
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
         return {"x": torch.randn(4, 32, 512, generator=torch.Generator().manual_seed(step))}
 
@@ -369,14 +371,14 @@ def test_what_torch_sums_in_float32_is_told_apart() -> None:
     assert found(advice)["norm"].sums_ratio > 4 * found(advice)["norm"].pure.error_ratio
 
 
-def test_masks_that_hide_nothing_are_made_to_hide() -> None:
+def test_all_ones_masks_get_padding_and_other_tensors_do_not_change() -> None:
     made = padded({"mask": torch.ones(2, 32), "one_hot": torch.eye(32), "scale": torch.ones(32), "x": None})
     assert made["mask"].sum() == 2 * 30
     assert torch.equal(made["one_hot"], torch.eye(32))
     assert torch.equal(made["scale"], torch.ones(32))  # of one dimension: it may be anything
 
 
-def test_the_command_tells_in_two_languages_and_in_json(
+def test_the_precision_command_prints_english_japanese_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.py"

@@ -1,4 +1,4 @@
-"""A technique is left out for a reason that was priced: the best plan with it, or the smallest."""
+"""A technique is left out for a reason based on a priced plan: the best plan with it, or the smallest."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def priced(of: Plan, peak: float, step_s: float, *, traced: bool = True) -> Esti
     )
 
 
-# Of all plans. The sketch of half batches in bf16 is too small: its trace needs 45.
+# Sketches of all plans. The one of half batches in bf16 is too small: its trace needs 45.
 SKETCHES = [
     priced(PLAIN, 100, 1.0, traced=False),
     priced(plan(CHECKPOINTED), 30, 1.3, traced=False),
@@ -88,12 +88,12 @@ def test_the_best_plan_with_a_technique_that_may_fit_is_traced_before_it_is_left
         assert found[name].time_ratio == pytest.approx(1.4 / 1.3)
 
 
-def test_nothing_more_is_traced_once_the_best_of_each_technique_was() -> None:
+def test_nothing_more_is_traced_once_the_best_plan_with_each_technique_was() -> None:
     traced = [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 38, 1.4)]
     assert counterfactuals(SKETCHES, traced, traced[1], cap=CAP, goal=Objective.FASTEST) == []
 
 
-def test_where_none_fits_the_smallest_is_traced_and_named_with_what_it_needs() -> None:
+def test_where_no_plan_with_a_technique_fits_the_smallest_is_traced_and_named() -> None:
     tight = Cap(bytes=32, needs=CAP.needs, refuses=CAP.refuses)
     wanted = counterfactuals(SKETCHES, TRACED, TRACED[1], cap=tight, goal=Objective.FASTEST)
     assert wanted == [plan(MIXED, THIRDS, LOW_BIT)]
@@ -107,7 +107,7 @@ def test_where_none_fits_the_smallest_is_traced_and_named_with_what_it_needs() -
     )
 
 
-def test_a_sketch_that_may_fit_is_no_reason_to_say_that_none_does() -> None:
+def test_a_technique_with_a_sketch_that_may_fit_is_not_reported_as_too_large() -> None:
     assert "adamw-8bit" not in reasons(TRACED)
 
 
@@ -124,7 +124,7 @@ def test_a_sketch_that_may_fit_is_no_reason_to_say_that_none_does() -> None:
         ),
     ],
 )
-def test_what_was_priced_is_said_in_both_languages(lang: str, said: str) -> None:
+def test_the_reason_with_the_priced_plans_is_printed_in_both_languages(lang: str, said: str) -> None:
     found = decide(
         [*TRACED, priced(plan(MIXED, THIRDS, LOW_BIT), 41, 1.4)],
         goal=Objective.FASTEST,
@@ -144,7 +144,7 @@ def test_what_was_priced_is_said_in_both_languages(lang: str, said: str) -> None
 
 
 class Scale:
-    """What reasons ask of a search: ``whole`` are the traces of its sketches."""
+    """The parts of a search that reasons use; ``whole`` are the traces of its sketches."""
 
     def __init__(self, cap_bytes: int, whole: Sequence[Estimate] = ()) -> None:
         self.aim = SimpleNamespace(goal=Objective.FASTEST, cap_bytes=cap_bytes)
@@ -168,7 +168,7 @@ def told_of(scale: Scale, known: Sequence[Estimate]) -> dict[str, Reason]:
     return {r.technique: r for r in rivals(scale, WINNER, known, scale.fits)}  # type: ignore[arg-type]
 
 
-def test_of_many_devices_a_technique_that_does_not_fit_is_told_with_what_was_priced() -> None:
+def test_on_many_devices_a_technique_that_does_not_fit_is_reported_with_the_priced_plans() -> None:
     told = told_of(Scale(32), KNOWN)
     assert told["adamw-8bit"] == Reason(
         kind="left_out_too_large",
@@ -181,7 +181,7 @@ def test_of_many_devices_a_technique_that_does_not_fit_is_told_with_what_was_pri
     assert (needed.kind, needed.plan_count, needed.least_bytes) == ("needed_priced", 5, 35)
 
 
-def test_of_many_devices_a_sketch_little_above_the_cap_is_traced_before_it_is_called_too_large() -> None:
+def test_on_many_devices_a_sketch_slightly_above_the_cap_is_traced_before_it_is_too_large() -> None:
     found = priced(plan(MIXED, THIRDS, LOW_BIT), 31, 1.4)
     scale = Scale(32, [found])
     sure = list(smallest_traced(scale, WINNER, KNOWN, scale.fits))  # type: ignore[arg-type]
@@ -191,7 +191,7 @@ def test_of_many_devices_a_sketch_little_above_the_cap_is_traced_before_it_is_ca
     assert not list(smallest_traced(tight, WINNER, KNOWN[1:], tight.fits))  # type: ignore[arg-type]
 
 
-def test_what_fits_and_is_too_late_is_not_called_too_large() -> None:
+def test_a_plan_that_fits_but_is_late_is_not_reported_as_too_large() -> None:
     scale = Scale(1000)
     late = {r.technique: r for r in rivals(scale, WINNER, KNOWN, lambda e: e == WINNER)}  # type: ignore[arg-type]
     assert late["adamw-8bit"].kind == "left_out_late"

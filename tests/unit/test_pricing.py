@@ -1,4 +1,4 @@
-"""Sketches are composed from parts: held against traces of the whole plan."""
+"""Sketches are composed from traced parts, and compared with traces of the whole plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CUDA = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, kind="cud
 
 
 def quiet(stage: str, done: int, total: int, detail: str) -> None:
-    """Nobody watches."""
+    """Ignores the progress."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ PLANS = [
 
 
 @pytest.mark.parametrize("uses", PLANS, ids=lambda u: Plan(uses=u).label)
-def test_a_sketch_is_close_and_never_much_too_low(uses: tuple[Use, ...], pricer: Pricer) -> None:
+def test_a_sketch_is_close_to_the_whole_trace_and_never_much_too_low(
+    uses: tuple[Use, ...], pricer: Pricer
+) -> None:
     plan = Plan(uses=uses)
     sketch, whole = pricer.sketch(plan), pricer.whole(plan)
     ratio = sketch.allocated_bytes.value / whole.allocated_bytes.value
@@ -93,13 +95,13 @@ def test_a_sketch_is_close_and_never_much_too_low(uses: tuple[Use, ...], pricer:
     assert sketch.flops_per_step == pytest.approx(whole.flops_per_step, rel=0.05)
 
 
-def test_plain_training_is_sketched_to_one_storage(pricer: Pricer) -> None:
+def test_the_sketch_of_plain_training_is_exact_to_64_bytes(pricer: Pricer) -> None:
     sketch, whole = pricer.sketch(Plan()), pricer.whole(Plan())
     for phase in ("forward", "backward", "optimizer"):
         assert sketch.phase_peak_bytes[phase] == pytest.approx(whole.phase_peak_bytes[phase], abs=64)
 
 
-def test_offload_takes_what_is_saved_out_and_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_offload_lowers_the_forward_peak_and_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "_OFFLOADED_BYTES", 1024)  # everything here is smaller than the default
     job = words(BLOCKS)
     found = Pricer(job=job, machine=CPU, space=space_of(job, "cpu"))
@@ -136,7 +138,7 @@ def test_parts_are_traced_once_and_shared_between_machines(
     assert fast.step_s.value < slow.step_s.value
 
 
-def test_a_batch_of_one_and_an_unknown_speed() -> None:
+def test_a_sketch_of_a_batch_of_one_on_a_device_of_unknown_speed_has_no_step_time() -> None:
     job = dataclasses.replace(regression(), batch_size=1)
     unknown = dataclasses.replace(CPU, device=dataclasses.replace(CPU.device, peak_flops={}))
     found = Pricer(job=job, machine=unknown, space=space_of(job, "cpu"))
@@ -171,7 +173,7 @@ def test_the_heaviest_operators_are_probed_first(pricer: Pricer) -> None:
 # --- the space, caps and finalists
 
 
-def test_the_space_is_read_off_the_model() -> None:
+def test_the_plan_space_is_derived_from_the_model() -> None:
     space = space_of(words(BLOCKS), "cpu")
     assert (space.block_count, space.batch_size, space.vocabulary, space.has_head) == (BLOCKS, 8, 512, True)
     bare = space_of(regression(), "cuda")
@@ -179,12 +181,12 @@ def test_the_space_is_read_off_the_model() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"blocks": "layers"}, {"head": "projection"}])
-def test_a_wrong_path_in_the_job_is_told(wrong: dict[str, str]) -> None:
+def test_a_wrong_path_of_blocks_or_head_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"layers|projection"):
         space_of(dataclasses.replace(words(), **wrong), "cpu")
 
 
-def test_a_cap_must_hold_what_lies_beside_the_tensors(pricer: Pricer) -> None:
+def test_needed_bytes_include_the_overhead_beside_the_tensors(pricer: Pricer) -> None:
     found = pricer.whole(Plan())
     peak = found.allocated_bytes.value
     assert needed_bytes(found, CPU) == int(peak * 1.05) + 2 * 2**20
@@ -205,8 +207,8 @@ def test_finalists_are_plain_the_best_and_the_smallest_without_repeats(pricer: P
     assert smallest.plan in none_fit
 
 
-def test_more_finalists_are_the_next_best_that_fit_as_the_traced_did(pricer: Pricer) -> None:
-    """A trace that is twice its sketch says so of all sketches with the same techniques."""
+def test_more_finalists_are_the_next_best_that_fit_after_correction_by_traced_plans(pricer: Pricer) -> None:
+    """A trace of twice its sketch doubles the expected size of all sketches with the same techniques."""
     sketch = pricer.sketch(Plan())
 
     def made(seconds: float, size: float, *uses: Use) -> Estimate:
@@ -265,7 +267,7 @@ def test_a_search_recommends_a_plan_that_fits_and_was_traced(monkeypatch: pytest
     assert {r.technique for r in found.result.recommended.reasons if r.kind == "left_out_accuracy"} >= {"sgd"}
 
 
-def test_nothing_fits_is_told_and_a_device_without_a_cap_has_its_memory(
+def test_a_search_raises_where_nothing_fits_and_caps_a_gpu_at_its_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(NothingFits) as told:
@@ -279,7 +281,7 @@ def test_nothing_fits_is_told_and_a_device_without_a_cap_has_its_memory(
     assert (found.cap_bytes, found.cap_reason) == (2**34, "the device's memory")
 
 
-def test_a_job_says_what_part_of_plain_training_is_shown(
+def test_the_demonstration_cap_is_the_jobs_share_of_the_baselines_peak(
     pricer: Pricer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request, peak = asked(monkeypatch), Interval(value=800, low=800, high=800)
@@ -296,7 +298,7 @@ def test_a_job_says_what_part_of_plain_training_is_shown(
         single_device._cap(request, basis, 1.5)
 
 
-def test_techniques_that_nobody_wants_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excluded_techniques_are_not_considered(monkeypatch: pytest.MonkeyPatch) -> None:
     request = asked(monkeypatch, cap_bytes=2**34)
     unwanted = dataclasses.replace(request, bounds=Bounds(without=("activation-checkpointing",)))
     searches = [single_device.search(r, quiet).result for r in (request, unwanted)]
@@ -313,7 +315,7 @@ def test_optimizers_are_left_out_where_their_states_are_small(pricer: Pricer) ->
     assert {r.saved_bytes for r in reasons if r.kind == "left_out_small"} == {2**20}
 
 
-def test_parts_made_side_by_side_are_those_made_one_by_one() -> None:
+def test_parts_traced_in_parallel_equal_parts_traced_one_by_one() -> None:
     ready, plain = (Pricer(job=words(2), machine=CPU, space=space_of(words(2), "cpu")) for _ in range(2))
     some = [Plan(uses=uses) for uses in PLANS[:4]]
     ready.prepare(some)
@@ -324,11 +326,11 @@ def test_parts_made_side_by_side_are_those_made_one_by_one() -> None:
     assert [ready.whole(plan) for plan in some] == [plain.whole(plan) for plan in some]
 
 
-# --- what a sketch thought too large, and what was measured last
+# --- measured rivals of the best plan
 
 
 class Prices:
-    """Bytes and seconds of plans as a test has them; measured operators change the seconds."""
+    """Bytes and seconds of plans that a test sets; measuring the operators changes the seconds."""
 
     def __init__(self, like: Estimate, told: dict[Plan, tuple[int, float]], then: dict[Plan, float]) -> None:
         self.calibration = Calibration()
@@ -409,7 +411,7 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
     found = single_device.search(here(monkeypatch, told), quiet).pricer.calibration
     assert found.machine == "this machine"
     assert found.flops_s == {"float32": 1e9}
-    assert found.took_s >= 2.0  # asked of what spans the search, and of what its best plans need
+    assert found.took_s >= 2.0  # calibrated twice: over the search space, and for its best plans
     slower = dataclasses.replace(
         told, flops_s={"float32": 5e8, "bfloat16": 1e9}, op_s={"s": 2.0, "t": 1.0}, overhead_s=2e-6
     )
@@ -418,7 +420,7 @@ def test_on_this_machine_the_search_calibrates_and_keeps_the_better_rates(
     assert (both.overhead_s, both.op_s) == (1e-6, {"s": 2.0, "t": 1.0})
 
 
-def test_a_calibration_that_breaks_is_an_error_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_calibration_raises_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="it broke"):
         single_device.search(here(monkeypatch, None), quiet)
 

@@ -14,7 +14,7 @@ from memfit.trace.signature import describe
 
 
 class Counter:
-    """Counts as torch would if every storage were one of these: fed by hand."""
+    """A counter with values set by hand: every call peaks at 64 bytes and keeps none."""
 
     source = "test"
 
@@ -28,7 +28,7 @@ class Counter:
         return self.live + 64
 
     def reset_peak(self) -> None:
-        """Nothing was counted yet."""
+        """Does nothing, as nothing was counted."""
 
 
 def signature(name: str, *args: Any, **kwargs: Any) -> str:
@@ -67,19 +67,21 @@ def test_a_signature_is_enough_to_run_the_operator(text: str) -> None:
     ],
     ids=["no json", "no operator", "no name", "wrong shapes", "no tensor"],
 )
-def test_what_cannot_be_run_alone_is_none(text: str) -> None:
+def test_an_operator_that_cannot_run_alone_is_probed_as_none(text: str) -> None:
     assert probe(text, Counter()) is None
 
 
 @pytest.mark.parametrize(
     ("dtype", "value"), [(torch.int64, 0), (torch.bool, True), (torch.uint8, 0), (torch.complex64, 0.5)]
 )
-def test_made_up_values_are_valid_everywhere(dtype: torch.dtype, value: float) -> None:
+def test_made_up_integers_booleans_and_complex_numbers_have_safe_values(
+    dtype: torch.dtype, value: float
+) -> None:
     name = str(dtype).removeprefix("torch.")
     assert (room._tensor([2, 3], [3, 1], name) == value).all()
 
 
-def test_shape_and_strides_are_kept() -> None:
+def test_made_up_tensors_keep_shape_and_strides() -> None:
     made = room._tensor([4, 3], [1, 4], "float32")
     assert (made.shape, made.stride()) == ((4, 3), (1, 4))
     assert 0.1 <= float(made.min()) <= float(made.max()) <= 1.0
