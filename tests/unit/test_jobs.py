@@ -254,7 +254,7 @@ def test_every_example_comes_once_an_epoch(count: int, batch: int, seed: int) ->
     assert sorted(drawn[:count]) == sorted(drawn[count : 2 * count]) == list(range(count))
 
 
-def test_masking_is_fifteen_percent_and_the_rest_is_untouched() -> None:
+def test_fifteen_percent_of_residues_have_labels_and_only_those_are_masked() -> None:
     batch = {k: v.numpy() for k, v in load("protein-lm", batch=64).make_batch(0, 0).items()}
     tokens, labels, valid = batch["tokens"], batch["labels"], batch["valid"]
     asked = labels >= 0
@@ -304,7 +304,7 @@ def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
         (">only\nMKV\n", "contains 1 sequence"),
     ],
 )
-def test_a_broken_fasta_is_refused_with_its_place(tmp_path: Path, text: str, place: str) -> None:
+def test_a_broken_fasta_is_refused_with_its_file_and_line(tmp_path: Path, text: str, place: str) -> None:
     file = tmp_path / "proteins.fasta"
     file.write_text(text)
     message = refusal("protein-lm", data=str(file))
@@ -336,7 +336,7 @@ def test_a_compressed_fasta_is_read_and_an_unreadable_one_is_refused(tmp_path: P
         (">a\nMKV\nHEC\n", "contains 1 chain"),
     ],
 )
-def test_broken_labels_are_refused_with_their_place(tmp_path: Path, text: str, place: str) -> None:
+def test_broken_labels_are_refused_with_their_line(tmp_path: Path, text: str, place: str) -> None:
     file = tmp_path / "labelled.fasta"
     file.write_text(text)
     assert place in refusal("protein-ss", data=str(file))

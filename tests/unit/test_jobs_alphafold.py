@@ -247,7 +247,7 @@ def test_dropout_is_shared_along_a_row() -> None:
 
 
 def test_a_block_and_the_network_have_the_published_number_of_parameters() -> None:
-    """1,829,952 of a block and 93 million in all are as others counted (Wang et al. 2022, HelixFold)."""
+    """Others counted 1,829,952 for a block and 93 million in all (Wang et al. 2022, HelixFold)."""
     with torch.device("meta"):
         whole = model.AlphaFold(model.published(residues=256, rows=128, extra_rows=1024, batch_size=1))
     assert sum(p.numel() for p in whole.blocks[0].parameters()) == 1_829_952
@@ -300,7 +300,7 @@ def test_point_attention_is_invariant_to_a_rigid_motion_of_all_frames() -> None:
     frames, moved = _frames(1, N), _moved()
     away = moved.then(frames)
     torch.testing.assert_close(layer(s, z, *away, mask), layer(s, z, *frames, mask))
-    with pytest.raises(AssertionError):  # but where its parts lie to each other
+    with pytest.raises(AssertionError):  # but it depends on how the frames lie to each other
         torch.testing.assert_close(layer(s, z, *_frames(1, N), mask), layer(s, z, *frames, mask))
 
 

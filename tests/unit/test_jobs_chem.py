@@ -134,7 +134,7 @@ def test_no_ring_skeleton_is_in_both_training_and_test_molecules(listed: str) ->
     assert len(molecules.arranged(molecules._user(listed), 12, "").smiles) < 24, "longer ones are left out"
 
 
-def test_padding_changes_no_value() -> None:
+def test_padding_does_not_change_a_prediction() -> None:
     torch.manual_seed(0)
     model = molformer.Molformer(dataclasses.replace(molecules._shape("tiny"), layers=2))
     tokens = torch.randint(3, 50, (2, 20))

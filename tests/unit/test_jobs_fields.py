@@ -56,7 +56,7 @@ def mesh(points: int) -> tuple[Any, Any]:
 def test_a_taylor_green_vortex_decays_at_the_exact_rate() -> None:
     y, x = mesh(24)
     square, start = Square(points=24, viscosity=0.03), np.cos(3 * x) * np.cos(2 * y) + np.cos(2 * x + 3 * y)
-    exact = np.exp(-0.03 * 13 * 2.0) * start  # all of one wavenumber: nothing is carried anywhere
+    exact = np.exp(-0.03 * 13 * 2.0) * start  # of one wavenumber: the advection term is zero
     assert np.abs(advance(square, start, step_s=0.1, steps=20) - exact).max() < 1e-12
 
 

@@ -216,7 +216,9 @@ def test_a_library_that_does_not_load_raises_an_error(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1), st.integers(1, 50))
-def test_thinning_keeps_the_peak_and_the_number_of_points(values: list[int], points: int) -> None:
+def test_thinning_keeps_the_peak_in_at_most_the_given_number_of_points(
+    values: list[int], points: int
+) -> None:
     thinned = thin(values, points)
     assert len(thinned) <= points
     assert max(thinned) == max(values)
@@ -502,7 +504,7 @@ def test_no_control_group_is_made_without_delegation(
     assert cgroup.Group.of(77, root=tmp_path, own=own) is None
 
 
-def test_the_cap_by_control_group_enters_reads_its_peak_and_leaves(
+def test_a_control_group_cap_moves_the_process_in_reads_the_peak_and_moves_it_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tree(tmp_path)

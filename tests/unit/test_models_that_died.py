@@ -42,7 +42,7 @@ def peak_bytes(build: Callable[[], nn.Module], batch: Any, loss: Loss, make: Any
     before = counter.live_bytes()
     torch.manual_seed(0)
     model = build()
-    held = copy.deepcopy(batch)  # the test's own was there before counting began
+    held = copy.deepcopy(batch)  # the caller's batch existed before counting began
     optimizer = make(model.parameters())
     counter.reset_peak()
     for _ in range(3):

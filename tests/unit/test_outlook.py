@@ -20,7 +20,7 @@ from memfit.types.result import Reach
 from memfit.workflows import reference_machines
 
 WIDTH, OUTPUTS = 1000, {"650M": 10**5, "3B": 2 * 10**6, "15B": 2 * 10**7}  # 0.1, 2 and 20 billion weights
-LENGTH_OUTPUTS = {"paper@1024": 10**5, "paper@2048": 2 * 10**6}  # what grows with it fills memory likewise
+LENGTH_OUTPUTS = {"paper@1024": 10**5, "paper@2048": 2 * 10**6}  # length fills memory as size does
 
 
 def sized(ref: JobRef) -> Job:

@@ -162,7 +162,7 @@ def test_the_recommendation_is_among_the_plans_that_were_tried(whole: Whole) -> 
     assert result.recommended.estimate.plan in {t.plan for t in result.trials}
 
 
-def test_everything_is_in_the_store_and_the_report_is_written(whole: Whole) -> None:
+def test_all_runs_are_in_the_store_and_the_report_is_written(whole: Whole) -> None:
     found, store, _ = whole
     kinds = [r.kind for r in store.records(found.poc_id)]
     assert kinds == ["begin", *["run"] * len(found.runs), "poc"]

@@ -191,7 +191,7 @@ def test_advice_for_autocast_leaves_out_modules_that_autocast_keeps_in_float32(
 ) -> None:
     for advice in (bf16, fp16):
         assert not {"far_norm", "distances", "squares", "log_sum"} & set(advice.islands_autocast)
-    assert "rotations" in bf16.islands_autocast  # of its own products
+    assert "rotations" in bf16.islands_autocast  # because of its own matrix products
 
 
 def test_keeping_the_islands_in_float32_changes_the_loss_less(
@@ -308,7 +308,7 @@ def test_a_long_recurrence_is_an_island_and_other_code_of_many_operators_is_not(
         "gelu": lambda x: 0.5 * x * (1 + (0.8 * (x + 0.045 * x**3)).tanh()),
         "mish": lambda x: x * functional.softplus(x).tanh(),
         "kinks": lambda x: (x + x.flip(1)).relu(),  # signs change where the sum is next to nothing
-        "constant": lambda x: 1 + 1e-3 * x,  # its variation is lost, and nobody needs it
+        "constant": lambda x: 1 + 1e-3 * x,  # its variation is lost, which does not matter
         "weights": lambda x: x.softmax(-1),
     }
     given = job(lambda: Calls(**innocent, scan=scanned), loss=lambda m, b: m(b).square().mean())

@@ -97,7 +97,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_calibration_measures_rates_and_the_operators_asked_for() -> None:
+def test_calibration_measures_rates_and_the_given_operators() -> None:
     texts = [RUNNABLE[0], signature("aten.no_such.default"), RUNNABLE[1]]
     found = calibrate(texts, budget_s=60.0, counter=Counter())
     assert set(found.op_s) == set(found.op_peak_bytes) == {RUNNABLE[0], RUNNABLE[1]}
