@@ -1,4 +1,4 @@
-"""Which plans' sketches are taken to be off alike."""
+"""Plans whose sketches are taken to share an error: their kinds, their distances, and which are traced."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def plan(cut: dict[str, dict[str, object]]) -> Plan:
     return Plan(uses=tuple(uses), ranks=64)
 
 
-def test_only_plans_that_are_cut_the_same_way_are_alike() -> None:
+def test_plans_have_the_same_kind_only_if_the_model_is_cut_the_same_way() -> None:
     kinds = [kind(plan(cut))[0] for cut in CUTS]
     alike = [(a, b) for a, b in itertools.combinations(range(len(CUTS)), 2) if kinds[a] == kinds[b]]
     assert alike == [(1, 2), (6, 7)]
 
 
 @pytest.mark.parametrize(("one", "other", "apart"), [(1, 2, 2.0), (6, 7, 2.0), (0, 2, 3.0), (0, 0, 0.0)])
-def test_degrees_are_apart_by_theirdoublings(one: int, other: int, apart: float) -> None:
+def test_distance_between_degrees_is_the_number_of_doublings(one: int, other: int, apart: float) -> None:
     found = [kind(plan(CUTS[at]))[1] for at in (one, other)]
     assert doublings(found[0], found[1]) == doublings(found[1], found[0]) == apart
 
@@ -68,7 +68,7 @@ def estimate(at: int, *, traced: bool) -> Estimate:
 
 
 def scale(blocks: int) -> Any:
-    """The search only knows the first plan; each plan lies beside the next and the one before."""
+    """A search that begins with the first plan; neighbours are the plans before and after one."""
 
     def at(e: Estimate) -> int:
         return STEPS.index(int(e.plan.uses[0].settings["micro_batches"]))
@@ -88,9 +88,7 @@ def scale(blocks: int) -> Any:
 
 
 @pytest.mark.parametrize(("blocks", "best"), [(4, 0.8), (80, 1.0)])
-def test_beside_the_best_of_a_small_model_what_differs_in_one_thing_is_traced(
-    blocks: int, best: float
-) -> None:
-    """Not what its sketch says is far worse."""
+def test_neighbours_of_the_best_plan_are_traced_only_for_a_small_model(blocks: int, best: float) -> None:
+    """A neighbour whose sketch is far slower is not traced."""
     found = Race(scale(blocks), lambda e: True).run([estimate(0, traced=False)], Plan())
     assert min(e.step_s.value for e in found if e.step_s) == best

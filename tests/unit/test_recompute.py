@@ -1,4 +1,4 @@
-"""Optimal recomputation: what is dropped comes back bit by bit, and the budget holds."""
+"""Optimal recomputation: dropped tensors are recomputed bit for bit, and the memory budget is respected."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def job_of(model: Callable[[], nn.Module], *, rows: int = 64, width: int = 32) -
 
 
 class Inplace(nn.Module):
-    """Writes in place: to what a convolution made, to a slice, to what another operator has read."""
+    """Writes in place: to the result of a normalisation, to a slice, to a tensor that was already read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Inplace(nn.Module):
 
 
 class Penalised(nn.Module):
-    """Asks for a gradient within forward."""
+    """Computes a gradient in its forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,9 @@ def trained(job: Job, *uses: Any, dropped: frozenset[int] | None = None) -> Any:
     [(), (use("bf16-autocast"),), (use("gradient-accumulation", micro_batches=2),)],
     ids=["plain", "autocast", "accumulated"],
 )
-def test_dropping_everything_changes_no_bit(name: str, uses: tuple[Any, ...]) -> None:
+def test_recomputing_every_tensor_leaves_losses_and_weights_bitwise_equal(
+    name: str, uses: tuple[Any, ...]
+) -> None:
     if "own function" in name and use("bf16-autocast") in uses and not _has_lstm_in_bf16():
         pytest.skip("oneDNN has no LSTM in bfloat16 for this processor (no AVX-512)")
     expected, given_up = trained(JOBS[name](), *uses), trained(JOBS[name](), *uses, dropped=EVERYTHING)
@@ -166,13 +168,13 @@ def test_dropping_everything_changes_no_bit(name: str, uses: tuple[Any, ...]) ->
 
 
 @given(st.sets(st.integers(0, 60)))
-def test_dropping_anything_changes_no_bit(dropped: set[int]) -> None:
+def test_recomputing_any_set_of_tensors_leaves_losses_bitwise_equal(dropped: set[int]) -> None:
     expected, given_up = trained(job_of(Inplace)), trained(job_of(Inplace), dropped=frozenset(dropped))
     assert given_up[0] == expected[0]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_real_and_fake_steps_number_alike(name: str) -> None:
+def test_real_and_fake_steps_give_the_same_tensor_numbering(name: str) -> None:
     job = JOBS[name]()
     step, seen = TrainingStep(job, Plan()), []
 
@@ -189,12 +191,12 @@ def test_real_and_fake_steps_number_alike(name: str) -> None:
     assert seen == [(recording.key, len(recording.made))]
 
 
-def test_what_is_written_to_after_it_was_read_is_never_a_candidate() -> None:
+def test_a_tensor_written_in_place_after_a_read_is_pinned() -> None:
     recording = record(job_of(Inplace), Plan())
     assert any(m.pinned for m in recording.made)
 
 
-# --- the program
+# --- the solver
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +224,7 @@ def least(played: Replay) -> int:
     return smallest(played).peak_bytes
 
 
-def test_the_replay_of_a_choice_is_its_trace(wide: Job, played: Replay, least: int) -> None:
+def test_the_replayed_peak_of_a_choice_equals_its_traced_peak(wide: Job, played: Replay, least: int) -> None:
     plain = played.peak_bytes(frozenset())
     for share in (0.3, 0.6, 0.9):
         choice = solve(played, int(least + share * (plain - least)))
@@ -237,11 +239,11 @@ def test_a_looser_budget_never_costs_more(played: Replay, least: int) -> None:
     plain = played.peak_bytes(frozenset())
     choices = [solve(played, least + (plain - least) * i // 8) for i in range(9)]
     costs = [c.cost_s for c in choices if c is not None]
-    assert all(b <= a * 1.004 for a, b in pairwise(costs))  # the program's gap
+    assert all(b <= a * 1.004 for a, b in pairwise(costs))  # the solver's optimality gap
     assert costs[-1] == 0
 
 
-def test_no_choice_of_a_small_step_is_cheaper() -> None:
+def test_the_solver_is_optimal_on_a_step_small_enough_to_enumerate() -> None:
     def model() -> nn.Module:
         return nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
 
@@ -267,7 +269,7 @@ def asked(budget_mib: int) -> Plan:
     return Plan(uses=(make_use("optimal-checkpointing", {"budget_mib": budget_mib}),))
 
 
-def test_a_budget_is_kept_and_means_the_same_every_time(wide: Job, tmp_path: Path) -> None:
+def test_a_budget_is_respected_and_always_gives_the_same_plan(wide: Job, tmp_path: Path) -> None:
     plain = memory_profile(trace(wide, Plan()), Calibration()).peak_bytes
     budget_mib = int(0.7 * plain / 2**20)
     plan = chosen(wide, asked(budget_mib))
@@ -285,14 +287,14 @@ def test_a_budget_above_the_plain_peak_drops_nothing(wide: Job) -> None:
     assert used.settings["dropped"] == "none"
 
 
-def test_a_budget_below_the_least_says_what_would_do(wide: Job) -> None:
+def test_a_budget_below_the_minimum_is_refused_with_the_minimum(wide: Job) -> None:
     with pytest.raises(UserError, match=r"a budget of 1 MiB; allowed: at least \d+ MiB") as told:
         chosen(wide, asked(1))
     least = int(str(told.value).partition("at least ")[2].split()[0])
     assert chosen(wide, asked(least)).uses[0].settings["dropped"] != "none"
 
 
-def test_where_the_program_ends_without_an_answer_the_least_found_is_one(
+def test_the_smallest_choice_found_is_used_where_the_solver_returns_none(
     wide: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError) as told:
@@ -306,7 +308,7 @@ def test_where_the_program_ends_without_an_answer_the_least_found_is_one(
         chosen(wide, asked(least_mib - 1))
 
 
-def test_a_plan_that_is_not_chosen_yet_trains_nothing() -> None:
+def test_training_refuses_a_plan_whose_tensors_are_not_chosen_yet() -> None:
     with pytest.raises(UserError, match="no choice of tensors yet"):
         TrainingStep(words(), asked(100))
 
@@ -318,7 +320,7 @@ def test_a_choice_for_another_model_is_refused() -> None:
         step.run(step.job.make_batch(0, 0))
 
 
-def test_a_parameter_stepped_before_it_is_read_again_is_told() -> None:
+def test_a_parameter_changed_before_recomputation_is_an_error() -> None:
     weight = nn.Parameter(torch.ones(4))
     tape = Tape(EVERYTHING)
     with saved_tensors_hooks(tape.pack, tape.unpack), tape:
@@ -330,18 +332,18 @@ def test_a_parameter_stepped_before_it_is_read_again_is_told() -> None:
 
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.integers(0, 2**32 - 1))
-def test_choices_are_read_as_they_are_written(numbers: set[int], key: int) -> None:
+def test_a_choice_of_tensors_survives_writing_and_reading(numbers: set[int], key: int) -> None:
     text = dropped_text(key, numbers)
     assert read_dropped(text) == (key, frozenset(numbers))
     assert make_use("optimal-checkpointing", {"dropped": text}).settings["dropped"] == text
 
 
-def test_a_choice_that_is_no_choice_is_refused() -> None:
+def test_an_invalid_choice_of_tensors_is_refused() -> None:
     with pytest.raises(UserError, match="dropped is 'all'"):
         make_use("optimal-checkpointing", {"dropped": "all"})
 
 
-def test_micro_batches_are_chosen_for_together(wide: Job) -> None:
+def test_a_budget_is_respected_across_micro_batches(wide: Job) -> None:
     twice = use("gradient-accumulation", micro_batches=2)
     job = dataclasses.replace(wide, batch_size=2048)
     plain = memory_profile(trace(job, Plan(uses=(twice,))), Calibration()).peak_bytes
@@ -351,7 +353,7 @@ def test_micro_batches_are_chosen_for_together(wide: Job) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_nothing_waits_for_the_garbage_collector(name: str) -> None:
+def test_recomputation_leaves_no_objects_for_the_garbage_collector(name: str) -> None:
     def alive() -> set[int]:
         return {id(o) for o in gc.get_objects() if type(o) in (Value, RecomputedCall)}
 

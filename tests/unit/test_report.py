@@ -1,4 +1,4 @@
-"""The report tells what a Poc holds, in both languages, whatever is missing and whoever wrote the texts."""
+"""The report shows what a proof of concept holds, in both languages, with missing data or hostile texts."""
 
 from __future__ import annotations
 
@@ -114,19 +114,19 @@ def test_every_language_has_the_same_keys_and_placeholders() -> None:
             assert placeholders(other.texts[key]) == placeholders(text), key
 
 
-def test_japanese_is_japanese() -> None:
-    """Every text has a Japanese character, but for signs, formulas and a command's name."""
+def test_every_japanese_text_has_a_japanese_character() -> None:
+    """Signs, formulas and the name of a command are exempt."""
     plain = {key for key, text in load_words("ja").texts.items() if not re.search(r"[぀-ヿ一-鿿]", text)}
     signs = {"column.carbon", "text.effect_note", "terminal.verdict", "explain.brand", "lint.instead"}
     assert plain <= signs
 
 
 @pytest.mark.parametrize("kind", REASONS)
-def test_every_reason_of_the_search_has_words(kind: str) -> None:
+def test_every_search_reason_has_a_text(kind: str) -> None:
     assert f"reason.{kind}" in EN.texts
 
 
-def test_unknown_language_is_the_users_mistake(tmp_path: Path) -> None:
+def test_an_unknown_language_is_a_user_error_that_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'fr'.*allowed: en, ja"):
         write_html(full_poc(), tmp_path / "r.html", lang="fr")
     assert list(tmp_path.iterdir()) == []
@@ -154,17 +154,17 @@ def test_unknown_language_is_the_users_mistake(tmp_path: Path) -> None:
         (0.0, "", "0"),
     ],
 )
-def test_numbers_as_people_write_them(value: float, unit: str, text: str) -> None:
+def test_figures_are_formatted_with_a_readable_unit(value: float, unit: str, text: str) -> None:
     assert figure_text(measured(value, unit), EN) == text
 
 
-def test_unknown_figures_say_so() -> None:
+def test_unknown_figures_read_not_measured_or_not_predicted() -> None:
     assert figure_text(measured(None, "bytes"), EN) == "not measured"
     assert figure_text(predicted(float("nan"), "s"), EN) == "not predicted"
     assert figure_text(Figure(value=2.0, unit="percent", mark=Mark.MEASURED, signed=True), EN) == "+2.00 %"
 
 
-def test_the_answer_in_three_sentences() -> None:
+def test_the_answer_has_three_sentences_with_their_figures() -> None:
     first, second, third = said(full_poc())
     assert "does not fit" in first
     assert "328 MiB" in first
@@ -179,7 +179,7 @@ def test_the_answer_in_three_sentences() -> None:
     ("outcome", "words"),
     [("ok", "Plain training fits"), ("timeout", "ran out of time"), ("failed", "failed")],
 )
-def test_the_answer_follows_the_capped_baseline(outcome: str, words: str) -> None:
+def test_the_answer_states_how_the_capped_baseline_ended(outcome: str, words: str) -> None:
     poc = full_poc()
     capped = poc.runs[0]
     ended = dataclasses.replace(capped.measurement, outcome=OutcomeKind(outcome))
@@ -207,7 +207,7 @@ def test_the_answer_never_claims_more_than_the_verdict(kind: VerdictKind, words:
             assert "science is unchanged:" not in sentence
 
 
-def test_the_answer_without_a_completed_recommendation() -> None:
+def test_the_answer_says_if_the_recommendation_was_not_completed() -> None:
     poc = full_poc()
     assert "was not measured" in said(dataclasses.replace(poc, runs=poc.runs[:1]))[1]
     oom = [
@@ -227,7 +227,9 @@ def test_the_answer_without_a_completed_recommendation() -> None:
         (None, None, "not measured"),
     ],
 )
-def test_reproducibility_is_told(reproducible: bool | None, step: int | None, words: str) -> None:
+def test_the_answer_says_whether_the_run_was_reproducible(
+    reproducible: bool | None, step: int | None, words: str
+) -> None:
     poc = full_poc()
     found = dataclasses.replace(poc.reproducibility, reproducible=reproducible, first_differing_step=step)
     poc = dataclasses.replace(poc, reproducibility=found)
@@ -245,7 +247,7 @@ def test_view_compares_predicted_with_measured() -> None:
     assert (plain.predicted_peak.mark, plain.peak.mark, view.cap.mark) == ("predicted", "measured", "assumed")
 
 
-def test_ladder_falls_from_plain_to_recommended() -> None:
+def test_ladder_peaks_fall_from_plain_to_recommended() -> None:
     ladder = poc_view(full_poc()).ladder
     assert [r.role for r in ladder] == ["baseline", "ablation", "ablation", "ablation", "recommended"]
     peaks = [r.peak.value or 0 for r in ladder]
@@ -253,13 +255,13 @@ def test_ladder_falls_from_plain_to_recommended() -> None:
     assert ladder[-1].share.value == pytest.approx(18.75)
 
 
-def test_an_ablation_that_is_the_recommendation_is_one_rung() -> None:
+def test_an_ablation_equal_to_the_recommendation_adds_no_rung() -> None:
     poc = full_poc()
     again = dataclasses.replace(poc.runs[2], spec=dataclasses.replace(poc.runs[2].spec, role="ablation"))
     assert len(poc_view(dataclasses.replace(poc, runs=(*poc.runs, again))).ladder) == 5
 
 
-def test_a_run_takes_the_step_figure_times_the_steps() -> None:
+def test_run_time_and_energy_are_the_step_figures_times_the_steps() -> None:
     plain = poc_view(full_poc()).resources[0]
     assert plain.time.value == pytest.approx(40 * 0.6)
     assert plain.energy.value == pytest.approx(40 * 25 * 0.6)
@@ -269,7 +271,7 @@ def test_a_run_takes_the_step_figure_times_the_steps() -> None:
 @pytest.mark.parametrize(
     ("boundary", "mark"), [("package (RAPL)", "measured"), ("package (modelled: power x time)", "predicted")]
 )
-def test_energy_is_measured_only_by_a_meter(boundary: str, mark: str) -> None:
+def test_only_metered_energy_is_marked_as_measured(boundary: str, mark: str) -> None:
     poc = full_poc()
     run = poc.runs[1]
     read = dataclasses.replace(run.measurement, energy_j=812.0, energy_boundary=boundary)
@@ -277,7 +279,7 @@ def test_energy_is_measured_only_by_a_meter(boundary: str, mark: str) -> None:
     assert (row.energy.value, row.energy.mark, row.boundary) == (812.0, mark, boundary)
 
 
-def test_savings_that_are_none_are_not_called_savings() -> None:
+def test_a_technique_that_costs_memory_is_not_reported_as_saving() -> None:
     best = search().frontier[0]
     worse = Reason(kind="saves", technique="bf16-autocast", saved_bytes=-3 * MIB, time_ratio=0.8)
     choice = dataclasses.replace(best, reasons=(worse,))
@@ -287,14 +289,14 @@ def test_savings_that_are_none_are_not_called_savings() -> None:
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=3000), st.integers(1, 700))
-def test_thinning_keeps_the_peak_and_the_limit(values: list[int], most: int) -> None:
+def test_thinning_a_series_keeps_its_peak_and_the_limit_of_points(values: list[int], most: int) -> None:
     thinned = thin(values, most)
     assert max(thinned) == max(values)
     assert len(thinned) <= max(most, 1)
 
 
 @given(st.floats(0, 1e12), st.floats(1e-3, 1e12), st.sampled_from([1.0, 1024.0, float(MIB), float(GIB)]))
-def test_ticks_are_few_round_and_inside(low: float, width: float, scale: float) -> None:
+def test_axis_ticks_are_few_and_inside_the_axis(low: float, width: float, scale: float) -> None:
     axis = charts.Axis(title="", low=low, high=low + width * scale, scale=scale)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 9
@@ -302,7 +304,7 @@ def test_ticks_are_few_round_and_inside(low: float, width: float, scale: float) 
     assert all(axis.low - slack <= t <= axis.high + slack for t in ticks)
 
 
-def test_a_loss_that_is_not_finite_breaks_the_line_and_nothing_else() -> None:
+def test_a_non_finite_loss_only_interrupts_its_line_in_the_chart() -> None:
     axis = charts.axis("loss", values=[1.0, float("nan"), 2.0, float("inf")], zero=False)
     assert (axis.low, axis.high) == (pytest.approx(0.92), pytest.approx(2.08))
     line = charts.Line(css="baseline", points=[(0, 1.0), (1, float("nan")), (2, 2.0)])
@@ -349,19 +351,19 @@ def test_html_holds_the_key_numbers_with_their_provenance() -> None:
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_a_job_with_a_recorded_case_has_its_chapter(lang: str) -> None:
+def test_only_a_job_with_a_recorded_case_has_a_case_chapter(lang: str) -> None:
     case = case_view("alphafold2")
     assert case is not None
     page = Page(render_html(dataclasses.replace(full_poc(), job_name="alphafold2"), lang=lang))
     bars = [a for tag, a in page.tags if tag == "rect" and (a.get("class") or "").startswith("c-")]
     assert len(bars) == sum(len(rung.parts) for size in case.sizes for rung in size.rungs)
     assert load_words(lang).get("section.case") in page.text
-    assert case.created in page.text  # it says that it was recorded before
+    assert case.created in page.text  # the date of the recording is given
     other = Page(render_html(full_poc(), lang=lang))
     assert load_words(lang).get("section.case") not in other.text
 
 
-def test_a_case_adds_up_and_has_words_for_all_it_names() -> None:
+def test_a_recorded_case_adds_up_and_has_a_text_for_every_name() -> None:
     case = case_view("alphafold2")
     assert case is not None
     assert [(s.residues, s.rows) for s in case.sizes] == [(256, 128), (384, 512)]
@@ -375,7 +377,7 @@ def test_a_case_adds_up_and_has_words_for_all_it_names() -> None:
     assert case_view("char-lm") is case_view("../words") is None
 
 
-def test_html_ids_are_unique_and_links_lead_somewhere() -> None:
+def test_html_ids_are_unique_and_links_have_targets() -> None:
     page = Page(render_html(full_poc(), lang="ja"))
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -383,7 +385,7 @@ def test_html_ids_are_unique_and_links_lead_somewhere() -> None:
     assert targets <= set(ids)
 
 
-def test_unfinished_poc_says_what_is_missing() -> None:
+def test_the_report_of_an_unfinished_poc_says_what_is_missing() -> None:
     page = Page(render_html(minimal_poc(), lang="en"))
     assert "was interrupted" in page.text
     for words in ("No run has finished yet", "No memory timeline was kept", "Not measured", "not recorded"):
@@ -391,19 +393,19 @@ def test_unfinished_poc_says_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, 11))
-def test_a_poc_killed_at_any_run_renders(cut: int) -> None:
+def test_a_poc_interrupted_after_any_run_renders(cut: int) -> None:
     poc = full_poc()
     poc = dataclasses.replace(poc, runs=poc.runs[:cut], verdicts=(), interactions=(), finished=False)
     Page(render_html(poc, lang="ja"))
 
 
-def test_a_stored_poc_renders_as_the_fresh_one() -> None:
+def test_a_stored_poc_renders_like_the_original() -> None:
     poc = full_poc()
     stored = serialization.loads(Poc, serialization.dumps(poc))
     assert render_html(stored, lang="en") == render_html(poc, lang="en")
 
 
-def test_a_machine_without_known_speed_has_no_times() -> None:
+def test_times_are_not_predicted_on_a_machine_of_unknown_speed() -> None:
     poc = minimal_poc()
     unknown = dataclasses.replace(
         poc.search.baseline,
@@ -417,7 +419,7 @@ def test_a_machine_without_known_speed_has_no_times() -> None:
     assert "x saves not predicted." in page.text
 
 
-def test_hostile_texts_are_shown_not_run() -> None:
+def test_hostile_texts_are_escaped_on_the_page_and_in_the_terminal() -> None:
     evil = "<script>alert(1)</script>{0}[red]"
     poc = full_poc()
     run = dataclasses.replace(
@@ -457,7 +459,7 @@ def test_an_old_report_survives_a_failed_write(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_terminal_summary(lang: str) -> None:
+def test_the_terminal_summary_shows_key_figures_in_every_language(lang: str) -> None:
     console, out = shown()
     terminal.print_poc(dataclasses.replace(full_poc(), report="/home/me/r.html"), console=console, lang=lang)
     terminal.print_poc(minimal_poc(), console=console, lang=lang)
@@ -486,7 +488,7 @@ def test_terminal_plan_marks_the_recommended_line() -> None:
     assert "- qlora is left out" in text
 
 
-def test_terminal_plan_shows_some_of_a_long_frontier_and_says_how_many_more_there_are() -> None:
+def test_terminal_plan_shortens_a_long_frontier_and_counts_the_rest() -> None:
     console, out = shown()
     found = search()
     frontier = (*found.frontier, *[found.smallest] * 100)
@@ -497,7 +499,7 @@ def test_terminal_plan_shows_some_of_a_long_frontier_and_says_how_many_more_ther
     assert int(left[1]) == len(frontier) - len(terminal._spread(search_view(many).frontier))
 
 
-def test_terminal_plan_marks_what_was_only_sketched() -> None:
+def test_terminal_plan_marks_estimates_that_were_not_traced() -> None:
     found = search()
     (console, out), (other, plain) = shown(), shown()
     terminal.print_search(found, console=other, lang="en")
@@ -505,10 +507,10 @@ def test_terminal_plan_marks_what_was_only_sketched() -> None:
     one, *rest = found.frontier
     sketched = dataclasses.replace(one, estimate=dataclasses.replace(one.estimate, traced=False))
     terminal.print_search(dataclasses.replace(found, frontier=(sketched, *rest)), console=console, lang="en")
-    assert out.getvalue().count("~") == 4  # need, peak, step, and what it means
+    assert out.getvalue().count("~") == 4  # need, peak, step time, and the legend
 
 
-def test_a_spread_has_both_ends_and_the_recommended_plan() -> None:
+def test_a_shortened_frontier_keeps_both_ends_and_the_recommended_plan() -> None:
     one = search_view(search()).smallest
     rows = [dataclasses.replace(one, plan=f"{i}", recommended=i == 77) for i in range(200)]
     few = terminal._spread(rows)
@@ -518,7 +520,7 @@ def test_a_spread_has_both_ends_and_the_recommended_plan() -> None:
     assert terminal._spread(rows[:12]) == rows[:12]
 
 
-def test_terminal_plan_when_nothing_fits() -> None:
+def test_terminal_plan_names_the_smallest_plan_when_nothing_fits() -> None:
     console, out = shown()
     terminal.print_search(
         dataclasses.replace(search(), recommended=None, cap_bytes=MIB), console=console, lang="en"
@@ -526,7 +528,7 @@ def test_terminal_plan_when_nothing_fits() -> None:
     assert "No allowed plan fits 1 MiB. The smallest needs 246 MiB" in out.getvalue()
 
 
-def test_terminal_explain_adds_up() -> None:
+def test_terminal_explain_shows_shares_and_sums_small_modules() -> None:
     console, out = shown()
     many = {f"layer.{i}": MIB for i in range(20)}
     found = dataclasses.replace(estimate(BOTH, 40 * MIB), by_module_bytes={"": 20 * MIB, **many})
@@ -538,8 +540,8 @@ def test_terminal_explain_adds_up() -> None:
     assert "The peak is in the backward phase, at aten::mm." in text
 
 
-def test_fixture_is_consistent() -> None:
-    """The hand-made PoC obeys what the real one promises."""
+def test_the_poc_fixture_is_consistent() -> None:
+    """The hand-made PoC keeps the invariants of a real one."""
     poc = full_poc()
     assert poc.cap_bytes == CAP == PEAKS[PLAIN] // 4
     assert PEAKS[RECOMMENDED] <= CAP
@@ -547,7 +549,7 @@ def test_fixture_is_consistent() -> None:
     assert sum(losses(0)[-4:]) < sum(losses(0)[:4])
 
 
-def test_a_sentence_of_others_is_not_taken_for_an_engines_refusal() -> None:
+def test_a_source_note_is_not_translated_as_an_engine_refusal() -> None:
     words = load_words("ja")
     assert words.of("zero is not supported by accelerate") == "accelerate は zero に非対応"
     source = "it is that of the 40 GB model; its larger memory is not in it"

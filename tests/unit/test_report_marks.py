@@ -1,4 +1,4 @@
-"""Every figure of the report has its mark and links to a line that says what it is from."""
+"""Every figure of the report carries a mark and links to the record that it comes from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ machine = "A100-80GB-PCIe"
 per_hour = {value = 180, low = 150, high = 220}
 """
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-NAMES = {"plan", "role", "chip", "note", "mono"}  # classes of what names a thing: a number in it is no figure
+NAMES = {"plan", "role", "chip", "note", "mono"}  # classes of names: a digit in a name is not a figure
 DIGIT = re.compile(r"\d")
 
 
@@ -58,7 +58,7 @@ class Node:
 
 
 class Walk(HTMLParser):
-    """Every element with its parents, and every text with the element that it stands in."""
+    """Every element with its parents, and every text with the element that contains it."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def walked(name: str, lang: str) -> Walk:
 
 
 @pytest.mark.parametrize(("name", "lang"), PAGES)
-def test_every_figure_has_its_mark_and_leads_to_its_record(name: str, lang: str) -> None:
+def test_every_figure_has_a_mark_and_links_to_its_record(name: str, lang: str) -> None:
     walk, words = walked(name, lang), load_words(lang)
     ids = {n.attributes["id"]: n for n in walk.nodes if "id" in n.attributes}
     figures = [n for n in walk.nodes if n.has("num")]
@@ -123,7 +123,7 @@ def test_every_figure_has_its_mark_and_leads_to_its_record(name: str, lang: str)
 
 
 @pytest.mark.parametrize(("name", "lang"), PAGES)
-def test_no_number_stands_without_a_mark(name: str, lang: str) -> None:
+def test_no_number_is_shown_without_a_mark(name: str, lang: str) -> None:
     """In cells of figures and on cards, a digit belongs to a figure or to a name."""
     walk = walked(name, lang)
     bare = []
@@ -139,8 +139,8 @@ def test_no_number_stands_without_a_mark(name: str, lang: str) -> None:
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_sentences_of_the_cards_hold_no_number_of_their_own(lang: str) -> None:
-    """What is a digit in the words themselves is a name or a fixed level, never a result."""
+def test_sentences_on_cards_contain_no_unmarked_numbers(lang: str) -> None:
+    """A digit in the words themselves belongs to a name or to a fixed level, never to a result."""
     walk = walked("decided", lang)
     fixed = re.compile(
         r"90 %|[1-9] (回|台|ステップ|時間|kWh)|[A-Z]+-?\d+[-\w]*|2-core x86-64 processor, 8 GiB"
@@ -151,7 +151,7 @@ def test_sentences_of_the_cards_hold_no_number_of_their_own(lang: str) -> None:
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_every_reason_of_a_verdict_is_a_sentence_with_marked_numbers(lang: str) -> None:
+def test_every_verdict_cause_has_a_sentence_on_the_page(lang: str) -> None:
     source = (Path(judge.__file__).read_text(), Path(proof_of_concept.__file__).read_text())
     kinds = {kind for text in source for kind in re.findall(r'Cause\(\s*kind="(\w+)"', text)} | {
         "better",
@@ -173,8 +173,8 @@ def test_every_reason_of_a_verdict_is_a_sentence_with_marked_numbers(lang: str) 
             assert piece.strip() in told
 
 
-def test_a_figure_of_no_record_is_refused() -> None:
-    """The mechanism: who forgets the source, or writes a bare number, gets no page."""
+def test_a_figure_without_a_record_is_refused() -> None:
+    """Rendering fails for a figure without a source and for a number without a mark."""
     with pytest.raises(ValueError, match="is from no record of this page: ''"):
         _shown(measured(1.0, "s"))
     with pytest.raises(ValueError, match="'run-2'"):
@@ -199,11 +199,11 @@ def _shown(value: object) -> str:
         (-3000.0, "\u22123,000 % (31 times as much)"),
     ],
 )
-def test_a_loss_many_times_the_base_is_told_in_words_too(value: float, text: str) -> None:
+def test_a_large_loss_is_also_given_as_a_factor(value: float, text: str) -> None:
     assert figure_text(predicted(value, "saving"), load_words("en")) == text
 
 
-def test_a_row_gives_its_source_to_figures_that_have_none() -> None:
+def test_figures_without_a_source_inherit_the_source_of_their_row() -> None:
     row = (predicted(1.0, "s"), {"own": predicted(2.0, "s", "run-9")})
     first, rest = sourced(row, "run-1")
     assert (first.source, rest["own"].source) == ("run-1", "run-9")

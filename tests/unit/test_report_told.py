@@ -1,4 +1,4 @@
-"""A Japanese report is Japanese where others than the catalogs of words wrote the text."""
+"""A Japanese report is in Japanese also where a text does not come from the catalogs of words."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def named(text: str) -> set[str | None]:
     return {name for _, name, _, _ in string.Formatter().parse(text) if name}
 
 
-def test_every_told_text_is_japanese_with_the_same_places() -> None:
+def test_every_translated_text_is_japanese_with_the_same_placeholders() -> None:
     for text, here in JA.told.items():
         assert JAPANESE.search(here), text
         assert named(here) == named(text), text
 
 
-def test_what_changes_is_carried_over_and_translated_itself() -> None:
+def test_placeholder_values_are_carried_over_and_translated() -> None:
     assert JA.of("out of memory in backward of step 12") == "ステップ 12 の逆伝播でメモリー不足"
     assert JA.of("bf16-parameters is not supported by deepspeed") == "deepspeed は bf16-parameters に非対応"
     naive = JA.of("always the commonest training state (helix)")
@@ -41,11 +41,11 @@ def test_what_changes_is_carried_over_and_translated_itself() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "H100-PCIe", "{0}", "<b>x</b>", "NVIDIA launch price", "out of memory"])
-def test_names_citations_and_strangers_stay_as_they_are(text: str) -> None:
+def test_names_citations_and_unknown_texts_are_not_translated(text: str) -> None:
     assert JA.of(text) == EN.of(text) == text
 
 
-def test_a_stranger_s_braces_do_no_harm() -> None:
+def test_braces_in_a_foreign_text_are_kept_literally() -> None:
     assert JA.of("out of memory in {x!r} of step {0}") == "ステップ {0} の{x!r}でメモリー不足"
 
 
@@ -59,12 +59,12 @@ def own_texts() -> list[str]:
 
 
 @pytest.mark.parametrize("text", own_texts())
-def test_our_own_words_are_told_in_japanese(text: str) -> None:
+def test_built_in_titles_tests_and_sources_are_translated_to_japanese(text: str) -> None:
     assert JAPANESE.search(JA.of(text)), text
 
 
-def test_metrics_of_the_built_in_jobs_are_told_in_japanese() -> None:
-    names = {"Q3"}  # stand as they are
+def test_metrics_of_built_in_jobs_are_translated_to_japanese() -> None:
+    names = {"Q3"}  # not translated
     units = {"", "percentage points", "meV/angstrom"}
     for job in registry.describe():
         metric = registry.load(JobRef(spec=job.name)).metric
@@ -73,7 +73,7 @@ def test_metrics_of_the_built_in_jobs_are_told_in_japanese() -> None:
             assert JAPANESE.search(JA.of(text)), text
 
 
-def test_the_page_uses_them() -> None:
+def test_the_japanese_page_uses_the_translations() -> None:
     poc = dataclasses.replace(
         full_poc(),
         offers=offers(),

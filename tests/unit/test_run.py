@@ -29,7 +29,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Temporary folders go here; after each test none may be left."""
+    """Temporary folders are made here, and none may be left after a test."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield tmp_path
     assert list(tmp_path.glob("memfit-*")) == []
@@ -72,7 +72,7 @@ def gone(pid: int, within_s: float = 10) -> bool:
     return False
 
 
-# --- what a child tells
+# --- what a child reports
 
 
 def test_the_result_and_every_event_arrive_in_order() -> None:
@@ -90,7 +90,7 @@ tell("result", measurement={"outcome": "ok", "losses": [2.5], "peak_bytes": 64})
     assert seen[0]["stage"] == 42
 
 
-def test_other_output_is_ignored() -> None:
+def test_child_output_that_is_not_an_event_is_ignored() -> None:
     seen: list[Mapping[str, object]] = []
     code = r"""
 sys.stdout.buffer.write(b'\xff\xfe\x00 loading\n{"event": oops\n{"event": 3}\n{"other": 1}\n\n')
@@ -102,8 +102,8 @@ sys.stdout.write('{"event": "cut sh')
     assert [e["event"] for e in seen][-1] == "result"
 
 
-def test_events_come_while_the_child_runs() -> None:
-    """The child waits for a file that only the event's reader makes."""
+def test_events_arrive_while_the_child_runs() -> None:
+    """The child waits for a file that only the receiver of its event makes."""
     code = """
 import time
 from pathlib import Path
@@ -119,7 +119,9 @@ tell("result", measurement={"outcome": "ok"})
     assert run(config(code, timeout_s=30), on_event=answer).outcome is OutcomeKind.OK
 
 
-def test_the_environment_is_the_parents_with_the_runs_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_inherits_the_environment_with_the_runs_values_on_top(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("FROM_PARENT", "1")
     monkeypatch.setenv("OVER", "parent")
     names = [*CHILD_ENV, "FROM_PARENT", "OVER"]
@@ -129,7 +131,7 @@ def test_the_environment_is_the_parents_with_the_runs_on_top(monkeypatch: pytest
     assert measured.reason == "|".join([*CHILD_ENV.values(), "1", "run"])
 
 
-def test_a_broken_result_names_its_place() -> None:
+def test_an_invalid_result_fails_the_run_and_names_the_field() -> None:
     measured = ending("tell('step', step=0, loss=1.0)\ntell('result', measurement={'outcome': 'splendid'})")
     assert measured.outcome is OutcomeKind.FAILED
     assert "the child's result is invalid at outcome" in measured.reason
@@ -139,7 +141,7 @@ def test_a_broken_result_names_its_place() -> None:
 # --- how a child dies
 
 
-def test_a_crash_keeps_the_steps_done_and_the_last_line() -> None:
+def test_a_crash_keeps_the_steps_done_and_the_last_error_line() -> None:
     steps = "tell('step', loss=2)\ntell('step', loss=None)\ntell('step', loss=1.5)\n"
     measured = ending(steps + "raise ValueError('no such residue')")
     assert measured.outcome is OutcomeKind.FAILED
@@ -161,7 +163,7 @@ def test_a_crash_keeps_the_steps_done_and_the_last_line() -> None:
         ),
     ],
 )
-def test_an_end_without_a_result_is_a_failure(
+def test_a_child_that_ends_without_a_result_has_failed(
     code: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child_process, "_machine_oom_kills", lambda: 0)
@@ -175,7 +177,7 @@ def test_only_the_end_of_standard_error_is_kept() -> None:
     assert (measured.outcome, measured.reason) == (OutcomeKind.FAILED, "exit code 1: last")
 
 
-def test_a_program_that_is_not_there() -> None:
+def test_a_missing_program_is_a_failed_run() -> None:
     spec = config("").spec
     broken = LaunchConfig(engine="x", argv=("/no/such/program",), env={}, files={}, spec=spec)
     measured = run(broken, on_event=lambda _: None)
@@ -186,7 +188,7 @@ def test_a_program_that_is_not_there() -> None:
 
 
 @LINUX
-def test_running_into_rlimit_data_is_out_of_memory() -> None:
+def test_exceeding_rlimit_data_is_out_of_memory() -> None:
     code = f"""
 import resource
 tell("step", loss=1.0)
@@ -197,7 +199,7 @@ block = bytearray({256 * MIB})
     assert (measured.outcome, measured.reason, measured.losses) == (OutcomeKind.OOM, "MemoryError", (1.0,))
 
 
-def test_torchs_own_words_are_out_of_memory() -> None:
+def test_torchs_allocator_error_is_out_of_memory() -> None:
     words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
     measured = ending(f"sys.stderr.write({words!r} + '\\n(more words)\\n')\nsys.exit(1)")
     assert (measured.outcome, measured.reason) == (OutcomeKind.OOM, words)
@@ -230,7 +232,7 @@ def test_sigkill_counted_by_the_machine_is_out_of_memory(
     vmstat = tmp_path / "vmstat"
     vmstat.write_text("nr_free 1\noom_kill 4\n")
     monkeypatch.setattr(child_process, "_VMSTAT", vmstat)
-    assert ending(SUICIDE).outcome is OutcomeKind.FAILED  # a kill, but nobody counted it
+    assert ending(SUICIDE).outcome is OutcomeKind.FAILED  # a kill that no counter recorded
     measured = run(config(SUICIDE), on_event=lambda _: vmstat.write_text("oom_kill 5\n") and None)
     assert (measured.outcome, measured.reason) == (
         OutcomeKind.OOM,
@@ -240,7 +242,7 @@ def test_sigkill_counted_by_the_machine_is_out_of_memory(
     assert ending(SUICIDE).outcome is OutcomeKind.FAILED
 
 
-# --- nothing stays behind
+# --- no process or folder is left behind
 
 GRANDCHILD = """
 import subprocess, time
@@ -262,7 +264,7 @@ def pids_of(code: str, *, timeout_s: float) -> tuple[Measurement, list[int]]:
 @pytest.mark.parametrize(
     "tail", ["time.sleep(100)", "sys.stdout.close()\nimport os\nos.close(1)\ntime.sleep(100)"]
 )
-def test_a_timeout_kills_the_whole_group(tail: str) -> None:
+def test_a_timeout_kills_the_whole_process_group(tail: str) -> None:
     measured, pids = pids_of(GRANDCHILD + tail, timeout_s=1.5)
     assert (measured.outcome, measured.reason) == (OutcomeKind.TIMEOUT, "stopped at its time limit of 1.5 s")
     assert 1.5 <= measured.wall_s < 6
@@ -270,7 +272,7 @@ def test_a_timeout_kills_the_whole_group(tail: str) -> None:
     assert all(gone(pid) for pid in pids)
 
 
-def test_a_grandchild_that_holds_the_pipe_does_not_hold_the_run() -> None:
+def test_a_grandchild_that_keeps_the_pipe_open_does_not_block_the_run() -> None:
     measured, pids = pids_of(GRANDCHILD + "tell('result', measurement={'outcome': 'ok'})", timeout_s=60)
     assert measured.outcome is OutcomeKind.OK
     assert all(gone(pid) for pid in pids)
@@ -325,7 +327,7 @@ run(config, on_event=lambda e: print(e["pid"], flush=True))
 @LINUX
 def test_a_child_whose_parent_is_already_gone_does_not_start() -> None:
     command = child_process._dying_with_parent([sys.executable, "-c", "print('started')"])
-    command[command.index(str(os.getpid()))] = "1"  # asked for by a process that is not its parent
+    command[command.index(str(os.getpid()))] = "1"  # the parent that it is started for is another process
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent has died\n")
 

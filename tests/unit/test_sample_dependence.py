@@ -1,4 +1,4 @@
-"""Whether a batch may be split: samples that depend on each other are found by trial, and plans say so."""
+"""Whether a batch may be split: dependent samples are detected by a trial, and plans say what they change."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ SPACE = Space(batch_size=8, block_count=2, has_head=False, vocabulary=0, device=
 
 
 @pytest.mark.parametrize("job", DEPENDENT, ids=lambda job: job.name)
-def test_samples_that_depend_on_each_other_are_found_by_trial(job: Job) -> None:
+def test_dependent_samples_are_detected_by_a_trial(job: Job) -> None:
     assert sample_dependence(job).kind is DependenceKind.DEPENDENT
 
 
 @pytest.mark.parametrize("job", INDEPENDENT, ids=lambda job: job.name)
-def test_samples_that_do_not_depend_on_each_other_are_found_by_trial(job: Job) -> None:
+def test_independent_samples_are_detected_by_a_trial(job: Job) -> None:
     assert sample_dependence(job).kind is DependenceKind.INDEPENDENT
 
 
-def test_complex_weights_are_tried_too() -> None:
+def test_a_trial_supports_complex_weights() -> None:
     assert sample_dependence(dependent_jobs.spectral()).kind is DependenceKind.INDEPENDENT
 
 
@@ -66,15 +66,15 @@ def test_complex_weights_are_tried_too() -> None:
         ("a mean over labels that are not counted", DependenceCause.WEIGHTS, (), True),
     ],
 )
-def test_the_cause_has_its_name(
+def test_the_cause_of_a_dependence_is_named(
     name: str, cause: DependenceCause, modules: tuple[str, ...], across_ranks: bool
 ) -> None:
     found = sample_dependence(JOBS[name])
     assert (found.cause, found.modules, found.across_ranks) == (cause, modules, across_ranks)
 
 
-def test_micro_batches_of_a_contrastive_loss_train_something_else_and_are_e3() -> None:
-    """They were called E1, sums reordered."""
+def test_micro_batches_of_a_contrastive_loss_change_the_loss_and_are_e3() -> None:
+    """They used to be classified as E1, which only reorders sums."""
     job = JOBS["InfoNCE"]
     losses = []
     for plan in (Plan(), SPLIT):
@@ -84,7 +84,7 @@ def test_micro_batches_of_a_contrastive_loss_train_something_else_and_are_e3() -
     assert effect_of(SPLIT, sample_dependence(job)) is EffectClass.E3
 
 
-def test_a_trial_leaves_random_states_and_default_dtype_as_they_were() -> None:
+def test_a_trial_restores_random_state_and_default_dtype() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -93,7 +93,7 @@ def test_a_trial_leaves_random_states_and_default_dtype_as_they_were() -> None:
     assert torch.get_default_dtype() is torch.float32
 
 
-def test_the_model_that_was_given_is_not_changed() -> None:
+def test_estimate_does_not_change_the_given_model() -> None:
     model = dependent_jobs.dense(nn.BatchNorm1d(16))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = memfit.estimate(model, dependent_jobs.vectors(0, 0)["x"], plan=SPLIT)
@@ -110,13 +110,13 @@ def test_a_model_that_is_too_large_is_not_tested(monkeypatch: pytest.MonkeyPatch
     assert (found.kind, found.reason) == (DependenceKind.NOT_TESTED, "the model is too large for a trial")
 
 
-def test_a_trial_that_takes_too_long_is_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_takes_too_long_is_reported_as_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "_MOST_S", 0.0)
     found = trials._tried(JOBS["linear"])
     assert (found.kind, found.reason) == (DependenceKind.NOT_TESTED, "the trial takes longer than 0 s")
 
 
-def test_batch_norm_is_known_by_its_layers_where_nothing_can_be_tried(
+def test_batch_norm_is_found_by_its_layers_where_no_trial_is_possible(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(trials, "_MOST_BYTES", 1000)
@@ -125,7 +125,7 @@ def test_batch_norm_is_known_by_its_layers_where_nothing_can_be_tried(
     assert trials._tried(JOBS["frozen BatchNorm"]).kind is DependenceKind.NOT_TESTED
 
 
-def test_random_numbers_of_its_own_make_a_loss_untested() -> None:
+def test_a_loss_with_its_own_random_numbers_is_not_tested() -> None:
     import numpy
 
     def noisy(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -137,7 +137,7 @@ def test_random_numbers_of_its_own_make_a_loss_untested() -> None:
     assert "random numbers of its own" in found.reason
 
 
-def test_a_loss_that_takes_no_part_of_a_batch_is_not_tested() -> None:
+def test_a_loss_that_fails_on_half_of_a_batch_is_not_tested() -> None:
     def whole(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(batch["x"].view(8, 10)).square().mean()
 
@@ -146,7 +146,7 @@ def test_a_loss_that_takes_no_part_of_a_batch_is_not_tested() -> None:
     assert "fails on half of the batch" in found.reason
 
 
-def test_an_answer_by_real_samples_alone_says_why_random_ones_could_not_be_tried() -> None:
+def test_the_reason_says_why_random_samples_could_not_be_tried() -> None:
     real = JOBS["linear"].make_batch(0, 0)["x"]
 
     def picky(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -159,8 +159,8 @@ def test_an_answer_by_real_samples_alone_says_why_random_ones_could_not_be_tried
     assert "random samples could not be tried: no such sample is known" in found.reason
 
 
-def test_another_loss_of_the_same_model_has_its_own_answer() -> None:
-    """A function that is gone can leave its id to the next."""
+def test_each_loss_of_the_same_model_is_tested_by_itself() -> None:
+    """A function that was freed can leave its id to the next one."""
     build, found = JOBS["linear"].build_model, []
     for power in range(1, 20):
 
@@ -203,7 +203,7 @@ def test_a_large_model_is_tried_with_few_of_its_blocks(monkeypatch: pytest.Monke
         (None, EffectClass.E1, EffectClass.E1),
     ],
 )
-def test_the_effect_of_splitting_is_that_of_the_job(
+def test_the_effect_class_of_splitting_depends_on_the_job(
     dependence: SampleDependence | None, split: EffectClass, shared: EffectClass
 ) -> None:
     staged = Plan(uses=(make_use("pipeline", {"stages": 2, "micro_batches": 4}),), ranks=2)
@@ -230,13 +230,13 @@ def test_micro_batches_of_dependent_samples_are_outside_the_default_search(
     assert searched or told["gradient-accumulation"].detail == dependence.changes
 
 
-def test_a_plan_that_splits_says_what_it_changes_or_that_nobody_tested_it() -> None:
+def test_a_splitting_plan_states_its_change_or_that_it_was_not_tested() -> None:
     assert [r.kind for r in dependence_reasons(SPLIT, OF_NORMS)] == ["changes"]
     assert [r.kind for r in dependence_reasons(SPLIT, UNTESTED)] == ["not_tested"]
     assert not dependence_reasons(Plan(), UNTESTED)
 
 
-def test_many_devices_split_nothing_that_must_not_be_split() -> None:
+def test_grids_respect_limits_on_splitting_and_sharing_a_batch() -> None:
     limits = Limits(ranks=8, per_host=8, batch=16, blocks=8, device="cuda", tensor=(1, 2, 4, 8))
     whole = list(grids(dataclasses.replace(limits, splits=False, shares=False)))
     assert whole
@@ -265,11 +265,11 @@ def _request(spec: str, **more: object) -> Request:
 
 
 def _quiet(*begun: object) -> None:
-    """Nobody is watching."""
+    """Ignores progress."""
 
 
-def test_a_batch_norm_job_is_recommended_no_micro_batches(own: Path) -> None:
-    """Micro-batches of one sample were recommended for such jobs, and failed in BatchNorm1d."""
+def test_no_micro_batches_are_recommended_for_a_batch_norm_job(own: Path) -> None:
+    """Micro-batches of one sample used to be recommended for such jobs, and failed in BatchNorm1d."""
     others = tuple(t for t in TECHNIQUES if t not in ("gradient-accumulation", "adamw-single"))
     found = search(_request(f"{own}:norms", bounds=Bounds(without=others)), _quiet).result
     assert not any(c.estimate.plan.get("gradient-accumulation") for c in found.frontier)
@@ -279,7 +279,7 @@ def test_a_batch_norm_job_is_recommended_no_micro_batches(own: Path) -> None:
     }
 
 
-def test_ranks_that_share_dependent_samples_are_refused_with_the_ways_out(own: Path) -> None:
+def test_ranks_sharing_dependent_samples_are_refused_with_alternatives(own: Path) -> None:
     with pytest.raises(UserError, match=r"changes BatchNorm's statistics.*--accuracy any.*SyncBatchNorm"):
         search(_request(f"{own}:norms", ranks=2), _quiet)
 
@@ -300,14 +300,16 @@ def test_an_exported_folder_says_that_its_plan_changes_the_training(
     assert said in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_estimate_of_a_plan_that_splits_says_what_it_changes(own: Path) -> None:
+def test_an_estimate_of_a_splitting_plan_names_the_dependence(own: Path) -> None:
     found = explain(_request(f"{own}:norms"), SPLIT, _quiet)
     assert found.dependence is not None
     assert found.dependence.cause is DependenceCause.BATCH_NORM
     assert make_pricer(_request(f"{own}:norms"))[1].whole(Plan()).dependence is None
 
 
-def test_it_is_told_in_the_languages_of_the_report(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_estimates_state_the_dependence_in_every_language(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from rich.console import Console
 
     from memfit.report.terminal import print_estimate

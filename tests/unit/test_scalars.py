@@ -1,4 +1,4 @@
-"""A parameter without dimensions: who takes none says so before training, and all in the same words."""
+"""A parameter without dimensions: what does not support it says so before training, in the same words."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _missing(*names: str) -> bool:
         ("deepspeed", Plan(), "deepspeed"),
     ],
 )
-def test_a_prediction_refuses_it(engine: str, plan: Plan, who: str) -> None:
+def test_prediction_refuses_an_unsupported_scalar_parameter(engine: str, plan: Plan, who: str) -> None:
     if engine == "accelerate" and _missing("accelerate"):
         pytest.skip("accelerate is not installed: native's step is traced")
     pricer = Pricer(
@@ -70,7 +70,9 @@ def test_a_prediction_refuses_it(engine: str, plan: Plan, who: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
-def test_a_worker_refuses_it_before_its_library_sees_it(engine: str, tmp_path: Path) -> None:
+def test_a_worker_refuses_a_scalar_parameter_before_the_library_is_called(
+    engine: str, tmp_path: Path
+) -> None:
     if _missing("deepspeed", engine):
         pytest.skip(f"deepspeed or {engine} is not installed")
     kind: Any = step_maker(engine, tmp_path)
@@ -82,7 +84,7 @@ def test_a_worker_refuses_it_before_its_library_sees_it(engine: str, tmp_path: P
 
 
 @pytest.mark.parametrize("plan", [_plan("zero", ranks=1, stage=3, persist_elements=1), Plan()])
-def test_the_others_train_it(plan: Plan) -> None:
+def test_zero_3_and_plain_training_support_a_scalar_parameter(plan: Plan) -> None:
     torch.manual_seed(0)
     step = TrainingStep(JOB, plan)
     before = float(step.run(JOB.make_batch(0, 0))[0])
@@ -91,12 +93,12 @@ def test_the_others_train_it(plan: Plan) -> None:
     step.close()
 
 
-def test_a_search_does_not_propose_what_refuses_it() -> None:
+def test_fsdp2_is_not_proposed_for_a_scalar_parameter() -> None:
     assert not list(technique("fsdp2").settings(space_of(JOB, "cpu", 2)))
     assert list(technique("ddp").settings(space_of(JOB, "cpu", 2)))
 
 
-def test_nor_does_one_for_many_devices() -> None:
+def test_a_search_for_many_devices_leaves_out_fsdp2_for_a_scalar_parameter() -> None:
     on = machine("4xL4")
     scale = Scale(Pricer(job=JOB, machine=on, space=space_of(JOB, "cuda", 4)), aim(on))
     assert "fsdp2" in scale._limits(4).without

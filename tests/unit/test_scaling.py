@@ -1,4 +1,4 @@
-"""Plans for many devices: parts against traces, grids against the rules, the search against trying it all."""
+"""Plans for many devices: sketches compared with traces, grids with the rules, and laws of the search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from memfit.types.job import Job
 from memfit.types.machine import Calibration, Machine
 from memfit.types.plan import Accuracy, Bounds, EffectClass, Plan
 
-# Left out where the techniques do not matter: every one is some traces more.
+# Left out where the techniques do not matter: each one needs more traces.
 FEW = ("compile", "zero", "context-parallel", "adamw-single", "selective-checkpointing", "bf16-autocast")
 WIDTH, HEADS, LENGTH, VOCAB, BLOCKS = 256, 4, 256, 1024, 6
 
@@ -117,7 +117,7 @@ def pricing(wanted: Limits, on: Machine) -> tuple[_Pricing, list[Any]]:
 H100 = machine("8xH100-SXM")
 
 
-def test_every_index_of_every_grid_is_a_plan_that_the_rules_allow() -> None:
+def test_every_grid_index_is_a_plan_without_conflicts() -> None:
     rng = random.Random(0)
     wanted = limits(ranks=64, per_host=8, batch=128)
     for grid in grids(wanted):
@@ -127,14 +127,14 @@ def test_every_index_of_every_grid_is_a_plan_that_the_rules_allow() -> None:
             layout(plan)  # raises where degrees and ranks disagree
 
 
-def test_no_plan_is_counted_twice() -> None:
+def test_no_plan_occurs_twice_in_the_grids() -> None:
     wanted = limits(ranks=4, batch=4, tensor=(1, 2), context=(1,), effect=EffectClass.E1)
     plans = [g.plan(index) for g in grids(wanted) for index in itertools.product(*map(range, g.shape))]
     assert len(plans) == sum(math.prod(g.shape) for g in grids(wanted)) > 1000
     assert len({p.fingerprint for p in plans}) == len(plans)
 
 
-def test_a_million_plans_for_many_devices() -> None:
+def test_grids_for_512_devices_hold_over_a_million_plans() -> None:
     wanted = Limits(
         ranks=512,
         per_host=8,
@@ -149,8 +149,8 @@ def test_a_million_plans_for_many_devices() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_sketches_are_near_what_whole_traces_say() -> None:
-    """Worst of some plans of each kind of layout. What a search picks is traced whole in any case."""
+def test_sketched_memory_is_near_the_traced_memory() -> None:
+    """One plan of each kind of layout. A search traces the plans that it picks whole in any case."""
     found, todo = pricing(limits(), H100)
     model_job = job(32)
     pricer = Pricer(job=model_job, machine=H100, space=space_of(model_job, "cuda", 8))
@@ -190,7 +190,7 @@ def _found(on: Machine, **changes: Any) -> GridSketches:
     )
 
 
-def test_the_same_question_has_the_same_answer() -> None:
+def test_a_search_of_the_grids_is_deterministic() -> None:
     one, two = _found(H100), _found(H100)
     assert [(s.plan.fingerprint, s.step_s) for s in one.sketches] == [
         (s.plan.fingerprint, s.step_s) for s in two.sketches
@@ -200,7 +200,7 @@ def test_the_same_question_has_the_same_answer() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(st.floats(1.01, 4.0), st.sampled_from(["flops", "bandwidth", "link", "network"]))
-def test_nothing_gets_slower_on_a_quicker_machine(times: float, part: str) -> None:
+def test_the_fastest_sketch_is_not_slower_on_a_faster_machine(times: float, part: str) -> None:
     before = machine("2x4xH100-SXM@IB-NDR")
     device = before.device
     after = before
@@ -256,7 +256,7 @@ def _two_cards() -> Pricer:
 
 @functools.cache
 def _answer(goal: str, cap_bytes: int, deadline_s: float) -> float:
-    """What a whole search ends with; infinite where nothing fits."""
+    """The score of the recommendation of a whole search; infinite where nothing fits."""
     on = machine("2xL4")
     few = ("pipeline", "chunked-cross-entropy", "tensor-parallel", "activation-offload", "adamw-8bit")
     bounds = Bounds(steps=1000, deadline_s=deadline_s, without=few)
@@ -275,7 +275,7 @@ def _answer(goal: str, cap_bytes: int, deadline_s: float) -> float:
 @settings(max_examples=2)
 @given(st.tuples(st.sampled_from(_SHARES), st.sampled_from(_SHARES)).map(sorted))
 def test_law_a_whole_search_with_a_looser_cap_or_deadline_is_never_worse(shares: list[float]) -> None:
-    """But for ties, of which the simpler plan is taken."""
+    """Within the tolerance in which the simpler plan is preferred."""
     caps = [int((0.6 + 1.2 * share) * 2**30) for share in shares]
     tight, loose = (_answer("fastest", cap, 1e9) for cap in caps)
     assert loose <= tight * 1.03
@@ -284,7 +284,7 @@ def test_law_a_whole_search_with_a_looser_cap_or_deadline_is_never_worse(shares:
     assert later <= late * 1.03
 
 
-def test_the_frontier_of_sketches_is_not_dominated() -> None:
+def test_no_sketch_on_the_frontier_is_dominated() -> None:
     scale = Scale(pricer_of(8, machine("4xL4")), aim(machine("4xL4"), accuracy="rounding"))
     estimates = scale.estimates(4)
     edge = frontier(estimates)
@@ -298,7 +298,7 @@ def test_the_frontier_of_sketches_is_not_dominated() -> None:
         )
 
 
-def test_a_deadline_that_a_slower_link_meets_is_met_on_a_quicker_one() -> None:
+def test_a_deadline_met_on_a_slow_network_is_met_on_a_faster_one() -> None:
     slow = machine("2x2xL4@Ethernet-100G")
     assert slow.network is not None
     wide = dataclasses.replace(slow.network.bytes_s, value=slow.network.bytes_s.value * 4)
@@ -311,7 +311,7 @@ def test_a_deadline_that_a_slower_link_meets_is_met_on_a_quicker_one() -> None:
     assert times[1] <= times[0]
 
 
-def test_nothing_fits_says_what_would() -> None:
+def test_the_error_when_nothing_fits_names_ways_out() -> None:
     on = machine("2xL4")
     with pytest.raises(NothingFits) as caught:
         search_scale(pricer_of(4, on), 2, aim(on, cap_bytes=600 * 2**20))
@@ -322,7 +322,7 @@ def test_nothing_fits_says_what_would() -> None:
     assert any("deadline" in way for way in caught.value.ways)
 
 
-def test_fewer_samples_than_devices_share_a_model_that_is_cut() -> None:
+def test_the_model_is_cut_if_there_are_fewer_samples_than_devices() -> None:
     on = machine("8xL4")
     pricer = Pricer(job=job(3, 4), machine=on, space=space_of(job(3, 4), "cuda", 1))
     found = search_scale(pricer, 8, aim(on))
@@ -331,18 +331,18 @@ def test_fewer_samples_than_devices_share_a_model_that_is_cut() -> None:
     assert found.baseline.estimate.plan == plain(3)  # a replica needs a sample
 
 
-def test_fewest_devices_and_the_cheapest_may_leave_devices_idle() -> None:
+def test_a_search_for_the_fewest_devices_may_leave_devices_idle() -> None:
     on = machine("4xL4")
     found = search_scale(pricer_of(8, on), 4, aim(on, goal="fewest"))
     assert found.recommended is not None
     estimate = found.recommended.estimate
     assert estimate.plan.ranks == 1
     assert estimate.step_s is not None
-    one = dataclasses.replace(on, device_count=1)  # what stands idle is not paid for
+    one = dataclasses.replace(on, device_count=1)  # idle devices are not paid for
     assert estimate.usd == pytest.approx(bill(one, step_s=estimate.step_s.value).usd)
 
 
-def test_a_number_of_devices_without_a_plan_does_not_end_a_search_that_has_others() -> None:
+def test_a_device_count_without_plans_is_skipped_if_others_have_plans() -> None:
     on = machine("4xL4")
     whole = Bounds(without=("tensor-parallel", "pipeline"))
     scale = Scale(pricer_of(8, on), aim(on, goal="cheapest", bounds=whole))
@@ -351,7 +351,7 @@ def test_a_number_of_devices_without_a_plan_does_not_end_a_search_that_has_other
         scale.over((3,))
 
 
-def test_a_search_without_narrow_numbers_is_in_float32() -> None:
+def test_a_search_without_bf16_techniques_stays_in_float32() -> None:
     on = machine("2xL4")
     left = Bounds(without=("bf16-autocast", "bf16-parameters", "tensor-parallel", "pipeline", "zero"))
     found = search_scale(pricer_of(8, on), 2, aim(on, goal="cheapest", accuracy="rounding", bounds=left))
@@ -362,15 +362,15 @@ def test_a_search_without_narrow_numbers_is_in_float32() -> None:
     assert all(p.get("bf16-autocast") is None for p in plans)
 
 
-def test_what_is_left_out_is_blamed_where_a_batch_could_be_shared() -> None:
+def test_excluded_techniques_are_blamed_if_the_batch_could_be_shared() -> None:
     limits = Limits(ranks=2, per_host=2, batch=4, blocks=2, device="cuda", micro_batch=3)
     with pytest.raises(UserError, match="leave no plan for 2 devices"):
         raise none_at_all(limits)
 
 
 def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
-    """What is told of it compares traces with traces, sketches with sketches. Optimizers of small models stay
-    on the device, as copies and operators of so many tensors would have to be started."""
+    """Its reasons compare traces with traces and sketches with sketches. The optimizer of a small model is
+    not offloaded, because copies and operators of many small tensors would have to be started."""
     on = machine("4xH100-SXM")
     found = search_scale(pricer_of(8, on), 4, aim(on, accuracy="rounding"))
     assert found.recommended is not None
@@ -382,11 +382,13 @@ def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     assert not {kind for kind in told if kind.startswith("needed")}  # plain training fits
     least = score(found.recommended.estimate, Objective.FASTEST)
     for other in (c.estimate for c in found.frontier):
-        assert other.traced or score(other, Objective.FASTEST) >= least  # nobody knows whether it is
+        assert (
+            other.traced or score(other, Objective.FASTEST) >= least
+        )  # whether a sketch is faster is unknown
     assert not any(u.settings.get("offload") for u in found.recommended.estimate.plan.uses)
 
 
-def test_pipelines_have_as_many_micro_batches_as_their_schedule_needs() -> None:
+def test_pipelines_have_enough_micro_batches_for_their_schedule() -> None:
     wanted = limits(ranks=8, batch=32, tensor=(1,), context=(1,))
     for grid in grids(wanted):
         stages = grid.layout.stages
@@ -397,7 +399,7 @@ def test_pipelines_have_as_many_micro_batches_as_their_schedule_needs() -> None:
             assert not any(u.technique == "compile" for uses in grid.inside for u in uses)
 
 
-def test_techniques_that_nobody_wants_are_in_no_plan() -> None:
+def test_excluded_techniques_are_in_no_plan() -> None:
     on = machine("4xL4")
     unwanted = Bounds(without=("fsdp2", "tensor-parallel"))
     found = search_scale(pricer_of(8, on), 4, aim(on, bounds=unwanted))
@@ -406,7 +408,7 @@ def test_techniques_that_nobody_wants_are_in_no_plan() -> None:
     assert not any(p.get("fsdp2") or p.get("tensor-parallel") for p in plans)
 
 
-def test_a_technique_that_a_model_cannot_be_traced_with_is_left_out_alone(
+def test_a_technique_that_cannot_be_traced_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inner = Traced._traced
@@ -424,7 +426,7 @@ def test_a_technique_that_a_model_cannot_be_traced_with_is_left_out_alone(
 @pytest.mark.parametrize(
     ("name", "least"), [("native", 10_000), ("deepspeed", 500), ("accelerate", 500), ("fairscale", 0)]
 )
-def test_an_engine_s_plans_are_those_that_it_carries(name: str, least: int) -> None:
+def test_every_plan_in_the_grids_of_an_engine_is_supported_by_it(name: str, least: int) -> None:
     carrier = engine(name)
     limits = Limits(
         ranks=8,

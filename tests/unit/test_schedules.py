@@ -1,4 +1,4 @@
-"""Pipeline schedules: played exactly, and as formulas."""
+"""Pipeline schedules: exact simulation compared with closed forms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS = st.floats(0.01, 10)
 
 
 @given(kind=st.sampled_from(["gpipe", "1f1b"]), ranks=RANKS, micros=MICROS, forward=SECONDS, backward=SECONDS)
-def test_law_equal_stages_take_what_the_formula_says(
+def test_law_simulated_gpipe_and_1f1b_match_the_closed_form(
     kind: str, ranks: int, micros: int, forward: float, backward: float
 ) -> None:
     played = simulate(kind, [forward] * ranks, [backward] * ranks, micros)
@@ -22,7 +22,7 @@ def test_law_equal_stages_take_what_the_formula_says(
 
 
 @given(ranks=st.integers(2, 6), rounds=st.integers(1, 5), virtual=st.integers(1, 4))
-def test_law_interleaved_takes_what_its_formula_says(ranks: int, rounds: int, virtual: int) -> None:
+def test_law_simulated_interleaved_matches_the_closed_form(ranks: int, rounds: int, virtual: int) -> None:
     stages, micros = ranks * virtual, ranks * rounds
     played = simulate("interleaved", [1.0] * stages, [2.0] * stages, micros, virtual=virtual)
     assert played.step_s == pytest.approx(
@@ -31,7 +31,9 @@ def test_law_interleaved_takes_what_its_formula_says(ranks: int, rounds: int, vi
 
 
 @given(ranks=st.integers(2, 8), micros=st.integers(8, 24))
-def test_law_zero_bubble_takes_what_its_formula_says(ranks: int, micros: int) -> None:
+def test_law_simulated_zero_bubble_matches_the_closed_form_and_is_not_slower_than_1f1b(
+    ranks: int, micros: int
+) -> None:
     played = simulate("zero-bubble", [1.0] * ranks, [2.0] * ranks, micros, weight_s=[1.0] * ranks)
     assert played.step_s == pytest.approx(closed_s("zero-bubble", 1.0, 2.0, micros, ranks, weight_s=1.0))
     plain = simulate("1f1b", [1.0] * ranks, [2.0] * ranks, micros)
@@ -39,7 +41,9 @@ def test_law_zero_bubble_takes_what_its_formula_says(ranks: int, micros: int) ->
 
 
 @given(ranks=st.integers(2, 6), rounds=st.integers(1, 4), send=st.floats(0, 0.2))
-def test_law_every_round_trip_of_1f1b_waits_for_its_sends(ranks: int, rounds: int, send: float) -> None:
+def test_law_simulated_1f1b_with_send_times_matches_the_closed_form(
+    ranks: int, rounds: int, send: float
+) -> None:
     micros = ranks * rounds
     played = simulate("1f1b", [1.0] * ranks, [2.0] * ranks, micros, send_s=send)
     assert played.step_s == pytest.approx(closed_s("1f1b", 1.0, 2.0, micros, ranks, send_s=send))
@@ -66,7 +70,7 @@ def test_law_no_step_is_shorter_than_the_busiest_rank(
     assert slower.step_s >= played.step_s * (1 - 1e-9)
 
 
-def test_an_uneven_stage_holds_up_the_others() -> None:
+def test_an_uneven_stage_slows_down_the_whole_pipeline() -> None:
     even = simulate("1f1b", [1.0] * 4, [2.0] * 4, 32)
     uneven = simulate("1f1b", [1.0, 1.0, 1.5, 0.5], [2.0, 2.0, 3.0, 1.0], 32)
     assert uneven.step_s > 1.3 * even.step_s
@@ -80,6 +84,6 @@ def test_more_chunks_make_smaller_bubbles() -> None:
     assert bubbles == pytest.approx([7 / 23, 3.5 / 19.5, 1.75 / 17.75])
 
 
-def test_formulas_take_arrays() -> None:
+def test_closed_forms_accept_arrays() -> None:
     micros = numpy.array([4.0, 8.0])
     assert closed_s("1f1b", 1.0, 2.0, micros, 4) == pytest.approx([21.0, 33.0])

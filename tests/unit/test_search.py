@@ -1,4 +1,4 @@
-"""The search: what is allowed, what is kept, what is taken, and the reasons."""
+"""The search: allowed techniques, the frontier of plans, the recommended plan and its reasons."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def names(accuracy: Accuracy, space: Space = SPACE) -> set[str]:
     return {t.name for t in usable(space, accuracy)[0]}
 
 
-def test_a_goal_allows_the_effects_it_says_and_names_what_it_leaves_out() -> None:
+def test_an_accuracy_goal_allows_only_its_effect_classes_and_names_the_rest() -> None:
     allowed, left_out = usable(SPACE, Accuracy.EXACT)
     assert {t.effect for t in allowed} == {EffectClass.E0}
     reasons = {r.technique: r for r in left_out}
@@ -80,12 +80,12 @@ def test_a_missing_package_leaves_its_techniques_out_with_the_reason(monkeypatch
     assert not missing.keys() & {t.name for t in allowed}
 
 
-def test_what_the_job_has_no_place_for_is_not_tried() -> None:
+def test_techniques_that_do_not_apply_to_the_job_are_not_tried() -> None:
     bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
     assert not names(Accuracy.ANY, bare) & {"gradient-accumulation", "activation-checkpointing", "lora"}
 
 
-def test_plans_are_all_combinations_that_do_not_clash_plain_first() -> None:
+def test_plans_are_unique_conflict_free_combinations_with_plain_first() -> None:
     found = list(plans(SPACE, usable(SPACE, Accuracy.ROUNDING)[0]))
     assert found[0] == Plan()
     assert len(set(found)) == len(found)
@@ -122,7 +122,7 @@ def at_least_as_good(one: Estimate, other: Estimate) -> bool:
 
 
 @given(ESTIMATES)
-def test_law_nothing_kept_is_beaten_and_everything_dropped_is(drawn: list[tuple[int, int, int]]) -> None:
+def test_law_the_frontier_keeps_exactly_the_undominated_plans(drawn: list[tuple[int, int, int]]) -> None:
     estimates = [priced(EVERY_PLAN[i], peak, time_s) for i, peak, time_s in drawn]
     kept = frontier(estimates)
     dropped = [e for e in estimates if e not in kept]
@@ -153,7 +153,7 @@ def test_law_a_looser_cap_is_never_worse(drawn: list[Any], cap: int, goal: Objec
     assert reached(cap + 1) <= reached(cap) * (1 + TIE_RATIO)
 
 
-def test_within_a_tie_the_milder_and_simpler_plan_is_taken() -> None:
+def test_among_nearly_equal_plans_the_milder_and_simpler_one_wins() -> None:
     close = [priced(BOTH, 5, 1.0), priced(MIXED, 5, 1.01), priced(ACCUMULATED, 5, 1.015)]
     found = best(close, Objective.FASTEST)
     assert found is not None
@@ -166,11 +166,11 @@ def test_within_a_tie_the_milder_and_simpler_plan_is_taken() -> None:
     assert clear.plan == SGD
 
 
-def test_of_nothing_there_is_no_best() -> None:
+def test_best_of_no_plans_is_none() -> None:
     assert best([], Objective.SMALLEST) is None
 
 
-def test_each_goal_has_its_own_figure_and_falls_back_to_time() -> None:
+def test_each_goal_scores_its_own_figure_and_falls_back_to_time() -> None:
     one = priced(PLAIN, 10, 2.0, usd=3.0, co2_g=4.0)
     figures = [score(one, g) for g in Objective]
     assert figures[:4] == [2.0, 10, 3.0, 4.0]
@@ -180,7 +180,7 @@ def test_each_goal_has_its_own_figure_and_falls_back_to_time() -> None:
     assert score(priced(PLAIN, 10, None), Objective.FASTEST) == float("inf")
 
 
-def test_complexity_is_effect_first() -> None:
+def test_complexity_compares_effect_class_first() -> None:
     assert complexity(PLAIN) == (0, 0, 0)
     assert complexity(CHECKPOINTED) < complexity(ACCUMULATED) < complexity(MIXED) < complexity(BOTH)
 
@@ -209,7 +209,7 @@ def decided(cap: int, goal: Objective = Objective.FASTEST, *left_out: Reason) ->
     )
 
 
-def test_the_winner_says_what_each_technique_saves() -> None:
+def test_the_recommendation_states_what_each_technique_saves() -> None:
     found = decided(45).recommended
     assert found.estimate.plan == BOTH
     assert (found.fits, found.effect) == (True, EffectClass.E2)
@@ -219,7 +219,7 @@ def test_the_winner_says_what_each_technique_saves() -> None:
     assert saves["activation-checkpointing"] == (20, pytest.approx(1.0 / 0.8))
 
 
-def test_it_says_why_each_other_technique_is_not_in_it() -> None:
+def test_the_recommendation_states_why_each_other_technique_is_left_out() -> None:
     why = Reason(kind="left_out_accuracy", technique="lora", detail="rounding")
     found = decided(70, Objective.FASTEST, why).recommended
     assert found.estimate.plan == MIXED
@@ -235,7 +235,7 @@ def test_it_says_why_each_other_technique_is_not_in_it() -> None:
     assert {r.kind for r in small.reasons if r.technique == "sgd"} == {"left_out_slower"}
 
 
-def test_equally_good_but_not_simpler_is_not_needed() -> None:
+def test_an_equally_good_plan_that_is_not_simpler_is_left_out_as_not_needed() -> None:
     same = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40)}
     found = decide(
         list(same.values()),
@@ -251,7 +251,7 @@ def test_equally_good_but_not_simpler_is_not_needed() -> None:
     assert [r.kind for r in found.recommended.reasons] == ["left_out_not_needed"]
 
 
-def test_a_quicker_plan_inside_the_error_of_the_times_is_left_out_as_uncertain() -> None:
+def test_a_faster_plan_within_the_time_error_is_left_out_as_uncertain() -> None:
     quicker = {PLAIN: priced(PLAIN, 50), CHECKPOINTED: priced(CHECKPOINTED, 40, 0.9)}
     found = decide(
         list(quicker.values()),
@@ -268,7 +268,7 @@ def test_a_quicker_plan_inside_the_error_of_the_times_is_left_out_as_uncertain()
     assert (why.kind, why.time_ratio) == ("left_out_uncertain", pytest.approx(0.9))
 
 
-def test_the_frontier_shows_what_fits_and_always_plain_and_the_smallest() -> None:
+def test_the_frontier_shows_fitting_plans_and_plain_training() -> None:
     found = decided(55)
     shown = [c.estimate.plan for c in found.frontier]
     assert shown == [BOTH, ACCUMULATED, PLAIN]
@@ -278,14 +278,14 @@ def test_the_frontier_shows_what_fits_and_always_plain_and_the_smallest() -> Non
     assert any(c is found.recommended for c in found.frontier)
 
 
-def test_where_nothing_fits_there_is_no_recommendation_but_the_smallest() -> None:
+def test_when_nothing_fits_the_smallest_plan_is_given_without_a_recommendation() -> None:
     found = decided(10)
     assert found.recommended is None
     assert found.smallest.estimate.plan == BOTH
     assert not found.smallest.fits
 
 
-def test_without_times_a_reason_has_no_ratio() -> None:
+def test_without_times_a_reason_has_no_time_ratio() -> None:
     prices = {PLAIN: priced(PLAIN, 100, None), CHECKPOINTED: priced(CHECKPOINTED, 40, None)}
     found = decide(
         list(prices.values()),
@@ -301,15 +301,15 @@ def test_without_times_a_reason_has_no_ratio() -> None:
 
 
 @pytest.mark.parametrize(("device", "mixed"), [("T4", "fp16-autocast"), ("A100-80GB-SXM", "bf16-autocast")])
-def test_mixed_precision_is_what_the_device_multiplies_in(device: str, mixed: str) -> None:
+def test_the_proposed_mixed_precision_is_the_half_type_of_the_device(device: str, mixed: str) -> None:
     half = half_of(catalog.machine(device, "world"))
     offered, _ = usable(dataclasses.replace(SPACE, device="cuda", half=half), Accuracy.ROUNDING)
     assert {t.name for t in offered if t.slot == "precision"} & {"fp16-autocast", "bf16-autocast"} == {mixed}
     assert (half == "float16") == ("bf16-parameters" not in {t.name for t in offered})
 
 
-def test_stochastic_rounding_takes_no_other_optimizer_beside_it() -> None:
-    """It would be ignored: the rounding is in an AdamW of its own."""
+def test_stochastic_rounding_conflicts_with_other_optimizers() -> None:
+    """Another optimizer would be ignored: the rounding is part of an AdamW of its own."""
     rounded = use("bf16-parameters", rounding="stochastic")
     for name in ("sgd", "adafactor", "adamw-fused", "adamw-single"):
         clash = conflict(Plan(uses=(rounded, make_use(name, {}))))

@@ -1,4 +1,4 @@
-"""The record that is shared: what it says, what it refuses, and what two of them may be compared in."""
+"""The shared record of a proof of concept: its content, its validation, and the comparison of two records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def changed(change: Change) -> exchange.Shared:
     return exchange.parsed(json.dumps(record), what="it")
 
 
-def test_a_record_says_what_was_measured() -> None:
+def test_a_record_holds_the_measured_figures() -> None:
     record = exchange.of_poc(full_poc())
     assert record.cap_bytes == CAP
     runs = [r for r in full_poc().runs if r.spec.plan == PLAIN and r.measurement.peak_bytes]
@@ -46,7 +46,7 @@ def test_a_record_says_what_was_measured() -> None:
     assert record.verdict.effect == record.recommended.effect == "E2"
 
 
-def test_the_schema_that_is_published_is_the_one_that_is_used() -> None:
+def test_the_published_schema_is_the_schema_in_use() -> None:
     path = Path(__file__).parents[2] / "docs" / "record.schema.json"
     assert json.loads(path.read_text()) == exchange.schema(), (
         "memfit record --schema > docs/record.schema.json"
@@ -55,7 +55,9 @@ def test_the_schema_that_is_published_is_the_one_that_is_used() -> None:
     jsonschema.validate(plain(), dict(exchange.schema()))
 
 
-def test_out_in_and_out_again_are_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_imported_and_exported_again_has_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours, theirs = tmp_path / "ours.sqlite3", tmp_path / "theirs.sqlite3"
     poc = full_poc()
     Store(ours).append(poc.poc_id, "begin", poc)
@@ -189,14 +191,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
 
 
 def _bitwise(r: dict[str, Any], off: float = 0.0) -> None:
-    """Made a bitwise verdict on a plan that has one; the scores are `off`."""
+    """Changes the record to a bitwise verdict on a bitwise-exact plan; its scores differ by `off`."""
     r["recommended"].update(plan={"activation-checkpointing": {"every": 1}}, effect="E0")
     r["recommended"]["metric_by_seed"] = {s: v + off for s, v in r["baseline"]["metric_by_seed"].items()}
     r["verdict"].update(effect="E0", margin=None, difference=None, low=None, high=None)
 
 
 @pytest.mark.parametrize(("change", "place"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_record_is_one_clear_line(
+def test_an_invalid_record_is_refused_in_one_line(
     change: Change, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record, path = plain(), tmp_path / "broken.json"
@@ -218,8 +220,8 @@ def _places(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[str
             yield from _places(inner, (*place, key))
 
 
-def test_what_the_schema_refuses_is_not_read() -> None:
-    """Every field of a record in turn with a value of every other kind."""
+def test_values_that_the_schema_refuses_are_not_read() -> None:
+    """Each field of a record in turn gets a value of every other kind."""
     judge, refused, good = jsonschema.Draft202012Validator(dict(exchange.schema())), 0, plain()
     for place in _places(good):
         for value in (None, "1000", " ", True, 0, -1, 1.5, [], {}, ["x"], {"x": "y"}, 10**30):
@@ -240,7 +242,7 @@ def test_a_bitwise_verdict_needs_no_margin() -> None:
     assert (found.verdict.kind, found.verdict.effect) == ("equivalent", "E0")
 
 
-def test_a_run_that_failed_under_the_cap_is_told() -> None:
+def test_a_run_out_of_memory_under_the_cap_is_recorded() -> None:
     poc = full_poc()
     oom = next(r for r in poc.runs if r.measurement.outcome.value == "oom").measurement
     last = max(i for i, r in enumerate(poc.runs) if r.spec.name == "recommended")
@@ -260,20 +262,20 @@ def test_a_run_that_failed_under_the_cap_is_told() -> None:
     assert record.verdict.pairs == 3
 
 
-def test_text_that_is_no_json_is_told_by_its_line(tmp_path: Path) -> None:
+def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("{\n nothing")
     with pytest.raises(UserError, match="line 2"):
         exchange.read(path)
 
 
-def test_a_number_of_5000_digits_is_told() -> None:
+def test_a_number_of_5000_digits_is_refused() -> None:
     raw = json.dumps(plain()).replace(str(CAP), "9" * 5000)
     with pytest.raises(UserError, match="not a record"):
         exchange.parsed(raw, what="it")
 
 
-def test_text_nested_without_end_is_told(tmp_path: Path) -> None:
+def test_deeply_nested_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested deeper"):
@@ -284,7 +286,7 @@ def rows(a: exchange.Shared, b: exchange.Shared) -> dict[str, exchange.Compared]
     return {row.quantity: row for row in exchange.compare(a, b)}
 
 
-def test_equal_conditions_are_compared() -> None:
+def test_records_of_equal_conditions_are_compared() -> None:
     a = exchange.of_poc(full_poc())
     peak = a.recommended.measured_peak_bytes or 0
     found = rows(a, changed(lambda r: r["recommended"].update(measured_peak_bytes=peak + 1)))
@@ -322,7 +324,7 @@ def _other_seeds(r: dict[str, Any]) -> None:
         (lambda r: r.update(metric="another"), "baseline: another", "metric"),
     ],
 )
-def test_unequal_conditions_are_not_compared(change: Change, quantity: str, why: str) -> None:
+def test_records_of_unequal_conditions_are_not_compared(change: Change, quantity: str, why: str) -> None:
     record = plain()
     record["baseline"]["energy"] = record["recommended"]["energy"] = {"joules": 5.0, "boundary": "package"}
     a = exchange.parsed(json.dumps(record), what="a")
@@ -333,7 +335,7 @@ def test_unequal_conditions_are_not_compared(change: Change, quantity: str, why:
     assert any(why in reason for reason in found.against)
 
 
-def test_other_plans_of_one_effect_class_are_compared() -> None:
+def test_different_plans_of_the_same_effect_class_are_compared() -> None:
     a = exchange.of_poc(full_poc())
     b = changed(lambda r: r["recommended"]["plan"].pop("activation-checkpointing"))
     assert rows(a, b)["recommended: peak_bytes"].ratio == 1
@@ -344,7 +346,7 @@ def test_an_unfinished_poc_has_no_record() -> None:
         exchange.of_poc(dataclasses.replace(full_poc(), finished=False))
 
 
-def test_a_field_that_is_there_twice_is_refused() -> None:
+def test_a_field_that_appears_twice_is_refused() -> None:
     text = exchange.text(exchange.of_poc(full_poc()))
     twice = text.replace('"reproducible":', '"reproducible": false, "reproducible":', 1)
     with pytest.raises(UserError, match="'reproducible' appears twice"):

@@ -24,12 +24,12 @@ def test_a_length_makes_batches_of_that_length(spec: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["tiny@", "tiny@x", "tiny@0", "tiny@999999999", "huge@64"])
-def test_odd_lengths_are_refused(size: str) -> None:
+def test_invalid_sizes_and_lengths_are_refused(size: str) -> None:
     with pytest.raises(UserError, match=r"size|length"):
         load(JobRef(spec="protein-ss", size=size))
 
 
-def test_a_length_is_said_once() -> None:
+def test_two_different_lengths_are_refused() -> None:
     assert load(JobRef(spec="hf:gpt2", size="tiny@64", length=64)).tokens_per_batch == 4 * 64
     with pytest.raises(UserError, match="one length"):
         load(JobRef(spec="hf:gpt2", size="tiny@64", length=65))

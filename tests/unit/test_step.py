@@ -38,7 +38,7 @@ def test_law_micro_batches_cover_the_batch_evenly(length: int, parts: int) -> No
     assert all(part["scale"].item() == 2.0 for part in cut)
 
 
-def test_micro_batches_are_views_and_other_lengths_are_shared() -> None:
+def test_micro_batches_are_views_and_tensors_of_another_length_are_shared() -> None:
     x, table = torch.arange(6), torch.arange(4)
     first, second = split((x, table), 2)
     assert second[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
@@ -57,7 +57,7 @@ def first_gradients(job: Job, plan: Plan) -> tuple[float, float, dict[str, torch
     step = TrainingStep(job, plan)
     for module in step.model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # parts of a batch draw other masks than the whole
+            module.p = 0.0  # parts of a batch draw other dropout masks than the whole
     before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
     loss, norm = step.run(job.make_batch(0, 0))
     return float(loss), float(norm), {n: before[n] - p.detach() for n, p in step.model.named_parameters()}
@@ -74,7 +74,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_despite_padding(micr
 
 
 def test_without_the_number_of_terms_padding_would_bias_the_sum() -> None:
-    """The test above can fail: rows are padded unequally."""
+    """Shows that the test above can fail: rows are padded unequally."""
     plan = Plan(uses=(use("gradient-accumulation", micro_batches=2),))
     right, _, _ = first_gradients(words(), Plan())
     wrong, _, _ = first_gradients(dataclasses.replace(words(), loss_terms=None), plan)
@@ -88,7 +88,7 @@ def test_the_gradient_norm_is_that_of_all_parameters_together() -> None:
         assert norm == pytest.approx(expected, rel=1e-4)
 
 
-def test_phases_come_in_order_once_a_micro_batch() -> None:
+def test_forward_and_backward_run_once_for_each_micro_batch_played() -> None:
     seen: list[Phase] = []
     step = TrainingStep(words(), Plan(uses=(use("gradient-accumulation", micro_batches=4),)))
     step.run(step.job.make_batch(0, 0), seen.append, micro_batches_played=2)
@@ -96,7 +96,7 @@ def test_phases_come_in_order_once_a_micro_batch() -> None:
     assert seen == [*micro, *micro, Phase.OPTIMIZER]
 
 
-def test_without_update_the_weights_stay_and_the_gradients_go() -> None:
+def test_without_update_weights_are_kept_and_gradients_freed() -> None:
     step = TrainingStep(words(), Plan())
     before = [p.detach().clone() for p in step.model.parameters()]
     step.run(step.job.make_batch(0, 0), update=False)
@@ -112,7 +112,7 @@ def test_without_update_the_weights_stay_and_the_gradients_go() -> None:
         (lambda net, batch: batch[0].mean(), "does not depend on any trainable parameter"),
     ],
 )
-def test_what_is_no_loss_is_refused_with_what_came(wrong: Any, said: str) -> None:
+def test_an_invalid_loss_is_refused_with_its_value(wrong: Any, said: str) -> None:
     job = dataclasses.replace(regression(), loss=wrong)
     with pytest.raises(UserError, match=said):
         TrainingStep(job, Plan()).run(job.make_batch(0, 0))
@@ -124,7 +124,7 @@ def test_more_micro_batches_than_rows_are_refused() -> None:
         step.run(step.job.make_batch(0, 0))
 
 
-def test_an_impossible_plan_never_becomes_a_step() -> None:
+def test_a_plan_with_conflicting_techniques_is_refused() -> None:
     clash = Plan(uses=(use("sgd"), use("adafactor")))
     with pytest.raises(UserError, match="impossible plan"):
         TrainingStep(words(), clash)
@@ -142,7 +142,7 @@ def _scaled(plan: Plan = FP16) -> TrainingStep:
     return TrainingStep(words(2), plan)
 
 
-def test_a_loss_scale_leaves_gradients_as_they_are() -> None:
+def test_a_loss_scale_does_not_change_gradients() -> None:
     plain, scaled = _scaled(Plan()), _scaled()
     assert scaled.bench.loss_scale is not None
     batch = plain.job.make_batch(0, 0)
@@ -153,7 +153,7 @@ def test_a_loss_scale_leaves_gradients_as_they_are() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=3e-3)
 
 
-def test_a_step_that_overflows_is_left_out_and_the_scale_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflowing_step_is_skipped_and_halves_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossScale, "first", 2.0**40)
     step = _scaled()
     before = [p.detach().clone() for p in step.model.parameters()]

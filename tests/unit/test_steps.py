@@ -61,7 +61,7 @@ PLANS = (
 
 
 @pytest.mark.parametrize("uses", PLANS, ids=lambda uses: "+".join(f"{u.technique}" for u in uses))
-def test_plans_of_several_ranks_have_seconds_and_a_slower_link_costs(uses: tuple[Use, ...]) -> None:
+def test_plans_of_several_ranks_have_a_step_time_that_grows_on_a_slower_link(uses: tuple[Use, ...]) -> None:
     ranks = 2 if uses[0].settings.get("schedule") == "zero-bubble-v" else 4
     plan = Plan(ranks=ranks, uses=uses)
     found, eight = traces(plan), machine("8xH100-SXM")
@@ -109,8 +109,8 @@ def test_law_more_flops_and_bandwidth_never_make_a_plan_slower(
         assert quick <= seconds(plan, found, eight) * (1 + 1e-9)
 
 
-def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
-    """Three of them beside four micro-batches, though the busiest rank also steps and reduces."""
+def test_a_pipeline_bubble_makes_a_step_longer_than_its_busiest_rank() -> None:
+    """The bubble is as long as three of the four micro-batches; the busiest rank also steps and reduces."""
     plan = Plan(ranks=4, uses=(pipeline(schedule="1f1b"),))
     found, on = traces(plan), machine("8xH100-SXM")
     assert micro_steps(found[0]) == 4
@@ -121,7 +121,7 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
     assert seconds(plan, found, on) > 1.2 * busiest
 
 
-def test_groups_across_hosts_use_the_network() -> None:
+def test_collectives_across_hosts_use_the_network() -> None:
     plan = Plan(ranks=4, uses=(use("ddp", {}),))
     found = traces(plan)
     apart = machine("4x1xH100-SXM@IB-NDR")
@@ -132,7 +132,7 @@ def test_groups_across_hosts_use_the_network() -> None:
     assert seconds(plan, found, slower_link(outside, 1e6)) == seconds(plan, found, outside)
 
 
-def test_ranks_on_processors_share_them_and_are_not_timed() -> None:
+def test_ranks_on_a_cpu_have_no_step_time() -> None:
     plan = Plan(ranks=2, uses=(use("ddp", {}),))
     on = machine("8xH100-SXM")
     cpu = dataclasses.replace(on, device=dataclasses.replace(on.device, kind="cpu"))

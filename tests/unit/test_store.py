@@ -1,4 +1,4 @@
-"""store/: rows are only added, survive a kill, and any other file is refused in one line."""
+"""The store: rows are only added and survive a kill, and any other file is refused in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "data" / "memfit.sqlite3")
 
 
-def test_what_is_appended_is_read_back_in_order(store: Store) -> None:
+def test_appended_records_are_read_back_in_order(store: Store) -> None:
     first = store.append("poc-a", "run", {"x": 0.1})
     second = store.append("poc-b", "run", [1, 2])
     third = store.append("poc-a", "verdict", Plan(uses=(use("bf16-autocast"),)))
@@ -49,7 +49,7 @@ def test_poc_ids_are_oldest_first_and_the_latest_is_the_one_begun_last(store: St
     assert (store.poc_ids(), store.latest_poc_id()) == (("b", "a"), "a")
 
 
-def test_a_record_leads_to_its_whole_environment(store: Store) -> None:
+def test_a_record_refers_to_its_full_environment(store: Store) -> None:
     record = store.append("poc", "run", {})
     assert store.environment(record.environment) == fingerprint()
     with pytest.raises(UserError, match="no environment"):
@@ -67,7 +67,7 @@ def test_a_record_leads_to_its_whole_environment(store: Store) -> None:
         "INSERT OR REPLACE INTO environment SELECT digest, '{}' FROM environment",
     ],
 )
-def test_the_file_itself_refuses_changes(store: Store, statement: str) -> None:
+def test_the_database_refuses_updates_deletions_and_replacements(store: Store, statement: str) -> None:
     record = store.append("poc", "run", {"x": 1})
     with contextlib.closing(sqlite3.connect(store.path)) as raw:
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
@@ -88,7 +88,7 @@ for i in range(100_000):
 
 
 @pytest.mark.parametrize("seen", [0, 7, 20])
-def test_killed_at_any_moment_what_was_recorded_is_a_prefix(tmp_path: Path, seen: int) -> None:
+def test_a_killed_writer_leaves_a_complete_prefix_of_its_records(tmp_path: Path, seen: int) -> None:
     path = tmp_path / "memfit.sqlite3"
     with subprocess.Popen([sys.executable, "-c", APPENDER, str(path)], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -102,7 +102,7 @@ def test_killed_at_any_moment_what_was_recorded_is_a_prefix(tmp_path: Path, seen
     Store(path).append("next", "row", {})
 
 
-def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_no_records(tmp_path: Path) -> None:
     path = tmp_path / "memfit.sqlite3"
 
     def write(name: str) -> None:
@@ -115,7 +115,7 @@ def test_two_at_once_lose_nothing(tmp_path: Path) -> None:
         assert [json.loads(r.body)["i"] for r in Store(path).records(name)] == list(range(10))
 
 
-def test_laying_out_a_store_that_another_process_has_just_made_changes_nothing(store: Store) -> None:
+def test_initialising_an_existing_store_again_changes_nothing(store: Store) -> None:
     record = store.append("poc", "run", {})
     with store._connection() as connection:
         store._lay_out(connection)
@@ -125,7 +125,7 @@ def test_laying_out_a_store_that_another_process_has_just_made_changes_nothing(s
 # --- files that are no store
 
 
-def test_a_text_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_text_file_is_refused_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes " * 100)
     with pytest.raises(UserError, match=r"cannot be used: file is not a database; choose another"):
@@ -153,7 +153,7 @@ def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
     assert Store(tmp_path / "empty").records() == ()
 
 
-def test_a_folder_or_a_file_in_the_way_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_or_file_in_place_of_the_store_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "memfit.sqlite3"):
         with pytest.raises(UserError) as caught:
@@ -163,7 +163,7 @@ def test_a_folder_or_a_file_in_the_way_is_told_in_one_line(tmp_path: Path) -> No
 
 @pytest.fixture
 def shared_folder() -> Iterator[Path]:
-    """A folder whose parents anyone may enter, unlike pytest's own; we are nobody while in it."""
+    """A folder whose parents the user nobody may enter, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -173,7 +173,7 @@ def shared_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
-    """Root may write anywhere, so for a while it is somebody else."""
+    """Acts as the user nobody, because root may write anywhere."""
     if os.geteuid() != 0:
         yield
         return
@@ -184,7 +184,7 @@ def as_nobody() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_read_only_folder_gives_one_line_and_an_existing_store_can_be_read(shared_folder: Path) -> None:
+def test_in_a_read_only_folder_an_existing_store_can_only_be_read(shared_folder: Path) -> None:
     store = Store(shared_folder / "memfit.sqlite3")
     record = store.append("poc", "run", {})
     store.path.chmod(0o444)
@@ -199,7 +199,9 @@ def test_a_read_only_folder_gives_one_line_and_an_existing_store_can_be_read(sha
             readable.append("poc", "run", {})
 
 
-def test_the_default_is_in_the_users_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_store_is_in_the_users_data_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     if sys.platform == "linux":
         assert default_path() == tmp_path / "memfit" / "memfit.sqlite3"
@@ -210,7 +212,7 @@ def test_the_default_is_in_the_users_data_folder(monkeypatch: pytest.MonkeyPatch
 # --- environment
 
 
-def test_the_fingerprint_says_what_ran_without_loading_torch() -> None:
+def test_the_environment_fingerprint_does_not_load_torch() -> None:
     code = "import sys; from memfit.store import fingerprint; fingerprint(); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
@@ -222,7 +224,9 @@ def test_the_fingerprint_says_what_ran_without_loading_torch() -> None:
     assert all(isinstance(v, str) and v for v in found.values())
 
 
-def test_thread_settings_and_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_records_thread_settings_and_missing_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setattr(environment_module, "PACKAGES", ("numpy", "no-such-package-here"))
@@ -232,7 +236,7 @@ def test_thread_settings_and_missing_packages_are_told(monkeypatch: pytest.Monke
     assert found["numpy"][0].isdigit()
 
 
-def test_processor_and_accelerators_are_read_from_the_kernels_lists(tmp_path: Path) -> None:
+def test_processor_and_gpu_names_are_read_from_kernel_files(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast Chip 9000\nflags\t: a b\n")
     assert environment_module._processor(tmp_path / "cpuinfo") == "Fast Chip 9000"
     assert environment_module._processor(tmp_path / "missing")

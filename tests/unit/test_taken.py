@@ -1,4 +1,4 @@
-"""Records that others made: taken in under their name, never in the place of ours, shown and not obeyed."""
+"""Imported records: named by their source, never in place of our own, shown without being executed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ID = full_poc().poc_id
 
 
 def written(path: Path, **changes: Any) -> str:
-    """The made-up PoC's record, changed, as a file."""
+    """The path of a file with the record of the fixture's PoC, with changes."""
     record = json.loads(exchange.text(exchange.of_poc(full_poc())))
     for name, value in changes.items():
         record[name] = record[name] | value if isinstance(value, dict) else value
@@ -35,7 +35,7 @@ def ours(tmp_path: Path) -> str:
     return str(tmp_path / "s")
 
 
-def test_a_forged_record_of_ours_is_refused(
+def test_a_changed_record_with_the_id_of_our_own_poc_is_refused(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forged = written(tmp_path / "forged.json", effort={"failed_attempts": 0, "packages": 0})
@@ -47,16 +47,16 @@ def test_a_forged_record_of_ours_is_refused(
     assert not Store(Path(ours)).records(kind=TAKEN)
 
 
-def test_what_stood_in_the_place_of_ours_does_so_no_more(
+def test_a_stored_import_does_not_replace_our_own_record(
     ours: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads(exchange.text(exchange.of_poc(full_poc()))) | {"place": "forged"}
-    Store(Path(ours)).append(ID, TAKEN, record)  # as it was stored once
+    Store(Path(ours)).append(ID, TAKEN, record)  # as an earlier version stored it
     assert main(["record", "--store", ours]) == 0
     assert "forged" not in capsys.readouterr().out
 
 
-def test_our_own_record_comes_back_as_ours(
+def test_our_own_record_imported_again_counts_as_our_own(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = written(tmp_path / "same.json")
@@ -66,7 +66,9 @@ def test_our_own_record_comes_back_as_ours(
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["taken_from"] == ""
 
 
-def test_who_says_so_is_told(ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_source_of_an_imported_record_is_named_by_every_command(
+    ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = written(tmp_path / "theirs.json", poc_id="theirs")
     add = ["record", "--store", ours, "--add", theirs, "--from", "group B"]
     assert [main(add), main(add)] == [0, 0]
@@ -89,7 +91,7 @@ def test_who_says_so_is_told(ours: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["record", "--store", ours, "--from", "group B"]) == 2
 
 
-def test_a_file_that_a_record_names_is_not_run(
+def test_a_job_file_named_by_an_imported_record_is_not_run(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil, ran = tmp_path / "evil.py", tmp_path / "ran"
@@ -105,7 +107,7 @@ def test_a_file_that_a_record_names_is_not_run(
     assert ran.exists()
 
 
-def test_what_others_wrote_is_shown_and_not_obeyed(
+def test_control_characters_in_imported_texts_are_not_printed(
     ours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = written(
@@ -134,7 +136,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(
         assert not any(line.startswith("Every gate holds.") for line in told.splitlines()[:4]), command
 
 
-def test_a_poc_with_a_hostile_name_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_a_poc_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     from memfit.cli.poc import _tell
 
     poc = full_poc()

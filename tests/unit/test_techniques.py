@@ -64,28 +64,28 @@ def needs(package: str) -> pytest.MarkDecorator:
         ("selective-checkpointing", {"keep": "everything"}, "allowed: attention, matmul"),
     ],
 )
-def test_a_wrong_name_or_setting_is_told_with_what_is_allowed(
+def test_an_invalid_name_or_setting_is_refused_with_the_allowed_ones(
     name: str, settings: dict[str, object], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         make_use(name, settings)
 
 
-def test_settings_left_out_have_their_defaults() -> None:
+def test_omitted_settings_have_their_defaults() -> None:
     assert make_use("activation-offload", {"to": "host"}).settings == {"to": "host", "minimum_kib": 64}
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("bf16-autocast", "bf16-parameters"),  # one slot
+        ("bf16-autocast", "bf16-parameters"),  # the same slot
         ("activation-checkpointing", "selective-checkpointing"),
         ("gradient-accumulation", "optimizer-in-backward"),  # forbidden by name
         ("qlora", "bf16-parameters"),
         ("chunked-cross-entropy", "lora"),
     ],
 )
-def test_what_clashes_is_refused_in_either_order(one: str, other: str) -> None:
+def test_conflicting_techniques_are_refused_in_either_order(one: str, other: str) -> None:
     for names in ((one, other), (other, one)):
         plan = Plan(uses=tuple(make_use(n, {}) for n in names))
         clash = conflict(plan)
@@ -96,32 +96,32 @@ def test_what_clashes_is_refused_in_either_order(one: str, other: str) -> None:
             check(plan)
 
 
-def test_forbidding_is_said_on_one_side_and_holds_on_both() -> None:
+def test_a_technique_conflicts_with_every_technique_it_forbids() -> None:
     for found in TECHNIQUES.values():
         for name in found.forbids:
             pair = Plan(uses=(make_use(found.name, {}), make_use(name, {})))
             assert conflict(pair), f"{found.name} forbids {name}, which is no technique's name"
 
 
-def test_a_missing_package_is_told_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert technique("adamw-8bit").missing == ("bitsandbytes",)
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         check(Plan(uses=(use("adamw-8bit"),)))
 
 
-def test_a_plan_is_as_strong_as_its_strongest_technique() -> None:
+def test_the_effect_class_of_a_plan_is_that_of_its_strongest_technique() -> None:
     assert effect_of(Plan()) is EffectClass.E0
     assert effect_of(Plan(uses=(use("sgd"), use("bf16-autocast")))) is EffectClass.E3
 
 
-def test_techniques_are_applied_in_their_order_whatever_the_plans() -> None:
+def test_techniques_are_applied_in_a_fixed_order_not_in_the_plans() -> None:
     names = ("bf16-autocast", "activation-checkpointing", "lora")
     plan = Plan(uses=tuple(make_use(n, {}) for n in names))
     assert [t.name for t, _ in in_order(plan)] == ["lora", "activation-checkpointing", "bf16-autocast"]
 
 
-def test_every_setting_proposed_is_one_a_user_may_write() -> None:
+def test_every_proposed_setting_is_valid_user_input() -> None:
     for found in TECHNIQUES.values():
         for device in ("cpu", "cuda"):
             space = Space(batch_size=8, block_count=5, has_head=True, vocabulary=1000, device=device)
@@ -129,7 +129,7 @@ def test_every_setting_proposed_is_one_a_user_may_write() -> None:
                 assert make_use(found.name, settings).settings == settings
 
 
-def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
+def test_techniques_that_do_not_apply_to_the_job_are_not_proposed() -> None:
     bare = Space(batch_size=1, block_count=0, has_head=False, vocabulary=0, device="cpu")
     proposed = {t.name for t in TECHNIQUES.values() if list(t.settings(bare))}
     assert not proposed & {
@@ -144,7 +144,7 @@ def test_nothing_is_proposed_that_the_job_has_no_place_for() -> None:
 
 
 class _TwoStacks(nn.Module):
-    """Encoder and decoder of one class of blocks, and a stack of another."""
+    """An encoder and a decoder with blocks of one class, and a stack of another class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class _TwoStacks(nn.Module):
 
 
 @pytest.mark.parametrize(("more", "every", "again"), [((), 1, 5), (("heads",), 1, 6), (("heads",), 2, 4)])
-def test_every_stack_is_recomputed(more: tuple[str, ...], every: int, again: int) -> None:
+def test_checkpointing_wraps_the_blocks_of_every_stack(more: tuple[str, ...], every: int, again: int) -> None:
     job = dataclasses.replace(
         words(2),
         build_model=_TwoStacks,
@@ -198,7 +198,7 @@ def settings_of(name: str) -> st.SearchStrategy[dict[str, object]]:
 
 
 INSTALLED = [n for n in TECHNIQUES if not technique(n).missing]
-# Plain data: a noun made inside a strategy is checked by beartype, which draws random numbers of its own.
+# Plain data: beartype checks a dataclass made inside a strategy, and draws random numbers of its own.
 DRAWN = st.lists(st.sampled_from(INSTALLED), unique=True).flatmap(
     lambda names: st.fixed_dictionaries({n: settings_of(n) for n in names})
 )
@@ -222,7 +222,7 @@ def test_a_plan_file_is_read_with_defaults(tmp_path: Path) -> None:
     assert read_plan(path) == Plan()
 
 
-def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_plan_file_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text("technique: {}\ntechniques: {bf16: {}, activation-checkpointing: {evry: 2}, sgd: 3}\n")
     with pytest.raises(UserError) as told:
@@ -241,19 +241,19 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         ("techniques: {sgd: {}, adafactor: {}}\n", "both set the optimizer"),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+def test_an_invalid_plan_file_is_refused_with_the_reason(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         read_plan(path)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_plan_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the plan"):
         read_plan(tmp_path / "none.yaml")
 
 
-# --- what they do to the numbers
+# --- what techniques do to the numbers
 
 
 def trained(*uses: Use, steps: int = 3) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -279,7 +279,7 @@ def trained(*uses: Use, steps: int = 3) -> tuple[list[float], dict[str, torch.Te
     ],
     ids=lambda u: Plan(uses=(u,)).label,
 )
-def test_exact_techniques_change_no_bit(used: Use) -> None:
+def test_exact_techniques_are_bitwise_equal_to_plain_training(used: Use) -> None:
     losses, weights = trained(used)
     plain_losses, plain_weights = trained()
     assert technique(used.technique).effect is EffectClass.E0
@@ -287,7 +287,7 @@ def test_exact_techniques_change_no_bit(used: Use) -> None:
     assert all(torch.equal(weights[n], plain_weights[n]) for n in plain_weights)
 
 
-def test_chunks_reorder_sums_and_nothing_else() -> None:
+def test_chunked_cross_entropy_changes_results_only_by_rounding() -> None:
     losses, weights = trained(use("chunked-cross-entropy", chunks=3))
     plain_losses, plain_weights = trained()
     assert losses == pytest.approx(plain_losses, rel=1e-6)
@@ -304,7 +304,7 @@ def test_chunks_reorder_sums_and_nothing_else() -> None:
     ],
     ids=lambda u: Plan(uses=(u,)).label,
 )
-def test_lower_precision_stays_close_and_is_not_the_same(used: Use) -> None:
+def test_lower_precision_keeps_losses_within_two_percent(used: Use) -> None:
     losses, _ = trained(used)
     plain, _ = trained()
     assert losses == pytest.approx(plain, rel=0.02)
@@ -313,7 +313,7 @@ def test_lower_precision_stays_close_and_is_not_the_same(used: Use) -> None:
 
 
 @pytest.mark.parametrize("name", ["adafactor", "sgd"])
-def test_another_optimizer_starts_at_the_same_loss_and_then_goes_its_own_way(name: str) -> None:
+def test_another_optimizer_has_the_same_first_loss_and_different_later_ones(name: str) -> None:
     losses, _ = trained(use(name))
     plain, _ = trained()
     assert losses[0] == plain[0]
@@ -322,7 +322,7 @@ def test_another_optimizer_starts_at_the_same_loss_and_then_goes_its_own_way(nam
 
 @pytest.mark.parametrize("name", ["lora", pytest.param("qlora", marks=needs("bitsandbytes"))])
 @needs("peft")
-def test_adapters_leave_the_blocks_alone_and_train_the_rest(name: str) -> None:
+def test_adapters_freeze_the_blocks_and_train_the_rest(name: str) -> None:
     torch.manual_seed(0)
     step = TrainingStep(words(), Plan(uses=(use(name, rank=2),)))
     trainable = {n for n, p in step.model.named_parameters() if p.requires_grad}
@@ -337,7 +337,7 @@ def test_adapters_leave_the_blocks_alone_and_train_the_rest(name: str) -> None:
 
 
 @needs("bitsandbytes")
-def test_four_bits_are_close_and_a_quarter_of_half_precision() -> None:
+def test_nf4_linear_takes_half_a_byte_per_weight_and_stays_accurate() -> None:
     from memfit.techniques.nf4 import Nf4Linear
 
     torch.manual_seed(0)
@@ -357,8 +357,8 @@ def test_four_bits_are_close_and_a_quarter_of_half_precision() -> None:
     assert Nf4Linear(nn.Linear(64, 64, bias=False))(torch.ones(1, 64)).shape == (1, 64)
 
 
-def test_what_has_the_address_of_a_parameter_that_moved_is_offloaded_all_the_same() -> None:
-    """ZeRO 3 gives parameters other storages in forward; an activation may get the freed address, or not."""
+def test_a_tensor_at_the_former_address_of_a_parameter_is_offloaded() -> None:
+    """ZeRO 3 gives parameters other storages in forward, and an activation may get a freed address."""
     step = TrainingStep(words(), Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),)))
     away = next(c.__self__ for c in step.bench.forward_contexts)  # type: ignore[attr-defined]
     param, kept = next(step.bench.model.parameters()), torch.ones(4096)
@@ -384,7 +384,7 @@ def test_offload_writes_what_backward_needs_and_leaves_no_file(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_several_operators_keep_leaves_once_and_what_changed_in_place_leaves_again() -> None:
+def test_a_tensor_saved_twice_is_offloaded_once_unless_it_changed_in_place() -> None:
     step = TrainingStep(words(), Plan())
     bench = step.bench
     moved: list[tuple[int, int]] = []
@@ -406,7 +406,7 @@ def test_what_several_operators_keep_leaves_once_and_what_changed_in_place_leave
     step.close()
 
 
-def test_a_spool_uses_what_is_free_before_it_grows(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_spool_reuses_free_space_before_it_grows(tmp_path: Path, monkeypatch: Any) -> None:
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -418,11 +418,11 @@ def test_a_spool_uses_what_is_free_before_it_grows(tmp_path: Path, monkeypatch: 
     third = Parked(torch.full((1000,), 3.0), spool)
     assert third.place == place
     assert second.back().sum() == 0
-    assert list(tmp_path.iterdir()) == []  # without a name: gone however the process ends
+    assert list(tmp_path.iterdir()) == []  # the file has no name, so it is gone however the process ends
     spool.close()
 
 
-def test_a_spool_goes_on_after_a_part(tmp_path: Path) -> None:
+def test_a_spool_completes_partial_reads_and_writes(tmp_path: Path) -> None:
     class Halting(io.FileIO):
         def write(self, data: Any) -> int:
             return super().write(data[:700])
@@ -440,7 +440,7 @@ def test_a_spool_goes_on_after_a_part(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_masters_keep_updates_that_bfloat16_would_lose() -> None:
+def test_master_weights_keep_updates_that_bfloat16_would_lose() -> None:
     """1 - 100 x 1e-3 = 0.9; in bfloat16 alone 1 - 0.001 rounds back to 1 each time."""
 
     def sgd(params: list[nn.Parameter]) -> torch.optim.SGD:
@@ -459,7 +459,7 @@ def test_masters_keep_updates_that_bfloat16_would_lose() -> None:
     assert all(state["master"].dtype == torch.float32 for state in masters.state.values())
 
 
-def test_floating_inputs_enter_a_bfloat16_model_as_bfloat16() -> None:
+def test_a_bfloat16_model_accepts_float32_inputs() -> None:
     from tiny import regression
 
     torch.manual_seed(0)
@@ -471,7 +471,7 @@ def test_floating_inputs_enter_a_bfloat16_model_as_bfloat16() -> None:
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_plain_training_has_the_jobs_own_optimizer(name: str, device: str) -> None:
+def test_plain_training_uses_the_optimizer_of_the_job(name: str, device: str) -> None:
     make = default_optimizer(OptimizerChoice(name=name, learning_rate=0.5), device)
     made: Any = make([nn.Parameter(torch.ones(2))])
     assert type(made).__name__.lower() == name
@@ -480,7 +480,7 @@ def test_plain_training_has_the_jobs_own_optimizer(name: str, device: str) -> No
         assert made.param_groups[0]["foreach"] is (device == "cuda")
 
 
-def test_an_optimizer_nobody_knows() -> None:
+def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(UserError, match="allowed: adamw, adam, sgd, adafactor"):
         default_optimizer(OptimizerChoice(name="lion"), "cpu")
 
@@ -488,13 +488,13 @@ def test_an_optimizer_nobody_knows() -> None:
 # --- where blocks and head are
 
 
-def test_blocks_are_the_heaviest_repetition() -> None:
+def test_blocks_are_found_automatically_or_at_a_given_path() -> None:
     path, blocks = find_blocks(Words())
     assert (path, len(blocks)) == ("blocks", 3)
     assert find_blocks(Words(), "blocks.0.inner")[0] == "blocks.0.inner"
 
 
-def test_without_blocks_or_at_a_wrong_path_the_user_is_told() -> None:
+def test_missing_blocks_and_a_wrong_path_are_user_errors() -> None:
     with pytest.raises(UserError, match="no repeated blocks"):
         find_blocks(nn.Linear(2, 2))
     with pytest.raises(UserError, match="no blocks at 'layers'; allowed: blocks"):
@@ -523,7 +523,7 @@ def test_the_head_is_found_by_path_by_output_embeddings_or_by_name() -> None:
         find_head(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_the_chunked_head_is_an_ordinary_one_in_evaluation() -> None:
+def test_the_chunked_head_returns_logits_in_evaluation() -> None:
     job, model = words(), Words()
     bench = Workbench(
         job=job, model=model, device="cpu", make_optimizer=default_optimizer(job.optimizer, "cpu")
@@ -534,8 +534,10 @@ def test_the_chunked_head_is_an_ordinary_one_in_evaluation() -> None:
     assert isinstance(model(job.make_batch(0, 0)["tokens"]), torch.Tensor)
 
 
-def test_packages_that_single_values_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without them the values are in no search, and a plan with them says what to install."""
+def test_a_setting_whose_package_is_missing_is_neither_proposed_nor_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A single value of a setting may need a package that the technique itself does not need."""
     found = importlib.util.find_spec
     without = lambda name, *more: None if name == "torchao" else found(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)

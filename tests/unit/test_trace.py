@@ -1,4 +1,4 @@
-"""What one step on fake tensors tells: every byte of a network small enough to work out by hand."""
+"""The trace of a step on fake tensors: every byte of a network small enough to work out by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plain() -> Trace:
 # --- categories
 
 
-def test_parameters_gradients_and_optimizer_state_are_those_on_paper(plain: Trace) -> None:
+def test_parameter_gradient_and_optimizer_bytes_match_a_hand_calculation(plain: Trace) -> None:
     assert plain.parameter_count == plain.trainable_count == 8 * 16 + 16 + 16 * 4 + 4
     assert by_category(plain)[Category.PARAMETER] == PARAMETER_BYTES
     assert by_category(plain, 1)[Category.GRADIENT] == PARAMETER_BYTES
@@ -50,14 +50,14 @@ def test_parameters_gradients_and_optimizer_state_are_those_on_paper(plain: Trac
     assert Category.OPTIMIZER_STATE not in by_category(plain, 1)
 
 
-def test_activations_are_what_backward_needs_and_inputs_are_the_batch(plain: Trace) -> None:
+def test_activation_and_input_bytes_match_a_hand_calculation(plain: Trace) -> None:
     # ReLU keeps its output (32 x 16), the loss the prediction (32 x 4); the loss itself lives on, in the
     # storage of its unreduced self (seen with the counting allocator)
     assert by_category(plain, 1)[Category.ACTIVATION] == 32 * 16 * 4 + 2 * (32 * 4 * 4)
     assert by_category(plain, 1)[Category.INPUT] == 32 * 8 * 4 + 32 * 4 * 4
 
 
-def test_parameters_and_state_stay_and_all_else_is_freed(plain: Trace) -> None:
+def test_only_parameters_optimizer_state_and_inputs_stay_allocated(plain: Trace) -> None:
     alive = {a.category for a in plain.allocations if a.end is None}
     assert alive <= {Category.PARAMETER, Category.OPTIMIZER_STATE, Category.INPUT}
     _, live = levels(plain)
@@ -65,12 +65,12 @@ def test_parameters_and_state_stay_and_all_else_is_freed(plain: Trace) -> None:
     assert live[-1] in (3 * PARAMETER_BYTES + 4 * 64, 3 * PARAMETER_BYTES + 4 * 64 + inputs)
 
 
-def test_what_is_built_has_no_batch_beside_it(plain: Trace) -> None:
+def test_the_setup_peak_holds_only_the_parameters(plain: Trace) -> None:
     assert memory_profile(plain, Calibration()).phase_peak_bytes["setup"] == PARAMETER_BYTES
 
 
-def test_below_autograd_what_may_be_a_view_is_a_copy_where_it_is_one() -> None:
-    """DTensor's own code works there, where ``to`` and the like come as they are called."""
+def test_a_dtype_conversion_below_autograd_is_traced_as_a_copy() -> None:
+    """DTensor's own code runs below autograd, where the trace sees ``to`` and the like as they are called."""
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         out = functional.mse_loss(model(batch[0]), batch[1])
@@ -112,29 +112,29 @@ def test_storages_belong_to_the_module_that_made_them(plain: Trace) -> None:
     assert owner[256] == "2"
 
 
-def test_work_of_a_product_is_two_operations_a_multiplication(plain: Trace) -> None:
+def test_a_matrix_product_counts_two_flops_per_multiplication(plain: Trace) -> None:
     products = [o for o in plain.ops if o.step == 1 and o.flops]
     forward = sum(o.flops for o in products if o.phase is Phase.FORWARD)
     backward = sum(o.flops for o in products if o.phase is Phase.BACKWARD)
     first, second = 2 * 32 * 8 * 16, 2 * 32 * 16 * 4
     assert forward == first + second
-    assert backward == first + 2 * second  # nobody needs the gradient of the input
+    assert backward == first + 2 * second  # the gradient of the input is not needed
 
 
-def test_moved_bytes_are_inputs_and_outputs_once(plain: Trace) -> None:
+def test_moved_bytes_count_inputs_and_outputs_once(plain: Trace) -> None:
     relu = next(o for o in plain.ops if o.op == "aten.relu.default")
     assert (relu.moved_bytes, relu.dtype) == (2 * 32 * 16 * 4, "float32")
 
 
-def test_user_lines_are_told_when_asked_for() -> None:
+def test_user_lines_are_recorded_only_on_request() -> None:
     found = trace(regression(), Plan(), lines=True)
     assert any(a.line.startswith("tiny.py:") for a in found.allocations)
     assert all(not a.line for a in trace(regression(), Plan()).allocations)
     assert all(a.line for a in found.allocations if a.phase is Phase.FORWARD)
-    assert not any(a.line for a in found.allocations if a.phase is Phase.OPTIMIZER)  # nobody's own line
+    assert not any(a.line for a in found.allocations if a.phase is Phase.OPTIMIZER)  # not the user's code
 
 
-def test_backward_has_the_module_and_line_of_the_forward_it_undoes() -> None:
+def test_backward_allocations_have_the_module_and_line_of_their_forward() -> None:
     found = trace(words(blocks=1), Plan(), lines=True)
     first = [a for a in found.allocations if a.phase is Phase.BACKWARD and a.step == 1][:5]
     assert [(a.op.split(".")[1], a.module) for a in first] == [
@@ -162,13 +162,13 @@ def test_parameters_gradients_and_state_belong_to_the_module_that_holds_the_para
 # --- micro-batches
 
 
-def test_of_many_equal_micro_steps_three_are_played() -> None:
+def test_only_three_of_many_equal_micro_steps_are_traced() -> None:
     found = trace(words(), Plan(uses=(use("gradient-accumulation", micro_batches=8),)))
     forwards = [s for s in found.spans if s.step == 1 and s.phase is Phase.FORWARD]
     assert (len(forwards), found.repeated_micro_steps) == (3, 5)
 
 
-def test_forward_and_backward_only() -> None:
+def test_a_trace_without_update_has_no_optimizer_state() -> None:
     found = trace(words(), Plan(), steps=1, update=False)
     assert Category.OPTIMIZER_STATE not in by_category(found)
 
@@ -186,18 +186,18 @@ def peaks(job: Job, *uses: Use) -> dict[str, int]:
     [(), (use("activation-checkpointing", every=1),), (use("bf16-autocast"),)],
     ids=lambda u: Plan(uses=u).label,
 )
-def test_blocks_add_up_exactly(uses: tuple[Use, ...]) -> None:
+def test_phase_peaks_grow_linearly_with_the_number_of_blocks(uses: tuple[Use, ...]) -> None:
     two, three, five = (peaks(with_blocks(words(5), n), *uses) for n in (2, 3, 5))
     for phase in ("forward", "backward", "optimizer"):
         assert two[phase] + 3 * (three[phase] - two[phase]) == five[phase], phase
 
 
-def test_a_cut_model_keeps_its_first_blocks() -> None:
+def test_a_model_can_be_cut_to_fewer_blocks() -> None:
     assert len(fake_model(with_blocks(words(5), 2)).blocks) == 2
     assert peaks(with_blocks(words(5), 5)) == peaks(words(5))
 
 
-def test_initialisers_that_draw_until_all_is_in_range_come_to_an_end_where_nobody_watches() -> None:
+def test_initialisers_that_redraw_until_in_range_end_on_fake_tensors() -> None:
     def build() -> torch.nn.Module:
         model = words(5).build_model()
         for param in model.parameters():
@@ -209,13 +209,13 @@ def test_initialisers_that_draw_until_all_is_in_range_come_to_an_end_where_nobod
     assert peaks(with_blocks(job, 2)) == peaks(with_blocks(words(5), 2))
 
 
-def test_a_recomputed_block_keeps_its_input_and_the_state_of_the_generator() -> None:
+def test_a_recomputed_block_keeps_a_generator_state_but_no_inner_activations() -> None:
     plain, found = (
         trace(words(), Plan()),
         trace(words(), Plan(uses=(use("activation-checkpointing", every=1),))),
     )
     states = [a for a in found.allocations if a.op == "get_rng_state" and a.step == 1]
-    states = [a for a in states if a.phase is Phase.FORWARD]  # backward takes its own beside them
+    states = [a for a in states if a.phase is Phase.FORWARD]  # backward makes its own as well
     assert [a.size_bytes for a in states] == [5056] * 3
     wide = BATCH * LENGTH * 4 * WIDTH * 4  # inside a block, 4 x WIDTH
 
@@ -226,7 +226,7 @@ def test_a_recomputed_block_keeps_its_input_and_the_state_of_the_generator() -> 
     assert kept_wide(found) == 0
 
 
-def test_stepping_in_backward_frees_each_gradient_before_the_next_but_one() -> None:
+def test_stepping_in_backward_keeps_few_gradients_alive_at_once() -> None:
     def most_at_once(t: Trace) -> int:
         grads = [a for a in t.allocations if a.category is Category.GRADIENT and a.step == 1]
         return max(sum(_alive(a, at.start) for a in grads) for at in grads)
@@ -239,7 +239,7 @@ def _alive(a: Allocation, at: int) -> bool:
     return a.start <= at and (a.end is None or a.end > at)
 
 
-def test_offloaded_bytes_are_counted() -> None:
+def test_offloaded_and_restored_bytes_are_counted() -> None:
     found = trace(words(), Plan(uses=(use("activation-offload", to="disk", minimum_kib=1),)))
     wide = BATCH * LENGTH * 4 * WIDTH * 4
     assert found.offloaded_bytes >= 3 * 2 * wide  # before and after GELU in each of three blocks
@@ -273,7 +273,7 @@ def test_buffers_change_their_dtype_with_the_model() -> None:
 # --- what a trace cannot know
 
 
-def test_item_is_answered_and_the_answer_is_told() -> None:
+def test_values_that_item_returns_are_recorded_as_assumptions() -> None:
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         difference = model(batch[0]) - batch[1]
         scale = difference.detach().abs().max().item()
@@ -291,7 +291,7 @@ def test_item_is_answered_and_the_answer_is_told() -> None:
         assert said in answers
 
 
-def test_a_plan_that_does_not_suit_the_job_is_the_users_mistake() -> None:
+def test_a_plan_that_does_not_suit_the_job_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no repeated blocks"):
         trace(
             regression(lambda: nn.Sequential(nn.Linear(8, 4))),
@@ -299,14 +299,14 @@ def test_a_plan_that_does_not_suit_the_job_is_the_users_mistake() -> None:
         )
 
 
-def test_the_world_outside_is_as_before() -> None:
+def test_a_trace_restores_the_torch_functions_it_patches() -> None:
     before = nn.Module._apply, torch.get_rng_state
     trace(regression(), Plan())
     assert (nn.Module._apply, torch.get_rng_state) == before
     assert type(torch.ones(1)) is torch.Tensor
 
 
-# --- through the lens of another device
+# --- traces for another device
 
 HEADS, QUERIES, DIM = 2, 128, 16
 
@@ -340,7 +340,7 @@ def kernels(found: Trace) -> set[str]:
 
 
 @pytest.mark.parametrize("kv_heads", [HEADS, 1])
-def test_half_precision_attention_on_cuda_is_flash_and_saves_no_square(kv_heads: int) -> None:
+def test_half_precision_attention_on_cuda_uses_flash_without_a_square_matrix(kv_heads: int) -> None:
     found = trace(attention(kv_heads=kv_heads), Plan(uses=(use("bf16-autocast"),)), device="cuda")
     assert kernels(found) == {
         "_scaled_dot_product_flash_attention",
@@ -352,7 +352,7 @@ def test_half_precision_attention_on_cuda_is_flash_and_saves_no_square(kv_heads:
 @pytest.mark.parametrize(
     "mask", [torch.ones(1, 1, QUERIES, QUERIES, dtype=torch.bool), torch.zeros(QUERIES, QUERIES)]
 )
-def test_with_a_mask_it_is_the_memory_efficient_kernel(mask: torch.Tensor) -> None:
+def test_masked_attention_on_cuda_uses_the_memory_efficient_kernel(mask: torch.Tensor) -> None:
     found = trace(attention(mask), Plan(), device="cuda")
     assert kernels(found) == {
         "_scaled_dot_product_efficient_attention",
@@ -360,11 +360,11 @@ def test_with_a_mask_it_is_the_memory_efficient_kernel(mask: torch.Tensor) -> No
     }
 
 
-def test_in_single_precision_too() -> None:
+def test_single_precision_attention_on_cuda_uses_the_memory_efficient_kernel() -> None:
     assert "_scaled_dot_product_efficient_attention" in kernels(trace(attention(), Plan(), device="cuda"))
 
 
-def test_on_the_cpu_nothing_is_sent_elsewhere_and_the_work_is_counted() -> None:
+def test_cpu_attention_uses_the_cpu_kernel_and_its_flops_are_counted() -> None:
     found = trace(attention(), Plan())
     assert kernels(found) == {
         "_scaled_dot_product_flash_attention_for_cpu",
@@ -375,12 +375,12 @@ def test_on_the_cpu_nothing_is_sent_elsewhere_and_the_work_is_counted() -> None:
     assert sorted(work.values()) == [forward, forward * 5 // 2]
 
 
-def test_block_is_what_the_arithmetic_above_says() -> None:
+def test_the_test_block_has_a_hidden_layer_of_four_times_its_width() -> None:
     assert Block().inner[1].out_features == 4 * WIDTH
 
 
-def test_host_memory_that_is_pinned_is_the_memory_it_was(plain: Trace) -> None:
-    """As FSDP2 pins offloaded parameters where an engine's own step asks for it."""
+def test_pinning_host_memory_adds_no_allocation(plain: Trace) -> None:
+    """FSDP2 pins offloaded parameters where an engine's own step asks for it."""
     pinning = dataclasses.replace(
         regression(), loss=lambda model, b: functional.mse_loss(model(b[0].pin_memory()), b[1])
     )
@@ -388,7 +388,7 @@ def test_host_memory_that_is_pinned_is_the_memory_it_was(plain: Trace) -> None:
     assert torch.Tensor.pin_memory is torch._C.TensorBase.pin_memory
 
 
-def test_a_compiled_block_may_end_in_a_view() -> None:
+def test_a_compiled_block_that_ends_in_a_view_makes_no_copy() -> None:
     """A linear layer's result of three dimensions is a view of a matrix: no copy is made of it."""
 
     def build() -> nn.Module:

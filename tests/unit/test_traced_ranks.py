@@ -1,4 +1,4 @@
-"""What a trace of one of several ranks sees of collectives, and models that engines must take as they are."""
+"""Traces of one of several ranks: collectives, and models that must be supported as they are."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def on_two(**uses: dict[str, Any]) -> Plan:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("more", [{}, {"activation_checkpointing": {}, "bf16_parameters": {}}])
-def test_the_optimizer_alone_makes_a_first_step_of_an_interleaved_pipeline(
+def test_a_primed_interleaved_pipeline_has_the_peaks_of_a_whole_first_step(
     rank: int, more: dict[str, Any]
 ) -> None:
-    """Peaks by phase and what autograd, the schedule and the optimizer run are those after a whole step."""
+    """A first step of the optimizer alone leaves phase peaks and operators as a whole first step does."""
     pipeline = {"schedule": "interleaved", "virtual": 2, "micro_batches": 4}
     plan = on_two(pipeline=pipeline, **more)
     job = words(blocks=8)
@@ -56,8 +56,8 @@ def test_the_optimizer_alone_makes_a_first_step_of_an_interleaved_pipeline(
 
 
 @pytest.mark.parametrize(("sync", "times"), [("last", 1), ("every", 4)])
-def test_a_stage_gathers_and_reduces_once_where_gradients_wait(sync: str, times: int) -> None:
-    """Each block of each of a rank's stages, of four micro-batches, as torch's schedules do with FSDP2."""
+def test_pipeline_stages_reduce_once_or_per_micro_batch_as_sync_says(sync: str, times: int) -> None:
+    """Once for each block of a rank's stages, or for each of four micro-batches, as torch's schedules do."""
     pipeline = {"schedule": "interleaved", "virtual": 2, "micro_batches": 4}
     uses = (make_use("pipeline", pipeline), make_use("fsdp2", {"reshard": False, "sync": sync}))
     traced = trace(words(blocks=8), Plan(ranks=4, uses=uses), device="cuda")
@@ -67,7 +67,7 @@ def test_a_stage_gathers_and_reduces_once_where_gradients_wait(sync: str, times:
     assert groups * times <= made["c10d._allgather_base_.default"] <= groups * (2 * times - 1)
 
 
-def test_collectives_inside_compiled_blocks_are_kernels_of_their_own() -> None:
+def test_collectives_inside_compiled_blocks_are_separate_operators() -> None:
     size = GptSize(layers=2, width=32, heads=2, length=16, vocabulary=64, batch_size=4)
     tokens = torch.zeros(4, 16, dtype=torch.long)
     job = Job(
@@ -84,8 +84,8 @@ def test_collectives_inside_compiled_blocks_are_kernels_of_their_own() -> None:
     assert 0 < made[1] <= made[0]
 
 
-def test_what_a_collective_sends_stays_until_its_result_is_used() -> None:
-    """And a tensor that is waited for is a wrapper to autograd, which adds to no wrapper in place."""
+def test_the_input_of_a_collective_stays_allocated_until_its_result_is_used() -> None:
+    """A tensor that is waited for is a wrapper to autograd, which does not add to a wrapper in place."""
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         x = model(batch[0])
@@ -112,19 +112,19 @@ class _Changed(nn.Module):
         return self.out(functional.relu_(self.inner(x)))
 
 
-def test_an_error_of_the_users_after_a_trace_names_no_rank() -> None:
+def test_a_trace_of_ranks_restores_the_exception_hook() -> None:
     before = sys.excepthook
     trace(regression(), on_two(ddp={}))
     assert sys.excepthook is before
 
 
-def test_zero_3_takes_models_that_work_in_place() -> None:
+def test_zero_3_supports_models_with_in_place_operators() -> None:
     found = trace(regression(_Changed), on_two(zero={"stage": 3, "reduce_bucket_elements": 1000}))
     assert found.parameter_count == 8 * 16 + 16 + 16 * 4 + 4
 
 
 class _Beside(nn.Module):
-    """Lists of modules that are no blocks hold others only and cannot be called."""
+    """Lists of modules beside the blocks only hold other modules and cannot be called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class _Beside(nn.Module):
         return self.after["out"](x)
 
 
-def test_parts_beside_the_blocks_may_lie_in_lists() -> None:
+def test_fsdp2_shards_modules_in_lists_beside_the_blocks() -> None:
     job = dataclasses.replace(regression(_Beside), blocks="blocks")
     found = trace(job, on_two(fsdp2={"units": "parts"}))
     shards = sum(
@@ -148,7 +148,7 @@ def test_parts_beside_the_blocks_may_lie_in_lists() -> None:
     assert shards == 256 + 64 + 3 * (512 + 64) + 128 + 64  # of half the rows each
 
 
-def test_logits_in_chunks_need_a_head_that_stays() -> None:
+def test_chunked_cross_entropy_needs_fsdp2_without_resharding() -> None:
     trace(words(), on_two(chunked_cross_entropy={}, fsdp2={"reshard": False}))
     with pytest.raises(UserError, match="has freed the head's weight"):
         trace(words(), on_two(chunked_cross_entropy={}, fsdp2={}))
@@ -156,7 +156,7 @@ def test_logits_in_chunks_need_a_head_that_stays() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 8, 9])
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_parts_of_a_parameter_are_those_that_fsdp_makes(rows: int, count: int) -> None:
+def test_parameter_chunks_equal_those_of_fsdp(rows: int, count: int) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_common import _chunk_with_empty
 
     from memfit.trace.fake_process_group import _Chunks
@@ -164,4 +164,4 @@ def test_parts_of_a_parameter_are_those_that_fsdp_makes(rows: int, count: int) -
     tensor = torch.arange(2.0 * rows).reshape(rows, 2)
     theirs, mine = _chunk_with_empty(tensor, count, dim=0), _Chunks(tensor, count, dim=0)
     for index, part in enumerate(theirs):
-        assert torch.equal(mine[index], part), index  # of one shape, too
+        assert torch.equal(mine[index], part), index  # the shapes are equal, too

@@ -1,4 +1,4 @@
-"""Blocks that are alike are looked at once; what is said of the others is what running them would say."""
+"""Only one of several identical blocks is examined, with the result of running every block."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Block(nn.Module):
         return x + self.up(x)
 
 
-def test_the_second_of_its_looks_stands_for_a_block() -> None:
+def test_identical_blocks_are_represented_by_their_second_occurrence() -> None:
     assert twins([Block(i) for i in range(5)]) == [0, 1, 1, 1, 1]
     assert twins([Block(i, window=50 + i % 2) for i in range(6)]) == [0, 1, 2, 3, 2, 3]
     assert twins([Block(i, sizes=[9, i]) for i in range(4)]) == [0, 1, 1, 1]
     assert twins([Block(i, scale=float(i > 2)) for i in range(5)]) == [0, 1, 1, 3, 4]
 
 
-def test_what_differs_stands_for_itself() -> None:
+def test_blocks_that_differ_represent_themselves() -> None:
     blocks = [Block(i) for i in range(5)]
     blocks[2].up = nn.Linear(16, 16, bias=False)
     blocks[4].register_forward_hook(lambda *given: None)
@@ -55,7 +55,7 @@ def test_what_differs_stands_for_itself() -> None:
     assert twins(apart) == [0, 1, 2]
 
 
-def test_forwards_that_are_wrapped_alike_are_alike() -> None:
+def test_blocks_with_equally_wrapped_forwards_are_identical() -> None:
     blocks = [Block(i) for i in range(4)]
     for block in blocks:
         recompute(block)
@@ -70,7 +70,9 @@ def _unlike(blocks: Any) -> list[int]:
 @pytest.mark.parametrize(
     "more", [{}, {"tensor-parallel": {"sequence": True}}, {"selective-checkpointing": {}}]
 )
-def test_a_chain_is_that_of_running_every_block(more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_chain_equals_the_one_from_running_every_block(
+    more: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranks = 4 if "tensor-parallel" in more else 2
     plan = Plan(ranks=ranks, uses=(make_use("pipeline", {}), *(make_use(k, v) for k, v in more.items())))
     seen: list[block_dataflow.Chain] = []
@@ -100,7 +102,7 @@ def _plain(block: Block, x: torch.Tensor) -> torch.Tensor:
 
 
 def _storing(block: Block, x: torch.Tensor) -> torch.Tensor:
-    block.last = x  # may be read by another, which is no chain
+    block.last = x  # another block may read it, which breaks the chain
     return _plain(block, x)
 
 
@@ -111,7 +113,7 @@ def _in_place(block: Block, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("work", "runs"), [(_plain, [0, 1]), (_storing, [0, 1, 2, 3, 4]), (_in_place, [0, 1, 2, 3, 4])]
 )
-def test_blocks_that_only_give_are_run_twice(
+def test_blocks_with_side_effects_are_all_run(
     work: Callable[[Block, torch.Tensor], torch.Tensor], runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
@@ -134,7 +136,7 @@ def test_blocks_that_only_give_are_run_twice(
     assert ran == runs
 
 
-def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_roles_equal_those_from_running_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Gpt(SIZE)
     names = [f"blocks.{i}" for i in range(SIZE.layers)]
     tokens = torch.zeros(2, 8, dtype=torch.long)
@@ -158,7 +160,7 @@ def test_a_flow_is_that_of_running_every_block(monkeypatch: pytest.MonkeyPatch) 
     assert set(one.views) <= set(other.views)
 
 
-def test_a_flow_knows_roles_that_one_block_alone_has() -> None:
+def test_a_block_with_its_own_roles_represents_itself() -> None:
     model = Gpt(SIZE)
     names = [f"blocks.{i}" for i in range(SIZE.layers)]
     roles = {f"{name}.up": linear_roles.COLWISE for name in names} | {"blocks.4.up": ""}
@@ -166,7 +168,7 @@ def test_a_flow_knows_roles_that_one_block_alone_has() -> None:
     assert found == [[0, 1, 1, 1, 4, 1], [0, 1, 1, 1, 1, 1]]
 
 
-def test_a_fake_tensor_is_torchs_own() -> None:
+def test_a_faked_tensor_equals_torchs_own_fake_tensor() -> None:
     mode = FakeTensorMode()
     for _ in range(2):
         meta = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)

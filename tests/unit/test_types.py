@@ -1,4 +1,4 @@
-"""Sizes and times as people write them, nouns as JSON, and the child's command line."""
+"""Sizes and times as people write them, dataclasses as JSON, and the child's command line."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ from memfit.types.units import GIB, MIB, format_bytes, format_seconds
         ("0.5TB", 5 * 10**11),
     ],
 )
-def test_sizes_as_people_write_them(text: str, size: int) -> None:
+def test_sizes_are_parsed_in_common_notations(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "0 GiB", "1 GiX", "1e9", "1,5 GiB", "GiB"])
-def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
+def test_an_invalid_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UserError, match="for example 24GiB"):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["24", "80.5", "1048575"])
-def test_a_few_bytes_are_not_what_was_meant(text: str) -> None:
+def test_a_size_of_a_few_bytes_is_refused_with_a_suggestion(text: str) -> None:
     with pytest.raises(UserError, match=f"did you mean {text}GiB"):
         parse_bytes(text)
 
 
 @given(st.integers(1, 2**50))
-def test_law_a_size_told_is_the_size_to_four_digits(size: int) -> None:
+def test_law_a_formatted_size_parses_back_within_a_thousandth(size: int) -> None:
     assert parse_bytes(format_bytes(size)) == pytest.approx(size, rel=1e-3)
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
-def test_law_a_minus_changes_nothing_else(one: int, other: int) -> None:
+def test_law_a_negative_size_is_formatted_as_the_positive_one_with_a_minus(one: int, other: int) -> None:
     assert format_bytes(-one - 1) == "-" + format_bytes(one + 1)
     assert format_bytes(one + other) == format_bytes(float(one + other))
 
@@ -79,7 +79,7 @@ def test_sizes_and_times_have_the_unit_that_fits() -> None:
     stretches=st.lists(st.lists(st.integers(0, 10**12), max_size=50), min_size=1, max_size=6),
     points=st.integers(1, 60),
 )
-def test_law_each_stretch_gets_as_many_points_and_keeps_its_peak(
+def test_law_thinning_gives_each_phase_equal_points_and_keeps_its_peak(
     stretches: list[list[int]], points: int
 ) -> None:
     each = max(2, points // len(stretches))
@@ -89,13 +89,13 @@ def test_law_each_stretch_gets_as_many_points_and_keeps_its_peak(
         assert max(thinned[index * each : (index + 1) * each]) == max(stretch)
 
 
-# --- wire
+# --- serialization
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 
 
 @given(losses=st.lists(NUMBERS, max_size=5), reason=st.text(max_size=20), peak=st.none() | st.integers(0))
-def test_law_a_measurement_crosses_as_it_is(losses: list[float], reason: str, peak: int | None) -> None:
+def test_law_a_measurement_survives_serialization(losses: list[float], reason: str, peak: int | None) -> None:
     sent = Measurement(outcome=OutcomeKind.OK, losses=tuple(losses), reason=reason, peak_bytes=peak)
     text = serialization.dumps(sent)
     got = serialization.loads(Measurement, text)
@@ -104,7 +104,7 @@ def test_law_a_measurement_crosses_as_it_is(losses: list[float], reason: str, pe
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_nested_nouns_enums_and_numbers_keep_their_kinds() -> None:
+def test_nested_records_enums_and_special_floats_survive_serialization() -> None:
     plan = Plan(
         uses=(use("gradient-accumulation", micro_batches=4), use("bf16-parameters", rounding="master"))
     )
@@ -125,12 +125,12 @@ def test_nested_nouns_enums_and_numbers_keep_their_kinds() -> None:
         ("not json", "the whole text"),
     ],
 )
-def test_a_broken_record_names_its_place(text: str, place: str) -> None:
+def test_an_invalid_record_is_refused_with_its_field(text: str, place: str) -> None:
     with pytest.raises(UserError, match=f"record 7 is invalid at {place}"):
         serialization.loads(Measurement, text, what="record 7")
 
 
-def test_nothing_fits_says_the_least_that_would_do() -> None:
+def test_the_nothing_fits_error_names_the_smallest_plan_and_its_need() -> None:
     error = NothingFits(cap_bytes=MIB, least_bytes=3 * GIB, plan_text="bf16-autocast")
     assert str(error) == (
         "no allowed plan fits 1 MiB (1048576 B); the smallest plan needs 3 GiB (3221225472 B): bf16-autocast"
@@ -152,7 +152,7 @@ SPEC = RunSpec(
 )
 
 
-def test_the_child_reads_the_very_specification_it_was_given() -> None:
+def test_the_child_reads_the_specification_it_was_given() -> None:
     config = native.render(SPEC)
     assert serialization.loads(RunSpec, config.files["run.json"]) == SPEC == config.spec
     assert config.argv == (sys.executable, "-m", "memfit.worker", "run", "{dir}/run.json")
@@ -160,7 +160,7 @@ def test_the_child_reads_the_very_specification_it_was_given() -> None:
     assert native.render(dataclasses.replace(SPEC, threads=0)).env == {"PYTHONSAFEPATH": "1"}
 
 
-def test_calibration_is_asked_with_its_signatures_and_budget() -> None:
+def test_a_calibration_request_holds_its_signatures_and_budget() -> None:
     config = native.render_calibration(SPEC, ["a", "b"], budget_s=1.5, packages=["bitsandbytes"])
     request = json.loads(config.files["request.json"])
     assert request == {

@@ -47,7 +47,7 @@ class Deep(nn.Module):
                 x = torch.cat([x, x], 1)
             if self.collect:
                 kept.append(x)
-        return self.head(torch.stack(kept).mean(0) if self.collect else x) * 1.0  # no view, for FSDP2's sake
+        return self.head(torch.stack(kept).mean(0) if self.collect else x) * 1.0  # not a view, for FSDP2
 
 
 def job(**model: Any) -> Job:
@@ -97,7 +97,7 @@ PLANS = [
 
 
 def same(one: Trace, other: Trace) -> bool:
-    """Frees in a row may change places: a cache empties itself in the order of a hash table."""
+    """Consecutive frees may change their order: a cache is emptied in the order of a hash table."""
 
     def births(t: Trace) -> list[tuple[int, int, str, str]]:
         return [(a.start, a.size_bytes, a.op, a.module) for a in t.allocations]
@@ -107,13 +107,15 @@ def same(one: Trace, other: Trace) -> bool:
 
 
 def worked(op: OpCall) -> tuple[object, ...]:
-    """All but the shapes it was given: of a list of all parameters they are the shallow trace's."""
+    """All but the signature: for a list of all parameters it has the shapes of the shallow trace."""
     return tuple(getattr(op, field.name) for field in dataclasses.fields(op) if field.name != "signature")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.label)
-def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deep_trace_equals_the_trace_of_the_whole_model(
+    plan: Plan, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     depth = 10 if plan.get("compile") else DEPTH
     whole = canonical(trace(with_blocks(job(), depth), plan, device=device))
     depths = []
@@ -132,14 +134,14 @@ def test_a_deep_trace_is_the_whole_trace(plan: Plan, device: str, monkeypatch: p
         assert worked(one) == worked(other)
 
 
-def test_on_a_processor_a_stage_is_traced_beside_the_whole_model_that_it_is_cut_from() -> None:
+def test_on_a_cpu_a_deep_trace_of_a_stage_has_the_peaks_of_a_whole_trace() -> None:
     plan = Plan(ranks=4, uses=(use("pipeline", stages=4, micro_batches=4, schedule="gpipe", virtual=1),))
     deep, whole = deep_trace(job(depth=8), plan), trace(job(depth=8), plan)
     peaks = [memory_profile(t, Calibration()).phase_peak_bytes for t in (deep, whole)]
     assert peaks[0] == peaks[1]
 
 
-def test_sizes_that_grow_with_depth_are_on_the_line() -> None:
+def test_sizes_that_grow_with_depth_are_extrapolated_linearly() -> None:
     whole = trace(with_blocks(job(collect=True), DEPTH), Plan())
     few, more = (trace(with_blocks(job(collect=True), n), Plan()) for n in (4, 5))
     given, wanted = (Blocks(path="blocks", first=0, count=n) for n in (4, DEPTH))
@@ -178,7 +180,7 @@ def test_a_model_whose_blocks_do_not_repeat_is_traced_whole() -> None:
         ("interleaved", 32, (fsdp2().uses[0], KEPT)),
     ],
 )
-def test_a_stage_of_a_long_pipeline_is_traced_in_a_short_one(
+def test_a_stage_traced_in_a_shorter_pipeline_has_the_same_peaks_and_flops(
     schedule: str, depth: int, used: tuple[Use, ...]
 ) -> None:
     stages, micros, virtual = (8, 8, 2) if schedule == "interleaved" else (4, 12, 1)

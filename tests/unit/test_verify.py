@@ -1,4 +1,4 @@
-"""verify/: laws of the equivalence test, known t values, and one case for every way a verdict can go."""
+"""Verdicts: laws of the equivalence test, known t values, and a case for every kind of verdict."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def judge(differences: Sequence[float], *, effect: EffectClass = E2, metric: Met
     ("freedom", "table"),
     [(1, 6.314), (2, 2.920), (3, 2.353), (4, 2.132), (9, 1.833), (10, 1.812), (30, 1.697), (120, 1.658)],
 )
-def test_critical_t_is_the_printed_table(freedom: int, table: float) -> None:
+def test_critical_t_matches_the_printed_table(freedom: int, table: float) -> None:
     assert critical_t(freedom, alpha=0.05) == pytest.approx(table, abs=5e-4)
 
 
@@ -80,7 +80,7 @@ def test_central_probability_has_the_closed_forms_of_one_and_two_degrees() -> No
 
 
 @pytest.mark.parametrize(("pairs", "sd"), [(2, 0.5), (3, 1.0), (4, 1.0), (10, 2.0), (40, 4.0)])
-def test_power_is_how_often_simulated_runs_are_equivalent(pairs: int, sd: float) -> None:
+def test_power_matches_the_share_of_simulated_runs_that_are_equivalent(pairs: int, sd: float) -> None:
     rng, trials, margin = random.Random(pairs), 4_000, 2.0
     t = critical_t(pairs - 1, alpha=0.05)
     hits = 0
@@ -94,12 +94,12 @@ def test_power_is_how_often_simulated_runs_are_equivalent(pairs: int, sd: float)
 @pytest.mark.parametrize(
     ("pairs", "sd", "expected"), [(3, 1.0, 0.12733843), (5, 1.0, 0.29385307), (10, 1.0, 0.79520727)]
 )
-def test_power_is_what_scipy_integrates(pairs: int, sd: float, expected: float) -> None:
+def test_power_matches_the_integral_of_scipy(pairs: int, sd: float, expected: float) -> None:
     # scipy 1.17: quad of chi.pdf(c sqrt(v), v) sqrt(v) (2 norm.cdf(z - t c) - 1) from 0 to z / t
     assert tost_power(margin=1.0, sd=sd, pairs=pairs, alpha=0.05) == pytest.approx(expected, abs=1e-7)
 
 
-def test_power_at_its_ends() -> None:
+def test_power_is_one_or_zero_at_extreme_spreads() -> None:
     assert tost_power(margin=1.0, sd=0.0, pairs=3, alpha=0.05) == 1.0
     assert tost_power(margin=1.0, sd=1e-3, pairs=3, alpha=0.05) == pytest.approx(1.0, abs=1e-4)
     assert tost_power(margin=1.0, sd=1e6, pairs=300, alpha=0.05) == 0.0
@@ -110,7 +110,7 @@ def test_power_at_its_ends() -> None:
 # --- the interval, by hand: differences 0, 1, 2 have mean 1, sd 1; 2.919986 / sqrt(3) = 1.685854
 
 
-def test_interval_known_answer() -> None:
+def test_the_interval_and_verdict_match_a_hand_calculation() -> None:
     t = tost([0.0, 1.0, 2.0], margin=2.0)
     assert (t.difference, t.sd, t.pairs) == (1.0, 1.0, 3)
     assert t.low == pytest.approx(1 - 1.685854, abs=1e-6)
@@ -125,7 +125,7 @@ MARGINS = st.floats(1e-3, 100)
 
 
 @given(DIFFERENCES, MARGINS)
-def test_law_sign_does_not_matter(differences: list[float], margin: float) -> None:
+def test_law_reversing_all_signs_mirrors_the_interval(differences: list[float], margin: float) -> None:
     a, b = tost(differences, margin=margin), tost([-d for d in differences], margin=margin)
     assert a.kind is b.kind
     assert (a.low, a.high) == pytest.approx((-b.high, -b.low))
@@ -159,7 +159,9 @@ def test_law_identical_runs_are_equivalent_from_three_pairs(
 
 
 @given(DIFFERENCES, MARGINS)
-def test_law_the_interval_holds_the_mean_and_kind_follows_it(differences: list[float], margin: float) -> None:
+def test_law_the_interval_contains_the_mean_and_the_verdict_agrees(
+    differences: list[float], margin: float
+) -> None:
     t = tost(differences, margin=margin)
     assert t.low <= t.difference <= t.high
     assert t.kind is not EQUIVALENT or abs(t.difference) < margin
@@ -169,7 +171,7 @@ def test_law_the_interval_holds_the_mean_and_kind_follows_it(differences: list[f
 # --- E2, E3
 
 
-def test_equal_science_is_equivalent_and_says_its_power() -> None:
+def test_small_differences_are_equivalent_with_the_power_stated() -> None:
     judged = judge([0.1, -0.2, 0.1, 0.0])
     assert judged.kind is EQUIVALENT
     assert judged.power is not None
@@ -184,7 +186,7 @@ def test_two_pairs_are_undecided_even_when_identical() -> None:
     assert "at least 3" in judged.reason
 
 
-def test_a_wide_spread_is_undecided_and_says_how_many_pairs_would_do() -> None:
+def test_a_wide_spread_is_undecided_and_names_the_pairs_needed() -> None:
     judged = judge([-3.0, 0.0, 3.0])
     assert judged.kind is UNDECIDED
     needed = pairs_needed(margin=2.0, sd=3.0)
@@ -193,14 +195,16 @@ def test_a_wide_spread_is_undecided_and_says_how_many_pairs_would_do() -> None:
     assert "no sensible number" in judge([-300.0, 0.0, 300.0]).reason
 
 
-def test_a_difference_near_the_margin_is_undecided_whatever_the_number_of_pairs() -> None:
+def test_a_difference_near_the_margin_is_named_in_the_reason() -> None:
     assert "near the margin" in judge([1.9, 2.0, 2.1]).reason
 
 
 @pytest.mark.parametrize(
     ("shift", "higher", "word"), [(-5, True, "worse"), (5, True, "better"), (5, False, "worse")]
 )
-def test_beyond_the_margin_is_different_with_its_direction(shift: float, higher: bool, word: str) -> None:
+def test_a_difference_beyond_the_margin_is_reported_with_its_direction(
+    shift: float, higher: bool, word: str
+) -> None:
     metric = dataclasses.replace(Q3, higher_is_better=higher)
     judged = judge([shift, shift + 0.1, shift - 0.1], metric=metric)
     assert judged.kind is DIFFERENT
@@ -211,7 +215,7 @@ def test_a_large_mean_with_a_wide_interval_is_not_called_different() -> None:
     assert judge([1.0, 5.0, 9.0]).kind is UNDECIDED
 
 
-def test_changed_algorithms_are_judged_by_metric_and_kept_off_the_ladder() -> None:
+def test_changed_algorithms_are_judged_by_metric_but_not_ranked() -> None:
     judged = judge([0.0, 0.1, -0.1], effect=E3)
     assert judged.kind is EQUIVALENT
     assert "not ranked with E0 to E2" in judged.reason
@@ -246,7 +250,7 @@ def test_seeds_that_do_not_pair_are_undecided(candidate: list[int]) -> None:
         assert judged.kind is UNDECIDED
 
 
-def test_without_a_metric_only_bits_decide() -> None:
+def test_without_a_metric_only_e0_can_be_equivalent() -> None:
     assert verdict(runs([70.0] * 3), runs([70.0] * 3), effect=E2, metric=None).kind is UNDECIDED
     assert verdict(runs([70.0] * 3), runs([70.0] * 3), effect=E0, metric=None).kind is EQUIVALENT
 
@@ -261,7 +265,7 @@ def test_without_a_metric_only_bits_decide() -> None:
         ({"losses": (2.0, 1.5, 1.0), "weights_digest": "bb"}, "the weights differ after step 2"),
     ],
 )
-def test_one_bit_breaks_e0(measured: dict[str, Any], words: str) -> None:
+def test_a_single_differing_bit_makes_e0_different(measured: dict[str, Any], words: str) -> None:
     judged = verdict(runs([70.0] * 2), [make_run(0), make_run(1, **measured)], effect=E0, metric=Q3)
     assert judged.kind is DIFFERENT
     assert words in judged.reason
@@ -275,7 +279,7 @@ def test_e0_without_a_digest_is_undecided() -> None:
 # --- E1
 
 
-def test_float32_tolerance_known_answer() -> None:
+def test_the_float32_tolerance_matches_a_hand_calculation() -> None:
     # 4 sqrt(2^15) 2^-24 = 4.3158e-05, doubling with each step
     assert float32.tolerance(0) == pytest.approx(4.3158e-05, rel=1e-4)
     assert float32.tolerance(3) == 8 * float32.tolerance(0)
@@ -289,12 +293,14 @@ def test_float32_tolerance_known_answer() -> None:
         ((2.0, 1.5 * (1 + 1e-3), 1.0), DIFFERENT),
     ],
 )
-def test_e1_tells_reordering_from_another_precision(losses: tuple[float, ...], kind: VerdictKind) -> None:
+def test_e1_accepts_reordering_and_rejects_lower_precision(
+    losses: tuple[float, ...], kind: VerdictKind
+) -> None:
     judged = verdict(runs([70.0] * 3), runs([70.0] * 3, losses=losses), effect=E1, metric=Q3)
     assert judged.kind is kind
 
 
-def test_e1_lets_late_losses_drift_but_then_asks_the_metric() -> None:
+def test_e1_judges_drifting_late_losses_by_the_metric() -> None:
     early = (2.0,) * float32.STEPS
     base = runs([70.0, 71.0, 72.0], losses=(*early, 1.0))
     drifted = runs([70.1, 71.0, 71.9], losses=(*early, 1.1))

@@ -1,5 +1,5 @@
 """The cases of docs/cases, computed again as in a spreadsheet from docs/decisions/014-money.md alone: every
-number is typed in by hand, every row is exact decimal arithmetic, and memfit must find the same coin."""
+number is typed in by hand, every row is exact decimal arithmetic, and memfit must agree to the coin."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def num(text: str | int | Decimal) -> Decimal:
 
 
 def column(case: dict[str, str], **given: str) -> Row:
-    """One way, row by row. `case` and `given` are what stands in the file and in the catalog; hours of a run
-    are told as steps and seconds."""
+    """One way, row by row. `case` and `given` hold the values of the file and of the catalog; the hours of a
+    run are given as steps and seconds."""
     c = {name: num(text) for name, text in case.items()}
     g = {name: num(text) for name, text in given.items()}
     zero, one = num(0), num(1)
@@ -118,7 +118,7 @@ def offer(machine: str, plain: bool, fits: bool, step_s: float | None, power_w: 
 
 @dataclasses.dataclass
 class Decided:
-    """What `memfit decide --json` says."""
+    """The output of `memfit decide --json`."""
 
     found: dict[str, Any]
     said: str  # without --json
@@ -134,7 +134,7 @@ class Decided:
         return hits[0]
 
     def check(self, rows: dict[tuple[str, str, bool, bool], Row]) -> None:
-        """Every row of every column; and every way that is shown has a column here."""
+        """Compares every row of every column; every way that is shown must have a column here."""
         places = {self.index(k, m, plain=p, of_catalog=c): row for (k, m, p, c), row in rows.items()}
         shown = {i for i in self.found["shown"] if self.found["ways"][i]["kind"] != "nothing"}
         assert shown <= set(places)
@@ -254,7 +254,7 @@ def laboratory(case: dict[str, str], *, plain: str = "1", quick: str = "1") -> d
 OWN_CARD, REFERENCE = ("existing", "RTX-4090", False, False), ("cloud", "RTX-A6000", True, True)
 
 
-def test_a_laboratory_with_one_card(decided: Any) -> None:
+def test_the_laboratory_case_matches_the_hand_calculation(decided: Any) -> None:
     found = decided((CASES / "laboratory.toml").read_text(encoding="utf-8"), *LABORATORY_OFFERS)
     rows = laboratory(LABORATORY)
     found.check(rows)
@@ -279,7 +279,7 @@ APART = [(num(end).ln() ** 2 + num("1.04").ln() ** 2).sqrt() for end in ("0.9", 
 STRETCHED = str((-APART[0]).exp()), str(APART[1].exp())
 
 
-def test_the_laboratory_s_tornado(decided: Any) -> None:
+def test_the_tornado_of_the_laboratory_case_matches_the_hand_calculation(decided: Any) -> None:
     found = decided((CASES / "laboratory.toml").read_text(encoding="utf-8"), *LABORATORY_OFFERS)
     ends = {
         "labour_per_hour": [laboratory(LABORATORY | {"labour": w}) for w in ("3500", "5000")],
@@ -293,7 +293,7 @@ def test_the_laboratory_s_tornado(decided: Any) -> None:
             same(found_percent, by_hand, name)
 
 
-def test_a_machine_that_is_not_enough_is_no_answer(decided: Any) -> None:
+def test_a_machine_with_too_little_capacity_is_not_the_answer(decided: Any) -> None:
     text = (CASES / "laboratory.toml").read_text(encoding="utf-8")
     found = decided(text.replace("runs_per_year = 60", "runs_per_year = 600"), *LABORATORY_OFFERS)
     rows = laboratory(LABORATORY | {"runs": "600"})
@@ -330,11 +330,11 @@ GROUP_OFFERS: tuple[Told, ...] = (
 
 
 BUY, RENT = ("purchase", "8xH100-SXM", False, False), ("cloud", "8xH100-SXM", False, False)
-OTHER = ("cloud", "8xB300", True, True)  # 6.99 $ a device and hour; nobody sells one
+OTHER = ("cloud", "8xB300", True, True)  # 6.99 $ per device and hour; it is not for sale
 
 
 def group(*, price: str = "305000", hours: str = "40", rent: str = "1") -> dict[Any, Row]:
-    """`rent` moves the catalog's rental; the price that was told for the cloud stays."""
+    """`rent` scales the catalog's rental price; the given price of the cloud stays."""
     h100 = {"step_s": "1.5", "watt": "8400", "embodied_g": str(8 * 164_000), "plan_setup": hours}
     rented = {"setup": "24", "operating": "80", "storage": "480"}
     b300 = str(8 * num("6.99") * num(rent))
@@ -345,7 +345,7 @@ def group(*, price: str = "305000", hours: str = "40", rent: str = "1") -> dict[
     }
 
 
-def test_a_group_that_buys_or_rents_eight_h100(decided: Any) -> None:
+def test_the_group_case_with_eight_h100_matches_the_hand_calculation(decided: Any) -> None:
     found = decided((CASES / "group.toml").read_text(encoding="utf-8"), *GROUP_OFFERS)
     rows = group()
     found.check(rows)
@@ -414,7 +414,7 @@ def not_worth_it(case: dict[str, str]) -> dict[Any, Row]:
     return rows
 
 
-def test_where_plain_training_is_the_answer(decided: Any) -> None:
+def test_the_not_worth_it_case_recommends_plain_training(decided: Any) -> None:
     found = decided((CASES / "not_worth_it.toml").read_text(encoding="utf-8"), *NOT_WORTH_IT_OFFERS)
     rows = not_worth_it(NOT_WORTH_IT)
     found.check(rows)
@@ -434,9 +434,9 @@ def test_where_plain_training_is_the_answer(decided: Any) -> None:
             same(100 * (1 - sheets[0]["present_cost"] / sheets[1]["present_cost"]), saved(*pair), "loss")
 
 
-def test_a_loss_is_a_negative_number(decided: Any) -> None:
-    """Their own card takes 100 hours of work a year: renting one, plain, is the answer and the reference, and
-    everything with memory saving is told as a loss."""
+def test_a_loss_is_reported_as_a_negative_saving(decided: Any) -> None:
+    """Their own card takes 100 hours of work a year, so renting one for plain training is the answer and the
+    reference, and every way that saves memory is a loss."""
     text = (CASES / "not_worth_it.toml").read_text(encoding="utf-8")
     text = text.replace("operating_hours_per_year = 5", "operating_hours_per_year = 100", 1)
     found = decided(text, *NOT_WORTH_IT_OFFERS)

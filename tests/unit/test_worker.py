@@ -1,4 +1,4 @@
-"""The child: what one run measures and tells, and how it ends. Once for real, the rest in this process."""
+"""The worker: what a run measures and reports, and how it ends. Two tests start a real child process."""
 
 from __future__ import annotations
 
@@ -142,12 +142,12 @@ class Counter:
         """Readings only grow here."""
 
     def counts(self) -> SimpleNamespace:
-        """One event between two questions."""
+        """One event between two readings."""
         self.events += 1
         return SimpleNamespace(allocations=self.events, frees=0)
 
     def start_log(self) -> None:
-        """The last step begins."""
+        """Called when the last step begins."""
 
     def stop_log(self) -> Log:
         return Log()
@@ -187,7 +187,7 @@ def told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capture
     return ask
 
 
-def test_a_run_tells_every_step_and_ends_with_what_it_measured(own: str, told: Any) -> None:
+def test_a_run_reports_every_step_and_ends_with_its_measurement(own: str, told: Any) -> None:
     found, events = told(spec(own, timeline=True))
     steps = [e for e in events if e["event"] == "step"]
     assert [e["step"] for e in steps] == [0, 1, 2]
@@ -205,13 +205,13 @@ def test_a_run_tells_every_step_and_ends_with_what_it_measured(own: str, told: A
     assert (found.limit_kind, found.headroom_bytes, found.overhead_ratio) == ("", (), None)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(own: str, told: Any) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_seed_different_ones(own: str, told: Any) -> None:
     one, again, other = (told(spec(own, seed=s))[0] for s in (0, 0, 1))
     assert (one.losses, one.weights_digest, one.metric) == (again.losses, again.weights_digest, again.metric)
     assert one.weights_digest != other.weights_digest
 
 
-def test_under_a_cap_each_step_says_what_is_left(own: str, told: Any) -> None:
+def test_under_a_cap_each_step_reports_its_headroom(own: str, told: Any) -> None:
     found, _ = told(spec(own, cap_bytes=10**6, evaluate=False))
     assert (found.limit_kind, found.footprint_bytes, found.process_peak_bytes) == ("test", 7, 1000)
     assert found.overhead_ratio == pytest.approx(1000 / found.peak_bytes)
@@ -221,7 +221,7 @@ def test_under_a_cap_each_step_says_what_is_left(own: str, told: Any) -> None:
 
 
 @pytest.mark.parametrize(("attribute", "value"), [("broken", "nan"), ("endless", "inf")])
-def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
+def test_a_non_finite_loss_ends_the_run_and_names_its_step(
     attribute: str, value: str, own: str, told: Any
 ) -> None:
     found, _ = told(spec(own, attribute))
@@ -231,7 +231,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step(
     assert found.metric is None
 
 
-def test_a_model_that_is_made_otherwise_after_the_warm_up_is_named(
+def test_a_technique_missing_after_the_warm_up_fails_the_run(
     own: str, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from memfit.jobs.training_step import TrainingStep
@@ -281,21 +281,21 @@ def test_replay_refuses_a_job_that_has_changed(own: str, tmp_path: Path, told: A
         replayed()
 
 
-def test_out_of_memory_is_an_outcome_with_its_place(own: str, told: Any) -> None:
+def test_out_of_memory_is_reported_with_phase_and_step(own: str, told: Any) -> None:
     found, _ = told(spec(own, "full"))
     assert found.outcome is OutcomeKind.OOM
     assert found.reason == "out of memory in forward of step 1"
     assert len(found.losses) == 1
 
 
-def test_an_error_in_the_users_loss_is_a_failed_run_with_its_place(own: str, told: Any) -> None:
+def test_an_error_in_the_users_loss_fails_the_run_and_names_its_file(own: str, told: Any) -> None:
     found, _ = told(spec(own, "mistaken"))
     assert found.outcome is OutcomeKind.FAILED
     assert "RuntimeError: shapes do not fit" in found.reason
     assert ".py:" in found.reason
 
 
-def test_the_users_mistake_is_a_failed_run_with_the_reason(own: str, told: Any) -> None:
+def test_a_user_error_fails_the_run_with_its_reason(own: str, told: Any) -> None:
     found, events = told(spec(own, "nothing"))
     assert found.outcome is OutcomeKind.FAILED
     assert "has no attribute 'nothing'" in found.reason
@@ -310,7 +310,7 @@ def test_a_job_without_a_metric_is_not_evaluated(own: str, told: Any) -> None:
     assert [e["stage"] for e in events if e["event"] == "stage"] == ["warm-up"]
 
 
-def test_calibration_tells_its_rates_and_that_it_is_done(
+def test_calibration_reports_its_rates_and_a_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from memfit.runtime import op_benchmark
@@ -336,7 +336,7 @@ def ended(asked: RunSpec) -> Measurement:
 
 
 @pytest.mark.skipif(counting_allocator.available() is not None, reason="no counting allocator")
-def test_the_peak_of_a_real_child_is_the_predicted_one(own: str) -> None:
+def test_the_measured_peak_of_a_real_child_is_the_predicted_one(own: str) -> None:
     from memfit.cost.memory import memory_profile
     from memfit.types.machine import Calibration
 

@@ -1,4 +1,4 @@
-"""What memfit and its workers import: no file of the user's in the place of an installed module."""
+"""What memfit and its workers import, how long a run may take, and the record of a proof of concept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ BESIDE = {
     "layers.py": "from torch import nn\n\ndef make_layers():\n    return nn.Linear(4, 2)\n",
     "penalties.py": "def penalty(model):\n    return sum(p.square().sum() for p in model.parameters())\n",
 }
-# Each would end the process that imported it, and say so.
+# Each of these files ends the process that imports it, with a message.
 HIDDEN = ("torch", "random", "numpy", "dataclasses", "typer", "datetime", "tempfile")
 
 
@@ -90,7 +90,7 @@ def _ended(arguments: Sequence[str], folder: Path) -> tuple[int, str, str]:
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def test_the_installed_script_takes_the_modules_beside_a_job_in_another_folder(folder: Path) -> None:
+def test_the_installed_script_imports_modules_beside_a_job_in_another_folder(folder: Path) -> None:
     hide(folder)
     (folder / "elsewhere").mkdir()
     script = folder / "elsewhere" / "memfit"
@@ -100,7 +100,7 @@ def test_the_installed_script_takes_the_modules_beside_a_job_in_another_folder(f
     assert "plain: ok" in out
 
 
-def test_ranks_import_no_file_of_the_current_folder_in_the_place_of_an_installed_module(
+def test_ranks_do_not_import_local_files_in_place_of_installed_modules(
     folder: Path,
 ) -> None:
     hide(folder)
@@ -110,7 +110,7 @@ def test_ranks_import_no_file_of_the_current_folder_in_the_place_of_an_installed
     assert "ok without a cap" in out
 
 
-def test_a_module_beside_the_job_that_python_hides_is_told_once(tmp_path: Path) -> None:
+def test_each_shadowed_module_beside_the_job_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import helper\ndef job():\n    import numpy as np\n    from . import typer\n    import random\n"
     )
@@ -136,7 +136,7 @@ def test_a_module_beside_the_job_that_python_hides_is_told_once(tmp_path: Path) 
 @pytest.mark.parametrize(
     "spec", ["protein-ss", "hf:./llama", "nowhere.py:job", "broken.py:job", "notes.txt:job"]
 )
-def test_nothing_is_told_of_hidden_modules_where_there_is_no_readable_job(
+def test_no_shadowed_modules_are_reported_without_a_readable_job(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -155,7 +155,7 @@ def test_another_program_that_imports_memfit_keeps_its_folder_on_the_path(tmp_pa
 # --- how long a run may take
 
 
-def test_a_run_has_no_time_limit_unless_one_is_asked_for(folder: Path) -> None:
+def test_a_run_has_a_time_limit_only_on_request(folder: Path) -> None:
     assert Request(job=JobRef(spec="mine.py:job"), machine=machine("H100-SXM")).timeout_s is None
     slow = JOB.replace("    noise =", "    import time\n    time.sleep(10 * (step > 0))\n    noise =")
     (folder / "mine.py").write_text(slow)
@@ -170,7 +170,7 @@ def test_a_child_without_a_time_limit_runs_to_its_end() -> None:
     assert run(_config(code, ranks=1), on_event=lambda event: None).outcome is OutcomeKind.OK
 
 
-def test_ranks_that_wait_for_one_that_failed_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_waiting_for_a_failed_rank_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memfit.runtime.ranks.GRACE_S", 0.2)
     code = "import os, sys, time\nsys.exit('no such data') if os.environ['RANK'] == '1' else time.sleep(100)"
     begun = time.monotonic()
@@ -186,7 +186,7 @@ def _config(code: str, *, ranks: int) -> LaunchConfig:
     return LaunchConfig(engine="test", argv=(sys.executable, "-c", code), env={}, files={}, spec=spec)
 
 
-def test_ranks_wait_for_each_other_for_longer_than_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_group_timeout_is_at_least_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -248,7 +248,7 @@ def test_a_proof_of_concept_that_recommends_plain_training_has_a_record(ranks: i
     assert (record.verdict.kind, record.verdict.test) == ("equivalent", "identity")
 
 
-def test_a_record_leaves_out_a_ratio_that_the_medians_contradict_and_says_so() -> None:
+def test_a_record_notes_and_omits_a_step_time_ratio_that_the_medians_contradict() -> None:
     poc = dataclasses.replace(full_poc(), step_time_ratio=2.9)
     record = exchange.of_poc(poc)
     assert record.step_time_ratio is None
@@ -257,7 +257,7 @@ def test_a_record_leaves_out_a_ratio_that_the_medians_contradict_and_says_so() -
     assert exchange.of_poc(full_poc()).step_time_ratio == 1.31
 
 
-def test_several_ranks_are_compared_with_plain_training_on_as_many() -> None:
+def test_a_baseline_of_several_ranks_must_be_plain_training() -> None:
     record = exchange.of_poc(recommending(plain(2), baseline=plain(2), step_time_ratio=1.0)).model_dump(
         mode="json"
     )

@@ -1,4 +1,4 @@
-"""Item 6: the interval of `estimate` holds what kernels take inside, or has room for it and says so."""
+"""The interval of `estimate` contains the memory that kernels take inside, probed or bounded."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ for name, make in CASES.items():
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Nothing was probed before these tests."""
+    """An empty cache of probes for these tests."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -190,7 +190,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def truths() -> dict[str, int]:
-    """Peaks of plain loops, written out here, in a process of their own."""
+    """Peaks of plain training loops, measured in a process of their own."""
     text = TRAINED.format(folder=str(Path(__file__).parent), threads=torch.get_num_threads())
     done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("peak ")]
@@ -218,19 +218,19 @@ def test_without_probes_the_interval_still_holds_the_measured_peak(name: str, tr
     assert found.allocated_bytes.low <= truths[name] <= found.allocated_bytes.high
 
 
-def test_without_probes_the_answer_names_the_operators() -> None:
+def test_without_probes_the_estimate_names_the_operators_not_probed() -> None:
     found = estimated("volumes", probe=False)
     assert any("not probed" in a and "convolution_backward" in a for a in found.estimate.assumptions)
     assert "not probed" in str(found)
     assert not any("not probed" in a for a in estimated("volumes").estimate.assumptions)
 
 
-def test_without_probes_fits_goes_by_the_upper_end() -> None:
+def test_without_probes_the_upper_end_decides_whether_a_plan_fits() -> None:
     found = estimated("volumes", probe=False)
     assert needed_bytes(found.estimate, found.machine) >= found.allocated_bytes.high
 
 
-def test_what_was_probed_is_not_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probed_operators_are_cached_and_not_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     once = estimated("volumes")
 
     def refuse(*args: Any, **settings: Any) -> Any:
@@ -240,7 +240,7 @@ def test_what_was_probed_is_not_probed_again(monkeypatch: pytest.MonkeyPatch) ->
     assert estimated("volumes").allocated_bytes == once.allocated_bytes
 
 
-def test_a_machine_without_processes_widens_the_interval(
+def test_the_interval_is_that_without_probes_if_no_process_can_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fails(*args: Any, **settings: Any) -> Any:
@@ -252,7 +252,7 @@ def test_a_machine_without_processes_widens_the_interval(
     assert found.allocated_bytes == estimated("volumes", probe=False).allocated_bytes
 
 
-def test_another_machine_is_never_probed_and_has_room_for_its_convolutions(
+def test_another_machine_is_not_probed_and_gets_a_wider_interval(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
@@ -261,7 +261,7 @@ def test_another_machine_is_never_probed_and_has_room_for_its_convolutions(
     assert found.allocated_bytes.high > 1.01 * found.allocated_bytes.value
 
 
-def test_a_model_without_such_kernels_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_kernels_to_probe_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memfit.planner.workspace_probes, "run", None)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
     found = memfit.estimate(model, torch.rand(8, 64))
@@ -376,7 +376,7 @@ def test_kernels_that_take_indices_have_a_bound_in_half_precision_and_in_other_l
 
 def taken(counter: Any, call: Any, args: list[Any]) -> torch.Tensor:
     """The first output, after comparing what the call took inside with its bound."""
-    call(*args)  # what it keeps for later calls is made
+    call(*args)  # allocates what it keeps for later calls
     counter.reset_peak()
     outputs = call(*args)
     extra_bytes = counter.peak_bytes() - counter.live_bytes()
@@ -387,7 +387,7 @@ def taken(counter: Any, call: Any, args: list[Any]) -> torch.Tensor:
     return first
 
 
-def test_the_file_of_what_was_probed_survives_nonsense(tmp_path: Path) -> None:
+def test_an_invalid_probe_cache_file_is_treated_as_empty(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text("{not json")
     assert memfit.planner.workspace_probes._read(path) == {}
