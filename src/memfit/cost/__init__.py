@@ -1,4 +1,4 @@
-"""Stage 2: arithmetic only. Turns (Trace, Machine, Calibration) into an Estimate.
+"""Turn (Trace, Machine, Calibration) into an Estimate, by arithmetic only.
 
 Nothing here loads torch.
 """

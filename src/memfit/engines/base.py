@@ -50,6 +50,7 @@ class Engine:
     - ``no_scalars(plan)``: whether the engine refuses parameters without dimensions.
     - ``files(spec)``: its own configuration, name -> text, beside run.json. The worker reads these files.
     - ``tested``: the tested versions, from (inclusive) and to (exclusive).
+    - ``saves``: whether memfit's worker can save and resume its training.
     - ``own_trace``: whether the engine's step runs on fake tensors. If so, predictions are traces of it.
       Otherwise they are traces of the native step for ``predicted(plan)``, which needs the same memory.
     - ``requirements``: what pip installs in a separate environment, for an engine whose dependencies
@@ -66,6 +67,7 @@ class Engine:
     reasons: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     asks_cuda: Callable[[Plan], tuple[str, ...]] = lambda plan: ()
     no_scalars: Callable[[Plan], bool] = lambda plan: False
+    saves: bool = False
     own_trace: bool = False
     predicted: Callable[[Plan], Plan] = lambda plan: plan
     requirements: tuple[str, ...] = ()

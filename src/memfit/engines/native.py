@@ -17,6 +17,7 @@ _SOURCE = Path(__file__).parents[2]
 
 ENGINE = Engine(
     name="native",
+    saves=True,
     summary="torch alone: DDP, FSDP2, tensor, pipeline, context, axial and expert parallelism",
     carries=frozenset(TECHNIQUES),
 )

@@ -14,9 +14,9 @@ from typing import Any
 from memfit.lint import (
     rules_deepspeed,
     rules_hugging_face,
-    rules_known,
     rules_megatron,
     rules_openfold,
+    rules_options,
     rules_torchtitan,
     rules_trainer,
 )
@@ -27,7 +27,7 @@ from memfit.lint.parse import Found, Setup
 CHECKS: Mapping[str, tuple[tuple[str, ...], Callable[..., Found]]] = {
     check.__name__.replace("_", "-"): (kinds, check)
     for module in (
-        rules_known,
+        rules_options,
         rules_deepspeed,
         rules_hugging_face,
         rules_trainer,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from memfit import catalog
-from memfit.engines.registry import engine
+from memfit.engines import replay
+from memfit.engines.registry import ENGINES, engine
 from memfit.report.answer import answer
 from memfit.report.decision_phrases import (
     claim,
@@ -25,7 +26,6 @@ from memfit.report.quantities import Figure, Sentence, assumed, measured, number
 from memfit.types.result import Poc
 
 Filled = Mapping[str, Figure | str | Sentence]
-ENGINES: Final = ("native", "accelerate", "deepspeed", "megatron", "colossalai", "fairscale")
 
 
 # These sentences change the meaning of the short answer on money, so a small screen must not fold them.
@@ -313,7 +313,7 @@ def phrases(poc: Poc, view: DecisionView) -> Iterator[Sentence]:
     yield from main_risks(poc, view)
     plan = poc.search.recommended.estimate.plan if poc.search.recommended else None
     used_engine = next((r.spec.engine for r in poc.runs if r.spec.role == "recommended"), "")
-    for name in ENGINES:
+    for name in (e for e in ENGINES if e != replay.ENGINE.name):
         facts = catalog.engine_facts(name)
         statements: dict[str, Figure | str | Sentence] = {
             k: engine_fact(facts[k][0]) if k in facts else "?"

@@ -63,7 +63,7 @@ def render_html(poc: Poc, *, lang: str, decision: Decision | None = None) -> str
     decision_page = decision_view(poc, decision) if decision is not None else None
     records = report_records(poc, decision, view.case.created if view.case else "")
     return render(
-        "template.html.j2",
+        "report.html.j2",
         words,
         labels=_labels(records, decision, words),
         view=view,

@@ -1,4 +1,4 @@
-"""Stage 7: store results in an append-only SQLite file of Records, each with its environment."""
+"""Store results in an append-only SQLite file of Records, each with its environment."""
 
 from __future__ import annotations
 

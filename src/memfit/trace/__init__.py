@@ -1,1 +1,1 @@
-"""Stage 1: run one training step on fake tensors and record the lifetime of every storage."""
+"""Run one training step on fake tensors and record the lifetime of every storage."""

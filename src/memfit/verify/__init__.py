@@ -1,6 +1,4 @@
-"""Stage 6: is the candidate scientifically equivalent to the baseline? The effect class determines the
-test.
-"""
+"""Is the candidate scientifically equivalent to the baseline? The effect class determines the test."""
 
 from __future__ import annotations
 

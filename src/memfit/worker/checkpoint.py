@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from memfit.engines.registry import ENGINES
 from memfit.jobs import checkpoints
 from memfit.jobs.training_step import TrainingStep
 from memfit.runtime.checkpoint_layout import (
@@ -38,7 +39,6 @@ from memfit.runtime.progress_events import tell
 from memfit.types.errors import MemfitError, UserError
 from memfit.types.launch import Checkpoint, RunSpec, Shape
 
-ENGINES = ("native", "accelerate", "deepspeed", "fairscale")
 _NAMED = 3  # number of differing tensors that an error names
 Shapes = Mapping[str, Shape]
 
@@ -49,9 +49,10 @@ class Keeper:
     def __init__(self, spec: RunSpec, step: TrainingStep) -> None:
         """Raises UserError if the run's state cannot be saved by name."""
         self.spec, self.step, self.rank = spec, step, step.bench.world.rank
-        if spec.engine not in ENGINES:
+        if not ENGINES[spec.engine].saves:
             raise UserError(
-                f"checkpoints are not supported for engine {spec.engine}", allowed=", ".join(ENGINES)
+                f"checkpoints are not supported for engine {spec.engine}",
+                allowed=", ".join(e.name for e in ENGINES.values() if e.saves),
             )
         if spec.engine == "fairscale" and spec.plan.get("fsdp2") is not None:
             raise UserError(

@@ -91,6 +91,7 @@ def _asks_cuda(plan: Plan) -> tuple[str, ...]:
 
 ENGINE = Engine(
     name="accelerate",
+    saves=True,
     summary="Hugging Face Accelerate: DDP, FSDP2 and DeepSpeed's ZeRO through its Accelerator",
     distribution="accelerate",
     tested=("1.15", "1.16"),

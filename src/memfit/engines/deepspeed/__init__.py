@@ -100,6 +100,7 @@ def _to_host(enabled: bool) -> dict[str, Any]:
 
 ENGINE = Engine(
     name="deepspeed",
+    saves=True,
     summary="DeepSpeed: ZeRO 0 to 3, states and parameters in host memory",
     distribution="deepspeed",
     tested=("0.19", "0.20"),

@@ -45,6 +45,7 @@ def config(plan: Plan) -> dict[str, object]:
 
 ENGINE = Engine(
     name="fairscale",
+    saves=True,
     summary="FairScale: optimizer state and gradients of whole parameters on one rank each",
     distribution="fairscale",
     tested=("0.4.13", "0.4.14"),

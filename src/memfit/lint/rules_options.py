@@ -1,4 +1,4 @@
-"""Rules for settings and values that a library does not accept; option_schema.py knows which it accepts."""
+"""Rules for settings and values that a library does not accept; option_schema.py says which it accepts."""
 
 from __future__ import annotations
 
