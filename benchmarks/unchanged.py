@@ -163,7 +163,7 @@ def exports() -> Iterator[Answer]:
 def findings() -> Iterator[Answer]:
     """Of every set-up that the tests of the rules have."""
     sys.path.insert(0, str(HERE.parent / "tests" / "unit"))
-    import test_configs_rules as rules
+    import test_lint_rules as rules
 
     tables = {n: t for n, t in vars(rules).items() if n.isupper() and isinstance(t, dict)}
     cases = {f"{n}/{k}": c for n, t in tables.items() for k, c in t.items() if isinstance(c, rules.Case)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_configs_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
+from test_lint_rules import CASES, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 
 from memfit.engines import accelerate, deepspeed, megatron
 from memfit.engines.base import Engine

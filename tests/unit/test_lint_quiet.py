@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_configs_rules import CPU, DECAY, FILE, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
+from test_lint_rules import CPU, DECAY, FILE, File, acc, ds, fsdp, mesh, mg, tr, tt, zero
 
 from memfit.lint.check import check
 from memfit.lint.parse import read
