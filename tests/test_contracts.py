@@ -1,4 +1,4 @@
-"""What holds for the whole house, read from its source and its imports."""
+"""Rules for the whole code base, checked on its source and its imports."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WITHOUT_TORCH = (
     "runtime.engine_environment",
 )
 IN_ENGINES = (".step", ".gpt")  # the engines' own training steps, which run in the worker
-# Words of the first design that no module is named by any more.
+# Words that are too vague to name a module.
 BANNED = {
     "given",
     "beside",
@@ -72,7 +72,7 @@ BANNED = {
 # Who may read environment variables: one file records them, and one hands them on to a child process.
 READS_ENVIRONMENT = {"store/environment.py", "runtime/child_process.py"}
 
-# Numbers that count or compare and so have no unit. Anything else says its unit last in its name.
+# Numbers that count or compare have no unit. Any other number has its unit at the end of its name.
 UNITS = (
     "_bytes",
     "_s",
@@ -146,7 +146,7 @@ DIMENSIONLESS = {
     "calls",
     "key",
     "reads",
-    # which, of many
+    # an index of one of many
     "members",
     "waits",
     # pure numbers
@@ -227,13 +227,13 @@ def nouns() -> list[type]:
 
 
 @pytest.mark.parametrize("statement", ["import memfit", "from memfit.cli import main"])
-def test_importing_memfit_loads_nothing_heavy(statement: str) -> None:
+def test_importing_memfit_loads_no_heavy_library(statement: str) -> None:
     heavy = ("torch", "transformers", "numpy", "pydantic", "jinja2")
     code = f"import sys; {statement}; print([m for m in {heavy} if m in sys.modules])"
     assert _python(code) == "[]"
 
 
-def test_the_rooms_of_arithmetic_and_text_never_load_torch() -> None:
+def test_packages_of_arithmetic_and_text_never_load_torch() -> None:
     names = [n for room in WITHOUT_TORCH for n in modules(room) if not n.endswith(IN_ENGINES)]
     code = (
         "import importlib, sys\n"
@@ -245,7 +245,7 @@ def test_the_rooms_of_arithmetic_and_text_never_load_torch() -> None:
     assert _python(code) == ""
 
 
-def test_every_module_imports_without_the_extras() -> None:
+def test_every_module_imports_without_optional_packages() -> None:
     code = (
         "import importlib, sys\n"
         "for name in ('bitsandbytes', 'torchao', 'peft'):\n"
@@ -262,11 +262,11 @@ def _python(code: str) -> str:
     return run.stdout.strip()
 
 
-# --- nouns
+# --- types
 
 
 @pytest.mark.parametrize("noun", nouns(), ids=lambda c: c.__name__)
-def test_nouns_are_frozen_slotted_and_keyword_only(noun: type) -> None:
+def test_types_are_frozen_slotted_and_keyword_only(noun: type) -> None:
     parameters = noun.__dataclass_params__  # type: ignore[attr-defined]
     assert parameters.frozen
     assert "__slots__" in vars(noun)
@@ -275,7 +275,7 @@ def test_nouns_are_frozen_slotted_and_keyword_only(noun: type) -> None:
 
 
 @pytest.mark.parametrize("noun", nouns(), ids=lambda c: c.__name__)
-def test_numbers_say_their_unit(noun: type) -> None:
+def test_numeric_fields_name_their_unit(noun: type) -> None:
     numbers = [f.name for f in dataclasses.fields(noun) if _is_number(str(f.type))]
     nameless = [n for n in numbers if n not in DIMENSIONLESS and not n.endswith(UNITS)]
     assert not nameless, f"{noun.__name__}: give {nameless} a unit, or list them as dimensionless"
@@ -299,7 +299,7 @@ def found(wanted: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
         yield from ((name, node) for node in ast.walk(tree) if isinstance(node, wanted))
 
 
-def test_the_environment_is_read_in_one_file() -> None:
+def test_only_listed_files_read_environment_variables() -> None:
     readers = {
         name
         for name, node in found(ast.Attribute)
@@ -310,7 +310,7 @@ def test_the_environment_is_read_in_one_file() -> None:
     assert readers <= READS_ENVIRONMENT
 
 
-def test_only_those_who_run_the_code_of_others_catch_everything() -> None:
+def test_only_modules_that_run_foreign_code_catch_all_exceptions() -> None:
     wide = {
         f"{name}:{node.lineno}"
         for name, node in found(ast.ExceptHandler)
@@ -331,7 +331,7 @@ def test_only_those_who_run_the_code_of_others_catch_everything() -> None:
     assert not {place for place in wide if not place.startswith(allowed)}
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_modules_have_no_import_cycles() -> None:
     """Imports for type checking, and those inside functions, count."""
     graph = grimp.build_graph("memfit", cache_dir=None)
     imported = {m: sorted(graph.find_modules_directly_imported_by(m)) for m in graph.modules}
@@ -339,7 +339,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
     order.prepare()  # raises CycleError, which names the circle
 
 
-def test_a_class_name_occurs_once() -> None:
+def test_public_class_names_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for name, node in found(ast.ClassDef):
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
@@ -350,11 +350,11 @@ def test_a_class_name_occurs_once() -> None:
     )  # each engine's, and each trainer's, by the same name
 
 
-def test_no_module_is_named_by_a_word_of_the_first_design() -> None:
+def test_no_module_has_a_banned_name() -> None:
     assert not [name for name in modules() if name.rpartition(".")[2] in BANNED]
 
 
-def test_nothing_is_global() -> None:
+def test_no_function_uses_a_global_statement() -> None:
     assert not [name for name, _ in found(ast.Global)]
 
 
@@ -400,7 +400,7 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path: Path) -> None:
     assert {p.relative_to(SRC.parent).as_posix() for p in ours} <= packed
 
 
-def test_the_version_is_said_once() -> None:
+def test_the_project_version_equals_the_package_version() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,4 +1,4 @@
-"""What README and docs say is so: commands exist, links lead somewhere."""
+"""README and docs are correct: commands exist, links have targets, stated numbers are right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def memfit_commands() -> list[str]:
     return sorted(named | set(re.findall(r"^\| `memfit ([a-z]+)", MANUAL, re.MULTILINE)))
 
 
-def test_the_first_code_block_comes_early_and_holds_the_two_commands() -> None:
+def test_the_first_code_block_of_the_readme_is_early_and_has_two_scripts() -> None:
     first = README.split("```")[1]
     assert README[: README.index("```")].count("\n") < 30
     assert README.count("\n") <= 200
@@ -41,7 +41,7 @@ def test_the_first_code_block_comes_early_and_holds_the_two_commands() -> None:
         subprocess.run(["bash", "-n", ROOT / words[1]], check=True)
 
 
-def test_readme_leads_to_every_page_of_the_manual() -> None:
+def test_the_readme_links_to_every_page_of_docs() -> None:
     for page in ROOT.glob("docs/*.md"):
         assert f"](docs/{page.name})" in README
 
@@ -69,14 +69,14 @@ def test_every_option_of_the_manual_exists(command: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+def test_links_inside_the_repository_have_targets(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_links_to_headings_lead_to_one(page: Path) -> None:
+def test_links_to_headings_have_targets(page: Path) -> None:
     for target, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
@@ -85,7 +85,7 @@ def test_links_to_headings_lead_to_one(page: Path) -> None:
         assert heading in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-def test_the_rules_of_lint_are_as_many_as_the_pages_say() -> None:
+def test_the_stated_number_of_lint_rules_is_correct() -> None:
     """benchmarks/lint_examples.py writes the record: a new rule is tried on the libraries' own examples."""
     record = (ROOT / "benchmarks/lint_examples.md").read_text(encoding="utf-8")
     linted, rules = re.findall(r"^(\d+) configurations, (\d+) rules:", record, re.MULTILINE)[0]
@@ -95,7 +95,7 @@ def test_the_rules_of_lint_are_as_many_as_the_pages_say() -> None:
     assert f"{int(linted):,}" in MANUAL
 
 
-def test_every_dependency_is_justified() -> None:
+def test_every_dependency_is_documented() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -32,7 +32,7 @@ from memfit.types.plan import Plan
 from memfit.types.trace import Phase
 from memfit.worker.train import joined
 
-RATIO = 0.6  # of one process's activations, that one of two ranks may hold
+RATIO = 0.6  # the share of one process's activations that one of two ranks may hold
 # Neither residues nor rows nor extra rows divide by two; every part of the network is there.
 SIZE = dataclasses.replace(
     small(residues=21, batch_size=2), templates=2, rows=7, extra_rows=9, blocks=2, extra_blocks=1
@@ -40,7 +40,7 @@ SIZE = dataclasses.replace(
 
 
 def _whole_model(**changed: Any) -> nn.Module:
-    """With weights that let everything through: at first what is added to a residual is zero."""
+    """With weights that make every part count: initially what is added to a residual is zero."""
     model = AlphaFold(dataclasses.replace(SIZE, **changed))
     with torch.no_grad():
         for param in model.parameters():
@@ -120,7 +120,7 @@ def _plan(ranks: int = 2, **uses: Any) -> Plan:
 
 
 def _alone(plan: Plan) -> Plan:
-    """What is in the plan for one device."""
+    """The part of the plan that applies to one device."""
     kept = [u for u in plan.uses if u.technique not in ("axial-parallel", "ddp", "fsdp2")]
     return Plan(uses=tuple(kept))
 
@@ -198,12 +198,12 @@ def _rank(target: Path) -> None:
     torch.save({"same": same, "held": held}, target)
 
 
-# -- and what is made of it ----------------------------------------------------------------------------------
+# -- the tests ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """By number of ranks, what each rank has found."""
+    """What each rank has found, by number of ranks."""
     found = {}
     for ranks in SAME:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
@@ -221,7 +221,7 @@ def test_outputs_and_every_gradient_are_those_of_one_process(
 ) -> None:
     name, plan = SAME[ranks][index]
     alone, found = _stepped(JOBS[name], _alone(plan)), [rank["same"][index] for rank in told[ranks]]
-    if plan.get("bf16-autocast") is not None:  # other sums, rounded to eight bits
+    if plan.get("bf16-autocast") is not None:  # sums in another order, rounded to eight bits
         assert [f["told"] for f in found] == [pytest.approx(alone["told"], rel=0.02)] * ranks
         return
     losses = [f["told"][0] for f in found]
@@ -249,7 +249,9 @@ def test_outputs_and_every_gradient_are_those_of_one_process(
 
 @pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 @pytest.mark.parametrize("index", range(len(HELD)), ids=[n for n, _ in HELD])
-def test_a_rank_holds_little_more_than_its_half(index: int, told: dict[int, list[dict[str, Any]]]) -> None:
+def test_each_of_two_ranks_holds_little_more_than_half_of_the_activations(
+    index: int, told: dict[int, list[dict[str, Any]]]
+) -> None:
     of_one = told[2][0]["held"][len(HELD) + index]
     for rank in told[2]:
         of_rank = rank["held"][index]

@@ -13,7 +13,7 @@ GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 
 
 def command(guide: str) -> str:
-    """Of the block that the guides' test leaves out."""
+    """The command of the block that the test of the guides leaves out."""
     text = (GUIDES / guide).read_text(encoding="utf-8")
     found = re.search(r"^```text\n\$ (memfit poc .*)\n```", text, re.MULTILINE)
     assert found is not None
@@ -22,7 +22,7 @@ def command(guide: str) -> str:
 
 @pytest.mark.timeout(900)  # it plans a model of 650 million parameters for a catalog of machines, too
 @pytest.mark.skipif(sys.platform != "linux", reason="a cap on memory is Linux's")
-def test_the_proof_of_concept_that_managers_guides_begin_with(tmp_path: Path) -> None:
+def test_the_first_command_of_the_managers_guides_runs(tmp_path: Path) -> None:
     asked = {command(guide) for guide in ("manager.md", "manager.ja.md")}
     assert len(asked) == 1, "both guides ask for the same"
     words = asked.pop().split()[1:]

@@ -36,7 +36,7 @@ from memfit.worker.train import joined
 
 SIZE = GptSize(layers=2, width=64, heads=4, length=32, vocabulary=128, batch_size=4)
 WORST_RATIO, ROUNDING = 0.005, 1e-5
-RUNS_SETTLED, RUNS = 2, 10  # where the system does not let gloo's threads go first, the least of many
+RUNS_SETTLED, RUNS = 2, 10  # the least of many, unless gloo's threads have priority
 
 
 class _Experts(nn.Module):
@@ -47,7 +47,7 @@ class _Experts(nn.Module):
         )
 
     def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Every expert sees every token: slow, and plain to read."""
+        """Every expert sees every token, which is slow but simple."""
         gates = [(weights * (chosen == e)).sum(-1, keepdim=True) for e in range(len(self.each))]
         return sum(expert(tokens) * gate for expert, gate in zip(self.each, gates, strict=True))
 
@@ -195,7 +195,7 @@ def _plan(**uses: Any) -> Plan:
     return Plan(ranks=2, uses=tuple(make_use(k.replace("_", "-"), v) for k, v in uses.items()))
 
 
-EVERY_TOKEN = {"capacity_percent": 200}  # four experts, two of them a token: none can be asked for more
+EVERY_TOKEN = {"capacity_percent": 200}  # two of four experts per token: no expert can receive more
 CASES = (
     ("gpt", _plan(tensor_parallel={"sequence": True}, activation_checkpointing={})),
     ("tied", _plan(tensor_parallel={"sequence": True, "vocabulary": "parallel-loss"})),
@@ -267,7 +267,9 @@ def test_two_ranks_train_as_one_process(index: int, ranks: list[list[list[dict[s
 @pytest.mark.skipif(available() is not None, reason=f"no counting allocator: {available()}")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .FSDPAlphaFold.")  # gives what a Linear does: a view
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: f"{CASES[i][0]}-{CASES[i][1].label}")
-def test_the_trace_of_a_rank_has_its_peak(index: int, ranks: list[list[list[dict[str, Any]]]]) -> None:
+def test_the_predicted_peak_of_each_rank_is_the_measured_one(
+    index: int, ranks: list[list[list[dict[str, Any]]]]
+) -> None:
     name, plan = CASES[index]
     for rank in range(2):
         predicted = memory_profile(trace(JOBS[name], plan, rank=rank), Calibration()).peak_bytes
@@ -278,14 +280,14 @@ def test_the_trace_of_a_rank_has_its_peak(index: int, ranks: list[list[list[dict
 # -- what is found in a model, and what is refused -------------------------------------------------------
 
 
-def test_layers_are_cut_by_which_feeds_which() -> None:
+def test_linear_layers_are_cut_by_columns_or_rows_as_data_flows() -> None:
     flow = observe(JOBS["gpt"], Gpt(SIZE), ["blocks.0", "blocks.1"], {})
     first = {n.removeprefix("blocks.0."): f.role for n, f in flow.linears.items() if n.startswith("blocks.0")}
     assert first == {"query_key_value": "colwise", "mix": "rowwise", "widen": "colwise", "narrow": "rowwise"}
     assert flow.linears["blocks.0.query_key_value"].parts == 3
 
 
-def test_heads_hidden_from_view_are_refused() -> None:
+def test_attention_whose_heads_cannot_be_found_is_refused() -> None:
     class Hidden(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -324,7 +326,9 @@ def test_heads_hidden_from_view_are_refused() -> None:
         ("gpt", 2, {"axial-parallel": {}}, "nothing to cut in Gpt"),
     ],
 )
-def test_what_cannot_be_cut_is_one_line(name: str, ranks_: int, uses: dict[str, Any], words: str) -> None:
+def test_a_model_that_cannot_be_cut_is_refused_with_the_reason(
+    name: str, ranks_: int, uses: dict[str, Any], words: str
+) -> None:
     plan = Plan(ranks=ranks_, uses=tuple(make_use(k, v) for k, v in uses.items()))
     with pytest.raises(UserError, match=words):
         trace(JOBS[name], plan)

@@ -181,7 +181,7 @@ def _rank(cases: tuple[tuple[str, Plan], ...], target: Path) -> None:
 
 
 def _run(ranks: int, folder: Path) -> list[list[dict[str, Any]]]:
-    """Of every rank, what it found in each case."""
+    """What each rank found in each case."""
     run_children(__file__, [[str(ranks), folder / str(rank)] for rank in range(ranks)])
     return [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
 
@@ -251,13 +251,15 @@ def test_four_ranks_train_as_one_process(index: int, four: list[list[dict[str, A
 
 
 @pytest.mark.parametrize("index", range(len(TWO)), ids=[_id(c) for c in TWO])
-def test_peaks_of_every_rank_and_phase(
+def test_predicted_peaks_of_every_rank_and_phase_are_the_measured_ones(
     index: int, two: list[list[dict[str, Any]]], counter: CountingAllocator
 ) -> None:
     _peaks_as_predicted(TWO[index], [rank[index] for rank in two], counter)
 
 
-def test_peaks_of_pipeline_times_data(four: list[list[dict[str, Any]]], counter: CountingAllocator) -> None:
+def test_predicted_peaks_of_a_pipeline_with_data_parallelism_are_the_measured_ones(
+    four: list[list[dict[str, Any]]], counter: CountingAllocator
+) -> None:
     _peaks_as_predicted(FOUR[0], [rank[0] for rank in four], counter)
 
 
@@ -277,7 +279,7 @@ def _in_flight(plan: Plan, rank: int) -> float:
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_1f1b_keeps_as_many_micro_batches_as_stages_follow(rank: int) -> None:
+def test_1f1b_keeps_p_minus_r_micro_batches_on_stage_r(rank: int) -> None:
     """min(m, p - r) on stage r of p (Narayanan et al. 2019)."""
     assert _in_flight(_plan(4, micro_batches=8), rank) == pytest.approx(4 - rank, rel=0.01)
 
@@ -287,7 +289,7 @@ def test_gpipe_keeps_all_micro_batches(rank: int) -> None:
     assert _in_flight(_plan(2, "gpipe"), rank) == pytest.approx(4, rel=0.01)
 
 
-def test_interleaving_costs_a_share_of_the_first_rank() -> None:
+def test_interleaving_keeps_a_fraction_of_a_stage_more_on_the_first_rank() -> None:
     """p (1 + (p - 1) / (p v)) micro-batches, each of v stages (Narayanan et al. 2021, section 2.2)."""
     p, v = 2, 2
     assert _in_flight(_plan(p, "interleaved", v, 8), 0) / v == pytest.approx(
@@ -296,7 +298,7 @@ def test_interleaving_costs_a_share_of_the_first_rank() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_zero_bubble_keeps_no_more_than_1f1b_at_its_worst(rank: int) -> None:
+def test_zero_bubble_keeps_no_more_than_the_first_stage_of_1f1b(rank: int) -> None:
     """ZB1P: the activations of 1F1B's first stage on every stage (Qi et al. 2023)."""
     assert _in_flight(_plan(4, "zero-bubble", micro_batches=8), rank) <= 4.01
 
@@ -334,7 +336,7 @@ class _Sums(_Skip):
     ],
     ids=["skip", "sum-between", "uneven", "too-many-stages", "virtual", "zero-bubble-ddp", "interleaved-ddp"],
 )
-def test_what_cannot_be_cut_is_said(model: Any, plan: Plan, word: str) -> None:
+def test_a_pipeline_that_cannot_be_cut_is_refused_with_the_reason(model: Any, plan: Plan, word: str) -> None:
     job = JOBS["gpt"]
     if model is not None:
         job = Job(

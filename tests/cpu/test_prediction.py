@@ -249,15 +249,15 @@ LOWERS = {
     "activation-offload": ("protein-ss", DISK),
     "adamw-fused": ("wide", make_use("adamw-fused", {})),
 }
-# Compiled kernels are not measured on a CPU, where 8-bit products are emulated in 32; paging and lists of
-# tensors at once are a GPU's; the temporaries of torchao's 4-bit step outweigh what it saves on a model as
-# small as these; ranks have files of their own.
+# Not measured here: compiled kernels and 8-bit products, which a CPU emulates in 32 bits; paging and updates
+# of lists of tensors, which only a GPU has; torchao's 4-bit step, whose temporaries outweigh what it saves on
+# such small models; and techniques of several ranks, which have test files of their own.
 PARALLEL = {"tensor-parallel", "context-parallel", "axial-parallel", "expert-parallel", "pipeline"}
 RANKED = {"ddp", "fsdp2", "zero", "sharded-ddp"} | PARALLEL
 ELSEWHERE = {"compile", "float8-linear", "adamw-paged", "adamw-single", "adamw-4bit"} | RANKED
 
 
-def test_no_technique_is_forgotten() -> None:
+def test_every_technique_is_measured_here_or_tested_elsewhere() -> None:
     assert set(TECHNIQUES) == set(LOWERS) | ELSEWHERE
 
 

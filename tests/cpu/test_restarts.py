@@ -1,4 +1,4 @@
-"""A rank that dies in training: the run goes on from its last checkpoint and ends as if nothing had been."""
+"""A rank dies in training: the run resumes from its last checkpoint and ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ ALONE, TWO = Plan(), Plan(ranks=2, uses=(make_use("fsdp2", {}),))
 
 
 @pytest.mark.parametrize("plan", [ALONE, TWO], ids=["one rank", "two ranks"])
-def test_it_ends_with_the_losses_of_an_undisturbed_run(plan: Plan, tmp_path: Path) -> None:
+def test_a_restarted_run_ends_with_the_losses_of_an_undisturbed_run(plan: Plan, tmp_path: Path) -> None:
     undisturbed, nothing = _run(tmp_path / "whole", plan, 0)
     disturbed, told = _run(tmp_path / "died", plan, 1)
     assert (undisturbed.outcome, disturbed.outcome) == (OutcomeKind.OK, OutcomeKind.OK), disturbed.reason
@@ -99,7 +99,7 @@ def test_it_ends_with_the_losses_of_an_undisturbed_run(plan: Plan, tmp_path: Pat
     assert disturbed.losses == undisturbed.losses
     assert disturbed.weights_digest == undisturbed.weights_digest
     assert disturbed.limit_kind == undisturbed.limit_kind != ""
-    assert len(disturbed.step_s) == STEPS - 4  # the checkpoint of four steps was gone on from
+    assert len(disturbed.step_s) == STEPS - 4  # it resumed from the checkpoint of four steps
     assert not nothing
     assert told == ["x: started again, killed by SIGKILL"]
 
@@ -108,6 +108,6 @@ def _ends(found: tuple[Any, Sequence[str]]) -> tuple[OutcomeKind, int]:
     return found[0].outcome, len(found[1])
 
 
-def test_it_is_not_started_for_ever_nor_without_checkpoints(tmp_path: Path) -> None:
+def test_restarts_are_limited_and_need_checkpoints(tmp_path: Path) -> None:
     assert _ends(_run(tmp_path / "always", ALONE, 99)) == (OutcomeKind.FAILED, RESTARTS)
     assert _ends(_run(tmp_path / "unsaved", ALONE, 1, save=False)) == (OutcomeKind.FAILED, 0)

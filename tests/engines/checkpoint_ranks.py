@@ -30,7 +30,7 @@ from memfit.worker.checkpoint import Entry, Keeper
 from memfit.worker.train import step_maker
 
 SAVED, MORE = 3, 5
-VOCABULARY, WIDTH, LENGTH, BATCH = 128, 62, 12, 8  # a width that no four divides, and halves of odd heads
+VOCABULARY, WIDTH, LENGTH, BATCH = 128, 62, 12, 8  # four does not divide the width, and half of it is odd
 
 
 class Attention(nn.Module):
@@ -195,7 +195,7 @@ def launched(name: str, keep: Keep) -> RunSpec:
 
 
 def main(folder: Path) -> None:
-    """Rank 0 leaves losses.json: by plan, by pair of plans, and of a resumption that loses the state."""
+    """Rank 0 writes losses.json: by plan, by pair of plans, and of a resumption without optimizer state."""
     rank = dist.get_rank()
     found: dict[str, list[float]] = {}
     own = folder / f"rank{rank}"

@@ -46,7 +46,7 @@ def deepspeed(data: dict[str, Any]) -> Iterator[str]:
                 except ValidationError as error:
                     yield from (f"{section}.{key}: {e['msg']}" for e in error.errors() if e["loc"] == (key,))
                 except (TypeError, ValueError, AssertionError):
-                    continue  # it is known, and not to be had alone
+                    continue  # it is known, but not valid alone
         try:
             model(no_such_key=1)
         except ValidationError:

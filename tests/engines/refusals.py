@@ -40,7 +40,7 @@ def _trainer(arguments: dict[str, Any], config: dict[str, Any] | None) -> None:
 
 
 def _deepspeed(config: dict[str, Any]) -> None:
-    """Three quarters of a step: what is wrong may be seen when the engine is made, or in it."""
+    """A step without the update: an error may be raised when the engine is made, or in the step."""
     deepspeed = imported()
     model = torch.nn.Linear(8, 8)
     own = {} if "optimizer" in config else {"optimizer": torch.optim.AdamW(model.parameters())}

@@ -1,5 +1,5 @@
 """A checkpoint saved under one plan resumes under another: the next losses are those of the run that was not
-interrupted. A run that dies while it saves leaves the last good one; mistakes are told in one line."""
+interrupted. A run that dies while it saves leaves the last complete one; mistakes are one-line errors."""
 
 from __future__ import annotations
 
@@ -65,20 +65,20 @@ def two_ranks(folder: Path) -> Losses:
 
 
 @pytest.mark.parametrize("name", ranks.SAVING)
-def test_the_plans_train_alike(trained: tuple[Path, Losses], name: str) -> None:
+def test_every_plan_has_the_losses_of_plain_training(trained: tuple[Path, Losses], name: str) -> None:
     _, losses = trained
     assert losses[name] == pytest.approx(losses["plain"], rel=WORST_RATIO)
 
 
 @pytest.mark.parametrize("pair", ranks.PAIRS, ids=" -> ".join)
-def test_two_ranks_go_on_under_another_plan(trained: tuple[Path, Losses], pair: tuple[str, str]) -> None:
+def test_two_ranks_resume_under_another_plan(trained: tuple[Path, Losses], pair: tuple[str, str]) -> None:
     _, losses = trained
     assert losses[" -> ".join(pair)] == pytest.approx(losses["plain"], rel=WORST_RATIO)
 
 
 @pytest.mark.parametrize("name", ["plain", *ranks.SAVING])
 @pytest.mark.parametrize("target", ["plain", "zero2", "zero3"])
-def test_one_process_goes_on_from_what_two_ranks_saved(
+def test_one_process_resumes_a_checkpoint_of_two_ranks(
     trained: tuple[Path, Losses], tmp_path: Path, name: str, target: str
 ) -> None:
     folder, losses = trained
@@ -90,12 +90,12 @@ def test_one_process_goes_on_from_what_two_ranks_saved(
     training.step.close()
 
 
-def test_without_the_optimizer_state_the_losses_would_be_others(trained: tuple[Path, Losses]) -> None:
+def test_losing_the_optimizer_state_changes_the_losses(trained: tuple[Path, Losses]) -> None:
     _, losses = trained
     assert losses["state lost"] != pytest.approx(losses["plain"], rel=100 * WORST_RATIO)
 
 
-def test_torch_alone_reads_what_memfit_saved(trained: tuple[Path, Losses]) -> None:
+def test_torch_reads_a_checkpoint_without_memfit(trained: tuple[Path, Losses]) -> None:
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -115,7 +115,7 @@ def test_torch_alone_reads_what_memfit_saved(trained: tuple[Path, Losses]) -> No
 
 
 class Dropped(torch.nn.Module):
-    """With dropout, and an average that is a buffer."""
+    """A model with dropout, and with a running average as a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def dropped() -> Any:
     ],
     ids=str,
 )
-def test_the_same_plan_goes_on_bit_by_bit(tmp_path: Path, uses: Any) -> None:
+def test_resuming_the_same_plan_is_bitwise_equal(tmp_path: Path, uses: Any) -> None:
     given = Plan(uses=tuple(ranks.make_use(u.technique, u.settings) for u in uses))
     first = alone(Keep(save=str(tmp_path)), tmp_path, given, dropped())
     first.losses(0, 3)
@@ -161,7 +161,7 @@ def test_the_same_plan_goes_on_bit_by_bit(tmp_path: Path, uses: Any) -> None:
 
 
 class Scheduled(torch.optim.SGD):
-    """Its rate falls with a count that is kept in the group."""
+    """SGD whose learning rate falls with a counter kept in the parameter group."""
 
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
@@ -177,7 +177,7 @@ def scheduled() -> Any:
 
 
 @pytest.mark.parametrize("uses", [{}, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}], ids=str)
-def test_what_an_optimizer_counts_in_its_groups_goes_on(tmp_path: Path, uses: Any) -> None:
+def test_counters_in_optimizer_groups_are_resumed(tmp_path: Path, uses: Any) -> None:
     given = Plan(uses=tuple(ranks.make_use(n, {**k, **ranks.BUCKET}) for n, k in uses.items()))
     first = alone(Keep(save=str(tmp_path)), tmp_path, Plan(), scheduled())
     first.losses(0, 3)
@@ -188,7 +188,7 @@ def test_what_an_optimizer_counts_in_its_groups_goes_on(tmp_path: Path, uses: An
     assert again.losses(3, 5) == pytest.approx(after, rel=WORST_RATIO)
 
 
-def test_a_state_in_blocks_of_a_flat_buffer_is_refused_after_one_step(tmp_path: Path) -> None:
+def test_a_blockwise_optimizer_state_of_a_flat_buffer_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     uses = ranks.make_use("zero", {"stage": 2, **ranks.BUCKET}), ranks.make_use("adamw-8bit", {})
     training = alone(Keep(save=str(tmp_path)), tmp_path, Plan(uses=uses))
@@ -198,7 +198,7 @@ def test_a_state_in_blocks_of_a_flat_buffer_is_refused_after_one_step(tmp_path: 
 
 
 @pytest.mark.parametrize("uses", [{}, {"zero": {"stage": 2}}, {"zero": {"stage": 3}}], ids=str)
-def test_a_save_makes_no_copies(tmp_path: Path, uses: Any) -> None:
+def test_saving_needs_less_extra_memory_than_one_parameter(tmp_path: Path, uses: Any) -> None:
     from memfit.runtime.counting_allocator import available
     from memfit.runtime.memory import peak_counter
 
@@ -214,21 +214,21 @@ def test_a_save_makes_no_copies(tmp_path: Path, uses: Any) -> None:
     assert counter.peak_bytes() - before_bytes < max(largest_bytes, 16_384)
 
 
-def test_experts_of_other_ranks_are_not_mixed_up(tmp_path: Path) -> None:
+def test_saving_expert_parallel_parameters_is_refused(tmp_path: Path) -> None:
     training = alone(Keep(), tmp_path)
     training.step.bench.own_parameters.add("blocks.0.mlp.0.weight")
     with pytest.raises(UserError, match="expert-parallel"):
         type(training.keeper)(ranks.spec(Plan(), Keep(save="x")), training.step)
 
 
-def test_another_engine_is_refused(tmp_path: Path) -> None:
+def test_saving_under_an_unsupported_engine_is_refused(tmp_path: Path) -> None:
     training = alone(Keep(), tmp_path)
     with pytest.raises(UserError, match="engine megatron; allowed: native"):
         type(training.keeper)(ranks.spec(Plan(), Keep(save="x"), "megatron"), training.step)
 
 
 @given(shape=strategies.lists(strategies.integers(1, 5), max_size=4), data=strategies.data())
-def test_a_range_of_elements_is_a_few_boxes_in_their_order(shape: list[int], data: Any) -> None:
+def test_a_range_of_elements_splits_into_few_boxes_in_order(shape: list[int], data: Any) -> None:
     whole = torch.arange(math.prod(shape)).view(shape)
     start = data.draw(strategies.integers(0, whole.numel()))
     end = data.draw(strategies.integers(start, whole.numel()))
@@ -272,7 +272,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(saved: Path, tmp_path: Pat
         training.keeper.restore()
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_as_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = alone(Keep(save=str(tmp_path / "to")), tmp_path)
     monkeypatch.setattr(checkpoints, "publish", _raising(OSError(28, "No space left on device")))
     with pytest.raises(MemfitError, match=r"step 1 was not saved in .*/to: .*No space left on device"):
@@ -286,7 +286,7 @@ def _raising(error: Exception) -> Callable[..., None]:
     return call
 
 
-def test_where_there_is_none(tmp_path: Path) -> None:
+def test_a_missing_or_interrupted_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint in"):
         checkpoints.find(tmp_path / "nowhere")
     (tmp_path / "step-00000007.partial").mkdir()
@@ -296,7 +296,7 @@ def test_where_there_is_none(tmp_path: Path) -> None:
         checkpoints.find(tmp_path / "step-00000007.partial")
 
 
-def test_what_a_run_goes_on_from_is_settled_before_it_starts(saved: Path) -> None:
+def test_resume_and_save_options_are_checked_before_a_run_starts(saved: Path) -> None:
     keep, seed = checkpoints.settled(Keep(resume=str(saved), save=str(saved)), None, 5)
     assert (keep.resume, seed) == (str(saved / "step-00000003"), 0)
     with pytest.raises(UserError, match="seed 4 differs from that of the run to resume, 0"):
@@ -318,7 +318,7 @@ def test_what_a_run_goes_on_from_is_settled_before_it_starts(saved: Path) -> Non
         (lambda p: (p / "memfit.json").write_text("{"), "memfit.json is invalid"),
     ],
 )
-def test_an_incomplete_checkpoint_is_passed_over_and_told(
+def test_an_incomplete_checkpoint_is_skipped_and_reported(
     tmp_path: Path, saved: Path, damage: Callable[[Path], object], why: str
 ) -> None:
     import shutil
@@ -336,11 +336,11 @@ def test_an_incomplete_checkpoint_is_passed_over_and_told(
 
 
 class Died(BaseException):
-    """In the place of SIGKILL: nothing that comes after it is done."""
+    """Simulates SIGKILL: nothing is done after it."""
 
 
 def _dying(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
-    """The ``at``-th of the operations that make a save durable is the last one that is begun."""
+    """Raises Died after ``at`` of the file operations that make a save durable."""
     done: list[str] = []
 
     def mortal(owner: Any, name: str) -> None:
@@ -360,7 +360,7 @@ def _dying(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
     return done
 
 
-def test_a_death_at_any_moment_of_a_save_leaves_a_whole_checkpoint(saved: Path, tmp_path: Path) -> None:
+def test_a_save_that_dies_at_any_moment_leaves_a_complete_checkpoint(saved: Path, tmp_path: Path) -> None:
     import shutil
 
     found = set()
@@ -418,9 +418,7 @@ job = Job(name="own", build_model=lambda: torch.nn.Linear(4, 1), make_batch=batc
 """
 
 
-def test_a_run_that_was_killed_while_saving_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_killed_while_saving_can_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, to = tmp_path / "own.py", tmp_path / "to"
     path.write_text(f"KILL = True\n{JOB}")
     keep = Keep(save=str(to), every_steps=1)
@@ -437,7 +435,9 @@ def test_a_run_that_was_killed_while_saving_goes_on(
     assert (to / "latest").read_text() == "step-00000004\n"
 
 
-def test_what_a_worker_refuses_is_the_users_mistake(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_a_checkpoint_of_another_model_is_a_user_error(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = saved / "own.py"
     job.write_text(f"KILL = False\n{JOB}")
     given = ["run", f"{job}:job", "--threads", "1", "--steps", "4", "--resume", str(saved)]
@@ -446,7 +446,7 @@ def test_what_a_worker_refuses_is_the_users_mistake(saved: Path, capsys: pytest.
     assert "tensors differ" in line
 
 
-def test_saving_now_and_then_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+def test_save_every_without_save_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--save-every", "2"]) == 2
     assert "--save-every needs --save" in capsys.readouterr().err
 

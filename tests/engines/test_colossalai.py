@@ -1,4 +1,4 @@
-"""Colossal-AI: what its plugins are told, and its DDP beside one native process.
+"""Colossal-AI: the arguments of its plugins, and its DDP compared with one native process.
 
 What trains or builds a plugin needs the engine's own environment (`memfit engine install colossalai`,
 5.7 GiB); without it those tests are skipped.
@@ -59,7 +59,7 @@ def _spec(plan: Plan, engine: str = "colossalai") -> RunSpec:
 
 
 @made
-def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted() -> None:
+def test_ddp_has_the_losses_of_one_process_and_the_predicted_memory() -> None:
     plan = _plan(2, ddp={"bucket_mib": 1, "sync": "last"}, gradient_accumulation={"micro_batches": 2})
     reference = run(render(_spec(_plan(1), "native")), on_event=lambda event: None)
     ranks = run_ranks(render(_spec(plan)))
@@ -72,7 +72,7 @@ def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted() -> N
 
 
 @made
-def test_ddp_that_is_not_applied_is_named() -> None:
+def test_ddp_that_is_not_applied_is_reported() -> None:
     launch = render(_spec(_plan(2, ddp={})))
     without = json.dumps({"plugin": "", "arguments": {}})
     ranks = run_ranks(dataclasses.replace(launch, files={**launch.files, CONFIG: without}))
@@ -123,7 +123,7 @@ for ranks, given in json.loads(sys.argv[1]):
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_a_plan_becomes_a_plugin_and_its_arguments(name: str) -> None:
+def test_a_plan_maps_to_a_plugin_and_its_arguments(name: str) -> None:
     plan, wanted = PLUGINS[name]
     assert ENGINE.supports(plan) == ()
     given = json.loads(render(_spec(plan)).files[CONFIG])
@@ -133,7 +133,7 @@ def test_a_plan_becomes_a_plugin_and_its_arguments(name: str) -> None:
 
 
 @made
-def test_the_plugins_own_constructors_take_them() -> None:
+def test_the_plugin_constructors_accept_the_arguments() -> None:
     home = recorded("colossalai")
     assert home is not None
     given = [(p.ranks, json.loads(render(_spec(p)).files[CONFIG])) for p, _ in PLUGINS.values()]
@@ -147,7 +147,7 @@ def test_the_plugins_own_constructors_take_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["LowLevelZeroPlugin", "GeminiPlugin", "HybridParallelPlugin"])
-def test_what_asks_for_cuda_is_rendered_and_not_run(name: str) -> None:
+def test_a_plugin_that_requires_cuda_is_not_run_without_it(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} requires CUDA"):
         ready("colossalai", PLUGINS[name][0])
 
@@ -161,7 +161,7 @@ def test_what_asks_for_cuda_is_rendered_and_not_run(name: str) -> None:
         (_plan(2, fsdp2={}), "fsdp2 is not supported by colossalai"),
     ],
 )
-def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
     assert why in "; ".join(ENGINE.supports(plan))
 
 
@@ -174,12 +174,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_without_an_environment_the_one_command_is_told(home: Path) -> None:
+def test_without_an_environment_the_install_command_is_given(home: Path) -> None:
     probe = ENGINE.probe()
     assert (probe.problem, probe.fix) == ("not installed", "memfit engine install colossalai")
 
 
-def test_an_environment_that_is_gone_is_told(home: Path) -> None:
+def test_a_deleted_environment_is_reported(home: Path) -> None:
     nowhere = str(home / "nowhere")
     record(
         "colossalai",
@@ -201,9 +201,9 @@ def _tiny(*requirements: str) -> Engine:
     return dataclasses.replace(ENGINE, name="tiny", requirements=requirements)
 
 
-def test_an_environment_is_made_measured_and_recorded(home: Path) -> None:
+def test_installing_an_environment_measures_and_records_it(home: Path) -> None:
     told: list[str] = []
-    found = install(_tiny("--help"), home / "own", told.append)  # pip only says what it could do
+    found = install(_tiny("--help"), home / "own", told.append)  # pip only prints its help
     assert recorded("tiny") == found
     assert Path(found.python).is_file()
     assert Path(found.packages, "pip").is_dir()
@@ -213,13 +213,13 @@ def test_an_environment_is_made_measured_and_recorded(home: Path) -> None:
         install(_tiny("--help"), home / "own", told.append)
 
 
-def test_what_pip_says_last_is_the_reason_of_a_failure(home: Path) -> None:
+def test_a_failed_installation_reports_the_error_of_pip(home: Path) -> None:
     with pytest.raises(RunError, match="no such option: --nonsense"):
         install(_tiny("--nonsense"), home / "own", lambda line: None)
     assert recorded("tiny") is None
 
 
-def test_the_command_names_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_engine_command_lists_engines_and_explains_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["engine", "install", "megatron"]) == 2
     assert "needs no environment of its own" in capsys.readouterr().err
     assert main(["engine", "install"]) == 2

@@ -1,4 +1,4 @@
-"""What memfit says where an engine did not do what the plan says, switched off behind its back.
+"""What the conformance check reports where a technique of the plan is switched off on two ranks.
 
 The file is also the program that each rank runs.
 """
@@ -98,7 +98,7 @@ def _plan(ranks: int = 2, **uses: dict[str, Any]) -> Plan:
 
 
 def _off(technique: str) -> Callable[[], Any]:
-    """The technique is in the plan and nobody applies it."""
+    """The technique is in the plan but is not applied."""
     return lambda: mock.patch.object(TrainingStep, "carried", frozenset({technique}))
 
 
@@ -155,7 +155,7 @@ def _left(shape: tuple[int, ...] | None) -> Callable[[], Any]:
 
 
 FAST = {"reduce_bucket_elements": 100_000, "persist_elements": 1}
-# What is planned, how it is undone, and what the message must name.
+# The plan, how it is undone, and what the message must name.
 NATIVE: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "ddp": (_plan(ddp={}), _off("ddp"), "ddp: replicas"),
     "ddp, never in sync": (_plan(ddp={}), _no_sync, "ddp: replicas"),
@@ -253,12 +253,14 @@ def _rank(target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
-    """Of each rank, by case: what was said of the honest step and of the sabotaged one."""
+    """Of each rank, by case: what was reported for the correct and for the sabotaged step."""
     return child_ranks.answers(__file__, tmp_path_factory.mktemp("told"))
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_what_is_switched_off_is_named(name: str, told: list[dict[str, list[str]]]) -> None:
+def test_a_technique_that_is_not_applied_on_two_ranks_is_reported(
+    name: str, told: list[dict[str, list[str]]]
+) -> None:
     for of_rank in told:
         honest, sabotaged = of_rank[name]
         assert honest.startswith("fine: as planned"), honest
@@ -285,7 +287,7 @@ def _fails(launch: LaunchConfig) -> str:
     return seen[0].reason
 
 
-def test_accelerate_that_does_not_shard() -> None:
+def test_accelerate_that_does_not_shard_is_reported() -> None:
     """What `accelerate launch` does on a CPU today."""
     launch = _launch("accelerate", _plan(fsdp2={}))
     text = launch.files["accelerate.yaml"]
@@ -299,7 +301,7 @@ def test_accelerate_that_does_not_shard() -> None:
 @pytest.mark.parametrize(
     ("engine", "stage"), [("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3), ("accelerate", 2)]
 )
-def test_deepspeed_of_another_stage(engine: str, stage: int) -> None:
+def test_deepspeed_at_a_lower_zero_stage_is_reported(engine: str, stage: int) -> None:
     launch = _launch(engine, _plan(zero={"stage": stage, "reduce_bucket_elements": 1_000_000}))
     config = json.loads(launch.files["deepspeed.json"])
     config["zero_optimization"]["stage"] = stage - 1
@@ -315,7 +317,9 @@ def test_deepspeed_of_another_stage(engine: str, stage: int) -> None:
         (3, "parameters", "offload_param", "found optimizer"),
     ],
 )
-def test_deepspeed_that_keeps_states_on_the_device(stage: int, where: str, dropped: str, found: str) -> None:
+def test_deepspeed_that_keeps_states_on_the_device_is_reported(
+    stage: int, where: str, dropped: str, found: str
+) -> None:
     launch = _launch("deepspeed", _plan(zero={"stage": stage, "offload": where, **FAST}))
     assert {m.outcome for m in run_ranks(launch)} == {OutcomeKind.OK}
     config = json.loads(launch.files["deepspeed.json"])
@@ -325,8 +329,8 @@ def test_deepspeed_that_keeps_states_on_the_device(stage: int, where: str, dropp
     assert found in reason
 
 
-def test_accelerate_that_keeps_shards_on_the_device() -> None:
-    """With offload Accelerate asks torch for pinned memory, which needs an accelerator."""
+def test_accelerate_that_keeps_shards_on_the_device_is_reported() -> None:
+    """Only the wrong step runs, as offload in Accelerate needs pinned memory and so an accelerator."""
     launch = _launch("accelerate", _plan(fsdp2={"offload": True}))
     text = launch.files["accelerate.yaml"]
     assert "fsdp_offload_params: true" in text
@@ -335,10 +339,10 @@ def test_accelerate_that_keeps_shards_on_the_device() -> None:
     assert "fsdp2: offload: planned optimizer, parameters in host memory, found none" in reason
 
 
-# -- by hand ---------------------------------------------------------------------------------------------
+# -- a loop of a user's own ----------------------------------------------------------------------------
 
 
-def test_a_users_own_model_in_one_process() -> None:
+def test_conform_reports_differences_of_a_users_own_training_loop() -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
     optimizer = torch.optim.AdamW(model.parameters())
 

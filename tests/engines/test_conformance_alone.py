@@ -1,4 +1,4 @@
-"""What memfit says where one process did not do what the plan says, and where there is nothing to look at."""
+"""What the conformance check reports in one process: techniques not applied, and what it cannot observe."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_what_is_switched_off_is_named(name: str) -> None:
+def test_a_technique_that_is_not_applied_is_reported(name: str) -> None:
     if missing := TECHNIQUES[name].missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
     honest = _told(PLANS[name])
@@ -83,8 +83,8 @@ def test_what_is_switched_off_is_named(name: str) -> None:
     assert name in sabotaged
 
 
-def test_offload_that_keeps_a_copy_in_memory() -> None:
-    """Hooks are in force and nothing goes away."""
+def test_offload_that_keeps_a_copy_in_memory_is_reported() -> None:
+    """The hooks are active, but no tensor leaves memory."""
     with mock.patch("memfit.techniques.offload.Parked", lambda tensor, spool: Kept(tensor)):
         told = _told(PLANS["activation-offload"])
     assert "activation-offload: planned saved tensors of 4 KiB or more go to disk, found 0 offloaded" in told
@@ -98,14 +98,14 @@ class Kept:
         return self.copy
 
 
-def test_offload_to_the_host_that_computes_is_not_looked_at() -> None:
+def test_host_offload_is_not_checked_if_the_step_runs_on_the_host() -> None:
     told = _told(_plan("activation-offload", to="host", minimum_kib=4))
     assert "as planned" in told
     assert "activation-offload: the step runs in host memory" in told.partition("not seen")[2]
 
 
-def test_sequences_as_long_as_there_are_classes_are_no_logits() -> None:
-    """Attention keeps a number for every position of every head."""
+def test_attention_maps_as_wide_as_the_vocabulary_are_not_taken_for_logits() -> None:
+    """Length and vocabulary are equal, and attention keeps a number for every position of every head."""
     size = dataclasses.replace(SIZE, vocabulary=256, length=256)
 
     def batch(step: int, seed: int) -> dict[str, torch.Tensor]:
@@ -119,7 +119,7 @@ def test_sequences_as_long_as_there_are_classes_are_no_logits() -> None:
     assert told.startswith("fine: as planned"), told
 
 
-def test_logits_that_the_loss_makes_after_all() -> None:
+def test_logits_that_the_loss_computes_itself_are_reported() -> None:
     def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = model(batch["input_ids"]).flatten(0, 1)
         return nn.functional.nll_loss(logits.log_softmax(-1), batch["labels"].flatten())
@@ -132,7 +132,7 @@ def _fields(job: Job) -> dict[str, Any]:
     return {name: getattr(job, name) for name in ("name", "build_model", "make_batch", "loss", "batch_size")}
 
 
-def test_a_single_update_that_is_not_single() -> None:
+def test_adamw_single_that_runs_as_foreach_is_reported() -> None:
     plan = _plan("adamw-single")
     assert "fine: as planned" in _told(plan)
     step = TrainingStep(JOB, plan)
@@ -141,14 +141,14 @@ def test_a_single_update_that_is_not_single() -> None:
     assert "adamw-single: planned a single update, found foreach" in told
 
 
-def test_qlora_whose_weights_stay_wide() -> None:
+def test_qlora_with_unquantised_weights_is_reported() -> None:
     if TECHNIQUES["qlora"].missing:
         pytest.skip("peft and bitsandbytes are not installed")
     with mock.patch("memfit.techniques.nf4.Nf4Linear", lambda linear: linear):
         assert "qlora: frozen weights: planned in 4 bits" in _told(PLANS["qlora"])
 
 
-def test_tensors_that_are_not_dropped() -> None:
+def test_tensors_that_are_not_recomputed_are_reported() -> None:
     plan = chosen(JOB, _plan("optimal-checkpointing", budget_mib=4))
     assert plan.uses[0].settings["dropped"] != "none"
     assert "optimal-checkpointing" in _told(plan).partition("not seen")[0]
@@ -183,7 +183,7 @@ def _first_only() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, on loading its compiler
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # its compiler looks and hides that it does
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler reads it and hides the warning
 @pytest.mark.parametrize(
     ("scope", "sabotage", "found"),
     [
@@ -193,7 +193,7 @@ def _first_only() -> Any:
         ("model", _never, "the whole model compiled, found none"),
     ],
 )
-def test_what_is_not_compiled(
+def test_blocks_or_models_that_are_not_compiled_are_reported(
     scope: str, sabotage: Callable[[], Any], found: str, quick_compiler: None
 ) -> None:
     plan = _plan("compile", scope=scope)
@@ -208,7 +208,7 @@ def test_what_is_not_compiled(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_blocks_of_torchs_own_classes_are_compiled(quick_compiler: None) -> None:
+def test_compiled_blocks_of_torch_classes_are_recognised(quick_compiler: None) -> None:
     def build() -> nn.Module:
         blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3)]
         return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*blocks))
@@ -224,12 +224,12 @@ def test_blocks_of_torchs_own_classes_are_compiled(quick_compiler: None) -> None
     assert "compile" in told.partition("; not seen")[0]
 
 
-def test_every_technique_is_looked_at_or_told() -> None:
+def test_every_technique_but_chunking_is_checked() -> None:
     assert set(TECHNIQUES) >= SEEN
     assert set(TECHNIQUES) - SEEN == {"chunking"}
 
 
-def test_reading_the_graph_changes_nothing() -> None:
+def test_reading_the_autograd_graph_restores_torch_functions() -> None:
     model = nn.Linear(4, 4)
     plain = torch.autograd.backward
     with Graph(model) as graph:
@@ -239,7 +239,7 @@ def test_reading_the_graph_changes_nothing() -> None:
 
 
 def _on_a_device(around: Any) -> None:
-    """A step on torch's meta device, as on an accelerator: what lies in host memory lies elsewhere."""
+    """A step on torch's meta device, which like an accelerator is not the host's memory."""
     model = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Tanh(), nn.Linear(64, 64, device="meta"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -253,7 +253,7 @@ def _on_a_device(around: Any) -> None:
     assert "activation-offload" in conform(model, optimizer, plan, step=step).checked
 
 
-def test_offload_to_the_host_of_an_accelerator() -> None:
+def test_host_offload_from_an_accelerator_is_checked() -> None:
     hooks = torch.autograd.graph.saved_tensors_hooks
     _on_a_device(hooks(lambda t: torch.zeros(t.shape), lambda t: t.to("meta")))
     with pytest.raises(NotConforming, match=r"go to host, found 0 offloaded, [1-9]\d* not offloaded"):
@@ -262,7 +262,7 @@ def test_offload_to_the_host_of_an_accelerator() -> None:
 
 @pytest.mark.parametrize("planned", ["none", "optimizer", "parameters"])
 @pytest.mark.parametrize("found", ["none", "optimizer", "parameters"])
-def test_devices_tell_where_states_are(planned: str, found: str) -> None:
+def test_devices_of_parameters_and_states_show_whether_they_are_offloaded(planned: str, found: str) -> None:
     model = nn.Linear(64, 64, bias=False, device="cpu" if found == "parameters" else "meta")
     state = torch.zeros(64, 64, device="meta" if found == "none" else "cpu")
     optimizer = SimpleNamespace(state={model.weight: {"exp_avg": state}}, step=lambda: None)
@@ -274,8 +274,8 @@ def test_devices_tell_where_states_are(planned: str, found: str) -> None:
     assert bool(watch.differences) == (planned != found)
 
 
-def test_torchs_own_offload_and_a_step_without_it() -> None:
-    """`save_on_cpu` keeps its copies where this process computes: nothing to be seen."""
+def test_disk_offload_by_user_hooks_conforms_and_save_on_cpu_is_reported() -> None:
+    """`save_on_cpu` keeps its copies in the memory where this process computes."""
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = {"activation-offload": {"to": "disk", "minimum_kib": 1}}
@@ -294,7 +294,7 @@ def test_torchs_own_offload_and_a_step_without_it() -> None:
 
 
 def _contrastive(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():  # a look at something else in between
+    with torch.no_grad():  # an unrelated forward pass in between
         model(batch["input_ids"].flip(0))
     one, other = model(batch["input_ids"]), model(batch["input_ids"].flip(1))
     return _loss(lambda _: one, batch) + (one.mean() - other.mean()).square()
@@ -303,13 +303,13 @@ def _contrastive(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize(
     "plan", [Plan(), _plan("gradient-accumulation", micro_batches=2), _plan("activation-checkpointing")]
 )
-def test_a_loss_may_call_the_model_several_times(plan: Plan) -> None:
+def test_a_loss_that_calls_the_model_several_times_conforms(plan: Plan) -> None:
     told = _told(plan, Job(**{**_fields(JOB), "loss": _contrastive}))
     assert told.startswith("fine: as planned"), told
 
 
 @pytest.mark.parametrize("updates", [1, 3])
-def test_an_optimizer_may_go_over_a_step_several_times(updates: int) -> None:
+def test_an_optimizer_that_evaluates_a_step_several_times_conforms(updates: int) -> None:
     model = Gpt(SIZE)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=updates)
 
@@ -323,7 +323,7 @@ def test_an_optimizer_may_go_over_a_step_several_times(updates: int) -> None:
 
 
 class _Wide(nn.Module):
-    """A norm that its author keeps in float32."""
+    """A block whose norm the model itself keeps in float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -337,7 +337,9 @@ class _Wide(nn.Module):
 
 @pytest.mark.parametrize("name", ["bf16-autocast", "bf16-parameters"])
 @pytest.mark.parametrize("off", [False, True])
-def test_layers_that_the_model_itself_keeps_in_float32_are_none_of_a_plan_s(name: str, off: bool) -> None:
+def test_layers_that_the_model_keeps_in_float32_do_not_affect_the_precision_check(
+    name: str, off: bool
+) -> None:
     model = nn.Sequential(*(_Wide(64) for _ in range(3)))
     if name == "bf16-parameters" and not off:
         model.to(torch.bfloat16)
@@ -357,7 +359,7 @@ def test_layers_that_the_model_itself_keeps_in_float32_are_none_of_a_plan_s(name
 
 
 @pytest.mark.parametrize("name", ["activation-offload", "chunked-cross-entropy"])
-def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
+def test_techniques_are_not_checked_if_torch_hides_saved_tensors(name: str) -> None:
     with mock.patch("memfit.conformance.autograd_graph._raw", return_value=[object()]):
         told = _told(PLANS[name])
     assert told.startswith("fine: as planned")
@@ -367,7 +369,7 @@ def test_a_torch_that_does_not_show_what_is_saved(name: str) -> None:
 @pytest.mark.parametrize(
     "plan", [{"fsdp2": {}}, "ddp", "fsdp2: {}", {"techniques": {"context-parallel": {}}}], ids=str
 )
-def test_one_process_is_none_of_several(plan: Any) -> None:
+def test_a_plan_for_several_ranks_in_one_process_is_reported(plan: Any) -> None:
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
     with pytest.raises(NotConforming, match=r"ranks: planned several, for .*, found a world size of 1"):
         conform(model, torch.optim.SGD(model.parameters()), plan)
@@ -383,7 +385,7 @@ def test_one_process_is_none_of_several(plan: Any) -> None:
         ({"model": [1]}, "the model is a list; allowed: a torch.nn.Module"),
     ],
 )
-def test_what_conform_cannot_take_is_one_error(changed: dict[str, Any], told: str) -> None:
+def test_invalid_arguments_of_conform_are_user_errors(changed: dict[str, Any], told: str) -> None:
     model = nn.Linear(8, 8)
     given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "plan": {}, **changed}
     with pytest.raises(UserError, match=told):
@@ -391,7 +393,7 @@ def test_what_conform_cannot_take_is_one_error(changed: dict[str, Any], told: st
 
 
 @pytest.mark.parametrize("keeps", [lambda i: i % 2, lambda i: i % 3], ids=["half", "two thirds"])
-def test_offload_that_keeps_half_of_the_tensors(keeps: Callable[[int], int]) -> None:
+def test_offload_that_keeps_part_of_the_tensors_is_reported(keeps: Callable[[int], int]) -> None:
     count = iter(range(1000))
 
     def some(tensor: torch.Tensor, spool: Any) -> Any:
@@ -403,8 +405,8 @@ def test_offload_that_keeps_half_of_the_tensors(keeps: Callable[[int], int]) -> 
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_offload_of_half_of_the_parameters(share: float) -> None:
-    """Of FSDP2, on an accelerator: here torch's meta device."""
+def test_offload_of_only_half_of_the_parameters_is_reported(share: float) -> None:
+    """FSDP2 on an accelerator, which torch's meta device stands for."""
     count = int(8 * share)
     model = nn.Sequential(
         *[nn.Linear(64, 64, bias=False, device="cpu" if i < count else "meta") for i in range(8)]

@@ -1,5 +1,5 @@
-"""What memfit says where ranks do not exchange what the plan says: gradients that are not averaged over all
-of them, however the job does it, parts of sums that are not summed, parameters gathered or kept otherwise.
+"""What the conformance check reports where ranks do not exchange what the plan says: gradients that are not
+averaged over all ranks, parts of sums that are not summed, parameters gathered or kept otherwise.
 
 The file is also the program that each rank runs.
 """
@@ -66,13 +66,13 @@ class _Done:
 
 
 def _never_in_sync() -> Any:
-    """Also in a pipeline, whose stages decide."""
+    """DDP never synchronises, not even in a pipeline, whose stages decide it."""
     never = property(lambda self: False, lambda self, value: None)
     return mock.patch.object(Ddp, "require_backward_grad_sync", never, create=True)
 
 
 def _no_scatter() -> Any:
-    """FSDP2 keeps its part of its own gradients."""
+    """FSDP2 keeps the shard of this rank's own gradients."""
 
     def own(**given: Any) -> Any:
         output = given["output"]
@@ -144,7 +144,7 @@ def _megatrons_parts_of_sums() -> Any:
 
 REDUCED = f"{MEAN}: planned the mean of"
 SUMS = "tensor-parallel: sums over ranks: planned the same output"
-# By case: what is planned, how it is undone, what must be named, and the engine.
+# By case: the plan, how it is undone, what must be named, and the engine.
 NATIVE: dict[str, tuple[Plan, Callable[[], Any]]] = {
     "ddp": (_plan(ddp={}), _never_in_sync),
     "ddp, accumulated": (_plan(ddp={}, gradient_accumulation={"micro_batches": 2}), _never_in_sync),
@@ -300,7 +300,7 @@ def _accumulated() -> Loop:
 
 
 def _twice() -> Loop:
-    """Sharpness-aware: the second pass starts from nothing."""
+    """Sharpness-aware minimisation: the second pass starts without gradients."""
     model = _ddp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -398,7 +398,7 @@ def _fairscale() -> Loop:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Reductions of torch.distributed that leave this rank's own."""
+    """Reductions of torch.distributed leave this rank's own values."""
 
     def own(output: torch.Tensor, whole: torch.Tensor) -> Any:
         output.copy_(whole.view(-1)[dist.get_rank() * output.numel() :][: output.numel()].view_as(output))
@@ -427,7 +427,7 @@ def _over_all() -> str:
         return str(error)
 
 
-# What is planned and built; honest loops only: all of them train as planned.
+# The plan and the loop; all of these loops are correct and train as planned.
 LOOPS: dict[str, tuple[dict[str, Any], Callable[[], Loop]]] = {
     "ddp": ({"ddp": {}}, lambda: _plain(_ddp())),
     "static": ({"ddp": {}}, lambda: _plain(_ddp(static_graph=True))),
@@ -505,7 +505,7 @@ Told = dict[str, tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[Told]:
-    """By case: what was said of the honest and of the sabotaged step; of each of 2 ranks, then of 4."""
+    """By case: what was reported for the correct and the sabotaged step, of each of 2 ranks, then of 4."""
     folder = tmp_path_factory.mktemp("told")
     return [told for ranks in (2, 4) for told in child_ranks.answers(__file__, folder, ranks=ranks)]
 
@@ -515,7 +515,7 @@ def _of(told: list[Told], name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_gradients_that_are_not_averaged_are_named(name: str, told: list[Told]) -> None:
+def test_gradients_that_are_not_averaged_are_reported(name: str, told: list[Told]) -> None:
     for honest, sabotaged in _of(told, name):
         assert honest.startswith("fine: as planned"), honest
         assert MEAN in honest.split("not seen")[0], honest
@@ -524,7 +524,7 @@ def test_gradients_that_are_not_averaged_are_named(name: str, told: list[Told]) 
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_else_is_not_exchanged_is_named(name: str, told: list[Told]) -> None:
+def test_other_missing_exchanges_between_ranks_are_reported(name: str, told: list[Told]) -> None:
     plan, _, named = OTHERS[name]
     if name.startswith("megatron") and not _installed("megatron"):
         pytest.skip("megatron-core is not installed")
@@ -536,7 +536,7 @@ def test_what_else_is_not_exchanged_is_named(name: str, told: list[Told]) -> Non
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_users_loops(name: str, told: list[Told]) -> None:
+def test_gradient_averaging_is_checked_in_users_own_loops(name: str, told: list[Told]) -> None:
     if not _installed(name):
         pytest.skip(f"{name.split(maxsplit=1)[0]} is not installed")
     for honest, sabotaged in _of(told, f"loop: {name}"):
@@ -547,14 +547,14 @@ def test_users_loops(name: str, told: list[Told]) -> None:
             assert f"{MEAN}: planned the mean of 2 ranks'" in sabotaged, sabotaged
 
 
-def test_shards_over_the_replicas_too(told: list[Told]) -> None:
+def test_hsdp_sharded_over_all_ranks_without_replicas_is_reported(told: list[Told]) -> None:
     assert len(_of(told, "over all")) == 4
     for _, said in _of(told, "over all"):
         assert "fsdp2: parameters: replicas: planned" in said, said
 
 
-def test_shards_add_up_to_the_whole_figure() -> None:
-    """Of pieces that begin in the middle of a row, and of rows longer than what is copied at once."""
+def test_gradient_fingerprints_of_shards_add_up_to_that_of_the_whole() -> None:
+    """Also for pieces that begin in the middle of a row, and for rows longer than what is copied at once."""
     torch.manual_seed(0)
     whole = torch.randn(7, 5, 3)
     for cuts in ([0, 105], [0, 50, 105], [0, 1, 16, 44, 45, 104, 105]):

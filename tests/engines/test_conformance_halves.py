@@ -1,5 +1,5 @@
-"""What memfit says of loops of users' own where a technique is applied to a part only, or at another time,
-and where a loop does more than the plan says and is right.
+"""What the conformance check reports for loops of users' own: techniques applied only in part or at another
+time, and loops that do more than the plan says and are correct.
 
 The file is also the program that each rank runs.
 """
@@ -210,7 +210,7 @@ def _decayed(model: nn.Module) -> None:
 
 
 TWO = {"gradient-accumulation": {"micro_batches": 2}}
-# What is planned and built, and what must be named; "" where all is well.
+# The plan, the loop, and what must be named; "" where the loop is correct.
 CASES: dict[str, tuple[dict[str, Any], Callable[[], Case], str]] = {
     "half of the blocks unreduced": ({"fsdp2": {}}, _half_unsynced, "fsdp2: mean of gradients"),
     "one of two micro-batches": ({"fsdp2": {}, **TWO}, _lost_micro_batches, "fsdp2: mean of gradients"),
@@ -268,7 +268,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_said(name: str, told: list[dict[str, str]]) -> None:
+def test_partly_applied_techniques_are_reported_and_correct_loops_conform(
+    name: str, told: list[dict[str, str]]
+) -> None:
     named = CASES[name][2]
     for of_rank in told:
         assert of_rank[name].startswith("the plan was not applied" if named else "fine"), of_rank[name]

@@ -1,4 +1,4 @@
-"""What memfit says where other weights learn than planned, or by another optimizer."""
+"""What the conformance check reports where other weights or another optimizer train than planned."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _told(*uses: tuple[str, dict[str, Any]]) -> str:
 @LORA
 @pytest.mark.parametrize("rank", [4, 8, 64, 100])
 @pytest.mark.parametrize("name", ["lora", "qlora"])
-def test_adapters_of_any_rank_are_told(name: str, rank: int) -> None:
+def test_adapters_of_any_rank_are_recognised(name: str, rank: int) -> None:
     """The model is 64 wide."""
     if missing := TECHNIQUES[name].missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
@@ -62,7 +62,7 @@ def test_adapters_of_any_rank_are_told(name: str, rank: int) -> None:
 
 @LORA
 @pytest.mark.parametrize("name", ["lora", "qlora"])
-def test_adapters_of_a_lower_rank(name: str) -> None:
+def test_adapters_of_a_lower_rank_are_reported(name: str) -> None:
     if missing := TECHNIQUES[name].missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
     inner = adapters._adapt
@@ -73,7 +73,7 @@ def test_adapters_of_a_lower_rank(name: str) -> None:
 
 
 @LORA
-def test_adapters_beside_fewer_layers() -> None:
+def test_adapters_on_fewer_layers_are_reported() -> None:
     inner = adapters.block_linears
     first = mock.patch.object(adapters, "block_linears", lambda model, path: list(inner(model, path))[1:])
     with first:
@@ -96,7 +96,7 @@ class _Low(nn.Module):
 
 
 @pytest.mark.parametrize(("rank", "fine"), [(8, True), (4, False)])
-def test_adapters_written_by_hand(rank: int, fine: bool) -> None:
+def test_handwritten_adapters_are_checked_by_their_rank(rank: int, fine: bool) -> None:
     model = nn.Sequential(
         *[nn.Sequential(_Low(nn.Linear(32, 48), rank), _Low(nn.Linear(48, 32), rank)) for _ in range(3)]
     )
@@ -111,7 +111,7 @@ def test_adapters_written_by_hand(rank: int, fine: bool) -> None:
 
 @contextlib.contextmanager
 def _run(optimizer: str) -> Iterator[None]:
-    """Whatever is planned."""
+    """This optimizer runs, whichever one is planned."""
 
     def apply(bench: Any, settings: Any) -> None:
         TECHNIQUES[optimizer].apply(bench, settings)
@@ -128,7 +128,7 @@ OPTIMIZERS = ("adamw-8bit", "adamw-4bit", "adafactor", "sgd", "adamw-single")
 @CODES
 @pytest.mark.parametrize("found", OPTIMIZERS)
 @pytest.mark.parametrize("planned", OPTIMIZERS)
-def test_another_optimizer(planned: str, found: str) -> None:
+def test_an_optimizer_other_than_planned_is_reported(planned: str, found: str) -> None:
     if missing := [*TECHNIQUES[planned].missing, *TECHNIQUES[found].missing]:
         pytest.skip(f"{', '.join(missing)} is not installed")
     with _run(found):
@@ -142,8 +142,8 @@ def test_another_optimizer(planned: str, found: str) -> None:
 
 
 @CODES
-def test_states_that_stay_wide_by_the_optimizers_own_rules() -> None:
-    """Those of embeddings, as bitsandbytes advises, and of parameters that are no whole blocks."""
+def test_states_that_an_8bit_optimizer_keeps_in_float32_by_rule_conform() -> None:
+    """States of embeddings, as bitsandbytes advises, and of parameters that are not made of whole blocks."""
     model = nn.Sequential(nn.Embedding(128, 64), nn.Linear(64, 128, bias=False), nn.Linear(128, 65))
     optimizer = torch.optim.AdamW(model.parameters())
     codes = {f"state{i}": torch.zeros(128, 64, dtype=torch.uint8) for i in (1, 2)}
@@ -162,7 +162,7 @@ def test_states_that_stay_wide_by_the_optimizers_own_rules() -> None:
 
 
 @pytest.mark.parametrize("planned", ["sgd", "adamw-single", "adafactor"])
-def test_masters_in_float32_are_no_state(planned: str) -> None:
+def test_float32_master_weights_do_not_count_as_optimizer_state(planned: str) -> None:
     told = _told((planned, {}), ("bf16-parameters", {}))
     assert told.startswith("fine: as planned"), told
     assert planned in told.partition("; not seen")[0]
@@ -189,7 +189,7 @@ def _model(frozen: bool, tied: bool) -> nn.Module:
         ("adafactor", torch.optim.Adafactor),
     ],
 )
-def test_optimizers_of_a_user_s_own(
+def test_a_users_own_optimizer_that_matches_the_plan_conforms(
     planned: str, make: Callable[[Any], Any], frozen: bool, tied: bool
 ) -> None:
     model = _model(frozen, tied)
@@ -203,7 +203,7 @@ def test_optimizers_of_a_user_s_own(
     assert not conform(model, optimizer, {planned: {}}, step=step).differences
 
 
-def test_moments_in_one_buffer_are_all_counted() -> None:
+def test_moments_that_share_one_buffer_are_all_counted() -> None:
     model = nn.Linear(64, 64, bias=False)
     buffer = torch.zeros(2, 64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)

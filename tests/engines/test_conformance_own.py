@@ -1,4 +1,4 @@
-"""What a model does by itself is none of a plan's; what is done behind a plan's back still is."""
+"""What the model itself does is not held against a plan; what the run does differently is."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ PLAIN, RECOMPUTED, NARROW = Plan(), _plan(activation_checkpointing={}), _plan(bf
         "two wide",
     ],
 )
-def test_a_model_s_own_ways_fail_no_run(build: Callable[[], nn.Module], plan: Plan) -> None:
+def test_behaviour_of_the_model_itself_does_not_fail_a_run(
+    build: Callable[[], nn.Module], plan: Plan
+) -> None:
     _conform(build, plan)
 
 
@@ -121,13 +123,13 @@ def test_a_model_s_own_ways_fail_no_run(build: Callable[[], nn.Module], plan: Pl
         (_plan(gradient_accumulation={"micro_batches": 4}), PLAIN, "gradient-accumulation"),
     ],
 )
-def test_what_is_done_behind_a_plan_s_back_is_named(planned: Plan, done: Plan, feature: str) -> None:
+def test_a_run_that_differs_from_its_plan_is_reported(planned: Plan, done: Plan, feature: str) -> None:
     with pytest.raises(NotConforming, match=feature):
         _conform(lambda: _net(*[_Block] * 4), planned, done)
 
 
-def test_part_of_a_block_that_runs_again_is_no_block() -> None:
-    """Its attention, say, or half of its layers: most of the memory stays."""
+def test_recomputing_only_part_of_a_block_is_reported() -> None:
+    """For example its attention or half of its layers: most of the memory stays in use."""
 
     class Half(_Block):
         def inner(self, x: torch.Tensor) -> torch.Tensor:

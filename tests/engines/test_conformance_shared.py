@@ -1,5 +1,5 @@
-"""What memfit says where two ranks do not share the work as the plan says: the schedule of a pipeline, the
-samples of data parallelism, the other rank's part of a sample, ZeRO's parts.
+"""What the conformance check reports where two ranks do not share the work as planned: the schedule of a
+pipeline, the samples of data parallelism, the other rank's part of a sample, the shards of ZeRO.
 
 The file is also the program that each rank runs.
 """
@@ -84,7 +84,7 @@ def _same_samples() -> Any:
 
 
 def _own_part_only() -> Any:
-    """Keys and values are gathered all the same."""
+    """Attention reads only this rank's part, although keys and values are gathered."""
     from memfit.techniques.parallel.gathered_attention import Across
 
     inner = Across.blocks
@@ -106,7 +106,7 @@ def _alone() -> Any:
 
 ORDER, APART = "pipeline: schedule: planned", "pipeline: schedule: gradients of weights: planned"
 SMALL = {"stage": 3, **FAST, "persist_elements": 2000}
-# What is planned, how it is undone, and what the message must name.
+# The plan, how it is undone, and what the message must name.
 CASES: dict[str, tuple[Plan, Callable[[], Any], str]] = {
     "1f1b": (_pipeline("1f1b"), _run("gpipe"), f"{ORDER} 1f1b, 2, 1 micro-batches in flight"),
     "gpipe": (_pipeline("gpipe"), _run("1f1b"), f"{ORDER} gpipe, 4, 4 micro-batches in flight"),
@@ -149,7 +149,7 @@ class _Apart(Gpt):
 
 
 def _identity() -> nn.Module:
-    """Its blocks begin as the identity: nothing to be seen of attention."""
+    """Its blocks begin as the identity, so that attention has no visible effect."""
     model = Gpt(SIZE)
     for block in model.blocks:
         for last in (block.mix, block.narrow):
@@ -211,7 +211,7 @@ JOBS = {
     "called twice": _job(loss=_called_twice),
 }
 ACCUMULATED = _plan(pipeline={"micro_batches": 2}, gradient_accumulation={"micro_batches": 2})
-# Honest steps: the plan, and jobs of which all is seen; then those of which samples, or attention, are not.
+# Correct steps: the plan, jobs in which all is observed, and jobs in which samples or attention are not.
 HONEST: dict[str, tuple[Plan, tuple[str, ...], tuple[str, ...]]] = {
     "ddp": (
         _plan(ddp={}),
@@ -240,7 +240,7 @@ def _told(job: Job, plan: Plan, rank: int) -> str:
 
 
 def _own_pipeline(rank: int, kind: Any) -> str:
-    """torch's, without a training step of memfit's; it tries a pass to learn its shapes."""
+    """A pipeline of torch without memfit's training step; it runs a trial pass to learn its shapes."""
     model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)])
     stage = PipelineStage(model, rank, 2, torch.device("cpu"))
     pipeline = kind(stage, 4, loss_fn=functional.mse_loss)
@@ -274,7 +274,7 @@ def _rank(target: Path) -> None:
     target.write_text(json.dumps(found))
 
 
-Told = list[dict[str, dict[str, str]]]  # of each rank, by case: what was said of each step
+Told = list[dict[str, dict[str, str]]]  # of each rank, by case: what was reported for each step
 
 
 def _from_two_ranks(folder: Path, kind: str) -> Told:
@@ -293,14 +293,14 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return _from_two_ranks(tmp_path_factory.mktemp("told"), "honest")
 
 
-def test_a_pipeline_of_a_user(undone: Told) -> None:
+def test_the_schedule_of_a_users_own_pipeline_is_checked(undone: Told) -> None:
     for of_rank in undone:
         assert of_rank["own pipeline"]["honest"].startswith("fine: as planned"), of_rank["own pipeline"]
         assert CASES["1f1b"][2] in of_rank["own pipeline"]["sabotaged"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_undone_is_named(name: str, undone: Told) -> None:
+def test_work_that_ranks_do_not_share_as_planned_is_reported(name: str, undone: Told) -> None:
     for of_rank in undone:
         honest, sabotaged = of_rank[name]["honest"], of_rank[name]["sabotaged"]
         assert honest.startswith("fine: as planned"), honest
@@ -310,7 +310,7 @@ def test_what_is_undone_is_named(name: str, undone: Told) -> None:
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_an_honest_step_is_as_planned(name: str, honest: Told) -> None:
+def test_a_correct_step_conforms_and_states_what_was_not_observed(name: str, honest: Told) -> None:
     _, seen, unseen = HONEST[name]
     for of_rank in honest:
         for job in (*seen, *unseen):

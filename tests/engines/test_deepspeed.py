@@ -136,7 +136,7 @@ def _rank(folder: Path, ranks: int, target: Path) -> None:
                 (folder / f"{name}-{rank}" / file).write_text(text)
             kind = step_maker("deepspeed", folder / f"{name}-{rank}")
             if not found:
-                _train(kind, plan, rank, counter, settle, 1)  # threads and kernels' caches
+                _train(kind, plan, rank, counter, settle, 1)  # starts threads and fills caches of kernels
             found[name] = _train(kind, plan, rank, counter, settle, STEPS)
     target.write_text(json.dumps(found))
 
@@ -153,7 +153,7 @@ def _joined(ranks: int) -> Iterator[int]:
 def _train(
     kind: Any, plan: Plan, rank: int, counter: CountingAllocator, settle: Any, steps: int
 ) -> dict[str, Any]:
-    gc.collect()  # the engine before
+    gc.collect()  # frees the previous engine
     base, losses, peaks = counter.live_bytes(), [], {str(p): 0 for p in Phase}
     phase = str(Phase.SETUP)
 
@@ -176,7 +176,7 @@ def _train(
     return {"losses": losses, "peaks": peaks}
 
 
-# -- what it is asked -----------------------------------------------------------------------------------
+# -- the tests -----------------------------------------------------------------------------------
 
 Found = list[dict[str, Any]]
 
@@ -218,17 +218,17 @@ def _losses(plan: Plan) -> list[float]:
 
 @installed
 @pytest.mark.parametrize("name", PLANS)
-def test_losses_are_those_of_one_process(name: str, two: Found, reference: list[float]) -> None:
+def test_two_ranks_have_the_losses_of_one_process(name: str, two: Found, reference: list[float]) -> None:
     losses = [statistics.fmean(parts) for parts in zip(*(of[name]["losses"] for of in two), strict=True)]
     assert losses == pytest.approx(reference, rel=LOSS_RATIO if "bf16" not in name else 2e-2)
 
 
 @installed
 @pytest.mark.parametrize("name", ALONE)
-def test_on_one_rank_losses_are_the_same_bits(name: str, alone: Found, reference: list[float]) -> None:
-    """Stage 3 hands attention three tensors where it was given one, which then takes three products, and its
-    linear layer adds the bias apart: its bits are those of memfit's zero. Without such attention, and with
-    torch's linear layer, they are plain training's (benchmarks/engines.md)."""
+def test_on_one_rank_losses_are_bitwise_equal(name: str, alone: Found, reference: list[float]) -> None:
+    """Stage 3 passes attention three tensors instead of one, which then computes three products, and its
+    linear layer adds the bias separately: the losses equal those of memfit's zero. Without such attention and
+    with torch's linear layer they equal those of plain training (benchmarks/engines.md)."""
     if name == "stage 3":
         assert alone[0][name]["losses"] == pytest.approx(reference, rel=1e-6)
         reference = _losses(ALONE[name])
@@ -237,8 +237,8 @@ def test_on_one_rank_losses_are_the_same_bits(name: str, alone: Found, reference
 
 @installed
 @pytest.mark.parametrize("name", [*PLANS, *(f"{name}, alone" for name in ALONE)])
-def test_memory_is_what_was_predicted(name: str, two: Found, alone: Found) -> None:
-    """The peak, and what of it is left beside buckets of fixed size."""
+def test_measured_memory_is_the_predicted_memory(name: str, two: Found, alone: Found) -> None:
+    """The peak, and the peak without buckets of fixed size."""
     short = name.removesuffix(", alone")
     plan, ranks = (PLANS[name], two) if name in PLANS else (ALONE[short], alone)
     plan = ENGINE.predicted(plan)
@@ -255,7 +255,7 @@ def test_memory_is_what_was_predicted(name: str, two: Found, alone: Found) -> No
 
 
 def _buckets_bytes(plan: Plan) -> int:
-    """Those that lie beside the peak at any time: of stage 3 always, of the others in backward."""
+    """Bytes of the buckets that are part of the peak: always in stage 3, otherwise only large ones."""
     used = plan.get("zero")
     assert used is not None
     stage, width = int(used.settings["stage"]), 2 if used.settings["precision"] == "bf16" else 4
@@ -281,7 +281,7 @@ json.dump({
 
 
 @installed
-def test_its_own_parser_reads_what_the_plan_says(tmp_path: Path) -> None:
+def test_the_deepspeed_parser_reads_the_settings_of_the_plan(tmp_path: Path) -> None:
     knobs = {**WINDOW, "stage": 3, "precision": "bf16", "offload": "parameters", "overlap": True}
     plan = _plan(2, zero=knobs, gradient_accumulation={"micro_batches": 2})
     (tmp_path / CONFIG).write_text(render(_spec(plan)).files[CONFIG])
@@ -327,8 +327,8 @@ json.dump(found, open(sys.argv[2], "w"))
 
 
 @installed
-def test_what_recomputes_is_not_in_its_file_where_it_would_change_nothing(tmp_path: Path) -> None:
-    """DeepSpeed takes the section and runs no layer again for it."""
+def test_the_activation_checkpointing_section_is_left_out_as_it_has_no_effect(tmp_path: Path) -> None:
+    """DeepSpeed accepts the section, but recomputes no layer for it."""
     plan = _plan(1, zero={"stage": 2}, activation_checkpointing={})
     text = render(_spec(plan)).files[CONFIG]
     assert "activation_checkpointing" not in json.loads(text)
@@ -348,7 +348,7 @@ def test_what_recomputes_is_not_in_its_file_where_it_would_change_nothing(tmp_pa
         (_plan(2), "several ranks: it requires zero or ddp"),
     ],
 )
-def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
     assert why in "; ".join(ENGINE.supports(plan))
 
 

@@ -37,7 +37,7 @@ def bench() -> Any:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_losses_and_peaks(row: Any, bench: Any) -> None:
+def test_losses_match_the_reference_and_peaks_the_prediction(row: Any, bench: Any) -> None:
     record = bench.record(row)
     if (why := record.get("why_not", "")).endswith("not installed"):
         pytest.skip(f"{row.engine}: {why}")
@@ -51,7 +51,7 @@ def test_losses_and_peaks(row: Any, bench: Any) -> None:
 @pytest.mark.parametrize(
     "uses", [{"ddp": {}}, {"fsdp2": {"precision": "bf16", "reshard": False}}, {"zero": {"stage": 2}}], ids=str
 )
-def test_accelerate_reads_its_own_file(uses: dict[str, Any], tmp_path: Path) -> None:
+def test_accelerate_reads_the_rendered_configuration(uses: dict[str, Any], tmp_path: Path) -> None:
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
     from memfit.engines.registry import render
 

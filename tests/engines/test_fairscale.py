@@ -44,8 +44,8 @@ installed = pytest.mark.skipif(
     importlib.util.find_spec("fairscale") is None, reason="fairscale is not installed"
 )
 STEPS, LOSS_RATIO, PEAK_RATIO = 20, 1e-5, 0.02
-# Gradients go when their reduction is seen to be over, which the system's scheduling decides: the lowest of a
-# few trainings is that of the program.
+# Gradients are freed when their reduction is seen to be complete, which depends on the system's scheduling:
+# the lowest peak of a few runs is compared.
 REPEATS = 5
 
 
@@ -138,7 +138,7 @@ def _rank(folder: Path, target: Path) -> None:
 
 
 def _told_of_one_owner(folder: Path, rank: int) -> str:
-    """What is said where OSS gives all but one of the parameters to the first rank."""
+    """What is reported where OSS gives all but one of the parameters to the first rank."""
     from fairscale.optim.oss import OSS
 
     def unshared(oss: Any) -> list[list[dict[str, Any]]]:
@@ -185,7 +185,7 @@ def _train(
     return losses, peak
 
 
-# -- what it is asked -----------------------------------------------------------------------------------
+# -- the tests -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +202,14 @@ def _losses(step: TrainingStep) -> list[float]:
 
 
 @installed
-def test_what_is_not_sharded_is_named(ran: list[dict[str, Any]]) -> None:
+def test_optimizer_state_that_is_not_sharded_is_reported(ran: list[dict[str, Any]]) -> None:
     for of_rank in ran:
         assert of_rank["not sharded"].startswith("the plan was not applied"), of_rank["not sharded"]
         assert "sharded-ddp: optimizer state" in of_rank["not sharded"]
 
 
 @installed
-def test_what_is_not_recomputed_is_named(ran: list[dict[str, Any]]) -> None:
+def test_blocks_that_are_not_recomputed_are_reported(ran: list[dict[str, Any]]) -> None:
     for of_rank in ran:
         assert "activation-checkpointing: planned blocks 0, 1, 2 run again" in of_rank["not recomputed"]
 
@@ -222,7 +222,7 @@ def reference() -> list[float]:
 
 @installed
 @pytest.mark.parametrize("name", PLANS)
-def test_losses_are_those_of_one_process(
+def test_two_ranks_have_the_losses_of_one_process(
     name: str, ran: list[dict[str, Any]], reference: list[float]
 ) -> None:
     losses = [statistics.fmean(parts) for parts in zip(*(of[name]["losses"] for of in ran), strict=True)]
@@ -231,7 +231,7 @@ def test_losses_are_those_of_one_process(
 
 @installed
 @pytest.mark.parametrize("name", PLANS)
-def test_memory_is_what_was_predicted(name: str, ran: list[dict[str, Any]]) -> None:
+def test_measured_memory_is_the_predicted_memory(name: str, ran: list[dict[str, Any]]) -> None:
     for rank in layout(PLANS[name]).distinct_ranks():
         profile = memory_profile(trace(JOB, PLANS[name], rank=rank), Calibration())
         assert ran[rank][name]["peak"] == pytest.approx(profile.peak_bytes, rel=PEAK_RATIO)
@@ -290,7 +290,7 @@ def _force(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def checkpointed(folder: Path) -> dict[str, Any]:
-    """Which blocks of one rank FairScale recomputes, and what is said of those that it cannot."""
+    """Which blocks of one rank FairScale recomputes, and what is reported for those that it cannot."""
     recomputed: dict[str, dict[str, Any]] = {"activation_checkpointing": {}}
     found: dict[str, Any] = {}
     for name, job, plan in (
@@ -340,7 +340,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @installed
-def test_on_one_rank_losses_are_the_same_bits(one: dict[str, Any], reference: list[float]) -> None:
+def test_on_one_rank_losses_are_bitwise_equal(one: dict[str, Any], reference: list[float]) -> None:
     assert one["losses"] == reference
 
 
@@ -357,21 +357,21 @@ def test_on_one_rank_losses_are_the_same_bits(one: dict[str, Any], reference: li
         ("force", [True, True], "does not support a loss that computes gradients itself"),
     ],
 )
-def test_blocks_are_recomputed_by_fairscale_where_it_can(
+def test_fairscale_recomputes_only_the_blocks_that_it_supports(
     name: str, carried: list[bool], said: str, one: dict[str, Any]
 ) -> None:
     assert one[name][0] == carried
     assert said in one[name][1]
 
 
-def test_its_arguments_are_the_plans() -> None:
+def test_the_arguments_follow_the_plan() -> None:
     plan = _plan(sharded_ddp={"reduce_buffer_elements": 77})
     assert json.loads(render(_spec(plan)).files[CONFIG]) == config(plan)
     assert config(plan)["reduce_buffer_size"] == 77
 
 
 @installed
-def test_its_constructors_know_every_argument_and_it_divides_as_predicted() -> None:
+def test_fairscale_accepts_the_arguments_and_shards_as_predicted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import inspect
@@ -398,7 +398,7 @@ def test_its_constructors_know_every_argument_and_it_divides_as_predicted() -> N
         (_plan(2), "it requires sharded-ddp"),
     ],
 )
-def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
     assert why in "; ".join(ENGINE.supports(plan))
 
 

@@ -1,6 +1,7 @@
-"""Exported folders, each run by its own launcher on two CPU ranks: what trains is the plan, clipped as said.
+"""Exported folders, each run by its own launcher on two CPU ranks: the training conforms to the plan,
+gradient clipping included.
 
-A user's script first leaves out what the export says that it must do itself: that is told, by name.
+A user's script first leaves out what the export asks it to do itself, and this is reported by name.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ USERS_DEEPSPEED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """``techniques`` of the plan, beside checkpointing; ``words``: of the export; ``needs``: a package."""
+    """``techniques`` of the plan beside checkpointing, ``words`` of the export, the package it ``needs``."""
 
     techniques: Mapping[str, Any]
     words: tuple[str, ...]
@@ -71,7 +72,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, tuple[Path, Any]]]:
-    """The folders, with their launchers all at work."""
+    """The folders, with all their launchers running."""
     root = tmp_path_factory.mktemp("handover")
     for file in HERE.glob("*.py"):
         (root / file.name).write_bytes(file.read_bytes())

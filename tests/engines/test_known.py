@@ -23,7 +23,7 @@ LIBRARIES = {
 
 
 @pytest.mark.parametrize(("library", "package"), LIBRARIES.items())
-def test_the_library_takes_every_setting_of_the_table(library: str, package: str) -> None:
+def test_the_library_parser_accepts_every_setting_of_the_table(library: str, package: str) -> None:
     beside = [str(ROOT / package)] if package.startswith(".") else []
     if not all(Path(p).is_dir() for p in beside) or not (beside or importlib.util.find_spec(package)):
         pytest.skip(f"{package} is not there (bash scripts/parsers.sh)")

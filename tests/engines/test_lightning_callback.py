@@ -57,7 +57,9 @@ def fit(folder: Path, callback: Any, **arguments: Any) -> None:
 @pytest.mark.parametrize(
     "plan", [{}, {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}}], ids=["plain", "both"]
 )
-def test_predicted_against_measured(tmp_path: Path, plan: dict[str, Any]) -> None:
+def test_the_callback_records_a_predicted_peak_near_the_measured_one(
+    tmp_path: Path, plan: dict[str, Any]
+) -> None:
     fit(tmp_path, ours.MemfitCallback(plan), **ours.trainer_arguments(plan))
     told = json.loads((tmp_path / "memfit.json").read_text())
     assert told["steps"] == 3
@@ -66,7 +68,7 @@ def test_predicted_against_measured(tmp_path: Path, plan: dict[str, Any]) -> Non
     assert told["predicted_over_measured_ratio"] == pytest.approx(1, abs=0.01)
 
 
-def test_the_plan_is_told_from_the_trainer(tmp_path: Path) -> None:
+def test_the_callback_infers_the_plan_from_the_trainer(tmp_path: Path) -> None:
     fit(tmp_path, ours.MemfitCallback(), precision="bf16-mixed", accumulate_grad_batches=2)
     told = json.loads((tmp_path / "memfit.json").read_text())
     assert told["plan"]["techniques"] == {"bf16-autocast": {}, "gradient-accumulation": {"micro_batches": 2}}
@@ -77,7 +79,7 @@ def test_a_plan_that_was_not_applied_ends_the_training(tmp_path: Path) -> None:
         fit(tmp_path, ours.MemfitCallback({"bf16-autocast": {}}))
 
 
-def test_arguments_of_several_ranks() -> None:
+def test_trainer_arguments_of_several_ranks_follow_the_plan() -> None:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     ddp = {"ranks": 4, "techniques": {"ddp": {"bucket_mib": 7}}}
@@ -91,7 +93,7 @@ def test_arguments_of_several_ranks() -> None:
         ours.trainer_arguments({"ranks": 4, "techniques": {"zero": {}}})
 
 
-def test_a_technique_of_the_module_needs_no_argument() -> None:
+def test_a_technique_of_the_module_needs_no_trainer_argument() -> None:
     found = ours.trainer_arguments({"techniques": {"chunked-cross-entropy": {"chunks": 4}}})
     assert (found["strategy"], found["precision"], found["accumulate_grad_batches"]) == ("auto", "32-true", 1)
     assert TECHNIQUES.keys() >= ours._OF_THE_MODULE | ours._OF_THE_TRAINER

@@ -1,4 +1,4 @@
-"""What `memfit lint` calls refused, the libraries refuse; the set-up beside it, they take."""
+"""The libraries refuse the set-ups that `memfit lint` calls refused, and accept the corrected ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_configs_rules import CASES
+from test_lint_rules import CASES
 
 from memfit.runtime.ranks import free_port
 
-# Of those that can be tried on one CPU process in a second or two.
+# Rules that can be tried in one CPU process within a second or two.
 REFUSED = (
     "deepspeed-two-precisions",
     "deepspeed-bf16-loss-scale",
@@ -37,7 +37,7 @@ REFUSED = (
     "fsdp2-reshard",
     "fsdp-prefetch",
 )
-# Where the good one needs a disk, eight processes, an optimizer that is compiled for a minute.
+# Rules whose good set-up needs a disk, eight processes, or an optimizer that takes a minute to compile.
 BAD_ALONE = ("deepspeed-nvme-path", "deepspeed-batch-product", "deepspeed-one-bit")
 
 
@@ -45,7 +45,7 @@ BAD_ALONE = ("deepspeed-nvme-path", "deepspeed-batch-product", "deepspeed-one-bi
     any(importlib.util.find_spec(n) is None for n in ("deepspeed", "accelerate", "transformers")),
     reason="deepspeed, accelerate or transformers is not installed",
 )
-def test_what_is_called_refused_is_refused() -> None:
+def test_libraries_refuse_bad_set_ups_and_accept_good_ones() -> None:
     asked = {f"{rule} bad": dict(CASES[rule].bad) for rule in (*REFUSED, *BAD_ALONE)}
     asked |= {f"{rule} good": dict(CASES[rule].good) for rule in REFUSED}
     env = os.environ | {

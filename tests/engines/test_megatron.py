@@ -116,7 +116,7 @@ PLANS = {
 
 @installed
 @pytest.mark.parametrize("name", PLANS)
-def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted(name: str) -> None:
+def test_losses_match_one_process_and_memory_matches_the_prediction(name: str) -> None:
     plan, attribute = PLANS[name]
     reference = _trained(_plan(1), attribute, "native")[0]
     ranks = _trained(plan, attribute)
@@ -131,16 +131,16 @@ def test_losses_are_those_of_one_process_and_memory_is_what_was_predicted(name: 
 
 
 @installed
-def test_what_it_holds_for_gradients_is_in_the_prediction() -> None:
+def test_the_gradient_buffer_of_megatron_changes_the_predicted_peak() -> None:
     plan = _plan(1)
     native = memory_profile(trace(gpt, plan), Calibration())
     with stepping(step_maker("megatron", None)):
         own = memory_profile(trace(gpt, plan), Calibration())
-    assert own.peak_bytes != native.peak_bytes  # its buffer of all gradients never goes
+    assert own.peak_bytes != native.peak_bytes  # its buffer of all gradients is never freed
 
 
 @installed
-def test_on_a_gpu_its_buffers_lie_there() -> None:
+def test_on_a_gpu_the_gradient_buffer_is_as_large_as_the_parameters() -> None:
     with stepping(step_maker("megatron", None)):
         traced = trace(gpt, _plan(2, tensor_parallel=_TENSOR), device="cuda")
     kept = dict.fromkeys((Category.PARAMETER, Category.GRADIENT), 0)
@@ -161,12 +161,12 @@ def test_on_a_gpu_its_buffers_lie_there() -> None:
         (_plan(1, bf16_autocast={}), "bf16-autocast is not supported by megatron"),
     ],
 )
-def test_a_plan_it_cannot_carry_is_refused_with_the_reason(plan: Plan, why: str) -> None:
+def test_an_unsupported_plan_is_refused_with_the_reason(plan: Plan, why: str) -> None:
     assert why in "; ".join(ENGINE.supports(plan))
 
 
 @pytest.mark.parametrize("plan", [_plan(2, pipeline={}), _plan(2, zero={"stage": 1})])
-def test_what_asks_for_cuda_is_rendered_and_not_run(plan: Plan) -> None:
+def test_a_plan_that_requires_cuda_is_not_run_without_it(plan: Plan) -> None:
     assert ENGINE.supports(plan) == ()
     with pytest.raises(UserError, match="requires CUDA"):
         ready("megatron", plan)
@@ -188,7 +188,7 @@ def _adapter(model: Gpt) -> None:
     ("change", "what"),
     [(_eps, "different eps"), (_frozen, "frozen"), (_adapter, r"blocks\.1\.widen, a Sequential")],
 )
-def test_a_model_that_it_cannot_express_is_refused_with_the_difference(
+def test_a_model_that_megatron_cannot_express_is_refused_with_the_difference(
     change: Callable[[Gpt], None], what: str
 ) -> None:
     model = Gpt(SIZE)
@@ -210,7 +210,7 @@ def test_heads_that_ranks_cannot_share_are_refused() -> None:
         ("sequence", "--sequence-parallel\n", ""),
     ],
 )
-def test_tensor_parallelism_that_is_not_applied_is_named(name: str, line: str, instead: str) -> None:
+def test_tensor_parallelism_that_is_not_applied_is_reported(name: str, line: str, instead: str) -> None:
     plan, attribute = PLANS[name]
     launch = render(_spec(plan, attribute, engine="megatron"))
     text = launch.files[CONFIG]
@@ -222,7 +222,7 @@ def test_tensor_parallelism_that_is_not_applied_is_named(name: str, line: str, i
     ].reason
 
 
-def test_another_model_is_refused_by_name() -> None:
+def test_a_model_of_another_class_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="the job's model is Linear"):
         read(nn.Linear(2, 2))
 
@@ -270,7 +270,7 @@ RENDERED = {
 
 
 @pytest.mark.parametrize("name", RENDERED)
-def test_the_trainers_arguments_say_what_the_plan_says(name: str) -> None:
+def test_the_trainer_arguments_follow_the_plan(name: str) -> None:
     plan, wanted = RENDERED[name]
     assert ENGINE.supports(plan) == ()
     assert wanted.items() <= _arguments(plan).items()
@@ -308,7 +308,7 @@ _OTHERWISE = {
 @installed
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", RENDERED)
-def test_the_arguments_are_fields_of_its_configurations(name: str) -> None:
+def test_every_argument_is_a_field_of_the_megatron_configurations(name: str) -> None:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -1,4 +1,4 @@
-"""Megatron-LM's trainer reads what is rendered for it: its own parser and validation, of a package beside."""
+"""Megatron-LM's trainer reads its rendered arguments: its own parser and validation, installed separately."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def judged() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("number", range(COUNT))
-def test_the_trainer_takes_the_arguments_as_planned(number: int, judged: list[dict[str, Any]]) -> None:
+def test_the_trainer_accepts_the_rendered_arguments(number: int, judged: list[dict[str, Any]]) -> None:
     assert judged[number]["refused"] == "", judged[number]
 
 
-def test_the_trainer_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_refuses_an_unknown_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = megatron_arguments._rendered
     monkeypatch.setattr(megatron_arguments, "_rendered", lambda plan: rendered(plan) + "--no-such-option 1\n")
     assert all("no-such-option" in line["refused"] for line in megatron_arguments.judged(PACKAGE))

@@ -1,4 +1,4 @@
-"""A real Trainer run with the callback: predicted, looked at, measured, written down."""
+"""A real Trainer run with the callback: predicted, checked for conformance, measured and recorded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", CASES, ids=["plain", "bf16", "checkpointing"])
-def test_predicted_against_measured(
+def test_the_callback_records_a_predicted_peak_near_the_measured_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: dict[str, Any]
 ) -> None:
     trainer = make_trainer(tmp_path, **arguments)
@@ -80,7 +80,7 @@ def test_a_plan_that_was_not_applied_ends_the_training(tmp_path: Path) -> None:
     assert trainer.state.global_step == 0
 
 
-def test_it_may_only_be_told(tmp_path: Path) -> None:
+def test_a_callback_that_is_not_strict_only_records_differences(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     path = tmp_path / "elsewhere" / "record.json"
     trainer.add_callback(MemfitCallback(trainer, plan={"bf16-autocast": {}}, strict=False, path=path))
@@ -90,7 +90,7 @@ def test_it_may_only_be_told(tmp_path: Path) -> None:
     assert told["plan"] == {"techniques": {"bf16-autocast": {}}, "ranks": 1}
 
 
-def test_what_cannot_be_predicted_is_measured_all_the_same(
+def test_a_training_that_cannot_be_predicted_is_still_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path)

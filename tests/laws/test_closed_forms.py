@@ -59,7 +59,7 @@ def peak(traced: Trace, phase: Phase, which: int = -1) -> int:
 
 
 def most(allocations: Iterable[Allocation]) -> int:
-    """Most of them at once."""
+    """The largest number of them that is alive at once."""
     found = list(allocations)
     edges = sorted(
         [(a.start, 1) for a in found] + [(math.inf if a.end is None else a.end, -1) for a in found]
@@ -76,7 +76,7 @@ TOKENS, WORDS, HIDDEN = 256, 4096, 8
 
 
 class States(nn.Module):
-    """States that learn under a head that does not: nothing but the loss takes memory of T V."""
+    """Trained states under a frozen head: nothing but the loss takes memory of T V."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,9 @@ kept: list[torch.Tensor] = []
         (keeping_float, BF16, 16),
     ],
 )
-def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: Any, dtype: torch.dtype, bytes_: int) -> None:
+def test_bytes_per_logit_at_the_peak_of_the_loss_match_the_closed_form(
+    loss: Any, dtype: torch.dtype, bytes_: int
+) -> None:
     kept.clear()
     found = a_logit(of_logits(loss, dtype))
     kept.clear()
@@ -140,7 +142,7 @@ def test_bytes_of_a_logit_at_the_peak_of_the_loss(loss: Any, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("chunks", [2, 4, 8])
-def test_a_chunked_loss_takes_its_share_of_the_logits(chunks: int) -> None:
+def test_a_chunked_loss_takes_the_memory_of_one_chunk_of_the_logits(chunks: int) -> None:
     """12 T V / n; 10 here, as the gradient is written over the probabilities: half-precision logits, their
     float32 copy and the probabilities. And the gradient of the states."""
     found = a_logit(of_logits(wide, BF16, make_use("chunked-cross-entropy", {"chunks": chunks})))
@@ -180,14 +182,14 @@ LARGEST = 512 * 512
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_adamw_over_lists_peaks_at_five_times_the_parameters(dtype: torch.dtype) -> None:
+def test_foreach_adamw_peaks_at_five_times_the_parameters(dtype: torch.dtype) -> None:
     """Parameters, gradients, two moments, and one list of temporaries as large."""
     traced = trace(mlp(dtype), Plan(), device="cuda")
     assert peak(traced, Phase.OPTIMIZER) == pytest.approx(5 * PARAMETERS * dtype.itemsize, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "more"), [("adamw-fused", 0), ("adamw-single", 2 * LARGEST)])
-def test_other_adamws_take_four_times_and_their_temporaries(name: str, more: int) -> None:
+def test_fused_and_single_adamw_take_four_times_the_parameters_and_temporaries(name: str, more: int) -> None:
     """The fused kernel none, the loop two of the largest parameter (a root, and what it is divided to)."""
     traced = trace(mlp(), Plan(uses=(make_use(name, {}),)), device="cuda")
     assert peak(traced, Phase.OPTIMIZER) == pytest.approx(4 * (4 * PARAMETERS + more), rel=0.02)
@@ -203,13 +205,13 @@ def test_other_adamws_take_four_times_and_their_temporaries(name: str, more: int
         ((("adamw-8bit", {}),), 2 * (1 + 4 / 256)),  # a scale for every 256 elements
     ],
 )
-def test_bytes_of_optimizer_state_a_parameter(uses: Any, bytes_: float) -> None:
+def test_optimizer_state_bytes_per_parameter_match_the_closed_form(uses: Any, bytes_: float) -> None:
     traced = trace(mlp(), Plan(uses=tuple(make_use(*use) for use in uses)), device="cuda")
     found = live(traced, traced.spans[-1].end, Category.OPTIMIZER_STATE)
     assert found == pytest.approx(bytes_ * PARAMETERS, rel=0.05, abs=20_000)
 
 
-def test_stepping_in_backward_holds_one_layers_gradients() -> None:
+def test_stepping_in_backward_holds_gradients_of_at_most_two_layers() -> None:
     plan = Plan(uses=(make_use("optimizer-in-backward", {}),))
     sizes = 4 * LARGEST, 4 * PARAMETERS
     found = [most_bytes(trace(mlp(), p, device="cuda"), Category.GRADIENT) for p in (plan, Plan())]
@@ -231,7 +233,7 @@ def most_bytes(traced: Trace, kind: Category) -> int:
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_adapters_learn_rank_times_both_widths(rank: int) -> None:
+def test_adapters_train_rank_times_the_sum_of_both_widths(rank: int) -> None:
     pytest.importorskip("peft")
     traced = trace(mlp(), Plan(uses=(make_use("lora", {"rank": rank}),)), device="cuda")
     learned = rank * sum(a + b for a, b in itertools.pairwise(WIDTHS))
@@ -271,7 +273,7 @@ class MegatronLayer(nn.Module):
 
 
 def kept_by_a_layer(batch: int, length: int, width: int, heads: int, *, fused: bool, uses: Any = ()) -> int:
-    """Bytes that a layer more keeps after forward."""
+    """Bytes that one more layer keeps after forward."""
 
     def kept_by(layers: int) -> int:
         job = Job(
@@ -298,7 +300,9 @@ SIZES = [(2, 128, 64, 4), (1, 256, 128, 8)]
 
 
 @pytest.mark.parametrize(("batch", "length", "width", "heads"), SIZES)
-def test_a_transformer_layer_keeps_34_sbh_and_5_ass(batch: int, length: int, width: int, heads: int) -> None:
+def test_a_transformer_layer_keeps_34_sbh_plus_5_as2b_bytes(
+    batch: int, length: int, width: int, heads: int
+) -> None:
     """And 16 B a token: mean and deviation of both normalisations."""
     found = kept_by_a_layer(batch, length, width, heads, fused=False)
     sbh = batch * length * width
@@ -306,7 +310,9 @@ def test_a_transformer_layer_keeps_34_sbh_and_5_ass(batch: int, length: int, wid
 
 
 @pytest.mark.parametrize(("batch", "length", "width", "heads"), SIZES)
-def test_with_fused_attention_it_keeps_34_sbh(batch: int, length: int, width: int, heads: int) -> None:
+def test_a_layer_with_fused_attention_keeps_34_sbh_bytes(
+    batch: int, length: int, width: int, heads: int
+) -> None:
     """Also the kernel's log-sum-exp, 4 B a head and token; its output takes the place of the mask over
     the weights' product: 34 - 2 (the projection's input is that output)."""
     found = kept_by_a_layer(batch, length, width, heads, fused=True)
@@ -315,15 +321,15 @@ def test_with_fused_attention_it_keeps_34_sbh(batch: int, length: int, width: in
 
 
 @pytest.mark.parametrize(("batch", "length", "width", "heads"), SIZES)
-def test_a_recomputed_layer_keeps_its_input(batch: int, length: int, width: int, heads: int) -> None:
+def test_a_recomputed_layer_keeps_only_its_input(batch: int, length: int, width: int, heads: int) -> None:
     """2 s b h, and the state of the random generator: 5,056 B."""
     full = (make_use("activation-checkpointing", {}),)
     found = kept_by_a_layer(batch, length, width, heads, fused=False, uses=full)
     assert found == pytest.approx(2 * batch * length * width, abs=6144)
 
 
-def test_autocast_keeps_two_bytes_a_weight_until_it_ends() -> None:
-    """Half-precision copies of every weight, once for the micro-batch."""
+def test_autocast_keeps_a_half_precision_copy_of_every_weight() -> None:
+    """One half-precision copy of every weight, kept through the micro-batch."""
     traced = trace(mlp(bias=False), Plan(uses=(make_use("bf16-autocast", {}),)), device="cuda", steps=1)
     weights = [a * b for a, b in itertools.pairwise(WIDTHS)]
     copies = [a for a in traced.allocations if a.phase is Phase.FORWARD and "_to_copy" in a.op]
@@ -339,7 +345,7 @@ def states(*uses: Use, ranks: int, dtype: torch.dtype = torch.float32) -> tuple[
     return traced, live(traced, span(traced, Phase.OPTIMIZER).start, *STATE)
 
 
-def test_ddps_buckets_double_the_gradients_unless_they_are_views() -> None:
+def test_ddp_buckets_double_the_gradients_unless_they_are_views() -> None:
     peaks = [
         peak(states(make_use("ddp", {"bucket_view": view}), ranks=2)[0], Phase.OPTIMIZER)
         for view in (False, True)
@@ -352,16 +358,18 @@ def test_ddps_buckets_double_the_gradients_unless_they_are_views() -> None:
     ("stage", "whole", "shared"),
     [(1, 2, 14), (2, 2, 14), (3, 0, 16)],
 )
-def test_zero_keeps_what_its_paper_says(ranks: int, stage: int, whole: int, shared: int) -> None:
+def test_zero_keeps_the_bytes_per_parameter_of_its_paper(
+    ranks: int, stage: int, whole: int, shared: int
+) -> None:
     """Bytes a parameter in mixed precision (Rajbhandari et al. 2020) when the optimizer begins. DeepSpeed's
-    stage 1 has let go of other ranks' gradients by then, as stage 2 does while they come."""
+    stage 1 has freed other ranks' gradients by then; stage 2 frees them as they come."""
     small = {"persist_elements": 1, "reduce_bucket_elements": 1}  # no buffers
     _, found = states(make_use("zero", {"stage": stage, "precision": "bf16", **small}), ranks=ranks)
     assert found == pytest.approx((whole + shared / ranks) * PARAMETERS, rel=0.12)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_fsdp_keeps_sixteen_bytes_over_ranks(ranks: int) -> None:
+def test_fsdp_keeps_sixteen_bytes_per_parameter_divided_by_the_ranks(ranks: int) -> None:
     _, found = states(make_use("fsdp2", {}), ranks=ranks)
     assert found == pytest.approx(16 * PARAMETERS / ranks, rel=0.02, abs=512 * 60)
 
@@ -377,7 +385,7 @@ def test_without_synchronisation_fsdp_keeps_whole_gradients() -> None:
     assert found[1] - found[0] == pytest.approx(4 * PARAMETERS * (1 - 1 / ranks), rel=0.10)
 
 
-def test_without_resharding_all_groups_stay_whole_after_forward() -> None:
+def test_without_resharding_fsdp_keeps_all_parameters_whole_after_forward() -> None:
     found = []
     for reshard in (True, False):
         traced, _ = states(make_use("fsdp2", {"reshard": reshard}), ranks=4)
@@ -415,7 +423,7 @@ def staged(schedule: str, rank: int, stages: int = STAGES, virtual: int = 1, dev
 
 
 def in_flight(traced: Trace) -> int:
-    """What one operator of a block keeps once a micro-batch, most at once."""
+    """The most outputs of one operator of a block alive at once; it keeps one per micro-batch."""
     made = [
         a
         for a in traced.allocations
@@ -435,7 +443,7 @@ def test_gpipe_has_all_micro_batches_in_flight(rank: int) -> None:
     assert in_flight(staged("gpipe", rank)) == MICRO
 
 
-def test_interleaving_costs_a_part_of_a_stage_more() -> None:
+def test_interleaving_keeps_a_fraction_of_a_stage_more_in_flight() -> None:
     """p (1 + (p - 1) / (p v)) of a rank's micro-batches, in chunks of 1 / v (Narayanan et al. 2021)."""
     p, v = 2, 2
     traced = staged("interleaved", 0, stages=p, virtual=v)
@@ -446,14 +454,14 @@ def test_interleaving_costs_a_part_of_a_stage_more() -> None:
 
 
 @pytest.mark.parametrize(("rank", "blocks"), [(0, {0, 3}), (1, {1, 2})])
-def test_a_v_turns_back_on_the_last_rank(rank: int, blocks: set[int]) -> None:
-    """The first and the last stage are one rank's (Qi et al. 2024)."""
+def test_a_v_schedule_places_the_first_and_last_stage_on_one_rank(rank: int, blocks: set[int]) -> None:
+    """One rank has the first and the last stage (Qi et al. 2024)."""
     made = {a.module for a in staged("zero-bubble-v", rank, 2, 2).allocations if a.phase is Phase.SETUP}
     assert {int(m.split(".")[1]) for m in made if m.startswith("blocks.")} == blocks
     assert {"embed", "head"} <= made if rank == 0 else not {"embed", "head"} & made
 
 
-def test_gloo_holds_what_is_sent_until_the_schedule_waits() -> None:
+def test_gloo_keeps_sent_tensors_until_the_schedule_waits() -> None:
     """GPipe waits for all its sends at the end; with NCCL one of the gradients sent back is there at once."""
     held = {
         device: most(
@@ -475,7 +483,7 @@ def cut(name: str, degree: int, layers: int = 2, **settings: Any) -> Trace:
 
 
 @pytest.mark.parametrize("degree", [2, 4])
-def test_a_vocabulary_in_parallel_cuts_the_logits(degree: int) -> None:
+def test_a_parallel_vocabulary_divides_the_logits(degree: int) -> None:
     whole = 4 * 32 * 512 * 4
     traced = cut("tensor-parallel", degree, vocabulary="parallel-loss")
     sizes = [a.requested_bytes for a in traced.allocations if a.phase is not Phase.SETUP]
@@ -489,7 +497,7 @@ def test_a_vocabulary_in_parallel_cuts_the_logits(degree: int) -> None:
 def test_tensor_parallelism_leaves_the_inputs_of_norms_and_products_whole(
     degree: int, sequence: bool, whole: int, shared: int
 ) -> None:
-    """s b h (10 + 24 / t) without the dropout that this layer has not and in float32: (4 + 12 / t) elements.
+    """s b h (10 + 24 / t) without dropout, which this layer does not have, in float32: (4 + 12 / t) elements.
     In sequence parallel PyTorch keeps the two gathered inputs that Megatron gathers again. Beside them 16 B a
     token of statistics, 4 B a head and token of the attention, 1 KiB of its random state."""
     kept_by = [
@@ -504,7 +512,7 @@ def test_tensor_parallelism_leaves_the_inputs_of_norms_and_products_whole(
 
 
 @pytest.mark.parametrize("degree", [2, 4])
-def test_context_parallelism_cuts_the_tokens(degree: int) -> None:
+def test_context_parallelism_divides_the_tokens(degree: int) -> None:
     traced, whole = cut("context-parallel", degree), 4 * 32 * 512 * 4
     made = {a.requested_bytes for a in traced.allocations if a.phase is not Phase.SETUP}
     assert whole // degree in made
@@ -524,7 +532,7 @@ def test_context_parallelism_cuts_the_tokens(degree: int) -> None:
         (33 * MIB, 34 * MIB),
     ],
 )
-def test_a_segment_of_the_caching_allocator(bytes_: int, reserved: int) -> None:
+def test_the_caching_allocator_reserves_segments_of_the_documented_sizes(bytes_: int, reserved: int) -> None:
     one = Allocation(
         start=0,
         end=None,
@@ -540,7 +548,7 @@ def test_a_segment_of_the_caching_allocator(bytes_: int, reserved: int) -> None:
 
 
 @pytest.mark.parametrize(("card", "bytes_"), [("A100-80GB-SXM", 8.125 * MIB), ("H100-SXM", 32 * MIB)])
-def test_the_workspace_of_cublas(card: str, bytes_: float) -> None:
+def test_cublas_takes_two_workspaces_of_the_documented_size(card: str, bytes_: float) -> None:
     """2 x 4096 KiB and 8 x 16 KiB before Hopper, 32 MiB on it; one for the caller's thread, one for
     autograd's."""
     plain = trace(mlp(), Plan(), device="cuda")

@@ -29,7 +29,7 @@ MSA, PAIR, MSA_HEADS, PAIR_HEADS, OUTER, BLOCKS = 256, 128, 8, 4, 32, 48
 
 
 class Moved(torch.autograd.Function):
-    """A collective by its memory alone: a new tensor of the other shape, and the same back."""
+    """The memory of a collective: a new tensor of the other shape in forward, and the reverse in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -209,7 +209,9 @@ SIZES = [(128, 256), (512, 256), (512, 384)]
 # The source's MB are MiB; it states no version of torch, and its code is generated, with frees of its own.
 # Two sizes come out within 3 %; at 512 x 256 the difference of 1 GiB, 16 %, is one map of attention weights.
 @pytest.mark.parametrize(("size", "measured_mib"), [*zip(SIZES, (2344, 6306, 10706), strict=True)])
-def test_8_the_transient_of_one_block(size: tuple[int, int], measured_mib: int) -> None:
+def test_memory_of_recomputing_one_block_matches_the_measurement(
+    size: tuple[int, int], measured_mib: int
+) -> None:
     peak, resident = peak_and_resident(*size, 1, 2)
     assert (peak - resident) / MIB == pytest.approx(measured_mib, rel=0.17)
 
@@ -217,13 +219,15 @@ def test_8_the_transient_of_one_block(size: tuple[int, int], measured_mib: int) 
 @pytest.mark.parametrize(
     ("size", "measured"), [*zip(SIZES, (2531 / 4414, 5744 / 10729, 9416 / 17810), strict=True)]
 )
-def test_8_two_devices_take_little_more_than_half_each(size: tuple[int, int], measured: float) -> None:
-    # Weights and what is gathered are not halved; 0.4 GB of the source's peaks is neither, and not explained.
+def test_each_of_two_devices_takes_little_more_than_half_the_peak(
+    size: tuple[int, int], measured: float
+) -> None:
+    # Weights and gathered tensors are not halved; 0.4 GB of the source's peaks is neither and unexplained.
     one, two = (_stack_peak(*size, devices) for devices in (1, 2))
     assert 0.5 < two / one == pytest.approx(measured, abs=0.05)
 
 
 def _stack_peak(sequences: int, residues: int, devices: int) -> float:
-    """Of all blocks: each adds as much to the peak as the third to that of two."""
+    """The peak of all blocks: each further block adds as much as the third adds to two."""
     two, three = (peak_and_resident(sequences, residues, devices, blocks)[0] for blocks in (2, 3))
     return two + (BLOCKS - 2) * (three - two)

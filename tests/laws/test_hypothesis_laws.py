@@ -103,7 +103,7 @@ def peak(traced: Trace) -> int:
 
 @few
 @given(widths_of, rows_of)
-def test_activations_are_inputs_of_products_and_outputs_of_functions(widths: list[int], rows: int) -> None:
+def test_a_relu_chain_keeps_one_activation_per_layer(widths: list[int], rows: int) -> None:
     """A product keeps its input, ReLU its output, which is the next product's input: one tensor a layer.
     The loss, a number, is there as well."""
     traced = traced_on(chain(widths, rows), steps=1)
@@ -114,8 +114,8 @@ def test_activations_are_inputs_of_products_and_outputs_of_functions(widths: lis
 
 @few
 @given(widths_of, rows_of)
-def test_states_are_sixteen_bytes_a_parameter(widths: list[int], rows: int) -> None:
-    """And two step counts' worth of rounding for every tensor."""
+def test_states_take_sixteen_bytes_per_parameter(widths: list[int], rows: int) -> None:
+    """Beside them every tensor has a step count, which is rounded to 512 bytes."""
     traced = traced_on(chain(widths, rows))
     expected = sum(4 * rounded(4 * w, "cuda") + 512 for w in weights(widths))
     assert live(traced, begin(traced, Phase.OPTIMIZER), *STATE) == expected
@@ -124,7 +124,7 @@ def test_states_are_sixteen_bytes_a_parameter(widths: list[int], rows: int) -> N
 
 @few
 @given(widths_of, rows_of)
-def test_a_step_is_six_operations_a_weight_and_row_but_for_the_first_input(
+def test_a_step_takes_six_flops_per_weight_and_row_except_for_the_first_input(
     widths: list[int], rows: int
 ) -> None:
     traced = traced_on(chain(widths, rows), steps=1)
@@ -137,7 +137,7 @@ def test_a_step_is_six_operations_a_weight_and_row_but_for_the_first_input(
 
 @few
 @given(widths_of, rows_of, kind_of)
-def test_the_peak_is_above_each_phases_needs_and_its_largest_tensor(
+def test_the_peak_lies_between_the_largest_tensor_and_the_sum_of_all(
     widths: list[int], rows: int, kind: str
 ) -> None:
     traced = traced_on(chain(widths, rows, kind))
@@ -151,8 +151,8 @@ def test_the_peak_is_above_each_phases_needs_and_its_largest_tensor(
 
 @few
 @given(widths_of, rows_of)
-def test_half_precision_takes_half_of_everything(widths: list[int], rows: int) -> None:
-    """As many elements in forward and backward, allocation by allocation; numbers are left out."""
+def test_half_precision_halves_every_allocation(widths: list[int], rows: int) -> None:
+    """Every allocation of forward and backward has as many elements; scalars are left out."""
     full, half = (
         Counter(
             (a.op, a.phase, a.requested_bytes // d.itemsize)
@@ -185,7 +185,7 @@ def test_a_tied_weight_is_counted_once(width: int, rows: int) -> None:
 
 @few
 @given(widths_of, rows_of, st.integers(1, 48))
-def test_more_rows_never_take_less(widths: list[int], rows: int, more: int) -> None:
+def test_more_rows_never_lower_the_peak(widths: list[int], rows: int, more: int) -> None:
     assert peak(traced_on(chain(widths, rows))) <= peak(traced_on(chain(widths, rows + more)))
 
 
@@ -194,7 +194,7 @@ def test_more_rows_never_take_less(widths: list[int], rows: int, more: int) -> N
 def test_recomputation_keeps_less_and_changes_no_state(
     widths: list[int], rows: int, kind: str, every: int
 ) -> None:
-    """What it keeps of every block it recomputes is the block's input and a random state of 5,056 B."""
+    """Of every block that is recomputed, its input and a random state of 5,056 B are kept."""
     job = chain(widths, rows, kind)
     plain, again = traced_on(job), traced_on(job, make_use("activation-checkpointing", {"every": every}))
     for kind_ in STATE:
@@ -207,7 +207,7 @@ def test_recomputation_keeps_less_and_changes_no_state(
 
 @few
 @given(widths_of, st.integers(1, 6), st.sampled_from([2, 3, 4]))
-def test_micro_batches_share_activations_and_repeat_nothing_else(
+def test_micro_batches_keep_the_activations_of_one_part_and_the_same_states(
     widths: list[int], rows: int, parts: int
 ) -> None:
     """With the batch's rows in parts, activations are those of one part; states are the same."""
@@ -222,8 +222,8 @@ def test_micro_batches_share_activations_and_repeat_nothing_else(
 
 @few
 @given(st.lists(st.integers(1, 40), min_size=3, max_size=4), st.sampled_from([2, 4, 8]))
-def test_sharding_further_never_adds_and_loses_no_byte(widths: list[int], ranks: int) -> None:
-    """Over all ranks at least the whole; at most one row a tensor and rank of padding, and rounding."""
+def test_more_shards_never_take_more_and_together_hold_every_parameter(widths: list[int], ranks: int) -> None:
+    """All ranks hold at least the whole, and each at most one row of padding per tensor, and rounding."""
     found = [
         live(t, t.spans[-1].end, Category.PARAMETER)
         for n in (ranks, 2 * ranks)
@@ -237,7 +237,7 @@ def test_sharding_further_never_adds_and_loses_no_byte(widths: list[int], ranks:
 
 @few
 @given(widths_of, rows_of, kind_of)
-def test_steps_after_the_first_are_alike(widths: list[int], rows: int, kind: str) -> None:
+def test_steps_after_the_first_make_the_same_allocations(widths: list[int], rows: int, kind: str) -> None:
     traced = traced_on(chain(widths, rows, kind), steps=3)
     second, third = (
         [(a.op, a.size_bytes, a.category, a.phase) for a in traced.allocations if a.step == step and a.phase]
@@ -248,7 +248,7 @@ def test_steps_after_the_first_are_alike(widths: list[int], rows: int, kind: str
 
 @few
 @given(st.integers(7, 14), st.integers(2, 24), rows_of)
-def test_a_deep_model_is_its_blocks_added_up(depth: int, width: int, rows: int) -> None:
+def test_an_extrapolated_deep_trace_equals_the_whole_trace(depth: int, width: int, rows: int) -> None:
     job = chain([width] * (depth + 1), rows, "gelu")
     deep, whole = (make(job, Plan(), device="cuda") for make in (deep_trace, trace))
     assert sorted((a.op, a.size_bytes) for a in deep.allocations) == sorted(
@@ -280,7 +280,7 @@ def counter() -> CountingAllocator:
         [None, ("activation-checkpointing", {"every": 1}), ("sgd", {}), ("optimizer-in-backward", {})]
     ),
 )
-def test_a_random_network_takes_what_was_said(
+def test_predicted_peaks_of_a_random_network_are_the_measured_ones(
     counter: CountingAllocator, widths: list[int], rows: int, kind: str, use: Any
 ) -> None:
     """Peaks of a real step, phase by phase, within the numbers that Python hands to kernels (64 B each);
@@ -312,7 +312,7 @@ def test_a_random_network_takes_what_was_said(
         assert told[name] == pytest.approx(measured[name], abs=512), name
 
 
-# --- the allocator and chances
+# --- the allocator and probabilities
 
 
 @st.composite
@@ -344,7 +344,7 @@ def most_bytes(found: tuple[Allocation, ...]) -> int:
 
 @many
 @given(lives())
-def test_reserved_lies_between_what_lives_and_a_segment_for_each(found: tuple[Allocation, ...]) -> None:
+def test_reserved_memory_lies_between_live_bytes_and_one_segment_each(found: tuple[Allocation, ...]) -> None:
     """In whole segments of 2 MiB, never below what is alive, never above a segment of its own for each."""
 
     def alone(size: int) -> int:
@@ -357,8 +357,8 @@ def test_reserved_lies_between_what_lives_and_a_segment_for_each(found: tuple[Al
 
 @many
 @given(lives())
-def test_a_second_round_needs_no_more_than_one_that_frees_everything(found: tuple[Allocation, ...]) -> None:
-    """After all is free the cache serves the same requests again without new segments."""
+def test_repeating_all_allocations_at_most_doubles_reserved_memory(found: tuple[Allocation, ...]) -> None:
+    """The second round begins when all of the first is free, and reuses its segments in part."""
     end = max(a.end or 0 for a in found) + 2
     again = tuple(dataclasses.replace(a, start=a.start + end, end=(a.end or 0) + end) for a in found)
     once, twice = replay(found).reserved_peak_bytes, replay((*found, *again)).reserved_peak_bytes
@@ -367,7 +367,7 @@ def test_a_second_round_needs_no_more_than_one_that_frees_everything(found: tupl
 
 @many
 @given(st.floats(1e6, 1e11), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0.3, 3), st.floats(1, 2))
-def test_a_larger_card_never_fails_more_often(
+def test_a_larger_card_never_has_a_higher_chance_of_out_of_memory(
     value: float, below: float, above: float, at: float, more: float
 ) -> None:
     assume(below + above > 1e-3)

@@ -89,7 +89,7 @@ def ways(draw: st.DrawFn, plain: bool | None = None) -> dict[str, Any]:
 
 
 def dearer(name: str, way: Way, terms: Terms, by: float) -> tuple[Way, Terms]:
-    """With one price higher: `by` times what it is, and a little where it is nothing."""
+    """With one price higher: `by` times what it is, and a little more than zero where it is zero."""
     side: Any = way if name in {f.name for f in dataclasses.fields(Way)} else terms
     now = getattr(side, name)
     if now is None:
@@ -123,7 +123,7 @@ def test_present_cost_never_falls_as_a_price_rises(
 
 
 @given(way=ways(), terms=all_terms)
-def test_parts_sum_to_the_whole(way: dict[str, Any], terms: Terms) -> None:
+def test_parts_of_the_cost_sum_to_the_whole(way: dict[str, Any], terms: Terms) -> None:
     s = money.sheet(Way(**way), terms)
     parts = known(s.electricity_per_year) + s.rental_per_year + s.people_per_year + s.support_per_year
     assert s.running_per_year == pytest.approx(parts, rel=1e-12)
@@ -138,7 +138,7 @@ def test_parts_sum_to_the_whole(way: dict[str, Any], terms: Terms) -> None:
 
 
 @given(first=ways(), second=ways(), terms=all_terms)
-def test_what_is_told_of_years_holds_while_the_first_machines_last(
+def test_the_payback_time_holds_within_the_life_of_the_first_machines(
     first: dict[str, Any], second: dict[str, Any], terms: Terms
 ) -> None:
     one, other = money.sheet(Way(**first), terms), money.sheet(Way(**second), terms)
@@ -175,7 +175,7 @@ def test_more_runs_never_need_fewer_machines(way: dict[str, Any], terms: Terms, 
     assert (before.machines - 1) * each <= before.hours_per_year + 1e-6 * each, "none is idle all year"
 
 
-# -- how sure ------------------------------------------------------------------------------------------
+# -- uncertainty ------------------------------------------------------------------------------------------
 
 
 Pair = tuple[dict[str, Any], dict[str, Any]]
@@ -216,7 +216,9 @@ def ranges(draw: st.DrawFn, terms: Terms) -> list[Term]:
 
 @few
 @given(data=st.data(), pair=pairs, terms=all_terms)
-def test_the_interval_contains_the_point(data: st.DataObject, pair: Pair, terms: Terms) -> None:
+def test_the_saving_interval_contains_the_point_estimate(
+    data: st.DataObject, pair: Pair, terms: Terms
+) -> None:
     best, reference = (Way(**way) for way in pair)
     told = data.draw(ranges(terms))
     point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
@@ -232,7 +234,7 @@ def test_the_interval_contains_the_point(data: st.DataObject, pair: Pair, terms:
 
 
 @given(data=st.data(), pair=pairs, terms=all_terms)
-def test_a_term_at_its_own_value_swings_nothing(data: st.DataObject, pair: Pair, terms: Terms) -> None:
+def test_a_term_without_a_range_has_no_swing(data: st.DataObject, pair: Pair, terms: Terms) -> None:
     best, reference = (Way(**way) for way in pair)
     point = money.saved_percent(money.sheet(best, terms), money.sheet(reference, terms))
     assume(point is not None)
@@ -249,7 +251,7 @@ def test_a_term_at_its_own_value_swings_nothing(data: st.DataObject, pair: Pair,
 
 
 @given(pair=pairs, terms=all_terms)
-def test_a_number_that_is_nothing_may_have_a_range(pair: Pair, terms: Terms) -> None:
+def test_a_term_of_value_zero_may_have_a_range(pair: Pair, terms: Terms) -> None:
     """For example a tax of 0 to 10 % that is taken as 0."""
     best, reference = (Way(**way) for way in pair)
     terms = dataclasses.replace(terms, tax_ratio=0.0, levy_per_kwh=Amount())
@@ -266,12 +268,14 @@ def test_a_number_that_is_nothing_may_have_a_range(pair: Pair, terms: Terms) -> 
         assert swings == ([tuple(ends)] if abs(ends[1] - ends[0]) > dust else [])
 
 
-# -- what the proof of concept saw ---------------------------------------------------------------------
+# -- errors that the proof of concept observed ------------------------------------------------------------
 
 
 @few
 @given(low=number(0.25, 1), high=number(1, 3), ratio=number(0.25, 4), worse=number(1, 4))
-def test_an_error_that_was_seen_widens_both_ends(low: float, high: float, ratio: float, worse: float) -> None:
+def test_an_observed_error_widens_both_ends_of_a_range(
+    low: float, high: float, ratio: float, worse: float
+) -> None:
     least, most = widened(low, high, ratio)
     assert least <= low * (1 + 1e-12)
     assert most >= high * (1 - 1e-12)
@@ -284,8 +288,8 @@ def test_an_error_that_was_seen_widens_both_ends(low: float, high: float, ratio:
     assert further[1] >= most * (1 - 1e-12)
 
 
-def test_the_money_s_interval_is_wider_where_step_times_were_missed_by_more() -> None:
-    """The same answer, and more doubt about it."""
+def test_larger_step_time_errors_widen_the_saving_interval() -> None:
+    """The point estimate stays the same."""
     case = told("USD", 1.0, (60.0, 0.2, 0.0, 0.0, 5000.0, 1.0, 0.0, 0.0), named=False)
     spans = []
     for factor in (None, 1.0, 1.5, 3.0):
@@ -306,7 +310,9 @@ def test_the_money_s_interval_is_wider_where_step_times_were_missed_by_more() ->
 
 
 @given(data=st.data(), pair=pairs, terms=all_terms)
-def test_a_draw_does_not_depend_on_what_else_is_drawn(data: st.DataObject, pair: Pair, terms: Terms) -> None:
+def test_monte_carlo_draws_of_a_term_do_not_depend_on_other_terms(
+    data: st.DataObject, pair: Pair, terms: Terms
+) -> None:
     best, reference = (Way(**way) for way in pair)
     told = data.draw(ranges(terms))
     found = monte_carlo.interval(best, reference, terms, told, draws=20)
@@ -316,7 +322,9 @@ def test_a_draw_does_not_depend_on_what_else_is_drawn(data: st.DataObject, pair:
 
 
 @given(way=ways(), terms=all_terms)
-def test_without_its_watts_a_machine_s_cost_is_unknown(way: dict[str, Any], terms: Terms) -> None:
+def test_the_cost_of_a_machine_that_is_not_rented_is_unknown_without_its_power(
+    way: dict[str, Any], terms: Terms
+) -> None:
     dark = Way(**{**way, "power_w": None})
     sheet = money.sheet(dark, terms)
     rented = dark.kind == "cloud"
@@ -374,7 +382,7 @@ def told(currency: str, rate: float, own: tuple[float, ...], *, named: bool) -> 
         "place": "japan",
         "work": {"runs_per_year": 40, "value_per_run": p[VALUE]},
         "money": {
-            "per_usd": rate,  # without a range: what the exchange may do is another question
+            "per_usd": rate,  # without a range: the exchange rate is held fixed
             "labour_per_hour": {"value": p[LABOUR], "low": 0.7 * p[LABOUR], "high": 1.4 * p[LABOUR]},
             "energy_per_kwh": p[ENERGY],
             "levy_per_kwh": p[LEVY],
@@ -399,7 +407,7 @@ def decided(case: cases.DecisionCase) -> Decision:
 
 @few
 @given(code=st.sampled_from(finance.currency_codes()), own=own_prices, named=st.booleans())
-def test_the_answer_is_the_same_in_every_currency(code: str, own: tuple[float, ...], named: bool) -> None:
+def test_the_decision_is_the_same_in_every_currency(code: str, own: tuple[float, ...], named: bool) -> None:
     rate = finance.currency(code).per_usd.value
     dollars, theirs = decided(told("USD", 1.0, own, named=named)), decided(told(code, rate, own, named=named))
     assert (theirs.best, theirs.reference, theirs.payback) == (
@@ -438,7 +446,7 @@ ELSEWHERE = (
 )
 
 
-def test_nothing_depends_on_language_or_time_zone(tmp_path: Path) -> None:
+def test_the_decision_does_not_depend_on_locale_or_time_zone(tmp_path: Path) -> None:
     """LC_ALL counts for what is installed; a comma as decimal point would show in any case."""
     store, path = tmp_path / "s.sqlite3", tmp_path / "case.toml"
     path.write_text(CASE, encoding="utf-8")

@@ -101,7 +101,7 @@ def alive_after_forward(traced: Trace, category: Category | None = None) -> int:
 
 # 1. fms-acceleration, torch's allocated peak in a Hugging Face Trainer run; beside parameters and their likes
 # there are a batch of token numbers and scalars: 0.03 % covers them.
-def test_1_foreach_adamw_peaks_at_five_times_the_parameters() -> None:
+def test_foreach_adamw_peaks_at_five_times_the_parameters() -> None:
     model = functools.partial(
         in_dtype, torch.bfloat16, lambda: MistralForCausalLM(MistralConfig(**MISTRAL_7B))
     )
@@ -113,7 +113,9 @@ def test_1_foreach_adamw_peaks_at_five_times_the_parameters() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "measured_bytes"), [(2, 80_318_097_408), (4, 40_168_839_680)])
-def test_1_under_fsdp_it_is_five_times_the_float32_shard(ranks: int, measured_bytes: int) -> None:
+def test_foreach_adamw_under_fsdp_peaks_at_five_times_the_float32_shard(
+    ranks: int, measured_bytes: int
+) -> None:
     # The runs' own kernels for the loss keep it below this peak; plain torch's does not, so the optimizer's
     # phase alone is compared: it depends on the parameters only, and a short batch will do.
     sharded = make_use("fsdp2", {"precision": "bf16"})
@@ -127,7 +129,7 @@ def test_1_under_fsdp_it_is_five_times_the_float32_shard(ranks: int, measured_by
     ("layers", "hidden", "length", "freed_mib"),
     [(8, 1024, 8192, 128), (16, 1024, 16384, 512), (28, 2048, 32768, 3584)],
 )
-def test_2_checkpointed_activations_to_the_mebibyte(
+def test_checkpointed_activations_match_the_measurement_to_the_mebibyte(
     layers: int, hidden: int, length: int, freed_mib: int
 ) -> None:
     config = Qwen3Config(
@@ -185,7 +187,7 @@ class Frozen(nn.Module):
 
 
 def loss_peak(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *uses: Use) -> int:
-    """Highest live bytes less what is there before and after."""
+    """The highest live bytes, less what is alive before forward."""
     job = Job(
         name="loss",
         build_model=functools.partial(in_dtype, torch.bfloat16, Frozen),
@@ -205,7 +207,7 @@ def alive_at(traced: Trace, phase: Phase, which: int = 0) -> int:
     return int(live[max(0, int(clock.searchsorted(begin)) - 1)])
 
 
-def test_3_dense_cross_entropy_costs_six_bytes_a_logit_more_than_a_fused_one() -> None:
+def test_dense_cross_entropy_costs_six_bytes_per_logit_more_than_a_fused_one() -> None:
     # Liger's chunk is 1/32 of the logits at 6 B each; ours have 10 B each, so that 64 are as small. 6 % are
     # 0.36 B: such a chunk with its gradients, which the fused run's peak has only if it lies at the loss.
     chunked = make_use("chunked-cross-entropy", {"chunks": 64})
@@ -213,7 +215,7 @@ def test_3_dense_cross_entropy_costs_six_bytes_a_logit_more_than_a_fused_one() -
     assert saved == pytest.approx((37_644_015_616 - 24_905_936_896) / (ROWS * WORDS), rel=0.06)
 
 
-def test_3_with_a_float32_copy_a_logit_takes_twelve_bytes_at_the_peak() -> None:
+def test_a_logit_with_a_float32_copy_takes_twelve_bytes_at_the_peak() -> None:
     # And the gradient of the states: 2 B x hidden / vocabulary a logit, 0.06 B.
     assert loss_peak(eager) / (ROWS * WORDS) == pytest.approx(12, rel=0.01)
 
@@ -275,7 +277,7 @@ def state_bytes(traced: Trace) -> int:
     )
 
 
-def test_4_between_versions_reserved_memory_is_a_range_and_allocated_is_not() -> None:
+def test_reserved_memory_is_a_range_and_near_the_measured_one() -> None:
     # Versions of torch are not predicted. One nominal run, one sequence and compiled, reserved 47.65 GiB in
     # early 2025 and 30.89 in June; compiling saved half of 82.4 - 77.0 GiB, the figures for two sequences.
     # The prediction is of eager code of the former time, within the 20 % that versions leave; and it says
@@ -293,13 +295,13 @@ def test_4_between_versions_reserved_memory_is_a_range_and_allocated_is_not() ->
 
 # 5. torchtitan, 8 GPUs 82.4 GiB, 128 GPUs 67.0: 15.4 GiB of reserved memory. The shards' own arithmetic gives
 # 14.0; 10 % are the buffers and the allocator.
-def test_5_more_ranks_save_sixteen_bytes_a_parameter() -> None:
+def test_more_fsdp_ranks_save_sixteen_bytes_per_parameter() -> None:
     saved = state_bytes(titan(8, 2)) - state_bytes(titan(128, 2))
     assert saved == pytest.approx(16 * LLAMA_PARAMETERS * (1 / 8 - 1 / 128), rel=2e-3)
     assert saved / GIB == pytest.approx(15.4, rel=0.10)
 
 
-def test_5_the_peak_falls_by_what_is_there_at_the_peak() -> None:
+def test_more_fsdp_ranks_lower_the_peak_by_twelve_bytes_per_parameter() -> None:
     # It lies at the loss, before this step's gradients: 12 of the 16 bytes.
     saved = profile(titan(8, 2)).peak_bytes - profile(titan(128, 2)).peak_bytes
     assert saved == pytest.approx(12 * LLAMA_PARAMETERS * (1 / 8 - 1 / 128), rel=5e-3)
@@ -339,7 +341,7 @@ def stage_memory(*uses: Use) -> tuple[int, int, int]:
     return profile(traced).peak_bytes, alive_at(traced, Phase.OPTIMIZER, -1), traced.parameter_count
 
 
-def test_6_the_first_stage_of_zero() -> None:
+def test_zero_stage_1_state_bytes_match_the_arithmetic_and_the_measurement() -> None:
     masters = make_use("bf16-parameters", {"rounding": "master"})
     whole_peak, whole, parameters = stage_memory(make_use("ddp", {}), masters)
     cut_peak, cut, _ = stage_memory(make_use("zero", {"stage": 1, "precision": "bf16"}))
@@ -397,7 +399,7 @@ def _whole_again(net: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def step_flops(layers: int, width: int, heads: int, batch: int, *uses: Use) -> int:
-    """Of all layers: each adds as much as the third to two."""
+    """FLOPs of all layers: each further layer adds as much as the third adds to two."""
 
     def flops(few: int) -> int:
         job = Job(
@@ -425,7 +427,7 @@ def step_flops(layers: int, width: int, heads: int, batch: int, *uses: Use) -> i
         (128, 25600, 160, 1, 94.42, 71.49),
     ],
 )
-def test_7_recomputing_everything_costs_a_third_more_work(
+def test_full_recomputation_takes_a_third_more_flops_than_selective(
     layers: int, width: int, heads: int, batch: int, full_s: float, selective_s: float
 ) -> None:
     sizes = (layers, width, heads, batch)
@@ -436,7 +438,7 @@ def test_7_recomputing_everything_costs_a_third_more_work(
 
 
 # 9. torchtitan, 8 GPUs, two sequences: 82.4 GiB reserved.
-def test_9_beside_the_shards_there_are_buffers_and_logits() -> None:
+def test_the_peak_under_fsdp_holds_shards_buffers_and_logits() -> None:
     traced = titan(8, 2)
     shards = 16 * LLAMA_PARAMETERS / 8
     peak = profile(traced).peak_bytes

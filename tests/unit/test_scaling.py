@@ -382,9 +382,7 @@ def test_a_recommendation_is_no_slower_than_plain_training_that_fits() -> None:
     assert not {kind for kind in told if kind.startswith("needed")}  # plain training fits
     least = score(found.recommended.estimate, Objective.FASTEST)
     for other in (c.estimate for c in found.frontier):
-        assert (
-            other.traced or score(other, Objective.FASTEST) >= least
-        )  # whether a sketch is faster is unknown
+        assert other.traced or score(other, Objective.FASTEST) >= least  # nobody knows if it is faster
     assert not any(u.settings.get("offload") for u in found.recommended.estimate.plan.uses)
 
 

@@ -1,5 +1,5 @@
-"""What stands on the first screen follows a slider or says that it does not; bars are as long as their sums;
-long names and paper keep the page whole."""
+"""The first screen follows a slider or says that it does not; bars are as long as their sums; long names and
+printing do not break the layout."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ operating_hours_per_year = 14
 """
 OUTSIDE = """() => [...document.querySelectorAll("th, td")].filter((e) => e.offsetParent !== null
   && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map((e) => e.textContent)"""
-# a line of its own for every word is as high as a heading may be
+# a heading may be at most as high as one line for each of its words
 BROKEN = """() => [...document.querySelectorAll("thead th")].filter((e) => {
   const words = e.textContent.trim().split(/\\s+/), style = getComputedStyle(e);
   const most = parseFloat(style.lineHeight) * words.length + parseFloat(style.paddingTop) * 2 + 4;
@@ -82,8 +82,8 @@ def page(browser: Any, folder: Path, text: str = CASE, width: int = 1280, **chan
     return opened
 
 
-def test_bars_are_as_long_as_their_totals(browser: Any, tmp_path: Path) -> None:
-    """A machine of which much is left after a year is not drawn by what was paid for it."""
+def test_bars_are_as_long_as_the_present_cost(browser: Any, tmp_path: Path) -> None:
+    """A machine with a high residual value is not drawn by its purchase price."""
     opened = page(browser, tmp_path)
     seen = {}
     for row in opened.query_selector_all("#money table >> nth=0 >> tbody tr"):
@@ -98,7 +98,7 @@ def test_bars_are_as_long_as_their_totals(browser: Any, tmp_path: Path) -> None:
     opened.close()
 
 
-def test_what_does_not_follow_says_so(browser: Any, tmp_path: Path) -> None:
+def test_figures_that_do_not_follow_a_slider_say_so(browser: Any, tmp_path: Path) -> None:
     opened = page(browser, tmp_path)
     notes = opened.locator("[data-at-start]")
     assert not any(notes.nth(i).is_visible() for i in range(notes.count()))
@@ -128,7 +128,7 @@ def test_a_long_name_does_not_widen_the_page(browser: Any, tmp_path: Path) -> No
         opened.close()
 
 
-def test_on_paper_every_column_is_on_the_page_and_no_word_breaks(browser: Any, tmp_path: Path) -> None:
+def test_in_print_no_column_is_cut_off_and_no_word_breaks(browser: Any, tmp_path: Path) -> None:
     opened = page(browser, tmp_path, CASE.replace("years = 1", "years = 1\nvalue_per_run = 2500"), width=718)
     opened.emulate_media(media="print")
     assert opened.evaluate(OUTSIDE) == []
@@ -161,10 +161,10 @@ READ = """() => {
 
 @pytest.mark.parametrize("more", EDGES.values(), ids=EDGES.keys())
 @pytest.mark.parametrize("place", ["japan", "germany"])
-def test_a_page_that_was_only_opened_says_what_was_written(
+def test_opening_a_page_changes_none_of_its_texts(
     browser: Any, tmp_path: Path, place: str, more: str
 ) -> None:
-    """In other currencies than the catalog's, and with numbers outside of a slider's range."""
+    """Also in a currency other than the catalog's, and with numbers outside of the range of a slider."""
     text = CASE if place == "japan" else EURO
     for name in ("runs_per_year", "utilisation_ratio", "energy_per_kwh"):
         if more.startswith(name):

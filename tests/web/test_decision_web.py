@@ -86,7 +86,7 @@ EVERY += [("yen-en", width, "dark") for width in (1280, 390)]
 
 
 @pytest.mark.parametrize("opened", EVERY, indirect=True, ids=str)
-def test_the_page_is_whole_and_accessible(opened: Any, overflowing: str) -> None:
+def test_the_page_has_no_overflow_errors_or_accessibility_violations(opened: Any, overflowing: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     opened.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
@@ -103,7 +103,7 @@ def test_the_page_is_whole_and_accessible(opened: Any, overflowing: str) -> None
 
 
 @at("yen-en", "yen-ja", "bare-en", "bare-ja", "none-en", "none-ja")
-def test_the_first_screen_answers_the_four_questions(opened: Any) -> None:
+def test_the_four_cards_fit_the_first_screen(opened: Any) -> None:
     cards = opened.query_selector_all(".four .card")
     assert len(cards) == 4
     for card in cards:
@@ -113,7 +113,7 @@ def test_the_first_screen_answers_the_four_questions(opened: Any) -> None:
 
 
 @at("yen-en", "yen-ja", "bare-en", "bare-ja", width=390)
-def test_a_phone_shows_the_four_short_answers(opened: Any) -> None:
+def test_the_four_short_answers_fit_a_phone_screen(opened: Any) -> None:
     opened.set_viewport_size({"width": 390, "height": 844})
     for card in opened.query_selector_all(".four .card"):
         short = card.query_selector(".brief, .purse-facts")
@@ -143,7 +143,7 @@ SET = """([name, value]) => {
 
 
 def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Way], Terms]:
-    """What the sliders mean, by the document's words."""
+    """Ways and terms after the sliders have moved, as the document defines them."""
     terms, hours = decision.terms, 12.0
     if "energy" in moves:
         terms = dataclasses.replace(terms, energy_per_kwh=Amount(own=moves["energy"]), levy_per_kwh=Amount())
@@ -166,7 +166,7 @@ def after(decision: Decision, moves: Mapping[str, float]) -> tuple[list[Way], Te
 
 @pytest.mark.parametrize("moves", MOVES, ids=lambda m: ",".join(m) or "start")
 @at("yen-en")
-def test_sliders_follow_the_formulas(opened: Any, moves: dict[str, float]) -> None:
+def test_figures_follow_the_sliders_by_the_formulas(opened: Any, moves: dict[str, float]) -> None:
     decision = made()
     ways, terms = after(decision, moves)
     for name, value in moves.items():
@@ -202,7 +202,7 @@ def test_sliders_follow_the_formulas(opened: Any, moves: dict[str, float]) -> No
         opened,
         dataclasses.replace(decision, terms=terms, ways=tuple(ways), sheets=tuple(sheets), told=told),
     )
-    if "energy" not in moves:  # which stands for the levy too
+    if "energy" not in moves:  # the energy slider includes the levy
         _same_swings(opened, told, ways, terms, best, reference)
 
 
@@ -220,7 +220,7 @@ def _ranged(t: Term, before: Terms, after: Terms, setup: float) -> Term:
 
 
 def _same_stages(page: Any, there: Decision) -> None:
-    """On the machines that they began with."""
+    """The stages keep the machines that they began with."""
     first, pilot, full = there.stages
     trial, whole = (None if s.way is None else there.ways[s.way] for s in (pilot, full))
     wanted = {
@@ -232,7 +232,7 @@ def _same_stages(page: Any, there: Decision) -> None:
     assert None not in wanted.values()
     for name, value in wanted.items():
         cells = page.query_selector_all(f"[data-stage={name}]:not([data-still] *)")
-        assert len(cells) >= (8 if name == "most" else 1)  # cards and the risks have it too
+        assert len(cells) >= (8 if name == "most" else 1)  # also on the cards and in the risks
         for cell in cells:
             assert float(cell.get_attribute("data-value")) == pytest.approx(value, rel=1e-9)
             assert cell.text_content().startswith(yen(value))
@@ -241,7 +241,7 @@ def _same_stages(page: Any, there: Decision) -> None:
 def _same_swings(
     page: Any, told: Sequence[Term], ways: list[Way], terms: Terms, best: int, reference: int
 ) -> None:
-    """How a number moves a way is the drawing's own code."""
+    """The script of the page computes the swings with code of its own."""
     wanted = {s.name: s for s in monte_carlo.tornado(ways[best], ways[reference], terms, told)}
     rows = page.query_selector_all("[data-swing]")
     assert len(rows) > 5
@@ -265,7 +265,7 @@ def _same(page: Any, slot: str, sheet: Sheet) -> None:
 
 
 @at("yen-en", "yen-ja")
-def test_figures_follow_their_way_to_its_record(opened: Any) -> None:
+def test_marks_of_figures_link_to_the_record_of_the_machine_shown(opened: Any) -> None:
     """Where a slider puts another machine into a row, the marks of its figures lead to that one's line."""
     opened.evaluate(SET, ["energy", 600.0])
     seen = set()
@@ -286,7 +286,7 @@ def test_figures_follow_their_way_to_its_record(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("lang", ["en", "ja"])
-def test_a_great_loss_is_told_alike_by_page_and_script(
+def test_a_large_loss_is_written_alike_by_page_and_script(
     browser: Any, pages: Mapping[str, Path], lang: str
 ) -> None:
     page = browser.new_page()
@@ -308,8 +308,8 @@ def yen(value: float) -> str:
 
 
 @at("yen-en", "bare-ja")
-def test_untouched_sliders_change_nothing(opened: Any) -> None:
-    """What the script draws at the start is what was written: the page reads the same without it."""
+def test_untouched_sliders_change_no_text(opened: Any) -> None:
+    """The page reads the same with and without its script."""
     live = "[data-figure], [data-live], [data-end]"
     drawn = [e.text_content() for e in opened.query_selector_all(live)]
     still = opened.context.browser.new_page(java_script_enabled=False)
@@ -325,7 +325,7 @@ def test_untouched_sliders_change_nothing(opened: Any) -> None:
 
 
 @at("yen-en")
-def test_reset_brings_the_start_back(opened: Any) -> None:
+def test_reset_restores_the_initial_figures(opened: Any) -> None:
     before = opened.inner_text("#money tbody")
     opened.locator("#in-hardware").fill("3")
     assert opened.inner_text("#money tbody") != before
@@ -334,11 +334,11 @@ def test_reset_brings_the_start_back(opened: Any) -> None:
     assert opened.inner_text("#money tbody") == before
 
 
-# -- paper and strangers ---------------------------------------------------------------------------------
+# -- printing and hostile texts --------------------------------------------------------------------------
 
 
 @at("yen-en", "yen-ja")
-def test_it_prints(opened: Any) -> None:
+def test_the_printed_page_hides_the_sliders_and_shows_the_risks(opened: Any) -> None:
     opened.emulate_media(media="print")
     assert not opened.locator("#sliders").is_visible()
     assert opened.locator("#risks").is_visible()
@@ -371,5 +371,5 @@ def test_hostile_texts_are_shown_and_do_not_run(browser: Any, tmp_path: Path) ->
     assert page.evaluate("document.images.length") == 0
     assert page.inner_text("body").count(EVIL) >= 8
     opened = page.locator("[data-name]", has_text="existing").first.inner_text()
-    assert opened == f"the existing {EVIL}"  # after the script wrote it, too
+    assert opened == f"the existing {EVIL}"  # also after the script has written it
     page.close()

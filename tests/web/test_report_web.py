@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing overflows, nothing is empty, nothing complains."""
+"""The report in a real browser: no overflow, no empty chart, no message on the console."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ EVERY = [
 
 
 @pytest.mark.parametrize("opened", EVERY, indirect=True, ids=lambda p: "-".join(map(str, p)))
-def test_page_is_whole(opened: tuple[Any, list[str]], overflowing: str) -> None:
+def test_the_page_has_no_overflow_empty_charts_or_console_errors(
+    opened: tuple[Any, list[str]], overflowing: str
+) -> None:
     page, said = opened
     assert said == []
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
@@ -113,7 +115,7 @@ def test_page_is_whole(opened: tuple[Any, list[str]], overflowing: str) -> None:
 
 
 @pytest.mark.parametrize("opened", [("full-ja", 390, "light")], indirect=True, ids=str)
-def test_japanese_is_drawn(opened: tuple[Any, list[str]]) -> None:
+def test_the_japanese_page_shows_japanese_text(opened: tuple[Any, list[str]]) -> None:
     page, _ = opened
     assert page.evaluate("document.documentElement.lang") == "ja"
     assert "学習結果は変わりません" in page.inner_text("#answer")
@@ -122,7 +124,7 @@ def test_japanese_is_drawn(opened: tuple[Any, list[str]]) -> None:
 
 
 @pytest.mark.parametrize("opened", [("full-en", 1280, "light")], indirect=True, ids=str)
-def test_charts_show_what_they_should(opened: tuple[Any, list[str]]) -> None:
+def test_charts_show_their_areas_lines_and_marks(opened: tuple[Any, list[str]]) -> None:
     page, _ = opened
     visible = "e => { const b = e.getBoundingClientRect(); return b.width > 300 && b.height > 200 }"
     for chart in ("timeline", "losses"):
@@ -140,7 +142,7 @@ def test_charts_show_what_they_should(opened: tuple[Any, list[str]]) -> None:
 @pytest.mark.parametrize(
     "opened", [("full-en", 1280, "light"), ("full-en", 1280, "dark")], indirect=True, ids=str
 )
-def test_text_has_contrast(opened: tuple[Any, list[str]]) -> None:
+def test_text_colours_have_wcag_aa_contrast(opened: tuple[Any, list[str]]) -> None:
     """WCAG AA: 4.5 to 1 for the ink, the soft ink and the chips on what they stand on."""
     page, _ = opened
     ratios = page.evaluate("""() => {
@@ -183,7 +185,9 @@ def test_explain_opens_at_the_peak_and_shows_any_instant(opened: tuple[Any, list
 
 
 @ONE
-def test_explain_zooms_by_wheel_drag_and_double_click(opened: tuple[Any, list[str]]) -> None:
+def test_explain_zooms_by_wheel_pans_by_drag_and_resets_by_double_click(
+    opened: tuple[Any, list[str]],
+) -> None:
     page, _ = opened
     labels = "() => [...document.querySelectorAll('#plot text.x')].map(e => e.textContent)"
     whole = page.evaluate(labels)
@@ -199,13 +203,13 @@ def test_explain_zooms_by_wheel_drag_and_double_click(opened: tuple[Any, list[st
         page.mouse.move(box["x"] + 100, box["y"] + 200, steps=4)
         page.mouse.up()
     assert "backward" in page.evaluate(labels)
-    assert page.inner_text("#now").startswith("forward")  # a drag selects nothing
+    assert page.inner_text("#now").startswith("forward")  # a drag does not select an instant
     page.mouse.dblclick(box["x"] + 600, box["y"] + 200)
     assert page.evaluate(labels) == whole
 
 
 @ONE
-def test_explain_goes_into_the_map_and_back(opened: tuple[Any, list[str]]) -> None:
+def test_the_explain_map_opens_a_category_and_returns_by_breadcrumb(opened: tuple[Any, list[str]]) -> None:
     page, _ = opened
     tiles = "() => [...document.querySelectorAll('.tile')].map(e => e.getAttribute('aria-label'))"
     assert any(
@@ -219,4 +223,4 @@ def test_explain_goes_into_the_map_and_back(opened: tuple[Any, list[str]]) -> No
     share = page.evaluate("""() => { const map = document.getElementById("map").getBoundingClientRect();
       const tile = document.querySelector(".tile.c-activation").getBoundingClientRect();
       return tile.width * tile.height / map.width / map.height }""")
-    assert share == pytest.approx(0.8, abs=0.01)  # area is bytes
+    assert share == pytest.approx(0.8, abs=0.01)  # the area of a tile is proportional to its bytes

@@ -11,7 +11,7 @@ from parts import Net, batch, loss
 
 parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
 args = parser.parse_args()
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that it would compile on processors
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that it would compile on a CPU
 torch.manual_seed(0)
 model = Net()
 deepspeed.init_distributed("gloo")

@@ -1,4 +1,4 @@
-"""A user's script of the Hugging Face Trainer with the exported arguments, on processors."""
+"""A user's script of the Hugging Face Trainer with the exported arguments, on a CPU."""
 
 from __future__ import annotations
 

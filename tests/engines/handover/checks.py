@@ -1,4 +1,4 @@
-"""What the scripts of `test_handover.py` say of themselves: one line of JSON a rank."""
+"""What the scripts of `test_handover.py` report: one line of JSON per rank."""
 
 from __future__ import annotations
 
