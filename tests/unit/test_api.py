@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,7 +291,6 @@ def test_a_trainers_step_is_as_measured(arguments: dict[str, Any], tmp_path: Pat
     if (why := available()) is not None:
         pytest.skip(f"no counting allocator: {why}")
     pytest.importorskip("accelerate")
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     from hf_trainer import make_trainer
 
     counter = CountingAllocator()
